@@ -1,0 +1,1 @@
+"""Train vision models with token labeling."""

@@ -1,0 +1,174 @@
+"""Where an augmented image came from: boxes and affine views, in fractions of an image.
+
+A point is (x, y): (0, 0) is the outer corner of the top left pixel, (1, 1) the outer corner of the bottom
+right one, so pixel i of n covers [i/n, (i+1)/n). The same holds for the cells of a score map and for the
+tokens of a model, which is why nothing here needs to know how many pixels, cells or tokens there are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+# A point may miss a frame by this much (a tenth of a pixel at 10,000 px) before it counts as outside.
+TOLERANCE = 1e-5
+
+_UNIT_CORNERS = np.array([[0.0, 0.0, 1.0], [1.0, 0.0, 1.0], [0.0, 1.0, 1.0], [1.0, 1.0, 1.0]])
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """An axis-aligned part of an image, in fractions of its width and height, half open."""
+
+    left: float = 0.0
+    top: float = 0.0
+    right: float = 1.0
+    bottom: float = 1.0
+
+    def __post_init__(self) -> None:
+        sides = (self.left, self.top, self.right, self.bottom)
+        if not (all(map(math.isfinite, sides)) and self.left < self.right and self.top < self.bottom):
+            raise ValueError(f"a box needs left < right and top < bottom, all finite; got {self}")
+
+    @property
+    def width(self) -> float:
+        """Width as a fraction of the image's width."""
+        return self.right - self.left
+
+    @property
+    def height(self) -> float:
+        """Height as a fraction of the image's height."""
+        return self.bottom - self.top
+
+    @classmethod
+    def from_pixels(
+        cls, *, left_px: float, top_px: float, width_px: float, height_px: float, image_size_px: tuple[int, int]
+    ) -> Box:
+        """Return the box of a rectangle of pixels; `image_size_px` is (width, height)."""
+        image_width_px, image_height_px = image_size_px
+        return cls(
+            left=left_px / image_width_px,
+            top=top_px / image_height_px,
+            right=(left_px + width_px) / image_width_px,
+            bottom=(top_px + height_px) / image_height_px,
+        )
+
+
+WHOLE_IMAGE = Box()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class View:
+    """The way from a point of an augmented image back to a point of its source image.
+
+    `frames` [F, 2, 3], float64: affine maps that take a point of the augmented image to a point of each image
+    on the way; the last one is the source itself. Most views have one frame. A view has more where an image on
+    the way cut something off: a point is covered only if it lies inside all of them. (Rotating by 30 degrees
+    and back composes to the identity, and yet the corners are gone.)
+
+    Views chain in the order in which the image was changed: `View.crop(box).then(View.flip_horizontal())`.
+    """
+
+    frames: NDArray[np.float64]
+
+    @property
+    def matrix(self) -> NDArray[np.float64]:
+        """The map [2, 3] from a point of the augmented image to a point of the source image."""
+        return self.frames[-1]
+
+    def then(self, later: View) -> View:
+        """Return the view of an image that `later` made out of the image that this view describes.
+
+        Frames that nothing can fall out of (those that contain the whole augmented image) are dropped, so that
+        crops and flips never add one.
+        """
+        on_the_way = [*later.frames, *(_compose(frame, later.matrix) for frame in self.frames[:-1])]
+        kept = [frame for frame in on_the_way if not _contains_unit_square(frame)]
+        return View(np.stack([*kept, _compose(self.matrix, later.matrix)]))
+
+    def to_source(self, points: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return the source points [..., 2] of points [..., 2] of the augmented image."""
+        return points @ self.matrix[:, :2].T + self.matrix[:, 2]
+
+    def covers(self, points: NDArray[np.float64]) -> NDArray[np.bool_]:
+        """Say for each point [..., 2] of the augmented image whether it shows a part of the source."""
+        on_the_way = np.einsum("fij,...j->...fi", self.frames[:, :, :2], points) + self.frames[:, :, 2]
+        inside = (on_the_way >= -TOLERANCE) & (on_the_way <= 1 + TOLERANCE)  # [..., F, 2]
+        return inside.all(axis=(-2, -1))
+
+    @classmethod
+    def identity(cls) -> View:
+        """Return the view of an image that was not changed (or only resized: fractions do not notice)."""
+        return cls(_matrix(1, 0, 0, 0, 1, 0)[None])
+
+    @classmethod
+    def crop(cls, box: Box) -> View:
+        """Return the view of a crop. The box may reach over the image's edges (padding)."""
+        return cls(_matrix(box.width, 0, box.left, 0, box.height, box.top)[None])
+
+    @classmethod
+    def flip_horizontal(cls) -> View:
+        """Return the view of an image whose left and right changed places."""
+        return cls(_matrix(-1, 0, 1, 0, 1, 0)[None])
+
+    @classmethod
+    def flip_vertical(cls) -> View:
+        """Return the view of an image whose top and bottom changed places."""
+        return cls(_matrix(1, 0, 0, 0, -1, 1)[None])
+
+    @classmethod
+    def translation(cls, right: float, down: float) -> View:
+        """Return the view of an image whose content moved, in fractions of its width and height."""
+        return cls(_matrix(1, 0, -right, 0, 1, -down)[None])
+
+    @classmethod
+    def rotation(cls, degrees: float, *, size_px: tuple[int, int]) -> View:
+        """Return the view of an image of `size_px` (width, height) turned counter-clockwise about its centre."""
+        width_px, height_px = size_px
+        sine, cosine = math.sin(math.radians(degrees)), math.cos(math.radians(degrees))
+        # Pixels are square, fractions are not: the turn happens in pixels.
+        to_y, to_x = sine * width_px / height_px, -sine * height_px / width_px
+        return cls(
+            _matrix(cosine, to_x, (1 - cosine - to_x) / 2, to_y, cosine, (1 - cosine - to_y) / 2)[None]
+        )
+
+    @classmethod
+    def shear(cls, x: float, y: float, *, size_px: tuple[int, int]) -> View:
+        """Return the view of an image of `size_px` (width, height) sheared about its top left corner.
+
+        Source x = x + shear_x * y and source y = y + shear_y * x, in pixels.
+        """
+        width_px, height_px = size_px
+        return cls(_matrix(1, x * height_px / width_px, 0, y * width_px / height_px, 1, 0)[None])
+
+
+def stack_views(views: Sequence[View]) -> NDArray[np.float32]:
+    """Return the frames [B, F, 2, 3] of a batch of views, the source last.
+
+    Views with fewer frames get identities in front: an augmented image covers itself.
+    """
+    num_frames = max(len(view.frames) for view in views)
+    stacked = np.broadcast_to(_matrix(1, 0, 0, 0, 1, 0), (len(views), num_frames, 2, 3)).astype(np.float32)
+    for row, view in zip(stacked, views, strict=True):
+        row[num_frames - len(view.frames) :] = view.frames
+    return stacked
+
+
+def _matrix(*entries: float) -> NDArray[np.float64]:
+    return np.array(entries, dtype=np.float64).reshape(2, 3)
+
+
+def _compose(outer: NDArray[np.float64], inner: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the map that applies `inner` first."""
+    composed = outer[:, :2] @ inner
+    composed[:, 2] += outer[:, 2]
+    return composed
+
+
+def _contains_unit_square(frame: NDArray[np.float64]) -> bool:
+    corners = _UNIT_CORNERS @ frame.T
+    return bool(((corners >= -TOLERANCE) & (corners <= 1 + TOLERANCE)).all())

@@ -1,0 +1,147 @@
+"""Score maps: what a teacher says about every place of one image. NumPy only.
+
+A score map keeps the K most probable classes of each cell. What is missing to 1 (the *rest*) is spread evenly
+over the classes that the cell did not keep, so a map of any K is a proper distribution over all C classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tokenlabel.geometry import WHOLE_IMAGE, Box
+
+
+class Kind(StrEnum):
+    """What the numbers of a score map are."""
+
+    PROBABILITIES = "probabilities"
+    LOGITS = "logits"  # imported label files only; `align` softmaxes them after interpolation
+
+
+class ScoreError(ValueError):
+    """Scores that cannot be a score map: not finite, of the wrong shape, or naming classes that don't exist."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ScoreMap:
+    """One image's dense scores, sparse in the classes.
+
+    `palette` [U] int: the distinct class ids that occur in the map, ascending.
+    `codes` [H, W, K] unsigned int: indices into the palette, distinct among the kept entries of a cell.
+    `probs` [H, W, K] float32: probabilities in [0, 1] with a sum of at most 1 a cell, in descending order.
+    An entry of probability 0 is not kept: its class is one of those that share the rest. (For `Kind.LOGITS`
+    the values are the logits of the kept classes, and every entry is kept.)
+    `region`: the part of the image that the teacher saw; cell (row i, column j) covers
+    x in [j/W, (j+1)/W), y in [i/H, (i+1)/H) of it.
+    """
+
+    palette: NDArray[np.integer[Any]]
+    codes: NDArray[np.unsignedinteger[Any]]
+    probs: NDArray[np.float32]
+    num_classes: int
+    region: Box = WHOLE_IMAGE
+    kind: Kind = Kind.PROBABILITIES
+
+    @property
+    def class_ids(self) -> NDArray[np.integer[Any]]:
+        """The class ids [H, W, K] of the entries."""
+        return self.palette[self.codes]
+
+    @property
+    def top_class_ids(self) -> NDArray[np.integer[Any]]:
+        """The most probable class of each cell [H, W]."""
+        best = self.probs.argmax(axis=2)[..., None]
+        return np.take_along_axis(self.class_ids, best, axis=2)[..., 0]
+
+    def dense(self) -> NDArray[np.float32]:
+        """Return the probability of every class [H, W, C], the rest spread out. For pictures and tests."""
+        if self.kind is not Kind.PROBABILITIES:
+            raise ValueError("a map of logits has no probabilities before it is aligned")
+        kept = self.probs > 0
+        num_others = self.num_classes - kept.sum(axis=2)
+        rest = np.clip(1 - self.probs.sum(axis=2), 0, None)
+        floor = np.where(num_others > 0, rest / np.maximum(num_others, 1), 0).astype(np.float32)
+        full = np.repeat(floor[..., None], self.num_classes, axis=2)
+        rows, columns, entries = np.nonzero(kept)
+        full[rows, columns, self.class_ids[rows, columns, entries]] = self.probs[rows, columns, entries]
+        return full
+
+
+def from_top(
+    class_ids: NDArray[np.integer[Any]],
+    scores: NDArray[np.floating[Any]],
+    *,
+    num_classes: int,
+    region: Box = WHOLE_IMAGE,
+    kind: Kind = Kind.PROBABILITIES,
+    name: str = "scores",
+) -> ScoreMap:
+    """Build a score map from the kept classes of each cell.
+
+    `class_ids` [H, W, K] ints in [0, num_classes), distinct within a cell where the score is not 0;
+    `scores` [H, W, K]: probabilities (a cell's sum at most 1) or logits, as `kind` says.
+    `name` is what error messages call the map: give the image's key.
+    Raises ScoreError for what `ScoreMap` cannot hold.
+    """
+    if class_ids.ndim != 3 or class_ids.shape != scores.shape or 0 in class_ids.shape:
+        raise ScoreError(
+            f"{name}: class ids and scores must both be [H, W, K] and not empty; "
+            f"got {class_ids.shape} and {scores.shape}"
+        )
+    if not np.isfinite(scores).all():
+        raise ScoreError(f"{name}: {np.count_nonzero(~np.isfinite(scores))} of {scores.size} scores are not finite")
+    if class_ids.min() < 0 or class_ids.max() >= num_classes:
+        raise ScoreError(
+            f"{name}: class ids run from {class_ids.min()} to {class_ids.max()}, expected 0 to {num_classes - 1}"
+        )
+    if kind is Kind.PROBABILITIES:
+        scores = _checked_probabilities(class_ids, scores, name=name)
+    order = np.argsort(-scores, axis=2, kind="stable")
+    palette, codes = np.unique(np.take_along_axis(class_ids, order, axis=2), return_inverse=True)
+    return ScoreMap(
+        palette=palette,
+        codes=codes.reshape(class_ids.shape).astype(np.min_scalar_type(len(palette) - 1)),
+        probs=np.take_along_axis(scores, order, axis=2).astype(np.float32),
+        num_classes=num_classes,
+        region=region,
+        kind=kind,
+    )
+
+
+def from_probabilities(
+    probs: NDArray[np.floating[Any]], topk: int, *, region: Box = WHOLE_IMAGE, name: str = "scores"
+) -> ScoreMap:
+    """Build a score map from full distributions [H, W, C], keeping the `topk` most probable classes a cell."""
+    if probs.ndim != 3:
+        raise ScoreError(f"{name}: probabilities must be [H, W, C]; got {probs.shape}")
+    num_classes = probs.shape[2]
+    topk = min(topk, num_classes)
+    class_ids = np.argpartition(-probs, topk - 1, axis=2)[..., :topk]
+    kept = np.take_along_axis(probs, class_ids, axis=2)
+    return from_top(class_ids, kept, num_classes=num_classes, region=region, name=name)
+
+
+def from_mask(mask: NDArray[np.integer[Any]], *, num_classes: int, name: str = "mask") -> ScoreMap:
+    """Build a score map of certainties from a mask [H, W] of class ids."""
+    return from_top(mask[..., None], np.ones((*mask.shape, 1), np.float32), num_classes=num_classes, name=name)
+
+
+def _checked_probabilities(
+    class_ids: NDArray[np.integer[Any]], probs: NDArray[np.floating[Any]], *, name: str
+) -> NDArray[np.float32]:
+    """Return the probabilities with sums over 1 by rounding scaled back; refuse anything further off."""
+    sums = probs.sum(axis=2, dtype=np.float64)
+    if probs.min() < 0 or sums.max() > 1.01:
+        raise ScoreError(
+            f"{name}: probabilities must be at least 0 and sum to at most 1 a cell; "
+            f"got a smallest of {probs.min():.3g} and a largest sum of {sums.max():.3g}"
+        )
+    in_order = np.sort(np.where(probs > 0, class_ids, -1 - np.arange(class_ids.shape[2])), axis=2)
+    if (np.diff(in_order, axis=2) == 0).any():
+        raise ScoreError(f"{name}: a cell names the same class twice")
+    return (probs / np.maximum(sums, 1)[..., None]).astype(np.float32)
