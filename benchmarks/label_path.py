@@ -1,0 +1,137 @@
+"""The label path: from score maps and views to targets, and on to the loss's gradient.
+
+Our sparse form against the dense computation of the published toolboxes, written plainly: a zero-filled
+B x C x H x W map, roi_align to the token grid, softmax, soft cross entropy over B x N x C. Both start from
+the same sparse labels and the same crops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.ops import roi_align
+
+from benchmarks.measure import Row, Settings, interleave, peak_bytes, ratios
+from tokenlabel.align import ScoreMapBatch, align, collate_score_maps
+from tokenlabel.geometry import Box, View, stack_views
+from tokenlabel.losses import sparse_cross_entropy
+from tokenlabel.scores import ScoreMap, from_top
+
+NUM_IMAGES = 64
+GRID = (14, 14)
+MAP_SIZE = 18
+TOPK = 5
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """The labels and crops of one batch in both forms, and the logits that it trains."""
+
+    score_maps: ScoreMapBatch
+    views: Tensor  # [B, 1, 2, 3]
+    class_ids: Tensor  # [B, H, W, K]
+    scores: Tensor  # [B, H, W, K]
+    boxes: Tensor  # [B, 5] image, left, top, right, bottom, in map cells
+    logits: Tensor  # [B, N, C]
+
+
+def run(settings: Settings) -> list[Row]:
+    """Measure the targets alone and targets + loss + backward, time and peak memory, both forms."""
+    rows = []
+    for num_classes in (1000,) if settings.quick else (10, 1000):
+        case = _case(num_classes, settings)
+        rows += _compare(
+            f"targets, {num_classes:,} classes",
+            sparse=lambda case=case: align(case.score_maps, case.views, GRID),
+            dense=lambda case=case: _dense_targets(case),
+            settings=settings,
+            aims=("at least 25", "at least 20"),
+        )
+        rows += _compare(
+            f"targets + loss + backward, {num_classes:,} classes",
+            sparse=lambda case=case: _sparse_step(case),
+            dense=lambda case=case: _dense_step(case),
+            settings=settings,
+            aims=("at least 6", ""),
+        )
+    many = _case(21_841, settings, num_images=8)
+    sparse_mib = peak_bytes(lambda: align(many.score_maps, many.views, GRID), settings) / 2**20
+    dense_mib = peak_bytes(lambda: _dense_targets(many), settings) / 2**20
+    rows.append(Row("targets, 21,841 classes, 8 images: sparse peak", [sparse_mib], "MiB", "megabytes"))
+    rows.append(Row("targets, 21,841 classes, 8 images: dense peak", [dense_mib], "MiB"))
+    return rows
+
+
+def _compare(
+    name: str,
+    *,
+    sparse: Callable[[], object],
+    dense: Callable[[], object],
+    settings: Settings,
+    aims: tuple[str, str],
+) -> list[Row]:
+    seconds = interleave({"sparse": sparse, "dense": dense}, settings)
+    mib = {"sparse": peak_bytes(sparse, settings) / 2**20, "dense": peak_bytes(dense, settings) / 2**20}
+    rows = [Row(f"{name}: {way}", [1e3 * s for s in values], "ms") for way, values in seconds.items()]
+    rows.append(Row(f"{name}: dense / sparse", ratios(seconds["dense"], seconds["sparse"]), "x", aims[0]))
+    rows += [Row(f"{name}: {way} peak", [value], "MiB") for way, value in mib.items()]
+    rows.append(Row(f"{name}: dense / sparse peak", [mib["dense"] / mib["sparse"]], "x", aims[1]))
+    return rows
+
+
+def _case(num_classes: int, settings: Settings, num_images: int = NUM_IMAGES) -> Case:
+    """Draw labels with palettes of 20 to 60 classes (or all there are) and crops with sides of .35 to 1."""
+    rng = np.random.default_rng(0)
+    maps, boxes = [], []
+    for _ in range(num_images):
+        maps.append(_score_map(rng, num_classes))
+        width, height = rng.uniform(0.35, 1, 2)
+        left, top = rng.uniform(0, 1 - width), rng.uniform(0, 1 - height)
+        boxes.append(Box(left, top, left + width, top + height))
+    in_cells = [
+        [i, *(MAP_SIZE * side for side in (b.left, b.top, b.right, b.bottom))] for i, b in enumerate(boxes)
+    ]
+    device = settings.device
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(num_images, GRID[0] * GRID[1], num_classes, generator=generator)
+    return Case(
+        score_maps=collate_score_maps(maps).to(device),
+        views=torch.from_numpy(stack_views([View.crop(box) for box in boxes])).to(device),
+        class_ids=torch.from_numpy(np.stack([m.class_ids for m in maps])).to(device),
+        scores=torch.from_numpy(np.stack([m.probs for m in maps])).to(device),
+        boxes=torch.tensor(in_cells, dtype=torch.float32, device=device),
+        logits=logits.to(device).requires_grad_(),
+    )
+
+
+def _score_map(rng: np.random.Generator, num_classes: int) -> ScoreMap:
+    palette = rng.permutation(num_classes)[: rng.integers(20, 61)]
+    order = rng.random((MAP_SIZE, MAP_SIZE, len(palette))).argsort(axis=2)[..., :TOPK]
+    probs = rng.dirichlet(np.ones(TOPK + 1), (MAP_SIZE, MAP_SIZE))[..., :TOPK]
+    return from_top(palette[order], probs, num_classes=num_classes)
+
+
+def _sparse_step(case: Case) -> None:
+    targets = align(case.score_maps, case.views, GRID)
+    torch.autograd.grad(sparse_cross_entropy(case.logits, targets).mean(), case.logits)
+
+
+def _dense_targets(case: Case) -> Tensor:
+    """Return the published toolboxes' targets [B, N, C]."""
+    num_images, _, num_classes = case.logits.shape
+    dense = torch.zeros(num_images, num_classes, MAP_SIZE, MAP_SIZE, device=case.logits.device)
+    for i in range(num_images):
+        dense[i].scatter_(0, case.class_ids[i].permute(2, 0, 1), case.scores[i].permute(2, 0, 1))
+    cropped = roi_align(dense, case.boxes, GRID)  # [B, C, h, w]
+    return cropped.softmax(dim=1).flatten(2).transpose(1, 2)
+
+
+def _dense_step(case: Case) -> None:
+    targets = _dense_targets(case)
+    loss = (-targets * F.log_softmax(case.logits, dim=2)).sum(dim=2).mean()
+    torch.autograd.grad(loss, case.logits)
