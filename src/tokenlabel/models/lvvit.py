@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from tokenlabel.mixing import MixPlan, mix_images, mix_tokens
-from tokenlabel.models.outputs import Outputs
+from tokenlabel.models.outputs import Outputs, TokenModel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +65,7 @@ CONFIGS = {
 }
 
 
-class LVViT(nn.Module):
+class LVViT(TokenModel):
     """LV-ViT with a head for the class token and one for the other tokens.
 
     `size_px` (height, width) sets how many position embeddings are learned; images of any other size that the
@@ -73,8 +73,8 @@ class LVViT(nn.Module):
     Raises ValueError for a size that is no multiple of the patch.
     """
 
-    mean: tuple[float, float, float] = IMAGENET_DEFAULT_MEAN
-    std: tuple[float, float, float] = IMAGENET_DEFAULT_STD
+    mean = IMAGENET_DEFAULT_MEAN
+    std = IMAGENET_DEFAULT_STD
 
     def __init__(self, config: LVViTConfig, *, num_classes: int, size_px: tuple[int, int]) -> None:
         super().__init__()
@@ -85,8 +85,10 @@ class LVViT(nn.Module):
         self.patch_embed = stem(config)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid[0] * self.grid[1], config.width))
-        rates = torch.linspace(0, config.drop_path, config.depth).tolist()
-        self.blocks = nn.ModuleList(Block(config, drop_path=rate) for rate in rates)
+        self.blocks = nn.ModuleList(
+            Block(config, drop_path=config.drop_path * index / max(1, config.depth - 1))
+            for index in range(config.depth)
+        )
         self.norm = nn.LayerNorm(config.width)
         self.head = nn.Linear(config.width, num_classes)
         self.aux_head = nn.Linear(config.width, num_classes)

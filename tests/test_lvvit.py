@@ -1,0 +1,283 @@
+"""LV-ViT: the published architecture, any patch size and input, MixToken on embeddings."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tokenlabel.losses import token_label_loss
+from tokenlabel.mixing import MixPlan, mix_images
+from tokenlabel.models import Inference, LVViT, LVViTConfig, Outputs, create_model
+from tokenlabel.models.lvvit import CONFIGS, resize_positions
+from tokenlabel.targets import class_targets
+
+GOLDEN = Path(__file__).parent / "golden"
+NUM_PARAMETERS = {"lvvit_t": 8_534_720, "lvvit_s": 26_151_824, "lvvit_m": 55_830_544, "lvvit_l": 150_021_968}
+
+
+def published_keys(name: str) -> dict[str, list[int]]:
+    return json.loads((GOLDEN / f"{name}.keys.json").read_text())
+
+
+def formula_weights(shapes: dict[str, list[int]]) -> dict[str, Tensor]:
+    """Return the weights that the golden outputs were computed with, by each tensor's name and rank."""
+    norms = tuple(f"{norm}.weight" for norm in ("norm", "norm1", "norm2", "bn1", "bn2", "bn3"))
+    weights = {}
+    for k, name in enumerate(sorted(shapes)):
+        shape = shapes[name]
+        i = np.arange(np.prod(shape))
+        wave = np.sin(0.7 * (k + 1) + 1.7 * i + 0.31 * np.sqrt(i) * (k % 7 + 1)).reshape(shape)
+        if name.endswith("num_batches_tracked"):
+            values = np.zeros(shape)
+        elif name.endswith("running_var"):
+            values = 1 + 0.5 * np.abs(wave)
+        elif name.endswith(norms):
+            values = 1 + 0.1 * wave
+        elif name.endswith(("bias", "running_mean")):
+            values = 0.05 * wave
+        elif name in ("pos_embed", "cls_token"):
+            values = wave * np.sqrt(2 / 2500)
+        else:
+            values = wave * np.sqrt(2 / np.prod(shape[1:]))
+        weights[name] = torch.from_numpy(np.asarray(values, dtype=np.float32))
+    return weights
+
+
+def formula_image() -> Tensor:
+    i = np.arange(3 * 224 * 224)
+    return torch.from_numpy(np.sin(0.013 * i + 0.5 * np.sin(0.00071 * i)).astype(np.float32)).view(
+        1, 3, 224, 224
+    )
+
+
+def tiny(**options: object) -> LVViT:
+    shape = {"patch_size": 6, "depth": 3, "width": 32, "num_heads": 4, "stem_width": 8, "drop_path": 0.0}
+    model = create_model("lvvit_t", num_classes=10, size_px=(48, 48), **{**shape, **options})
+    assert isinstance(model, LVViT)
+    return model
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_parameter_counts_are_the_published_ones(name: str) -> None:
+    with torch.device("meta"):
+        model = create_model(name, num_classes=1000, size_px=(224, 224))
+    assert sum(parameter.numel() for parameter in model.parameters()) == NUM_PARAMETERS[name]
+
+
+@pytest.mark.parametrize("name", ["lvvit_t", "lvvit_s"])
+def test_outputs_equal_the_published_implementation(name: str) -> None:
+    model = create_model(name, num_classes=1000, size_px=(224, 224)).eval()
+    assert {key: list(value.shape) for key, value in model.state_dict().items()} == published_keys(name)
+    model.load_state_dict(formula_weights(published_keys(name)))
+    with np.load(GOLDEN / f"{name}.npz") as file:
+        golden = dict(file)
+    for autocast in (False, True):
+        with torch.no_grad(), torch.autocast("cpu", enabled=autocast):
+            outputs = model(formula_image())
+            found = {
+                "cls": outputs.class_logits[0],
+                "tokens_every_13": outputs.token_logits[0, ::13],
+                "combined": outputs.logits(Inference.COMBINED)[0],
+            }
+        for key, value in found.items():
+            difference = value.float().numpy() - golden[key]
+            if autocast:
+                assert np.linalg.norm(difference) <= 0.1 * np.linalg.norm(golden[key]), key
+            else:
+                assert np.abs(difference).max() <= 1e-4, key
+
+
+@pytest.mark.parametrize(
+    ("patch_size", "size_px", "grid"), [(6, (48, 48), (8, 8)), (4, (24, 40), (6, 10)), (10, (30, 20), (3, 2))]
+)
+def test_any_patch_size_and_input_the_patch_divides(
+    patch_size: int, size_px: tuple[int, int], grid: tuple[int, int]
+) -> None:
+    model = create_model(
+        "lvvit_s",
+        num_classes=7,
+        size_px=size_px,
+        patch_size=patch_size,
+        depth=1,
+        width=16,
+        num_heads=2,
+        stem_width=4,
+    )
+    outputs = model(torch.randn(2, 3, *size_px))
+    assert outputs.grid == model.grid_for(size_px) == grid
+    assert outputs.token_logits.shape == (2, grid[0] * grid[1], 7)
+
+
+def test_another_size_at_run_time_resizes_the_positions() -> None:
+    model = tiny().eval()
+    outputs = model(torch.randn(1, 3, 24, 60))
+    assert outputs.grid == (4, 10)
+    with pytest.raises(ValueError, match=r"50 x 48 pixels .* patches of 6"):
+        model(torch.randn(1, 3, 50, 48))
+
+
+def test_tokens_are_where_the_grid_says() -> None:
+    model = tiny().eval()
+    image = torch.zeros(1, 3, 24, 60)
+    for row, column in [(0, 0), (1, 7), (3, 2)]:
+        brighter = image.clone()
+        brighter[..., 6 * row + 2 : 6 * row + 4, 6 * column + 2 : 6 * column + 4] = 3.0
+        changed = (model.embed(brighter) - model.embed(image))[0, 1:].norm(dim=1)
+        assert changed.argmax() == row * 10 + column
+
+
+def naive_resize_positions(positions: Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
+    """Resize one channel and one output place at a time, with the cubic kernel written out (a = -.75)."""
+
+    def kernel(t: float) -> float:
+        t = abs(t)
+        if t <= 1:
+            return 1.25 * t**3 - 2.25 * t**2 + 1
+        return -0.75 * (t**3 - 5 * t**2 + 8 * t - 4) if t < 2 else 0.0
+
+    h, w = grid
+    num_prefix = positions.shape[1] - h * w
+    out = [positions[0, index] for index in range(num_prefix)]
+    for row in range(new_grid[0]):
+        for column in range(new_grid[1]):
+            y, x = (row + 0.5) * h / new_grid[0] - 0.5, (column + 0.5) * w / new_grid[1] - 0.5
+            total = torch.zeros(positions.shape[2])
+            for i in range(int(np.floor(y)) - 1, int(np.floor(y)) + 3):
+                for j in range(int(np.floor(x)) - 1, int(np.floor(x)) + 3):
+                    at = min(max(i, 0), h - 1) * w + min(max(j, 0), w - 1)
+                    total += kernel(y - i) * kernel(x - j) * positions[0, num_prefix + at]
+            out.append(total)
+    return torch.stack(out)[None]
+
+
+@pytest.mark.parametrize("num_prefix", [0, 1, 3])
+@pytest.mark.parametrize(("grid", "new_grid"), [((3, 4), (5, 2)), ((2, 2), (2, 2)), ((4, 3), (8, 7))])
+def test_resize_positions_agrees_with_loops(
+    num_prefix: int, grid: tuple[int, int], new_grid: tuple[int, int]
+) -> None:
+    positions = torch.randn(1, num_prefix + grid[0] * grid[1], 3, generator=torch.Generator().manual_seed(0))
+    resized = resize_positions(positions, grid, new_grid)
+    torch.testing.assert_close(
+        resized, naive_resize_positions(positions, grid, new_grid), atol=1e-5, rtol=1e-5
+    )
+
+
+def plan_of(mask: Tensor, *, on_tokens: bool) -> MixPlan:
+    return MixPlan(mask.expand(2, *mask.shape), torch.tensor([1, 0]), on_tokens=on_tokens)
+
+
+def test_mixtoken_mixes_embeddings_and_other_plans_mix_pixels() -> None:
+    model = tiny().eval()
+    images = torch.randn(2, 3, 48, 48)
+    mask = torch.zeros(8, 8)
+    mask[2:5, 3:8] = 1
+    mixed = model.embed(images, plan_of(mask, on_tokens=True))[:, 1:]
+    plain = model.embed(images)[:, 1:]
+    for index in range(64):
+        source = 1 if mask.flatten()[index] else 0
+        assert torch.equal(mixed[0, index], plain[source, index])
+    on_pixels = plan_of(mask, on_tokens=False)
+    assert torch.equal(model.embed(images, on_pixels), model.embed(mix_images(images, on_pixels)))
+    assert not torch.allclose(
+        model.embed(images, on_pixels)[:, 1:], mixed
+    )  # the conv stem sees over the seam
+
+
+def test_without_conv_stem_mixing_pixels_is_mixing_tokens() -> None:
+    model = tiny(conv_stem=False).eval()
+    images = torch.randn(2, 3, 48, 48)
+    mask = torch.zeros(8, 8)
+    mask[2:5, 3:8] = 1
+    by_tokens = model.embed(images, plan_of(mask, on_tokens=True))
+    torch.testing.assert_close(model.embed(images, plan_of(mask, on_tokens=False)), by_tokens)
+
+
+def test_a_plan_for_another_grid_is_refused() -> None:
+    with pytest.raises(ValueError, match="plan for the grid that the model reports"):
+        tiny()(torch.randn(2, 3, 48, 48), plan_of(torch.zeros(7, 8), on_tokens=True))
+
+
+def test_attention_agrees_with_loops() -> None:
+    attention = tiny().blocks[0].attn
+    assert isinstance(attention, nn.Module)
+    tokens = torch.randn(2, 5, 32)
+    qkv = tokens @ attention.qkv.weight.T  # pyright: ignore[reportAttributeAccessIssue, reportOperatorIssue]
+    gathered = torch.zeros(2, 5, 32)
+    for head in range(4):
+        channels = slice(8 * head, 8 * head + 8)
+        queries, keys, values = (part[..., channels] for part in qkv.split(32, dim=2))
+        scores = (queries @ keys.transpose(1, 2)) / 8**0.5
+        gathered[..., channels] = scores.softmax(dim=2) @ values
+    expected = F.linear(gathered, attention.proj.weight, attention.proj.bias)  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
+    torch.testing.assert_close(attention(tokens), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_residuals_are_divided() -> None:
+    block = tiny(residual_divisor=4.0).blocks[0]
+    tokens = torch.randn(2, 5, 32)
+    middle = tokens + block.attn(block.norm1(tokens)) / 4  # pyright: ignore[reportCallIssue]
+    expected = middle + block.mlp(block.norm2(middle)) / 4  # pyright: ignore[reportCallIssue]
+    torch.testing.assert_close(block(tokens), expected)
+
+
+def test_drop_path_grows_with_depth_and_is_off_in_evaluation() -> None:
+    model = tiny(drop_path=0.4)
+    assert [getattr(block.drop_path, "drop_prob", 0.0) for block in model.blocks] == pytest.approx(
+        [0, 0.2, 0.4]
+    )
+    images = torch.randn(2, 3, 48, 48)
+    model.eval()
+    assert torch.equal(model(images).class_logits, model(images).class_logits)
+
+
+def gradients(model: LVViT, images: Tensor) -> dict[str, Tensor | None]:
+    outputs: Outputs = model(images)
+    loss = (
+        token_label_loss(outputs, class_targets(torch.tensor([3, 5])), None).total
+        + outputs.token_logits.square().mean()
+    )
+    loss.backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def test_every_parameter_gets_a_gradient_and_checkpointing_does_not_change_it() -> None:
+    plain, saving = tiny(), tiny(gradient_checkpointing=True)
+    saving.load_state_dict(plain.state_dict())
+    images = torch.randn(2, 3, 48, 48)
+    expected, found = gradients(plain, images), gradients(saving, images)
+    for name, gradient in expected.items():
+        assert gradient is not None, name
+        assert gradient.abs().sum() > 0, name
+        torch.testing.assert_close(found[name], gradient)
+
+
+def test_features_after_blocks_are_maps_of_the_tokens() -> None:
+    model = tiny().eval()
+    images = torch.randn(2, 3, 24, 36)
+    first, last = model.features_after(images, blocks=(0, 2))
+    assert first.shape == last.shape == (2, 32, 4, 6)
+    tokens = last.flatten(2).transpose(1, 2)
+    torch.testing.assert_close(F.layer_norm(tokens, (32,), eps=1e-5), model(images).tokens)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"width": 30}, "width 30 is not a multiple of num_heads 4"),
+        ({"patch_size": 3}, "patch_size must be even .* got 3"),
+        ({"patch_size": 10}, "48 x 48 pixels .* patches of 10"),
+    ],
+)
+def test_impossible_shapes_are_refused(options: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny(**options)
+
+
+def test_class_token_and_positions_are_not_decayed() -> None:
+    model = tiny()
+    assert model.no_weight_decay() <= dict(model.named_parameters()).keys()
+    assert LVViTConfig(depth=1, width=8, num_heads=1).patch_size == 16
