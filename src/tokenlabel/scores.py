@@ -126,9 +126,16 @@ def from_probabilities(
     return from_top(class_ids, kept, num_classes=num_classes, region=region, name=name)
 
 
-def from_mask(mask: NDArray[np.integer[Any]], *, num_classes: int, name: str = "mask") -> ScoreMap:
-    """Build a score map of certainties from a mask [H, W] of class ids."""
-    return from_top(mask[..., None], np.ones((*mask.shape, 1), np.float32), num_classes=num_classes, name=name)
+def from_mask(
+    mask: NDArray[np.integer[Any]], *, num_classes: int, unlabelled: int = 255, name: str = "mask"
+) -> ScoreMap:
+    """Build a score map of certainties from a mask [H, W] of class ids.
+
+    A pixel of the id `unlabelled` keeps no class: all of its mass is rest.
+    """
+    labelled = mask != unlabelled
+    class_ids = np.where(labelled, mask, 0).astype(np.int64)
+    return from_top(class_ids[..., None], labelled[..., None].astype(np.float32), num_classes=num_classes, name=name)
 
 
 def _checked_probabilities(

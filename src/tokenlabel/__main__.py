@@ -1,0 +1,7 @@
+"""`python -m tokenlabel` is the command line."""
+
+import sys
+
+from tokenlabel.cli import main
+
+sys.exit(main())

@@ -1,0 +1,199 @@
+"""The command line: `tokenlabel VERB ...`. Each verb parses its arguments and calls one function.
+
+Modules are imported by the verb that needs them, so that `tokenlabel --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from jsonargparse import ArgumentParser, Namespace
+
+USAGE_ERROR = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return its exit status: 0, 2 for input that cannot be used, 128 + signal if stopped."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    if arguments[0] == "--version":
+        print(f"tokenlabel {version('tokenlabel')}")
+        return 0
+    name, *rest = arguments
+    if name not in VERBS:
+        near = difflib.get_close_matches(name, VERBS, n=1)
+        advice = f"did you mean {near[0]}?" if near else f"known: {', '.join(VERBS)}"
+        print(f"tokenlabel: no verb {name!r}; {advice}", file=sys.stderr)
+        return USAGE_ERROR
+    try:
+        return VERBS[name].run(rest)
+    except KeyboardInterrupt:
+        print(f"\ntokenlabel {name}: stopped; the same command continues", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        if os.environ.get("TOKENLABEL_TRACEBACK"):
+            raise
+        print(f"tokenlabel {name}: error: {error}", file=sys.stderr)
+        return USAGE_ERROR
+
+
+def demo(arguments: list[str]) -> int:
+    """Run every stage on the embedded data."""
+    parser = _parser("demo", "Train with token labels on scenes of real handwritten digits; nothing is downloaded.")
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of everything that the demo makes")
+    parser.add_argument("--fast", action="store_true", help="all stages in under 90 seconds, with fewer images and steps")
+    options = _parse(parser, arguments)
+
+    from tokenlabel.demo import run_demo
+
+    return run_demo(options.out, fast=options.fast, command=main)
+
+
+def train(arguments: list[str]) -> int:
+    """Train a model by a recipe."""
+    parser = _parser("train", "Train a model by a recipe. The same command continues a run that was stopped.")
+
+    from tokenlabel.recipe import add_recipe_arguments, find_recipe, recipe_of
+    from tokenlabel.train import Interrupted
+    from tokenlabel.train import train as train_by_recipe
+
+    parser.add_argument("--run", type=Path, required=True, help="folder of the run: recipe, metrics, checkpoints")
+    _add_device(parser)
+    add_recipe_arguments(parser)
+    options = _parse(parser, _with_recipe_path(arguments, find_recipe))
+    try:
+        evaluation = train_by_recipe(recipe_of(parser, options), options.run, device=_device(options.device))
+    except Interrupted as stop:
+        print(f"tokenlabel train: {stop}", file=sys.stderr)
+        return stop.exit_status
+    print(json.dumps(evaluation.as_dict() if evaluation else {}))
+    return 0
+
+
+def evaluate(arguments: list[str]) -> int:
+    """Evaluate a trained model."""
+    parser = _parser("eval", "Evaluate the model of a run on a folder of images; its averaged weights if it has them.")
+    parser.add_argument("run", type=Path, help="run folder, or one checkpoint folder of it")
+    parser.add_argument("--data", type=Path, help="images, laid out like those it was trained on; the run's own val images by default")
+    parser.add_argument("--masks", type=Path, help="true dense labels of these images (PNG class ids): what the tokens get right")
+    parser.add_argument("--batch-size", type=int, default=256, help="images a step")
+    parser.add_argument("--num-workers", type=int, default=2, help="processes that decode images")
+    parser.add_argument("--output", type=Path, help="also write the figures to this JSON file")
+    _add_device(parser)
+    options = _parse(parser, arguments)
+    print(json.dumps(_evaluate_run(options)))
+    return 0
+
+
+def _evaluate_run(options: Namespace) -> dict[str, Any]:
+    from tokenlabel.checkpoint import load_model
+    from tokenlabel.evaluate import evaluate_run
+
+    trained = load_model(options.run)
+    figures = evaluate_run(
+        trained,
+        data=options.data,
+        masks=options.masks,
+        batch_size=options.batch_size,
+        num_workers=options.num_workers,
+        device=_device(options.device),
+    )
+    if options.output:
+        options.output.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    return figures
+
+
+def report(arguments: list[str]) -> int:
+    """Write an HTML report of runs."""
+    parser = _parser("report", "Write one self-contained HTML file about one or more runs.")
+    parser.add_argument("runs", type=Path, nargs="+", help="run folders")
+    parser.add_argument("--output", type=Path, default=Path("report.html"), help="the file to write")
+    options = _parse(parser, arguments)
+
+    from tokenlabel.report import write_report
+
+    write_report(options.runs, options.output)
+    print(options.output)
+    return 0
+
+
+@dataclass(frozen=True, slots=True)
+class Verb:
+    """A command and what `tokenlabel --help` says of it."""
+
+    run: Callable[[list[str]], int]
+    summary: str
+
+
+VERBS = {
+    "demo": Verb(demo, "every stage on data that ships with a dependency: start here"),
+    "train": Verb(train, "train a model by a recipe, with token labels or without"),
+    "eval": Verb(evaluate, "accuracy of a trained model, and of its tokens where masks are known"),
+    "report": Verb(report, "one HTML file with the curves, tables and pictures of runs"),
+}
+
+
+def _overview() -> str:
+    width = max(map(len, VERBS))
+    verbs = "\n".join(f"  {name:<{width}}  {verb.summary}" for name, verb in VERBS.items())
+    return (
+        "usage: tokenlabel VERB ...\n\nTrain vision models with token labeling: one soft label for every output token.\n\n"
+        f"{verbs}\n\n`tokenlabel VERB --help` explains a verb. TOKENLABEL_TRACEBACK=1 shows where an error came from."
+    )
+
+
+def _parser(verb: str, description: str) -> ArgumentParser:
+    import jsonargparse
+
+    return jsonargparse.ArgumentParser(prog=f"tokenlabel {verb}", description=description, exit_on_error=False)
+
+
+def _parse(parser: ArgumentParser, arguments: list[str]) -> Namespace:
+    from jsonargparse import ArgumentError
+
+    try:
+        return parser.parse_args(arguments)
+    except ArgumentError as error:
+        from tokenlabel.recipe import explain
+
+        raise ValueError(explain(error)) from error
+
+
+def _with_recipe_path(arguments: list[str], find_recipe: Callable[[str], Path]) -> list[str]:
+    """Return the arguments with the name of each recipe replaced by its file."""
+    resolved = list(arguments)
+    for i, argument in enumerate(arguments):
+        if argument == "--recipe" and i + 1 < len(arguments):
+            resolved[i + 1] = str(find_recipe(arguments[i + 1]))
+        elif argument.startswith("--recipe="):
+            resolved[i] = f"--recipe={find_recipe(argument.removeprefix('--recipe='))}"
+    return resolved
+
+
+def _add_device(parser: ArgumentParser) -> None:
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one")
+
+
+def _device(name: str) -> torch.device:
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except RuntimeError as error:
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    return device

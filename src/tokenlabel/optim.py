@@ -1,0 +1,74 @@
+"""The optimizer, its parameter groups, the schedule as a function of the step, and the averaged weights."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from timm.utils.model_ema import ModelEmaV3
+from torch import nn
+
+from tokenlabel.models import TokenModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """How weights move: AdamW under a warm-up and a cosine."""
+
+    lr: float
+    """Peak learning rate at `lr_batch_size`; it scales linearly with the batch size."""
+    lr_batch_size: int
+    """The batch size that `lr` and the other rates are stated for."""
+    min_lr: float = 1e-5
+    """Where the cosine ends; held during the cool-down. Scaled like `lr`."""
+    warmup_lr: float = 1e-6
+    """Where the warm-up starts. Scaled like `lr`."""
+    warmup_epochs: float = 5
+    """Epochs of linear warm-up, counted within the recipe's epochs."""
+    cooldown_epochs: float = 0
+    """Epochs at `min_lr` at the end, counted within the recipe's epochs."""
+    weight_decay: float = 0.05
+    """Decay of weights; biases, norms and what the model names (position embedding, class token) take none."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's averages."""
+    eps: float = 1e-8
+    """AdamW's epsilon."""
+    clip_grad_norm: float | None = None
+    """Scale gradients down to this norm; none by default, as in the paper."""
+    ema_decay: float | None = 0.99992
+    """Average of the weights for evaluation; none to evaluate the weights themselves."""
+    ema_warmup: bool = True
+    """Let the average's decay grow from 0 as 1 - (1 + step) ** -2/3: in a short run .99992 alone is useless."""
+
+
+def create_optimizer(model: TokenModel, config: OptimConfig) -> torch.optim.AdamW:
+    """Return AdamW over the trainable parameters, in a group with weight decay and one without."""
+    spared = model.no_weight_decay()
+    decayed, plain = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (plain if parameter.ndim <= 1 or name in spared else decayed).append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+
+
+def create_ema(model: nn.Module, config: OptimConfig) -> ModelEmaV3 | None:
+    """Return a copy of the model that will hold the average of its weights, if the config wants one."""
+    if config.ema_decay is None:
+        return None
+    return ModelEmaV3(model, decay=config.ema_decay, use_warmup=config.ema_warmup)
+
+
+def learning_rate(step: int, config: OptimConfig, *, batch_size: int, steps_per_epoch: int, num_steps: int) -> float:
+    """Return the learning rate of a step: linear warm-up, cosine, cool-down; scaled by the batch size."""
+    scale = batch_size / config.lr_batch_size
+    warmup = round(config.warmup_epochs * steps_per_epoch)
+    cosine = num_steps - warmup - round(config.cooldown_epochs * steps_per_epoch)
+    if step < warmup:
+        return scale * (config.warmup_lr + (config.lr - config.warmup_lr) * step / warmup)
+    progress = min(1.0, (step - warmup) / max(1, cosine))
+    return scale * (config.min_lr + (config.lr - config.min_lr) * (1 + math.cos(math.pi * progress)) / 2)

@@ -1,0 +1,241 @@
+"""A recipe: everything that decides what a training run does, as YAML and as frozen dataclasses."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import jsonargparse
+import yaml
+
+from tokenlabel.augment import AugmentConfig
+from tokenlabel.mixing import Mixing
+from tokenlabel.models import Inference
+from tokenlabel.optim import OptimConfig
+
+RECIPE_FILE = "recipe.yaml"
+
+
+class RecipeError(ValueError):
+    """A recipe that does not exist or cannot be read as one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What to train and evaluate on."""
+
+    train: str
+    """Training images: a folder with one folder a class."""
+    val: str | None = None
+    """Images to evaluate on, laid out like `train`; none to skip evaluation."""
+    labels: str | None = None
+    """Label store that `tokenlabel annotate` made for `train`; none trains without token labels."""
+    skip_broken: bool = False
+    """Leave out images that cannot be decoded; by default one of them stops the run before it starts."""
+    num_workers: int = 2
+    """Processes that decode and augment images."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which network to train."""
+
+    name: str
+    """`lvvit_t`, `lvvit_s`, `lvvit_m`, `lvvit_l`, `t2t_vit_14`, ..., or the name of any timm model."""
+    size_px: tuple[int, int] = (224, 224)
+    """Height and width of the images that it sees in training and evaluation."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """What else the model's constructor takes, such as `depth` or `drop_path`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixConfig:
+    """How pairs of images are mixed."""
+
+    kind: Mixing = Mixing.NONE
+    """none, mixtoken, cutmix or mixup."""
+    alpha: float = 1.0
+    """Both parameters of the Beta distribution of the share that an image keeps."""
+    per_sample: bool = False
+    """Draw a mix for each image, with random partners; by default one for the batch, as published."""
+    probability: float = 1.0
+    """Share of the batches that are mixed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """What the outputs are trained towards."""
+
+    beta: float = 0.5
+    """Weight of the token part; 0 trains without token labels."""
+    label_smoothing: float = 0.1
+    """Share of every target that is spread evenly over all classes, class and token targets alike."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """How the model is evaluated while it trains and at the end."""
+
+    every_epochs: float = 1
+    """Epochs between evaluations; the last step is always evaluated."""
+    batch_size: int = 256
+    """Images a step of evaluation."""
+    inference: Inference = Inference.CLASS
+    """Which prediction counts: class, tokens, or combined (class + 0.5 max over tokens, as published)."""
+    crop_fraction: float = 0.875
+    """Share of the resized image's shorter side that the centre crop keeps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A training run."""
+
+    data: DataConfig
+    model: ModelConfig
+    optim: OptimConfig
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    mix: MixConfig = field(default_factory=MixConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    epochs: int
+    """Passes over the training images."""
+    batch_size: int
+    """Images a step."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16 runs the forward pass under autocast; weights, loss and averages stay in fp32."""
+    checkpoint_every_epochs: float = 1
+    """Epochs between checkpoints; the last step always writes one."""
+    seed: int = 0
+    """Decides the initial weights, the order of the images and every augmentation."""
+
+    @property
+    def uses_token_labels(self) -> bool:
+        """Whether tokens are trained on labels of their own."""
+        return self.data.labels is not None and self.loss.beta > 0
+
+
+def add_recipe_arguments(parser: jsonargparse.ArgumentParser) -> None:
+    """Let a parser take `--recipe NAME|FILE` and every field of a recipe as `--a.b value`."""
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser.add_argument(
+        "--recipe", action="config", help=f"one of {', '.join(recipe_names())}, or a YAML file; later options override it"
+    )
+    parser.add_class_arguments(Recipe)
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Return the recipe of a YAML file. Raises RecipeError that names the file and the key."""
+    try:
+        nested = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise RecipeError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
+    return recipe_from_dict(nested, name=str(path))
+
+
+def recipe_from_dict(nested: Any, *, name: str) -> Recipe:
+    """Return the recipe of nested dicts, as in a YAML file; `name` is what errors call it."""
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Recipe)
+    if not isinstance(nested, dict):
+        raise RecipeError(f"{name}: a recipe is a mapping of keys to values, got {type(nested).__name__}")
+    try:
+        return recipe_of(parser, parser.parse_object(nested))
+    except jsonargparse.ArgumentError as error:
+        raise RecipeError(f"{name}: {explain(error)}") from error
+
+
+def recipe_of(parser: jsonargparse.ArgumentParser, namespace: jsonargparse.Namespace) -> Recipe:
+    """Return the recipe among parsed arguments."""
+    parsed = parser.instantiate(namespace)
+    return Recipe(**{f.name: parsed[f.name] for f in dataclasses.fields(Recipe)})
+
+
+def write_recipe(recipe: Recipe, path: Path) -> None:
+    """Write a recipe with every field, so that later defaults don't change what a run was."""
+    path.write_text(yaml.safe_dump(recipe_as_dict(recipe), sort_keys=False), encoding="utf-8")
+
+
+def recipe_as_dict(recipe: Recipe) -> dict[str, Any]:
+    """Return a recipe as nested dicts of what YAML and JSON know."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(entry) for key, entry in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(entry) for entry in value]
+        return str(value) if isinstance(value, (Mixing, Inference)) else value
+
+    return plain(dataclasses.asdict(recipe))
+
+
+def settings(recipe: Recipe) -> dict[str, Any]:
+    """Return every field of a recipe under its dotted name, as on the command line."""
+
+    def leaves(nested: dict[str, Any], prefix: str) -> dict[str, Any]:
+        flat: dict[str, Any] = {}
+        for key, value in nested.items():
+            flat |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        return flat
+
+    return leaves(recipe_as_dict(recipe), "")
+
+
+def recipe_names() -> list[str]:
+    """Return the names of the recipes in the package."""
+    return sorted(path.name.removesuffix(".yaml") for path in _folder().iterdir() if path.name.endswith(".yaml"))
+
+
+def find_recipe(name: str) -> Path:
+    """Return the file of a recipe given by name or as a path. Raises RecipeError with the near names."""
+    if Path(name).is_file():
+        return Path(name)
+    if name in recipe_names():
+        return Path(str(_folder() / f"{name}.yaml"))
+    raise RecipeError(f"no recipe {name!r}, neither a file nor one of the package{_near(name, recipe_names())}")
+
+
+def explain(error: Exception) -> str:
+    """Return the message of a parser's error on one line, with the near name of an unknown key."""
+    message = " ".join(str(error).split())
+    for unknown in _unknown_words(message):
+        message += _near(unknown, _field_names(Recipe))
+    return message
+
+
+def _unknown_words(message: str) -> list[str]:
+    """Return the keys that the parser did not know, out of its message."""
+    if "does not accept option" in message or "is not expected" in message:
+        return [message.split("'")[-2]]
+    if message.startswith("unrecognized arguments:"):
+        words = message.removeprefix("unrecognized arguments:").split()
+        return [word.removeprefix("--").split("=")[0] for word in words if word.startswith("--")]
+    return []
+
+
+def _near(word: str, known: Sequence[str]) -> str:
+    """Return a clause that names the known words nearest to `word`, or all of a few."""
+    last = {name.split(".")[-1]: name for name in known}
+    near = difflib.get_close_matches(word, known, n=2) or [
+        last[name] for name in difflib.get_close_matches(word.split(".")[-1], list(last), n=2)
+    ]
+    return f"; did you mean {' or '.join(near)}?" if near else f"; known: {', '.join(known)}"
+
+
+def _field_names(config: type, prefix: str = "") -> list[str]:
+    names = []
+    for entry in dataclasses.fields(config):
+        kind = globals().get(str(entry.type))
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            names += _field_names(kind, f"{prefix}{entry.name}.")
+        else:
+            names.append(prefix + entry.name)
+    return names
+
+
+def _folder() -> Any:
+    return files("tokenlabel") / "recipes"

@@ -1,0 +1,267 @@
+"""A run, or several side by side, as one self-contained HTML file: tables, curves and pictures."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from PIL import Image
+
+from tokenlabel.checkpoint import CheckpointError, TrainedModel, load_model
+from tokenlabel.data import Batch, TokenLabelDataset, collate, normalize_images
+from tokenlabel.mixing import MixPlan, Mixing, mix_images
+from tokenlabel.pictures import enlarged, mask_picture, with_cells
+from tokenlabel.recipe import RECIPE_FILE, Recipe, read_recipe, settings
+from tokenlabel.runlog import read_metrics
+from tokenlabel.targets import TokenTargets
+from tokenlabel.train import build, draw_plan, evaluation_set, make_targets
+
+NUM_PICTURES = 6
+COLUMNS = {
+    "top1": ("top-1", "{:.1%}"),
+    "top5": ("top-5", "{:.1%}"),
+    "loss": ("loss", "{:.3f}"),
+    "token_agreement": ("tokens right", "{:.1%}"),
+    "images_per_s": ("train images/s", "{:,.0f}"),
+    "data_share": ("waiting for data", "{:.1%}"),
+    "targets_share": ("making targets", "{:.1%}"),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class RunRecord:
+    """What a run folder says about a run."""
+
+    folder: Path
+    recipe: Recipe
+    train_lines: list[dict[str, Any]]
+    eval_lines: list[dict[str, Any]]
+    final: dict[str, Any]
+    """The figures of `tokenlabel eval` if its output lies in the run folder, of the last evaluation otherwise."""
+
+
+def write_report(runs: Sequence[Path], output: Path) -> None:
+    """Write the report of run folders to an HTML file, which needs no other file and no network.
+
+    The first run that was trained with token labels lends the pictures of labels, the first that has a checkpoint
+    those of predictions. Raises ValueError that names a folder that holds no run.
+    """
+    records = [read_run(run) for run in runs]
+    sections = [
+        _section("Results", _results_table(records)),
+        _section("Curves", _svg(_curves(records))),
+        *_picture_sections(records),
+        _section("Recipes", _recipe_table(records)),
+    ]
+    title = "tokenlabel: " + ", ".join(record.folder.name for record in records)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(_PAGE.format(title=html.escape(title), body="\n".join(sections)), encoding="utf-8")
+
+
+def read_run(run: Path) -> RunRecord:
+    """Return what a run folder holds. Raises ValueError if it is none."""
+    if not (run / RECIPE_FILE).is_file():
+        raise ValueError(f"{run}: holds no {RECIPE_FILE}; give a run folder that `tokenlabel train` made")
+    lines = read_metrics(run)
+    evals = [line for line in lines if line["kind"] == "eval"]
+    written = run / "eval.json"
+    final = json.loads(written.read_text(encoding="utf-8")) if written.is_file() else (evals or [{}])[-1]
+    trains = [line for line in lines if line["kind"] == "train"]
+    return RunRecord(run, read_recipe(run / RECIPE_FILE), trains, evals, final)
+
+
+def _results_table(records: Sequence[RunRecord]) -> str:
+    rows = []
+    for record in records:
+        speeds = {
+            name: float(np.median([line[name] for line in record.train_lines]))
+            for name in ("images_per_s", "data_share", "targets_share")
+            if record.train_lines
+        }
+        figures = {**record.final, **speeds}
+        shown = (form.format(figures[name]) if name in figures else "–" for name, (_, form) in COLUMNS.items())
+        rows.append([record.folder.name, *shown])
+    return _table(["run", *(heading for heading, _ in COLUMNS.values())], rows)
+
+
+def _recipe_table(records: Sequence[RunRecord]) -> str:
+    """Return the settings in which the runs differ, or all of them for a single run."""
+    columns = [settings(record.recipe) for record in records]
+    names = dict.fromkeys(name for column in columns for name in column)
+    rows = [[name, *(str(column.get(name, "–")) for column in columns)] for name in names]
+    differing = [row for row in rows if len(records) == 1 or len(set(row[1:])) > 1]
+    return _table(["setting", *(record.folder.name for record in records)], differing)
+
+
+def _curves(records: Sequence[RunRecord]) -> Figure:
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    panels = figure.subplots(1, 3)
+    plots = (
+        ("training loss, class token", "train_lines", "class_loss"),
+        ("training loss, tokens", "train_lines", "token_loss"),
+        ("top-1 on val", "eval_lines", "top1"),
+    )
+    for panel, (title, lines, name) in zip(panels, plots, strict=True):
+        for record in records:
+            points = [(line["step"], line[name]) for line in getattr(record, lines) if line.get(name)]
+            if points:
+                panel.plot(*zip(*points, strict=True), label=record.folder.name, linewidth=1.3)
+        panel.set(title=title, xlabel="step")
+        panel.grid(alpha=0.3)
+        if panel.lines:
+            panel.legend(fontsize=8)
+    return figure
+
+
+def _picture_sections(records: Sequence[RunRecord]) -> list[str]:
+    sections = []
+    labelled = next((record for record in records if record.recipe.uses_token_labels), None)
+    if labelled is not None:
+        sections += _label_sections(labelled.recipe)
+    for record in records:
+        if record.recipe.data.val is None:
+            continue
+        try:
+            trained = load_model(record.folder)
+        except CheckpointError:
+            continue  # a run that has not come to its first checkpoint has nothing to predict with
+        sections.append(_prediction_section(record.folder.name, trained))
+        break
+    return sections
+
+
+def _label_sections(recipe: Recipe) -> list[str]:
+    """Return pictures of score maps, of augmented images with their labels, and of mixed ones."""
+    training = build(recipe, device=torch.device("cpu"))
+    dataset, grid = training.train_set, training.grid
+    names = dataset.source.class_names
+    chosen = np.linspace(0, len(dataset) - 1, NUM_PICTURES).astype(int)
+    maps, augmented = [], []
+    batch = collate([dataset[0, int(index)] for index in chosen])
+    plain = replace(recipe, loss=replace(recipe.loss, label_smoothing=0.0))
+    _, targets = make_targets(plain, batch, None, grid=grid)
+    assert targets is not None
+    labels = _cells(targets, grid, len(names))
+    for i, index in enumerate(chosen):
+        key, original = dataset.source.keys[index], dataset.original(int(index))
+        score_map = dataset.score_map(int(index))
+        maps += [(enlarged(original), key), (with_cells(original, score_map.dense(), names), "teacher's map")]
+        pixels = _pixels(batch, i)
+        augmented += [(enlarged(pixels), key), (with_cells(pixels, labels[i], names), "aligned token labels")]
+    sections = [
+        _section("Training images and their score maps", _gallery(maps)),
+        _section("Augmented images and the labels of their tokens", _gallery(augmented)),
+    ]
+    plan = draw_plan(recipe, len(batch.images), grid=grid, step=0)
+    if recipe.mix.kind is not Mixing.NONE and plan is not None:
+        sections.append(_mix_section(plain, batch, plan, grid=grid, class_names=names))
+    return sections
+
+
+def _mix_section(
+    recipe: Recipe, batch: Batch, plan: MixPlan, *, grid: tuple[int, int], class_names: list[str]
+) -> str:
+    class_target, token_target = make_targets(recipe, batch, plan, grid=grid)
+    assert token_target is not None
+    labels = _cells(token_target, grid, len(class_names))
+    images = mix_images(batch.images.float(), plan).round().to(torch.uint8)
+    aspect = images.shape[2] / images.shape[3]
+    pictures = []
+    for i in range(len(images) // 2):
+        partner = int(plan.partner[i])
+        classes = class_target.dense(len(class_names))[i, 0]
+        said = ", ".join(f"{class_names[c]}: {classes[c]:.2f}" for c in classes.argsort(descending=True)[:2] if classes[c] > 0)
+        mixed = images[i].permute(1, 2, 0).numpy()
+        pictures += [
+            (enlarged(_pixels(batch, i)), batch.keys[i]),
+            (enlarged(_pixels(batch, partner)), f"partner {batch.keys[partner]}"),
+            (mask_picture(plan.mask[i].numpy(), aspect=aspect), "mask: white from the partner"),
+            (with_cells(mixed, labels[i], class_names), f"mixed targets; class {said}"),
+        ]
+    return _section(f"Mixed pairs ({recipe.mix.kind})", _gallery(pictures))
+
+
+@torch.inference_mode()
+def _prediction_section(name: str, trained: TrainedModel) -> str:
+    dataset: TokenLabelDataset = evaluation_set(trained.recipe, class_names=trained.class_names)
+    chosen = np.linspace(0, len(dataset) - 1, 2 * NUM_PICTURES).astype(int)
+    batch = collate([dataset[0, int(index)] for index in chosen])
+    outputs = trained.model(normalize_images(batch.images, mean=trained.model.mean, std=trained.model.std))
+    probs = outputs.token_logits.softmax(dim=2).unflatten(1, outputs.grid).numpy()
+    guesses = outputs.logits(trained.recipe.eval.inference).argmax(dim=1).tolist()
+    pictures = []
+    for i, (guess, truth) in enumerate(zip(guesses, batch.class_ids.tolist(), strict=True)):
+        verdict = "right" if guess == truth else f"wrong, it is {trained.class_names[truth]}"
+        pictures += [
+            (enlarged(_pixels(batch, i)), batch.keys[i]),
+            (with_cells(_pixels(batch, i), probs[i], trained.class_names), f"says {trained.class_names[guess]}: {verdict}"),
+        ]
+    return _section(f"What the tokens of {name} say about val images", _gallery(pictures))
+
+
+def _cells(targets: TokenTargets, grid: tuple[int, int], num_classes: int) -> NDArray[np.float32]:
+    """Return targets as [B, h, w, C]."""
+    return targets.dense(num_classes).unflatten(1, grid).numpy()
+
+
+def _pixels(batch: Batch, index: int) -> NDArray[np.uint8]:
+    return batch.images[index].permute(1, 2, 0).numpy()
+
+
+def _gallery(pictures: Iterable[tuple[Image.Image, str]]) -> str:
+    figures = (
+        f'<figure><img src="{_data_uri(image)}" alt="{html.escape(caption)}">'
+        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+        for image, caption in pictures
+    )
+    return f'<div class="gallery">{"".join(figures)}</div>'
+
+
+def _data_uri(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _svg(figure: Figure) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg")
+    svg = buffer.getvalue()
+    return svg[svg.index("<svg") :]
+
+
+def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    head = "".join(f"<th>{html.escape(heading)}</th>" for heading in headings)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _section(title: str, body: str) -> str:
+    return f"<section><h2>{html.escape(title)}</h2>{body}</section>"
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{title}</title><style>
+body {{ font: 15px/1.5 system-ui, sans-serif; color: #1d2330; background: #fff; max-width: 1000px; margin: 2rem auto; padding: 0 1rem }}
+h1 {{ font-size: 1.5rem }} h2 {{ font-size: 1.15rem; margin-top: 2.2rem; border-bottom: 1px solid #dde1ea; padding-bottom: .3rem }}
+table {{ border-collapse: collapse; font-variant-numeric: tabular-nums }}
+th, td {{ text-align: right; padding: .3rem .8rem; border-bottom: 1px solid #e8ebf1 }}
+th:first-child, td:first-child {{ text-align: left }} thead th {{ color: #5b6478; font-weight: 600 }}
+.gallery {{ display: grid; grid-template-columns: repeat(4, 1fr); gap: .9rem }}
+figure {{ margin: 0 }} img {{ width: 100%; border-radius: 4px; display: block }}
+figcaption {{ font-size: 12px; color: #5b6478; overflow-wrap: anywhere }} svg {{ max-width: 100%; height: auto }}
+</style></head><body><h1>{title}</h1>
+{body}
+</body></html>
+"""

@@ -1,0 +1,89 @@
+"""What a run says while it goes: metrics.jsonl for programs, a progress bar for people."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class RunLog:
+    """Appends one JSON object a line to RUN/metrics.jsonl and keeps a progress bar on the terminal.
+
+    Every line has `step`, the number of steps that were done when it was written. A run that continues from an
+    earlier step drops the lines that it will write again, so that the file reads like that of an unbroken run.
+    """
+
+    def __init__(self, run: Path, *, start_step: int, num_steps: int, title: str) -> None:
+        self._path = run / METRICS_FILE
+        kept = [line for line in read_metrics(run) if line["step"] <= start_step]
+        self._rewrite(kept)
+        self._file = self._path.open("a", encoding="utf-8")
+        # A bar for people; plain lines, now and then, for logs that cannot move a cursor.
+        interval_s = 0.2 if sys.stderr.isatty() else 20.0
+        self.bar = tqdm(total=num_steps, initial=start_step, desc=title, unit="step", mininterval=interval_s)
+
+    def write(self, step: int, **values: Any) -> None:
+        """Write one line of metrics."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+
+    def say(self, message: str) -> None:
+        """Print a line above the progress bar."""
+        self.bar.write(message, file=sys.stderr)
+
+    def close(self) -> None:
+        """Close the file and the bar."""
+        self.bar.close()
+        self._file.close()
+
+    def _rewrite(self, lines: list[dict[str, Any]]) -> None:
+        temporary = self._path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        os.replace(temporary, self._path)
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """Return the lines of a run's metrics, oldest first; a last line cut short by a kill is left out."""
+    path = run / METRICS_FILE
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+class Stopwatch:
+    """Adds up the seconds spent in named parts of a step.
+
+    On a GPU work is only queued, so times of parts are those of the host; a part that waits (for data, for the
+    loss) shows what it waited for.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.started = time.perf_counter()
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Count the time inside the block as `name`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def lap(self) -> dict[str, float]:
+        """Return the seconds of each part and in `total` since the last lap, and start anew."""
+        now = time.perf_counter()
+        seconds, self.seconds = {**self.seconds, "total": now - self.started}, {}
+        self.started = now
+        return seconds
