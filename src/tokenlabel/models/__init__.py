@@ -2,18 +2,55 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
+from difflib import get_close_matches
 from typing import Any
 
-from tokenlabel.models.lvvit import CONFIGS, LVViT, LVViTConfig
+import timm
+
+from tokenlabel.models.adapter import NoTokenGridError, TimmAdapter, create_timm_adapter
+from tokenlabel.models.lvvit import CONFIGS as LVVIT_CONFIGS
+from tokenlabel.models.lvvit import LVViT, LVViTConfig
 from tokenlabel.models.outputs import Inference, Outputs, TokenModel
 
-__all__ = ["Inference", "LVViT", "LVViTConfig", "Outputs", "TokenModel", "create_model"]
+__all__ = [
+    "Inference",
+    "LVViT",
+    "LVViTConfig",
+    "NoTokenGridError",
+    "Outputs",
+    "TimmAdapter",
+    "TokenModel",
+    "create_model",
+]
 
 
 def create_model(name: str, *, num_classes: int, size_px: tuple[int, int], **options: Any) -> TokenModel:
-    """Return a new model; see docs/models.md for the names and what each takes.
+    """Return a new model; docs/models.md lists what there is.
 
-    `size_px`: (height, width) of the images. `options`: the fields of `LVViTConfig` for LV-ViT.
+    `name`: `lvvit_t|s|m|l`, or any that timm knows. `size_px`: (height, width) of the images. `options`: the
+    fields of `LVViTConfig` for LV-ViT; for timm's models `stage` (see `TimmAdapter`) and whatever
+    `timm.create_model` takes. Raises ValueError for unknown names and options, and for sizes that the model
+    cannot take.
     """
-    return LVViT(replace(CONFIGS[name], **options), num_classes=num_classes, size_px=size_px)
+    if name in LVVIT_CONFIGS:
+        config = _configured(name, LVVIT_CONFIGS[name], options)
+        return LVViT(config, num_classes=num_classes, size_px=size_px)
+    if ":" not in name and not timm.is_model(name):  # a colon: timm's "hf-hub:" and "local-dir:"
+        near = get_close_matches(name, [*LVVIT_CONFIGS, *timm.list_models()])
+        raise ValueError(
+            f"there is no model {name!r}; {_suggestion(near) or 'see docs/models.md for what there is'}"
+        )
+    return create_timm_adapter(name, num_classes=num_classes, size_px=size_px, **options)
+
+
+def _configured(name: str, config: LVViTConfig, options: dict[str, Any]) -> LVViTConfig:
+    known = [field.name for field in fields(config)]
+    for option in options.keys() - set(known):
+        hint = _suggestion(get_close_matches(option, known)) or f"it has {', '.join(known)}"
+        raise ValueError(f"{name} has no option {option!r}; {hint}")
+    return replace(config, **options)
+
+
+def _suggestion(near: list[str]) -> str | None:
+    return f"did you mean {' or '.join(near)}?" if near else None

@@ -1,0 +1,282 @@
+"""Any timm classifier with a token grid, with a second head for its tokens.
+
+What a model's features look like (a map, channels first or last; a sequence behind class, distillation or
+register tokens) is found out by running it once, not by knowing its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import timm
+import torch
+from jaxtyping import Float
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import get_pretrained_cfg
+from torch import Tensor, nn
+
+from tokenlabel.mixing import MixPlan, mix_images
+from tokenlabel.models.outputs import Outputs, TokenModel
+
+# Where timm's classifiers keep a norm that they apply to pooled features. Tokens take it too, so that the
+# token head sees what the classifier sees.
+POOLED_NORMS = ("fc_norm", "head.norm")
+
+TIMM_METHODS = ("forward_features", "forward_intermediates", "forward_head")
+
+# What timm models raise for sizes and options that they cannot take.
+REFUSALS = (RuntimeError, AssertionError, TypeError, ValueError, IndexError)
+
+
+class NoTokenGridError(ValueError):
+    """A model whose features are not one vector for each place of the image."""
+
+
+class Layout(StrEnum):
+    """How a model's features are laid out."""
+
+    MAP = "B D h w"
+    CHANNELS_LAST_MAP = "B h w D"
+    SEQUENCE = "B M D"  # prefix tokens, then h * w tokens row by row
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """What one run of a model shows about its features.
+
+    `from_stage`: None if the tokens are in what the classifier gets, else the index that
+    `forward_intermediates` takes. `num_prefix`: tokens of a sequence before those of the grid.
+    """
+
+    layout: Layout
+    grid: tuple[int, int]
+    width: int
+    from_stage: int | None = None
+    num_prefix: int = 0
+
+
+class TimmAdapter(TokenModel):
+    """A timm classifier with a linear head for its tokens.
+
+    `backbone`: any classifier with timm's `forward_features`, `forward_intermediates` and `forward_head`.
+    `name`: what errors call it. `size_px`: (height, width) of the images to begin with; other sizes are taken
+    where the backbone allows. `stage`: take the tokens from an earlier stage, for a finer grid; an index of
+    timm's `forward_intermediates`, counted from 0. Their head begins with a LayerNorm, since the backbone's
+    last norm has not seen them.
+
+    Class logits are the backbone's own. A backbone that has a token head (VOLO) hands it over. Plans mix
+    pixels, or, in VOLO, whose stem overlaps, patch embeddings.
+    Raises NoTokenGridError for a backbone that has no token grid, ValueError for images that it cannot take.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        *,
+        name: str,
+        num_classes: int,
+        size_px: tuple[int, int],
+        stage: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.backbone: Any = backbone
+        self.name = name
+        self.num_classes = num_classes
+        self.stage = stage
+        self._features_of: dict[tuple[int, int], Features] = {}
+        preprocessing: dict[str, Any] = getattr(backbone, "pretrained_cfg", {})
+        self.mean = _rgb(preprocessing.get("mean", IMAGENET_DEFAULT_MEAN))
+        self.std = _rgb(preprocessing.get("std", IMAGENET_DEFAULT_STD))
+        missing = [method for method in TIMM_METHODS if not hasattr(backbone, method)]
+        if missing:
+            raise NoTokenGridError(f"{name} has no token grid: it lacks timm's {' and '.join(missing)}")
+        features = self._features(size_px)
+        own_token_head = _take_own_token_head(backbone)
+        if features.from_stage is None:
+            self._pooled_norm = _pooled_norm(backbone, features.width)
+            self.token_head = own_token_head or _new_token_head(features, num_classes)
+        else:
+            self._pooled_norm = None
+            self.token_head = _new_token_head(features, num_classes)
+
+    def grid_for(self, size_px: tuple[int, int]) -> tuple[int, int]:
+        """Return the token grid (h, w) of images of `size_px` (height, width), measured at the first call."""
+        return self._features(size_px).grid
+
+    def no_weight_decay(self) -> set[str]:
+        """Return the names of the parameters that weight decay leaves alone, beside biases and norms."""
+        names = self.backbone.no_weight_decay() if hasattr(self.backbone, "no_weight_decay") else ()
+        return {f"backbone.{name}" for name in names}
+
+    def forward(self, images: Float[Tensor, "B 3 height width"], plan: MixPlan | None = None) -> Outputs:
+        """Return class logits and tokens of normalised images, mixed by the plan."""
+        features = self._features((images.shape[2], images.shape[3]))
+        seen, dense = self._run(images, plan, features.from_stage)
+        return Outputs(
+            class_logits=self.backbone.forward_head(seen),
+            tokens=self._tokens(dense, features),
+            token_head=self.token_head,
+            grid=features.grid,
+        )
+
+    def _run(
+        self, images: Float[Tensor, "B 3 height width"], plan: MixPlan | None, from_stage: int | None
+    ) -> tuple[Any, Tensor]:
+        """Return what the classifier gets, and what the tokens are taken from."""
+        if plan is not None and plan.on_tokens and from_stage is None and _mixes_embeddings(self.backbone):
+            seen = _features_of_mixed_embeddings(self.backbone, images, plan)
+            return seen, seen
+        if plan is not None:
+            images = mix_images(images, plan)
+        if from_stage is None:
+            seen = self.backbone.forward_features(images)
+            return seen, seen
+        seen, (dense,) = self.backbone.forward_intermediates(images, indices=[from_stage])
+        return seen, dense
+
+    def _tokens(self, dense: Tensor, features: Features) -> Float[Tensor, "B N D"]:
+        if features.layout is Layout.SEQUENCE:
+            dense = dense[:, features.num_prefix :]
+        if self._pooled_norm is not None:
+            dense = self.backbone.get_submodule(self._pooled_norm)(dense)
+        match features.layout:
+            case Layout.MAP:
+                return dense.flatten(2).transpose(1, 2)
+            case Layout.CHANNELS_LAST_MAP:
+                return dense.flatten(1, 2)
+            case Layout.SEQUENCE:
+                return dense
+
+    def _features(self, size_px: tuple[int, int]) -> Features:
+        if size_px not in self._features_of:
+            self._features_of[size_px] = self._measure(size_px)
+        return self._features_of[size_px]
+
+    def _measure(self, size_px: tuple[int, int]) -> Features:
+        """Run one blank image of this size through the backbone and look at what comes out."""
+        image = next(self.backbone.parameters()).new_zeros(1, 3, *size_px)
+        stage = -1 if self.stage is None else self.stage
+        try:
+            with _evaluating(self.backbone), torch.no_grad():
+                seen, (dense,) = self.backbone.forward_intermediates(image, indices=[stage])
+        except REFUSALS as error:
+            where = "" if self.stage is None else f" at stage {self.stage}"
+            size = f"{size_px[0]} x {size_px[1]} pixels{where}"
+            raise ValueError(f"{self.name} cannot take images of {size}: {_first_line(error)}") from error
+        grid = (dense.shape[2], dense.shape[3])
+        self._check_grid(grid, size_px)
+        from_stage = Features(Layout.MAP, grid, width=dense.shape[1], from_stage=stage)
+        if self.stage is not None:
+            return from_stage
+        return _classifier_features(seen, grid) or from_stage
+
+    def _check_grid(self, grid: tuple[int, int], size_px: tuple[int, int]) -> None:
+        height_px, width_px = size_px
+        if grid == (1, 1):
+            raise NoTokenGridError(
+                f"{self.name} has no token grid for images of {height_px} x {width_px} pixels: its features are "
+                "1 x 1; take larger images, or an earlier stage (the option `stage`)"
+            )
+        patch = getattr(getattr(self.backbone, "patch_embed", None), "patch_size", None)
+        if patch is None or grid != (height_px // patch[0], width_px // patch[1]):
+            return
+        if height_px % patch[0] or width_px % patch[1]:
+            raise ValueError(
+                f"{self.name} would cut images of {height_px} x {width_px} pixels (height x width) at the edges: "
+                f"its patches are {patch[0]} x {patch[1]}; choose multiples of that"
+            )
+
+
+def create_timm_adapter(
+    name: str, *, num_classes: int, size_px: tuple[int, int], stage: int | None = None, **options: Any
+) -> TimmAdapter:
+    """Return a timm model with a token head; `options` go to `timm.create_model` (pretrained, for example).
+
+    Raises ValueError for options or a size that the model cannot take.
+    """
+    try:
+        config = get_pretrained_cfg(name, allow_unregistered=True)
+        if config is not None and config.fixed_input_size:  # timm's sign that the model takes `img_size`
+            options.setdefault("img_size", size_px)
+        backbone = timm.create_model(name, num_classes=num_classes, **options)
+    except REFUSALS as error:
+        raise ValueError(
+            f"timm cannot make {name} with the options {options}: {_first_line(error)}"
+        ) from error
+    return TimmAdapter(backbone, name=name, num_classes=num_classes, size_px=size_px, stage=stage)
+
+
+def _classifier_features(seen: Any, grid: tuple[int, int]) -> Features | None:
+    """Say how the features that the classifier gets hold the grid; None if they don't."""
+    if not isinstance(seen, Tensor):  # several branches
+        return None
+    if seen.ndim == 4 and tuple(seen.shape[2:]) == grid:
+        return Features(Layout.MAP, grid, seen.shape[1])
+    if seen.ndim == 4 and tuple(seen.shape[1:3]) == grid:
+        return Features(Layout.CHANNELS_LAST_MAP, grid, seen.shape[3])
+    num_prefix = seen.shape[1] - grid[0] * grid[1]
+    if seen.ndim == 3 and num_prefix >= 0:
+        return Features(Layout.SEQUENCE, grid, seen.shape[2], num_prefix=num_prefix)
+    return None  # pooled, or only class tokens are left
+
+
+def _pooled_norm(backbone: nn.Module, width: int) -> str | None:
+    """Return the name of the norm between pooling and classifier, if one fits features of this width."""
+    modules = dict(backbone.named_modules())
+    for name in POOLED_NORMS:
+        weight = getattr(modules.get(name), "weight", None)
+        if weight is not None and len(weight) == width:
+            return name
+    return None
+
+
+def _take_own_token_head(backbone: Any) -> nn.Module | None:
+    """Take a token head away from a backbone that has one: it would add to the class logits."""
+    token_head = getattr(backbone, "aux_head", None)
+    if token_head is not None:
+        backbone.aux_head = None
+    return token_head
+
+
+def _new_token_head(features: Features, num_classes: int) -> nn.Module:
+    linear = nn.Linear(features.width, num_classes)
+    nn.init.trunc_normal_(linear.weight, std=0.02)
+    nn.init.zeros_(linear.bias)
+    return linear if features.from_stage is None else nn.Sequential(nn.LayerNorm(features.width), linear)
+
+
+def _mixes_embeddings(backbone: nn.Module) -> bool:
+    """Say whether the backbone was made for MixToken: VOLO, which alone in timm has a switch for it."""
+    return hasattr(backbone, "mix_token")
+
+
+def _features_of_mixed_embeddings(backbone: Any, images: Tensor, plan: MixPlan) -> Tensor:
+    """Return VOLO's features of mixed patch embeddings, which lie on a finer grid than its tokens."""
+    embeddings = mix_images(backbone.patch_embed(images), plan)  # [B, D, 2h, 2w]
+    tokens = backbone.forward_tokens(embeddings.permute(0, 2, 3, 1))  # [B, N, D]
+    return backbone.norm(backbone.forward_cls(tokens))
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Put a module into evaluation mode, and each of its parts back into its own mode afterwards."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes.items():
+            part.training = training
+
+
+def _rgb(values: Sequence[float]) -> tuple[float, float, float]:
+    red, green, blue = values
+    return red, green, blue
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
