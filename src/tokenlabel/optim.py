@@ -24,9 +24,9 @@ class OptimConfig:
     """Where the cosine ends; held during the cool-down. Scaled like `lr`."""
     warmup_lr: float = 1e-6
     """Where the warm-up starts. Scaled like `lr`."""
-    warmup_epochs: float = 5
+    warmup_epochs: float = 5.0
     """Epochs of linear warm-up, counted within the recipe's epochs."""
-    cooldown_epochs: float = 0
+    cooldown_epochs: float = 0.0
     """Epochs at `min_lr` at the end, counted within the recipe's epochs."""
     weight_decay: float = 0.05
     """Decay of weights; biases, norms and what the model names (position embedding, class token) take none."""

@@ -81,7 +81,7 @@ class LossConfig:
 class EvalConfig:
     """How the model is evaluated while it trains and at the end."""
 
-    every_epochs: float = 1
+    every_epochs: float = 1.0
     """Epochs between evaluations; the last step is always evaluated."""
     batch_size: int = 256
     """Images a step of evaluation."""
@@ -108,7 +108,7 @@ class Recipe:
     """Images a step."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 runs the forward pass under autocast; weights, loss and averages stay in fp32."""
-    checkpoint_every_epochs: float = 1
+    checkpoint_every_epochs: float = 1.0
     """Epochs between checkpoints; the last step always writes one."""
     seed: int = 0
     """Decides the initial weights, the order of the images and every augmentation."""

@@ -1,0 +1,138 @@
+import errno
+import json
+
+import pytest
+import torch
+
+from tokenlabel import checkpoint
+from tokenlabel.checkpoint import (
+    CheckpointError,
+    Trained,
+    list_checkpoints,
+    load_checkpoint,
+    load_model,
+    save_checkpoint,
+)
+from tokenlabel.models import create_model
+from tokenlabel.optim import OptimConfig, create_ema, create_optimizer
+from tokenlabel.recipe import recipe_from_dict
+
+OPTIONS = {"patch_size": 8, "depth": 1, "width": 16, "num_heads": 2, "stem_width": 8}
+RECIPE = recipe_from_dict(
+    {
+        "data": {"train": "images"},
+        "model": {"name": "lvvit_t", "size_px": [16, 16], "options": OPTIONS},
+        "optim": {"lr": 1e-3, "lr_batch_size": 4},
+        "epochs": 1,
+        "batch_size": 4,
+    },
+    name="test",
+)
+CLASS_NAMES = ["ant", "bee", "cat"]
+
+
+def trained_for(steps, *, seed=0, config=None):
+    config = config or OptimConfig(lr=1e-2, lr_batch_size=4)
+    torch.manual_seed(seed)
+    model = create_model("lvvit_t", num_classes=3, size_px=(16, 16), **OPTIONS)
+    model.to(memory_format=torch.channels_last)
+    trained = Trained(model, create_optimizer(model, config), create_ema(model, config))
+    for step in range(steps):
+        take_step(trained, step)
+    return trained
+
+
+def take_step(trained, step):
+    torch.manual_seed(step)
+    trained.optimizer.zero_grad()
+    trained.model(torch.randn(4, 3, 16, 16)).class_logits.square().sum().backward()
+    trained.optimizer.step()
+    trained.ema.update(trained.model, step=step)
+
+
+def save(run, step, trained, keep=2):
+    return save_checkpoint(run, step, trained, recipe=RECIPE, class_names=CLASS_NAMES, keep=keep)
+
+
+def same_weights(one, other):
+    return all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+def test_a_loaded_state_goes_on_bit_by_bit(tmp_path):
+    unbroken = trained_for(3)
+    folder = save(tmp_path, 3, unbroken)
+    continued = trained_for(0, seed=1)
+    assert load_checkpoint(folder, continued) == 3
+    for step in (3, 4):
+        take_step(unbroken, step)
+        take_step(continued, step)
+    assert same_weights(unbroken.model, continued.model)
+    assert same_weights(unbroken.ema.module, continued.ema.module)
+
+
+def test_a_model_comes_back_with_its_average_and_its_classes(tmp_path):
+    trained = trained_for(2)
+    save(tmp_path, 2, trained)
+    loaded = load_model(tmp_path)
+    assert (loaded.class_names, loaded.step, loaded.recipe) == (CLASS_NAMES, 2, RECIPE)
+    assert not loaded.model.training
+    assert same_weights(loaded.model, trained.ema.module)
+
+
+def test_without_an_average_the_weights_themselves_come_back(tmp_path):
+    config = OptimConfig(lr=1e-2, lr_batch_size=4, ema_decay=None)
+    trained = trained_for(0, config=config)
+    save(tmp_path, 0, trained)
+    assert same_weights(load_model(tmp_path).model, trained.model)
+
+
+def test_the_newest_are_kept(tmp_path):
+    trained = trained_for(1)
+    for step in (1, 5, 10, 100_000_000):
+        save(tmp_path, step, trained)
+    assert [int(path.name) for path in list_checkpoints(tmp_path)] == [10, 100_000_000]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "ema.safetensors", "optimizer.safetensors"])
+@pytest.mark.parametrize("damage", [lambda data: data[:-5], lambda data: data[:-9] + b"x" + data[-8:], lambda data: b""])
+def test_a_damaged_file_is_named(tmp_path, name, damage):
+    folder = save(tmp_path, 1, trained_for(1))
+    data = (folder / name).read_bytes()
+    (folder / name).write_bytes(damage(data))
+    with pytest.raises(CheckpointError, match=f"{name}.*altered.*remove this folder"):
+        load_checkpoint(folder, trained_for(0))
+
+
+def test_a_missing_file_is_named(tmp_path):
+    folder = save(tmp_path, 1, trained_for(1))
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="model.safetensors: cannot be read"):
+        load_checkpoint(folder, trained_for(0))
+
+
+def test_another_format_is_refused(tmp_path):
+    folder = save(tmp_path, 1, trained_for(1))
+    state = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps(state | {"format": 99}))
+    with pytest.raises(CheckpointError, match="format 99"):
+        load_model(folder)
+
+
+def test_a_folder_without_a_run_says_what_to_give(tmp_path):
+    with pytest.raises(CheckpointError, match="run folder that `tokenlabel train` made"):
+        load_model(tmp_path)
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
+    trained = trained_for(1)
+    save(tmp_path, 1, trained)
+
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", fail)
+    with pytest.raises(CheckpointError, match="No space left on device.*earlier checkpoints are intact"):
+        save(tmp_path, 2, trained)
+    assert [int(path.name) for path in list_checkpoints(tmp_path)] == [1]
+    assert load_checkpoint(list_checkpoints(tmp_path)[0], trained_for(0)) == 1
+    assert not list((tmp_path / "checkpoints").glob(".*"))

@@ -1,0 +1,122 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tokenlabel.align import align, collate_score_maps
+from tokenlabel.data import Batch
+from tokenlabel.evaluate import MaskFolder, agreement, evaluate, object_tokens
+from tokenlabel.geometry import View, stack_views
+from tokenlabel.models import Inference, Outputs, TokenModel
+from tokenlabel.scores import from_mask
+
+CPU = torch.device("cpu")
+
+
+class Oracle(TokenModel):
+    """Says of each token what its top left pixel is (red channel = class id / 255), and of the image the first token."""
+
+    num_classes = 10
+    mean = (0.0, 0.0, 0.0)
+    std = (1.0, 1.0, 1.0)
+
+    def forward(self, images, plan=None):
+        ids = (images[:, 0, ::4, ::4] * 255).round().long().clamp_max(9)  # [B, h, w]
+        tokens = torch.nn.functional.one_hot(ids.flatten(1), 10).float()
+        return Outputs(tokens[:, 0], tokens, torch.nn.Identity(), (ids.shape[1], ids.shape[2]))
+
+    def grid_for(self, size_px):
+        return size_px[0] // 4, size_px[1] // 4
+
+    def no_weight_decay(self):
+        return set()
+
+
+def batch_of(masks, class_ids, score_maps=None):
+    images = torch.from_numpy(np.stack(masks)).to(torch.uint8)[:, None].repeat(1, 3, 1, 1)
+    views = torch.from_numpy(stack_views([View.identity()] * len(masks)))
+    return Batch(
+        images=images,
+        class_ids=torch.tensor(class_ids),
+        score_maps=collate_score_maps(score_maps) if score_maps else None,
+        views=views,
+        keys=[str(i) for i in range(len(masks))],
+        num_classes=10,
+    )
+
+
+def run(batches):
+    return evaluate(Oracle(), batches, inference=Inference.CLASS, device=CPU, precision="fp32")
+
+
+def test_accuracy_counts_every_image_once():
+    masks = [np.full((8, 8), c) for c in (3, 4, 5)]
+    evaluation = run([batch_of(masks[:2], [3, 4]), batch_of(masks[2:], [0])])
+    assert evaluation.num_images == 3
+    assert evaluation.top1 == pytest.approx(2 / 3)
+    assert evaluation.token_agreement is None
+
+
+def test_a_model_that_says_nothing_is_right_about_nothing():
+    """All logits equal: ties count against the image's class, whatever its number."""
+
+    class Mute(Oracle):
+        def forward(self, images, plan=None):
+            outputs = super().forward(images)
+            return Outputs(outputs.class_logits * 0, outputs.tokens, outputs.token_head, outputs.grid)
+
+    evaluation = evaluate(
+        Mute(), [batch_of([np.zeros((8, 8))] * 2, [0, 7])], inference=Inference.CLASS, device=CPU, precision="fp32"
+    )
+    assert (evaluation.top1, evaluation.top5) == (0, 0)
+
+
+def test_tokens_are_held_against_the_masks_where_an_object_is():
+    truth = np.full((8, 8), 255, np.uint8)
+    truth[:4, :4], truth[4:, 4:] = 3, 4  # two of four tokens show an object
+    said = np.zeros((8, 8), np.uint8)
+    said[:4, :4] = 3
+    evaluation = run([batch_of([said], [0], [from_mask(truth, num_classes=10)])])
+    assert evaluation.num_object_tokens == 2
+    assert evaluation.token_agreement == 0.5
+
+
+def test_a_token_shows_an_object_that_covers_a_quarter_of_it():
+    mask = np.full((8, 8), 255, np.uint8)
+    mask[:2, :2] = 6  # a quarter of the first of four tokens
+    mask[4, 4] = 7  # a sixteenth of the last
+    views = torch.from_numpy(stack_views([View.identity()]))
+    targets = align(collate_score_maps([from_mask(mask, num_classes=10)]), views, (2, 2), samples=4)
+    objects, classes = object_tokens(targets)
+    assert objects[0].tolist() == [True, False, False, False]
+    assert classes[0, 0] == 6
+
+
+def test_a_teacher_agrees_with_itself():
+    mask = np.random.default_rng(0).integers(0, 10, (8, 8)).astype(np.uint8)
+    views = torch.from_numpy(stack_views([View.identity()]))
+    targets = align(collate_score_maps([from_mask(mask, num_classes=10)]), views, (8, 8))
+    assert agreement(targets, targets, 10) == (64, 64)
+
+
+def test_masks_are_read_by_the_key_of_the_image(tmp_path):
+    (tmp_path / "3").mkdir()
+    mask = np.array([[1, 255], [2, 3]], np.uint8)
+    Image.fromarray(mask).save(tmp_path / "3" / "a.b.png")
+    score_map = MaskFolder(tmp_path, num_classes=4)["3/a.b.jpg"]
+    assert score_map.dense()[0, 0].tolist() == [0, 1, 0, 0]
+    assert score_map.dense()[0, 1].tolist() == [0.25] * 4
+
+
+def test_what_is_wrong_with_masks_is_named(tmp_path):
+    with pytest.raises(ValueError, match="no such folder"):
+        MaskFolder(tmp_path / "none", num_classes=4)
+    masks = MaskFolder(tmp_path, num_classes=4)
+    with pytest.raises(ValueError, match=r"x\.png: the mask of x\.jpg cannot be read"):
+        masks["x.jpg"]
+    Image.new("RGB", (4, 4)).save(tmp_path / "x.png")
+    with pytest.raises(ValueError, match="one channel"):
+        masks["x.jpg"]
+    Image.fromarray(np.full((2, 2), 7, np.uint8)).save(tmp_path / "x.png")
+    with pytest.raises(ValueError, match=r"x\.png.*expected 0 to 3"):
+        masks["x.jpg"]
