@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 
 
 class Oracle(TokenModel):
-    """Says of each token what its top left pixel is (red channel = class id / 255), and of the image the first token."""
+    """Says of each token what its top left pixel is (its red byte), and of the image what its first token is."""
 
     num_classes = 10
     mean = (0.0, 0.0, 0.0)
@@ -66,7 +66,11 @@ def test_a_model_that_says_nothing_is_right_about_nothing():
             return Outputs(outputs.class_logits * 0, outputs.tokens, outputs.token_head, outputs.grid)
 
     evaluation = evaluate(
-        Mute(), [batch_of([np.zeros((8, 8))] * 2, [0, 7])], inference=Inference.CLASS, device=CPU, precision="fp32"
+        Mute(),
+        [batch_of([np.zeros((8, 8))] * 2, [0, 7])],
+        inference=Inference.CLASS,
+        device=CPU,
+        precision="fp32",
     )
     assert (evaluation.top1, evaluation.top5) == (0, 0)
 

@@ -1,21 +1,23 @@
 """Score maps + views + a token grid -> the soft label of every token.
 
 The map of one image names few distinct classes, so it becomes one plane of excess per palette entry and one
-plane of floor; these are sampled through the image's view like any feature map.
+plane of floor. Each token reads these planes at a few points that the image's view leads to: its target is a
+weighted sum of map cells.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor
 from torch.nn import functional as F
 
+from tokenlabel.blocks import blocks
 from tokenlabel.geometry import TOLERANCE
 from tokenlabel.scores import Kind, ScoreMap
 from tokenlabel.targets import TokenTargets
@@ -30,7 +32,7 @@ class ScoreMapBatch:
     """
 
     classes: Int[Tensor, "B U"]
-    codes: Int[Tensor, "B H W K"]
+    codes: Integer[Tensor, "B H W K"]
     probs: Float[Tensor, "B H W K"]
     sizes: Float[Tensor, "B 2"]
     regions: Float[Tensor, "B 4"]
@@ -38,24 +40,35 @@ class ScoreMapBatch:
 
     def to(self, device: torch.device) -> ScoreMapBatch:
         """Return the batch on another device."""
-        tensors = (self.classes, self.codes, self.probs, self.sizes, self.regions)
-        return ScoreMapBatch(*(t.to(device, non_blocking=True) for t in tensors), num_classes=self.num_classes)
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> ScoreMapBatch:
         """Return the batch in page-locked memory (the data loader calls this)."""
+        return self._each(Tensor.pin_memory)
+
+    def of_images(self, images: slice) -> ScoreMapBatch:
+        """Return the maps of some images of the batch, without copying."""
+        return self._each(lambda tensor: tensor[images])
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> ScoreMapBatch:
         tensors = (self.classes, self.codes, self.probs, self.sizes, self.regions)
-        return ScoreMapBatch(*(t.pin_memory() for t in tensors), num_classes=self.num_classes)
+        return ScoreMapBatch(*map(change, tensors), num_classes=self.num_classes)
 
 
 def collate_score_maps(score_maps: Sequence[ScoreMap]) -> ScoreMapBatch:
-    """Stack the score maps of a batch. Maps may differ in size, palette and K, not in the number of classes."""
-    num_classes = score_maps[0].num_classes
-    if any(m.num_classes != num_classes or m.kind is not Kind.PROBABILITIES for m in score_maps):
-        raise ValueError("the score maps of a batch must be probabilities over the same number of classes")
+    """Stack the score maps of a batch, which may differ in size, palette and K.
+
+    Raises ValueError for maps over different numbers of classes, and for maps of logits.
+    """
+    counts = sorted({m.num_classes for m in score_maps})
+    if len(counts) > 1:
+        raise ValueError(f"score maps over {counts} classes in one batch; all must be over the same classes")
+    if any(m.kind is not Kind.PROBABILITIES for m in score_maps):
+        raise ValueError("score maps of logits cannot be aligned; make probabilities of them first")
     num_maps = len(score_maps)
     height, width, topk = (max(m.codes.shape[axis] for m in score_maps) for axis in range(3))
     classes = np.zeros((num_maps, max(len(m.palette) for m in score_maps)), np.int64)
-    codes = np.zeros((num_maps, height, width, topk), np.int64)
+    codes = np.zeros((num_maps, height, width, topk), np.result_type(*(m.codes for m in score_maps)))
     probs = np.zeros((num_maps, height, width, topk), np.float32)
     for i, m in enumerate(score_maps):
         h, w, k = m.codes.shape
@@ -69,69 +82,97 @@ def collate_score_maps(score_maps: Sequence[ScoreMap]) -> ScoreMapBatch:
         probs=torch.from_numpy(probs),
         sizes=torch.tensor([m.codes.shape[1::-1] for m in score_maps], dtype=torch.float32),
         regions=torch.tensor(regions, dtype=torch.float32),
-        num_classes=num_classes,
+        num_classes=counts[0],
     )
 
 
 def align(
-    score_maps: ScoreMapBatch, views: Float[Tensor, "B F 2 3"], grid: tuple[int, int], *, samples: int | None = None
+    score_maps: ScoreMapBatch,
+    views: Float[Tensor, "B F 2 3"],
+    grid: tuple[int, int],
+    *,
+    samples: int | None = None,
 ) -> TokenTargets:
     """Return the soft label of every token of the augmented images.
 
     `views`: from `geometry.stack_views`, fractions of the image, (x, y). `grid`: the model's tokens (h, w).
-    Each token's cell is sampled at `samples` x `samples` points (by default enough to touch every map cell when
-    the view shows the whole map, and at least 2 x 2); each point reads the map bilinearly, like
+    Each token's cell is sampled at `samples` x `samples` points (by default enough to touch every map cell
+    when the view shows the whole map, and at least 2 x 2); each point reads the map bilinearly, like
     `torchvision.ops.roi_align(aligned=True)`, the outermost cells reaching out to the map's edge. Points that
-    show nothing of the source, or nothing of the teacher's region, are not covered: they count in no target and
-    lower the token's weight.
+    show nothing of the source, or nothing of the teacher's region, are not covered: they count in no target
+    and lower the token's weight.
     """
-    height, width = score_maps.codes.shape[1:3]
+    num_images, height, width = score_maps.codes.shape[:3]
     samples = samples or max(2, math.ceil(height / grid[0]), math.ceil(width / grid[1]))
-    points, covered = _sample_points(score_maps, views, (grid[0] * samples, grid[1] * samples))
-    planes = _planes(score_maps)  # [B, U + 1, H, W]
-    sampled = F.grid_sample(planes, points, mode="bilinear", padding_mode="border", align_corners=False)
-    weights = covered[:, None].to(sampled.dtype)
-    pooled = F.avg_pool2d(sampled * weights, samples).flatten(2)  # [B, U + 1, N]
-    return TokenTargets(
-        classes=score_maps.classes,
-        excess=pooled[:, :-1].transpose(1, 2),
-        floor=pooled[:, -1],
-        weight=F.avg_pool2d(weights, samples).flatten(1),
-    )
+    num_planes = score_maps.classes.shape[1] + 1
+    pooled = score_maps.probs.new_empty(num_images, grid[0] * grid[1], num_planes)  # [B, N, U + 1]
+    weight = score_maps.probs.new_empty(num_images, grid[0] * grid[1])
+    for images in blocks(num_images, height * width * num_planes, pooled.device):
+        part = score_maps.of_images(images)
+        cells, shares = _cells_of_tokens(part, views[images], grid, samples)
+        planes = _planes(part).flatten(0, 2)  # [b * H * W, U + 1]
+        sums = F.embedding_bag(cells, planes, per_sample_weights=shares, mode="sum")  # [b * N, U + 1]
+        pooled[images] = sums.view_as(pooled[images])
+        weight[images] = shares.sum(dim=1).view_as(weight[images])
+    return TokenTargets(score_maps.classes, excess=pooled[..., :-1], floor=pooled[..., -1], weight=weight)
 
 
-def _planes(score_maps: ScoreMapBatch) -> Float[Tensor, "B U+1 H W"]:
-    """Return one plane of excess per palette entry, and the plane of the floor as the last."""
+def _planes(score_maps: ScoreMapBatch) -> Float[Tensor, "B H W U+1"]:
+    """Return for each map cell the excess of every palette entry, and the floor as the last."""
     kept = score_maps.probs > 0  # [B, H, W, K]
     num_others = score_maps.num_classes - kept.sum(dim=3)
     rest = (1 - score_maps.probs.sum(dim=3)).clamp_min(0)
     floor = torch.where(num_others > 0, rest / num_others.clamp_min(1), 0.0)  # [B, H, W]
     excess = (score_maps.probs - floor[..., None]) * kept
-    num_images, num_entries = score_maps.classes.shape
-    planes = floor.new_zeros(num_images, num_entries + 1, *floor.shape[1:])
-    planes[:, -1] = floor
-    planes.scatter_add_(1, score_maps.codes.permute(0, 3, 1, 2), excess.permute(0, 3, 1, 2))
-    return planes
+    planes = floor.new_zeros(*floor.shape, score_maps.classes.shape[1] + 1)
+    planes[..., -1] = floor
+    return planes.scatter_add_(3, score_maps.codes.long(), excess)
 
 
-def _sample_points(
+def _cells_of_tokens(
+    score_maps: ScoreMapBatch, views: Float[Tensor, "B F 2 3"], grid: tuple[int, int], samples: int
+) -> tuple[Int[Tensor, "tokens reads"], Float[Tensor, "tokens reads"]]:
+    """Return which map cells each of the B * N tokens reads, and how much of each.
+
+    Every sample reads the four cells around it. Cells are counted through the whole batch, row by row.
+    """
+    height, width = score_maps.codes.shape[1:3]
+    (rows, columns), num_images = grid, len(views)
+    places, covered = _sample_places(score_maps, views, (rows * samples, columns * samples))
+    last = (score_maps.sizes - 1)[:, :, None, None]
+    before = places.floor()  # [B, 2, rows * samples, columns * samples]
+    fraction = places - before
+    x, y = torch.stack([before, (before + 1).minimum(last)], dim=-1).int().unbind(dim=1)  # each [..., 2]
+    share_x, share_y = torch.stack([1 - fraction, fraction], dim=-1).unbind(dim=1)
+    first = torch.arange(num_images, device=views.device, dtype=torch.int32) * (height * width)
+    cells = first[:, None, None, None, None] + y[..., :, None] * width + x[..., None, :]  # [..., 2, 2]
+    shares = share_y[..., :, None] * share_x[..., None, :] * (covered / samples**2)[..., None, None]
+
+    def by_token(read: Tensor) -> Tensor:
+        apart = read.reshape(num_images, rows, samples, columns, samples, 4)
+        return apart.transpose(2, 3).reshape(num_images * rows * columns, 4 * samples**2)
+
+    return by_token(cells), by_token(shares)
+
+
+def _sample_places(
     score_maps: ScoreMapBatch, views: Float[Tensor, "B F 2 3"], points_grid: tuple[int, int]
-) -> tuple[Float[Tensor, "B rows columns 2"], Bool[Tensor, "B rows columns"]]:
-    """Return where the points of a regular grid over the augmented image fall on the padded maps, and which count.
+) -> tuple[Float[Tensor, "B 2 rows columns"], Bool[Tensor, "B rows columns"]]:
+    """Return where the points of a regular grid over the augmented image fall on the maps, and which count.
 
-    Places are in `grid_sample`'s units: -1 and 1 are the outer edges of the padded map.
+    Places (x, y) are in map cells, (0, 0) in the middle of the top left one.
     """
     rows, columns = points_grid
     y = (torch.arange(rows, device=views.device) + 0.5) / rows
     x = (torch.arange(columns, device=views.device) + 0.5) / columns
     frames = views[:, :, :, :, None, None]  # [B, F, 2, 3, 1, 1]
-    places = frames[:, :, :, 0] * x + frames[:, :, :, 1] * y[:, None] + frames[:, :, :, 2]  # [B, F, 2, rows, columns]
-    inside = ((places >= -TOLERANCE) & (places <= 1 + TOLERANCE)).all(dim=2).all(dim=1)
+    points = (
+        frames[:, :, :, 0] * x + frames[:, :, :, 1] * y[:, None] + frames[:, :, :, 2]
+    )  # [B, F, 2, rows, columns]
+    inside = ((points >= -TOLERANCE) & (points <= 1 + TOLERANCE)).all(dim=2).all(dim=1)
 
     start, end = score_maps.regions[:, :2, None, None], score_maps.regions[:, 2:, None, None]
-    in_region = (places[:, -1] - start) / (end - start)  # [B, 2, rows, columns], fractions of the region
+    in_region = (points[:, -1] - start) / (end - start)  # [B, 2, rows, columns], fractions of the region
     covered = inside & ((in_region >= -TOLERANCE) & (in_region <= 1 + TOLERANCE)).all(dim=1)
     sizes = score_maps.sizes[:, :, None, None]
-    cells = (in_region * sizes).clamp_min(0.5).minimum(sizes - 0.5)  # the outermost cells reach to the edge
-    padded = sizes.new_tensor([score_maps.codes.shape[2], score_maps.codes.shape[1]])[:, None, None]
-    return (2 * cells / padded - 1).permute(0, 2, 3, 1), covered
+    return (in_region * sizes - 0.5).clamp_min(0).minimum(sizes - 1), covered

@@ -122,7 +122,8 @@ def load_model(path: Path) -> TrainedModel:
         checkpoints = list_checkpoints(path)
         if not checkpoints:
             raise CheckpointError(
-                f"{path}: holds no checkpoint; give a run folder that `tokenlabel train` made, or one of its checkpoints"
+                f"{path}: holds no checkpoint; give a run folder that `tokenlabel train` made, "
+                "or one of its checkpoints"
             )
         folder = checkpoints[-1]
     state = _read_state(folder)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
@@ -51,9 +51,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def demo(arguments: list[str]) -> int:
     """Run every stage on the embedded data."""
-    parser = _parser("demo", "Train with token labels on scenes of real handwritten digits; nothing is downloaded.")
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of everything that the demo makes")
-    parser.add_argument("--fast", action="store_true", help="all stages in under 90 seconds, with fewer images and steps")
+    parser = _parser(
+        "demo", "Train with token labels on scenes of real handwritten digits; nothing is downloaded."
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/demo"), help="folder of everything that the demo makes"
+    )
+    parser.add_argument(
+        "--fast", action="store_true", help="all stages in under 90 seconds, with fewer images and steps"
+    )
     options = _parse(parser, arguments)
 
     from tokenlabel.demo import run_demo
@@ -69,7 +75,9 @@ def train(arguments: list[str]) -> int:
     from tokenlabel.train import Interrupted
     from tokenlabel.train import train as train_by_recipe
 
-    parser.add_argument("--run", type=Path, required=True, help="folder of the run: recipe, metrics, checkpoints")
+    parser.add_argument(
+        "--run", type=Path, required=True, help="folder of the run: recipe, metrics, checkpoints"
+    )
     _add_device(parser)
     add_recipe_arguments(parser)
     options = _parse(parser, _with_recipe_path(arguments, find_recipe))
@@ -84,35 +92,44 @@ def train(arguments: list[str]) -> int:
 
 def evaluate(arguments: list[str]) -> int:
     """Evaluate a trained model."""
-    parser = _parser("eval", "Evaluate the model of a run on a folder of images; its averaged weights if it has them.")
+    parser = _parser(
+        "eval", "Evaluate the model of a run on a folder of images; its averaged weights if it has them."
+    )
     parser.add_argument("run", type=Path, help="run folder, or one checkpoint folder of it")
-    parser.add_argument("--data", type=Path, help="images, laid out like those it was trained on; the run's own val images by default")
-    parser.add_argument("--masks", type=Path, help="true dense labels of these images (PNG class ids): what the tokens get right")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        help="images, laid out like those it was trained on; the run's own val images by default",
+    )
+    parser.add_argument(
+        "--masks",
+        type=Path,
+        help="true dense labels of these images (PNG class ids): what the tokens get right",
+    )
     parser.add_argument("--batch-size", type=int, default=256, help="images a step")
     parser.add_argument("--num-workers", type=int, default=2, help="processes that decode images")
     parser.add_argument("--output", type=Path, help="also write the figures to this JSON file")
     _add_device(parser)
     options = _parse(parser, arguments)
-    print(json.dumps(_evaluate_run(options)))
-    return 0
 
-
-def _evaluate_run(options: Namespace) -> dict[str, Any]:
     from tokenlabel.checkpoint import load_model
-    from tokenlabel.evaluate import evaluate_run
+    from tokenlabel.evaluate import evaluate_run, evaluation_set
 
     trained = load_model(options.run)
+    dataset = evaluation_set(
+        trained.recipe, class_names=trained.class_names, data=options.data, masks=options.masks
+    )
     figures = evaluate_run(
         trained,
-        data=options.data,
-        masks=options.masks,
+        dataset,
         batch_size=options.batch_size,
         num_workers=options.num_workers,
         device=_device(options.device),
     )
     if options.output:
         options.output.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-    return figures
+    print(json.dumps(figures))
+    return 0
 
 
 def report(arguments: list[str]) -> int:
@@ -149,7 +166,8 @@ def _overview() -> str:
     width = max(map(len, VERBS))
     verbs = "\n".join(f"  {name:<{width}}  {verb.summary}" for name, verb in VERBS.items())
     return (
-        "usage: tokenlabel VERB ...\n\nTrain vision models with token labeling: one soft label for every output token.\n\n"
+        "usage: tokenlabel VERB ...\n\n"
+        "Train vision models with token labeling: one soft label for every output token.\n\n"
         f"{verbs}\n\n`tokenlabel VERB --help` explains a verb. TOKENLABEL_TRACEBACK=1 shows where an error came from."
     )
 
@@ -157,7 +175,9 @@ def _overview() -> str:
 def _parser(verb: str, description: str) -> ArgumentParser:
     import jsonargparse
 
-    return jsonargparse.ArgumentParser(prog=f"tokenlabel {verb}", description=description, exit_on_error=False)
+    return jsonargparse.ArgumentParser(
+        prog=f"tokenlabel {verb}", description=description, exit_on_error=False
+    )
 
 
 def _parse(parser: ArgumentParser, arguments: list[str]) -> Namespace:
@@ -183,7 +203,9 @@ def _with_recipe_path(arguments: list[str], find_recipe: Callable[[str], Path]) 
 
 
 def _add_device(parser: ArgumentParser) -> None:
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one")
+    parser.add_argument(
+        "--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one"
+    )
 
 
 def _device(name: str) -> torch.device:

@@ -90,12 +90,23 @@ def _run_stages(out: Path, size: DemoSize, command: Command) -> None:
         masks = scenes / "masks" / "val"
         run("eval", out / name, "--masks", masks, "--output", out / name / "eval.json", "--num-workers", "0")
     runs = [out / name for name in ("token-labels", "class-labels", "teacher")]
-    run("report", *runs, "--labels", labels, "--masks", scenes / "masks" / "train", "--output", out / "report.html")
+    run(
+        "report",
+        *runs,
+        "--labels",
+        labels,
+        "--masks",
+        scenes / "masks" / "train",
+        "--output",
+        out / "report.html",
+    )
 
 
 def collect_result(out: Path) -> dict[str, Any]:
     """Return the figures of a finished demo under stable names; shares are in [0, 1]."""
-    evals = {name: _read_json(out / name / "eval.json") for name in ("teacher", "token-labels", "class-labels")}
+    evals = {
+        name: _read_json(out / name / "eval.json") for name in ("teacher", "token-labels", "class-labels")
+    }
     with_labels, without = (_training_figures(out / name) for name in ("token-labels", "class-labels"))
     labels = _read_json(out / "labels.json")
     return {
@@ -114,7 +125,9 @@ def collect_result(out: Path) -> dict[str, Any]:
 def _training_figures(run: Path) -> dict[str, float]:
     """Return the medians of what a run's training lines say of speed."""
     lines = [line for line in read_metrics(run) if line["kind"] == "train"]
-    return {name: float(np.median([line[name] for line in lines])) for name in ("images_per_s", "targets_share")}
+    return {
+        name: float(np.median([line[name] for line in lines])) for name in ("images_per_s", "targets_share")
+    }
 
 
 def _table(result: dict[str, Any]) -> str:

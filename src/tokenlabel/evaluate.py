@@ -16,8 +16,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tokenlabel.align import align
-from tokenlabel.data import Batch, normalize_images
+from tokenlabel.augment import EvalTransform
+from tokenlabel.checkpoint import TrainedModel
+from tokenlabel.data import (
+    Batch,
+    EvalBatchSampler,
+    TokenLabelDataset,
+    check_images,
+    make_loader,
+    normalize_images,
+    open_images,
+)
 from tokenlabel.models import Inference, TokenModel
+from tokenlabel.recipe import Recipe
 from tokenlabel.scores import ScoreMap, from_mask
 from tokenlabel.targets import TokenTargets
 
@@ -127,27 +138,43 @@ def _rank_of_class(logits: Float[Tensor, "B C"], class_ids: Int[Tensor, " B"]) -
     return (logits >= own).sum(dim=1) - 1
 
 
-def evaluate_run(
-    trained: TrainedModel, *, data: Path | None, masks: Path | None, batch_size: int, num_workers: int, device: torch.device
-) -> dict[str, Any]:
-    """Return the figures of a run's model on a folder of images (its own val images by default).
+def evaluation_set(
+    recipe: Recipe, *, class_names: list[str], data: Path | None = None, masks: Path | None = None
+) -> TokenLabelDataset:
+    """Return the images that a recipe evaluates on, or those in the folder `data`, as the model sees them.
 
-    `masks`: a folder of true dense labels, laid out like the images.
+    `masks`: a folder of true dense labels, laid out like the images, to hold the tokens against.
+    Raises ValueError if there are no images or their classes are not those of the model.
     """
-    recipe = trained.recipe
     folder = data or recipe.data.val
     if folder is None:
-        raise ValueError("the run has no val images of its own; name the images with --data")
-    source = open_evaluation_images(folder, class_names=trained.class_names, skip_broken=recipe.data.skip_broken)
-    truth = MaskFolder(masks, num_classes=len(trained.class_names)) if masks else None
+        raise ValueError("the run has no val images of its own; name images with --data")
+    source = check_images(open_images(folder), skip_broken=recipe.data.skip_broken)
+    if source.class_names != class_names:
+        raise ValueError(
+            f"{folder} has {len(source.class_names)} classes ({', '.join(source.class_names[:3])}, ...), the model "
+            f"{len(class_names)} ({', '.join(class_names[:3])}, ...); they must be the same, in folders of these names"
+        )
     transform = EvalTransform(recipe.model.size_px, crop_fraction=recipe.eval.crop_fraction)
-    dataset = TokenLabelDataset(source, transform, seed=recipe.seed, store=truth)
+    truth = MaskFolder(masks, num_classes=len(class_names)) if masks else None
+    return TokenLabelDataset(source, transform, seed=recipe.seed, store=truth)
+
+
+def evaluate_run(
+    trained: TrainedModel,
+    dataset: TokenLabelDataset,
+    *,
+    batch_size: int,
+    num_workers: int,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Return the figures of a run's model on a data set that `evaluation_set` made."""
     sampler = EvalBatchSampler(num_images=len(dataset), batch_size=batch_size)
     evaluation = evaluate(
         trained.model.to(device),
         make_loader(dataset, sampler, num_workers=num_workers),
-        inference=recipe.eval.inference,
+        inference=trained.recipe.eval.inference,
         device=device,
-        precision=recipe.precision,
+        precision=trained.recipe.precision,
     )
-    return {"step": trained.step, "data": str(folder), **evaluation.as_dict()}
+    return {"step": trained.step, **evaluation.as_dict()}

@@ -63,7 +63,9 @@ def create_ema(model: nn.Module, config: OptimConfig) -> ModelEmaV3 | None:
     return ModelEmaV3(model, decay=config.ema_decay, use_warmup=config.ema_warmup)
 
 
-def learning_rate(step: int, config: OptimConfig, *, batch_size: int, steps_per_epoch: int, num_steps: int) -> float:
+def learning_rate(
+    step: int, config: OptimConfig, *, batch_size: int, steps_per_epoch: int, num_steps: int
+) -> float:
     """Return the learning rate of a step: linear warm-up, cosine, cool-down; scaled by the batch size."""
     scale = batch_size / config.lr_batch_size
     warmup = round(config.warmup_epochs * steps_per_epoch)

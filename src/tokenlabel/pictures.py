@@ -43,7 +43,9 @@ def with_cells(
     rows, columns, num_classes = probs.shape
     tint = Image.new("RGBA", picture.size)
     draw = ImageDraw.Draw(tint)
-    named = picture.width / columns >= _NAME_CELL_PX and all(len(name) <= _NAME_LENGTH for name in class_names)
+    named = picture.width / columns >= _NAME_CELL_PX and all(
+        len(name) <= _NAME_LENGTH for name in class_names
+    )
     for row in range(rows):
         for column in range(columns):
             corners = [
@@ -59,7 +61,14 @@ def with_cells(
             draw.rectangle(corners, fill=(*class_colour(best), round(30 + 150 * certainty)))
             if named and certainty > 0.1:
                 centre = ((corners[0][0] + corners[1][0]) / 2, (corners[0][1] + corners[1][1]) / 2)
-                draw.text(centre, class_names[best], anchor="mm", fill=(255, 255, 255, 235), stroke_width=1, stroke_fill=(0, 0, 0, 200))
+                draw.text(
+                    centre,
+                    class_names[best],
+                    anchor="mm",
+                    fill=(255, 255, 255, 235),
+                    stroke_width=1,
+                    stroke_fill=(0, 0, 0, 200),
+                )
     return Image.alpha_composite(picture.convert("RGBA"), tint).convert("RGB")
 
 

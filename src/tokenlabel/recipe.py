@@ -123,7 +123,9 @@ def add_recipe_arguments(parser: jsonargparse.ArgumentParser) -> None:
     """Let a parser take `--recipe NAME|FILE` and every field of a recipe as `--a.b value`."""
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser.add_argument(
-        "--recipe", action="config", help=f"one of {', '.join(recipe_names())}, or a YAML file; later options override it"
+        "--recipe",
+        action="config",
+        help=f"one of {', '.join(recipe_names())}, or a YAML file; later options override it",
     )
     parser.add_class_arguments(Recipe)
 
@@ -187,7 +189,9 @@ def settings(recipe: Recipe) -> dict[str, Any]:
 
 def recipe_names() -> list[str]:
     """Return the names of the recipes in the package."""
-    return sorted(path.name.removesuffix(".yaml") for path in _folder().iterdir() if path.name.endswith(".yaml"))
+    return sorted(
+        path.name.removesuffix(".yaml") for path in _folder().iterdir() if path.name.endswith(".yaml")
+    )
 
 
 def find_recipe(name: str) -> Path:
@@ -196,7 +200,9 @@ def find_recipe(name: str) -> Path:
         return Path(name)
     if name in recipe_names():
         return Path(str(_folder() / f"{name}.yaml"))
-    raise RecipeError(f"no recipe {name!r}, neither a file nor one of the package{_near(name, recipe_names())}")
+    raise RecipeError(
+        f"no recipe {name!r}, neither a file nor one of the package{_near(name, recipe_names())}"
+    )
 
 
 def explain(error: Exception) -> str:

@@ -18,13 +18,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tokenlabel.checkpoint import CheckpointError, TrainedModel, load_model
-from tokenlabel.data import Batch, TokenLabelDataset, collate, normalize_images
-from tokenlabel.mixing import MixPlan, Mixing, mix_images
+from tokenlabel.data import Batch, collate, decode_image, normalize_images
+from tokenlabel.evaluate import evaluation_set
+from tokenlabel.mixing import Mixing, MixPlan, mix_images
 from tokenlabel.pictures import enlarged, mask_picture, with_cells
 from tokenlabel.recipe import RECIPE_FILE, Recipe, read_recipe, settings
 from tokenlabel.runlog import read_metrics
 from tokenlabel.targets import TokenTargets
-from tokenlabel.train import build, draw_plan, evaluation_set, make_targets
+from tokenlabel.train import build, draw_plan, make_targets
 
 NUM_PICTURES = 6
 COLUMNS = {
@@ -89,7 +90,9 @@ def _results_table(records: Sequence[RunRecord]) -> str:
             if record.train_lines
         }
         figures = {**record.final, **speeds}
-        shown = (form.format(figures[name]) if name in figures else "–" for name, (_, form) in COLUMNS.items())
+        shown = (
+            form.format(figures[name]) if name in figures else "–" for name, (_, form) in COLUMNS.items()
+        )
         rows.append([record.folder.name, *shown])
     return _table(["run", *(heading for heading, _ in COLUMNS.values())], rows)
 
@@ -144,6 +147,7 @@ def _label_sections(recipe: Recipe) -> list[str]:
     """Return pictures of score maps, of augmented images with their labels, and of mixed ones."""
     training = build(recipe, device=torch.device("cpu"))
     dataset, grid = training.train_set, training.grid
+    assert dataset.store is not None
     names = dataset.source.class_names
     chosen = np.linspace(0, len(dataset) - 1, NUM_PICTURES).astype(int)
     maps, augmented = [], []
@@ -153,8 +157,9 @@ def _label_sections(recipe: Recipe) -> list[str]:
     assert targets is not None
     labels = _cells(targets, grid, len(names))
     for i, index in enumerate(chosen):
-        key, original = dataset.source.keys[index], dataset.original(int(index))
-        score_map = dataset.score_map(int(index))
+        key = dataset.source.keys[index]
+        original = np.asarray(decode_image(dataset.source.read(int(index)), key))
+        score_map = dataset.store[key]
         maps += [(enlarged(original), key), (with_cells(original, score_map.dense(), names), "teacher's map")]
         pixels = _pixels(batch, i)
         augmented += [(enlarged(pixels), key), (with_cells(pixels, labels[i], names), "aligned token labels")]
@@ -180,7 +185,11 @@ def _mix_section(
     for i in range(len(images) // 2):
         partner = int(plan.partner[i])
         classes = class_target.dense(len(class_names))[i, 0]
-        said = ", ".join(f"{class_names[c]}: {classes[c]:.2f}" for c in classes.argsort(descending=True)[:2] if classes[c] > 0)
+        said = ", ".join(
+            f"{class_names[c]}: {classes[c]:.2f}"
+            for c in classes.argsort(descending=True)[:2]
+            if classes[c] > 0
+        )
         mixed = images[i].permute(1, 2, 0).numpy()
         pictures += [
             (enlarged(_pixels(batch, i)), batch.keys[i]),
@@ -193,7 +202,7 @@ def _mix_section(
 
 @torch.inference_mode()
 def _prediction_section(name: str, trained: TrainedModel) -> str:
-    dataset: TokenLabelDataset = evaluation_set(trained.recipe, class_names=trained.class_names)
+    dataset = evaluation_set(trained.recipe, class_names=trained.class_names)
     chosen = np.linspace(0, len(dataset) - 1, 2 * NUM_PICTURES).astype(int)
     batch = collate([dataset[0, int(index)] for index in chosen])
     outputs = trained.model(normalize_images(batch.images, mean=trained.model.mean, std=trained.model.std))
@@ -204,7 +213,10 @@ def _prediction_section(name: str, trained: TrainedModel) -> str:
         verdict = "right" if guess == truth else f"wrong, it is {trained.class_names[truth]}"
         pictures += [
             (enlarged(_pixels(batch, i)), batch.keys[i]),
-            (with_cells(_pixels(batch, i), probs[i], trained.class_names), f"says {trained.class_names[guess]}: {verdict}"),
+            (
+                with_cells(_pixels(batch, i), probs[i], trained.class_names),
+                f"says {trained.class_names[guess]}: {verdict}",
+            ),
         ]
     return _section(f"What the tokens of {name} say about val images", _gallery(pictures))
 
@@ -242,7 +254,9 @@ def _svg(figure: Figure) -> str:
 
 def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     head = "".join(f"<th>{html.escape(heading)}</th>" for heading in headings)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
+    )
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
@@ -253,8 +267,10 @@ def _section(title: str, body: str) -> str:
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{title}</title><style>
-body {{ font: 15px/1.5 system-ui, sans-serif; color: #1d2330; background: #fff; max-width: 1000px; margin: 2rem auto; padding: 0 1rem }}
-h1 {{ font-size: 1.5rem }} h2 {{ font-size: 1.15rem; margin-top: 2.2rem; border-bottom: 1px solid #dde1ea; padding-bottom: .3rem }}
+body {{ font: 15px/1.5 system-ui, sans-serif; color: #1d2330; background: #fff }}
+body {{ max-width: 1000px; margin: 2rem auto; padding: 0 1rem }}
+h1 {{ font-size: 1.5rem }} h2 {{ font-size: 1.15rem; margin-top: 2.2rem }}
+h2 {{ border-bottom: 1px solid #dde1ea; padding-bottom: .3rem }}
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums }}
 th, td {{ text-align: right; padding: .3rem .8rem; border-bottom: 1px solid #e8ebf1 }}
 th:first-child, td:first-child {{ text-align: left }} thead th {{ color: #5b6478; font-weight: 600 }}

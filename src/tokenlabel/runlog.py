@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -49,7 +48,7 @@ class RunLog:
     def _rewrite(self, lines: list[dict[str, Any]]) -> None:
         temporary = self._path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        os.replace(temporary, self._path)
+        temporary.replace(self._path)
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

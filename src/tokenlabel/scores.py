@@ -15,27 +15,30 @@ from numpy.typing import NDArray
 
 from tokenlabel.geometry import WHOLE_IMAGE, Box
 
+# Sums of half precision probabilities miss 1 by this much at the most.
+SUM_TOLERANCE = 0.01
+
 
 class Kind(StrEnum):
     """What the numbers of a score map are."""
 
     PROBABILITIES = "probabilities"
-    LOGITS = "logits"  # imported label files only; `align` softmaxes them after interpolation
+    LOGITS = "logits"  # imported label files only; they become probabilities before they are aligned
 
 
 class ScoreError(ValueError):
-    """Scores that cannot be a score map: not finite, of the wrong shape, or naming classes that don't exist."""
+    """Scores that cannot be a score map: not finite, of the wrong shape, or of classes that don't exist."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ScoreMap:
     """One image's dense scores, sparse in the classes.
 
-    `palette` [U] int: the distinct class ids that occur in the map, ascending.
+    `palette` [U] int: the distinct class ids of the kept entries, ascending.
     `codes` [H, W, K] unsigned int: indices into the palette, distinct among the kept entries of a cell.
     `probs` [H, W, K] float32: probabilities in [0, 1] with a sum of at most 1 a cell, in descending order.
-    An entry of probability 0 is not kept: its class is one of those that share the rest. (For `Kind.LOGITS`
-    the values are the logits of the kept classes, and every entry is kept.)
+    An entry of probability 0 is not kept: its code means nothing, and its class shares the rest. (For
+    `Kind.LOGITS` the values are the logits of the kept classes, and every entry is kept.)
     `region`: the part of the image that the teacher saw; cell (row i, column j) covers
     x in [j/W, (j+1)/W), y in [i/H, (i+1)/H) of it.
     """
@@ -49,14 +52,13 @@ class ScoreMap:
 
     @property
     def class_ids(self) -> NDArray[np.integer[Any]]:
-        """The class ids [H, W, K] of the entries."""
+        """The class ids [H, W, K] of the entries (any of the palette for an entry that is not kept)."""
         return self.palette[self.codes]
 
     @property
     def top_class_ids(self) -> NDArray[np.integer[Any]]:
         """The most probable class of each cell [H, W]."""
-        best = self.probs.argmax(axis=2)[..., None]
-        return np.take_along_axis(self.class_ids, best, axis=2)[..., 0]
+        return self.palette[self.codes[..., 0]]
 
     def dense(self) -> NDArray[np.float32]:
         """Return the probability of every class [H, W, C], the rest spread out. For pictures and tests."""
@@ -93,20 +95,26 @@ def from_top(
             f"{name}: class ids and scores must both be [H, W, K] and not empty; "
             f"got {class_ids.shape} and {scores.shape}"
         )
-    if not np.isfinite(scores).all():
-        raise ScoreError(f"{name}: {np.count_nonzero(~np.isfinite(scores))} of {scores.size} scores are not finite")
+    _check_finite(scores, name=name)
     if class_ids.min() < 0 or class_ids.max() >= num_classes:
         raise ScoreError(
-            f"{name}: class ids run from {class_ids.min()} to {class_ids.max()}, expected 0 to {num_classes - 1}"
+            f"{name}: class ids run from {class_ids.min()} to {class_ids.max()}, "
+            f"expected 0 to {num_classes - 1}"
         )
     if kind is Kind.PROBABILITIES:
-        scores = _checked_probabilities(class_ids, scores, name=name)
+        scores = _checked_probabilities(class_ids, scores, num_classes=num_classes, name=name)
     order = np.argsort(-scores, axis=2, kind="stable")
-    palette, codes = np.unique(np.take_along_axis(class_ids, order, axis=2), return_inverse=True)
+    class_ids, scores = (
+        np.take_along_axis(class_ids, order, axis=2),
+        np.take_along_axis(scores, order, axis=2),
+    )
+    kept = (scores > 0) | (kind is Kind.LOGITS)
+    palette = np.unique(class_ids[kept]) if kept.any() else class_ids[0, 0, :1]
+    codes = np.where(kept, np.searchsorted(palette, class_ids), 0)
     return ScoreMap(
         palette=palette,
-        codes=codes.reshape(class_ids.shape).astype(np.min_scalar_type(len(palette) - 1)),
-        probs=np.take_along_axis(scores, order, axis=2).astype(np.float32),
+        codes=codes.astype(np.min_scalar_type(len(palette) - 1)),
+        probs=scores.astype(np.float32),
         num_classes=num_classes,
         region=region,
         kind=kind,
@@ -116,9 +124,23 @@ def from_top(
 def from_probabilities(
     probs: NDArray[np.floating[Any]], topk: int, *, region: Box = WHOLE_IMAGE, name: str = "scores"
 ) -> ScoreMap:
-    """Build a score map from full distributions [H, W, C], keeping the `topk` most probable classes a cell."""
-    if probs.ndim != 3:
-        raise ScoreError(f"{name}: probabilities must be [H, W, C]; got {probs.shape}")
+    """Build a score map from full distributions [H, W, C], keeping the `topk` most probable classes a cell.
+
+    Raises ScoreError for numbers that are not finite, also among those that would be dropped, and for cells
+    that are not distributions (logits, for example).
+    """
+    if probs.ndim != 3 or 0 in probs.shape or topk < 1:
+        raise ScoreError(
+            f"{name}: probabilities must be [H, W, C] and not empty, and at least 1 class a cell kept; "
+            f"got {probs.shape} and topk {topk}"
+        )
+    _check_finite(probs, name=name)  # before classes are dropped
+    sums = probs.sum(axis=2, dtype=np.float64)
+    if probs.min() < 0 or abs(sums - 1).max() > SUM_TOLERANCE:
+        raise ScoreError(
+            f"{name}: the probabilities of all classes must be at least 0 and sum to 1 a cell; "
+            f"got a smallest of {probs.min():.3g} and sums from {sums.min():.3g} to {sums.max():.3g}"
+        )
     num_classes = probs.shape[2]
     topk = min(topk, num_classes)
     class_ids = np.argpartition(-probs, topk - 1, axis=2)[..., :topk]
@@ -131,24 +153,40 @@ def from_mask(
 ) -> ScoreMap:
     """Build a score map of certainties from a mask [H, W] of class ids.
 
-    A pixel of the id `unlabelled` keeps no class: all of its mass is rest.
+    A pixel of the id `unlabelled` keeps no class: all of its mass is rest. With more than 255 classes say
+    which id that is (-1 if none). Raises ScoreError where it is the id of a class.
     """
+    if 0 <= unlabelled < num_classes:
+        raise ScoreError(
+            f"{name}: {unlabelled} stands for unlabelled pixels, but it is one of the {num_classes} class "
+            "ids; give another number, or -1 if all pixels are labelled"
+        )
     labelled = mask != unlabelled
     class_ids = np.where(labelled, mask, 0).astype(np.int64)
-    return from_top(class_ids[..., None], labelled[..., None].astype(np.float32), num_classes=num_classes, name=name)
+    return from_top(
+        class_ids[..., None], labelled[..., None].astype(np.float32), num_classes=num_classes, name=name
+    )
+
+
+def _check_finite(scores: NDArray[np.floating[Any]], *, name: str) -> None:
+    num_finite = np.count_nonzero(np.isfinite(scores))
+    if num_finite < scores.size:
+        raise ScoreError(f"{name}: {scores.size - num_finite} of {scores.size} scores are not finite")
 
 
 def _checked_probabilities(
-    class_ids: NDArray[np.integer[Any]], probs: NDArray[np.floating[Any]], *, name: str
+    class_ids: NDArray[np.integer[Any]], probs: NDArray[np.floating[Any]], *, num_classes: int, name: str
 ) -> NDArray[np.float32]:
-    """Return the probabilities with sums over 1 by rounding scaled back; refuse anything further off."""
+    """Return the probabilities with sums that rounding moved scaled back; refuse anything further off."""
     sums = probs.sum(axis=2, dtype=np.float64)
-    if probs.min() < 0 or sums.max() > 1.01:
+    if probs.min() < 0 or sums.max() > 1 + SUM_TOLERANCE:
         raise ScoreError(
             f"{name}: probabilities must be at least 0 and sum to at most 1 a cell; "
             f"got a smallest of {probs.min():.3g} and a largest sum of {sums.max():.3g}"
         )
-    in_order = np.sort(np.where(probs > 0, class_ids, -1 - np.arange(class_ids.shape[2])), axis=2)
+    kept = probs > 0
+    in_order = np.sort(np.where(kept, class_ids, -1 - np.arange(class_ids.shape[2])), axis=2)
     if (np.diff(in_order, axis=2) == 0).any():
         raise ScoreError(f"{name}: a cell names the same class twice")
-    return (probs / np.maximum(sums, 1)[..., None]).astype(np.float32)
+    complete = kept.sum(axis=2) == num_classes  # nobody is left to take a rest
+    return (probs / np.where(complete, sums, np.maximum(sums, 1))[..., None]).astype(np.float32)

@@ -20,7 +20,7 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor
 
 from tokenlabel.align import align
-from tokenlabel.augment import EvalTransform, TrainTransform
+from tokenlabel.augment import TrainTransform
 from tokenlabel.checkpoint import Trained, list_checkpoints, load_checkpoint, save_checkpoint
 from tokenlabel.data import (
     Batch,
@@ -33,7 +33,7 @@ from tokenlabel.data import (
     normalize_images,
     open_images,
 )
-from tokenlabel.evaluate import Evaluation, evaluate
+from tokenlabel.evaluate import Evaluation, evaluate, evaluation_set
 from tokenlabel.losses import token_label_loss
 from tokenlabel.mixing import MixPlan, mix_targets, sample_mix
 from tokenlabel.models import TokenModel, create_model
@@ -136,24 +136,13 @@ def build(recipe: Recipe, *, device: torch.device) -> Training:
         model=model,
         optimizer=create_optimizer(model, recipe.optim),
         ema=create_ema(model, recipe.optim),
-        train_set=TokenLabelDataset(source, TrainTransform(recipe.augment, size_px), seed=recipe.seed, store=store),
+        train_set=TokenLabelDataset(
+            source, TrainTransform(recipe.augment, size_px), seed=recipe.seed, store=store
+        ),
         val_set=evaluation_set(recipe, class_names=source.class_names) if recipe.data.val else None,
         steps_per_epoch=max(1, len(source) // recipe.batch_size),
         device=device,
     )
-
-
-def evaluation_set(recipe: Recipe, *, class_names: list[str]) -> TokenLabelDataset:
-    """Return the images that a recipe evaluates on."""
-    assert recipe.data.val is not None
-    source = check_images(open_images(recipe.data.val), skip_broken=recipe.data.skip_broken)
-    if source.class_names != class_names:
-        raise RecipeError(
-            f"{recipe.data.val} has the classes {', '.join(source.class_names[:5])} ... ({len(source.class_names)}), "
-            f"the training images {', '.join(class_names[:5])} ... ({len(class_names)}); they must be the same"
-        )
-    transform = EvalTransform(recipe.model.size_px, crop_fraction=recipe.eval.crop_fraction)
-    return TokenLabelDataset(source, transform, seed=recipe.seed)
 
 
 def step_seed(seed: int, step: int) -> int:
@@ -171,7 +160,6 @@ def train_step(training: Training, batch: Batch, step: int, watch: Stopwatch) ->
         plan = plan and plan.to(training.device)
         class_target, token_target = make_targets(recipe, batch, plan, grid=training.grid)
     images = normalize_images(batch.images, mean=model.mean, std=model.std)
-    images = images.contiguous(memory_format=torch.channels_last)
     with torch.autocast(training.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
         outputs = model(images, plan)
         loss = token_label_loss(outputs, class_target, token_target, beta=recipe.loss.beta)
@@ -303,8 +291,8 @@ class _Window:
         means = {name: float(total) / self.num_steps for name, total in self.sums.items()}
         if not math.isfinite(means["loss"]):
             raise DivergedError(
-                f"the loss was {means['loss']} within steps {done - self.num_steps} to {done - 1}; the last checkpoint "
-                "is from before; try a lower optim.lr, optim.clip_grad_norm, or precision fp32"
+                f"the loss was {means['loss']} within steps {done - self.num_steps} to {done - 1}; "
+                "the last checkpoint is from before; try a lower optim.lr, optim.clip_grad_norm, or precision fp32"
             )
         total_s = seconds.pop("total")
         shares = {f"{name}_share": part_s / total_s for name, part_s in seconds.items()}
@@ -330,4 +318,3 @@ def _signals() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-

@@ -16,6 +16,7 @@ import timm
 import torch
 from jaxtyping import Float
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers.helpers import to_2tuple
 from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
@@ -176,18 +177,21 @@ class TimmAdapter(TokenModel):
 
     def _check_grid(self, grid: tuple[int, int], size_px: tuple[int, int]) -> None:
         height_px, width_px = size_px
+        size = f"{height_px} x {width_px} pixels"
         if grid == (1, 1):
             raise NoTokenGridError(
-                f"{self.name} has no token grid for images of {height_px} x {width_px} pixels: its features are "
-                "1 x 1; take larger images, or an earlier stage (the option `stage`)"
+                f"{self.name} has no token grid for images of {size}: its features are 1 x 1; take larger "
+                "images, or an earlier stage (the option `stage`)"
             )
         patch = getattr(getattr(self.backbone, "patch_embed", None), "patch_size", None)
-        if patch is None or grid != (height_px // patch[0], width_px // patch[1]):
+        if patch is None:
             return
-        if height_px % patch[0] or width_px % patch[1]:
+        patch_height_px, patch_width_px = to_2tuple(patch)
+        is_patch_grid = grid == (height_px // patch_height_px, width_px // patch_width_px)
+        if is_patch_grid and (height_px % patch_height_px or width_px % patch_width_px):
             raise ValueError(
-                f"{self.name} would cut images of {height_px} x {width_px} pixels (height x width) at the edges: "
-                f"its patches are {patch[0]} x {patch[1]}; choose multiples of that"
+                f"{self.name} would cut images of {size} (height x width) at the edges: its patches are "
+                f"{patch_height_px} x {patch_width_px}; choose multiples of that"
             )
 
 

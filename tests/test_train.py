@@ -1,0 +1,247 @@
+"""The trainer: what a run leaves, and that stopping it anywhere changes nothing."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tokenlabel.checkpoint import list_checkpoints, load_model
+from tokenlabel.recipe import RecipeError, recipe_from_dict
+from tokenlabel.runlog import read_metrics
+from tokenlabel.scenes import write_scenes
+from tokenlabel.scores import from_mask
+from tokenlabel.train import DivergedError, train
+
+CPU = torch.device("cpu")
+NUM_STEPS = 15  # 40 scenes, 8 a step, 3 epochs
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    """Scenes with a label store made from their true masks."""
+    root = tmp_path_factory.mktemp("data") / "scenes"
+    write_scenes(root, num_train=40, num_val=20, seed=0)
+    write_labels(root / "masks" / "train", root.parent / "labels")
+    return root
+
+
+def write_labels(masks, folder):
+    from tests.stores import write_store
+
+    paths = sorted(masks.rglob("*.png"))
+    maps = {
+        path.relative_to(masks).as_posix(): from_mask(np.asarray(Image.open(path)), num_classes=10)
+        for path in paths
+    }
+    write_store(folder, maps, class_names=[str(c) for c in range(10)])
+
+
+def nested_recipe(scenes, **changes):
+    recipe = {
+        "data": {
+            "train": str(scenes / "train"),
+            "val": str(scenes / "val"),
+            "labels": str(scenes.parent / "labels"),
+            "num_workers": 0,
+        },
+        "model": {
+            "name": "lvvit_t",
+            "size_px": [24, 24],
+            "options": {
+                "patch_size": 6,
+                "depth": 2,
+                "width": 16,
+                "num_heads": 2,
+                "stem_width": 8,
+                "drop_path": 0.2,
+            },
+        },
+        "optim": {"lr": 2e-3, "lr_batch_size": 8, "warmup_epochs": 1, "ema_decay": 0.9},
+        "augment": {"crop_scale": [0.35, 1.0]},
+        "mix": {"kind": "mixtoken"},
+        "eval": {"every_epochs": 2, "crop_fraction": 1.0},
+        "epochs": 3,
+        "batch_size": 8,
+        "checkpoint_every_epochs": 0.4,  # every 2 of 5 steps
+    }
+    for dotted, value in changes.items():
+        *parents, last = dotted.split("__")
+        place = recipe
+        for parent in parents:
+            place = place[parent]
+        place[last] = value
+    return recipe
+
+
+def recipe_for(scenes, **changes):
+    return recipe_from_dict(nested_recipe(scenes, **changes), name="test")
+
+
+def weights_of(run):
+    (folder,) = list_checkpoints(run)[-1:]
+    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+
+
+def test_a_run_leaves_its_recipe_metrics_and_model(scenes, tmp_path):
+    recipe = recipe_for(scenes)
+    evaluation = train(recipe, tmp_path / "run", device=CPU)
+    assert evaluation is not None
+    assert evaluation.num_images == 20
+    lines = read_metrics(tmp_path / "run")
+    assert [line["step"] for line in lines if line["kind"] == "eval"] == [10, NUM_STEPS]
+    last = [line for line in lines if line["kind"] == "train"][-1]
+    assert last["step"] == NUM_STEPS
+    assert {
+        "loss",
+        "class_loss",
+        "token_loss",
+        "gradient_norm",
+        "lr",
+        "images_per_s",
+        "targets_share",
+    } <= set(last)
+    assert last["loss"] == pytest.approx(last["class_loss"] + 0.5 * last["token_loss"])
+    assert load_model(tmp_path / "run").class_names == [str(c) for c in range(10)]
+
+
+def test_training_learns(scenes, tmp_path):
+    recipe = recipe_for(
+        scenes, epochs=20, mix__kind="none", eval__every_epochs=20, model__options__drop_path=0.0
+    )
+    train(recipe, tmp_path / "run", device=CPU)
+    losses = [line["token_loss"] for line in read_metrics(tmp_path / "run") if line["kind"] == "train"]
+    assert losses[-1] < losses[0] - 0.05
+
+
+def test_the_same_recipe_gives_the_same_weights_whatever_the_number_of_workers(scenes, tmp_path):
+    train(recipe_for(scenes), tmp_path / "one", device=CPU)
+    train(recipe_for(scenes, data__num_workers=2), tmp_path / "two", device=CPU)
+    assert weights_of(tmp_path / "one") == weights_of(tmp_path / "two")
+
+
+def test_another_seed_gives_other_weights(scenes, tmp_path):
+    train(recipe_for(scenes), tmp_path / "one", device=CPU)
+    train(recipe_for(scenes, seed=1), tmp_path / "two", device=CPU)
+    assert weights_of(tmp_path / "one") != weights_of(tmp_path / "two")
+
+
+def test_a_finished_run_is_not_trained_again(scenes, tmp_path):
+    first = train(recipe_for(scenes), tmp_path / "run", device=CPU)
+    before = weights_of(tmp_path / "run")
+    again = train(recipe_for(scenes), tmp_path / "run", device=CPU)
+    assert weights_of(tmp_path / "run") == before
+    assert again is not None
+    assert first is not None
+    assert again.top1 == first.top1
+
+
+def test_the_folder_of_another_run_is_not_touched(scenes, tmp_path):
+    train(recipe_for(scenes), tmp_path / "run", device=CPU)
+    before = weights_of(tmp_path / "run")
+    with pytest.raises(RecipeError, match=r"another recipe \(loss.beta|epochs: 3 there, 4 here"):
+        train(recipe_for(scenes, epochs=4), tmp_path / "run", device=CPU)
+    assert weights_of(tmp_path / "run") == before
+
+
+def test_without_labels_the_token_head_stays_as_it_was_made(scenes, tmp_path):
+    nested = nested_recipe(scenes, loss={"beta": 0.0})
+    del nested["data"]["labels"]
+    train(recipe_from_dict(nested, name="test"), tmp_path / "run", device=CPU)
+    lines = [line for line in read_metrics(tmp_path / "run") if line["kind"] == "train"]
+    assert all(line["token_loss"] == 0 for line in lines)
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run_and_is_not_saved(scenes, tmp_path):
+    recipe = recipe_for(scenes, optim__lr=1e30, optim__warmup_lr=1e30)
+    with pytest.raises(DivergedError, match=r"optim\.lr"):
+        train(recipe, tmp_path / "run", device=CPU)
+    for folder in list_checkpoints(tmp_path / "run"):
+        assert all(torch.isfinite(w).all() for w in load_model(folder).model.state_dict().values())
+
+
+def start(nested, run):
+    """Start a run in a process of its own."""
+    path = run.with_suffix(".json")  # JSON is YAML
+    path.write_text(json.dumps(nested))
+    words = [
+        sys.executable,
+        "-m",
+        "tokenlabel",
+        "train",
+        "--recipe",
+        str(path),
+        "--run",
+        str(run),
+        "--device",
+        "cpu",
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    )
+
+
+def kill_until_done(nested, run, *, kills, rng):
+    """Kill a run at random moments of its training, then let it end; return how many kills hit it."""
+    hits = 0
+    while hits < kills:
+        process = start(nested, run)
+        seen = len(read_metrics(run))
+        while process.poll() is None and len(read_metrics(run)) <= seen:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.3))
+        if process.poll() is not None:
+            break
+        process.kill()
+        process.communicate()
+        hits += 1
+    output, _ = (process := start(nested, run)).communicate()
+    assert process.returncode == 0, output
+    return hits
+
+
+def check_kills(scenes, tmp_path, *, kills, epochs):
+    # Evaluating after every few steps gives the test a sign of life to wait for.
+    nested = nested_recipe(scenes, epochs=epochs, eval__every_epochs=0.4)
+    train(recipe_from_dict(nested, name="test"), tmp_path / "unbroken", device=CPU)
+    hits = kill_until_done(nested, tmp_path / "killed", kills=kills, rng=random.Random(0))
+    assert hits == kills
+    assert weights_of(tmp_path / "killed") == weights_of(tmp_path / "unbroken")
+    trace = [
+        (line["step"], line["kind"]) for line in read_metrics(tmp_path / "killed") if line["kind"] == "eval"
+    ]
+    assert trace == [
+        (line["step"], "eval") for line in read_metrics(tmp_path / "unbroken") if line["kind"] == "eval"
+    ]
+
+
+def test_a_run_killed_three_times_ends_with_the_same_weights(scenes, tmp_path):
+    check_kills(scenes, tmp_path, kills=3, epochs=30)
+
+
+@pytest.mark.long
+def test_a_run_killed_twenty_times_ends_with_the_same_weights(scenes, tmp_path):
+    check_kills(scenes, tmp_path, kills=20, epochs=150)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_asked_to_stop_saves_its_state_first(scenes, tmp_path, number):
+    run = tmp_path / "run"
+    process = start(nested_recipe(scenes, epochs=500, checkpoint_every_epochs=500), run)
+    while process.poll() is None and not read_metrics(run):
+        time.sleep(0.05)
+    process.send_signal(number)
+    output, _ = process.communicate()
+    assert process.returncode == 128 + number, output
+    step = int(re.search(r"stopped after step ([\d,]+)", output)[1].replace(",", ""))
+    assert [int(folder.name) for folder in list_checkpoints(run)] == [step]
+    assert "Traceback" not in output
