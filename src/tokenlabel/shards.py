@@ -1,0 +1,239 @@
+"""One file of a label store: a safetensors file of records that is written whole and never changed.
+
+It holds three uint8 tensors, one after the other:
+
+    index    [N, 32]   a row a record: hash of its key, where key and record lie, their lengths, a checksum
+    keys     [bytes]   the keys in UTF-8, one after the other, filled up with zeros to a multiple of 8
+    payload  [bytes]   the records, each beginning at a multiple of 8
+
+and, in its metadata, the format's version and the CRC-32 of `index` and of `keys`. docs/labels.md describes
+every byte.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import os
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import save
+
+SUFFIX = ".safetensors"
+FORMAT = "tokenlabel-labels"
+VERSION = "1"
+MAX_HEADER_BYTES = 1 << 16
+MAX_KEY_BYTES = 0xFFFF
+
+# Hash of the key, first byte of the record, its length, first byte of the key, its length, 0, the checksum.
+_ROW = struct.Struct("<QQIIHHI")
+_HASH_COLUMN = np.dtype({"names": ["hash"], "formats": ["<u8"], "offsets": [0], "itemsize": _ROW.size})
+_ALIGNMENT = 8
+_ADVICE = "remove the file and annotate again: only its images are done anew"
+
+
+class StoreError(ValueError):
+    """A label store that is missing, broken, or not for these images or classes."""
+
+
+def key_bytes(key: str) -> bytes:
+    """Return a key as it is stored; file names that are not valid UTF-8 keep their bytes."""
+    return key.encode("utf-8", "surrogateescape")
+
+
+def key_text(name: bytes) -> str:
+    """Return the key of its stored bytes."""
+    return name.decode("utf-8", "surrogateescape")
+
+
+def key_hash(name: bytes) -> int:
+    """Return the 64-bit hash by which a key is found: BLAKE2b of 8 bytes, read little endian."""
+    return int.from_bytes(blake2b(name, digest_size=8).digest(), "little")
+
+
+def write_shard(folder: Path, records: Sequence[tuple[str, bytes]]) -> Path:
+    """Write (key, record) pairs into a new file of the folder and return it.
+
+    The file is complete and on the disk before it gets its name, which is made of its content.
+    """
+    names = [key_bytes(key) for key, _ in records]
+    rows, payload, key_start, record_start = [], [], 0, 0
+    for name, (key, record) in zip(names, records, strict=True):
+        if len(name) > MAX_KEY_BYTES:
+            raise StoreError(f"{key[:80]}...: a key has at most {MAX_KEY_BYTES} bytes, this one {len(name)}")
+        checksum = crc32(record, crc32(name))
+        rows.append(_ROW.pack(key_hash(name), record_start, len(record), key_start, len(name), 0, checksum))
+        payload.append(_padded(record))
+        key_start += len(name)
+        record_start += len(payload[-1])
+    index, keys = b"".join(rows), _padded(b"".join(names))
+    content = save(
+        {
+            "index": np.frombuffer(index, np.uint8).reshape(-1, _ROW.size),
+            "keys": np.frombuffer(keys, np.uint8),
+            "payload": np.frombuffer(b"".join(payload), np.uint8),
+        },
+        {
+            "format": FORMAT,
+            "version": VERSION,
+            "index_crc32": str(crc32(index)),
+            "keys_crc32": str(crc32(keys)),
+        },
+    )
+    path = folder / f"{blake2b(index, digest_size=10).hexdigest()}{SUFFIX}"
+    write_atomically(path, content)
+    return path
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that it appears under its name only when all of it is on the disk."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        descriptor = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise StoreError(
+            f"{path}: could not be written ({error.strerror or error}); what was there is intact"
+        ) from error
+
+
+@dataclass(slots=True, eq=False)
+class Shard:
+    """A file of records for reading. Made by `open_shard`, which has checked its structure and index."""
+
+    path: Path
+    num_bytes: int
+    num_records: int
+    index_start: int
+    keys_start: int
+    payload_start: int
+    _mapped: mmap.mmap | None = field(default=None, repr=False)
+
+    def key(self, row: int) -> bytes:
+        """Return the key of a row, as it is stored."""
+        mapped = self._mapped or self._map()
+        _, _, _, start, length, _, _ = _ROW.unpack_from(mapped, self.index_start + row * _ROW.size)
+        return mapped[self.keys_start + start : self.keys_start + start + length]
+
+    def holds(self, row: int, name: bytes) -> bool | None:
+        """Return True if the row's key is `name`, else None."""
+        return True if self.key(row) == name else None
+
+    def read(self, row: int, name: bytes) -> bytes | None:
+        """Return the record of a row if its key is `name`, else None.
+
+        Raises StoreError if the record does not have its checksum.
+        """
+        mapped = self._mapped or self._map()
+        _, start, length, key_start, key_length, _, checksum = _ROW.unpack_from(
+            mapped, self.index_start + row * _ROW.size
+        )
+        key_start += self.keys_start
+        if mapped[key_start : key_start + key_length] != name:
+            return None
+        start += self.payload_start
+        record = mapped[start : start + length]
+        if crc32(record, crc32(name)) != checksum:
+            key = key_text(name)
+            raise StoreError(
+                f"{self.path}: the record of {key!r} was altered (its checksum is another); {_ADVICE}"
+            )
+        return record
+
+    def _map(self) -> mmap.mmap:
+        """Map the file: at the first read, so that every process makes its own."""
+        with _opened(self.path) as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        if len(mapped) != self.num_bytes:
+            raise StoreError(f"{self.path}: changed its size after it was opened; open the store again")
+        self._mapped = mapped
+        return mapped
+
+
+def open_shard(path: Path) -> tuple[Shard, NDArray[np.uint64]]:
+    """Return a shard and the hashes of its keys [N], in the order of the rows.
+
+    Raises StoreError if the file is no shard, was cut short, or has an altered index; its records are checked
+    when they are read.
+    """
+    with _opened(path) as file:
+        num_bytes = os.fstat(file.fileno()).st_size
+        (header_bytes,) = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))
+        if not 2 <= header_bytes <= min(MAX_HEADER_BYTES, num_bytes - 8):
+            raise StoreError(
+                f"{path}: not a label file, or cut short (a header of {header_bytes} bytes); {_ADVICE}"
+            )
+        num_records, index_end, keys_end, metadata = _layout(
+            path, file.read(header_bytes), num_bytes - 8 - header_bytes
+        )
+        index, keys = file.read(index_end), file.read(keys_end - index_end)
+    if [str(crc32(index)), str(crc32(keys))] != [metadata.get("index_crc32"), metadata.get("keys_crc32")]:
+        raise StoreError(f"{path}: its index was altered (its checksum is another); {_ADVICE}")
+    data_start = 8 + header_bytes
+    shard = Shard(path, num_bytes, num_records, data_start, data_start + index_end, data_start + keys_end)
+    return shard, np.frombuffer(index, _HASH_COLUMN)["hash"]
+
+
+def _layout(path: Path, header: bytes, num_data_bytes: int) -> tuple[int, int, int, dict[str, Any]]:
+    """Return the number of records, where index and keys end, and the metadata that a header tells."""
+    try:
+        tensors = json.loads(header)
+        metadata = tensors.pop("__metadata__")
+        version = (metadata["format"], metadata["version"])
+        num_records, num_key_bytes = tensors["index"]["shape"][0], tensors["keys"]["shape"][0]
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
+        raise StoreError(
+            f"{path}: its header is not that of a label file, or was altered; {_ADVICE}"
+        ) from error
+    if version != (FORMAT, VERSION):
+        raise StoreError(f"{path}: holds {version}, this version of tokenlabel reads {(FORMAT, VERSION)}")
+    if not all(type(count) is int and count >= 0 for count in (num_records, num_key_bytes)):
+        raise StoreError(f"{path}: its header was altered; {_ADVICE}")
+    index_end = num_records * _ROW.size
+    keys_end = index_end + num_key_bytes
+    expected = {
+        "index": _uint8([num_records, _ROW.size], 0),
+        "keys": _uint8([num_key_bytes], index_end),
+        "payload": _uint8([num_data_bytes - keys_end], keys_end),
+    }
+    if tensors != expected or keys_end > num_data_bytes:
+        raise StoreError(
+            f"{path}: was cut short or altered: {num_data_bytes} bytes do not fit its header; {_ADVICE}"
+        )
+    return num_records, index_end, keys_end, metadata
+
+
+def _uint8(shape: list[int], start: int) -> dict[str, Any]:
+    """Return what safetensors' header says of a uint8 tensor that begins at this byte of the data."""
+    return {"dtype": "U8", "shape": shape, "data_offsets": [start, start + math.prod(shape)]}
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise StoreError(
+            f"{path}: cannot be read ({error.strerror}); too many files: `tokenlabel merge` makes fewer"
+        ) from error
+
+
+def _padded(data: bytes) -> bytes:
+    return data + bytes(-len(data) % _ALIGNMENT)

@@ -1,0 +1,251 @@
+"""The label store: a folder of immutable files that maps an image's key to its score map. NumPy only.
+
+FOLDER/manifest.json says who made the labels and of which classes; every other file (see `shards`) was
+written by one writer and holds records. Writers never touch each other's files and readers only ever see
+whole ones, so any number of processes may write and read at once, and a kill costs no more than the records
+of the open files.
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self, TypeVar
+
+import numpy as np
+
+from tokenlabel.encoding import EncodingError, pack, unpack
+from tokenlabel.manifest import (
+    MANIFEST_FILE,
+    Failure,
+    Manifest,
+    read_manifest,
+    update_failures,
+    write_manifest,
+)
+from tokenlabel.scores import ScoreMap
+from tokenlabel.shards import (
+    SUFFIX,
+    Shard,
+    StoreError,
+    key_bytes,
+    key_hash,
+    key_text,
+    open_shard,
+    write_shard,
+)
+
+__all__ = [
+    "Failure",
+    "LabelStore",
+    "LabelStoreWriter",
+    "Manifest",
+    "StoreError",
+    "read_manifest",
+    "update_failures",
+]
+
+T = TypeVar("T")
+
+
+class LabelStoreWriter:
+    """Adds labels to a store, which it makes if there is none in the folder.
+
+    A context manager; records are kept in memory until they make a file: after `max_shard_bytes`, or
+    `max_shard_s` seconds after the file's first record, whichever comes first, and at the end.
+    Raises StoreError if the folder holds something else, or labels of another kind.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        manifest: Manifest,
+        *,
+        max_shard_bytes: int = 1 << 26,
+        max_shard_s: float = 300.0,
+    ) -> None:
+        self.folder = Path(folder)
+        self.manifest = manifest
+        self._max_shard_bytes = max_shard_bytes
+        self._max_shard_s = max_shard_s
+        self._open: list[tuple[str, bytes]] = []
+        self._open_bytes = 0
+        self._open_since_s = 0.0
+        self._keys: set[str] = set()
+        _make_store(self.folder, manifest)
+
+    def add(self, key: str, score_map: ScoreMap) -> None:
+        """Add the label of an image. Raises StoreError for a map of other classes and a key given twice."""
+        self.add_record(key, pack_for(self.manifest, key, score_map))
+
+    def add_record(self, key: str, record: bytes) -> None:
+        """Add a label that `pack_for` has packed already."""
+        if key in self._keys:
+            raise StoreError(f"{self.folder}: {key} was given twice")
+        self._keys.add(key)
+        self._open_since_s = time.monotonic() if not self._open else self._open_since_s
+        self._open.append((key, record))
+        self._open_bytes += len(record)
+        if (
+            self._open_bytes >= self._max_shard_bytes
+            or time.monotonic() - self._open_since_s >= self._max_shard_s
+        ):
+            self.flush()
+
+    def flush(self) -> None:
+        """Write the records that are still in memory as one file."""
+        if self._open:
+            write_shard(self.folder, self._open)
+        self._open, self._open_bytes = [], 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if not isinstance(error, StoreError):  # a full disk would only fail again
+            self.flush()
+
+
+def pack_for(manifest: Manifest, key: str, score_map: ScoreMap) -> bytes:
+    """Return the record of an image's score map, which must be of the manifest's classes, kind and topk."""
+    topk = score_map.codes.shape[2]
+    got, expected = (
+        (score_map.num_classes, score_map.kind.value, f"topk {topk}"),
+        (manifest.num_classes, manifest.kind.value, f"topk {manifest.topk}"),
+    )
+    if got[:2] != expected[:2] or topk > manifest.topk:
+        raise StoreError(f"{key}: a map of (classes, kind, topk) {got} in a store of {expected}")
+    try:
+        return pack(score_map, manifest.encoding)
+    except EncodingError as error:
+        raise StoreError(f"{key}: {error}") from error
+
+
+class LabelStore:
+    """Reads score maps by the keys of their images, out of one folder or several as if they were one.
+
+    `store[key]` returns a ScoreMap, checked against its checksum. Sixteen bytes a record are held in memory;
+    files are mapped when they are first read. Sent to another process it is opened there anew. Raises
+    StoreError if there is no store, if folders hold labels of different kinds, if two records have the same
+    key, or if a file is broken.
+    """
+
+    def __init__(self, folder: str | Path, *more_folders: str | Path) -> None:
+        self.folders = tuple(Path(f) for f in (folder, *more_folders))
+        self.manifest = _common_manifest(self.folders)
+        self.shards: list[Shard] = []
+        hashes, places = [np.zeros(0, np.uint64)], [np.zeros(0, np.uint64)]
+        for path in (path for folder in self.folders for path in _shard_paths(folder)):
+            shard, shard_hashes = open_shard(path)
+            hashes.append(shard_hashes)
+            places.append(np.arange(shard.num_records, dtype=np.uint64) | np.uint64(len(self.shards) << 32))
+            self.shards.append(shard)
+        unordered = np.concatenate(hashes)
+        order = np.argsort(unordered, kind="stable")
+        # Memory views give Python ints, which bisect compares faster than NumPy's own search starts.
+        self._hashes = unordered[order].data
+        self._places = np.concatenate(places)[order].data
+        self._refuse_duplicates()
+
+    def __getitem__(self, key: str) -> ScoreMap:
+        record = self.packed(key)
+        try:
+            return unpack(record, num_classes=self.manifest.num_classes)
+        except EncodingError as error:
+            raise StoreError(f"{self._where()}: the record of {key!r} cannot be used: {error}") from error
+
+    def __contains__(self, key: str) -> bool:
+        return self._find(key_bytes(key), Shard.holds) is not None
+
+    def __len__(self) -> int:
+        return len(self._hashes)
+
+    def __reduce__(self) -> tuple[type[LabelStore], tuple[Path, ...]]:
+        return type(self), self.folders
+
+    def keys(self) -> Iterator[str]:
+        """Yield all keys, file by file."""
+        for shard in self.shards:
+            for row in range(shard.num_records):
+                yield key_text(shard.key(row))
+
+    def missing(self, keys: Iterable[str]) -> list[str]:
+        """Return those of the given keys that have no label here."""
+        return [key for key in keys if key not in self]
+
+    def packed(self, key: str) -> bytes:
+        """Return the record of an image as it is stored, its checksum verified."""
+        record = self._find(key_bytes(key), Shard.read)
+        if record is None:
+            raise StoreError(
+                f"{self._where()}: holds no label of {key!r}; `tokenlabel annotate` with the same folders labels "
+                "what is missing"
+            )
+        return record
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all label files on the disk."""
+        return sum(shard.num_bytes for shard in self.shards)
+
+    def _find(self, name: bytes, look: Callable[[Shard, int, bytes], T | None]) -> T | None:
+        """Return what `look` finds in the row of a key; None if no row is of this key."""
+        wanted = key_hash(name)
+        position = bisect_left(self._hashes, wanted)
+        # Several keys may have this hash; the row knows its own.
+        while position < len(self._hashes) and self._hashes[position] == wanted:
+            place = self._places[position]  # the file's number, then 32 bits of the row's
+            found = look(self.shards[place >> 32], place & 0xFFFFFFFF, name)
+            if found is not None:
+                return found
+            position += 1
+        return None
+
+    def _refuse_duplicates(self) -> None:
+        hashes = np.asarray(self._hashes)
+        for position in np.flatnonzero(hashes[1:] == hashes[:-1]).tolist():
+            places = self._places[position], self._places[position + 1]
+            first, second = (self.shards[place >> 32] for place in places)
+            key, other_key = (self.shards[place >> 32].key(place & 0xFFFFFFFF) for place in places)
+            if key == other_key:
+                raise StoreError(
+                    f"{first.path} and {second.path} both hold a label of {key_text(key)!r}; "
+                    "remove one of the files"
+                )
+
+    def _where(self) -> str:
+        return " + ".join(map(str, self.folders))
+
+
+def _make_store(folder: Path, manifest: Manifest) -> None:
+    """Write the manifest of a new store; of one that is there, see that it has labels of the same kind."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(f"{folder}: cannot be made ({error.strerror})") from error
+    if (folder / MANIFEST_FILE).exists():
+        differences = read_manifest(folder).differences(manifest)
+        if differences:
+            raise StoreError(f"{folder}: holds other labels ({differences[0]}); choose another folder")
+    elif any(folder.iterdir()):
+        raise StoreError(f"{folder}: is not empty and no label store; choose another folder")
+    else:
+        write_manifest(folder, manifest)
+
+
+def _common_manifest(folders: Sequence[Path]) -> Manifest:
+    manifests = [read_manifest(folder) for folder in folders]
+    for folder, manifest in zip(folders[1:], manifests[1:], strict=True):
+        differences = manifests[0].differences(manifest)
+        if differences:
+            raise StoreError(f"{folders[0]} and {folder} cannot be read as one store: {differences[0]}")
+    return manifests[0]
+
+
+def _shard_paths(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob(f"*{SUFFIX}") if not path.name.startswith("."))
