@@ -1,0 +1,378 @@
+"""From an image source to batches: the data set, the order of images, and the loader.
+
+A sample is a function of (seed, epoch, index) and a batch one of (seed, step), whatever the number of worker
+processes or ranks. No random state exists that could be lost, so a run resumes at any step by asking for it.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, UInt8
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from tokenlabel.align import ScoreMapBatch, collate_score_maps
+from tokenlabel.geometry import View, stack_views
+from tokenlabel.images import (
+    DataError,
+    ImageCheck,
+    ImageError,
+    ImageFolder,
+    ImageSource,
+    ImageSubset,
+    check_images,
+    decode_image,
+    open_images,
+)
+from tokenlabel.scores import ScoreMap
+
+__all__ = [
+    "Batch",
+    "BatchSampler",
+    "DataError",
+    "EvalBatchSampler",
+    "ImageCheck",
+    "ImageError",
+    "ImageFolder",
+    "ImageSource",
+    "ImageSubset",
+    "LabelsError",
+    "Sample",
+    "TokenLabelDataset",
+    "Transform",
+    "check_images",
+    "check_labels",
+    "collate",
+    "decode_image",
+    "make_loader",
+    "normalize_images",
+    "open_images",
+]
+
+Transform = Callable[[Image.Image, np.random.Generator], tuple[NDArray[np.uint8], View]]
+"""From an RGB image and a source of randomness to pixels [height, width, 3] and the view that they show."""
+
+# What a random draw is for, so that an order of images never shares its random numbers with a sample.
+_FOR_ORDER, _FOR_SAMPLE = 0, 1
+
+
+class LabelsError(ValueError):
+    """A label store that does not belong to the images."""
+
+
+@runtime_checkable
+class ScoreMaps(Protocol):
+    """Score maps by the keys of images, such as a label store. It must pickle, and cheaply."""
+
+    def __getitem__(self, key: str, /) -> ScoreMap:
+        """Return the score map of an image."""
+        ...
+
+
+@runtime_checkable
+class CheckableLabels(ScoreMaps, Protocol):
+    """A label store: score maps, which of them there are, and a manifest that says what they are about."""
+
+    @property
+    def manifest(self) -> Any:
+        """Describes the labels; has `num_classes` and `class_names`."""
+        ...
+
+    def __contains__(self, key: str, /) -> bool:
+        """Say whether there is a score map for an image."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sample:
+    """One augmented image.
+
+    `image`: [3, height, width] uint8. `view`: what of the source image it shows. `score_map`: that of the
+    whole source image, or None without a store. `key`: the image's key in its source.
+    """
+
+    image: UInt8[Tensor, "3 height width"]
+    class_id: int
+    num_classes: int
+    view: View
+    score_map: ScoreMap | None
+    key: str
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """B augmented images; `score_maps` and `views` make the labels of their tokens (`align`).
+
+    `images` are laid out channels last in memory.
+    """
+
+    images: UInt8[Tensor, "B 3 height width"]
+    class_ids: Int[Tensor, " B"]
+    num_classes: int
+    views: Float[Tensor, "B F 2 3"]
+    score_maps: ScoreMapBatch | None
+    keys: list[str]
+
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch on another device."""
+        return Batch(
+            images=self.images.to(device, non_blocking=True),
+            class_ids=self.class_ids.to(device, non_blocking=True),
+            num_classes=self.num_classes,
+            views=self.views.to(device, non_blocking=True),
+            score_maps=self.score_maps and self.score_maps.to(device),
+            keys=self.keys,
+        )
+
+    def pin_memory(self) -> Batch:
+        """Return the batch in page-locked memory (the data loader calls this)."""
+        return Batch(
+            images=self.images.pin_memory(),
+            class_ids=self.class_ids.pin_memory(),
+            num_classes=self.num_classes,
+            views=self.views.pin_memory(),
+            score_maps=self.score_maps and self.score_maps.pin_memory(),
+            keys=self.keys,
+        )
+
+
+class TokenLabelDataset(Dataset[Sample]):
+    """Augmented images with the score maps of their sources, as a function of (seed, epoch, index).
+
+    `dataset[epoch, index]` draws every random number of a sample anew from these three. `store` maps keys to
+    score maps. Raises ImageError for an image that does not decode.
+    """
+
+    def __init__(
+        self, source: ImageSource, transform: Transform, *, seed: int, store: ScoreMaps | None = None
+    ) -> None:
+        self.source, self.transform, self.seed, self.store = source, transform, seed, store
+        self.num_classes = len(source.class_names)
+
+    def __getitem__(self, epoch_and_index: tuple[int, int]) -> Sample:
+        epoch, index = epoch_and_index
+        key = self.source.keys[index]
+        rng = np.random.default_rng((self.seed, _FOR_SAMPLE, epoch, index))
+        pixels, view = self.transform(decode_image(self.source.read(index), key), rng)
+        return Sample(
+            image=torch.from_numpy(pixels).permute(2, 0, 1),
+            class_id=int(self.source.class_ids[index]),
+            num_classes=self.num_classes,
+            view=view,
+            score_map=None if self.store is None else self.store[key],
+            key=key,
+        )
+
+    def __len__(self) -> int:
+        """Return how many images there are."""
+        return len(self.source)
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    """Stack samples of one size. Either all have a score map or none has."""
+    score_maps = [sample.score_map for sample in samples if sample.score_map is not None]
+    if score_maps and len(score_maps) < len(samples):
+        raise LabelsError(
+            f"{len(samples) - len(score_maps)} of the {len(samples)} samples of a batch have no score map"
+        )
+    pixels = torch.stack([sample.image.permute(1, 2, 0) for sample in samples])  # [B, height, width, 3]
+    return Batch(
+        images=pixels.permute(0, 3, 1, 2),
+        class_ids=torch.tensor([sample.class_id for sample in samples]),
+        num_classes=samples[0].num_classes,
+        views=torch.from_numpy(stack_views([sample.view for sample in samples])),
+        score_maps=collate_score_maps(score_maps) if score_maps else None,
+        keys=[sample.key for sample in samples],
+    )
+
+
+def normalize_images(
+    images: UInt8[Tensor, "B 3 height width"],
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype = torch.float32,
+) -> Float[Tensor, "B 3 height width"]:
+    """Return (pixels / 255 - mean) / std, channel by channel, on the images' device and in their layout.
+
+    `mean` and `std` are for pixels in [0, 1]. Computed in float32 whatever the `dtype` of the result.
+    """
+    scale = torch.tensor([1 / (255 * s) for s in std], device=images.device)[:, None, None]
+    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=images.device)[
+        :, None, None
+    ]
+    return (images.float() * scale + shift).to(dtype)
+
+
+def check_labels(source: ImageSource, store: CheckableLabels) -> None:
+    """Raise LabelsError unless the store has a label over the same classes for every image."""
+    ours, theirs = source.class_names, store.manifest.class_names
+    if store.manifest.num_classes != len(ours):
+        raise LabelsError(
+            f"the labels are about {store.manifest.num_classes:,} classes, the images have {len(ours):,}; "
+            "annotate them with a teacher of the same classes"
+        )
+    if theirs and list(theirs) != list(ours):
+        first = next(i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b)
+        raise LabelsError(
+            f"class {first} is {theirs[first]!r} to the labels and {ours[first]!r} to the images; "
+            "annotate with a teacher whose classes have the same order"
+        )
+    missing = [key for key in source.keys if key not in store]
+    if missing:
+        raise LabelsError(
+            f"{len(missing):,} of {len(source):,} images have no label in the store "
+            f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}); annotate them first"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchSampler:
+    """The images of each training step from `start_step` on, as lists of (epoch, index).
+
+    An epoch is a permutation of the images drawn from (seed, epoch), without those that would not fill the
+    last batch (others in each epoch). `batch_size` counts the images of all ranks together: each rank takes
+    an equal part, in order, so that the ranks' parts side by side are the batch of a single rank. Where the
+    images are fewer than the batch, permutations follow on each other without a gap: a batch then holds
+    images more than once, each time from another epoch and so augmented differently.
+    """
+
+    num_images: int
+    batch_size: int
+    seed: int
+    num_steps: int
+    start_step: int = 0
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        if self.num_images < 1 or self.batch_size < 1:
+            raise ValueError(f"need at least one image and a batch size of at least 1, got {self}")
+        _check_rank(self.rank, self.world_size)
+        if self.batch_size % self.world_size:
+            raise ValueError(
+                f"a batch of {self.batch_size} images does not divide among {self.world_size} ranks; "
+                "change batch_size to a multiple"
+            )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps that an epoch takes; 1 where the images don't fill a batch."""
+        return max(1, self.num_images // self.batch_size)
+
+    def __len__(self) -> int:
+        return max(0, self.num_steps - self.start_step)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        share = self.batch_size // self.world_size
+        orders: dict[int, NDArray[np.int64]] = {}
+        for step in range(self.start_step, self.num_steps):
+            epochs, places = self._places(step)
+            mine = slice(self.rank * share, (self.rank + 1) * share)
+            in_use = {int(epoch) for epoch in epochs[mine]}
+            orders = {epoch: orders[epoch] if epoch in orders else self._order(epoch) for epoch in in_use}
+            yield [
+                (int(e), int(orders[int(e)][place]))
+                for e, place in zip(epochs[mine], places[mine], strict=True)
+            ]
+
+    def _places(self, step: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the epoch of each image of a step's batch and its place in the epoch's order."""
+        in_use = min(self.num_images, self.steps_per_epoch * self.batch_size)
+        places = step * self.batch_size + np.arange(self.batch_size)
+        return places // in_use, places % in_use
+
+    def _order(self, epoch: int) -> NDArray[np.int64]:
+        return np.random.default_rng((self.seed, _FOR_ORDER, epoch)).permutation(self.num_images)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalBatchSampler:
+    """Every image once, in order, as lists of (0, index).
+
+    Each rank takes one stretch of the images; together they cover all of them, none twice. Ranks may differ
+    by one in their number of images, so sum over ranks, don't average. `batch_size` is each rank's own.
+    """
+
+    num_images: int
+    batch_size: int
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
+        _check_rank(self.rank, self.world_size)
+
+    def _stretch(self) -> range:
+        start, end = (self.num_images * r // self.world_size for r in (self.rank, self.rank + 1))
+        return range(start, end)
+
+    def __len__(self) -> int:
+        return -(-len(self._stretch()) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        mine = self._stretch()
+        for start in range(0, len(mine), self.batch_size):
+            yield [(0, index) for index in mine[start : start + self.batch_size]]
+
+
+def make_loader(
+    dataset: TokenLabelDataset,
+    batches: BatchSampler | EvalBatchSampler,
+    *,
+    num_workers: int,
+    pin_memory: bool = False,
+    prefetch: int = 4,
+) -> DataLoader[Sample]:
+    """Return a loader of `Batch`es; with 0 workers they are made in this process.
+
+    Workers stay alive between iterations and each prepares `prefetch` batches ahead. They are started from a
+    clean server process ("forkserver"; "spawn" where there is none): forking a process with threads or CUDA
+    may deadlock. As always then, a script that makes a loader needs `if __name__ == "__main__":` around its
+    start.
+    """
+    if num_workers < 0 or prefetch < 1:
+        raise ValueError(
+            f"num_workers must be at least 0 and prefetch at least 1, got {num_workers} and {prefetch}"
+        )
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        collate_fn=collate,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        persistent_workers=num_workers > 0,
+        prefetch_factor=prefetch if num_workers else None,
+        multiprocessing_context=_process_context() if num_workers else None,
+        worker_init_fn=_ignore_signals,
+        generator=torch.Generator(),  # a loader without one of its own draws from the global one
+    )
+
+
+def _process_context() -> Any:
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])  # imports torch once, not once a worker
+    return context
+
+
+def _ignore_signals(worker: int) -> None:
+    """Leave Ctrl-C and SIGTERM to the main process: it saves its state and then ends its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _check_rank(rank: int, world_size: int) -> None:
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank {rank} of {world_size}: ranks run from 0 to world_size - 1")

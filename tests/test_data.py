@@ -1,0 +1,420 @@
+import io
+import pickle
+import warnings
+from dataclasses import dataclass, field
+from itertools import chain
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from tokenlabel.data import (
+    BatchSampler,
+    EvalBatchSampler,
+    LabelsError,
+    TokenLabelDataset,
+    check_labels,
+    collate,
+    make_loader,
+    normalize_images,
+)
+from tokenlabel.geometry import Box, View
+from tokenlabel.images import (
+    DataError,
+    ImageCheck,
+    ImageError,
+    ImageFolder,
+    Strings,
+    check_images,
+    decode_image,
+    open_images,
+)
+from tokenlabel.scores import from_mask
+
+SIZE_PX = (6, 8)  # height, width
+
+
+def encoded(pixels, image_format="PNG", **options):
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, image_format, **options)
+    return buffer.getvalue()
+
+
+def noise(seed, shape=(*SIZE_PX, 3)):
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+@dataclass
+class ImagesInMemory:
+    """Ten images of two classes."""
+
+    data: list[bytes] = field(default_factory=lambda: [encoded(noise(i)) for i in range(10)])
+    class_names: list[str] = field(default_factory=lambda: ["cat", "dog"])
+
+    @property
+    def keys(self):
+        return [f"{self.class_names[i % 2]}/{i}.png" for i in range(len(self.data))]
+
+    @property
+    def class_ids(self):
+        return np.arange(len(self.data)) % 2
+
+    def read(self, index):
+        return self.data[index]
+
+    def __len__(self):
+        return len(self.data)
+
+
+class LabelsInMemory(dict):
+    """A label store with a score map for each key."""
+
+    def __init__(self, keys, *, class_names=("cat", "dog"), num_classes=2):
+        maps = {key: from_mask(np.full((2, 3), i % 2), num_classes=2) for i, key in enumerate(keys)}
+        super().__init__(maps)
+        self.manifest = SimpleNamespace(num_classes=num_classes, class_names=class_names)
+
+
+def random_shade(image, rng):
+    """Darken by a random amount: a transform whose pixels and view tell which random numbers it got."""
+    pixels = np.asarray(image) // rng.integers(1, 9, dtype=np.uint8)
+    return pixels, View.crop(Box(right=rng.uniform(0.1, 1)))
+
+
+def dataset(seed=0, store=None):
+    return TokenLabelDataset(ImagesInMemory(), random_shade, seed=seed, store=store)
+
+
+def write(path, data=None):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(encoded(noise(0)) if data is None else data)
+
+
+class TestImageFolder:
+    def test_the_class_is_the_first_folder_and_the_key_the_whole_path(self, tmp_path):
+        for path in ("dog/b.png", "cat/2020/may/x.JPEG", "cat/a.jpg", "cat/a.notes.txt", "ant/1.webp"):
+            write(tmp_path / path)
+        source = open_images(tmp_path)
+        assert source.class_names == ["ant", "cat", "dog"]
+        assert list(source.keys) == ["ant/1.webp", "cat/2020/may/x.JPEG", "cat/a.jpg", "dog/b.png"]
+        assert source.class_ids.tolist() == [0, 1, 1, 2]
+        assert source.read(3) == (tmp_path / "dog/b.png").read_bytes()
+
+    def test_names_that_differ_only_after_their_first_dot_are_two_images(self, tmp_path):
+        write(tmp_path / "cat/a.b.jpg")
+        write(tmp_path / "cat/a.c.jpg")
+        write(tmp_path / "cat/a.b.png")
+        assert list(open_images(str(tmp_path)).keys) == ["cat/a.b.jpg", "cat/a.b.png", "cat/a.c.jpg"]
+
+    def test_hidden_files_are_passed_over_and_links_followed(self, tmp_path):
+        write(tmp_path / "elsewhere/cat/a.png")
+        write(tmp_path / "root/dog/._b.png")
+        write(tmp_path / "root/dog/b.png")
+        write(tmp_path / "root/.cache/c.png")
+        (tmp_path / "root/cat").symlink_to(tmp_path / "elsewhere/cat")
+        assert list(open_images(tmp_path / "root").keys) == ["cat/a.png", "dog/b.png"]
+
+    def test_a_missing_folder_is_an_error_that_names_it(self, tmp_path):
+        with pytest.raises(DataError, match="nowhere: no such folder"):
+            ImageFolder(tmp_path / "nowhere")
+
+    def test_an_empty_folder_is_an_error(self, tmp_path):
+        with pytest.raises(DataError, match="expected one folder a class"):
+            ImageFolder(tmp_path)
+
+    def test_images_outside_of_class_folders_are_an_error_that_names_some(self, tmp_path):
+        for path in ("cat/a.png", "b.png", "c.png", "d.png", "e.png"):
+            write(tmp_path / path)
+        with pytest.raises(DataError, match=r"4 images \(b.png, c.png, d.png, \.\.\.\) outside"):
+            ImageFolder(tmp_path)
+
+    def test_a_class_folder_without_images_is_an_error_that_names_it(self, tmp_path):
+        write(tmp_path / "cat/a.png")
+        write(tmp_path / "dog/words.txt")
+        with pytest.raises(DataError, match=r"1 class folder \(dog\) without images"):
+            ImageFolder(tmp_path)
+
+    def test_a_file_that_vanished_is_an_error_that_names_it(self, tmp_path):
+        write(tmp_path / "cat/a.png")
+        source = ImageFolder(tmp_path)
+        (tmp_path / "cat/a.png").unlink()
+        with pytest.raises(ImageError, match=r"cat/a\.png: cannot be read"):
+            source.read(0)
+
+    def test_a_million_images_pickle_as_text(self):
+        keys = [f"n{i % 1000:08d}/n{i:016d}.JPEG" for i in range(5000)]
+        strings = Strings(keys)
+        assert len(pickle.dumps(strings)) < sum(map(len, keys)) + 9 * len(keys)
+        assert list(pickle.loads(pickle.dumps(strings))) == keys
+
+
+@given(st.lists(st.text(), max_size=8), st.integers(-9, 9), st.integers(-9, 9))
+def test_strings_are_a_sequence_like_a_list(texts, start, stop):
+    strings = Strings(texts)
+    assert list(strings) == texts
+    assert strings[start:stop] == texts[start:stop]
+    assert [strings[i] for i in range(-len(texts), len(texts))] == texts * 2
+    with pytest.raises(IndexError):
+        strings[len(texts)]
+
+
+class TestDecode:
+    def test_a_png_decodes_to_its_pixels(self):
+        np.testing.assert_array_equal(np.asarray(decode_image(encoded(noise(1)), "a.png")), noise(1))
+
+    def test_greys_palettes_and_transparency_become_rgb(self):
+        grey = noise(2, SIZE_PX)
+        deep = (grey.astype(np.uint16) << 8) + 77
+        with_alpha = np.dstack([noise(1), noise(3, SIZE_PX)])
+        palette = io.BytesIO()
+        Image.fromarray(noise(1)).quantize(8).save(palette, "PNG", transparency=bytes(range(8)))
+        expected = np.repeat(grey[..., None], 3, axis=2)
+        np.testing.assert_array_equal(np.asarray(decode_image(encoded(grey), "grey")), expected)
+        np.testing.assert_array_equal(np.asarray(decode_image(encoded(deep), "16 bit")), expected)
+        np.testing.assert_array_equal(np.asarray(decode_image(encoded(with_alpha), "alpha")), noise(1))
+        assert decode_image(palette.getvalue(), "palette").mode == "RGB"
+
+    @pytest.mark.parametrize(
+        "data", [b"", b"not an image", encoded(noise(0))[:60], encoded(noise(0), "JPEG")[:-40]]
+    )
+    def test_broken_data_is_an_error_that_names_the_image(self, data):
+        with pytest.raises(ImageError, match=r"cat/7\.png: does not decode"):
+            decode_image(data, "cat/7.png")
+
+
+class TestCheckImages:
+    BROKEN = (b"", b"words", encoded(noise(0))[:90], encoded(noise(0), "JPEG")[:-20])
+
+    def source(self):
+        source = ImagesInMemory()
+        source.data[2:6] = self.BROKEN
+        return source
+
+    @pytest.mark.parametrize("check", [None, ImageCheck.DECODE, ImageCheck.ENDS])
+    def test_broken_images_are_counted_and_named(self, check):
+        with pytest.raises(DataError, match=r"4 images \(cat/2.png, dog/3.png, cat/4.png, \.\.\.\).*of 10"):
+            check_images(self.source(), check=check)
+
+    @pytest.mark.parametrize("check", [None, ImageCheck.DECODE, ImageCheck.ENDS])
+    def test_broken_images_are_left_out_when_told_to(self, check):
+        kept = check_images(self.source(), skip_broken=True, check=check)
+        assert list(kept.keys) == [f"{'cat' if i % 2 == 0 else 'dog'}/{i}.png" for i in (0, 1, 6, 7, 8, 9)]
+        assert kept.class_ids.tolist() == [0, 1, 0, 1, 0, 1]
+        assert kept.class_names == ["cat", "dog"]
+        assert kept.read(2) == ImagesInMemory().read(6)
+
+    def test_sound_images_are_the_source_itself(self):
+        source = ImagesInMemory()
+        assert check_images(source) is source
+        source.data[0] = encoded(noise(0), "JPEG") + b"trailing bytes"
+        source.data[1] = encoded(noise(0), "BMP")
+        assert check_images(source, check=ImageCheck.ENDS) is source
+
+    def test_nothing_is_read_when_images_are_trusted(self):
+        source = self.source()
+        assert check_images(source, check=ImageCheck.NONE) is source
+
+    def test_skipping_every_image_is_an_error(self):
+        with pytest.raises(DataError, match="1 image "):
+            check_images(ImagesInMemory(data=[b"words"]), skip_broken=True)
+
+
+class TestCheckLabels:
+    def test_labels_of_all_images_pass(self):
+        source = ImagesInMemory()
+        check_labels(source, LabelsInMemory(source.keys))
+        check_labels(source, LabelsInMemory(source.keys, class_names=None))
+
+    def test_images_without_label_are_counted_and_named(self):
+        source = ImagesInMemory()
+        with pytest.raises(LabelsError, match=r"8 of 10 images .*cat/2.png, dog/3.png, cat/4.png, \.\.\."):
+            check_labels(source, LabelsInMemory(source.keys[:2]))
+
+    def test_another_number_of_classes_is_an_error(self):
+        source = ImagesInMemory()
+        with pytest.raises(LabelsError, match="1,000 classes, the images have 2"):
+            check_labels(source, LabelsInMemory(source.keys, num_classes=1000))
+
+    def test_other_class_names_are_an_error(self):
+        source = ImagesInMemory()
+        with pytest.raises(LabelsError, match="class 1 is 'cow' to the labels and 'dog' to the images"):
+            check_labels(source, LabelsInMemory(source.keys, class_names=("cat", "cow")))
+
+
+class TestDataset:
+    def test_a_sample_has_everything_that_its_tokens_labels_need(self):
+        source = ImagesInMemory()
+        store = LabelsInMemory(source.keys)
+        sample = dataset(store=store)[0, 3]
+        assert (sample.key, sample.class_id, sample.num_classes) == ("dog/3.png", 1, 2)
+        assert sample.score_map is store["dog/3.png"]
+        assert sample.image.shape == (3, *SIZE_PX)
+
+    def test_a_sample_is_a_function_of_seed_epoch_and_index(self):
+        def right(seed, epoch, index):
+            return dataset(seed)[epoch, index].view.matrix[0, 0]
+
+        assert right(0, 4, 3) == right(0, 4, 3)
+        others = [right(1, 4, 3), right(0, 5, 3), right(0, 4, 2), right(4, 0, 3), right(0, 3, 4)]
+        assert len({right(0, 4, 3), *others}) == 6
+
+    def test_a_broken_image_is_an_error_that_names_it(self):
+        images = ImagesInMemory()
+        images.data[4] = b"words"
+        broken = TokenLabelDataset(images, random_shade, seed=0)
+        with pytest.raises(ImageError, match=r"cat/4\.png"):
+            broken[0, 4]
+
+
+class TestCollate:
+    def test_a_batch_stacks_its_samples(self):
+        data = dataset(store=LabelsInMemory(ImagesInMemory().keys))
+        samples = [data[0, i] for i in (1, 5, 2)]
+        batch = collate(samples)
+        assert batch.images.shape == (3, 3, *SIZE_PX)
+        assert batch.images.is_contiguous(memory_format=torch.channels_last)
+        for i, sample in enumerate(samples):
+            assert torch.equal(batch.images[i], sample.image)
+            np.testing.assert_allclose(batch.views[i], sample.view.frames, atol=1e-7)
+        assert batch.class_ids.tolist() == [1, 1, 0]
+        assert batch.keys == ["dog/1.png", "dog/5.png", "cat/2.png"]
+        assert batch.num_classes == 2
+        assert batch.score_maps is not None
+        assert batch.score_maps.num_classes == 2
+
+    def test_without_a_store_there_are_no_score_maps(self):
+        assert collate([dataset()[0, 0]]).score_maps is None
+
+    def test_a_batch_of_which_only_some_have_score_maps_is_refused(self):
+        store = LabelsInMemory(ImagesInMemory().keys)
+        with pytest.raises(LabelsError, match="1 of the 2 samples"):
+            collate([dataset(store=store)[0, 0], dataset()[0, 1]])
+
+    def test_moving_a_batch_keeps_everything(self):
+        batch = collate([dataset(store=LabelsInMemory(ImagesInMemory().keys))[0, i] for i in range(3)])
+        moved = batch.to(torch.device("cpu"))
+        assert torch.equal(moved.images, batch.images)
+        assert torch.equal(moved.views, batch.views)
+        assert (moved.keys, moved.num_classes) == (batch.keys, batch.num_classes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_normalised_images_equal_the_formula(dtype):
+    images = torch.from_numpy(noise(0, (2, *SIZE_PX, 3))).permute(0, 3, 1, 2)
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    result = normalize_images(images, mean=mean, std=std, dtype=dtype)
+    assert result.dtype == dtype
+    assert result.is_contiguous(memory_format=torch.channels_last)
+    expected = np.empty(images.shape)
+    for b, c, y, x in np.ndindex(*images.shape):
+        expected[b, c, y, x] = (images[b, c, y, x].item() / 255 - mean[c]) / std[c]
+    np.testing.assert_allclose(result.float(), expected, atol=1e-5 if dtype == torch.float32 else 0.02)
+
+
+def steps(num_images, batch_size, num_steps, **options):
+    return list(BatchSampler(num_images=num_images, batch_size=batch_size, num_steps=num_steps, **options))
+
+
+SIZES = {"num_images": st.integers(1, 30), "batch_size": st.integers(1, 40), "seed": st.integers(0, 5)}
+
+
+class TestBatchSampler:
+    @given(**SIZES)
+    def test_an_epoch_shows_no_image_twice_and_drops_only_what_fills_no_batch(
+        self, num_images, batch_size, seed
+    ):
+        sampler = BatchSampler(num_images=num_images, batch_size=batch_size, seed=seed, num_steps=20)
+        shown = [pair for batch in sampler for pair in batch]
+        assert len(set(shown)) == len(shown) == 20 * batch_size
+        assert all(0 <= index < num_images for _, index in shown)
+        in_epoch_0 = sum(epoch == 0 for epoch, _ in shown)
+        if batch_size <= num_images:
+            whole = num_images - num_images % batch_size
+            assert in_epoch_0 == min(whole, len(shown))
+            assert all(len({epoch for epoch, _ in batch}) == 1 for batch in sampler)
+        else:  # small data: permutations follow on each other without a gap
+            assert in_epoch_0 == num_images
+            times_shown = np.bincount([index for _, index in shown], minlength=num_images)
+            assert times_shown.max() - times_shown.min() <= 1
+
+    @given(**SIZES, start_step=st.integers(0, 25))
+    def test_a_resumed_run_sees_what_the_unbroken_one_would(self, num_images, batch_size, seed, start_step):
+        unbroken = steps(num_images, batch_size, 20, seed=seed)
+        resumed = steps(num_images, batch_size, 20, seed=seed, start_step=start_step)
+        assert resumed == unbroken[start_step:]
+
+    @given(num_images=st.integers(1, 30), share=st.integers(1, 8), world_size=st.integers(1, 4))
+    def test_the_ranks_side_by_side_are_the_batch_of_one(self, num_images, share, world_size):
+        batch_size = share * world_size
+        alone = steps(num_images, batch_size, 9, seed=3)
+        ranks = [
+            steps(num_images, batch_size, 9, seed=3, rank=rank, world_size=world_size)
+            for rank in range(world_size)
+        ]
+        assert [[*chain(*parts)] for parts in zip(*ranks, strict=True)] == alone
+
+    def test_epochs_and_seeds_have_orders_of_their_own(self):
+        epochs = [tuple(index for _, index in batch) for batch in steps(20, 20, 4, seed=0)]
+        assert len({*epochs, tuple(index for _, index in steps(20, 20, 1, seed=1)[0])}) == 5
+
+    def test_its_length_is_what_it_yields(self):
+        sampler = BatchSampler(num_images=10, batch_size=4, seed=0, start_step=3, num_steps=8)
+        assert len(sampler) == len(list(sampler)) == 5
+        assert len(BatchSampler(num_images=10, batch_size=4, seed=0, start_step=9, num_steps=8)) == 0
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"batch_size": 6, "world_size": 4}, "6 images does not divide among 4 ranks"),
+            ({"num_images": 0}, "at least one image"),
+            ({"rank": 2, "world_size": 2}, "rank 2 of 2"),
+        ],
+    )
+    def test_impossible_sizes_are_refused(self, options, message):
+        with pytest.raises(ValueError, match=message):
+            BatchSampler(**{"num_images": 10, "batch_size": 4, "seed": 0, "num_steps": 1, **options})
+
+
+@given(num_images=st.integers(0, 40), batch_size=st.integers(1, 9), world_size=st.integers(1, 5))
+def test_evaluation_shows_every_image_once_over_all_ranks(num_images, batch_size, world_size):
+    shown = []
+    for rank in range(world_size):
+        sampler = EvalBatchSampler(
+            num_images=num_images, batch_size=batch_size, rank=rank, world_size=world_size
+        )
+        batches = list(sampler)
+        assert len(sampler) == len(batches)
+        assert all(len(batch) == batch_size for batch in batches[:-1])
+        shown += [pair for batch in batches for pair in batch]
+    assert shown == [(0, index) for index in range(num_images)]
+
+
+class TestLoader:
+    def sampler(self, start_step=0):
+        return BatchSampler(num_images=10, batch_size=4, seed=1, num_steps=5, start_step=start_step)
+
+    def test_batches_are_the_same_whatever_the_number_of_workers(self):
+        data = dataset(seed=1, store=LabelsInMemory(ImagesInMemory().keys))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            alone = list(make_loader(data, self.sampler(), num_workers=0))
+            several = list(make_loader(data, self.sampler(), num_workers=2, prefetch=1))
+        assert len(alone) == len(several) == 5
+        for ours, theirs in zip(alone, several, strict=True):
+            assert torch.equal(ours.images, theirs.images)
+            assert torch.equal(ours.views, theirs.views)
+            assert torch.equal(ours.score_maps.probs, theirs.score_maps.probs)
+            assert ours.keys == theirs.keys
+
+    def test_it_leaves_the_global_random_state_alone(self):
+        before = torch.get_rng_state()
+        next(iter(make_loader(dataset(), self.sampler(), num_workers=0)))
+        assert torch.equal(torch.get_rng_state(), before)
+
+    def test_impossible_numbers_are_refused(self):
+        with pytest.raises(ValueError, match="num_workers must be at least 0"):
+            make_loader(dataset(), self.sampler(), num_workers=-1)
