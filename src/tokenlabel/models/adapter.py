@@ -16,7 +16,6 @@ import timm
 import torch
 from jaxtyping import Float
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers.helpers import to_2tuple
 from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
@@ -186,7 +185,7 @@ class TimmAdapter(TokenModel):
         patch = getattr(getattr(self.backbone, "patch_embed", None), "patch_size", None)
         if patch is None:
             return
-        patch_height_px, patch_width_px = to_2tuple(patch)
+        patch_height_px, patch_width_px = (patch, patch) if isinstance(patch, int) else patch
         is_patch_grid = grid == (height_px // patch_height_px, width_px // patch_width_px)
         if is_patch_grid and (height_px % patch_height_px or width_px % patch_width_px):
             raise ValueError(
