@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from tokenlabel.losses import token_label_loss
 from tokenlabel.mixing import MixPlan, mix_images
 from tokenlabel.models import Inference, LVViT, LVViTConfig, Outputs, create_model
-from tokenlabel.models.lvvit import CONFIGS, resize_positions
+from tokenlabel.models.lvvit import CONFIGS
+from tokenlabel.models.trunk import resize_positions
 from tokenlabel.targets import class_targets
 
 GOLDEN = Path(__file__).parent / "golden"
