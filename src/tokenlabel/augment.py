@@ -1,0 +1,320 @@
+"""Augmentation: pixels, and the view that says exactly where they came from.
+
+A transform takes an RGB image and a source of randomness and returns pixels [height, width, 3] uint8 and their
+`View`. Pixels take an antialiased crop-resize, then one resampling for all warps together, then changes of
+colour. What a warp moves in from outside of the image gets `MEAN_COLOUR`, and the view does not cover it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageEnhance, ImageOps
+
+from tokenlabel.geometry import Box, View
+from tokenlabel.randaugment import ColourChange, blurred, enhanced, parse_randaugment
+
+# The mean of ImageNet's pixels, which timm fills with, too.
+MEAN_COLOUR = (124, 116, 104)
+
+
+class Interpolation(StrEnum):
+    """How pixels are resampled; RANDOM draws one of the other two for each image."""
+
+    BILINEAR = "bilinear"
+    BICUBIC = "bicubic"
+    RANDOM = "random"
+
+
+class Order(StrEnum):
+    """Whether RandAugment and the random warp change the crop (fast) or the whole image before it (published)."""
+
+    AFTER_CROP = "after_crop"
+    BEFORE_CROP = "before_crop"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColourJitter:
+    """Random changes of colour, in random order; each factor is drawn evenly from 1 - range to 1 + range."""
+
+    brightness: float = 0.0
+    """Range of the factor of brightness."""
+    contrast: float = 0.0
+    """Range of the factor of contrast."""
+    saturation: float = 0.0
+    """Range of the factor of saturation."""
+    hue: float = 0.0
+    """Range of the turn of the hue, as a fraction of the colour circle; at most 0.5."""
+    probability: float = 1.0
+    """Share of the images that are changed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarpConfig:
+    """A random affine warp: rotation, then shear, then translation, in one resampling."""
+
+    probability: float = 0.0
+    """Share of the images that are warped."""
+    degrees: float = 0.0
+    """Rotation about the centre is drawn evenly from minus to plus this."""
+    shear: float = 0.0
+    """Shear along both axes is drawn evenly from minus to plus this: 0.3 moves a point 0.3 px for each px."""
+    translate: float = 0.0
+    """Translation along both axes is drawn evenly from minus to plus this, a fraction of width and height."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """How training images are augmented."""
+
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    """Range of the share of the image's area that the crop keeps."""
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Range of the crop's width / height, before it is resized to the model's input."""
+    interpolation: Interpolation = Interpolation.RANDOM
+    """bilinear, bicubic, or random: one of the two for each image."""
+    horizontal_flip: float = 0.5
+    """Probability that left and right change places."""
+    vertical_flip: float = 0.0
+    """Probability that top and bottom change places."""
+    warp: WarpConfig = field(default_factory=WarpConfig)
+    """Random rotation, shear and translation beside RandAugment's."""
+    randaugment: str | None = None
+    """RandAugment by timm's name, such as rand-m9-mstd0.5-inc1; none by default."""
+    three_augment: bool = False
+    """Turn each image grey, solarize or blur it (3-Augment of DeiT III; give it a jitter of 0.3 as well)."""
+    jitter: ColourJitter = field(default_factory=ColourJitter)
+    """Random changes of brightness, contrast, saturation and hue, after everything else."""
+    order: Order = Order.AFTER_CROP
+    """Whether warp and RandAugment work on the crop (after_crop) or on the whole image (before_crop)."""
+
+    def __post_init__(self) -> None:
+        for name in ("crop_scale", "crop_ratio"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high:
+                raise ValueError(f"{name} must be two numbers with 0 < first <= second, got {low} and {high}")
+        shares = (self.horizontal_flip, self.vertical_flip, self.warp.probability, self.jitter.probability)
+        if self.crop_scale[1] > 1 or not all(0 <= share <= 1 for share in shares):
+            raise ValueError(f"crop_scale and probabilities end at 1, got {self}")
+        if not 0 <= self.jitter.hue <= 0.5:
+            raise ValueError(f"jitter.hue must lie in 0 to 0.5, got {self.jitter.hue}")
+        if self.randaugment is not None:
+            parse_randaugment(self.randaugment)
+
+
+class TrainTransform:
+    """The random transform of training images, to pixels of `size_px` (height, width)."""
+
+    def __init__(self, config: AugmentConfig, size_px: tuple[int, int]) -> None:
+        self.config, self.size_px = config, size_px
+        self._randaugment = None if config.randaugment is None else parse_randaugment(config.randaugment)
+
+    def __call__(self, image: Image.Image, rng: np.random.Generator) -> tuple[NDArray[np.uint8], View]:
+        """Return pixels [height, width, 3] and the view that they show."""
+        resampling = _draw_resampling(self.config.interpolation, rng)
+        before_crop = self.config.order is Order.BEFORE_CROP
+        image, view = self._changed(image, resampling, rng) if before_crop else (image, View.identity())
+        image, crop = self._cropped_and_flipped(image, resampling, rng)
+        view = view.then(crop)
+        if not before_crop:
+            image, change = self._changed(image, resampling, rng)
+            view = view.then(change)
+        if self.config.three_augment:
+            image = _draw_three_augment(rng)(image)
+        for change_colour in _draw_jitter(self.config.jitter, rng):
+            image = change_colour(image)
+        return np.array(image), view
+
+    def _cropped_and_flipped(
+        self, image: Image.Image, resampling: Image.Resampling, rng: np.random.Generator
+    ) -> tuple[Image.Image, View]:
+        config, (height_px, width_px) = self.config, self.size_px
+        left, top, width, height = draw_crop(
+            image.size, scale=config.crop_scale, ratio=config.crop_ratio, rng=rng
+        )
+        box = Box.from_pixels(
+            left_px=left, top_px=top, width_px=width, height_px=height, image_size_px=image.size
+        )
+        image = image.crop((left, top, left + width, top + height)).resize((width_px, height_px), resampling)
+        view = View.crop(box)
+        if rng.random() < config.horizontal_flip:
+            image, view = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), view.then(View.flip_horizontal())
+        if rng.random() < config.vertical_flip:
+            image, view = image.transpose(Image.Transpose.FLIP_TOP_BOTTOM), view.then(View.flip_vertical())
+        return image, view
+
+    def _changed(
+        self, image: Image.Image, resampling: Image.Resampling, rng: np.random.Generator
+    ) -> tuple[Image.Image, View]:
+        """Apply the random warp and RandAugment: all warps at once, then the changes of colour."""
+        warps, colours = _draw_warps(self.config.warp, rng, size_px=image.size), []
+        if self._randaugment is not None:
+            changes = self._randaugment.draw(rng, size_px=image.size)
+            warps, colours = warps + changes.warps, changes.colours
+        view = View.identity()
+        if warps:
+            view = one_view(warps)
+            image = warp(image, view, resampling)
+        for change_colour in colours:
+            image = change_colour(image)
+        return image, view
+
+
+class EvalTransform:
+    """The transform of evaluation: the shorter side resized, the centre cut out, to `size_px` (height, width).
+
+    The crop keeps `crop_fraction` of the resized image's shorter side. Pixels equal those of timm's (resize to
+    size / crop_fraction, then centre crop), without resampling what is cut off.
+    """
+
+    def __init__(
+        self,
+        size_px: tuple[int, int],
+        *,
+        crop_fraction: float = 0.875,
+        interpolation: Interpolation = Interpolation.BICUBIC,
+    ) -> None:
+        if not 0 < crop_fraction <= 1:
+            raise ValueError(f"crop_fraction must lie above 0 and not above 1, got {crop_fraction}")
+        if interpolation is Interpolation.RANDOM:
+            raise ValueError("evaluation needs one interpolation: bilinear or bicubic, not random")
+        self.size_px = size_px
+        self.crop_fraction = crop_fraction
+        self._resampling = _RESAMPLING[interpolation]
+
+    def __call__(self, image: Image.Image, rng: np.random.Generator) -> tuple[NDArray[np.uint8], View]:
+        """Return pixels [height, width, 3] and the view that they show; nothing is drawn."""
+        height_px, width_px = self.size_px
+        resized_px = self._resized_px(image.width, image.height)
+        left_px, top_px = round((resized_px[0] - width_px) / 2), round((resized_px[1] - height_px) / 2)
+        box = Box.from_pixels(
+            left_px=left_px, top_px=top_px, width_px=width_px, height_px=height_px, image_size_px=resized_px
+        )
+        part_px = (
+            box.left * image.width,
+            box.top * image.height,
+            min(box.right * image.width, image.width),
+            min(box.bottom * image.height, image.height),
+        )
+        resized = image.resize((width_px, height_px), self._resampling, box=part_px)
+        return np.array(resized), View.crop(box)
+
+    def _resized_px(self, width_px: int, height_px: int) -> tuple[int, int]:
+        """Return the size (width, height) that an image is resized to before the crop, its aspect kept."""
+        least_height, least_width = (math.floor(side / self.crop_fraction) for side in self.size_px)
+        if width_px * least_height <= height_px * least_width:
+            return least_width, int(least_width * height_px / width_px)
+        return int(least_height * width_px / height_px), least_height
+
+
+def draw_crop(
+    image_size_px: tuple[int, int],
+    *,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    rng: np.random.Generator,
+) -> tuple[int, int, int, int]:
+    """Return left, top, width and height of a random crop of an image of (width, height), all in whole pixels.
+
+    The area is drawn evenly from the `scale` range of the image's, the logarithm of width / height from that of
+    the `ratio` range. After ten draws that don't fit, the crop is the largest in the centre whose ratio lies in
+    the range. Source: Szegedy et al., 2015, as in torchvision and timm.
+    """
+    image_width, image_height = image_size_px
+    for _ in range(10):
+        area = rng.uniform(*scale) * image_width * image_height
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        width, height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < width <= image_width and 0 < height <= image_height:
+            left, top = rng.integers(image_width - width + 1), rng.integers(image_height - height + 1)
+            return int(left), int(top), width, height
+    width = min(image_width, max(1, round(image_height * ratio[1])))
+    height = min(image_height, max(1, round(image_width / ratio[0])))
+    return (image_width - width) // 2, (image_height - height) // 2, width, height
+
+
+def one_view(warps: Sequence[View]) -> View:
+    """Return the view of several warps done in one resampling: nothing is lost between them."""
+    composed = warps[0]
+    for later in warps[1:]:
+        composed = composed.then(later)
+    return View(composed.frames[-1:])
+
+
+def warp(image: Image.Image, view: View, resampling: Image.Resampling) -> Image.Image:
+    """Resample an image to show a view of it at the same size; what lies outside gets `MEAN_COLOUR`."""
+    to_px = np.array([[image.width], [image.height]])  # the view's fractions, of x and y
+    per_px = np.array([1 / image.width, 1 / image.height, 1])
+    coefficients = (view.matrix * to_px * per_px).ravel().tolist()
+    return image.transform(
+        image.size, Image.Transform.AFFINE, coefficients, resample=resampling, fillcolor=MEAN_COLOUR
+    )
+
+
+_RESAMPLING = {
+    Interpolation.BILINEAR: Image.Resampling.BILINEAR,
+    Interpolation.BICUBIC: Image.Resampling.BICUBIC,
+}
+
+
+def _draw_resampling(interpolation: Interpolation, rng: np.random.Generator) -> Image.Resampling:
+    if interpolation is Interpolation.RANDOM:
+        interpolation = Interpolation.BICUBIC if rng.random() < 0.5 else Interpolation.BILINEAR
+    return _RESAMPLING[interpolation]
+
+
+def _draw_warps(config: WarpConfig, rng: np.random.Generator, *, size_px: tuple[int, int]) -> list[View]:
+    """Draw the random warp of an image of `size_px` (width, height)."""
+    if rng.random() >= config.probability:
+        return []
+    degrees = rng.uniform(-config.degrees, config.degrees)
+    shear_x, shear_y = rng.uniform(-config.shear, config.shear, 2)
+    right, down = rng.uniform(-config.translate, config.translate, 2)
+    return [
+        View.rotation(degrees, size_px=size_px),
+        View.shear(shear_x, shear_y, size_px=size_px),
+        View.translation(right, down),
+    ]
+
+
+def _draw_three_augment(rng: np.random.Generator) -> ColourChange:
+    """Draw one of the three changes of DeiT III (Touvron et al., 2022, section 3.3)."""
+    choice = rng.integers(3)
+    if choice == 0:
+        return lambda image: image.convert("L").convert("RGB")
+    if choice == 1:
+        return ImageOps.solarize
+    return blurred(rng.uniform(0.1, 2))
+
+
+def _draw_jitter(config: ColourJitter, rng: np.random.Generator) -> list[ColourChange]:
+    if rng.random() >= config.probability:
+        return []
+    changes: list[ColourChange] = []
+    for kind, extent in (
+        (ImageEnhance.Brightness, config.brightness),
+        (ImageEnhance.Contrast, config.contrast),
+        (ImageEnhance.Color, config.saturation),
+    ):
+        if extent > 0:
+            changes.append(enhanced(kind, rng.uniform(max(0, 1 - extent), 1 + extent)))
+    if config.hue > 0:
+        changes.append(_turned_hue(rng.uniform(-config.hue, config.hue)))
+    return [changes[i] for i in rng.permutation(len(changes))]
+
+
+def _turned_hue(turn: float) -> ColourChange:
+    """Return a change that moves hues by a fraction of the colour circle."""
+
+    def change(image: Image.Image) -> Image.Image:
+        hue, saturation, value = image.convert("HSV").split()
+        steps = round(turn * 255) % 256
+        turned = hue.point([(h + steps) % 256 for h in range(256)])
+        return Image.merge("HSV", (turned, saturation, value)).convert("RGB")
+
+    return change
