@@ -166,7 +166,9 @@ def _translate_y(level: float, size_px: tuple[int, int]) -> View:
 
 
 def _posterize(bits: int) -> ColourChange:
-    return lambda image: ImageOps.posterize(image, min(max(bits, 0), 8))
+    # Pillow's own refuses 0 bits (black), which timm's range includes.
+    mask = 256 - (1 << (8 - max(bits, 0)))
+    return lambda image: image.point([value & mask for value in range(256)] * 3)
 
 
 def _solarize(threshold: int) -> ColourChange:
