@@ -1,11 +1,9 @@
 """LV-ViT: the published architecture, any patch size and input, MixToken on embeddings."""
 
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
+from golden_values import formula_image, formula_weights, golden_outputs, published_keys
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -16,43 +14,7 @@ from tokenlabel.models.lvvit import CONFIGS
 from tokenlabel.models.trunk import resize_positions
 from tokenlabel.targets import class_targets
 
-GOLDEN = Path(__file__).parent / "golden"
 NUM_PARAMETERS = {"lvvit_t": 8_534_720, "lvvit_s": 26_151_824, "lvvit_m": 55_830_544, "lvvit_l": 150_021_968}
-
-
-def published_keys(name: str) -> dict[str, list[int]]:
-    return json.loads((GOLDEN / f"{name}.keys.json").read_text())
-
-
-def formula_weights(shapes: dict[str, list[int]]) -> dict[str, Tensor]:
-    """Return the weights that the golden outputs were computed with, by each tensor's name and rank."""
-    norms = tuple(f"{norm}.weight" for norm in ("norm", "norm1", "norm2", "bn1", "bn2", "bn3"))
-    weights = {}
-    for k, name in enumerate(sorted(shapes)):
-        shape = shapes[name]
-        i = np.arange(np.prod(shape))
-        wave = np.sin(0.7 * (k + 1) + 1.7 * i + 0.31 * np.sqrt(i) * (k % 7 + 1)).reshape(shape)
-        if name.endswith("num_batches_tracked"):
-            values = np.zeros(shape)
-        elif name.endswith("running_var"):
-            values = 1 + 0.5 * np.abs(wave)
-        elif name.endswith(norms):
-            values = 1 + 0.1 * wave
-        elif name.endswith(("bias", "running_mean")):
-            values = 0.05 * wave
-        elif name in ("pos_embed", "cls_token"):
-            values = wave * np.sqrt(2 / 2500)
-        else:
-            values = wave * np.sqrt(2 / np.prod(shape[1:]))
-        weights[name] = torch.from_numpy(np.asarray(values, dtype=np.float32))
-    return weights
-
-
-def formula_image() -> Tensor:
-    i = np.arange(3 * 224 * 224)
-    return torch.from_numpy(np.sin(0.013 * i + 0.5 * np.sin(0.00071 * i)).astype(np.float32)).view(
-        1, 3, 224, 224
-    )
 
 
 def tiny(**options: object) -> LVViT:
@@ -74,8 +36,7 @@ def test_outputs_equal_the_published_implementation(name: str) -> None:
     model = create_model(name, num_classes=1000, size_px=(224, 224)).eval()
     assert {key: list(value.shape) for key, value in model.state_dict().items()} == published_keys(name)
     model.load_state_dict(formula_weights(published_keys(name)))
-    with np.load(GOLDEN / f"{name}.npz") as file:
-        golden = dict(file)
+    golden = golden_outputs(name)
     for autocast in (False, True):
         with torch.no_grad(), torch.autocast("cpu", enabled=autocast):
             outputs = model(formula_image())

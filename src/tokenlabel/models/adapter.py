@@ -166,13 +166,13 @@ class TimmAdapter(TokenModel):
         except REFUSALS as error:
             where = "" if self.stage is None else f" at stage {self.stage}"
             size = f"{size_px[0]} x {size_px[1]} pixels{where}"
-            raise ValueError(f"{self.name} cannot take images of {size}: {_first_line(error)}") from error
+            raise ValueError(f"{self.name} cannot take images of {size}: {first_line(error)}") from error
         grid = (dense.shape[2], dense.shape[3])
         self._check_grid(grid, size_px)
         from_stage = Features(Layout.MAP, grid, width=dense.shape[1], from_stage=stage)
         if self.stage is not None:
             return from_stage
-        return _classifier_features(seen, grid) or from_stage
+        return classifier_features(seen, grid) or from_stage
 
     def _check_grid(self, grid: tuple[int, int], size_px: tuple[int, int]) -> None:
         height_px, width_px = size_px
@@ -208,12 +208,12 @@ def create_timm_adapter(
         backbone = timm.create_model(name, num_classes=num_classes, **options)
     except REFUSALS as error:
         raise ValueError(
-            f"timm cannot make {name} with the options {options}: {_first_line(error)}"
+            f"timm cannot make {name} with the options {options}: {first_line(error)}"
         ) from error
     return TimmAdapter(backbone, name=name, num_classes=num_classes, size_px=size_px, stage=stage)
 
 
-def _classifier_features(seen: Any, grid: tuple[int, int]) -> Features | None:
+def classifier_features(seen: Any, grid: tuple[int, int]) -> Features | None:
     """Say how the features that the classifier gets hold the grid; None if they don't."""
     if not isinstance(seen, Tensor):  # several branches
         return None
@@ -281,5 +281,6 @@ def _rgb(values: Sequence[float]) -> tuple[float, float, float]:
     return red, green, blue
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, for a message of one line of our own."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
