@@ -95,6 +95,7 @@ class TimmAdapter(TokenModel):
         if missing:
             raise NoTokenGridError(f"{name} has no token grid: it lacks timm's {' and '.join(missing)}")
         features = self._features(size_px)
+        self.grid = features.grid
         own_token_head = _take_own_token_head(backbone)
         if features.from_stage is None:
             self._pooled_norm = _pooled_norm(backbone, features.width)

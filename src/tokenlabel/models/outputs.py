@@ -56,10 +56,12 @@ class Outputs:
 class TokenModel(nn.Module, ABC):
     """A classifier that gives every token its own logits.
 
-    `num_classes`; `mean` and `std`: what to normalise pixels in [0, 1] with, one number a channel (RGB).
+    `grid`: the tokens (h, w) of the images that it was made for. `mean` and `std`: what to normalise pixels in
+    [0, 1] with, one number a channel (RGB).
     """
 
     num_classes: int
+    grid: tuple[int, int]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 

@@ -1,0 +1,191 @@
+"""Weights from files: published checkpoints, other image sizes, other class counts.
+
+Files are never allowed to run code: pickles are read with `weights_only=True`.
+"""
+
+from __future__ import annotations
+
+import logging
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tokenlabel.models.trunk import resize_positions
+
+LOGGER = logging.getLogger(__name__)
+
+# Heads for tokens: a checkpoint of a model without token labels has none, and they start anew.
+TOKEN_HEADS = ("aux_head.", "token_head.")
+
+# Names under which checkpoints keep their tensors, and their running average of them.
+WEIGHTS_KEYS = ("state_dict", "model")
+AVERAGE_KEYS = ("state_dict_ema", "model_ema")
+
+
+class WeightsError(ValueError):
+    """A file that holds no weights, or weights of another model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What became of a file's tensors, apart from those that were simply taken.
+
+    `new_heads`: parameters of the model that start anew, since the file's heads are for another number of
+    classes, or since it has none for tokens. `resized`: position embeddings that were resized to another grid.
+    """
+
+    new_heads: tuple[str, ...]
+    resized: tuple[str, ...]
+
+
+def load_published(
+    model: Any, path: str | Path, *, average: bool = False, grid: tuple[int, int] | None = None
+) -> Loaded:
+    """Load a checkpoint, published or our own, into a model of another image size or class count, too.
+
+    `model`: any of ours, with its `num_classes` and its `grid`. `path`: `.safetensors`, `.pth`, `.pth.tar`, or a
+    folder with `model.safetensors`. `average`: take the running average (EMA) of the weights in the file.
+    `grid`: the token grid (h, w) of the file's position embeddings; left out, it is the model's where the number
+    fits, else square. Position embeddings are resized bicubically. Heads for another number of classes are left
+    out and start anew, with a warning. Raises WeightsError, and leaves the model alone, where anything else does
+    not fit.
+    """
+    path = Path(path)
+    found = read_checkpoint(path, average=average)
+    wanted = model.state_dict()
+    resized = _resize_all_positions(found, model, grid=grid, path=path)
+    other_heads = _other_heads(found, wanted, num_classes=model.num_classes)
+    found = {name: tensor for name, tensor in found.items() if name not in other_heads}
+    token_head = {name for name in wanted.keys() - found.keys() if name.startswith(TOKEN_HEADS)}
+    _check_fit(found, wanted, new_heads=other_heads | token_head, path=path)
+    model.load_state_dict(found, strict=False)
+    new_heads = tuple(sorted(other_heads | token_head))
+    if new_heads:
+        LOGGER.warning("%s has nothing for %s: they start anew", path, ", ".join(new_heads))
+    if resized:
+        LOGGER.info("%s: resized to other images: %s", path, ", ".join(resized))
+    return Loaded(new_heads=new_heads, resized=resized)
+
+
+def read_checkpoint(path: str | Path, *, average: bool = False) -> dict[str, Tensor]:
+    """Return the tensors of a checkpoint file by name, without the `module.` that parallel training puts before.
+
+    Raises WeightsError for what cannot be read without running its code, and for a file without `average`.
+    """
+    path = Path(path)
+    path = path / "model.safetensors" if path.is_dir() else path
+    if not path.is_file():
+        raise WeightsError(f"{path}: no such file; expected weights as .safetensors, .pth or .pth.tar")
+    contents = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    keys = AVERAGE_KEYS if average else WEIGHTS_KEYS
+    inner = next((contents[key] for key in keys if key in contents), None)
+    if inner is None and average:
+        raise WeightsError(
+            f"{path} has no averaged weights (none of {', '.join(AVERAGE_KEYS)}); load it without"
+        )
+    tensors = {
+        name.removeprefix("module."): value
+        for name, value in (contents if inner is None else inner).items()
+        if isinstance(value, Tensor)
+    }
+    if not tensors:
+        raise WeightsError(f"{path} holds no tensors; it has {', '.join(map(str, contents)) or 'nothing'}")
+    return tensors
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise WeightsError(f"{path} is damaged or no safetensors file ({error}); get it again") from error
+
+
+def _read_pickle(path: Path) -> dict[str, Any]:
+    try:
+        with torch.serialization.safe_globals([Namespace]):  # the options of the run, beside the weights
+            contents = torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        raise WeightsError(
+            f"{path} holds more than tensors, and reading it could run any code. If you trust where it is from, "
+            f"convert it once: python -c \"import torch; f = torch.load('{path}', weights_only=False); "
+            f"torch.save({{k: v for k, v in f.items() if 'state_dict' in k}} or f, '{path}.tensors.pth')\""
+        ) from error
+    except (RuntimeError, EOFError, OSError) as error:
+        raise WeightsError(f"{path} is damaged or no checkpoint ({error}); get it again") from error
+    if not isinstance(contents, dict):
+        raise WeightsError(f"{path} holds a {type(contents).__name__}, expected a dictionary of tensors")
+    return contents
+
+
+def _resize_all_positions(
+    found: dict[str, Tensor], model: Any, *, grid: tuple[int, int] | None, path: Path
+) -> tuple[str, ...]:
+    """Resize the position embeddings in `found` to the model's grid, and return their names."""
+    new_grid = model.grid
+    resized = []
+    for name, ours in model.state_dict().items():
+        theirs = found.get(name)
+        if theirs is None or name.rpartition(".")[2] != "pos_embed" or theirs.ndim != 3:
+            continue
+        num_prefix = ours.shape[1] - new_grid[0] * new_grid[1]
+        old_grid = grid or _guess_grid(theirs.shape[1] - num_prefix, new_grid, path=path)
+        if old_grid[0] * old_grid[1] + num_prefix != theirs.shape[1]:
+            raise WeightsError(
+                f"{path}: {theirs.shape[1] - num_prefix} positions are not a grid of {old_grid}"
+            )
+        if old_grid != new_grid:
+            found[name] = resize_positions(theirs, old_grid, new_grid)
+            resized.append(name)
+    return tuple(resized)
+
+
+def _guess_grid(num_positions: int, new_grid: tuple[int, int], *, path: Path) -> tuple[int, int]:
+    side = round(max(0, num_positions) ** 0.5)
+    if num_positions == new_grid[0] * new_grid[1]:
+        return new_grid
+    if side * side != num_positions or side == 0:
+        raise WeightsError(
+            f"{path}: {num_positions} positions are no square; say their grid (h, w) by `grid`"
+        )
+    return side, side
+
+
+def _other_heads(found: dict[str, Tensor], wanted: dict[str, Tensor], *, num_classes: int) -> set[str]:
+    """Return the names of what differs in the number of classes and in nothing else."""
+    return {
+        name
+        for name in found.keys() & wanted.keys()
+        if wanted[name].shape[:1] == (num_classes,)
+        and found[name].shape[:1] != (num_classes,)
+        and found[name].shape[1:] == wanted[name].shape[1:]
+    }
+
+
+def _check_fit(
+    found: dict[str, Tensor], wanted: dict[str, Tensor], *, new_heads: set[str], path: Path
+) -> None:
+    lacks = [
+        name
+        for name in wanted
+        if name not in found and name not in new_heads and not name.endswith("num_batches_tracked")
+    ]
+    unknown = [name for name in found if name not in wanted]
+    others = [
+        f"{name} ({' x '.join(map(str, found[name].shape))}, not {' x '.join(map(str, wanted[name].shape))})"
+        for name in found.keys() & wanted.keys()
+        if found[name].shape != wanted[name].shape
+    ]
+    complaints = [
+        f"{what} {', '.join(sorted(names)[:3])}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        for what, names in (("it lacks", lacks), ("it has", unknown), ("sizes differ:", others))
+        if names
+    ]
+    if complaints:
+        raise WeightsError(f"{path} is for another model or other options: {'; '.join(complaints)}")
