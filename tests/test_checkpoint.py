@@ -55,7 +55,9 @@ def save(run, step, trained, keep=2):
 
 
 def same_weights(one, other):
-    return all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+    return all(
+        torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True)
+    )
 
 
 def test_a_loaded_state_goes_on_bit_by_bit(tmp_path):
@@ -94,7 +96,9 @@ def test_the_newest_are_kept(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "ema.safetensors", "optimizer.safetensors"])
-@pytest.mark.parametrize("damage", [lambda data: data[:-5], lambda data: data[:-9] + b"x" + data[-8:], lambda data: b""])
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[:-5], lambda data: data[:-9] + b"x" + data[-8:], lambda data: b""]
+)
 def test_a_damaged_file_is_named(tmp_path, name, damage):
     folder = save(tmp_path, 1, trained_for(1))
     data = (folder / name).read_bytes()
@@ -106,7 +110,7 @@ def test_a_damaged_file_is_named(tmp_path, name, damage):
 def test_a_missing_file_is_named(tmp_path):
     folder = save(tmp_path, 1, trained_for(1))
     (folder / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="model.safetensors: cannot be read"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: cannot be read"):
         load_checkpoint(folder, trained_for(0))
 
 
@@ -131,7 +135,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "save_file", fail)
-    with pytest.raises(CheckpointError, match="No space left on device.*earlier checkpoints are intact"):
+    with pytest.raises(CheckpointError, match=r"No space left on device.*earlier checkpoints are intact"):
         save(tmp_path, 2, trained)
     assert [int(path.name) for path in list_checkpoints(tmp_path)] == [1]
     assert load_checkpoint(list_checkpoints(tmp_path)[0], trained_for(0)) == 1

@@ -10,9 +10,7 @@ PAPER = OptimConfig(lr=1.6e-3, lr_batch_size=1024, cooldown_epochs=10.0)
 
 
 def rate(step, config=PAPER, batch_size=1024, epochs=310):
-    return learning_rate(
-        step, config, batch_size=batch_size, steps_per_epoch=100, num_steps=100 * epochs
-    )
+    return learning_rate(step, config, batch_size=batch_size, steps_per_epoch=100, num_steps=100 * epochs)
 
 
 def test_the_schedule_of_the_paper_at_its_corners():

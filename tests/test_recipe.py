@@ -34,7 +34,9 @@ def write(tmp_path):
 
 
 def test_a_recipe_survives_being_written_and_read(write, tmp_path):
-    recipe = read_recipe(write(MINIMAL | {"mix": {"kind": "mixtoken"}, "model": {"name": "x", "options": {"depth": 2}}}))
+    recipe = read_recipe(
+        write(MINIMAL | {"mix": {"kind": "mixtoken"}, "model": {"name": "x", "options": {"depth": 2}}})
+    )
     assert recipe.mix.kind is Mixing.MIXTOKEN
     write_recipe(recipe, tmp_path / "again.yaml")
     assert read_recipe(tmp_path / "again.yaml") == recipe
@@ -50,7 +52,10 @@ def test_a_written_recipe_names_every_field(write):
     ("change", "words"),
     [
         ({"bach_size": 3}, ["bach_size", "did you mean batch_size"]),
-        ({"optim": {"lr": 1e-3, "lr_batch_size": 100, "wieght_decay": 1}}, ["wieght_decay", "optim.weight_decay"]),
+        (
+            {"optim": {"lr": 1e-3, "lr_batch_size": 100, "wieght_decay": 1}},
+            ["wieght_decay", "optim.weight_decay"],
+        ),
         ({"epochs": "many"}, ["epochs", "many"]),
         ({"mix": {"kind": "mixtokens"}}, ["mix.kind", "mixtokens"]),
         ({"precision": "fp12"}, ["precision", "fp12"]),

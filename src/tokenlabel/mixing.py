@@ -10,8 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -19,7 +21,10 @@ from tokenlabel.targets import TokenTargets
 
 
 class Mixing(StrEnum):
-    """Which mix to draw. MixToken: Jiang et al. 2021, section 3.2; CutMix: Yun et al. 2019; Mixup: Zhang et al. 2018."""
+    """Which mix to draw.
+
+    MixToken: Jiang et al. 2021, section 3.2. CutMix: Yun et al. 2019. Mixup: Zhang et al. 2018.
+    """
 
     NONE = "none"
     MIXTOKEN = "mixtoken"
@@ -42,8 +47,19 @@ class MixPlan:
     on_tokens: bool
 
     def share(self, grid: tuple[int, int]) -> Float[Tensor, "B N"]:
-        """Return the fraction of each cell of another grid (h, w) that comes from the partner; (1, 1) for all."""
-        return F.adaptive_avg_pool2d(self.mask, grid).flatten(1)
+        """Return the fraction of each cell of another grid (h, w) that comes from the partner; (1, 1) for all.
+
+        Exact for any two grids, so that the mean over cells is the share of the image.
+        """
+        rows = _overlaps(grid[0], self.mask.shape[1], self.mask.device)
+        columns = _overlaps(grid[1], self.mask.shape[2], self.mask.device)
+        with torch.autocast(self.mask.device.type, enabled=False):
+            return (rows @ self.mask @ columns.T).flatten(1)
+
+    def to(self, device: torch.device) -> MixPlan:
+        """Return the plan on another device."""
+        mask, partner = (t.to(device, non_blocking=True) for t in (self.mask, self.partner))
+        return MixPlan(mask, partner, self.on_tokens)
 
 
 def sample_mix(
@@ -64,18 +80,22 @@ def sample_mix(
     """
     if mixing is Mixing.NONE:
         return None
+    rng = np.random.default_rng(int(torch.randint(1 << 62, (), generator=generator)))
     draws = num_images if per_sample else 1
-    lost = 1 - _beta(alpha, draws, generator)  # [draws]
+    lost = 1 - rng.beta(alpha, alpha, draws)  # [draws]
     match mixing:
         case Mixing.MIXUP:
             mask = lost[:, None, None]
         case Mixing.MIXTOKEN:
-            mask = _boxes(lost, grid, generator)
+            mask = _boxes(lost, grid, rng)
         case Mixing.CUTMIX:
-            mask = _boxes(lost, size_px, generator)
-    reverse = torch.arange(num_images - 1, -1, -1)
-    partner = torch.randperm(num_images, generator=generator) if per_sample else reverse
-    return MixPlan(mask.expand(num_images, -1, -1), partner, on_tokens=mixing is Mixing.MIXTOKEN)
+            mask = _boxes(lost, size_px, rng)
+    partner = rng.permutation(num_images) if per_sample else np.arange(num_images)[::-1].copy()
+    return MixPlan(
+        mask=torch.from_numpy(mask.astype(np.float32)).expand(num_images, -1, -1),
+        partner=torch.from_numpy(partner),
+        on_tokens=mixing is Mixing.MIXTOKEN,
+    )
 
 
 def mix_images(images: Float[Tensor, "B c height width"], plan: MixPlan) -> Float[Tensor, "B c height width"]:
@@ -94,7 +114,7 @@ def mix_tokens(tokens: Float[Tensor, "B h w D"], plan: MixPlan) -> Float[Tensor,
             f"the plan's mask is {tuple(plan.mask.shape[1:])}, the token grid {tuple(tokens.shape[1:3])}; "
             "make the plan for the grid that the model reports"
         )
-    return tokens.lerp(tokens[plan.partner], plan.mask[..., None].to(tokens.dtype))
+    return tokens.lerp(tokens.index_select(0, plan.partner), plan.mask[..., None].to(tokens.dtype))
 
 
 def mix_targets(targets: TokenTargets, plan: MixPlan | None, grid: tuple[int, int]) -> TokenTargets:
@@ -104,22 +124,22 @@ def mix_targets(targets: TokenTargets, plan: MixPlan | None, grid: tuple[int, in
     return targets.blended(targets.of_images(plan.partner), plan.share(grid))
 
 
-def _beta(alpha: float, count: int, generator: torch.Generator) -> Float[Tensor, " count"]:
-    """Draw from Beta(alpha, alpha), as a ratio of gamma variates from the given generator."""
-    gammas = torch._standard_gamma(torch.full((count, 2), float(alpha)), generator=generator)
-    return gammas[:, 0] / gammas.sum(dim=1)
-
-
-def _boxes(
-    area: Float[Tensor, " draws"], size: tuple[int, int], generator: torch.Generator
-) -> Float[Tensor, "draws rows columns"]:
-    """Return masks that are 1 inside a box of (about) the given share of the area and 0 outside."""
-    masks = []
+def _boxes(area: NDArray[np.float64], size: tuple[int, int], rng: np.random.Generator) -> NDArray[np.bool_]:
+    """Return masks [draws, rows, columns], true inside a box of (about) the given share of the area."""
+    inside = []
     for length in size:  # rows, then columns
-        half = (area.sqrt() * length).floor().div(2, rounding_mode="floor")
-        centre = torch.randint(length, area.shape, generator=generator)
-        place = torch.arange(length)
-        inside = (place >= (centre - half)[:, None]) & (place < (centre + half)[:, None])
-        masks.append(inside.float())
-    rows, columns = masks
-    return rows[:, :, None] * columns[:, None, :]
+        half = (np.sqrt(area) * length).astype(int) // 2
+        centre = rng.integers(length, size=len(area))
+        place = np.arange(length)
+        inside.append((place >= (centre - half)[:, None]) & (place < (centre + half)[:, None]))
+    rows, columns = inside
+    return rows[:, :, None] & columns[:, None, :]
+
+
+def _overlaps(num_cells: int, num_pieces: int, device: torch.device) -> Float[Tensor, "cells pieces"]:
+    """Return how much of each of `num_cells` equal parts of a length each of `num_pieces` equal parts covers."""
+    # In units of 1 / (cells * pieces) all ends are whole numbers.
+    cells = num_pieces * torch.arange(num_cells + 1, device=device)
+    pieces = num_cells * torch.arange(num_pieces + 1, device=device)
+    end, start = torch.minimum(cells[1:, None], pieces[1:]), torch.maximum(cells[:-1, None], pieces[:-1])
+    return (end - start).clamp_min(0) / num_pieces

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from enum import Enum
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 import jsonargparse
 import yaml
+from jsonargparse.typing import register_type
 
 from tokenlabel.augment import AugmentConfig
 from tokenlabel.mixing import Mixing
@@ -121,13 +125,24 @@ class Recipe:
 
 def add_recipe_arguments(parser: jsonargparse.ArgumentParser) -> None:
     """Let a parser take `--recipe NAME|FILE` and every field of a recipe as `--a.b value`."""
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    names = ", ".join(recipe_names())
     parser.add_argument(
-        "--recipe",
-        action="config",
-        help=f"one of {', '.join(recipe_names())}, or a YAML file; later options override it",
+        "--recipe", action="config", help=f"one of {names}, or a YAML file; options after it override it"
     )
-    parser.add_class_arguments(Recipe)
+    add_config_arguments(parser, Recipe)
+
+
+def add_config_arguments(parser: jsonargparse.ArgumentParser, config: type) -> None:
+    """Let a parser take every field of a dataclass, nested ones as `--a.b value`; enums go by their values."""
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    for kind in _enums(config):
+        register_type(kind, serializer=lambda member: member.value, deserializer=partial(_member, kind))
+    parser.add_class_arguments(config)
+    for action in parser._actions:  # argparse keeps what `--help` shows nowhere else
+        kind = getattr(action, "_typehint", None)
+        if isinstance(kind, type) and issubclass(kind, Enum):
+            action.metavar = "{" + ",".join(member.value for member in kind) + "}"
+            action.default = kind[action.default].value if isinstance(action.default, str) else action.default
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -142,7 +157,7 @@ def read_recipe(path: Path) -> Recipe:
 def recipe_from_dict(nested: Any, *, name: str) -> Recipe:
     """Return the recipe of nested dicts, as in a YAML file; `name` is what errors call it."""
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(Recipe)
+    add_config_arguments(parser, Recipe)
     if not isinstance(nested, dict):
         raise RecipeError(f"{name}: a recipe is a mapping of keys to values, got {type(nested).__name__}")
     try:
@@ -170,7 +185,7 @@ def recipe_as_dict(recipe: Recipe) -> dict[str, Any]:
             return {key: plain(entry) for key, entry in value.items()}
         if isinstance(value, (list, tuple)):
             return [plain(entry) for entry in value]
-        return str(value) if isinstance(value, (Mixing, Inference)) else value
+        return value.value if isinstance(value, Enum) else value
 
     return plain(dataclasses.asdict(recipe))
 
@@ -208,39 +223,55 @@ def find_recipe(name: str) -> Path:
 def explain(error: Exception) -> str:
     """Return the message of a parser's error on one line, with the near name of an unknown key."""
     message = " ".join(str(error).split())
-    for unknown in _unknown_words(message):
-        message += _near(unknown, _field_names(Recipe))
+    known = _field_names(Recipe)
+    if in_group := re.search(r"Group '(.+?)' does not accept option '(.+?)'", message):
+        group, key = in_group.groups()
+        return f"unknown key {group}.{key}{_near(f'{group}.{key}', known)}"
+    if alone := re.search(r"Option '(.+?)' is not accepted", message):
+        return f"unknown key {alone[1]}{_near(alone[1], known)}"
+    for word in re.findall(r"--([^\s=]+)", message.partition("unrecognized arguments:")[2]):
+        message += _near(word, known)
     return message
 
 
-def _unknown_words(message: str) -> list[str]:
-    """Return the keys that the parser did not know, out of its message."""
-    if "does not accept option" in message or "is not expected" in message:
-        return [message.split("'")[-2]]
-    if message.startswith("unrecognized arguments:"):
-        words = message.removeprefix("unrecognized arguments:").split()
-        return [word.removeprefix("--").split("=")[0] for word in words if word.startswith("--")]
-    return []
-
-
 def _near(word: str, known: Sequence[str]) -> str:
-    """Return a clause that names the known words nearest to `word`, or all of a few."""
-    last = {name.split(".")[-1]: name for name in known}
+    """Return a clause that names the known words nearest to `word`, or those beside it."""
+    by_last_part = {name.split(".")[-1]: name for name in known}
     near = difflib.get_close_matches(word, known, n=2) or [
-        last[name] for name in difflib.get_close_matches(word.split(".")[-1], list(last), n=2)
+        by_last_part[part] for part in difflib.get_close_matches(word.split(".")[-1], by_last_part, n=2)
     ]
-    return f"; did you mean {' or '.join(near)}?" if near else f"; known: {', '.join(known)}"
+    if near:
+        return f"; did you mean {' or '.join(near)}?"
+    group = word.rpartition(".")[0]
+    beside = [name for name in known if name.rpartition(".")[0] == group]
+    return f"; known there: {', '.join(beside)}" if beside else ""
 
 
 def _field_names(config: type, prefix: str = "") -> list[str]:
     names = []
-    for entry in dataclasses.fields(config):
-        kind = globals().get(str(entry.type))
-        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-            names += _field_names(kind, f"{prefix}{entry.name}.")
-        else:
-            names.append(prefix + entry.name)
+    for name, kind in get_type_hints(config).items():
+        nested = _field_names(kind, f"{prefix}{name}.") if dataclasses.is_dataclass(kind) else []
+        names += nested or [prefix + name]
     return names
+
+
+def _enums(config: type) -> set[type[Enum]]:
+    """Return the enums among the fields of a dataclass and of those nested in it."""
+    found: set[type[Enum]] = set()
+    for kind in get_type_hints(config).values():
+        if dataclasses.is_dataclass(kind):
+            found |= _enums(kind)
+        elif isinstance(kind, type) and issubclass(kind, Enum):
+            found.add(kind)
+    return found
+
+
+def _member(kind: type[Enum], value: Any) -> Enum:
+    try:
+        return kind(value)
+    except ValueError:
+        known = ", ".join(member.value for member in kind)
+        raise ValueError(f"expected one of {known}; got {value!r}") from None
 
 
 def _folder() -> Any:
