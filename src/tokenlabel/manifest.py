@@ -47,6 +47,8 @@ class Manifest:
     failures: tuple[Failure, ...] = ()
 
     def __post_init__(self) -> None:
+        for name in ("teacher", "preprocessing"):  # as they will be read back: no tuples
+            object.__setattr__(self, name, json.loads(json.dumps(getattr(self, name))))
         if self.num_classes < 2 or self.topk < 1:
             raise StoreError(
                 f"labels need 2 classes and 1 kept a cell at least; got {self.num_classes} and {self.topk}"
@@ -59,9 +61,12 @@ class Manifest:
         unlike = []
         for name in ("num_classes", "class_names", "kind", "topk", "teacher", "preprocessing"):
             ours, theirs = getattr(self, name), getattr(other, name)
-            if ours != theirs:
-                unlike.append(f"{name} is {_short(ours)} here, {_short(theirs)} there")
-        return unlike
+            if isinstance(ours, dict):
+                keys = sorted(ours.keys() | theirs.keys())
+                unlike += [(f"{name}.{key}", ours.get(key), theirs.get(key)) for key in keys]
+            else:
+                unlike.append((name, ours, theirs))
+        return [f"{name} is {_short(a)} there, {_short(b)} here" for name, a, b in unlike if a != b]
 
 
 def update_failures(folder: str | Path, failures: Sequence[Failure]) -> None:

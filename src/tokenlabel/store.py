@@ -13,7 +13,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
@@ -44,7 +44,9 @@ __all__ = [
     "LabelStoreWriter",
     "Manifest",
     "StoreError",
+    "pack_for",
     "read_manifest",
+    "remove_leftovers",
     "update_failures",
 ]
 
@@ -101,7 +103,7 @@ class LabelStoreWriter:
             write_shard(self.folder, self._open)
         self._open, self._open_bytes = [], 0
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> LabelStoreWriter:
         return self
 
     def __exit__(
@@ -220,6 +222,13 @@ class LabelStore:
 
     def _where(self) -> str:
         return " + ".join(map(str, self.folders))
+
+
+def remove_leftovers(folder: Path, *, older_than_s: float = 600.0) -> None:
+    """Remove what writers that were killed left behind: unfinished files that nobody has touched for a while."""
+    for path in folder.glob(".*.tmp"):
+        if time.time() - path.stat().st_mtime > older_than_s:
+            path.unlink(missing_ok=True)
 
 
 def _make_store(folder: Path, manifest: Manifest) -> None:

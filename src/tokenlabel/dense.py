@@ -1,0 +1,173 @@
+"""Networks with logits for every place of an image.
+
+The dense map of a classifier is its own head, whatever layers it has, applied at every position of its last
+features: the answer it would give for an image that shows this position's features everywhere. A network with
+a head for its tokens (LV-ViT, VOLO) answers with that.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from tokenlabel.models import TokenModel
+from tokenlabel.models.adapter import REFUSALS, Features, Layout, classifier_features, first_line
+
+
+class NoDenseMapError(ValueError):
+    """A network whose head cannot answer for single places."""
+
+
+@dataclass(frozen=True, eq=False)
+class DenseLogits:
+    """What a network says of whole images [B, C], and of every place of them [B, h, w, C]."""
+
+    image: Float[Tensor, "B C"]
+    places: Float[Tensor, "B h w C"]
+
+
+class DenseNetwork(nn.Module, ABC):
+    """A network with logits for the image and for every place.
+
+    `answers_with`: which of its heads answers for the places.
+    """
+
+    num_classes: int
+    answers_with: Literal["classifier", "tokens"]
+
+    @abstractmethod
+    def forward(self, images: Float[Tensor, "B 3 height width"]) -> DenseLogits:
+        """Return the logits of normalised images."""
+
+    @abstractmethod
+    def grid_for(self, size_px: tuple[int, int]) -> tuple[int, int]:
+        """Return rows and columns of the places of images of (height, width); ValueError if it can't take them."""
+
+    def averages_linearly(self, images: Float[Tensor, "B 3 height width"]) -> bool:
+        """Say whether the image's logits have to be the mean of its places' logits."""
+        return False
+
+
+class TokenNetwork(DenseNetwork):
+    """A network of our own kind: its head for tokens, or its classifier, applied to its tokens."""
+
+    def __init__(self, model: TokenModel, *, classifier: nn.Module | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self.classifier = classifier
+        self.num_classes = model.num_classes
+        self.answers_with = "classifier" if classifier else "tokens"
+
+    def forward(self, images: Float[Tensor, "B 3 height width"]) -> DenseLogits:
+        """Return the logits of normalised images."""
+        outputs = self.model(images)
+        head = self.classifier or outputs.token_head
+        return DenseLogits(outputs.class_logits, head(outputs.tokens).unflatten(1, outputs.grid))
+
+    def grid_for(self, size_px: tuple[int, int]) -> tuple[int, int]:
+        """Return rows and columns of the tokens of images of (height, width)."""
+        return self.model.grid_for(size_px)
+
+
+class ClassifierNetwork(DenseNetwork):
+    """A timm classifier whose head is applied at every position.
+
+    `name` is what errors call it. Raises NoDenseMapError where the head cannot be moved.
+    """
+
+    answers_with = "classifier"
+
+    def __init__(self, backbone: nn.Module, *, name: str) -> None:
+        super().__init__()
+        self.backbone: Any = backbone
+        self.name = name
+        self.num_classes = self.backbone.num_classes
+        self._features_of: dict[tuple[int, int], Features] = {}
+
+    def forward(self, images: Float[Tensor, "B 3 height width"]) -> DenseLogits:
+        """Return the logits of normalised images."""
+        features = self._features((images.shape[2], images.shape[3]))
+        seen = self.backbone.forward_features(images)
+        logits = self.backbone.forward_head(_one_position_each(seen, features))  # [B * h * w, C]
+        return DenseLogits(self.backbone.forward_head(seen), logits.view(len(images), *features.grid, -1))
+
+    def grid_for(self, size_px: tuple[int, int]) -> tuple[int, int]:
+        """Return rows and columns of the features of images of (height, width), measured at the first call."""
+        return self._features(size_px).grid
+
+    def averages_linearly(self, images: Float[Tensor, "B 3 height width"]) -> bool:
+        """Say whether the head is linear in the features and blind to prefix tokens, tried out on images."""
+        num_prefix = self._features((images.shape[2], images.shape[3])).num_prefix
+        head, seen = self.backbone.forward_head, self.backbone.forward_features(images)
+        other = 1 - 2 * seen.flip(1)
+        if num_prefix:
+            of_other_prefix = torch.cat([other[:, :num_prefix], seen[:, num_prefix:]], dim=1)
+            if not torch.allclose(head(of_other_prefix), head(seen)):
+                return False
+        return torch.allclose(head((seen + other) / 2), (head(seen) + head(other)) / 2, rtol=1e-3, atol=1e-4)
+
+    def _features(self, size_px: tuple[int, int]) -> Features:
+        if size_px not in self._features_of:
+            self._features_of[size_px] = self._measure(size_px)
+        return self._features_of[size_px]
+
+    @torch.no_grad()
+    def _measure(self, size_px: tuple[int, int]) -> Features:
+        """Run one blank image of this size and see whether the head can answer for its positions."""
+        image = next(self.backbone.parameters()).new_zeros(1, 3, *size_px)
+        try:
+            seen, (last,) = self.backbone.forward_intermediates(image, indices=[-1])
+        except AttributeError as error:
+            raise NoDenseMapError(
+                f"{self.name} has no dense map: it lacks timm's forward_intermediates"
+            ) from error
+        except REFUSALS as error:
+            raise ValueError(
+                f"{self.name} cannot take {size_px[0]} x {size_px[1]} pixels: {first_line(error)}"
+            ) from error
+        grid = (last.shape[2], last.shape[3])
+        features = classifier_features(seen, grid)
+        if features is None:
+            raise NoDenseMapError(
+                f"{self.name} has no dense map: its classifier is given {_shapes(seen)}, not one vector for each of "
+                f"{grid[0]} x {grid[1]} positions"
+            )
+        try:
+            logits = self.backbone.forward_head(_one_position_each(seen, features))
+        except REFUSALS as error:
+            raise NoDenseMapError(
+                f"{self.name} has no dense map: its head does not work at one position ({first_line(error)})"
+            ) from error
+        if logits.shape != (grid[0] * grid[1], self.num_classes):
+            raise NoDenseMapError(
+                f"{self.name} has no dense map: its head gives {tuple(logits.shape)} for {grid[0] * grid[1]} positions "
+                f"and {self.num_classes} classes"
+            )
+        return features
+
+
+def _one_position_each(seen: Tensor, features: Features) -> Tensor:
+    """Return features [B * h * w, ...] of images that show one position's features everywhere.
+
+    In a sequence the prefix tokens are copies as well, so heads on the class token, on several, and on the
+    mean of the others all see this position.
+    """
+    match features.layout:
+        case Layout.MAP:
+            return seen.permute(0, 2, 3, 1).flatten(0, 2)[:, :, None, None]  # [B * h * w, D, 1, 1]
+        case Layout.CHANNELS_LAST_MAP:
+            return seen.flatten(0, 2)[:, None, None, :]  # [B * h * w, 1, 1, D]
+        case Layout.SEQUENCE:
+            positions = seen[:, features.num_prefix :].flatten(0, 1)[:, None, :]
+            return positions.expand(-1, features.num_prefix + 1, -1)  # [B * N, P + 1, D]
+
+
+def _shapes(seen: Any) -> str:
+    if isinstance(seen, Tensor):
+        return f"{' x '.join(map(str, seen.shape[1:]))} numbers an image"
+    return "the features of several branches"

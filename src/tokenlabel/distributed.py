@@ -1,0 +1,78 @@
+"""Processes that torchrun started together: which of them this is, and how they tell each other things."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+# Ranks meet when each has done its share, however long that takes the slowest.
+PATIENCE = timedelta(days=7)
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """The processes of a job; `rank` is this one's number, `local_rank` that among those of its machine."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process speaks and writes for all."""
+        return self.rank == 0
+
+    def of_first(self, value: T) -> T:
+        """Return the first rank's value on every rank; it must pickle."""
+        if self.world_size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def all(self, value: T) -> list[T]:
+        """Return the values of all ranks, in order, on every rank; they must pickle."""
+        if self.world_size == 1:
+            return [value]
+        values: list[T] = [value] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+
+def launched_ranks() -> Ranks:
+    """Return what torchrun's environment says; a single rank without torchrun."""
+    rank, world_size, local_rank = (
+        int(os.environ.get(name, default))
+        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    )
+    return Ranks(rank, world_size, local_rank)
+
+
+@contextmanager
+def joined_ranks() -> Iterator[Ranks]:
+    """Join the ranks that torchrun started, for messages between CPUs, and leave them afterwards."""
+    ranks = launched_ranks()
+    if ranks.world_size == 1:
+        yield ranks
+        return
+    dist.init_process_group("gloo", timeout=PATIENCE)
+    try:
+        yield ranks
+    finally:
+        dist.destroy_process_group()
+
+
+def default_device() -> torch.device:
+    """Return this rank's GPU, or the CPU where there is none."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", launched_ranks().local_rank % torch.cuda.device_count())

@@ -1,0 +1,72 @@
+"""What a teacher sees of an image: its size, its crop, and which part of the image that is."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from tokenlabel.augment import EvalTransform, Interpolation
+from tokenlabel.geometry import WHOLE_IMAGE, Box, View
+
+RESAMPLING = {
+    Interpolation.BILINEAR: Image.Resampling.BILINEAR,
+    Interpolation.BICUBIC: Image.Resampling.BICUBIC,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sight:
+    """How images become a teacher's input.
+
+    The whole image, resized with antialiasing to an area of about `size` x `size` pixels at its own aspect,
+    each side a multiple of `stride_px`. With `fixed_size_px` (height, width) the whole image squeezed into
+    that. With `crop_fraction` the largest centred square, of which that fraction of each side is kept, at
+    `size` x `size`. `mean`, `std`: what the pixels in [0, 1] are normalised with afterwards.
+    """
+
+    size: int
+    stride_px: int
+    fixed_size_px: tuple[int, int] | None
+    crop_fraction: float | None
+    interpolation: Interpolation
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def size_px(self, image_size_px: tuple[int, int]) -> tuple[int, int]:
+        """Return the (height, width) at which an image of (width, height) pixels is seen."""
+        if self.fixed_size_px is not None:
+            return self.fixed_size_px
+        if self.crop_fraction is not None:
+            return self.size, self.size
+        aspect = math.sqrt(image_size_px[0] / image_size_px[1])
+        return self._rounded(self.size / aspect), self._rounded(self.size * aspect)
+
+    def of(self, image: Image.Image) -> tuple[NDArray[np.uint8], Box]:
+        """Return the pixels [height, width, 3] that the teacher gets of an RGB image, and the part they show."""
+        height_px, width_px = self.size_px(image.size)
+        if self.crop_fraction is None:
+            seen = image.resize((width_px, height_px), RESAMPLING[self.interpolation])
+            return np.array(seen), WHOLE_IMAGE
+        centre = EvalTransform(
+            (height_px, width_px), crop_fraction=self.crop_fraction, interpolation=self.interpolation
+        )
+        pixels, view = centre(image, np.random.default_rng(0))  # nothing is drawn
+        return pixels, _box(view)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields for a manifest."""
+        return asdict(self)
+
+    def _rounded(self, side_px: float) -> int:
+        return max(1, round(side_px / self.stride_px)) * self.stride_px
+
+
+def _box(crop: View) -> Box:
+    """Return the part of an image that a view shows which only crops and resizes."""
+    (width, _, left), (_, height, top) = crop.matrix.tolist()
+    return Box(left=left, top=top, right=left + width, bottom=top + height)

@@ -1,0 +1,328 @@
+"""Teachers: what says of every place of an image which classes it shows, found by name."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import timm
+import torch
+from jaxtyping import Float, UInt8
+from timm.data.config import resolve_data_config
+from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
+from timm.models import get_pretrained_cfg, load_state_dict
+from torch import Tensor, nn
+
+from tokenlabel.augment import Interpolation
+from tokenlabel.checkpoint import list_checkpoints, load_model
+from tokenlabel.data import normalize_images
+from tokenlabel.dense import ClassifierNetwork, DenseLogits, DenseNetwork, TokenNetwork
+from tokenlabel.models import TimmAdapter, TokenModel, create_model
+from tokenlabel.models.adapter import first_line
+from tokenlabel.models.lvvit import CONFIGS as LVVIT_CONFIGS
+from tokenlabel.sight import Sight
+
+
+class TeacherError(ValueError):
+    """A teacher that does not exist, has no dense map, or does not fit the images' classes."""
+
+
+class Teacher(ABC):
+    """Gives every place of an image a distribution over `num_classes` classes.
+
+    `sight`: what it has to be given of an image. `class_names`: empty if it does not know them.
+    `description`: who it is, for the manifest of a store; labels of teachers with equal descriptions may
+    share a store.
+    """
+
+    num_classes: int
+    class_names: tuple[str, ...]
+    sight: Sight
+    description: dict[str, Any]
+
+    @abstractmethod
+    def check(self, images: UInt8[Tensor, "B 3 height width"]) -> str:
+        """Return in a sentence how the places agree with what is said of the whole images.
+
+        Raises TeacherError where they must agree and don't.
+        """
+
+    @abstractmethod
+    def probabilities(self, images: UInt8[Tensor, "B 3 height width"]) -> Float[Tensor, "B h w C"]:
+        """Return the distribution of each place of images that `sight` made, in float32."""
+
+
+class NetworkTeacher(Teacher):
+    """A network as teacher; `dense` is what makes it one."""
+
+    def __init__(
+        self,
+        dense: DenseNetwork,
+        sight: Sight,
+        *,
+        description: dict[str, Any],
+        class_names: tuple[str, ...] = (),
+        precision: Literal["fp32", "bf16"] = "fp32",
+    ) -> None:
+        self.dense = dense
+        self.sight = sight
+        self.num_classes = dense.num_classes
+        self.class_names = class_names
+        self.description = description
+        self.precision = precision
+
+    def logits(self, images: UInt8[Tensor, "B 3 height width"]) -> DenseLogits:
+        """Return the logits of images and their places."""
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            return self.dense(self._normalised(images))
+
+    def _normalised(self, images: UInt8[Tensor, "B 3 height width"]) -> Float[Tensor, "B 3 height width"]:
+        normalised = normalize_images(images, mean=self.sight.mean, std=self.sight.std)
+        return normalised.contiguous(memory_format=torch.channels_last)
+
+    def check(self, images: UInt8[Tensor, "B 3 height width"]) -> str:
+        """Hold the mean over places against the network's own output.
+
+        They must be equal where the network averages features and its head is linear.
+        """
+        logits = self.logits(images)
+        own, mean = logits.image.float(), logits.places.float().mean(dim=(1, 2))
+        tolerance = (1e-3 if self.precision == "fp32" else 5e-2) * float(own.abs().max())
+        off = float((own - mean).abs().max())
+        name = self.description["name"]
+        if self.dense.averages_linearly(self._normalised(images)):
+            if not off <= tolerance:
+                raise TeacherError(
+                    f"{name}: averages its features, yet the mean of its map's logits is {off:.3g} off its own output"
+                )
+            return f"{name}: the mean of the map's logits is its own output (off by {off:.1g} at most)"
+        share = float((own.argmax(dim=1) == mean.argmax(dim=1)).float().mean())
+        return (
+            f"{name}: the mean of the map's logits has its own top-1 for {share:.0%} of {len(images)} images"
+        )
+
+    def probabilities(self, images: UInt8[Tensor, "B 3 height width"]) -> Float[Tensor, "B h w C"]:
+        """Return the distribution of each place of images that `sight` made, in float32."""
+        return self.logits(images).places.float().softmax(dim=3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherConfig:
+    """Which network labels the images, and what it sees of them."""
+
+    weights: str | None = None
+    """Checkpoint file of the teacher (.safetensors, or .pth without code in it); timm's pretrained weights if none."""
+    size: int | None = None
+    """The image is seen at an area of size x size pixels; the teacher's own size if none."""
+    crop: Literal["none", "center"] = "none"
+    """none: the whole image at its own aspect; center: the square that it was evaluated on, as published."""
+    head: Literal["auto", "classifier", "tokens"] = "auto"
+    """Which head answers for the places; auto: one for tokens where it was trained, else the classifier."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16 runs the teacher under autocast."""
+    compile: bool = False
+    """Compile the teacher (torch.compile); pays off on a GPU for images of one shape."""
+
+
+def load_teacher(name: str, config: TeacherConfig, device: torch.device) -> NetworkTeacher:
+    """Return a teacher by its name.
+
+    `name`: a run folder that `tokenlabel train` made or one of its checkpoints, `lvvit_s` and the like (with
+    weights), or whatever `timm.create_model` takes. Raises TeacherError if there is none or it has no dense
+    map.
+    """
+    found = _from_run(Path(name)) if _is_run(Path(name)) else _from_name(name, config)
+    network = _dense_network(found, config.head).eval().to(device).requires_grad_(False)
+    network = network.to(memory_format=torch.channels_last)
+    sight = _sight(found, network, config)
+    description = {"name": name, "weights": _fingerprint(network), "answers_with": network.answers_with}
+    if config.compile:
+        network.compile()
+    return NetworkTeacher(
+        network, sight, description=description, class_names=found.class_names, precision=config.precision
+    )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Found:
+    """A network and how it was trained and evaluated. `own_size_px`: (height, width)."""
+
+    name: str
+    model: Any
+    class_names: tuple[str, ...]
+    own_size_px: tuple[int, int]
+    fixed_size: bool
+    crop_fraction: float
+    interpolation: Interpolation
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    has_trained_token_head: bool
+
+
+def _is_run(path: Path) -> bool:
+    return (path / "state.json").exists() or bool(list_checkpoints(path))
+
+
+def _from_run(path: Path) -> _Found:
+    trained = load_model(path)
+    model, recipe = trained.model, trained.recipe
+    return _Found(
+        name=str(path),
+        model=model,
+        class_names=tuple(trained.class_names),
+        own_size_px=recipe.model.size_px,
+        fixed_size=False,
+        crop_fraction=recipe.eval.crop_fraction,
+        interpolation=Interpolation.BICUBIC,
+        mean=model.mean,
+        std=model.std,
+        has_trained_token_head=recipe.uses_token_labels or _has_own_token_head(model),
+    )
+
+
+def _from_name(name: str, config: TeacherConfig) -> _Found:
+    if name in LVVIT_CONFIGS:
+        return _from_lvvit(name, config)
+    if ":" not in name and not timm.is_model(name):  # a colon: timm's "hf-hub:" and "local-dir:"
+        raise TeacherError(f"no teacher {name!r}: neither a run folder nor a model that timm knows")
+    options: dict[str, Any] = {"pretrained": True}
+    preset = get_pretrained_cfg(name, allow_unregistered=True)
+    if config.weights is not None:
+        options["pretrained_cfg_overlay"] = _local_weights(config.weights, preset)
+    if preset is not None and preset.fixed_input_size and config.size is not None:
+        options["img_size"] = config.size
+    try:
+        model: Any = timm.create_model(name, **options)
+    except Exception as error:  # timm, the hub and its network library raise whatever they run into
+        advice = "give a checkpoint file by --weights" if config.weights is None else "is it of this model?"
+        raise TeacherError(
+            f"the weights of {name} cannot be loaded ({first_line(error)}); {advice}"
+        ) from error
+    data = resolve_data_config({}, model=model)
+    subset = infer_imagenet_subset(model) if config.weights is None else None
+    _, height_px, width_px = data["input_size"]
+    given_px = options.get("img_size")
+    return _Found(
+        name=name,
+        model=model,
+        class_names=tuple(ImageNetInfo(subset).label_names()) if subset else (),
+        own_size_px=(given_px or height_px, given_px or width_px),
+        fixed_size=bool(model.pretrained_cfg.get("fixed_input_size")),
+        crop_fraction=data["crop_pct"],
+        interpolation=Interpolation.BILINEAR
+        if data["interpolation"] == "bilinear"
+        else Interpolation.BICUBIC,
+        mean=data["mean"],
+        std=data["std"],
+        has_trained_token_head=getattr(model, "aux_head", None) is not None,
+    )
+
+
+def _from_lvvit(name: str, config: TeacherConfig) -> _Found:
+    if config.weights is None:
+        raise TeacherError(
+            f"{name} has no weights that could be downloaded; give a checkpoint file by --weights"
+        )
+    weights = _read_weights(config.weights)
+    size = config.size or 224
+    try:
+        model = create_model(name, num_classes=len(weights["head.weight"]), size_px=(size, size))
+        model.load_state_dict(weights)
+    except (KeyError, RuntimeError) as error:
+        raise TeacherError(f"{config.weights}: no weights of {name} ({first_line(error)})") from error
+    return _Found(
+        name=name,
+        model=model,
+        class_names=(),
+        own_size_px=(size, size),
+        fixed_size=True,
+        crop_fraction=0.9,
+        interpolation=Interpolation.BICUBIC,
+        mean=model.mean,
+        std=model.std,
+        has_trained_token_head=True,
+    )
+
+
+def _local_weights(path: str, preset: Any) -> dict[str, Any]:
+    """Return what timm has to be told so that it takes its pretrained weights from a file."""
+    overlay: dict[str, Any] = {"file": path, "source": "file"}
+    if path.endswith(".npz"):  # of the original ViTs, which timm reads its own way
+        return overlay
+    classifier = preset.classifier if preset is not None else None
+    name = classifier if isinstance(classifier, str) else classifier[0] if classifier else ""
+    weight = _read_weights(path).get(f"{name}.weight")
+    if weight is not None:
+        overlay["num_classes"] = len(weight)
+    return {**overlay, "custom_load": False}
+
+
+def _read_weights(path: str) -> dict[str, Tensor]:
+    """Return the tensors of a checkpoint file, without running any code that it may hold."""
+    try:
+        return load_state_dict(path, weights_only=True)
+    except FileNotFoundError as error:
+        raise TeacherError(f"{path}: no such file of weights") from error
+    except Exception as error:  # whatever the formats' parsers run into
+        raise TeacherError(
+            f"{path}: cannot be read as weights ({first_line(error)}); a .pth file may hold tensors only: "
+            "load it where you trust it and save its state_dict by safetensors.torch.save_file"
+        ) from error
+
+
+def _has_own_token_head(model: TokenModel) -> bool:
+    """Say whether a timm model came with a head for its tokens (VOLO)."""
+    return isinstance(model, TimmAdapter) and hasattr(model.backbone, "aux_head")
+
+
+def _dense_network(found: _Found, head: str) -> DenseNetwork:
+    if head == "tokens" and not found.has_trained_token_head:
+        raise TeacherError(f"{found.name} has no trained head for its tokens; leave --head out")
+    by_tokens = found.has_trained_token_head and head != "classifier"
+    model = found.model
+    if isinstance(model, TokenModel) and not isinstance(model, TimmAdapter):
+        return TokenNetwork(model, classifier=None if by_tokens else model.get_submodule("head"))
+    if by_tokens and not isinstance(model, TokenModel):
+        model = TimmAdapter(model, name=found.name, num_classes=model.num_classes, size_px=found.own_size_px)
+    if by_tokens:
+        return TokenNetwork(model)
+    return ClassifierNetwork(model.backbone if isinstance(model, TimmAdapter) else model, name=found.name)
+
+
+def _sight(found: _Found, network: DenseNetwork, config: TeacherConfig) -> Sight:
+    size = config.size or max(found.own_size_px)
+    try:
+        stride_px = round(found.own_size_px[1] / network.grid_for(found.own_size_px)[1])
+        fixed = found.fixed_size or not _takes(network, (size, size + stride_px))
+        network.grid_for((size, size))
+    except ValueError as error:
+        raise TeacherError(f"{error}; leave --size out") from error
+    return Sight(
+        size=size,
+        stride_px=stride_px,
+        fixed_size_px=(size, size) if fixed else None,
+        crop_fraction=found.crop_fraction if config.crop == "center" else None,
+        interpolation=found.interpolation,
+        mean=found.mean,
+        std=found.std,
+    )
+
+
+def _takes(network: DenseNetwork, size_px: tuple[int, int]) -> bool:
+    try:
+        network.grid_for(size_px)
+    except ValueError:
+        return False
+    return True
+
+
+def _fingerprint(network: nn.Module) -> str:
+    """Return a hash of all weights, by which labels of another training of the same network are told apart."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return f"blake2b:{digest.hexdigest()}"
