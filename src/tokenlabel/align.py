@@ -102,12 +102,16 @@ def align(
     show nothing of the source, or nothing of the teacher's region, are not covered: they count in no target
     and lower the token's weight.
     """
-    num_images, height, width = score_maps.codes.shape[:3]
+    (num_images, height, width), num_tokens = score_maps.codes.shape[:3], grid[0] * grid[1]
     samples = samples or max(2, math.ceil(height / grid[0]), math.ceil(width / grid[1]))
     num_planes = score_maps.classes.shape[1] + 1
-    pooled = score_maps.probs.new_empty(num_images, grid[0] * grid[1], num_planes)  # [B, N, U + 1]
-    weight = score_maps.probs.new_empty(num_images, grid[0] * grid[1])
-    for images in blocks(num_images, height * width * num_planes, pooled.device):
+    pooled = score_maps.probs.new_empty(num_images, num_tokens, num_planes)  # [B, N, U + 1]
+    weight = score_maps.probs.new_empty(num_images, num_tokens)
+    num_reads = (
+        4 * samples**2 * num_tokens
+    )  # four numbers each: cell and share, as they are made and by token
+    numbers_each = (height * width + num_tokens) * num_planes + 4 * num_reads
+    for images in blocks(num_images, numbers_each, pooled.device):
         part = score_maps.of_images(images)
         cells, shares = _cells_of_tokens(part, views[images], grid, samples)
         planes = _planes(part).flatten(0, 2)  # [b * H * W, U + 1]
@@ -117,7 +121,7 @@ def align(
     return TokenTargets(score_maps.classes, excess=pooled[..., :-1], floor=pooled[..., -1], weight=weight)
 
 
-def _planes(score_maps: ScoreMapBatch) -> Float[Tensor, "B H W U+1"]:
+def _planes(score_maps: ScoreMapBatch) -> Float[Tensor, "B H W planes"]:
     """Return for each map cell the excess of every palette entry, and the floor as the last."""
     kept = score_maps.probs > 0  # [B, H, W, K]
     num_others = score_maps.num_classes - kept.sum(dim=3)
@@ -137,42 +141,50 @@ def _cells_of_tokens(
     Every sample reads the four cells around it. Cells are counted through the whole batch, row by row.
     """
     height, width = score_maps.codes.shape[1:3]
-    (rows, columns), num_images = grid, len(views)
-    places, covered = _sample_places(score_maps, views, (rows * samples, columns * samples))
-    last = (score_maps.sizes - 1)[:, :, None, None]
-    before = places.floor()  # [B, 2, rows * samples, columns * samples]
+    num_images, num_tokens = len(views), grid[0] * grid[1]
+    places, covered = _sample_places(score_maps, views, _sample_points(grid, samples, views.device))
+    before = places.floor()  # [B, 2, S, N]
+    after = (before + 1).minimum(score_maps.sizes[:, :, None, None] - 1)
     fraction = places - before
-    x, y = torch.stack([before, (before + 1).minimum(last)], dim=-1).int().unbind(dim=1)  # each [..., 2]
-    share_x, share_y = torch.stack([1 - fraction, fraction], dim=-1).unbind(dim=1)
+    x, y = torch.stack([before, after], dim=2).int().unbind(dim=1)  # each [B, 2, S, N]
+    share_x, share_y = torch.stack([1 - fraction, fraction], dim=2).unbind(dim=1)
     first = torch.arange(num_images, device=views.device, dtype=torch.int32) * (height * width)
-    cells = first[:, None, None, None, None] + y[..., :, None] * width + x[..., None, :]  # [..., 2, 2]
-    shares = share_y[..., :, None] * share_x[..., None, :] * (covered / samples**2)[..., None, None]
+    cells = y[:, :, None] * width + x[:, None] + first[:, None, None, None, None]  # [B, 2, 2, S, N]
+    shares = share_y[:, :, None] * share_x[:, None] * (covered / samples**2)[:, None, None]
 
-    def by_token(read: Tensor) -> Tensor:
-        apart = read.reshape(num_images, rows, samples, columns, samples, 4)
-        return apart.transpose(2, 3).reshape(num_images * rows * columns, 4 * samples**2)
+    def by_token(reads: Tensor) -> Tensor:
+        return reads.reshape(num_images, -1, num_tokens).transpose(1, 2).reshape(num_images * num_tokens, -1)
 
     return by_token(cells), by_token(shares)
 
 
+def _sample_points(grid: tuple[int, int], samples: int, device: torch.device) -> Float[Tensor, "2 S N"]:
+    """Return the points (x, y) of an augmented image at which its tokens are sampled, S = samples**2 a token."""
+    h, w = grid
+    y = (torch.arange(h * samples, device=device) + 0.5).div(h * samples).view(h, samples).T
+    x = (torch.arange(w * samples, device=device) + 0.5).div(w * samples).view(w, samples).T
+    shape = (samples, samples, h, w)
+    return torch.stack([x[None, :, None, :].expand(shape), y[:, None, :, None].expand(shape)]).view(
+        2, samples**2, h * w
+    )
+
+
 def _sample_places(
-    score_maps: ScoreMapBatch, views: Float[Tensor, "B F 2 3"], points_grid: tuple[int, int]
-) -> tuple[Float[Tensor, "B 2 rows columns"], Bool[Tensor, "B rows columns"]]:
-    """Return where the points of a regular grid over the augmented image fall on the maps, and which count.
+    score_maps: ScoreMapBatch, views: Float[Tensor, "B F 2 3"], points: Float[Tensor, "2 S N"]
+) -> tuple[Float[Tensor, "B 2 S N"], Bool[Tensor, "B S N"]]:
+    """Return where points of the augmented images fall on the maps, and which of them count.
 
     Places (x, y) are in map cells, (0, 0) in the middle of the top left one.
     """
-    rows, columns = points_grid
-    y = (torch.arange(rows, device=views.device) + 0.5) / rows
-    x = (torch.arange(columns, device=views.device) + 0.5) / columns
-    frames = views[:, :, :, :, None, None]  # [B, F, 2, 3, 1, 1]
-    points = (
-        frames[:, :, :, 0] * x + frames[:, :, :, 1] * y[:, None] + frames[:, :, :, 2]
-    )  # [B, F, 2, rows, columns]
-    inside = ((points >= -TOLERANCE) & (points <= 1 + TOLERANCE)).all(dim=2).all(dim=1)
-
+    x, y = points
+    frames = views[..., None, None]  # [B, F, 2, 3, 1, 1]
+    on_the_way = frames[:, :, :, 0] * x + frames[:, :, :, 1] * y + frames[:, :, :, 2]  # [B, F, 2, S, N]
     start, end = score_maps.regions[:, :2, None, None], score_maps.regions[:, 2:, None, None]
-    in_region = (points[:, -1] - start) / (end - start)  # [B, 2, rows, columns], fractions of the region
-    covered = inside & ((in_region >= -TOLERANCE) & (in_region <= 1 + TOLERANCE)).all(dim=1)
+    in_region = (on_the_way[:, -1] - start) / (end - start)  # [B, 2, S, N], fractions of the region
+    covered = _inside(on_the_way).all(dim=1) & _inside(in_region)
     sizes = score_maps.sizes[:, :, None, None]
     return (in_region * sizes - 0.5).clamp_min(0).minimum(sizes - 1), covered
+
+
+def _inside(points: Float[Tensor, "*batch 2 S N"]) -> Bool[Tensor, "*batch S N"]:
+    return ((points >= -TOLERANCE) & (points <= 1 + TOLERANCE)).all(dim=-3)

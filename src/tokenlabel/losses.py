@@ -10,11 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tokenlabel.blocks import blocks
 from tokenlabel.models.outputs import Outputs
 from tokenlabel.targets import TokenTargets
-
-# Logits are visited in blocks of about this many, so that float32 copies of bf16 logits stay small.
-BLOCK_SIZE = 1 << 21
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,11 +44,12 @@ def token_label_loss(
 def sparse_cross_entropy(logits: Float[Tensor, "B N C"], targets: TokenTargets) -> Float[Tensor, "B N"]:
     """Return weight * H(target, softmax(logits)) of each token, differentiable in the logits.
 
-        weight * H = weight * logsumexp(z) - sum over u of excess[u] * z[classes[u]] - floor * sum over c of z[c]
+        weight * H = - sum over u of excess[u] * z[classes[u]] - floor * sum over c of z[c],  z = log softmax
 
     Equal to the dense soft cross entropy, in float32 (float64 for float64 logits) whatever the logits' dtype.
     Beside the logits and their gradient it takes B x N x U numbers and one block; the dense form takes the
     target, the log-softmax and their product, each B x N x C.
+    Raises ValueError if logits and targets are not of the same images and tokens.
     """
     if logits.shape[:2] != targets.weight.shape:
         raise ValueError(
@@ -64,33 +63,42 @@ def sparse_cross_entropy(logits: Float[Tensor, "B N C"], targets: TokenTargets) 
 
 class _SparseCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, classes: Tensor, excess: Tensor, floor: Tensor, weight: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, logits: Tensor, classes: Tensor, excess: Tensor, floor: Tensor, weight: Tensor
+    ) -> Tensor:
         exact = torch.promote_types(logits.dtype, torch.float32)
-        lse, total = logits.new_empty((2, *logits.shape[:2]), dtype=exact).unbind()
-        for rows in _blocks(logits):
-            block = logits[rows].to(exact)
-            torch.logsumexp(block, dim=2, out=lse[rows])
-            torch.sum(block, dim=2, out=total[rows])
-        named = logits.gather(2, classes[:, None, :].expand_as(excess)).to(exact)  # [B, N, U]
-        ctx.save_for_backward(logits, classes, excess, floor, weight, lse)
-        return weight * lse - (excess * named).sum(dim=2) - floor * total
+        loss = torch.empty_like(floor, dtype=exact)
+        slices, buffer = _blocks(logits, exact)
+        for images in slices:
+            z = logits[images]
+            z = torch.log_softmax(z, dim=2, dtype=exact, out=buffer[: len(z)])
+            named = z.gather(2, classes[images, None, :].expand_as(excess[images]))  # [b, N, U]
+            loss[images] = -(excess[images] * named).sum(dim=2) - floor[images] * z.sum(dim=2)
+        ctx.save_for_backward(logits, classes, excess, floor, weight)
+        return loss
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        logits, classes, excess, floor, weight, lse = ctx.saved_tensors
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad_loss: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        logits, classes, excess, floor, weight = ctx.saved_tensors
         grad_logits = torch.empty_like(logits)
-        for rows in _blocks(logits):
-            softmax = logits[rows].to(lse.dtype).sub_(lse[rows, :, None]).exp_()
-            scale = grad_loss[rows, :, None]
-            gradient = softmax.mul_(scale * weight[rows, :, None]).sub_(scale * floor[rows, :, None])
-            named = classes[rows, None, :].expand_as(excess[rows])
-            gradient.scatter_add_(2, named, (-scale * excess[rows]).to(gradient.dtype))
-            grad_logits[rows] = gradient
+        slices, buffer = _blocks(logits, grad_loss.dtype)
+        for images in slices:
+            z, scale = logits[images], grad_loss[images, :, None]
+            gradient = torch.softmax(z, dim=2, dtype=grad_loss.dtype, out=buffer[: len(z)])  # [b, N, C]
+            gradient.mul_(scale * weight[images, :, None]).sub_(scale * floor[images, :, None])
+            named = classes[images, None, :].expand_as(excess[images])
+            gradient.scatter_add_(2, named, (-scale * excess[images]).to(gradient.dtype))
+            grad_logits[images] = gradient
         return grad_logits, None, None, None, None
 
 
-def _blocks(logits: Tensor) -> list[slice]:
-    """Return slices of the batch, each of about BLOCK_SIZE logits."""
-    step = max(1, BLOCK_SIZE // max(1, logits[0].numel()))
-    return [slice(start, start + step) for start in range(0, len(logits), step)]
+def _blocks(logits: Tensor, dtype: torch.dtype) -> tuple[list[slice], Tensor]:
+    """Return slices of the batch, and room for one of them.
+
+    Memory that is new to a process costs more to touch than the arithmetic on it, hence one buffer for all.
+    """
+    slices = blocks(len(logits), logits[0].numel(), logits.device)
+    return slices, torch.empty_like(logits[slices[0]], dtype=dtype)
