@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, UInt8
 from timm.data.config import resolve_data_config
 from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
-from timm.models import get_pretrained_cfg, load_state_dict
+from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
 from tokenlabel.augment import Interpolation
@@ -23,6 +23,8 @@ from tokenlabel.dense import ClassifierNetwork, DenseLogits, DenseNetwork, Token
 from tokenlabel.models import TimmAdapter, TokenModel, create_model
 from tokenlabel.models.adapter import first_line
 from tokenlabel.models.lvvit import CONFIGS as LVVIT_CONFIGS
+from tokenlabel.models.t2t_vit import CONFIGS as T2T_VIT_CONFIGS
+from tokenlabel.models.weights import load_published, read_checkpoint
 from tokenlabel.sight import Sight
 
 
@@ -184,8 +186,8 @@ def _from_run(path: Path) -> _Found:
 
 
 def _from_name(name: str, config: TeacherConfig) -> _Found:
-    if name in LVVIT_CONFIGS:
-        return _from_lvvit(name, config)
+    if name in LVVIT_CONFIGS or name in T2T_VIT_CONFIGS:
+        return _from_own_name(name, config)
     if ":" not in name and not timm.is_model(name):  # a colon: timm's "hf-hub:" and "local-dir:"
         raise TeacherError(f"no teacher {name!r}: neither a run folder nor a model that timm knows")
     options: dict[str, Any] = {"pretrained": True}
@@ -221,18 +223,17 @@ def _from_name(name: str, config: TeacherConfig) -> _Found:
     )
 
 
-def _from_lvvit(name: str, config: TeacherConfig) -> _Found:
+def _from_own_name(name: str, config: TeacherConfig) -> _Found:
     if config.weights is None:
         raise TeacherError(
             f"{name} has no weights that could be downloaded; give a checkpoint file by --weights"
         )
-    weights = _read_weights(config.weights)
+    classifier = read_checkpoint(config.weights).get("head.weight")
+    if classifier is None:
+        raise TeacherError(f"{config.weights}: has no classifier (head.weight), so it cannot teach {name}")
     size = config.size or 224
-    try:
-        model = create_model(name, num_classes=len(weights["head.weight"]), size_px=(size, size))
-        model.load_state_dict(weights)
-    except (KeyError, RuntimeError) as error:
-        raise TeacherError(f"{config.weights}: no weights of {name} ({first_line(error)})") from error
+    model = create_model(name, num_classes=len(classifier), size_px=(size, size))
+    loaded = load_published(model, config.weights)
     return _Found(
         name=name,
         model=model,
@@ -243,7 +244,7 @@ def _from_lvvit(name: str, config: TeacherConfig) -> _Found:
         interpolation=Interpolation.BICUBIC,
         mean=model.mean,
         std=model.std,
-        has_trained_token_head=True,
+        has_trained_token_head=hasattr(model, "aux_head") and not loaded.new_heads,
     )
 
 
@@ -254,23 +255,10 @@ def _local_weights(path: str, preset: Any) -> dict[str, Any]:
         return overlay
     classifier = preset.classifier if preset is not None else None
     name = classifier if isinstance(classifier, str) else classifier[0] if classifier else ""
-    weight = _read_weights(path).get(f"{name}.weight")
+    weight = read_checkpoint(path).get(f"{name}.weight")
     if weight is not None:
         overlay["num_classes"] = len(weight)
     return {**overlay, "custom_load": False}
-
-
-def _read_weights(path: str) -> dict[str, Tensor]:
-    """Return the tensors of a checkpoint file, without running any code that it may hold."""
-    try:
-        return load_state_dict(path, weights_only=True)
-    except FileNotFoundError as error:
-        raise TeacherError(f"{path}: no such file of weights") from error
-    except Exception as error:  # whatever the formats' parsers run into
-        raise TeacherError(
-            f"{path}: cannot be read as weights ({first_line(error)}); a .pth file may hold tensors only: "
-            "load it where you trust it and save its state_dict by safetensors.torch.save_file"
-        ) from error
 
 
 def _has_own_token_head(model: TokenModel) -> bool:
