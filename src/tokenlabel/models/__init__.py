@@ -14,6 +14,8 @@ from tokenlabel.models.lvvit import LVViT, LVViTConfig
 from tokenlabel.models.outputs import Inference, Outputs, TokenModel
 from tokenlabel.models.t2t_vit import CONFIGS as T2T_VIT_CONFIGS
 from tokenlabel.models.t2t_vit import T2TViT, T2TViTConfig
+from tokenlabel.models.timm_models import register_with_timm
+from tokenlabel.models.weights import WeightsError, load_published
 
 __all__ = [
     "Inference",
@@ -25,7 +27,10 @@ __all__ = [
     "T2TViTConfig",
     "TimmAdapter",
     "TokenModel",
+    "WeightsError",
     "create_model",
+    "load_published",
+    "register_with_timm",
 ]
 
 

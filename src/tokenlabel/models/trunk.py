@@ -117,7 +117,7 @@ class Trunk(nn.Module, ABC):
         """Return class logits and tokens of normalised images, mixed by the plan."""
         tokens = self.embed(images, plan)
         for block in self.blocks:
-            tokens = self._run(block, tokens)
+            tokens = self.run(block, tokens)
         tokens = self.norm(tokens)
         return Outputs(
             class_logits=self.head(tokens[:, 0]),
@@ -136,12 +136,13 @@ class Trunk(nn.Module, ABC):
         grid = self.grid_for((images.shape[2], images.shape[3]))
         tokens, features = self.embed(images), []
         for index, block in enumerate(self.blocks):
-            tokens = self._run(block, tokens)
+            tokens = self.run(block, tokens)
             if index in blocks:
                 features.append(tokens[:, 1:].unflatten(1, grid).permute(0, 3, 1, 2))
         return features
 
-    def _run(self, block: nn.Module, tokens: Float[Tensor, "B M D"]) -> Float[Tensor, "B M D"]:
+    def run(self, block: nn.Module, tokens: Float[Tensor, "B M D"]) -> Float[Tensor, "B M D"]:
+        """Return the tokens after a block, its activations kept or not, as the configuration says."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, tokens, use_reentrant=False)  # pyright: ignore[reportReturnType]
         return block(tokens)

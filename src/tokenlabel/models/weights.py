@@ -6,6 +6,7 @@ Files are never allowed to run code: pickles are read with `weights_only=True`.
 from __future__ import annotations
 
 import logging
+import math
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +61,7 @@ def load_published(
     path = Path(path)
     found = read_checkpoint(path, average=average)
     wanted = model.state_dict()
-    resized = _resize_all_positions(found, model, grid=grid, path=path)
+    resized = resize_all_positions(found, model, grid=grid, name=str(path))
     other_heads = _other_heads(found, wanted, num_classes=model.num_classes)
     found = {name: tensor for name, tensor in found.items() if name not in other_heads}
     token_head = {name for name in wanted.keys() - found.keys() if name.startswith(TOKEN_HEADS)}
@@ -124,35 +125,36 @@ def _read_pickle(path: Path) -> dict[str, Any]:
     return contents
 
 
-def _resize_all_positions(
-    found: dict[str, Tensor], model: Any, *, grid: tuple[int, int] | None, path: Path
+def resize_all_positions(
+    found: dict[str, Tensor], model: Any, *, grid: tuple[int, int] | None = None, name: str
 ) -> tuple[str, ...]:
-    """Resize the position embeddings in `found` to the model's grid, and return their names."""
-    new_grid = model.grid
+    """Resize the position embeddings in `found` to the model's grid, in place, and return their names.
+
+    `grid`: theirs, see `load_published`. `name`: what errors call the file.
+    """
     resized = []
-    for name, ours in model.state_dict().items():
-        theirs = found.get(name)
-        if theirs is None or name.rpartition(".")[2] != "pos_embed" or theirs.ndim != 3:
+    for key, ours in model.state_dict().items():
+        theirs = found.get(key)
+        if theirs is None or key.rpartition(".")[2] != "pos_embed" or theirs.ndim != 3:
             continue
-        num_prefix = ours.shape[1] - new_grid[0] * new_grid[1]
-        old_grid = grid or _guess_grid(theirs.shape[1] - num_prefix, new_grid, path=path)
-        if old_grid[0] * old_grid[1] + num_prefix != theirs.shape[1]:
-            raise WeightsError(
-                f"{path}: {theirs.shape[1] - num_prefix} positions are not a grid of {old_grid}"
-            )
-        if old_grid != new_grid:
-            found[name] = resize_positions(theirs, old_grid, new_grid)
-            resized.append(name)
+        num_prefix = ours.shape[1] - model.grid[0] * model.grid[1]
+        num_positions = theirs.shape[1] - num_prefix
+        old_grid = grid or _guess_grid(num_positions, model.grid, name=name)
+        if old_grid[0] * old_grid[1] != num_positions:
+            raise WeightsError(f"{name}: {num_positions} positions are not a grid of {old_grid}")
+        if old_grid != model.grid:
+            found[key] = resize_positions(theirs, old_grid, model.grid)
+            resized.append(key)
     return tuple(resized)
 
 
-def _guess_grid(num_positions: int, new_grid: tuple[int, int], *, path: Path) -> tuple[int, int]:
-    side = round(max(0, num_positions) ** 0.5)
+def _guess_grid(num_positions: int, new_grid: tuple[int, int], *, name: str) -> tuple[int, int]:
     if num_positions == new_grid[0] * new_grid[1]:
         return new_grid
+    side = math.isqrt(max(0, num_positions))
     if side * side != num_positions or side == 0:
         raise WeightsError(
-            f"{path}: {num_positions} positions are no square; say their grid (h, w) by `grid`"
+            f"{name}: {num_positions} positions are no square; say their grid (h, w) by `grid`"
         )
     return side, side
 
