@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int, UInt8
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -31,6 +30,7 @@ from tokenlabel.images import (
     ImageSubset,
     check_images,
     decode_image,
+    decode_pixels,
     open_images,
 )
 from tokenlabel.scores import ScoreMap
@@ -53,13 +53,14 @@ __all__ = [
     "check_labels",
     "collate",
     "decode_image",
+    "decode_pixels",
     "make_loader",
     "normalize_images",
     "open_images",
 ]
 
-Transform = Callable[[Image.Image, np.random.Generator], tuple[NDArray[np.uint8], View]]
-"""From an RGB image and a source of randomness to pixels [height, width, 3] and the view that they show."""
+Transform = Callable[[NDArray[np.uint8], np.random.Generator], tuple[NDArray[np.uint8], View]]
+"""From RGB pixels [h, w, 3] and a source of randomness to pixels [height, width, 3] and the view that they show."""
 
 # What a random draw is for, so that an order of images never shares its random numbers with a sample.
 _FOR_ORDER, _FOR_SAMPLE = 0, 1
@@ -162,7 +163,7 @@ class TokenLabelDataset(Dataset[Sample]):
         epoch, index = epoch_and_index
         key = self.source.keys[index]
         rng = np.random.default_rng((self.seed, _FOR_SAMPLE, epoch, index))
-        pixels, view = self.transform(decode_image(self.source.read(index), key), rng)
+        pixels, view = self.transform(decode_pixels(self.source.read(index), key), rng)
         return Sample(
             image=torch.from_numpy(pixels).permute(2, 0, 1),
             class_id=int(self.source.class_ids[index]),

@@ -14,6 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+try:
+    import simplejpeg
+except ImportError:  # the extra "fast"
+    simplejpeg = None
+
 EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 # Up to this many images `check_images` decodes every one by default (about 10 ms each for 500 x 375 JPEGs).
@@ -211,6 +216,19 @@ def decode_image(data: bytes, name: str) -> Image.Image:
         return _as_rgb(Image.open(io.BytesIO(data)))
     except Exception as error:  # Pillow's decoders raise whatever their parsing runs into
         raise ImageError(f"{name}: does not decode as an image ({error or type(error).__name__})") from error
+
+
+def decode_pixels(data: bytes, name: str) -> NDArray[np.uint8]:
+    """Decode to RGB pixels [height, width, 3], as `decode_image` does.
+
+    JPEGs take simplejpeg where it is installed: the same pixels, without Pillow's copy of them.
+    """
+    if simplejpeg is not None and data.startswith(b"\xff\xd8\xff"):
+        try:
+            return simplejpeg.decode_jpeg(data)
+        except ValueError:
+            pass  # four inks, say, or damage: what can be done is for Pillow to decide
+    return np.array(decode_image(data, name))
 
 
 def check_images(
