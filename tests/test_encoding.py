@@ -1,0 +1,254 @@
+from __future__ import annotations
+
+import lzma
+import struct
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tokenlabel.encoding import (
+    MAX_PLANE_BYTES,
+    PLANE_STEPS,
+    RAW_STEPS,
+    Encoding,
+    EncodingError,
+    on_grid,
+    pack,
+    unpack,
+)
+from tokenlabel.geometry import Box
+from tokenlabel.scores import Kind, ScoreMap, from_mask, from_probabilities, from_top
+
+STEPS = {Encoding.RAW: RAW_STEPS, Encoding.LZMA: PLANE_STEPS, Encoding.ZSTD: PLANE_STEPS}
+PLANES = [Encoding.LZMA, Encoding.ZSTD]
+EVERY = list(Encoding)
+
+
+def random_map(seed: int = 0, *, height=5, width=7, num_classes=30, topk=4, sharpness=3.0) -> ScoreMap:
+    logits = sharpness * np.random.default_rng(seed).normal(size=(height, width, num_classes))
+    probs = np.exp(logits - logits.max(axis=2, keepdims=True))
+    return from_probabilities(probs / probs.sum(axis=2, keepdims=True), topk)
+
+
+def kept(score_map: ScoreMap) -> np.ndarray:
+    """Return the kept probability of each class [H, W, C], 0 for the others."""
+    full = np.zeros((*score_map.codes.shape[:2], score_map.num_classes))
+    for (row, column, entry), prob in np.ndenumerate(score_map.probs):
+        full[row, column, score_map.palette[score_map.codes[row, column, entry]]] += prob
+    return full
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    encoding=st.sampled_from(EVERY),
+    seed=st.integers(0, 10**6),
+    height=st.integers(1, 6),
+    width=st.integers(1, 6),
+    num_classes=st.sampled_from([2, 10, 1000]),
+    topk=st.integers(1, 10),
+    sharpness=st.sampled_from([0.0, 1.0, 5.0, 50.0]),
+)
+def test_no_probability_is_a_step_off_and_the_mass_stays(
+    encoding, seed, height, width, num_classes, topk, sharpness
+):
+    original = random_map(
+        seed, height=height, width=width, num_classes=num_classes, topk=topk, sharpness=sharpness
+    )
+    read = unpack(pack(original, encoding), num_classes=num_classes)
+    step = 1 / STEPS[encoding]
+    assert step <= 1 / 500
+    assert np.abs(kept(read) - kept(original)).max() < step
+    mass, original_mass = read.probs.sum(axis=2, dtype=float), original.probs.sum(axis=2, dtype=float)
+    assert np.abs(mass - original_mass).max() <= step / 2 + 1e-6
+    assert (np.diff(read.probs, axis=2) <= 0).all()
+    assert read.probs.dtype == np.float32
+    assert (read.num_classes, read.region, read.kind) == (num_classes, original.region, original.kind)
+
+
+@pytest.mark.parametrize("encoding", EVERY)
+def test_certain_cells_stay_certain(encoding):
+    mask = np.array([[0, 1, 2], [255, 2, 2]])
+    read = unpack(pack(from_mask(mask, num_classes=3), encoding), num_classes=3)
+    assert np.array_equal(kept(read).sum(axis=2), [[1, 1, 1], [0, 1, 1]])
+    assert np.array_equal(read.top_class_ids[mask < 255], mask[mask < 255])
+
+
+@pytest.mark.parametrize("encoding", EVERY)
+@pytest.mark.parametrize("num_classes", [2, 1000, 21_841, 70_000])
+def test_any_number_of_classes(encoding, num_classes):
+    class_ids = np.array([[[num_classes - 1, 0], [0, 1]], [[0, num_classes - 1], [num_classes - 1, 1]]])
+    probs = np.array([[[0.75, 0.25], [0.5, 0.5]], [[0.5, 0.25], [1.0, 0.0]]])
+    read = unpack(
+        pack(from_top(class_ids, probs, num_classes=num_classes), encoding), num_classes=num_classes
+    )
+    # All of these lie between steps of 1/510, so planes are allowed their step.
+    expected = kept(from_top(class_ids, probs, num_classes=num_classes))
+    assert np.abs(kept(read) - expected).max() < 1 / STEPS[encoding]
+
+
+@pytest.mark.parametrize("encoding", EVERY)
+def test_more_classes_in_a_map_than_a_byte_counts(encoding):
+    num_classes = 400
+    class_ids = np.arange(num_classes).reshape(20, 20, 1)
+    probs = np.full((20, 20, 1), 0.5)
+    read = unpack(
+        pack(from_top(class_ids, probs, num_classes=num_classes), encoding), num_classes=num_classes
+    )
+    assert np.array_equal(read.class_ids, class_ids)
+
+
+@pytest.mark.parametrize("encoding", PLANES)
+def test_entries_that_carry_nothing_are_dropped(encoding):
+    class_ids = np.broadcast_to([7, 8, 9], (4, 4, 3))
+    probs = np.broadcast_to([0.9, 0.1, 1e-4], (4, 4, 3))
+    read = unpack(pack(from_top(class_ids, probs, num_classes=10), encoding), num_classes=10)
+    assert read.palette.tolist() == [7, 8]
+    assert read.codes.shape == (4, 4, 2)
+
+
+@pytest.mark.parametrize("encoding", EVERY)
+def test_a_map_that_keeps_nothing(encoding):
+    nothing = from_mask(np.full((3, 2), 255), num_classes=10)
+    read = unpack(pack(nothing, encoding), num_classes=10)
+    assert read.probs.shape == (3, 2, 1)
+    assert not read.probs.any()
+
+
+@pytest.mark.parametrize("encoding", EVERY)
+def test_logits_are_kept_to_the_bit(encoding):
+    rng = np.random.default_rng(0)
+    logits = rng.normal(scale=20, size=(6, 6, 5)).astype(np.float16).astype(np.float32)
+    class_ids = np.stack([rng.permutation(1000)[:5] for _ in range(36)]).reshape(6, 6, 5)
+    original = from_top(class_ids, logits, num_classes=1000, kind=Kind.LOGITS)
+    read = unpack(pack(original, encoding), num_classes=1000)
+    assert np.array_equal(read.probs, original.probs)
+    assert np.array_equal(read.class_ids, original.class_ids)
+    assert read.kind is Kind.LOGITS
+
+
+def test_logits_beyond_float16_are_refused():
+    huge = from_top(np.zeros((1, 1, 1), int), np.full((1, 1, 1), 1e6), num_classes=2, kind=Kind.LOGITS)
+    with pytest.raises(EncodingError, match="float16"):
+        pack(huge, Encoding.RAW)
+
+
+@pytest.mark.parametrize("encoding", EVERY)
+def test_the_region_is_kept_to_the_bit(encoding):
+    region = Box(left=0.125, top=0.1, right=2 / 3, bottom=1.0)
+    original = random_map()
+    cropped = ScoreMap(original.palette, original.codes, original.probs, original.num_classes, region)
+    assert unpack(pack(cropped, encoding), num_classes=30).region == region
+
+
+def test_maps_whose_planes_would_be_huge_are_written_raw():
+    side = 48
+    num_classes = side * side
+    class_ids = np.arange(num_classes).reshape(side, side, 1)
+    scattered = from_top(class_ids, np.full((side, side, 1), 0.5), num_classes=num_classes)
+    assert num_classes * side * side > MAX_PLANE_BYTES
+    assert pack(scattered, Encoding.LZMA) == pack(scattered, Encoding.RAW)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    weights=st.lists(st.floats(0, 1), min_size=1, max_size=6),
+    mass=st.floats(0, 1),
+    num_steps=st.sampled_from([PLANE_STEPS, RAW_STEPS, 3]),
+)
+def test_on_grid_against_a_loop(weights, mass, num_steps):
+    total = sum(weights)
+    probs = [mass * w / total if total else 0.0 for w in weights]
+    steps = [int(p * num_steps) for p in probs]
+    fractions = [p * num_steps - n for p, n in zip(probs, steps, strict=True)]
+    for _ in range(round(sum(p * num_steps for p in probs)) - sum(steps)):
+        largest = max(range(len(probs)), key=lambda i: fractions[i])
+        steps[largest] += 1
+        fractions[largest] = -1
+    assert on_grid(np.array(probs), num_steps).tolist() == steps
+
+
+def read_by_the_book(record: bytes) -> dict[tuple[int, int, int], float]:
+    """Read a record of whole-image probabilities as docs/labels.md describes it; {(row, column, class): prob}."""
+    encoding, flags, height, width, topk, num_named = struct.unpack_from("<BBHHxxII", record)
+    assert flags == 0
+    found = {}
+    if encoding == 0:
+        palette = struct.unpack_from(f"<{num_named}i", record, 16)
+        num_entries = height * width * topk
+        steps = struct.unpack_from(f"<{num_entries}H", record, 16 + 4 * num_named)
+        codes = record[16 + 4 * num_named + 2 * num_entries :]
+        for i, (step, code) in enumerate(zip(steps, codes, strict=True)):
+            if step:
+                row, column = divmod(i // topk, width)
+                found[row, column, palette[code]] = step / 32768
+        return found
+    (num_bytes,) = struct.unpack_from("<I", record, 16)
+    filters = [{"id": lzma.FILTER_LZMA1, "lc": 3, "lp": 0, "pb": 0, "dict_size": 65536}]
+    body = lzma.decompress(record[20:], format=lzma.FORMAT_RAW, filters=filters)
+    assert encoding == 1
+    assert len(body) == num_bytes
+    second = iter(body[num_named * (4 + height * width) :])
+    class_id = 0
+    for u in range(num_named):
+        class_id += sum(body[byte * num_named + u] << 8 * byte for byte in range(4))
+        for cell in range(height * width):
+            steps = body[4 * num_named + u * height * width + cell]
+            steps += next(second) if steps == 255 else 0
+            if steps:
+                found[(*divmod(cell, width), class_id)] = steps / 510
+    assert next(second, None) is None
+    return found
+
+
+@pytest.mark.parametrize("encoding", [Encoding.RAW, Encoding.LZMA])
+@pytest.mark.parametrize("sharpness", [1.0, 20.0])
+def test_another_program_can_read_it(encoding, sharpness):
+    original = random_map(3, num_classes=2000, sharpness=sharpness)
+    record = pack(original, encoding)
+    expected = {
+        (row, column, class_id): prob
+        for (row, column, class_id), prob in np.ndenumerate(kept(unpack(record, num_classes=2000)))
+        if prob
+    }
+    assert read_by_the_book(record) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("encoding", EVERY)
+def test_any_bytes_give_a_map_or_a_clear_error(encoding):
+    rng = np.random.default_rng(0)
+    record = pack(random_map(height=3, width=3, num_classes=9, topk=2), encoding)
+    num_read = 0
+    for _ in range(1500):
+        mutated = bytearray(record)
+        for _ in range(rng.integers(1, 4)):
+            mutated[rng.integers(len(mutated))] = rng.integers(256)
+        cut = rng.integers(len(mutated)) if rng.random() < 0.2 else len(mutated)
+        try:
+            read = unpack(bytes(mutated[:cut]), num_classes=9)
+        except EncodingError:
+            continue
+        num_read += 1
+        assert read.codes.max() < len(read.palette)
+        assert read.palette.min() >= 0
+        assert read.palette.max() < 9
+        assert np.isfinite(read.probs).all()
+        assert read.codes.shape == read.probs.shape
+    assert num_read < 1500
+
+
+@pytest.mark.parametrize("encoding", PLANES)
+def test_a_body_larger_than_its_record_says_is_refused(encoding):
+    record = bytearray(pack(random_map(), encoding))
+    record[16:20] = struct.pack("<I", struct.unpack_from("<I", record, 16)[0] - 1)
+    with pytest.raises(EncodingError):
+        unpack(bytes(record), num_classes=30)
+
+
+def test_shapes_that_would_take_all_memory_are_refused():
+    head = struct.pack("<BBHHxxII", 1, 0, 65535, 65535, 2**32 - 1, 2**32 - 1)
+    with pytest.raises(EncodingError, match="body of"):
+        unpack(head + struct.pack("<I", 2**32 - 1) + bytes(100), num_classes=10)
+    with pytest.raises(EncodingError, match="takes"):
+        unpack(struct.pack("<BBHHxxII", 0, 0, 65535, 65535, 2**32 - 1, 2**32 - 1), num_classes=10)
