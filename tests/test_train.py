@@ -1,7 +1,7 @@
 """The trainer: what a run leaves, and that stopping it anywhere changes nothing."""
 
 import json
-import os
+import multiprocessing
 import random
 import re
 import signal
@@ -175,60 +175,37 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_is_not_saved(scenes, tmp_
         assert all(torch.isfinite(w).all() for w in load_model(folder).model.state_dict().values())
 
 
-def start(nested, run):
-    """Start a run in a process of its own."""
-    path = run.with_suffix(".json")  # JSON is YAML
-    path.write_text(json.dumps(nested))
-    words = [
-        sys.executable,
-        "-m",
-        "tokenlabel",
-        "train",
-        "--recipe",
-        str(path),
-        "--run",
-        str(run),
-        "--device",
-        "cpu",
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-    )
-
-
-def kill_until_done(nested, run, *, kills, rng):
-    """Kill a run at random moments of its training, then let it end; return how many kills hit it."""
-    hits = 0
-    while hits < kills:
-        process = start(nested, run)
+def kill_until_done(recipe, run, *, kills, rng):
+    """Kill a run at random moments after its first new line of metrics, then let it end; return how many hit."""
+    processes = multiprocessing.get_context("forkserver")  # imports once, then starts processes at once
+    processes.set_forkserver_preload(["tokenlabel.train"])
+    for hits in range(kills + 1):
+        process = processes.Process(target=train, args=(recipe, run), kwargs={"device": CPU})
         seen = len(read_metrics(run))
-        while process.poll() is None and len(read_metrics(run)) <= seen:
-            time.sleep(0.01)
-        time.sleep(rng.uniform(0, 0.3))
-        if process.poll() is not None:
-            break
-        process.kill()
-        process.communicate()
-        hits += 1
-    output, _ = (process := start(nested, run)).communicate()
-    assert process.returncode == 0, output
-    return hits
+        process.start()
+        while hits < kills and process.is_alive() and len(read_metrics(run)) <= seen:
+            time.sleep(0.005)
+        if hits < kills:
+            time.sleep(rng.uniform(0, 0.15))
+            process.kill()
+        process.join()
+        if process.exitcode == 0:
+            return hits
+        assert process.exitcode == -signal.SIGKILL
+    raise AssertionError("the run that was not killed did not end well")
 
 
 def check_kills(scenes, tmp_path, *, kills, epochs):
     # Evaluating after every few steps gives the test a sign of life to wait for.
-    nested = nested_recipe(scenes, epochs=epochs, eval__every_epochs=0.4)
-    train(recipe_from_dict(nested, name="test"), tmp_path / "unbroken", device=CPU)
-    hits = kill_until_done(nested, tmp_path / "killed", kills=kills, rng=random.Random(0))
-    assert hits == kills
+    recipe = recipe_for(scenes, epochs=epochs, eval__every_epochs=0.4)
+    train(recipe, tmp_path / "unbroken", device=CPU)
+    assert kill_until_done(recipe, tmp_path / "killed", kills=kills, rng=random.Random(0)) == kills
     assert weights_of(tmp_path / "killed") == weights_of(tmp_path / "unbroken")
-    trace = [
-        (line["step"], line["kind"]) for line in read_metrics(tmp_path / "killed") if line["kind"] == "eval"
+    traces = [
+        [line["step"] for line in read_metrics(tmp_path / name) if line["kind"] == "eval"]
+        for name in ("killed", "unbroken")
     ]
-    assert trace == [
-        (line["step"], "eval") for line in read_metrics(tmp_path / "unbroken") if line["kind"] == "eval"
-    ]
+    assert traces[0] == traces[1]
 
 
 def test_a_run_killed_three_times_ends_with_the_same_weights(scenes, tmp_path):
@@ -238,6 +215,14 @@ def test_a_run_killed_three_times_ends_with_the_same_weights(scenes, tmp_path):
 @pytest.mark.long
 def test_a_run_killed_twenty_times_ends_with_the_same_weights(scenes, tmp_path):
     check_kills(scenes, tmp_path, kills=20, epochs=150)
+
+
+def start(nested, run):
+    """Start a run in a process of its own, from the command line."""
+    path = run.with_suffix(".json")  # JSON is YAML
+    path.write_text(json.dumps(nested))
+    words = [sys.executable, "-m", "tokenlabel", "train", "--recipe", path, "--run", run, "--device", "cpu"]
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

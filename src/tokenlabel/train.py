@@ -225,7 +225,8 @@ def _loop(training: Training, run: Path, log: RunLog, *, start_step: int) -> Eva
                 batch = next(batches).to(training.device)
             window.add(train_step(training, batch, step, watch), num_images=len(batch.images))
             done = step + 1
-            saving = _due(training, done, recipe.checkpoint_every_epochs) or bool(stop)
+            stopping = stop[0] if stop else None  # asked now: what comes later waits for the next step
+            saving = _due(training, done, recipe.checkpoint_every_epochs) or stopping is not None
             log.bar.update()
             if done % LOG_EVERY_STEPS == 0 or saving:  # a state that diverged is never saved
                 window.report(log, done, seconds=watch.lap(), learning_rate=_learning_rate(training, step))
@@ -235,8 +236,8 @@ def _loop(training: Training, run: Path, log: RunLog, *, start_step: int) -> Eva
             if saving:
                 class_names = training.train_set.source.class_names
                 save_checkpoint(run, done, training.trained, recipe=recipe, class_names=class_names)
-            if stop and done < num_steps:
-                raise Interrupted(done, stop[0])
+            if stopping is not None and done < num_steps:
+                raise Interrupted(done, stopping)
     return evaluation or _evaluate(training, log, num_steps)
 
 
