@@ -207,7 +207,8 @@ def test_other_sizes_where_the_backbone_takes_them() -> None:
 
 
 def test_measuring_the_grid_leaves_no_trace() -> None:
-    model = create("test_resnet").train()
+    model = create("test_resnet")
+    model.train()
     frozen = next(module for module in model.modules() if isinstance(module, nn.BatchNorm2d))
     frozen.eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}

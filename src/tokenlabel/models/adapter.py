@@ -16,7 +16,7 @@ import timm
 import torch
 from jaxtyping import Float
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import get_pretrained_cfg
+from timm.models import get_pretrained_cfg, group_parameters
 from torch import Tensor, nn
 
 from tokenlabel.mixing import MixPlan, mix_images
@@ -112,6 +112,16 @@ class TimmAdapter(TokenModel):
         """Return the names of the parameters that weight decay leaves alone, beside biases and norms."""
         names = self.backbone.no_weight_decay() if hasattr(self.backbone, "no_weight_decay") else ()
         return {f"backbone.{name}" for name in names}
+
+    def layers(self) -> dict[str, int]:
+        """Return the layer of each parameter, as timm groups them: 0 for the stem, the highest for the heads."""
+        if not hasattr(self.backbone, "group_matcher"):
+            raise ValueError(f"{self.name} does not say which layers it has (timm's group_matcher)")
+        matcher = self.backbone.group_matcher(coarse=False)
+        found: Any = group_parameters(self.backbone, matcher, reverse=True)
+        layers = {f"backbone.{name}": layer for name, layer in found.items()}
+        heads = max(layers.values())
+        return layers | {f"token_head.{name}": heads for name, _ in self.token_head.named_parameters()}
 
     def forward(self, images: Float[Tensor, "B 3 height width"], plan: MixPlan | None = None) -> Outputs:
         """Return class logits and tokens of normalised images, mixed by the plan."""

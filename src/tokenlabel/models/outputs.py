@@ -79,3 +79,35 @@ class TokenModel(nn.Module, ABC):
     @abstractmethod
     def no_weight_decay(self) -> set[str]:
         """Return the names of the parameters that weight decay leaves alone, beside biases and norms."""
+
+    @abstractmethod
+    def layers(self) -> dict[str, int]:
+        """Return the layer of each parameter by its name: 0 for the stem, the highest for the heads."""
+
+    def freeze(self, num_layers: int) -> None:
+        """Stop the first layers from training: no gradients, no new statistics, no drop path, from now on.
+
+        Raises ValueError for a number that would freeze the heads, too.
+        """
+        layers = self.layers()
+        if not 0 <= num_layers <= max(layers.values()):
+            raise ValueError(
+                f"cannot freeze {num_layers} layers: the model has {max(layers.values())} below its heads; "
+                "choose a number from 0 to that"
+            )
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad and layers[name] >= num_layers)
+        self._frozen = [
+            module
+            for module in self.modules()
+            if any(True for _ in module.parameters())
+            and not any(p.requires_grad for p in module.parameters())
+        ]
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> TokenModel:
+        """Set training or evaluation mode, as PyTorch does, but leave what is frozen in evaluation mode."""
+        super().train(mode)
+        for module in getattr(self, "_frozen", ()):
+            module.eval()
+        return self

@@ -17,6 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from tokenlabel.mixing import MixPlan, mix_images, mix_tokens
 from tokenlabel.models.outputs import Outputs
 
+HEAD_PARTS = ("norm", "head", "aux_head")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrunkConfig:
@@ -96,6 +98,15 @@ class Trunk(nn.Module, ABC):
     def no_weight_decay(self) -> set[str]:
         """Return the names of the parameters that weight decay leaves alone, beside biases and norms."""
         return {"pos_embed", "cls_token"}
+
+    def layers(self) -> dict[str, int]:
+        """Return the layer of each parameter: 0 for the stem, 1 for the first block, the highest for the heads."""
+        heads = len(self.blocks) + 1
+        layers = {}
+        for name, _ in self.named_parameters():
+            part, *rest = name.split(".")
+            layers[name] = int(rest[0]) + 1 if part == "blocks" else heads if part in HEAD_PARTS else 0
+        return layers
 
     def embed(
         self, images: Float[Tensor, "B 3 height width"], plan: MixPlan | None = None
