@@ -51,6 +51,15 @@ class TokenTargets:
             weight=self.weight * ours + other.weight * share,
         )
 
+    def scaled(self, share: Float[Tensor, "B N"]) -> TokenTargets:
+        """Return the targets with each token's weight multiplied by a share in [0, 1]."""
+        return TokenTargets(
+            classes=self.classes,
+            excess=self.excess * share[..., None],
+            floor=self.floor * share,
+            weight=self.weight * share,
+        )
+
     def of_images(self, indices: Int[Tensor, " B"]) -> TokenTargets:
         """Return the targets of other images of the batch."""
         return TokenTargets(
