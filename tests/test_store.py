@@ -1,0 +1,412 @@
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from tokenlabel.encoding import Encoding
+from tokenlabel.scores import ScoreMap, from_probabilities
+from tokenlabel.shards import key_hash, write_shard
+from tokenlabel.store import (
+    Failure,
+    LabelStore,
+    LabelStoreWriter,
+    Manifest,
+    StoreError,
+    read_manifest,
+    remove_leftovers,
+    update_failures,
+)
+
+NUM_MUTATIONS = int(os.environ.get("TOKENLABEL_MUTATIONS", "10000"))
+
+
+def a_map(seed: int, *, num_classes: int = 10, topk: int = 3) -> ScoreMap:
+    probs = np.random.default_rng(seed).dirichlet(np.ones(num_classes), size=(3, 4))
+    return from_probabilities(probs, topk)
+
+
+def a_manifest(**changes) -> Manifest:
+    return Manifest(**{"num_classes": 10, "topk": 3, "encoding": Encoding.RAW, **changes})
+
+
+def key_of(i: int) -> str:
+    return f"train/class {i % 3}/bild ü {i}.a.jpg"
+
+
+def write(folder, numbers, manifest=None, **options) -> None:
+    with LabelStoreWriter(folder, manifest or a_manifest(), **options) as writer:
+        for i in numbers:
+            writer.add(key_of(i), a_map(i))
+
+
+def same(one: ScoreMap, other: ScoreMap) -> bool:
+    return np.array_equal(one.class_ids, other.class_ids) and np.abs(one.probs - other.probs).max() < 1e-4
+
+
+def holds(store: LabelStore, numbers) -> bool:
+    return len(store) == len(list(numbers)) and all(same(store[key_of(i)], a_map(i)) for i in numbers)
+
+
+def test_what_was_written_is_read(tmp_path):
+    write(tmp_path / "labels", range(20), max_shard_bytes=500)
+    store = LabelStore(tmp_path / "labels")
+    assert len(store.shards) > 3
+    assert holds(store, range(20))
+    assert sorted(store.keys()) == sorted(key_of(i) for i in range(20))
+    assert key_of(3) in store
+    assert "train/class 0/bild ü 0.b.jpg" not in store
+    assert store.missing([key_of(25), key_of(1), key_of(26)]) == [key_of(25), key_of(26)]
+    assert store.num_bytes == sum(p.stat().st_size for p in (tmp_path / "labels").glob("*.safetensors"))
+
+
+def test_shards_are_ordinary_safetensors_files(tmp_path):
+    write(tmp_path / "labels", range(3))
+    (path,) = (tmp_path / "labels").glob("*.safetensors")
+    tensors = load_file(path)
+    assert {name: tensor.dtype for name, tensor in tensors.items()} == dict.fromkeys(
+        ("index", "keys", "payload"), np.uint8
+    )
+    assert tensors["index"].shape == (3, 32)
+
+
+def test_writing_goes_on_where_it_stopped(tmp_path):
+    write(tmp_path / "labels", range(5))
+    write(tmp_path / "labels", range(5, 9))
+    assert holds(LabelStore(tmp_path / "labels"), range(9))
+
+
+def test_a_writer_that_fails_keeps_what_it_was_given(tmp_path):
+
+    def be_stopped():
+        with LabelStoreWriter(tmp_path / "labels", a_manifest()) as writer:
+            writer.add(key_of(0), a_map(0))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        be_stopped()
+    assert holds(LabelStore(tmp_path / "labels"), range(1))
+
+
+def test_shards_close_after_a_while(tmp_path):
+    with LabelStoreWriter(tmp_path / "labels", a_manifest(), max_shard_s=0.0) as writer:
+        writer.add(key_of(0), a_map(0))
+        assert len(LabelStore(tmp_path / "labels")) == 1
+
+
+def test_file_names_that_are_no_utf8(tmp_path):
+    key = os.fsdecode(b"train/\xff\xfe.jpg")
+    with LabelStoreWriter(tmp_path / "labels", a_manifest()) as writer:
+        writer.add(key, a_map(1))
+    store = LabelStore(tmp_path / "labels")
+    assert list(store.keys()) == [key]
+    assert same(store[key], a_map(1))
+
+
+def test_several_folders_are_one_store(tmp_path):
+    write(tmp_path / "a", range(4))
+    write(tmp_path / "b", range(4, 7))
+    store = LabelStore(tmp_path / "a", tmp_path / "b")
+    assert holds(store, range(7))
+    assert holds(pickle.loads(pickle.dumps(store)), range(7))
+
+
+def test_folders_of_different_labels_are_not_one_store(tmp_path):
+    write(tmp_path / "a", range(2), a_manifest(teacher={"name": "one"}))
+    write(tmp_path / "b", range(2, 3), a_manifest(teacher={"name": "two"}))
+    with pytest.raises(StoreError, match=r"teacher\.name"):
+        LabelStore(tmp_path / "a", tmp_path / "b")
+
+
+def test_two_records_of_one_key_are_refused(tmp_path):
+    write(tmp_path / "a", range(2))
+    write(tmp_path / "b", range(1, 3))
+    with pytest.raises(StoreError, match="both hold a label of 'train/class 1/bild ü 1"):
+        LabelStore(tmp_path / "a", tmp_path / "b")
+    with LabelStoreWriter(tmp_path / "c", a_manifest()) as writer:
+        writer.add("x", a_map(0))
+        with pytest.raises(StoreError, match="x was given twice"):
+            writer.add("x", a_map(0))
+
+
+def test_keys_of_equal_hash_are_told_apart(tmp_path, monkeypatch):
+    monkeypatch.setattr("tokenlabel.shards.key_hash", lambda name: 7)
+    monkeypatch.setattr("tokenlabel.store.key_hash", lambda name: 7)
+    write(tmp_path / "labels", range(3), max_shard_bytes=1)
+    store = LabelStore(tmp_path / "labels")
+    assert holds(store, range(3))
+    assert key_of(4) not in store
+
+
+def test_missing_labels_say_what_to_do(tmp_path):
+    write(tmp_path / "labels", range(1))
+    with pytest.raises(StoreError, match=r"labels: holds no label of 'cat\.jpg'; `tokenlabel annotate`"):
+        LabelStore(tmp_path / "labels")["cat.jpg"]
+    with pytest.raises(StoreError, match=r"nowhere: no label store"):
+        LabelStore(tmp_path / "nowhere")
+
+
+def test_maps_of_other_classes_are_refused(tmp_path):
+    with LabelStoreWriter(tmp_path / "labels", a_manifest()) as writer:
+        with pytest.raises(StoreError, match="cat: a map of"):
+            writer.add("cat", a_map(0, num_classes=12))
+        with pytest.raises(StoreError, match="cat: a map of"):
+            writer.add("cat", a_map(0, topk=4))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"num_classes": 12}, {"topk": 2}, {"class_names": tuple("abcdefghij")}, {"teacher": {"name": "other"}}],
+)
+def test_a_store_takes_no_labels_of_another_kind(tmp_path, changes):
+    write(tmp_path / "labels", range(1))
+    with pytest.raises(StoreError, match="choose another folder"):
+        LabelStoreWriter(tmp_path / "labels", a_manifest(**changes))
+    assert holds(LabelStore(tmp_path / "labels"), range(1))
+
+
+def test_other_peoples_folders_are_left_alone(tmp_path):
+    (tmp_path / "holiday.jpg").write_bytes(b"precious")
+    with pytest.raises(StoreError, match="not empty and no label store"):
+        LabelStoreWriter(tmp_path, a_manifest())
+    assert [path.name for path in tmp_path.iterdir()] == ["holiday.jpg"]
+
+
+def test_a_full_disk_is_one_clear_error(tmp_path, monkeypatch):
+    writer = LabelStoreWriter(tmp_path / "labels", a_manifest())
+    writer.add(key_of(0), a_map(0))
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StoreError, match="No space left on device"):
+        writer.flush()
+    assert not list((tmp_path / "labels").glob("*.tmp"))
+    assert len(LabelStore(tmp_path / "labels")) == 0
+
+
+def test_manifest(tmp_path):
+    manifest = a_manifest(
+        class_names=tuple("abcdefghij"), teacher={"name": "t", "sizes": (1, 2)}, preprocessing={"size": 5}
+    )
+    write(tmp_path / "labels", range(1), manifest)
+    assert read_manifest(tmp_path / "labels") == manifest
+    failures = [Failure("x.jpg", "does not decode")]
+    update_failures(tmp_path / "labels", failures)
+    assert LabelStore(tmp_path / "labels").manifest.failures == tuple(failures)
+    write(tmp_path / "labels", range(1, 2), manifest)  # failures don't make it another store
+
+
+@pytest.mark.parametrize(
+    ("entry", "value", "message"),
+    [
+        ("format_version", 2, "reads 1"),
+        ("num_classes", "10", "not of type int"),
+        ("num_classes", 1, "2 classes"),
+        ("class_names", ["a"], "1 class names"),
+        ("encoding", "gzip", "gzip"),
+        ("failures", [{"key": "x"}], "reason"),
+    ],
+)
+def test_a_broken_manifest_is_one_clear_error(tmp_path, entry, value, message):
+    write(tmp_path / "labels", range(1))
+    path = tmp_path / "labels" / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {entry: value}))
+    with pytest.raises(StoreError, match=rf"manifest\.json.*{message}"):
+        LabelStore(tmp_path / "labels")
+
+
+def test_a_manifest_that_is_not_json(tmp_path):
+    (tmp_path / "manifest.json").write_text("[" * 100_000)
+    with pytest.raises(StoreError, match="not JSON"):
+        LabelStore(tmp_path)
+
+
+def test_a_record_moved_to_another_key_is_refused(tmp_path):
+    """The checksum is over key and record: a record cannot be passed off as another image's."""
+    write(tmp_path / "labels", range(2))
+    (path,) = (tmp_path / "labels").glob("*.safetensors")
+    data = bytearray(path.read_bytes())
+    length = len(data)
+    payload = load_file(path)["payload"]
+    size = len(payload) // 2
+    data[length - 2 * size : length - size], data[length - size :] = (
+        bytes(payload[size:]),
+        bytes(payload[:size]),
+    )
+    path.write_bytes(bytes(data))
+    with pytest.raises(StoreError, match="was altered"):
+        LabelStore(tmp_path / "labels")[key_of(0)]
+
+
+def mutated(data: bytes, rng: random.Random) -> bytes:
+    """Return the bytes with one thing done to them that happens to files, or that a stranger would try."""
+    at, end = sorted(rng.randrange(len(data) + 1) for _ in range(2))
+    # Most of a file is payload: look at the header, where the structure is, as often as at the rest.
+    if rng.random() < 0.5:
+        at, end = sorted(rng.randrange(min(700, len(data))) for _ in range(2))
+    match rng.randrange(7):
+        case 0:
+            return data[:at]
+        case 1:
+            return data[:at] + data[end:]
+        case 2:
+            return data[:at] + rng.randbytes(rng.randrange(1, 9)) + data[at:]
+        case 3:
+            return data[:at] + bytes(end - at) + data[end:]
+        case 4:
+            return data[:at] + rng.choice([b"0", b"9", b"-", b"[", b'"', b"1e9"]) + data[at + 1 :]
+        case _:
+            changed = bytearray(data)
+            for _ in range(rng.randrange(1, 4)):
+                changed[rng.randrange(at, len(data)) if at < len(data) else 0] ^= 1 << rng.randrange(8)
+            return bytes(changed)
+
+
+@pytest.fixture
+def memory_path(tmp_path):
+    """A folder in memory, where there is one: ten thousand files are written to it."""
+    shared_memory = Path("/dev/shm")
+    if not shared_memory.is_dir():
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir=shared_memory) as folder:
+        yield Path(folder)
+
+
+def read_or_none(store: LabelStore, key: str) -> ScoreMap | None:
+    """Read a label; None for a StoreError, the only error that a broken file may lead to."""
+    try:
+        return store[key]
+    except StoreError:
+        return None
+
+
+@pytest.mark.parametrize("encoding", [Encoding.RAW, Encoding.LZMA])
+def test_a_mutated_shard_gives_the_right_maps_or_a_clear_error(memory_path, encoding):
+    folder = memory_path / "labels"
+    originals = {key_of(i): a_map(i) for i in range(3)}
+    with LabelStoreWriter(folder, a_manifest(encoding=encoding)) as writer:
+        for key, score_map in originals.items():
+            writer.add(key, score_map)
+    right = {key: LabelStore(folder)[key] for key in originals}
+    (path,) = folder.glob("*.safetensors")
+    data = path.read_bytes()
+    rng = random.Random(0)
+    num_read = 0
+    for _ in range(NUM_MUTATIONS // 2):
+        path.write_bytes(mutated(data, rng))
+        try:
+            store = LabelStore(folder)
+        except StoreError as error:
+            assert path.name in str(error)  # noqa: PT017
+            continue
+        for key in originals:
+            read = read_or_none(store, key)
+            if read is not None:
+                num_read += 1
+                assert np.array_equal(read.class_ids, right[key].class_ids)
+                assert np.array_equal(read.probs, right[key].probs)
+    assert 0 < num_read < 1.5 * NUM_MUTATIONS // 2
+
+
+def test_reading_from_many_threads(tmp_path):
+    write(tmp_path / "labels", range(40), max_shard_bytes=1000)
+    store = LabelStore(tmp_path / "labels")
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(lambda i: same(store[key_of(i % 40)], a_map(i % 40)), range(400)))
+
+
+WRITE_FOREVER = """
+import sys
+from tests.test_store import a_manifest, a_map, key_of
+from tokenlabel.store import LabelStoreWriter
+folder, start, step = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+with LabelStoreWriter(folder, a_manifest(), max_shard_bytes=800) as writer:
+    for i in range(start, 4000, step):
+        writer.add(key_of(i), a_map(i))
+        print(i, flush=True)
+"""
+
+
+def start_writer(folder, start: int, step: int) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", WRITE_FOREVER, str(folder), str(start), str(step)],
+        stdout=subprocess.PIPE,
+        cwd=Path(__file__).parents[1],
+    )
+
+
+def numbers_in(store: LabelStore) -> set[int]:
+    return {int(key.split()[-1].removesuffix(".a.jpg")) for key in store.keys()}  # noqa: SIM118  (not a dict)
+
+
+def test_readers_never_see_half_a_file_and_kills_cost_only_the_open_one(tmp_path):
+    """Two processes write while this one reads; they are killed at random, three times."""
+    rng = random.Random(0)
+    folder = tmp_path / "labels"
+    LabelStoreWriter(folder, a_manifest())
+    start, there = 0, set()
+    for _ in range(3):
+        writers = [start_writer(folder, start + i, 2) for i in range(2)]
+        for writer in writers:
+            assert writer.stdout is not None
+            writer.stdout.readline()  # it is at work
+        until = time.monotonic() + rng.uniform(0.05, 0.4)
+        while time.monotonic() < until:
+            store = LabelStore(folder)
+            for i in rng.sample(sorted(numbers_in(store)), min(5, len(store))):
+                assert same(store[key_of(i)], a_map(i))
+        told = []
+        for writer in writers:
+            writer.send_signal(signal.SIGKILL)
+            told.append([int(line) for line in writer.communicate()[0].split()])
+        there = numbers_in(LabelStore(folder))
+        for numbers in told:
+            assert len([i for i in numbers if i not in there]) <= 10, "more than the open file is gone"
+        start = max(there, default=-1) + 2
+        start += start % 2
+    assert len(there) > 50
+    assert holds(LabelStore(folder), sorted(there))
+
+
+def test_leftovers_of_killed_writers_are_cleared_away(tmp_path):
+    write(tmp_path, range(1))
+    old, new = tmp_path / ".a.safetensors.1.tmp", tmp_path / ".b.safetensors.2.tmp"
+    old.write_bytes(b"half")
+    new.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    assert holds(LabelStore(tmp_path), range(1))
+    remove_leftovers(tmp_path)
+    assert not old.exists()
+    assert new.exists()
+
+
+def test_a_shard_of_too_long_a_key_is_refused(tmp_path):
+    with pytest.raises(StoreError, match="65535 bytes"):
+        write_shard(tmp_path, [("k" * 70_000, b"")])
+
+
+def test_the_hash_is_that_of_the_format():
+    """As `b2sum -l 64` prints it: other programs find keys by it."""
+    assert key_hash(b"train/n01440764/n01440764_10026.JPEG") == int.from_bytes(
+        bytes.fromhex("630095175699276e"), "little"
+    )
+
+
+def test_reading_labels_takes_no_torch():
+    code = "import sys, tokenlabel.store; sys.exit('torch' in sys.modules or 'timm' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
