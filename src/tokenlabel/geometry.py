@@ -46,7 +46,13 @@ class Box:
 
     @classmethod
     def from_pixels(
-        cls, *, left_px: float, top_px: float, width_px: float, height_px: float, image_size_px: tuple[int, int]
+        cls,
+        *,
+        left_px: float,
+        top_px: float,
+        width_px: float,
+        height_px: float,
+        image_size_px: tuple[int, int],
     ) -> Box:
         """Return the box of a rectangle of pixels; `image_size_px` is (width, height)."""
         image_width_px, image_height_px = image_size_px
@@ -98,7 +104,7 @@ class View:
         """Say for each point [..., 2] of the augmented image whether it shows a part of the source."""
         on_the_way = np.einsum("fij,...j->...fi", self.frames[:, :, :2], points) + self.frames[:, :, 2]
         inside = (on_the_way >= -TOLERANCE) & (on_the_way <= 1 + TOLERANCE)  # [..., F, 2]
-        return inside.all(axis=(-2, -1))
+        return np.asarray(inside.all(axis=(-2, -1)))
 
     @classmethod
     def identity(cls) -> View:
