@@ -10,10 +10,10 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -90,6 +90,65 @@ def train(arguments: list[str]) -> int:
     return 0
 
 
+def annotate(arguments: list[str]) -> int:
+    """Let a teacher label images."""
+    parser = _parser(
+        "annotate", "Let a teacher look at every image once and store what it says of every place of it."
+    )
+
+    from tokenlabel.annotation import AnnotateConfig
+    from tokenlabel.annotation import annotate as annotate_images
+    from tokenlabel.recipe import add_config_arguments
+
+    parser.add_argument("images", type=Path, help="folder of images with one folder a class")
+    parser.add_argument("store", type=Path, help="folder of the labels; what is there already is kept")
+    _add_device(parser)
+    add_config_arguments(parser, AnnotateConfig)
+    options = _parse(parser, arguments)
+    names = [field.name for field in fields(AnnotateConfig)]
+    config = AnnotateConfig(**{name: options[name] for name in names})
+    done = annotate_images(options.images, options.store, config, device=_device(options.device))
+    print(
+        f"{options.store}: {done.num_labelled:,} images labelled, {done.num_present:,} had been, "
+        f"{len(done.failures):,} failed; {done.images_per_s:,.0f} images/s"
+    )
+    for failure in done.failures[:10]:
+        print(f"  {failure.reason}")
+    return 0
+
+
+def inspect(arguments: list[str]) -> int:
+    """Say what is in a label store."""
+    parser = _parser("inspect", "Say what is in a label store: who made it, of which classes, how large.")
+    parser.add_argument("store", type=Path, help="folder of labels")
+    parser.add_argument(
+        "--masks", type=Path, help="true dense labels (PNG class ids): how often the maps are right"
+    )
+    parser.add_argument("--output", type=Path, help="also write the figures to this JSON file")
+    options = _parse(parser, arguments)
+
+    from tokenlabel.store import LabelStore
+
+    store = LabelStore(options.store)
+    figures: dict[str, Any] = {
+        "num_images": len(store),
+        "num_classes": store.manifest.num_classes,
+        "topk": store.manifest.topk,
+        "encoding": store.manifest.encoding.value,
+        "teacher": store.manifest.teacher,
+        "preprocessing": store.manifest.preprocessing,
+        "num_failures": len(store.manifest.failures),
+        "bytes_per_image": store.num_bytes / max(1, len(store)),
+    }
+    if options.masks:
+        from tokenlabel.evaluate import mask_agreement
+
+        figures["mask_agreement"] = mask_agreement(store, options.masks)
+    _write_json(options.output, figures)
+    print(json.dumps(figures, indent=1))
+    return 0
+
+
 def evaluate(arguments: list[str]) -> int:
     """Evaluate a trained model."""
     parser = _parser(
@@ -126,8 +185,7 @@ def evaluate(arguments: list[str]) -> int:
         num_workers=options.num_workers,
         device=_device(options.device),
     )
-    if options.output:
-        options.output.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    _write_json(options.output, figures)
     print(json.dumps(figures))
     return 0
 
@@ -156,6 +214,8 @@ class Verb:
 
 VERBS = {
     "demo": Verb(demo, "every stage on data that ships with a dependency: start here"),
+    "annotate": Verb(annotate, "a teacher writes a dense score map for every image"),
+    "inspect": Verb(inspect, "what is in a label store"),
     "train": Verb(train, "train a model by a recipe, with token labels or without"),
     "eval": Verb(evaluate, "accuracy of a trained model, and of its tokens where masks are known"),
     "report": Verb(report, "one HTML file with the curves, tables and pictures of runs"),
@@ -188,7 +248,7 @@ def _parse(parser: ArgumentParser, arguments: list[str]) -> Namespace:
     except ArgumentError as error:
         from tokenlabel.recipe import explain
 
-        raise ValueError(explain(error)) from error
+        raise ValueError(explain(error, [action.dest for action in parser._actions])) from error
 
 
 def _with_recipe_path(arguments: list[str], find_recipe: Callable[[str], Path]) -> list[str]:
@@ -200,6 +260,11 @@ def _with_recipe_path(arguments: list[str], find_recipe: Callable[[str], Path]) 
         elif argument.startswith("--recipe="):
             resolved[i] = f"--recipe={find_recipe(argument.removeprefix('--recipe='))}"
     return resolved
+
+
+def _write_json(path: Path | None, figures: dict[str, Any]) -> None:
+    if path is not None:
+        path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
 
 def _add_device(parser: ArgumentParser) -> None:

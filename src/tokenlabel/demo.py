@@ -90,16 +90,7 @@ def _run_stages(out: Path, size: DemoSize, command: Command) -> None:
         masks = scenes / "masks" / "val"
         run("eval", out / name, "--masks", masks, "--output", out / name / "eval.json", "--num-workers", "0")
     runs = [out / name for name in ("token-labels", "class-labels", "teacher")]
-    run(
-        "report",
-        *runs,
-        "--labels",
-        labels,
-        "--masks",
-        scenes / "masks" / "train",
-        "--output",
-        out / "report.html",
-    )
+    run("report", *runs, "--output", out / "report.html")
 
 
 def collect_result(out: Path) -> dict[str, Any]:

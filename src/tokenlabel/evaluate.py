@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from tokenlabel.align import align
+from tokenlabel.align import align, collate_score_maps
 from tokenlabel.augment import EvalTransform
 from tokenlabel.checkpoint import TrainedModel
 from tokenlabel.data import (
@@ -27,9 +27,11 @@ from tokenlabel.data import (
     normalize_images,
     open_images,
 )
+from tokenlabel.geometry import View, stack_views
 from tokenlabel.models import Inference, TokenModel
 from tokenlabel.recipe import Recipe
 from tokenlabel.scores import ScoreMap, from_mask
+from tokenlabel.store import LabelStore
 from tokenlabel.targets import TokenTargets
 
 # A token shows an object, and can be right or wrong about it, if its mask covers this much of the token's cell.
@@ -98,16 +100,17 @@ def evaluate(
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             outputs = model(images)
             logits = outputs.logits(inference).float()
+            said = outputs.token_logits.argmax(dim=2) if batch.score_maps is not None else None
         ranks = _rank_of_class(logits, batch.class_ids)
         sums["images"] += len(ranks)
         sums["top1"] += float((ranks < 1).sum())
         sums["top5"] += float((ranks < 5).sum())
         sums["loss"] += float(F.cross_entropy(logits, batch.class_ids, reduction="sum"))
-        if batch.score_maps is not None:
+        if batch.score_maps is not None and said is not None:
             truth = align(batch.score_maps, batch.views, outputs.grid)
             objects, classes = object_tokens(truth)
             sums["objects"] += float(objects.sum())
-            sums["agreeing"] += float((objects & (outputs.token_logits.argmax(dim=2) == classes)).sum())
+            sums["agreeing"] += float((objects & (said == classes)).sum())
     return Evaluation(
         num_images=int(sums["images"]),
         top1=sums["top1"] / sums["images"],
@@ -130,6 +133,28 @@ def agreement(guess: TokenTargets, truth: TokenTargets, num_classes: int) -> tup
     objects, classes = object_tokens(truth)
     right = objects & (guess.dense(num_classes).argmax(dim=2) == classes)
     return int(right.sum()), int(objects.sum())
+
+
+def mask_agreement(store: LabelStore, masks: Path) -> float:
+    """Return the share of object cells of a store's maps whose most probable class is that of the true mask.
+
+    `masks`: a folder of true dense labels, laid out like the images.
+    """
+    num_classes = store.manifest.num_classes
+    truth_of = MaskFolder(masks, num_classes=num_classes)
+    whole = torch.from_numpy(stack_views([View.identity()]))
+    right = total = 0
+    for key in store.keys():  # noqa: SIM118  (a store is no dict)
+        score_map = store[key]
+        height, width, _ = score_map.codes.shape
+        guess, truth = (
+            align(collate_score_maps([m]), whole, (height, width)) for m in (score_map, truth_of[key])
+        )
+        counts = agreement(guess, truth, num_classes)
+        right, total = right + counts[0], total + counts[1]
+    if not total:
+        raise ValueError(f"{masks}: no mask shows an object in any cell of the maps")
+    return right / total
 
 
 def _rank_of_class(logits: Float[Tensor, "B C"], class_ids: Int[Tensor, " B"]) -> Int[Tensor, " B"]:

@@ -163,7 +163,7 @@ def recipe_from_dict(nested: Any, *, name: str) -> Recipe:
     try:
         return recipe_of(parser, parser.parse_object(nested))
     except jsonargparse.ArgumentError as error:
-        raise RecipeError(f"{name}: {explain(error)}") from error
+        raise RecipeError(f"{name}: {explain(error, _field_names(Recipe))}") from error
 
 
 def recipe_of(parser: jsonargparse.ArgumentParser, namespace: jsonargparse.Namespace) -> Recipe:
@@ -220,10 +220,9 @@ def find_recipe(name: str) -> Path:
     )
 
 
-def explain(error: Exception) -> str:
-    """Return the message of a parser's error on one line, with the near name of an unknown key."""
+def explain(error: Exception, known: Sequence[str]) -> str:
+    """Return the message of a parser's error on one line, with the near names of an unknown key among `known`."""
     message = " ".join(str(error).split())
-    known = _field_names(Recipe)
     if in_group := re.search(r"Group '(.+?)' does not accept option '(.+?)'", message):
         group, key = in_group.groups()
         return f"unknown key {group}.{key}{_near(f'{group}.{key}', known)}"
