@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tokenlabel.geometry import Box, View
 from tokenlabel.scores import ScoreMap, from_top
@@ -157,20 +157,28 @@ def dense_targets(targets: TokenTargets, num_classes: int) -> torch.Tensor:
 
 
 class TensorSizes(TorchDispatchMode):
-    """Notes how many numbers each tensor has that is made while it is active."""
+    """Counts calls while it is active, and notes how many numbers each tensor has that gets new memory."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.sizes: list[int] = []
+        self.fresh: list[int] = []
+        self.num_calls = 0
+        self._made: list[torch.Tensor] = []  # kept, so that no address is used twice
 
     @property
     def largest(self) -> int:
-        return max(self.sizes)
+        return max(self.fresh)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        made = func(*args, **(kwargs or {}))
-        outputs: Sequence[object] = made if isinstance(made, (tuple, list)) else (made,)
-        self.sizes += [
-            t.untyped_storage().nbytes() // t.element_size() for t in outputs if isinstance(t, torch.Tensor)
-        ]
-        return made
+        self.num_calls += 1
+        result = func(*args, **(kwargs or {}))
+        known = {t.untyped_storage().data_ptr() for t in (*self._made, *_tensors((args, kwargs)))}
+        for tensor in _tensors(result):
+            if tensor.untyped_storage().data_ptr() not in known:
+                self._made.append(tensor)
+                self.fresh.append(tensor.untyped_storage().nbytes() // tensor.element_size())
+        return result
+
+
+def _tensors(values: object) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]

@@ -190,7 +190,7 @@ def test_no_dense_map_or_target_is_ever_made():
     with TensorSizes() as made:
         align(batch, views, grid)
     assert made.largest < 4 * 18 * 18 * 20  # a palette of at most 12, not 21,841 classes
-    assert sum(made.sizes) < 4 * 14 * 14 * num_classes / 10
+    assert sum(made.fresh) < 4 * 14 * 14 * num_classes / 10
 
 
 def test_number_of_operations_does_not_grow_with_the_batch():
@@ -202,7 +202,7 @@ def test_number_of_operations_does_not_grow_with_the_batch():
         views = torch.from_numpy(stack_views([View.identity()] * num_images))
         with TensorSizes() as made:
             align(collate_score_maps(maps), views, (4, 4))
-        counts.append(len(made.sizes))
+        counts.append(made.num_calls)
     assert counts[0] == counts[1]
 
 

@@ -1,0 +1,238 @@
+import jaxtyping
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from label_cases import TensorSizes, dense_targets, draw_box, draw_score_map, draw_targets, draw_view
+from torch import nn
+
+from tokenlabel import blocks
+from tokenlabel.align import align, collate_score_maps
+from tokenlabel.geometry import stack_views
+from tokenlabel.losses import sparse_cross_entropy, token_label_loss
+from tokenlabel.mixing import Mixing, mix_targets, sample_mix
+from tokenlabel.models.outputs import Outputs
+from tokenlabel.targets import TokenTargets, class_targets
+
+seeds = st.integers(0, 2**32 - 1)
+counts = st.sampled_from([2, 10, 1000])
+
+
+def draw_logits(seed, *shape, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    return (3 * torch.randn(*shape, dtype=torch.float64, generator=generator)).to(dtype).requires_grad_()
+
+
+def dense_loss(logits, dense):
+    """The soft cross entropy of each token against dense targets (times weight), in float64."""
+    z = logits.double()
+    log_probs = z - torch.log(torch.exp(z - z.amax(dim=2, keepdim=True)).sum(dim=2, keepdim=True))
+    log_probs = log_probs - z.amax(dim=2, keepdim=True)
+    return -(dense * log_probs).sum(dim=2)
+
+
+def assert_equal_in_value_and_gradient(logits, targets, *, tolerance=1e-6):
+    num_classes = logits.shape[2]
+    upstream = torch.rand(logits.shape[:2], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    got, expected = (
+        sparse_cross_entropy(logits, targets),
+        dense_loss(logits, dense_targets(targets, num_classes)),
+    )
+    torch.testing.assert_close(got.double(), expected, atol=tolerance, rtol=tolerance)
+    (grad,) = torch.autograd.grad(got, logits, upstream.to(got.dtype))
+    (expected_grad,) = torch.autograd.grad(expected, logits, upstream)
+    torch.testing.assert_close(grad.double(), expected_grad.double(), atol=tolerance, rtol=tolerance)
+
+
+@given(seeds, st.integers(1, 3), st.integers(1, 5), counts, st.integers(1, 20))
+def test_equals_the_dense_soft_cross_entropy(seed, num_images, num_tokens, num_classes, num_entries):
+    """Padded palettes, coverage weights, batches of one; K up to C."""
+    rng = np.random.default_rng(seed)
+    targets = draw_targets(
+        rng, (num_images, num_tokens), num_classes, num_entries=num_entries, weighted=bool(rng.integers(2))
+    )
+    if rng.integers(2):
+        targets = targets.smoothed(0.1, num_classes)
+    assert_equal_in_value_and_gradient(draw_logits(seed, num_images, num_tokens, num_classes), targets)
+
+
+@given(seeds, counts, st.sampled_from(Mixing), st.booleans(), st.sampled_from(["1", "some", "all"]))
+def test_equals_the_dense_form_on_the_whole_path(seed, num_classes, mixing, per_sample, kept):
+    """Score maps, views with lost corners, smoothing and mixing, as training chains them."""
+    rng, grid = np.random.default_rng(seed), (3, 2)
+    most = min(num_classes, 12)
+    topk = {"1": 1, "some": min(3, most), "all": most}[kept]
+    maps = [draw_score_map(rng, num_classes, topk=topk, region=draw_box(rng, 0.7)) for _ in range(3)]
+    views = torch.from_numpy(stack_views([draw_view(rng, 2) for _ in maps]))
+    plan = sample_mix(
+        mixing,
+        3,
+        grid=grid,
+        size_px=(12, 16),
+        per_sample=per_sample,
+        generator=torch.Generator().manual_seed(seed),
+    )
+    targets = align(collate_score_maps(maps), views, grid).smoothed(0.1, num_classes)
+    logits = draw_logits(seed, 3, 6, num_classes)
+    assert_equal_in_value_and_gradient(logits, mix_targets(targets, plan, grid), tolerance=2e-6)
+    classes = mix_targets(class_targets(torch.tensor([0, 1, num_classes - 1])), plan, (1, 1))
+    assert_equal_in_value_and_gradient(logits[:, :1], classes, tolerance=2e-6)
+
+
+@pytest.mark.parametrize("num_classes", [2, 10, 1000])
+def test_certain_targets_give_the_ordinary_cross_entropy(num_classes):
+    logits, class_ids = draw_logits(0, 4, 1, num_classes), torch.tensor([0, 1, 1, num_classes - 1])
+    for epsilon in (0.0, 0.1):
+        got = sparse_cross_entropy(logits, class_targets(class_ids).smoothed(epsilon, num_classes))
+        expected = nn.functional.cross_entropy(
+            logits[:, 0], class_ids, reduction="none", label_smoothing=epsilon
+        )
+        torch.testing.assert_close(got[:, 0], expected, atol=1e-6, rtol=1e-6)
+
+
+def test_gradcheck():
+    targets = draw_targets(np.random.default_rng(0), (2, 3), 5, weighted=True)
+    assert torch.autograd.gradcheck(lambda z: sparse_cross_entropy(z, targets), draw_logits(0, 2, 3, 5))
+
+
+def test_tokens_without_weight_carry_neither_loss_nor_gradient():
+    targets = TokenTargets(
+        classes=torch.tensor([[1]]),
+        excess=torch.tensor([[[0.9], [0.0]]]),
+        floor=torch.tensor([[0.02, 0.0]]),
+        weight=torch.tensor([[1.0, 0.0]]),
+    )
+    logits = draw_logits(0, 1, 2, 5)
+    loss = sparse_cross_entropy(logits, targets)
+    assert float(loss[0, 1].detach()) == 0
+    loss.sum().backward()
+    assert logits.grad is not None
+    assert logits.grad[0, 1].abs().max() == 0
+    assert logits.grad[0, 0].abs().max() > 0
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 1e-2), (torch.float16, 2e-3)])
+def test_half_precision_logits_are_summed_in_float32(dtype, tolerance):
+    """The loss of the rounded logits is exact; only the gradient is rounded to their dtype."""
+    targets = draw_targets(np.random.default_rng(0), (2, 5), 1000, weighted=True)
+    logits = draw_logits(0, 2, 5, 1000, dtype=dtype)
+    loss = sparse_cross_entropy(logits, targets)
+    assert loss.dtype == torch.float32
+    exact = logits.detach().double().requires_grad_()
+    expected = dense_loss(exact, dense_targets(targets, 1000))
+    torch.testing.assert_close(loss.double(), expected, atol=1e-5, rtol=1e-5)
+    (grad,) = torch.autograd.grad(loss.sum(), logits)
+    (expected_grad,) = torch.autograd.grad(expected.sum(), exact)
+    assert grad.dtype == dtype
+    torch.testing.assert_close(grad.double(), expected_grad, atol=1e-4, rtol=tolerance)
+
+
+def test_large_logits_do_not_overflow():
+    targets = draw_targets(np.random.default_rng(0), (1, 2), 10)
+    logits = (1e4 * draw_logits(0, 1, 2, 10, dtype=torch.float32)).detach().requires_grad_()
+    loss = sparse_cross_entropy(logits, targets)
+    torch.testing.assert_close(
+        loss.double(), dense_loss(logits, dense_targets(targets, 10)), rtol=1e-5, atol=0
+    )
+    (grad,) = torch.autograd.grad(loss.sum(), logits)
+    assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("block_size", [1, 700, 1 << 20])
+def test_blocks_do_not_change_the_result(block_size, monkeypatch):
+    monkeypatch.setitem(blocks.BLOCK_SIZE, "cpu", block_size)
+    targets = draw_targets(np.random.default_rng(1), (7, 4), 50, weighted=True)
+    assert_equal_in_value_and_gradient(draw_logits(1, 7, 4, 50), targets)
+
+
+def test_compiles_whole_and_to_the_same_result(monkeypatch):
+    monkeypatch.setattr(
+        jaxtyping.config, "jaxtyping_disable", True
+    )  # the compiler cannot see through its checks
+    targets = draw_targets(np.random.default_rng(0), (2, 3), 20, weighted=True)
+    logits = draw_logits(0, 2, 3, 20)
+
+    def loss(z):
+        return sparse_cross_entropy(z, targets).mean()
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(logits), loss(logits))
+    (got,), (expected,) = (
+        torch.autograd.grad(compiled(logits), logits),
+        torch.autograd.grad(loss(logits), logits),
+    )
+    torch.testing.assert_close(got, expected)
+
+
+def test_under_autocast_the_loss_stays_in_float32():
+    targets = draw_targets(np.random.default_rng(0), (2, 3), 20)
+    logits = draw_logits(0, 2, 3, 20, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = sparse_cross_entropy(logits, targets)
+    torch.testing.assert_close(
+        loss.double(), dense_loss(logits, dense_targets(targets, 20)), atol=1e-5, rtol=1e-5
+    )
+
+
+def test_nothing_of_the_size_of_the_logits_is_made_but_their_gradient(monkeypatch):
+    monkeypatch.setitem(blocks.BLOCK_SIZE, "cpu", 2 * 49 * 1000)
+    targets = draw_targets(np.random.default_rng(0), (16, 49), 1000)
+    logits = draw_logits(0, 16, 49, 1000, dtype=torch.float32)
+    with TensorSizes() as made:
+        loss = sparse_cross_entropy(logits, targets).mean()
+    assert made.largest <= 2 * 49 * 1000  # one block
+    with TensorSizes() as made:
+        loss.backward()
+    assert sum(made_size == logits.numel() for made_size in made.fresh) == 1
+    assert max(size for size in made.fresh if size < logits.numel()) <= 2 * 49 * 1000
+
+
+def test_the_objective_is_the_class_part_plus_beta_times_the_token_part():
+    rng = np.random.default_rng(0)
+    head = nn.Linear(4, 6).double()
+    outputs = Outputs(draw_logits(0, 3, 6), draw_logits(1, 3, 5, 4), head, grid=(1, 5))
+    on_class, on_tokens = draw_targets(rng, (3, 1), 6), draw_targets(rng, (3, 5), 6, weighted=True)
+    loss = token_label_loss(outputs, on_class, on_tokens, beta=0.7)
+    class_part = dense_loss(outputs.class_logits[:, None], dense_targets(on_class, 6)).sum() / 3
+    token_part = dense_loss(head(outputs.tokens), dense_targets(on_tokens, 6)).sum() / (3 * 5)
+    torch.testing.assert_close(loss.class_part, class_part.detach())
+    torch.testing.assert_close(loss.token_part, token_part.detach())
+    torch.testing.assert_close(loss.total, class_part + 0.7 * token_part)
+    watched = [outputs.class_logits, outputs.tokens, head.weight, head.bias]
+    torch.testing.assert_close(
+        torch.autograd.grad(loss.total, watched), torch.autograd.grad(class_part + 0.7 * token_part, watched)
+    )
+
+
+def test_beta_is_a_half_unless_said_otherwise():
+    rng = np.random.default_rng(0)
+    outputs = Outputs(draw_logits(0, 2, 6), draw_logits(1, 2, 4, 3), nn.Linear(3, 6).double(), grid=(2, 2))
+    loss = token_label_loss(outputs, draw_targets(rng, (2, 1), 6), draw_targets(rng, (2, 4), 6))
+    torch.testing.assert_close(loss.total.detach(), loss.class_part + 0.5 * loss.token_part)
+
+
+def test_without_token_labels_only_the_class_counts():
+    outputs = Outputs(draw_logits(0, 2, 6), draw_logits(1, 2, 4, 3), nn.Linear(3, 6).double(), grid=(2, 2))
+    loss = token_label_loss(outputs, draw_targets(np.random.default_rng(0), (2, 1), 6), None)
+    torch.testing.assert_close(loss.total.detach(), loss.class_part)
+    assert float(loss.token_part) == 0
+
+
+def test_two_ranks_are_one():
+    """The mean over halves of a batch is the mean over the batch, whatever the weights."""
+    targets = draw_targets(np.random.default_rng(0), (4, 3), 6, weighted=True)
+    outputs = Outputs(draw_logits(0, 4, 6), draw_logits(1, 4, 3, 2), nn.Linear(2, 6).double(), grid=(1, 3))
+
+    def part(rows):
+        some = Outputs(outputs.class_logits[rows], outputs.tokens[rows], outputs.token_head, outputs.grid)
+        chosen = targets.of_images(torch.arange(4)[rows])
+        return token_label_loss(some, class_targets(torch.tensor([0, 1, 2, 3])[rows]), chosen).total
+
+    torch.testing.assert_close((part(slice(0, 2)) + part(slice(2, 4))) / 2, part(slice(0, 4)))
+
+
+def test_targets_of_another_grid_are_refused():
+    targets = draw_targets(np.random.default_rng(0), (2, 4), 6)
+    with pytest.raises(ValueError, match=r"logits of \(2, 9\) .* targets of \(2, 4\)"):
+        sparse_cross_entropy(draw_logits(0, 2, 9, 6), targets)
