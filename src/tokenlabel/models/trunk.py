@@ -120,7 +120,7 @@ class Trunk(nn.Module, ABC):
         patches = self.embed_patches(images)
         if plan is not None and plan.on_tokens:
             patches = mix_tokens(patches, plan)
-        class_token = self.cls_token.expand(len(images), -1, -1)
+        class_token = self.cls_token.expand(images.shape[0], -1, -1)  # not len(): export keeps B open
         tokens = torch.cat([class_token, patches.flatten(1, 2)], dim=1)  # [B, M = 1 + h * w, D]
         return tokens + resize_positions(self.pos_embed, self.grid, (patches.shape[1], patches.shape[2]))
 

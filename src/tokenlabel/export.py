@@ -1,0 +1,207 @@
+"""A trained model for others: one safetensors file, an ONNX graph, or a folder for the Hugging Face hub.
+
+ONNX needs the extra: pip install 'tokenlabel[export]'.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from jaxtyping import Float
+from safetensors.torch import save_file
+from timm.models import save_for_hf
+from torch import Tensor, nn
+
+from tokenlabel.checkpoint import TrainedModel, load_model
+from tokenlabel.models import Inference, LVViT, TimmAdapter, TokenModel, register_with_timm
+
+# How far an ONNX graph may be from PyTorch, as a share of the largest output.
+TOLERANCE = 1e-3
+
+
+class ExportError(ValueError):
+    """A model that cannot be exported as asked."""
+
+
+def export_run(
+    run: Path, out: Path, *, inference: Inference | None = None, dense: bool = False, overwrite: bool = False
+) -> None:
+    """Write the model of a run (its averaged weights, where there are some) for others to use.
+
+    `out`: a name in `.safetensors`, in `.onnx`, or without a suffix, for a folder that timm and the hub take.
+    `inference`: how ONNX logits come about; the recipe's by default. `dense`: ONNX only, the token logits as a
+    second output. What is there already is kept unless `overwrite`. Nothing half-written is left behind.
+    Raises ExportError.
+    """
+    if out.suffix not in (".safetensors", ".onnx", ""):
+        raise ExportError(f"{out}: expected a name in .safetensors or .onnx, or a folder without a suffix")
+    if out.suffix != ".onnx" and (dense or inference is not None):
+        raise ExportError(f"{out}: only .onnx has outputs to choose; leave `dense` and `inference` out")
+    if out.exists() and not overwrite:
+        raise ExportError(f"{out} is there already; give another name, or allow to overwrite it")
+    trained = load_model(run)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".writing-{out.name}")
+    _remove(temporary)
+    try:
+        match out.suffix:
+            case ".safetensors":
+                write_safetensors(trained, temporary)
+            case ".onnx":
+                write_onnx(
+                    trained, temporary, inference=inference or trained.recipe.eval.inference, dense=dense
+                )
+            case _:
+                write_hub_folder(trained, temporary)
+        if out.is_dir():
+            _remove(out)  # a folder cannot be replaced in one step
+        temporary.replace(out)
+    finally:
+        _remove(temporary)
+
+
+def write_safetensors(trained: TrainedModel, path: Path) -> None:
+    """Write all tensors, with what it takes to build the model again as the file's metadata."""
+    description = {key: json.dumps(value) for key, value in _description(trained).items()}
+    tensors = {name: tensor.contiguous() for name, tensor in trained.model.state_dict().items()}
+    save_file(tensors, path, metadata={"format": "pt", **description})
+
+
+def write_onnx(trained: TrainedModel, path: Path, *, inference: Inference, dense: bool) -> None:
+    """Write an ONNX graph, and compare it with PyTorch in onnxruntime.
+
+    Input: `pixels` [batch, 3, height, width], float32 in [0, 1], RGB, of the recipe's size; the graph normalises.
+    Outputs: `logits` [batch, C], by `inference`; `token_logits` [batch, h, w, C] if `dense`. The batch is of any
+    size. Raises ExportError without the packages for it, or if the graph says something else than the model.
+    """
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401  PyTorch's exporter looks for it late, with a long traceback
+    except ImportError as error:
+        raise ExportError(f"ONNX needs {error.name}: pip install 'tokenlabel[export]'") from error
+    names = ["logits", "token_logits"] if dense else ["logits"]
+    network = _PixelsToLogits(trained.model, inference=inference, dense=dense)
+    example = torch.rand(2, 3, *trained.recipe.model.size_px, generator=torch.Generator().manual_seed(0))
+    program = torch.onnx.export(
+        network,
+        (example,),
+        dynamo=True,
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
+        input_names=["pixels"],
+        output_names=names,
+        verbose=False,
+    )
+    assert program is not None
+    description = _description(trained) | {"inference": inference.value}
+    program.model.metadata_props.update({key: json.dumps(value) for key, value in description.items()})
+    program.save(path)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for pixels in (example, example[:1]):
+        with torch.no_grad():
+            expected = network(pixels)
+        found = session.run(None, {"pixels": pixels.numpy()})
+        for name, ours, theirs in zip(names, expected, found, strict=True):
+            error = np.abs(ours.numpy() - theirs).max() / ours.abs().max().item()
+            if not error <= TOLERANCE:
+                raise ExportError(f"{name} of the ONNX graph are {error:.1e} off; this model does not export")
+
+
+def write_hub_folder(trained: TrainedModel, folder: Path) -> None:
+    """Write a folder that `timm.create_model("local-dir:FOLDER", pretrained=True)` and the hub take.
+
+    It gives class logits; LV-ViT's and VOLO's are combined with their token logits, as published. The token head
+    of any other model is not part of what timm builds: it lies beside, in `token_head.safetensors`.
+    """
+    folder.mkdir()
+    model, recipe = trained.model, trained.recipe.model
+    options = {key: value for key, value in recipe.options.items() if key not in ("stage", "pretrained")}
+    if isinstance(model, LVViT):
+        network = _timm_lvvit(model, recipe.name, options | {"img_size": recipe.size_px})
+    elif isinstance(model, TimmAdapter):
+        network = _backbone_with_token_head(model)
+        if network is model.backbone:
+            save_file(model.token_head.state_dict(), folder / "token_head.safetensors")
+    else:
+        raise ExportError(f"timm has no {recipe.name}, and so no folder; export to .safetensors or .onnx")
+    if network.pretrained_cfg.get("fixed_input_size"):
+        options["img_size"] = recipe.size_px
+    labels = {"label_names": trained.class_names}
+    save_for_hf(network, str(folder), model_config=labels, model_args=options, safe_serialization=True)
+    card = _model_card(recipe.name, needs_us=isinstance(model, LVViT))
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _timm_lvvit(model: LVViT, name: str, options: dict[str, Any]) -> Any:
+    register_with_timm()
+    network = timm.create_model(name, num_classes=model.num_classes, **options)
+    network.load_state_dict(model.state_dict())
+    return network
+
+
+def _backbone_with_token_head(model: TimmAdapter) -> Any:
+    """Return the backbone as timm knows it: with its own token head, where it had handed one over (VOLO)."""
+    if not (hasattr(model.backbone, "aux_head") and isinstance(model.token_head, nn.Linear)):
+        return model.backbone
+    network = copy.copy(model.backbone)
+    network._modules = {**network._modules, "aux_head": model.token_head}
+    return network
+
+
+class _PixelsToLogits(nn.Module):
+    """A model on the CPU, from pixels in [0, 1] to logits and, if `dense`, a map of token logits."""
+
+    def __init__(self, model: TokenModel, *, inference: Inference, dense: bool) -> None:
+        super().__init__()
+        self.model = copy.deepcopy(model).cpu().float()
+        self.inference = inference
+        self.dense = dense
+        self.channel_mean = torch.tensor(model.mean).view(3, 1, 1)
+        self.channel_std = torch.tensor(model.std).view(3, 1, 1)
+        self.eval()
+
+    def forward(self, pixels: Float[Tensor, "B 3 height width"]) -> tuple[Tensor, ...]:
+        outputs = self.model((pixels - self.channel_mean) / self.channel_std)
+        logits = outputs.logits(self.inference)
+        return (logits, outputs.token_logits.unflatten(1, outputs.grid)) if self.dense else (logits,)
+
+
+def _description(trained: TrainedModel) -> dict[str, Any]:
+    model = trained.recipe.model
+    return {
+        "model": model.name,
+        "size_px": model.size_px,
+        "options": model.options,
+        "mean": trained.model.mean,
+        "std": trained.model.std,
+        "class_names": trained.class_names,
+    }
+
+
+def _model_card(name: str, *, needs_us: bool) -> str:
+    register = "import tokenlabel.models\n\ntokenlabel.models.register_with_timm()\n" if needs_us else ""
+    return f"""---
+library_name: timm
+tags: [image-classification, timm, token-labeling]
+---
+
+# {name}, trained with token labels
+
+```python
+import timm
+{register}model = timm.create_model("local-dir:FOLDER", pretrained=True)
+```
+"""
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,148 @@
+"""Export: what comes out works without us, and says what the model says."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import timm
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from tokenlabel.checkpoint import Trained, TrainedModel, save_checkpoint
+from tokenlabel.export import ExportError, export_run, write_hub_folder, write_onnx, write_safetensors
+from tokenlabel.models import Inference, create_model, load_published
+from tokenlabel.optim import create_ema, create_optimizer
+from tokenlabel.recipe import recipe_from_dict
+
+CLASS_NAMES = ["ant", "bee", "cat"]
+LVVIT = ("lvvit_t", (24, 36), {"patch_size": 6, "depth": 2, "width": 32, "num_heads": 4, "stem_width": 8})
+RESNET = ("test_resnet", (64, 96), {"stage": 3})
+VIT = ("vit_tiny_patch16_224", (32, 48), {"depth": 2, "embed_dim": 32, "num_heads": 2})
+T2T = ("t2t_vit_14", (32, 32), {"depth": 1, "width": 32, "num_heads": 4})
+
+
+def trained_model(name: str, size_px: tuple[int, int], options: dict[str, Any]) -> TrainedModel:
+    recipe = recipe_from_dict(
+        {
+            "data": {"train": "images"},
+            "model": {"name": name, "size_px": list(size_px), "options": options},
+            "optim": {"lr": 1e-3, "lr_batch_size": 4},
+            "epochs": 1,
+            "batch_size": 4,
+        },
+        name="test",
+    )
+    model = create_model(name, num_classes=3, size_px=size_px, **options)
+    return TrainedModel(model.eval(), recipe, CLASS_NAMES, step=1)
+
+
+def test_safetensors_hold_what_it_takes_to_build_the_model_again(tmp_path: Path) -> None:
+    trained = trained_model(*LVVIT)
+    path = tmp_path / "model.safetensors"
+    write_safetensors(trained, path)
+    with safe_open(path, framework="pt") as file:
+        description = {key: json.loads(value) for key, value in file.metadata().items() if key != "format"}
+    assert description["class_names"] == CLASS_NAMES
+    assert description["mean"] == list(trained.model.mean)
+    again = create_model(
+        description["model"], num_classes=3, size_px=tuple(description["size_px"]), **description["options"]
+    ).eval()
+    load_published(again, path)
+    images = torch.randn(1, 3, 24, 36)
+    torch.testing.assert_close(again(images).class_logits, trained.model(images).class_logits)
+
+
+@pytest.mark.parametrize(
+    ("case", "inference", "dense"), [(LVVIT, Inference.COMBINED, True), (RESNET, Inference.CLASS, False)]
+)
+def test_onnx_says_what_the_model_says(
+    tmp_path: Path, case: tuple[str, tuple[int, int], dict[str, Any]], inference: Inference, dense: bool
+) -> None:
+    trained = trained_model(*case)
+    write_onnx(trained, tmp_path / "model.onnx", inference=inference, dense=dense)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    pixels = torch.rand(3, 3, *case[1])  # another batch than the exported one
+    found: Any = session.run(None, {"pixels": pixels.numpy()})
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (trained.model.mean, trained.model.std))
+    with torch.no_grad():
+        outputs = trained.model((pixels - mean) / std)
+        expected = [outputs.logits(inference)]
+        if dense:
+            expected.append(outputs.token_logits.view(3, *outputs.grid, 3))
+    assert len(found) == len(expected)
+    for theirs, ours in zip(found, expected, strict=True):
+        np.testing.assert_allclose(theirs, ours.numpy(), atol=1e-4)
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert json.loads(metadata["class_names"]) == CLASS_NAMES
+    assert json.loads(metadata["inference"]) == inference.value
+
+
+@pytest.mark.parametrize("case", [LVVIT, VIT, RESNET])
+def test_timm_opens_the_folder(tmp_path: Path, case: tuple[str, tuple[int, int], dict[str, Any]]) -> None:
+    trained = trained_model(*case)
+    folder = tmp_path / "hub"
+    write_hub_folder(trained, folder)
+    again: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    images = torch.randn(2, 3, *case[1])
+    outputs = trained.model(images)
+    combined = case is LVVIT
+    torch.testing.assert_close(
+        again(images), outputs.logits(Inference.COMBINED if combined else Inference.CLASS)
+    )
+    assert json.loads((folder / "config.json").read_text())["label_names"] == CLASS_NAMES
+    assert ("register_with_timm" in (folder / "README.md").read_text()) == combined
+    if not combined:
+        token_head = load_file(folder / "token_head.safetensors")
+        assert token_head.keys() == trained.model.get_submodule("token_head").state_dict().keys()
+
+
+def test_volo_gets_its_token_head_back(tmp_path: Path) -> None:
+    trained = trained_model("volo_d1_224", (64, 64), {})
+    write_hub_folder(trained, tmp_path / "hub")
+    again: Any = timm.create_model(f"local-dir:{tmp_path}/hub", pretrained=True).eval()
+    images = torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(again(images), trained.model(images).logits(Inference.COMBINED))
+    assert trained.model.get_submodule("backbone").aux_head is None
+
+
+def save_run(run: Path, case: tuple[str, tuple[int, int], dict[str, Any]]) -> TrainedModel:
+    trained = trained_model(*case)
+    optim = trained.recipe.optim
+    state = Trained(trained.model, create_optimizer(trained.model, optim), create_ema(trained.model, optim))
+    save_checkpoint(run, 1, state, recipe=trained.recipe, class_names=CLASS_NAMES)
+    return trained
+
+
+def test_runs_are_exported_by_the_suffix_and_nothing_is_lost(tmp_path: Path) -> None:
+    trained = save_run(tmp_path / "run", LVVIT)
+    out = tmp_path / "deep" / "model.safetensors"
+    export_run(tmp_path / "run", out)
+    assert load_file(out).keys() == trained.model.state_dict().keys()
+    with pytest.raises(ExportError, match=r"model.safetensors is there already"):
+        export_run(tmp_path / "run", out)
+    export_run(tmp_path / "run", out, overwrite=True)
+    folder = tmp_path / "hub"
+    for overwrite in (False, True):
+        export_run(tmp_path / "run", folder, overwrite=overwrite)
+    assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors", "README.md"}
+
+
+def test_what_cannot_be_exported_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
+    save_run(tmp_path / "run", T2T)
+    with pytest.raises(ExportError, match=r"timm has no t2t_vit_14.* export to .safetensors or .onnx"):
+        export_run(tmp_path / "run", tmp_path / "hub")
+    with pytest.raises(ExportError, match=r"model.pt: expected a name in .safetensors or .onnx"):
+        export_run(tmp_path / "run", tmp_path / "model.pt")
+    with pytest.raises(ExportError, match=r"only .onnx has outputs"):
+        export_run(tmp_path / "run", tmp_path / "hub", dense=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_graph_that_says_something_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tokenlabel.export.TOLERANCE", -1.0)
+    with pytest.raises(ExportError, match=r"logits of the ONNX graph are .* off"):
+        write_onnx(trained_model(*VIT), tmp_path / "model.onnx", inference=Inference.CLASS, dense=False)
