@@ -41,6 +41,16 @@ def test_safetensors_round_trip(tmp_path: Path) -> None:
         assert states_equal(other.state_dict(), one.state_dict())
 
 
+def test_averages_in_our_own_folders(tmp_path: Path) -> None:
+    plain, average, model = tiny(), tiny(), tiny()
+    save_file(plain.state_dict(), tmp_path / "model.safetensors")
+    with pytest.raises(WeightsError, match=r"ema.safetensors: no such file"):
+        load_published(model, tmp_path, average=True)
+    save_file(average.state_dict(), tmp_path / "ema.safetensors")
+    load_published(model, tmp_path, average=True)
+    assert states_equal(model.state_dict(), average.state_dict())
+
+
 @pytest.mark.parametrize("prefix", ["", "module."])
 def test_pickles_as_published(tmp_path: Path, prefix: str) -> None:
     plain, average, model = tiny(), tiny(), tiny()

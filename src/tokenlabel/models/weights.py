@@ -51,8 +51,8 @@ def load_published(
 ) -> Loaded:
     """Load a checkpoint, published or our own, into a model of another image size or class count, too.
 
-    `model`: any of ours, with its `num_classes` and its `grid`. `path`: `.safetensors`, `.pth`, `.pth.tar`, or a
-    folder with `model.safetensors`. `average`: take the running average (EMA) of the weights in the file.
+    `model`: any of ours, with its `num_classes` and its `grid`. `path`: `.safetensors`, `.pth`, `.pth.tar`, or one
+    of our checkpoint folders. `average`: take the running average (EMA) of the weights in the file.
     `grid`: the token grid (h, w) of the file's position embeddings; left out, it is the model's where the number
     fits, else square. Position embeddings are resized bicubically. Heads for another number of classes are left
     out and start anew, with a warning. Raises WeightsError, and leaves the model alone, where anything else does
@@ -76,12 +76,15 @@ def load_published(
 
 
 def read_checkpoint(path: str | Path, *, average: bool = False) -> dict[str, Tensor]:
-    """Return the tensors of a checkpoint file by name, without the `module.` that parallel training puts before.
+    """Return the tensors of a checkpoint by name, without the `module.` that parallel training puts before.
+
+    `path`: a file, or a folder with `model.safetensors` (the average: `ema.safetensors`), as our runs write.
 
     Raises WeightsError for what cannot be read without running its code, and for a file without `average`.
     """
     path = Path(path)
-    path = path / "model.safetensors" if path.is_dir() else path
+    if path.is_dir():
+        path, average = path / ("ema.safetensors" if average else "model.safetensors"), False
     if not path.is_file():
         raise WeightsError(f"{path}: no such file; expected weights as .safetensors, .pth or .pth.tar")
     contents = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
