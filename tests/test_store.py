@@ -69,7 +69,7 @@ def test_what_was_written_is_read(tmp_path):
     assert key_of(3) in store
     assert "train/class 0/bild ü 0.b.jpg" not in store
     assert store.missing([key_of(25), key_of(1), key_of(26)]) == [key_of(25), key_of(26)]
-    assert store.num_bytes == sum(p.stat().st_size for p in (tmp_path / "labels").glob("*.safetensors"))
+    assert store.num_bytes() == sum(p.stat().st_size for p in (tmp_path / "labels").glob("*.safetensors"))
 
 
 def test_shards_are_ordinary_safetensors_files(tmp_path):

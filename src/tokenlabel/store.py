@@ -190,7 +190,6 @@ class LabelStore:
             )
         return record
 
-    @property
     def num_bytes(self) -> int:
         """Size of all label files on the disk."""
         return sum(shard.num_bytes for shard in self.shards)

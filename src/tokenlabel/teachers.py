@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,28 +116,40 @@ class NetworkTeacher(Teacher):
 class TeacherConfig:
     """Which network labels the images, and what it sees of them."""
 
-    weights: str | None = None
-    """Checkpoint file of the teacher (.safetensors, or .pth without code in it); timm's pretrained weights if none."""
+    teacher: str | list[str]
+    """A run folder, or the name of a model (timm's, lvvit_s and the like); several are averaged. masks:DIR takes
+    segmentation masks (PNG ids, laid out like the images) in place of a network."""
+    weights: str | list[str] | None = None
+    """Checkpoint file (.safetensors, or .pth without code in it), one for each teacher; timm's pretrained weights
+    if none."""
     size: int | None = None
-    """The image is seen at an area of size x size pixels; the teacher's own size if none."""
+    """The image is seen at an area of size x size pixels, masks are averaged down to size x size cells; the teacher's
+    own size if none."""
     crop: Literal["none", "center"] = "none"
     """none: the whole image at its own aspect; center: the square that it was evaluated on, as published."""
     head: Literal["auto", "classifier", "tokens"] = "auto"
     """Which head answers for the places; auto: one for tokens where it was trained, else the classifier."""
+    flip: bool = False
+    """Average with what the teacher says of the mirror image."""
+    class_map: str | None = None
+    """How the teacher's classes become those of the images: a file with a pair of names or ids a line; `names` to
+    match equal names; `order` if they are the same by another name. By default they must be the same."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 runs the teacher under autocast."""
     compile: bool = False
     """Compile the teacher (torch.compile); pays off on a GPU for images of one shape."""
 
 
-def load_teacher(name: str, config: TeacherConfig, device: torch.device) -> NetworkTeacher:
-    """Return a teacher by its name.
+def load_teacher(
+    name: str, config: TeacherConfig, device: torch.device, *, weights: str | None = None
+) -> NetworkTeacher:
+    """Return one network as teacher, by its name.
 
     `name`: a run folder that `tokenlabel train` made or one of its checkpoints, `lvvit_s` and the like (with
     weights), or whatever `timm.create_model` takes. Raises TeacherError if there is none or it has no dense
     map.
     """
-    found = _from_run(Path(name)) if _is_run(Path(name)) else _from_name(name, config)
+    found = _from_run(Path(name)) if _is_run(Path(name)) else _from_name(name, config.size, weights)
     network = _dense_network(found, config.head).eval().to(device).requires_grad_(False)
     network = network.to(memory_format=torch.channels_last)
     sight = _sight(found, network, config)
@@ -185,26 +198,26 @@ def _from_run(path: Path) -> _Found:
     )
 
 
-def _from_name(name: str, config: TeacherConfig) -> _Found:
+def _from_name(name: str, size: int | None, weights: str | None) -> _Found:
     if name in LVVIT_CONFIGS or name in T2T_VIT_CONFIGS:
-        return _from_own_name(name, config)
+        return _from_own_name(name, size or 224, weights)
     if ":" not in name and not timm.is_model(name):  # a colon: timm's "hf-hub:" and "local-dir:"
         raise TeacherError(f"no teacher {name!r}: neither a run folder nor a model that timm knows")
     options: dict[str, Any] = {"pretrained": True}
     preset = get_pretrained_cfg(name, allow_unregistered=True)
-    if config.weights is not None:
-        options["pretrained_cfg_overlay"] = _local_weights(config.weights, preset)
-    if preset is not None and preset.fixed_input_size and config.size is not None:
-        options["img_size"] = config.size
+    if weights is not None:
+        options["pretrained_cfg_overlay"] = _local_weights(weights, preset)
+    if preset is not None and preset.fixed_input_size and size is not None:
+        options["img_size"] = size
     try:
         model: Any = timm.create_model(name, **options)
     except Exception as error:  # timm, the hub and its network library raise whatever they run into
-        advice = "give a checkpoint file by --weights" if config.weights is None else "is it of this model?"
+        advice = "give a checkpoint file by --weights" if weights is None else "is it of this model?"
         raise TeacherError(
             f"the weights of {name} cannot be loaded ({first_line(error)}); {advice}"
         ) from error
     data = resolve_data_config({}, model=model)
-    subset = infer_imagenet_subset(model) if config.weights is None else None
+    subset = infer_imagenet_subset(model) if weights is None else None
     _, height_px, width_px = data["input_size"]
     given_px = options.get("img_size")
     return _Found(
@@ -223,17 +236,16 @@ def _from_name(name: str, config: TeacherConfig) -> _Found:
     )
 
 
-def _from_own_name(name: str, config: TeacherConfig) -> _Found:
-    if config.weights is None:
+def _from_own_name(name: str, size: int, weights: str | None) -> _Found:
+    if weights is None:
         raise TeacherError(
             f"{name} has no weights that could be downloaded; give a checkpoint file by --weights"
         )
-    classifier = read_checkpoint(config.weights).get("head.weight")
+    classifier = read_checkpoint(weights).get("head.weight")
     if classifier is None:
-        raise TeacherError(f"{config.weights}: has no classifier (head.weight), so it cannot teach {name}")
-    size = config.size or 224
+        raise TeacherError(f"{weights}: has no classifier (head.weight), so it cannot teach {name}")
     model = create_model(name, num_classes=len(classifier), size_px=(size, size))
-    loaded = load_published(model, config.weights)
+    loaded = load_published(model, weights)
     return _Found(
         name=name,
         model=model,
@@ -283,7 +295,7 @@ def _dense_network(found: _Found, head: str) -> DenseNetwork:
 def _sight(found: _Found, network: DenseNetwork, config: TeacherConfig) -> Sight:
     size = config.size or max(found.own_size_px)
     try:
-        stride_px = round(found.own_size_px[1] / network.grid_for(found.own_size_px)[1])
+        stride_px = _stride(found.own_size_px[1], network.grid_for(found.own_size_px)[1])
         fixed = found.fixed_size or not _takes(network, (size, size + stride_px))
         network.grid_for((size, size))
     except ValueError as error:
@@ -296,6 +308,13 @@ def _sight(found: _Found, network: DenseNetwork, config: TeacherConfig) -> Sight
         interpolation=found.interpolation,
         mean=found.mean,
         std=found.std,
+    )
+
+
+def _stride(length_px: int, num_places: int) -> int:
+    """Return the stride that makes so many places of a side; that of a convolutional net where it does not divide."""
+    return (
+        2 ** round(math.log2(length_px / num_places)) if length_px % num_places else length_px // num_places
     )
 
 

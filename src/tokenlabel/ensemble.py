@@ -1,0 +1,115 @@
+"""Several teachers as one: their distributions averaged, over mirror images too, and mapped to other classes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+from torch.nn import functional as F
+
+from tokenlabel.classmap import ClassMap, class_map_for
+from tokenlabel.teachers import Teacher, TeacherConfig, TeacherError, load_teacher
+
+
+class Ensemble(Teacher):
+    """Averages the distributions of its members.
+
+    Images are made for the first member; others get them resized where they need another size. Maps of
+    different grids are resampled bilinearly to the finest. `flip`: members also see the mirror image, and
+    their maps of it are turned back. `class_map`: where the members' classes go in the end. Raises
+    TeacherError for members of different classes.
+    """
+
+    def __init__(
+        self, members: Sequence[Teacher], *, flip: bool = False, class_map: ClassMap | None = None
+    ) -> None:
+        self.members = list(members)
+        self.flip = flip
+        self.class_map = class_map
+        first = self.members[0]
+        for other in self.members[1:]:
+            if other.num_classes != first.num_classes:
+                raise TeacherError(
+                    f"teachers of {first.num_classes:,} and of {other.num_classes:,} classes cannot be averaged"
+                )
+            if first.class_names and other.class_names and first.class_names != other.class_names:
+                raise TeacherError("teachers whose classes have different names or orders cannot be averaged")
+        self.num_classes = class_map.num_classes if class_map else first.num_classes
+        self.class_names = () if class_map else first.class_names
+        self.sight = replace(
+            first.sight, stride_px=math.lcm(*(member.sight.stride_px for member in self.members))
+        )
+        self.description = {
+            "members": [member.description for member in self.members],
+            "flip": flip,
+            "class_map": None if class_map is None else class_map.targets.tolist(),
+        }
+
+    def check(self, images: UInt8[Tensor, "B 3 height width"]) -> str:
+        """Check each member."""
+        return "; ".join(member.check(_for_member(member, images)) for member in self.members)
+
+    def probabilities(self, images: UInt8[Tensor, "B 3 height width"]) -> Float[Tensor, "B h w C"]:
+        """Return the average distribution of each place of images, in float32."""
+        maps = []
+        for member in self.members:
+            seen = _for_member(member, images)
+            maps.append(member.probabilities(seen))
+            if self.flip:
+                maps.append(member.probabilities(seen.flip(3)).flip(2))
+        grid = max(((m.shape[1], m.shape[2]) for m in maps), key=math.prod)
+        mean = torch.stack([_resampled(m, grid) for m in maps]).mean(dim=0)
+        return mean if self.class_map is None else self.class_map.apply(mean)
+
+
+def load_teachers(config: TeacherConfig, class_names: Sequence[str], device: torch.device) -> Teacher:
+    """Return the teacher or teachers of a configuration as one, over the classes of the images.
+
+    `class_names`: of the images; empty if they have no classes. Raises TeacherError or ClassMapError for what
+    does not exist or fit.
+    """
+    names = [config.teacher] if isinstance(config.teacher, str) else config.teacher
+    weights = (
+        [config.weights] if config.weights is None or isinstance(config.weights, str) else config.weights
+    )
+    if weights == [None]:
+        weights = [None] * len(names)
+    if len(weights) != len(names):
+        raise TeacherError(
+            f"{len(names)} teachers, but {len(weights)} files of weights; give one for each, in order"
+        )
+    members = [
+        load_teacher(name, config, device, weights=file) for name, file in zip(names, weights, strict=True)
+    ]
+    first = members[0]
+    class_map = class_map_for(config.class_map, first.class_names, class_names, num_theirs=first.num_classes)
+    if len(members) == 1 and not config.flip and class_map is None:
+        return first
+    return Ensemble(members, flip=config.flip, class_map=class_map)
+
+
+def _for_member(teacher: Teacher, images: UInt8[Tensor, "B 3 height width"]) -> UInt8[Tensor, "B 3 h w"]:
+    """Return the images in a size that the teacher takes."""
+    sight, (height_px, width_px) = teacher.sight, images.shape[2:]
+    stride_px = sight.stride_px
+    size_px = sight.fixed_size_px or (
+        max(1, round(height_px / stride_px)) * stride_px,
+        max(1, round(width_px / stride_px)) * stride_px,
+    )
+    if size_px == (height_px, width_px):
+        return images
+    resized = F.interpolate(
+        images.float(), size=size_px, mode="bilinear", antialias=True, align_corners=False
+    )
+    return resized.round().clamp(0, 255).to(torch.uint8)
+
+
+def _resampled(probs: Float[Tensor, "B h w C"], grid: tuple[int, int]) -> Float[Tensor, "B rows columns C"]:
+    if probs.shape[1:3] == grid:
+        return probs
+    planes = F.interpolate(probs.permute(0, 3, 1, 2), size=grid, mode="bilinear", align_corners=False)
+    return planes.permute(0, 2, 3, 1)

@@ -1,0 +1,213 @@
+"""The way of images through a teacher: decoded ahead of it, packed behind it, so that it waits for neither."""
+
+from __future__ import annotations
+
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from tokenlabel.geometry import Box
+from tokenlabel.images import ImageError, ImageSource, decode_image
+from tokenlabel.masks import MaskTeacher
+from tokenlabel.scores import ScoreError, from_top
+from tokenlabel.sight import Sight
+from tokenlabel.store import Failure, Manifest, pack_for
+from tokenlabel.teachers import Teacher
+
+S = TypeVar("S")
+T = TypeVar("T")
+
+# Images that wait for others of their shape fill this many batches at the most.
+MAX_WAITING_BATCHES = 4
+
+
+@dataclass(frozen=True, eq=False)
+class _Seen:
+    """An image as its teacher sees it: pixels [height, width, 3], and the part of the image that they show."""
+
+    key: str
+    pixels: NDArray[np.uint8]
+    region: Box
+
+
+@dataclass(frozen=True, eq=False)
+class Labelling:
+    """Who labels which images, how. `num_workers`: threads that decode, and as many that pack.
+
+    `strict`: raise for an image that does not decode; by default it is added to `failures`.
+    """
+
+    teacher: Teacher | MaskTeacher
+    source: ImageSource
+    manifest: Manifest
+    device: torch.device
+    batch_size: int
+    num_workers: int
+    strict: bool
+    failures: list[Failure] = field(default_factory=list)
+
+    def labels(self, indices: Sequence[int]) -> Iterator[tuple[str, bytes]]:
+        """Yield the key and the record of each image that has a label, in no particular order."""
+        num_ahead = 2 * self.batch_size
+        with _pool(self.num_workers) as decoding, _pool(self.num_workers) as packing:
+            if isinstance(self.teacher, MaskTeacher):
+                masks = partial(_from_mask, self.teacher, self.source.keys, self.manifest, self.strict)
+                yield from self._labelled(_ahead(packing, masks, indices, num_ahead))
+                return
+            see = partial(_see, self.source, self.teacher.sight, self.strict)
+            seen = self._labelled(_ahead(decoding, see, indices, num_ahead))
+            batches = _by_shape(seen, self.batch_size)
+            scored = _one_behind(_scored(self.teacher, batches, self.manifest.topk, self.device))
+            places = (item for batch in scored for item in batch.images())
+            yield from _ahead(packing, partial(_packed, self.manifest), places, num_ahead)
+
+    def _labelled(self, items: Iterable[T | Failure]) -> Iterator[T]:
+        """Yield what is no failure, and remember the failures."""
+        for item in items:
+            if isinstance(item, Failure):
+                self.failures.append(item)
+            else:
+                yield item
+
+
+def _from_mask(
+    teacher: MaskTeacher, keys: Sequence[str], manifest: Manifest, strict: bool, index: int
+) -> tuple[str, bytes] | Failure:
+    """Return the record of an image's mask. Raises ValueError for ids that are no class; if `strict`, for any."""
+    key = keys[index]
+    try:
+        score_map = teacher.score_map(key, manifest.topk)
+    except ScoreError:
+        raise
+    except ValueError as error:
+        if strict:
+            raise
+        return Failure(key, str(error))
+    return key, pack_for(manifest, key, score_map)
+
+
+def _see(source: ImageSource, sight: Sight, strict: bool, index: int) -> _Seen | Failure:
+    """Decode an image and show it to a teacher. Raises ImageError if it does not decode, if `strict`."""
+    key = source.keys[index]
+    try:
+        image = decode_image(source.read(index), key)
+    except ImageError as error:
+        if strict:
+            raise
+        return Failure(key, str(error))
+    return _Seen(key, *sight.of(image))
+
+
+def _by_shape(items: Iterable[_Seen], batch_size: int) -> Iterator[list[_Seen]]:
+    """Yield batches of images of one shape; smaller ones at the end, and where many shapes wait for company."""
+    waiting: dict[tuple[int, ...], list[_Seen]] = {}
+    num_waiting = 0
+    for item in items:
+        batch = waiting.setdefault(item.pixels.shape, [])
+        batch.append(item)
+        num_waiting += 1
+        if num_waiting >= MAX_WAITING_BATCHES * batch_size:
+            batch = max(waiting.values(), key=len)
+        if len(batch) >= batch_size or num_waiting >= MAX_WAITING_BATCHES * batch_size:
+            num_waiting -= len(batch)
+            yield waiting.pop(batch[0].pixels.shape)
+    yield from waiting.values()
+
+
+@dataclass(frozen=True, eq=False)
+class _Scored:
+    """The most probable classes of the places of a batch, perhaps still on their way from the device."""
+
+    seen: list[_Seen]
+    class_ids: Int[Tensor, "B h w K"]
+    probs: Float[Tensor, "B h w K"]
+    arrived: torch.cuda.Event | None
+
+    def images(self) -> Iterator[tuple[_Seen, NDArray[np.int64], NDArray[np.float32]]]:
+        """Wait for the numbers; yield each image with its class ids and probabilities [h, w, K]."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        yield from zip(self.seen, self.class_ids.numpy(), self.probs.numpy(), strict=True)
+
+
+def _scored(
+    teacher: Teacher, batches: Iterable[list[_Seen]], topk: int, device: torch.device
+) -> Iterator[_Scored]:
+    """Yield what the teacher says of each batch, without waiting for a GPU; say how well it is placed at first."""
+    for number, seen in enumerate(batches):
+        with torch.inference_mode():
+            images = torch.from_numpy(np.stack([item.pixels for item in seen])).permute(0, 3, 1, 2)
+            images = (images.pin_memory() if device.type == "cuda" else images).to(device, non_blocking=True)
+            if number == 0:
+                tqdm.write(teacher.check(images), file=sys.stderr)
+            top = teacher.probabilities(images).topk(topk, dim=3)  # [B, h, w, K]
+            scored = _Scored(seen, *_on_cpu(top.indices, top.values))
+        yield scored
+
+
+def _on_cpu(class_ids: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, torch.cuda.Event | None]:
+    """Start copying results to the CPU; return them with the event of their arrival."""
+    if class_ids.device.type != "cuda":
+        return class_ids, probs, None
+    landing = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in (class_ids, probs)]
+    for target, result in zip(landing, (class_ids, probs), strict=True):
+        target.copy_(result, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+    return landing[0], landing[1], arrived
+
+
+def _packed(
+    manifest: Manifest, scored: tuple[_Seen, NDArray[np.int64], NDArray[np.float32]]
+) -> tuple[str, bytes]:
+    """Return the record of an image. Raises ScoreError, naming the image, for scores that are not finite."""
+    seen, class_ids, probs = scored
+    score_map = from_top(
+        class_ids, probs, num_classes=manifest.num_classes, region=seen.region, name=seen.key
+    )
+    return seen.key, pack_for(manifest, seen.key, score_map)
+
+
+def _ahead(
+    pool: ThreadPoolExecutor, function: Callable[[S], T], items: Iterable[S], depth: int
+) -> Iterator[T]:
+    """Yield the function of each item in order, working on up to `depth` of them in the background."""
+    waiting: deque[Future[T]] = deque()
+    for item in items:
+        waiting.append(pool.submit(function, item))
+        if len(waiting) >= depth:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def _one_behind(items: Iterable[T]) -> Iterator[T]:
+    """Yield each item only when the next one has been asked for, so that a GPU has work meanwhile."""
+    last: deque[T] = deque()
+    for item in items:
+        last.append(item)
+        if len(last) > 1:
+            yield last.popleft()
+    yield from last
+
+
+@contextmanager
+def _pool(num_workers: int) -> Iterator[ThreadPoolExecutor]:
+    """Return a pool of threads that drops what it has not begun when it is left."""
+    pool = ThreadPoolExecutor(max(1, num_workers))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)

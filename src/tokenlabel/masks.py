@@ -1,0 +1,80 @@
+"""Segmentation masks in place of a teacher: what each place shows is known."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional as F
+
+from tokenlabel.classmap import ClassMap
+from tokenlabel.evaluate import MaskFolder
+from tokenlabel.scores import ScoreMap, from_mask, from_top
+
+MAX_IDS = 255  # ids of a mask; 255 itself marks pixels without a class
+
+
+class MaskTeacher:
+    """Turns masks into score maps of certainties.
+
+    `folder`: see `MaskFolder`. `size`: masks of more than size x size pixels are averaged over cells down to
+    that area, at their own aspect; a cell then has the share of each class that it shows. None keeps every
+    pixel. `class_map`: from the masks' ids to the data set's classes; what goes nowhere is unlabelled.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        num_classes: int,
+        size: int | None = None,
+        class_map: ClassMap | None = None,
+    ) -> None:
+        self.num_classes = num_classes
+        self._size = size
+        self._class_map = class_map
+        self._masks = MaskFolder(Path(folder), num_classes=MAX_IDS if class_map else num_classes)
+        self.description: dict[str, Any] = {
+            "name": "masks",
+            "class_map": None if class_map is None else class_map.targets.tolist(),
+        }
+        self.preprocessing: dict[str, Any] = {"size": size}
+
+    def score_map(self, key: str, topk: int) -> ScoreMap:
+        """Return the score map of an image, at most `topk` classes a cell.
+
+        Raises ScoreError for ids that are no class, another ValueError for a mask that cannot be read.
+        """
+        mask = self._masks[key]
+        planes = shares(mask, self._grid(mask.codes.shape[:2]))  # [h, w, U]
+        ids = mask.palette if self._class_map is None else self._class_map.targets[mask.palette]
+        found, entry = np.unique(ids[ids >= 0], return_inverse=True)
+        if len(found) == 0:
+            nothing = np.full(planes.shape[:2], -1)
+            return from_mask(nothing, num_classes=self.num_classes, unlabelled=-1, name=key)
+        merged = planes[:, :, ids >= 0] @ np.eye(len(found), dtype=np.float32)[entry]  # [h, w, classes]
+        num_kept = min(topk, max(1, int((merged > 0).sum(axis=2).max())))
+        kept = np.argsort(-merged, axis=2, kind="stable")[:, :, :num_kept]
+        probs = np.take_along_axis(merged, kept, axis=2)
+        return from_top(found[kept], probs, num_classes=self.num_classes, name=key)
+
+    def _grid(self, mask_size: tuple[int, ...]) -> tuple[int, int]:
+        height, width = mask_size
+        if self._size is None or height * width <= self._size**2:
+            return height, width
+        scale = self._size / math.sqrt(height * width)
+        return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+def shares(score_map: ScoreMap, grid: tuple[int, int]) -> NDArray[np.float32]:
+    """Return the probability of each palette entry in each cell of another grid [h, w, U], averaged by area."""
+    height, width, _ = score_map.codes.shape
+    planes = np.zeros((len(score_map.palette), height, width), np.float32)
+    rows, columns = np.ogrid[:height, :width]
+    np.add.at(planes, (score_map.codes, rows[..., None], columns[..., None]), score_map.probs)
+    averaged = F.adaptive_avg_pool2d(torch.from_numpy(planes), grid)
+    return averaged.permute(1, 2, 0).numpy()
