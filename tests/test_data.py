@@ -1,8 +1,13 @@
 import io
+import os
 import pickle
+import subprocess
+import sys
+import time
 import warnings
 from dataclasses import dataclass, field
 from itertools import chain
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from tokenlabel import images
 from tokenlabel.data import (
     BatchSampler,
     EvalBatchSampler,
@@ -31,6 +37,7 @@ from tokenlabel.images import (
     Strings,
     check_images,
     decode_image,
+    decode_pixels,
     open_images,
 )
 from tokenlabel.scores import from_mask
@@ -186,6 +193,32 @@ class TestDecode:
             decode_image(data, "cat/7.png")
 
 
+class TestDecodePixels:
+    PHOTO = np.asarray(Image.fromarray(noise(4, (5, 7, 3))).resize((37, 29), Image.Resampling.BICUBIC))
+
+    @pytest.mark.parametrize("fast", [True, False], ids=["simplejpeg", "Pillow alone"])
+    @pytest.mark.parametrize("kind", ["jpeg", "grey jpeg", "cmyk jpeg", "png"])
+    def test_the_pixels_are_those_of_decode_image(self, kind, fast, monkeypatch):
+        if not fast:
+            monkeypatch.setattr(images, "simplejpeg", None)
+        buffer = io.BytesIO()
+        mode, image_format = {
+            "grey jpeg": ("L", "JPEG"),
+            "cmyk jpeg": ("CMYK", "JPEG"),
+            "png": ("RGB", "PNG"),
+        }.get(kind, ("RGB", "JPEG"))
+        Image.fromarray(self.PHOTO).convert(mode).save(buffer, image_format)
+        pixels = decode_pixels(buffer.getvalue(), "a.jpg")
+        expected = np.asarray(decode_image(buffer.getvalue(), "a.jpg"))
+        assert np.abs(pixels.astype(int) - expected).max() <= 1
+        assert pixels.flags.writeable
+
+    @pytest.mark.parametrize("data", [b"", encoded(PHOTO, "JPEG")[:-100], b"\xff\xd8\xff nonsense"])
+    def test_broken_data_is_an_error_that_names_the_image(self, data):
+        with pytest.raises(ImageError, match=r"cat/7\.jpg: does not decode"):
+            decode_pixels(data, "cat/7.jpg")
+
+
 class TestCheckImages:
     BROKEN = (b"", b"words", encoded(noise(0))[:90], encoded(noise(0), "JPEG")[:-20])
 
@@ -263,9 +296,9 @@ class TestDataset:
         assert len({right(0, 4, 3), *others}) == 6
 
     def test_a_broken_image_is_an_error_that_names_it(self):
-        images = ImagesInMemory()
-        images.data[4] = b"words"
-        broken = TokenLabelDataset(images, random_shade, seed=0)
+        source = ImagesInMemory()
+        source.data[4] = b"words"
+        broken = TokenLabelDataset(source, random_shade, seed=0)
         with pytest.raises(ImageError, match=r"cat/4\.png"):
             broken[0, 4]
 
@@ -304,14 +337,14 @@ class TestCollate:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_normalised_images_equal_the_formula(dtype):
-    images = torch.from_numpy(noise(0, (2, *SIZE_PX, 3))).permute(0, 3, 1, 2)
+    batch = torch.from_numpy(noise(0, (2, *SIZE_PX, 3))).permute(0, 3, 1, 2)
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    result = normalize_images(images, mean=mean, std=std, dtype=dtype)
+    result = normalize_images(batch, mean=mean, std=std, dtype=dtype)
     assert result.dtype == dtype
     assert result.is_contiguous(memory_format=torch.channels_last)
-    expected = np.empty(images.shape)
-    for b, c, y, x in np.ndindex(*images.shape):
-        expected[b, c, y, x] = (images[b, c, y, x].item() / 255 - mean[c]) / std[c]
+    expected = np.empty(batch.shape)
+    for b, c, y, x in np.ndindex(*batch.shape):
+        expected[b, c, y, x] = (batch[b, c, y, x].item() / 255 - mean[c]) / std[c]
     np.testing.assert_allclose(result.float(), expected, atol=1e-5 if dtype == torch.float32 else 0.02)
 
 
@@ -418,3 +451,34 @@ class TestLoader:
     def test_impossible_numbers_are_refused(self):
         with pytest.raises(ValueError, match="num_workers must be at least 0"):
             make_loader(dataset(), self.sampler(), num_workers=-1)
+
+    @pytest.mark.parametrize(
+        ("ending", "status"), [("raise SystemExit(3)", 3), ("os.kill(os.getpid(), 9)", -9)]
+    )
+    def test_workers_end_with_the_main_process_however_it_ends(self, ending, status):
+        script = f"""if __name__ == "__main__":
+            import os, sys
+            sys.path.insert(0, {str(Path(__file__).parent)!r})
+            from test_data import BatchSampler, dataset, make_loader
+            sampler = BatchSampler(num_images=10, batch_size=4, seed=1, num_steps=99)
+            batches = iter(make_loader(dataset(), sampler, num_workers=1))
+            next(batches)
+            print(batches._workers[0].pid, flush=True)
+            {ending}"""
+        main_process = subprocess.run(
+            [sys.executable, "-c", script], stdout=subprocess.PIPE, timeout=60, check=False
+        )
+        assert main_process.returncode == status
+        worker = int(main_process.stdout)
+        deadline = time.monotonic() + 20
+        while _runs(worker) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not _runs(worker)
+
+
+def _runs(process_id):
+    try:
+        os.kill(process_id, 0)
+        return "State:\tZ" not in Path(f"/proc/{process_id}/status").read_text()
+    except (ProcessLookupError, FileNotFoundError):
+        return False

@@ -7,7 +7,9 @@ processes or ranks. No random state exists that could be lost, so a run resumes 
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -355,7 +357,7 @@ def make_loader(
         persistent_workers=num_workers > 0,
         prefetch_factor=prefetch if num_workers else None,
         multiprocessing_context=_process_context() if num_workers else None,
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=_prepare_worker,
         generator=torch.Generator(),  # a loader without one of its own draws from the global one
     )
 
@@ -368,10 +370,18 @@ def _process_context() -> Any:
     return context
 
 
-def _ignore_signals(worker: int) -> None:
-    """Leave Ctrl-C and SIGTERM to the main process: it saves its state and then ends its workers."""
+def _prepare_worker(worker: int) -> None:
+    """Leave Ctrl-C to the main process, which ends its workers when it has saved its state; die when it dies."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=_die_with_main_process, daemon=True).start()
+
+
+def _die_with_main_process() -> None:
+    """Wait for the end of the main process. PyTorch's own watch sees only the server, which outlives it."""
+    main_process = multiprocessing.parent_process()
+    assert main_process is not None
+    main_process.join()
+    os._exit(1)
 
 
 def _check_rank(rank: int, world_size: int) -> None:
