@@ -52,6 +52,8 @@ class AnnotateConfig(TeacherConfig):
     """Images that the teacher sees at once."""
     num_workers: int = 2
     """Threads that decode images, and as many that pack score maps."""
+    shard_s: float = 300.0
+    """Seconds after which labels are on the disk at the latest, so what a kill may cost."""
     strict: bool = False
     """Stop at the first image that does not decode; by default they are listed and passed over."""
 
@@ -110,6 +112,8 @@ def annotate_by(
 ) -> Annotation:
     """Do what `annotate` does with a teacher of your own, which must be on the device."""
     started = time.perf_counter()
+    if isinstance(teacher, Teacher) and config.class_map is None:
+        class_map_for(None, teacher.class_names, source.class_names, num_theirs=teacher.num_classes)
     job = Labelling(
         teacher=teacher,
         source=source,
@@ -124,7 +128,7 @@ def annotate_by(
         mine = missing[ranks.rank :: ranks.world_size]
         with (
             _sigterm_stops(),
-            LabelStoreWriter(folder, job.manifest) as writer,
+            LabelStoreWriter(folder, job.manifest, max_shard_s=config.shard_s) as writer,
             tqdm(total=len(mine), desc=f"annotate {folder}", unit="img", disable=not ranks.is_first) as bar,
         ):
             for key, record in job.labels(mine):

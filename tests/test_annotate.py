@@ -1,0 +1,344 @@
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from annotation_ranks import CPU, ByColour, start_ranks
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from tokenlabel.annotation import AnnotateConfig, annotate, annotate_by, make_teacher
+from tokenlabel.checkpoint import Trained, save_checkpoint
+from tokenlabel.classmap import ClassMapError
+from tokenlabel.geometry import WHOLE_IMAGE, Box
+from tokenlabel.images import ImageError, ImageFolder
+from tokenlabel.labelling import _ahead, _by_shape, _pool, _Seen
+from tokenlabel.masks import MaskTeacher
+from tokenlabel.models import create_model
+from tokenlabel.optim import OptimConfig
+from tokenlabel.recipe import DataConfig, ModelConfig, Recipe
+from tokenlabel.scores import ScoreError
+from tokenlabel.store import LabelStore, StoreError
+from tokenlabel.teachers import TeacherError, load_teacher
+
+COLOURS = {"blue": (0, 0, 255), "green": (0, 255, 0), "red": (255, 0, 0)}
+
+
+def write_image(path: Path, left: str, right: str, size_px=(16, 16)) -> None:
+    """Write an image whose halves have two colours; `size_px` is (width, height)."""
+    pixels = np.empty((size_px[1], size_px[0], 3), np.uint8)
+    pixels[:, : size_px[0] // 2], pixels[:, size_px[0] // 2 :] = COLOURS[left], COLOURS[right]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Nine images of three classes and three shapes, each with its class's colour on the left."""
+    for class_name in COLOURS:
+        write_image(tmp_path / "images" / class_name / "square.png", class_name, "blue")
+        write_image(tmp_path / "images" / class_name / "wide.png", class_name, "green", (32, 8))
+        write_image(tmp_path / "images" / class_name / "high.a.png", class_name, "red", (8, 32))
+    return tmp_path / "images"
+
+
+def config(**changes) -> AnnotateConfig:
+    return AnnotateConfig(**{"teacher": "by colour", "batch_size": 4, "topk": 3, **changes})
+
+
+def run(images, labels, teacher=None, **changes):
+    return annotate_by(
+        teacher or ByColour(), ImageFolder(images), labels, config=config(**changes), device=CPU
+    )
+
+
+def test_every_place_of_images_of_any_shape_is_labelled(images, tmp_path):
+    done = run(images, tmp_path / "labels")
+    assert (done.num_images, done.num_present, done.num_labelled, done.failures) == (9, 0, 9, ())
+    store = LabelStore(tmp_path / "labels")
+    assert sorted(store.keys()) == sorted(ImageFolder(images).keys)
+    grids = {"square.png": (4, 4), "wide.png": (2, 8), "high.a.png": (8, 2)}
+    right = {"square.png": "blue", "wide.png": "green", "high.a.png": "red"}
+    names = list(COLOURS)
+    for key in store.keys():  # noqa: SIM118  (not a dict)
+        class_name, file_name = key.split("/")
+        score_map = store[key]
+        assert score_map.codes.shape[:2] == grids[file_name]
+        assert score_map.region == WHOLE_IMAGE
+        half = grids[file_name][1] // 2
+        assert (score_map.top_class_ids[:, :half] == names.index(class_name)).all()
+        assert (score_map.top_class_ids[:, half:] == names.index(right[file_name])).all()
+    assert store.manifest.class_names == ("blue", "green", "red")
+    assert store.manifest.teacher == {"name": "by colour"}
+    assert store.manifest.preprocessing["size"] == 16
+
+
+def test_a_second_call_labels_only_what_is_missing(images, tmp_path):
+    run(images, tmp_path / "labels")
+    write_image(images / "red" / "new.png", "red", "red")
+    teacher = ByColour()
+    done = run(images, tmp_path / "labels", teacher)
+    assert (done.num_present, done.num_labelled, teacher.num_seen) == (9, 1, 1)
+    assert len(LabelStore(tmp_path / "labels")) == 10
+
+
+def test_another_teacher_does_not_write_into_the_store(images, tmp_path):
+    run(images, tmp_path / "labels")
+    with pytest.raises(
+        StoreError, match=r"preprocessing\.size is 16 there, 32 here\); choose another folder"
+    ):
+        run(images, tmp_path / "labels", ByColour(size=32))
+
+
+def test_images_that_do_not_decode_are_listed_and_passed_over(images, tmp_path):
+    (images / "red" / "broken.png").write_bytes(b"no image")
+    done = run(images, tmp_path / "labels")
+    (failure,) = done.failures
+    assert failure.key == "red/broken.png"
+    assert "does not decode" in failure.reason
+    assert LabelStore(tmp_path / "labels").manifest.failures == (failure,)
+    assert len(LabelStore(tmp_path / "labels")) == 9
+    write_image(images / "red" / "broken.png", "red", "red")
+    assert run(images, tmp_path / "labels").failures == ()
+    assert LabelStore(tmp_path / "labels").manifest.failures == ()
+    assert len(LabelStore(tmp_path / "labels")) == 10
+
+
+def test_strict_stops_at_an_image_that_does_not_decode(images, tmp_path):
+    (images / "red" / "broken.png").write_bytes(b"no image")
+    with pytest.raises(ImageError, match=r"red/broken\.png"):
+        run(images, tmp_path / "labels", strict=True)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_scores_that_are_not_finite_are_refused_by_the_images_name(images, tmp_path, value):
+    class Broken(ByColour):
+        def probabilities(self, images):
+            probs = super().probabilities(images)
+            if probs.shape[1:3] == (2, 8):
+                probs[-1, 1, 3, 2] = value
+            return probs
+
+    with pytest.raises(ScoreError, match=r"wide\.png: .* scores are not finite"):
+        run(images, tmp_path / "labels", Broken())
+
+
+def test_an_interruption_keeps_what_is_finished(images, tmp_path):
+    class Stopped(ByColour):
+        def probabilities(self, images):
+            if self.num_seen >= 4:
+                raise KeyboardInterrupt
+            return super().probabilities(images)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(images, tmp_path / "labels", Stopped(), batch_size=1)
+    num_kept = len(LabelStore(tmp_path / "labels"))
+    assert 1 <= num_kept <= 4
+    assert run(images, tmp_path / "labels").num_labelled == 9 - num_kept
+
+
+def test_a_centre_crop_says_what_the_teacher_saw(images, tmp_path):
+    run(images, tmp_path / "labels", ByColour(crop_fraction=1.0))
+    store = LabelStore(tmp_path / "labels")
+    assert store["red/wide.png"].region == Box(left=0.375, top=0, right=0.625, bottom=1)
+    assert store["red/square.png"].region == WHOLE_IMAGE
+
+
+def test_a_run_of_our_own_as_teacher(images, tmp_path):
+    recipe = Recipe(
+        data=DataConfig(train="nowhere"),
+        model=ModelConfig(name="resnet10t", size_px=(32, 32), options={"output_stride": 8}),
+        optim=OptimConfig(lr=0.1, lr_batch_size=1),
+        epochs=1,
+        batch_size=1,
+    )
+    torch.manual_seed(0)
+    model = create_model("resnet10t", num_classes=3, size_px=(32, 32), output_stride=8)
+    trained = Trained(model, torch.optim.SGD(model.parameters()), None)
+    save_checkpoint(tmp_path / "run", 7, trained, recipe=recipe, class_names=list(COLOURS))
+    settings_ = config(teacher=str(tmp_path / "run"), size=64)
+    teacher = load_teacher(str(tmp_path / "run"), settings_, CPU)
+    assert teacher.class_names == tuple(COLOURS)
+    assert (teacher.sight.size, teacher.sight.stride_px) == (64, 8)
+    annotate(images, tmp_path / "labels", settings_, device=CPU)
+    score_map = LabelStore(tmp_path / "labels")["red/square.png"]
+    pixels, _ = teacher.sight.of(Image.open(images / "red" / "square.png"))
+    expected = teacher.probabilities(torch.from_numpy(pixels).permute(2, 0, 1)[None])[0].detach()
+    assert np.abs(score_map.dense() - expected.numpy()).max() < 1 / 500
+
+
+def test_a_teacher_of_other_classes_is_refused(images, tmp_path):
+    (images / "green").rename(images / "grass")
+    with pytest.raises(ClassMapError, match="'green' to the teacher and 'grass' to the images"):
+        run(images, tmp_path / "labels")
+
+
+def write_mask(path: Path, mask: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(mask.astype(np.uint8)).save(path)
+
+
+def test_masks_as_teacher(images, tmp_path):
+    source = ImageFolder(images)
+    rng = np.random.default_rng(0)
+    masks = {key: rng.choice([0, 1, 2, 255], size=(6, 5)) for key in source.keys}
+    for key, mask in masks.items():
+        write_mask((tmp_path / "masks" / key).with_suffix(".png"), mask)
+    (tmp_path / "masks" / "red" / "wide.png").unlink()
+    done = annotate(images, tmp_path / "labels", config(teacher=f"masks:{tmp_path / 'masks'}"), device=CPU)
+    assert [failure.key for failure in done.failures] == ["red/wide.png"]
+    store = LabelStore(tmp_path / "labels")
+    for key, mask in masks.items():
+        if key in store:
+            certain = np.eye(3)[np.where(mask == 255, 0, mask)]
+            expected = np.where((mask == 255)[..., None], 1 / 3, certain)
+            np.testing.assert_allclose(store[key].dense(), expected, atol=1e-6)
+
+
+@settings(max_examples=20, deadline=None)
+@given(height=st.integers(1, 9), width=st.integers(1, 9), size=st.integers(1, 9), seed=st.integers(0, 1000))
+def test_large_masks_are_averaged_over_cells(tmp_path_factory, height, width, size, seed):
+    folder = tmp_path_factory.mktemp("masks")
+    mask = np.random.default_rng(seed).choice([0, 1, 4, 255], size=(height, width))
+    write_mask(folder / "x.png", mask)
+    read = MaskTeacher(folder, num_classes=5, size=size).score_map("x.jpg", topk=5)
+    h, w, _ = read.codes.shape
+    assert (h, w) == (height, width) if height * width <= size**2 else h * w <= size**2 + height + width
+    for row in range(h):
+        for column in range(w):
+            rows = slice(height * row // h, -(-height * (row + 1) // h))
+            columns = slice(width * column // w, -(-width * (column + 1) // w))
+            cell = mask[rows, columns]
+            for class_id in (0, 1, 4):
+                kept = read.probs[row, column][read.class_ids[row, column] == class_id].sum()
+                assert kept == pytest.approx((cell == class_id).mean(), abs=1e-6)
+
+
+def test_masks_of_unknown_ids_stop_and_class_maps_mend_them(images, tmp_path):
+    for key in ImageFolder(images).keys:
+        write_mask((tmp_path / "masks" / key).with_suffix(".png"), np.array([[7, 2], [9, 255]]))
+    teacher = f"masks:{tmp_path / 'masks'}"
+    with pytest.raises(ScoreError, match="class ids run from 0 to 9, expected 0 to 2"):
+        annotate(images, tmp_path / "labels", config(teacher=teacher), device=CPU)
+    (tmp_path / "map.csv").write_text("7,red\n2,red\n3,blue\n4,green\n")
+    with_map = config(teacher=teacher, class_map=str(tmp_path / "map.csv"))
+    annotate(images, tmp_path / "mapped", with_map, device=CPU)
+    probs = LabelStore(tmp_path / "mapped")["red/wide.png"].dense()
+    np.testing.assert_allclose(probs[0], [[0, 0, 1], [0, 0, 1]], atol=1e-6)
+    np.testing.assert_allclose(probs[1], 1 / 3, atol=1e-6)
+
+
+def test_masks_go_with_no_other_teacher(images):
+    with pytest.raises(TeacherError, match="masks go with no other teacher"):
+        make_teacher(config(teacher=["masks:x", "resnet18"]), ImageFolder(images), CPU)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    shapes=st.lists(st.sampled_from([(4, 4, 3), (2, 8, 3), (8, 2, 3)]), max_size=40), size=st.integers(1, 5)
+)
+def test_batches_have_one_shape_and_hold_every_image_once(shapes, size):
+    images = [_Seen(str(i), np.zeros(shape, np.uint8), WHOLE_IMAGE) for i, shape in enumerate(shapes)]
+    batches = list(_by_shape(images, size))
+    assert sorted(int(item.key) for batch in batches for item in batch) == list(range(len(shapes)))
+    assert all(len({item.pixels.shape for item in batch}) == 1 for batch in batches)
+    assert all(len(batch) <= size for batch in batches)
+
+
+def test_few_images_wait_for_others_of_their_shape():
+    waiting = max_waiting = 0
+
+    def shown():
+        nonlocal waiting, max_waiting
+        for i in range(300):
+            waiting += 1
+            max_waiting = max(max_waiting, waiting)
+            yield _Seen(str(i), np.zeros((i % 50 + 1, 1, 3), np.uint8), WHOLE_IMAGE)
+
+    for batch in _by_shape(shown(), 4):
+        waiting -= len(batch)
+    assert max_waiting <= 16
+
+
+def test_working_ahead_keeps_the_order_and_passes_errors_on():
+    def inverse(i):
+        time.sleep(random.random() * 1e-3)
+        return 1 / i
+
+    with _pool(3) as pool:
+        assert list(_ahead(pool, inverse, range(1, 40), 5)) == [1 / i for i in range(1, 40)]
+        with pytest.raises(ZeroDivisionError):
+            list(_ahead(pool, inverse, [1, 0, 2], 2))
+
+
+def kill_ranks_at_random(images, labels, *, num_kills: int, rng: random.Random) -> int:
+    """Annotate on two ranks, kill one at random and then end the other; return how often this was done."""
+    kills = before = 0
+    while kills < num_kills and before < len(ImageFolder(images)):
+        ranks = start_ranks(rng.choice([2, 2, 3]), images, labels)
+        while num_labels(labels) <= before and all(process.is_alive() for process in ranks):
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.15))
+        ranks = rng.sample(ranks, len(ranks))
+        for process, number in zip(ranks, [signal.SIGKILL, signal.SIGTERM, signal.SIGTERM], strict=False):
+            if process.pid and process.is_alive():
+                os.kill(process.pid, number)
+        for process in ranks:
+            process.join()
+        kills += ranks[0].exitcode == -signal.SIGKILL
+        before = num_labels(labels)
+    return kills
+
+
+def num_labels(folder) -> int:
+    return len(LabelStore(folder)) if (folder / "manifest.json").exists() else 0
+
+
+@pytest.mark.parametrize(
+    ("num_images", "num_kills"), [(150, 3), pytest.param(1500, 20, marks=pytest.mark.long)]
+)
+def test_killed_ranks_lose_nothing_but_their_open_files(tmp_path, num_images, num_kills):
+    rng = random.Random(0)
+    for i in range(num_images):
+        names = rng.choices(list(COLOURS), k=2)
+        write_image(tmp_path / "images" / names[0] / f"{i}.png", *names)
+    images, labels = tmp_path / "images", tmp_path / "labels"
+    assert kill_ranks_at_random(images, labels, num_kills=num_kills, rng=rng) == num_kills
+    num_before = num_labels(labels)
+    assert 0 < num_before < num_images
+    for process in start_ranks(3, images, labels):
+        process.join()
+        assert process.exitcode == 0
+    store = LabelStore(labels)
+    assert sorted(store.keys()) == sorted(ImageFolder(images).keys)
+    expected = tmp_path / "expected"
+    annotate_by(ByColour(), ImageFolder(images), expected, config=config(), device=CPU)
+    unbroken = LabelStore(expected)
+    for key in ImageFolder(images).keys:
+        assert np.array_equal(store[key].dense(), unbroken[key].dense())
+
+
+@pytest.mark.long
+def test_torchrun_divides_the_work(images, tmp_path):
+    code = (
+        "from annotation_ranks import *; import sys; "
+        "config = AnnotateConfig(teacher='by colour', topk=3); "
+        "annotate_by(ByColour(), ImageFolder(sys.argv[1]), sys.argv[2], config=config, device=CPU)"
+    )
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", str(script)]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    subprocess.run([*command, str(images), str(tmp_path / "labels")], check=True, env=environment)
+    assert len(LabelStore(tmp_path / "labels")) == 9
+    assert len(json.loads((tmp_path / "labels" / "manifest.json").read_text())["class_names"]) == 3
