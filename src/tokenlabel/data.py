@@ -213,7 +213,7 @@ def normalize_images(
     shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=images.device)[
         :, None, None
     ]
-    return (images.float() * scale + shift).to(dtype)
+    return images.float().mul_(scale).add_(shift).to(dtype)
 
 
 def check_labels(source: ImageSource, store: CheckableLabels) -> None:
