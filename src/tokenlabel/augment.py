@@ -170,8 +170,7 @@ class TrainTransform:
 
 
 class EvalTransform:
-    """The transform of evaluation: the shorter side resized, the centre cut out, to `size_px` (height,
-    width).
+    """The transform of evaluation to pixels of `size_px` (height, width): resized, the centre cut out.
 
     The crop keeps `crop_fraction` of the resized image's shorter side, as timm does it.
     """
