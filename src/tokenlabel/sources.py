@@ -213,10 +213,11 @@ def _entries(path: Path) -> Iterator[tuple[str, str | None]]:
         line = raw.strip()
         if not line or line.startswith("#"):
             continue
+        if line.lower().endswith(EXTENSIONS):
+            yield line, None
+            continue
         separator = "\t" if "\t" in line else "," if "," in line else " "
-        key, found, name = line.rpartition(separator)
-        if not found or name.lower().endswith(EXTENSIONS):
-            key, name = line, ""
-        if not key.strip() or (found and not name.strip() and not line.lower().endswith(EXTENSIONS)):
+        key, _, name = line.rpartition(separator)
+        if not key.strip():
             raise DataError(f"{path}, line {number}: expected a path, or a path and a class; got {raw!r}")
-        yield key.strip(), name.strip() or None
+        yield key.strip(), name.strip()

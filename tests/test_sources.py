@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import io
+import pickle
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tokenlabel.images import DataError, ImageError, ImageFolder, decode_image
+from tokenlabel.sources import ListedImages, TarImages, open_source
+
+CLASSES = ("ape", "bee", "cat")
+
+
+def encoded(seed: int) -> bytes:
+    buffer = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_tar(path: Path, files: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return path
+
+
+@pytest.fixture
+def files():
+    """Seven images of three classes, by path."""
+    return {f"{CLASSES[i % 3]}/{i}.{'long' * (30 * i)}.png": encoded(i) for i in range(7)}
+
+
+def test_tar_files_hold_the_same_images_as_the_folder_they_were_made_of(tmp_path, files):
+    short = {f"{name[:40]}.png": data for name, data in files.items()}
+    for name, data in short.items():
+        (tmp_path / "folder" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "folder" / name).write_bytes(data)
+    names = list(short)
+    (tmp_path / "tars").mkdir()
+    write_tar(tmp_path / "tars" / "b.tar", {f"./{name}": short[name] for name in names[:3]})
+    write_tar(tmp_path / "tars" / "a.tar", {name: short[name] for name in names[3:]} | {"readme.md": b""})
+    folder, tars = ImageFolder(tmp_path / "folder"), open_source(tmp_path / "tars")
+    assert isinstance(tars, TarImages)
+    tars = pickle.loads(pickle.dumps(tars))
+    assert list(tars.keys) == list(folder.keys)
+    assert tars.class_names == folder.class_names
+    assert tars.class_ids.tolist() == folder.class_ids.tolist()
+    assert len(tars) == len(folder)
+    assert [tars.read(i) for i in range(7)] == [folder.read(i) for i in range(7)]
+
+
+def test_names_longer_than_tar_headers_hold(tmp_path, files):
+    tars = open_source(write_tar(tmp_path / "x.tar", files))
+    assert list(tars.keys) == sorted(files)
+    assert all(tars.read(i) == files[key] for i, key in enumerate(tars.keys))
+    assert isinstance(decode_image(tars.read(0), "x"), Image.Image)
+
+
+def test_webdataset_tells_classes_by_number(tmp_path):
+    files = {f"00{i}.jpg": encoded(i) for i in range(3)} | {f"00{i}.cls": b"%d\n" % (2 - i) for i in range(3)}
+    source = open_source(write_tar(tmp_path / "x.tar", files))
+    assert source.class_names == ["0", "1", "2"]
+    assert source.class_ids.tolist() == [2, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"readme.md": b""}, "no images"),
+        ({"a.jpg": b"", "b.jpg": b"", "b.cls": b"1"}, r"1 of 2 images have no \.cls file \(a\.jpg"),
+        ({"a.jpg": b"", "a.cls": b"cat"}, r"x\.tar: a\.cls: expected the number of a class, got b'cat'"),
+        ({"a.jpg": b""}, "neither a .cls file nor a folder"),
+    ],
+)
+def test_tar_files_that_cannot_be_used(tmp_path, files, message):
+    with pytest.raises(DataError, match=message):
+        open_source(write_tar(tmp_path / "x.tar", files))
+
+
+def test_damaged_tar_files(tmp_path, files):
+    path = write_tar(tmp_path / "x.tar", files)
+    source = open_source(path)
+    with pytest.raises(DataError, match=r"there twice \(also in"):
+        TarImages([path, path])
+    (tmp_path / "y.tar").write_bytes(b"no tar file at all" * 100)
+    with pytest.raises(DataError, match=r"y\.tar: cannot be read as a tar file"):
+        open_source(tmp_path / "y.tar")
+    path.write_bytes(path.read_bytes()[:600])
+    with pytest.raises(ImageError, match="cut short"):
+        source.read(len(source) - 1)
+    path.unlink()
+    with pytest.raises(ImageError, match="cannot be read"):
+        source.read(0)
+
+
+@pytest.mark.parametrize(
+    ("text", "keys", "class_names", "class_ids"),
+    [
+        ("b.png\tcat\na b.png\tape\n", ["b.png", "a b.png"], ["ape", "cat"], [1, 0]),
+        ("# val\nx/a.JPEG 65\nx/b.JPEG 2\n", ["x/a.JPEG", "x/b.JPEG"], [str(i) for i in range(66)], [65, 2]),
+        ("a.png,cat\n\nb.png, cat \n", ["a.png", "b.png"], ["cat"], [0, 0]),
+        ("a b.png\nc.png\n", ["a b.png", "c.png"], [], [0, 0]),
+    ],
+)
+def test_lists(tmp_path, text, keys, class_names, class_ids):
+    (tmp_path / "list.txt").write_text(text)
+    source = pickle.loads(pickle.dumps(open_source(tmp_path / "list.txt")))
+    assert isinstance(source, ListedImages)
+    assert list(source.keys) == keys
+    assert source.class_names == class_names
+    assert source.class_ids.tolist() == class_ids
+    (tmp_path / keys[0]).parent.mkdir(exist_ok=True)
+    (tmp_path / keys[0]).write_bytes(b"data")
+    assert source.read(0) == b"data"
+    with pytest.raises(ImageError, match="cannot be read"):
+        source.read(1)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "lists no images"),
+        ("a.png 1\na.png 2\n", r"a\.png is listed twice"),
+        ("a.png 1\nb.png\n", "1 of 2 images have no class"),
+        ("a.png 1\n\t2\n", r"line 2: expected a path"),
+    ],
+)
+def test_lists_that_cannot_be_used(tmp_path, text, message):
+    (tmp_path / "list.txt").write_text(text)
+    with pytest.raises(DataError, match=message):
+        open_source(tmp_path / "list.txt")
+
+
+def test_folders_are_opened_as_ever(tmp_path, files):
+    (tmp_path / "ape").mkdir()
+    (tmp_path / "ape" / "1.png").write_bytes(encoded(1))
+    assert isinstance(open_source(tmp_path), ImageFolder)
+    with pytest.raises(DataError):
+        open_source(tmp_path / "nowhere")
