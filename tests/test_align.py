@@ -17,7 +17,7 @@ from torchvision.ops import roi_align
 from tokenlabel import blocks
 from tokenlabel.align import align, collate_score_maps
 from tokenlabel.geometry import Box, View, stack_views
-from tokenlabel.scores import Kind, from_mask, from_probabilities, from_top
+from tokenlabel.scores import Kind, ScoreMap, from_mask, from_probabilities, from_top
 
 seeds = st.integers(0, 2**32 - 1)
 grids = st.tuples(st.integers(1, 6), st.integers(1, 6))
@@ -121,13 +121,14 @@ def test_what_a_warp_lost_on_the_way_is_not_labelled():
     assert (weight[2:6, 2:6] == 1).all()
 
 
-def test_fine_maps_on_coarse_grids_leave_no_cell_out():
+@pytest.mark.parametrize(("size", "grid"), [((12, 9), (3, 2)), ((12, 1), (2, 1)), ((1, 12), (1, 2))])
+def test_fine_maps_on_coarse_grids_leave_no_cell_out(size, grid):
     """By default there are enough samples for the whole map, so that each cell counts about the same."""
-    num_cells = 12 * 9
-    class_ids = np.arange(num_cells).reshape(12, 9, 1)
-    score_map = from_top(class_ids, np.ones((12, 9, 1)), num_classes=num_cells)
-    dense = align_one(score_map, View.identity(), (3, 2)).dense(num_cells)
-    share = dense.sum(dim=(0, 1)) / 6 * num_cells
+    num_cells = size[0] * size[1]
+    class_ids = np.arange(num_cells).reshape(*size, 1)
+    score_map = from_top(class_ids, np.ones((*size, 1)), num_classes=num_cells)
+    dense = align_one(score_map, View.identity(), grid).dense(num_cells)
+    share = dense.mean(dim=(0, 1)) * num_cells
     assert share.min() > 0.5
     assert share.max() < 1.5
 
@@ -165,6 +166,13 @@ def test_all_classes_kept_leaves_no_floor():
     targets = align_one(from_probabilities(probs, 10), View.identity(), (3, 4), samples=1)
     np.testing.assert_allclose(targets.dense(10)[0], probs.reshape(12, 10), atol=1e-6)
     assert targets.floor.abs().max() == 0
+
+
+def test_a_stored_sum_a_little_over_1_makes_no_negative_floor():
+    score_map = ScoreMap(
+        np.array([0, 3]), np.array([[[0, 1]]], np.uint8), np.array([[[0.7, 0.302]]], np.float32), 5
+    )
+    assert align_one(score_map, View.identity(), (1, 1)).floor.min() == 0
 
 
 @given(seeds)

@@ -69,11 +69,11 @@ def test_entries_come_in_descending_order_with_their_classes():
 
 def test_classes_of_probability_0_are_not_kept():
     """They may be named twice, stay out of the palette and share the rest."""
-    score_map = from_top(
-        np.array([[[4, 1, 1], [0, 0, 0]]]), np.array([[[0.7, 0, 0], [0, 0, 0]]]), num_classes=5
-    )
-    assert score_map.palette.tolist() == [4]
-    np.testing.assert_allclose(score_map.dense(), [[[0.075] * 4 + [0.7], [0.2] * 5]], rtol=1e-6)
+    class_ids, probs = np.array([[[2, 4, 4], [0, 0, 0]]]), np.array([[[0.6, 0, 0], [0, 0, 0]]])
+    score_map = from_top(class_ids, probs, num_classes=5)
+    assert score_map.palette.tolist() == [2]
+    assert score_map.class_ids.shape == (1, 2, 3)  # every code is one of the palette's
+    np.testing.assert_allclose(score_map.dense(), [[[0.1, 0.1, 0.6, 0.1, 0.1], [0.2] * 5]], rtol=1e-6)
 
 
 def test_a_map_that_keeps_nothing_is_uniform():
