@@ -35,9 +35,7 @@ class Interpolation(StrEnum):
 
 
 class Order(StrEnum):
-    """Whether RandAugment and the random warp change the crop (fast) or the whole image before it
-    (published).
-    """
+    """Whether warps and RandAugment change the crop (fast) or the whole image before it (published)."""
 
     AFTER_CROP = "after_crop"
     BEFORE_CROP = "before_crop"
