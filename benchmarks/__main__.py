@@ -12,10 +12,11 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import label_path
+from benchmarks import data_speed, label_path
 from benchmarks.measure import Row, Settings
 
 BENCHMARKS: dict[str, Callable[[Settings], list[Row]]] = {
+    "data_speed": data_speed.run,
     "label_path": label_path.run,
 }
 
