@@ -234,4 +234,4 @@ def test_maps_that_do_not_belong_together_are_refused():
         collate_score_maps([draw_score_map(rng, 12), draw_score_map(rng, 10)])
     logits = from_top(np.zeros((1, 1, 1), int), np.ones((1, 1, 1)), num_classes=10, kind=Kind.LOGITS)
     with pytest.raises(ValueError, match="logits"):
-        collate_score_maps([logits])
+        collate_score_maps([draw_score_map(rng, 10), logits])

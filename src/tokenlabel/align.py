@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import StrEnum
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor
 from torch.nn import functional as F
+from torchvision.ops import roi_align
 
 from tokenlabel.blocks import blocks
 from tokenlabel.geometry import TOLERANCE
@@ -23,12 +25,26 @@ from tokenlabel.scores import Kind, ScoreMap
 from tokenlabel.targets import TokenTargets
 
 
+class LogitsMode(StrEnum):
+    """What maps of logits mean; maps of probabilities don't ask.
+
+    ZERO: each cell's softmax, classes that it did not keep counting as logit 0. KEPT: each cell's softmax
+    over the classes that it kept. PUBLISHED: as in the published toolboxes, the softmax comes last, after
+    logits were sampled as `roi_align` does it; for crops and flips only.
+    """
+
+    ZERO = "zero"
+    KEPT = "kept"
+    PUBLISHED = "published"
+
+
 @dataclass(frozen=True, eq=False)
 class ScoreMapBatch:
     """Score maps of a batch as tensors, padded to the largest map and palette of the batch.
 
     `classes`: palettes. `codes`, `probs`: as in ScoreMap; maps sit in the top left corner of the padded ones.
-    `sizes`: (W, H) of each map. `regions`: (left, top, right, bottom) of what the teacher saw.
+    `sizes`: (W, H) of each map. `regions`: (left, top, right, bottom) of what the teacher saw. `kind`: what
+    `probs` are; padding is 0, or minus infinity among logits.
     """
 
     classes: Int[Tensor, "B U"]
@@ -37,6 +53,7 @@ class ScoreMapBatch:
     sizes: Float[Tensor, "B 2"]
     regions: Float[Tensor, "B 4"]
     num_classes: int
+    kind: Kind = Kind.PROBABILITIES
 
     def to(self, device: torch.device) -> ScoreMapBatch:
         """Return the batch on another device."""
@@ -52,24 +69,28 @@ class ScoreMapBatch:
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> ScoreMapBatch:
         tensors = (self.classes, self.codes, self.probs, self.sizes, self.regions)
-        return ScoreMapBatch(*map(change, tensors), num_classes=self.num_classes)
+        return ScoreMapBatch(*map(change, tensors), num_classes=self.num_classes, kind=self.kind)
 
 
 def collate_score_maps(score_maps: Sequence[ScoreMap]) -> ScoreMapBatch:
     """Stack the score maps of a batch, which may differ in size, palette and K.
 
-    Raises ValueError for maps over different numbers of classes, and for maps of logits.
+    Raises ValueError for maps over different numbers of classes, and for maps of logits among others.
     """
     counts = sorted({m.num_classes for m in score_maps})
     if len(counts) > 1:
         raise ValueError(f"score maps over {counts} classes in one batch; all must be over the same classes")
-    if any(m.kind is not Kind.PROBABILITIES for m in score_maps):
-        raise ValueError("score maps of logits cannot be aligned; make probabilities of them first")
+    kind = score_maps[0].kind
+    if any(m.kind is not kind for m in score_maps):
+        raise ValueError(
+            "score maps of logits and of probabilities in one batch; take one label store for all images"
+        )
     num_maps = len(score_maps)
     height, width, topk = (max(m.codes.shape[axis] for m in score_maps) for axis in range(3))
     classes = np.zeros((num_maps, max(len(m.palette) for m in score_maps)), np.int64)
     codes = np.zeros((num_maps, height, width, topk), np.result_type(*(m.codes for m in score_maps)))
-    probs = np.zeros((num_maps, height, width, topk), np.float32)
+    padding = 0 if kind is Kind.PROBABILITIES else -np.inf
+    probs = np.full((num_maps, height, width, topk), padding, np.float32)
     for i, m in enumerate(score_maps):
         h, w, k = m.codes.shape
         classes[i, : len(m.palette)] = m.palette
@@ -83,6 +104,7 @@ def collate_score_maps(score_maps: Sequence[ScoreMap]) -> ScoreMapBatch:
         sizes=torch.tensor([m.codes.shape[1::-1] for m in score_maps], dtype=torch.float32),
         regions=torch.tensor(regions, dtype=torch.float32),
         num_classes=counts[0],
+        kind=kind,
     )
 
 
@@ -92,6 +114,7 @@ def align(
     grid: tuple[int, int],
     *,
     samples: int | None = None,
+    logits: LogitsMode = LogitsMode.ZERO,
 ) -> TokenTargets:
     """Return the soft label of every token of the augmented images.
 
@@ -100,8 +123,13 @@ def align(
     when the view shows the whole map, and at least 2 x 2); each point reads the map bilinearly, like
     `torchvision.ops.roi_align(aligned=True)`, the outermost cells reaching out to the map's edge. Points that
     show nothing of the source, or nothing of the teacher's region, are not covered: they count in no target
-    and lower the token's weight.
+    and lower the token's weight. `logits`: what to make of maps of logits. Raises ValueError for the
+    published mode where there are no logits or where views are more than crops and flips.
     """
+    if logits is LogitsMode.PUBLISHED:
+        return _align_as_published(score_maps, views, grid)
+    if score_maps.kind is Kind.LOGITS:
+        score_maps = _probabilities_of_cells(score_maps, logits)
     (num_images, height, width), num_tokens = score_maps.codes.shape[:3], grid[0] * grid[1]
     samples = samples or max(2, math.ceil(height / grid[0]), math.ceil(width / grid[1]))
     num_planes = score_maps.classes.shape[1] + 1
@@ -119,6 +147,86 @@ def align(
         pooled[images] = sums.view_as(pooled[images])
         weight[images] = shares.sum(dim=1).view_as(weight[images])
     return TokenTargets(score_maps.classes, excess=pooled[..., :-1], floor=pooled[..., -1], weight=weight)
+
+
+def _probabilities_of_cells(score_maps: ScoreMapBatch, mode: LogitsMode) -> ScoreMapBatch:
+    """Return maps of logits as probabilities, cell by cell."""
+    largest = score_maps.probs.amax(dim=3, keepdim=True).clamp_min(0)
+    kept = (score_maps.probs - largest).exp()  # [B, H, W, K]
+    num_absent = score_maps.num_classes - score_maps.probs.isfinite().sum(dim=3, keepdim=True)
+    absent = num_absent * (-largest).exp() if mode is LogitsMode.ZERO else 0.0
+    total = kept.sum(dim=3, keepdim=True) + absent
+    return replace(score_maps, probs=kept / total.clamp_min(1e-30), kind=Kind.PROBABILITIES)
+
+
+def _align_as_published(
+    score_maps: ScoreMapBatch, views: Float[Tensor, "B F 2 3"], grid: tuple[int, int]
+) -> TokenTargets:
+    """Return what the published toolboxes make of logits, x and y in the right order, in the form of our targets.
+
+    They spread the kept logits into maps of zeros over all classes, crop these by `roi_align` (ceil(cells /
+    tokens) samples a token and axis) and apply softmax to each token. A class that no cell kept stays at
+    logit 0, so its probability is 1 / Z, and the sum Z over all classes needs the logits of the palette only.
+    """
+    if score_maps.kind is not Kind.LOGITS:
+        raise ValueError(
+            "the published mode is for labels of logits, these are probabilities; take the mode `zero` or `kept`"
+        )
+    scale, start = views[:, -1].diagonal(dim1=1, dim2=2), views[:, -1, :, 2]  # [B, 2]
+    if views.shape[1] > 1 or (views[:, -1, 0, 1] != 0).any() or (views[:, -1, 1, 0] != 0).any():
+        raise ValueError("the published mode knows crops and flips only; leave rotation and the like out")
+    region_start, region_end = score_maps.regions[:, :2], score_maps.regions[:, 2:]
+    first = (start + scale.clamp_max(0) - region_start) / (
+        region_end - region_start
+    )  # fractions of the region
+    last = (start + scale.clamp_min(0) - region_start) / (region_end - region_start)
+    pooled = _roi_align(score_maps, first, last, grid)  # [B, U, h, w]
+    covered_x, covered_y = (_covered(first[:, i], last[:, i], grid[1 - i]) for i in (0, 1))
+    weight = covered_y[:, None, :, None] * covered_x[:, None, None, :]  # [B, 1, h, w]
+    turned = (scale < 0)[:, :, None, None, None].unbind(dim=1)
+    planes = torch.cat([pooled, weight], dim=1)
+    for dim, mirrored in ((3, turned[0]), (2, turned[1])):
+        planes = torch.where(mirrored, planes.flip(dim), planes)
+    planes = planes.flatten(2).transpose(1, 2)  # [B, N, U + 1]
+    pooled, weight = planes[..., :-1], planes[..., -1]
+
+    largest = pooled.amax(dim=2, keepdim=True).clamp_min(0)
+    unnamed = (-largest).exp()  # of a class at logit 0, before the division by Z
+    above = (pooled - largest).exp() - unnamed
+    per_unit = weight[..., None] / (score_maps.num_classes * unnamed + above.sum(dim=2, keepdim=True))
+    return TokenTargets(score_maps.classes, above * per_unit, (unnamed * per_unit)[..., 0], weight)
+
+
+def _roi_align(
+    score_maps: ScoreMapBatch,
+    first: Float[Tensor, "B 2"],
+    last: Float[Tensor, "B 2"],
+    grid: tuple[int, int],
+) -> Float[Tensor, "B U h w"]:
+    """Return the maps of logits of all palette entries, 0 where a cell did not keep them, cropped to boxes.
+
+    `first`, `last`: corners (x, y) of the boxes, in fractions of the maps.
+    """
+    num_images, height, width = score_maps.codes.shape[:3]
+    logits = score_maps.probs.nan_to_num(neginf=0.0)
+    planes = logits.new_zeros(num_images, height, width, score_maps.classes.shape[1])
+    planes = planes.scatter_add_(3, score_maps.codes.long(), logits).permute(0, 3, 1, 2)
+    boxes = torch.cat([first * score_maps.sizes - 0.5, last * score_maps.sizes - 0.5], dim=1)
+    pooled = planes.new_empty(num_images, planes.shape[1], *grid)
+    for w, h in {
+        (int(w), int(h)) for w, h in score_maps.sizes.tolist()
+    }:  # maps of one size share their edges
+        (rows,) = torch.where((score_maps.sizes == score_maps.sizes.new_tensor([w, h])).all(dim=1))
+        corners = torch.cat([torch.arange(len(rows), device=boxes.device)[:, None], boxes[rows]], dim=1)
+        pooled[rows] = roi_align(planes[rows, :, :h, :w].contiguous(), corners, output_size=grid)
+    return pooled
+
+
+def _covered(first: Float[Tensor, " B"], last: Float[Tensor, " B"], count: int) -> Float[Tensor, "B parts"]:
+    """Return how much of each of `count` equal parts of an interval lies between 0 and 1."""
+    steps = torch.linspace(0, 1, count + 1, device=first.device)
+    edges = first[:, None] + (last - first)[:, None] * steps
+    return edges.clamp(0, 1).diff(dim=1) * (count / (last - first))[:, None]
 
 
 def _planes(score_maps: ScoreMapBatch) -> Float[Tensor, "B H W planes"]:

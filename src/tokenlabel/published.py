@@ -1,0 +1,234 @@
+"""The label files that the token labeling and ReLabel toolboxes published in 2021, into a label store.
+
+One `.pt` file an image, CLASSFOLDER/NAME.pt with the image's name up to its first dot: a tensor [2, K, H, W],
+first the top logits (float16), then their class ids in the same type. ReLabel's differ only in their size (15
+x 15); its one label an image is `align` with a grid of 1 x 1.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from tqdm import tqdm
+
+from tokenlabel.encoding import Encoding
+from tokenlabel.geometry import WHOLE_IMAGE, Box
+from tokenlabel.images import ImageError, ImageSource
+from tokenlabel.scores import Kind, ScoreError, ScoreMap, from_top
+from tokenlabel.sources import open_source
+from tokenlabel.store import (
+    Failure,
+    LabelStore,
+    LabelStoreWriter,
+    Manifest,
+    StoreError,
+    pack_for,
+    update_failures,
+)
+
+# From here on float16 cannot tell neighbouring integers apart.
+FIRST_UNCERTAIN_ID = 2048
+MAX_FILE_BYTES = 1 << 26
+
+
+class PublishedError(ValueError):
+    """A label file that cannot be used, or options that say nothing about it."""
+
+
+class Layout(StrEnum):
+    """The order of a file's last two axes: rows then columns, or columns then rows."""
+
+    HW = "hw"
+    WH = "wh"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportConfig:
+    """How label files are read."""
+
+    num_classes: int
+    """Classes of the teacher that made the files."""
+    layout: Layout = Layout.HW
+    """Order of the last two axes: hw for rows then columns, wh for columns then rows."""
+    region: str = "full"
+    """What of the image the maps show: full, or center:PCT for the centred square whose sides are PCT percent of the
+    shorter side (95.6 for the published NFNet-F6)."""
+    num_workers: int = 2
+    """Threads that read files."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Imported:
+    """What a call to `import_labels` did."""
+
+    num_images: int
+    num_present: int
+    num_imported: int
+    failures: tuple[Failure, ...]
+
+
+def import_labels(
+    files: str | Path, folder: str | Path, images: str | Path | ImageSource, config: ImportConfig
+) -> Imported:
+    """Put published label files into the store `folder`, as logits, for those images that it has no label of.
+
+    `files`: the folder of class folders of `.pt` files. Images without a file, with a broken one, or whose
+    names are the same up to the first dot are listed in the store's manifest. Raises PublishedError if there
+    is no file for any image, and StoreError if the folder holds other labels.
+    """
+    source = open_source(images) if isinstance(images, (str, Path)) else images
+    if len(source.class_names) not in (0, config.num_classes):
+        raise PublishedError(
+            f"--num-classes {config.num_classes}, but the images have {len(source.class_names)} classes"
+        )
+    paths = [label_path(Path(files), key) for key in source.keys]
+    first = next((path for path in paths if path.exists()), None)
+    if first is None:
+        raise PublishedError(f"{files}: no label file of any image; expected, for example, {paths[0]}")
+    topk = len(_read_file(first)[0])
+    manifest = Manifest(
+        num_classes=config.num_classes,
+        class_names=tuple(source.class_names),
+        topk=topk,
+        kind=Kind.LOGITS,
+        encoding=Encoding.RAW,
+        teacher={"name": "published label files"},
+        preprocessing={"region": config.region, "layout": config.layout.value},
+    )
+    shared = {path for path, count in Counter(paths).items() if count > 1}
+    job = _Job(source, paths, shared, manifest, config.layout, _crop_fraction(config.region))
+    failures: list[Failure] = []
+    with LabelStoreWriter(folder, manifest) as writer, ThreadPoolExecutor(config.num_workers) as pool:
+        store = LabelStore(folder)
+        missing = [index for index, key in enumerate(source.keys) if key not in store]
+        outcomes = pool.map(job.record, missing)
+        for key, outcome in tqdm(outcomes, total=len(missing), desc=f"import {folder}", unit="img"):
+            if isinstance(outcome, Failure):
+                failures.append(outcome)
+            else:
+                writer.add_record(key, outcome)
+    update_failures(folder, failures)
+    return Imported(
+        num_images=len(source),
+        num_present=len(source) - len(missing),
+        num_imported=len(missing) - len(failures),
+        failures=tuple(failures),
+    )
+
+
+def label_path(folder: Path, key: str) -> Path:
+    """Return where the published toolboxes keep the label of an image: only its class folder and its stem count."""
+    path = PurePosixPath(key)
+    return folder / path.parent.name / f"{path.name.split('.', 1)[0]}.pt"
+
+
+def read_label_file(
+    path: Path, *, num_classes: int, layout: Layout = Layout.HW, region: Box = WHOLE_IMAGE
+) -> ScoreMap:
+    """Return a published label file as a map of logits.
+
+    Nothing in the file is run. Raises PublishedError for what is no such file, or names class ids that
+    float16 cannot hold, and ScoreError for ids beyond `num_classes` and for logits that are not finite.
+    """
+    logits, ids = _read_file(path)
+    if layout is Layout.WH:
+        logits, ids = logits.swapaxes(1, 2), ids.swapaxes(1, 2)
+    class_ids = np.moveaxis(ids, 0, 2)  # [H, W, K]
+    if not (class_ids == np.floor(class_ids)).all() or class_ids.min() < 0:
+        raise PublishedError(
+            f"{path}: its second half should be class ids, got {class_ids.min()} to {class_ids.max()}"
+        )
+    if class_ids.max() >= FIRST_UNCERTAIN_ID:
+        raise PublishedError(
+            f"{path}: names class {class_ids.max():.0f}, but float16 tells ids apart only below {FIRST_UNCERTAIN_ID}; "
+            "annotate anew instead"
+        )
+    return from_top(
+        class_ids.astype(np.int64),
+        np.moveaxis(logits, 0, 2).astype(np.float32),
+        num_classes=num_classes,
+        region=region,
+        kind=Kind.LOGITS,
+        name=str(path),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Job:
+    """Where the label of each image is, and how it is read. `shared`: paths of several images."""
+
+    source: ImageSource
+    paths: list[Path]
+    shared: set[Path]
+    manifest: Manifest
+    layout: Layout
+    crop: float | None
+
+    def record(self, index: int) -> tuple[str, bytes | Failure]:
+        """Return an image's key and its record, or why it has none."""
+        key, path = self.source.keys[index], self.paths[index]
+        if path in self.shared:
+            reason = f"shares {path.name} with another image: their names are equal up to the first dot"
+            return key, Failure(key, reason)
+        try:
+            region = WHOLE_IMAGE if self.crop is None else _centre(self.source.read(index), self.crop)
+            score_map = read_label_file(
+                path, num_classes=self.manifest.num_classes, layout=self.layout, region=region
+            )
+            return key, pack_for(self.manifest, key, score_map)
+        except (PublishedError, ScoreError, StoreError, ImageError, OSError) as error:
+            return key, Failure(key, str(error))
+
+
+def _read_file(path: Path) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Return logits and class ids [K, H, W] as they are in the file."""
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise PublishedError(f"{path}: {path.stat().st_size:,} bytes are too many for a label file")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise PublishedError(f"{path}: no such label file") from None
+    except PublishedError:
+        raise
+    except Exception as error:  # whatever torch's reader runs into in a broken file
+        raise PublishedError(
+            f"{path}: cannot be read as a label file ({str(error).splitlines()[0]})"
+        ) from error
+    if (
+        not isinstance(content, torch.Tensor)
+        or content.ndim != 4
+        or content.shape[0] != 2
+        or 0 in content.shape
+    ):
+        got = tuple(content.shape) if isinstance(content, torch.Tensor) else type(content).__name__
+        raise PublishedError(f"{path}: expected a tensor [2, K, H, W] of logits and class ids, got {got}")
+    logits, ids = content.float().numpy()
+    return logits, ids
+
+
+def _crop_fraction(region: str) -> float | None:
+    if region == "full":
+        return None
+    found = re.fullmatch(r"center:(\d+(?:\.\d+)?)", region)
+    if found is None or not 0 < float(found[1]) <= 100:
+        raise PublishedError(f"--region {region}: expected full, or center:PCT such as center:95.6")
+    return float(found[1]) / 100
+
+
+def _centre(data: bytes, fraction: float) -> Box:
+    """Return the centred square of an encoded image, by its size; its pixels are not decoded."""
+    with Image.open(io.BytesIO(data)) as image:
+        width_px, height_px = image.size
+    side_px = fraction * min(width_px, height_px)
+    left, top = (1 - side_px / width_px) / 2, (1 - side_px / height_px) / 2
+    return Box(left=left, top=top, right=1 - left, bottom=1 - top)
