@@ -24,6 +24,7 @@ from tqdm import tqdm
 from tokenlabel.encoding import Encoding
 from tokenlabel.geometry import WHOLE_IMAGE, Box
 from tokenlabel.images import ImageError, ImageSource
+from tokenlabel.models.adapter import first_line
 from tokenlabel.scores import Kind, ScoreError, ScoreMap, from_top
 from tokenlabel.sources import open_source
 from tokenlabel.store import (
@@ -192,25 +193,21 @@ class _Job:
 
 def _read_file(path: Path) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Return logits and class ids [K, H, W] as they are in the file."""
+    if not path.is_file():
+        raise PublishedError(f"{path}: no such label file")
+    if path.stat().st_size > MAX_FILE_BYTES:
+        raise PublishedError(f"{path}: {path.stat().st_size:,} bytes are too many for a label file")
     try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise PublishedError(f"{path}: {path.stat().st_size:,} bytes are too many for a label file")
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise PublishedError(f"{path}: no such label file") from None
-    except PublishedError:
-        raise
     except Exception as error:  # whatever torch's reader runs into in a broken file
-        raise PublishedError(
-            f"{path}: cannot be read as a label file ({str(error).splitlines()[0]})"
-        ) from error
+        raise PublishedError(f"{path}: cannot be read as a label file ({first_line(error)})") from error
     if (
         not isinstance(content, torch.Tensor)
         or content.ndim != 4
         or content.shape[0] != 2
-        or 0 in content.shape
+        or not content.numel()
     ):
-        got = tuple(content.shape) if isinstance(content, torch.Tensor) else type(content).__name__
+        got = list(content.shape) if isinstance(content, torch.Tensor) else type(content).__name__
         raise PublishedError(f"{path}: expected a tensor [2, K, H, W] of logits and class ids, got {got}")
     logits, ids = content.float().numpy()
     return logits, ids
