@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 from golden_values import formula_image, formula_weights, golden_outputs, published_keys
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -11,7 +13,7 @@ from tokenlabel.losses import token_label_loss
 from tokenlabel.mixing import MixPlan, mix_images
 from tokenlabel.models import Inference, LVViT, LVViTConfig, Outputs, create_model
 from tokenlabel.models.lvvit import CONFIGS
-from tokenlabel.models.trunk import resize_positions
+from tokenlabel.models.trunk import Linear, resize_positions
 from tokenlabel.targets import class_targets
 
 NUM_PARAMETERS = {"lvvit_t": 8_534_720, "lvvit_s": 26_151_824, "lvvit_m": 55_830_544, "lvvit_l": 150_021_968}
@@ -176,6 +178,41 @@ def test_attention_agrees_with_loops() -> None:
         gathered[..., channels] = scores.softmax(dim=2) @ values
     expected = F.linear(gathered, attention.proj.weight, attention.proj.bias)  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
     torch.testing.assert_close(attention(tokens), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_attention_in_bf16_is_the_same_attention() -> None:
+    """On the CPU it runs through other kernels than in fp32."""
+    attention = tiny().blocks[0].attn
+    assert isinstance(attention, nn.Module)
+    tokens = torch.randn(2, 9, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = attention(tokens)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), attention(tokens), atol=2e-2, rtol=2e-2)
+
+
+@settings(max_examples=20)
+@given(
+    images=st.integers(1, 17),
+    places=st.integers(1, 9),
+    widths=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    bias=st.booleans(),
+)
+def test_linear_maps_by_convolution_are_linear_maps(
+    images: int, places: int, widths: tuple[int, int], bias: bool
+) -> None:
+    module = Linear(*widths, bias=bias)
+    tokens = torch.randn(images, places, widths[0], requires_grad=True)
+    upstream = torch.randn(images, places, widths[1])
+    parameters = [tokens, *module.parameters()]
+    expected = F.linear(tokens, module.weight, module.bias)
+    torch.testing.assert_close(module(tokens), expected, atol=1e-5, rtol=1e-5)
+    for ours, theirs in zip(
+        torch.autograd.grad(module(tokens), parameters, upstream),
+        torch.autograd.grad(expected, parameters, upstream),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
 def test_residuals_are_divided() -> None:

@@ -101,9 +101,9 @@ class ConvStem(nn.Module):
 
     def forward(self, images: Float[Tensor, "B 3 height width"]) -> Float[Tensor, "B D h w"]:
         """Return one embedding a patch."""
-        features = F.relu(self.bn1(self.conv1(images)))  # [B, stem, height / 2, width / 2]
-        features = F.relu(self.bn2(self.conv2(features)))
-        features = F.relu(self.bn3(self.conv3(features)))
+        features = F.relu_(self.bn1(self.conv1(images)))  # [B, stem, height / 2, width / 2]
+        features = F.relu_(self.bn2(self.conv2(features)))
+        features = F.relu_(self.bn3(self.conv3(features)))
         return self.proj(features)
 
 
