@@ -138,7 +138,7 @@ def inspect(arguments: list[str]) -> int:
         "teacher": store.manifest.teacher,
         "preprocessing": store.manifest.preprocessing,
         "num_failures": len(store.manifest.failures),
-        "bytes_per_image": store.num_bytes / max(1, len(store)),
+        "bytes_per_image": store.num_bytes() / max(1, len(store)),
     }
     if options.masks:
         from tokenlabel.evaluate import mask_agreement

@@ -26,9 +26,9 @@ DESCRIPTION_NAME = "scenes.json"
 _FORMAT = 1
 _VAL_SHARE = 0.3  # of the 1,797 handwritten digits
 _NUM_DIGITS = (4, 6)
-_LARGEST_PX = (19, 27)  # height of the largest digit
+_LARGEST_PX = (21, 29)  # height of the largest digit
 _SMALLEST_PX = 10
-_MARGIN = 1.2  # the largest digit is at least this many times as high as any other
+_MARGIN = 1.25  # the largest digit is at least this many times as high as any other
 
 
 class ScenesError(ValueError):
