@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import reduce
 
 import numpy as np
 import torch
@@ -239,15 +240,15 @@ def draw_crop(
 
 
 def one_view(warps: Sequence[View]) -> View:
-    """Return the view of several warps done in one resampling: nothing is lost between them."""
-    composed = warps[0]
-    for later in warps[1:]:
-        composed = composed.then(later)
-    return View(composed.frames[-1:])
+    """Return the view of several warps, which remembers what each of them cut off."""
+    return reduce(View.then, warps)
 
 
 def warp(pixels: NDArray[np.uint8], view: View, interpolation: Interpolation) -> NDArray[np.uint8]:
-    """Resample pixels [height, width, 3] to show a view of them; what lies outside gets `MEAN_COLOUR`."""
+    """Resample pixels [height, width, 3] once to show a view of them; what it does not cover gets `MEAN_COLOUR`.
+
+    That includes what was cut off on the way, as if each warp had been done by itself: pixels and labels agree.
+    """
     height, width = pixels.shape[:2]
     to_px = np.array([[width], [height]])  # the view's fractions, of x and y
     per_px = np.array([1 / width, 1 / height, 1])
@@ -258,7 +259,11 @@ def warp(pixels: NDArray[np.uint8], view: View, interpolation: Interpolation) ->
         resample=_RESAMPLING[interpolation],
         fillcolor=MEAN_COLOUR,
     )
-    return np.array(warped)
+    shown = np.array(warped)
+    if len(view.frames) > 1:
+        y, x = np.mgrid[:height, :width]
+        shown[~view.covers(np.stack([(x + 0.5) / width, (y + 0.5) / height], axis=-1))] = MEAN_COLOUR
+    return shown
 
 
 def resize(

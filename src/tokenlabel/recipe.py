@@ -18,6 +18,7 @@ import yaml
 from jsonargparse.typing import register_type
 
 from tokenlabel.augment import AugmentConfig
+from tokenlabel.erasing import ErasingConfig
 from tokenlabel.mixing import Mixing
 from tokenlabel.models import Inference
 from tokenlabel.optim import OptimConfig
@@ -103,6 +104,7 @@ class Recipe:
     model: ModelConfig
     optim: OptimConfig
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    erase: ErasingConfig = field(default_factory=ErasingConfig)
     mix: MixConfig = field(default_factory=MixConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)

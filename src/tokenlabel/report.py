@@ -20,12 +20,12 @@ from PIL import Image
 from tokenlabel.checkpoint import CheckpointError, TrainedModel, load_model
 from tokenlabel.data import Batch, collate, decode_image, normalize_images
 from tokenlabel.evaluate import evaluation_set
-from tokenlabel.mixing import Mixing, MixPlan, mix_images
+from tokenlabel.mixing import MixPlan, mix_images
 from tokenlabel.pictures import enlarged, mask_picture, with_cells
 from tokenlabel.recipe import RECIPE_FILE, Recipe, read_recipe, settings
 from tokenlabel.runlog import read_metrics
 from tokenlabel.targets import TokenTargets
-from tokenlabel.train import build, draw_plan, make_targets
+from tokenlabel.train import build, draw_plan, make_targets, step_generator
 
 NUM_PICTURES = 6
 COLUMNS = {
@@ -167,8 +167,9 @@ def _label_sections(recipe: Recipe) -> list[str]:
         _section("Training images and their score maps", _gallery(maps)),
         _section("Augmented images and the labels of their tokens", _gallery(augmented)),
     ]
-    plan = draw_plan(recipe, len(batch.images), grid=grid, step=0)
-    if recipe.mix.kind is not Mixing.NONE and plan is not None:
+    always = replace(recipe, mix=replace(recipe.mix, probability=1.0))
+    plan = draw_plan(always, len(batch.images), grid=grid, generator=step_generator(recipe, 0))
+    if plan is not None:
         sections.append(_mix_section(plain, batch, plan, grid=grid, class_names=names))
     return sections
 

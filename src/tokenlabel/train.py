@@ -33,6 +33,7 @@ from tokenlabel.data import (
     normalize_images,
     open_images,
 )
+from tokenlabel.erasing import Erased, erase
 from tokenlabel.evaluate import Evaluation, evaluate, evaluation_set
 from tokenlabel.losses import token_label_loss
 from tokenlabel.mixing import MixPlan, mix_targets, sample_mix
@@ -155,11 +156,14 @@ def train_step(training: Training, batch: Batch, step: int, watch: Stopwatch) ->
     recipe, model = training.recipe, training.model
     model.train()
     torch.manual_seed(step_seed(recipe.seed, step))  # drop path and dropout
-    with watch.part("targets"):
-        plan = draw_plan(recipe, len(batch.images), grid=training.grid, step=step)
-        plan = plan and plan.to(training.device)
-        class_target, token_target = make_targets(recipe, batch, plan, grid=training.grid)
+    generator = step_generator(recipe, step)
     images = normalize_images(batch.images, mean=model.mean, std=model.std)
+    erased = erase(images, recipe.erase, generator=generator) if recipe.erase.probability > 0 else None
+    images = erased.images if erased is not None else images
+    with watch.part("targets"):
+        plan = draw_plan(recipe, len(images), grid=training.grid, generator=generator)
+        plan = plan and plan.to(training.device)
+        class_target, token_target = make_targets(recipe, batch, plan, grid=training.grid, erased=erased)
     with torch.autocast(training.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
         outputs = model(images, plan)
         loss = token_label_loss(outputs, class_target, token_target, beta=recipe.loss.beta)
@@ -179,9 +183,15 @@ def train_step(training: Training, batch: Batch, step: int, watch: Stopwatch) ->
     }
 
 
-def draw_plan(recipe: Recipe, num_images: int, *, grid: tuple[int, int], step: int) -> MixPlan | None:
-    """Draw how a step mixes its images, from the seed and the step alone."""
-    generator = torch.Generator().manual_seed(step_seed(recipe.seed, step))
+def step_generator(recipe: Recipe, step: int) -> torch.Generator:
+    """Return the source of what a step erases and mixes, on the CPU."""
+    return torch.Generator().manual_seed(step_seed(recipe.seed, step))
+
+
+def draw_plan(
+    recipe: Recipe, num_images: int, *, grid: tuple[int, int], generator: torch.Generator
+) -> MixPlan | None:
+    """Draw how a step mixes its images; None if it does not."""
     if torch.rand((), generator=generator) >= recipe.mix.probability:
         return None
     return sample_mix(
@@ -196,15 +206,25 @@ def draw_plan(recipe: Recipe, num_images: int, *, grid: tuple[int, int], step: i
 
 
 def make_targets(
-    recipe: Recipe, batch: Batch, plan: MixPlan | None, *, grid: tuple[int, int]
+    recipe: Recipe,
+    batch: Batch,
+    plan: MixPlan | None,
+    *,
+    grid: tuple[int, int],
+    erased: Erased | None = None,
 ) -> tuple[TokenTargets, TokenTargets | None]:
-    """Return what the class token (the ground truth) and the other tokens are trained to say."""
+    """Return what the class token (the ground truth) and the other tokens are trained to say.
+
+    Images are erased first and mixed then, and so are their targets.
+    """
     smoothing, num_classes = recipe.loss.label_smoothing, batch.num_classes
     class_target = class_targets(batch.class_ids).smoothed(smoothing, num_classes)
     class_target = mix_targets(class_target, plan, (1, 1))
     if batch.score_maps is None:
         return class_target, None
     token_target = align(batch.score_maps, batch.views, grid).smoothed(smoothing, num_classes)
+    if erased is not None and recipe.erase.ignore_erased:
+        token_target = erased.reweight(token_target, grid)
     return class_target, mix_targets(token_target, plan, grid)
 
 
