@@ -23,7 +23,7 @@ from statistics import mean, stdev
 import numpy as np
 import torch
 
-from tokenlabel.align import align
+from tokenlabel.alignment import align
 from tokenlabel.augment import TrainTransform
 from tokenlabel.data import TokenLabelDataset, collate, open_images
 from tokenlabel.evaluate import MaskFolder, agreement

@@ -15,7 +15,7 @@ from PIL import Image
 from torchvision.ops import roi_align
 
 from tokenlabel import blocks
-from tokenlabel.align import align, collate_score_maps
+from tokenlabel.alignment import align, collate_score_maps
 from tokenlabel.geometry import Box, View, stack_views
 from tokenlabel.scores import Kind, ScoreMap, from_mask, from_probabilities, from_top
 

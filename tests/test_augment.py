@@ -12,7 +12,7 @@ from timm.data.transforms_factory import transforms_imagenet_eval
 from torch.nn import functional as F
 from torchvision.transforms import functional as vision
 
-from tokenlabel.align import align, collate_score_maps
+from tokenlabel.alignment import align, collate_score_maps
 from tokenlabel.augment import (
     MEAN_COLOUR,
     AugmentConfig,

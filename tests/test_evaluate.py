@@ -3,7 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tokenlabel.align import align, collate_score_maps
+from tokenlabel.alignment import align, collate_score_maps
 from tokenlabel.data import Batch
 from tokenlabel.evaluate import MaskFolder, agreement, evaluate, object_tokens
 from tokenlabel.geometry import View, stack_views

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.ops import roi_align
 
-from tokenlabel.align import LogitsMode, align, collate_score_maps
+from tokenlabel.alignment import LogitsMode, align, collate_score_maps
 from tokenlabel.geometry import Box, View, stack_views
 from tokenlabel.published import (
     ImportConfig,

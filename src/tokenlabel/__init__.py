@@ -13,7 +13,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tokenlabel.align import align, collate_score_maps
+    from tokenlabel.alignment import align, collate_score_maps
+    from tokenlabel.annotation import AnnotateConfig, annotate
     from tokenlabel.data import TokenLabelDataset, collate, open_images
     from tokenlabel.geometry import Box, View, stack_views
     from tokenlabel.losses import sparse_cross_entropy, token_label_loss
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
 
 # Public names and where they live: imported when first asked for, so that reading a store takes no torch.
 _HOMES = {
-    "align": ("align", "collate_score_maps"),
+    "alignment": ("align", "collate_score_maps"),
+    "annotation": ("AnnotateConfig", "annotate"),
     "data": ("TokenLabelDataset", "collate", "open_images"),
     "geometry": ("Box", "View", "stack_views"),
     "losses": ("sparse_cross_entropy", "token_label_loss"),
@@ -38,6 +40,7 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "AnnotateConfig",
     "Box",
     "LabelStore",
     "LabelStoreWriter",
@@ -48,6 +51,7 @@ __all__ = [
     "TokenTargets",
     "View",
     "align",
+    "annotate",
     "class_targets",
     "collate",
     "collate_score_maps",

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from tokenlabel.align import ScoreMapBatch, collate_score_maps
+from tokenlabel.alignment import ScoreMapBatch, collate_score_maps
 from tokenlabel.geometry import View, stack_views
 from tokenlabel.images import (
     DataError,

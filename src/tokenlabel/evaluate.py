@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from tokenlabel.align import align, collate_score_maps
+from tokenlabel.alignment import align, collate_score_maps
 from tokenlabel.augment import EvalTransform
 from tokenlabel.checkpoint import TrainedModel
 from tokenlabel.data import (

@@ -19,7 +19,7 @@ import torch
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor
 
-from tokenlabel.align import align
+from tokenlabel.alignment import align
 from tokenlabel.augment import TrainTransform
 from tokenlabel.checkpoint import Trained, list_checkpoints, load_checkpoint, save_checkpoint
 from tokenlabel.data import (
