@@ -12,12 +12,13 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import data_speed, label_path
+from benchmarks import data_speed, label_path, model_speed
 from benchmarks.measure import Row, Settings
 
 BENCHMARKS: dict[str, Callable[[Settings], list[Row]]] = {
     "data_speed": data_speed.run,
     "label_path": label_path.run,
+    "model_speed": model_speed.run,
 }
 
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "safetensors", "tokenlabel")
