@@ -62,9 +62,9 @@ def demo(arguments: list[str]) -> int:
     )
     options = _parse(parser, arguments)
 
-    from tokenlabel.demo import run_demo
+    from tokenlabel.demo import FAST, FULL, run_demo
 
-    return run_demo(options.out, fast=options.fast, command=main)
+    return run_demo(options.out, FAST if options.fast else FULL, main)
 
 
 def train(arguments: list[str]) -> int:

@@ -35,8 +35,8 @@ FULL = DemoSize(num_train=1500, num_val=1000)
 FAST = DemoSize(
     num_train=500,
     num_val=200,
-    teacher_overrides=("--epochs=8", "--optim.warmup_epochs=1", "--eval.every_epochs=4"),
-    student_overrides=("--epochs=10", "--optim.warmup_epochs=1", "--eval.every_epochs=5"),
+    teacher_overrides=("--epochs=15", "--optim.warmup_epochs=1", "--eval.every_epochs=5"),
+    student_overrides=("--epochs=15", "--optim.warmup_epochs=1", "--eval.every_epochs=5"),
 )
 
 
@@ -48,12 +48,12 @@ class StageFailed(Exception):  # noqa: N818  (it carries the exit status of a co
         self.status = status
 
 
-def run_demo(out: Path, *, fast: bool, command: Command) -> int:
+def run_demo(out: Path, size: DemoSize, command: Command) -> int:
     """Run all stages in the folder `out` through `command` (the command line); return the exit status.
 
     Leaves scenes/, labels/, the runs teacher/, token-labels/ and class-labels/, result.json and report.html.
     """
-    size, started = FAST if fast else FULL, time.perf_counter()
+    started = time.perf_counter()
     try:
         print(f"writing {size.num_train:,} + {size.num_val:,} scenes to {out / 'scenes'}")
         write_scenes(out / "scenes", num_train=size.num_train, num_val=size.num_val, seed=0)

@@ -149,16 +149,16 @@ def _label_sections(recipe: Recipe) -> list[str]:
     dataset, grid = training.train_set, training.grid
     assert dataset.store is not None
     names = dataset.source.class_names
-    chosen = np.linspace(0, len(dataset) - 1, NUM_PICTURES).astype(int)
+    chosen = np.linspace(0, len(dataset) - 1, NUM_PICTURES).astype(int).tolist()
     maps, augmented = [], []
-    batch = collate([dataset[0, int(index)] for index in chosen])
+    batch = collate([dataset[0, index] for index in chosen])
     plain = replace(recipe, loss=replace(recipe.loss, label_smoothing=0.0))
     _, targets = make_targets(plain, batch, None, grid=grid)
     assert targets is not None
     labels = _cells(targets, grid, len(names))
     for i, index in enumerate(chosen):
         key = dataset.source.keys[index]
-        original = np.asarray(decode_image(dataset.source.read(int(index)), key))
+        original = np.asarray(decode_image(dataset.source.read(index), key))
         score_map = dataset.store[key]
         maps += [(enlarged(original), key), (with_cells(original, score_map.dense(), names), "teacher's map")]
         pixels = _pixels(batch, i)
@@ -204,8 +204,8 @@ def _mix_section(
 @torch.inference_mode()
 def _prediction_section(name: str, trained: TrainedModel) -> str:
     dataset = evaluation_set(trained.recipe, class_names=trained.class_names)
-    chosen = np.linspace(0, len(dataset) - 1, 2 * NUM_PICTURES).astype(int)
-    batch = collate([dataset[0, int(index)] for index in chosen])
+    chosen = np.linspace(0, len(dataset) - 1, 2 * NUM_PICTURES).astype(int).tolist()
+    batch = collate([dataset[0, index] for index in chosen])
     outputs = trained.model(normalize_images(batch.images, mean=trained.model.mean, std=trained.model.std))
     probs = outputs.token_logits.softmax(dim=2).unflatten(1, outputs.grid).numpy()
     guesses = outputs.logits(trained.recipe.eval.inference).argmax(dim=1).tolist()

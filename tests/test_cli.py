@@ -1,0 +1,248 @@
+"""The command line as its users meet it: the demo's stages, and one clear line for whatever is wrong."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from tokenlabel.cli import VERBS, main
+from tokenlabel.demo import DemoSize, run_demo
+from tokenlabel.scenes import write_scenes
+from tokenlabel.scores import from_mask
+from tokenlabel.store import LabelStore, LabelStoreWriter, Manifest
+
+TINY = DemoSize(
+    num_train=40,
+    num_val=20,
+    teacher_overrides=(
+        "--epochs=2",
+        "--batch_size=10",
+        "--data.num_workers=0",
+        "--model.options.channels=[8,8,8,8]",
+    ),
+    student_overrides=("--epochs=2", "--batch_size=10", "--data.num_workers=0", "--model.options.depth=1"),
+)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """The folder of a tiny demo."""
+    out = tmp_path_factory.mktemp("demo") / "out"
+    assert run_demo(out, TINY, main) == 0
+    return out
+
+
+def test_the_demo_writes_its_figures_under_stable_names(demo):
+    result = json.loads((demo / "result.json").read_text())
+    assert set(result) == {
+        "top1_teacher",
+        "top1_token_labels",
+        "top1_class_labels",
+        "teacher_map_agreement",
+        "student_token_agreement",
+        "images_per_s_token_labels",
+        "images_per_s_class_labels",
+        "labels_share_of_step",
+        "label_bytes_per_image",
+        "last_call_s",
+    }
+    assert all(0 <= result[name] <= 1 for name in result if name.startswith("top1") or "agreement" in name)
+    assert result["label_bytes_per_image"] > 0
+
+
+def test_the_report_is_one_file_with_pictures_and_curves(demo):
+    page = (demo / "report.html").read_text()
+    assert page.count("data:image/png;base64,") >= 30
+    assert "<svg" in page
+    for title in (
+        "score maps",
+        "labels of their tokens",
+        "Mixed pairs (mixtoken)",
+        "tokens of token-labels say",
+    ):
+        assert title in page
+    links = re.findall(r'(?:src|href)="(?!data:)([^"#]+)"', page)
+    assert all("w3.org" in link for link in links), "a self-contained page loads nothing"
+
+
+def test_the_demo_again_does_nothing_twice(demo, capsys):
+    before = {path: path.stat().st_mtime_ns for path in demo.rglob("*.safetensors")}
+    assert run_demo(demo, TINY, main) == 0
+    assert {path: path.stat().st_mtime_ns for path in demo.rglob("*.safetensors")} == before
+    assert "0 images labelled, 40 had been" in capsys.readouterr().out
+
+
+def test_both_students_differ_in_their_labels_and_in_nothing_else(demo):
+    recipes = [
+        yaml.safe_load((demo / name / "recipe.yaml").read_text()) for name in ("token-labels", "class-labels")
+    ]
+    assert recipes[0].pop("loss") == recipes[1].pop("loss") | {"beta": 0.5}
+    assert recipes[0]["data"].pop("labels") is not None
+    assert recipes[1]["data"].pop("labels") is None
+    assert recipes[0] == recipes[1]
+
+
+def test_eval_prints_one_line_of_json(demo, capsys):
+    assert main(["eval", str(demo / "token-labels"), "--num-workers", "0"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["num_images"] == 20
+
+
+def test_help_explains_every_verb(capsys):
+    assert main([]) == 0
+    overview = capsys.readouterr().out
+    for name in VERBS:
+        assert name in overview
+        with pytest.raises(SystemExit) as ended:
+            main([name, "--help"])
+        assert ended.value.code == 0
+        assert f"usage: tokenlabel {name}" in capsys.readouterr().out
+
+
+def test_the_help_of_train_explains_every_field(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "{none,mixtoken,cutmix,mixup}" in text
+    assert "Weight of the token part" in text
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Scenes, labels for them, and the options of a run that would work."""
+    root = tmp_path_factory.mktemp("cli")
+    write_scenes(root / "scenes", num_train=20, num_val=10, seed=0)
+    write_labels(root / "labels", root / "scenes", num_classes=10)
+    return root
+
+
+def write_labels(folder, scenes, *, num_classes, rename=lambda key: key):
+    masks = scenes / "masks" / "train"
+    manifest = Manifest(num_classes=num_classes, class_names=tuple(map(str, range(num_classes))), topk=1)
+    with LabelStoreWriter(folder, manifest) as writer:
+        for path in sorted(masks.rglob("*.png")):
+            score_map = from_mask(np.asarray(Image.open(path)), num_classes=num_classes)
+            writer.add(rename(path.relative_to(masks).as_posix()), score_map)
+
+
+def options_for(data, run, **changes):
+    options = {
+        "recipe": "demo_token_labels",
+        "run": run,
+        "data.train": data / "scenes" / "train",
+        "data.val": data / "scenes" / "val",
+        "data.labels": data / "labels",
+        "data.num_workers": 0,
+        "epochs": 1,
+        "batch_size": 10,
+        "model.options.depth": 1,
+    }
+    options |= {name.replace("__", "."): value for name, value in changes.items()}
+    return ["train", *(f"--{name}={value}" for name, value in options.items() if value is not None)]
+
+
+def complaint(capsys, arguments):
+    """Run a command that must refuse; return the one line that it says."""
+    capsys.readouterr()
+    assert main(list(map(str, arguments))) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("tokenlabel")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_images_that_are_not_there(data, tmp_path, capsys):
+    message = complaint(capsys, options_for(data, tmp_path / "run", data__train=tmp_path / "nowhere"))
+    assert f"{tmp_path / 'nowhere'}: no such folder" in message
+    (tmp_path / "empty").mkdir()
+    message = complaint(capsys, options_for(data, tmp_path / "run2", data__train=tmp_path / "empty"))
+    assert "expected one folder a class" in message
+
+
+def test_labels_of_other_images(data, tmp_path, capsys):
+    write_labels(tmp_path / "labels", data / "scenes", num_classes=10, rename=lambda key: f"other/{key}")
+    message = complaint(capsys, options_for(data, tmp_path / "run", data__labels=tmp_path / "labels"))
+    assert "20 of 20 images have no label" in message
+    assert "0/00000.png" in message
+
+
+def test_labels_of_another_class_count(data, tmp_path, capsys):
+    write_labels(tmp_path / "labels", data / "scenes", num_classes=12)
+    message = complaint(capsys, options_for(data, tmp_path / "run", data__labels=tmp_path / "labels"))
+    assert "12" in message
+    assert "10" in message
+
+
+def test_labels_that_are_not_there(data, tmp_path, capsys):
+    message = complaint(capsys, options_for(data, tmp_path / "run", data__labels=tmp_path / "nowhere"))
+    assert "nowhere" in message
+
+
+def test_a_shard_that_was_cut_short(data, tmp_path, capsys):
+    shutil.copytree(data / "labels", tmp_path / "labels")
+    (shard,) = [path for path in (tmp_path / "labels").iterdir() if path.suffix == ".safetensors"]
+    shard.write_bytes(shard.read_bytes()[:-100])
+    message = complaint(capsys, options_for(data, tmp_path / "run", data__labels=tmp_path / "labels"))
+    assert shard.name in message
+
+
+def test_an_image_that_does_not_decode(data, tmp_path, capsys):
+    shutil.copytree(data / "scenes" / "train", tmp_path / "train")
+    (tmp_path / "train" / "3" / "00003.png").write_bytes(b"not an image")
+    arguments = options_for(data, tmp_path / "run", data__train=tmp_path / "train")
+    message = complaint(capsys, arguments)
+    assert "3/00003.png" in message
+    assert "skip" in message
+    shutil.rmtree(tmp_path / "run", ignore_errors=True)
+    assert main([*map(str, arguments), "--data.skip_broken=true"]) == 0
+
+
+def test_annotate_lists_what_does_not_decode_and_goes_on(demo, data, tmp_path, capsys):
+    shutil.copytree(data / "scenes" / "train", tmp_path / "train")
+    (tmp_path / "train" / "3" / "00003.png").write_bytes(b"not an image")
+    arguments = ["annotate", tmp_path / "train", tmp_path / "labels", "--teacher", demo / "teacher"]
+    assert main(list(map(str, arguments))) == 0
+    printed = capsys.readouterr().out
+    assert "1 failed" in printed
+    assert "3/00003.png" in printed
+    assert len(LabelStore(tmp_path / "labels")) == 19
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("--optim.lrr=3", "did you mean optim.lr"),
+        ("--mix.kind=mixtokens", "none, mixtoken, cutmix, mixup"),
+        ("--epochs=many", "epochs"),
+        ("--recipe=demo_techer", "did you mean demo_teacher"),
+        ("--model.name=resnet5", "resnet5"),
+        ("--device=tpu9", "tpu9"),
+    ],
+)
+def test_mistakes_in_options(data, tmp_path, capsys, option, words):
+    assert words in complaint(capsys, [*options_for(data, tmp_path / "run"), option])
+
+
+def test_a_model_without_a_token_grid(data, tmp_path, capsys):
+    arguments = options_for(data, tmp_path / "run", model__name="resnet10t", model__options__depth=None)
+    message = complaint(capsys, [*arguments, "--model.options={}", "--model.size_px=[32,32]"])
+    assert "resnet10t has no token grid" in message
+
+
+def test_a_run_of_another_recipe_is_not_touched(data, tmp_path, capsys):
+    arguments = options_for(data, tmp_path / "run")
+    assert main(list(map(str, arguments))) == 0
+    message = complaint(capsys, [*arguments, "--seed=5"])
+    assert "seed: 0 there, 5 here" in message
+
+
+def test_an_unknown_verb(capsys):
+    assert "did you mean train?" in complaint(capsys, ["trian"])
+
+
+def test_a_folder_that_is_no_run(tmp_path, capsys):
+    assert "holds no checkpoint" in complaint(capsys, ["eval", tmp_path])
+    assert "holds no recipe.yaml" in complaint(capsys, ["report", tmp_path])
