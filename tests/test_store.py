@@ -25,6 +25,7 @@ from tokenlabel.store import (
     LabelStoreWriter,
     Manifest,
     StoreError,
+    merge_stores,
     read_manifest,
     remove_leftovers,
     update_failures,
@@ -410,3 +411,19 @@ def test_the_hash_is_that_of_the_format():
 def test_reading_labels_takes_no_torch():
     code = "import sys, tokenlabel.store; sys.exit('torch' in sys.modules or 'timm' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_stores_are_merged_into_one(tmp_path):
+    write(
+        tmp_path / "a", range(3), a_manifest(failures=(Failure(key_of(4), "broken"), Failure("x", "broken")))
+    )
+    write(tmp_path / "b", range(3, 6), max_shard_bytes=1)
+    merged = merge_stores([tmp_path / "a", tmp_path / "b"], tmp_path / "c")
+    assert holds(merged, range(6))
+    assert len(merged.shards) == 1
+    assert merged.manifest.failures == (Failure("x", "broken"),)
+    again = merge_stores([tmp_path / "a", tmp_path / "b"], tmp_path / "c")
+    assert len(again.shards) == 1
+    compact = merge_stores([tmp_path / "c"], tmp_path / "d", encoding=Encoding.LZMA)
+    assert compact.manifest.encoding is Encoding.LZMA
+    assert all(np.abs(compact[key].dense() - merged[key].dense()).max() < 1 / 500 for key in merged.keys())  # noqa: SIM118

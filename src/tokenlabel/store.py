@@ -11,13 +11,14 @@ from __future__ import annotations
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
 
 import numpy as np
 
-from tokenlabel.encoding import EncodingError, pack, unpack
+from tokenlabel.encoding import Encoding, EncodingError, pack, unpack
 from tokenlabel.manifest import (
     MANIFEST_FILE,
     Failure,
@@ -44,6 +45,7 @@ __all__ = [
     "LabelStoreWriter",
     "Manifest",
     "StoreError",
+    "merge_stores",
     "pack_for",
     "read_manifest",
     "remove_leftovers",
@@ -221,6 +223,29 @@ class LabelStore:
 
     def _where(self) -> str:
         return " + ".join(map(str, self.folders))
+
+
+def merge_stores(
+    folders: Sequence[str | Path], output: str | Path, *, encoding: Encoding | None = None
+) -> LabelStore:
+    """Copy the labels of several stores into a new one with few files, each record checked; return it.
+
+    `encoding`: write all records anew in this one; by default they stay as they are. An output that is there
+    already is continued. Raises StoreError for stores of different labels, and for a key that two of them
+    hold.
+    """
+    store = LabelStore(*folders)
+    manifest = replace(store.manifest, encoding=encoding or store.manifest.encoding)
+    failures = {
+        f.key: f for folder in store.folders for f in read_manifest(folder).failures if f.key not in store
+    }
+    with LabelStoreWriter(output, replace(manifest, failures=tuple(failures.values()))) as writer:
+        present = LabelStore(output)
+        for key in store.keys():  # noqa: SIM118  (a store is no dict)
+            if key not in present:
+                record = store.packed(key) if encoding is None else pack_for(manifest, key, store[key])
+                writer.add_record(key, record)
+    return LabelStore(output)
 
 
 def remove_leftovers(folder: Path, *, older_than_s: float = 600.0) -> None:

@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tokenlabel.encoding import Encoding
+from tokenlabel.geometry import Box
+from tokenlabel.images import ImageFolder
+from tokenlabel.inspection import InspectConfig, as_probabilities, inspect_store, verify, write_pictures
+from tokenlabel.scores import Kind, from_mask, from_probabilities, from_top
+from tokenlabel.store import Failure, LabelStore, LabelStoreWriter, Manifest, StoreError
+
+NAMES = ("ape", "bee", "cat", "dog")
+
+
+def manifest(**changes) -> Manifest:
+    return Manifest(
+        **{"num_classes": 4, "class_names": NAMES, "topk": 2, "encoding": Encoding.RAW, **changes}
+    )
+
+
+def certain(class_id: int, share: float = 1.0, size=(4, 5)):
+    """Return a map whose places are all of one class, with this probability; the rest is even."""
+    class_ids = np.full((*size, 1), class_id)
+    return from_top(class_ids, np.full((*size, 1), share), num_classes=4)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three labels that agree with their class and one that does not."""
+    with LabelStoreWriter(tmp_path / "labels", manifest()) as writer:
+        writer.add("ape/1.png", certain(0))
+        writer.add("bee/1.png", certain(1, 0.5))
+        writer.add("bee/2.png", certain(1, 0.25))  # no more than chance: nothing is preferred
+        writer.add("cat/1.png", certain(3, 0.75, size=(2, 2)))
+    return tmp_path / "labels"
+
+
+def test_figures(folder):
+    found = inspect_store(LabelStore(folder))
+    assert (found.num_images, found.num_classes, found.num_sampled, found.num_files) == (4, 4, 4, 1)
+    assert found.map_sizes == {"4 x 5": 3, "2 x 2": 1}
+    assert found.classes_per_map == 1
+    assert found.top1_prob == pytest.approx((1 + 0.5 + 0.25 + 0.75) / 4)
+    assert found.rest == pytest.approx((0 + 0.5 + 0.75 + 0.25) / 4)
+    by_hand = [0, 0.5 + 0.5 * math.log2(6), 2, 0.75 * math.log2(4 / 3) + 0.25 * math.log2(12)]
+    assert found.entropy_bits == pytest.approx(np.mean(by_hand))
+    assert found.class_agreement == 0.75
+    assert found.place_agreement == 0.75
+    assert found.num_verified is None
+    (suspect,) = found.suspects
+    assert (suspect.key, suspect.class_name, suspect.top_class_name) == ("cat/1.png", "cat", "dog")
+    assert suspect.prob == 0
+    assert suspect.top_prob == pytest.approx(0.75)
+    json.dumps(found.as_dict())
+
+
+def test_classes_come_from_the_images_where_they_are_given(folder, tmp_path):
+    for key in ("ape/1.png", "bee/1.png", "cat/1.png", "dog/9.png"):
+        (tmp_path / "images" / key).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (10, 8)).save(tmp_path / "images" / key)
+    found = inspect_store(LabelStore(folder), source=ImageFolder(tmp_path / "images"))
+    assert found.class_agreement == pytest.approx(2 / 3)
+
+
+def test_keys_that_name_no_class(tmp_path):
+    with LabelStoreWriter(tmp_path, manifest(class_names=())) as writer:
+        writer.add("ape/1.png", certain(0))
+    found = inspect_store(LabelStore(tmp_path))
+    assert found.class_agreement is None
+    assert found.suspects == ()
+
+
+def test_an_empty_store(tmp_path):
+    LabelStoreWriter(tmp_path, manifest())
+    found = inspect_store(LabelStore(tmp_path), InspectConfig(verify=True))
+    assert (found.num_images, found.num_verified, found.top1_prob) == (0, 0, 0.0)
+
+
+def test_a_sample_is_drawn(folder):
+    assert inspect_store(LabelStore(folder), InspectConfig(sample=2)).num_sampled == 2
+    assert inspect_store(LabelStore(folder), InspectConfig(sample=0)).num_sampled == 4
+
+
+def test_verify_names_every_broken_record(folder):
+    store = LabelStore(folder)
+    assert list(verify(store)) == []
+    (path,) = folder.glob("*.safetensors")
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    data[-100] ^= 1
+    path.write_bytes(bytes(data))
+    found = inspect_store(LabelStore(folder), InspectConfig(verify=True))
+    assert (found.num_verified, found.num_sampled) == (4, 2)
+    assert len(found.broken) == 2
+    assert all("was altered" in line for line in found.broken)
+
+
+def test_verify_finds_what_no_teacher_writes(tmp_path):
+    too_much = from_probabilities(np.full((1, 1, 4), 0.25), 2)
+    too_much.probs[:] = 0.9
+    twice = from_probabilities(np.full((1, 1, 4), 0.25), 2)
+    twice.codes[:] = 0
+    with LabelStoreWriter(tmp_path, manifest()) as writer:
+        writer.add("too much", too_much)
+        writer.add("twice", twice)
+    assert [key for key, _ in verify(LabelStore(tmp_path))] == ["too much", "twice"]
+
+
+def test_logits_are_inspected_as_probabilities():
+    logits = from_top(np.array([[[1, 2]]]), np.array([[[2.0, -1.0]]]), num_classes=4, kind=Kind.LOGITS)
+    full = np.array([0, 2, -1, 0.0])
+    expected = np.exp(full) / np.exp(full).sum()
+    np.testing.assert_allclose(as_probabilities(logits).dense()[0, 0], expected, atol=1e-6)
+
+
+def test_figures_of_a_store_of_logits(tmp_path):
+    logits = from_top(np.array([[[1, 2]]]), np.array([[[2.0, -1.0]]]), num_classes=4, kind=Kind.LOGITS)
+    with LabelStoreWriter(tmp_path, manifest(kind=Kind.LOGITS)) as writer:
+        writer.add("bee/1.png", logits)
+    found = inspect_store(LabelStore(tmp_path), InspectConfig(verify=True))
+    assert found.broken == ()
+    assert found.class_agreement == 1
+
+
+def test_pictures_show_the_most_and_the_least_certain(folder, tmp_path):
+    for key in ("ape/1.png", "bee/1.png", "bee/2.png", "cat/1.png"):
+        (tmp_path / "images" / key).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (10, 8)).save(tmp_path / "images" / key)
+    write_pictures(LabelStore(folder), ImageFolder(tmp_path / "images"), tmp_path / "out" / "x.html", count=2)
+    page = (tmp_path / "out" / "x.html").read_text()
+    shown = re.findall(r"<figcaption>([^<]*)<br>", page)
+    assert shown == ["ape/1.png", "cat/1.png", "bee/2.png", "bee/1.png"]
+    assert page.count("data:image/png;base64") == 8
+    assert "http" not in page
+
+
+def test_pictures_of_other_images(folder, tmp_path):
+    (tmp_path / "images" / "ape").mkdir(parents=True)
+    Image.new("RGB", (4, 4)).save(tmp_path / "images" / "ape" / "9.png")
+    with pytest.raises(StoreError, match="none of the 1 images has a label"):
+        write_pictures(LabelStore(folder), ImageFolder(tmp_path / "images"), tmp_path / "x.html")
+
+
+def test_pictures_show_only_what_the_teacher_saw(tmp_path):
+    (tmp_path / "images" / "ape").mkdir(parents=True)
+    Image.new("RGB", (40, 10)).save(tmp_path / "images" / "ape" / "1.png")
+    mask = from_mask(np.zeros((2, 2), int), num_classes=4)
+
+    with LabelStoreWriter(tmp_path / "labels", manifest()) as writer:
+        writer.add("ape/1.png", replace(mask, region=Box(0.375, 0, 0.625, 1)))
+    output = tmp_path / "x.html"
+    write_pictures(LabelStore(tmp_path / "labels"), ImageFolder(tmp_path / "images"), output, count=1)
+    assert "ape 100%" in output.read_text()
+
+
+def test_failures_are_counted(tmp_path):
+    LabelStoreWriter(tmp_path, manifest(failures=(Failure("x", "y"),)))
+    assert inspect_store(LabelStore(tmp_path)).num_failures == 1
