@@ -5,12 +5,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from label_cases import TensorSizes, dense_targets, draw_box, draw_score_map, draw_targets, draw_view
+from torch import distributed as dist
 from torch import nn
 
 from tokenlabel import blocks
-from tokenlabel.align import align, collate_score_maps
+from tokenlabel.alignment import align, collate_score_maps
 from tokenlabel.geometry import stack_views
-from tokenlabel.losses import sparse_cross_entropy, token_label_loss
+from tokenlabel.losses import linear_cross_entropy, sparse_cross_entropy, token_label_loss
 from tokenlabel.mixing import Mixing, mix_targets, sample_mix
 from tokenlabel.models.outputs import Outputs
 from tokenlabel.targets import TokenTargets, class_targets
@@ -188,6 +189,160 @@ def test_nothing_of_the_size_of_the_logits_is_made_but_their_gradient(monkeypatc
     assert max(size for size in made.fresh if size < logits.numel()) <= 2 * 49 * 1000
 
 
+def draw_head(seed, width, num_classes, *, bias=True, dtype=torch.float64):
+    torch.manual_seed(seed)
+    return nn.Linear(width, num_classes, bias=bias, dtype=dtype)
+
+
+def assert_fused_equals_unfused(tokens, head, targets, *, tolerance):
+    watched = [tokens, *head.parameters()]
+    got, expected = (
+        linear_cross_entropy(tokens, head, targets),
+        sparse_cross_entropy(head(tokens), targets).mean(),
+    )
+    torch.testing.assert_close(got, expected, atol=tolerance, rtol=tolerance)
+    gradients = torch.autograd.grad(1.7 * got, watched)
+    for gradient, unfused in zip(gradients, torch.autograd.grad(1.7 * expected, watched), strict=True):
+        torch.testing.assert_close(gradient, unfused, atol=tolerance, rtol=tolerance)
+
+
+@given(seeds, st.integers(1, 3), st.integers(1, 5), counts, st.booleans(), st.booleans())
+def test_the_fused_head_equals_head_and_loss(seed, num_images, num_tokens, num_classes, bias, weighted):
+    targets = draw_targets(
+        np.random.default_rng(seed), (num_images, num_tokens), num_classes, weighted=weighted
+    )
+    tokens = draw_logits(seed, num_images, num_tokens, 8)
+    head = draw_head(seed, 8, num_classes, bias=bias)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(blocks.BLOCK_SIZE, "cpu", num_tokens * num_classes * (1 + seed % 2))
+        assert_fused_equals_unfused(tokens, head, targets, tolerance=1e-10)
+
+
+def test_the_fused_head_in_float32():
+    targets = draw_targets(np.random.default_rng(0), (4, 9), 1000)
+    tokens = draw_logits(0, 4, 9, 32, dtype=torch.float32)
+    assert_fused_equals_unfused(tokens, draw_head(0, 32, 1000, dtype=torch.float32), targets, tolerance=1e-5)
+
+
+def test_the_fused_head_under_autocast():
+    """As near to float32 as the unfused form is, and with gradients in the parameters' dtype."""
+    targets = draw_targets(np.random.default_rng(0), (4, 9), 1000, weighted=True)
+    tokens, head = draw_logits(0, 4, 9, 32, dtype=torch.float32), draw_head(0, 32, 1000, dtype=torch.float32)
+    watched = [tokens, head.weight, head.bias]
+    exact = sparse_cross_entropy(head(tokens), targets).mean()
+    exact_gradients = torch.autograd.grad(exact, watched)
+    with torch.autocast("cpu", torch.bfloat16):
+        fused = linear_cross_entropy(tokens, head, targets)
+        unfused = sparse_cross_entropy(
+            head(tokens), targets
+        ).mean()  # after it: the head's gradient must not get lost
+    torch.testing.assert_close(fused, unfused, atol=1e-5, rtol=1e-5)
+    gradients, unfused_gradients = torch.autograd.grad(fused, watched), torch.autograd.grad(unfused, watched)
+    for gradient, other, expected in zip(gradients, unfused_gradients, exact_gradients, strict=True):
+        assert gradient.dtype == torch.float32
+        assert (gradient - expected).norm() < 1.2 * (other - expected).norm() + 1e-7
+
+
+def test_the_fused_head_accumulates_gradients():
+    """Two half batches, each divided by two, leave the gradient of the whole batch; backward twice leaves it twice."""
+    targets, head = draw_targets(np.random.default_rng(0), (4, 3), 7), draw_head(0, 5, 7)
+    tokens = draw_logits(0, 4, 3, 5).detach()
+    (linear_cross_entropy(tokens, head, targets)).backward()
+    assert head.weight.grad is not None
+    whole = head.weight.grad.clone()
+    head.zero_grad()
+    for half in (torch.tensor([0, 1]), torch.tensor([2, 3])):
+        (linear_cross_entropy(tokens[half], head, targets.of_images(half)) / 2).backward()
+    torch.testing.assert_close(head.weight.grad, whole)
+    loss = linear_cross_entropy(tokens, head, targets)
+    loss.backward(retain_graph=True)
+    loss.backward()
+    torch.testing.assert_close(head.weight.grad, 3 * whole)
+
+
+def test_the_fused_head_without_gradients():
+    targets, head = draw_targets(np.random.default_rng(0), (4, 3), 7), draw_head(0, 5, 7)
+    tokens = draw_logits(0, 4, 3, 5)
+    with torch.no_grad():
+        loss = linear_cross_entropy(tokens, head, targets)
+    assert not loss.requires_grad
+    torch.testing.assert_close(loss, linear_cross_entropy(tokens, head, targets).detach())
+
+
+def test_the_fused_head_compiles_whole(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    targets, head, tokens = (
+        draw_targets(np.random.default_rng(0), (2, 3), 20),
+        draw_head(0, 4, 20),
+        draw_logits(0, 2, 3, 4),
+    )
+    compiled = torch.compile(linear_cross_entropy, backend="aot_eager", fullgraph=True)
+    got, expected = compiled(tokens, head, targets), linear_cross_entropy(tokens, head, targets)
+    torch.testing.assert_close(got, expected)
+    watched = [tokens, head.weight, head.bias]
+    torch.testing.assert_close(torch.autograd.grad(got, watched), torch.autograd.grad(expected, watched))
+
+
+def test_the_fused_head_under_distributed_data_parallel(tmp_path):
+    """The head is used outside of the wrapped forward; its gradient must be reduced all the same, step by step."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.trunk, self.head = nn.Linear(6, 4), nn.Linear(4, 9)
+
+        def forward(self, images):
+            tokens = self.trunk(images)
+            return Outputs(self.head(tokens.mean(dim=1)), tokens, self.head, grid=(1, 3))
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        torch.manual_seed(0)
+        model = Model()
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        images, targets = torch.rand(2, 3, 6), draw_targets(np.random.default_rng(0), (2, 3), 9)
+        on_class, parameters = class_targets(torch.tensor([1, 2])), list(model.parameters())
+        for _ in range(2):
+            expected = torch.autograd.grad(
+                token_label_loss(model(images), on_class, targets).total, parameters
+            )
+            wrapped.zero_grad()
+            token_label_loss(wrapped(images), on_class, targets).total.backward()
+            torch.testing.assert_close([p.grad for p in parameters], list(expected))
+    finally:
+        dist.destroy_process_group()
+
+
+def test_the_fused_head_never_holds_all_logits(monkeypatch):
+    num_images, num_tokens, width, num_classes = 8, 49, 16, 1000
+    monkeypatch.setitem(blocks.BLOCK_SIZE, "cpu", num_tokens * num_classes)
+    targets = draw_targets(np.random.default_rng(0), (num_images, num_tokens), num_classes)
+    tokens = draw_logits(0, num_images, num_tokens, width, dtype=torch.float32)
+    head = draw_head(0, width, num_classes, dtype=torch.float32)
+    with TensorSizes() as made:
+        linear_cross_entropy(tokens, head, targets).backward()
+    assert made.largest == num_tokens * num_classes
+
+
+def test_the_objective_is_fused_where_logits_outgrow_features(monkeypatch):
+    """Both ways lead to the same numbers; large logits are not made whole."""
+    rng, num_classes = np.random.default_rng(0), 500
+    on_class, on_tokens = draw_targets(rng, (6, 1), num_classes), draw_targets(rng, (6, 8), num_classes)
+    monkeypatch.setitem(blocks.BLOCK_SIZE, "cpu", 8 * num_classes)
+    linear = draw_head(0, 4, num_classes)
+    wrapped = nn.Sequential(linear)  # not a bare linear layer
+    largest, results = [], []
+    for head in (linear, wrapped):
+        outputs = Outputs(draw_logits(0, 6, num_classes), draw_logits(1, 6, 8, 4), head, grid=(2, 4))
+        with TensorSizes() as made:
+            loss = token_label_loss(outputs, on_class, on_tokens)
+        largest.append(made.largest)
+        watched = [outputs.class_logits, outputs.tokens, linear.weight, linear.bias]
+        results.append([loss.total.detach(), *torch.autograd.grad(loss.total, watched)])
+    torch.testing.assert_close(results[0], results[1])
+    assert largest[0] < 6 * 8 * num_classes <= largest[1]
+
+
 def test_the_objective_is_the_class_part_plus_beta_times_the_token_part():
     rng = np.random.default_rng(0)
     head = nn.Linear(4, 6).double()
@@ -234,5 +389,5 @@ def test_two_ranks_are_one():
 
 def test_targets_of_another_grid_are_refused():
     targets = draw_targets(np.random.default_rng(0), (2, 4), 6)
-    with pytest.raises(ValueError, match=r"logits of \(2, 9\) .* targets of \(2, 4\)"):
+    with pytest.raises(ValueError, match=r"outputs of \(2, 9\) .* targets of \(2, 4\)"):
         sparse_cross_entropy(draw_logits(0, 2, 9, 6), targets)

@@ -8,7 +8,7 @@ import torch
 
 # About so many numbers are held at once: on a CPU what its cache takes, elsewhere enough to keep a GPU busy.
 BLOCK_SIZE = {"cpu": 1 << 20}
-BLOCK_SIZE_ELSEWHERE = 1 << 25
+BLOCK_SIZE_ELSEWHERE = 1 << 24
 
 
 def blocks(count: int, numbers_each: int, device: torch.device) -> list[slice]:

@@ -1,4 +1,7 @@
-"""The token labeling objective, exact and without a B x N x C target."""
+"""The token labeling objective, exact and without a B x N x C target.
+
+The fused form (`linear_cross_entropy`) goes without B x N x C logits too.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,9 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from tokenlabel.blocks import blocks
 from tokenlabel.models.outputs import Outputs
@@ -37,7 +41,13 @@ def token_label_loss(
     class_part = sparse_cross_entropy(outputs.class_logits[:, None], class_targets).mean()
     if token_targets is None:
         return TokenLabelLoss(class_part, class_part.detach(), torch.zeros_like(class_part))
-    token_part = sparse_cross_entropy(outputs.token_logits, token_targets).mean()
+    head = outputs.token_head
+    # Only then are logits larger than the features whose gradient the fused form keeps. Exactly Linear: what
+    # wraps or parametrises a layer has a type of its own.
+    if type(head) is nn.Linear and head.out_features > head.in_features:
+        token_part = linear_cross_entropy(outputs.tokens, head, token_targets)
+    else:
+        token_part = sparse_cross_entropy(outputs.token_logits, token_targets).mean()
     return TokenLabelLoss(class_part + beta * token_part, class_part.detach(), token_part.detach())
 
 
@@ -51,14 +61,39 @@ def sparse_cross_entropy(logits: Float[Tensor, "B N C"], targets: TokenTargets) 
     target, the log-softmax and their product, each B x N x C.
     Raises ValueError if logits and targets are not of the same images and tokens.
     """
-    if logits.shape[:2] != targets.weight.shape:
-        raise ValueError(
-            f"logits of {tuple(logits.shape[:2])} (images, tokens) do not fit targets of "
-            f"{tuple(targets.weight.shape)}; align the score maps to the grid that the model reports"
-        )
+    _check_same_tokens(logits, targets)
     loss = _SparseCrossEntropy.apply(logits, targets.classes, targets.excess, targets.floor, targets.weight)
     assert isinstance(loss, Tensor)
     return loss
+
+
+def linear_cross_entropy(
+    tokens: Float[Tensor, "B N D"], head: nn.Linear, targets: TokenTargets
+) -> Float[Tensor, ""]:
+    """Return the mean over tokens of weight * H(target, softmax(head(tokens))), without the logits of all tokens.
+
+    The same number and the same gradients (of tokens, weight and bias) as `sparse_cross_entropy(head(tokens),
+    targets).mean()`, but logits and their gradient exist for one block of images at a time, under autocast in its
+    dtype. The gradients are made together with the loss; backward() only scales them.
+    """
+    _check_same_tokens(tokens, targets)
+    loss = _LinearCrossEntropy.apply(
+        tokens,
+        head.weight,
+        head.bias,
+        (targets.classes, targets.excess, targets.floor, targets.weight),
+        torch.is_grad_enabled(),
+    )
+    assert isinstance(loss, Tensor)
+    return loss
+
+
+def _check_same_tokens(outputs: Tensor, targets: TokenTargets) -> None:
+    if outputs.shape[:2] != targets.weight.shape:
+        raise ValueError(
+            f"outputs of {tuple(outputs.shape[:2])} (images, tokens) do not fit targets of "
+            f"{tuple(targets.weight.shape)}; align the score maps to the grid that the model reports"
+        )
 
 
 class _SparseCrossEntropy(torch.autograd.Function):
@@ -68,12 +103,11 @@ class _SparseCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         exact = torch.promote_types(logits.dtype, torch.float32)
         loss = torch.empty_like(floor, dtype=exact)
-        slices, buffer = _blocks(logits, exact)
+        slices, buffer = _blocks(logits, logits.shape[2], exact)
         for images in slices:
             z = logits[images]
             z = torch.log_softmax(z, dim=2, dtype=exact, out=buffer[: len(z)])
-            named = z.gather(2, classes[images, None, :].expand_as(excess[images]))  # [b, N, U]
-            loss[images] = -(excess[images] * named).sum(dim=2) - floor[images] * z.sum(dim=2)
+            loss[images] = _cross_entropy(z, classes[images], excess[images], floor[images])
         ctx.save_for_backward(logits, classes, excess, floor, weight)
         return loss
 
@@ -84,21 +118,102 @@ class _SparseCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         logits, classes, excess, floor, weight = ctx.saved_tensors
         grad_logits = torch.empty_like(logits)
-        slices, buffer = _blocks(logits, grad_loss.dtype)
+        slices, buffer = _blocks(logits, logits.shape[2], grad_loss.dtype)
         for images in slices:
-            z, scale = logits[images], grad_loss[images, :, None]
-            gradient = torch.softmax(z, dim=2, dtype=grad_loss.dtype, out=buffer[: len(z)])  # [b, N, C]
-            gradient.mul_(scale * weight[images, :, None]).sub_(scale * floor[images, :, None])
-            named = classes[images, None, :].expand_as(excess[images])
-            gradient.scatter_add_(2, named, (-scale * excess[images]).to(gradient.dtype))
-            grad_logits[images] = gradient
+            z, scale = logits[images], grad_loss[images]
+            probs = torch.softmax(z, dim=2, dtype=grad_loss.dtype, out=buffer[: len(z)])  # [b, N, C]
+            grad_logits[images] = _to_gradient(
+                probs,
+                classes[images],
+                scale[..., None] * excess[images],
+                scale * floor[images],
+                scale * weight[images],
+            )
         return grad_logits, None, None, None, None
 
 
-def _blocks(logits: Tensor, dtype: torch.dtype) -> tuple[list[slice], Tensor]:
-    """Return slices of the batch, and room for one of them.
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        tokens: Tensor,
+        head_weight: Tensor,
+        head_bias: Tensor | None,
+        targets: tuple[Tensor, ...],
+        with_gradients: bool,
+    ) -> Tensor:
+        narrow, exact = _linear_dtype(tokens), torch.promote_types(tokens.dtype, torch.float32)
+        matrix, bias = head_weight.to(narrow), None if head_bias is None else head_bias.to(narrow)
+        loss = tokens.new_zeros((), dtype=exact)
+        grad_tokens = torch.empty_like(tokens, dtype=narrow)
+        grad_weight, grad_bias = torch.zeros_like(head_weight), head_weight.new_zeros(len(head_weight))
+        slices, buffer = _blocks(tokens, len(head_weight), exact)
+        for images in slices:
+            block, part = tokens[images].to(narrow), tuple(t[images] for t in targets)
+            room = buffer[: len(block)]
+            loss += _loss_with_gradient(F.linear(block, matrix, bias), part, room, with_gradients)
+            if with_gradients:
+                grad_bias += room.sum(dim=(0, 1))
+                gradient = room.to(narrow)
+                grad_tokens[images] = gradient @ matrix
+                grad_weight += gradient.flatten(0, 1).T @ block.flatten(0, 1)
+        ctx.save_for_backward(grad_tokens, grad_weight, None if head_bias is None else grad_bias)
+        ctx.num_tokens = tokens.shape[0] * tokens.shape[1]
+        return loss / ctx.num_tokens
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad_loss: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        grad_tokens, grad_weight, grad_bias = ctx.saved_tensors
+        scale = (grad_loss / ctx.num_tokens).view(1)  # one axis, so that half precision gradients are widened
+        return (
+            grad_tokens * scale,
+            grad_weight * scale,
+            None if grad_bias is None else grad_bias * scale,
+            None,
+            None,
+        )
+
+
+def _loss_with_gradient(
+    logits: Tensor, targets: tuple[Tensor, ...], room: Tensor, with_gradient: bool
+) -> Tensor:
+    """Return the sum of the loss over a block, and leave its gradient in `room` [b, N, C]."""
+    classes, excess, floor, weight = targets
+    logits = logits.to(room.dtype)
+    loss = _cross_entropy(torch.log_softmax(logits, dim=2, out=room), classes, excess, floor).sum()
+    if with_gradient:
+        probs = torch.softmax(logits, dim=2, out=room)  # cheaper than exp
+        _to_gradient(probs, classes, excess, floor, weight)
+    return loss
+
+
+def _cross_entropy(log_probs: Tensor, classes: Tensor, excess: Tensor, floor: Tensor) -> Tensor:
+    """Return weight * H of each token [B, N]."""
+    named = log_probs.gather(2, classes[:, None, :].expand_as(excess))  # [B, N, U]
+    return -(excess * named).sum(dim=2) - floor * log_probs.sum(dim=2)
+
+
+def _to_gradient(probs: Tensor, classes: Tensor, excess: Tensor, floor: Tensor, weight: Tensor) -> Tensor:
+    """Turn probabilities [B, N, C] into the gradient of the loss in place: weight * probs - target."""
+    probs.mul_(weight[..., None]).sub_(floor[..., None])
+    return probs.scatter_add_(2, classes[:, None, :].expand_as(excess), -excess.to(probs.dtype))
+
+
+def _blocks(rows: Tensor, num_classes: int, dtype: torch.dtype) -> tuple[list[slice], Tensor]:
+    """Return slices of the batch [B, N, ...], and room for the logits of one of them.
 
     Memory that is new to a process costs more to touch than the arithmetic on it, hence one buffer for all.
     """
-    slices = blocks(len(logits), logits[0].numel(), logits.device)
-    return slices, torch.empty_like(logits[slices[0]], dtype=dtype)
+    num_images, num_tokens = rows.shape[:2]
+    slices = blocks(num_images, num_tokens * num_classes, rows.device)
+    return slices, rows.new_empty(slices[0].stop, num_tokens, num_classes, dtype=dtype)
+
+
+def _linear_dtype(tensor: Tensor) -> torch.dtype:
+    """Return the dtype in which a linear layer takes this tensor: autocast's where it is on."""
+    device = tensor.device.type
+    autocast = torch.is_autocast_enabled(device) and tensor.dtype is not torch.float64
+    return torch.get_autocast_dtype(device) if autocast else tensor.dtype
