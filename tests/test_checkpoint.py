@@ -68,6 +68,8 @@ def test_a_loaded_state_goes_on_bit_by_bit(tmp_path):
     for step in (3, 4):
         take_step(unbroken, step)
         take_step(continued, step)
+    assert unbroken.ema is not None
+    assert continued.ema is not None
     assert same_weights(unbroken.model, continued.model)
     assert same_weights(unbroken.ema.module, continued.ema.module)
 
@@ -78,6 +80,7 @@ def test_a_model_comes_back_with_its_average_and_its_classes(tmp_path):
     loaded = load_model(tmp_path)
     assert (loaded.class_names, loaded.step, loaded.recipe) == (CLASS_NAMES, 2, RECIPE)
     assert not loaded.model.training
+    assert trained.ema is not None
     assert same_weights(loaded.model, trained.ema.module)
 
 

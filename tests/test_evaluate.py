@@ -31,6 +31,9 @@ class Oracle(TokenModel):
     def no_weight_decay(self):
         return set()
 
+    def layers(self):
+        return {}
+
 
 def batch_of(masks, class_ids, score_maps=None):
     images = torch.from_numpy(np.stack(masks)).to(torch.uint8)[:, None].repeat(1, 3, 1, 1)

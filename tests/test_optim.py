@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tokenlabel.models import create_model
-from tokenlabel.optim import OptimConfig, create_ema, create_optimizer, learning_rate
+from tokenlabel.optim import OptimConfig, create_ema, create_optimizer, learning_rate, set_learning_rate
 
 PAPER = OptimConfig(lr=1.6e-3, lr_batch_size=1024, cooldown_epochs=10.0)
 
@@ -48,6 +48,16 @@ def test_weights_decay_and_the_rest_does_not():
     assert {"pos_embed", "cls_token", "norm.weight", "norm.bias", "head.bias"} <= plain
     assert {"head.weight", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight"} <= decayed
     assert len(decayed) + len(plain) == len(names)
+
+
+def test_layers_learn_the_slower_the_nearer_to_the_stem_they_are():
+    model = small_model()
+    optimizer = create_optimizer(model, OptimConfig(lr=1.0, lr_batch_size=1, layer_decay=0.5))
+    set_learning_rate(optimizer, 0.1)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    layers = model.layers()
+    for name, parameter in model.named_parameters():
+        assert rates[id(parameter)] == pytest.approx(0.1 * 0.5 ** (max(layers.values()) - layers[name]))
 
 
 def test_frozen_parameters_are_left_to_nobody():

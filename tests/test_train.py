@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from tokenlabel.checkpoint import list_checkpoints, load_model
 from tokenlabel.recipe import RecipeError, recipe_from_dict
@@ -167,6 +168,21 @@ def test_without_labels_the_token_head_stays_as_it_was_made(scenes, tmp_path):
     assert all(line["token_loss"] == 0 for line in lines)
 
 
+def test_fine_tuning_begins_with_the_weights_of_another_run(scenes, tmp_path):
+    train(recipe_for(scenes), tmp_path / "first", device=CPU)
+    (folder,) = list_checkpoints(tmp_path / "first")[-1:]
+    frozen = recipe_for(
+        scenes, epochs=1, model__weights=str(folder), model__frozen_layers=1, optim__ema_decay=None
+    )
+    train(frozen, tmp_path / "second", device=CPU)
+    before, after = (
+        load_file(folder / "model.safetensors"),
+        load_model(tmp_path / "second").model.state_dict(),
+    )
+    layers = load_model(tmp_path / "second").model.layers()
+    assert all(torch.equal(after[name], before[name]) == (layer == 0) for name, layer in layers.items())
+
+
 def test_a_loss_that_is_not_a_number_stops_the_run_and_is_not_saved(scenes, tmp_path):
     recipe = recipe_for(scenes, optim__lr=1e30, optim__warmup_lr=1e30)
     with pytest.raises(DivergedError, match=r"optim\.lr"):
@@ -234,6 +250,6 @@ def test_a_run_that_is_asked_to_stop_saves_its_state_first(scenes, tmp_path, num
     process.send_signal(number)
     output, _ = process.communicate()
     assert process.returncode == 128 + number, output
-    step = int(re.search(r"stopped after step ([\d,]+)", output)[1].replace(",", ""))
+    (step,) = (int(number.replace(",", "")) for number in re.findall(r"stopped after step ([\d,]+)", output))
     assert [int(folder.name) for folder in list_checkpoints(run)] == [step]
     assert "Traceback" not in output

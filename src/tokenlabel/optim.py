@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from timm.utils.model_ema import ModelEmaV3
@@ -30,6 +31,8 @@ class OptimConfig:
     """Epochs at `min_lr` at the end, counted within the recipe's epochs."""
     weight_decay: float = 0.05
     """Decay of weights; biases, norms and what the model names (position embedding, class token) take none."""
+    layer_decay: float = 1.0
+    """Each layer learns at this times the rate of the layer above it; 1 for all alike, .65-.9 to fine-tune."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's averages."""
     eps: float = 1e-8
@@ -43,17 +46,29 @@ class OptimConfig:
 
 
 def create_optimizer(model: TokenModel, config: OptimConfig) -> torch.optim.AdamW:
-    """Return AdamW over the trainable parameters, in a group with weight decay and one without."""
-    spared = model.no_weight_decay()
-    decayed, plain = [], []
+    """Return AdamW over the trainable parameters, grouped by layer and by whether they decay.
+
+    A group's `lr_scale` is what the learning rate of a step is multiplied with (`set_learning_rate`).
+    """
+    spared, layers = model.no_weight_decay(), model.layers()
+    top = max(layers.values())
+    groups: dict[tuple[bool, int], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            (plain if parameter.ndim <= 1 or name in spared else decayed).append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+            decays = parameter.ndim > 1 and name not in spared
+            layer = layers[name] if config.layer_decay != 1 else top
+            weight_decay = config.weight_decay if decays else 0.0
+            scale = config.layer_decay ** (top - layer)
+            new = {"params": [], "weight_decay": weight_decay, "lr_scale": scale}
+            groups.setdefault((decays, layer), new)["params"].append(parameter)
+    ordered = [groups[key] for key in sorted(groups, reverse=True)]
+    return torch.optim.AdamW(ordered, lr=config.lr, betas=config.betas, eps=config.eps)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the learning rate of a step, each group's by its layer."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["lr_scale"]
 
 
 def create_ema(model: nn.Module, config: OptimConfig) -> ModelEmaV3 | None:

@@ -11,7 +11,7 @@ from enum import Enum
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, TypeGuard, get_type_hints
 
 import jsonargparse
 import yaml
@@ -56,6 +56,12 @@ class ModelConfig:
     """Height and width of the images that it sees in training and evaluation."""
     options: dict[str, Any] = field(default_factory=dict)
     """What else the model's constructor takes, such as `depth` or `drop_path`."""
+    weights: str | None = None
+    """Checkpoint to begin with: a published file (.pth.tar, .safetensors) or one of our checkpoint folders."""
+    average: bool = False
+    """Begin with the running average (EMA) of the weights in that checkpoint."""
+    frozen_layers: int = 0
+    """How many layers, counted from the stem, keep the weights that they begin with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,10 +254,14 @@ def _near(word: str, known: Sequence[str]) -> str:
     return f"; known there: {', '.join(beside)}" if beside else ""
 
 
+def _is_config(kind: Any) -> TypeGuard[type]:
+    return isinstance(kind, type) and dataclasses.is_dataclass(kind)
+
+
 def _field_names(config: type, prefix: str = "") -> list[str]:
     names = []
     for name, kind in get_type_hints(config).items():
-        nested = _field_names(kind, f"{prefix}{name}.") if dataclasses.is_dataclass(kind) else []
+        nested = _field_names(kind, f"{prefix}{name}.") if _is_config(kind) else []
         names += nested or [prefix + name]
     return names
 
@@ -260,7 +270,7 @@ def _enums(config: type) -> set[type[Enum]]:
     """Return the enums among the fields of a dataclass and of those nested in it."""
     found: set[type[Enum]] = set()
     for kind in get_type_hints(config).values():
-        if dataclasses.is_dataclass(kind):
+        if _is_config(kind):
             found |= _enums(kind)
         elif isinstance(kind, type) and issubclass(kind, Enum):
             found.add(kind)

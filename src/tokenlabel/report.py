@@ -157,7 +157,7 @@ def _label_sections(recipe: Recipe) -> list[str]:
     assert targets is not None
     labels = _cells(targets, grid, len(names))
     for i, index in enumerate(chosen):
-        key = dataset.source.keys[index]
+        key = batch.keys[i]
         original = np.asarray(decode_image(dataset.source.read(index), key))
         score_map = dataset.store[key]
         maps += [(enlarged(original), key), (with_cells(original, score_map.dense(), names), "teacher's map")]

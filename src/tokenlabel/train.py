@@ -37,9 +37,17 @@ from tokenlabel.erasing import Erased, erase
 from tokenlabel.evaluate import Evaluation, evaluate, evaluation_set
 from tokenlabel.losses import token_label_loss
 from tokenlabel.mixing import MixPlan, mix_targets, sample_mix
-from tokenlabel.models import TokenModel, create_model
-from tokenlabel.optim import create_ema, create_optimizer, learning_rate
-from tokenlabel.recipe import RECIPE_FILE, Recipe, RecipeError, read_recipe, settings, write_recipe
+from tokenlabel.models import TokenModel, create_model, load_published
+from tokenlabel.optim import create_ema, create_optimizer, learning_rate, set_learning_rate
+from tokenlabel.recipe import (
+    RECIPE_FILE,
+    ModelConfig,
+    Recipe,
+    RecipeError,
+    read_recipe,
+    settings,
+    write_recipe,
+)
 from tokenlabel.runlog import RunLog, Stopwatch
 from tokenlabel.store import LabelStore
 from tokenlabel.targets import TokenTargets, class_targets
@@ -129,9 +137,8 @@ def build(recipe: Recipe, *, device: torch.device) -> Training:
     if store is not None:
         check_labels(source, store)
     torch.manual_seed(recipe.seed)
-    num_classes, size_px = len(source.class_names), recipe.model.size_px
-    model = create_model(recipe.model.name, num_classes=num_classes, size_px=size_px, **recipe.model.options)
-    model.to(device=device, memory_format=torch.channels_last)
+    size_px = recipe.model.size_px
+    model = _begin(recipe.model, num_classes=len(source.class_names)).to(device)
     return Training(
         recipe=recipe,
         model=model,
@@ -144,6 +151,18 @@ def build(recipe: Recipe, *, device: torch.device) -> Training:
         steps_per_epoch=max(1, len(source) // recipe.batch_size),
         device=device,
     )
+
+
+def _begin(config: ModelConfig, *, num_classes: int) -> TokenModel:
+    """Return the model as it is before the first step."""
+    model = create_model(config.name, num_classes=num_classes, size_px=config.size_px, **config.options)
+    if config.weights is not None:
+        load_published(model, config.weights, average=config.average)
+    model.freeze(config.frozen_layers)
+    for parameter in model.parameters():  # convolutions run faster so
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    return model
 
 
 def step_seed(seed: int, step: int) -> int:
@@ -170,8 +189,7 @@ def train_step(training: Training, batch: Batch, step: int, watch: Stopwatch) ->
     training.optimizer.zero_grad()
     loss.total.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.optim.clip_grad_norm or math.inf)
-    for group in training.optimizer.param_groups:
-        group["lr"] = _learning_rate(training, step)
+    set_learning_rate(training.optimizer, _learning_rate(training, step))
     training.optimizer.step()
     if training.ema is not None:
         training.ema.update(model, step=step)
