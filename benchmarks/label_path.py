@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torchvision.ops import roi_align
 
 from benchmarks.measure import Row, Settings, interleave, peak_bytes, ratios
-from tokenlabel.align import ScoreMapBatch, align, collate_score_maps
+from tokenlabel.alignment import ScoreMapBatch, align, collate_score_maps
 from tokenlabel.geometry import Box, View, stack_views
 from tokenlabel.losses import sparse_cross_entropy
 from tokenlabel.scores import ScoreMap, from_top

@@ -25,11 +25,12 @@ import torch
 
 from tokenlabel.alignment import align
 from tokenlabel.augment import TrainTransform
-from tokenlabel.data import TokenLabelDataset, collate, open_images
+from tokenlabel.data import TokenLabelDataset, collate
 from tokenlabel.evaluate import MaskFolder, agreement
 from tokenlabel.recipe import read_recipe
 from tokenlabel.runlog import read_metrics
 from tokenlabel.scenes import write_scenes
+from tokenlabel.sources import open_images
 from tokenlabel.store import LabelStore
 
 ROWS = {

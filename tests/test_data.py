@@ -38,9 +38,9 @@ from tokenlabel.images import (
     check_images,
     decode_image,
     decode_pixels,
-    open_images,
 )
 from tokenlabel.scores import from_mask
+from tokenlabel.sources import open_images
 
 SIZE_PX = (6, 8)  # height, width
 

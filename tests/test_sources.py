@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from tokenlabel.images import DataError, ImageError, ImageFolder, decode_image
-from tokenlabel.sources import ListedImages, TarImages, open_source
+from tokenlabel.sources import ListedImages, TarImages, open_images
 
 CLASSES = ("ape", "bee", "cat")
 
@@ -46,7 +46,7 @@ def test_tar_files_hold_the_same_images_as_the_folder_they_were_made_of(tmp_path
     (tmp_path / "tars").mkdir()
     write_tar(tmp_path / "tars" / "b.tar", {f"./{name}": short[name] for name in names[:3]})
     write_tar(tmp_path / "tars" / "a.tar", {name: short[name] for name in names[3:]} | {"readme.md": b""})
-    folder, tars = ImageFolder(tmp_path / "folder"), open_source(tmp_path / "tars")
+    folder, tars = ImageFolder(tmp_path / "folder"), open_images(tmp_path / "tars")
     assert isinstance(tars, TarImages)
     tars = pickle.loads(pickle.dumps(tars))
     assert list(tars.keys) == list(folder.keys)
@@ -57,7 +57,7 @@ def test_tar_files_hold_the_same_images_as_the_folder_they_were_made_of(tmp_path
 
 
 def test_names_longer_than_tar_headers_hold(tmp_path, files):
-    tars = open_source(write_tar(tmp_path / "x.tar", files))
+    tars = open_images(write_tar(tmp_path / "x.tar", files))
     assert list(tars.keys) == sorted(files)
     assert all(tars.read(i) == files[key] for i, key in enumerate(tars.keys))
     assert isinstance(decode_image(tars.read(0), "x"), Image.Image)
@@ -65,7 +65,7 @@ def test_names_longer_than_tar_headers_hold(tmp_path, files):
 
 def test_webdataset_tells_classes_by_number(tmp_path):
     files = {f"00{i}.jpg": encoded(i) for i in range(3)} | {f"00{i}.cls": b"%d\n" % (2 - i) for i in range(3)}
-    source = open_source(write_tar(tmp_path / "x.tar", files))
+    source = open_images(write_tar(tmp_path / "x.tar", files))
     assert source.class_names == ["0", "1", "2"]
     assert source.class_ids.tolist() == [2, 1, 0]
 
@@ -81,17 +81,17 @@ def test_webdataset_tells_classes_by_number(tmp_path):
 )
 def test_tar_files_that_cannot_be_used(tmp_path, files, message):
     with pytest.raises(DataError, match=message):
-        open_source(write_tar(tmp_path / "x.tar", files))
+        open_images(write_tar(tmp_path / "x.tar", files))
 
 
 def test_damaged_tar_files(tmp_path, files):
     path = write_tar(tmp_path / "x.tar", files)
-    source = open_source(path)
+    source = open_images(path)
     with pytest.raises(DataError, match=r"there twice \(also in"):
         TarImages([path, path])
     (tmp_path / "y.tar").write_bytes(b"no tar file at all" * 100)
     with pytest.raises(DataError, match=r"y\.tar: cannot be read as a tar file"):
-        open_source(tmp_path / "y.tar")
+        open_images(tmp_path / "y.tar")
     path.write_bytes(path.read_bytes()[:600])
     with pytest.raises(ImageError, match="cut short"):
         source.read(len(source) - 1)
@@ -111,7 +111,7 @@ def test_damaged_tar_files(tmp_path, files):
 )
 def test_lists(tmp_path, text, keys, class_names, class_ids):
     (tmp_path / "list.txt").write_text(text)
-    source = pickle.loads(pickle.dumps(open_source(tmp_path / "list.txt")))
+    source = pickle.loads(pickle.dumps(open_images(tmp_path / "list.txt")))
     assert isinstance(source, ListedImages)
     assert list(source.keys) == keys
     assert source.class_names == class_names
@@ -135,12 +135,12 @@ def test_lists(tmp_path, text, keys, class_names, class_ids):
 def test_lists_that_cannot_be_used(tmp_path, text, message):
     (tmp_path / "list.txt").write_text(text)
     with pytest.raises(DataError, match=message):
-        open_source(tmp_path / "list.txt")
+        open_images(tmp_path / "list.txt")
 
 
 def test_folders_are_opened_as_ever(tmp_path, files):
     (tmp_path / "ape").mkdir()
     (tmp_path / "ape" / "1.png").write_bytes(encoded(1))
-    assert isinstance(open_source(tmp_path), ImageFolder)
+    assert isinstance(open_images(tmp_path), ImageFolder)
     with pytest.raises(DataError):
-        open_source(tmp_path / "nowhere")
+        open_images(tmp_path / "nowhere")

@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tokenlabel.alignment import align, collate_score_maps
     from tokenlabel.annotation import AnnotateConfig, annotate
-    from tokenlabel.data import TokenLabelDataset, collate, open_images
+    from tokenlabel.data import TokenLabelDataset, collate
     from tokenlabel.geometry import Box, View, stack_views
     from tokenlabel.losses import sparse_cross_entropy, token_label_loss
     from tokenlabel.mixing import MixPlan, mix_images, mix_targets, sample_mix
     from tokenlabel.models import Outputs, create_model
     from tokenlabel.scores import ScoreMap
+    from tokenlabel.sources import open_images
     from tokenlabel.store import LabelStore, LabelStoreWriter
     from tokenlabel.targets import TokenTargets, class_targets
 
@@ -28,12 +29,13 @@ if TYPE_CHECKING:
 _HOMES = {
     "alignment": ("align", "collate_score_maps"),
     "annotation": ("AnnotateConfig", "annotate"),
-    "data": ("TokenLabelDataset", "collate", "open_images"),
+    "data": ("TokenLabelDataset", "collate"),
     "geometry": ("Box", "View", "stack_views"),
     "losses": ("sparse_cross_entropy", "token_label_loss"),
     "mixing": ("MixPlan", "mix_images", "mix_targets", "sample_mix"),
     "models": ("Outputs", "create_model"),
     "scores": ("ScoreMap",),
+    "sources": ("open_images",),
     "store": ("LabelStore", "LabelStoreWriter"),
     "targets": ("TokenTargets", "class_targets"),
 }

@@ -26,7 +26,7 @@ from tokenlabel.ensemble import load_teachers
 from tokenlabel.images import ImageSource
 from tokenlabel.labelling import Labelling
 from tokenlabel.masks import MAX_IDS, MaskTeacher
-from tokenlabel.sources import open_source
+from tokenlabel.sources import open_images
 from tokenlabel.store import (
     Failure,
     LabelStore,
@@ -83,7 +83,7 @@ def annotate(
     ScoreError for scores that are not finite (naming the image), ImageError for an image that does not decode
     if `strict`.
     """
-    source = open_source(images) if isinstance(images, (str, Path)) else images
+    source = open_images(images) if isinstance(images, (str, Path)) else images
     device = device or default_device()
     return annotate_by(make_teacher(config, source, device), source, folder, config=config, device=device)
 

@@ -33,7 +33,6 @@ from tokenlabel.images import (
     check_images,
     decode_image,
     decode_pixels,
-    open_images,
 )
 from tokenlabel.scores import ScoreMap
 
@@ -58,7 +57,6 @@ __all__ = [
     "decode_pixels",
     "make_loader",
     "normalize_images",
-    "open_images",
 ]
 
 Transform = Callable[[NDArray[np.uint8], np.random.Generator], tuple[NDArray[np.uint8], View]]

@@ -25,12 +25,12 @@ from tokenlabel.data import (
     check_images,
     make_loader,
     normalize_images,
-    open_images,
 )
 from tokenlabel.geometry import View, stack_views
 from tokenlabel.models import Inference, TokenModel
 from tokenlabel.recipe import Recipe
 from tokenlabel.scores import ScoreMap, from_mask
+from tokenlabel.sources import open_images
 from tokenlabel.store import LabelStore
 from tokenlabel.targets import TokenTargets
 

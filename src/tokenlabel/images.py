@@ -201,11 +201,6 @@ class ImageCheck(StrEnum):
     NONE = "none"
 
 
-def open_images(path: str | Path) -> ImageSource:
-    """Return the images of a folder with one folder a class. Raises DataError for anything else."""
-    return ImageFolder(path)
-
-
 def decode_image(data: bytes, name: str) -> Image.Image:
     """Decode to RGB; `name` is what the ImageError calls an image that does not decode.
 

@@ -26,7 +26,7 @@ from tokenlabel.geometry import WHOLE_IMAGE, Box
 from tokenlabel.images import ImageError, ImageSource
 from tokenlabel.models.adapter import first_line
 from tokenlabel.scores import Kind, ScoreError, ScoreMap, from_top
-from tokenlabel.sources import open_source
+from tokenlabel.sources import open_images
 from tokenlabel.store import (
     Failure,
     LabelStore,
@@ -87,7 +87,7 @@ def import_labels(
     names are the same up to the first dot are listed in the store's manifest. Raises PublishedError if there
     is no file for any image, and StoreError if the folder holds other labels.
     """
-    source = open_source(images) if isinstance(images, (str, Path)) else images
+    source = open_images(images) if isinstance(images, (str, Path)) else images
     if len(source.class_names) not in (0, config.num_classes):
         raise PublishedError(
             f"--num-classes {config.num_classes}, but the images have {len(source.class_names)} classes"

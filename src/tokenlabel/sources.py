@@ -1,4 +1,4 @@
-"""More image sources: WebDataset tar files, read in place, and list files."""
+"""Opening images: folders, WebDataset tar files read in place, and list files."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenlabel.images import EXTENSIONS, DataError, ImageError, ImageSource, Strings, open_images
+from tokenlabel.images import EXTENSIONS, DataError, ImageError, ImageFolder, ImageSource, Strings
 
 LIST_SUFFIXES = (".txt", ".tsv", ".csv", ".lst")
 
 
-def open_source(path: str | Path) -> ImageSource:
+def open_images(path: str | Path) -> ImageSource:
     """Return the images of a folder with one folder a class, of tar files, or of a list file.
 
     `path`: an image folder (see `ImageFolder`), a `.tar` file or a folder of them (see `TarImages`), or a
@@ -28,7 +28,7 @@ def open_source(path: str | Path) -> ImageSource:
         return TarImages(tars)
     if path.suffix in LIST_SUFFIXES and path.is_file():
         return ListedImages(path)
-    return open_images(path)
+    return ImageFolder(path)
 
 
 class TarImages:

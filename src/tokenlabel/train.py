@@ -31,7 +31,6 @@ from tokenlabel.data import (
     check_labels,
     make_loader,
     normalize_images,
-    open_images,
 )
 from tokenlabel.erasing import Erased, erase
 from tokenlabel.evaluate import Evaluation, evaluate, evaluation_set
@@ -49,6 +48,7 @@ from tokenlabel.recipe import (
     write_recipe,
 )
 from tokenlabel.runlog import RunLog, Stopwatch
+from tokenlabel.sources import open_images
 from tokenlabel.store import LabelStore
 from tokenlabel.targets import TokenTargets, class_targets
 
