@@ -6,9 +6,12 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file
 
+from tokenlabel.checkpoint import load_model
 from tokenlabel.cli import VERBS, main
 from tokenlabel.demo import DemoSize, run_demo
 from tokenlabel.scenes import write_scenes
@@ -90,6 +93,48 @@ def test_eval_prints_one_line_of_json(demo, capsys):
     assert main(["eval", str(demo / "token-labels"), "--num-workers", "0"]) == 0
     figures = json.loads(capsys.readouterr().out)
     assert figures["num_images"] == 20
+
+
+def test_eval_reports_all_three_ways_to_predict(demo, capsys):
+    assert main(["eval", str(demo / "token-labels"), "--num-workers", "0", "--inference", "all"]) == 0
+    assert set(json.loads(capsys.readouterr().out)) == {"class", "tokens", "combined"}
+
+
+def test_inspect_verifies_and_draws(demo, tmp_path, capsys):
+    arguments = ["--verify=true", "--images", demo / "scenes" / "train", "--pictures", tmp_path / "maps.html"]
+    assert main(list(map(str, ["inspect", demo / "labels", "--json", *arguments]))) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert (figures["num_images"], figures["num_verified"], figures["broken"]) == (40, 40, [])
+    assert "data:image/png;base64," in (tmp_path / "maps.html").read_text()
+
+
+def test_merge_makes_one_store_of_two(data, tmp_path, capsys):
+    write_labels(tmp_path / "other", data / "scenes", num_classes=10, rename=lambda key: f"other/{key}")
+    stores = [data / "labels", tmp_path / "other", tmp_path / "merged"]
+    assert main(["merge", *map(str, stores)]) == 0
+    assert "40 labels" in capsys.readouterr().out
+    assert len(LabelStore(tmp_path / "merged")) == 40
+
+
+def test_published_label_files_are_imported(data, tmp_path, capsys):
+    for path in sorted((data / "scenes" / "train").rglob("*.png")):
+        label = tmp_path / "files" / path.parent.name / f"{path.stem}.pt"
+        label.parent.mkdir(parents=True, exist_ok=True)
+        logits, ids = torch.randn(5, 4, 4), torch.stack([torch.arange(5)] * 16, dim=1).view(5, 4, 4)
+        torch.save(torch.stack([logits.half(), ids.half()]), label)
+    words = ["import-labels", tmp_path / "files", tmp_path / "labels", "--images", data / "scenes" / "train"]
+    assert main([*map(str, words), "--num_classes=10"]) == 0
+    assert "20 labels imported" in capsys.readouterr().out
+    message = complaint(capsys, [*words, "--num_classes=12"])
+    assert "12" in message
+
+
+def test_export_writes_weights_that_load(demo, tmp_path):
+    assert main(["export", str(demo / "token-labels"), str(tmp_path / "model.safetensors")]) == 0
+    assert (
+        load_file(tmp_path / "model.safetensors").keys()
+        == load_model(demo / "token-labels").model.state_dict().keys()
+    )
 
 
 def test_help_explains_every_verb(capsys):

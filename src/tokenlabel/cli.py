@@ -10,7 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
 USAGE_ERROR = 2
+IMAGES_HELP = "a folder with one folder a class, .tar files (WebDataset) or a folder of them, or a list file"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,7 +72,7 @@ def train(arguments: list[str]) -> int:
     """Train a model by a recipe."""
     parser = _parser("train", "Train a model by a recipe. The same command continues a run that was stopped.")
 
-    from tokenlabel.recipe import add_recipe_arguments, find_recipe, recipe_of
+    from tokenlabel.recipe import Recipe, add_recipe_arguments, config_of, find_recipe
     from tokenlabel.train import Interrupted
     from tokenlabel.train import train as train_by_recipe
 
@@ -82,7 +83,9 @@ def train(arguments: list[str]) -> int:
     add_recipe_arguments(parser)
     options = _parse(parser, _with_recipe_path(arguments, find_recipe))
     try:
-        evaluation = train_by_recipe(recipe_of(parser, options), options.run, device=_device(options.device))
+        evaluation = train_by_recipe(
+            config_of(parser, options, Recipe), options.run, device=_device(options.device)
+        )
     except Interrupted as stop:
         print(f"tokenlabel train: {stop}", file=sys.stderr)
         return stop.exit_status
@@ -98,54 +101,126 @@ def annotate(arguments: list[str]) -> int:
 
     from tokenlabel.annotation import AnnotateConfig
     from tokenlabel.annotation import annotate as annotate_images
-    from tokenlabel.recipe import add_config_arguments
+    from tokenlabel.recipe import add_config_arguments, config_of
 
-    parser.add_argument("images", type=Path, help="folder of images with one folder a class")
+    parser.add_argument("images", type=Path, help=IMAGES_HELP)
     parser.add_argument("store", type=Path, help="folder of the labels; what is there already is kept")
     _add_device(parser)
     add_config_arguments(parser, AnnotateConfig)
     options = _parse(parser, arguments)
-    names = [field.name for field in fields(AnnotateConfig)]
-    config = AnnotateConfig(**{name: options[name] for name in names})
+    config = config_of(parser, options, AnnotateConfig)
     done = annotate_images(options.images, options.store, config, device=_device(options.device))
     print(
         f"{options.store}: {done.num_labelled:,} images labelled, {done.num_present:,} had been, "
         f"{len(done.failures):,} failed; {done.images_per_s:,.0f} images/s"
     )
-    for failure in done.failures[:10]:
-        print(f"  {failure.reason}")
+    _print_some([failure.reason for failure in done.failures])
+    return 0
+
+
+def import_labels(arguments: list[str]) -> int:
+    """Put published label files into a store."""
+    parser = _parser(
+        "import-labels", "Put the label files published in 2021 into a store, for images that you have."
+    )
+
+    from tokenlabel.published import ImportConfig
+    from tokenlabel.published import import_labels as import_files
+    from tokenlabel.recipe import add_config_arguments, config_of
+
+    parser.add_argument("files", type=Path, help="folder of class folders of .pt files")
+    parser.add_argument("store", type=Path, help="folder of the labels; what is there already is kept")
+    parser.add_argument("--images", type=Path, required=True, help=IMAGES_HELP)
+    add_config_arguments(parser, ImportConfig)
+    options = _parse(parser, arguments)
+    done = import_files(
+        options.files, options.store, options.images, config_of(parser, options, ImportConfig)
+    )
+    print(
+        f"{options.store}: {done.num_imported:,} labels imported, {done.num_present:,} had been, "
+        f"{len(done.failures):,} failed"
+    )
+    _print_some([failure.reason for failure in done.failures])
     return 0
 
 
 def inspect(arguments: list[str]) -> int:
     """Say what is in a label store."""
-    parser = _parser("inspect", "Say what is in a label store: who made it, of which classes, how large.")
-    parser.add_argument("store", type=Path, help="folder of labels")
+    parser = _parser(
+        "inspect", "Say what is in a label store, how sure its teacher was, and which labels look wrong."
+    )
+
+    from tokenlabel.inspection import InspectConfig, inspect_store, write_pictures
+    from tokenlabel.recipe import add_config_arguments, config_of
+    from tokenlabel.store import LabelStore
+
+    parser.add_argument("store", type=Path, nargs="+", help="folders of labels, read as one")
+    parser.add_argument("--images", type=Path, help=f"the images, for --pictures: {IMAGES_HELP}")
+    parser.add_argument("--pictures", type=Path, help="write an HTML page of maps over images to this file")
     parser.add_argument(
         "--masks", type=Path, help="true dense labels (PNG class ids): how often the maps are right"
     )
+    parser.add_argument("--json", action="store_true", help="one line of JSON")
     parser.add_argument("--output", type=Path, help="also write the figures to this JSON file")
+    add_config_arguments(parser, InspectConfig)
     options = _parse(parser, arguments)
+    if options.pictures and not options.images:
+        raise ValueError("--pictures needs the images that the labels belong to; name them with --images")
 
-    from tokenlabel.store import LabelStore
-
-    store = LabelStore(options.store)
-    figures: dict[str, Any] = {
-        "num_images": len(store),
-        "num_classes": store.manifest.num_classes,
-        "topk": store.manifest.topk,
-        "encoding": store.manifest.encoding.value,
-        "teacher": store.manifest.teacher,
-        "preprocessing": store.manifest.preprocessing,
-        "num_failures": len(store.manifest.failures),
-        "bytes_per_image": store.num_bytes() / max(1, len(store)),
-    }
+    store = LabelStore(*options.store)
+    figures = inspect_store(store, config_of(parser, options, InspectConfig)).as_dict()
     if options.masks:
         from tokenlabel.evaluate import mask_agreement
 
         figures["mask_agreement"] = mask_agreement(store, options.masks)
+    if options.pictures:
+        from tokenlabel.sources import open_images
+
+        write_pictures(store, open_images(options.images), options.pictures)
     _write_json(options.output, figures)
-    print(json.dumps(figures, indent=1))
+    print(json.dumps(figures, indent=None if options.json else 1))
+    return 0
+
+
+def merge(arguments: list[str]) -> int:
+    """Copy several stores into one."""
+    parser = _parser(
+        "merge", "Copy the labels of several stores into one with few files, each record checked."
+    )
+    parser.add_argument("stores", type=Path, nargs="+", help="folders of labels, then the folder to write")
+    options = _parse(parser, arguments)
+    *folders, output = options.stores
+    if not folders:
+        raise ValueError("merge takes at least one store to read and, as the last, the folder to write")
+
+    from tokenlabel.store import merge_stores
+
+    print(f"{output}: {len(merge_stores(folders, output)):,} labels")
+    return 0
+
+
+def export(arguments: list[str]) -> int:
+    """Write a trained model for others to use."""
+    parser = _parser(
+        "export", "Write a run's model as .safetensors, .onnx, or a folder that timm and the hub take."
+    )
+    parser.add_argument("run", type=Path, help="run folder, or one checkpoint folder of it")
+    parser.add_argument("out", type=Path, help="NAME.safetensors, NAME.onnx, or a folder")
+    parser.add_argument(
+        "--inference", choices=["class", "tokens", "combined"], help="ONNX: how logits come about"
+    )
+    parser.add_argument("--dense", action="store_true", help="ONNX: the logits of every token, too")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is there")
+    options = _parse(parser, arguments)
+
+    from tokenlabel.export import export_run
+    from tokenlabel.models import Inference
+
+    inference = Inference(options.inference) if options.inference else None
+    export_run(
+        options.run, options.out, inference=inference, dense=options.dense, overwrite=options.overwrite
+    )
+    print(options.out)
     return 0
 
 
@@ -165,6 +240,11 @@ def evaluate(arguments: list[str]) -> int:
         type=Path,
         help="true dense labels of these images (PNG class ids): what the tokens get right",
     )
+    parser.add_argument(
+        "--inference",
+        choices=["class", "tokens", "combined", "all"],
+        help="which prediction counts: class token, mean of tokens, class + 0.5 max of tokens; the recipe's by default",
+    )
     parser.add_argument("--batch-size", type=int, default=256, help="images a step")
     parser.add_argument("--num-workers", type=int, default=2, help="processes that decode images")
     parser.add_argument("--output", type=Path, help="also write the figures to this JSON file")
@@ -173,18 +253,29 @@ def evaluate(arguments: list[str]) -> int:
 
     from tokenlabel.checkpoint import load_model
     from tokenlabel.evaluate import evaluate_run, evaluation_set
+    from tokenlabel.models import Inference
 
     trained = load_model(options.run)
     dataset = evaluation_set(
         trained.recipe, class_names=trained.class_names, data=options.data, masks=options.masks
     )
-    figures = evaluate_run(
-        trained,
-        dataset,
-        batch_size=options.batch_size,
-        num_workers=options.num_workers,
-        device=_device(options.device),
+    heads = (
+        list(Inference)
+        if options.inference == "all"
+        else [options.inference and Inference(options.inference)]
     )
+    by_head = {
+        head: evaluate_run(
+            trained,
+            dataset,
+            inference=head,
+            batch_size=options.batch_size,
+            num_workers=options.num_workers,
+            device=_device(options.device),
+        )
+        for head in heads
+    }
+    figures = next(iter(by_head.values())) if len(by_head) == 1 else {str(h): f for h, f in by_head.items()}
     _write_json(options.output, figures)
     print(json.dumps(figures))
     return 0
@@ -216,8 +307,11 @@ VERBS = {
     "demo": Verb(demo, "every stage on data that ships with a dependency: start here"),
     "annotate": Verb(annotate, "a teacher writes a dense score map for every image"),
     "inspect": Verb(inspect, "what is in a label store"),
+    "import-labels": Verb(import_labels, "the label files published in 2021, into a store"),
+    "merge": Verb(merge, "several stores into one"),
     "train": Verb(train, "train a model by a recipe, with token labels or without"),
     "eval": Verb(evaluate, "accuracy of a trained model, and of its tokens where masks are known"),
+    "export": Verb(export, "a trained model as safetensors, ONNX, or a folder for timm and the hub"),
     "report": Verb(report, "one HTML file with the curves, tables and pictures of runs"),
 }
 
@@ -260,6 +354,14 @@ def _with_recipe_path(arguments: list[str], find_recipe: Callable[[str], Path]) 
         elif argument.startswith("--recipe="):
             resolved[i] = f"--recipe={find_recipe(argument.removeprefix('--recipe='))}"
     return resolved
+
+
+def _print_some(reasons: list[str], count: int = 10) -> None:
+    """Print the first few of many lines."""
+    for reason in reasons[:count]:
+        print(f"  {reason}")
+    if len(reasons) > count:
+        print(f"  ... and {len(reasons) - count:,} more; the store's manifest lists all")
 
 
 def _write_json(path: Path | None, figures: dict[str, Any]) -> None:

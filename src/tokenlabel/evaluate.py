@@ -189,17 +189,22 @@ def evaluate_run(
     trained: TrainedModel,
     dataset: TokenLabelDataset,
     *,
+    inference: Inference | None,
     batch_size: int,
     num_workers: int,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Return the figures of a run's model on a data set that `evaluation_set` made."""
+    """Return the figures of a run's model on a data set that `evaluation_set` made.
+
+    `inference`: which prediction counts; the recipe's if None.
+    """
+    inference = inference or trained.recipe.eval.inference
     sampler = EvalBatchSampler(num_images=len(dataset), batch_size=batch_size)
     evaluation = evaluate(
         trained.model.to(device),
         make_loader(dataset, sampler, num_workers=num_workers),
-        inference=trained.recipe.eval.inference,
+        inference=inference,
         device=device,
         precision=trained.recipe.precision,
     )
-    return {"step": trained.step, **evaluation.as_dict()}
+    return {"step": trained.step, "inference": inference.value, **evaluation.as_dict()}

@@ -11,7 +11,7 @@ from enum import Enum
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, TypeGuard, get_type_hints
+from typing import Any, Literal, TypeGuard, TypeVar, get_type_hints
 
 import jsonargparse
 import yaml
@@ -24,6 +24,8 @@ from tokenlabel.models import Inference
 from tokenlabel.optim import OptimConfig
 
 RECIPE_FILE = "recipe.yaml"
+
+Config = TypeVar("Config")
 
 
 class RecipeError(ValueError):
@@ -169,15 +171,18 @@ def recipe_from_dict(nested: Any, *, name: str) -> Recipe:
     if not isinstance(nested, dict):
         raise RecipeError(f"{name}: a recipe is a mapping of keys to values, got {type(nested).__name__}")
     try:
-        return recipe_of(parser, parser.parse_object(nested))
+        return config_of(parser, parser.parse_object(nested), Recipe)
     except jsonargparse.ArgumentError as error:
         raise RecipeError(f"{name}: {explain(error, _field_names(Recipe))}") from error
 
 
-def recipe_of(parser: jsonargparse.ArgumentParser, namespace: jsonargparse.Namespace) -> Recipe:
-    """Return the recipe among parsed arguments."""
+def config_of(
+    parser: jsonargparse.ArgumentParser, namespace: jsonargparse.Namespace, config: type[Config]
+) -> Config:
+    """Return the dataclass whose fields are among parsed arguments (see `add_config_arguments`)."""
     parsed = parser.instantiate(namespace)
-    return Recipe(**{f.name: parsed[f.name] for f in dataclasses.fields(Recipe)})
+    names = get_type_hints(config)
+    return config(**{name: parsed[name] for name in names})
 
 
 def write_recipe(recipe: Recipe, path: Path) -> None:
