@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -259,23 +260,18 @@ def evaluate(arguments: list[str]) -> int:
     dataset = evaluation_set(
         trained.recipe, class_names=trained.class_names, data=options.data, masks=options.masks
     )
-    heads = (
-        list(Inference)
-        if options.inference == "all"
-        else [options.inference and Inference(options.inference)]
+    evaluated = partial(
+        evaluate_run,
+        trained,
+        dataset,
+        batch_size=options.batch_size,
+        num_workers=options.num_workers,
+        device=_device(options.device),
     )
-    by_head = {
-        head: evaluate_run(
-            trained,
-            dataset,
-            inference=head,
-            batch_size=options.batch_size,
-            num_workers=options.num_workers,
-            device=_device(options.device),
-        )
-        for head in heads
-    }
-    figures = next(iter(by_head.values())) if len(by_head) == 1 else {str(h): f for h, f in by_head.items()}
+    if options.inference == "all":
+        figures = {head.value: evaluated(inference=head) for head in Inference}
+    else:
+        figures = evaluated(inference=options.inference and Inference(options.inference))
     _write_json(options.output, figures)
     print(json.dumps(figures))
     return 0
