@@ -135,9 +135,8 @@ def align(
     num_planes = score_maps.classes.shape[1] + 1
     pooled = score_maps.probs.new_empty(num_images, num_tokens, num_planes)  # [B, N, U + 1]
     weight = score_maps.probs.new_empty(num_images, num_tokens)
-    num_reads = (
-        4 * samples**2 * num_tokens
-    )  # four numbers each: cell and share, as they are made and by token
+    num_reads = 4 * samples**2 * num_tokens
+    # Of each read, cell and share, as they are made and by token.
     numbers_each = (height * width + num_tokens) * num_planes + 4 * num_reads
     for images in blocks(num_images, numbers_each, pooled.device):
         part = score_maps.of_images(images)
@@ -176,10 +175,9 @@ def _align_as_published(
     if views.shape[1] > 1 or (views[:, -1, 0, 1] != 0).any() or (views[:, -1, 1, 0] != 0).any():
         raise ValueError("the published mode knows crops and flips only; leave rotation and the like out")
     region_start, region_end = score_maps.regions[:, :2], score_maps.regions[:, 2:]
-    first = (start + scale.clamp_max(0) - region_start) / (
-        region_end - region_start
-    )  # fractions of the region
-    last = (start + scale.clamp_min(0) - region_start) / (region_end - region_start)
+    extent = region_end - region_start
+    first = (start + scale.clamp_max(0) - region_start) / extent  # fractions of the region
+    last = (start + scale.clamp_min(0) - region_start) / extent
     pooled = _roi_align(score_maps, first, last, grid)  # [B, U, h, w]
     covered_x, covered_y = (_covered(first[:, i], last[:, i], grid[1 - i]) for i in (0, 1))
     weight = covered_y[:, None, :, None] * covered_x[:, None, None, :]  # [B, 1, h, w]
@@ -213,9 +211,7 @@ def _roi_align(
     planes = planes.scatter_add_(3, score_maps.codes.long(), logits).permute(0, 3, 1, 2)
     boxes = torch.cat([first * score_maps.sizes - 0.5, last * score_maps.sizes - 0.5], dim=1)
     pooled = planes.new_empty(num_images, planes.shape[1], *grid)
-    for w, h in {
-        (int(w), int(h)) for w, h in score_maps.sizes.tolist()
-    }:  # maps of one size share their edges
+    for w, h in {(int(w), int(h)) for w, h in score_maps.sizes.tolist()}:  # one size, one call
         (rows,) = torch.where((score_maps.sizes == score_maps.sizes.new_tensor([w, h])).all(dim=1))
         corners = torch.cat([torch.arange(len(rows), device=boxes.device)[:, None], boxes[rows]], dim=1)
         pooled[rows] = roi_align(planes[rows, :, :h, :w].contiguous(), corners, output_size=grid)
