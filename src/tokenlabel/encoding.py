@@ -50,7 +50,11 @@ PLANE_STEPS = 510  # two bytes' worth: an entry of 255 steps or more continues i
 MAX_PLANE_BYTES = 1 << 22
 _UINT8, _UINT16, _UINT32 = np.dtype("<u1"), np.dtype("<u2"), np.dtype("<u4")
 _INT32, _FLOAT16 = np.dtype("<i4"), np.dtype("<f2")
-_LZMA_FILTERS = [{"id": lzma.FILTER_LZMA1, "preset": 6, "lc": 3, "lp": 0, "pb": 0, "dict_size": 1 << 16}]
+# The match finder is the writer's business; the rest has to be known to read.
+_LZMA_FILTERS = [
+    {"id": lzma.FILTER_LZMA1, "preset": 6, "mf": lzma.MF_HC4, "lc": 3, "lp": 0, "pb": 0, "dict_size": 1 << 16}
+]
+_ZSTD_LEVEL = 12  # 19 is 3% smaller and takes seven times as long to write
 _RAW_SCALE = np.float32(1 / RAW_STEPS)
 
 
@@ -251,7 +255,7 @@ def _by_cell(
 
 def _compress(body: bytes, encoding: Encoding) -> bytes:
     if encoding is Encoding.ZSTD:
-        return _zstandard().ZstdCompressor(level=19).compress(body)
+        return _zstandard().ZstdCompressor(level=_ZSTD_LEVEL).compress(body)
     return lzma.compress(body, format=lzma.FORMAT_RAW, filters=_LZMA_FILTERS)
 
 

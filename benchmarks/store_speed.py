@@ -1,0 +1,143 @@
+"""The label store: bytes an image and error of each encoding, and a store of the size of ImageNet.
+
+Records are packed from synthetic maps (see `synthetic_maps`); the large store repeats 200 of them under 1.28
+million keys of ImageNet's form (100,000 with --quick), in the uncompressed encoding. It is opened and read by
+processes of their own, after one pass that warms the page cache; memory is what they take beyond their
+imports.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.measure import Row, Settings
+from benchmarks.synthetic_maps import NUM_CLASSES, TOPK, synthetic_maps
+from tokenlabel.encoding import Encoding, pack, unpack
+from tokenlabel.scores import ScoreMap
+from tokenlabel.store import LabelStore, LabelStoreWriter, Manifest
+
+NUM_IMAGES = 1_281_167
+NUM_READS = 100_000
+PUBLISHED_BYTES = 8041
+
+READER = """
+import json, os, random, sys, time
+from tokenlabel.store import LabelStore
+def resident_bytes():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+folder, num_images, num_reads, seed = sys.argv[1], *map(int, sys.argv[2:])
+before, started = resident_bytes(), time.perf_counter()
+store = LabelStore(folder)
+open_s, open_bytes = time.perf_counter() - started, resident_bytes() - before
+rng = random.Random(seed)
+keys = [f"train/n{i % 1000:08d}/n{i % 1000:08d}_{i}.JPEG" for i in rng.sample(range(num_images), num_reads)]
+rates = []
+for _ in range(4):
+    started = time.perf_counter()
+    for key in keys:
+        store[key]
+    rates.append(num_reads / (time.perf_counter() - started))
+print(json.dumps({"open_s": open_s, "open_bytes": open_bytes, "reads_per_s": rates[1:]}))
+"""
+
+
+def run(settings: Settings) -> list[Row]:
+    """Measure the encodings, then a store of the size of ImageNet."""
+    maps = list(synthetic_maps(40 if settings.quick else 200))
+    rows = [row for encoding in Encoding for row in _encoding_rows(encoding, maps)]
+    num_images = 100_000 if settings.quick else NUM_IMAGES
+    with tempfile.TemporaryDirectory() as folder:
+        _write_large(Path(folder) / "labels", maps, num_images)
+        return rows + _large_rows(Path(folder) / "labels", num_images)
+
+
+def _encoding_rows(encoding: Encoding, maps: list[ScoreMap]) -> list[Row]:
+    """Return size, error and speed of one encoding."""
+    pack_ms, unpack_us, errors, mass_errors = [], [], [], []
+    records = []
+    for score_map in maps:
+        started = time.perf_counter()
+        records.append(pack(score_map, encoding))
+        pack_ms.append(1e3 * (time.perf_counter() - started))
+    for score_map, record in zip(maps, records, strict=True):
+        started = time.perf_counter()
+        reads = [unpack(record, num_classes=NUM_CLASSES) for _ in range(10)]
+        unpack_us.append(1e5 * (time.perf_counter() - started))
+        read = reads[0]
+        errors.append(float(np.abs(_kept(read) - _kept(score_map)).max()))
+        mass = (m.probs.sum(axis=2, dtype=np.float64) for m in (read, score_map))
+        mass_errors.append(float(np.abs(np.subtract(*mass)).max()))
+    with tempfile.TemporaryDirectory() as folder:
+        with LabelStoreWriter(folder, _manifest(encoding)) as writer:
+            for i, record in enumerate(records):
+                writer.add_record(_key(i), record)
+        bytes_each = LabelStore(folder).num_bytes() / len(maps)
+    aim = (
+        f"at most {PUBLISHED_BYTES / 5:.0f} (a fifth of {PUBLISHED_BYTES})"
+        if encoding is Encoding.LZMA
+        else ""
+    )
+    return [
+        Row(f"{encoding}: bytes an image, index and key included", [bytes_each], "B", aim),
+        Row(f"{encoding}: largest error of a probability", [max(errors)], "", "at most 0.002"),
+        Row(f"{encoding}: largest error of a cell's mass", [max(mass_errors)], "", "at most 0.002"),
+        Row(f"{encoding}: pack", pack_ms, "ms"),
+        Row(f"{encoding}: unpack", unpack_us, "µs"),
+    ]
+
+
+def _large_rows(folder: Path, num_images: int) -> list[Row]:
+    """Return how a large store opens and reads."""
+    opened = [_read(folder, num_images, num_reads=1, workers=1)[0] for _ in range(5)]
+    one = _read(folder, num_images, num_reads=NUM_READS, workers=1)
+    two = _read(folder, num_images, num_reads=NUM_READS, workers=2)
+    both = [a + b for a, b in zip(two[0]["reads_per_s"], two[1]["reads_per_s"], strict=True)]
+    title = f"{num_images:,} records"
+    return [
+        Row(f"{title}: open", [figures["open_s"] for figures in opened], "s", "under 2"),
+        Row(f"{title}: memory when open", [f["open_bytes"] / 2**20 for f in opened], "MiB", "under 300"),
+        Row(f"{title}: random reads, 1 process", one[0]["reads_per_s"], "1/s", "at least 100,000"),
+        Row(f"{title}: random reads, 2 processes together", both, "1/s"),
+    ]
+
+
+def _read(folder: Path, num_images: int, *, num_reads: int, workers: int) -> list[dict]:
+    """Return what processes that read at the same time measured."""
+    commands = [
+        [sys.executable, "-c", READER, str(folder), str(num_images), str(num_reads), str(seed)]
+        for seed in range(workers)
+    ]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE) for command in commands]
+    return [json.loads(process.communicate()[0]) for process in processes]
+
+
+def _write_large(folder: Path, maps: list[ScoreMap], num_images: int) -> None:
+    records = [pack(score_map, Encoding.RAW) for score_map in maps]
+    with LabelStoreWriter(folder, _manifest(Encoding.RAW)) as writer:
+        for i in range(num_images):
+            writer.add_record(_key(i), records[i % len(records)])
+
+
+def _manifest(encoding: Encoding) -> Manifest:
+    return Manifest(num_classes=NUM_CLASSES, topk=TOPK, encoding=encoding)
+
+
+def _key(i: int) -> str:
+    return f"train/n{i % 1000:08d}/n{i % 1000:08d}_{i}.JPEG"
+
+
+def _kept(score_map: ScoreMap) -> np.ndarray:
+    """Return the kept probability of each class [H, W, C]."""
+    height, width, _ = score_map.codes.shape
+    full = np.zeros((height, width, score_map.num_classes))
+    rows, columns = np.ogrid[:height, :width]
+    np.add.at(full, (rows[..., None], columns[..., None], score_map.class_ids), score_map.probs)
+    return full
