@@ -144,10 +144,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         narrow, exact = _linear_dtype(tokens), torch.promote_types(tokens.dtype, torch.float32)
         matrix, bias = head_weight.to(narrow), None if head_bias is None else head_bias.to(narrow)
+        num_classes, width = head_weight.shape
         loss = tokens.new_zeros((), dtype=exact)
         grad_tokens = torch.empty_like(tokens, dtype=narrow)
-        grad_weight, grad_bias = torch.zeros_like(head_weight), head_weight.new_zeros(len(head_weight))
-        slices, buffer = _blocks(tokens, len(head_weight), exact)
+        grad_weight, grad_bias = torch.zeros_like(head_weight), head_weight.new_zeros(num_classes)
+        slices, buffer = _blocks(tokens, num_classes, exact)
         for images in slices:
             block, part = tokens[images].to(narrow), tuple(t[images] for t in targets)
             room = buffer[: len(block)]
@@ -156,7 +157,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_bias += room.sum(dim=(0, 1))
                 gradient = room.to(narrow)
                 grad_tokens[images] = gradient @ matrix
-                grad_weight += gradient.flatten(0, 1).T @ block.flatten(0, 1)
+                for rows in blocks(num_classes, width, tokens.device):
+                    grad_weight[rows] += gradient[:, :, rows].flatten(0, 1).T @ block.flatten(0, 1)
         ctx.save_for_backward(grad_tokens, grad_weight, None if head_bias is None else grad_bias)
         ctx.num_tokens = tokens.shape[0] * tokens.shape[1]
         return loss / ctx.num_tokens
