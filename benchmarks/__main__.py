@@ -12,13 +12,14 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import data_speed, label_path, model_speed, store_speed
+from benchmarks import data_speed, label_path, model_speed, store_speed, token_head
 from benchmarks.measure import Row, Settings
 
 BENCHMARKS: dict[str, Callable[[Settings], list[Row]]] = {
     "data_speed": data_speed.run,
     "label_path": label_path.run,
     "model_speed": model_speed.run,
+    "token_head": token_head.run,
     "store_speed": store_speed.run,
 }
 

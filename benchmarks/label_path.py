@@ -20,7 +20,9 @@ from benchmarks.measure import Row, Settings, interleave, peak_bytes, ratios
 from tokenlabel.alignment import ScoreMapBatch, align, collate_score_maps
 from tokenlabel.geometry import Box, View, stack_views
 from tokenlabel.losses import sparse_cross_entropy
+from tokenlabel.mixing import Mixing, mix_targets, sample_mix
 from tokenlabel.scores import ScoreMap, from_top
+from tokenlabel.targets import TokenTargets
 
 NUM_IMAGES = 64
 GRID = (14, 14)
@@ -59,6 +61,9 @@ def run(settings: Settings) -> list[Row]:
             settings=settings,
             aims=("at least 6", ""),
         )
+        whole = interleave({"sparse": lambda case=case: _mixed_targets(case)}, settings)["sparse"]
+        name = f"targets, smoothed and mixed by MixToken, {num_classes:,} classes: sparse"
+        rows.append(Row(name, [1e3 * s for s in whole], "ms"))
     many = _case(21_841, settings, num_images=8)
     sparse_mib = peak_bytes(lambda: align(many.score_maps, many.views, GRID), settings) / 2**20
     dense_mib = peak_bytes(lambda: _dense_targets(many), settings) / 2**20
@@ -119,6 +124,15 @@ def _score_map(rng: np.random.Generator, num_classes: int) -> ScoreMap:
 def _sparse_step(case: Case) -> None:
     targets = align(case.score_maps, case.views, GRID)
     torch.autograd.grad(sparse_cross_entropy(case.logits, targets).mean(), case.logits)
+
+
+def _mixed_targets(case: Case) -> TokenTargets:
+    """Return the targets as a training step has them."""
+    num_images, _, num_classes = case.logits.shape
+    generator = torch.Generator().manual_seed(1)
+    plan = sample_mix(Mixing.MIXTOKEN, num_images, grid=GRID, size_px=(224, 224), generator=generator)
+    targets = align(case.score_maps, case.views, GRID).smoothed(0.1, num_classes)
+    return mix_targets(targets, plan and plan.to(case.views.device), GRID)
 
 
 def _dense_targets(case: Case) -> Tensor:
