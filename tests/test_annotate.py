@@ -22,7 +22,7 @@ from tokenlabel.checkpoint import Trained, save_checkpoint
 from tokenlabel.classmap import ClassMapError
 from tokenlabel.geometry import WHOLE_IMAGE, Box
 from tokenlabel.images import ImageError, ImageFolder
-from tokenlabel.labelling import _ahead, _by_shape, _pool, _Seen
+from tokenlabel.labelling import Seen, _ahead, _by_shape, _pool
 from tokenlabel.masks import MaskTeacher
 from tokenlabel.models import create_model
 from tokenlabel.optim import OptimConfig
@@ -248,7 +248,7 @@ def test_masks_go_with_no_other_teacher(images):
     shapes=st.lists(st.sampled_from([(4, 4, 3), (2, 8, 3), (8, 2, 3)]), max_size=40), size=st.integers(1, 5)
 )
 def test_batches_have_one_shape_and_hold_every_image_once(shapes, size):
-    images = [_Seen(str(i), np.zeros(shape, np.uint8), WHOLE_IMAGE) for i, shape in enumerate(shapes)]
+    images = [Seen(str(i), np.zeros(shape, np.uint8), WHOLE_IMAGE) for i, shape in enumerate(shapes)]
     batches = list(_by_shape(images, size))
     assert sorted(int(item.key) for batch in batches for item in batch) == list(range(len(shapes)))
     assert all(len({item.pixels.shape for item in batch}) == 1 for batch in batches)
@@ -263,7 +263,7 @@ def test_few_images_wait_for_others_of_their_shape():
         for i in range(300):
             waiting += 1
             max_waiting = max(max_waiting, waiting)
-            yield _Seen(str(i), np.zeros((i % 50 + 1, 1, 3), np.uint8), WHOLE_IMAGE)
+            yield Seen(str(i), np.zeros((i % 50 + 1, 1, 3), np.uint8), WHOLE_IMAGE)
 
     for batch in _by_shape(shown(), 4):
         waiting -= len(batch)
@@ -305,7 +305,7 @@ def num_labels(folder) -> int:
 
 
 @pytest.mark.parametrize(
-    ("num_images", "num_kills"), [(150, 3), pytest.param(1500, 20, marks=pytest.mark.long)]
+    ("num_images", "num_kills"), [(300, 3), pytest.param(1500, 20, marks=pytest.mark.long)]
 )
 def test_killed_ranks_lose_nothing_but_their_open_files(tmp_path, num_images, num_kills):
     rng = random.Random(0)

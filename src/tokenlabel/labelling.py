@@ -32,9 +32,12 @@ T = TypeVar("T")
 # Images that wait for others of their shape fill this many batches at the most.
 MAX_WAITING_BATCHES = 4
 
+# Score maps that may wait to be packed while the teacher goes on.
+NUM_PACKED_AHEAD = 1024
+
 
 @dataclass(frozen=True, eq=False)
-class _Seen:
+class Seen:
     """An image as its teacher sees it: pixels [height, width, 3], and the part of the image that they show."""
 
     key: str
@@ -60,18 +63,17 @@ class Labelling:
 
     def labels(self, indices: Sequence[int]) -> Iterator[tuple[str, bytes]]:
         """Yield the key and the record of each image that has a label, in no particular order."""
-        num_ahead = 2 * self.batch_size
-        with _pool(self.num_workers) as decoding, _pool(self.num_workers) as packing:
+        with _pool(self.num_workers) as pool:
             if isinstance(self.teacher, MaskTeacher):
                 masks = partial(_from_mask, self.teacher, self.source.keys, self.manifest, self.strict)
-                yield from self._labelled(_ahead(packing, masks, indices, num_ahead))
+                yield from self._labelled(_ahead(pool, masks, indices, 2 * self.batch_size))
                 return
             see = partial(_see, self.source, self.teacher.sight, self.strict)
-            seen = self._labelled(_ahead(decoding, see, indices, num_ahead))
+            seen = self._labelled(_ahead(pool, see, indices, 2 * self.batch_size))
             batches = _by_shape(seen, self.batch_size)
-            scored = _one_behind(_scored(self.teacher, batches, self.manifest.topk, self.device))
-            places = (item for batch in scored for item in batch.images())
-            yield from _ahead(packing, partial(_packed, self.manifest), places, num_ahead)
+            yield from label_batches(
+                self.teacher, batches, self.manifest, device=self.device, num_workers=self.num_workers
+            )
 
     def _labelled(self, items: Iterable[T | Failure]) -> Iterator[T]:
         """Yield what is no failure, and remember the failures."""
@@ -80,6 +82,21 @@ class Labelling:
                 self.failures.append(item)
             else:
                 yield item
+
+
+def label_batches(
+    teacher: Teacher,
+    batches: Iterable[list[Seen]],
+    manifest: Manifest,
+    *,
+    device: torch.device,
+    num_workers: int,
+) -> Iterator[tuple[str, bytes]]:
+    """Yield the key and the record of each image of batches, packed by threads while the teacher goes on."""
+    with _pool(num_workers) as pool:
+        scored = _one_behind(_scored(teacher, batches, manifest.topk, device))
+        places = (item for batch in scored for item in batch.images())
+        yield from _ahead(pool, partial(_packed, manifest), places, NUM_PACKED_AHEAD)
 
 
 def _from_mask(
@@ -98,7 +115,7 @@ def _from_mask(
     return key, pack_for(manifest, key, score_map)
 
 
-def _see(source: ImageSource, sight: Sight, strict: bool, index: int) -> _Seen | Failure:
+def _see(source: ImageSource, sight: Sight, strict: bool, index: int) -> Seen | Failure:
     """Decode an image and show it to a teacher. Raises ImageError if it does not decode, if `strict`."""
     key = source.keys[index]
     try:
@@ -107,12 +124,12 @@ def _see(source: ImageSource, sight: Sight, strict: bool, index: int) -> _Seen |
         if strict:
             raise
         return Failure(key, str(error))
-    return _Seen(key, *sight.of(image))
+    return Seen(key, *sight.of(image))
 
 
-def _by_shape(items: Iterable[_Seen], batch_size: int) -> Iterator[list[_Seen]]:
+def _by_shape(items: Iterable[Seen], batch_size: int) -> Iterator[list[Seen]]:
     """Yield batches of images of one shape; smaller ones at the end, and where many shapes wait for company."""
-    waiting: dict[tuple[int, ...], list[_Seen]] = {}
+    waiting: dict[tuple[int, ...], list[Seen]] = {}
     num_waiting = 0
     for item in items:
         batch = waiting.setdefault(item.pixels.shape, [])
@@ -130,12 +147,12 @@ def _by_shape(items: Iterable[_Seen], batch_size: int) -> Iterator[list[_Seen]]:
 class _Scored:
     """The most probable classes of the places of a batch, perhaps still on their way from the device."""
 
-    seen: list[_Seen]
+    seen: list[Seen]
     class_ids: Int[Tensor, "B h w K"]
     probs: Float[Tensor, "B h w K"]
     arrived: torch.cuda.Event | None
 
-    def images(self) -> Iterator[tuple[_Seen, NDArray[np.int64], NDArray[np.float32]]]:
+    def images(self) -> Iterator[tuple[Seen, NDArray[np.int64], NDArray[np.float32]]]:
         """Wait for the numbers; yield each image with its class ids and probabilities [h, w, K]."""
         if self.arrived is not None:
             self.arrived.synchronize()
@@ -143,7 +160,7 @@ class _Scored:
 
 
 def _scored(
-    teacher: Teacher, batches: Iterable[list[_Seen]], topk: int, device: torch.device
+    teacher: Teacher, batches: Iterable[list[Seen]], topk: int, device: torch.device
 ) -> Iterator[_Scored]:
     """Yield what the teacher says of each batch, without waiting for a GPU; say how well it is placed at first."""
     for number, seen in enumerate(batches):
@@ -170,7 +187,7 @@ def _on_cpu(class_ids: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, torch.cud
 
 
 def _packed(
-    manifest: Manifest, scored: tuple[_Seen, NDArray[np.int64], NDArray[np.float32]]
+    manifest: Manifest, scored: tuple[Seen, NDArray[np.int64], NDArray[np.float32]]
 ) -> tuple[str, bytes]:
     """Return the record of an image. Raises ScoreError, naming the image, for scores that are not finite."""
     seen, class_ids, probs = scored
@@ -187,7 +204,7 @@ def _ahead(
     waiting: deque[Future[T]] = deque()
     for item in items:
         waiting.append(pool.submit(function, item))
-        if len(waiting) >= depth:
+        while waiting and (len(waiting) >= depth or waiting[0].done()):
             yield waiting.popleft().result()
     while waiting:
         yield waiting.popleft().result()

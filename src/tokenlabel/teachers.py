@@ -80,9 +80,10 @@ class NetworkTeacher(Teacher):
     def logits(self, images: UInt8[Tensor, "B 3 height width"]) -> DenseLogits:
         """Return the logits of images and their places."""
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            return self.dense(self._normalised(images))
+            return self.dense(self.normalised(images))
 
-    def _normalised(self, images: UInt8[Tensor, "B 3 height width"]) -> Float[Tensor, "B 3 height width"]:
+    def normalised(self, images: UInt8[Tensor, "B 3 height width"]) -> Float[Tensor, "B 3 height width"]:
+        """Return images as the network takes them, in float32, channels last in memory."""
         normalised = normalize_images(images, mean=self.sight.mean, std=self.sight.std)
         return normalised.contiguous(memory_format=torch.channels_last)
 
@@ -96,7 +97,7 @@ class NetworkTeacher(Teacher):
         tolerance = (1e-3 if self.precision == "fp32" else 5e-2) * float(own.abs().max())
         off = float((own - mean).abs().max())
         name = self.description["name"]
-        if self.dense.averages_linearly(self._normalised(images)):
+        if self.dense.averages_linearly(self.normalised(images)):
             if not off <= tolerance:
                 raise TeacherError(
                     f"{name}: averages its features, yet the mean of its map's logits is {off:.3g} off its own output"

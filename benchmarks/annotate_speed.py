@@ -1,0 +1,96 @@
+"""What writing labels costs the teacher: images a second with and without, over the same decoded batches.
+
+Bare is the teacher's forward pass, from uint8 pixels on the CPU to the distribution of every place;
+annotating adds the top 5, the packing of score maps and a label store on the disk. ResNet-50 at 224 px on a
+CPU, whose cores the teacher shares with all that; NFNet-F6 at 576 px in bf16 on a GPU. Both have random
+weights, which take as long as trained ones.
+"""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+from torch import Tensor
+
+from benchmarks.measure import Row, Settings, interleave, ratios
+from tokenlabel.augment import Interpolation
+from tokenlabel.dense import ClassifierNetwork
+from tokenlabel.geometry import WHOLE_IMAGE
+from tokenlabel.labelling import Seen, label_batches
+from tokenlabel.sight import Sight
+from tokenlabel.store import LabelStoreWriter, Manifest
+from tokenlabel.teachers import NetworkTeacher
+
+NUM_BATCHES = 4
+
+
+def run(settings: Settings) -> list[Row]:
+    """Measure the bare teacher and annotating in turns."""
+    on_gpu = settings.device.type == "cuda"
+    name, size, batch_size = ("dm_nfnet_f6", 576, 64) if on_gpu else ("resnet50", 224, 8)
+    teacher = _teacher(name, size, settings)
+    rng = np.random.default_rng(0)
+    pixels = [rng.integers(0, 256, (batch_size, size, size, 3), dtype=np.uint8) for _ in range(NUM_BATCHES)]
+    batches = [
+        [Seen(f"{b}/{i}.jpg", image, WHOLE_IMAGE) for i, image in enumerate(batch)]
+        for b, batch in enumerate(pixels)
+    ]
+    counter = itertools.count()
+    with tempfile.TemporaryDirectory() as folder:
+
+        def annotated() -> None:
+            _annotate(teacher, batches, Path(folder) / str(next(counter)), settings)
+
+        ways = {"bare teacher": lambda: _bare(teacher, batches, settings), "annotating": annotated}
+        seconds = interleave(ways, settings, rounds=3 if settings.quick else 11)
+    num_images = NUM_BATCHES * batch_size
+    rows = [
+        Row(f"{name}, {way}", [num_images / s for s in values], "images/s") for way, values in seconds.items()
+    ]
+    share = ratios(seconds["bare teacher"], seconds["annotating"])
+    return [*rows, Row(f"{name}, annotating / bare teacher", share, "x", aim="at least 0.97")]
+
+
+class Unchecked(NetworkTeacher):
+    """A teacher whose first batch takes as long as the others."""
+
+    def check(self, images: Tensor) -> str:
+        """Say that nothing was checked."""
+        return "random weights"
+
+
+def _teacher(name: str, size: int, settings: Settings) -> NetworkTeacher:
+    network = ClassifierNetwork(timm.create_model(name), name=name).eval().to(settings.device)
+    sight = Sight(
+        size=size,
+        stride_px=32,
+        fixed_size_px=None,
+        crop_fraction=None,
+        interpolation=Interpolation.BICUBIC,
+        mean=(0.5, 0.5, 0.5),
+        std=(0.5, 0.5, 0.5),
+    )
+    precision = "bf16" if settings.device.type == "cuda" else "fp32"
+    network = network.to(memory_format=torch.channels_last)
+    return Unchecked(network, sight, description={"name": name}, precision=precision)
+
+
+@torch.inference_mode()
+def _bare(teacher: NetworkTeacher, batches: list[list[Seen]], settings: Settings) -> None:
+    for batch in batches:
+        images = torch.from_numpy(np.stack([seen.pixels for seen in batch])).permute(0, 3, 1, 2)
+        images = (images.pin_memory() if settings.device.type == "cuda" else images).to(settings.device)
+        teacher.probabilities(images)
+
+
+def _annotate(teacher: NetworkTeacher, batches: list[list[Seen]], folder: Path, settings: Settings) -> None:
+    manifest = Manifest(num_classes=teacher.num_classes, topk=5, teacher=teacher.description)
+    labels = label_batches(teacher, batches, manifest, device=settings.device, num_workers=2)
+    with LabelStoreWriter(folder, manifest) as writer:
+        for key, record in labels:
+            writer.add_record(key, record)
