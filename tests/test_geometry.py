@@ -194,7 +194,9 @@ def test_stacked_views_end_with_the_source():
     stacked = stack_views([short, long])
     assert stacked.shape == (2, 2, 2, 3)
     assert stacked.dtype == np.float32
-    np.testing.assert_array_equal(stacked[0], np.stack([View.identity().matrix, short.matrix]).astype(np.float32))
+    np.testing.assert_array_equal(
+        stacked[0], np.stack([View.identity().matrix, short.matrix]).astype(np.float32)
+    )
     np.testing.assert_array_equal(stacked[1], long.frames.astype(np.float32))
 
 
