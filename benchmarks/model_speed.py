@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -27,11 +28,11 @@ PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 CPU_AIMS = {"bf16": "at least 1.1", "fp32": "at least 1.2"}
 GPU_AIMS = {"bf16": "at least 2", "fp32": ""}
 
-# What the profiler's operators belong to; all others are "the rest".
+# What the profiler's operators belong to, the first that fits; all others are "the rest".
 KINDS = {
-    "convolution": ("mkldnn_convolution", "cudnn_convolution", "convolution_backward"),
-    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "_slow_conv2d"),
-    "attention kernels, softmax": ("_scaled_dot_product", "_softmax"),
+    "attention": ("aten::bmm", "aten::baddbmm", "_scaled_dot_product", "_softmax"),
+    "linear maps": ("aten::mm", "aten::addmm", "1x1 convolution"),
+    "stem convolutions": ("convolution",),
     "norms": ("native_layer_norm", "native_batch_norm"),
 }
 
@@ -115,21 +116,28 @@ def _steps(
 
 
 def _product_rate(dtype: torch.dtype, settings: Settings) -> float:
-    """Return the operations/s of one large matrix product."""
-    side = 8192 if settings.device.type == "cuda" else 3072
+    """Return the operations/s of a large matrix product, by whichever of PyTorch's libraries is faster at it."""
+    side = 8192 if settings.device.type == "cuda" else 2048
     left, right = torch.randn(2, side, side, device=settings.device, dtype=dtype)
-    return 2 * side**3 / min(interleave({"product": lambda: left @ right}, settings, rounds=5)["product"])
+    planes = left.view(16, side // 16, 1, side).permute(0, 3, 1, 2)  # rows as places, channels last
+    ways = {
+        "product": lambda: left @ right.T,
+        "convolution": lambda: F.conv2d(planes, right[:, :, None, None]),
+    }
+    return 2 * side**3 / min(min(seconds) for seconds in interleave(ways, settings, rounds=9).values())
 
 
 def _shares(step: Callable[[], None], *, on_gpu: bool) -> dict[str, float]:
-    """Return the percentage of a step's time by kind of operator."""
+    """Return the percentage of a step's time by kind of operator, over three steps."""
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_gpu else [])
-    with profile(activities=activities) as profiler:
-        step()
+    with profile(activities=activities, record_shapes=True) as profiler:
+        for _ in range(3):
+            step()
     times: Counter[str] = Counter()
-    for event in profiler.key_averages():
+    for event in profiler.key_averages(group_by_input_shape=True):
         spent = event.self_device_time_total if on_gpu else event.self_cpu_time_total
-        times[_kind(event.key)] += spent
+        of_places = any(len(shape) == 4 and shape[2:] == [1, 1] for shape in event.input_shapes)
+        times[_kind("1x1 convolution" if "convolution" in event.key and of_places else event.key)] += spent
     return {kind: 100 * spent / sum(times.values()) for kind, spent in times.most_common()}
 
 
