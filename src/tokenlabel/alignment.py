@@ -133,6 +133,7 @@ def align(
     (num_images, height, width), num_tokens = score_maps.codes.shape[:3], grid[0] * grid[1]
     samples = samples or max(2, math.ceil(height / grid[0]), math.ceil(width / grid[1]))
     num_planes = score_maps.classes.shape[1] + 1
+    points = _sample_points(grid, samples, views.device)
     pooled = score_maps.probs.new_empty(num_images, num_tokens, num_planes)  # [B, N, U + 1]
     weight = score_maps.probs.new_empty(num_images, num_tokens)
     num_reads = 4 * samples**2 * num_tokens
@@ -140,7 +141,7 @@ def align(
     numbers_each = (height * width + num_tokens) * num_planes + 4 * num_reads
     for images in blocks(num_images, numbers_each, pooled.device):
         part = score_maps.of_images(images)
-        cells, shares = _cells_of_tokens(part, views[images], grid, samples)
+        cells, shares = _cells_of_tokens(part, views[images], points)
         planes = _planes(part).flatten(0, 2)  # [b * H * W, U + 1]
         sums = F.embedding_bag(cells, planes, per_sample_weights=shares, mode="sum")  # [b * N, U + 1]
         pooled[images] = sums.view_as(pooled[images])
@@ -238,15 +239,15 @@ def _planes(score_maps: ScoreMapBatch) -> Float[Tensor, "B H W planes"]:
 
 
 def _cells_of_tokens(
-    score_maps: ScoreMapBatch, views: Float[Tensor, "B F 2 3"], grid: tuple[int, int], samples: int
+    score_maps: ScoreMapBatch, views: Float[Tensor, "B F 2 3"], points: Float[Tensor, "2 S N"]
 ) -> tuple[Int[Tensor, "tokens reads"], Float[Tensor, "tokens reads"]]:
     """Return which map cells each of the B * N tokens reads, and how much of each.
 
     Every sample reads the four cells around it. Cells are counted through the whole batch, row by row.
     """
     height, width = score_maps.codes.shape[1:3]
-    num_images, num_tokens = len(views), grid[0] * grid[1]
-    places, covered = _sample_places(score_maps, views, _sample_points(grid, samples, views.device))
+    num_images, (num_samples, num_tokens) = len(views), points.shape[1:]
+    places, covered = _sample_places(score_maps, views, points)
     before = places.floor()  # [B, 2, S, N]
     after = (before + 1).minimum(score_maps.sizes[:, :, None, None] - 1)
     fraction = places - before
@@ -254,7 +255,7 @@ def _cells_of_tokens(
     share_x, share_y = torch.stack([1 - fraction, fraction], dim=2).unbind(dim=1)
     first = torch.arange(num_images, device=views.device, dtype=torch.int32) * (height * width)
     cells = y[:, :, None] * width + x[:, None] + first[:, None, None, None, None]  # [B, 2, 2, S, N]
-    shares = share_y[:, :, None] * share_x[:, None] * (covered / samples**2)[:, None, None]
+    shares = share_y[:, :, None] * share_x[:, None] * (covered / num_samples)[:, None, None]
 
     def by_token(reads: Tensor) -> Tensor:
         return reads.reshape(num_images, -1, num_tokens).transpose(1, 2).reshape(num_images * num_tokens, -1)
