@@ -254,15 +254,6 @@ def test_every_parameter_gets_a_gradient_and_checkpointing_does_not_change_it() 
         torch.testing.assert_close(found[name], gradient)
 
 
-def test_features_after_blocks_are_maps_of_the_tokens() -> None:
-    model = tiny().eval()
-    images = torch.randn(2, 3, 24, 36)
-    first, last = model.features_after(images, blocks=(0, 2))
-    assert first.shape == last.shape == (2, 32, 4, 6)
-    tokens = last.flatten(2).transpose(1, 2)
-    torch.testing.assert_close(F.layer_norm(tokens, (32,), eps=1e-5), model(images).tokens)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [

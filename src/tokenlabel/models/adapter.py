@@ -20,7 +20,7 @@ from timm.models import get_pretrained_cfg, group_parameters
 from torch import Tensor, nn
 
 from tokenlabel.mixing import MixPlan, mix_images
-from tokenlabel.models.outputs import Outputs, TokenModel
+from tokenlabel.models.outputs import Outputs, TokenModel, check_ascending
 
 # Where timm's classifiers keep a norm that they apply to pooled features. Tokens take it too, so that the
 # token head sees what the classifier sees.
@@ -133,6 +133,35 @@ class TimmAdapter(TokenModel):
             token_head=self.token_head,
             grid=features.grid,
         )
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep no activations inside blocks, as timm's own switch does it, compute them again in the backward pass.
+
+        Raises ValueError for a backbone without that switch.
+        """
+        try:
+            self.backbone.set_grad_checkpointing(enable)
+        except (AttributeError, AssertionError) as error:
+            raise ValueError(
+                f"{self.name} cannot compute activations again ({first_line(error)}); train it without "
+                "gradient checkpointing"
+            ) from error
+
+    def intermediates(
+        self, images: Float[Tensor, "B 3 height width"], layers: Sequence[int]
+    ) -> list[Float[Tensor, "B h w D"]]:
+        """Return the features after some layers as maps; see `TokenModel.intermediates`."""
+        check_ascending(layers, name=self.name)
+        try:
+            maps = self.backbone.forward_intermediates(
+                images, indices=list(layers), stop_early=True, intermediates_only=True
+            )
+        except (AssertionError, IndexError) as error:  # how timm says no
+            size = f"{images.shape[2]} x {images.shape[3]} pixels"
+            raise ValueError(
+                f"{self.name} has no layers {list(layers)} of images of {size}: {first_line(error)}"
+            ) from error
+        return [features.permute(0, 2, 3, 1) for features in maps]
 
     def _run(
         self, images: Float[Tensor, "B 3 height width"], plan: MixPlan | None, from_stage: int | None

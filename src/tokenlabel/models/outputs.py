@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -84,6 +85,35 @@ class TokenModel(nn.Module, ABC):
     def layers(self) -> dict[str, int]:
         """Return the layer of each parameter by its name: 0 for the stem, the highest for the heads."""
 
+    @abstractmethod
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep no activations inside blocks, compute them again in the backward pass, with the same random numbers.
+
+        Raises ValueError where the network cannot.
+        """
+
+    @abstractmethod
+    def intermediates(
+        self, images: Float[Tensor, "B 3 height width"], layers: Sequence[int]
+    ) -> list[Float[Tensor, "B h w D"]]:
+        """Return the features after some layers as maps, for dense tasks.
+
+        `layers`: which, counted from 0, in ascending order: blocks of LV-ViT and T2T-ViT, what `forward_intermediates`
+        counts in timm's (blocks of a ViT, stages of a CNN, whose maps differ in size and width). The class token and
+        other prefix tokens are left out, the last norm is not applied. Images of other sizes than the model's own are
+        taken wherever `forward` takes them, position embeddings resized bicubically.
+        Raises ValueError for layers that there are not.
+        """
+
+    def repeated_parts(self) -> list[nn.Module]:
+        """Return the blocks that the network repeats, in order, none inside another: what sharded training wraps.
+
+        They are found by structure: the smallest parts of a list or sequence of modules that have more than one
+        layer with parameters inside. Stem, norms between stages and heads belong to none; a network without
+        such lists gives an empty one.
+        """
+        return _repeated_parts(self)
+
     def freeze(self, num_layers: int) -> None:
         """Stop the first layers from training: no gradients, no new statistics, no drop path, from now on.
 
@@ -111,3 +141,26 @@ class TokenModel(nn.Module, ABC):
         for module in getattr(self, "_frozen", ()):
             module.eval()
         return self
+
+
+def check_ascending(layers: Sequence[int], *, name: str) -> None:
+    """Raise ValueError unless the layers are at least one number from 0 up, each larger than the one before."""
+    if not layers or layers[0] < 0 or list(layers) != sorted(set(layers)):
+        raise ValueError(
+            f"layers of {name} are counted from 0 and named in ascending order, got {list(layers)}"
+        )
+
+
+def _repeated_parts(module: nn.Module) -> list[nn.Module]:
+    containers = (nn.Sequential, nn.ModuleList)
+    found: list[nn.Module] = []
+    for child in module.children():
+        inner = _repeated_parts(child)
+        is_part = isinstance(module, containers) and not isinstance(child, containers)
+        found += inner or ([child] if is_part and _num_layers(child) > 1 else [])
+    return found
+
+
+def _num_layers(module: nn.Module) -> int:
+    """Return how many modules inside hold parameters of their own."""
+    return sum(any(True for _ in part.parameters(recurse=False)) for part in module.modules())

@@ -145,10 +145,6 @@ class TimmLVViT(LVViTTrunk):
         blocks = [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]
         return {"stem": r"^cls_token|pos_embed|patch_embed", "blocks": blocks}
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep no activations inside blocks, compute them again in the backward pass."""
-        self.gradient_checkpointing = enable
-
 
 def _block_indices(indices: int | Sequence[int] | None, *, depth: int) -> list[int]:
     """Return the blocks that are meant: all for None, the last n for a number, else those, negative from the end."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from tokenlabel.mixing import MixPlan, mix_images, mix_tokens
-from tokenlabel.models.outputs import Outputs
+from tokenlabel.models.outputs import Outputs, check_ascending
 
 HEAD_PARTS = ("norm", "head", "aux_head")
 
@@ -137,20 +137,24 @@ class Trunk(nn.Module, ABC):
             grid=self.grid_for((images.shape[2], images.shape[3])),
         )
 
-    def features_after(
-        self, images: Float[Tensor, "B 3 height width"], blocks: Collection[int]
-    ) -> list[Float[Tensor, "B D h w"]]:
-        """Return the tokens after some blocks (counted from 0, in ascending order) as maps, for dense tasks.
-
-        The class token is left out; the last norm is not applied.
-        """
+    def intermediates(
+        self, images: Float[Tensor, "B 3 height width"], layers: Sequence[int]
+    ) -> list[Float[Tensor, "B h w D"]]:
+        """Return the tokens after some blocks as maps; see `TokenModel.intermediates`."""
+        check_ascending(layers, name=type(self).__name__)
+        if layers[-1] >= len(self.blocks):
+            raise ValueError(f"there are layers 0 to {len(self.blocks) - 1}, got {list(layers)}")
         grid = self.grid_for((images.shape[2], images.shape[3]))
         tokens, features = self.embed(images), []
-        for index, block in enumerate(self.blocks):
-            tokens = self.run(block, tokens)
-            if index in blocks:
-                features.append(tokens[:, 1:].unflatten(1, grid).permute(0, 3, 1, 2))
+        for index in range(layers[-1] + 1):
+            tokens = self.run(self.blocks[index], tokens)
+            if index in layers:
+                features.append(tokens[:, 1:].unflatten(1, grid))  # [B, h, w, D]
         return features
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep no activations inside blocks, compute them again in the backward pass."""
+        self.gradient_checkpointing = enable
 
     def run(self, block: nn.Module, tokens: Float[Tensor, "B M D"]) -> Float[Tensor, "B M D"]:
         """Return the tokens after a block, its activations kept or not, as the configuration says."""

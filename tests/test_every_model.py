@@ -1,0 +1,158 @@
+"""What every model offers beside its outputs: recomputation, the parts that repeat, features on the way, compilation."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_adapter import FAMILIES, NUM_CLASSES, create
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import functional as F
+
+from tokenlabel.mixing import MixPlan
+from tokenlabel.models import LVViT, T2TViT, TokenModel, create_model
+from tokenlabel.models.trunk import resize_positions
+
+SMALL = {"depth": 3, "width": 32, "num_heads": 4}
+OURS: dict[str, dict[str, Any]] = {"lvvit_t": {**SMALL, "stem_width": 8}, "t2t_vit_14": SMALL}
+
+# Of the families here only timm's PiT has no switch for it.
+CANNOT_RECOMPUTE = ("pit_ti_224", "pit_ti_distilled_224")
+
+
+def ours(name: str, **options: Any) -> LVViT | T2TViT:
+    model = create_model(name, num_classes=NUM_CLASSES, size_px=(32, 48), **{**OURS[name], **options})
+    assert isinstance(model, LVViT | T2TViT)
+    return model
+
+
+def loss_and_gradients(model: TokenModel, images: Tensor) -> tuple[Tensor, dict[str, Tensor], int]:
+    """Return the loss, its gradients and the bytes that were kept for them, parameters not counted."""
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    torch.manual_seed(1)
+    model.zero_grad()
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        outputs = model(images)
+        loss = outputs.class_logits.square().mean() + outputs.token_logits.square().mean()
+    loss.backward()
+    gradients = {key: value.grad for key, value in model.named_parameters() if value.grad is not None}
+    return loss.detach(), gradients, sum(kept.values())
+
+
+@pytest.mark.parametrize("name", [*OURS, *(name for name in FAMILIES if name not in CANNOT_RECOMPUTE)])
+def test_recomputing_activations_changes_nothing_but_memory(name: str) -> None:
+    torch.manual_seed(0)
+    if name in OURS:
+        model, size_px = ours(name, drop_path=0.5), (32, 48)
+    else:
+        model, size_px = create(name), FAMILIES[name][0]
+    images = torch.randn(2, 3, *size_px)
+    model.train()
+    loss, gradients, kept = loss_and_gradients(model, images)
+    model.set_grad_checkpointing()
+    loss2, gradients2, kept2 = loss_and_gradients(model, images)
+    torch.testing.assert_close(loss2, loss)
+    assert gradients2.keys() == gradients.keys()
+    for key, gradient in gradients.items():
+        torch.testing.assert_close(gradients2[key], gradient, atol=1e-6, rtol=1e-4)
+    assert kept2 < kept
+    model.set_grad_checkpointing(False)
+    assert loss_and_gradients(model, images)[2] == kept
+
+
+@pytest.mark.parametrize("name", CANNOT_RECOMPUTE)
+def test_a_network_that_cannot_recompute_says_so(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"{name} cannot compute activations again .* train it without"):
+        create(name).set_grad_checkpointing()
+
+
+@pytest.mark.parametrize("name", [*OURS, *FAMILIES])
+def test_repeated_parts_hold_no_parameter_twice(name: str) -> None:
+    model = ours(name) if name in OURS else create(name)
+    parts = model.repeated_parts()
+    assert len(parts) >= 2
+    inside = [id(parameter) for part in parts for parameter in part.parameters()]
+    assert len(inside) == len(set(inside))
+    heads = {id(parameter) for parameter in model.token_head.parameters()} if name not in OURS else set()
+    assert not heads & set(inside)
+
+
+def test_repeated_parts_are_the_blocks_in_order() -> None:
+    for name in OURS:
+        model = ours(name)
+        assert model.repeated_parts() == list(model.blocks)
+    vit, swin = create("vit_tiny_patch16_224"), create("swin_tiny_patch4_window7_224")
+    assert vit.repeated_parts() == list(vit.backbone.blocks)
+    assert swin.repeated_parts() == [block for stage in swin.backbone.layers for block in stage.blocks]
+
+
+@pytest.mark.parametrize("name", OURS)
+@settings(max_examples=15)
+@given(grid=st.tuples(st.integers(1, 4), st.integers(1, 4)), layers=st.sets(st.integers(0, 2), min_size=1))
+def test_intermediates_are_what_blocks_give_at_any_size(
+    name: str, grid: tuple[int, int], layers: set[int]
+) -> None:
+    model = ours(name).eval()
+    size_px = (16 * grid[0], 16 * grid[1])
+    images = torch.randn(2, 3, *size_px, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found = model.intermediates(images, sorted(layers))
+        patches = model.embed_patches(images)
+        tokens = torch.cat([model.cls_token.expand(2, -1, -1), patches.flatten(1, 2)], dim=1)
+        tokens = tokens + resize_positions(model.pos_embed, (2, 3), grid)
+        for index, block in enumerate(model.blocks):
+            tokens = block(tokens)
+            if index in layers:
+                expected = tokens[:, 1:].reshape(2, *grid, 32)
+                torch.testing.assert_close(found.pop(0), expected)
+    assert found == []
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_intermediates_of_timm_models_are_maps(name: str) -> None:
+    size_px = FAMILIES[name][0]
+    model = create(name).eval()
+    images = torch.randn(2, 3, *size_px)
+    with torch.no_grad():
+        first, second = model.intermediates(images, [0, 1])
+        _, (again,) = model.backbone.forward_intermediates(images, indices=[1])
+    for features in (first, second):
+        B, h, w, _ = features.shape
+        assert B == 2
+        assert size_px[0] // h == size_px[1] // w  # the aspect of the image
+    torch.testing.assert_close(second, again.permute(0, 2, 3, 1))
+
+
+def test_the_last_intermediate_is_what_the_last_norm_sees() -> None:
+    model, vit = ours("lvvit_t").eval(), create("vit_tiny_patch16_224", dynamic_img_size=True).eval()
+    images = torch.randn(2, 3, 48, 80)
+    (features,) = model.intermediates(images, [2])
+    torch.testing.assert_close(F.layer_norm(features, (32,)).flatten(1, 2), model(images).tokens)
+    (features,) = vit.intermediates(images, [1])
+    torch.testing.assert_close(vit.backbone.norm(features).flatten(1, 2), vit(images).tokens)
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ([], "counted from 0 and named in ascending order, got []"),
+        ([1, 0], "ascending order, got [1, 0]"),
+        ([-1], "ascending order, got [-1]"),
+        ([0, 9], "got [0, 9]|has no layers [0, 9] of images of 32 x 48 pixels"),
+    ],
+)
+def test_layers_that_there_are_not(layers: list[int], message: str) -> None:
+    pattern = message.replace("[", r"\[").replace("]", r"\]")
+    for model in (ours("lvvit_t"), create("vit_tiny_patch16_224")):
+        with pytest.raises(ValueError, match=pattern):
+            model.intermediates(torch.randn(1, 3, 32, 48), layers)
