@@ -133,20 +133,26 @@ def align(
     (num_images, height, width), num_tokens = score_maps.codes.shape[:3], grid[0] * grid[1]
     samples = samples or max(2, math.ceil(height / grid[0]), math.ceil(width / grid[1]))
     num_planes = score_maps.classes.shape[1] + 1
-    points = _sample_points(grid, samples, views.device)
+    frames, points = _with_region(views, score_maps.regions), _sample_points(grid, samples, views.device)
     pooled = score_maps.probs.new_empty(num_images, num_tokens, num_planes)  # [B, N, U + 1]
     weight = score_maps.probs.new_empty(num_images, num_tokens)
     num_reads = 4 * samples**2 * num_tokens
     # Of each read, cell and share, as they are made and by token.
     numbers_each = (height * width + num_tokens) * num_planes + 4 * num_reads
     for images in blocks(num_images, numbers_each, pooled.device):
-        part = score_maps.of_images(images)
-        cells, shares = _cells_of_tokens(part, views[images], points)
-        planes = _planes(part).flatten(0, 2)  # [b * H * W, U + 1]
-        sums = F.embedding_bag(cells, planes, per_sample_weights=shares, mode="sum")  # [b * N, U + 1]
-        pooled[images] = sums.view_as(pooled[images])
-        weight[images] = shares.sum(dim=1).view_as(weight[images])
+        pooled[images], weight[images] = _pooled(score_maps.of_images(images), frames[images], points)
     return TokenTargets(score_maps.classes, excess=pooled[..., :-1], floor=pooled[..., -1], weight=weight)
+
+
+def _pooled(
+    score_maps: ScoreMapBatch, frames: Float[Tensor, "B F 2 3"], points: Float[Tensor, "2 S N"]
+) -> tuple[Float[Tensor, "B N planes"], Float[Tensor, "B N"]]:
+    """Return each token's weighted sum over the map's planes, and the sum of its weights."""
+    num_images, num_tokens = len(frames), points.shape[2]
+    cells, shares = _cells_of_tokens(score_maps, frames, points)
+    planes = _planes(score_maps).flatten(0, 2)  # [B * H * W, U + 1]
+    sums = F.embedding_bag(cells, planes, per_sample_weights=shares, mode="sum")  # [B * N, U + 1]
+    return sums.view(num_images, num_tokens, -1), shares.sum(dim=1).view(num_images, num_tokens)
 
 
 def _probabilities_of_cells(score_maps: ScoreMapBatch, mode: LogitsMode) -> ScoreMapBatch:
@@ -239,23 +245,24 @@ def _planes(score_maps: ScoreMapBatch) -> Float[Tensor, "B H W planes"]:
 
 
 def _cells_of_tokens(
-    score_maps: ScoreMapBatch, views: Float[Tensor, "B F 2 3"], points: Float[Tensor, "2 S N"]
+    score_maps: ScoreMapBatch, frames: Float[Tensor, "B F 2 3"], points: Float[Tensor, "2 S N"]
 ) -> tuple[Int[Tensor, "tokens reads"], Float[Tensor, "tokens reads"]]:
     """Return which map cells each of the B * N tokens reads, and how much of each.
 
     Every sample reads the four cells around it. Cells are counted through the whole batch, row by row.
     """
     height, width = score_maps.codes.shape[1:3]
-    num_images, (num_samples, num_tokens) = len(views), points.shape[1:]
-    places, covered = _sample_places(score_maps, views, points)
+    num_images, (num_samples, num_tokens) = len(frames), points.shape[1:]
+    places, covered = _sample_places(score_maps, frames, points)
     before = places.floor()  # [B, 2, S, N]
+    fraction = places.sub_(before)
     after = (before + 1).minimum(score_maps.sizes[:, :, None, None] - 1)
-    fraction = places - before
     x, y = torch.stack([before, after], dim=2).int().unbind(dim=1)  # each [B, 2, S, N]
     share_x, share_y = torch.stack([1 - fraction, fraction], dim=2).unbind(dim=1)
-    first = torch.arange(num_images, device=views.device, dtype=torch.int32) * (height * width)
-    cells = y[:, :, None] * width + x[:, None] + first[:, None, None, None, None]  # [B, 2, 2, S, N]
-    shares = share_y[:, :, None] * share_x[:, None] * (covered / num_samples)[:, None, None]
+    first = torch.arange(num_images, device=frames.device, dtype=torch.int32) * (height * width)
+    rows = y * width + first[:, None, None, None]
+    cells = rows[:, :, None] + x[:, None]  # [B, 2, 2, S, N]
+    shares = (share_y * (covered / num_samples)[:, None])[:, :, None] * share_x[:, None]
 
     def by_token(reads: Tensor) -> Tensor:
         return reads.reshape(num_images, -1, num_tokens).transpose(1, 2).reshape(num_images * num_tokens, -1)
@@ -274,22 +281,29 @@ def _sample_points(grid: tuple[int, int], samples: int, device: torch.device) ->
     )
 
 
+def _with_region(
+    views: Float[Tensor, "B F 2 3"], regions: Float[Tensor, "B 4"]
+) -> Float[Tensor, "B frames 2 3"]:
+    """Return the frames of the views and, as the last, the way to fractions of the teacher's region."""
+    start, end = regions[:, :2], regions[:, 2:]
+    in_region = views[:, -1].clone()  # [B, 2, 3]
+    in_region[..., 2] -= start
+    return torch.cat([views, (in_region / (end - start)[..., None])[:, None]], dim=1)
+
+
 def _sample_places(
-    score_maps: ScoreMapBatch, views: Float[Tensor, "B F 2 3"], points: Float[Tensor, "2 S N"]
+    score_maps: ScoreMapBatch, frames: Float[Tensor, "B F 2 3"], points: Float[Tensor, "2 S N"]
 ) -> tuple[Float[Tensor, "B 2 S N"], Bool[Tensor, "B S N"]]:
-    """Return where points of the augmented images fall on the maps, and which of them count.
+    """Return where points of the augmented images fall on the maps, and which of them lie inside all frames.
 
     Places (x, y) are in map cells, (0, 0) in the middle of the top left one.
     """
     x, y = points
-    frames = views[..., None, None]  # [B, F, 2, 3, 1, 1]
-    on_the_way = frames[:, :, :, 0] * x + frames[:, :, :, 1] * y + frames[:, :, :, 2]  # [B, F, 2, S, N]
-    start, end = score_maps.regions[:, :2, None, None], score_maps.regions[:, 2:, None, None]
-    in_region = (on_the_way[:, -1] - start) / (end - start)  # [B, 2, S, N], fractions of the region
-    covered = _inside(on_the_way).all(dim=1) & _inside(in_region)
+    by_x, by_y, origin = frames[..., None, None].unbind(dim=3)  # each [B, F, 2, 1, 1]
+    on_the_way = torch.addcmul(
+        torch.addcmul(origin, by_x, x), by_y, y
+    )  # [B, F, 2, S, N], fractions of frames
     sizes = score_maps.sizes[:, :, None, None]
-    return (in_region * sizes - 0.5).clamp_min(0).minimum(sizes - 1), covered
-
-
-def _inside(points: Float[Tensor, "*batch 2 S N"]) -> Bool[Tensor, "*batch S N"]:
-    return ((points >= -TOLERANCE) & (points <= 1 + TOLERANCE)).all(dim=-3)
+    places = (on_the_way[:, -1] * sizes).sub_(0.5).clamp_min_(0)
+    covered = on_the_way.sub_(0.5).abs_().amax(dim=(1, 2)) <= 0.5 + TOLERANCE
+    return places.minimum(sizes - 1), covered
