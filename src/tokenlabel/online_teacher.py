@@ -1,0 +1,86 @@
+"""A teacher in the step: a network that looks at augmented images as they come out of the loader."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+from torch.nn import functional as F
+
+from tokenlabel.classmap import ClassMap, class_map_for
+from tokenlabel.objectives import OnlineTeacherConfig
+from tokenlabel.teachers import NetworkTeacher, TeacherConfig, load_teacher
+
+
+class NetworkOnlineTeacher:
+    """A network teacher that is shown augmented images, resized to what it takes.
+
+    `size`: it sees them at an area of about size x size pixels and their own aspect, each side a multiple of its
+    stride; at their own size if None. A network of fixed size always gets that. `class_map`: where its classes go.
+    """
+
+    def __init__(
+        self, teacher: NetworkTeacher, *, size: int | None = None, class_map: ClassMap | None = None
+    ) -> None:
+        self.teacher, self.size, self.class_map = teacher, size, class_map
+
+    @torch.no_grad()  # not inference_mode: its targets are kept for the backward pass
+    def probabilities(
+        self, images: UInt8[Tensor, "B 3 height width"]
+    ) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B h w C"]]:
+        """Return the distributions of whole images and of every place of them, in float32."""
+        logits = self.teacher.logits(self._seen(images))
+        of_images, of_places = logits.image.float().softmax(dim=1), logits.places.float().softmax(dim=3)
+        if self.class_map is None:
+            return of_images, of_places
+        return _complete(self.class_map.apply(of_images)), _complete(self.class_map.apply(of_places))
+
+    def _seen(self, images: UInt8[Tensor, "B 3 height width"]) -> UInt8[Tensor, "B 3 h w"]:
+        sight, (height_px, width_px) = self.teacher.sight, images.shape[2:]
+        scale = 1.0 if self.size is None else self.size / (height_px * width_px) ** 0.5
+        size_px = sight.fixed_size_px or (
+            _rounded(height_px * scale, sight.stride_px),
+            _rounded(width_px * scale, sight.stride_px),
+        )
+        if size_px == (height_px, width_px):
+            return images
+        resized = F.interpolate(images.float(), size_px, mode="bicubic", antialias=True, align_corners=False)
+        return resized.round().clamp(0, 255).to(torch.uint8)
+
+
+def load_online_teacher(
+    config: OnlineTeacherConfig, class_names: Sequence[str], device: torch.device
+) -> NetworkOnlineTeacher | None:
+    """Return the teacher of a configuration over the classes of the images; None if it names none.
+
+    Raises TeacherError or ClassMapError for what does not exist or fit.
+    """
+    if config.name is None:
+        return None
+    teacher = load_teacher(
+        config.name,
+        TeacherConfig(
+            teacher=config.name,
+            size=config.size,
+            head=config.head,
+            precision=config.precision,
+            compile=config.compile,
+        ),
+        device,
+        weights=config.weights,
+    )
+    class_map = class_map_for(
+        config.class_map, teacher.class_names, class_names, num_theirs=teacher.num_classes
+    )
+    return NetworkOnlineTeacher(teacher, size=config.size, class_map=class_map)
+
+
+def _rounded(side_px: float, stride_px: int) -> int:
+    return max(1, round(side_px / stride_px)) * stride_px
+
+
+def _complete(probs: Float[Tensor, "*places C"]) -> Float[Tensor, "*places C"]:
+    """Return mapped probabilities with what went nowhere spread evenly, so that they sum to 1 again."""
+    return probs + (1 - probs.sum(dim=-1, keepdim=True)).clamp_min(0) / probs.shape[-1]
