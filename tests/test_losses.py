@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from label_cases import TensorSizes, dense_targets, draw_box, draw_score_map, draw_targets, draw_view
+from loss_ranks import ModelWithLoss, gradients, gradients_of_ranks
 from torch import distributed as dist
 from torch import nn
 
@@ -243,6 +244,21 @@ def test_the_fused_head_under_autocast():
         assert (gradient - expected).norm() < 1.2 * (other - expected).norm() + 1e-7
 
 
+def test_the_fused_head_in_half_precision_sums_many_tokens_without_overflow(monkeypatch):
+    """8,192 tokens with features of 16 that all miss class 3: the weight's gradient sums to 131,072 on the way."""
+    monkeypatch.setitem(blocks.BLOCK_SIZE, "cpu", 1 << 20)
+    head = draw_head(0, 4, 8, dtype=torch.float32)
+    tokens = torch.full((8, 1024, 4), 16.0).requires_grad_()
+    nothing = torch.zeros(8, 1024)
+    targets = TokenTargets(torch.full((8, 1), 3), torch.ones(8, 1024, 1), nothing, nothing + 1)
+    watched = [tokens, *head.parameters()]
+    expected = torch.autograd.grad(linear_cross_entropy(tokens, head, targets), watched)
+    with torch.autocast("cpu", torch.float16):
+        loss = linear_cross_entropy(tokens, head, targets)
+    for gradient, exact in zip(torch.autograd.grad(1024 * loss, watched), expected, strict=True):
+        assert (gradient - 1024 * exact).norm() < 0.01 * (1024 * exact).norm()
+
+
 def test_the_fused_head_accumulates_gradients():
     """Two half batches, each divided by two, leave the gradient of the whole batch; backward twice leaves it twice."""
     targets, head = draw_targets(np.random.default_rng(0), (4, 3), 7), draw_head(0, 5, 7)
@@ -311,6 +327,14 @@ def test_the_fused_head_under_distributed_data_parallel(tmp_path):
             torch.testing.assert_close([p.grad for p in parameters], list(expected))
     finally:
         dist.destroy_process_group()
+
+
+def test_two_ranks_end_with_the_gradient_of_the_whole_batch(tmp_path):
+    """Also with the batch accumulated from two parts; `forward` returns the loss, so the head is inside of it."""
+    expected = gradients(ModelWithLoss(), torch.arange(4))
+    for of_rank in gradients_of_ranks(tmp_path):
+        for got in of_rank:
+            torch.testing.assert_close(got, expected)
 
 
 def test_the_fused_head_never_holds_all_logits(monkeypatch):

@@ -149,10 +149,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_tokens = torch.empty_like(tokens, dtype=narrow)
         grad_weight, grad_bias = torch.zeros_like(head_weight), head_weight.new_zeros(num_classes)
         slices, buffer = _blocks(tokens, num_classes, exact)
+        ease = _ease(narrow, tokens_a_block=slices[0].stop * tokens.shape[1])
         for images in slices:
             block, part = tokens[images].to(narrow), tuple(t[images] for t in targets)
             room = buffer[: len(block)]
-            loss += _loss_with_gradient(F.linear(block, matrix, bias), part, room, with_gradients)
+            loss += _loss_with_gradient(
+                F.linear(block, matrix, bias), part, room, ease=ease if with_gradients else None
+            )
             if with_gradients:
                 grad_bias += room.sum(dim=(0, 1))
                 gradient = room.to(narrow)
@@ -160,8 +163,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 for rows in blocks(num_classes, width, tokens.device):
                     grad_weight[rows] += gradient[:, :, rows].flatten(0, 1).T @ block.flatten(0, 1)
         ctx.save_for_backward(grad_tokens, grad_weight, None if head_bias is None else grad_bias)
-        ctx.num_tokens = tokens.shape[0] * tokens.shape[1]
-        return loss / ctx.num_tokens
+        num_tokens = tokens.shape[0] * tokens.shape[1]
+        ctx.divisor = ease * num_tokens
+        return loss / num_tokens
 
     @staticmethod
     @once_differentiable
@@ -169,7 +173,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx: Any, grad_loss: Tensor
     ) -> tuple[Tensor | None, ...]:
         grad_tokens, grad_weight, grad_bias = ctx.saved_tensors
-        scale = (grad_loss / ctx.num_tokens).view(1)  # one axis, so that half precision gradients are widened
+        scale = (grad_loss / ctx.divisor).view(1)  # one axis, so that half precision gradients are widened
         return (
             grad_tokens * scale,
             grad_weight * scale,
@@ -180,15 +184,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _loss_with_gradient(
-    logits: Tensor, targets: tuple[Tensor, ...], room: Tensor, with_gradient: bool
+    logits: Tensor, targets: tuple[Tensor, ...], room: Tensor, *, ease: float | None
 ) -> Tensor:
-    """Return the sum of the loss over a block, and leave its gradient in `room` [b, N, C]."""
+    """Return the sum of the loss over a block, and leave its gradient times `ease` in `room` [b, N, C]."""
     classes, excess, floor, weight = targets
     logits = logits.to(room.dtype)
     loss = _cross_entropy(torch.log_softmax(logits, dim=2, out=room), classes, excess, floor).sum()
-    if with_gradient:
+    if ease is not None:
         probs = torch.softmax(logits, dim=2, out=room)  # cheaper than exp
-        _to_gradient(probs, classes, excess, floor, weight)
+        _to_gradient(probs, classes, ease * excess, ease * floor, ease * weight)
     return loss
 
 
@@ -212,6 +216,14 @@ def _blocks(rows: Tensor, num_classes: int, dtype: torch.dtype) -> tuple[list[sl
     num_images, num_tokens = rows.shape[:2]
     slices = blocks(num_images, num_tokens * num_classes, rows.device)
     return slices, rows.new_empty(slices[0].stop, num_tokens, num_classes, dtype=dtype)
+
+
+def _ease(dtype: torch.dtype, *, tokens_a_block: int) -> float:
+    """Return what to multiply a block's gradient by, so that its sum over tokens stays below float16's 65,504.
+
+    A loss scaler could not help: it scales what is made of the gradients only later.
+    """
+    return min(1.0, 1024 / tokens_a_block) if dtype is torch.float16 else 1.0
 
 
 def _linear_dtype(tensor: Tensor) -> torch.dtype:
