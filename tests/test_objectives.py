@@ -1,0 +1,454 @@
+"""Objectives against the same targets worked out image by image, class by class, in float64."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from label_cases import aligned_point_by_point, dense_targets, draw_box, draw_view
+from torch import nn
+
+from tokenlabel.alignment import LogitsMode, align, collate_score_maps
+from tokenlabel.data import Batch
+from tokenlabel.erasing import Erased
+from tokenlabel.geometry import View, stack_views
+from tokenlabel.losses import token_label_loss
+from tokenlabel.mixing import MixPlan
+from tokenlabel.models.outputs import Outputs
+from tokenlabel.objectives import (
+    ClassTarget,
+    Extent,
+    LossConfig,
+    Objective,
+    ObjectiveError,
+    OnlineTeacherConfig,
+    Targets,
+    TokenChoice,
+    image_labels,
+    softened,
+    top_score_maps,
+)
+from tokenlabel.scores import Kind, from_probabilities, from_top
+from tokenlabel.targets import class_targets
+
+NUM_IMAGES, GRID = 3, (2, 3)
+seeds = st.integers(0, 2**32 - 1)
+shares = st.floats(0, 1)
+configs = st.builds(
+    LossConfig,
+    beta=st.just(0.5),
+    label_smoothing=st.sampled_from([0.0, 0.1]),
+    class_target=st.sampled_from(ClassTarget),
+    teacher_share=shares,
+    extent=st.sampled_from(Extent),
+    hard=st.just(False),
+    temperature=st.sampled_from([1.0, 1.0, 3.0]),
+    correct_teacher=st.sampled_from([0.0, 0.7]),
+    tokens=st.sampled_from(TokenChoice),
+    token_threshold=shares,
+)
+
+
+def draw_batch(rng, num_classes=6, *, stored=True):
+    """A batch of tiny images; its maps keep each cell's most probable classes, its views are of any kind."""
+    maps = []
+    for _ in range(NUM_IMAGES):
+        height, width = rng.integers(1, 5, 2)
+        probs = rng.dirichlet(np.full(num_classes, 0.5), (height, width))
+        maps.append(from_probabilities(probs, int(rng.integers(1, 4)), region=draw_box(rng, 0.5)))
+    views = [draw_view(rng, int(rng.integers(0, 3))) for _ in maps]
+    return Batch(
+        images=torch.from_numpy(rng.integers(0, 256, (NUM_IMAGES, 3, 12, 18), dtype=np.uint8)),
+        class_ids=torch.from_numpy(rng.integers(0, num_classes, NUM_IMAGES)),
+        num_classes=num_classes,
+        views=torch.from_numpy(stack_views(views)),
+        score_maps=collate_score_maps(maps) if stored else None,
+        keys=[str(i) for i in range(NUM_IMAGES)],
+    ), maps
+
+
+def draw_mix(rng):
+    mask = torch.from_numpy(rng.uniform(0, 1, (NUM_IMAGES, *GRID)).astype(np.float32))
+    return MixPlan(mask, torch.from_numpy(rng.permutation(NUM_IMAGES)), on_tokens=True)
+
+
+class FixedTeacher:
+    """Says the same of every batch."""
+
+    def __init__(self, rng, num_classes=6, grid=(3, 2)):
+        self.of_images = rng.dirichlet(np.ones(num_classes), NUM_IMAGES)
+        self.of_places = rng.dirichlet(np.full(num_classes, 0.5), (NUM_IMAGES, *grid))
+
+    def probabilities(self, images):
+        return torch.from_numpy(self.of_images).float(), torch.from_numpy(self.of_places).float()
+
+
+# The oracle: one image after the other.
+
+
+def plain_tokens(config, maps, batch, labels):
+    """Targets [B, N, C] and weights [B, N] of the tokens before smoothing and mixing."""
+    samples = max(
+        2,
+        *(math.ceil(max(m.codes.shape[axis] for m in maps) / GRID[axis]) for axis in (0, 1)),
+    )
+    all_targets, all_weights = [], []
+    for i, score_map in enumerate(maps):
+        truth = int(batch.class_ids[i])
+        frames = batch.views[i].numpy().astype(float)
+        targets, weights = aligned_point_by_point(score_map, frames, GRID, samples)
+        for n in range(len(weights)):
+            if weights[n] == 0:
+                continue
+            probs = targets[n] / weights[n]
+            counts = {
+                TokenChoice.ALL: True,
+                TokenChoice.CONFIDENT: probs.max() >= config.token_threshold,
+                TokenChoice.OBJECT: probs[truth] >= config.token_threshold,
+            }[config.tokens]
+            probs = correct(probs, truth, labels[i], config.correct_teacher)
+            weights[n] *= counts
+            targets[n] = probs * weights[n]
+        all_targets.append(targets)
+        all_weights.append(weights)
+    return np.stack(all_targets), np.stack(all_weights)
+
+
+def plain_labels(config, maps, batch):
+    """The stores' one label of each image [B, C]."""
+    labels = []
+    for i, score_map in enumerate(maps):
+        frames = batch.views[i].numpy().astype(float)
+        if config.extent is Extent.IMAGE:
+            frames = np.array([[[1.0, 0, 0], [0, 1, 0]]])
+        samples = max(2, *(max(m.codes.shape[axis] for m in maps) for axis in (0, 1)))
+        target, weight = aligned_point_by_point(score_map, frames, (1, 1), samples)
+        truth = np.eye(batch.num_classes)[int(batch.class_ids[i])]
+        labels.append(target[0] / weight[0] if weight[0] > 0 else truth)
+    return labels
+
+
+def correct(probs, truth, label, share):
+    """A label in which the ground truth has a share if the teacher does not name it first."""
+    if label[truth] < label.max():
+        return (1 - share) * probs + share * np.eye(len(probs))[truth]
+    return probs
+
+
+def plain_class_targets(config, batch, labels):
+    """What the class token learns [B, C], and at the temperature [B, C]; each times its weight."""
+    share = {ClassTarget.TRUTH: 0.0, ClassTarget.TEACHER: 1.0, ClassTarget.BOTH: config.teacher_share}
+    share = share[config.class_target]
+    truths, lessons = [], []
+    for i, label in enumerate(labels):
+        truth = int(batch.class_ids[i])
+        said = label ** (1 / config.temperature)
+        said = correct(said / said.sum(), truth, label, config.correct_teacher)
+        truths.append((1 - share) * np.eye(batch.num_classes)[truth])
+        lessons.append(share * said)
+    plain, warm = np.stack(truths), np.stack(lessons)
+    return (plain + warm, 0 * warm) if config.temperature == 1 else (plain, warm)
+
+
+def smooth_and_mix(targets, weights, shares, plan, smoothing):
+    """Targets [B, N, C] after both; `shares` [B, N] of the partner."""
+    smoothed = (1 - smoothing) * targets + smoothing * weights[..., None] / targets.shape[2]
+    mixed = np.zeros_like(smoothed)
+    for i in range(len(smoothed)):
+        partner = smoothed[int(plan.partner[i])]
+        for n in range(smoothed.shape[1]):
+            mixed[i, n] = (1 - shares[i, n]) * smoothed[i, n] + shares[i, n] * partner[n]
+    return mixed
+
+
+def expected_class_targets(config, batch, labels, plan):
+    area = plan.mask.double().mean(dim=(1, 2), keepdim=True)[..., 0].numpy()
+    plain, warm = plain_class_targets(config, batch, labels)
+    return [
+        smooth_and_mix(part[:, None], part.sum(axis=1)[:, None], area, plan, config.label_smoothing)
+        for part in (plain, warm)
+    ]
+
+
+def check(targets: Targets, expected, num_classes):
+    names = ("class_token", "softened", "tokens")
+    for name, wanted in zip(names, expected, strict=True):
+        got = getattr(targets, name)
+        if got is None:
+            assert not np.any(wanted), name
+        else:
+            np.testing.assert_allclose(dense_targets(got, num_classes), wanted, atol=2e-5, err_msg=name)
+            torch.testing.assert_close(
+                got.weight.double(), dense_targets(got, num_classes).sum(dim=2), atol=2e-5, rtol=0
+            )
+
+
+@settings(max_examples=40)
+@given(seeds, configs)
+def test_targets_of_stored_maps_agree_image_by_image(seed, config):
+    rng = np.random.default_rng(seed)
+    batch, maps = draw_batch(rng)
+    plan = draw_mix(rng)
+    got = Objective(config, labelled=True).targets(batch, plan, grid=GRID)
+    labels = plain_labels(config, maps, batch)
+    tokens, weights = plain_tokens(config, maps, batch, labels)
+    shares = plan.mask.double().flatten(1).numpy()
+    tokens = smooth_and_mix(tokens, weights, shares, plan, config.label_smoothing)
+    check(got, [*expected_class_targets(config, batch, labels, plan), tokens], batch.num_classes)
+
+
+@settings(max_examples=30)
+@given(seeds, configs, st.integers(1, 6))
+def test_targets_of_a_teacher_in_the_step_agree_image_by_image(seed, config, topk):
+    """Its maps are of the augmented images, so views change nothing; its word on the image is its own."""
+    config = dataclasses.replace(config, teacher=OnlineTeacherConfig(name="a", topk=topk))
+    rng = np.random.default_rng(seed)
+    batch, _ = draw_batch(rng, stored=False)
+    teacher, plan = FixedTeacher(rng), draw_mix(rng)
+    got = Objective(config, labelled=False, teacher=teacher).targets(batch, plan, grid=GRID)
+    maps = [map_of_best_classes(probs, topk) for probs in teacher.of_places]
+    labels = list(teacher.of_images)
+    whole = dataclasses.replace(batch, views=torch.from_numpy(stack_views([View.identity()] * NUM_IMAGES)))
+    tokens, weights = plain_tokens(config, maps, whole, labels)
+    shares = plan.mask.double().flatten(1).numpy()
+    tokens = smooth_and_mix(tokens, weights, shares, plan, config.label_smoothing)
+    check(got, [*expected_class_targets(config, batch, labels, plan), tokens], batch.num_classes)
+
+
+def map_of_best_classes(probs, topk):
+    """The map [h, w, C] of one image in which every place keeps the classes that are best on average."""
+    best = sorted(range(probs.shape[2]), key=lambda c: -probs[..., c].mean())[:topk]
+    class_ids = np.broadcast_to(np.array(best), (*probs.shape[:2], len(best)))
+    return from_top(class_ids, probs[..., best], num_classes=probs.shape[2])
+
+
+def test_a_teacher_in_the_step_keeps_the_classes_it_is_asked_for():
+    probs = torch.rand(2, 4, 5, 30).softmax(dim=3)
+    assert top_score_maps(probs, 7).classes.shape == (2, 7)
+    assert top_score_maps(probs, 99).classes.shape == (2, 30)
+    complete = align(top_score_maps(probs, 30), torch.eye(2, 3).expand(2, 1, 2, 3), (4, 5), samples=1)
+    torch.testing.assert_close(complete.dense(30), probs.flatten(1, 2))
+
+
+def one_image(label, *, class_id=0, num_classes=3):
+    """A batch of one image whose map says the same everywhere."""
+    score_map = from_probabilities(np.array([[label]]), num_classes)
+    return Batch(
+        images=torch.zeros(1, 3, 8, 8, dtype=torch.uint8),
+        class_ids=torch.tensor([class_id]),
+        num_classes=num_classes,
+        views=torch.from_numpy(stack_views([View.identity()])),
+        score_maps=collate_score_maps([score_map]),
+        keys=["a"],
+    )
+
+
+def targets_of(batch, **options):
+    made = Objective(LossConfig(label_smoothing=0.0, **options), labelled=True).targets(
+        batch, None, grid=(1, 2)
+    )
+    assert made.tokens is not None
+    return made.class_token.dense(3)[0, 0].tolist(), made.tokens.dense(3)[0, 0].tolist()
+
+
+def test_a_wrong_teacher_is_corrected_and_a_right_one_is_left_alone():
+    """Published code gives the truth .1 where the teacher is wrong and .5 where it is right."""
+    wrong, right = one_image([0.2, 0.5, 0.3]), one_image([0.6, 0.3, 0.1])
+    corrected = [0.8 * 0.2 + 0.2, 0.8 * 0.5, 0.8 * 0.3]
+    for targets in targets_of(wrong, class_target=ClassTarget.TEACHER, correct_teacher=0.2):
+        assert targets == pytest.approx(corrected, abs=1e-3)
+    for targets in targets_of(right, class_target=ClassTarget.TEACHER, correct_teacher=0.2):
+        assert targets == pytest.approx([0.6, 0.3, 0.1], abs=1e-3)
+
+
+def test_a_teacher_whose_truth_ties_for_first_place_is_right():
+    for targets in targets_of(one_image([0.4, 0.4, 0.2]), correct_teacher=1.0, class_target=ClassTarget.BOTH)[
+        1:
+    ]:
+        assert targets == pytest.approx([0.4, 0.4, 0.2], abs=1e-3)
+
+
+def test_hard_labels_are_the_most_probable_class():
+    said, tokens = targets_of(one_image([0.2, 0.5, 0.3]), class_target=ClassTarget.TEACHER, hard=True)
+    assert said == [0, 1, 0]
+    assert tokens == pytest.approx([0.2, 0.5, 0.3], abs=1e-3)
+    mixed, _ = targets_of(
+        one_image([0.2, 0.5, 0.3]), class_target=ClassTarget.BOTH, teacher_share=0.25, hard=True
+    )
+    assert mixed == [0.75, 0.25, 0]
+
+
+def test_a_crop_that_shows_nothing_the_teacher_saw_is_labelled_by_the_truth():
+    batch = one_image([0.2, 0.5, 0.3], class_id=2)
+    away = dataclasses.replace(batch, views=torch.from_numpy(stack_views([View.translation(2.0, 0.0)])))
+    said, tokens = targets_of(away, class_target=ClassTarget.TEACHER)
+    assert said == [0, 0, 1]
+    assert tokens == [0, 0, 0]
+
+
+def test_published_labels_of_logits_are_the_softmax_of_pooled_logits():
+    """The mode `published` pools first (ReLabel does), the others take each cell's softmax first."""
+    logits = np.array([[[4.0], [6.0]]], np.float32)  # [1, 2, 1]
+    score_map = from_top(np.array([[[0], [1]]]), logits, num_classes=3, kind=Kind.LOGITS)
+    maps, view = collate_score_maps([score_map]), torch.eye(2, 3).expand(1, 1, 2, 3)
+    said = image_labels(maps, view, torch.tensor([0]), map_mode=LogitsMode.PUBLISHED)[0]
+    torch.testing.assert_close(said, torch.tensor([4 / 2, 6 / 2, 0.0]).softmax(dim=0))
+    other = image_labels(maps, view, torch.tensor([0]), map_mode=LogitsMode.KEPT)[0]
+    torch.testing.assert_close(other, torch.tensor([0.5, 0.5, 0.0]))
+
+
+@given(seeds, st.floats(0.5, 8))
+def test_softening_divides_logits_by_the_temperature(seed, temperature):
+    logits = torch.from_numpy(np.random.default_rng(seed).normal(0, 2, (4, 5)))
+    expected = (logits / temperature).softmax(dim=1)
+    torch.testing.assert_close(softened(logits.softmax(dim=1), temperature), expected)
+    certain = torch.eye(3)
+    torch.testing.assert_close(softened(certain, temperature), certain)
+
+
+def outputs_for(rng, num_classes=6):
+    torch.manual_seed(int(rng.integers(2**31)))
+    head = nn.Linear(4, num_classes)
+    class_logits = torch.randn(NUM_IMAGES, num_classes, requires_grad=True)
+    return Outputs(class_logits, torch.randn(NUM_IMAGES, GRID[0] * GRID[1], 4), head, GRID)
+
+
+@settings(max_examples=20)
+@given(seeds, st.floats(0.5, 5), shares)
+def test_distillation_at_a_temperature_is_hintons_up_to_a_constant(seed, temperature, share):
+    """Its gradient is that of (1 - share) * H(truth) + share * temperature**2 * KL(teacher, student)."""
+    rng = np.random.default_rng(seed)
+    batch, _ = draw_batch(rng, stored=False)
+    teacher = FixedTeacher(rng)
+    config = LossConfig(
+        beta=0.0,
+        label_smoothing=0.0,
+        class_target=ClassTarget.BOTH,
+        teacher_share=share,
+        temperature=temperature,
+        teacher=OnlineTeacherConfig(name="a"),
+    )
+    objective, outputs = Objective(config, labelled=False, teacher=teacher), outputs_for(rng)
+    loss = objective.loss(outputs, objective.targets(batch, None, grid=GRID))
+    (got,) = torch.autograd.grad(loss.total, outputs.class_logits)
+    z = outputs.class_logits
+    teach = (torch.from_numpy(teacher.of_images).float().log() / temperature).softmax(dim=1)
+    divergence = nn.functional.kl_div((z / temperature).log_softmax(1), teach, reduction="batchmean")
+    truth = nn.functional.cross_entropy(z, batch.class_ids)
+    (expected,) = torch.autograd.grad((1 - share) * truth + share * temperature**2 * divergence, z)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+    assert float(loss.total.detach()) == pytest.approx(float(loss.class_part), rel=1e-5)
+
+
+def test_the_default_objective_is_the_papers():
+    """Ground truth for the class token, the aligned map for the others, beta .5."""
+    rng = np.random.default_rng(0)
+    batch, _ = draw_batch(rng)
+    outputs, objective = outputs_for(rng), Objective(LossConfig(), labelled=True)
+    loss = objective.loss(outputs, objective.targets(batch, None, grid=GRID))
+    assert batch.score_maps is not None
+    expected = token_label_loss(
+        outputs,
+        class_targets(batch.class_ids).smoothed(0.1, 6),
+        align(batch.score_maps, batch.views, GRID).smoothed(0.1, 6),
+        beta=0.5,
+    )
+    assert torch.equal(loss.total, expected.total)
+
+
+def test_without_beta_the_tokens_have_no_targets():
+    batch, _ = draw_batch(np.random.default_rng(0))
+    config = LossConfig(beta=0.0, class_target=ClassTarget.TEACHER)
+    assert Objective(config, labelled=True).targets(batch, None, grid=GRID).tokens is None
+
+
+def test_erased_tokens_lose_their_weight_by_option():
+    rng = np.random.default_rng(0)
+    batch, _ = draw_batch(rng)
+    mask = torch.zeros(NUM_IMAGES, 12, 18, dtype=torch.bool)
+    mask[:, :6, :6] = True  # the first of 2 x 3 tokens
+    erased = Erased(torch.zeros(NUM_IMAGES, 3, 12, 18), mask)
+    for ignore in (False, True):
+        objective = Objective(LossConfig(), labelled=True, ignore_erased=ignore)
+        kept = objective.targets(batch, None, grid=GRID, erased=erased).tokens
+        whole = objective.targets(batch, None, grid=GRID).tokens
+        assert kept is not None
+        assert whole is not None
+        expected = whole.weight.clone()
+        expected[:, 0] *= not ignore
+        torch.testing.assert_close(kept.weight, expected)
+
+
+def test_a_teacher_sees_images_before_they_are_erased_and_mixed():
+    seen = []
+
+    class Watching(FixedTeacher):
+        def probabilities(self, images):
+            seen.append(images)
+            return super().probabilities(images)
+
+    rng = np.random.default_rng(0)
+    batch, _ = draw_batch(rng, stored=False)
+    erased = Erased(torch.ones(NUM_IMAGES, 3, 12, 18), torch.ones(NUM_IMAGES, 12, 18, dtype=torch.bool))
+    config = LossConfig(teacher=OnlineTeacherConfig(name="a"))
+    Objective(config, labelled=False, teacher=Watching(rng)).targets(
+        batch, draw_mix(rng), grid=GRID, erased=erased
+    )
+    assert len(seen) == 1
+    assert torch.equal(seen[0], batch.images)
+
+
+def test_stored_labels_label_the_tokens_beside_a_teacher_for_the_class():
+    rng = np.random.default_rng(0)
+    batch, _ = draw_batch(rng)
+    teacher = FixedTeacher(rng)
+    config = LossConfig(
+        label_smoothing=0.0, class_target=ClassTarget.TEACHER, teacher=OnlineTeacherConfig(name="a")
+    )
+    got = Objective(config, labelled=True, teacher=teacher).targets(batch, None, grid=GRID)
+    np.testing.assert_allclose(got.class_token.dense(6)[:, 0], teacher.of_images, atol=1e-6)
+    assert batch.score_maps is not None
+    assert got.tokens is not None
+    torch.testing.assert_close(got.tokens.dense(6), align(batch.score_maps, batch.views, GRID).dense(6))
+
+
+def test_targets_that_nobody_can_give_are_refused():
+    with pytest.raises(ObjectiveError, match=r"class_target teacher needs a teacher.*data\.labels"):
+        Objective(LossConfig(class_target=ClassTarget.TEACHER), labelled=False)
+    teacher = FixedTeacher(np.random.default_rng(0))
+    with pytest.raises(ObjectiveError, match="nothing to say"):
+        Objective(LossConfig(), labelled=True, teacher=teacher)
+    with pytest.raises(ObjectiveError, match="nothing to say"):
+        Objective(LossConfig(beta=0.0), labelled=False, teacher=teacher)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"teacher_share": 1.5}, r"loss\.teacher_share"),
+        ({"label_smoothing": -0.1}, r"loss\.label_smoothing"),
+        ({"temperature": 0.0}, r"loss\.temperature"),
+        ({"beta": -1.0}, r"loss\.beta"),
+        ({"hard": True, "temperature": 2.0}, r"loss\.hard"),
+        ({"teacher": OnlineTeacherConfig(topk=0)}, "topk"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options, named):
+    with pytest.raises(ObjectiveError, match=named):
+        LossConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "reads"),
+    [
+        ({}, True),
+        ({"beta": 0.0}, False),
+        ({"beta": 0.0, "class_target": ClassTarget.TEACHER}, True),
+        ({"beta": 0.0, "class_target": ClassTarget.TEACHER, "teacher": OnlineTeacherConfig(name="a")}, False),
+    ],
+)
+def test_a_store_is_read_only_where_it_is_used(options, reads):
+    assert LossConfig(**options).reads_labels is reads
