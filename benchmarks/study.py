@@ -27,7 +27,8 @@ from tokenlabel.alignment import align
 from tokenlabel.augment import TrainTransform
 from tokenlabel.data import TokenLabelDataset, collate
 from tokenlabel.evaluate import MaskFolder, agreement
-from tokenlabel.recipe import read_recipe
+from tokenlabel.configuration import read_config
+from tokenlabel.recipe import Recipe
 from tokenlabel.runlog import read_metrics
 from tokenlabel.scenes import write_scenes
 from tokenlabel.sources import open_images
@@ -151,7 +152,7 @@ def label_agreement(out: Path, num_images: int = 1000) -> dict[str, float]:
 
     For the right geometry, and for crops whose x and y are swapped as in the published code.
     """
-    recipe = read_recipe(out / "token-0" / "recipe.yaml")
+    recipe = read_config(out / "token-0" / "recipe.yaml", Recipe)
     source = open_images(out / "scenes" / "train")
     masks = MaskFolder(out / "scenes" / "masks" / "train", num_classes=10)
     transform = TrainTransform(recipe.augment, recipe.model.size_px)

@@ -11,14 +11,16 @@ from tokenlabel.checkpoint import (
     list_checkpoints,
     load_checkpoint,
     load_model,
+    prune_checkpoints,
     save_checkpoint,
 )
+from tokenlabel.configuration import config_from_dict
 from tokenlabel.models import create_model
 from tokenlabel.optim import OptimConfig, create_ema, create_optimizer
-from tokenlabel.recipe import recipe_from_dict
+from tokenlabel.recipe import Recipe
 
 OPTIONS = {"patch_size": 8, "depth": 1, "width": 16, "num_heads": 2, "stem_width": 8}
-RECIPE = recipe_from_dict(
+RECIPE = config_from_dict(
     {
         "data": {"train": "images"},
         "model": {"name": "lvvit_t", "size_px": [16, 16], "options": OPTIONS},
@@ -26,6 +28,7 @@ RECIPE = recipe_from_dict(
         "epochs": 1,
         "batch_size": 4,
     },
+    Recipe,
     name="test",
 )
 CLASS_NAMES = ["ant", "bee", "cat"]
@@ -50,8 +53,8 @@ def take_step(trained, step):
     trained.ema.update(trained.model, step=step)
 
 
-def save(run, step, trained, keep=2):
-    return save_checkpoint(run, step, trained, recipe=RECIPE, class_names=CLASS_NAMES, keep=keep)
+def save(run, step, trained):
+    return save_checkpoint(run, step, trained, recipe=RECIPE, class_names=CLASS_NAMES)
 
 
 def same_weights(one, other):
@@ -91,11 +94,14 @@ def test_without_an_average_the_weights_themselves_come_back(tmp_path):
     assert same_weights(load_model(tmp_path).model, trained.model)
 
 
-def test_the_newest_are_kept(tmp_path):
+def test_pruning_keeps_what_is_spared_and_leads_to_the_best(tmp_path):
     trained = trained_for(1)
     for step in (1, 5, 10, 100_000_000):
         save(tmp_path, step, trained)
-    assert [int(path.name) for path in list_checkpoints(tmp_path)] == [10, 100_000_000]
+    for best in (10, 5):  # the link is made, then moved
+        prune_checkpoints(tmp_path, {5, 10, 100_000_000}, best=best)
+        assert load_model(tmp_path / "checkpoints" / "best").step == best
+    assert [int(path.name) for path in list_checkpoints(tmp_path)] == [5, 10, 100_000_000]
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "ema.safetensors", "optimizer.safetensors"])

@@ -13,10 +13,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from tokenlabel.checkpoint import Trained, TrainedModel, save_checkpoint
+from tokenlabel.configuration import config_from_dict
 from tokenlabel.export import ExportError, export_run, write_hub_folder, write_onnx, write_safetensors
 from tokenlabel.models import Inference, create_model, load_published
 from tokenlabel.optim import create_ema, create_optimizer
-from tokenlabel.recipe import recipe_from_dict
+from tokenlabel.recipe import Recipe
 
 CLASS_NAMES = ["ant", "bee", "cat"]
 LVVIT = ("lvvit_t", (24, 36), {"patch_size": 6, "depth": 2, "width": 32, "num_heads": 4, "stem_width": 8})
@@ -26,7 +27,7 @@ T2T = ("t2t_vit_14", (32, 32), {"depth": 1, "width": 32, "num_heads": 4})
 
 
 def trained_model(name: str, size_px: tuple[int, int], options: dict[str, Any]) -> TrainedModel:
-    recipe = recipe_from_dict(
+    recipe = config_from_dict(
         {
             "data": {"train": "images"},
             "model": {"name": name, "size_px": list(size_px), "options": options},
@@ -34,6 +35,7 @@ def trained_model(name: str, size_px: tuple[int, int], options: dict[str, Any]) 
             "epochs": 1,
             "batch_size": 4,
         },
+        Recipe,
         name="test",
     )
     model = create_model(name, num_classes=3, size_px=size_px, **options)

@@ -3,16 +3,9 @@ import dataclasses
 import pytest
 import yaml
 
+from tokenlabel.configuration import ConfigError, config_as_dict, read_config, settings, write_config
 from tokenlabel.mixing import Mixing
-from tokenlabel.recipe import (
-    RecipeError,
-    find_recipe,
-    read_recipe,
-    recipe_as_dict,
-    recipe_names,
-    settings,
-    write_recipe,
-)
+from tokenlabel.recipe import Recipe, find_recipe, recipe_names
 
 MINIMAL = {
     "data": {"train": "images"},
@@ -21,6 +14,10 @@ MINIMAL = {
     "epochs": 3,
     "batch_size": 10,
 }
+
+
+def read(path):
+    return read_config(path, Recipe)
 
 
 @pytest.fixture
@@ -34,17 +31,17 @@ def write(tmp_path):
 
 
 def test_a_recipe_survives_being_written_and_read(write, tmp_path):
-    recipe = read_recipe(
+    recipe = read(
         write(MINIMAL | {"mix": {"kind": "mixtoken"}, "model": {"name": "x", "options": {"depth": 2}}})
     )
     assert recipe.mix.kind is Mixing.MIXTOKEN
-    write_recipe(recipe, tmp_path / "again.yaml")
-    assert read_recipe(tmp_path / "again.yaml") == recipe
+    write_config(recipe, tmp_path / "again.yaml")
+    assert read(tmp_path / "again.yaml") == recipe
 
 
 def test_a_written_recipe_names_every_field(write):
-    recipe = read_recipe(write(MINIMAL))
-    assert set(recipe_as_dict(recipe)) == {f.name for f in dataclasses.fields(recipe)}
+    recipe = read(write(MINIMAL))
+    assert set(config_as_dict(recipe)) == {f.name for f in dataclasses.fields(recipe)}
     assert settings(recipe)["optim.weight_decay"] == 0.05
 
 
@@ -63,29 +60,29 @@ def test_a_written_recipe_names_every_field(write):
 )
 def test_a_mistake_is_one_line_that_names_the_file_and_the_key(write, change, words):
     path = write(MINIMAL | change)
-    with pytest.raises(RecipeError) as caught:
-        read_recipe(path)
+    with pytest.raises(ConfigError) as caught:
+        read(path)
     message = str(caught.value)
     assert "\n" not in message
     assert all(word in message for word in [str(path), *words])
 
 
 def test_a_missing_key_is_named(write):
-    with pytest.raises(RecipeError, match="batch_size"):
-        read_recipe(write({k: v for k, v in MINIMAL.items() if k != "batch_size"}))
+    with pytest.raises(ConfigError, match="batch_size"):
+        read(write({k: v for k, v in MINIMAL.items() if k != "batch_size"}))
 
 
 def test_no_yaml(tmp_path):
     (tmp_path / "bad.yaml").write_text("a: [1, 2")
-    with pytest.raises(RecipeError, match=r"bad\.yaml"):
-        read_recipe(tmp_path / "bad.yaml")
+    with pytest.raises(ConfigError, match=r"bad\.yaml"):
+        read(tmp_path / "bad.yaml")
     (tmp_path / "list.yaml").write_text("- a\n")
-    with pytest.raises(RecipeError, match="mapping"):
-        read_recipe(tmp_path / "list.yaml")
+    with pytest.raises(ConfigError, match="mapping"):
+        read(tmp_path / "list.yaml")
 
 
 def test_an_unknown_recipe_is_answered_with_the_near_name():
-    with pytest.raises(RecipeError, match="did you mean demo_teacher"):
+    with pytest.raises(ConfigError, match="did you mean demo_teacher"):
         find_recipe("demo_techer")
 
 
@@ -94,4 +91,4 @@ def test_every_recipe_of_the_package_is_read(name, write):
     text = find_recipe(name).read_text()
     assert text.startswith("#"), "a recipe's head says what it does and what it costs"
     nested = yaml.safe_load(text)
-    read_recipe(write(nested | {"data": {"train": "images"} | nested.get("data", {})}))
+    read(write(nested | {"data": {"train": "images"} | nested.get("data", {})}))

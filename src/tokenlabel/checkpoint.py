@@ -6,6 +6,9 @@ RUN/checkpoints/00001200/ holds the state after 1,200 steps:
     ema.safetensors        the averaged ones, where the recipe wants them
     optimizer.safetensors  one tensor for each entry of the optimizer's state, named INDEX.ENTRY
     state.json             the step, the recipe, the class names, versions, and the SHA-256 of the files above
+
+The link RUN/checkpoints/best leads to the one that evaluated best. Tensors that are divided among processes are
+put together before they are written, so a run may continue on any number of them.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +27,12 @@ import torch
 from safetensors.torch import load, save_file
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
+from tokenlabel.configuration import config_as_dict, config_from_dict
+from tokenlabel.distributed import Ranks
 from tokenlabel.models import TokenModel, create_model
-from tokenlabel.recipe import Recipe, recipe_as_dict, recipe_from_dict
+from tokenlabel.recipe import Recipe, TrainingConfig
 
 FORMAT = 1
 
@@ -42,28 +48,53 @@ class Trained:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     ema: ModelEmaV3 | None
+    scaler: torch.amp.GradScaler | None = None
+    """Scales the loss where the precision is fp16."""
 
 
 def save_checkpoint(
-    run: Path, step: int, trained: Trained, *, recipe: Recipe, class_names: list[str], keep: int = 2
+    run: Path,
+    step: int,
+    trained: Trained,
+    *,
+    recipe: TrainingConfig,
+    class_names: list[str],
+    ranks: Ranks = Ranks(),  # noqa: B008  (immutable)
 ) -> Path:
-    """Write a checkpoint and drop all but the newest `keep`; return its folder.
+    """Write a checkpoint; return its folder. All ranks call this, the first one writes.
 
     The folder appears under its name only when everything in it is on the disk, so a kill or a full disk at any
     moment leaves the earlier ones as they are.
     """
     folder = run / "checkpoints" / f"{step:08d}"
+    files = _tensors(trained, here=ranks.is_first)
+    if ranks.is_first:
+        _write(folder, step, trained, files, recipe=recipe, class_names=class_names)
+    ranks.of_first(None)  # none goes on, or ends, before it is written
+    return folder
+
+
+def _write(
+    folder: Path,
+    step: int,
+    trained: Trained,
+    files: dict[str, dict[str, Tensor]],
+    *,
+    recipe: TrainingConfig,
+    class_names: list[str],
+) -> None:
     temporary = folder.with_name(f".writing-{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        for name, tensors in _tensors(trained).items():
+        for name, tensors in files.items():
             save_file(tensors, temporary / name)
         state = {
             "format": FORMAT,
             "step": step,
-            "recipe": recipe_as_dict(recipe),
+            "recipe": config_as_dict(recipe),
             "class_names": class_names,
+            "loss_scale": trained.scaler.state_dict() if trained.scaler else {},
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
             "sha256": {path.name: _sha256(path.read_bytes()) for path in sorted(temporary.iterdir())},
         }
@@ -79,9 +110,6 @@ def save_checkpoint(
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
     _flush(folder.parent)
-    for old in list_checkpoints(run)[:-keep]:
-        shutil.rmtree(old)
-    return folder
 
 
 def list_checkpoints(run: Path) -> list[Path]:
@@ -89,16 +117,31 @@ def list_checkpoints(run: Path) -> list[Path]:
     return sorted(path for path in (run / "checkpoints").glob("[0-9]*") if path.is_dir())
 
 
+def prune_checkpoints(run: Path, spared: Collection[int], *, best: int | None) -> None:
+    """Remove the checkpoints of all steps but the spared ones; let the link `best` lead to that of step `best`."""
+    for folder in list_checkpoints(run):
+        if int(folder.name) not in spared:
+            shutil.rmtree(folder)
+    if best is not None:
+        link = run / "checkpoints" / "best"
+        temporary = link.with_name(".best")
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(f"{best:08d}", target_is_directory=True)
+        temporary.replace(link)
+
+
 def load_checkpoint(folder: Path, trained: Trained) -> int:
     """Load a checkpoint into a model, its optimizer and its average; return its step.
 
     Raises CheckpointError if a file is missing, was cut short or altered, or does not fit the model.
     """
-    state = _read_state(folder)
-    trained.model.load_state_dict(_read_tensors(folder, "model.safetensors", state))
+    state = read_state(folder)
+    _load_module(trained.model, read_tensors(folder, "model.safetensors", state))
     if trained.ema is not None:
-        trained.ema.module.load_state_dict(_read_tensors(folder, "ema.safetensors", state))
-    _load_optimizer(trained.optimizer, _read_tensors(folder, "optimizer.safetensors", state))
+        _load_module(trained.ema.module, read_tensors(folder, "ema.safetensors", state))
+    _load_optimizer(trained.optimizer, read_tensors(folder, "optimizer.safetensors", state))
+    if trained.scaler is not None:
+        trained.scaler.load_state_dict(state["loss_scale"])
     return state["step"]
 
 
@@ -117,30 +160,42 @@ def load_model(path: Path) -> TrainedModel:
 
     Its weights are the averaged ones where the recipe made an average.
     """
-    folder = path
-    if not (path / "state.json").exists():
-        checkpoints = list_checkpoints(path)
-        if not checkpoints:
-            raise CheckpointError(
-                f"{path}: holds no checkpoint; give a run folder that `tokenlabel train` made, "
-                "or one of its checkpoints"
-            )
-        folder = checkpoints[-1]
-    state = _read_state(folder)
-    recipe = recipe_from_dict(state["recipe"], name=f"{folder}/state.json")
+    folder = newest_checkpoint(path)
+    state = read_state(folder)
+    recipe = config_from_dict(state["recipe"], Recipe, name=f"{folder}/state.json")
     model = create_model(
         recipe.model.name,
         num_classes=len(state["class_names"]),
         size_px=recipe.model.size_px,
         **recipe.model.options,
     )
-    name = "ema.safetensors" if "ema.safetensors" in state["sha256"] else "model.safetensors"
-    model.load_state_dict(_read_tensors(folder, name, state))
+    model.load_state_dict(read_weights(folder, state))
     return TrainedModel(model.eval(), recipe, state["class_names"], state["step"])
 
 
-def _tensors(trained: Trained) -> dict[str, dict[str, Tensor]]:
-    """Return the tensors of each file of a checkpoint, on the CPU and contiguous as safetensors wants them."""
+def newest_checkpoint(path: Path) -> Path:
+    """Return the newest checkpoint of a run folder; a checkpoint folder itself is returned as it is."""
+    if (path / "state.json").exists():
+        return path
+    checkpoints = list_checkpoints(path)
+    if not checkpoints:
+        raise CheckpointError(
+            f"{path}: holds no checkpoint; give a run folder that `tokenlabel train` made, or one of its checkpoints"
+        )
+    return checkpoints[-1]
+
+
+def read_weights(folder: Path, state: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the weights to use of a checkpoint: the averaged ones where there are some."""
+    name = "ema.safetensors" if "ema.safetensors" in state["sha256"] else "model.safetensors"
+    return read_tensors(folder, name, state)
+
+
+def _tensors(trained: Trained, *, here: bool) -> dict[str, dict[str, Tensor]]:
+    """Return the tensors of each file of a checkpoint, on the CPU and contiguous as safetensors wants them.
+
+    `here`: whether this rank needs them. All ranks must call this where tensors are divided among them.
+    """
     optimizer = {
         f"{index}.{entry}": value
         for index, entries in trained.optimizer.state_dict()["state"].items()
@@ -152,10 +207,25 @@ def _tensors(trained: Trained) -> dict[str, dict[str, Tensor]]:
     }
     if trained.ema is not None:
         files["ema.safetensors"] = trained.ema.module.state_dict()
-    return {
-        name: {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        for name, tensors in files.items()
-    }
+    whole: dict[str, dict[str, Tensor]] = {name: {} for name in files}
+    for name, tensors in files.items():
+        for key, tensor in tensors.items():
+            full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            if here:
+                whole[name][key] = full.detach().cpu().contiguous()
+    return whole
+
+
+def _load_module(module: nn.Module, saved: dict[str, Tensor]) -> None:
+    now = module.state_dict()
+    module.load_state_dict({name: _placed(tensor, now.get(name)) for name, tensor in saved.items()})
+
+
+def _placed(saved: Tensor, like: Tensor | None) -> Tensor:
+    """Return a saved tensor divided among the ranks as `like` is."""
+    if isinstance(like, DTensor) and not isinstance(saved, DTensor):
+        return distribute_tensor(saved.to(like.device), like.device_mesh, like.placements)
+    return saved
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Tensor]) -> None:
@@ -166,12 +236,13 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Tensor]) 
         like = parameters[int(index)]
         if tensor.shape == like.shape:
             # The same memory layout as an unbroken run has (channels last), so that not a bit differs.
-            tensor = torch.empty_like(like).copy_(tensor)
+            tensor = torch.empty_like(like).copy_(_placed(tensor, like))
         state.setdefault(int(index), {})[entry] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def _read_state(folder: Path) -> dict[str, Any]:
+def read_state(folder: Path) -> dict[str, Any]:
+    """Return the state.json of a checkpoint folder. Raises CheckpointError."""
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -183,7 +254,8 @@ def _read_state(folder: Path) -> dict[str, Any]:
     return state
 
 
-def _read_tensors(folder: Path, name: str, state: dict[str, Any]) -> dict[str, Tensor]:
+def read_tensors(folder: Path, name: str, state: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the tensors of a file of a checkpoint, its checksum checked. Raises CheckpointError."""
     path = folder / name
     try:
         data = path.read_bytes()

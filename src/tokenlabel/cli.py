@@ -73,8 +73,10 @@ def train(arguments: list[str]) -> int:
     """Train a model by a recipe."""
     parser = _parser("train", "Train a model by a recipe. The same command continues a run that was stopped.")
 
-    from tokenlabel.recipe import Recipe, add_recipe_arguments, config_of, find_recipe
-    from tokenlabel.train import Interrupted
+    from tokenlabel.configuration import config_of
+    from tokenlabel.distributed import launched_ranks
+    from tokenlabel.interruption import Interrupted
+    from tokenlabel.recipe import Recipe, add_recipe_arguments, find_recipe
     from tokenlabel.train import train as train_by_recipe
 
     parser.add_argument(
@@ -84,13 +86,14 @@ def train(arguments: list[str]) -> int:
     add_recipe_arguments(parser)
     options = _parse(parser, _with_recipe_path(arguments, find_recipe))
     try:
-        evaluation = train_by_recipe(
+        figures = train_by_recipe(
             config_of(parser, options, Recipe), options.run, device=_device(options.device)
         )
     except Interrupted as stop:
         print(f"tokenlabel train: {stop}", file=sys.stderr)
         return stop.exit_status
-    print(json.dumps(evaluation.as_dict() if evaluation else {}))
+    if launched_ranks().is_first:
+        print(json.dumps(figures))
     return 0
 
 
@@ -102,7 +105,7 @@ def annotate(arguments: list[str]) -> int:
 
     from tokenlabel.annotation import AnnotateConfig
     from tokenlabel.annotation import annotate as annotate_images
-    from tokenlabel.recipe import add_config_arguments, config_of
+    from tokenlabel.configuration import add_config_arguments, config_of
 
     parser.add_argument("images", type=Path, help=IMAGES_HELP)
     parser.add_argument("store", type=Path, help="folder of the labels; what is there already is kept")
@@ -125,9 +128,9 @@ def import_labels(arguments: list[str]) -> int:
         "import-labels", "Put the label files published in 2021 into a store, for images that you have."
     )
 
+    from tokenlabel.configuration import add_config_arguments, config_of
     from tokenlabel.published import ImportConfig
     from tokenlabel.published import import_labels as import_files
-    from tokenlabel.recipe import add_config_arguments, config_of
 
     parser.add_argument("files", type=Path, help="folder of class folders of .pt files")
     parser.add_argument("store", type=Path, help="folder of the labels; what is there already is kept")
@@ -151,8 +154,8 @@ def inspect(arguments: list[str]) -> int:
         "inspect", "Say what is in a label store, how sure its teacher was, and which labels look wrong."
     )
 
+    from tokenlabel.configuration import add_config_arguments, config_of
     from tokenlabel.inspection import InspectConfig, inspect_store, write_pictures
-    from tokenlabel.recipe import add_config_arguments, config_of
     from tokenlabel.store import LabelStore
 
     parser.add_argument("store", type=Path, nargs="+", help="folders of labels, read as one")
@@ -336,7 +339,7 @@ def _parse(parser: ArgumentParser, arguments: list[str]) -> Namespace:
     try:
         return parser.parse_args(arguments)
     except ArgumentError as error:
-        from tokenlabel.recipe import explain
+        from tokenlabel.configuration import explain
 
         raise ValueError(explain(error, [action.dest for action in parser._actions])) from error
 
@@ -375,7 +378,9 @@ def _device(name: str) -> torch.device:
     import torch
 
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        from tokenlabel.distributed import default_device
+
+        return default_device()
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from tokenlabel.alignment import ScoreMapBatch, collate_score_maps
 from tokenlabel.geometry import View, stack_views
@@ -185,7 +185,8 @@ def collate(samples: Sequence[Sample]) -> Batch:
         raise LabelsError(
             f"{len(samples) - len(score_maps)} of the {len(samples)} samples of a batch have no score map"
         )
-    pixels = torch.stack([sample.image.permute(1, 2, 0) for sample in samples])  # [B, height, width, 3]
+    # torch's own collate, because in a worker it stacks right into the memory that it shares with this process
+    pixels = default_collate([sample.image.permute(1, 2, 0) for sample in samples])  # [B, height, width, 3]
     return Batch(
         images=pixels.permute(0, 3, 1, 2),
         class_ids=torch.tensor([sample.class_id for sample in samples]),
@@ -242,9 +243,10 @@ class BatchSampler:
 
     An epoch is a permutation of the images drawn from (seed, epoch), without those that would not fill the
     last batch (others in each epoch). `batch_size` counts the images of all ranks together: each rank takes
-    an equal part, in order, so that the ranks' parts side by side are the batch of a single rank. Where the
-    images are fewer than the batch, permutations follow on each other without a gap: a batch then holds
-    images more than once, each time from another epoch and so augmented differently.
+    an equal part, in order, so that the ranks' parts side by side are the batch of a single rank, and yields it
+    in `num_parts` equal lists, to be taken through the model one after the other. Where the images are fewer
+    than the batch, permutations follow on each other without a gap: a batch then holds images more than once,
+    each time from another epoch and so augmented differently.
     """
 
     num_images: int
@@ -254,15 +256,16 @@ class BatchSampler:
     start_step: int = 0
     rank: int = 0
     world_size: int = 1
+    num_parts: int = 1
 
     def __post_init__(self) -> None:
         if self.num_images < 1 or self.batch_size < 1:
             raise ValueError(f"need at least one image and a batch size of at least 1, got {self}")
         _check_rank(self.rank, self.world_size)
-        if self.batch_size % self.world_size:
+        if self.batch_size % (self.world_size * self.num_parts):
             raise ValueError(
-                f"a batch of {self.batch_size} images does not divide among {self.world_size} ranks; "
-                "change batch_size to a multiple"
+                f"a batch of {self.batch_size} images does not divide among {self.world_size} processes in "
+                f"{self.num_parts} parts each; change batch_size to a multiple"
             )
 
     @property
@@ -271,20 +274,30 @@ class BatchSampler:
         return max(1, self.num_images // self.batch_size)
 
     def __len__(self) -> int:
-        return max(0, self.num_steps - self.start_step)
+        return max(0, self.num_steps - self.start_step) * self.num_parts
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        share = self.batch_size // self.world_size
         orders: dict[int, NDArray[np.int64]] = {}
         for step in range(self.start_step, self.num_steps):
             epochs, places = self._places(step)
-            mine = slice(self.rank * share, (self.rank + 1) * share)
-            in_use = {int(epoch) for epoch in epochs[mine]}
-            orders = {epoch: orders[epoch] if epoch in orders else self._order(epoch) for epoch in in_use}
-            yield [
-                (int(e), int(orders[int(e)][place]))
-                for e, place in zip(epochs[mine], places[mine], strict=True)
-            ]
+            for part in range(self.num_parts):
+                start = self.part_start(part)
+                mine = slice(start, start + self.part_size)
+                in_use = {int(epoch) for epoch in epochs[mine]}
+                orders = {epoch: orders[epoch] if epoch in orders else self._order(epoch) for epoch in in_use}
+                yield [
+                    (int(e), int(orders[int(e)][place]))
+                    for e, place in zip(epochs[mine], places[mine], strict=True)
+                ]
+
+    @property
+    def part_size(self) -> int:
+        """How many images each list has."""
+        return self.batch_size // (self.world_size * self.num_parts)
+
+    def part_start(self, part: int) -> int:
+        """Return the place within a step's batch of the first image of this rank's given part."""
+        return (self.rank * self.num_parts + part) * self.part_size
 
     def _places(self, step: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return the epoch of each image of a step's batch and its place in the epoch's order."""
@@ -301,7 +314,8 @@ class EvalBatchSampler:
     """Every image once, in order, as lists of (0, index).
 
     Each rank takes one stretch of the images; together they cover all of them, none twice. Ranks may differ
-    by one in their number of images, so sum over ranks, don't average. `batch_size` is each rank's own.
+    by one in their number of images, so sum over ranks, don't average; their number of batches is the same, as
+    a model that is divided among ranks needs it. `batch_size` is each rank's own, and the most a batch has.
     """
 
     num_images: int
@@ -310,32 +324,36 @@ class EvalBatchSampler:
     world_size: int = 1
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
         _check_rank(self.rank, self.world_size)
-
-    def _stretch(self) -> range:
-        start, end = (self.num_images * r // self.world_size for r in (self.rank, self.rank + 1))
-        return range(start, end)
+        least = 1 if self.world_size == 1 else 2  # of one image each, ranks could not have as many batches
+        if self.batch_size < least:
+            raise ValueError(f"batch_size must be at least {least}, got {self.batch_size}")
+        if self.num_images < self.world_size:
+            raise ValueError(
+                f"{self.num_images} images don't give each of {self.world_size} processes one; use fewer processes"
+            )
 
     def __len__(self) -> int:
-        return -(-len(self._stretch()) // self.batch_size)
+        longest = -(-self.num_images // self.world_size)
+        return -(-longest // self.batch_size)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        mine = self._stretch()
-        for start in range(0, len(mine), self.batch_size):
-            yield [(0, index) for index in mine[start : start + self.batch_size]]
+        start, end = (self.num_images * r // self.world_size for r in (self.rank, self.rank + 1))
+        for batch in range(len(self)):
+            first, last = (start + (end - start) * b // len(self) for b in (batch, batch + 1))
+            yield [(0, index) for index in range(first, last)]
 
 
 def make_loader(
-    dataset: TokenLabelDataset,
+    dataset: Dataset[Any],
     batches: BatchSampler | EvalBatchSampler,
     *,
     num_workers: int,
     pin_memory: bool = False,
     prefetch: int = 4,
-) -> DataLoader[Sample]:
-    """Return a loader of `Batch`es; with 0 workers they are made in this process.
+    collate_fn: Callable[[Any], Any] = collate,
+) -> DataLoader[Any]:
+    """Return a loader of `Batch`es, or of what `collate_fn` makes of samples; with 0 workers they are made here.
 
     Workers stay alive between iterations and each prepares `prefetch` batches ahead. They are started from a
     clean server process ("forkserver"; "spawn" where there is none): forking a process with threads or CUDA
@@ -349,7 +367,7 @@ def make_loader(
     return DataLoader(
         dataset,
         batch_sampler=batches,
-        collate_fn=collate,
+        collate_fn=collate_fn,
         num_workers=num_workers,
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,

@@ -34,7 +34,7 @@ class DemoSize:
 FULL = DemoSize(
     num_train=1500,
     num_val=1000,
-    student_overrides=("--epochs=40",),  # of the recipe's 50, to fit into 7 minutes
+    student_overrides=("--epochs=60",),
 )
 FAST = DemoSize(
     num_train=500,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -11,6 +11,9 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 T = TypeVar("T")
 
@@ -47,6 +50,14 @@ class Ranks:
         dist.all_gather_object(values, value)
         return values
 
+    def highest(self, number: int) -> int:
+        """Return the highest of the ranks' numbers on every rank; cheap enough for every step."""
+        if self.world_size == 1:
+            return number
+        tensor = torch.tensor(number)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return int(tensor)
+
 
 def launched_ranks() -> Ranks:
     """Return what torchrun's environment says; a single rank without torchrun."""
@@ -58,13 +69,20 @@ def launched_ranks() -> Ranks:
 
 
 @contextmanager
-def joined_ranks() -> Iterator[Ranks]:
-    """Join the ranks that torchrun started, for messages between CPUs, and leave them afterwards."""
+def joined_ranks(device: torch.device | None = None) -> Iterator[Ranks]:
+    """Join the ranks that torchrun started, and leave them afterwards.
+
+    They can send messages between CPUs, and between GPUs if this rank's `device` is one.
+    """
     ranks = launched_ranks()
     if ranks.world_size == 1:
         yield ranks
         return
-    dist.init_process_group("gloo", timeout=PATIENCE)
+    if device is not None and device.type == "cuda":
+        torch.cuda.set_device(device)
+        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=PATIENCE)
+    else:
+        dist.init_process_group("gloo", timeout=PATIENCE)
     try:
         yield ranks
     finally:
@@ -76,3 +94,15 @@ def default_device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", launched_ranks().local_rank % torch.cuda.device_count())
+
+
+def shard(model: nn.Module, parts: Iterable[nn.Module], device: torch.device) -> None:
+    """Divide a model's weights among all ranks (FSDP2): each part is put together only while it computes.
+
+    What belongs to none of the parts stays together from the forward pass to the end of the backward pass, as
+    losses that work through a head of the model need it.
+    """
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for part in parts:
+        fully_shard(part, mesh=mesh)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False)

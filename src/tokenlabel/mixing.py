@@ -7,6 +7,7 @@ takes its partner's target by the part of its cell that shows the partner.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -95,6 +96,24 @@ def sample_mix(
         mask=torch.from_numpy(mask.astype(np.float32)).expand(num_images, -1, -1),
         partner=torch.from_numpy(partner),
         on_tokens=mixing is Mixing.MIXTOKEN,
+    )
+
+
+def join_plans(plans: Sequence[MixPlan | None], group_size: int) -> MixPlan | None:
+    """Return the plan of a batch of groups of `group_size` images, each mixed within itself by its own plan.
+
+    Plans are of one kind; a group without one is not mixed. None where no group is.
+    """
+    some = next((plan for plan in plans if plan is not None), None)
+    if some is None or len(plans) == 1:
+        return some
+    itself = torch.arange(group_size)
+    none = MixPlan(torch.zeros_like(some.mask), itself, some.on_tokens)
+    every = [plan or none for plan in plans]
+    return MixPlan(
+        mask=torch.cat([plan.mask for plan in every]),
+        partner=torch.cat([plan.partner + i * group_size for i, plan in enumerate(every)]),
+        on_tokens=some.on_tokens,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from timm.utils.model_ema import ModelEmaV3
@@ -15,18 +15,22 @@ from tokenlabel.models import TokenModel
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """How weights move: AdamW under a warm-up and a cosine."""
+    """How weights move: AdamW under a warm-up and a schedule."""
 
     lr: float
     """Peak learning rate at `lr_batch_size`; it scales linearly with the batch size."""
     lr_batch_size: int
     """The batch size that `lr` and the other rates are stated for."""
+    schedule: Literal["cosine", "poly", "constant"] = "cosine"
+    """How the rate falls after the warm-up: as half a cosine, in a straight line (poly of power 1), or not."""
     min_lr: float = 1e-5
-    """Where the cosine ends; held during the cool-down. Scaled like `lr`."""
+    """Where the schedule ends; held during the cool-down. Scaled like `lr`."""
     warmup_lr: float = 1e-6
     """Where the warm-up starts. Scaled like `lr`."""
     warmup_epochs: float = 5.0
     """Epochs of linear warm-up, counted within the recipe's epochs."""
+    warmup_steps: int | None = None
+    """Steps of linear warm-up, in place of epochs."""
     cooldown_epochs: float = 0.0
     """Epochs at `min_lr` at the end, counted within the recipe's epochs."""
     weight_decay: float = 0.05
@@ -62,7 +66,11 @@ def create_optimizer(model: TokenModel, config: OptimConfig) -> torch.optim.Adam
             new = {"params": [], "weight_decay": weight_decay, "lr_scale": scale}
             groups.setdefault((decays, layer), new)["params"].append(parameter)
     ordered = [groups[key] for key in sorted(groups, reverse=True)]
-    return torch.optim.AdamW(ordered, lr=config.lr, betas=config.betas, eps=config.eps)
+    on_gpu = next(model.parameters()).is_cuda
+    # One kernel for all weights on a GPU; None leaves the choice, and so each bit of the CPU's results, to PyTorch.
+    return torch.optim.AdamW(
+        ordered, lr=config.lr, betas=config.betas, eps=config.eps, fused=True if on_gpu else None
+    )
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -71,21 +79,33 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate * group["lr_scale"]
 
 
-def create_ema(model: nn.Module, config: OptimConfig) -> ModelEmaV3 | None:
-    """Return a copy of the model that will hold the average of its weights, if the config wants one."""
+def create_ema(model: nn.Module, config: OptimConfig, *, sharded: bool = False) -> ModelEmaV3 | None:
+    """Return a copy of the model that will hold the average of its weights, if the config wants one.
+
+    `sharded`: both will be divided among processes, which the fast joint update of many tensors cannot take.
+    """
     if config.ema_decay is None:
         return None
-    return ModelEmaV3(model, decay=config.ema_decay, use_warmup=config.ema_warmup)
+    return ModelEmaV3(model, decay=config.ema_decay, use_warmup=config.ema_warmup, foreach=not sharded)
 
 
 def learning_rate(
     step: int, config: OptimConfig, *, batch_size: int, steps_per_epoch: int, num_steps: int
 ) -> float:
-    """Return the learning rate of a step: linear warm-up, cosine, cool-down; scaled by the batch size."""
+    """Return the learning rate of a step: linear warm-up, schedule, cool-down; scaled by the batch size."""
     scale = batch_size / config.lr_batch_size
-    warmup = round(config.warmup_epochs * steps_per_epoch)
-    cosine = num_steps - warmup - round(config.cooldown_epochs * steps_per_epoch)
+    warmup = config.warmup_steps
+    if warmup is None:
+        warmup = round(config.warmup_epochs * steps_per_epoch)
+    falling = num_steps - warmup - round(config.cooldown_epochs * steps_per_epoch)
     if step < warmup:
         return scale * (config.warmup_lr + (config.lr - config.warmup_lr) * step / warmup)
-    progress = min(1.0, (step - warmup) / max(1, cosine))
-    return scale * (config.min_lr + (config.lr - config.min_lr) * (1 + math.cos(math.pi * progress)) / 2)
+    progress = min(1.0, (step - warmup) / max(1, falling))
+    match config.schedule:
+        case "cosine":
+            height = (1 + math.cos(math.pi * progress)) / 2
+        case "poly":
+            height = 1 - progress
+        case "constant":
+            height = 1.0
+    return scale * (config.min_lr + (config.lr - config.min_lr) * height)

@@ -20,30 +20,43 @@ class RunLog:
 
     Every line has `step`, the number of steps that were done when it was written. A run that continues from an
     earlier step drops the lines that it will write again, so that the file reads like that of an unbroken run.
+    One that is not `active` says and writes nothing: of many processes, one speaks for all.
     """
 
-    def __init__(self, run: Path, *, start_step: int, num_steps: int, title: str) -> None:
+    def __init__(
+        self, run: Path, *, start_step: int, num_steps: int, title: str, active: bool = True
+    ) -> None:
         self._path = run / METRICS_FILE
-        kept = [line for line in read_metrics(run) if line["step"] <= start_step]
-        self._rewrite(kept)
-        self._file = self._path.open("a", encoding="utf-8")
+        self._file = None
+        if active:
+            self._rewrite([line for line in read_metrics(run) if line["step"] <= start_step])
+            self._file = self._path.open("a", encoding="utf-8")
         # A bar for people; plain lines, now and then, for logs that cannot move a cursor.
-        interval_s = 0.2 if sys.stderr.isatty() else 20.0
-        self.bar = tqdm(total=num_steps, initial=start_step, desc=title, unit="step", mininterval=interval_s)
+        self.bar = tqdm(
+            total=num_steps,
+            initial=start_step,
+            desc=title,
+            unit="step",
+            mininterval=0.2 if sys.stderr.isatty() else 20.0,
+            disable=not active,
+        )
 
     def write(self, step: int, **values: Any) -> None:
         """Write one line of metrics."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        if self._file is not None:
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.flush()
 
     def say(self, message: str) -> None:
         """Print a line above the progress bar."""
-        self.bar.write(message, file=sys.stderr)
+        if self._file is not None:
+            self.bar.write(message, file=sys.stderr)
 
     def close(self) -> None:
         """Close the file and the bar."""
         self.bar.close()
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
     def _rewrite(self, lines: list[dict[str, Any]]) -> None:
         temporary = self._path.with_suffix(".tmp")

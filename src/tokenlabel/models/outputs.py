@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import ClassVar
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -65,6 +66,8 @@ class TokenModel(nn.Module, ABC):
     grid: tuple[int, int]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    token_head_name: ClassVar[str] = "token_head"
+    """The submodule that turns the features of tokens into logits."""
 
     @abstractmethod
     def forward(self, images: Float[Tensor, "B 3 height width"], plan: MixPlan | None = None) -> Outputs:
@@ -113,6 +116,10 @@ class TokenModel(nn.Module, ABC):
         such lists gives an empty one.
         """
         return _repeated_parts(self)
+
+    def freeze_token_head(self) -> None:
+        """Stop the head of the tokens from training: for runs that label no token."""
+        self.get_submodule(self.token_head_name).requires_grad_(False)
 
     def freeze(self, num_layers: int) -> None:
         """Stop the first layers from training: no gradients, no new statistics, no drop path, from now on.

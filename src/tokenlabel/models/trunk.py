@@ -54,6 +54,8 @@ class Trunk(nn.Module, ABC):
     std = IMAGENET_DEFAULT_STD
     pos_embed: nn.Parameter
 
+    token_head_name = "aux_head"
+
     def __init__(
         self,
         config: TrunkConfig,

@@ -1,0 +1,155 @@
+"""Configuration: frozen dataclasses, read from YAML and from `--a.b value`, written with every field.
+
+An unknown key or a value of a wrong type is an error that names the key and the near names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Sequence
+from enum import Enum
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeGuard, TypeVar, get_type_hints
+
+import jsonargparse
+import yaml
+from jsonargparse.typing import register_type
+
+Config = TypeVar("Config")
+
+
+class ConfigError(ValueError):
+    """A file or a mapping that cannot be read as the configuration it should be."""
+
+
+def add_config_arguments(parser: jsonargparse.ArgumentParser, config: type) -> None:
+    """Let a parser take every field of a dataclass, nested ones as `--a.b value`; enums go by their values."""
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    for kind in _enums(config):
+        register_type(kind, serializer=lambda member: member.value, deserializer=partial(_member, kind))
+    parser.add_class_arguments(config)
+    for action in parser._actions:  # argparse keeps what `--help` shows nowhere else
+        kind = getattr(action, "_typehint", None)
+        if isinstance(kind, type) and issubclass(kind, Enum):
+            action.metavar = "{" + ",".join(member.value for member in kind) + "}"
+            action.default = kind[action.default].value if isinstance(action.default, str) else action.default
+
+
+def config_of(
+    parser: jsonargparse.ArgumentParser, namespace: jsonargparse.Namespace, config: type[Config]
+) -> Config:
+    """Return the dataclass whose fields are among parsed arguments (see `add_config_arguments`)."""
+    parsed = parser.instantiate(namespace)
+    names = get_type_hints(config)
+    return config(**{name: parsed[name] for name in names})
+
+
+def read_config(path: Path, config: type[Config]) -> Config:
+    """Return the dataclass that a YAML file holds. Raises ConfigError that names the file and the key."""
+    try:
+        nested = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
+    return config_from_dict(nested, config, name=str(path))
+
+
+def config_from_dict(nested: Any, config: type[Config], *, name: str) -> Config:
+    """Return the dataclass of nested dicts, as in a YAML file; `name` is what errors call it."""
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    add_config_arguments(parser, config)
+    if not isinstance(nested, dict):
+        raise ConfigError(f"{name}: expected a mapping of keys to values, got {type(nested).__name__}")
+    try:
+        return config_of(parser, parser.parse_object(nested), config)
+    except (jsonargparse.ArgumentError, ValueError) as error:
+        raise ConfigError(f"{name}: {explain(error, _field_names(config))}") from error
+
+
+def write_config(config: Any, path: Path) -> None:
+    """Write a dataclass as YAML with every field, so that later defaults don't change what it meant."""
+    path.write_text(yaml.safe_dump(config_as_dict(config), sort_keys=False), encoding="utf-8")
+
+
+def config_as_dict(config: Any) -> dict[str, Any]:
+    """Return a dataclass as nested dicts of what YAML and JSON know."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(entry) for key, entry in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(entry) for entry in value]
+        return value.value if isinstance(value, Enum) else value
+
+    return plain(dataclasses.asdict(config))
+
+
+def settings(config: Any) -> dict[str, Any]:
+    """Return every field of a dataclass under its dotted name, as on the command line."""
+
+    def leaves(nested: dict[str, Any], prefix: str) -> dict[str, Any]:
+        flat: dict[str, Any] = {}
+        for key, value in nested.items():
+            flat |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        return flat
+
+    return leaves(config_as_dict(config), "")
+
+
+def explain(error: Exception, known: Sequence[str]) -> str:
+    """Return the message of a parser's error on one line, with the near names of an unknown key among `known`."""
+    message = " ".join(str(error).split())
+    if in_group := re.search(r"Group '(.+?)' does not accept option '(.+?)'", message):
+        group, key = in_group.groups()
+        return f"unknown key {group}.{key}{near_names(f'{group}.{key}', known)}"
+    if alone := re.search(r"Option '(.+?)' is not accepted", message):
+        return f"unknown key {alone[1]}{near_names(alone[1], known)}"
+    for word in re.findall(r"--([^\s=]+)", message.partition("unrecognized arguments:")[2]):
+        message += near_names(word, known)
+    return message
+
+
+def near_names(word: str, known: Sequence[str]) -> str:
+    """Return a clause that names the known words nearest to `word`, or those beside it."""
+    by_last_part = {name.split(".")[-1]: name for name in known}
+    near = difflib.get_close_matches(word, known, n=2) or [
+        by_last_part[part] for part in difflib.get_close_matches(word.split(".")[-1], by_last_part, n=2)
+    ]
+    if near:
+        return f"; did you mean {' or '.join(near)}?"
+    group = word.rpartition(".")[0]
+    beside = [name for name in known if name.rpartition(".")[0] == group]
+    return f"; known there: {', '.join(beside)}" if beside else ""
+
+
+def _is_config(kind: Any) -> TypeGuard[type]:
+    return isinstance(kind, type) and dataclasses.is_dataclass(kind)
+
+
+def _field_names(config: type, prefix: str = "") -> list[str]:
+    names = []
+    for name, kind in get_type_hints(config).items():
+        nested = _field_names(kind, f"{prefix}{name}.") if _is_config(kind) else []
+        names += nested or [prefix + name]
+    return names
+
+
+def _enums(config: type) -> set[type[Enum]]:
+    """Return the enums among the fields of a dataclass and of those nested in it."""
+    found: set[type[Enum]] = set()
+    for kind in get_type_hints(config).values():
+        if _is_config(kind):
+            found |= _enums(kind)
+        elif isinstance(kind, type) and issubclass(kind, Enum):
+            found.add(kind)
+    return found
+
+
+def _member(kind: type[Enum], value: Any) -> Enum:
+    try:
+        return kind(value)
+    except ValueError:
+        known = ", ".join(member.value for member in kind)
+        raise ValueError(f"expected one of {known}; got {value!r}") from None

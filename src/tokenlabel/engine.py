@@ -1,0 +1,369 @@
+"""The training loop, whatever is trained: step, average, evaluate, save, resume; in one process or in many.
+
+A `Task` says what the model, the images and the loss are. A step is a function of the weights, the recipe and the
+number of the step: its images, their augmentation, the mix and every random draw inside the model follow from
+(seed, step). So a run that was stopped anywhere continues from its last checkpoint to the very same weights, and
+nothing random is ever stored.
+
+A step's batch is that of all processes. Each takes its share through the model in equal parts, one after the other,
+and the gradients of all parts of all processes are averaged before the weights move.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from tokenlabel.checkpoint import (
+    Trained,
+    list_checkpoints,
+    load_checkpoint,
+    prune_checkpoints,
+    save_checkpoint,
+)
+from tokenlabel.configuration import ConfigError
+from tokenlabel.data import BatchSampler
+from tokenlabel.distributed import Ranks, shard
+from tokenlabel.interruption import Interrupted, caught_signals
+from tokenlabel.models import TokenModel
+from tokenlabel.optim import create_ema, create_optimizer, learning_rate, set_learning_rate
+from tokenlabel.progress import DivergedError, Divergence, StepResult, Window, peak_memory_bytes
+from tokenlabel.recipe import TrainingConfig, claim
+from tokenlabel.runlog import RunLog, Stopwatch, read_metrics
+
+LOG_EVERY_STEPS = 10
+RecipeT = TypeVar("RecipeT", bound=TrainingConfig)
+_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The images that a process takes through the model at once: those from place `start` on of a step's batch."""
+
+    seed: int
+    step: int
+    start: int
+
+    def random_seed(self, place: int = 0) -> int:
+        """Return the seed of everything random about the images from the given place within the part on."""
+        entropy = np.random.SeedSequence([self.seed, self.step, self.start + place])
+        return int(entropy.generate_state(1, np.uint64)[0] >> 1)
+
+    def generator(self, place: int = 0) -> torch.Generator:
+        """Return a source of random numbers on the CPU with that seed."""
+        return torch.Generator().manual_seed(self.random_seed(place))
+
+
+class Task(ABC, Generic[RecipeT]):
+    """What a run trains.
+
+    `model` lies on `device`. `metric` names the figure of `evaluate` that is better the higher it is.
+    """
+
+    recipe: RecipeT
+    model: TokenModel
+    class_names: list[str]
+    num_images: int
+    device: torch.device
+    metric: str
+
+    @abstractmethod
+    def batches(self, sampler: BatchSampler) -> Iterable[Any]:
+        """Return the sampler's batches; each has `keys`, the names of its images, and `to(device)`."""
+
+    @abstractmethod
+    def losses(self, model: nn.Module, batch: Any, part: Part, watch: Stopwatch) -> dict[str, Tensor]:
+        """Return `loss`, the mean over the images that is to be lowered, and its parts under names of their own.
+
+        `model` is the task's model. Everything random follows from the part; the model's own draws are seeded.
+        """
+
+    @abstractmethod
+    def evaluate(self, model: nn.Module, ranks: Ranks) -> dict[str, Any]:
+        """Return the figures of a model (the averaged one) over all ranks; none where there is nothing to ask."""
+
+    def autocast(self) -> torch.autocast:
+        """Return the context of the forward pass in the recipe's precision."""
+        dtype = _DTYPES[self.recipe.precision]
+        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
+
+
+@dataclass(frozen=True, eq=False)
+class Training:
+    """A task with everything that moves its weights."""
+
+    task: Task[Any]
+    ranks: Ranks
+    trained: Trained
+    forward: nn.Module
+    num_parts: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps in which every image is seen once."""
+        return max(1, self.task.num_images // self.task.recipe.batch_size)
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the whole run."""
+        recipe = self.task.recipe
+        return recipe.num_steps or (recipe.epochs or 0) * self.steps_per_epoch
+
+    def learning_rate(self, step: int) -> float:
+        """Return the learning rate of a step."""
+        recipe = self.task.recipe
+        return learning_rate(
+            step,
+            recipe.optim,
+            batch_size=recipe.batch_size,
+            steps_per_epoch=self.steps_per_epoch,
+            num_steps=self.num_steps,
+        )
+
+    def due(self, done: int, every_epochs: float) -> bool:
+        """Whether something that happens every so many epochs, and at the end, happens after `done` steps."""
+        return done == self.num_steps or done % max(1, round(every_epochs * self.steps_per_epoch)) == 0
+
+    def sampler(self, start_step: int) -> BatchSampler:
+        """Return which images this process takes from a step on."""
+        recipe = self.task.recipe
+        return BatchSampler(
+            num_images=self.task.num_images,
+            batch_size=recipe.batch_size,
+            seed=recipe.seed,
+            start_step=start_step,
+            num_steps=self.num_steps,
+            rank=self.ranks.rank,
+            world_size=self.ranks.world_size,
+            num_parts=self.num_parts,
+        )
+
+
+def run_task(task: Task[Any], run: Path, *, ranks: Ranks, eval_every_epochs: float) -> dict[str, Any]:
+    """Train a task in a run folder, from its newest checkpoint if there is one; return its last evaluation.
+
+    The folder receives recipe.yaml, metrics.jsonl and checkpoints/. Raises ConfigError if it holds a run of
+    another recipe, `Interrupted` after SIGINT or SIGTERM on any rank, DivergedError.
+    """
+    training = prepare(task, ranks)
+    if ranks.is_first:
+        claim(run, task.recipe)
+    ranks.of_first(None)
+    checkpoints = list_checkpoints(run)
+    step = load_checkpoint(checkpoints[-1], training.trained) if checkpoints else 0
+    log = RunLog(run, start_step=step, num_steps=training.num_steps, title=run.name, active=ranks.is_first)
+    try:
+        return _loop(training, run, log, start_step=step, eval_every_epochs=eval_every_epochs)
+    finally:
+        log.close()
+
+
+def prepare(task: Task[Any], ranks: Ranks) -> Training:
+    """Return a task with its optimizer and average, made ready for the processes and the precision of its recipe."""
+    recipe, model = task.recipe, task.model
+    num_parts = _num_parts(recipe, ranks)
+    if recipe.grad_checkpointing:
+        model.set_grad_checkpointing()
+    if recipe.sync_batchnorm:
+        if task.device.type != "cuda":
+            raise ConfigError("sync_batchnorm is for GPUs; on the CPU set sync_batchnorm to false")
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    ema = create_ema(model, recipe.optim, sharded=recipe.sharded)
+    if recipe.sharded:
+        for module in (model, ema.module) if ema else (model,):
+            shard(module, module.repeated_parts(), task.device)
+    if recipe.compile != "no":
+        model.compile(backend=recipe.compile)
+    forward: nn.Module = _Forward(task)
+    if ranks.world_size > 1 and not recipe.sharded:
+        forward = DistributedDataParallel(forward)
+    optimizer = create_optimizer(model, recipe.optim)
+    scaler = torch.amp.GradScaler(task.device.type) if recipe.precision == "fp16" else None
+    return Training(task, ranks, Trained(model, optimizer, ema, scaler), forward, num_parts)
+
+
+def _num_parts(recipe: TrainingConfig, ranks: Ranks) -> int:
+    """Return in how many parts a process takes its share of a batch through the model."""
+    share, rest = divmod(recipe.batch_size, ranks.world_size)
+    most = recipe.micro_batch_size or share
+    if rest or share % min(most, share):
+        raise ConfigError(
+            f"batch_size {recipe.batch_size} over {ranks.world_size} processes in parts of {most} images leaves a "
+            "rest; choose batch_size as a multiple of processes x micro_batch_size"
+        )
+    return share // min(most, share)
+
+
+class _Forward(nn.Module):
+    """A task's losses as the one module whose forward pass processes meet in."""
+
+    def __init__(self, task: Task[Any]) -> None:
+        super().__init__()
+        self.model, self._losses = task.model, task.losses
+
+    def forward(self, batch: Any, part: Part, watch: Stopwatch) -> dict[str, Tensor]:
+        return self._losses(self.model, batch, part, watch)
+
+
+def train_step(training: Training, batches: Iterator[Any], step: int, watch: Stopwatch) -> StepResult:
+    """Move the weights by one batch; return what it said, not yet waited for."""
+    task, trained, num_parts = training.task, training.trained, training.num_parts
+    recipe, sums, keys = task.recipe, {}, []
+    trained.model.train()
+    trained.optimizer.zero_grad()
+    for number in range(num_parts):
+        with watch.part("data"):
+            batch = next(batches).to(task.device)
+        part = Part(recipe.seed, step, training.sampler(step).part_start(number))
+        torch.manual_seed(part.random_seed())  # drop path and dropout
+        with _gradients_meet(training, number == num_parts - 1):
+            losses = training.forward(batch, part, watch)
+            loss = losses["loss"] / num_parts
+            (trained.scaler.scale(loss) if trained.scaler else loss).backward()
+        sums = {name: sums.get(name, 0) + loss.detach() / num_parts for name, loss in losses.items()}
+        keys += batch.keys
+    set_learning_rate(trained.optimizer, training.learning_rate(step))
+    sums["gradient_norm"] = _move_weights(trained, recipe.optim.clip_grad_norm)
+    if trained.ema is not None:
+        trained.ema.update(trained.model, step=step)
+    return StepResult(sums, keys)
+
+
+def _move_weights(trained: Trained, clip_norm: float | None) -> Tensor:
+    """Let the optimizer take a step; return the norm of the gradient."""
+    if trained.scaler is not None:
+        trained.scaler.unscale_(trained.optimizer)
+    norm = nn.utils.clip_grad_norm_(trained.model.parameters(), clip_norm or math.inf)
+    if trained.scaler is not None:
+        trained.scaler.step(trained.optimizer)
+        trained.scaler.update()
+    else:
+        trained.optimizer.step()
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def _gradients_meet(training: Training, last: bool) -> AbstractContextManager[None]:
+    """Return a context in which backward() averages gradients over processes only if it is a step's last."""
+    model, forward = training.trained.model, training.forward
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
+    if isinstance(forward, DistributedDataParallel) and not last:
+        return forward.no_sync()
+    return nullcontext()
+
+
+def _loop(
+    training: Training, run: Path, log: RunLog, *, start_step: int, eval_every_epochs: float
+) -> dict[str, Any]:
+    ranks, checkpoint = training.ranks, training.task.recipe.checkpoint
+    batches = iter(training.task.batches(training.sampler(start_step)))
+    watch, window, figures = Stopwatch(), Window(ranks), {}
+    _say_learning_rate(training, log)
+    with caught_signals() as received:
+        for step in range(start_step, training.num_steps):
+            window.add(train_step(training, batches, step, watch))
+            done = step + 1
+            # Asked now, of all ranks: what comes later waits for the next step.
+            stopping = ranks.highest(received[0] if received else 0)
+            saving = training.due(done, checkpoint.every_epochs) or stopping
+            log.bar.update()
+            if done % LOG_EVERY_STEPS == 0 or saving:  # a state that diverged is never saved
+                _report(training, run, log, done, window, watch)
+            if training.due(done, eval_every_epochs):
+                figures = _evaluate(training, log, done)
+                watch.lap()
+            if saving:
+                _save(training, run, done)
+            if stopping and done < training.num_steps:
+                raise Interrupted(done, stopping)
+    return figures or _evaluate(training, log, training.num_steps)
+
+
+def _say_learning_rate(training: Training, log: RunLog) -> None:
+    recipe = training.task.recipe
+    if recipe.batch_size != recipe.optim.lr_batch_size:
+        scaled = recipe.optim.lr * recipe.batch_size / recipe.optim.lr_batch_size
+        log.say(
+            f"learning rate {scaled:.3g} for batches of {recipe.batch_size} "
+            f"({recipe.optim.lr:.3g} for {recipe.optim.lr_batch_size})"
+        )
+
+
+def _report(training: Training, run: Path, log: RunLog, done: int, window: Window, watch: Stopwatch) -> None:
+    """Write what the steps since the last report said. Raises DivergedError if the loss is not finite."""
+    num_steps, seconds = len(window.results), watch.lap()
+    means, divergence = window.means(done)
+    if divergence is not None:
+        _stop(training, run, done, divergence)
+    total_s = seconds.pop("total")
+    shares = {f"{name}_share": part_s / total_s for name, part_s in seconds.items()}
+    images_per_s = training.task.recipe.batch_size * num_steps / total_s
+    log.write(
+        done,
+        kind="train",
+        lr=training.learning_rate(done - 1),
+        images_per_s=images_per_s,
+        memory_bytes=peak_memory_bytes(training.task.device),
+        **shares,
+        model_share=1 - sum(shares.values()),
+        **means,
+    )
+    log.bar.set_postfix(loss=f"{means['loss']:.3f}", images_per_s=f"{images_per_s:.0f}")
+
+
+def _stop(training: Training, run: Path, done: int, divergence: Divergence) -> None:
+    """Save what is left of a run that diverged, away from its checkpoints, and raise DivergedError."""
+    folder = _write_checkpoint(training, run / "diverged", done)
+    keys = divergence.keys
+    raise DivergedError(
+        f"the loss was {divergence.loss} at step {divergence.step} on the images {', '.join(keys[:4])}"
+        f"{', ...' if len(keys) > 4 else ''}; the last good checkpoint is as it was, the state after step {done - 1} "
+        f"lies in {folder}; try a lower optim.lr, optim.clip_grad_norm, or precision fp32"
+    )
+
+
+def _write_checkpoint(training: Training, run: Path, done: int) -> Path:
+    task = training.task
+    return save_checkpoint(
+        run, done, training.trained, recipe=task.recipe, class_names=task.class_names, ranks=training.ranks
+    )
+
+
+def _save(training: Training, run: Path, done: int) -> None:
+    """Save the state, and drop the states that are not to be kept."""
+    task, config = training.task, training.task.recipe.checkpoint
+    _write_checkpoint(training, run, done)
+    if not training.ranks.is_first:
+        return
+    steps = [int(folder.name) for folder in list_checkpoints(run)]
+    spared = set(steps[-config.keep :]) | {done}
+    if config.keep_every_epochs is not None:
+        spared |= {step for step in steps if training.due(step, config.keep_every_epochs)}
+    evals = [line for line in read_metrics(run) if line["kind"] == "eval" and line["step"] in steps]
+    best = max(evals, key=lambda line: line[task.metric])["step"] if evals and config.keep_best else None
+    prune_checkpoints(run, spared | ({best} if best else set()), best=best)
+
+
+def _evaluate(training: Training, log: RunLog, done: int) -> dict[str, Any]:
+    """Evaluate the averaged weights where there are some, and write the figures down."""
+    task, trained = training.task, training.trained
+    model = trained.ema.module if trained.ema is not None else trained.model
+    figures = task.evaluate(model, training.ranks)
+    if isinstance(model, FSDPModule):
+        model.reshard()  # what the forward pass put together for this rank
+    if figures:
+        log.write(done, kind="eval", **figures)
+        log.say(f"step {done:,}: {task.metric} {figures[task.metric]:.1%}")
+    return figures

@@ -1,0 +1,76 @@
+"""What steps say, collected and reported now and then: means over steps and ranks, speed, memory, divergence."""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokenlabel.distributed import Ranks
+
+
+class DivergedError(ValueError):
+    """The loss is no longer a number."""
+
+
+@dataclass(frozen=True, eq=False)
+class StepResult:
+    """What a step said: its losses and the norm of its gradient, and the keys of this rank's images."""
+
+    values: dict[str, Tensor]
+    keys: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """The first step whose loss was not finite, on the rank that had it first."""
+
+    step: int
+    loss: float
+    keys: Sequence[str]
+
+
+@dataclass(eq=False)
+class Window:
+    """Collects what steps say until it is asked for, so that the device need not be waited for at each."""
+
+    ranks: Ranks
+    results: list[StepResult] = field(default_factory=list)
+
+    def add(self, result: StepResult) -> None:
+        """Take in the result of one more step."""
+        self.results.append(result)
+
+    def means(self, done: int) -> tuple[dict[str, float], Divergence | None]:
+        """Return the mean of each value over the window's steps and all ranks, and forget them.
+
+        `done`: the number of steps that the run has done. All ranks call this.
+        """
+        results, self.results = self.results, []
+        values = {
+            name: torch.stack([result.values[name].float() for result in results]).tolist()
+            for name in results[0].values
+        }
+        every = self.ranks.all(values)
+        means = {name: float(np.mean([rank[name] for rank in every])) for name in values}
+        if math.isfinite(means["loss"]):
+            return means, None
+        losses = np.array([rank["loss"] for rank in every])  # [ranks, steps]
+        number = int(np.argmin(np.isfinite(losses).all(axis=0)))
+        rank = int(np.argmin(np.isfinite(losses[:, number])))
+        keys = self.ranks.all(results[number].keys)[rank]
+        return means, Divergence(done - len(results) + number, losses[rank, number], keys)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Return the most memory that tensors on a GPU, or this process on the CPU, ever held."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
