@@ -103,6 +103,17 @@ def test_crops_and_flips_inside_the_image_add_no_frame(seed):
         assert len(view.frames) == 1
 
 
+@given(seeds, st.tuples(st.integers(1, 30), st.integers(1, 30)))
+def test_covered_pixels_are_those_whose_centres_are_covered(seed, size_px):
+    view = draw_view(np.random.default_rng(seed), 3)
+    height, width = size_px
+    covered = [
+        [bool(view.covers(np.array([(x + 0.5) / width, (y + 0.5) / height]))) for x in range(width)]
+        for y in range(height)
+    ]
+    np.testing.assert_array_equal(view.covered_pixels(size_px), covered)
+
+
 def test_a_turn_after_a_crop_keeps_the_crop_in_mind():
     view = View.crop(Box(0.4, 0.4, 0.6, 0.6)).then(View.rotation(45, size_px=(30, 30)))
     assert len(view.frames) == 2

@@ -17,11 +17,21 @@ from functools import reduce
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image
 from torch.nn import functional as F
 
+from tokenlabel.colours import (
+    ColourChange,
+    blurred,
+    brightened,
+    contrasted,
+    greyed,
+    saturated,
+    solarized,
+    turned_hue,
+)
 from tokenlabel.geometry import Box, View
-from tokenlabel.randaugment import ColourChange, blurred, enhanced, parse_randaugment
+from tokenlabel.randaugment import parse_randaugment
 
 # The mean of ImageNet's pixels, which timm fills with, too.
 MEAN_COLOUR = (124, 116, 104)
@@ -261,8 +271,7 @@ def warp(pixels: NDArray[np.uint8], view: View, interpolation: Interpolation) ->
     )
     shown = np.array(warped)
     if len(view.frames) > 1:
-        y, x = np.mgrid[:height, :width]
-        shown[~view.covers(np.stack([(x + 0.5) / width, (y + 0.5) / height], axis=-1))] = MEAN_COLOUR
+        shown[~view.covered_pixels((height, width))] = MEAN_COLOUR
     return shown
 
 
@@ -327,35 +336,24 @@ def _draw_three_augment(rng: np.random.Generator) -> ColourChange:
     """Draw one of the three changes of DeiT III (Touvron et al., 2022, section 3.3)."""
     choice = rng.integers(3)
     if choice == 0:
-        return lambda image: image.convert("L").convert("RGB")
+        return greyed
     if choice == 1:
-        return ImageOps.solarize
+        return solarized(128)
     return blurred(rng.uniform(0.1, 2))
 
 
 def _draw_jitter(config: ColourJitter, rng: np.random.Generator) -> list[ColourChange]:
     if rng.random() >= config.probability:
         return []
-    changes: list[ColourChange] = []
-    for kind, extent in (
-        (ImageEnhance.Brightness, config.brightness),
-        (ImageEnhance.Contrast, config.contrast),
-        (ImageEnhance.Color, config.saturation),
-    ):
-        if extent > 0:
-            changes.append(enhanced(kind, rng.uniform(max(0, 1 - extent), 1 + extent)))
+    changes = [
+        change(rng.uniform(max(0, 1 - extent), 1 + extent))
+        for change, extent in (
+            (brightened, config.brightness),
+            (contrasted, config.contrast),
+            (saturated, config.saturation),
+        )
+        if extent > 0
+    ]
     if config.hue > 0:
-        changes.append(_turned_hue(rng.uniform(-config.hue, config.hue)))
+        changes.append(turned_hue(rng.uniform(-config.hue, config.hue)))
     return [changes[i] for i in rng.permutation(len(changes))]
-
-
-def _turned_hue(turn: float) -> ColourChange:
-    """Return a change that moves hues by a fraction of the colour circle."""
-
-    def change(image: Image.Image) -> Image.Image:
-        hue, saturation, value = image.convert("HSV").split()
-        steps = round(turn * 255) % 256
-        turned = hue.point([(h + steps) % 256 for h in range(256)])
-        return Image.merge("HSV", (turned, saturation, value)).convert("RGB")
-
-    return change

@@ -106,6 +106,18 @@ class View:
         inside = (on_the_way >= -TOLERANCE) & (on_the_way <= 1 + TOLERANCE)  # [..., F, 2]
         return np.asarray(inside.all(axis=(-2, -1)))
 
+    def covered_pixels(self, size_px: tuple[int, int]) -> NDArray[np.bool_]:
+        """Say for each pixel's centre of the augmented image, of (height, width), what `covers` says of it.
+
+        [height, width]; rows and columns are computed apart, which is tens of times as fast.
+        """
+        y, x = ((np.arange(side) + 0.5) / side for side in size_px)
+        covered = np.ones(size_px, np.bool_)
+        for along_x, along_y, shift in self.frames.reshape(-1, 3):
+            place = along_x * x + (along_y * y + shift)[:, None]  # [height, width]
+            covered &= (place >= -TOLERANCE) & (place <= 1 + TOLERANCE)
+        return covered
+
     @classmethod
     def identity(cls) -> View:
         """Return the view of an image that was not changed (or only resized: fractions do not notice)."""

@@ -12,15 +12,22 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
-from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+from PIL import ImageOps
 
+from tokenlabel.colours import (
+    ColourChange,
+    blurred,
+    brightened,
+    contrasted,
+    posterized,
+    saturated,
+    sharpened,
+    solarize_added,
+    solarized,
+)
 from tokenlabel.geometry import View
-
-ColourChange = Callable[[Image.Image], Image.Image]
-"""Makes an RGB image of the same size with other colours."""
 
 # An operation's strength is a level: 1 is the end of its range (timm's magnitude 10), and the sign is drawn
 # for all alike; those that have only one direction ignore it.
@@ -165,38 +172,14 @@ def _translate_y(level: float, size_px: tuple[int, int]) -> View:
     return View.translation(0, -0.45 * level)
 
 
-def _posterize(bits: int) -> ColourChange:
-    # Pillow's own refuses 0 bits (black), which timm's range includes.
-    mask = 256 - (1 << (8 - max(bits, 0)))
-    return lambda image: image.point([value & mask for value in range(256)] * 3)
+def _with_magnitude(change: Callable[[float], ColourChange]) -> Callable[[float], ColourChange]:
+    """Make a factor of 0.1 to 1.9 out of a level, the sign of which does not matter."""
+    return lambda level: change(abs(level) * 1.8 + 0.1)
 
 
-def _solarize(threshold: int) -> ColourChange:
-    return lambda image: ImageOps.solarize(image, threshold)
-
-
-def _solarize_add(level: float) -> ColourChange:
-    added = min(128, int(abs(level) * 110))
-    table = [min(255, value + added) if value < 128 else value for value in range(256)]
-    return lambda image: image.point(table * 3)
-
-
-def enhanced(kind: Callable[[Image.Image], ImageEnhance._Enhance], factor: float) -> ColourChange:
-    """Return a change by one of Pillow's enhancers; a factor of 1 changes nothing."""
-    return lambda image: kind(image).enhance(factor)
-
-
-def blurred(radius_px: float) -> ColourChange:
-    """Return a Gaussian blur."""
-    return lambda image: image.filter(ImageFilter.GaussianBlur(radius_px))
-
-
-def _enhance(kind: Callable[[Image.Image], ImageEnhance._Enhance], level: float) -> ColourChange:
-    return enhanced(kind, abs(level) * 1.8 + 0.1)
-
-
-def _enhance_increasing(kind: Callable[[Image.Image], ImageEnhance._Enhance], level: float) -> ColourChange:
-    return enhanced(kind, max(0.1, 1 + level * 0.9))
+def _increasing(change: Callable[[float], ColourChange]) -> Callable[[float], ColourChange]:
+    """Make a factor out of a level: the further from 0, the further from 1, down to 0.1."""
+    return lambda level: change(max(0.1, 1 + level * 0.9))
 
 
 WARPS: dict[str, Callable[[float, tuple[int, int]], View]] = {
@@ -212,20 +195,20 @@ COLOURS: dict[str, Callable[[float], ColourChange]] = {
     "AutoContrast": lambda level: ImageOps.autocontrast,
     "Equalize": lambda level: ImageOps.equalize,
     "Invert": lambda level: ImageOps.invert,
-    "Posterize": lambda level: _posterize(int(abs(level) * 4)),
-    "PosterizeIncreasing": lambda level: _posterize(4 - int(abs(level) * 4)),
-    "Solarize": lambda level: _solarize(min(256, int(abs(level) * 256))),
-    "SolarizeIncreasing": lambda level: _solarize(256 - min(256, int(abs(level) * 256))),
-    "SolarizeAdd": _solarize_add,
-    "Color": partial(_enhance, ImageEnhance.Color),
-    "ColorIncreasing": partial(_enhance_increasing, ImageEnhance.Color),
-    "Contrast": partial(_enhance, ImageEnhance.Contrast),
-    "ContrastIncreasing": partial(_enhance_increasing, ImageEnhance.Contrast),
-    "Brightness": partial(_enhance, ImageEnhance.Brightness),
-    "BrightnessIncreasing": partial(_enhance_increasing, ImageEnhance.Brightness),
-    "Sharpness": partial(_enhance, ImageEnhance.Sharpness),
-    "SharpnessIncreasing": partial(_enhance_increasing, ImageEnhance.Sharpness),
-    "Desaturate": lambda level: enhanced(ImageEnhance.Color, 0.5 - 0.5 * min(abs(level), 1)),
+    "Posterize": lambda level: posterized(int(abs(level) * 4)),
+    "PosterizeIncreasing": lambda level: posterized(4 - int(abs(level) * 4)),
+    "Solarize": lambda level: solarized(min(256, int(abs(level) * 256))),
+    "SolarizeIncreasing": lambda level: solarized(256 - min(256, int(abs(level) * 256))),
+    "SolarizeAdd": lambda level: solarize_added(min(128, int(abs(level) * 110))),
+    "Color": _with_magnitude(saturated),
+    "ColorIncreasing": _increasing(saturated),
+    "Contrast": _with_magnitude(contrasted),
+    "ContrastIncreasing": _increasing(contrasted),
+    "Brightness": _with_magnitude(brightened),
+    "BrightnessIncreasing": _increasing(brightened),
+    "Sharpness": _with_magnitude(sharpened),
+    "SharpnessIncreasing": _increasing(sharpened),
+    "Desaturate": lambda level: saturated(0.5 - 0.5 * min(abs(level), 1)),
     "GaussianBlur": lambda level: blurred(0.1 + 1.9 * min(abs(level), 1)),
 }
 """From a level to the change of colour that the operation makes."""
