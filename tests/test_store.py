@@ -14,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from tokenlabel.encoding import Encoding
@@ -25,6 +27,7 @@ from tokenlabel.store import (
     LabelStoreWriter,
     Manifest,
     StoreError,
+    _starts_by_first_bits,
     merge_stores,
     read_manifest,
     remove_leftovers,
@@ -149,6 +152,16 @@ def test_keys_of_equal_hash_are_told_apart(tmp_path, monkeypatch):
     store = LabelStore(tmp_path / "labels")
     assert holds(store, range(3))
     assert key_of(4) not in store
+
+
+@settings(max_examples=50, deadline=None)
+@given(hashes=st.lists(st.integers(0, 2**64 - 1) | st.integers(0, 20) | st.integers(2**64 - 20, 2**64 - 1)))
+def test_hashes_are_found_by_their_first_bits(hashes):
+    ordered = sorted(hashes)
+    shift, starts = _starts_by_first_bits(np.array(ordered, np.uint64))
+    for wanted in {*ordered, 0, 2**63, 2**64 - 1}:
+        among = range(starts[wanted >> shift], starts[(wanted >> shift) + 1])
+        assert [i for i in among if ordered[i] == wanted] == [i for i, h in enumerate(ordered) if h == wanted]
 
 
 def test_missing_labels_say_what_to_do(tmp_path):

@@ -106,9 +106,9 @@ def unpack(record: bytes, *, num_classes: int) -> ScoreMap:
         body = _decompress(record, start, number, num_named * (height * width + 4))
         palette, codes, probs = _read_planes(body, (height, width, topk), num_named)
     # Codes and ids index into tensors later on, where a wrong one could end the program.
-    if np.maximum.reduce(codes, axis=None) >= num_named:
+    if _largest(codes) >= num_named:
         raise EncodingError(f"a code of {codes.max()} in a palette of {num_named}")
-    if np.maximum.reduce(palette.view(_UINT32)) >= num_classes:
+    if _largest(palette.view(_UINT32)) >= num_classes:
         raise EncodingError(
             f"class ids from {palette.min()} to {palette.max()}, expected 0 to {num_classes - 1}"
         )
@@ -128,6 +128,11 @@ def on_grid(probs: NDArray[np.floating[Any]], num_steps: int) -> NDArray[np.int3
     rank = np.empty_like(order)
     np.put_along_axis(rank, order, np.broadcast_to(np.arange(probs.shape[-1]), order.shape), axis=-1)
     return (steps + (rank < missing)).astype(np.int32)
+
+
+def _largest(numbers: NDArray[np.unsignedinteger[Any]]) -> int:
+    """Return the largest number; argmax starts twice as fast as max, which matters for arrays this small."""
+    return numbers.item(numbers.argmax())
 
 
 def _head(score_map: ScoreMap, encoding: Encoding, *, num_classes_named: int) -> bytes:
@@ -184,7 +189,8 @@ def _read_raw(
     codes = np.ndarray(shape, code_type, record, codes_start)
     if kind is Kind.LOGITS:
         return palette, codes, np.ndarray(shape, _FLOAT16, record, values_start).astype(np.float32)
-    return palette, codes, np.ndarray(shape, _UINT16, record, values_start) * _RAW_SCALE
+    steps = np.ndarray(num_entries, _UINT16, record, values_start)  # one axis: multiplied twice as fast
+    return palette, codes, (steps * _RAW_SCALE).reshape(shape)
 
 
 # --- planes: palette gaps as uint32 in byte order [4, U], steps uint8 [U, H, W], second bytes ---
