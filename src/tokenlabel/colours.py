@@ -54,8 +54,7 @@ def saturated(factor: float) -> ColourChange:
     """Return a change of saturation: 0 is grey, 1 changes nothing."""
 
     def change(image: Image.Image) -> Image.Image:
-        grey = np.asarray(image.convert("L"))[..., None]
-        return Image.fromarray(_blend(grey, np.asarray(image), factor))
+        return Image.fromarray(_blend(np.asarray(greyed(image)), np.asarray(image), factor))
 
     return change
 
