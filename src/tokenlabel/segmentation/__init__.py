@@ -1,0 +1,1 @@
+"""Semantic segmentation: backbones of this package under FCN and UPerNet heads."""

@@ -1,0 +1,164 @@
+"""Augmentation of images together with their masks, as published for ADE20K: resize, crop, flip, distort colours."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import UInt8
+from numpy.typing import NDArray
+from PIL import Image
+
+from tokenlabel.augment import MEAN_COLOUR, Interpolation, resize
+from tokenlabel.segmentation.classes import IGNORED
+
+Pixels = UInt8[NDArray[np.uint8], "height width 3"]
+Mask = UInt8[NDArray[np.uint8], "height width"]
+
+NUM_CROP_TRIES = 10
+# Photometric distortion, as published; each change happens to half of the images.
+BRIGHTNESS = 32.0  # levels of 255, added
+CONTRAST = SATURATION = (0.5, 1.5)  # factors
+HUE = 18 / 180  # of the colour circle
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentAugmentConfig:
+    """How training images and masks are augmented."""
+
+    short_side_px: int | None = None
+    """Images are resized to this shorter side, before the random factor; none leaves them as they are."""
+    max_aspect: float = 4.0
+    """Images whose longer side would become more than this many times that are resized by their longer side."""
+    scale: tuple[float, float] = (0.5, 2.0)
+    """Range of the random factor of the size."""
+    category_max_ratio: float = 0.75
+    """Crops of which one class covers more than this are drawn again, up to ten times; 1 takes the first."""
+    horizontal_flip: float = 0.5
+    """Probability that left and right change places."""
+    photometric: bool = True
+    """Change brightness, contrast, saturation and hue, each of half of the images."""
+
+    def __post_init__(self) -> None:
+        low, high = self.scale
+        if not 0 < low <= high:
+            raise ValueError(
+                f"augment.scale must be two numbers with 0 < first <= second, got {low} and {high}"
+            )
+        if not 0 < self.category_max_ratio <= 1 or not 0 <= self.horizontal_flip <= 1:
+            raise ValueError(
+                "augment.category_max_ratio must lie above 0 and not above 1, horizontal_flip within 0 and 1, "
+                f"got {self.category_max_ratio} and {self.horizontal_flip}"
+            )
+
+
+class SegmentTransform:
+    """The random transform of training images and masks, to `size_px` (height, width)."""
+
+    def __init__(self, config: SegmentAugmentConfig, size_px: tuple[int, int]) -> None:
+        self.config, self.size_px = config, size_px
+
+    def __call__(self, pixels: Pixels, mask: Mask, rng: np.random.Generator) -> tuple[Pixels, Mask]:
+        """Return pixels and class ids of one size; what lies outside of the image has the mean colour and no class."""
+        config = self.config
+        factor = rng.uniform(*config.scale)
+        size_px = fitted_size(mask.shape, config.short_side_px, max_aspect=config.max_aspect, factor=factor)
+        mask = resize_mask(mask, size_px)
+        top, left = draw_crop(mask, self.size_px, max_ratio=config.category_max_ratio, rng=rng)
+        pixels = resize(pixels, size_px, Interpolation.BILINEAR)
+        window = (slice(top, top + self.size_px[0]), slice(left, left + self.size_px[1]))
+        pixels, mask = pixels[window], mask[window]
+        if rng.random() < config.horizontal_flip:
+            pixels, mask = pixels[:, ::-1], mask[:, ::-1]
+        if config.photometric:
+            pixels = distorted(pixels, rng)
+        return padded(pixels, mask, self.size_px)
+
+
+def fitted_size(
+    size_px: tuple[int, ...], short_side_px: int | None, *, max_aspect: float, factor: float = 1.0
+) -> tuple[int, int]:
+    """Return the size (height, width) that an image is resized to, its aspect kept.
+
+    Its shorter side becomes `short_side_px` (its own for None), or its longer one `max_aspect` times that where this
+    makes it smaller; then `factor` times either.
+    """
+    height, width = size_px
+    if short_side_px is not None:
+        factor *= min(short_side_px / min(height, width), max_aspect * short_side_px / max(height, width))
+    return max(1, round(height * factor)), max(1, round(width * factor))
+
+
+def resize_mask(mask: Mask, size_px: tuple[int, int]) -> Mask:
+    """Return a mask of another size (height, width): each pixel takes the class at its centre."""
+    rows, columns = (
+        ((np.arange(new) + 0.5) * (old / new)).astype(np.int64)
+        for new, old in zip(size_px, mask.shape, strict=True)
+    )
+    return mask[rows[:, None], columns]
+
+
+def draw_crop(
+    mask: Mask, size_px: tuple[int, int], *, max_ratio: float, rng: np.random.Generator
+) -> tuple[int, int]:
+    """Return top and left of a random crop of (height, width), whole if the image is large enough.
+
+    Crops that show one class alone, or one on more than `max_ratio` of the pixels that count, are drawn again, up
+    to ten times.
+    """
+    height, width = size_px
+    top = left = 0
+    for _ in range(NUM_CROP_TRIES):
+        top, left = (
+            int(rng.integers(max(0, have - want) + 1)) for have, want in zip(mask.shape, size_px, strict=True)
+        )
+        if max_ratio >= 1:
+            break
+        counts = np.bincount(mask[top : top + height, left : left + width].ravel(), minlength=IGNORED + 1)[
+            :IGNORED
+        ]
+        if np.count_nonzero(counts) > 1 and counts.max() < max_ratio * counts.sum():
+            break
+    return top, left
+
+
+def padded(pixels: Pixels, mask: Mask, size_px: tuple[int, int]) -> tuple[Pixels, Mask]:
+    """Return image and mask of (height, width), filled up at the right and at the bottom where they are smaller."""
+    height, width = mask.shape
+    full_pixels = np.full((*size_px, 3), MEAN_COLOUR, np.uint8)
+    full_mask = np.full(size_px, IGNORED, np.uint8)
+    full_pixels[:height, :width], full_mask[:height, :width] = pixels, mask
+    return full_pixels, full_mask
+
+
+def distorted(pixels: Pixels, rng: np.random.Generator) -> Pixels:
+    """Return pixels with another brightness, contrast, saturation and hue, each changed with probability 1/2.
+
+    Contrast multiplies all levels, before or after the other two. Source: Howard, "Some Improvements on Deep
+    Convolutional Neural Network Based Image Classification", 2013, in the form of SSD and its successors.
+    """
+    happens = rng.random(5) < 0.5
+    brightness, contrast = rng.uniform(-BRIGHTNESS, BRIGHTNESS), rng.uniform(*CONTRAST)
+    saturation, hue = rng.uniform(*SATURATION), rng.uniform(-HUE, HUE)
+    contrast_first = bool(happens[4])
+    levels = pixels
+    if happens[0]:
+        levels = _clipped(levels + np.float32(brightness))
+    if happens[1] and contrast_first:
+        levels = _clipped(levels * np.float32(contrast))
+    if happens[2] or happens[3]:
+        levels = _recoloured(levels, saturation if happens[2] else 1.0, hue if happens[3] else 0.0)
+    if happens[1] and not contrast_first:
+        levels = _clipped(levels * np.float32(contrast))
+    return levels
+
+
+def _recoloured(pixels: Pixels, saturation: float, hue: float) -> Pixels:
+    hsv = np.array(Image.fromarray(np.ascontiguousarray(pixels)).convert("HSV"))
+    hsv[..., 0] += np.uint8(round(hue * 256) % 256)  # hues wrap around
+    hsv[..., 1] = _clipped(hsv[..., 1] * np.float32(saturation))
+    return np.array(Image.fromarray(hsv, "HSV").convert("RGB"))
+
+
+def _clipped(levels: NDArray[np.floating]) -> NDArray[np.uint8]:
+    return levels.clip(0, 255).astype(np.uint8)

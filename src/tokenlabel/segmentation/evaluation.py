@@ -1,0 +1,59 @@
+"""Evaluating a segmentation model on pairs of images and masks, each counted once, whatever the number of processes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from tokenlabel.data import EvalBatchSampler, make_loader
+from tokenlabel.distributed import Ranks
+from tokenlabel.segmentation.confusion import confusion, figures_of
+from tokenlabel.segmentation.data import SegmentDataset, SegmentSample
+from tokenlabel.segmentation.inference import Segmenter
+from tokenlabel.segmentation.pairs import ImageMaskPairs
+
+# Images come in lists of this many: their sizes differ, so they are not stacked.
+_IMAGES_AT_ONCE = 4
+
+
+def evaluate_segmentation(
+    segmenter: Segmenter,
+    pairs: ImageMaskPairs,
+    *,
+    device: torch.device,
+    autocast: AbstractContextManager[Any],
+    num_workers: int = 0,
+    ranks: Ranks = Ranks(),  # noqa: B008  (immutable)
+) -> dict[str, Any]:
+    """Return mIoU, mean accuracy and pixel accuracy over all pixels of all images, at the images' own sizes.
+
+    Each rank looks at a share of the images; the counts of all are added, so the figures are those of one process.
+    The result also has `num_images`, `images_per_s` (of all ranks together), `class_iou` and `class_accuracy`, by
+    name. The model is left in evaluation mode.
+    """
+    segmenter.model.eval()
+    sampler = EvalBatchSampler(
+        num_images=len(pairs), batch_size=_IMAGES_AT_ONCE, rank=ranks.rank, world_size=ranks.world_size
+    )
+    samples: Iterable[Sequence[SegmentSample]] = make_loader(
+        SegmentDataset(pairs, None), sampler, num_workers=num_workers, collate_fn=list
+    )
+    names = pairs.classes.names
+    matrix = torch.zeros(len(names), len(names), dtype=torch.long, device=device)
+    started = time.perf_counter()
+    with autocast:
+        for sample in (one for some in samples for one in some):
+            said = segmenter(sample.image.to(device))
+            matrix += confusion(said, sample.mask.to(device), len(names))
+    matrices = ranks.all(matrix.cpu())
+    figures = asdict(figures_of(torch.stack(matrices).sum(dim=0)))
+    by_class = {
+        kind: dict(zip(names, figures.pop(kind), strict=True)) for kind in ("class_iou", "class_accuracy")
+    }
+    seconds = time.perf_counter() - started
+    return {"num_images": len(pairs), "images_per_s": len(pairs) / seconds, **figures, **by_class}

@@ -1,0 +1,232 @@
+"""A backbone of this package under a segmentation head: feature maps, neck, head, and a second head for training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from tokenlabel.models import TokenModel, create_model
+from tokenlabel.segmentation.heads import FCNHead, Head, LinearHead, UPerNetHead
+from tokenlabel.segmentation.pyramid import Levels, Neck, NeckKind, find_levels
+
+
+class HeadKind(StrEnum):
+    """UPERNET: pooling pyramid and feature pyramid. FCN: two convolutions. LINEAR: one linear map of each place."""
+
+    UPERNET = "upernet"
+    FCN = "fcn"
+    LINEAR = "linear"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentModelConfig:
+    """Which network to train."""
+
+    name: str
+    """Backbone: `lvvit_t`, `lvvit_s`, `lvvit_m`, `lvvit_l`, `t2t_vit_14`, ..., or the name of any timm model."""
+    size_px: tuple[int, int] = (512, 512)
+    """Height and width of the crops that it is trained on."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """What else the backbone's constructor takes, such as `drop_path`, or `pretrained` for timm's."""
+    weights: str | None = None
+    """Weights to begin with: a run of `tokenlabel train` or `segment train`, or a published file."""
+    average: bool = False
+    """Take the running average (EMA) in that file; of our own runs it is taken anyway, where there is one."""
+    layers: tuple[int, ...] | None = None
+    """Which layers of the backbone the head reads, from 0; by default four as published, or the last stages."""
+    norm_eps: float | None = None
+    """Epsilon of the backbone's LayerNorms (1e-6 in the published models); none leaves it as the backbone has it."""
+    freeze_backbone: bool = False
+    """Train the head alone."""
+    neck: NeckKind | None = None
+    """pyramid, fcn, or none; by default what the head wants of a backbone that has no stages."""
+    neck_width: int = 2048
+    """Channels of the neck's last map."""
+    head: HeadKind = HeadKind.UPERNET
+    """upernet, fcn, or linear."""
+    head_width: int = 256
+    """Channels inside the heads."""
+    dropout: float = 0.1
+    """Share of the channels that the heads drop before they classify."""
+    auxiliary: bool = True
+    """Train a second, small FCN head on the last map but one; it is not used afterwards."""
+
+
+@dataclass(frozen=True, eq=False)
+class SegmentOutputs:
+    """Logits on the grids that the heads end on; `auxiliary` is None in evaluation and without a second head."""
+
+    logits: Float[Tensor, "B C h w"]
+    auxiliary: Float[Tensor, "B C h2 w2"] | None
+
+
+class SegmentationModel(nn.Module):
+    """A backbone, a neck where it has no stages, a head, and a second head that only training uses.
+
+    What of the backbone the head does not reach (its last norm, its classifier) is kept, but not trained.
+    `mean`, `std`: what pixels in [0, 1] are normalised with. `multiple_px`: images with sides of multiples of it are
+    not cut at the edges. `unreached`: the entries of the backbone's state that nothing depends on.
+    """
+
+    def __init__(
+        self,
+        backbone: TokenModel,
+        levels: Levels,
+        *,
+        neck: Neck | None,
+        decode_head: Head,
+        auxiliary_head: Head | None,
+        unreached: frozenset[str],
+    ) -> None:
+        super().__init__()
+        self.unreached = unreached
+        self.backbone, self.levels, self.neck = backbone, levels, neck
+        self.decode_head, self.auxiliary_head = decode_head, auxiliary_head
+        self.mean, self.std, self.multiple_px = backbone.mean, backbone.std, levels.multiple_px
+
+    def forward(self, images: Float[Tensor, "B 3 height width"]) -> SegmentOutputs:
+        """Return the logits of normalised images."""
+        maps = self.maps(images)
+        use_auxiliary = self.training and self.auxiliary_head is not None
+        return SegmentOutputs(
+            logits=self.decode_head(maps),
+            auxiliary=self.auxiliary_head(maps) if use_auxiliary and self.auxiliary_head else None,
+        )
+
+    def maps(self, images: Float[Tensor, "B 3 height width"]) -> list[Float[Tensor, "B _ _ _"]]:
+        """Return the maps that the heads read, the finest first, channels first."""
+        found = self.backbone.intermediates(images, self.levels.layers)
+        maps = [features.permute(0, 3, 1, 2) for features in found]  # [B, D, h, w]
+        return self.neck(maps) if self.neck is not None else maps
+
+    def no_weight_decay(self) -> set[str]:
+        """Return the names of the parameters that weight decay leaves alone, beside biases and norms."""
+        return {f"backbone.{name}" for name in self.backbone.no_weight_decay()}
+
+    def layers(self) -> dict[str, int]:
+        """Return the layer of each parameter by its name: the backbone's own, and the highest for neck and heads."""
+        layers = {f"backbone.{name}": layer for name, layer in self.backbone.layers().items()}
+        top = max(layers.values())
+        return {name: layers.get(name, top) for name, _ in self.named_parameters()}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep no activations inside the backbone's blocks, compute them again in the backward pass."""
+        self.backbone.set_grad_checkpointing(enable)
+
+    def repeated_parts(self) -> list[nn.Module]:
+        """Return the blocks that the backbone repeats: what sharded training wraps one by one."""
+        return self.backbone.repeated_parts()
+
+
+def create_segmentation_model(config: SegmentModelConfig, *, num_classes: int) -> SegmentationModel:
+    """Return a new model with the weights that it is born with (`weights` are loaded by `load_weights`).
+
+    Raises ValueError for names, options, sizes and layers that do not exist or do not go together.
+    """
+    backbone = _create_backbone(config)
+    levels = find_levels(backbone, config.size_px, layers=config.layers)
+    neck_kind = _neck_kind(config, levels)
+    neck = None
+    if neck_kind is not NeckKind.NONE:
+        neck = Neck(levels.widths[-1], kind=neck_kind, last_width=config.neck_width)
+    widths = neck.widths if neck is not None else levels.widths
+    auxiliary_head = None
+    if config.auxiliary and config.head is not HeadKind.LINEAR:
+        auxiliary_head = FCNHead(
+            widths,
+            num_classes,
+            width=config.head_width,
+            dropout=config.dropout,
+            num_convs=1,
+            concatenate=False,
+            level=-min(2, len(widths)),
+        )
+    model = SegmentationModel(
+        backbone,
+        levels,
+        neck=neck,
+        decode_head=_create_head(config, widths, num_classes),
+        auxiliary_head=auxiliary_head,
+        unreached=_leave_unreached(backbone, levels, config.size_px),
+    )
+    if config.freeze_backbone:
+        backbone.freeze(max(backbone.layers().values()))
+    return model
+
+
+def _create_backbone(config: SegmentModelConfig) -> TokenModel:
+    # One class: what is not used should be small.
+    try:  # timm's ViTs take images of other sizes only if told so
+        backbone = create_model(
+            config.name, num_classes=1, size_px=config.size_px, **{"dynamic_img_size": True, **config.options}
+        )
+    except ValueError:
+        backbone = create_model(config.name, num_classes=1, size_px=config.size_px, **config.options)
+    if config.norm_eps is not None:
+        for module in backbone.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.eps = config.norm_eps
+    return backbone
+
+
+def _neck_kind(config: SegmentModelConfig, levels: Levels) -> NeckKind:
+    if config.neck is None:
+        wanted = {
+            HeadKind.UPERNET: NeckKind.PYRAMID,
+            HeadKind.FCN: NeckKind.FCN,
+            HeadKind.LINEAR: NeckKind.NONE,
+        }
+        return NeckKind.NONE if levels.has_stages else wanted[config.head]
+    if config.neck is not NeckKind.NONE and len(set(levels.widths)) > 1:
+        raise ValueError(
+            f"model.neck is {config.neck.value}, but the maps of {config.name} differ in width "
+            f"({', '.join(map(str, levels.widths))}): a neck is for backbones of one scale; leave it out"
+        )
+    return config.neck
+
+
+def _create_head(config: SegmentModelConfig, widths: Sequence[int], num_classes: int) -> Head:
+    match config.head:
+        case HeadKind.UPERNET:
+            return UPerNetHead(widths, num_classes, width=config.head_width, dropout=config.dropout)
+        case HeadKind.FCN:
+            return FCNHead(widths, num_classes, width=config.head_width, dropout=config.dropout)
+        case HeadKind.LINEAR:
+            return LinearHead(widths, num_classes)
+
+
+def _leave_unreached(backbone: TokenModel, levels: Levels, size_px: tuple[int, int]) -> frozenset[str]:
+    """Stop the parameters from training that no map depends on: parallel training waits for the gradient of each.
+
+    Return the entries of the backbone's state that belong to such parts.
+    """
+    image = next(backbone.parameters()).new_zeros(1, 3, *size_px)
+    was_training = backbone.training
+    pending = [features.grad_fn for features in backbone.eval().intermediates(image, levels.layers)]
+    backbone.train(was_training)
+    seen, reached = set(), set()
+    while pending:
+        node = pending.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            reached.add(id(getattr(node, "variable", None)))
+            pending.extend(before for before, _ in node.next_functions)
+    unreached: set[str] = set()
+    for prefix, module in backbone.named_modules():
+        own = [p for p in module.parameters(recurse=False) if p.requires_grad]
+        if own and not any(id(parameter) in reached for parameter in own):
+            unreached |= {f"{prefix}.{name}" for name in _own_entries(module)}
+    for parameter in backbone.parameters():
+        parameter.requires_grad_(parameter.requires_grad and id(parameter) in reached)
+    return frozenset(unreached)
+
+
+def _own_entries(module: nn.Module) -> list[str]:
+    """Return the entries of a module's state that do not belong to modules inside it."""
+    inner = tuple(f"{name}." for name, _ in module.named_children())
+    return [name for name in module.state_dict() if not name.startswith(inner)]

@@ -1,0 +1,158 @@
+"""Training a segmentation model: what its images, its loss and its evaluation are. The engine does the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tokenlabel.checkpoint import newest_checkpoint, read_state, read_weights
+from tokenlabel.configuration import config_from_dict
+from tokenlabel.data import BatchSampler, make_loader, normalize_images
+from tokenlabel.distributed import Ranks, joined_ranks
+from tokenlabel.engine import Part, Task, run_task
+from tokenlabel.images import DataError
+from tokenlabel.runlog import Stopwatch
+from tokenlabel.segmentation.augment import SegmentTransform
+from tokenlabel.segmentation.classes import IGNORED
+from tokenlabel.segmentation.data import SegmentBatch, SegmentDataset, collate
+from tokenlabel.segmentation.evaluation import evaluate_segmentation
+from tokenlabel.segmentation.inference import Segmenter
+from tokenlabel.segmentation.model import SegmentationModel, SegmentOutputs, create_segmentation_model
+from tokenlabel.segmentation.pairs import ImageMaskPairs, open_pairs
+from tokenlabel.segmentation.recipe import SegmentRecipe
+from tokenlabel.segmentation.weights import load_weights
+
+
+def train_segmentation(recipe: SegmentRecipe, run: Path, *, device: torch.device) -> dict[str, Any]:
+    """Train by a recipe in a run folder, from its newest checkpoint if there is one; return the last evaluation.
+
+    Under torchrun all processes train together. The folder receives recipe.yaml, metrics.jsonl and checkpoints/.
+    Raises ConfigError if it holds a run of another recipe, ValueError for data that cannot be trained on,
+    `Interrupted` after SIGINT or SIGTERM.
+    """
+    with joined_ranks(device) as ranks:
+        task = build(recipe, device=device)
+        return run_task(task, run, ranks=ranks, eval_every_epochs=recipe.eval.every_epochs)
+
+
+@dataclass(eq=False)
+class SegmentTask(Task):
+    """A segmentation model that learns the class of every pixel."""
+
+    recipe: SegmentRecipe
+    model: SegmentationModel  # pyright: ignore[reportIncompatibleVariableOverride]
+    train_set: SegmentDataset
+    val_pairs: ImageMaskPairs | None
+    device: torch.device
+    metric = "miou"
+
+    def __post_init__(self) -> None:
+        self.class_names = self.train_set.pairs.classes.names
+        self.num_images = len(self.train_set)
+
+    def batches(self, sampler: BatchSampler) -> Iterable[SegmentBatch]:
+        """Return the augmented batches of a sampler."""
+        return make_loader(
+            self.train_set,
+            sampler,
+            num_workers=self.recipe.data.num_workers,
+            pin_memory=self.device.type == "cuda",
+            collate_fn=collate,
+        )
+
+    def losses(
+        self, model: nn.Module, batch: SegmentBatch, part: Part, watch: Stopwatch
+    ) -> dict[str, Tensor]:
+        """Return the loss of a batch, and those of its two heads."""
+        images = normalize_images(batch.images, mean=self.model.mean, std=self.model.std)
+        with self.autocast():
+            outputs: SegmentOutputs = model(images)
+        decode_loss = pixel_loss(outputs.logits, batch.masks)
+        if outputs.auxiliary is None:
+            return {"loss": decode_loss, "decode_loss": decode_loss}
+        auxiliary_loss = pixel_loss(outputs.auxiliary, batch.masks)
+        loss = decode_loss + self.recipe.loss.auxiliary_weight * auxiliary_loss
+        return {"loss": loss, "decode_loss": decode_loss, "auxiliary_loss": auxiliary_loss}
+
+    def evaluate(self, model: nn.Module, ranks: Ranks) -> dict[str, Any]:
+        """Return the figures of a model on the val images of the recipe."""
+        if self.val_pairs is None:
+            return {}
+        assert isinstance(model, SegmentationModel)
+        figures = evaluate_segmentation(
+            Segmenter(model, self.recipe.eval, window_px=self.recipe.model.size_px),
+            self.val_pairs,
+            device=self.device,
+            autocast=self.autocast(),
+            ranks=ranks,
+        )
+        return {name: value for name, value in figures.items() if not name.startswith("class_")}
+
+
+def pixel_loss(logits: Float[Tensor, "B C h w"], masks: UInt8[Tensor, "B height width"]) -> Float[Tensor, ""]:
+    """Return the cross entropy of every pixel, summed over those that count, divided by the number of all.
+
+    Logits are resized to the masks first. Dividing by all pixels, as published, makes the loss of a batch the mean of
+    those of its parts, and 0 where no pixel counts.
+    """
+    enlarged = F.interpolate(logits.float(), size=masks.shape[1:], mode="bilinear", align_corners=False)
+    total = F.cross_entropy(enlarged, masks.long(), ignore_index=IGNORED, reduction="sum")
+    return total / masks.numel()
+
+
+def build(recipe: SegmentRecipe, *, device: torch.device) -> SegmentTask:
+    """Build the data and the model of a recipe, and check that they fit together."""
+    train_pairs, val_pairs = (open_pairs(recipe.data, split) for split in ("train", "val"))
+    assert train_pairs is not None
+    train_pairs.check()
+    if val_pairs is not None:
+        val_pairs.check()
+    torch.manual_seed(recipe.seed)
+    model = create_segmentation_model(recipe.model, num_classes=len(train_pairs.classes.names))
+    if recipe.model.weights is not None:
+        load_weights(model, recipe.model.weights, average=recipe.model.average)
+    for parameter in model.parameters():  # convolutions run faster so
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    transform = SegmentTransform(recipe.augment, recipe.model.size_px)
+    return SegmentTask(
+        recipe=recipe,
+        model=model.to(device),
+        train_set=SegmentDataset(train_pairs, transform, seed=recipe.seed),
+        val_pairs=val_pairs,
+        device=device,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedSegmenter:
+    """A segmentation model out of a run, with what it needs to be used."""
+
+    model: SegmentationModel
+    recipe: SegmentRecipe
+    class_names: list[str]
+    step: int
+
+
+def load_segmenter(path: Path) -> TrainedSegmenter:
+    """Return the model of a run folder (its newest checkpoint) or of a checkpoint folder, in evaluation mode.
+
+    Its weights are the averaged ones where the recipe made an average.
+    """
+    folder = newest_checkpoint(path)
+    state = read_state(folder)
+    if "head" not in state["recipe"]["model"]:
+        raise DataError(f"{path}: holds a classifier; `tokenlabel segment train` makes segmentation models")
+    recipe = config_from_dict(state["recipe"], SegmentRecipe, name=f"{folder}/state.json")
+    options = {name: value for name, value in recipe.model.options.items() if name != "pretrained"}
+    config = replace(recipe.model, options=options)  # the weights are here: nothing to fetch
+    model = create_segmentation_model(config, num_classes=len(state["class_names"]))
+    model.load_state_dict(read_weights(folder, state))
+    return TrainedSegmenter(model.eval(), recipe, state["class_names"], state["step"])

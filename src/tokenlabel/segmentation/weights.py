@@ -1,0 +1,110 @@
+"""Weights to begin with: backbones of our runs, published backbones, and whole segmentation models, published or ours.
+
+Published LV-ViT + UPerNet files name the backbone's parameters `backbone.NAME`, as our backbones do, with the neck's
+among them (`backbone.side_layer1` to `4`; ours: `neck.side_layer1`), the head's `decode_head.NAME` and the second
+head's `auxiliary_head.NAME`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Set
+from pathlib import Path
+
+from torch import Tensor
+
+from tokenlabel.checkpoint import list_checkpoints
+from tokenlabel.models import WeightsError
+from tokenlabel.models.weights import read_checkpoint, resize_all_positions
+from tokenlabel.segmentation.model import SegmentationModel
+
+LOGGER = logging.getLogger(__name__)
+
+PUBLISHED_NECK, NECK = "backbone.side_layer", "neck.side_layer"
+HEAD = "decode_head."
+SECOND_HEAD = "auxiliary_head."
+
+
+def load_weights(model: SegmentationModel, path: str | Path, *, average: bool = False) -> None:
+    """Load what a file or a run holds: a backbone, or a whole segmentation model.
+
+    `path`: a published file (`.pth`, `.safetensors`), a run folder or one of its checkpoints; of these the averaged
+    weights, where there are some. `average`: take the average in a published file. Position embeddings are
+    resized bicubically. Classifiers for other classes are left out and start anew, with a warning.
+    Raises WeightsError, and leaves the model alone, where anything else does not fit: it lists the names.
+    """
+    found, name = _read(Path(path), average=average)
+    if any(key.startswith(HEAD) for key in found):
+        _load_all(model, found, name=name)
+    else:
+        _load_backbone(model, found, name=name)
+
+
+def _read(path: Path, *, average: bool) -> tuple[dict[str, Tensor], str]:
+    if path.is_dir() and not (path / "state.json").exists() and list_checkpoints(path):
+        path = list_checkpoints(path)[-1]
+    if path.is_dir():
+        average = (path / "ema.safetensors").exists()
+    return read_checkpoint(path, average=average), str(path)
+
+
+def _load_all(model: SegmentationModel, found: dict[str, Tensor], *, name: str) -> None:
+    found = {
+        NECK + key.removeprefix(PUBLISHED_NECK) if key.startswith(PUBLISHED_NECK) else key: tensor
+        for key, tensor in found.items()
+    }
+    if model.auxiliary_head is None:
+        found = {key: tensor for key, tensor in found.items() if not key.startswith(SECOND_HEAD)}
+    of_backbone = {
+        key.removeprefix("backbone."): tensor for key, tensor in found.items() if key.startswith("backbone.")
+    }
+    resize_all_positions(of_backbone, model.backbone, name=name)
+    found |= {f"backbone.{key}": tensor for key, tensor in of_backbone.items()}
+    wanted = model.state_dict()
+    other_classes = {
+        key
+        for key in found.keys() & wanted.keys()
+        if "conv_seg." in key
+        and found[key].shape[1:] == wanted[key].shape[1:]
+        and found[key].shape != wanted[key].shape
+    }
+    spared = {f"backbone.{key}" for key in model.unreached} | other_classes
+    _check_fit(found, wanted, spared=spared, name=name)
+    model.load_state_dict({key: found[key] for key in found if key not in spared}, strict=False)
+    if other_classes:
+        LOGGER.warning("%s is for other classes: %s start anew", name, ", ".join(sorted(other_classes)))
+
+
+def _load_backbone(model: SegmentationModel, found: dict[str, Tensor], *, name: str) -> None:
+    backbone, spared = model.backbone, model.unreached
+    resize_all_positions(found, backbone, name=name)
+    _check_fit(found, backbone.state_dict(), spared=spared, name=name)
+    backbone.load_state_dict({key: found[key] for key in found if key not in spared}, strict=False)
+
+
+def _check_fit(found: dict[str, Tensor], wanted: dict[str, Tensor], *, spared: Set[str], name: str) -> None:
+    lacks = [
+        key
+        for key in wanted
+        if key not in found and key not in spared and not key.endswith("num_batches_tracked")
+    ]
+    others = [
+        f"{key} ({_size(found[key])}, not {_size(wanted[key])})"
+        for key in wanted.keys() & found.keys() - spared
+        if found[key].shape != wanted[key].shape
+    ]
+    complaints = [
+        f"{what} {', '.join(sorted(keys))}"
+        for what, keys in (
+            ("it lacks", lacks),
+            ("it has", [key for key in found if key not in wanted]),
+            ("sizes differ:", others),
+        )
+        if keys
+    ]
+    if complaints:
+        raise WeightsError(f"{name} is for another model or other options: {'; '.join(complaints)}")
+
+
+def _size(tensor: Tensor) -> str:
+    return " x ".join(map(str, tensor.shape)) or "a number"
