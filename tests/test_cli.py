@@ -90,13 +90,14 @@ def test_both_students_differ_in_their_labels_and_in_nothing_else(demo):
 
 
 def test_eval_prints_one_line_of_json(demo, capsys):
-    assert main(["eval", str(demo / "token-labels"), "--num-workers", "0"]) == 0
+    assert main(["eval", str(demo / "token-labels"), "--num-workers", "0", "--json"]) == 0
     figures = json.loads(capsys.readouterr().out)
     assert figures["num_images"] == 20
 
 
 def test_eval_reports_all_three_ways_to_predict(demo, capsys):
-    assert main(["eval", str(demo / "token-labels"), "--num-workers", "0", "--inference", "all"]) == 0
+    arguments = ["--num-workers", "0", "--inference", "all", "--json"]
+    assert main(["eval", str(demo / "token-labels"), *arguments]) == 0
     assert set(json.loads(capsys.readouterr().out)) == {"class", "tokens", "combined"}
 
 

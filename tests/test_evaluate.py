@@ -5,7 +5,8 @@ from PIL import Image
 
 from tokenlabel.alignment import align, collate_score_maps
 from tokenlabel.data import Batch
-from tokenlabel.evaluate import MaskFolder, agreement, evaluate, object_tokens
+from tokenlabel.evaluate import MaskFolder, agreement, evaluate
+from tokenlabel.evaluators import object_tokens
 from tokenlabel.geometry import View, stack_views
 from tokenlabel.models import Inference, Outputs, TokenModel
 from tokenlabel.scores import from_mask
@@ -34,6 +35,12 @@ class Oracle(TokenModel):
     def layers(self):
         return {}
 
+    def set_grad_checkpointing(self, enable=True):
+        pass
+
+    def intermediates(self, images, layers):
+        return []
+
 
 def batch_of(masks, class_ids, score_maps=None):
     images = torch.from_numpy(np.stack(masks)).to(torch.uint8)[:, None].repeat(1, 3, 1, 1)
@@ -57,7 +64,7 @@ def test_accuracy_counts_every_image_once():
     evaluation = run([batch_of(masks[:2], [3, 4]), batch_of(masks[2:], [0])])
     assert evaluation.num_images == 3
     assert evaluation.top1 == pytest.approx(2 / 3)
-    assert evaluation.token_agreement is None
+    assert evaluation.token_accuracy is None
 
 
 def test_a_model_that_says_nothing_is_right_about_nothing():
@@ -84,8 +91,8 @@ def test_tokens_are_held_against_the_masks_where_an_object_is():
     said = np.zeros((8, 8), np.uint8)
     said[:4, :4] = 3
     evaluation = run([batch_of([said], [0], [from_mask(truth, num_classes=10)])])
-    assert evaluation.num_object_tokens == 2
-    assert evaluation.token_agreement == 0.5
+    assert evaluation.num_tokens_judged == 2
+    assert evaluation.token_accuracy == 0.5
 
 
 def test_a_token_shows_an_object_that_covers_a_quarter_of_it():

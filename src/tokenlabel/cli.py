@@ -10,15 +10,11 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    import torch
-    from jsonargparse import ArgumentParser, Namespace
+from tokenlabel.arguments import add_device, device_of, new_parser, parse, with_recipe_path, write_json
 
 USAGE_ERROR = 2
 IMAGES_HELP = "a folder with one folder a class, .tar files (WebDataset) or a folder of them, or a list file"
@@ -53,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def demo(arguments: list[str]) -> int:
     """Run every stage on the embedded data."""
-    parser = _parser(
+    parser = new_parser(
         "demo", "Train with token labels on scenes of real handwritten digits; nothing is downloaded."
     )
     parser.add_argument(
@@ -62,7 +58,7 @@ def demo(arguments: list[str]) -> int:
     parser.add_argument(
         "--fast", action="store_true", help="all stages in under 90 seconds, with fewer images and steps"
     )
-    options = _parse(parser, arguments)
+    options = parse(parser, arguments)
 
     from tokenlabel.demo import FAST, FULL, run_demo
 
@@ -71,7 +67,9 @@ def demo(arguments: list[str]) -> int:
 
 def train(arguments: list[str]) -> int:
     """Train a model by a recipe."""
-    parser = _parser("train", "Train a model by a recipe. The same command continues a run that was stopped.")
+    parser = new_parser(
+        "train", "Train a model by a recipe. The same command continues a run that was stopped."
+    )
 
     from tokenlabel.configuration import config_of
     from tokenlabel.distributed import launched_ranks
@@ -82,12 +80,12 @@ def train(arguments: list[str]) -> int:
     parser.add_argument(
         "--run", type=Path, required=True, help="folder of the run: recipe, metrics, checkpoints"
     )
-    _add_device(parser)
+    add_device(parser)
     add_recipe_arguments(parser)
-    options = _parse(parser, _with_recipe_path(arguments, find_recipe))
+    options = parse(parser, with_recipe_path(arguments, find_recipe))
     try:
         figures = train_by_recipe(
-            config_of(parser, options, Recipe), options.run, device=_device(options.device)
+            config_of(parser, options, Recipe), options.run, device=device_of(options.device)
         )
     except Interrupted as stop:
         print(f"tokenlabel train: {stop}", file=sys.stderr)
@@ -99,7 +97,7 @@ def train(arguments: list[str]) -> int:
 
 def annotate(arguments: list[str]) -> int:
     """Let a teacher label images."""
-    parser = _parser(
+    parser = new_parser(
         "annotate", "Let a teacher look at every image once and store what it says of every place of it."
     )
 
@@ -109,11 +107,11 @@ def annotate(arguments: list[str]) -> int:
 
     parser.add_argument("images", type=Path, help=IMAGES_HELP)
     parser.add_argument("store", type=Path, help="folder of the labels; what is there already is kept")
-    _add_device(parser)
+    add_device(parser)
     add_config_arguments(parser, AnnotateConfig)
-    options = _parse(parser, arguments)
+    options = parse(parser, arguments)
     config = config_of(parser, options, AnnotateConfig)
-    done = annotate_images(options.images, options.store, config, device=_device(options.device))
+    done = annotate_images(options.images, options.store, config, device=device_of(options.device))
     print(
         f"{options.store}: {done.num_labelled:,} images labelled, {done.num_present:,} had been, "
         f"{len(done.failures):,} failed; {done.images_per_s:,.0f} images/s"
@@ -124,7 +122,7 @@ def annotate(arguments: list[str]) -> int:
 
 def import_labels(arguments: list[str]) -> int:
     """Put published label files into a store."""
-    parser = _parser(
+    parser = new_parser(
         "import-labels", "Put the label files published in 2021 into a store, for images that you have."
     )
 
@@ -136,7 +134,7 @@ def import_labels(arguments: list[str]) -> int:
     parser.add_argument("store", type=Path, help="folder of the labels; what is there already is kept")
     parser.add_argument("--images", type=Path, required=True, help=IMAGES_HELP)
     add_config_arguments(parser, ImportConfig)
-    options = _parse(parser, arguments)
+    options = parse(parser, arguments)
     done = import_files(
         options.files, options.store, options.images, config_of(parser, options, ImportConfig)
     )
@@ -150,7 +148,7 @@ def import_labels(arguments: list[str]) -> int:
 
 def inspect(arguments: list[str]) -> int:
     """Say what is in a label store."""
-    parser = _parser(
+    parser = new_parser(
         "inspect", "Say what is in a label store, how sure its teacher was, and which labels look wrong."
     )
 
@@ -167,7 +165,7 @@ def inspect(arguments: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="one line of JSON")
     parser.add_argument("--output", type=Path, help="also write the figures to this JSON file")
     add_config_arguments(parser, InspectConfig)
-    options = _parse(parser, arguments)
+    options = parse(parser, arguments)
     if options.pictures and not options.images:
         raise ValueError("--pictures needs the images that the labels belong to; name them with --images")
 
@@ -181,18 +179,18 @@ def inspect(arguments: list[str]) -> int:
         from tokenlabel.sources import open_images
 
         write_pictures(store, open_images(options.images), options.pictures)
-    _write_json(options.output, figures)
+    write_json(options.output, figures)
     print(json.dumps(figures, indent=None if options.json else 1))
     return 0
 
 
 def merge(arguments: list[str]) -> int:
     """Copy several stores into one."""
-    parser = _parser(
+    parser = new_parser(
         "merge", "Copy the labels of several stores into one with few files, each record checked."
     )
     parser.add_argument("stores", type=Path, nargs="+", help="folders of labels, then the folder to write")
-    options = _parse(parser, arguments)
+    options = parse(parser, arguments)
     *folders, output = options.stores
     if not folders:
         raise ValueError("merge takes at least one store to read and, as the last, the folder to write")
@@ -205,7 +203,7 @@ def merge(arguments: list[str]) -> int:
 
 def export(arguments: list[str]) -> int:
     """Write a trained model for others to use."""
-    parser = _parser(
+    parser = new_parser(
         "export", "Write a run's model as .safetensors, .onnx, or a folder that timm and the hub take."
     )
     parser.add_argument("run", type=Path, help="run folder, or one checkpoint folder of it")
@@ -215,7 +213,7 @@ def export(arguments: list[str]) -> int:
     )
     parser.add_argument("--dense", action="store_true", help="ONNX: the logits of every token, too")
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
-    options = _parse(parser, arguments)
+    options = parse(parser, arguments)
 
     from tokenlabel.export import export_run
     from tokenlabel.models import Inference
@@ -229,69 +227,74 @@ def export(arguments: list[str]) -> int:
 
 
 def evaluate(arguments: list[str]) -> int:
-    """Evaluate a trained model."""
-    parser = _parser(
-        "eval", "Evaluate the model of a run on a folder of images; its averaged weights if it has them."
+    """Evaluate a network."""
+    parser = new_parser(
+        "eval",
+        "Evaluate a run (its averaged weights if it has them) or a model by its name on a folder of images. "
+        "Under torchrun the processes divide the images.",
     )
-    parser.add_argument("run", type=Path, help="run folder, or one checkpoint folder of it")
+
+    from tokenlabel.assessment import EvalOptions, as_text, assess
+    from tokenlabel.imagenet import SETS
+
+    parser.add_argument("network", help="run folder, one checkpoint folder of it, or the name of a model")
+    for name, text in (
+        ("data", "images; the run's own val images by default"),
+        ("masks", "true dense labels of the images (PNG class ids): what the tokens get right"),
+        ("labels", "a teacher's labels of the images: how far the tokens agree with it"),
+        ("real", "real.json: the ReaL accuracy of ImageNet's val images as well"),
+        ("multi-labels", 'JSON {"path below --data": [classes]}: mean average precision'),
+    ):
+        parser.add_argument(f"--{name}", type=Path, help=text)
     parser.add_argument(
-        "--data",
-        type=Path,
-        help="images, laid out like those it was trained on; the run's own val images by default",
+        "--set",
+        default="folder",
+        choices=[*SETS, "imagenet-c"],
+        help="how --data is laid out; folder: class folders named after the model's classes, all or some",
     )
-    parser.add_argument(
-        "--masks",
-        type=Path,
-        help="true dense labels of these images (PNG class ids): what the tokens get right",
-    )
+    parser.add_argument("--weights", help="checkpoint file for a model's name; pretrained weights by default")
+    parser.add_argument("--size", type=int, help="images are size x size px; the network's own by default")
+    parser.add_argument("--crop-fraction", type=float, help="share of the shorter side in the centre crop")
     parser.add_argument(
         "--inference",
         choices=["class", "tokens", "combined", "all"],
         help="which prediction counts: class token, mean of tokens, class + 0.5 max of tokens; the recipe's by default",
     )
-    parser.add_argument("--batch-size", type=int, default=256, help="images a step")
+    parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], help="the recipe's by default")
+    parser.add_argument("--per-class", action="store_true", help="top-1 of each class as well")
+    parser.add_argument("--batch-size", type=int, default=256, help="images a step, in each process")
     parser.add_argument("--num-workers", type=int, default=2, help="processes that decode images")
+    parser.add_argument("--json", action="store_true", help="one line of JSON")
     parser.add_argument("--output", type=Path, help="also write the figures to this JSON file")
-    _add_device(parser)
-    options = _parse(parser, arguments)
-
-    from tokenlabel.checkpoint import load_model
-    from tokenlabel.evaluate import evaluate_run, evaluation_set
-    from tokenlabel.models import Inference
-
-    trained = load_model(options.run)
-    dataset = evaluation_set(
-        trained.recipe, class_names=trained.class_names, data=options.data, masks=options.masks
-    )
-    evaluated = partial(
-        evaluate_run,
-        trained,
-        dataset,
-        batch_size=options.batch_size,
-        num_workers=options.num_workers,
-        device=_device(options.device),
-    )
-    if options.inference == "all":
-        figures = {head.value: evaluated(inference=head) for head in Inference}
-    else:
-        figures = evaluated(inference=options.inference and Inference(options.inference))
-    _write_json(options.output, figures)
-    print(json.dumps(figures))
+    add_device(parser)
+    options = parse(parser, arguments)
+    chosen = EvalOptions(**{field.name: options[field.name] for field in fields(EvalOptions)})
+    figures = assess(options.network, chosen, device=device_of(options.device))
+    if int(os.environ.get("RANK", "0")) == 0:
+        write_json(options.output, figures)
+        print(json.dumps(figures) if options.json else as_text(figures))
     return 0
 
 
 def report(arguments: list[str]) -> int:
     """Write an HTML report of runs."""
-    parser = _parser("report", "Write one self-contained HTML file about one or more runs.")
+    parser = new_parser("report", "Write one self-contained HTML file about one or more runs.")
     parser.add_argument("runs", type=Path, nargs="+", help="run folders")
     parser.add_argument("--output", type=Path, default=Path("report.html"), help="the file to write")
-    options = _parse(parser, arguments)
+    options = parse(parser, arguments)
 
     from tokenlabel.report import write_report
 
     write_report(options.runs, options.output)
     print(options.output)
     return 0
+
+
+def segment(arguments: list[str]) -> int:
+    """Train, evaluate or use a segmentation model."""
+    from tokenlabel.segmentation.commands import run_segment
+
+    return run_segment(arguments)
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,7 +312,8 @@ VERBS = {
     "import-labels": Verb(import_labels, "the label files published in 2021, into a store"),
     "merge": Verb(merge, "several stores into one"),
     "train": Verb(train, "train a model by a recipe, with token labels or without"),
-    "eval": Verb(evaluate, "accuracy of a trained model, and of its tokens where masks are known"),
+    "eval": Verb(evaluate, "accuracy of a run or a model, and of its tokens where masks are known"),
+    "segment": Verb(segment, "train, eval or predict: a class for every pixel, from any backbone"),
     "export": Verb(export, "a trained model as safetensors, ONNX, or a folder for timm and the hub"),
     "report": Verb(report, "one HTML file with the curves, tables and pictures of runs"),
 }
@@ -325,65 +329,9 @@ def _overview() -> str:
     )
 
 
-def _parser(verb: str, description: str) -> ArgumentParser:
-    import jsonargparse
-
-    return jsonargparse.ArgumentParser(
-        prog=f"tokenlabel {verb}", description=description, exit_on_error=False
-    )
-
-
-def _parse(parser: ArgumentParser, arguments: list[str]) -> Namespace:
-    from jsonargparse import ArgumentError
-
-    try:
-        return parser.parse_args(arguments)
-    except ArgumentError as error:
-        from tokenlabel.configuration import explain
-
-        raise ValueError(explain(error, [action.dest for action in parser._actions])) from error
-
-
-def _with_recipe_path(arguments: list[str], find_recipe: Callable[[str], Path]) -> list[str]:
-    """Return the arguments with the name of each recipe replaced by its file."""
-    resolved = list(arguments)
-    for i, argument in enumerate(arguments):
-        if argument == "--recipe" and i + 1 < len(arguments):
-            resolved[i + 1] = str(find_recipe(arguments[i + 1]))
-        elif argument.startswith("--recipe="):
-            resolved[i] = f"--recipe={find_recipe(argument.removeprefix('--recipe='))}"
-    return resolved
-
-
 def _print_some(reasons: list[str], count: int = 10) -> None:
     """Print the first few of many lines."""
     for reason in reasons[:count]:
         print(f"  {reason}")
     if len(reasons) > count:
         print(f"  ... and {len(reasons) - count:,} more; the store's manifest lists all")
-
-
-def _write_json(path: Path | None, figures: dict[str, Any]) -> None:
-    if path is not None:
-        path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-
-
-def _add_device(parser: ArgumentParser) -> None:
-    parser.add_argument(
-        "--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one"
-    )
-
-
-def _device(name: str) -> torch.device:
-    import torch
-
-    if name == "auto":
-        from tokenlabel.distributed import default_device
-
-        return default_device()
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except RuntimeError as error:
-        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
-    return device

@@ -109,7 +109,7 @@ def collect_result(out: Path) -> dict[str, Any]:
         "top1_token_labels": evals["token-labels"]["top1"],
         "top1_class_labels": evals["class-labels"]["top1"],
         "teacher_map_agreement": labels["mask_agreement"],
-        "student_token_agreement": evals["token-labels"]["token_agreement"],
+        "student_token_agreement": evals["token-labels"]["token_accuracy"],
         "images_per_s_token_labels": with_labels["images_per_s"],
         "images_per_s_class_labels": without["images_per_s"],
         "labels_share_of_step": with_labels["targets_share"],

@@ -1,41 +1,33 @@
-"""How good a model is: accuracy and loss of its predictions, and what its tokens say about their places."""
+"""How good a model is: evaluators over a set of images, in one pass, in one process or in many."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
 
 from tokenlabel.alignment import align, collate_score_maps
 from tokenlabel.augment import EvalTransform
-from tokenlabel.checkpoint import TrainedModel
-from tokenlabel.data import (
-    Batch,
-    EvalBatchSampler,
-    TokenLabelDataset,
-    check_images,
-    make_loader,
-    normalize_images,
-)
+from tokenlabel.data import Batch, TokenLabelDataset, check_images, normalize_images
+from tokenlabel.distributed import Ranks
+from tokenlabel.evaluators import Accuracy, Calibration, Evaluator, Seen, TokenTruth, object_tokens
 from tokenlabel.geometry import View, stack_views
-from tokenlabel.models import Inference, TokenModel
+from tokenlabel.models import Inference, Outputs, TokenModel
 from tokenlabel.recipe import Recipe
 from tokenlabel.scores import ScoreMap, from_mask
 from tokenlabel.sources import open_images
 from tokenlabel.store import LabelStore
 from tokenlabel.targets import TokenTargets
 
-# A token shows an object, and can be right or wrong about it, if its mask covers this much of the token's cell.
-OBJECT_SHARE = 0.25
+_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,11 +39,14 @@ class Evaluation:
     top5: float
     loss: float
     """Mean cross entropy against the images' classes."""
+    ece: float
+    """Expected calibration error, 15 equal bins of confidence."""
     images_per_s: float
-    num_object_tokens: int = 0
-    """Tokens that show a labelled object, where the truth of places is known."""
-    token_agreement: float | None = None
-    """Share of these whose most probable class is the object's."""
+    token_accuracy: float | None = None
+    """Share of the tokens that show an object whose most probable class is the object's, where masks are known."""
+    token_miou: float | None = None
+    """Mean over classes of the intersection over union of these tokens."""
+    num_tokens_judged: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the figures under their names, without those that were not measured."""
@@ -81,51 +76,83 @@ class MaskFolder:
         return from_mask(mask, num_classes=self.num_classes, name=str(path))
 
 
-@torch.inference_mode()
 def evaluate(
-    model: TokenModel, batches: Iterable[Batch], *, inference: Inference, device: torch.device, precision: str
+    model: TokenModel,
+    batches: Iterable[Batch],
+    *,
+    inference: Inference,
+    device: torch.device,
+    precision: str,
+    ranks: Ranks = Ranks(),  # noqa: B008  (immutable)
 ) -> Evaluation:
-    """Evaluate a model on batches of images, each counted once.
+    """Evaluate a model on batches of images, each counted once, over all ranks.
 
-    Where the batches carry score maps (true masks, or a teacher's), the tokens are held against them: the class
-    that a token finds most probable against the one that covers most of its cell, over the tokens of which a
-    class covers at least `OBJECT_SHARE`.
+    Where the batches carry score maps (true masks), the tokens are held against them (see `TokenTruth`).
+    """
+    evaluators: list[Evaluator] = [Accuracy(), Calibration(), TokenTruth()]
+    figures = observe(
+        model, batches, {inference: evaluators}, device=device, precision=precision, ranks=ranks
+    )
+    return Evaluation(**figures[inference])
+
+
+@runtime_checkable
+class Predictor(Protocol):
+    """A network that predicts: any `TokenModel`, or one that only classifies."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def eval(self) -> Any:
+        """Set evaluation mode."""
+        ...
+
+    def __call__(self, images: Tensor, /) -> Outputs:
+        """Return the outputs of normalised images [B, 3, height, width]."""
+        ...
+
+
+@torch.inference_mode()
+def observe(
+    model: Predictor,
+    batches: Iterable[Batch],
+    evaluators: Mapping[Inference, Sequence[Evaluator]],
+    *,
+    device: torch.device,
+    precision: str,
+    ranks: Ranks = Ranks(),  # noqa: B008  (immutable)
+    competing: Bool[Tensor, " C"] | None = None,
+) -> dict[Inference, dict[str, Any]]:
+    """Show batches to evaluators; return for each way to predict the figures of its evaluators, and images_per_s.
+
+    The model runs once a batch. `batches`: this rank's part of the images. `competing`: the classes of which
+    predictions choose; all if None.
     """
     model.eval()
-    sums: dict[str, float] = dict.fromkeys(("images", "top1", "top5", "loss", "objects", "agreeing"), 0.0)
-    started = time.perf_counter()
+    dtype = _DTYPES[precision]
+    out = None if competing is None else ~competing.to(device)
+    started, num_images = time.perf_counter(), 0
     for cpu_batch in batches:
         batch = cpu_batch.to(device)
         images = normalize_images(batch.images, mean=model.mean, std=model.std)
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
             outputs = model(images)
-            logits = outputs.logits(inference).float()
+            predictions = {inference: outputs.logits(inference).float() for inference in evaluators}
             said = outputs.token_logits.argmax(dim=2) if batch.score_maps is not None else None
-        ranks = _rank_of_class(logits, batch.class_ids)
-        sums["images"] += len(ranks)
-        sums["top1"] += float((ranks < 1).sum())
-        sums["top5"] += float((ranks < 5).sum())
-        sums["loss"] += float(F.cross_entropy(logits, batch.class_ids, reduction="sum"))
-        if batch.score_maps is not None and said is not None:
-            truth = align(batch.score_maps, batch.views, outputs.grid)
-            objects, classes = object_tokens(truth)
-            sums["objects"] += float(objects.sum())
-            sums["agreeing"] += float((objects & (said == classes)).sum())
-    return Evaluation(
-        num_images=int(sums["images"]),
-        top1=sums["top1"] / sums["images"],
-        top5=sums["top5"] / sums["images"],
-        loss=sums["loss"] / sums["images"],
-        images_per_s=sums["images"] / (time.perf_counter() - started),
-        num_object_tokens=int(sums["objects"]),
-        token_agreement=sums["agreeing"] / sums["objects"] if sums["objects"] else None,
-    )
+        for inference, logits in predictions.items():
+            chosen = logits if out is None else logits.masked_fill(out, -torch.inf)
+            for evaluator in evaluators[inference]:
+                evaluator.add(Seen(batch, outputs.grid, chosen, said))
+        num_images += len(batch.images)
+    spent = ranks.all((num_images, time.perf_counter() - started))
+    speed = {"images_per_s": sum(n for n, _ in spent) / max(seconds for _, seconds in spent)}
+    return {inference: _figures(of_one, ranks) | speed for inference, of_one in evaluators.items()}
 
 
-def object_tokens(truth: TokenTargets) -> tuple[Bool[Tensor, "B N"], Int[Tensor, "B N"]]:
-    """Return which tokens show an object, by targets aligned from true masks, and the class of each."""
-    share, entry = truth.excess.max(dim=2)  # [B, N]
-    return share >= OBJECT_SHARE, truth.classes.gather(1, entry)
+def _figures(evaluators: Sequence[Evaluator], ranks: Ranks) -> dict[str, Any]:
+    for evaluator in evaluators:
+        evaluator.join(ranks)
+    return {name: value for evaluator in evaluators for name, value in evaluator.figures()}
 
 
 def agreement(guess: TokenTargets, truth: TokenTargets, num_classes: int) -> tuple[int, int]:
@@ -157,12 +184,6 @@ def mask_agreement(store: LabelStore, masks: Path) -> float:
     return right / total
 
 
-def _rank_of_class(logits: Float[Tensor, "B C"], class_ids: Int[Tensor, " B"]) -> Int[Tensor, " B"]:
-    """Return how many classes come before the image's own; ties count against it."""
-    own = logits.gather(1, class_ids[:, None])
-    return (logits >= own).sum(dim=1) - 1
-
-
 def evaluation_set(
     recipe: Recipe, *, class_names: list[str], data: Path | None = None, masks: Path | None = None
 ) -> TokenLabelDataset:
@@ -183,28 +204,3 @@ def evaluation_set(
     transform = EvalTransform(recipe.model.size_px, crop_fraction=recipe.eval.crop_fraction)
     truth = MaskFolder(masks, num_classes=len(class_names)) if masks else None
     return TokenLabelDataset(source, transform, seed=recipe.seed, store=truth)
-
-
-def evaluate_run(
-    trained: TrainedModel,
-    dataset: TokenLabelDataset,
-    *,
-    inference: Inference | None,
-    batch_size: int,
-    num_workers: int,
-    device: torch.device,
-) -> dict[str, Any]:
-    """Return the figures of a run's model on a data set that `evaluation_set` made.
-
-    `inference`: which prediction counts; the recipe's if None.
-    """
-    inference = inference or trained.recipe.eval.inference
-    sampler = EvalBatchSampler(num_images=len(dataset), batch_size=batch_size)
-    evaluation = evaluate(
-        trained.model.to(device),
-        make_loader(dataset, sampler, num_workers=num_workers),
-        inference=inference,
-        device=device,
-        precision=trained.recipe.precision,
-    )
-    return {"step": trained.step, "inference": inference.value, **evaluation.as_dict()}

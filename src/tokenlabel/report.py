@@ -18,21 +18,23 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tokenlabel.checkpoint import CheckpointError, TrainedModel, load_model
+from tokenlabel.configuration import read_config, settings
 from tokenlabel.data import Batch, collate, decode_image, normalize_images
 from tokenlabel.evaluate import evaluation_set
 from tokenlabel.mixing import MixPlan, mix_images
+from tokenlabel.objectives import Objective
 from tokenlabel.pictures import enlarged, mask_picture, with_cells
-from tokenlabel.recipe import RECIPE_FILE, Recipe, read_recipe, settings
+from tokenlabel.recipe import RECIPE_FILE, Recipe
 from tokenlabel.runlog import read_metrics
 from tokenlabel.targets import TokenTargets
-from tokenlabel.train import build, draw_plan, make_targets, step_generator
+from tokenlabel.train import build, draw_plan, step_generator
 
 NUM_PICTURES = 6
 COLUMNS = {
     "top1": ("top-1", "{:.1%}"),
     "top5": ("top-5", "{:.1%}"),
     "loss": ("loss", "{:.3f}"),
-    "token_agreement": ("tokens right", "{:.1%}"),
+    "token_accuracy": ("tokens right", "{:.1%}"),
     "images_per_s": ("train images/s", "{:,.0f}"),
     "data_share": ("waiting for data", "{:.1%}"),
     "targets_share": ("making targets", "{:.1%}"),
@@ -78,7 +80,7 @@ def read_run(run: Path) -> RunRecord:
     written = run / "eval.json"
     final = json.loads(written.read_text(encoding="utf-8")) if written.is_file() else (evals or [{}])[-1]
     trains = [line for line in lines if line["kind"] == "train"]
-    return RunRecord(run, read_recipe(run / RECIPE_FILE), trains, evals, final)
+    return RunRecord(run, read_config(run / RECIPE_FILE, Recipe), trains, evals, final)
 
 
 def _results_table(records: Sequence[RunRecord]) -> str:
@@ -128,7 +130,7 @@ def _curves(records: Sequence[RunRecord]) -> Figure:
 
 def _picture_sections(records: Sequence[RunRecord]) -> list[str]:
     sections = []
-    labelled = next((record for record in records if record.recipe.uses_token_labels), None)
+    labelled = next((record for record in records if _has_stored_labels(record.recipe)), None)
     if labelled is not None:
         sections += _label_sections(labelled.recipe)
     for record in records:
@@ -143,6 +145,10 @@ def _picture_sections(records: Sequence[RunRecord]) -> list[str]:
     return sections
 
 
+def _has_stored_labels(recipe: Recipe) -> bool:
+    return recipe.data.labels is not None and recipe.loss.beta > 0
+
+
 def _label_sections(recipe: Recipe) -> list[str]:
     """Return pictures of score maps, of augmented images with their labels, and of mixed ones."""
     training = build(recipe, device=torch.device("cpu"))
@@ -152,8 +158,8 @@ def _label_sections(recipe: Recipe) -> list[str]:
     chosen = np.linspace(0, len(dataset) - 1, NUM_PICTURES).astype(int).tolist()
     maps, augmented = [], []
     batch = collate([dataset[0, index] for index in chosen])
-    plain = replace(recipe, loss=replace(recipe.loss, label_smoothing=0.0))
-    _, targets = make_targets(plain, batch, None, grid=grid)
+    plain = Objective(replace(recipe.loss, label_smoothing=0.0), labelled=True)
+    targets = plain.targets(batch, None, grid=grid).tokens
     assert targets is not None
     labels = _cells(targets, grid, len(names))
     for i, index in enumerate(chosen):
@@ -170,22 +176,23 @@ def _label_sections(recipe: Recipe) -> list[str]:
     always = replace(recipe, mix=replace(recipe.mix, probability=1.0))
     plan = draw_plan(always, len(batch.images), grid=grid, generator=step_generator(recipe, 0))
     if plan is not None:
-        sections.append(_mix_section(plain, batch, plan, grid=grid, class_names=names))
+        mixed = _mixed_pairs(plain, batch, plan, grid=grid, class_names=names)
+        sections.append(_section(f"Mixed pairs ({recipe.mix.kind})", mixed))
     return sections
 
 
-def _mix_section(
-    recipe: Recipe, batch: Batch, plan: MixPlan, *, grid: tuple[int, int], class_names: list[str]
+def _mixed_pairs(
+    objective: Objective, batch: Batch, plan: MixPlan, *, grid: tuple[int, int], class_names: list[str]
 ) -> str:
-    class_target, token_target = make_targets(recipe, batch, plan, grid=grid)
-    assert token_target is not None
-    labels = _cells(token_target, grid, len(class_names))
+    targets = objective.targets(batch, plan, grid=grid)
+    assert targets.tokens is not None
+    labels = _cells(targets.tokens, grid, len(class_names))
     images = mix_images(batch.images.float(), plan).round().to(torch.uint8)
     aspect = images.shape[2] / images.shape[3]
     pictures = []
     for i in range(len(images) // 2):
         partner = int(plan.partner[i])
-        classes = class_target.dense(len(class_names))[i, 0]
+        classes = targets.class_token.dense(len(class_names))[i, 0]
         said = ", ".join(
             f"{class_names[c]}: {classes[c]:.2f}"
             for c in classes.argsort(descending=True)[:2]
@@ -198,7 +205,7 @@ def _mix_section(
             (mask_picture(plan.mask[i].numpy(), aspect=aspect), "mask: white from the partner"),
             (with_cells(mixed, labels[i], class_names), f"mixed targets; class {said}"),
         ]
-    return _section(f"Mixed pairs ({recipe.mix.kind})", _gallery(pictures))
+    return _gallery(pictures)
 
 
 @torch.inference_mode()

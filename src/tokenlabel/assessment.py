@@ -1,0 +1,228 @@
+"""`tokenlabel eval`: a network held against a data set, in one process or under torchrun."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from operator import itemgetter
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from tokenlabel.augment import EvalTransform
+from tokenlabel.data import (
+    EvalBatchSampler,
+    ImageSource,
+    ScoreMaps,
+    TokenLabelDataset,
+    check_images,
+    check_labels,
+    make_loader,
+)
+from tokenlabel.distributed import Ranks, joined_ranks
+from tokenlabel.evaluate import MaskFolder, observe
+from tokenlabel.evaluators import (
+    Accuracy,
+    Calibration,
+    Evaluator,
+    MultiLabel,
+    PerClass,
+    RealLabels,
+    TokenTruth,
+)
+from tokenlabel.imagenet import (
+    SETS,
+    EvaluationSet,
+    LabelledImages,
+    corruption_figures,
+    corruption_folders,
+    read_multi_labels,
+    read_real_labels,
+)
+from tokenlabel.models import Inference
+from tokenlabel.networks import Network, NetworkError, PlainClassifier, find_network, move
+from tokenlabel.store import LabelStore
+
+Figures = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions:
+    """What to evaluate a network on, and how."""
+
+    data: Path | None = None
+    """Images; the run's own val images by default."""
+    set: Literal["folder", "imagenet-v2", "imagenet-a", "imagenet-r", "imagenet-c"] = "folder"
+    """How the images lie and which classes compete. folder: class folders named after the model's classes, all of them
+    or some (ImageNet-1k, ImageNet-Sketch, your own)."""
+    real: Path | None = None
+    """real.json: the ReaL accuracy as well (images of ImageNet's val set)."""
+    multi_labels: Path | None = None
+    """JSON of {"path of an image below --data": [classes]}: mean average precision in place of accuracy."""
+    masks: Path | None = None
+    """True dense labels of the images (PNG class ids): what the tokens get right."""
+    labels: Path | None = None
+    """A teacher's labels of the images: how far the tokens agree with it."""
+    weights: str | None = None
+    """Checkpoint file, for a model's name; timm's pretrained weights by default."""
+    size: int | None = None
+    """Images are size x size px; by default as in training, or as timm validates."""
+    crop_fraction: float | None = None
+    """Share of the resized image's shorter side that the centre crop keeps; the network's own by default."""
+    inference: Literal["class", "tokens", "combined", "all"] | None = None
+    """class token, mean of the tokens, class + 0.5 max over tokens, or all three; what the recipe says by default."""
+    per_class: bool = False
+    """Top-1 of each class as well."""
+    precision: Literal["fp32", "bf16", "fp16"] | None = None
+    """bf16 and fp16 run the network under autocast; by default what its recipe says, else fp32."""
+    batch_size: int = 256
+    """Images a step, in each process."""
+    num_workers: int = 2
+    """Processes that decode images."""
+
+
+def assess(name: str, options: EvalOptions, *, device: torch.device) -> Figures:
+    """Return the figures of a network on a data set, over all ranks; with inference `all`, of each way to predict.
+
+    `name`: a run, a checkpoint folder, or the name of a model. Raises ValueError for what does not fit together.
+    """
+    network = find_network(name, weights=options.weights, size=options.size)
+    heads = network.chosen_heads(options.inference)
+    move(network, device)
+    with joined_ranks(device) as ranks:
+        assessment = _Assessment(network, options, heads, ranks, device)
+        found = assessment.of_corruptions() if options.set == "imagenet-c" else assessment.of_images()
+    about: Figures = {"network": network.name, "size_px": list(network.size_px)}
+    about |= {} if network.step is None else {"step": network.step}
+    labelled = {head.value: {**about, "inference": head.value, **_nested(found[head])} for head in heads}
+    return labelled if options.inference == "all" else labelled[heads[0].value]
+
+
+@dataclass(frozen=True, eq=False)
+class _Assessment:
+    """A network about to be shown images, on its device."""
+
+    network: Network
+    options: EvalOptions
+    heads: Sequence[Inference]
+    ranks: Ranks
+    device: torch.device
+
+    def of_images(self) -> dict[Inference, Figures]:
+        """Return the figures of one set of images."""
+        names, options = self._class_names(), self.options
+        if options.multi_labels is not None:
+            of_image = read_multi_labels(options.multi_labels, names)
+            source = LabelledImages(self._folder(), [*of_image], names)
+            return self._pass(EvaluationSet(source), {head: [MultiLabel(of_image)] for head in self.heads})
+        images = SETS[options.set](self._folder(), self.network.class_names, self.network.num_classes)
+        check_images(images.source)
+        found = self._pass(images, {head: self._evaluators(images) for head in self.heads})
+        for name, store in self._token_truths(images.source):
+            of_tokens = self._pass(images, {Inference.CLASS: [TokenTruth(name)]}, store=store)
+            of_tokens[Inference.CLASS].pop("images_per_s")
+            found = {head: figures | of_tokens[Inference.CLASS] for head, figures in found.items()}
+        return found
+
+    def of_corruptions(self) -> dict[Inference, Figures]:
+        """Return the figures of ImageNet-C."""
+        top1: dict[Inference, dict[tuple[str, int], float]] = {head: {} for head in self.heads}
+        for corruption, folder in corruption_folders(self._folder()).items():
+            images = SETS["folder"](folder, self.network.class_names, self.network.num_classes)
+            found = self._pass(images, {head: [Accuracy()] for head in self.heads})
+            for head, figures in found.items():
+                top1[head][corruption] = figures["top1"]
+        return {head: corruption_figures(of_head) for head, of_head in top1.items()}
+
+    def _pass(
+        self,
+        images: EvaluationSet,
+        evaluators: Mapping[Inference, Sequence[Evaluator]],
+        *,
+        store: ScoreMaps | None = None,
+    ) -> dict[Inference, Figures]:
+        """Show all images to the network once."""
+        network, options = self.network, self.options
+        transform = EvalTransform(
+            network.size_px,
+            crop_fraction=options.crop_fraction or network.crop_fraction,
+            interpolation=network.interpolation,
+        )
+        dataset = TokenLabelDataset(images.source, transform, seed=0, store=store)
+        sampler = EvalBatchSampler(
+            num_images=len(dataset),
+            batch_size=options.batch_size,
+            rank=self.ranks.rank,
+            world_size=self.ranks.world_size,
+        )
+        return observe(
+            network.model,
+            make_loader(dataset, sampler, num_workers=options.num_workers),
+            evaluators,
+            device=self.device,
+            precision=options.precision or (network.recipe.precision if network.recipe else "fp32"),
+            ranks=self.ranks,
+            competing=None if images.competing is None else torch.from_numpy(images.competing),
+        )
+
+    def _folder(self) -> Path:
+        recipe = self.network.recipe
+        folder = self.options.data or (Path(recipe.data.val) if recipe and recipe.data.val else None)
+        if folder is None:
+            raise NetworkError(f"{self.network.name} has no val images of its own; name images with --data")
+        return folder
+
+    def _class_names(self) -> Sequence[str]:
+        return self.network.class_names or [str(c) for c in range(self.network.num_classes)]
+
+    def _evaluators(self, images: EvaluationSet) -> list[Evaluator]:
+        found: list[Evaluator] = [Accuracy(), Calibration()]
+        if self.options.real is not None:
+            found.append(RealLabels(read_real_labels(self.options.real)))
+        if self.options.per_class:
+            found.append(PerClass(images.source.class_names))
+        return found
+
+    def _token_truths(self, source: ImageSource) -> Iterator[tuple[str, ScoreMaps]]:
+        """Yield what the tokens are held against, under the name of the figures."""
+        masks, labels = self.options.masks, self.options.labels
+        if (masks or labels) and isinstance(self.network.model, PlainClassifier):
+            raise NetworkError(f"{self.network.name} says nothing of places; leave --masks and --labels out")
+        if masks is not None:
+            yield "token", MaskFolder(masks, num_classes=self.network.num_classes)
+        if labels is not None:
+            store = LabelStore(labels)
+            check_labels(source, store)
+            yield "teacher", store
+
+
+def as_text(figures: Figures) -> str:
+    """Return figures as lines for people: one figure a line, classes last, from the worst to the best."""
+    if all(isinstance(value, dict) for value in figures.values()):
+        return "\n\n".join(as_text(of_head) for of_head in figures.values())
+    plain = {name: value for name, value in figures.items() if not isinstance(value, dict)}
+    lines = [f"{name:<20} {_shown(name, value)}" for name, value in plain.items()]
+    of_classes = figures.get("per_class", {})
+    if of_classes:
+        lines.append("")
+        width = max(map(len, of_classes))
+        lines += [
+            f"{name:<{width}}  {top1:6.1%}" for name, top1 in sorted(of_classes.items(), key=itemgetter(1))
+        ]
+    return "\n".join(lines)
+
+
+def _shown(name: str, value: Any) -> str:
+    if not isinstance(value, float):
+        return " x ".join(map(str, value)) if isinstance(value, list) else str(value)
+    if name == "loss" or name.startswith(("mce", "ce_")):
+        return f"{value:.4f}"
+    return f"{value:,.1f}" if name == "images_per_s" else f"{value:.2%}"
+
+
+def _nested(figures: Figures) -> Figures:
+    """Return the figures with those of single classes in a dictionary of their own."""
+    plain = {name: value for name, value in figures.items() if "/" not in name}
+    of_classes = {name.partition("/")[2]: value for name, value in figures.items() if "/" in name}
+    return {**plain, "per_class": of_classes} if of_classes else plain

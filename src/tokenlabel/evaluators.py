@@ -1,0 +1,271 @@
+"""Evaluators: each is shown what a model says of batches of images, and yields named figures at the end.
+
+An evaluator keeps sums, never means, so that several processes add theirs up and the result is exact: every image
+counts once, however they are divided.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from tokenlabel.alignment import align
+from tokenlabel.data import Batch
+from tokenlabel.distributed import Ranks
+from tokenlabel.targets import TokenTargets
+
+# A token shows an object, and can be right or wrong about it, if its mask covers this much of the token's cell.
+OBJECT_SHARE = 0.25
+# Equal bins of confidence of the expected calibration error (Guo et al. 2017).
+NUM_BINS = 15
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """A batch, on the device, and what a model says of it.
+
+    `logits`: of one way to predict, in float32. `token_classes`: the most probable class of each token of the `grid`
+    (h, w), where the batch has score maps to hold it against.
+    """
+
+    batch: Batch
+    grid: tuple[int, int]
+    logits: Float[Tensor, "B C"]
+    token_classes: Int[Tensor, "B N"] | None
+
+
+class Evaluator(ABC):
+    """Adds up over batches what it yields as figures."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+
+    @abstractmethod
+    def add(self, seen: Seen) -> None:
+        """Count a batch."""
+
+    @abstractmethod
+    def figures(self) -> Iterator[tuple[str, float]]:
+        """Yield names and values, over what was counted on all ranks once `join` was called."""
+
+    def join(self, ranks: Ranks) -> None:
+        """Add up the sums of all ranks. Each must have been given other images."""
+        of_ranks = ranks.all(self.sums)
+        names = dict.fromkeys(name for sums in of_ranks for name in sums)
+        self.sums = {name: self._joined([sums[name] for sums in of_ranks if name in sums]) for name in names}
+
+    def _joined(self, parts: list[Tensor]) -> Tensor:
+        return torch.stack(parts).sum(dim=0)
+
+    def _count(self, **counts: Tensor) -> None:
+        for name, count in counts.items():
+            added = count.detach().to("cpu", torch.float64)
+            self.sums[name] = self.sums[name] + added if name in self.sums else added
+
+    def _total(self, name: str) -> float:
+        return float(self.sums[name]) if name in self.sums else 0.0
+
+
+class Accuracy(Evaluator):
+    """Top-1, top-5 and the mean cross entropy against the images' classes; ties count against a model."""
+
+    def add(self, seen: Seen) -> None:
+        """Count a batch."""
+        class_ids = seen.batch.class_ids
+        ranks = rank_of_class(seen.logits, class_ids)
+        self._count(
+            images=torch.tensor(len(ranks)),
+            top1=(ranks < 1).sum(),
+            top5=(ranks < 5).sum(),
+            loss=F.cross_entropy(seen.logits, class_ids, reduction="sum"),
+        )
+
+    def figures(self) -> Iterator[tuple[str, float]]:
+        """Yield num_images, top1, top5 and loss."""
+        num_images = self._total("images")
+        if not num_images:
+            raise ValueError("there are no images to evaluate on")
+        yield "num_images", int(num_images)
+        for name in ("top1", "top5", "loss"):
+            yield name, self._total(name) / num_images
+
+
+class Calibration(Evaluator):
+    """Expected calibration error: how far confidence is from accuracy, over 15 equal bins of confidence.
+
+    ece = sum over bins of (images of the bin / all images) * |accuracy of the bin - mean confidence of the bin|;
+    bin i of n holds confidences in (i/n, (i+1)/n].
+    """
+
+    def add(self, seen: Seen) -> None:
+        """Count a batch."""
+        confidence, guess = seen.logits.double().softmax(dim=1).max(dim=1)
+        right = (guess == seen.batch.class_ids).double()
+        bins = (confidence * NUM_BINS).ceil().long().clamp(1, NUM_BINS) - 1
+        one_hot = F.one_hot(bins, NUM_BINS).double()  # [B, bins]
+        self._count(
+            images=one_hot.sum(dim=0), confidence=confidence @ one_hot, right=right @ one_hot
+        )  # each [bins]
+
+    def figures(self) -> Iterator[tuple[str, float]]:
+        """Yield ece."""
+        gaps = (self.sums["confidence"] - self.sums["right"]).abs()
+        yield "ece", float(gaps.sum() / self.sums["images"].sum())
+
+
+class PerClass(Evaluator):
+    """Top-1 of the images of each class. `class_names`: of the model."""
+
+    def __init__(self, class_names: Sequence[str]) -> None:
+        super().__init__()
+        self.class_names = list(class_names)
+
+    def add(self, seen: Seen) -> None:
+        """Count a batch."""
+        class_ids = seen.batch.class_ids
+        right = rank_of_class(seen.logits, class_ids) < 1
+        num_classes = len(self.class_names)
+        self._count(
+            images=class_ids.bincount(minlength=num_classes),
+            right=class_ids[right].bincount(minlength=num_classes),
+        )
+
+    def figures(self) -> Iterator[tuple[str, float]]:
+        """Yield the top-1 of each class that has images as per_class/NAME."""
+        for name, right, num_images in zip(
+            self.class_names, self.sums["right"].tolist(), self.sums["images"].tolist(), strict=True
+        ):
+            if num_images:
+                yield f"per_class/{name}", right / num_images
+
+
+class TokenTruth(Evaluator):
+    """What the tokens say against the score maps of the batches: true masks', or a teacher's.
+
+    The class that a token finds most probable is held against the one that covers most of its cell, over the tokens
+    of which a class covers at least `OBJECT_SHARE`. miou: the mean over classes of hits / (hits + misses + false
+    alarms), over these tokens. `name`: what the figures' names begin with.
+    """
+
+    def __init__(self, name: str = "token") -> None:
+        super().__init__()
+        self.name = name
+
+    def add(self, seen: Seen) -> None:
+        """Count a batch."""
+        batch = seen.batch
+        if batch.score_maps is None or seen.token_classes is None:
+            return
+        truth = align(batch.score_maps, batch.views, seen.grid)
+        self.add_tokens(seen.token_classes, truth, num_classes=batch.num_classes)
+
+    def add_tokens(self, said: Int[Tensor, "B N"], truth: TokenTargets, *, num_classes: int) -> None:
+        """Count tokens that say a class each, against targets aligned from true masks."""
+        objects, classes = object_tokens(truth)
+        pairs = classes[objects] * num_classes + said[objects]
+        self._count(pairs=pairs.bincount(minlength=num_classes**2).view(num_classes, num_classes))
+
+    def figures(self) -> Iterator[tuple[str, float]]:
+        """Yield num_object_tokens, NAME_accuracy and NAME_miou; nothing where no token was to be judged."""
+        pairs = self.sums.get("pairs")  # [C, C], rows the truth
+        if pairs is None or not pairs.sum():
+            return
+        hits = pairs.diagonal()
+        unions = pairs.sum(dim=0) + pairs.sum(dim=1) - hits
+        there = pairs.sum(dim=1) > 0
+        yield f"num_{self.name}s_judged", int(pairs.sum())
+        yield f"{self.name}_accuracy", float(hits.sum() / pairs.sum())
+        yield f"{self.name}_miou", float((hits[there] / unions[there]).mean())
+
+
+class RealLabels(Evaluator):
+    """ReaL accuracy: a prediction is right if it is among an image's labels; images without any are left out.
+
+    `labels`: the class ids of each image, by the last part of its key. Source: Beyer et al., "Are we done with
+    ImageNet?", 2020.
+    """
+
+    def __init__(self, labels: Mapping[str, Sequence[int]]) -> None:
+        super().__init__()
+        self.labels = labels
+
+    def add(self, seen: Seen) -> None:
+        """Count a batch. Raises ValueError for an image that the labels don't know."""
+        names = [key.rpartition("/")[2] for key in seen.batch.keys]
+        unknown = [name for name in names if name not in self.labels]
+        if unknown:
+            raise ValueError(
+                f"the ReaL labels know no image {unknown[0]}; they belong to ImageNet's val images"
+            )
+        guesses = seen.logits.argmax(dim=1).tolist()
+        judged = [(guess, self.labels[name]) for guess, name in zip(guesses, names, strict=True)]
+        self._count(
+            images=torch.tensor(sum(bool(labels) for _, labels in judged)),
+            right=torch.tensor(sum(guess in labels for guess, labels in judged)),
+        )
+
+    def figures(self) -> Iterator[tuple[str, float]]:
+        """Yield num_real_images and real."""
+        yield "num_real_images", int(self._total("images"))
+        if self._total("images"):
+            yield "real", self._total("right") / self._total("images")
+
+
+class MultiLabel(Evaluator):
+    """Mean average precision over the classes that any image has. `labels`: the class ids of each image, by key.
+
+    Average precision is the mean, over a class's images, of the precision among all images scored at least as high.
+    """
+
+    def __init__(self, labels: Mapping[str, Sequence[int]]) -> None:
+        super().__init__()
+        self.labels = labels
+        self.sums = {}
+
+    def add(self, seen: Seen) -> None:
+        """Keep the scores of a batch."""
+        truth = torch.zeros_like(seen.logits, dtype=torch.bool)
+        for row, key in enumerate(seen.batch.keys):
+            truth[row, list(self.labels[key])] = True
+        for name, part in (("scores", seen.logits), ("truth", truth)):
+            kept = part.cpu()
+            self.sums[name] = torch.cat([self.sums[name], kept]) if name in self.sums else kept
+
+    def _joined(self, parts: list[Tensor]) -> Tensor:
+        return torch.cat(parts)
+
+    def figures(self) -> Iterator[tuple[str, float]]:
+        """Yield num_images and map."""
+        scores, truth = self.sums["scores"], self.sums["truth"]
+        found = [average_precision(scores[:, c], truth[:, c]) for c in truth.any(dim=0).nonzero()[:, 0]]
+        yield "num_images", len(scores)
+        yield "map", float(np.mean(found))
+
+
+def average_precision(scores: Float[Tensor, " n"], truth: Bool[Tensor, " n"]) -> float:
+    """Return the mean precision at the places of the true ones, in order of falling scores; ties count together."""
+    order = scores.argsort(descending=True)
+    ranked, right = scores[order], truth[order]
+    hits = right.cumsum(dim=0)
+    # The last place of each group of equal scores is where all of the group has been seen.
+    last = torch.searchsorted(-ranked, -ranked, right=True) - 1
+    return float((hits[last] / (last + 1))[right].double().mean())
+
+
+def rank_of_class(logits: Float[Tensor, "B C"], class_ids: Int[Tensor, " B"]) -> Int[Tensor, " B"]:
+    """Return how many classes come before the image's own; ties count against it."""
+    own = logits.gather(1, class_ids[:, None])
+    return (logits >= own).sum(dim=1) - 1
+
+
+def object_tokens(truth: TokenTargets) -> tuple[Bool[Tensor, "B N"], Int[Tensor, "B N"]]:
+    """Return which tokens show an object, by targets aligned from true masks, and the class of each."""
+    share, entry = truth.excess.max(dim=2)  # [B, N]
+    return share >= OBJECT_SHARE, truth.classes.gather(1, entry)
