@@ -6,10 +6,6 @@ processes or ranks. No random state exists that could be lost, so a run resumes 
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -35,6 +31,7 @@ from tokenlabel.images import (
     decode_pixels,
 )
 from tokenlabel.scores import ScoreMap
+from tokenlabel.workers import prepare_worker, process_context
 
 __all__ = [
     "Batch",
@@ -372,32 +369,10 @@ def make_loader(
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
         prefetch_factor=prefetch if num_workers else None,
-        multiprocessing_context=_process_context() if num_workers else None,
-        worker_init_fn=_prepare_worker,
+        multiprocessing_context=process_context() if num_workers else None,
+        worker_init_fn=prepare_worker,
         generator=torch.Generator(),  # a loader without one of its own draws from the global one
     )
-
-
-def _process_context() -> Any:
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])  # imports torch once, not once a worker
-    return context
-
-
-def _prepare_worker(worker: int) -> None:
-    """Leave Ctrl-C to the main process, which ends its workers when it has saved its state; die when it dies."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_die_with_main_process, daemon=True).start()
-
-
-def _die_with_main_process() -> None:
-    """Wait for the end of the main process. PyTorch's own watch sees only the server, which outlives it."""
-    main_process = multiprocessing.parent_process()
-    assert main_process is not None
-    main_process.join()
-    os._exit(1)
 
 
 def _check_rank(rank: int, world_size: int) -> None:

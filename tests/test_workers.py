@@ -1,0 +1,41 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+SCRIPT = f"""if __name__ == "__main__":
+    import os, signal, sys, time
+    sys.path.insert(0, {str(Path(__file__).parent)!r})
+    from test_data import BatchSampler, dataset, make_loader
+    signal.signal(signal.SIGTERM, lambda *_: print("told to stop", flush=True))
+    sampler = BatchSampler(num_images=10, batch_size=4, seed=1, num_steps=12)
+    batches = iter(make_loader(dataset(), sampler, num_workers=1, prefetch=1))
+    next(batches)
+    print("ready", flush=True)
+    sys.stdin.readline()
+    print(sum(1 for _ in batches), flush=True)
+    worker = batches._workers[0]
+    worker.terminate()
+    worker.join(20)
+    print(worker.is_alive())"""
+
+
+def test_a_signal_to_the_whole_group_stops_no_worker_before_the_trainer_ends_it():
+    trainer = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert trainer.stdin is not None
+    assert trainer.stdout is not None
+    assert trainer.stdout.readline() == "ready\n"
+    os.killpg(trainer.pid, signal.SIGTERM)
+    assert trainer.stdout.readline() == "told to stop\n"
+    time.sleep(0.3)  # whoever is going to die of it is dead by then
+    rest, _ = trainer.communicate("\n", timeout=60)
+    assert rest.split() == ["11", "False"]
+    assert trainer.returncode == 0
