@@ -1,0 +1,76 @@
+"""What the verbs of the command line share: their parsers, recipes by name, devices, and figures as files.
+
+What parsing needs is imported when it parses, so that `tokenlabel --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from jsonargparse import ArgumentParser, Namespace
+
+
+def new_parser(verb: str, description: str) -> ArgumentParser:
+    """Return a parser that raises instead of ending the process."""
+    import jsonargparse
+
+    return jsonargparse.ArgumentParser(
+        prog=f"tokenlabel {verb}", description=description, exit_on_error=False
+    )
+
+
+def parse(parser: ArgumentParser, arguments: list[str]) -> Namespace:
+    """Return parsed arguments. Raises ValueError of one line, with the near names of an unknown one."""
+    from jsonargparse import ArgumentError
+
+    try:
+        return parser.parse_args(arguments)
+    except ArgumentError as error:
+        from tokenlabel.configuration import explain
+
+        raise ValueError(explain(error, [action.dest for action in parser._actions])) from error
+
+
+def with_recipe_path(arguments: list[str], find_recipe: Callable[[str], Path]) -> list[str]:
+    """Return the arguments with the name of each recipe replaced by its file."""
+    resolved = list(arguments)
+    for i, argument in enumerate(arguments):
+        if argument == "--recipe" and i + 1 < len(arguments):
+            resolved[i + 1] = str(find_recipe(arguments[i + 1]))
+        elif argument.startswith("--recipe="):
+            resolved[i] = f"--recipe={find_recipe(argument.removeprefix('--recipe='))}"
+    return resolved
+
+
+def write_json(path: Path | None, figures: dict[str, Any]) -> None:
+    """Write figures to a file, if there is to be one."""
+    if path is not None:
+        path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+
+def add_device(parser: ArgumentParser) -> None:
+    """Let a parser take `--device`."""
+    parser.add_argument(
+        "--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one"
+    )
+
+
+def device_of(name: str) -> torch.device:
+    """Return the device that `--device` names. Raises ValueError if it cannot be used."""
+    import torch
+
+    if name == "auto":
+        from tokenlabel.distributed import default_device
+
+        return default_device()
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except RuntimeError as error:
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    return device
