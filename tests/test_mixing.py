@@ -269,3 +269,25 @@ def test_a_plan_for_another_grid_is_refused():
 def test_plans_move_to_a_device():
     plan = draw_plan(np.random.default_rng(0), 2, 3, 3).to(torch.device("meta"))
     assert (plan.mask.device.type, plan.partner.device.type, plan.on_tokens) == ("meta", "meta", True)
+
+
+def test_joined_plans_mix_each_group_within_itself():
+    images = torch.arange(6.0)[:, None, None, None].expand(6, 1, 4, 4)
+    plans = [plan_of(Mixing.CUTMIX, num_images=2, seed=seed) for seed in (0, 1)]
+    joined = join_plans([plans[0], None, plans[1]], 2)
+    assert joined is not None
+    apart = [mix_images(images[:2], plans[0]), images[2:4], mix_images(images[4:], plans[1])]
+    assert torch.equal(mix_images(images, joined), torch.cat(apart))
+    assert join_plans([None, None], 2) is None
+    assert join_plans([plans[0]], 2) is plans[0]
+
+
+def plan_of(mixing, *, num_images, seed):
+    return sample_mix(
+        mixing,
+        num_images,
+        grid=(2, 2),
+        size_px=(4, 4),
+        per_sample=True,
+        generator=torch.Generator().manual_seed(seed),
+    )

@@ -102,6 +102,8 @@ def shard(model: nn.Module, parts: Iterable[nn.Module], device: torch.device) ->
     What belongs to none of the parts stays together from the forward pass to the end of the backward pass, as
     losses that work through a head of the model need it.
     """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.contiguous()  # FSDP2 takes no other layout
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for part in parts:
         fully_shard(part, mesh=mesh)

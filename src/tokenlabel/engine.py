@@ -182,6 +182,10 @@ def prepare(task: Task[Any], ranks: Ranks) -> Training:
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
     ema = create_ema(model, recipe.optim, sharded=recipe.sharded)
     if recipe.sharded:
+        if ranks.world_size == 1:
+            raise ConfigError(
+                "sharded divides a model among processes; start them with torchrun, or set it to false"
+            )
         for module in (model, ema.module) if ema else (model,):
             shard(module, module.repeated_parts(), task.device)
     if recipe.compile != "no":
@@ -235,14 +239,17 @@ def train_step(training: Training, batches: Iterator[Any], step: int, watch: Sto
         sums = {name: sums.get(name, 0) + loss.detach() / num_parts for name, loss in losses.items()}
         keys += batch.keys
     set_learning_rate(trained.optimizer, training.learning_rate(step))
-    sums["gradient_norm"] = _move_weights(trained, recipe.optim.clip_grad_norm)
+    sums |= _move_weights(trained, recipe.optim.clip_grad_norm)
     if trained.ema is not None:
         trained.ema.update(trained.model, step=step)
     return StepResult(sums, keys)
 
 
-def _move_weights(trained: Trained, clip_norm: float | None) -> Tensor:
-    """Let the optimizer take a step; return the norm of the gradient."""
+def _move_weights(trained: Trained, clip_norm: float | None) -> dict[str, Tensor]:
+    """Let the optimizer take a step; return the norm of the gradient.
+
+    With a scaled loss that overflowed there is no step and the norm counts as 0; `skipped` says so.
+    """
     if trained.scaler is not None:
         trained.scaler.unscale_(trained.optimizer)
     norm = nn.utils.clip_grad_norm_(trained.model.parameters(), clip_norm or math.inf)
@@ -251,7 +258,10 @@ def _move_weights(trained: Trained, clip_norm: float | None) -> Tensor:
         trained.scaler.update()
     else:
         trained.optimizer.step()
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    if trained.scaler is None:
+        return {"gradient_norm": norm}
+    return {"gradient_norm": norm.nan_to_num(0, 0, 0), "skipped": (~norm.isfinite()).float()}
 
 
 def _gradients_meet(training: Training, last: bool) -> AbstractContextManager[None]:
