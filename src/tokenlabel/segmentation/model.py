@@ -84,7 +84,7 @@ class SegmentationModel(nn.Module):
         unreached: frozenset[str],
     ) -> None:
         super().__init__()
-        self.unreached = unreached
+        self.unreached, self._backbone_is_frozen = unreached, False
         self.backbone, self.levels, self.neck = backbone, levels, neck
         self.decode_head, self.auxiliary_head = decode_head, auxiliary_head
         self.mean, self.std, self.multiple_px = backbone.mean, backbone.std, levels.multiple_px
@@ -113,6 +113,19 @@ class SegmentationModel(nn.Module):
         layers = {f"backbone.{name}": layer for name, layer in self.backbone.layers().items()}
         top = max(layers.values())
         return {name: layers.get(name, top) for name, _ in self.named_parameters()}
+
+    def freeze_backbone(self) -> None:
+        """Stop the backbone from training: no gradients, no new statistics, no drop path, from now on."""
+        self.backbone.requires_grad_(False)
+        self._backbone_is_frozen = True
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> SegmentationModel:
+        """Set training or evaluation mode, as PyTorch does, but leave a frozen backbone in evaluation mode."""
+        super().train(mode)
+        if self._backbone_is_frozen:
+            self.backbone.eval()
+        return self
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep no activations inside the backbone's blocks, compute them again in the backward pass."""
@@ -155,7 +168,7 @@ def create_segmentation_model(config: SegmentModelConfig, *, num_classes: int) -
         unreached=_leave_unreached(backbone, levels, config.size_px),
     )
     if config.freeze_backbone:
-        backbone.freeze(max(backbone.layers().values()))
+        model.freeze_backbone()
     return model
 
 

@@ -6,7 +6,7 @@ import io
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 
@@ -164,6 +164,42 @@ def open_pairs(config: SegmentDataConfig, split: str) -> ImageMaskPairs | None:
             digits = sorted(path.name for path in images.glob("*") if path.is_dir())
             classes = numbered_classes(digits or ["0"], background=config.background)
             return _checked(classes, images, root / "masks" / part, _same_names(images))
+
+
+def classes_of(config: SegmentDataConfig, names: Sequence[str]) -> Classes:
+    """Return the classes of a data set that need not be there: `names` are those of all its classes."""
+    if config.layout in (Layout.ADE20K, Layout.VOC, Layout.CITYSCAPES):
+        return known_classes(config.layout.value)
+    if config.background is not None and list(names)[-1:] == [config.background]:
+        names = names[:-1]
+    return numbered_classes(names, background=config.background)
+
+
+def other_pairs(
+    config: SegmentDataConfig,
+    names: Sequence[str],
+    *,
+    split: str | None = None,
+    images: str | None = None,
+    masks: str | None = None,
+) -> ImageMaskPairs:
+    """Return the pairs that a recipe evaluates on, or those of another split, or of any two folders.
+
+    `names`: of all the classes of the model. Raises DataError if there are none, or if their classes are others.
+    """
+    if bool(images) != bool(masks):
+        raise DataError("images and masks go together: give both folders or none")
+    if images and masks:
+        return _checked(classes_of(config, names), Path(images), Path(masks), _same_names(Path(images)))
+    pairs = open_pairs(replace(config, val_split=split or config.val_split), "val")
+    if pairs is None:
+        raise DataError("the run has no val images of its own; name folders with --images and --masks")
+    if pairs.classes.names != list(names):
+        raise DataError(
+            f"the data have {len(pairs.classes.names)} classes ({', '.join(pairs.classes.names[:3])}, ...), the model "
+            f"{len(names)} ({', '.join(names[:3])}, ...); they must be the same"
+        )
+    return pairs
 
 
 def _checked(classes: Classes, images: Path, masks: Path, names: Iterator[tuple[str, str]]) -> ImageMaskPairs:

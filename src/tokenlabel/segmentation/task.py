@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -18,6 +19,7 @@ from tokenlabel.data import BatchSampler, make_loader, normalize_images
 from tokenlabel.distributed import Ranks, joined_ranks
 from tokenlabel.engine import Part, Task, run_task
 from tokenlabel.images import DataError
+from tokenlabel.recipe import find_recipe
 from tokenlabel.runlog import Stopwatch
 from tokenlabel.segmentation.augment import SegmentTransform
 from tokenlabel.segmentation.classes import IGNORED
@@ -25,7 +27,7 @@ from tokenlabel.segmentation.data import SegmentBatch, SegmentDataset, collate
 from tokenlabel.segmentation.evaluation import evaluate_segmentation
 from tokenlabel.segmentation.inference import Segmenter
 from tokenlabel.segmentation.model import SegmentationModel, SegmentOutputs, create_segmentation_model
-from tokenlabel.segmentation.pairs import ImageMaskPairs, open_pairs
+from tokenlabel.segmentation.pairs import ImageMaskPairs, classes_of, open_pairs
 from tokenlabel.segmentation.recipe import SegmentRecipe
 from tokenlabel.segmentation.weights import load_weights
 
@@ -156,3 +158,18 @@ def load_segmenter(path: Path) -> TrainedSegmenter:
     model = create_segmentation_model(config, num_classes=len(state["class_names"]))
     model.load_state_dict(read_weights(folder, state))
     return TrainedSegmenter(model.eval(), recipe, state["class_names"], state["step"])
+
+
+def load_published_segmenter(path: Path, recipe_name: str, *, root: str | None = None) -> TrainedSegmenter:
+    """Return a model from a published file, with the recipe (a name, or a file) that it goes with.
+
+    `root`: folder of the data set. Its classes are those of the recipe's data.
+    """
+    recipe_path = find_recipe(recipe_name)
+    nested = yaml.safe_load(recipe_path.read_text(encoding="utf-8"))
+    nested["data"]["root"] = root or nested["data"].get("root", ".")
+    recipe = config_from_dict(nested, SegmentRecipe, name=str(recipe_path))
+    names = classes_of(recipe.data, list(recipe.data.class_names)).names
+    model = create_segmentation_model(recipe.model, num_classes=len(names))
+    load_weights(model, path, average=recipe.model.average)
+    return TrainedSegmenter(model.eval(), recipe, names, step=0)

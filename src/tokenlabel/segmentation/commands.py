@@ -1,0 +1,208 @@
+"""`tokenlabel segment train|eval|predict`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tokenlabel.arguments import add_device, device_of, new_parser, parse, with_recipe_path, write_json
+
+if TYPE_CHECKING:
+    import torch
+    from jsonargparse import ArgumentParser, Namespace
+
+    from tokenlabel.segmentation.task import TrainedSegmenter
+
+USAGE = """usage: tokenlabel segment train|eval|predict ...
+
+A class for every pixel: FCN and UPerNet heads on any backbone. docs/segmentation.md shows how.
+
+  train    train a segmentation model by a recipe
+  eval     mIoU, mean accuracy and pixel accuracy of a run or of a published file
+  predict  masks and overlays of images, as PNG
+
+`tokenlabel segment train --help` explains each."""
+
+
+def run_segment(arguments: list[str]) -> int:
+    """Run one of the commands; return its exit status."""
+    commands: dict[str, Callable[[list[str]], int]] = {
+        "train": _train,
+        "eval": _evaluate,
+        "predict": _predict,
+    }
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(USAGE)
+        return 0
+    if arguments[0] not in commands:
+        raise ValueError(f"no command {arguments[0]!r}; known: {', '.join(commands)}")
+    return commands[arguments[0]](arguments[1:])
+
+
+def _train(arguments: list[str]) -> int:
+    parser = new_parser(
+        "segment train",
+        "Train a segmentation model by a recipe. The same command continues a run that was stopped.",
+    )
+
+    from tokenlabel.configuration import config_of
+    from tokenlabel.interruption import Interrupted
+    from tokenlabel.recipe import add_recipe_arguments, find_recipe
+    from tokenlabel.segmentation.recipe import SegmentRecipe
+    from tokenlabel.segmentation.task import train_segmentation
+
+    parser.add_argument(
+        "--run", type=Path, required=True, help="folder of the run: recipe, metrics, checkpoints"
+    )
+    add_device(parser)
+    add_recipe_arguments(parser, SegmentRecipe)
+    options = parse(parser, with_recipe_path(arguments, find_recipe))
+    recipe = config_of(parser, options, SegmentRecipe)
+    try:
+        figures = train_segmentation(recipe, options.run, device=device_of(options.device))
+    except Interrupted as stop:
+        print(f"tokenlabel segment train: {stop}", file=sys.stderr)
+        return stop.exit_status
+    _print_figures(figures)
+    return 0
+
+
+def _evaluate(arguments: list[str]) -> int:
+    parser = new_parser(
+        "segment eval",
+        "Evaluate a run (its averaged weights if it has them) or a published file on images with masks. "
+        "Under torchrun the processes divide the images.",
+    )
+    _add_network(parser)
+    parser.add_argument("--split", help="part of the data set; that which the recipe evaluates on by default")
+    parser.add_argument("--images", help="any folder of images, in place of the recipe's")
+    parser.add_argument("--masks", help="their masks, with the values that the recipe's data have")
+    parser.add_argument("--num-workers", type=int, default=0, help="processes that decode images")
+    parser.add_argument("--output", type=Path, help="also write the figures to this JSON file")
+    options = parse(parser, arguments)
+
+    from tokenlabel.distributed import joined_ranks
+    from tokenlabel.segmentation.evaluation import evaluate_segmentation
+    from tokenlabel.segmentation.inference import Segmenter
+    from tokenlabel.segmentation.pairs import other_pairs
+
+    device = device_of(options.device)
+    with joined_ranks(device) as ranks:
+        trained = _network(options)
+        pairs = other_pairs(
+            trained.recipe.data,
+            trained.class_names,
+            split=options.split,
+            images=options.images,
+            masks=options.masks,
+        )
+        figures = evaluate_segmentation(
+            Segmenter(trained.model.to(device), trained.recipe.eval, window_px=trained.recipe.model.size_px),
+            pairs,
+            device=device,
+            autocast=_autocast(trained, device),
+            num_workers=options.num_workers,
+            ranks=ranks,
+        )
+    figures = {"step": trained.step, **figures}
+    if ranks.is_first:
+        write_json(options.output, figures)
+    _print_figures(figures)
+    return 0
+
+
+def _predict(arguments: list[str]) -> int:
+    parser = new_parser(
+        "segment predict", "Write the class of every pixel of images: masks with a palette, and overlays."
+    )
+    _add_network(parser)
+    parser.add_argument("images", type=Path, nargs="+", help="image files or folders of them")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for masks/, overlays/ and classes.json"
+    )
+    options = parse(parser, arguments)
+
+    from tokenlabel.segmentation.inference import Segmenter
+    from tokenlabel.segmentation.pairs import classes_of
+    from tokenlabel.segmentation.predictions import predict_files
+
+    device = device_of(options.device)
+    trained = _network(options)
+    segmenter = Segmenter(
+        trained.model.to(device), trained.recipe.eval, window_px=trained.recipe.model.size_px
+    )
+    with _autocast(trained, device):
+        num_images = predict_files(
+            segmenter,
+            options.images,
+            options.out,
+            classes=classes_of(trained.recipe.data, trained.class_names),
+            device=device,
+        )
+    print(f"{options.out}: {num_images:,} images")
+    return 0
+
+
+def _add_network(parser: ArgumentParser) -> None:
+    """Let a parser take a model and how it looks at images."""
+    parser.add_argument(
+        "network",
+        type=Path,
+        help="run folder, one checkpoint folder of it, or, with --recipe, a published file",
+    )
+    parser.add_argument("--recipe", help="the recipe that a published file goes with, by name or as a file")
+    parser.add_argument("--root", help="folder of the data set, in place of the recipe's")
+    parser.add_argument(
+        "--mode", choices=["slide", "whole"], help="windows, or all at once; the recipe's by default"
+    )
+    parser.add_argument("--stride", type=int, help="distance of windows in pixels")
+    parser.add_argument(
+        "--short-side", type=int, help="resize images to this shorter side; 0 leaves them as they are"
+    )
+    parser.add_argument(
+        "--scales", type=float, nargs="+", help="average over these sizes, such as .5 .75 1 1.25 1.5 1.75"
+    )
+    parser.add_argument("--flip", action="store_true", help="average with the mirrored image")
+    add_device(parser)
+
+
+def _network(options: Namespace) -> TrainedSegmenter:
+    """Return the model that the command line names, with the recipe as the command line changes it."""
+    from tokenlabel.segmentation.task import load_published_segmenter, load_segmenter
+
+    if options.recipe is not None:
+        trained = load_published_segmenter(options.network, options.recipe, root=options.root)
+    else:
+        trained = load_segmenter(options.network)
+    recipe = trained.recipe
+    if options.root is not None:
+        recipe = replace(recipe, data=replace(recipe.data, root=options.root))
+    changes: dict[str, Any] = {
+        "mode": options.mode,
+        "stride_px": options.stride and (options.stride, options.stride),
+        "scales": options.scales and tuple(options.scales),
+        "flip": options.flip or None,
+    }
+    changes = {name: value for name, value in changes.items() if value is not None}
+    if options.short_side is not None:
+        changes["short_side_px"] = options.short_side or None
+    return replace(trained, recipe=replace(recipe, eval=replace(recipe.eval, **changes)))
+
+
+def _autocast(trained: TrainedSegmenter, device: torch.device) -> torch.autocast:
+    """Return the context of the forward pass in the precision of training."""
+    import torch
+
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(trained.recipe.precision)
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
+
+
+def _print_figures(figures: dict[str, Any]) -> None:
+    """Print figures as a line of JSON, by the first of several processes."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(json.dumps(figures))

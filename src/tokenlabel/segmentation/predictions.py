@@ -1,0 +1,81 @@
+"""What a segmentation model says about images, as files: masks with a palette, and classes laid over the images."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from numpy.typing import NDArray
+from PIL import Image
+
+from tokenlabel.images import EXTENSIONS, DataError, decode_pixels
+from tokenlabel.segmentation.classes import Classes
+from tokenlabel.segmentation.inference import Segmenter
+
+OPACITY = 0.5
+
+
+def predict_files(
+    segmenter: Segmenter, images: Sequence[Path], out: Path, *, classes: Classes, device: torch.device
+) -> int:
+    """Segment images and write the results under the folder `out`; return how many there were.
+
+    Writes masks/NAME.png (class ids, with the classes' colours as palette), overlays/NAME.png and classes.json.
+    `images`: files, or folders with images at any depth; names are relative to the folder.
+    Raises DataError for what holds no image, ImageError for an image that does not decode.
+    """
+    found = [(folder, path) for place in images for folder, path in _files(place)]
+    for kind in ("masks", "overlays"):
+        (out / kind).mkdir(parents=True, exist_ok=True)
+    legend = {
+        name: f"#{bytes(colour).hex()}"
+        for name, colour in zip(classes.names, classes.colours.tolist(), strict=True)
+    }
+    (out / "classes.json").write_text(json.dumps(legend, indent=1) + "\n", encoding="utf-8")
+    segmenter.model.eval()
+    for folder, path in found:
+        pixels = decode_pixels(path.read_bytes(), str(path))
+        said = segmenter(torch.from_numpy(pixels).permute(2, 0, 1).to(device)).cpu().numpy().astype(np.uint8)
+        name = path.relative_to(folder).with_suffix(".png")
+        for kind, picture in (
+            ("masks", palette_image(said, classes)),
+            ("overlays", Image.fromarray(overlay(pixels, said, classes))),
+        ):
+            (out / kind / name).parent.mkdir(parents=True, exist_ok=True)
+            picture.save(out / kind / name)
+    return len(found)
+
+
+def palette_image(ids: UInt8[NDArray[np.uint8], "height width"], classes: Classes) -> Image.Image:
+    """Return class ids as an image of one channel with the classes' colours as its palette."""
+    image = Image.fromarray(ids)
+    image.putpalette(classes.colours.reshape(-1).tolist())
+    return image
+
+
+def overlay(
+    pixels: UInt8[NDArray[np.uint8], "height width 3"],
+    ids: UInt8[NDArray[np.uint8], "height width"],
+    classes: Classes,
+    *,
+    opacity: float = OPACITY,
+) -> UInt8[NDArray[np.uint8], "height width 3"]:
+    """Return an image with the colour of each pixel's class over it; pixels of no class (255) stay as they are."""
+    known = ids < len(classes.names)
+    tints = classes.colours[np.where(known, ids, 0)]
+    mixed = pixels * np.float32(1 - opacity) + tints * np.float32(opacity)
+    return np.where(known[..., None], mixed.round(), pixels).astype(np.uint8)
+
+
+def _files(place: Path) -> list[tuple[Path, Path]]:
+    """Return image files with the folder that their names are relative to."""
+    if place.is_file():
+        return [(place.parent, place)]
+    found = sorted(path for path in place.rglob("*") if path.suffix.lower() in EXTENSIONS)
+    if not found:
+        raise DataError(f"{place}: no image file, and no folder of images ({', '.join(EXTENSIONS)})")
+    return [(place, path) for path in found]
