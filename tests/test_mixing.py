@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from label_cases import dense_targets, draw_targets
 from torch.nn import functional as F
 
-from tokenlabel.mixing import Mixing, MixPlan, mix_images, mix_targets, mix_tokens, sample_mix
+from tokenlabel.mixing import Mixing, MixPlan, join_plans, mix_images, mix_targets, mix_tokens, sample_mix
 from tokenlabel.targets import class_targets
 
 MIXES = [Mixing.MIXTOKEN, Mixing.CUTMIX, Mixing.MIXUP]
@@ -276,7 +276,10 @@ def test_joined_plans_mix_each_group_within_itself():
     plans = [plan_of(Mixing.CUTMIX, num_images=2, seed=seed) for seed in (0, 1)]
     joined = join_plans([plans[0], None, plans[1]], 2)
     assert joined is not None
-    apart = [mix_images(images[:2], plans[0]), images[2:4], mix_images(images[4:], plans[1])]
+    first, last = plans
+    assert first is not None
+    assert last is not None
+    apart = [mix_images(images[:2], first), images[2:4], mix_images(images[4:], last)]
     assert torch.equal(mix_images(images, joined), torch.cat(apart))
     assert join_plans([None, None], 2) is None
     assert join_plans([plans[0]], 2) is plans[0]
