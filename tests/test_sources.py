@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tokenlabel.images import DataError, ImageError, ImageFolder, decode_image
-from tokenlabel.sources import ListedImages, TarImages, open_images
+from tokenlabel.images import DataError, ImageError, ImageFolder, ImageSubset, decode_image
+from tokenlabel.sources import ListedImages, open_images
+from tokenlabel.tars import INDEX_NAME, TarImages, write_index
 
 CLASSES = ("ape", "bee", "cat")
 
@@ -97,7 +98,75 @@ def test_damaged_tar_files(tmp_path, files):
         source.read(len(source) - 1)
     path.unlink()
     with pytest.raises(ImageError, match="cannot be read"):
-        source.read(0)
+        pickle.loads(pickle.dumps(source)).read(0)
+
+
+class TestIndex:
+    @pytest.fixture
+    def tars(self, tmp_path, files):
+        names = list(files)
+        write_tar(tmp_path / "a.tar", {name: files[name] for name in names[:4]})
+        write_tar(tmp_path / "b.tar", {name: files[name] for name in names[4:]})
+        return tmp_path
+
+    def test_it_opens_the_same_images_without_a_look_at_the_members(self, tars, files, monkeypatch):
+        scanned = open_images(tars)
+        assert write_index(tars) == tars / INDEX_NAME
+        monkeypatch.setattr("tokenlabel.tars.scan_tars", None)
+        indexed = pickle.loads(pickle.dumps(open_images(tars)))
+        assert isinstance(indexed, TarImages)
+        assert list(indexed.keys) == list(scanned.keys)
+        assert indexed.class_names == scanned.class_names
+        assert indexed.class_ids.tolist() == scanned.class_ids.tolist()
+        assert [indexed.read(i) for i in range(len(indexed))] == [files[key] for key in indexed.keys]
+
+    @pytest.mark.parametrize("change", ["another file", "another size", "another order"])
+    def test_it_is_refused_where_the_tar_files_have_changed(self, tars, files, change):
+        write_index(tars)
+        if change == "another file":
+            (tars / "a.tar").rename(tars / "c.tar")
+        elif change == "another size":
+            write_tar(tars / "b.tar", files)
+        else:
+            same_size = sorted(list(files)[:4], reverse=True)
+            write_tar(tars / "a.tar", {name: files[name] for name in same_size})
+        with pytest.raises(DataError, match=r"index\.npz: the tar files beside it have changed"):
+            open_images(tars)
+
+    def test_damaged_and_empty(self, tars, tmp_path):
+        (tars / INDEX_NAME).write_bytes(b"PK nonsense")
+        with pytest.raises(DataError, match=r"cannot be read as an index"):
+            open_images(tars)
+        (tmp_path / "nothing").mkdir()
+        with pytest.raises(DataError, match="no tar files to index"):
+            write_index(tmp_path / "nothing")
+
+
+def test_tar_files_know_the_group_of_each_image_and_stream_the_same_bytes(tmp_path, files):
+    names = list(files)
+    write_tar(tmp_path / "a.tar", {name: files[name] for name in names[::2]})
+    write_tar(tmp_path / "b.tar", {name: files[name] for name in names[1::2]})
+    source = open_images(tmp_path)
+    assert isinstance(source, TarImages)
+    assert [int(group) for group in source.groups] == [names.index(key) % 2 for key in source.keys]
+    some = ImageSubset(source, np.array([4, 1, 6]))
+    assert some.groups is not None
+    assert some.groups.tolist() == source.groups[[4, 1, 6]].tolist()
+    for streamed, plain in ((source.streamed(), source), (some.streamed(), some)):
+        assert list(streamed.keys) == list(plain.keys)
+        assert [streamed.read(i) for i in range(len(plain))] == [plain.read(i) for i in range(len(plain))]
+
+
+def test_more_tar_files_than_a_process_keeps_open(tmp_path, monkeypatch):
+    monkeypatch.setattr("tokenlabel.tars._NUM_OPEN", 2)
+    for i in range(5):
+        write_tar(tmp_path / f"{i}.tar", {f"ape/{i}.png": encoded(i)})
+    source = open_images(tmp_path)
+    before = len(list(Path("/proc/self/fd").iterdir())) if Path("/proc/self/fd").exists() else 0
+    for _ in range(2):
+        assert [source.read(i) for i in range(5)] == [encoded(i) for i in range(5)]
+    if before:
+        assert len(list(Path("/proc/self/fd").iterdir())) <= before + 2
 
 
 @pytest.mark.parametrize(

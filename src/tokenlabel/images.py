@@ -178,6 +178,17 @@ class ImageSubset:
         """The names of the other source's classes, also of those that have no image left."""
         return self._source.class_names
 
+    @property
+    def groups(self) -> NDArray[np.int64] | None:
+        """The group (file) that each image lies in, if the other source says so."""
+        groups = getattr(self._source, "groups", None)
+        return None if groups is None else groups[self._indices]
+
+    def streamed(self) -> ImageSource:
+        """Return the same images, for reading group by group (see `TarImages.streamed`)."""
+        streamed = getattr(self._source, "streamed", None)
+        return self if streamed is None else ImageSubset(streamed(), self._indices)
+
     def read(self, index: int) -> bytes:
         """Return the encoded image."""
         return self._source.read(int(self._indices[index]))
@@ -252,6 +263,21 @@ def check_images(
             "repair or remove them, or say to skip broken images"
         )
     return ImageSubset(source, np.flatnonzero(sound))
+
+
+def named_classes(names: Sequence[str]) -> tuple[list[str], NDArray[np.int64]]:
+    """Return class names and ids: numbers stand for themselves, names are sorted."""
+    if all(name.isdecimal() for name in names):
+        ids = np.array([int(name) for name in names], np.int64)
+        return [str(number) for number in range(int(ids.max()) + 1)], ids
+    return sorted_classes(names)
+
+
+def sorted_classes(names: Sequence[str]) -> tuple[list[str], NDArray[np.int64]]:
+    """Return class names and ids in the order of the names, as those of class folders are."""
+    distinct = sorted(set(names))
+    ids = {name: class_id for class_id, name in enumerate(distinct)}
+    return distinct, np.array([ids[name] for name in names], np.int64)
 
 
 def _decodes(source: ImageSource, index: int) -> bool:

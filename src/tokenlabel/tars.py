@@ -1,0 +1,254 @@
+"""Images in tar files, as WebDataset writes them, read in place; and an index that spares looking through them."""
+
+from __future__ import annotations
+
+import os
+import tarfile
+import zlib
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tokenlabel.images import EXTENSIONS, DataError, ImageError, Strings, named_classes, sorted_classes
+
+INDEX_NAME = "tokenlabel-index.npz"
+
+_NUM_OPEN = 64  # tar files that a process keeps open
+_BLOCK_BYTES = 512  # of a tar file's headers
+
+
+@dataclass(frozen=True, eq=False)
+class TarIndex:
+    """What is where in tar files: `places` [n, 3] are the file's number, the first byte and the bytes of each image."""
+
+    keys: Strings
+    places: NDArray[np.int64]
+    class_names: list[str]
+    class_ids: NDArray[np.int64]
+
+
+class TarImages:
+    """Images in tar files, as WebDataset writes them, without unpacking.
+
+    A key is the whole path of the image in its tar file, the same as relative to the folder that it would be
+    unpacked to. The class is the number in the `.cls` file beside the image (the same path up to the first
+    dot of the name), or, where there is none, the first folder of the path. Images are sorted by key. Raises
+    DataError for tar files that cannot be read, that hold no images, or hold a path twice, and where only
+    some images have a class. `index`: what is in the files, where it is known already.
+    """
+
+    def __init__(self, paths: Sequence[Path], index: TarIndex | None = None) -> None:
+        self.paths = list(paths)
+        self.index = scan_tars(self.paths) if index is None else index
+        self._read_ahead = False
+        self._open: OrderedDict[int, _OpenFile] = OrderedDict()
+
+    @property
+    def keys(self) -> Sequence[str]:
+        """The path of each image in its tar file."""
+        return self.index.keys
+
+    @property
+    def class_ids(self) -> NDArray[np.int64]:
+        """The class of each image."""
+        return self.index.class_ids
+
+    @property
+    def class_names(self) -> list[str]:
+        """The names of the first folders, or the numbers of the `.cls` files."""
+        return self.index.class_names
+
+    @property
+    def groups(self) -> NDArray[np.int64]:
+        """The number of the tar file that each image lies in."""
+        return self.index.places[:, 0]
+
+    def streamed(self) -> TarImages:
+        """Return the same images, for reading tar file by tar file: the first image asked for fetches its whole file.
+
+        The system then reads each file once from end to end, ahead of who asks, into memory that it may take
+        back. Only for an order that stays within a few files at a time (`shard_order`).
+        """
+        streamed = TarImages(self.paths, self.index)
+        streamed._read_ahead = True
+        return streamed
+
+    def read(self, index: int) -> bytes:
+        """Return the encoded image. Raises ImageError if the tar file is gone or was cut short."""
+        place, start, length = self.index.places[index].tolist()
+        try:
+            data = os.pread(self._opened(place).descriptor, length, start)
+        except OSError as error:
+            raise ImageError(f"{self.paths[place]}: cannot be read ({error.strerror})") from error
+        if len(data) != length:
+            raise ImageError(f"{self.paths[place]}: {self.keys[index]} is cut short")
+        return data
+
+    def __len__(self) -> int:
+        """Return how many images there are."""
+        return len(self.index.keys)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": OrderedDict()}  # another process opens files of its own
+
+    def _opened(self, place: int) -> _OpenFile:
+        """Return an open tar file; threads may get the same one, and it closes when the last lets go of it."""
+        file = self._open.get(place)
+        if file is None:
+            file = self._open[place] = _OpenFile(self.paths[place], read_ahead=self._read_ahead)
+            while len(self._open) > _NUM_OPEN:
+                self._open.popitem(last=False)
+        return file
+
+
+class _OpenFile:
+    """A file that is open for as long as somebody holds this."""
+
+    def __init__(self, path: Path, *, read_ahead: bool) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY)
+        if read_ahead and hasattr(os, "posix_fadvise"):  # not on macOS
+            os.posix_fadvise(self.descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+
+def scan_tars(paths: Sequence[Path]) -> TarIndex:
+    """Return what is in tar files, by looking at the header of every member."""
+    where = str(paths[0].parent)
+    images: dict[str, tuple[int, int, int]] = {}
+    numbers: dict[str, int] = {}
+    for place, path in enumerate(paths):
+        for name, start, length, text in _members(path):
+            if text is not None:
+                numbers[_stem(name)] = _class_number(text, where=f"{path}: {name}")
+            elif name in images:
+                raise DataError(f"{path}: {name} is there twice (also in {paths[images[name][0]]})")
+            else:
+                images[name] = (place, start, length)
+    if not images:
+        raise DataError(f"{where}: no images ({', '.join(EXTENSIONS)}) in {len(paths)} tar files")
+    keys = sorted(images)
+    class_names, class_ids = _classes(keys, numbers, where=where)
+    places = np.array([images[key] for key in keys], np.int64)
+    return TarIndex(Strings(keys), places, class_names, class_ids)
+
+
+def write_index(folder: Path) -> Path:
+    """Look through the tar files of a folder once and write what is in them beside them; return the index's path.
+
+    `open_images` then opens the folder by reading that file alone. Raises DataError as `TarImages` does.
+    """
+    paths = sorted(folder.glob("*.tar"))
+    if not paths:
+        raise DataError(f"{folder}: no tar files to index; expected a folder of .tar files")
+    index, path = scan_tars(paths), folder / INDEX_NAME
+    sizes, marks = _fingerprints(paths, index.places)
+    temporary = path.with_suffix(".tmp.npz")
+    np.savez(
+        temporary,
+        tars=_packed([path.name for path in paths]),
+        sizes=sizes,
+        marks=marks,
+        keys=_packed(list(index.keys)),
+        places=index.places,
+        class_names=_packed(index.class_names),
+        class_ids=index.class_ids,
+    )
+    temporary.replace(path)
+    return path
+
+
+def read_index(folder: Path, paths: Sequence[Path]) -> TarImages:
+    """Return the images of a folder's tar files by its index. Raises DataError if it is of other files."""
+    path = folder / INDEX_NAME
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            index = TarIndex(
+                keys=Strings(_unpacked(arrays["keys"])),
+                places=arrays["places"],
+                class_names=_unpacked(arrays["class_names"]),
+                class_ids=arrays["class_ids"],
+            )
+            tars, sizes, marks = _unpacked(arrays["tars"]), arrays["sizes"], arrays["marks"]
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(
+            f"{path}: cannot be read as an index of tar files; write it again, or delete it"
+        ) from error
+    if tars == [path.name for path in paths]:
+        found = _fingerprints(paths, index.places)
+        if np.array_equal(found[0], sizes) and np.array_equal(found[1], marks):
+            return TarImages(paths, index)
+    raise DataError(f"{path}: the tar files beside it have changed since; write it again, or delete it")
+
+
+def _fingerprints(
+    paths: Sequence[Path], places: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the bytes of each tar file, and a checksum of the header of the last image in it."""
+    starts = np.full(len(paths), _BLOCK_BYTES)
+    np.maximum.at(starts, places[:, 0], places[:, 1])
+    sizes, marks = np.empty(len(paths), np.int64), np.empty(len(paths), np.int64)
+    for i, (path, start) in enumerate(zip(paths, starts.tolist(), strict=True)):
+        with path.open("rb", buffering=0) as file:
+            sizes[i] = os.fstat(file.fileno()).st_size
+            marks[i] = zlib.crc32(os.pread(file.fileno(), _BLOCK_BYTES, start - _BLOCK_BYTES))
+    return sizes, marks
+
+
+def _packed(names: Sequence[str]) -> NDArray[np.uint8]:
+    """Return names as one array of bytes, each ended by a zero, which no name of a tar file's member holds."""
+    return np.frombuffer("".join(f"{name}\0" for name in names).encode("utf-8", "surrogateescape"), np.uint8)
+
+
+def _unpacked(text: NDArray[np.uint8]) -> list[str]:
+    return text.tobytes().decode("utf-8", "surrogateescape").split("\0")[:-1]
+
+
+def _members(path: Path) -> Iterator[tuple[str, int, int, bytes | None]]:
+    """Yield the name of each image and class file of a tar file, where its bytes are, and a class file's content."""
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                name = member.name.removeprefix("./")
+                if not member.isfile() or PurePosixPath(name).name.startswith("."):
+                    continue
+                if name.endswith(".cls"):
+                    content = tar.extractfile(member)
+                    yield name, 0, 0, content.read(32) if content else b""
+                elif name.lower().endswith(EXTENSIONS):
+                    yield name, member.offset_data, member.size, None
+    except (OSError, tarfile.TarError) as error:
+        raise DataError(f"{path}: cannot be read as a tar file ({error})") from error
+
+
+def _stem(name: str) -> str:
+    """Return a path up to the first dot of its last part, by which WebDataset tells what belongs together."""
+    folder, slash, last = name.rpartition("/")
+    return folder + slash + last.split(".", 1)[0]
+
+
+def _class_number(text: bytes, *, where: str) -> int:
+    try:
+        return int(text)
+    except ValueError as error:
+        raise DataError(f"{where}: expected the number of a class, got {text!r}") from error
+
+
+def _classes(keys: list[str], numbers: dict[str, int], *, where: str) -> tuple[list[str], NDArray[np.int64]]:
+    if not numbers:
+        if any("/" not in key for key in keys):
+            raise DataError(f"{where}: images have neither a .cls file nor a folder that names their class")
+        return sorted_classes([key.split("/", 1)[0] for key in keys])
+    lacking = [key for key in keys if _stem(key) not in numbers]
+    if lacking:
+        raise DataError(
+            f"{where}: {len(lacking):,} of {len(keys):,} images have no .cls file ({lacking[0]}, ...)"
+        )
+    return named_classes([str(numbers[_stem(key)]) for key in keys])
