@@ -27,6 +27,7 @@ from tokenlabel.data import (
     collate,
     make_loader,
     normalize_images,
+    shard_order,
 )
 from tokenlabel.geometry import Box, View
 from tokenlabel.images import (
@@ -410,6 +411,45 @@ class TestBatchSampler:
     def test_impossible_sizes_are_refused(self, options, message):
         with pytest.raises(ValueError, match=message):
             BatchSampler(**{"num_images": 10, "batch_size": 4, "seed": 0, "num_steps": 1, **options})
+
+
+class TestShardOrder:
+    @given(
+        groups=st.lists(st.integers(0, 5), max_size=40),
+        window=st.integers(1, 8),
+        seed=st.integers(0, 9),
+        epoch=st.integers(0, 9),
+    )
+    def test_it_is_a_permutation_and_a_function_of_its_arguments(self, groups, window, seed, epoch):
+        order = shard_order(np.array(groups, np.int64), seed=seed, epoch=epoch, window=window)
+        assert sorted(order.tolist()) == list(range(len(groups)))
+        again = shard_order(np.array(groups, np.int64), seed=seed, epoch=epoch, window=window)
+        np.testing.assert_array_equal(order, again)
+
+    @pytest.mark.parametrize("window", [1, 3, 10])
+    def test_only_a_window_of_files_is_in_use_at_a_time_and_it_is_mixed(self, window):
+        groups = np.repeat(np.arange(50), 40)  # 50 files of 40 images
+        order = shard_order(groups, seed=0, epoch=0, window=window)
+        stretches = groups[order].reshape(50, 40)
+        in_use = [len(set(stretch)) for stretch in stretches.tolist()]
+        assert max(in_use) <= window + 3
+        assert np.median(in_use) >= window
+        first = {group: int(np.flatnonzero(groups[order] == group)[0]) for group in range(50)}
+        assert sorted(first, key=first.__getitem__) != list(range(50))  # files come in random order, too
+
+    def test_a_window_of_all_files_mixes_everything(self):
+        groups = np.repeat(np.arange(4), 2000)
+        where = np.argsort(shard_order(groups, seed=0, epoch=0, window=9)) / 8000
+        np.testing.assert_allclose(where.reshape(4, 2000).mean(axis=1), 0.5, atol=0.03)
+
+    def test_epochs_and_seeds_have_orders_of_their_own(self):
+        groups = np.repeat(np.arange(4), 9)
+        orders = {tuple(shard_order(groups, seed=s, epoch=e, window=2)) for s in range(3) for e in range(3)}
+        assert len(orders) == 9
+
+    def test_a_window_of_nothing_is_refused(self):
+        with pytest.raises(ValueError, match="at least 1 group of images, got 0"):
+            shard_order(np.zeros(3, np.int64), seed=0, epoch=0, window=0)
 
 
 @given(num_images=st.integers(0, 40), batch_size=st.integers(1, 9), world_size=st.integers(1, 5))

@@ -54,6 +54,7 @@ __all__ = [
     "decode_pixels",
     "make_loader",
     "normalize_images",
+    "shard_order",
 ]
 
 Transform = Callable[[NDArray[np.uint8], np.random.Generator], tuple[NDArray[np.uint8], View]]
@@ -232,6 +233,24 @@ def check_labels(source: ImageSource, store: CheckableLabels) -> None:
             f"{len(missing):,} of {len(source):,} images have no label in the store "
             f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}); annotate them first"
         )
+
+
+def shard_order(
+    groups: Int[NDArray[np.int64], " images"], *, seed: int, epoch: int, window: int
+) -> Int[NDArray[np.int64], " images"]:
+    """Return an order of an epoch's images that goes from group (tar file) to group, a few of them at a time.
+
+    `groups`: the group of each image. Groups lie on a circle in random order, and each image moves on by a
+    random part of `window` groups: at any place of the epoch images of `window` groups follow on each other in
+    random order, while one group after the other comes in and leaves. With a window of at least the number of
+    groups it is a plain permutation. A function of its arguments, the same for every rank.
+    """
+    if window < 1:
+        raise ValueError(f"window must be at least 1 group of images, got {window}")
+    rng = np.random.default_rng((seed, _FOR_ORDER, epoch))
+    present, number = np.unique(groups, return_inverse=True)
+    moved = min(window, len(present)) * rng.random(len(groups))
+    return np.argsort((rng.permutation(len(present))[number] + moved) % len(present), kind="stable")
 
 
 @dataclass(frozen=True, kw_only=True)
