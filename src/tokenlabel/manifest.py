@@ -126,7 +126,7 @@ def _of_type(value: Any, kind: type[T]) -> T:
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write the manifest of a store, whole or not at all."""
     content = {"format_version": FORMAT_VERSION, **asdict(manifest)}
-    write_atomically(folder / MANIFEST_FILE, (json.dumps(content, indent=1) + "\n").encode())
+    write_atomically(folder / MANIFEST_FILE, [(json.dumps(content, indent=1) + "\n").encode()])
 
 
 def _short(value: Any) -> str:

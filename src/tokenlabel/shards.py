@@ -17,7 +17,7 @@ import math
 import mmap
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
@@ -26,7 +26,6 @@ from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import save
 
 SUFFIX = ".safetensors"
 FORMAT = "tokenlabel-labels"
@@ -36,9 +35,10 @@ MAX_KEY_BYTES = 0xFFFF
 
 # Hash of the key, first byte of the record, its length, first byte of the key, its length, 0, the checksum.
 _ROW = struct.Struct("<QQIIHHI")
-_HASH = struct.Struct("<Q")
+_HASH = _HEADER_BYTES = struct.Struct("<Q")
 _HASH_COLUMN = np.dtype({"names": ["hash"], "formats": ["<u8"], "offsets": [0], "itemsize": _ROW.size})
 _ALIGNMENT = 8
+_WRITE_BYTES = 1 << 20
 _ADVICE = "remove the file and annotate again: only its images are done anew"
 
 
@@ -73,34 +73,29 @@ def write_shard(folder: Path, records: Sequence[tuple[str, bytes]]) -> Path:
             raise StoreError(f"{key[:80]}...: a key has at most {MAX_KEY_BYTES} bytes, this one {len(name)}")
         checksum = crc32(record, crc32(name))
         rows.append(_ROW.pack(key_hash(name), record_start, len(record), key_start, len(name), 0, checksum))
-        payload.append(_padded(record))
+        payload += (record, _padding(len(record)))
         key_start += len(name)
-        record_start += len(payload[-1])
-    index, keys = b"".join(rows), _padded(b"".join(names))
-    content = save(
-        {
-            "index": np.frombuffer(index, np.uint8).reshape(-1, _ROW.size),
-            "keys": np.frombuffer(keys, np.uint8),
-            "payload": np.frombuffer(b"".join(payload), np.uint8),
-        },
-        {
-            "format": FORMAT,
-            "version": VERSION,
-            "index_crc32": str(crc32(index)),
-            "keys_crc32": str(crc32(keys)),
-        },
-    )
+        record_start += len(record) + len(payload[-1])
+    index, keys = b"".join(rows), b"".join([*names, _padding(key_start)])
+    metadata = {
+        "format": FORMAT,
+        "version": VERSION,
+        "index_crc32": str(crc32(index)),
+        "keys_crc32": str(crc32(keys)),
+    }
+    header = json.dumps({"__metadata__": metadata, **_tensors(len(rows), len(keys), record_start)}).encode()
+    header += b" " * (-len(header) % _ALIGNMENT)
     path = folder / f"{blake2b(index, digest_size=10).hexdigest()}{SUFFIX}"
-    write_atomically(path, content)
+    write_atomically(path, [_HEADER_BYTES.pack(len(header)), header, index, keys, *payload])
     return path
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that it appears under its name only when all of it is on the disk."""
+def write_atomically(path: Path, parts: Iterable[bytes]) -> None:
+    """Write a file, part by part, so that it appears under its name only when all of it is on the disk."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
-            file.write(content)
+        with temporary.open("wb", buffering=_WRITE_BYTES) as file:
+            file.writelines(parts)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -177,7 +172,7 @@ def open_shard(path: Path) -> tuple[Shard, NDArray[np.uint64]]:
     """
     with _opened(path) as file:
         num_bytes = os.fstat(file.fileno()).st_size
-        (header_bytes,) = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))
+        (header_bytes,) = _HEADER_BYTES.unpack(file.read(8).ljust(8, b"\0"))
         if not 2 <= header_bytes <= min(MAX_HEADER_BYTES, num_bytes - 8):
             raise StoreError(
                 f"{path}: not a label file, or cut short (a header of {header_bytes} bytes); {_ADVICE}"
@@ -210,11 +205,7 @@ def _layout(path: Path, header: bytes, num_data_bytes: int) -> tuple[int, int, i
         raise StoreError(f"{path}: its header was altered; {_ADVICE}")
     index_end = num_records * _ROW.size
     keys_end = index_end + num_key_bytes
-    expected = {
-        "index": _uint8([num_records, _ROW.size], 0),
-        "keys": _uint8([num_key_bytes], index_end),
-        "payload": _uint8([num_data_bytes - keys_end], keys_end),
-    }
+    expected = _tensors(num_records, num_key_bytes, num_data_bytes - keys_end)
     if tensors != expected or keys_end > num_data_bytes:
         raise StoreError(
             f"{path}: was cut short or altered: {num_data_bytes} bytes do not fit its header; {_ADVICE}"
@@ -222,9 +213,18 @@ def _layout(path: Path, header: bytes, num_data_bytes: int) -> tuple[int, int, i
     return num_records, index_end, keys_end, metadata
 
 
-def _uint8(shape: list[int], start: int) -> dict[str, Any]:
-    """Return what safetensors' header says of a uint8 tensor that begins at this byte of the data."""
-    return {"dtype": "U8", "shape": shape, "data_offsets": [start, start + math.prod(shape)]}
+def _tensors(num_records: int, num_key_bytes: int, num_payload_bytes: int) -> dict[str, Any]:
+    """Return what safetensors' header says of three uint8 tensors that lie one after the other."""
+    tensors, start = {}, 0
+    for name, shape in (
+        ("index", [num_records, _ROW.size]),
+        ("keys", [num_key_bytes]),
+        ("payload", [num_payload_bytes]),
+    ):
+        end = start + math.prod(shape)
+        tensors[name] = {"dtype": "U8", "shape": shape, "data_offsets": [start, end]}
+        start = end
+    return tensors
 
 
 def _opened(path: Path) -> Any:
@@ -236,5 +236,5 @@ def _opened(path: Path) -> Any:
         ) from error
 
 
-def _padded(data: bytes) -> bytes:
-    return data + bytes(-len(data) % _ALIGNMENT)
+def _padding(num_bytes: int) -> bytes:
+    return bytes(-num_bytes % _ALIGNMENT)
