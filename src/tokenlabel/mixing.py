@@ -102,7 +102,7 @@ def sample_mix(
 def join_plans(plans: Sequence[MixPlan | None], group_size: int) -> MixPlan | None:
     """Return the plan of a batch of groups of `group_size` images, each mixed within itself by its own plan.
 
-    Plans are of one kind; a group without one is not mixed. None where no group is.
+    Plans are of one kind, or CutMix and Mixup; a group without one is not mixed. None where no group is.
     """
     some = next((plan for plan in plans if plan is not None), None)
     if some is None or len(plans) == 1:
@@ -110,8 +110,9 @@ def join_plans(plans: Sequence[MixPlan | None], group_size: int) -> MixPlan | No
     itself = torch.arange(group_size)
     none = MixPlan(torch.zeros_like(some.mask), itself, some.on_tokens)
     every = [plan or none for plan in plans]
+    rows, columns = (max(plan.mask.shape[axis] for plan in every) for axis in (1, 2))
     return MixPlan(
-        mask=torch.cat([plan.mask for plan in every]),
+        mask=torch.cat([plan.mask.expand(-1, rows, columns) for plan in every]),
         partner=torch.cat([plan.partner + i * group_size for i, plan in enumerate(every)]),
         on_tokens=some.on_tokens,
     )

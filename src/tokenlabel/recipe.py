@@ -69,6 +69,10 @@ class MixConfig:
     """none, mixtoken, cutmix or mixup."""
     alpha: float = 1.0
     """Both parameters of the Beta distribution of the share that an image keeps."""
+    mixup_share: float = 0.0
+    """Share of the mixes that are Mixup in place of cutmix: .5 for DeiT's taking turns."""
+    mixup_alpha: float = 0.8
+    """As alpha, for these."""
     per_sample: bool = False
     """Draw a mix for each image, with random partners; by default one for the batch, as published."""
     group_size: int | None = None
@@ -76,6 +80,16 @@ class MixConfig:
     the micro batch; none for as many as go through the model at once."""
     probability: float = 1.0
     """Share of the batches that are mixed."""
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.probability <= 1 and 0 <= self.mixup_share <= 1):
+            raise ConfigError(
+                f"mix.probability and mix.mixup_share are shares, got {self.probability} and {self.mixup_share}"
+            )
+        if self.mixup_share > 0 and self.kind is not Mixing.CUTMIX:
+            raise ConfigError(
+                f"mix.mixup_share is for mix.kind cutmix, got {self.kind.value}; take kind mixup for Mixup alone"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,7 +28,7 @@ from tokenlabel.distributed import Ranks, joined_ranks
 from tokenlabel.engine import Part, Task, run_task
 from tokenlabel.erasing import Erased, erase
 from tokenlabel.evaluate import evaluate, evaluation_set
-from tokenlabel.mixing import MixPlan, join_plans, sample_mix
+from tokenlabel.mixing import Mixing, MixPlan, join_plans, sample_mix
 from tokenlabel.models import TokenModel, create_model, load_published
 from tokenlabel.objectives import Objective
 from tokenlabel.online_teacher import load_online_teacher
@@ -179,12 +179,15 @@ def draw_plan(
     """Draw how images are mixed; None if they are not."""
     if torch.rand((), generator=generator) >= recipe.mix.probability:
         return None
+    kind, alpha, mixup_share = recipe.mix.kind, recipe.mix.alpha, recipe.mix.mixup_share
+    if mixup_share > 0 and torch.rand((), generator=generator) < mixup_share:
+        kind, alpha = Mixing.MIXUP, recipe.mix.mixup_alpha
     return sample_mix(
-        recipe.mix.kind,
+        kind,
         num_images,
         grid=grid,
         size_px=recipe.model.size_px,
-        alpha=recipe.mix.alpha,
+        alpha=alpha,
         per_sample=recipe.mix.per_sample,
         generator=generator,
     )
