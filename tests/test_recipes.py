@@ -1,0 +1,177 @@
+"""The recipes of the package: each builds at full size, and takes a step with a small version of its model."""
+
+import re
+
+import numpy as np
+import pytest
+import timm
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import save_file
+
+from tokenlabel.checkpoint import load_checkpoint
+from tokenlabel.configuration import ConfigError, config_from_dict
+from tokenlabel.distributed import Ranks
+from tokenlabel.engine import prepare, train_step
+from tokenlabel.mixing import Mixing, join_plans
+from tokenlabel.models import create_model
+from tokenlabel.recipe import MixConfig, Recipe, find_recipe, recipe_names
+from tokenlabel.runlog import Stopwatch
+from tokenlabel.scenes import write_scenes
+from tokenlabel.scores import from_mask
+from tokenlabel.store import LabelStoreWriter, Manifest
+from tokenlabel.train import build, draw_plan, train
+
+CPU = torch.device("cpu")
+NAMES = [name for name in recipe_names() if not name.startswith("segment_")]
+
+# The beginning of a model's name: options that make it small, and a size that it takes.
+SMALL = {
+    "lvvit": ({"depth": 1, "width": 16, "num_heads": 2, "stem_width": 8}, 32),
+    "t2t_vit": ({"depth": 1, "width": 16, "num_heads": 2}, 32),
+    "deit": ({"depth": 1, "embed_dim": 24, "num_heads": 2}, 32),
+    "vit": ({"depth": 1, "embed_dim": 24, "num_heads": 2, "pretrained": False}, 32),
+    "mixer": ({}, 32),
+    "resnest": ({"layers": [1, 1, 1, 1], "base_width": 16}, 64),
+    "resnet": ({"layers": [1, 1, 1, 1], "channels": [8, 16, 24, 32]}, 64),
+}
+PARAMETERS = {"lvvit_t": 8_534_720, "lvvit_s": 26_151_824, "lvvit_m": 55_830_544, "t2t_vit_14": 21_930_550}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Ten scenes, their masks as labels, and the weights of a tiny teacher."""
+    root = tmp_path_factory.mktemp("data")
+    write_scenes(root / "scenes", num_train=10, num_val=10, seed=0)
+    masks = root / "scenes" / "masks" / "train"
+    manifest = Manifest(num_classes=10, class_names=tuple(str(c) for c in range(10)), topk=1)
+    with LabelStoreWriter(root / "labels", manifest) as writer:
+        for path in sorted(masks.rglob("*.png")):
+            mask = from_mask(np.asarray(Image.open(path)), num_classes=10)
+            writer.add(path.relative_to(masks).as_posix(), mask)
+    torch.manual_seed(0)
+    save_file(timm.create_model("test_resnet", num_classes=10).state_dict(), root / "teacher.safetensors")
+    return root
+
+
+def nested(name):
+    return yaml.safe_load(find_recipe(name).read_text())
+
+
+def head(name):
+    lines = find_recipe(name).read_text().splitlines()
+    return "\n".join(line for line in lines if line.startswith("#"))
+
+
+def small(name, data, *, labels):
+    """The recipe with a small model, ten images a step, on the scenes."""
+    recipe = nested(name)
+    options, size_px = next(
+        small for prefix, small in SMALL.items() if recipe["model"]["name"].startswith(prefix)
+    )
+    recipe["model"] |= {"size_px": [size_px, size_px], "options": options}
+    recipe["model"]["name"] = recipe["model"]["name"].replace("mixer_b16", "mixer_s16")  # has no options
+    recipe["data"] = {"train": str(data / "scenes" / "train"), "num_workers": 0}
+    if labels:
+        recipe["data"]["labels"] = str(data / "labels")
+    if "teacher" in recipe.get("loss", {}):
+        tiny = {"name": "test_resnet", "weights": str(data / "teacher.safetensors"), "size": 64}
+        recipe["loss"]["teacher"] |= tiny
+    recipe |= {"epochs": None, "num_steps": 2, "batch_size": 10, "micro_batch_size": 5}
+    return config_from_dict(recipe, Recipe, name=name)
+
+
+def wants_labels(name):
+    return "--data.labels" in head(name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_says_what_it_costs_and_how_it_is_run(name):
+    text = head(name)
+    assert f"--recipe {name} " in text
+    assert re.search(r"[Cc]ost|minute", text)
+    if not name.startswith("demo_"):
+        assert "Expected top-1" in text or "No top-1 is published" in text
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_builds_its_model_at_full_size(name):
+    """On the meta device: nothing is computed and nothing downloaded."""
+    model = nested(name)["model"]
+    options = {key: value for key, value in model.get("options", {}).items() if key != "pretrained"}
+    with torch.device("meta"):
+        made = create_model(model["name"], num_classes=1000, size_px=tuple(model["size_px"]), **options)
+    if name in PARAMETERS:
+        assert sum(p.numel() for p in made.parameters()) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_takes_a_step(name, data):
+    recipe = small(name, data, labels=wants_labels(name))
+    training = prepare(build(recipe, device=CPU), Ranks())
+    batches = iter(training.task.batches(training.sampler(0)))
+    before = {key: p.detach().clone() for key, p in training.task.model.named_parameters()}
+    values = train_step(training, batches, 1, Stopwatch()).values
+    assert all(torch.isfinite(value) for value in values.values())
+    assert (values["token_loss"] > 0) == recipe.uses_token_labels
+    assert values["class_loss"] > 0
+    moved = [key for key, p in training.task.model.named_parameters() if not torch.equal(p, before[key])]
+    assert moved
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if re.fullmatch(r"lvvit_[tsm]", name)])
+def test_lvvit_recipes_are_the_published_ones(name):
+    recipe = config_from_dict(nested(name) | {"data": {"train": "images"}}, Recipe, name=name)
+    assert (recipe.optim.lr, recipe.optim.lr_batch_size, recipe.batch_size) == (1.6e-3, 1024, 1024)
+    assert (recipe.optim.min_lr, recipe.optim.warmup_lr, recipe.optim.warmup_epochs) == (1e-5, 1e-6, 5)
+    assert (recipe.epochs, recipe.optim.cooldown_epochs, recipe.optim.weight_decay) == (310, 10, 0.05)
+    assert (recipe.optim.ema_decay, recipe.optim.ema_warmup) == (0.99992, False)
+    assert (recipe.augment.randaugment, recipe.erase.probability) == ("rand-m9-mstd0.5-inc1", 0.25)
+    assert (recipe.mix.kind, recipe.mix.alpha, recipe.mix.probability) == (Mixing.MIXTOKEN, 1, 1)
+    assert (recipe.loss.beta, recipe.loss.label_smoothing, recipe.loss.class_target) == (0.5, 0.1, "truth")
+    assert recipe.model.options["drop_path"] == (0.2 if name == "lvvit_m" else 0.1)
+
+
+def test_fine_tuning_at_another_size_begins_with_the_average_of_the_first_run(data, tmp_path):
+    train(small("lvvit_s", data, labels=True), tmp_path / "first", device=CPU)
+    recipe = nested("lvvit_s_384")
+    recipe["model"] |= {
+        "size_px": [48, 48],
+        "options": SMALL["lvvit"][0],
+        "weights": str(tmp_path / "first" / "checkpoints" / "00000002"),
+    }
+    recipe["data"] = {"train": str(data / "scenes" / "train"), "num_workers": 0}
+    recipe |= {"batch_size": 10, "micro_batch_size": None}
+    task = build(config_from_dict(recipe, Recipe, name="fine"), device=CPU)
+    first = build(small("lvvit_s", data, labels=True), device=CPU)
+    averaged = prepare(first, Ranks())
+    load_checkpoint(tmp_path / "first" / "checkpoints" / "00000002", averaged.trained)
+    assert averaged.trained.ema is not None
+    expected = averaged.trained.ema.module.state_dict()
+    assert torch.equal(task.model.state_dict()["norm.weight"], expected["norm.weight"])
+    assert task.model.state_dict()["pos_embed"].shape[1] == 9 + 1
+
+
+def test_mixup_takes_turns_with_cutmix(data):
+    recipe = small("deit_s", data, labels=False)
+    plans = [
+        draw_plan(recipe, 5, grid=(2, 2), generator=torch.Generator().manual_seed(seed))
+        for seed in range(200)
+    ]
+    num_mixups = sum(plan is not None and plan.mask.shape[1:] == (1, 1) for plan in plans)
+    assert 70 <= num_mixups <= 130
+    joined = join_plans(plans, 5)
+    assert joined is not None
+    for number, plan in enumerate(plans):
+        assert plan is not None
+        group = slice(5 * number, 5 * number + 5)
+        torch.testing.assert_close(joined.share((2, 2))[group], plan.share((2, 2)))
+        assert torch.equal(joined.partner[group], plan.partner + 5 * number)
+
+
+def test_mixup_takes_no_turns_with_mixtoken():
+    with pytest.raises(ConfigError, match="mixup_share is for mix"):
+        MixConfig(kind=Mixing.MIXTOKEN, mixup_share=0.5)
+    with pytest.raises(ConfigError, match="are shares"):
+        MixConfig(probability=1.5)
