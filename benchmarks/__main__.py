@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import data_speed, label_path, model_speed, store_speed, token_head
+from benchmarks import annotate_speed, data_speed, label_path, model_speed, store_speed, token_head
 from benchmarks.measure import Row, Settings
 
 BENCHMARKS: dict[str, Callable[[Settings], list[Row]]] = {
@@ -21,6 +21,7 @@ BENCHMARKS: dict[str, Callable[[Settings], list[Row]]] = {
     "model_speed": model_speed.run,
     "token_head": token_head.run,
     "store_speed": store_speed.run,
+    "annotate_speed": annotate_speed.run,
 }
 
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "safetensors", "tokenlabel")

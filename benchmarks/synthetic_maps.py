@@ -43,6 +43,7 @@ def synthetic_probabilities(rng: np.random.Generator) -> NDArray[np.float32]:
         blob = np.exp(-0.5 * (((y - centre_y) / height)[:, None] ** 2 + ((x - centre_x) / width) ** 2))
         classes = rng.choice(NUM_CLASSES, 5, replace=False)
         logits[:, :, classes] += blob[:, :, None] * np.array([1, *rng.uniform(0.3, 0.8, 4)])
+    logits = logits.astype(np.float32)
     return _softmax(_scale(logits) * logits)
 
 
