@@ -20,6 +20,7 @@ import platform
 import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from tokenlabel.models import TokenModel, create_model
 from tokenlabel.recipe import Recipe, TrainingConfig
 
 FORMAT = 1
+PACKAGES = ("tokenlabel", "torch", "torchvision", "timm")
 
 
 class CheckpointError(ValueError):
@@ -95,7 +97,7 @@ def _write(
             "recipe": config_as_dict(recipe),
             "class_names": class_names,
             "loss_scale": trained.scaler.state_dict() if trained.scaler else {},
-            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
             "sha256": {path.name: _sha256(path.read_bytes()) for path in sorted(temporary.iterdir())},
         }
         (temporary / "state.json").write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
@@ -139,7 +141,13 @@ def load_checkpoint(folder: Path, trained: Trained) -> int:
     _load_module(trained.model, read_tensors(folder, "model.safetensors", state))
     if trained.ema is not None:
         _load_module(trained.ema.module, read_tensors(folder, "ema.safetensors", state))
-    _load_optimizer(trained.optimizer, read_tensors(folder, "optimizer.safetensors", state))
+    try:
+        _load_optimizer(trained.optimizer, read_tensors(folder, "optimizer.safetensors", state))
+    except IndexError as error:
+        raise CheckpointError(
+            f"{folder}/optimizer.safetensors is of more parameters than are trained here; start a run of your own "
+            "with model.weights set to this checkpoint"
+        ) from error
     if trained.scaler is not None:
         trained.scaler.load_state_dict(state["loss_scale"])
     return state["step"]
