@@ -14,6 +14,9 @@ from tokenlabel.segmentation.classes import IGNORED
 
 Pixels = UInt8[NDArray[np.uint8], "height width 3"]
 Mask = UInt8[NDArray[np.uint8], "height width"]
+# Of another size than what they were made from.
+NewPixels = UInt8[NDArray[np.uint8], "new_height new_width 3"]
+NewMask = UInt8[NDArray[np.uint8], "new_height new_width"]
 
 NUM_CROP_TRIES = 10
 # Photometric distortion, as published; each change happens to half of the images.
@@ -58,7 +61,7 @@ class SegmentTransform:
     def __init__(self, config: SegmentAugmentConfig, size_px: tuple[int, int]) -> None:
         self.config, self.size_px = config, size_px
 
-    def __call__(self, pixels: Pixels, mask: Mask, rng: np.random.Generator) -> tuple[Pixels, Mask]:
+    def __call__(self, pixels: Pixels, mask: Mask, rng: np.random.Generator) -> tuple[NewPixels, NewMask]:
         """Return pixels and class ids of one size; what lies outside of the image has the mean colour and no class."""
         config = self.config
         factor = rng.uniform(*config.scale)
@@ -89,7 +92,7 @@ def fitted_size(
     return max(1, round(height * factor)), max(1, round(width * factor))
 
 
-def resize_mask(mask: Mask, size_px: tuple[int, int]) -> Mask:
+def resize_mask(mask: Mask, size_px: tuple[int, int]) -> NewMask:
     """Return a mask of another size (height, width): each pixel takes the class at its centre."""
     rows, columns = (
         ((np.arange(new) + 0.5) * (old / new)).astype(np.int64)
@@ -122,7 +125,7 @@ def draw_crop(
     return top, left
 
 
-def padded(pixels: Pixels, mask: Mask, size_px: tuple[int, int]) -> tuple[Pixels, Mask]:
+def padded(pixels: Pixels, mask: Mask, size_px: tuple[int, int]) -> tuple[NewPixels, NewMask]:
     """Return image and mask of (height, width), filled up at the right and at the bottom where they are smaller."""
     height, width = mask.shape
     full_pixels = np.full((*size_px, 3), MEAN_COLOUR, np.uint8)
