@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 if TYPE_CHECKING:
     import torch
@@ -29,11 +29,33 @@ def parse(parser: ArgumentParser, arguments: list[str]) -> Namespace:
     from jsonargparse import ArgumentError
 
     try:
-        return parser.parse_args(arguments)
+        return parser.parse_args(spelled_out(parser, arguments))
     except ArgumentError as error:
         from tokenlabel.configuration import explain
 
         raise ValueError(explain(error, [action.dest for action in parser._actions])) from error
+
+
+def spelled_out(parser: ArgumentParser, arguments: list[str]) -> list[str]:
+    """Return arguments as the parser wants them, which may be given shorter.
+
+    `--strict` alone is `--strict true`; `--class-map` is `--class_map`; an option that takes one name or
+    several (`--teacher A --teacher B`) adds to what it was given before.
+    """
+    actions = {option: action for action in parser._actions for option in action.option_strings}
+    words: list[str] = []
+    given: set[str] = set()
+    for word, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        option, equals, value = word.partition("=")
+        underscored = f"--{option[2:].replace('-', '_')}"
+        option = underscored if option not in actions and underscored in actions else option
+        kind = getattr(actions.get(option), "_typehint", None)
+        adds = option in given and str in get_args(kind) and f"{option}+" in actions
+        given.add(option)
+        words.append(f"{option}{'+' if adds else ''}{equals}{value}")
+        if kind is bool and not equals and following.lower() not in ("true", "false"):
+            words.append("true")
+    return words
 
 
 def with_recipe_path(arguments: list[str], find_recipe: Callable[[str], Path]) -> list[str]:
