@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 
 import numpy as np
@@ -26,6 +27,7 @@ from tokenlabel.runlog import Stopwatch, read_metrics
 from tokenlabel.scenes import write_scenes
 from tokenlabel.scores import from_mask
 from tokenlabel.store import LabelStoreWriter, Manifest
+from tokenlabel.tars import TarImages
 from tokenlabel.train import build, train
 
 CPU = torch.device("cpu")
@@ -259,6 +261,27 @@ def start(nested, run):
     path.write_text(json.dumps(nested))
     words = [sys.executable, "-m", "tokenlabel", "train", "--recipe", path, "--run", run, "--device", "cpu"]
     return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_tar_files_are_read_one_after_the_other(scenes, tmp_path):
+    tars = tmp_path / "tars"
+    tars.mkdir()
+    for part in range(4):
+        with tarfile.open(tars / f"{part}.tar", "w") as tar:
+            for path in sorted((scenes / "train").rglob("*.png"))[part::4]:
+                tar.add(path, path.relative_to(scenes / "train"))
+    recipe = recipe_for(scenes, data__train=str(tars), data__tar_window=1, batch_size=5)
+    task = build(recipe, device=CPU)
+    seen = [index for batch in prepare(task, Ranks()).sampler(0) for _, index in batch]
+    source = task.train_set.source
+    assert isinstance(source, TarImages)
+    files = [int(source.groups[index]) for index in seen[:40]]
+    assert sorted(seen[:40]) == list(range(40))
+    assert max(abs(i - j) for i in range(40) for j in range(40) if files[i] == files[j]) < 20
+    assert seen[40:80] != seen[:40]
+    train(recipe, tmp_path / "run", device=CPU)
+    with pytest.raises(ConfigError, match="tar_window is for images in tar files"):
+        train(recipe_for(scenes, data__tar_window=1), tmp_path / "other", device=CPU)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

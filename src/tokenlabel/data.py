@@ -260,7 +260,8 @@ class BatchSampler:
     An epoch is a permutation of the images drawn from (seed, epoch), without those that would not fill the
     last batch (others in each epoch). `batch_size` counts the images of all ranks together: each rank takes
     an equal part, in order, so that the ranks' parts side by side are the batch of a single rank, and yields it
-    in `num_parts` equal lists, to be taken through the model one after the other. Where the images are fewer
+    in `num_parts` equal lists, to be taken through the model one after the other. `order` gives another permutation
+    of each epoch's images, a function of its number (`shard_order`). Where the images are fewer
     than the batch, permutations follow on each other without a gap: a batch then holds images more than once,
     each time from another epoch and so augmented differently.
     """
@@ -273,6 +274,7 @@ class BatchSampler:
     rank: int = 0
     world_size: int = 1
     num_parts: int = 1
+    order: Callable[[int], NDArray[np.int64]] | None = None
 
     def __post_init__(self) -> None:
         if self.num_images < 1 or self.batch_size < 1:
@@ -322,6 +324,8 @@ class BatchSampler:
         return places // in_use, places % in_use
 
     def _order(self, epoch: int) -> NDArray[np.int64]:
+        if self.order is not None:
+            return self.order(epoch)
         return np.random.default_rng((self.seed, _FOR_ORDER, epoch)).permutation(self.num_images)
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -82,6 +83,10 @@ class Task(ABC, Generic[RecipeT]):
     @abstractmethod
     def batches(self, sampler: BatchSampler) -> Iterable[Any]:
         """Return the sampler's batches; each has `keys`, the names of its images, and `to(device)`."""
+
+    def order(self) -> Callable[[int], NDArray[np.int64]] | None:
+        """Return the permutation of the images of each epoch by its number; None for a plain random one."""
+        return None
 
     @abstractmethod
     def losses(self, model: nn.Module, batch: Any, part: Part, watch: Stopwatch) -> dict[str, Tensor]:
@@ -148,6 +153,7 @@ class Training:
             rank=self.ranks.rank,
             world_size=self.ranks.world_size,
             num_parts=self.num_parts,
+            order=self.task.order(),
         )
 
 
@@ -157,6 +163,16 @@ def run_task(task: Task[Any], run: Path, *, ranks: Ranks, eval_every_epochs: flo
     The folder receives recipe.yaml, metrics.jsonl and checkpoints/. Raises ConfigError if it holds a run of
     another recipe, `Interrupted` after SIGINT or SIGTERM on any rank, DivergedError.
     """
+    outcome = _train(task, run, ranks, eval_every_epochs)
+    if isinstance(outcome, Interrupted):
+        # Raised here, where nothing of the training is left: what ranks share must be gone before they part.
+        raise outcome
+    return outcome
+
+
+def _train(
+    task: Task[Any], run: Path, ranks: Ranks, eval_every_epochs: float
+) -> dict[str, Any] | Interrupted:
     training = prepare(task, ranks)
     if ranks.is_first:
         claim(run, task.recipe)
@@ -276,7 +292,8 @@ def _gradients_meet(training: Training, last: bool) -> AbstractContextManager[No
 
 def _loop(
     training: Training, run: Path, log: RunLog, *, start_step: int, eval_every_epochs: float
-) -> dict[str, Any]:
+) -> dict[str, Any] | Interrupted:
+    """Take the steps that are left; return the last evaluation, or after which step the run was asked to stop."""
     ranks, checkpoint = training.ranks, training.task.recipe.checkpoint
     batches = iter(training.task.batches(training.sampler(start_step)))
     watch, window, figures = Stopwatch(), Window(ranks), {}
@@ -297,7 +314,7 @@ def _loop(
             if saving:
                 _save(training, run, done)
             if stopping and done < training.num_steps:
-                raise Interrupted(done, stopping)
+                return Interrupted(done, stopping)
     return figures or _evaluate(training, log, training.num_steps)
 
 

@@ -41,6 +41,9 @@ class DataConfig:
     """Leave out images that cannot be decoded; by default one of them stops the run before it starts."""
     num_workers: int = 2
     """Processes that decode and augment images."""
+    tar_window: int | None = None
+    """Read tar files whole and one after the other, images of this many at a time in random order: for data that
+    fits neither memory nor a fast disk. None for one random order over all images."""
 
 
 @dataclass(frozen=True, kw_only=True)

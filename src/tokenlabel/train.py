@@ -5,15 +5,18 @@ The engine does the rest; `ClassifierTask.losses` is the path from a batch to th
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tokenlabel.augment import TrainTransform
+from tokenlabel.configuration import ConfigError
 from tokenlabel.data import (
     Batch,
     BatchSampler,
@@ -23,6 +26,7 @@ from tokenlabel.data import (
     check_labels,
     make_loader,
     normalize_images,
+    shard_order,
 )
 from tokenlabel.distributed import Ranks, joined_ranks
 from tokenlabel.engine import Part, Task, run_task
@@ -36,6 +40,7 @@ from tokenlabel.recipe import ModelConfig, Recipe
 from tokenlabel.runlog import Stopwatch
 from tokenlabel.sources import open_images
 from tokenlabel.store import LabelStore
+from tokenlabel.tars import TarImages
 
 # Starting processes takes seconds: below this many images evaluation decodes them itself.
 _MANY_IMAGES = 5000
@@ -78,6 +83,18 @@ class ClassifierTask(Task[Recipe]):
             num_workers=self.recipe.data.num_workers,
             pin_memory=self.device.type == "cuda",
         )
+
+    def order(self) -> Callable[[int], NDArray[np.int64]] | None:
+        """Return the order that goes from tar file to tar file, if the recipe wants it."""
+        window, seed = self.recipe.data.tar_window, self.recipe.seed
+        if window is None:
+            return None
+        groups = getattr(self.train_set.source, "groups", None)
+        if groups is None:
+            raise ConfigError(
+                f"data.tar_window is for images in tar files; {self.recipe.data.train} is none, leave it out"
+            )
+        return lambda epoch: shard_order(groups, seed=seed, epoch=epoch, window=window)
 
     def losses(self, model: nn.Module, batch: Batch, part: Part, watch: Stopwatch) -> dict[str, Tensor]:
         """Return the loss of a batch and its class and token parts."""
@@ -136,7 +153,10 @@ class ClassifierTask(Task[Recipe]):
 
 def build(recipe: Recipe, *, device: torch.device) -> ClassifierTask:
     """Build the data, the model and the objective of a recipe, and check that they fit together."""
-    source = check_images(open_images(recipe.data.train), skip_broken=recipe.data.skip_broken)
+    source = open_images(recipe.data.train)
+    if recipe.data.tar_window is not None and isinstance(source, TarImages):
+        source = source.streamed()
+    source = check_images(source, skip_broken=recipe.data.skip_broken)
     store = LabelStore(recipe.data.labels) if recipe.data.labels and recipe.loss.reads_labels else None
     if store is not None:
         check_labels(source, store)
