@@ -98,7 +98,7 @@ def _case(num_classes: int, settings: Settings, num_images: int = NUM_IMAGES) ->
     rng = np.random.default_rng(0)
     maps, boxes = [], []
     for _ in range(num_images):
-        maps.append(_score_map(rng, num_classes))
+        maps.append(draw_score_map(rng, num_classes))
         width, height = rng.uniform(0.35, 1, 2)
         left, top = rng.uniform(0, 1 - width), rng.uniform(0, 1 - height)
         boxes.append(Box(left, top, left + width, top + height))
@@ -118,7 +118,7 @@ def _case(num_classes: int, settings: Settings, num_images: int = NUM_IMAGES) ->
     )
 
 
-def _score_map(rng: np.random.Generator, num_classes: int) -> ScoreMap:
+def draw_score_map(rng: np.random.Generator, num_classes: int) -> ScoreMap:
     palette = rng.permutation(num_classes)[: rng.integers(20, 61)]
     order = rng.random((MAP_SIZE, MAP_SIZE, len(palette))).argsort(axis=2)[..., :TOPK]
     probs = rng.dirichlet(np.ones(TOPK + 1), (MAP_SIZE, MAP_SIZE))[..., :TOPK]
