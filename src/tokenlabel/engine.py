@@ -12,16 +12,13 @@ and the gradients of all parts of all processes are averaged before the weights 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -38,71 +35,14 @@ from tokenlabel.configuration import ConfigError
 from tokenlabel.data import BatchSampler
 from tokenlabel.distributed import Ranks, shard
 from tokenlabel.interruption import Interrupted, caught_signals
-from tokenlabel.models import TokenModel
 from tokenlabel.optim import create_ema, create_optimizer, learning_rate, set_learning_rate
 from tokenlabel.progress import DivergedError, Divergence, StepResult, Window, peak_memory_bytes
 from tokenlabel.recipe import TrainingConfig, claim
 from tokenlabel.runlog import RunLog, Stopwatch, read_metrics
+from tokenlabel.tasks import Part, Task
+from tokenlabel.trackers import Tracker
 
 LOG_EVERY_STEPS = 10
-RecipeT = TypeVar("RecipeT", bound=TrainingConfig)
-_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """The images that a process takes through the model at once: those from place `start` on of a step's batch."""
-
-    seed: int
-    step: int
-    start: int
-
-    def random_seed(self, place: int = 0) -> int:
-        """Return the seed of everything random about the images from the given place within the part on."""
-        entropy = np.random.SeedSequence([self.seed, self.step, self.start + place])
-        return int(entropy.generate_state(1, np.uint64)[0] >> 1)
-
-    def generator(self, place: int = 0) -> torch.Generator:
-        """Return a source of random numbers on the CPU with that seed."""
-        return torch.Generator().manual_seed(self.random_seed(place))
-
-
-class Task(ABC, Generic[RecipeT]):
-    """What a run trains.
-
-    `model` lies on `device`. `metric` names the figure of `evaluate` that is better the higher it is.
-    """
-
-    recipe: RecipeT
-    model: TokenModel
-    class_names: list[str]
-    num_images: int
-    device: torch.device
-    metric: str
-
-    @abstractmethod
-    def batches(self, sampler: BatchSampler) -> Iterable[Any]:
-        """Return the sampler's batches; each has `keys`, the names of its images, and `to(device)`."""
-
-    def order(self) -> Callable[[int], NDArray[np.int64]] | None:
-        """Return the permutation of the images of each epoch by its number; None for a plain random one."""
-        return None
-
-    @abstractmethod
-    def losses(self, model: nn.Module, batch: Any, part: Part, watch: Stopwatch) -> dict[str, Tensor]:
-        """Return `loss`, the mean over the images that is to be lowered, and its parts under names of their own.
-
-        `model` is the task's model. Everything random follows from the part; the model's own draws are seeded.
-        """
-
-    @abstractmethod
-    def evaluate(self, model: nn.Module, ranks: Ranks) -> dict[str, Any]:
-        """Return the figures of a model (the averaged one) over all ranks; none where there is nothing to ask."""
-
-    def autocast(self) -> torch.autocast:
-        """Return the context of the forward pass in the recipe's precision."""
-        dtype = _DTYPES[self.recipe.precision]
-        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,13 +97,16 @@ class Training:
         )
 
 
-def run_task(task: Task[Any], run: Path, *, ranks: Ranks, eval_every_epochs: float) -> dict[str, Any]:
+def run_task(
+    task: Task[Any], run: Path, *, ranks: Ranks, eval_every_epochs: float, trackers: Sequence[Tracker] = ()
+) -> dict[str, Any]:
     """Train a task in a run folder, from its newest checkpoint if there is one; return its last evaluation.
 
+    `trackers` hear every line of metrics (on the first rank).
     The folder receives recipe.yaml, metrics.jsonl and checkpoints/. Raises ConfigError if it holds a run of
     another recipe, `Interrupted` after SIGINT or SIGTERM on any rank, DivergedError.
     """
-    outcome = _train(task, run, ranks, eval_every_epochs)
+    outcome = _train(task, run, ranks, eval_every_epochs, trackers)
     if isinstance(outcome, Interrupted):
         # Raised here, where nothing of the training is left: what ranks share must be gone before they part.
         raise outcome
@@ -171,7 +114,7 @@ def run_task(task: Task[Any], run: Path, *, ranks: Ranks, eval_every_epochs: flo
 
 
 def _train(
-    task: Task[Any], run: Path, ranks: Ranks, eval_every_epochs: float
+    task: Task[Any], run: Path, ranks: Ranks, eval_every_epochs: float, trackers: Sequence[Tracker]
 ) -> dict[str, Any] | Interrupted:
     training = prepare(task, ranks)
     if ranks.is_first:
@@ -179,7 +122,14 @@ def _train(
     ranks.of_first(None)
     checkpoints = list_checkpoints(run)
     step = load_checkpoint(checkpoints[-1], training.trained) if checkpoints else 0
-    log = RunLog(run, start_step=step, num_steps=training.num_steps, title=run.name, active=ranks.is_first)
+    log = RunLog(
+        run,
+        start_step=step,
+        num_steps=training.num_steps,
+        title=run.name,
+        active=ranks.is_first,
+        trackers=trackers,
+    )
     try:
         return _loop(training, run, log, start_step=step, eval_every_epochs=eval_every_epochs)
     finally:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+
+from tokenlabel.trackers import Tracker
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -20,13 +22,21 @@ class RunLog:
 
     Every line has `step`, the number of steps that were done when it was written. A run that continues from an
     earlier step drops the lines that it will write again, so that the file reads like that of an unbroken run.
-    One that is not `active` says and writes nothing: of many processes, one speaks for all.
+    One that is not `active` says and writes nothing: of many processes, one speaks for all. `trackers` hear every
+    line that is written.
     """
 
     def __init__(
-        self, run: Path, *, start_step: int, num_steps: int, title: str, active: bool = True
+        self,
+        run: Path,
+        *,
+        start_step: int,
+        num_steps: int,
+        title: str,
+        active: bool = True,
+        trackers: Sequence[Tracker] = (),
     ) -> None:
-        self._path = run / METRICS_FILE
+        self._path, self._trackers = run / METRICS_FILE, trackers
         self._file = None
         if active:
             self._rewrite([line for line in read_metrics(run) if line["step"] <= start_step])
@@ -44,8 +54,11 @@ class RunLog:
     def write(self, step: int, **values: Any) -> None:
         """Write one line of metrics."""
         if self._file is not None:
-            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            line = {"step": step, **values}
+            self._file.write(json.dumps(line) + "\n")
             self._file.flush()
+            for tracker in self._trackers:
+                tracker(line)
 
     def say(self, message: str) -> None:
         """Print a line above the progress bar."""

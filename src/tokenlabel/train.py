@@ -5,7 +5,7 @@ The engine does the rest; `ClassifierTask.losses` is the path from a batch to th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from tokenlabel.data import (
     shard_order,
 )
 from tokenlabel.distributed import Ranks, joined_ranks
-from tokenlabel.engine import Part, Task, run_task
+from tokenlabel.engine import run_task
 from tokenlabel.erasing import Erased, erase
 from tokenlabel.evaluate import evaluate, evaluation_set
 from tokenlabel.mixing import Mixing, MixPlan, join_plans, sample_mix
@@ -41,21 +41,26 @@ from tokenlabel.runlog import Stopwatch
 from tokenlabel.sources import open_images
 from tokenlabel.store import LabelStore
 from tokenlabel.tars import TarImages
+from tokenlabel.tasks import Part, Task
+from tokenlabel.trackers import Tracker
 
 # Starting processes takes seconds: below this many images evaluation decodes them itself.
 _MANY_IMAGES = 5000
 
 
-def train(recipe: Recipe, run: Path, *, device: torch.device) -> dict[str, Any]:
+def train(
+    recipe: Recipe, run: Path, *, device: torch.device, trackers: Sequence[Tracker] = ()
+) -> dict[str, Any]:
     """Train by a recipe in a run folder, from its newest checkpoint if there is one; return the last evaluation.
 
-    Under torchrun all processes train together. The folder receives recipe.yaml, metrics.jsonl and checkpoints/.
+    Under torchrun all processes train together. The folder receives recipe.yaml, metrics.jsonl and checkpoints/;
+    `trackers` hear every line of the metrics.
     Raises ConfigError if it holds a run of another recipe, ValueError for data that cannot be trained on,
     `Interrupted` after SIGINT or SIGTERM.
     """
     with joined_ranks(device) as ranks:
         task = build(recipe, device=device)
-        return run_task(task, run, ranks=ranks, eval_every_epochs=recipe.eval.every_epochs)
+        return run_task(task, run, ranks=ranks, eval_every_epochs=recipe.eval.every_epochs, trackers=trackers)
 
 
 @dataclass(eq=False)

@@ -1,0 +1,46 @@
+import sys
+from contextlib import closing
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tokenlabel.runlog import RunLog, read_metrics
+from tokenlabel.trackers import TensorBoard, TrackerError
+
+
+def write_steps(run, steps, tracker, **options):
+    log = RunLog(run, num_steps=10, title="test", trackers=[tracker], **options)
+    for step in steps:
+        log.write(step, kind="train", loss=1 / step, keys=["a.jpg"])
+    log.write(max(steps), kind="eval", top1=0.5)
+    log.close()
+
+
+def test_a_tracker_hears_every_line_of_the_metrics(tmp_path):
+    heard = []
+    write_steps(tmp_path, [1, 2], heard.append, start_step=0)
+    assert heard == read_metrics(tmp_path)
+    assert [line["kind"] for line in heard] == ["train", "train", "eval"]
+
+
+def test_it_hears_nothing_on_other_ranks(tmp_path):
+    heard = []
+    write_steps(tmp_path, [1, 2], heard.append, start_step=0, active=False)
+    assert heard == []
+
+
+def test_tensorboard_reads_the_figures_of_a_run_that_was_stopped_and_continued(tmp_path):
+    for start, steps in ((0, range(1, 8)), (4, range(5, 11))):
+        with closing(TensorBoard(tmp_path / "tensorboard")) as tensorboard:
+            write_steps(tmp_path, steps, tensorboard, start_step=start)
+    figures = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert figures.Tags()["scalars"] == ["train/loss", "eval/top1"]
+    losses = figures.Scalars("train/loss")
+    assert [event.step for event in losses] == list(range(1, 11))
+    assert [event.value for event in losses] == pytest.approx([1 / step for step in range(1, 11)])
+
+
+def test_tensorboard_that_is_not_installed_is_an_error_that_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(TrackerError, match=r"pip install 'tokenlabel\[tensorboard\]'"):
+        TensorBoard(tmp_path)
