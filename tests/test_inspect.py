@@ -12,7 +12,15 @@ from PIL import Image
 from tokenlabel.encoding import Encoding
 from tokenlabel.geometry import Box
 from tokenlabel.images import ImageFolder
-from tokenlabel.inspection import InspectConfig, as_probabilities, inspect_store, verify, write_pictures
+from tokenlabel.inspection import (
+    InspectConfig,
+    as_probabilities,
+    as_text,
+    class_finder,
+    inspect_store,
+    verify,
+)
+from tokenlabel.label_page import write_pictures
 from tokenlabel.scores import Kind, from_mask, from_probabilities, from_top
 from tokenlabel.store import Failure, LabelStore, LabelStoreWriter, Manifest, StoreError
 
@@ -135,9 +143,12 @@ def test_pictures_show_the_most_and_the_least_certain(folder, tmp_path):
         Image.new("RGB", (10, 8)).save(tmp_path / "images" / key)
     write_pictures(LabelStore(folder), ImageFolder(tmp_path / "images"), tmp_path / "out" / "x.html", count=2)
     page = (tmp_path / "out" / "x.html").read_text()
-    shown = re.findall(r"<figcaption>([^<]*)<br>", page)
-    assert shown == ["ape/1.png", "cat/1.png", "bee/2.png", "bee/1.png"]
-    assert page.count("data:image/png;base64") == 8
+    shown = re.findall(r"<figcaption><b>([^<]*)</b>, class (\w+), certainty (\d+)%", page)
+    certain_ones = [("ape/1.png", "ape", "100"), ("cat/1.png", "cat", "75")]
+    uncertain_ones = [("bee/2.png", "bee", "25"), ("bee/1.png", "bee", "50")]
+    assert shown == [*certain_ones, *uncertain_ones, ("cat/1.png", "cat", "75")]
+    assert page.count("data:image/png;base64") == 10
+    assert page.count("dog 75%") == 2, "the most probable class of the doubtful one"
     assert "http" not in page
 
 
@@ -158,6 +169,40 @@ def test_pictures_show_only_what_the_teacher_saw(tmp_path):
     output = tmp_path / "x.html"
     write_pictures(LabelStore(tmp_path / "labels"), ImageFolder(tmp_path / "images"), output, count=1)
     assert "ape 100%" in output.read_text()
+
+
+def test_classes_are_matched_by_name(folder, tmp_path):
+    for key in ("bee/1.png", "cat/1.png"):  # without the first class, ids are others than the store's
+        (tmp_path / "images" / key).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (10, 8)).save(tmp_path / "images" / key)
+    class_of = class_finder(LabelStore(folder), ImageFolder(tmp_path / "images"))
+    assert [class_of(key) for key in ("bee/1.png", "cat/1.png", "ape/1.png")] == [1, 2, None]
+
+
+def test_keys_by_number(folder):
+    with LabelStoreWriter(folder, manifest()) as writer:
+        writer.add("dog/1.png", certain(3))
+    store = LabelStore(folder)
+    assert [store.key_at(i) for i in range(5)] == list(store.keys())
+
+
+def test_figures_for_people(folder):
+    figures = inspect_store(LabelStore(folder), InspectConfig(verify=True)).as_dict()
+    text = as_text(figures | {"mask_agreement": 0.625})
+    assert "4 labels (probabilities), top 2 of 4 classes; 0 images without a label" in text
+    assert "4 x 5 (3), 2 x 2 (1)" in text
+    assert "75.0% of the images' best class is their own" in text
+    assert "62.5% of the places' best class is what the masks show there" in text
+    assert "cat/1.png: cat has 0.0%, dog 75.0%" in text
+    assert "verified 4 labels, 0 broken" in text
+
+
+def test_who_made_labels_fits_a_line(tmp_path):
+    teachers = {"members": [{"name": "a"}, {"name": "b"}], "flip": True, "class_map": None}
+    LabelStoreWriter(tmp_path, manifest(teacher=teachers, preprocessing={"size": 64, "crop_fraction": None}))
+    text = as_text(inspect_store(LabelStore(tmp_path)).as_dict())
+    assert re.search(r"^teacher +name a \+ name b; flip True$", text, re.MULTILINE)
+    assert re.search(r"^preprocessing +size 64$", text, re.MULTILINE)
 
 
 def test_failures_are_counted(tmp_path):

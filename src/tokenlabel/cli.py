@@ -153,7 +153,7 @@ def inspect(arguments: list[str]) -> int:
     )
 
     from tokenlabel.configuration import add_config_arguments, config_of
-    from tokenlabel.inspection import InspectConfig, inspect_store, write_pictures
+    from tokenlabel.inspection import InspectConfig, as_text, inspect_store
     from tokenlabel.store import LabelStore
 
     parser.add_argument("store", type=Path, nargs="+", help="folders of labels, read as one")
@@ -162,7 +162,7 @@ def inspect(arguments: list[str]) -> int:
     parser.add_argument(
         "--masks", type=Path, help="true dense labels (PNG class ids): how often the maps are right"
     )
-    parser.add_argument("--json", action="store_true", help="one line of JSON")
+    parser.add_argument("--json", action="store_true", help="print one line of JSON")
     parser.add_argument("--output", type=Path, help="also write the figures to this JSON file")
     add_config_arguments(parser, InspectConfig)
     options = parse(parser, arguments)
@@ -175,12 +175,12 @@ def inspect(arguments: list[str]) -> int:
         from tokenlabel.evaluate import mask_agreement
 
         figures["mask_agreement"] = mask_agreement(store, options.masks)
-    if options.pictures:
-        from tokenlabel.sources import open_images
+    if source and options.pictures:
+        from tokenlabel.label_page import write_pictures
 
-        write_pictures(store, open_images(options.images), options.pictures)
+        write_pictures(store, source, options.pictures)
     write_json(options.output, figures)
-    print(json.dumps(figures, indent=None if options.json else 1))
+    print(json.dumps(figures) if options.json else as_text(figures))
     return 0
 
 

@@ -1,22 +1,16 @@
-"""What is in a label store: figures, likely label errors, broken records, pictures."""
+"""What is in a label store: figures, likely label errors, broken records."""
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
-from tokenlabel.images import ImageSource, decode_image
-from tokenlabel.pictures import with_cells
+from tokenlabel.images import ImageSource
 from tokenlabel.scores import Kind, ScoreMap
 from tokenlabel.store import LabelStore, StoreError
 
@@ -85,8 +79,8 @@ class Inspection:
 
 
 @dataclass(frozen=True, eq=False)
-class _Look:
-    """The figures of one map; `class_probs` are means over its places."""
+class Look:
+    """The figures of one map. `class_ids` [U], `class_probs` [U]: its classes, and their mean over its places."""
 
     key: str
     size: str
@@ -109,10 +103,10 @@ def inspect_store(
     """
     manifest = store.manifest
     broken = dict(verify(store)) if config.verify else {}
-    keys = _sampled([key for key in store.keys() if key not in broken], config.sample)  # noqa: SIM118
-    looks = [_look(key, store[key]) for key in keys]
-    class_of = _classes_of_images(store, source)
-    known = [(look, class_of[look.key]) for look in looks if look.key in class_of]
+    looks = [look_at(key, store[key]) for key in _sampled(store, config.sample) if key not in broken]
+    class_of = class_finder(store, source)
+    classes = ((look, class_of(look.key)) for look in looks)
+    known = [(look, class_id) for look, class_id in classes if class_id is not None]
     suspects = sorted(
         (_suspect(look, class_id, store) for look, class_id in known), key=lambda s: s.prob - s.top_prob
     )
@@ -133,7 +127,7 @@ def inspect_store(
         top1_prob=_mean([look.top1_prob for look in looks]),
         rest=_mean([look.rest for look in looks]),
         entropy_bits=_mean([look.entropy_bits for look in looks]),
-        class_agreement=_mean([_best(look) == own for look, own in known]) if known else None,
+        class_agreement=_mean([best_class(look) == own for look, own in known]) if known else None,
         place_agreement=_mean([(look.top_class_ids == own).mean() for look, own in known]) if known else None,
         suspects=tuple(s for s in suspects if s.prob < s.top_prob)[: config.num_suspects],
         num_verified=len(store) if config.verify else None,
@@ -158,30 +152,8 @@ def verify(store: LabelStore) -> Iterator[tuple[str, str]]:
             yield key, f"{key}: a cell names the same class twice"
 
 
-def write_pictures(store: LabelStore, source: ImageSource, output: Path, *, count: int = 12) -> None:
-    """Write an HTML page of maps over their images: the most certain ones first, then the least certain.
-
-    Certain is what has a high probability of the best class, on average over the places of a map; the maps
-    are looked for among 2,000 drawn at random.
-    """
-    places = {key: place for place, key in enumerate(source.keys)}
-    keys = _sampled([key for key in store.keys() if key in places], 2000)  # noqa: SIM118
-    if not keys:
-        raise StoreError(
-            f"{output}: none of the {len(source):,} images has a label in this store; give its own images"
-        )
-    by_certainty = sorted(keys, key=lambda key: -_look(key, store[key]).top1_prob)
-    names = store.manifest.class_names or tuple(map(str, range(store.manifest.num_classes)))
-    groups = {"Most certain": by_certainty[:count], "Least certain": by_certainty[::-1][:count]}
-    sections = []
-    for title, members in groups.items():
-        figures = [_figure(key, store[key], source.read(places[key]), names) for key in members]
-        sections.append(f"<h2>{title}</h2>\n<div>{''.join(figures)}</div>")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(_PAGE.format(body="\n".join(sections)), encoding="utf-8")
-
-
-def _look(key: str, score_map: ScoreMap) -> _Look:
+def look_at(key: str, score_map: ScoreMap) -> Look:
+    """Return the figures of an image's map."""
     score_map = as_probabilities(score_map)
     probs = score_map.probs.astype(np.float64)
     kept = probs > 0
@@ -193,7 +165,7 @@ def _look(key: str, score_map: ScoreMap) -> _Look:
         score_map.codes.ravel(), weights=probs.ravel(), minlength=len(score_map.palette)
     )
     height, width, _ = probs.shape
-    return _Look(
+    return Look(
         key=key,
         size=f"{height} x {width}",
         num_classes=len(np.unique(score_map.codes[kept])),
@@ -218,24 +190,32 @@ def as_probabilities(score_map: ScoreMap) -> ScoreMap:
     return replace(score_map, probs=probs.astype(np.float32), kind=Kind.PROBABILITIES)
 
 
-def _classes_of_images(store: LabelStore, source: ImageSource | None) -> dict[str, int]:
-    if source is not None:
-        if not source.class_names:
-            return {}
-        return dict(zip(source.keys, source.class_ids.tolist(), strict=True))
-    ids = {name: class_id for class_id, name in enumerate(store.manifest.class_names)}
-    folders = ((key, key.split("/", 1)[0]) for key in store.keys())  # noqa: SIM118
-    return {key: ids[folder] for key, folder in folders if folder in ids}
+def class_finder(store: LabelStore, source: ImageSource | None = None) -> Callable[[str], int | None]:
+    """Return what gives the class of an image by its key, among the store's classes; None where it is unknown.
+
+    `source`: the images, which know their classes; without it the first folder of a key names the class.
+    """
+    names = store.manifest.class_names
+    ids = {name: class_id for class_id, name in enumerate(names)}
+    if source is None:
+        return lambda key: ids.get(key.split("/", 1)[0])
+    own_ids = (
+        [ids.get(name, -1) for name in source.class_names] if names else [*range(store.manifest.num_classes)]
+    )
+    known = zip(source.keys, source.class_ids.tolist(), strict=True) if source.class_names else ()
+    class_ids = {key: own_ids[class_id] for key, class_id in known}
+    return lambda key: class_id if (class_id := class_ids.get(key, -1)) >= 0 else None
 
 
-def _best(look: _Look) -> int:
+def best_class(look: Look) -> int:
+    """Return the most probable class of a map, over all places."""
     return int(look.class_ids[look.class_probs.argmax()])
 
 
-def _suspect(look: _Look, class_id: int, store: LabelStore) -> Suspect:
+def _suspect(look: Look, class_id: int, store: LabelStore) -> Suspect:
     names = store.manifest.class_names
     own = look.class_probs[look.class_ids == class_id]
-    best = _best(look)
+    best = best_class(look)
     return Suspect(
         key=look.key,
         class_name=names[class_id] if names else str(class_id),
@@ -245,49 +225,59 @@ def _suspect(look: _Look, class_id: int, store: LabelStore) -> Suspect:
     )
 
 
-def _figure(key: str, score_map: ScoreMap, data: bytes, names: Sequence[str]) -> str:
-    image = decode_image(data, key)
-    region = score_map.region
-    part_px = (
-        round(region.left * image.width),
-        round(region.top * image.height),
-        round(region.right * image.width),
-        round(region.bottom * image.height),
+def as_text(figures: Mapping[str, Any]) -> str:
+    """Return the figures of `Inspection.as_dict` for people; a figure more may be there, `mask_agreement`."""
+    lines = [
+        f"{figures['num_images']:,} labels ({figures['kind']}), top {figures['topk']} of {figures['num_classes']:,} "
+        f"classes; {figures['num_failures']:,} images without a label",
+        f"{'size':<24}{figures['bytes_per_image']:,.0f} bytes an image, files: {figures['num_files']:,}, "
+        f"encoding {figures['encoding']}",
+        f"{'teacher':<24}{_in_a_line(figures['teacher'])}",
+        f"{'preprocessing':<24}{_in_a_line(figures['preprocessing'])}",
+        "",
+        f"{'looked at':<24}{figures['num_sampled']:,} labels",
+        f"{'rows x columns':<24}{', '.join(f'{size} ({n:,})' for size, n in figures['map_sizes'].items())}",
+        f"{'distinct classes':<24}{figures['classes_per_map']:.1f} a map",
+        f"{'certainty':<24}{figures['top1_prob']:.1%} (probability of a place's best class)",
+        f"{'rest':<24}{figures['rest']:.1%} (probability of the classes that a place did not keep)",
+        f"{'entropy':<24}{figures['entropy_bits']:.2f} bits a place",
+    ]
+    agreements = {
+        "class_agreement": "of the images' best class is their own",
+        "place_agreement": "of the places' best class is the image's",
+        "mask_agreement": "of the places' best class is what the masks show there",
+    }
+    lines += [
+        f"{'agreement':<24}{figures[name]:.1%} {words}"
+        for name, words in agreements.items()
+        if figures.get(name) is not None
+    ]
+    if figures["suspects"]:
+        lines += ["", "least agreement: perhaps their class is wrong"]
+    lines += [
+        f"  {s['key']}: {s['class_name']} has {s['prob']:.1%}, {s['top_class_name']} {s['top_prob']:.1%}"
+        for s in figures["suspects"]
+    ]
+    if figures["num_verified"] is not None:
+        lines += ["", f"verified {figures['num_verified']:,} labels, {len(figures['broken']):,} broken"]
+    return "\n".join([*lines, *(f"  {line}" for line in figures["broken"])])
+
+
+def _in_a_line(settings: Mapping[str, Any]) -> str:
+    if "members" in settings:
+        members = " + ".join(_in_a_line(member) for member in settings["members"])
+        return f"{members}; {_in_a_line({k: v for k, v in settings.items() if k != 'members'})}"
+    return ", ".join(f"{name} {value}" for name, value in settings.items() if value not in (None, False))
+
+
+def _sampled(store: LabelStore, count: int) -> Iterator[str]:
+    """Return the keys of labels drawn at random, of all if `count` is 0 or more than there are."""
+    if count == 0 or len(store) <= count:
+        return store.keys()
+    return (
+        store.key_at(i) for i in np.random.default_rng(0).choice(len(store), count, replace=False).tolist()
     )
-    seen = np.asarray(image.crop(part_px))
-    map_over_image = with_cells(seen, as_probabilities(score_map).dense(), names)
-    look = _look(key, score_map)
-    words = f"{names[_best(look)]} {look.class_probs.max():.0%}, certainty {look.top1_prob:.0%}"
-    pictures = _img(Image.fromarray(seen).resize(map_over_image.size)) + _img(map_over_image)
-    caption = f"{html.escape(key)}<br>{html.escape(words)}"
-    return f"<figure>{pictures}<figcaption>{caption}</figcaption></figure>"
-
-
-def _img(image: Image.Image) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return f'<img src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}" alt="">'
-
-
-def _sampled(keys: list[str], count: int) -> list[str]:
-    if count == 0 or len(keys) <= count:
-        return keys
-    return [keys[i] for i in np.random.default_rng(0).choice(len(keys), count, replace=False)]
 
 
 def _mean(values: Sequence[float]) -> float:
     return float(np.mean(values)) if values else 0.0
-
-
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>tokenlabel: labels</title>
-<style>
-body {{ font: 14px sans-serif; margin: 2em auto; max-width: 1000px; }}
-div {{ display: flex; flex-wrap: wrap; gap: 1em; }}
-figure {{ margin: 0; width: 460px; overflow-wrap: anywhere; }}
-img {{ width: 224px; margin-right: 4px; }}
-</style></head><body>
-<h1>Labels over their images</h1>
-{body}
-</body></html>
-"""

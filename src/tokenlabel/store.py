@@ -9,9 +9,10 @@ of the open files.
 from __future__ import annotations
 
 import time
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
@@ -150,6 +151,7 @@ class LabelStore:
             hashes.append(shard_hashes)
             places.append(np.arange(shard.num_records, dtype=np.uint64) | np.uint64(len(self.shards) << 32))
             self.shards.append(shard)
+        self._first_numbers = [0, *accumulate(shard.num_records for shard in self.shards)]
         unordered = np.concatenate(hashes)
         order = np.argsort(unordered, kind="stable")
         ordered = unordered[order]
@@ -180,6 +182,11 @@ class LabelStore:
         for shard in self.shards:
             for row in range(shard.num_records):
                 yield key_text(shard.key(row))
+
+    def key_at(self, number: int) -> str:
+        """Return the key of one of the labels, which count from 0, file by file."""
+        place = bisect_right(self._first_numbers, number) - 1
+        return key_text(self.shards[place].key(number - self._first_numbers[place]))
 
     def missing(self, keys: Iterable[str]) -> list[str]:
         """Return those of the given keys that have no label here."""
