@@ -17,7 +17,7 @@ from tokenlabel.checkpoint import newest_checkpoint, read_state, read_weights
 from tokenlabel.configuration import config_from_dict
 from tokenlabel.data import BatchSampler, make_loader, normalize_images
 from tokenlabel.distributed import Ranks, joined_ranks
-from tokenlabel.engine import Part, Task, run_task
+from tokenlabel.engine import run_task
 from tokenlabel.images import DataError
 from tokenlabel.recipe import find_recipe
 from tokenlabel.runlog import Stopwatch
@@ -30,6 +30,7 @@ from tokenlabel.segmentation.model import SegmentationModel, SegmentOutputs, cre
 from tokenlabel.segmentation.pairs import ImageMaskPairs, classes_of, open_pairs
 from tokenlabel.segmentation.recipe import SegmentRecipe
 from tokenlabel.segmentation.weights import load_weights
+from tokenlabel.tasks import Part, Task
 
 
 def train_segmentation(recipe: SegmentRecipe, run: Path, *, device: torch.device) -> dict[str, Any]:
