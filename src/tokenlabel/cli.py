@@ -157,7 +157,7 @@ def inspect(arguments: list[str]) -> int:
     from tokenlabel.store import LabelStore
 
     parser.add_argument("store", type=Path, nargs="+", help="folders of labels, read as one")
-    parser.add_argument("--images", type=Path, help=f"the images, for --pictures: {IMAGES_HELP}")
+    parser.add_argument("--images", type=Path, help=f"the images, to know their classes: {IMAGES_HELP}")
     parser.add_argument("--pictures", type=Path, help="write an HTML page of maps over images to this file")
     parser.add_argument(
         "--masks", type=Path, help="true dense labels (PNG class ids): how often the maps are right"
@@ -169,8 +169,12 @@ def inspect(arguments: list[str]) -> int:
     if options.pictures and not options.images:
         raise ValueError("--pictures needs the images that the labels belong to; name them with --images")
 
-    store = LabelStore(*options.store)
-    figures = inspect_store(store, config_of(parser, options, InspectConfig)).as_dict()
+    store, source = LabelStore(*options.store), None
+    if options.images:
+        from tokenlabel.sources import open_images
+
+        source = open_images(options.images)
+    figures = inspect_store(store, config_of(parser, options, InspectConfig), source=source).as_dict()
     if options.masks:
         from tokenlabel.evaluate import mask_agreement
 
