@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tokenlabel.alignment import align, collate_score_maps
     from tokenlabel.annotation import AnnotateConfig, annotate
-    from tokenlabel.data import TokenLabelDataset, collate
+    from tokenlabel.augment import AugmentConfig, TrainTransform
+    from tokenlabel.data import BatchSampler, TokenLabelDataset, collate, make_loader, normalize_images
     from tokenlabel.geometry import Box, View, stack_views
     from tokenlabel.losses import sparse_cross_entropy, token_label_loss
     from tokenlabel.mixing import MixPlan, mix_images, mix_targets, sample_mix
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "alignment": ("align", "collate_score_maps"),
     "annotation": ("AnnotateConfig", "annotate"),
-    "data": ("TokenLabelDataset", "collate"),
+    "augment": ("AugmentConfig", "TrainTransform"),
+    "data": ("BatchSampler", "TokenLabelDataset", "collate", "make_loader", "normalize_images"),
     "geometry": ("Box", "View", "stack_views"),
     "losses": ("sparse_cross_entropy", "token_label_loss"),
     "mixing": ("MixPlan", "mix_images", "mix_targets", "sample_mix"),
@@ -43,6 +45,8 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "AnnotateConfig",
+    "AugmentConfig",
+    "BatchSampler",
     "Box",
     "LabelStore",
     "LabelStoreWriter",
@@ -51,6 +55,7 @@ __all__ = [
     "ScoreMap",
     "TokenLabelDataset",
     "TokenTargets",
+    "TrainTransform",
     "View",
     "align",
     "annotate",
@@ -58,8 +63,10 @@ __all__ = [
     "collate",
     "collate_score_maps",
     "create_model",
+    "make_loader",
     "mix_images",
     "mix_targets",
+    "normalize_images",
     "open_images",
     "sample_mix",
     "sparse_cross_entropy",
