@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import lzma
 import struct
 
 import numpy as np
@@ -167,52 +166,6 @@ def test_on_grid_against_a_loop(weights, mass, num_steps):
         steps[largest] += 1
         fractions[largest] = -1
     assert on_grid(np.array(probs), num_steps).tolist() == steps
-
-
-def read_by_the_book(record: bytes) -> dict[tuple[int, int, int], float]:
-    """Read a record of whole-image probabilities as docs/labels.md describes it; {(row, column, class): prob}."""
-    encoding, flags, height, width, topk, num_named = struct.unpack_from("<BBHHxxII", record)
-    assert flags == 0
-    found = {}
-    if encoding == 0:
-        palette = struct.unpack_from(f"<{num_named}i", record, 16)
-        num_entries = height * width * topk
-        steps = struct.unpack_from(f"<{num_entries}H", record, 16 + 4 * num_named)
-        codes = record[16 + 4 * num_named + 2 * num_entries :]
-        for i, (step, code) in enumerate(zip(steps, codes, strict=True)):
-            if step:
-                row, column = divmod(i // topk, width)
-                found[row, column, palette[code]] = step / 32768
-        return found
-    (num_bytes,) = struct.unpack_from("<I", record, 16)
-    filters = [{"id": lzma.FILTER_LZMA1, "lc": 3, "lp": 0, "pb": 0, "dict_size": 65536}]
-    body = lzma.decompress(record[20:], format=lzma.FORMAT_RAW, filters=filters)
-    assert encoding == 1
-    assert len(body) == num_bytes
-    second = iter(body[num_named * (4 + height * width) :])
-    class_id = 0
-    for u in range(num_named):
-        class_id += sum(body[byte * num_named + u] << 8 * byte for byte in range(4))
-        for cell in range(height * width):
-            steps = body[4 * num_named + u * height * width + cell]
-            steps += next(second) if steps == 255 else 0
-            if steps:
-                found[(*divmod(cell, width), class_id)] = steps / 510
-    assert next(second, None) is None
-    return found
-
-
-@pytest.mark.parametrize("encoding", [Encoding.RAW, Encoding.LZMA])
-@pytest.mark.parametrize("sharpness", [1.0, 20.0])
-def test_another_program_can_read_it(encoding, sharpness):
-    original = random_map(3, num_classes=2000, sharpness=sharpness)
-    record = pack(original, encoding)
-    expected = {
-        (row, column, class_id): prob
-        for (row, column, class_id), prob in np.ndenumerate(kept(unpack(record, num_classes=2000)))
-        if prob
-    }
-    assert read_by_the_book(record) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("encoding", EVERY)
