@@ -10,15 +10,13 @@ import torch
 from tokenlabel.mixing import MixPlan
 from tokenlabel.models import TokenModel, create_model
 
-SMALL: dict[str, Any] = {"depth": 2, "width": 32, "num_heads": 4}
-SWIN: dict[str, Any] = {"depths": (1,) * 4, "embed_dim": 16, "num_heads": (1,) * 4, "window_size": 2}
+SMALL: dict[str, Any] = {"depth": 1, "width": 32, "num_heads": 4}
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     **{f"lvvit_{size}": (f"lvvit_{size}", {**SMALL, "stem_width": 8}) for size in "tsml"},
     "t2t_vit_14": ("t2t_vit_14", SMALL),
     "vit": ("vit_tiny_patch16_224", {"depth": 2, "embed_dim": 32, "num_heads": 2}),
     "resnet": ("test_resnet", {}),
-    "swin": ("swin_tiny_patch4_window7_224", SWIN),
 }
 
 
