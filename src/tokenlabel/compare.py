@@ -1,0 +1,271 @@
+"""Comparisons: every row of a table trained with several seeds, measured, and set side by side.
+
+Runs are ordinary run folders, OUT/runs/PLAN/SEED, each in a process of its own with one thread (on the CPU) or one
+GPU, so a call that was stopped is continued by the same call, and tables share the runs that they have in common.
+Under torchrun, each rank trains whole runs of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from tokenlabel.arguments import add_device, device_of, new_parser, parse
+from tokenlabel.checkpoint import list_checkpoints
+from tokenlabel.comparison import (
+    Comparison,
+    Job,
+    Step,
+    TableError,
+    filled,
+    read_table,
+    read_testbed,
+    recipe_of,
+    steps_of,
+    table_names,
+    testbed_names,
+)
+from tokenlabel.defects import DefectiveDataset
+from tokenlabel.distributed import Ranks, joined_ranks, launched_ranks
+from tokenlabel.engine import run_task
+from tokenlabel.measures import COST_FILE, MEASURES_FILE, measure_run
+from tokenlabel.results_page import write_results
+from tokenlabel.scenes import write_scenes
+from tokenlabel.train import build
+
+PLAN_FILE = "plan.json"
+
+
+class CompareError(ValueError):
+    """Runs or steps of a comparison that failed, or that were made by another table."""
+
+
+def jobs_of(comparison: Comparison, *, shared: bool = True) -> list[Job]:
+    """Return the jobs: all rows of all tables at the first seed, then at the second.
+
+    `shared`: name a run that several rows have in common once.
+    """
+    found: dict[Any, Job] = {}
+    for seed in range(max(comparison.num_seeds(table) for table in comparison.tables)):
+        for table in comparison.tables:
+            for row in table.rows if seed < comparison.num_seeds(table) else ():
+                job = Job(table, row, seed)
+                folder = comparison.run_folder(comparison.plan(table, row), seed)
+                found.setdefault(folder if shared else str(job), job)
+    return list(found.values())
+
+
+def steps_needed(comparison: Comparison, jobs: Sequence[Job]) -> list[str]:
+    """Return the steps that jobs and their metrics need, in the order to make them."""
+    settings = [value for job in jobs for value in comparison.plan(job.table, job.row).settings.values()]
+    return steps_of([*comparison.testbed.measure.values(), *settings], comparison.testbed)
+
+
+def make_steps(comparison: Comparison, names: Sequence[str]) -> None:
+    """Make what rows need, one after the other, each once. Raises CompareError for a step that fails."""
+    for name in names:
+        step, folder = comparison.testbed.steps[name], comparison.out / name
+        marker = comparison.out / "steps" / f"{name}.json"
+        made = json.dumps({"command": step.command, "scenes": step.scenes and dict(step.scenes)}) + "\n"
+        if marker.is_file():
+            if marker.read_text(encoding="utf-8") != made:
+                raise CompareError(f"{folder} was made by another command ({marker}); choose another --out")
+            continue
+        marker.parent.mkdir(parents=True, exist_ok=True)
+        _make_step(comparison, step, folder, log=marker.with_suffix(".log"))
+        marker.write_text(made, encoding="utf-8")
+
+
+def _make_step(comparison: Comparison, step: Step, folder: Path, *, log: Path) -> None:
+    if step.scenes is not None:
+        write_scenes(folder, **step.scenes)
+        return
+    words = shlex.split(filled(step.command or "", comparison.folders | {"here": str(folder)}))
+    status = _tokenlabel(words, log=log, environment=_environment(None))
+    if status:
+        raise CompareError(
+            f"step {folder.name} failed with exit status {status}: {_last_line(log)} (see {log})"
+        )
+
+
+def run_job(comparison: Comparison, job: Job, *, device: torch.device) -> dict[str, Any]:
+    """Train one row with one seed, as far as it is not trained yet, and measure it; return its figures.
+
+    Raises CompareError where the folder holds a run of something else.
+    """
+    plan = comparison.plan(job.table, job.row)
+    folder = comparison.run_folder(plan, job.seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    description = json.dumps(plan.as_dict(), indent=1, default=str) + "\n"
+    path = folder / PLAN_FILE
+    if path.is_file() and path.read_text(encoding="utf-8") != description:
+        raise CompareError(f"{path}: the run was made by another table or testbed; choose another --out")
+    path.write_text(description, encoding="utf-8")
+    if not (folder / MEASURES_FILE).is_file():
+        recipe = recipe_of(plan, job.seed, comparison.folders)
+        task = build(recipe, device=device)
+        if plan.defect is not None:
+            task.train_set = DefectiveDataset(task.train_set, plan.defect)
+        with _counted_cost(folder):
+            run_task(task, folder, ranks=Ranks(), eval_every_epochs=recipe.eval.every_epochs)
+    return measure_run(
+        folder,
+        comparison.measure_folders(),
+        wanted=job.table.metrics,
+        defect=plan.defect,
+        device=device,
+    )
+
+
+@contextmanager
+def _counted_cost(run: Path) -> Iterator[None]:
+    """Add a line to the run's cost: the steps that were made, the seconds of the clock and of this process's cores."""
+    first_step = _last_step(run)
+    started, used = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF)
+    try:
+        yield
+    finally:
+        now = resource.getrusage(resource.RUSAGE_SELF)
+        line = {
+            "num_steps": _last_step(run) - first_step,
+            "wall_s": time.perf_counter() - started,
+            "cpu_s": now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime,
+        }
+        with (run / COST_FILE).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def _last_step(run: Path) -> int:
+    checkpoints = list_checkpoints(run)
+    return int(checkpoints[-1].name) if checkpoints else 0
+
+
+def run_all(comparison: Comparison, arguments: Sequence[str], *, num_jobs: int) -> list[str]:
+    """Make the steps and run every job that is missing, `num_jobs` at a time; return what failed, a line each.
+
+    `arguments`: the words after `tokenlabel compare` that make this comparison, for the processes of single jobs.
+    """
+    jobs = jobs_of(comparison)
+    with joined_ranks() as ranks:
+        if ranks.is_first:
+            make_steps(comparison, steps_needed(comparison, jobs))
+        ranks.of_first(None)  # the others wait
+        mine = [job for job in jobs if not _is_done(comparison, job)][ranks.rank :: ranks.world_size]
+        with ThreadPoolExecutor(num_jobs) as pool:
+            failures = list(pool.map(lambda job: _run_apart(comparison, job, arguments), mine))
+        return [line for of_rank in ranks.all(failures) for line in of_rank if line]
+
+
+def _is_done(comparison: Comparison, job: Job) -> bool:
+    path = comparison.run_folder(comparison.plan(job.table, job.row), job.seed) / MEASURES_FILE
+    return path.is_file() and not set(job.table.metrics) - json.loads(path.read_text()).keys()
+
+
+def _run_apart(comparison: Comparison, job: Job, arguments: Sequence[str]) -> str | None:
+    """Run a job in a process of its own; return what went wrong, if anything did."""
+    log = comparison.out / "logs" / f"{str(job).replace(':', '-')}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    print(f"{job} ...", file=sys.stderr, flush=True)
+    words = ["compare", *arguments, "--only", str(job)]
+    status = _tokenlabel(words, log=log, environment=_environment(launched_ranks().local_rank))
+    return f"{job}: exit status {status}: {_last_line(log)} (see {log})" if status else None
+
+
+def _environment(gpu: int | None) -> dict[str, str]:
+    """Return the environment of a process that works alone: one thread, one GPU, and none of torchrun's variables."""
+    alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    alone.setdefault("OMP_NUM_THREADS", "1")
+    if gpu is not None and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+        alone["CUDA_VISIBLE_DEVICES"] = str(gpu)
+    return alone
+
+
+def _tokenlabel(words: Sequence[str], *, log: Path, environment: Mapping[str, str]) -> int:
+    with log.open("ab") as file:
+        command = [sys.executable, "-m", "tokenlabel", *words]
+        return subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment).returncode
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return lines[-1][-300:] if lines else "no output"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run `tokenlabel compare` by its arguments; return the exit status: 1 if any run failed."""
+    parser = new_parser(
+        "compare",
+        "Train every row of tables with several seeds, measure, and say which differences are larger than their "
+        "spread. The same command continues; under torchrun each process trains whole runs.",
+    )
+    parser.add_argument("tables", nargs="+", help=f"{', '.join(table_names())}, all, or YAML files")
+    parser.add_argument("--on", default="embedded", help=f"{', '.join(testbed_names())}, or a YAML file")
+    parser.add_argument("--out", type=Path, required=True, help="folder of steps, runs and results")
+    parser.add_argument("--data", type=Path, help="the images, for testbeds that need yours")
+    parser.add_argument("--seeds", type=int, help="seeds of each row; what the table says by default")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings of every run")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each a process with one thread")
+    parser.add_argument("--only", metavar="TABLE:ROW:SEED", help="this run alone, here and now")
+    parser.add_argument(
+        "--results", type=Path, help="also write the results as one Markdown page to this file"
+    )
+    parser.add_argument(
+        "--collect", action="store_true", help="run nothing: write the results of what there is"
+    )
+    add_device(parser)
+    options = parse(parser, list(arguments))
+    names = table_names() if options.tables == ["all"] else options.tables
+    comparison = Comparison(
+        tables=[read_table(name) for name in names],
+        testbed=read_testbed(options.on),
+        out=options.out,
+        data=options.data,
+        overrides=dict(_setting(text) for text in options.set),
+        seeds=options.seeds,
+    )
+    if options.only:
+        job = _job(comparison, options.only)
+        make_steps(comparison, steps_needed(comparison, [job]))
+        print(json.dumps(run_job(comparison, job, device=device_of(options.device))))
+        return 0
+    failures = [] if options.collect else run_all(comparison, _words(options), num_jobs=options.jobs)
+    if launched_ranks().is_first:
+        write_results(comparison, page=options.results)
+    for line in failures:
+        print(line, file=sys.stderr)
+    return 1 if failures else 0
+
+
+def _words(options: Any) -> list[str]:
+    """Return the arguments that make the same comparison in another process."""
+    words = [*options.tables, "--on", options.on, "--out", str(options.out), "--device", options.device]
+    words += ["--data", str(options.data)] if options.data else []
+    words += ["--seeds", str(options.seeds)] if options.seeds else []
+    return words + (["--set", *options.set] if options.set else [])
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise TableError(f"--set takes KEY=VALUE, got {text!r}")
+    return key, yaml.safe_load(value)
+
+
+def _job(comparison: Comparison, text: str) -> Job:
+    found = {str(job): job for job in jobs_of(comparison, shared=False)}
+    if text not in found:
+        raise TableError(f"--only {text}: no such run; the first of {len(found)} is {next(iter(found))}")
+    return found[text]

@@ -1,0 +1,223 @@
+"""What a finished run of a comparison is measured by: figures by name, written beside the run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tokenlabel.alignment import align
+from tokenlabel.augment import TrainTransform
+from tokenlabel.checkpoint import TrainedModel, load_model
+from tokenlabel.data import Batch, ScoreMaps, TokenLabelDataset, collate
+from tokenlabel.defects import DefectiveDataset
+from tokenlabel.evaluate import MaskFolder, agreement, evaluation_set, observe
+from tokenlabel.evaluators import Accuracy, Calibration, TokenTruth
+from tokenlabel.models import Inference
+from tokenlabel.probe import probe_figures
+from tokenlabel.runlog import read_metrics
+from tokenlabel.sources import open_images
+from tokenlabel.store import LabelStore
+
+MEASURES_FILE = "measures.json"
+COST_FILE = "cost.jsonl"
+BATCH_SIZE = 250
+# Labels of so many augmented training images are held against the masks.
+NUM_LABELLED = 1000
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A figure in tables. `scale` and `digits`: how it is shown; `lower`: whether less is better."""
+
+    title: str
+    scale: float = 100
+    digits: int = 1
+    unit: str = "%"
+    lower: bool = False
+
+    def shown(self, value: float) -> str:
+        """Return a value as tables show it, without the unit."""
+        return f"{self.scale * value:.{self.digits}f}"
+
+
+METRICS = {
+    "top1": Metric("top-1"),
+    "top1_halfway": Metric("top-1 halfway"),
+    "top5": Metric("top-5"),
+    "loss": Metric("val loss", scale=1, digits=3, unit="", lower=True),
+    "ece": Metric("ECE", lower=True),
+    "token_accuracy": Metric("tokens right"),
+    "token_miou": Metric("tokens, mIoU"),
+    "teacher_accuracy": Metric("tokens as the teacher"),
+    "probe_accuracy": Metric("linear probe of the tokens"),
+    "probe_miou": Metric("linear probe, mIoU"),
+    "label_truth": Metric("labels right"),
+    "label_bytes": Metric("label bytes an image", scale=1, digits=0, unit=" B", lower=True),
+    "step_s": Metric("time a step", scale=1000, digits=0, unit=" ms", lower=True),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """A run that has been trained. `folders`: `masks_train`, `masks_val`, `labels_val`, those that there are."""
+
+    run: Path
+    trained: TrainedModel
+    folders: Mapping[str, Path]
+    defect: str | None
+    device: torch.device
+
+    def val_batches(self, truth: ScoreMaps | None) -> Iterator[Batch]:
+        """Yield the val images, with the score maps of `truth`."""
+        dataset = evaluation_set(self.trained.recipe, class_names=self.trained.class_names)
+        dataset.store = truth
+        yield from _batches(dataset, self.device)
+
+    def train_batches(self, truth: ScoreMaps) -> Iterator[Batch]:
+        """Yield the training images as evaluation sees them, with the score maps of `truth`."""
+        recipe = self.trained.recipe
+        folder = Path(recipe.data.train)
+        dataset = evaluation_set(recipe, class_names=self.trained.class_names, data=folder)
+        dataset.store = truth
+        yield from _batches(dataset, self.device)
+
+    def masks(self, name: str) -> MaskFolder:
+        """Return true masks by the name of their folder."""
+        return MaskFolder(self.folders[name], num_classes=self.trained.model.num_classes)
+
+
+Figures = dict[str, float]
+
+
+def predictions(finished: Finished) -> Figures:
+    """Return accuracy, loss and calibration on the val images, and what the tokens get right where masks are known."""
+    truth = finished.masks("masks_val") if "masks_val" in finished.folders else None
+    recipe, model = finished.trained.recipe, finished.trained.model
+    evaluators = {recipe.eval.inference: [Accuracy(), Calibration(), TokenTruth()]}
+    found = observe(
+        model, finished.val_batches(truth), evaluators, device=finished.device, precision=recipe.precision
+    )
+    return found[recipe.eval.inference]
+
+
+def teacher_agreement(finished: Finished) -> Figures:
+    """Return how far the tokens agree with the teacher's labels of the val images."""
+    store = LabelStore(finished.folders["labels_val"])
+    evaluators = {Inference.CLASS: [TokenTruth("teacher")]}
+    recipe, model = finished.trained.recipe, finished.trained.model
+    found = observe(
+        model, finished.val_batches(store), evaluators, device=finished.device, precision=recipe.precision
+    )
+    return found[Inference.CLASS]
+
+
+def probe(finished: Finished) -> Figures:
+    """Return how well a linear probe of the frozen tokens finds the true masks."""
+    train = finished.train_batches(finished.masks("masks_train"))
+    val = finished.val_batches(finished.masks("masks_val"))
+    return probe_figures(finished.trained.model, train, val)
+
+
+def label_truth(finished: Finished) -> Figures:
+    """Return how often the aligned labels of augmented training images name the object that a token shows."""
+    recipe, model = finished.trained.recipe, finished.trained.model
+    if recipe.data.labels is None:
+        return {}
+    size_px, source = recipe.model.size_px, open_images(recipe.data.train)
+    transform = TrainTransform(recipe.augment, size_px)
+    labelled = TokenLabelDataset(source, transform, seed=0, store=LabelStore(recipe.data.labels))
+    labelled = DefectiveDataset(labelled, finished.defect) if finished.defect else labelled
+    true = TokenLabelDataset(source, transform, seed=0, store=finished.masks("masks_train"))
+    grid, right, total = model.grid_for(size_px), 0, 0
+    for batch, true_batch in zip(
+        _batches(labelled, finished.device, NUM_LABELLED),
+        _batches(true, finished.device, NUM_LABELLED),
+        strict=True,
+    ):
+        assert batch.score_maps is not None
+        assert true_batch.score_maps is not None
+        guess = align(batch.score_maps, batch.views, grid)
+        truth = align(true_batch.score_maps, true_batch.views, grid)
+        counts = agreement(guess, truth, model.num_classes)
+        right, total = right + counts[0], total + counts[1]
+    return {"label_truth": right / total}
+
+
+def label_bytes(finished: Finished) -> Figures:
+    """Return the bytes that a label of the run's store takes, with everything in its folder."""
+    if finished.trained.recipe.data.labels is None:
+        return {}
+    folder = Path(finished.trained.recipe.data.labels)
+    num_bytes = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+    return {"label_bytes": num_bytes / len(LabelStore(folder))}
+
+
+def halfway(finished: Finished) -> Figures:
+    """Return the accuracy at the evaluation nearest to the middle of the run."""
+    lines = [line for line in read_metrics(finished.run) if line["kind"] == "eval"]
+    middle = lines[-1]["step"] / 2
+    return {"top1_halfway": min(lines, key=lambda line: abs(line["step"] - middle))["top1"]}
+
+
+def cost(finished: Finished) -> Figures:
+    """Return the seconds of a step, with all that goes with it (data, evaluation): of the one core that the run had on
+    the CPU, by the clock on a GPU.
+    """
+    lines = [json.loads(line) for line in (finished.run / COST_FILE).read_text(encoding="utf-8").splitlines()]
+    name = "cpu_s" if finished.device.type == "cpu" else "wall_s"
+    return {"step_s": sum(line[name] for line in lines) / sum(line["num_steps"] for line in lines)}
+
+
+_MEASURES: dict[str, Callable[[Finished], Figures]] = {
+    "top1": predictions,
+    "top5": predictions,
+    "loss": predictions,
+    "ece": predictions,
+    "token_accuracy": predictions,
+    "token_miou": predictions,
+    "teacher_accuracy": teacher_agreement,
+    "probe_accuracy": probe,
+    "probe_miou": probe,
+    "label_truth": label_truth,
+    "label_bytes": label_bytes,
+    "top1_halfway": halfway,
+    "step_s": cost,
+}
+# Folders without which a testbed has no such figures.
+_NEEDS: dict[Callable[[Finished], Figures], tuple[str, ...]] = {
+    teacher_agreement: ("labels_val",),
+    probe: ("masks_train", "masks_val"),
+    label_truth: ("masks_train",),
+}
+
+
+def measure_run(
+    run: Path, folders: Mapping[str, Path], *, wanted: Sequence[str], defect: str | None, device: torch.device
+) -> Figures:
+    """Return the figures of a finished run by name, and write them to its measures.json.
+
+    Those that are there already are not measured again; those for which the testbed has no folder are left out.
+    """
+    path = run / MEASURES_FILE
+    figures: Figures = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    missing = [_MEASURES[name] for name in wanted if name not in figures]
+    if missing:
+        trained = load_model(run)
+        trained = replace(trained, model=trained.model.to(device))
+        finished = Finished(run=run, trained=trained, folders=folders, defect=defect, device=device)
+        for measure in dict.fromkeys(missing):
+            if all(name in folders for name in _NEEDS.get(measure, ())):
+                figures |= measure(finished)
+        path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    return figures
+
+
+def _batches(dataset: Any, device: torch.device, num_images: int | None = None) -> Iterator[Batch]:
+    count = min(num_images or len(dataset), len(dataset))
+    for start in range(0, count, BATCH_SIZE):
+        yield collate([dataset[0, i] for i in range(start, min(start + BATCH_SIZE, count))]).to(device)

@@ -1,0 +1,234 @@
+"""What a comparison found: tables with intervals, differences in words, charts and learning curves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from tokenlabel.comparison import Table
+from tokenlabel.measures import METRICS
+from tokenlabel.runlog import read_metrics
+from tokenlabel.spread import Spread, paired, spread_of
+
+# A claim needs so many seeds.
+SEEDS_OF_A_CLAIM = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """The figures of a table's finished runs: `values[row][metric][seed]`, and each run's folder by row and seed."""
+
+    table: Table
+    num_seeds: int
+    values: Mapping[str, Mapping[str, Mapping[int, float]]]
+    runs: Mapping[str, Mapping[int, Path]]
+
+    def missing(self) -> dict[str, list[int]]:
+        """Return the seeds of each row that are not there."""
+        lacking = {
+            row: [seed for seed in range(self.num_seeds) if seed not in self.runs[row]] for row in self.runs
+        }
+        return {row: seeds for row, seeds in lacking.items() if seeds}
+
+    def metrics(self) -> list[str]:
+        """Return the metrics that any run has, in the table's order."""
+        return [name for name in self.table.metrics if any(self.values[row].get(name) for row in self.values)]
+
+    def differences(self) -> Iterator[tuple[str, str, dict[str, Spread]]]:
+        """Yield pairs of rows and, for each metric that both have, the spread of first minus second."""
+        for ours, theirs in self.table.differences:
+            spreads = {
+                name: spread
+                for name in self.metrics()
+                if (spread := paired(self.values[ours].get(name, {}), self.values[theirs].get(name, {})))
+            }
+            if spreads:
+                yield ours, theirs, spreads
+
+
+def as_json(found: Found) -> dict[str, Any]:
+    """Return everything that was found, for programs."""
+    return {
+        "table": found.table.name,
+        "title": found.table.title,
+        "rows": {
+            row: {"title": found.table.rows[row].title, "figures": metrics}
+            for row, metrics in found.values.items()
+        },
+        "differences": [
+            {
+                "row": ours,
+                "against": theirs,
+                "metric": name,
+                "mean": spread.mean,
+                "half_interval": spread.half if len(spread.values) > 1 else None,
+                "each": spread.values,
+                "larger_than_spread": spread.is_resolved,
+            }
+            for ours, theirs, spreads in found.differences()
+            for name, spread in spreads.items()
+        ],
+        "not_run": found.missing(),
+    }
+
+
+def as_markdown(found: Found, *, images: Sequence[str] = ()) -> str:
+    """Return a table with its differences in words. `images`: links to its charts."""
+    table = found.table
+    lines = [f"## {table.title}", "", table.question, ""]
+    lines += [f"In the paper: {table.twin}.", ""] if table.twin else []
+    lines += [*_table_lines(found), ""]
+    lines += [f"![{table.title}]({image})\n" for image in images]
+    sentences = [f"- {_sentence(table, *difference)}" for difference in found.differences()]
+    if sentences:
+        lines += ["Seed by seed, mean difference ± half of its 95% interval:", "", *sentences, ""]
+    lines += [table.limits, ""] if table.limits else []
+    missing = found.missing()
+    if missing:
+        named = "; ".join(
+            f"{table.rows[row].title} (seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))})"
+            for row, seeds in missing.items()
+        )
+        lines += [f"Not run: {named}.", ""]
+    return "\n".join(lines)
+
+
+def summary(all_found: Sequence[Found]) -> str:
+    """Return in words what holds, what does not, and what cannot be told, over the tables' first metric."""
+    held: list[str] = []
+    open_: list[str] = []
+    few: list[str] = []
+    for found in all_found:
+        metric = found.table.metrics[0]
+        for ours, theirs, spreads in found.differences():
+            if metric not in spreads:
+                continue
+            spread = spreads[metric]
+            titles = found.table.rows[ours].title, found.table.rows[theirs].title
+            text = f"- {titles[0]} against {titles[1]}: {METRICS[metric].title} {_signed(metric, spread)}"
+            if len(spread.values) < SEEDS_OF_A_CLAIM:
+                few.append(f"{text} ({len(spread.values)} seeds)")
+            else:
+                (held if spread.is_resolved else open_).append(text)
+    parts = [
+        (f"Larger than their spread over at least {SEEDS_OF_A_CLAIM} seeds:", held),
+        ("Smaller than their spread, so not to be seen at this scale, if they exist:", open_),
+        (f"Fewer than {SEEDS_OF_A_CLAIM} seeds, so no claim:", few),
+    ]
+    return "\n\n".join(f"{heading}\n\n" + "\n".join(lines) for heading, lines in parts if lines)
+
+
+def interval_panels(found: Found, names: Sequence[str]) -> dict[str, list[tuple[str, Spread]]]:
+    """Return for each metric the spread of every row, in the units of the tables."""
+    panels = {}
+    for name in names:
+        metric = METRICS[name]
+        rows = [
+            (found.table.rows[row].title, spread_of([metric.scale * v for v in metrics[name].values()]))
+            for row, metrics in found.values.items()
+            if metrics.get(name)
+        ]
+        if rows:
+            panels[f"{metric.title} ({metric.unit.strip()})" if metric.unit else metric.title] = rows
+    return panels
+
+
+def learning_curves(found: Found) -> dict[str, tuple[str, dict[str, list[tuple[float, float]]]]]:
+    """Return the mean top-1 on the val images of each row against steps and against time."""
+    by_step, by_time = {}, {}
+    for row, runs in found.runs.items():
+        curves = [_curve(run) for run in runs.values()]
+        steps = sorted(set.intersection(*(set(curve) for curve in curves))) if curves else []
+        points = [(float(step), 100 * fmean(curve[step] for curve in curves)) for step in steps]
+        title = found.table.rows[row].title
+        by_step[title] = points
+        seconds = found.values[row].get("step_s", {})
+        if seconds:
+            step_s = fmean(seconds.values())
+            by_time[title] = [(step * step_s, top1) for step, top1 in points]
+    panels = {"top-1 on val (%) against steps": ("step", by_step)}
+    if by_time:
+        panels["against time"] = ("seconds of one core, or of the GPU", by_time)
+    return panels
+
+
+def _curve(run: Path) -> dict[int, float]:
+    return {line["step"]: line["top1"] for line in read_metrics(run) if line["kind"] == "eval"}
+
+
+def _table_lines(found: Found) -> Iterator[str]:
+    names = found.metrics()
+    headings = [
+        f"{METRICS[n].title}{f', {METRICS[n].unit.strip()}' if METRICS[n].unit else ''}" for n in names
+    ]
+    yield f"| trained with | seeds | {' | '.join(headings)} |"
+    yield "|---" * (2 + len(names)) + "|"
+    for row, metrics in found.values.items():
+        shown = [_cell(name, metrics.get(name, {})) for name in names]
+        yield f"| {found.table.rows[row].title} | {len(found.runs[row])} | {' | '.join(shown)} |"
+
+
+def _cell(name: str, values: Mapping[int, float]) -> str:
+    if not values:
+        return "–"
+    metric, spread = METRICS[name], spread_of([*values.values()])
+    if len(values) == 1 or spread.half == 0:
+        return metric.shown(spread.mean)
+    return f"{metric.shown(spread.mean)} ± {metric.shown(spread.half)}"
+
+
+def _sentence(table: Table, ours: str, theirs: str, spreads: Mapping[str, Spread]) -> str:
+    """Say how two rows differ, and in what the difference is larger than its spread."""
+    num_seeds = min(len(spread.values) for spread in spreads.values())
+    head = f"**{table.rows[ours].title}** against {table.rows[theirs].title}"
+    if num_seeds < 2:
+        values = ", ".join(
+            f"{METRICS[name].title} {_signed(name, spread)}" for name, spread in spreads.items()
+        )
+        return f"{head} (one seed, no spread): {values}."
+    clear, unclear = [], []
+    for name, spread in spreads.items():
+        text = f"{METRICS[name].title} {_signed(name, spread)}"
+        if spread.is_resolved:
+            better = (spread.mean < 0) == METRICS[name].lower
+            clear.append(f"{text} ({'better' if better else 'worse'})")
+        elif spread.half > 0:
+            unclear.append(text)
+    parts = [f"larger than its spread: {', '.join(clear)}"] if clear else []
+    parts += [f"smaller: {', '.join(unclear)}"] if unclear else []
+    return f"{head} ({num_seeds} seeds): {'; '.join(parts) or 'no difference'}."
+
+
+def _signed(name: str, spread: Spread) -> str:
+    metric = METRICS[name]
+    mean = f"{metric.scale * spread.mean:+.{metric.digits}f}"
+    return mean if len(spread.values) < 2 else f"{mean} ± {metric.shown(spread.half)}"
+
+
+def found_in(
+    table: Table,
+    num_seeds: int,
+    runs: Mapping[str, Mapping[int, Path]],
+    measures: Mapping[Path, dict[str, float]],
+) -> Found:
+    """Return what is there of a table: `runs` by row and seed, `measures` of those that are finished."""
+    finished = {
+        row: {seed: run for seed, run in of_row.items() if run in measures} for row, of_row in runs.items()
+    }
+    values = {
+        row: {
+            name: {seed: measures[run][name] for seed, run in of_row.items() if name in measures[run]}
+            for name in table.metrics
+        }
+        for row, of_row in finished.items()
+    }
+    return Found(table=table, num_seeds=num_seeds, values=values, runs=finished)
+
+
+def write_json(found: Found, path: Path) -> None:
+    """Write a table's figures."""
+    path.write_text(json.dumps(as_json(found), indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,98 @@
+"""The files that a comparison leaves: a page, figures and charts of each table, and one page of all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from tokenlabel.comparison import Comparison, Table
+from tokenlabel.measures import MEASURES_FILE
+from tokenlabel.results import (
+    Found,
+    as_markdown,
+    found_in,
+    interval_panels,
+    learning_curves,
+    summary,
+    write_json,
+)
+
+_METHOD = """\
+The command continues where it was stopped, and this page is what it writes. Every row is trained with several seeds;
+a seed gives all rows the same initial weights, order of images, crops and mixes wherever they can be the same.
+Figures are means over seeds ± half of a 95% interval (Student's t). A difference is taken seed by seed, and is called
+larger than its spread where its interval leaves out 0; of twenty that do not exist, one looks so by chance."""
+
+
+def write_results(comparison: Comparison, *, page: Path | None) -> None:
+    """Write OUT/TABLE.md, .json and .svg of each table from the runs that are finished, and the page of all."""
+    everything = [_found(comparison, table) for table in comparison.tables]
+    sections = []
+    for found in everything:
+        name = found.table.name
+        write_json(found, comparison.out / f"{name}.json")
+        charts = _charts(found)
+        for suffix, svg in charts.items():
+            (comparison.out / f"{name}{suffix}.svg").write_text(svg, encoding="utf-8")
+        text = as_markdown(found, images=[f"{name}{suffix}.svg" for suffix in charts])
+        (comparison.out / f"{name}.md").write_text(text, encoding="utf-8")
+        print(text)
+        if page is not None and any(found.runs.values()):
+            (page.parent / "images").mkdir(parents=True, exist_ok=True)
+            for suffix, svg in charts.items():
+                (page.parent / "images" / f"results-{name}{suffix}.svg").write_text(svg, encoding="utf-8")
+            links = [f"images/results-{name}{suffix}.svg" for suffix in charts]
+            sections.append(as_markdown(found, images=links))
+    if page is not None:
+        page.write_text("\n".join([_page_head(comparison, everything), *sections]), encoding="utf-8")
+
+
+def _found(comparison: Comparison, table: Table) -> Found:
+    seeds = range(comparison.num_seeds(table))
+    runs = {
+        row: {seed: comparison.run_folder(comparison.plan(table, row), seed) for seed in seeds}
+        for row in table.rows
+    }
+    paths = [run for of_row in runs.values() for run in of_row.values()]
+    measures = {
+        run: json.loads((run / MEASURES_FILE).read_text(encoding="utf-8"))
+        for run in paths
+        if (run / MEASURES_FILE).is_file()
+    }
+    return found_in(table, len(seeds), runs, measures)
+
+
+def _charts(found: Found) -> dict[str, str]:
+    """Return charts as SVG by what follows the table's name in the name of their file."""
+    panels = interval_panels(found, found.metrics()[:3])
+    if not panels:
+        return {}
+    from tokenlabel.charts import as_svg, curve_chart, interval_chart
+
+    return {
+        "": as_svg(interval_chart(panels)),
+        "-curves": as_svg(curve_chart(learning_curves(found), columns=2)),
+    }
+
+
+def _page_head(comparison: Comparison, everything: Sequence[Found]) -> str:
+    tables = " ".join(table.name for table in comparison.tables)
+    command = f"tokenlabel compare {tables} --on {comparison.testbed.name} --out {comparison.out} --jobs 2"
+    unstarted = [found.table.title for found in everything if not any(found.runs.values())]
+    lines = [
+        "# Results",
+        "",
+        comparison.testbed.about.strip(),
+        "",
+        f"    {command} --results docs/results.md",
+        "",
+        _METHOD,
+        "",
+        "## In short",
+        "",
+        summary(everything),
+        "",
+    ]
+    lines += [f"Tables of which nothing was run: {', '.join(unstarted)}.", ""] if unstarted else []
+    return "\n".join(lines)
