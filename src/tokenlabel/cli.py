@@ -10,11 +10,19 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tokenlabel.arguments import add_device, device_of, new_parser, parse, with_recipe_path, write_json
+
+if TYPE_CHECKING:
+    import torch
+    from jsonargparse import ArgumentParser, Namespace
+
+    from tokenlabel.recipe import Recipe
 
 USAGE_ERROR = 2
 IMAGES_HELP = "a folder with one folder a class, .tar files (WebDataset) or a folder of them, or a list file"
@@ -75,23 +83,59 @@ def train(arguments: list[str]) -> int:
     from tokenlabel.distributed import launched_ranks
     from tokenlabel.interruption import Interrupted
     from tokenlabel.recipe import Recipe, add_recipe_arguments, find_recipe
+    from tokenlabel.trackers import TensorBoard
     from tokenlabel.train import train as train_by_recipe
 
     parser.add_argument(
-        "--run", type=Path, required=True, help="folder of the run: recipe, metrics, checkpoints"
+        "--out", "--run", type=Path, required=True, help="folder of the run: recipe, metrics, checkpoints"
     )
     add_device(parser)
+    _add_rehearsals(parser)
     add_recipe_arguments(parser)
     options = parse(parser, with_recipe_path(arguments, find_recipe))
+    recipe, device = config_of(parser, options, Recipe), device_of(options.device)
+    if options.dry_run or options.profile or options.overfit is not None:
+        return _rehearse(recipe, options, device)
     try:
-        figures = train_by_recipe(
-            config_of(parser, options, Recipe), options.run, device=device_of(options.device)
-        )
+        with ExitStack() as stack:
+            trackers = []
+            if options.tensorboard:
+                trackers.append(stack.enter_context(closing(TensorBoard(options.out / "tensorboard"))))
+            figures = train_by_recipe(recipe, options.out, device=device, trackers=trackers)
     except Interrupted as stop:
         print(f"tokenlabel train: {stop}", file=sys.stderr)
         return stop.exit_status
     if launched_ranks().is_first:
         print(json.dumps(figures))
+    return 0
+
+
+def _add_rehearsals(parser: ArgumentParser) -> None:
+    """Let the train verb take what shows more of a run, and what tries it out before it is started."""
+    parser.add_argument(
+        "--tensorboard", action="store_true", help="write OUT/tensorboard as well (extra: tensorboard)"
+    )
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="take three steps, say sizes, schedule, time and memory, draw the first images; then stop",
+    )
+    only.add_argument("--profile", action="store_true", help="write a trace of three steps; then stop")
+    only.add_argument("--overfit", type=int, metavar="N", help="learn N images by heart; then stop")
+
+
+def _rehearse(recipe: Recipe, options: Namespace, device: torch.device) -> int:
+    from tokenlabel.distributed import launched_ranks
+    from tokenlabel.rehearsal import dry_run, overfit, profile
+
+    if options.overfit is not None:
+        lines = overfit(recipe, options.overfit, device=device)
+    else:
+        lines = [(dry_run if options.dry_run else profile)(recipe, options.out, device=device)]
+    for line in lines:
+        if launched_ranks().is_first:
+            print(line, flush=True)
     return 0
 
 
@@ -280,6 +324,13 @@ def evaluate(arguments: list[str]) -> int:
     return 0
 
 
+def compare(arguments: list[str]) -> int:
+    """Train and measure the rows of tables, and set them side by side."""
+    from tokenlabel.compare import main as compare_tables
+
+    return compare_tables(arguments)
+
+
 def report(arguments: list[str]) -> int:
     """Write an HTML report of runs."""
     parser = new_parser("report", "Write one self-contained HTML file about one or more runs.")
@@ -318,6 +369,7 @@ VERBS = {
     "train": Verb(train, "train a model by a recipe, with token labels or without"),
     "eval": Verb(evaluate, "accuracy of a run or a model, and of its tokens where masks are known"),
     "segment": Verb(segment, "train, eval or predict: a class for every pixel, from any backbone"),
+    "compare": Verb(compare, "tables of recipes, several seeds each: what makes a difference"),
     "export": Verb(export, "a trained model as safetensors, ONNX, or a folder for timm and the hub"),
     "report": Verb(report, "one HTML file with the curves, tables and pictures of runs"),
 }

@@ -1,0 +1,93 @@
+"""What is tried out before a run: that it says what is true, and leaves nothing that a run would continue from."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_train import nested_recipe, write_labels
+
+from tokenlabel.cli import main
+from tokenlabel.configuration import ConfigError, config_from_dict, write_config
+from tokenlabel.recipe import Recipe
+from tokenlabel.rehearsal import PICTURE_NAME, TRACE_NAME, dry_run, overfit, profile
+from tokenlabel.scenes import write_scenes
+from tokenlabel.train import build
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def nested(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data") / "scenes"
+    write_scenes(root, num_train=40, num_val=20, seed=0)
+    write_labels(root / "masks" / "train", root.parent / "labels")
+    return nested_recipe(root)
+
+
+def recipe_of(nested, **changes):
+    return config_from_dict({**nested, **changes}, Recipe, name="recipe")
+
+
+def test_a_dry_run_says_sizes_schedule_and_cost_and_draws_the_first_images(nested, tmp_path):
+    recipe = recipe_of(nested)
+    told = dry_run(recipe, tmp_path / "run", device=CPU)
+    num_parameters = sum(p.numel() for p in build(recipe, device=CPU).model.parameters())
+    assert f"lvvit_t: {num_parameters:,} parameters" in told
+    assert "40 of 10 classes, 24 x 24 px" in told
+    assert f"4 x 4 tokens; tokens are told by {nested['data']['labels']}" in told
+    assert "8 images: 1 process x 1 part of 8; fp32" in told
+    assert "15, 5 an epoch" in told
+    assert "1e-06 at 0, " in told
+    assert "0.002 at 5, " in told
+    for name in ("a step", "the run", "memory", "says           loss "):
+        assert name in told
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [PICTURE_NAME]
+    with Image.open(tmp_path / "run" / PICTURE_NAME) as picture:
+        assert picture.width > picture.height > 400
+        assert np.asarray(picture).std() > 10
+
+
+def test_a_dry_run_without_token_labels(nested, tmp_path):
+    data = {**nested["data"], "labels": None}
+    told = dry_run(recipe_of(nested, data=data), tmp_path, device=CPU)
+    assert "tokens are told nothing" in told
+
+
+def test_a_profile_is_a_trace_of_three_steps(nested, tmp_path):
+    told = profile(recipe_of(nested), tmp_path, device=CPU)
+    assert "aten::" in told
+    events = json.loads((tmp_path / TRACE_NAME).read_text())["traceEvents"]
+    steps = [event for event in events if event.get("name", "").startswith("ProfilerStep#")]
+    assert len({event["name"] for event in steps}) == 3
+
+
+def test_a_model_that_can_learn_learns_a_few_images_by_heart(nested):
+    *_, last = overfit(recipe_of(nested), 4, device=CPU, num_steps=100)
+    assert "4 images, 100 steps: 100.0% of the images are learnt, " in last
+
+
+def test_one_that_cannot_is_told_of(nested):
+    optim = {**nested["optim"], "lr": 1e-7, "min_lr": 1e-7, "warmup_lr": 1e-8}
+    *_, last = overfit(recipe_of(nested, optim=optim), 8, device=CPU, num_steps=10)
+    assert last.startswith("Too few: look at")
+
+
+@pytest.mark.parametrize(
+    ("number", "message"), [(41, "at most the 40 images"), (0, "at least 1 image, got 0")]
+)
+def test_it_needs_as_many_images_as_there_are(nested, number, message):
+    with pytest.raises(ConfigError, match=f"--overfit takes {message}"):
+        list(overfit(recipe_of(nested), number, device=CPU))
+
+
+def test_the_command_line_rehearses_in_place_of_training(nested, tmp_path, capsys):
+    path = tmp_path / "recipe.yaml"
+    write_config(recipe_of(nested), path)
+    arguments = ["train", "--recipe", str(path), "--out", str(tmp_path / "run"), "--device", "cpu"]
+    assert main([*arguments, "--dry-run"]) == 0
+    assert "learning rate" in capsys.readouterr().out
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert main([*arguments, "--dry-run", "--profile"]) == 2
+    assert "not allowed with" in capsys.readouterr().err
