@@ -1,10 +1,10 @@
-import errno
 import json
+import resource
+from contextlib import contextmanager
 
 import pytest
 import torch
 
-from tokenlabel import checkpoint
 from tokenlabel.checkpoint import (
     CheckpointError,
     Trained,
@@ -136,16 +136,29 @@ def test_a_folder_without_a_run_says_what_to_give(tmp_path):
         load_model(tmp_path)
 
 
-def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
+@contextmanager
+def files_of_at_most(num_bytes):
+    """Let writing a larger file fail, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "state.json"])
+def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, file):
     trained = trained_for(1)
-    save(tmp_path, 1, trained)
-
-    def fail(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(checkpoint, "save_file", fail)
-    with pytest.raises(CheckpointError, match=r"No space left on device.*earlier checkpoints are intact"):
+    first = save(tmp_path, 1, trained)
+    room = 1000  # less than either file
+    if file == "state.json":  # smaller than the tensors: these must not be what fails
+        trained = Trained(torch.nn.Identity(), torch.optim.SGD([torch.nn.Parameter(torch.ones(1))]), None)
+    with (
+        files_of_at_most(room),
+        pytest.raises(CheckpointError, match=r"(?i)too large.*earlier checkpoints are intact"),
+    ):
         save(tmp_path, 2, trained)
     assert [int(path.name) for path in list_checkpoints(tmp_path)] == [1]
-    assert load_checkpoint(list_checkpoints(tmp_path)[0], trained_for(0)) == 1
+    assert load_checkpoint(first, trained_for(0)) == 1
     assert not list((tmp_path / "checkpoints").glob(".*"))

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
@@ -103,10 +104,11 @@ def _write(
         (temporary / "state.json").write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
         for path in (*temporary.iterdir(), temporary):
             _flush(path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # the library's own error hides that of the system
         shutil.rmtree(temporary, ignore_errors=True)
+        reason = getattr(error, "strerror", None) or error
         raise CheckpointError(
-            f"{folder}: could not be written ({error.strerror or error}); earlier checkpoints are intact; "
+            f"{folder}: could not be written ({reason}); earlier checkpoints are intact; "
             "make room and run the same command to continue"
         ) from error
     shutil.rmtree(folder, ignore_errors=True)
