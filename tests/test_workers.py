@@ -5,6 +5,11 @@ import sys
 import time
 from pathlib import Path
 
+from torch._utils import ExceptionWrapper
+
+from tokenlabel import cli
+from tokenlabel.images import ImageError
+
 SCRIPT = f"""if __name__ == "__main__":
     import os, signal, sys, time
     sys.path.insert(0, {str(Path(__file__).parent)!r})
@@ -39,3 +44,16 @@ def test_a_signal_to_the_whole_group_stops_no_worker_before_the_trainer_ends_it(
     rest, _ = trainer.communicate("\n", timeout=60)
     assert rest.split() == ["11", "False"]
     assert trainer.returncode == 0
+
+
+def test_an_error_in_a_worker_is_told_in_its_own_words(monkeypatch, capsys):
+    def meet_a_broken_image(_):
+        try:
+            raise ImageError("cat/7.jpg: does not decode as an image (broken data stream)")
+        except ImageError:
+            ExceptionWrapper(where="in DataLoader worker process 0").reraise()
+
+    monkeypatch.setitem(cli.VERBS, "train", cli.Verb(meet_a_broken_image, ""))
+    assert cli.main(["train"]) == 2
+    message = "cat/7.jpg: does not decode as an image (broken data stream)"
+    assert capsys.readouterr().err == f"tokenlabel train: error: {message}\n"

@@ -51,8 +51,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if os.environ.get("TOKENLABEL_TRACEBACK"):
             raise
-        print(f"tokenlabel {name}: error: {error}", file=sys.stderr)
+        print(f"tokenlabel {name}: error: {_own_message(error)}", file=sys.stderr)
         return USAGE_ERROR
+
+
+def _own_message(error: Exception) -> str:
+    """Return the message of an error; one from a data worker comes with the worker's traceback before it."""
+    message = str(error).rstrip()
+    if message.startswith("Caught ") and "Traceback" in message:
+        return message.splitlines()[-1].partition(": ")[2]
+    return message
 
 
 def demo(arguments: list[str]) -> int:
