@@ -113,6 +113,7 @@ def _large_rows(folder: Path, num_images: int) -> list[Row]:
         Row(f"{title}: random reads, 1 process, first pass", one["reads_per_s"][:1], "1/s"),
         Row(f"{title}: random reads, 1 process", one["reads_per_s"][1:], "1/s", "at least 100,000"),
         Row(f"{title}: random reads, 2 processes together", both[1:], "1/s"),
+        Row(f"{title}: tokenlabel inspect", [_inspect_s(folder) for _ in range(3)], "s", "under 1"),
     ]
 
 
@@ -124,6 +125,15 @@ def _read(folder: Path, num_images: int, *, num_reads: int, workers: int) -> lis
     ]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE) for command in commands]
     return [json.loads(process.communicate()[0]) for process in processes]
+
+
+def _inspect_s(folder: Path) -> float:
+    """Return how long the command takes, the start of Python included."""
+    started = time.perf_counter()
+    subprocess.run(
+        [sys.executable, "-m", "tokenlabel", "inspect", str(folder)], stdout=subprocess.PIPE, check=True
+    )
+    return time.perf_counter() - started
 
 
 def _write_large(folder: Path, maps: list[ScoreMap], num_images: int) -> None:
