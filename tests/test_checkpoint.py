@@ -98,10 +98,12 @@ def test_pruning_keeps_what_is_spared_and_leads_to_the_best(tmp_path):
     trained = trained_for(1)
     for step in (1, 5, 10, 100_000_000):
         save(tmp_path, step, trained)
+    (tmp_path / "checkpoints" / ".writing-00000003").mkdir()
     for best in (10, 5):  # the link is made, then moved
         prune_checkpoints(tmp_path, {5, 10, 100_000_000}, best=best)
         assert load_model(tmp_path / "checkpoints" / "best").step == best
     assert [int(path.name) for path in list_checkpoints(tmp_path)] == [5, 10, 100_000_000]
+    assert not list((tmp_path / "checkpoints").glob(".*"))
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "ema.safetensors", "optimizer.safetensors"])

@@ -123,8 +123,9 @@ def list_checkpoints(run: Path) -> list[Path]:
 
 def prune_checkpoints(run: Path, spared: Collection[int], *, best: int | None) -> None:
     """Remove the checkpoints of all steps but the spared ones; let the link `best` lead to that of step `best`."""
-    for folder in list_checkpoints(run):
-        if int(folder.name) not in spared:
+    unfinished = (run / "checkpoints").glob(".writing-*")  # of a run that was killed
+    for folder in (*list_checkpoints(run), *unfinished):
+        if folder.name.startswith(".") or int(folder.name) not in spared:
             shutil.rmtree(folder)
     if best is not None:
         link = run / "checkpoints" / "best"
