@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tokenlabel.cli import main
 from tokenlabel.images import DataError, ImageError, ImageFolder, ImageSubset, decode_image
 from tokenlabel.sources import ListedImages, open_images
 from tokenlabel.tars import INDEX_NAME, TarImages, write_index
@@ -132,6 +133,11 @@ class TestIndex:
             write_tar(tars / "a.tar", {name: files[name] for name in same_size})
         with pytest.raises(DataError, match=r"index\.npz: the tar files beside it have changed"):
             open_images(tars)
+
+    def test_the_command_line_writes_it(self, tars, capsys):
+        assert main(["index", str(tars)]) == 0
+        assert capsys.readouterr().out.strip() == str(tars / INDEX_NAME)
+        assert len(open_images(tars)) == 7
 
     def test_damaged_and_empty(self, tars, tmp_path):
         (tars / INDEX_NAME).write_bytes(b"PK nonsense")

@@ -147,6 +147,20 @@ def _rehearse(recipe: Recipe, options: Namespace, device: torch.device) -> int:
     return 0
 
 
+def index(arguments: list[str]) -> int:
+    """Index tar files."""
+    parser = new_parser(
+        "index", "Look through a folder of tar files once, so that it opens at once from then on."
+    )
+
+    from tokenlabel.tars import write_index
+
+    parser.add_argument("images", type=Path, help="folder of .tar files; the index is written beside them")
+    options = parse(parser, arguments)
+    print(write_index(options.images))
+    return 0
+
+
 def annotate(arguments: list[str]) -> int:
     """Let a teacher label images."""
     parser = new_parser(
@@ -370,6 +384,7 @@ class Verb:
 
 VERBS = {
     "demo": Verb(demo, "every stage on data that ships with a dependency: start here"),
+    "index": Verb(index, "what is where in tar files, for data sets too large for folders"),
     "annotate": Verb(annotate, "a teacher writes a dense score map for every image"),
     "inspect": Verb(inspect, "what is in a label store"),
     "import-labels": Verb(import_labels, "the label files published in 2021, into a store"),
