@@ -104,11 +104,11 @@ def write(path, data=None):
 
 class TestImageFolder:
     def test_the_class_is_the_first_folder_and_the_key_the_whole_path(self, tmp_path):
-        for path in ("dog/b.png", "cat/2020/may/x.JPEG", "cat/a.jpg", "cat/a.notes.txt", "ant/1.webp"):
+        for path in ("dog/b.png", "cat/2020/may/x.JPEG", "cat/a.jpg", "cat/a.notes.txt", "ant/1.GIF"):
             write(tmp_path / path)
         source = open_images(tmp_path)
         assert source.class_names == ["ant", "cat", "dog"]
-        assert list(source.keys) == ["ant/1.webp", "cat/2020/may/x.JPEG", "cat/a.jpg", "dog/b.png"]
+        assert list(source.keys) == ["ant/1.GIF", "cat/2020/may/x.JPEG", "cat/a.jpg", "dog/b.png"]
         assert source.class_ids.tolist() == [0, 1, 1, 2]
         assert source.read(3) == (tmp_path / "dog/b.png").read_bytes()
 
@@ -185,6 +185,34 @@ class TestDecode:
         np.testing.assert_array_equal(np.asarray(decode_image(encoded(deep), "16 bit")), expected)
         np.testing.assert_array_equal(np.asarray(decode_image(encoded(with_alpha), "alpha")), noise(1))
         assert decode_image(palette.getvalue(), "palette").mode == "RGB"
+
+    def test_wide_greys_keep_their_upper_byte_and_pixels_of_32_bits_are_refused(self):
+        grey = noise(2, SIZE_PX)
+        wide = (grey.astype(np.uint16) << 8) + 77
+        expected = np.repeat(grey[..., None], 3, axis=2)
+        pgm = b"P5 8 6 65535\n" + wide.astype(">u2").tobytes()
+        for data in (pgm, encoded(wide, "TIFF")):
+            np.testing.assert_array_equal(decode_pixels(data, "16 bit"), expected)
+        for pixels in (grey.astype(np.float32) / 255, grey.astype(np.int32)):
+            with pytest.raises(ImageError, match=r"a\.tif: does not decode .* have 32 bits"):
+                decode_pixels(encoded(pixels, "TIFF"), "a.tif")
+
+    @pytest.mark.parametrize("image_format", ["GIF", "WEBP"])
+    def test_the_first_picture_of_an_animation_counts(self, image_format):
+        few_colours = noise(1) // 64 * 64
+        pictures = [Image.fromarray(few_colours), Image.fromarray(255 - few_colours)]
+        buffer = io.BytesIO()
+        pictures[0].save(buffer, image_format, save_all=True, append_images=pictures[1:], lossless=True)
+        np.testing.assert_array_equal(decode_pixels(buffer.getvalue(), "a.gif"), few_colours)
+
+    def test_pixels_lie_where_the_file_has_them_whatever_orientation_it_names(self):
+        turned = Image.Exif()
+        turned[0x112] = 6  # a quarter turn
+        plain = decode_pixels(encoded(noise(1), "JPEG"), "a.jpg")
+        np.testing.assert_array_equal(decode_pixels(encoded(noise(1), "JPEG", exif=turned), "a.jpg"), plain)
+        np.testing.assert_array_equal(
+            np.asarray(decode_image(encoded(noise(1), "JPEG", exif=turned), "a.jpg")), plain
+        )
 
     @pytest.mark.parametrize(
         "data", [b"", b"not an image", encoded(noise(0))[:60], encoded(noise(0), "JPEG")[:-40]]
@@ -403,7 +431,7 @@ class TestBatchSampler:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"batch_size": 6, "world_size": 4}, "6 images does not divide among 4 ranks"),
+            ({"batch_size": 6, "world_size": 4}, "6 images does not divide among 4 processes"),
             ({"num_images": 0}, "at least one image"),
             ({"rank": 2, "world_size": 2}, "rank 2 of 2"),
         ],

@@ -12,14 +12,16 @@ from typing import Protocol, overload, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 try:
     import simplejpeg
 except ImportError:  # the extra "fast"
     simplejpeg = None
 
-EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+EXTENSIONS = (
+    ".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp",
+)  # fmt: skip
 
 # Up to this many images `check_images` decodes every one by default (about 10 ms each for 500 x 375 JPEGs).
 DECODE_ALL_UP_TO = 10_000
@@ -215,11 +217,13 @@ class ImageCheck(StrEnum):
 def decode_image(data: bytes, name: str) -> Image.Image:
     """Decode to RGB; `name` is what the ImageError calls an image that does not decode.
 
-    Transparency is dropped, 16-bit greys keep their upper byte, and orientation tags are ignored, so that
-    pixels lie where the file has them, as in torchvision and timm.
+    Transparency is dropped, 16-bit greys keep their upper byte, of an animation the first picture counts, and
+    orientation tags are ignored, so that pixels lie where the file has them, as in torchvision and timm.
     """
     try:
         return _as_rgb(Image.open(io.BytesIO(data)))
+    except UnidentifiedImageError as error:
+        raise ImageError(f"{name}: does not decode as an image (it is of no known format)") from error
     except Exception as error:  # Pillow's decoders raise whatever their parsing runs into
         raise ImageError(f"{name}: does not decode as an image ({error or type(error).__name__})") from error
 
@@ -300,7 +304,10 @@ def _has_sound_ends(source: ImageSource, index: int) -> bool:
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):
+    is_wide_pgm = image.mode == "I" and image.format == "PPM"  # which Pillow opens so, scaled to 16 bits
+    if image.mode in ("I", "F") and not is_wide_pgm:
+        raise ValueError("its pixels have 32 bits, which nothing says the range of; save it with 8 or 16")
+    if image.mode.startswith("I;16") or is_wide_pgm:
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # without this step Pillow warns
