@@ -189,7 +189,7 @@ def test_keys_by_number(folder):
 def test_figures_for_people(folder):
     figures = inspect_store(LabelStore(folder), InspectConfig(verify=True)).as_dict()
     text = as_text(figures | {"mask_agreement": 0.625})
-    assert "4 labels (probabilities), top 2 of 4 classes; 0 images without a label" in text
+    assert "4 labels (probabilities), top 2 of 4 classes; 0 images failed" in text
     assert "4 x 5 (3), 2 x 2 (1)" in text
     assert "75.0% of the images' best class is their own" in text
     assert "62.5% of the places' best class is what the masks show there" in text
@@ -207,4 +207,6 @@ def test_who_made_labels_fits_a_line(tmp_path):
 
 def test_failures_are_counted(tmp_path):
     LabelStoreWriter(tmp_path, manifest(failures=(Failure("x", "y"),)))
-    assert inspect_store(LabelStore(tmp_path)).num_failures == 1
+    found = inspect_store(LabelStore(tmp_path))
+    assert found.num_failures == 1
+    assert "1 images failed: manifest.json says why" in as_text(found.as_dict())

@@ -170,6 +170,7 @@ def annotate(arguments: list[str]) -> int:
     from tokenlabel.annotation import AnnotateConfig
     from tokenlabel.annotation import annotate as annotate_images
     from tokenlabel.configuration import add_config_arguments, config_of
+    from tokenlabel.distributed import launched_ranks
 
     parser.add_argument("images", type=Path, help=IMAGES_HELP)
     parser.add_argument("store", type=Path, help="folder of the labels; what is there already is kept")
@@ -178,6 +179,8 @@ def annotate(arguments: list[str]) -> int:
     options = parse(parser, arguments)
     config = config_of(parser, options, AnnotateConfig)
     done = annotate_images(options.images, options.store, config, device=device_of(options.device))
+    if not launched_ranks().is_first:
+        return 0
     print(
         f"{options.store}: {done.num_labelled:,} images labelled, {done.num_present:,} had been, "
         f"{len(done.failures):,} failed; {done.images_per_s:,.0f} images/s"

@@ -227,9 +227,10 @@ def _suspect(look: Look, class_id: int, store: LabelStore) -> Suspect:
 
 def as_text(figures: Mapping[str, Any]) -> str:
     """Return the figures of `Inspection.as_dict` for people; a figure more may be there, `mask_agreement`."""
+    reasons = ": manifest.json says why" if figures["num_failures"] else ""
     lines = [
         f"{figures['num_images']:,} labels ({figures['kind']}), top {figures['topk']} of {figures['num_classes']:,} "
-        f"classes; {figures['num_failures']:,} images without a label",
+        f"classes; {figures['num_failures']:,} images failed{reasons}",
         f"{'size':<24}{figures['bytes_per_image']:,.0f} bytes an image, files: {figures['num_files']:,}, "
         f"encoding {figures['encoding']}",
         f"{'teacher':<24}{_in_a_line(figures['teacher'])}",
