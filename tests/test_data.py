@@ -480,18 +480,35 @@ class TestShardOrder:
             shard_order(np.zeros(3, np.int64), seed=0, epoch=0, window=0)
 
 
-@given(num_images=st.integers(0, 40), batch_size=st.integers(1, 9), world_size=st.integers(1, 5))
-def test_evaluation_shows_every_image_once_over_all_ranks(num_images, batch_size, world_size):
-    shown = []
+@given(num_images=st.integers(5, 40), batch_size=st.integers(2, 9), world_size=st.integers(1, 5))
+def test_evaluation_shows_every_image_once_over_all_ranks_in_as_many_batches(
+    num_images, batch_size, world_size
+):
+    shown, num_batches = [], set()
     for rank in range(world_size):
         sampler = EvalBatchSampler(
             num_images=num_images, batch_size=batch_size, rank=rank, world_size=world_size
         )
         batches = list(sampler)
         assert len(sampler) == len(batches)
-        assert all(len(batch) == batch_size for batch in batches[:-1])
+        assert all(1 <= len(batch) <= batch_size for batch in batches)
+        num_batches.add(len(batches))
         shown += [pair for batch in batches for pair in batch]
     assert shown == [(0, index) for index in range(num_images)]
+    assert len(num_batches) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"batch_size": 1, "world_size": 2}, "batch_size must be at least 2, got 1"),
+        ({"num_images": 2, "world_size": 3}, "2 images don't give each of 3 processes one"),
+    ],
+)
+def test_impossible_sizes_of_evaluation_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        EvalBatchSampler(**{"num_images": 10, "batch_size": 4, **options})
 
 
 class TestLoader:
