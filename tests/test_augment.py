@@ -1,3 +1,4 @@
+import io
 import pickle
 from unittest.mock import patch
 
@@ -12,6 +13,7 @@ from timm.data.transforms_factory import transforms_imagenet_eval
 from torch.nn import functional as F
 from torchvision.transforms import functional as vision
 
+from tokenlabel import images
 from tokenlabel.alignment import align, collate_score_maps
 from tokenlabel.augment import (
     MEAN_COLOUR,
@@ -24,6 +26,7 @@ from tokenlabel.augment import (
     WarpConfig,
     draw_crop,
     one_view,
+    resize,
     warp,
 )
 from tokenlabel.geometry import View, stack_views
@@ -484,6 +487,30 @@ class TestTransforms:
         assert (
             np.abs(expected[0].permute(1, 2, 0).clamp(0, 255).numpy() - pixels).max() <= 3
         )  # torch's bicubic kernel is another
+
+    @pytest.mark.parametrize("interpolation", [Interpolation.BILINEAR, Interpolation.BICUBIC])
+    @given(image_size_px=SIZES, size_px=SIZES, seed=st.integers(0, 99))
+    @settings(max_examples=15, deadline=None)
+    def test_resized_pixels_are_within_a_level_of_pillows(self, interpolation, image_size_px, size_px, seed):
+        image = photo(image_size_px, seed)
+        pillows = np.asarray(image.resize(size_px, Image.Resampling[interpolation.name]))
+        off = np.abs(resize(np.asarray(image).copy(), size_px[::-1], interpolation).astype(int) - pillows)
+        assert np.quantile(off, 1 if interpolation is Interpolation.BILINEAR else 0.995) <= 1
+
+    @pytest.mark.parametrize("quality", [60, 95])
+    def test_a_sample_is_the_same_with_simplejpeg_and_without(self, quality, monkeypatch):
+        transform = TrainTransform(self.FULL, (32, 48))
+        for seed in range(5):
+            buffer = io.BytesIO()
+            photo((70, 50), seed).save(buffer, "JPEG", quality=quality)
+            samples = []
+            for decoder in (images.simplejpeg, None):
+                monkeypatch.setattr(images, "simplejpeg", decoder)
+                pixels = images.decode_pixels(buffer.getvalue(), "a.jpg")
+                samples.append(transform(pixels, np.random.default_rng(seed)))
+            (fast, view), (slow, same_view) = samples
+            assert np.abs(fast.astype(int) - slow).max() <= 1
+            np.testing.assert_array_equal(view.frames, same_view.frames)
 
     def test_random_interpolation_draws_both(self):
         image = noise((40, 40))

@@ -283,7 +283,8 @@ def resize(
 ) -> NDArray[np.uint8]:
     """Resize pixels [h, w, 3] to (height, width), with antialiasing.
 
-    Within a level or two of Pillow's, and several times as fast: torch keeps to uint8 and vectorises.
+    Within a level of Pillow's (bicubic: but for single pixels beside hard edges that overshoot), and several
+    times as fast: torch keeps to uint8 and vectorises.
     """
     # Torch's fast path wants one image, channels last, without gaps between its rows.
     image = torch.from_numpy(pixels).permute(2, 0, 1)[None].contiguous(memory_format=torch.channels_last)
