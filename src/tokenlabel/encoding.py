@@ -228,7 +228,7 @@ def _read_planes(
         raise EncodingError(f"class ids reach {palette[-1]}")
     first = np.frombuffer(body, np.uint8, num_named * height * width, 4 * num_named)
     second = np.frombuffer(body, np.uint8, offset=4 * num_named + first.size)
-    places = np.flatnonzero(first)
+    places = np.flatnonzero(first != 0)  # five times as fast as of bytes
     steps = first[places].astype(np.int64)
     goes_on = steps == 255
     if np.count_nonzero(goes_on) != len(second):
@@ -250,13 +250,14 @@ def _by_cell(
     # One sort of one number an entry: by cell, then the largest step, then the code.
     entries = np.sort((cells << 40) | ((PLANE_STEPS - steps) << 30) | codes)
     counts = np.bincount(cells, minlength=num_cells)
-    if counts.max() > max_entries:
-        raise EncodingError(f"a cell keeps {counts.max()} entries, the record says at most {max_entries}")
-    slots = np.arange(len(entries)) - np.repeat(np.cumsum(counts) - counts, counts)
-    table = np.zeros((2, num_cells, max(1, counts.max())), np.int64)
-    table[0, entries >> 40, slots] = entries & ((1 << 30) - 1)
-    table[1, entries >> 40, slots] = PLANE_STEPS - (entries >> 30 & 1023)
-    return table[0], table[1]
+    num_kept = max(1, counts.max())
+    if num_kept > max_entries:
+        raise EncodingError(f"a cell keeps {num_kept} entries, the record says at most {max_entries}")
+    first_slots = np.arange(num_cells) * num_kept - (np.cumsum(counts) - counts)
+    table = np.full(num_cells * num_kept, PLANE_STEPS << 30)  # what is not kept has 0 steps
+    table[np.arange(len(entries)) + np.repeat(first_slots, counts)] = entries
+    codes, steps = table & ((1 << 30) - 1), PLANE_STEPS - (table >> 30 & 1023)
+    return codes.reshape(num_cells, num_kept), steps.reshape(num_cells, num_kept)
 
 
 def _compress(body: bytes, encoding: Encoding) -> bytes:
