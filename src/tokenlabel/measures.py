@@ -126,7 +126,7 @@ def probe(finished: Finished) -> Figures:
 def label_truth(finished: Finished) -> Figures:
     """Return how often the aligned labels of augmented training images name the object that a token shows."""
     recipe, model = finished.trained.recipe, finished.trained.model
-    if recipe.data.labels is None:
+    if recipe.data.labels is None or not recipe.loss.reads_labels:
         return {}
     size_px, source = recipe.model.size_px, open_images(recipe.data.train)
     transform = TrainTransform(recipe.augment, size_px)
@@ -150,9 +150,10 @@ def label_truth(finished: Finished) -> Figures:
 
 def label_bytes(finished: Finished) -> Figures:
     """Return the bytes that a label of the run's store takes, with everything in its folder."""
-    if finished.trained.recipe.data.labels is None:
+    recipe = finished.trained.recipe
+    if recipe.data.labels is None or not recipe.loss.reads_labels:
         return {}
-    folder = Path(finished.trained.recipe.data.labels)
+    folder = Path(recipe.data.labels)
     num_bytes = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
     return {"label_bytes": num_bytes / len(LabelStore(folder))}
 

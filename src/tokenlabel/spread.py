@@ -20,7 +20,9 @@ def student_t(degrees: int) -> float:
     if degrees <= len(_STUDENT_T):
         return _STUDENT_T[degrees - 1]
     z = _NORMAL
-    return z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
+    first, second = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + first / degrees + second / degrees**2 + third / degrees**3
 
 
 @dataclass(frozen=True, kw_only=True)
