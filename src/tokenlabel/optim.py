@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from timm.utils.model_ema import ModelEmaV3
 from torch import nn
-
-from tokenlabel.models import TokenModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +48,28 @@ class OptimConfig:
     """Let the average's decay grow from 0 as 1 - (1 + step) ** -2/3: in a short run .99992 alone is useless."""
 
 
-def create_optimizer(model: TokenModel, config: OptimConfig) -> torch.optim.AdamW:
+@runtime_checkable
+class Layered(Protocol):
+    """A model that says which layer each parameter belongs to, and what weight decay leaves alone: any `TokenModel`."""
+
+    def layers(self) -> dict[str, int]:
+        """Return the layer of each parameter by its name."""
+        ...
+
+    def no_weight_decay(self) -> set[str]:
+        """Return the names of the parameters that weight decay leaves alone, beside biases and norms."""
+        ...
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield every parameter with its name."""
+        ...
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yield every parameter."""
+        ...
+
+
+def create_optimizer(model: Layered, config: OptimConfig) -> torch.optim.AdamW:
     """Return AdamW over the trainable parameters, grouped by layer and by whether they decay.
 
     A group's `lr_scale` is what the learning rate of a step is multiplied with (`set_learning_rate`).

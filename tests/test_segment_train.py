@@ -1,0 +1,290 @@
+"""Segmentation under the engine: learning, resuming, several processes, weights to begin with, and the commands."""
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import time
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from segment_cases import BACKBONE, nested_recipe, recipe_for, write_image
+
+from tokenlabel.checkpoint import list_checkpoints
+from tokenlabel.cli import main
+from tokenlabel.configuration import ConfigError, config_from_dict
+from tokenlabel.distributed import Ranks, joined_ranks
+from tokenlabel.models import WeightsError, create_model
+from tokenlabel.recipe import find_recipe, recipe_names
+from tokenlabel.runlog import read_metrics
+from tokenlabel.scenes import write_scenes
+from tokenlabel.segmentation.evaluation import evaluate_segmentation
+from tokenlabel.segmentation.inference import Segmenter
+from tokenlabel.segmentation.model import SegmentModelConfig, create_segmentation_model
+from tokenlabel.segmentation.recipe import SegmentRecipe
+from tokenlabel.segmentation.task import build, load_segmenter, pixel_loss, train_segmentation
+from tokenlabel.segmentation.weights import load_weights
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data") / "scenes"
+    write_scenes(root, num_train=40, num_val=20, seed=0)
+    return root
+
+
+@pytest.fixture(scope="module")
+def run(scenes, tmp_path_factory):
+    """A short run."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    train_segmentation(recipe_for(scenes), folder, device=CPU)
+    return folder
+
+
+def weights_of(run):
+    (folder,) = list_checkpoints(run)[-1:]
+    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+
+
+@settings(max_examples=25)
+@given(st.integers(1, 3), st.integers(2, 5), st.integers(0, 99))
+def test_the_loss_is_the_cross_entropy_of_the_pixels_that_count(batch, num_classes, seed):
+    rng = np.random.default_rng(seed)
+    logits = torch.from_numpy(rng.normal(size=(batch, num_classes, 4, 3)).astype(np.float32))
+    masks = rng.integers(0, num_classes + 1, (batch, 4, 3)).astype(np.uint8)
+    masks[masks == num_classes] = 255
+    total = 0.0
+    for image, row, column in np.ndindex(masks.shape):
+        if masks[image, row, column] != 255:
+            scores = logits[image, :, row, column].double().numpy()
+            total += np.log(np.exp(scores).sum()) - scores[masks[image, row, column]]
+    assert float(pixel_loss(logits, torch.from_numpy(masks))) == pytest.approx(total / masks.size, abs=1e-5)
+
+
+def test_a_run_leaves_its_recipe_metrics_and_model(run):
+    lines = read_metrics(run)
+    evals = [line for line in lines if line["kind"] == "eval"]
+    assert [line["step"] for line in evals] == [5, 9]
+    assert {"miou", "mean_accuracy", "pixel_accuracy", "num_images"} <= set(evals[-1])
+    last = [line for line in lines if line["kind"] == "train"][-1]
+    assert last["loss"] == pytest.approx(last["decode_loss"] + 0.4 * last["auxiliary_loss"])
+    trained = load_segmenter(run)
+    assert trained.class_names == [*"0123456789", "background"]
+    assert trained.step == 9
+    assert not trained.model.training
+
+
+def test_training_learns_its_images_by_heart(scenes, tmp_path):
+    recipe = recipe_for(
+        scenes,
+        num_steps=60,
+        augment={"scale": [0.5, 0.5], "horizontal_flip": 0.0, "photometric": False},
+        optim__lr=1e-2,
+        optim__ema_decay=None,
+        model__dropout=0.0,
+        eval__every_epochs=100.0,
+        checkpoint__every_epochs=100.0,
+    )
+    train_segmentation(recipe, tmp_path / "run", device=CPU)
+    losses = [line["decode_loss"] for line in read_metrics(tmp_path / "run") if line["kind"] == "train"]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_a_killed_run_ends_with_the_same_weights(scenes, tmp_path):
+    recipe = recipe_for(scenes, num_steps=30, eval__every_epochs=0.4)
+    train_segmentation(recipe, tmp_path / "unbroken", device=CPU)
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["tokenlabel.segmentation.task"])
+    killed = tmp_path / "killed"
+    for is_last in (False, True):
+        process = processes.Process(target=train_segmentation, args=(recipe, killed), kwargs={"device": CPU})
+        process.start()
+        while not is_last and process.is_alive() and len(read_metrics(killed)) < 3:
+            time.sleep(0.005)
+        if not is_last:
+            process.kill()
+        process.join()
+        assert process.exitcode == (0 if is_last else -signal.SIGKILL)
+    assert weights_of(killed) == weights_of(tmp_path / "unbroken")
+
+
+def evaluate_rank(rank, port, run, answers):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with joined_ranks(CPU) as ranks:
+        answers.put(figures_of_run(run, ranks))
+
+
+def figures_of_run(run, ranks):
+    trained = load_segmenter(run)
+    figures = evaluate_segmentation(
+        Segmenter(trained.model, trained.recipe.eval, window_px=trained.recipe.model.size_px),
+        build(trained.recipe, device=CPU).val_pairs,
+        device=CPU,
+        autocast=torch.autocast("cpu", enabled=False),
+        ranks=ranks,
+    )
+    del figures["images_per_s"]
+    return figures
+
+
+def test_two_processes_find_the_same_figures_as_one(run):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tokenlabel.segmentation.task"])
+    answers = context.SimpleQueue()
+    ranks = [context.Process(target=evaluate_rank, args=(rank, port, run, answers)) for rank in (0, 1)]
+    for process in ranks:
+        process.start()
+    found = [answers.get() for _ in ranks]
+    for process in ranks:
+        process.join()
+    alone = figures_of_run(run, Ranks())
+    assert found == [alone, alone]
+    logged = [line for line in read_metrics(run) if line["kind"] == "eval"][-1]
+    assert logged["miou"] == alone["miou"]
+
+
+def new_model(num_classes=11, **changes):
+    config = {"name": "lvvit_t", "size_px": (24, 24), "options": BACKBONE, "neck_width": 16, "head_width": 8}
+    return create_segmentation_model(SegmentModelConfig(**{**config, **changes}), num_classes=num_classes)
+
+
+def test_a_classifier_of_another_size_becomes_the_backbone(tmp_path):
+    classifier = create_model("lvvit_t", num_classes=7, size_px=(48, 48), **BACKBONE)
+    save_file(classifier.state_dict(), tmp_path / "classifier.safetensors")
+    model = new_model(size_px=(24, 36))
+    load_weights(model, tmp_path / "classifier.safetensors")
+    ours, theirs = model.backbone.state_dict(), classifier.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs if name.startswith("blocks."))
+    assert ours["pos_embed"].shape == (1, 1 + 4 * 6, 16)
+
+
+def as_published(model, *, changes=()):
+    """Return the tensors of a model under the names of the published files, which have no classifier in there."""
+    renamed = {
+        name.replace("neck.side_layer", "backbone.side_layer"): tensor.contiguous().clone()
+        for name, tensor in model.state_dict().items()
+        if not name.startswith(("backbone.head", "backbone.aux_head", "backbone.norm."))
+    }
+    return renamed | dict(changes)
+
+
+def test_published_models_load(tmp_path):
+    published = new_model()
+    torch.save({"state_dict": as_published(published), "meta": {"iter": 160000}}, tmp_path / "upernet.pth")
+    model = new_model()
+    load_weights(model, tmp_path / "upernet.pth")
+    images = torch.randn(1, 3, 24, 24)
+    assert torch.equal(model.eval()(images).logits, published.eval()(images).logits)
+
+
+def test_heads_for_other_classes_start_anew(tmp_path, caplog):
+    torch.save(as_published(new_model(num_classes=5)), tmp_path / "upernet.pth")
+    model = new_model()
+    before = model.decode_head.conv_seg.weight.clone()
+    load_weights(model, tmp_path / "upernet.pth")
+    assert torch.equal(model.decode_head.conv_seg.weight, before)
+    assert "auxiliary_head.conv_seg.bias" in caplog.text
+
+
+def test_files_that_differ_are_refused_by_the_names(tmp_path):
+    tensors = as_published(new_model(), changes={"decode_head.more.weight": torch.ones(1)})
+    del tensors["decode_head.fpn_convs.0.conv.weight"]
+    tensors["backbone.side_layer1.0.weight"] = torch.ones(16, 16, 2, 2)
+    torch.save(tensors, tmp_path / "upernet.pth")
+    model = new_model()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(
+        WeightsError,
+        match=r"it lacks decode_head\.fpn_convs\.0\.conv\.weight; it has decode_head\.more\.weight; "
+        r"sizes differ: neck\.side_layer1\.0\.weight \(16 x 16 x 2 x 2, not 16 x 16 x 4 x 4\)",
+    ):
+        load_weights(model, tmp_path / "upernet.pth")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_training_goes_on_from_a_run_of_segmentation(run, scenes):
+    task = build(recipe_for(scenes, model__weights=str(run)), device=CPU)
+    (folder,) = list_checkpoints(run)[-1:]
+    averaged = load_file(folder / "ema.safetensors")
+    assert all(torch.equal(tensor, averaged[name]) for name, tensor in task.model.state_dict().items())
+
+
+def test_the_commands_train_evaluate_and_predict(scenes, tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(nested_recipe(scenes)))
+    run, out = tmp_path / "run", tmp_path / "out"
+    assert main(["segment", "train", "--recipe", str(recipe), "--run", str(run), "--num_steps", "2"]) == 0
+    trained = json.loads(capsys.readouterr().out)
+    assert main(["segment", "eval", str(run), "--output", str(tmp_path / "eval.json")]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures == json.loads((tmp_path / "eval.json").read_text())
+    assert figures["miou"] == trained["miou"]
+    assert set(figures["class_iou"]) == {*"0123456789", "background"}
+    changed = ["--mode", "whole", "--scales", "0.5", "1", "--flip", "--short-side", "0"]
+    assert main(["segment", "eval", str(run), *changed]) == 0
+    assert json.loads(capsys.readouterr().out)["num_images"] == 20
+    write_image(tmp_path / "photos/a/one.jpg", (30, 41))
+    assert main(["segment", "predict", str(run), str(tmp_path / "photos"), "--out", str(out)]) == 0
+    with Image.open(out / "masks/a/one.png") as mask, Image.open(out / "overlays/a/one.png") as overlay:
+        assert (mask.mode, mask.size, overlay.size) == ("P", (41, 30), (41, 30))
+    assert list(json.loads((out / "classes.json").read_text())) == [*"0123456789", "background"]
+
+
+def test_a_published_file_is_evaluated_with_its_recipe(run, scenes, tmp_path, capsys):
+    torch.save(as_published(load_segmenter(run).model), tmp_path / "upernet.pth")
+    recipe = tmp_path / "recipe.yaml"
+    nested = nested_recipe(scenes)
+    nested["data"] |= {"class_names": list("0123456789"), "layout": "scenes"}
+    recipe.write_text(yaml.safe_dump(nested))
+    words = [str(tmp_path / "upernet.pth"), "--recipe", str(recipe), "--root", str(scenes)]
+    assert main(["segment", "eval", *words]) == 0
+    logged = [line for line in read_metrics(run) if line["kind"] == "eval"][-1]
+    assert json.loads(capsys.readouterr().out)["miou"] == logged["miou"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["trai"], "no command 'trai'; known: train, eval, predict"),
+        (["eval", "nowhere"], "nowhere: holds no checkpoint"),
+        (["train", "--recipe", "segment_scenes", "--run", "r"], "layout scenes needs data.root"),
+    ],
+)
+def test_mistakes_are_one_line(words, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["segment", *words]) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert "\n" not in error
+
+
+def test_sharded_training_is_refused(scenes):
+    with pytest.raises(ConfigError, match="sharded"):
+        recipe_for(scenes, sharded=True)
+
+
+@pytest.mark.parametrize("name", [name for name in recipe_names() if name.startswith("segment_")])
+def test_the_recipes_of_the_package_can_be_read(name):
+    nested = yaml.safe_load(find_recipe(name).read_text())
+    nested["data"]["root"] = "somewhere"
+    recipe = config_from_dict(nested, SegmentRecipe, name=name)
+    nested["model"] |= {"size_px": [32, 32]}
+    with torch.device("meta"):
+        create_segmentation_model(recipe.model, num_classes=150)
+    if "ade20k" in name:
+        assert (recipe.num_steps, recipe.batch_size, recipe.optim.lr) == (160_000, 16, 6e-5)
+        assert recipe.optim.warmup_steps == 1500
+        assert round(recipe.eval.every_epochs * (20_210 // 16)) == 8000
