@@ -1,9 +1,13 @@
 """How options may be written on a command line."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 from tokenlabel.annotation import AnnotateConfig
 from tokenlabel.arguments import new_parser, parse
+from tokenlabel.cli import main
 from tokenlabel.configuration import add_config_arguments, config_of
 
 
@@ -42,3 +46,14 @@ def test_several_teachers():
 def test_an_option_that_does_not_exist_is_an_error():
     with pytest.raises(ValueError, match="unrecognized arguments: --strct; did you mean strict"):
         read("images", "labels", "--teacher", "t", "--strct")
+
+
+def test_the_label_guide_names_options_that_exist(capsys):
+    named = set(re.findall(r"--[a-z][a-z_.-]*", (Path(__file__).parents[1] / "docs/labels.md").read_text()))
+    assert {"--strict", "--class-map", "--num-classes", "--region"} <= named
+    for verb in ("annotate", "inspect", "import-labels", "train"):
+        with pytest.raises(SystemExit):
+            main([verb, "--help"])
+    known = capsys.readouterr().out.replace("_", "-")
+    benchmarks = {"--device"}
+    assert [name for name in named - benchmarks if name.replace("_", "-") not in known] == []
