@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+EXAMPLES_READY := $(VENV)/.examples-ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-fast test test-long lint types gpu bench clean
+.PHONY: help setup demo demo-fast test test-long examples lint types gpu bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -15,6 +16,10 @@ $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+$(EXAMPLES_READY): $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[examples]'
 	@touch $@
 
 setup: $(READY)  ## make the environment in .venv
@@ -30,6 +35,9 @@ test: $(READY)  ## the tests (under 5 minutes)
 
 test-long: $(READY)  ## the tests that take longer: 20 kills, whole studies
 	$(BIN)/python -m pytest -m long
+
+examples: $(EXAMPLES_READY)  ## training loops of other libraries with token labels, each run in small
+	$(BIN)/python -m pytest examples
 
 lint: $(READY)  ## ruff: style and formatting
 	$(BIN)/ruff check .
