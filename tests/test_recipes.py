@@ -16,7 +16,7 @@ from tokenlabel.distributed import Ranks
 from tokenlabel.engine import prepare, train_step
 from tokenlabel.mixing import Mixing, join_plans
 from tokenlabel.models import create_model
-from tokenlabel.recipe import MixConfig, Recipe, find_recipe, recipe_names
+from tokenlabel.recipe import MixConfig, Recipe, claim, find_recipe, recipe_names
 from tokenlabel.runlog import Stopwatch
 from tokenlabel.scenes import write_scenes
 from tokenlabel.scores import from_mask
@@ -175,3 +175,13 @@ def test_mixup_takes_no_turns_with_mixtoken():
         MixConfig(kind=Mixing.MIXTOKEN, mixup_share=0.5)
     with pytest.raises(ConfigError, match="are shares"):
         MixConfig(probability=1.5)
+
+
+def test_a_run_goes_on_with_other_workers_and_checkpoints_but_not_with_another_recipe(tmp_path):
+    def recipe(**changes):
+        return config_from_dict(nested("deit_s") | {"data": {"train": "a"}} | changes, Recipe, name="a")
+
+    claim(recipe(), tmp_path)
+    claim(recipe(data={"train": "a", "num_workers": 9}, checkpoint={"every_epochs": 7}), tmp_path)
+    with pytest.raises(ConfigError, match=r"another recipe \(epochs: 300 there, 5 here; 1 differ\)"):
+        claim(recipe(epochs=5), tmp_path)

@@ -26,6 +26,9 @@ from tokenlabel.optim import OptimConfig
 
 RECIPE_FILE = "recipe.yaml"
 
+# Fields that change nothing about what is learnt, so a run may go on with others.
+_FREE = ("data.num_workers", "eval.num_workers", "checkpoint.")
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
@@ -181,11 +184,15 @@ class Recipe(TrainingConfig):
 
 
 def claim(run: Path, recipe: TrainingConfig) -> None:
-    """Make the run folder, or make sure that it belongs to a run of this very recipe."""
+    """Make the run folder, or make sure that it belongs to a run of this recipe.
+
+    Workers and checkpoints may differ. Raises ConfigError that names what else does.
+    """
     path = run / RECIPE_FILE
     if path.exists():
         ours, theirs = settings(recipe), settings(read_config(path, type(recipe)))
-        differing = [key for key in ours | theirs if ours.get(key) != theirs.get(key)]
+        keys = [key for key in ours | theirs if not key.startswith(_FREE)]
+        differing = [key for key in keys if ours.get(key) != theirs.get(key)]
         if differing:
             key = differing[0]
             raise ConfigError(
