@@ -18,11 +18,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tokenlabel.annotation import AnnotateConfig, annotate, annotate_by, make_teacher
+from tokenlabel.background import ahead, thread_pool
 from tokenlabel.checkpoint import Trained, save_checkpoint
 from tokenlabel.classmap import ClassMapError
 from tokenlabel.geometry import WHOLE_IMAGE, Box
 from tokenlabel.images import ImageError, ImageFolder
-from tokenlabel.labelling import Seen, _ahead, _by_shape, _pool
+from tokenlabel.labelling import Seen, _by_shape
 from tokenlabel.masks import MaskTeacher
 from tokenlabel.models import create_model
 from tokenlabel.optim import OptimConfig
@@ -275,10 +276,10 @@ def test_working_ahead_keeps_the_order_and_passes_errors_on():
         time.sleep(random.random() * 1e-3)
         return 1 / i
 
-    with _pool(3) as pool:
-        assert list(_ahead(pool, inverse, range(1, 40), 5)) == [1 / i for i in range(1, 40)]
+    with thread_pool(3) as pool:
+        assert list(ahead(pool, inverse, range(1, 40), 5)) == [1 / i for i in range(1, 40)]
         with pytest.raises(ZeroDivisionError):
-            list(_ahead(pool, inverse, [1, 0, 2], 2))
+            list(ahead(pool, inverse, [1, 0, 2], 2))
 
 
 def kill_ranks_at_random(images, labels, *, num_kills: int, rng: random.Random) -> int:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
@@ -18,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from tokenlabel.background import ahead, thread_pool
 from tokenlabel.geometry import Box
 from tokenlabel.images import ImageError, ImageSource, decode_image
 from tokenlabel.masks import MaskTeacher
@@ -63,13 +62,13 @@ class Labelling:
 
     def labels(self, indices: Sequence[int]) -> Iterator[tuple[str, bytes]]:
         """Yield the key and the record of each image that has a label, in no particular order."""
-        with _pool(self.num_workers) as pool:
+        with thread_pool(self.num_workers) as pool:
             if isinstance(self.teacher, MaskTeacher):
                 masks = partial(_from_mask, self.teacher, self.source.keys, self.manifest, self.strict)
-                yield from self._labelled(_ahead(pool, masks, indices, 2 * self.batch_size))
+                yield from self._labelled(ahead(pool, masks, indices, 2 * self.batch_size))
                 return
             see = partial(_see, self.source, self.teacher.sight, self.strict)
-            seen = self._labelled(_ahead(pool, see, indices, 2 * self.batch_size))
+            seen = self._labelled(ahead(pool, see, indices, 2 * self.batch_size))
             batches = _by_shape(seen, self.batch_size)
             yield from label_batches(
                 self.teacher, batches, self.manifest, device=self.device, num_workers=self.num_workers
@@ -93,10 +92,10 @@ def label_batches(
     num_workers: int,
 ) -> Iterator[tuple[str, bytes]]:
     """Yield the key and the record of each image of batches, packed by threads while the teacher goes on."""
-    with _pool(num_workers) as pool:
+    with thread_pool(num_workers) as pool:
         scored = _one_behind(_scored(teacher, batches, manifest.topk, device))
         places = (item for batch in scored for item in batch.images())
-        yield from _ahead(pool, partial(_packed, manifest), places, NUM_PACKED_AHEAD)
+        yield from ahead(pool, partial(_packed, manifest), places, NUM_PACKED_AHEAD)
 
 
 def _from_mask(
@@ -197,19 +196,6 @@ def _packed(
     return seen.key, pack_for(manifest, seen.key, score_map)
 
 
-def _ahead(
-    pool: ThreadPoolExecutor, function: Callable[[S], T], items: Iterable[S], depth: int
-) -> Iterator[T]:
-    """Yield the function of each item in order, working on up to `depth` of them in the background."""
-    waiting: deque[Future[T]] = deque()
-    for item in items:
-        waiting.append(pool.submit(function, item))
-        while waiting and (len(waiting) >= depth or waiting[0].done()):
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
-
-
 def _one_behind(items: Iterable[T]) -> Iterator[T]:
     """Yield each item only when the next one has been asked for, so that a GPU has work meanwhile."""
     last: deque[T] = deque()
@@ -218,13 +204,3 @@ def _one_behind(items: Iterable[T]) -> Iterator[T]:
         if len(last) > 1:
             yield last.popleft()
     yield from last
-
-
-@contextmanager
-def _pool(num_workers: int) -> Iterator[ThreadPoolExecutor]:
-    """Return a pool of threads that drops what it has not begun when it is left."""
-    pool = ThreadPoolExecutor(max(1, num_workers))
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 import re
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path, PurePosixPath
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
+from tokenlabel.background import ahead, thread_pool
 from tokenlabel.encoding import Encoding
 from tokenlabel.geometry import WHOLE_IMAGE, Box
 from tokenlabel.images import ImageError, ImageSource
@@ -40,6 +40,7 @@ from tokenlabel.store import (
 # From here on float16 cannot tell neighbouring integers apart.
 FIRST_UNCERTAIN_ID = 2048
 MAX_FILE_BYTES = 1 << 26
+NUM_READ_AHEAD = 1024
 
 
 class PublishedError(ValueError):
@@ -109,10 +110,10 @@ def import_labels(
     shared = {path for path, count in Counter(paths).items() if count > 1}
     job = _Job(source, paths, shared, manifest, config.layout, _crop_fraction(config.region))
     failures: list[Failure] = []
-    with LabelStoreWriter(folder, manifest) as writer, ThreadPoolExecutor(config.num_workers) as pool:
+    with LabelStoreWriter(folder, manifest) as writer, thread_pool(config.num_workers) as pool:
         store = LabelStore(folder)
         missing = [index for index, key in enumerate(source.keys) if key not in store]
-        outcomes = pool.map(job.record, missing)
+        outcomes = ahead(pool, job.record, missing, NUM_READ_AHEAD)
         for key, outcome in tqdm(outcomes, total=len(missing), desc=f"import {folder}", unit="img"):
             if isinstance(outcome, Failure):
                 failures.append(outcome)
