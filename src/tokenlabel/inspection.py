@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from tokenlabel.images import ImageSource
 from tokenlabel.scores import Kind, ScoreMap
@@ -137,7 +138,7 @@ def inspect_store(
 
 def verify(store: LabelStore) -> Iterator[tuple[str, str]]:
     """Read every label against its checksum; yield the key of each that cannot be right, and what is wrong."""
-    for key in store.keys():  # noqa: SIM118  (a store is no dict)
+    for key in tqdm(store.keys(), total=len(store), desc="verify", unit="label", disable=None):
         try:
             score_map = store[key]
         except StoreError as error:
