@@ -12,8 +12,9 @@ from torch.nn import functional as F
 from tokenlabel.losses import token_label_loss
 from tokenlabel.mixing import MixPlan, mix_images
 from tokenlabel.models import Inference, LVViT, LVViTConfig, Outputs, create_model
+from tokenlabel.models.linear import Linear
 from tokenlabel.models.lvvit import CONFIGS
-from tokenlabel.models.trunk import Linear, resize_positions
+from tokenlabel.models.trunk import resize_positions
 from tokenlabel.targets import class_targets
 
 NUM_PARAMETERS = {"lvvit_t": 8_534_720, "lvvit_s": 26_151_824, "lvvit_m": 55_830_544, "lvvit_l": 150_021_968}
@@ -198,7 +199,7 @@ def test_attention_in_bf16_is_the_same_attention() -> None:
     widths=st.tuples(st.integers(1, 9), st.integers(1, 9)),
     bias=st.booleans(),
 )
-def test_linear_maps_by_convolution_are_linear_maps(
+def test_linear_maps_by_another_library_are_linear_maps(
     images: int, places: int, widths: tuple[int, int], bias: bool
 ) -> None:
     module = Linear(*widths, bias=bias)

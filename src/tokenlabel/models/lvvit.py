@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tokenlabel.mixing import MixPlan
+from tokenlabel.models.linear import linear
 from tokenlabel.models.outputs import Outputs, TokenModel
 from tokenlabel.models.trunk import Trunk, TrunkConfig, initialise_linear
 
@@ -64,7 +65,7 @@ class LVViTTrunk(Trunk):
     def embed_patches(self, images: Float[Tensor, "B 3 height width"]) -> Float[Tensor, "B h w D"]:
         """Return one embedding a patch."""
         self.grid_for((images.shape[2], images.shape[3]))  # a stem would cut what does not divide
-        return self.patch_embed(images).permute(0, 2, 3, 1)
+        return self.patch_embed(images)
 
 
 class LVViT(LVViTTrunk, TokenModel):
@@ -99,12 +100,12 @@ class ConvStem(nn.Module):
         half_patch = config.patch_size // 2
         self.proj = nn.Conv2d(width, config.width, half_patch, stride=half_patch)
 
-    def forward(self, images: Float[Tensor, "B 3 height width"]) -> Float[Tensor, "B D h w"]:
+    def forward(self, images: Float[Tensor, "B 3 height width"]) -> Float[Tensor, "B h w D"]:
         """Return one embedding a patch."""
         features = F.relu_(self.bn1(self.conv1(images)))  # [B, stem, height / 2, width / 2]
         features = F.relu_(self.bn2(self.conv2(features)))
         features = F.relu_(self.bn3(self.conv3(features)))
-        return self.proj(features)
+        return embed_patches(features, self.proj)
 
 
 class LinearStem(nn.Module):
@@ -114,6 +115,18 @@ class LinearStem(nn.Module):
         super().__init__()
         self.proj = nn.Conv2d(3, config.width, config.patch_size, stride=config.patch_size)
 
-    def forward(self, images: Float[Tensor, "B 3 height width"]) -> Float[Tensor, "B D h w"]:
+    def forward(self, images: Float[Tensor, "B 3 height width"]) -> Float[Tensor, "B h w D"]:
         """Return one embedding a patch."""
-        return self.proj(images)
+        return embed_patches(images, self.proj)
+
+
+def embed_patches(features: Float[Tensor, "B D height width"], proj: nn.Conv2d) -> Float[Tensor, "B h w D2"]:
+    """Return what a convolution whose stride is its kernel makes of each patch.
+
+    It is one product of matrices, which the libraries do faster than such a convolution.
+    """
+    patch_height, patch_width = proj.kernel_size
+    h, w = features.shape[2] // patch_height, features.shape[3] // patch_width
+    patches = features.permute(0, 2, 3, 1).unflatten(1, (h, patch_height)).unflatten(3, (w, patch_width))
+    patches = patches.transpose(2, 3).flatten(3)  # [B, h, w, patch height * patch width * D]
+    return linear(patches, proj.weight.permute(0, 2, 3, 1).flatten(1), proj.bias)

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from tokenlabel.mixing import MixPlan, mix_images, mix_tokens
+from tokenlabel.models.linear import Linear
 from tokenlabel.models.outputs import Outputs, check_ascending
 
 HEAD_PARTS = ("norm", "head", "aux_head")
@@ -203,15 +204,16 @@ class Attention(nn.Module):
         """Return what each token gathers from all others."""
         B, N, D = tokens.shape
         qkv = self.qkv(tokens).view(B, N, 3, self.num_heads, D // self.num_heads)
-        queries, keys, values = (
-            qkv.permute(2, 0, 3, 1, 4).contiguous().unbind()
-        )  # each [B, heads, N, D / heads]
-        if tokens.is_cpu and queries.dtype == torch.bfloat16:
+        qkv = qkv.permute(2, 0, 3, 1, 4).contiguous()  # [3, B, heads, N, D / heads]
+        if tokens.is_cpu and qkv.dtype == torch.bfloat16:
             # There PyTorch's fused kernel takes 2.5 times as long as the products one by one.
-            scores = (queries * self.scale) @ keys.transpose(2, 3)  # [B, heads, N, N]
-            gathered = scores.softmax(dim=3) @ values
+            queries, keys, values = qkv.flatten(1, 2).unbind()
+            scores = torch.baddbmm(
+                queries.new_empty(()), queries, keys.transpose(1, 2), beta=0, alpha=self.scale
+            )  # [B * heads, N, N]
+            gathered = (scores.softmax(dim=2) @ values).unflatten(0, (B, self.num_heads))
         else:
-            gathered = F.scaled_dot_product_attention(queries, keys, values, scale=self.scale)
+            gathered = F.scaled_dot_product_attention(*qkv.unbind(), scale=self.scale)
         return self.proj(gathered.transpose(1, 2).reshape(B, N, D))
 
 
@@ -226,21 +228,6 @@ class MLP(nn.Module):
     def forward(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
         """Return each token's own transformation."""
         return self.fc2(F.gelu(self.fc1(tokens)))
-
-
-class Linear(nn.Linear):
-    """One linear map of every token; on the CPU as a 1 x 1 convolution.
-
-    The same numbers come from oneDNN in place of MKL, which leaves AVX-512 alone on processors that are not
-    Intel's: there products in float32 take less than half the time.
-    """
-
-    def forward(self, input: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D2"]:
-        """Return the mapped tokens."""
-        if not input.is_cpu or input.dtype == torch.float64 or torch.onnx.is_in_onnx_export():
-            return F.linear(input, self.weight, self.bias)
-        planes = input.unsqueeze(2).permute(0, 3, 1, 2)  # [B, D, N, 1], channels last
-        return F.conv2d(planes, self.weight[:, :, None, None], self.bias).squeeze(3).transpose(1, 2)
 
 
 def resize_positions(
