@@ -13,6 +13,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+HAS_ONEDNN = torch.backends.mkldnn.is_available()
+
 
 class Linear(nn.Linear):
     """One linear map of every token, PyTorch's own but for the library that computes it."""
@@ -36,7 +38,7 @@ def _wants_onednn(input: Tensor) -> bool:
     return (
         input.is_cpu
         and input.dtype == torch.float32
-        and torch.backends.mkldnn.is_available()
+        and HAS_ONEDNN
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_exporting()
     )
