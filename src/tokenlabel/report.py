@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,19 +12,20 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from PIL import Image
 
 from tokenlabel.checkpoint import CheckpointError, TrainedModel, load_model
-from tokenlabel.configuration import read_config, settings
+from tokenlabel.configuration import read_config
 from tokenlabel.data import Batch, collate, decode_image, normalize_images
+from tokenlabel.engine import Part
 from tokenlabel.evaluate import evaluation_set
 from tokenlabel.mixing import MixPlan, mix_images
 from tokenlabel.objectives import Objective
+from tokenlabel.page import gallery, section, settings_table, svg, table, write_page
 from tokenlabel.pictures import enlarged, mask_picture, with_cells
 from tokenlabel.recipe import RECIPE_FILE, Recipe
 from tokenlabel.runlog import read_metrics
 from tokenlabel.targets import TokenTargets
-from tokenlabel.train import build, draw_plan, step_generator
+from tokenlabel.train import build, draw_plan
 
 NUM_PICTURES = 6
 COLUMNS = {
@@ -61,14 +59,13 @@ def write_report(runs: Sequence[Path], output: Path) -> None:
     """
     records = [read_run(run) for run in runs]
     sections = [
-        _section("Results", _results_table(records)),
-        _section("Curves", _svg(_curves(records))),
+        section("Results", _results_table(records)),
+        section("Curves", svg(_curves(records))),
         *_picture_sections(records),
-        _section("Recipes", _recipe_table(records)),
+        section("Recipes", settings_table([(record.folder.name, record.recipe) for record in records])),
     ]
     title = "tokenlabel: " + ", ".join(record.folder.name for record in records)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(_PAGE.format(title=html.escape(title), body="\n".join(sections)), encoding="utf-8")
+    write_page(title, sections, output)
 
 
 def read_run(run: Path) -> RunRecord:
@@ -96,16 +93,7 @@ def _results_table(records: Sequence[RunRecord]) -> str:
             form.format(figures[name]) if name in figures else "–" for name, (_, form) in COLUMNS.items()
         )
         rows.append([record.folder.name, *shown])
-    return _table(["run", *(heading for heading, _ in COLUMNS.values())], rows)
-
-
-def _recipe_table(records: Sequence[RunRecord]) -> str:
-    """Return the settings in which the runs differ, or all of them for a single run."""
-    columns = [settings(record.recipe) for record in records]
-    names = dict.fromkeys(name for column in columns for name in column)
-    rows = [[name, *(str(column.get(name, "–")) for column in columns)] for name in names]
-    differing = [row for row in rows if len(records) == 1 or len(set(row[1:])) > 1]
-    return _table(["setting", *(record.folder.name for record in records)], differing)
+    return table(["run", *(heading for heading, _ in COLUMNS.values())], rows)
 
 
 def _curves(records: Sequence[RunRecord]) -> Figure:
@@ -170,14 +158,14 @@ def _label_sections(recipe: Recipe) -> list[str]:
         pixels = _pixels(batch, i)
         augmented += [(enlarged(pixels), key), (with_cells(pixels, labels[i], names), "aligned token labels")]
     sections = [
-        _section("Training images and their score maps", _gallery(maps)),
-        _section("Augmented images and the labels of their tokens", _gallery(augmented)),
+        section("Training images and their score maps", gallery(maps)),
+        section("Augmented images and the labels of their tokens", gallery(augmented)),
     ]
     always = replace(recipe, mix=replace(recipe.mix, probability=1.0))
-    plan = draw_plan(always, len(batch.images), grid=grid, generator=step_generator(recipe, 0))
+    plan = draw_plan(always, len(batch.images), grid=grid, generator=Part(recipe.seed, 0, 0).generator())
     if plan is not None:
         mixed = _mixed_pairs(plain, batch, plan, grid=grid, class_names=names)
-        sections.append(_section(f"Mixed pairs ({recipe.mix.kind})", mixed))
+        sections.append(section(f"Mixed pairs ({recipe.mix.kind})", mixed))
     return sections
 
 
@@ -205,7 +193,7 @@ def _mixed_pairs(
             (mask_picture(plan.mask[i].numpy(), aspect=aspect), "mask: white from the partner"),
             (with_cells(mixed, labels[i], class_names), f"mixed targets; class {said}"),
         ]
-    return _gallery(pictures)
+    return gallery(pictures)
 
 
 @torch.inference_mode()
@@ -226,7 +214,7 @@ def _prediction_section(name: str, trained: TrainedModel) -> str:
                 f"says {trained.class_names[guess]}: {verdict}",
             ),
         ]
-    return _section(f"What the tokens of {name} say about val images", _gallery(pictures))
+    return section(f"What the tokens of {name} say about val images", gallery(pictures))
 
 
 def _cells(targets: TokenTargets, grid: tuple[int, int], num_classes: int) -> NDArray[np.float32]:
@@ -236,56 +224,3 @@ def _cells(targets: TokenTargets, grid: tuple[int, int], num_classes: int) -> ND
 
 def _pixels(batch: Batch, index: int) -> NDArray[np.uint8]:
     return batch.images[index].permute(1, 2, 0).numpy()
-
-
-def _gallery(pictures: Iterable[tuple[Image.Image, str]]) -> str:
-    figures = (
-        f'<figure><img src="{_data_uri(image)}" alt="{html.escape(caption)}">'
-        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
-        for image, caption in pictures
-    )
-    return f'<div class="gallery">{"".join(figures)}</div>'
-
-
-def _data_uri(image: Image.Image) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def _svg(figure: Figure) -> str:
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg")
-    svg = buffer.getvalue()
-    return svg[svg.index("<svg") :]
-
-
-def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    head = "".join(f"<th>{html.escape(heading)}</th>" for heading in headings)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
-    )
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-
-
-def _section(title: str, body: str) -> str:
-    return f"<section><h2>{html.escape(title)}</h2>{body}</section>"
-
-
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{title}</title><style>
-body {{ font: 15px/1.5 system-ui, sans-serif; color: #1d2330; background: #fff }}
-body {{ max-width: 1000px; margin: 2rem auto; padding: 0 1rem }}
-h1 {{ font-size: 1.5rem }} h2 {{ font-size: 1.15rem; margin-top: 2.2rem }}
-h2 {{ border-bottom: 1px solid #dde1ea; padding-bottom: .3rem }}
-table {{ border-collapse: collapse; font-variant-numeric: tabular-nums }}
-th, td {{ text-align: right; padding: .3rem .8rem; border-bottom: 1px solid #e8ebf1 }}
-th:first-child, td:first-child {{ text-align: left }} thead th {{ color: #5b6478; font-weight: 600 }}
-.gallery {{ display: grid; grid-template-columns: repeat(4, 1fr); gap: .9rem }}
-figure {{ margin: 0 }} img {{ width: 100%; border-radius: 4px; display: block }}
-figcaption {{ font-size: 12px; color: #5b6478; overflow-wrap: anywhere }} svg {{ max-width: 100%; height: auto }}
-</style></head><body><h1>{title}</h1>
-{body}
-</body></html>
-"""

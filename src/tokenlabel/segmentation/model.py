@@ -43,8 +43,8 @@ class SegmentModelConfig:
     """Epsilon of the backbone's LayerNorms (1e-6 in the published models); none leaves it as the backbone has it."""
     freeze_backbone: bool = False
     """Train the head alone."""
-    neck: NeckKind | None = None
-    """pyramid, fcn, or none; by default what the head wants of a backbone that has no stages."""
+    neck: NeckKind = NeckKind.AUTO
+    """pyramid, fcn, none, or auto: what the head wants of a backbone that has no stages."""
     neck_width: int = 2048
     """Channels of the neck's last map."""
     head: HeadKind = HeadKind.UPERNET
@@ -188,7 +188,7 @@ def _create_backbone(config: SegmentModelConfig) -> TokenModel:
 
 
 def _neck_kind(config: SegmentModelConfig, levels: Levels) -> NeckKind:
-    if config.neck is None:
+    if config.neck is NeckKind.AUTO:
         wanted = {
             HeadKind.UPERNET: NeckKind.PYRAMID,
             HeadKind.FCN: NeckKind.FCN,

@@ -19,8 +19,12 @@ PUBLISHED_SPACING = 3
 
 
 class NeckKind(StrEnum):
-    """What stands between a network without stages and the head: the neck of four scales, FCN's, or nothing."""
+    """What stands between a network without stages and the head: the neck of four scales, FCN's, or nothing.
 
+    AUTO: what the head wants, and nothing where there are stages.
+    """
+
+    AUTO = "auto"
     PYRAMID = "pyramid"
     FCN = "fcn"
     NONE = "none"
