@@ -262,15 +262,21 @@ def merge(arguments: list[str]) -> int:
     parser = new_parser(
         "merge", "Copy the labels of several stores into one with few files, each record checked."
     )
+    from tokenlabel.encoding import Encoding
+    from tokenlabel.store import merge_stores
+
     parser.add_argument("stores", type=Path, nargs="+", help="folders of labels, then the folder to write")
+    parser.add_argument(
+        "--encoding",
+        choices=[*map(str, Encoding)],
+        help="write every record anew in this one; as it is if none",
+    )
     options = parse(parser, arguments)
     *folders, output = options.stores
     if not folders:
         raise ValueError("merge takes at least one store to read and, as the last, the folder to write")
-
-    from tokenlabel.store import merge_stores
-
-    print(f"{output}: {len(merge_stores(folders, output)):,} labels")
+    encoding = Encoding(options.encoding) if options.encoding else None
+    print(f"{output}: {len(merge_stores(folders, output, encoding=encoding)):,} labels")
     return 0
 
 
