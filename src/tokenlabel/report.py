@@ -24,6 +24,7 @@ from tokenlabel.page import gallery, section, settings_table, svg, table, write_
 from tokenlabel.pictures import enlarged, mask_picture, with_cells
 from tokenlabel.recipe import RECIPE_FILE, Recipe
 from tokenlabel.runlog import read_metrics
+from tokenlabel.segmentation.report import is_segmentation_run, segmentation_sections
 from tokenlabel.targets import TokenTargets
 from tokenlabel.train import build, draw_plan
 
@@ -55,17 +56,24 @@ def write_report(runs: Sequence[Path], output: Path) -> None:
     """Write the report of run folders to an HTML file, which needs no other file and no network.
 
     The first run that was trained with token labels lends the pictures of labels, the first that has a checkpoint
-    those of predictions. Raises ValueError that names a folder that holds no run.
+    those of predictions; runs of segmentation have parts of their own. Raises ValueError that names a folder that
+    holds no run.
     """
-    records = [read_run(run) for run in runs]
-    sections = [
+    segmentation_runs = [run for run in runs if is_segmentation_run(run)]
+    sections = segmentation_sections(segmentation_runs) if segmentation_runs else []
+    records = [read_run(run) for run in runs if run not in segmentation_runs]
+    if records:
+        sections = [*_classifier_sections(records), *sections]
+    write_page("tokenlabel: " + ", ".join(run.name for run in runs), sections, output)
+
+
+def _classifier_sections(records: Sequence[RunRecord]) -> list[str]:
+    return [
         section("Results", _results_table(records)),
         section("Curves", svg(_curves(records))),
         *_picture_sections(records),
         section("Recipes", settings_table([(record.folder.name, record.recipe) for record in records])),
     ]
-    title = "tokenlabel: " + ", ".join(record.folder.name for record in records)
-    write_page(title, sections, output)
 
 
 def read_run(run: Path) -> RunRecord:
