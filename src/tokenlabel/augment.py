@@ -204,7 +204,7 @@ class EvalTransform:
         pixels, (height, width) = _pixels(image), self.size_px
         resized_width, resized_height = self._resized_px(pixels.shape[1], pixels.shape[0])
         # By Pillow, to the last level: figures agree with those that timm finds.
-        resized = np.asarray(
+        resized = np.array(
             Image.fromarray(pixels).resize((resized_width, resized_height), _RESAMPLING[self.interpolation])
         )
         left, top = round((resized_width - width) / 2), round((resized_height - height) / 2)
