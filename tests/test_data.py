@@ -363,6 +363,22 @@ class TestCollate:
         assert torch.equal(moved.views, batch.views)
         assert (moved.keys, moved.num_classes) == (batch.keys, batch.num_classes)
 
+    @pytest.mark.parametrize("labelled", [True, False])
+    def test_sending_a_batch_keeps_everything(self, labelled):
+        store = LabelsInMemory(ImagesInMemory().keys) if labelled else None
+        batch = collate([dataset(store=store)[0, i] for i in range(3)])
+        sent = pickle.loads(pickle.dumps(batch))
+        assert (sent.keys, sent.num_classes) == (batch.keys, batch.num_classes)
+        assert sent.images.is_contiguous(memory_format=torch.channels_last)
+        for name in ("images", "class_ids", "views"):
+            assert torch.equal(getattr(sent, name), getattr(batch, name))
+        assert (sent.score_maps is not None) == labelled
+        if batch.score_maps is not None:
+            for name in ("classes", "codes", "probs", "sizes", "regions"):
+                assert torch.equal(getattr(sent.score_maps, name), getattr(batch.score_maps, name))
+            assert sent.score_maps.num_classes == batch.score_maps.num_classes
+            assert sent.score_maps.kind is batch.score_maps.kind
+
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_normalised_images_equal_the_formula(dtype):

@@ -135,13 +135,13 @@ class TrainTransform:
         config, pixels = self.config, _pixels(image)
         interpolation = _draw_interpolation(config.interpolation, rng)
         if config.order is Order.BEFORE_CROP:
-            pixels, view = self._changed(pixels, interpolation, rng)
+            pixels, change = self._changed(pixels, interpolation, rng)
             pixels, crop = self._cropped_and_flipped(pixels, interpolation, rng)
-            view = view.then(crop)
+            view = crop if change is None else change.then(crop)
         else:
             pixels, crop = self._cropped_and_flipped(pixels, interpolation, rng)
             pixels, change = self._changed(pixels, interpolation, rng)
-            view = crop.then(change)
+            view = crop if change is None else crop.then(change)
         colours = [_draw_three_augment(rng)] if config.three_augment else []
         return recoloured(pixels, colours + _draw_jitter(config.jitter, rng)), view
 
@@ -165,15 +165,15 @@ class TrainTransform:
 
     def _changed(
         self, pixels: NDArray[np.uint8], interpolation: Interpolation, rng: np.random.Generator
-    ) -> tuple[NDArray[np.uint8], View]:
-        """Apply the random warp and RandAugment: all warps at once, then the changes of colour."""
+    ) -> tuple[NDArray[np.uint8], View | None]:
+        """Apply the random warp and RandAugment: all warps at once (None for none), then the changes of colour."""
         size_px = (pixels.shape[1], pixels.shape[0])
         warps, colours = _draw_warps(self.config.warp, rng, size_px=size_px), []
         if self._randaugment is not None:
             changes = self._randaugment.draw(rng, size_px=size_px)
             warps, colours = warps + changes.warps, changes.colours
         if not warps:
-            return recoloured(pixels, colours), View.identity()
+            return recoloured(pixels, colours), None
         view = one_view(warps)
         return recoloured(warp(pixels, view, interpolation), colours), view
 

@@ -7,7 +7,7 @@ processes or ranks. No random state exists that could be lost, so a run resumes 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -142,6 +142,30 @@ class Batch:
             score_maps=self.score_maps and self.score_maps.pin_memory(),
             keys=self.keys,
         )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Send all but the images by value: a tensor in shared memory costs a worker and its reader 0.1 ms each."""
+        maps = self.score_maps
+        names = [field.name for field in fields(maps)] if maps is not None else []
+        return {
+            **{name: _by_value(value) for name, value in vars(self).items()},
+            "images": self.images,
+            "score_maps": {name: _by_value(getattr(maps, name)) for name in names} or None,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        sent = {name: _as_tensor(value) for name, value in state.items()}
+        if maps := state["score_maps"]:
+            sent["score_maps"] = ScoreMapBatch(**{name: _as_tensor(value) for name, value in maps.items()})
+        self.__dict__.update(sent)
+
+
+def _by_value(value: Any) -> Any:
+    return value.numpy() if isinstance(value, Tensor) else value
+
+
+def _as_tensor(value: Any) -> Any:
+    return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
 
 
 class TokenLabelDataset(Dataset[Sample]):
