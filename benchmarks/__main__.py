@@ -1,4 +1,4 @@
-"""Run benchmarks: `python -m benchmarks [NAME ...] [--quick] [--device cpu|cuda] [--json FILE]`."""
+"""Run benchmarks: `python -m benchmarks [NAME ...] [--quick] [--device cpu|cuda] [--json FILE] [--compare FILE]`."""
 
 from __future__ import annotations
 
@@ -6,23 +6,39 @@ import argparse
 import json
 import os
 import platform
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
-from benchmarks import annotate_speed, data_speed, label_path, model_speed, store_speed, token_head
+from benchmarks import (
+    annotate_speed,
+    data_speed,
+    growth,
+    label_path,
+    model_speed,
+    start_up,
+    step_cost,
+    store_speed,
+    token_head,
+)
 from benchmarks.measure import Row, Settings
 
 BENCHMARKS: dict[str, Callable[[Settings], list[Row]]] = {
-    "data_speed": data_speed.run,
     "label_path": label_path.run,
-    "model_speed": model_speed.run,
     "token_head": token_head.run,
+    "step_cost": step_cost.run,
+    "growth": growth.run,
+    "start_up": start_up.run,
     "store_speed": store_speed.run,
     "annotate_speed": annotate_speed.run,
+    "data_speed": data_speed.run,
+    "model_speed": model_speed.run,
 }
+
+Medians = Mapping[tuple[str, str], float]
 
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "safetensors", "tokenlabel")
 
@@ -40,18 +56,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:N")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every measurement here as well")
+    parser.add_argument(
+        "--compare", type=Path, metavar="FILE", help="show an earlier --json beside each figure"
+    )
     options = parser.parse_args(arguments)
     unknown = [name for name in options.names if name not in BENCHMARKS]
     if unknown:
         parser.error(f"no benchmark is called {', '.join(unknown)}; there are {', '.join(BENCHMARKS)}")
     settings = Settings(device=_device(parser, options.device), quick=options.quick)
+    earlier = _medians(parser, options.compare) if options.compare else None
 
     about = machine(settings.device)
     print("\n".join(f"| {what} | {value} |" for what, value in about.items()), flush=True)
-    results = {}
+    results, started = {}, time.perf_counter()
     for name in options.names or BENCHMARKS:
         results[name] = BENCHMARKS[name](settings)
-        print(f"\n{table(name, results[name])}", flush=True)
+        seconds = time.perf_counter() - started
+        print(f"\n{table(name, results[name], earlier)}\n\n{seconds:.0f} s since the start", flush=True)
     if options.json:
         rows = {name: [_as_dict(row) for row in found] for name, found in results.items()}
         options.json.write_text(
@@ -71,11 +92,31 @@ def machine(device: torch.device) -> dict[str, str]:
     return about | {package: version(package) for package in PACKAGES}
 
 
-def table(name: str, rows: Sequence[Row]) -> str:
-    """Return the rows as a Markdown table: median, half the interquartile range, unit, aim."""
+def table(name: str, rows: Sequence[Row], earlier: Medians | None = None) -> str:
+    """Return the rows as a Markdown table: median, half the interquartile range, unit, aim.
+
+    With `earlier` medians, also those, and by which factor today's differ.
+    """
     lines = [f"| {name} | median | ± | unit | aim |", "|---|---|---|---|---|"]
     lines += [f"| {r.name} | {r.median:.4g} | {r.spread:.2g} | {r.unit} | {r.aim} |" for r in rows]
+    if earlier is not None:
+        lines[0] += " earlier | now / earlier |"
+        lines[1] += "---|---|"
+        befores = [earlier.get((name, row.name)) for row in rows]
+        for i, (row, before) in enumerate(zip(rows, befores, strict=True), start=2):
+            lines[i] += f" {before:.4g} | {row.median / before:.2f} |" if before else " | |"
     return "\n".join(lines)
+
+
+def _medians(parser: argparse.ArgumentParser, path: Path) -> Medians:
+    """Return the medians of an earlier run by benchmark and row."""
+    try:
+        rows = json.loads(path.read_text())["rows"]
+        return {(name, row["name"]): row["median"] for name, found in rows.items() for row in found}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        parser.error(
+            f"--compare {path}: expected a file that --json wrote, got {type(error).__name__}: {error}"
+        )
 
 
 def _as_dict(row: Row) -> dict[str, object]:

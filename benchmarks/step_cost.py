@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.data_speed import write_photos
-from benchmarks.label_path import draw_score_map
+from benchmarks.label_path import draw_boxes, draw_score_map
 from benchmarks.measure import Row, Settings, interleave, ratios
 from benchmarks.synthetic_maps import NUM_CLASSES, TOPK, synthetic_maps
 from tokenlabel.alignment import collate_score_maps
@@ -33,7 +33,7 @@ from tokenlabel.data import Batch, TokenLabelDataset, collate
 from tokenlabel.distributed import Ranks
 from tokenlabel.encoding import Encoding
 from tokenlabel.engine import Training, prepare, train_step
-from tokenlabel.geometry import Box, View, stack_views
+from tokenlabel.geometry import View, stack_views
 from tokenlabel.losses import linear_cross_entropy
 from tokenlabel.mixing import Mixing
 from tokenlabel.models import create_model
@@ -216,22 +216,17 @@ def _batch(case: Case, settings: Settings) -> Batch:
     rng = np.random.default_rng(0)
     shape = (case.num_images, *SIZE_PX, 3)
     pixels = torch.from_numpy(rng.integers(0, 256, shape, dtype=np.uint8)).permute(0, 3, 1, 2)
-    score_maps = [draw_score_map(rng, case.num_classes) for _ in range(case.num_images)]
+    score_maps = [draw_score_map(rng, case.num_classes, num_named=40) for _ in range(case.num_images)]
+    views = stack_views([View.crop(box) for box in draw_boxes(rng, case.num_images)])
     batch = Batch(
         images=pixels,
         class_ids=torch.from_numpy(rng.integers(0, case.num_classes, case.num_images)),
         num_classes=case.num_classes,
-        views=torch.from_numpy(stack_views([View.crop(_box(rng)) for _ in score_maps])),
+        views=torch.from_numpy(views),
         score_maps=collate_score_maps(score_maps),
         keys=[str(i) for i in range(case.num_images)],
     )
     return batch.to(settings.device)
-
-
-def _box(rng: np.random.Generator) -> Box:
-    width, height = rng.uniform(0.35, 1, 2)
-    left, top = rng.uniform(0, 1 - width), rng.uniform(0, 1 - height)
-    return Box(left, top, left + width, top + height)
 
 
 def _write_store(folder: Path, keys: Sequence[str], encoding: Encoding) -> LabelStore:

@@ -46,11 +46,20 @@ def test_the_command_prints_a_table_and_writes_every_measurement(monkeypatch, ca
     saved = json.loads((tmp_path / "out.json").read_text())
     assert saved["rows"]["sums"][0]["values"] == [1.0, 3.0]
     assert saved["machine"]["device"] == "cpu"
+    monkeypatch.setitem(runner.BENCHMARKS, "sums", lambda _: [Row("sum", [3], "ms"), Row("new", [1], "ms")])
+    runner.main(["sums", "--compare", str(tmp_path / "out.json")])
+    printed = capsys.readouterr().out
+    assert "| sum | 3 | 0 | ms |  | 2 | 1.50 |" in printed
+    assert "| new | 1 | 0 | ms |  | | |" in printed
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["sumz"], "no benchmark is called sumz"), (["--device", "tpu"], "expected cpu, cuda or cuda:N")],
+    [
+        (["sumz"], "no benchmark is called sumz"),
+        (["--device", "tpu"], "expected cpu, cuda or cuda:N"),
+        (["--compare", "nowhere.json"], "nowhere.json: expected a file that --json wrote"),
+    ],
 )
 def test_what_does_not_exist_is_an_error(arguments, message, capsys):
     with pytest.raises(SystemExit) as stop:
