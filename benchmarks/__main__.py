@@ -19,6 +19,7 @@ from benchmarks import (
     growth,
     label_path,
     model_speed,
+    segment_speed,
     start_up,
     step_cost,
     store_speed,
@@ -36,6 +37,7 @@ BENCHMARKS: dict[str, Callable[[Settings], list[Row]]] = {
     "annotate_speed": annotate_speed.run,
     "data_speed": data_speed.run,
     "model_speed": model_speed.run,
+    "segment_speed": segment_speed.run,
 }
 
 Medians = Mapping[tuple[str, str], float]
