@@ -43,7 +43,7 @@ lint: $(READY)  ## ruff: style and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: $(READY)  ## pyright
+types: $(EXAMPLES_READY)  ## pyright
 	$(BIN)/pyright
 
 gpu: $(READY)  ## tests and benchmarks that need a GPU

@@ -10,7 +10,7 @@
 import argparse
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 
@@ -22,7 +22,8 @@ class TokenLabelTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return the batches of all steps, this process's part of each."""
-        args, dataset = self.args, self.train_dataset
+        args: Any = self.args
+        dataset: Any = self.train_dataset
         count, size = {"num_images": len(dataset), "num_steps": args.max_steps}, args.train_batch_size
         ranks = {"rank": args.process_index, "world_size": args.world_size}
         order = tl.BatchSampler(**count, batch_size=size * args.world_size, seed=0, **ranks)  # +
@@ -30,14 +31,14 @@ class TokenLabelTrainer(Trainer):
 
     def compute_loss(
         self,
-        model: nn.Module,
+        model: Any,
         inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Tensor | tuple[Tensor, Any]:
         """Return the loss of a batch."""
-        batch, mean, std = inputs["batch"].to(self.args.device), self.model.mean, self.model.std
-        outputs = model(tl.normalize_images(batch.images, mean=mean, std=std))  # +
+        batch, ours = inputs["batch"].to(self.args.device), self.accelerator.unwrap_model(model)
+        outputs = model(tl.normalize_images(batch.images, mean=ours.mean, std=ours.std))  # +
         targets = tl.align(batch.score_maps, batch.views, outputs.grid)  # +
         loss = tl.token_label_loss(outputs, tl.class_targets(batch.class_ids), targets, beta=0.5).total  # +
         return (loss, outputs) if return_outputs else loss
@@ -50,8 +51,9 @@ def as_inputs(samples: list[Any]) -> dict[str, Any]:
 
 def main() -> None:
     """Train."""
+    kinds: Any = TrainingArguments
     parser = HfArgumentParser(
-        TrainingArguments, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        kinds, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("images", help="folder with one folder a class")
     parser.add_argument("labels", help="label store")

@@ -60,27 +60,29 @@ def main() -> None:
     parser.add_argument("labels", help="label store")
     parser.add_argument("--model", default="vit_small_patch16_224")
     parser.add_argument("--img-size", type=int, default=224)
-    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--batch-size", type=int, default=128, help="images a step and process")
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--workers", type=int, default=4)
     args = parser.parse_args()
     lightning.seed_everything(0)
-    size_px, batch_size = (args.img_size, args.img_size), args.batch_size
-    images = tl.open_images(args.images)  # +
-    transform = tl.TrainTransform(tl.AugmentConfig(), size_px)  # +
-    dataset = tl.TokenLabelDataset(images, transform, seed=0, store=tl.LabelStore(args.labels))  # +
-    order = tl.BatchSampler(num_images=len(dataset), batch_size=batch_size, seed=0, num_steps=args.steps)  # +
-    loader = tl.make_loader(dataset, order, num_workers=args.workers)  # +
-    model = Classifier(args.model, num_classes=dataset.num_classes, size_px=size_px, lr=args.lr)
     trainer = lightning.Trainer(
         max_epochs=1,
         callbacks=[Losses()],
-        use_distributed_sampler=False,
+        use_distributed_sampler=False,  # ours gives each process its own images
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
     )
+    size_px = (args.img_size, args.img_size)
+    images = tl.open_images(args.images)  # +
+    transform = tl.TrainTransform(tl.AugmentConfig(), size_px)  # +
+    dataset = tl.TokenLabelDataset(images, transform, seed=0, store=tl.LabelStore(args.labels))  # +
+    count = {"num_images": len(dataset), "num_steps": args.steps, "seed": 0}
+    ranks = {"rank": trainer.global_rank, "world_size": trainer.world_size}
+    order = tl.BatchSampler(batch_size=args.batch_size * trainer.world_size, **count, **ranks)  # +
+    loader = tl.make_loader(dataset, order, num_workers=args.workers)  # +
+    model = Classifier(args.model, num_classes=dataset.num_classes, size_px=size_px, lr=args.lr)
     trainer.fit(model, loader)
 
 

@@ -10,8 +10,8 @@ import argparse
 import time
 
 import torch
-from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
+from timm.optim import create_optimizer_v2  # pyright: ignore[reportPrivateImportUsage]
+from timm.scheduler.cosine_lr import CosineLRScheduler
 from timm.utils.metrics import AverageMeter
 from timm.utils.misc import ParseKwargs
 from timm.utils.model_ema import ModelEmaV3
@@ -52,7 +52,7 @@ def main() -> None:
     options = {"size_px": size_px, "num_classes": dataset.num_classes, **args.model_kwargs}
     model = tl.create_model(args.model, **options).to(args.device)  # +
     optimizer = create_optimizer_v2(model, opt="adamw", lr=args.lr, weight_decay=0.05)
-    scheduler, _ = create_scheduler_v2(optimizer, num_epochs=args.epochs, warmup_epochs=0)
+    scheduler = CosineLRScheduler(optimizer, t_initial=args.epochs)
     model_ema = ModelEmaV3(model, decay=0.999, use_warmup=True)
 
     losses, started = AverageMeter(), time.perf_counter()

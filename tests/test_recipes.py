@@ -181,7 +181,7 @@ def test_a_run_goes_on_with_other_workers_and_checkpoints_but_not_with_another_r
     def recipe(**changes):
         return config_from_dict(nested("deit_s") | {"data": {"train": "a"}} | changes, Recipe, name="a")
 
-    claim(recipe(), tmp_path)
-    claim(recipe(data={"train": "a", "num_workers": 9}, checkpoint={"every_epochs": 7}), tmp_path)
+    claim(tmp_path, recipe())
+    claim(tmp_path, recipe(data={"train": "a", "num_workers": 9}, checkpoint={"every_epochs": 7}))
     with pytest.raises(ConfigError, match=r"another recipe \(epochs: 300 there, 5 here; 1 differ\)"):
-        claim(recipe(epochs=5), tmp_path)
+        claim(tmp_path, recipe(epochs=5))
