@@ -1,0 +1,208 @@
+"""`tokenlabel compare`: tables and testbeds of the package, runs that are shared and continue, and what is written."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from tokenlabel import comparison
+from tokenlabel.compare import jobs_of, main, run_all, run_job, steps_needed
+from tokenlabel.comparison import (
+    Comparison,
+    Job,
+    TableError,
+    filled,
+    plan_row,
+    read_table,
+    read_testbed,
+    recipe_of,
+    table_names,
+)
+from tokenlabel.measures import METRICS
+from tokenlabel.recipe import find_recipe
+
+CPU = torch.device("cpu")
+
+TABLE = """
+title: Tiny
+question: Does it run?
+seeds: 2
+metrics: [top1, token_accuracy, probe_accuracy, label_truth, step_s]
+rows:
+  token: {title: token labels}
+  swapped: {title: x and y swapped, defect: swapped}
+differences: [[swapped, token]]
+"""
+
+TESTBED = """
+title: tiny scenes
+about: Tiny scenes.
+recipe: demo_token_labels
+set:
+  data.train: "{scenes}/train"
+  data.val: "{scenes}/val"
+  data.labels: "{labels}"
+  data.num_workers: 0
+  epochs: 1
+  batch_size: 10
+  model.options.depth: 1
+measure: {masks_train: "{scenes}/masks/train", masks_val: "{scenes}/masks/val"}
+steps:
+  scenes: {scenes: {num_train: 20, num_val: 10, seed: 0}}
+  labels: "annotate {scenes}/train {here} --teacher masks:{scenes}/masks/train --size 12"
+"""
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A folder with a table, a testbed and, in `out`, its steps and all of its runs, made in this process."""
+    folder = tmp_path_factory.mktemp("compare")
+    (folder / "tiny.yaml").write_text(TABLE)
+    (folder / "bed.yaml").write_text(TESTBED)
+    for job in ("tiny:token:0", "tiny:swapped:0", "tiny:token:1"):
+        assert main([*words(folder), "--only", job]) == 0
+    return folder
+
+
+def words(folder):
+    return [str(folder / "tiny.yaml"), "--on", str(folder / "bed.yaml"), "--out", str(folder / "out")]
+
+
+def comparison_of(folder):
+    return Comparison(
+        tables=[read_table(str(folder / "tiny.yaml"))],
+        testbed=read_testbed(str(folder / "bed.yaml")),
+        out=folder / "out",
+    )
+
+
+def test_a_call_runs_what_is_missing_in_a_process_of_its_own(tiny, capsys):
+    """Three of four runs are there; the fourth is a defect, which a recipe cannot name."""
+    before = (tiny / "out" / "runs" / "base" / "0" / "measures.json").stat().st_mtime_ns
+    assert main([*words(tiny), "--results", str(tiny / "results.md")]) == 0
+    assert capsys.readouterr().err.count("...") == 1
+    assert (tiny / "out" / "runs" / "base" / "0" / "measures.json").stat().st_mtime_ns == before
+    found = json.loads((tiny / "out" / "tiny.json").read_text())
+    assert not found["not_run"]
+    assert [d["metric"] for d in found["differences"]] == METRICS_OF_TINY
+    by_metric = {d["metric"]: d for d in found["differences"]}
+    assert by_metric["label_truth"]["mean"] < 0  # swapped labels name fewer objects
+    page = (tiny / "results.md").read_text()
+    assert "x and y swapped" in page
+    assert "images/results-tiny.svg" in page
+    assert (tiny / "images" / "results-tiny.svg").is_file()
+
+
+METRICS_OF_TINY = ["top1", "token_accuracy", "probe_accuracy", "label_truth", "step_s"]
+
+
+def test_both_rows_differ_in_the_labels_places_and_in_nothing_else(tiny):
+    recipes = [
+        yaml.safe_load((tiny / "out" / "runs" / name / "0" / "recipe.yaml").read_text())
+        for name in ("base", "defect=swapped")
+    ]
+    assert recipes[0] == recipes[1]
+    metrics = [
+        json.loads((tiny / "out" / "runs" / name / "0" / "metrics.jsonl").read_text().splitlines()[0])
+        for name in ("base", "defect=swapped")
+    ]
+    assert metrics[0]["token_loss"] != metrics[1]["token_loss"]
+
+
+def test_what_has_not_run_is_named(tiny):
+    assert main([*words(tiny), "--seeds", "3", "--collect"]) == 0
+    assert "Not run: token labels (seed 2); x and y swapped (seed" in (tiny / "out" / "tiny.md").read_text()
+    assert len(jobs_of(replace(comparison_of(tiny), seeds=3))) == 6
+
+
+def test_a_run_of_something_else_is_not_taken(tiny):
+    ours = comparison_of(tiny)
+    other = replace(ours, testbed=replace(ours.testbed, set={**ours.testbed.set, "epochs": 3}))
+    with pytest.raises(ValueError, match="was made by another table or testbed"):
+        run_job(other, Job(other.tables[0], "token", 0), device=CPU)
+
+
+def test_a_step_by_another_command_is_not_taken(tiny):
+    ours = comparison_of(tiny)
+    steps = {**ours.testbed.steps, "labels": replace(ours.testbed.steps["labels"], command="x")}
+    other = replace(ours, testbed=replace(ours.testbed, steps=steps))
+    with pytest.raises(ValueError, match="made by another command"):
+        run_all(other, [], num_jobs=1)
+
+
+def test_a_run_that_fails_is_named_and_the_others_go_on(tiny, tmp_path, capsys):
+    text = TABLE.replace("defect: swapped", "set: {model.options.depht: 2}").replace("seeds: 2", "seeds: 1")
+    (tmp_path / "tiny.yaml").write_text(text)
+    arguments = [str(tmp_path / "tiny.yaml"), *words(tiny)[1:]]
+    assert main(arguments) == 1
+    error = capsys.readouterr().err
+    assert "tiny:swapped:0: exit status 2" in error
+    assert "depht" in error
+
+
+@pytest.mark.parametrize("testbed_name", comparison.testbed_names())
+def test_every_row_of_the_package_is_a_recipe_on_every_testbed(testbed_name):
+    """Each run once; ImageNet has no masks, and labels in one encoding."""
+    testbed = read_testbed(testbed_name)
+    folders = {name: f"out/{name}" for name in (*testbed.steps, "data")}
+    plans = {}
+    for table in map(read_table, table_names()):
+        assert set(table.metrics) <= METRICS.keys()
+        for name, row in table.rows.items():
+            if testbed_name == "embedded" or not {"truth_labels", "raw_labels"} & set(row.use):
+                plan = plan_row(table, name, testbed, {})
+                plans[plan.name] = plan
+    for plan in plans.values():
+        assert find_recipe(plan.recipe).is_file()
+        for key, text in plan.settings.items():
+            assert "{" not in str(filled(text, folders)) or key == "model.options"
+    chosen = list(plans.values())[:: 1 if testbed_name == "embedded" else 4]
+    for plan in chosen:
+        assert recipe_of(plan, 3, folders).seed == 3
+
+
+def test_rows_that_are_the_same_run_once():
+    """MixToken with token labels is a row of `mixing`, `defects`, `labels` and `distillation`."""
+    tables = [read_table(name) for name in ("mixing", "defects", "labels", "distillation")]
+    four = Comparison(tables=tables, testbed=read_testbed("embedded"), out=Path("out"), seeds=1)
+    rows = [(0, "token_mixtoken"), (1, "aligned"), (2, "token"), (3, "token")]
+    assert {four.plan(tables[i], row).name for i, row in rows} == {"base"}
+    assert len(jobs_of(four)) < sum(len(table.rows) for table in tables)
+    assert [job.seed for job in jobs_of(four, shared=False)] == [0] * sum(len(t.rows) for t in tables)
+
+
+def test_steps_are_made_in_the_order_of_their_needs():
+    table, testbed = read_table("labels"), read_testbed("embedded")
+    ours = Comparison(tables=[table], testbed=testbed, out=Path("out"))
+    steps = steps_needed(ours, [Job(table, "own", 0)])
+    assert steps.index("scenes") < steps.index("teacher") < steps.index("labels") < steps.index("student")
+    assert steps[-1] == "labels_own"
+    assert "labels_coarse" not in steps
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("rows:", "rwos:"), "unknown key 'rwos'; did you mean rows"),
+        (("defect: swapped", "defect: swaped"), "no defect 'swaped'; known: swapped"),
+        (("[swapped, token]", "[swapped, tokne]"), "name a row 'tokne'"),
+        (("title: Tiny\n", ""), "title"),
+    ],
+)
+def test_mistakes_in_a_table_are_named(change, message, tmp_path):
+    (tmp_path / "t.yaml").write_text(TABLE.replace(*change))
+    with pytest.raises(TableError, match=message):
+        read_table(str(tmp_path / "t.yaml"))
+
+
+def test_unknown_names_have_their_neighbours():
+    with pytest.raises(TableError, match="did you mean mixing"):
+        read_table("mixin")
+    table = replace(read_table("mixing"), use=["no_such"])
+    with pytest.raises(TableError, match="testbed embedded has no preset 'no_such'"):
+        plan_row(table, "class_none", read_testbed("embedded"), {})
+    with pytest.raises(TableError, match="name their folder with --data"):
+        Comparison(tables=[table], testbed=read_testbed("imagenet"), out=Path("out"))
