@@ -1,5 +1,7 @@
 """LV-ViT under timm's roof: made, called, resized, saved and loaded by timm's own functions."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,9 @@ from golden_values import formula_image, formula_weights, golden_outputs, publis
 from safetensors.torch import save_file
 from timm.models import save_for_hf
 from timm.optim._param_groups import param_groups_layer_decay
+from torch import nn
 
+from tokenlabel.mixing import MixPlan
 from tokenlabel.models import Inference, LVViT, TimmAdapter, create_model, register_with_timm
 
 SMALL = {"depth": 3, "width": 32, "num_heads": 4, "stem_width": 8}
@@ -112,6 +116,22 @@ def test_folders_for_the_hub_round_trip(tmp_path: Path) -> None:
     ours = create_model(f"local-dir:{tmp_path}", num_classes=7, size_px=(32, 48), pretrained=True).eval()
     assert isinstance(ours, TimmAdapter)
     torch.testing.assert_close(ours(images).logits(Inference.COMBINED), model(images))
+    plan = MixPlan(torch.eye(2, 3).expand(2, 2, 3), torch.tensor([1, 0]), on_tokens=True)
+    mixed = nn.Sequential(*model.blocks, model.norm)(
+        model.embed(images, plan)
+    )  # embeddings, not pixels: the stem overlaps
+    torch.testing.assert_close(ours(images, plan).tokens, mixed[:, 1:])
+
+
+def test_our_own_factory_needs_no_registration(tmp_path: Path) -> None:
+    save_for_hf(make(), str(tmp_path), model_args=SMALL, safe_serialization=True)
+    script = (
+        "from tokenlabel.models import create_model\n"
+        f"model = create_model('local-dir:{tmp_path}', num_classes=7, size_px=(32, 48), pretrained=True)\n"
+        "print(type(model.backbone).__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.stdout == "TimmLVViT\n", done.stderr
 
 
 def test_a_published_file_loads_at_another_size(tmp_path: Path) -> None:

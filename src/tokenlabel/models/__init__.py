@@ -51,7 +51,9 @@ def create_model(name: str, *, num_classes: int, size_px: tuple[int, int], **opt
     if name in T2T_VIT_CONFIGS:
         config = _configured(name, T2T_VIT_CONFIGS[name], options)
         return T2TViT(config, num_classes=num_classes, size_px=size_px)
-    if ":" not in name and not timm.is_model(name):  # a colon: timm's "hf-hub:" and "local-dir:"
+    if ":" in name:  # timm's "hf-hub:" and "local-dir:"; what lies there may be an LV-ViT
+        register_with_timm()
+    elif not timm.is_model(name):
         near = get_close_matches(name, [*LVVIT_CONFIGS, *T2T_VIT_CONFIGS, *timm.list_models()])
         raise ValueError(
             f"there is no model {name!r}; {_suggestion(near) or 'see docs/models.md for what there is'}"

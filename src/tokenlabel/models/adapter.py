@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from tokenlabel.mixing import MixPlan, mix_images
 from tokenlabel.models.outputs import Outputs, TokenModel, check_ascending
+from tokenlabel.models.trunk import Trunk
 
 # Where timm's classifiers keep a norm that they apply to pooled features. Tokens take it too, so that the
 # token head sees what the classifier sees.
@@ -68,8 +69,8 @@ class TimmAdapter(TokenModel):
     timm's `forward_intermediates`, counted from 0. Their head begins with a LayerNorm, since the backbone's
     last norm has not seen them.
 
-    Class logits are the backbone's own. A backbone that has a token head (VOLO) hands it over. Plans mix
-    pixels, or, in VOLO, whose stem overlaps, patch embeddings.
+    Class logits are the backbone's own. A backbone that has a token head (VOLO, LV-ViT) hands it over. Plans mix
+    pixels, or, in these two, whose stems overlap, patch embeddings.
     Raises NoTokenGridError for a backbone that has no token grid, ValueError for images that it cannot take.
     """
 
@@ -293,12 +294,14 @@ def _new_token_head(features: Features, num_classes: int) -> nn.Module:
 
 
 def _mixes_embeddings(backbone: nn.Module) -> bool:
-    """Say whether the backbone was made for MixToken: VOLO, which alone in timm has a switch for it."""
-    return hasattr(backbone, "mix_token")
+    """Say whether the backbone was made for MixToken: ours, or VOLO, which alone in timm has a switch for it."""
+    return isinstance(backbone, Trunk) or hasattr(backbone, "mix_token")
 
 
 def _features_of_mixed_embeddings(backbone: Any, images: Tensor, plan: MixPlan) -> Tensor:
-    """Return VOLO's features of mixed patch embeddings, which lie on a finer grid than its tokens."""
+    """Return the features of mixed patch embeddings; VOLO's lie on a finer grid than its tokens."""
+    if isinstance(backbone, Trunk):
+        return backbone.features(images, plan)
     embeddings = mix_images(backbone.patch_embed(images), plan)  # [B, D, 2h, 2w]
     tokens = backbone.forward_tokens(embeddings.permute(0, 2, 3, 1))  # [B, N, D]
     return backbone.norm(backbone.forward_cls(tokens))

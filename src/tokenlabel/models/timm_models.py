@@ -81,8 +81,7 @@ class TimmLVViT(LVViTTrunk):
 
     def forward_features(self, x: Float[Tensor, "B 3 height width"]) -> Float[Tensor, "B M D"]:
         """Return the normalised tokens, the class token first."""
-        tokens, _ = self.forward_intermediates(x, indices=[-1])
-        return tokens
+        return self.features(x)
 
     def forward_head(self, x: Float[Tensor, "B M D"], pre_logits: bool = False) -> Float[Tensor, "B C"]:
         """Return the logits, or the class token's features."""

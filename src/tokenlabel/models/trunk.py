@@ -127,12 +127,18 @@ class Trunk(nn.Module, ABC):
         tokens = torch.cat([class_token, patches.flatten(1, 2)], dim=1)  # [B, M = 1 + h * w, D]
         return tokens + resize_positions(self.pos_embed, self.grid, (patches.shape[1], patches.shape[2]))
 
-    def outputs(self, images: Float[Tensor, "B 3 height width"], plan: MixPlan | None = None) -> Outputs:
-        """Return class logits and tokens of normalised images, mixed by the plan."""
+    def features(
+        self, images: Float[Tensor, "B 3 height width"], plan: MixPlan | None = None
+    ) -> Float[Tensor, "B M D"]:
+        """Return the tokens after the last norm, the class token first, of images mixed by the plan (see `embed`)."""
         tokens = self.embed(images, plan)
         for block in self.blocks:
             tokens = self.run(block, tokens)
-        tokens = self.norm(tokens)
+        return self.norm(tokens)
+
+    def outputs(self, images: Float[Tensor, "B 3 height width"], plan: MixPlan | None = None) -> Outputs:
+        """Return class logits and tokens of normalised images, mixed by the plan."""
+        tokens = self.features(images, plan)
         return Outputs(
             class_logits=self.head(tokens[:, 0]),
             tokens=tokens[:, 1:],
