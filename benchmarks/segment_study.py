@@ -61,7 +61,7 @@ def main() -> None:
 def prepare_labels(out: Path) -> None:
     """Train the demo's teacher and let it label the training scenes."""
     teacher, train_images = out / "teacher", out / "scenes" / "train"
-    tokenlabel(out, "teacher", "train", "--recipe=demo_teacher", f"--run={teacher}", *images_of(out))
+    tokenlabel(out, "teacher", "train", "--recipe=demo_teacher", f"--out={teacher}", *images_of(out))
     tokenlabel(out, "labels", "annotate", train_images, out / "labels", f"--teacher={teacher}", "--size=64")
 
 
@@ -70,7 +70,7 @@ def train_backbones(out: Path, seed: int) -> None:
     labels = {"class": [], "token": [f"--data.labels={out / 'labels'}"]}
     for start, more in labels.items():
         recipe, run = f"--recipe=demo_{start}_labels", out / f"{start}-{seed}"
-        tokenlabel(out, run.name, "train", recipe, f"--run={run}", f"--seed={seed}", *images_of(out), *more)
+        tokenlabel(out, run.name, "train", recipe, f"--out={run}", f"--seed={seed}", *images_of(out), *more)
 
 
 def segment(out: Path, backbones: Path, head: str, start: str, seed: int) -> None:
@@ -80,7 +80,7 @@ def segment(out: Path, backbones: Path, head: str, start: str, seed: int) -> Non
     tokenlabel(
         out,
         run.name,
-        *("segment", "train", "--recipe=segment_scenes", f"--run={run}", f"--seed={seed}"),
+        *("segment", "train", "--recipe=segment_scenes", f"--out={run}", f"--seed={seed}"),
         f"--data.root={out / 'scenes'}",
         f"--model.head={head}",
         *HEADS[head],

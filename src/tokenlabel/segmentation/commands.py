@@ -57,14 +57,14 @@ def _train(arguments: list[str]) -> int:
     from tokenlabel.segmentation.task import train_segmentation
 
     parser.add_argument(
-        "--run", type=Path, required=True, help="folder of the run: recipe, metrics, checkpoints"
+        "--out", "--run", type=Path, required=True, help="folder of the run: recipe, metrics, checkpoints"
     )
     add_device(parser)
     add_recipe_arguments(parser, SegmentRecipe)
     options = parse(parser, with_recipe_path(arguments, find_recipe))
     recipe = config_of(parser, options, SegmentRecipe)
     try:
-        figures = train_segmentation(recipe, options.run, device=device_of(options.device))
+        figures = train_segmentation(recipe, options.out, device=device_of(options.device))
     except Interrupted as stop:
         print(f"tokenlabel segment train: {stop}", file=sys.stderr)
         return stop.exit_status
