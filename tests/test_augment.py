@@ -16,21 +16,18 @@ from torchvision.transforms import functional as vision
 from tokenlabel import images
 from tokenlabel.alignment import align, collate_score_maps
 from tokenlabel.augment import (
-    MEAN_COLOUR,
     AugmentConfig,
     ColourJitter,
     EvalTransform,
-    Interpolation,
     Order,
     TrainTransform,
     WarpConfig,
     draw_crop,
     one_view,
-    resize,
-    warp,
 )
 from tokenlabel.geometry import View, stack_views
 from tokenlabel.randaugment import COLOURS, WARPS, PolicyError, RandAugment, parse_randaugment
+from tokenlabel.resampling import MEAN_COLOUR, Interpolation, resize, warp
 from tokenlabel.scores import from_mask
 
 fast = settings(max_examples=40, deadline=None)

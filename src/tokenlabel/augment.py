@@ -15,10 +15,8 @@ from enum import StrEnum
 from functools import reduce
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch.nn import functional as F
 
 from tokenlabel.colours import (
     ColourChange,
@@ -32,17 +30,7 @@ from tokenlabel.colours import (
 )
 from tokenlabel.geometry import Box, View
 from tokenlabel.randaugment import parse_randaugment
-
-# The mean of ImageNet's pixels, which timm fills with, too.
-MEAN_COLOUR = (124, 116, 104)
-
-
-class Interpolation(StrEnum):
-    """How pixels are resampled; RANDOM draws one of the other two for each image."""
-
-    BILINEAR = "bilinear"
-    BICUBIC = "bicubic"
-    RANDOM = "random"
+from tokenlabel.resampling import RESAMPLING, Interpolation, flipped, resize, warp
 
 
 class Order(StrEnum):
@@ -136,16 +124,16 @@ class TrainTransform:
         interpolation = _draw_interpolation(config.interpolation, rng)
         if config.order is Order.BEFORE_CROP:
             pixels, change = self._changed(pixels, interpolation, rng)
-            pixels, crop = self._cropped_and_flipped(pixels, interpolation, rng)
+            pixels, crop = self._cropped_andflipped(pixels, interpolation, rng)
             view = crop if change is None else change.then(crop)
         else:
-            pixels, crop = self._cropped_and_flipped(pixels, interpolation, rng)
+            pixels, crop = self._cropped_andflipped(pixels, interpolation, rng)
             pixels, change = self._changed(pixels, interpolation, rng)
             view = crop if change is None else crop.then(change)
         colours = [_draw_three_augment(rng)] if config.three_augment else []
         return recoloured(pixels, colours + _draw_jitter(config.jitter, rng)), view
 
-    def _cropped_and_flipped(
+    def _cropped_andflipped(
         self, pixels: NDArray[np.uint8], interpolation: Interpolation, rng: np.random.Generator
     ) -> tuple[NDArray[np.uint8], View]:
         config, (height_px, width_px) = self.config, pixels.shape[:2]
@@ -158,9 +146,9 @@ class TrainTransform:
         view = View.crop(box)
         resized = resize(pixels[top : top + height, left : left + width], self.size_px, interpolation)
         if rng.random() < config.horizontal_flip:
-            resized, view = _flipped(resized, axis=1), view.then(View.flip_horizontal())
+            resized, view = flipped(resized, axis=1), view.then(View.flip_horizontal())
         if rng.random() < config.vertical_flip:
-            resized, view = _flipped(resized, axis=0), view.then(View.flip_vertical())
+            resized, view = flipped(resized, axis=0), view.then(View.flip_vertical())
         return resized, view
 
     def _changed(
@@ -205,7 +193,7 @@ class EvalTransform:
         resized_width, resized_height = self._resized_px(pixels.shape[1], pixels.shape[0])
         # By Pillow, to the last level: figures agree with those that timm finds.
         resized = np.array(
-            Image.fromarray(pixels).resize((resized_width, resized_height), _RESAMPLING[self.interpolation])
+            Image.fromarray(pixels).resize((resized_width, resized_height), RESAMPLING[self.interpolation])
         )
         left, top = round((resized_width - width) / 2), round((resized_height - height) / 2)
         box = Box.from_pixels(
@@ -257,41 +245,6 @@ def one_view(warps: Sequence[View]) -> View:
     return reduce(View.then, warps)
 
 
-def warp(pixels: NDArray[np.uint8], view: View, interpolation: Interpolation) -> NDArray[np.uint8]:
-    """Resample pixels [height, width, 3] once to show a view of them; what it does not cover gets `MEAN_COLOUR`.
-
-    That includes what was cut off on the way, as if each warp had been done by itself: pixels and labels agree.
-    """
-    height, width = pixels.shape[:2]
-    to_px = np.array([[width], [height]])  # the view's fractions, of x and y
-    per_px = np.array([1 / width, 1 / height, 1])
-    warped = Image.fromarray(pixels).transform(
-        (width, height),
-        Image.Transform.AFFINE,
-        (view.matrix * to_px * per_px).ravel().tolist(),
-        resample=_RESAMPLING[interpolation],
-        fillcolor=MEAN_COLOUR,
-    )
-    shown = np.array(warped)
-    if len(view.frames) > 1:
-        shown[~view.covered_pixels((height, width))] = MEAN_COLOUR
-    return shown
-
-
-def resize(
-    pixels: NDArray[np.uint8], size_px: tuple[int, int], interpolation: Interpolation
-) -> NDArray[np.uint8]:
-    """Resize pixels [h, w, 3] to (height, width), with antialiasing.
-
-    Within a level of Pillow's (bicubic: but for single pixels beside hard edges that overshoot), and several
-    times as fast: torch keeps to uint8 and vectorises.
-    """
-    # Torch's fast path wants one image, channels last, without gaps between its rows.
-    image = torch.from_numpy(pixels).permute(2, 0, 1)[None].contiguous(memory_format=torch.channels_last)
-    resized = F.interpolate(image, size=size_px, mode=interpolation.value, antialias=True)
-    return resized[0].permute(1, 2, 0).contiguous().numpy()
-
-
 def recoloured(pixels: NDArray[np.uint8], changes: Sequence[ColourChange]) -> NDArray[np.uint8]:
     """Return pixels [height, width, 3] after changes of colour."""
     if not changes:
@@ -302,18 +255,8 @@ def recoloured(pixels: NDArray[np.uint8], changes: Sequence[ColourChange]) -> ND
     return np.array(image)
 
 
-_RESAMPLING = {
-    Interpolation.BILINEAR: Image.Resampling.BILINEAR,
-    Interpolation.BICUBIC: Image.Resampling.BICUBIC,
-}
-
-
 def _pixels(image: Image.Image | NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.array(image) if isinstance(image, Image.Image) else image
-
-
-def _flipped(pixels: NDArray[np.uint8], *, axis: int) -> NDArray[np.uint8]:
-    return torch.from_numpy(pixels).permute(2, 0, 1)[None].flip(axis + 2)[0].permute(1, 2, 0).numpy()
 
 
 def _draw_interpolation(interpolation: Interpolation, rng: np.random.Generator) -> Interpolation:
