@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import time
@@ -288,3 +289,17 @@ def test_the_recipes_of_the_package_can_be_read(name):
         assert (recipe.num_steps, recipe.batch_size, recipe.optim.lr) == (160_000, 16, 6e-5)
         assert recipe.optim.warmup_steps == 1500
         assert round(recipe.eval.every_epochs * (20_210 // 16)) == 8000
+
+
+def test_a_report_shows_figures_classes_and_pictures(run, tmp_path, capsys):
+    assert main(["segment", "eval", str(run), "--output", str(tmp_path / "eval.json")]) == 0
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    shutil.copy(tmp_path / "eval.json", copy)
+    assert main(["report", str(run), str(copy), "--output", str(tmp_path / "report.html")]) == 0
+    page = (tmp_path / "report.html").read_text()
+    figures = json.loads((tmp_path / "eval.json").read_text())
+    assert f"<td>{figures['miou']:.1%}</td>" in page
+    assert "<td>background</td>" in page
+    assert page.count("the truth") == 2 * 6  # caption and alternative text of six pictures
+    capsys.readouterr()
