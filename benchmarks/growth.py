@@ -119,12 +119,14 @@ def draw(costs: Costs, out: Path) -> None:
         points = [replace(Point(), **{axis: size}) for size in sizes]
         for row, (quantity, unit) in enumerate((("ms", "time (ms)"), ("mib", "peak memory (MiB)"))):
             panel = panels[row][column]
+            dotted: str | None = "in proportion"
             for way in WAYS:
                 values = [getattr(costs[way, point], quantity) for point in points]
                 panel.loglog(sizes, values, "o-", label=way, color=colours[way])
                 middle = len(sizes) // 2
                 proportional = [values[middle] * size / sizes[middle] for size in sizes]
-                panel.loglog(sizes, proportional, ":", color=colours[way], alpha=0.5)
+                panel.loglog(sizes, proportional, ":", color=colours[way], alpha=0.5, label=dotted)
+                dotted = None
             panel.set_xticks(sizes, [f"{size:,}" for size in sizes])
             panel.minorticks_off()
             panel.grid(alpha=0.3)
@@ -132,8 +134,9 @@ def draw(costs: Costs, out: Path) -> None:
                 panel.set_ylabel(unit)
             if row == 1:
                 panel.set_xlabel(axis)
-    panels[0][0].legend(fontsize=8, loc="upper left")
-    figure.suptitle("Label path; dotted: in proportion", fontsize=11)
+    figure.legend(
+        *panels[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False
+    )
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=80)
     pyplot.close(figure)

@@ -49,7 +49,7 @@ def run(settings: Settings) -> list[Row]:
     """
     rows = []
     for num_classes in (1000,) if settings.quick else (10, 1000):
-        case = _case(num_classes, settings)
+        case = make_case(num_classes, settings)
         generator = torch.Generator().manual_seed(0)
         logits = torch.randn(NUM_IMAGES, GRID[0] * GRID[1], num_classes, generator=generator)
         logits = logits.to(settings.device).requires_grad_()
@@ -57,7 +57,7 @@ def run(settings: Settings) -> list[Row]:
         rows += _compare(
             f"targets, {num_classes:,} classes",
             sparse=lambda case=case: align(case.score_maps, case.views, GRID),
-            dense=lambda case=case: _dense_targets(case),
+            dense=lambda case=case: dense_targets(case),
             settings=settings,
             aims=aims[:2],
         )
@@ -72,10 +72,10 @@ def run(settings: Settings) -> list[Row]:
         name = f"targets, smoothed and mixed by MixToken, {num_classes:,} classes: sparse"
         rows.append(Row(name, [1e3 * s for s in whole], "ms"))
     num_images = 8 if settings.quick else NUM_IMAGES
-    many = _case(21_841, settings, num_images)
+    many = make_case(21_841, settings, num_images)
     ways = {
         "sparse": lambda: align(many.score_maps, many.views, GRID),
-        "dense": lambda: _dense_targets(many),
+        "dense": lambda: dense_targets(many),
     }
     for way, function in ways.items():
         mib = peak_bytes(function, settings) / 2**20
@@ -101,7 +101,7 @@ def _compare(
     return rows
 
 
-def _case(num_classes: int, settings: Settings, num_images: int = NUM_IMAGES) -> Case:
+def make_case(num_classes: int, settings: Settings, num_images: int = NUM_IMAGES) -> Case:
     """Draw labels with palettes of 20 to 60 classes (or all there are) and crops with sides of .35 to 1."""
     rng = np.random.default_rng(0)
     maps = [draw_score_map(rng, num_classes, int(rng.integers(20, 61))) for _ in range(num_images)]
@@ -151,7 +151,7 @@ def _mixed_targets(case: Case) -> TokenTargets:
     return mix_targets(targets, plan and plan.to(case.views.device), GRID)
 
 
-def _dense_targets(case: Case) -> Tensor:
+def dense_targets(case: Case) -> Tensor:
     """Return the published toolboxes' targets [B, N, C]."""
     num_images = len(case.views)
     dense = torch.zeros(num_images, case.num_classes, MAP_SIZE, MAP_SIZE, device=case.views.device)
@@ -162,6 +162,6 @@ def _dense_targets(case: Case) -> Tensor:
 
 
 def _dense_step(case: Case, logits: Tensor) -> None:
-    targets = _dense_targets(case)
+    targets = dense_targets(case)
     loss = (-targets * F.log_softmax(logits, dim=2)).sum(dim=2).mean()
     torch.autograd.grad(loss, logits)

@@ -4,9 +4,12 @@ import importlib
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 import tokenlabel
+from tokenlabel.scores import from_mask
+from tokenlabel.store import LabelStoreWriter, Manifest
 
 
 @pytest.mark.parametrize("name", tokenlabel.__all__)
@@ -39,3 +42,14 @@ def test_an_import_takes_nothing_heavy_with_it(statement, unwanted):
     code = f"{statement}\nimport sys\nprint(sorted(set({unwanted}) & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_label_store_is_inspected_without_torch(tmp_path):
+    with LabelStoreWriter(tmp_path, Manifest(num_classes=2, topk=1)) as writer:
+        writer.add("a/1.png", from_mask(np.array([[0, 1]]), num_classes=2))
+    code = (
+        f"from tokenlabel.cli import main; assert main(['inspect', {str(tmp_path)!r}]) == 0\n"
+        "import sys; print({'torch', 'timm', 'matplotlib'} & sys.modules.keys())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "set()"
