@@ -26,7 +26,7 @@ from tokenlabel.recipe import Recipe
 from tokenlabel.runlog import Stopwatch, read_metrics
 from tokenlabel.scenes import write_scenes
 from tokenlabel.scores import from_mask
-from tokenlabel.store import LabelStoreWriter, Manifest
+from tokenlabel.store import LabelStore, LabelStoreWriter, Manifest
 from tokenlabel.tars import TarImages
 from tokenlabel.train import build, train
 
@@ -157,6 +157,18 @@ def test_training_learns_its_images_by_heart(scenes, tmp_path):
 def test_the_same_recipe_gives_the_same_weights_whatever_the_number_of_workers(scenes, tmp_path):
     train(recipe_for(scenes), tmp_path / "one", device=CPU)
     train(recipe_for(scenes, data__num_workers=2), tmp_path / "two", device=CPU)
+    assert weights_of(tmp_path / "one") == weights_of(tmp_path / "two")
+
+
+def test_labels_in_two_folders_are_read_as_one(scenes, tmp_path):
+    whole = LabelStore(scenes.parent / "labels")
+    halves = [str(tmp_path / name) for name in ("even", "odd")]
+    for number, folder in enumerate(halves):
+        with LabelStoreWriter(folder, whole.manifest) as writer:
+            for key in [*whole.keys()][number::2]:
+                writer.add_record(key, whole.packed(key))
+    train(recipe_for(scenes, epochs=1), tmp_path / "one", device=CPU)
+    train(recipe_for(scenes, epochs=1, data__labels=halves), tmp_path / "two", device=CPU)
     assert weights_of(tmp_path / "one") == weights_of(tmp_path / "two")
 
 

@@ -130,7 +130,7 @@ def label_truth(finished: Finished) -> Figures:
         return {}
     size_px, source = recipe.model.size_px, open_images(recipe.data.train)
     transform = TrainTransform(recipe.augment, size_px)
-    labelled = TokenLabelDataset(source, transform, seed=0, store=LabelStore(recipe.data.labels))
+    labelled = TokenLabelDataset(source, transform, seed=0, store=LabelStore(*recipe.data.label_folders))
     labelled = DefectiveDataset(labelled, finished.defect) if finished.defect else labelled
     true = TokenLabelDataset(source, transform, seed=0, store=finished.masks("masks_train"))
     grid, right, total = model.grid_for(size_px), 0, 0
@@ -153,9 +153,9 @@ def label_bytes(finished: Finished) -> Figures:
     recipe = finished.trained.recipe
     if recipe.data.labels is None or not recipe.loss.reads_labels:
         return {}
-    folder = Path(recipe.data.labels)
-    num_bytes = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
-    return {"label_bytes": num_bytes / len(LabelStore(folder))}
+    folders = recipe.data.label_folders
+    files = (path for folder in folders for path in Path(folder).iterdir() if path.is_file())
+    return {"label_bytes": sum(path.stat().st_size for path in files) / len(LabelStore(*folders))}
 
 
 def halfway(finished: Finished) -> Figures:

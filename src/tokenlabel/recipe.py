@@ -38,8 +38,9 @@ class DataConfig:
     """Training images: a folder with one folder a class."""
     val: str | None = None
     """Images to evaluate on, laid out like `train`; none to skip evaluation."""
-    labels: str | None = None
-    """Label store that `tokenlabel annotate` made for `train`; none trains without token labels."""
+    labels: str | list[str] | None = None
+    """Label store that `tokenlabel annotate` made for `train`, or several that are read as one; none trains without
+    token labels."""
     skip_broken: bool = False
     """Leave out images that cannot be decoded; by default one of them stops the run before it starts."""
     num_workers: int = 2
@@ -47,6 +48,11 @@ class DataConfig:
     tar_window: int | None = None
     """Read tar files whole and one after the other, images of this many at a time in random order: for data that
     fits neither memory nor a fast disk. None for one random order over all images."""
+
+    @property
+    def label_folders(self) -> list[str]:
+        """The folders of the labels; empty without labels."""
+        return [self.labels] if isinstance(self.labels, str) else self.labels or []
 
 
 @dataclass(frozen=True, kw_only=True)

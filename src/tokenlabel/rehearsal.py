@@ -132,7 +132,8 @@ def _sizes(training: Training, task: ClassifierTask) -> list[tuple[str, str]]:
     height_px, width_px = recipe.model.size_px
     part = recipe.batch_size // ranks.world_size // training.num_parts
     rows, columns = task.grid
-    labels = recipe.data.labels if task.objective.labelled else recipe.loss.teacher.name
+    folders = " + ".join(recipe.data.label_folders)
+    labels = folders if task.objective.labelled else recipe.loss.teacher.name
     told = f"tokens are told by {labels}" if task.objective.labels_tokens else "tokens are told nothing"
     return [
         (

@@ -162,7 +162,8 @@ def build(recipe: Recipe, *, device: torch.device) -> ClassifierTask:
     if recipe.data.tar_window is not None and isinstance(source, TarImages):
         source = source.streamed()
     source = check_images(source, skip_broken=recipe.data.skip_broken)
-    store = LabelStore(recipe.data.labels) if recipe.data.labels and recipe.loss.reads_labels else None
+    folders = recipe.data.label_folders if recipe.loss.reads_labels else []
+    store = LabelStore(*folders) if folders else None
     if store is not None:
         check_labels(source, store)
     torch.manual_seed(recipe.seed)
