@@ -10,6 +10,7 @@ import timm
 import torch
 from golden_values import formula_image, formula_weights, golden_outputs, published_keys
 from safetensors.torch import save_file
+from timm.data.config import resolve_data_config
 from timm.models import save_for_hf
 from timm.optim._param_groups import param_groups_layer_decay
 from torch import nn
@@ -74,6 +75,32 @@ def test_features_only() -> None:
     assert model.feature_info.channels() == [32, 32]
     assert model.feature_info.reduction() == [16, 16]
     assert [tuple(features.shape) for features in model(torch.randn(1, 3, 32, 48))] == [(1, 32, 2, 3)] * 2
+
+
+def test_layers_that_nobody_asks_for_are_pruned() -> None:
+    model, images = make(), torch.randn(1, 3, 32, 48)
+    (expected,) = model.forward_intermediates(images, indices=[1], intermediates_only=True)
+    assert model.prune_intermediate_layers([-2], prune_norm=True) == [1]
+    assert {name.split(".")[0] for name in model.state_dict()} == {
+        "pos_embed",
+        "cls_token",
+        "patch_embed",
+        "blocks",
+    }
+    assert len(model.blocks) == 2
+    torch.testing.assert_close(model.forward_intermediates(images, 1, intermediates_only=True), [expected])
+
+
+def test_checkpoints_load_as_timm_validates(tmp_path: Path) -> None:
+    model = make()
+    torch.save(
+        {"state_dict": {f"module.{k}": v for k, v in model.state_dict().items()}}, tmp_path / "last.pth.tar"
+    )
+    again = make(
+        checkpoint_path=str(tmp_path / "last.pth.tar"), in_chans=3, scriptable=False, global_pool=None
+    )
+    assert resolve_data_config({}, model=again)["crop_pct"] == 0.9
+    torch.testing.assert_close(again.head.weight, model.head.weight)
 
 
 def test_classifier_can_be_reset() -> None:

@@ -168,18 +168,19 @@ class Malicious:
         return (print, ("this must never run",))
 
 
+@pytest.mark.parametrize("key", ["state_dict", "model", ""])
 def test_a_pickle_that_runs_code_is_refused_with_a_way_out(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = tmp_path / "evil.pth"
-    torch.save({"state_dict": tiny().state_dict(), "extra": Malicious()}, path)
+    path, weights = tmp_path / "evil.pth", tiny().state_dict()
+    torch.save({**({key: weights} if key else weights), "extra": Malicious()}, path)
     with pytest.raises(
         WeightsError, match=r"evil.pth holds more than tensors.*convert it once: python -c"
     ) as caught:
         read_checkpoint(path)
     assert "never run" not in capsys.readouterr().out
     command = str(caught.value).partition('python -c "')[2].removesuffix('"')
-    exec(command)  # the way out works, for those who trust the file
+    exec(command, {})  # the way out works, for those who trust the file
     assert "never run" in capsys.readouterr().out
     assert read_checkpoint(f"{path}.tensors.pth").keys() == tiny().state_dict().keys()
 
@@ -189,6 +190,7 @@ def test_a_pickle_that_runs_code_is_refused_with_a_way_out(
     [
         ("a.safetensors", b"no", r"a.safetensors is damaged"),
         ("a.pth", b"", r"a.pth is damaged"),
+        ("a.pth", b"abc", r"a.pth is damaged"),
         ("a.pth", pickled([1]), r"a.pth holds a list"),
         ("a.pth", pickled({"epoch": 3}), r"a.pth holds no tensors; it has epoch"),
     ],

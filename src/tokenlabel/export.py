@@ -15,12 +15,13 @@ import numpy as np
 import timm
 import torch
 from jaxtyping import Float
-from safetensors.torch import save_file
+from safetensors.torch import save
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
 from tokenlabel.checkpoint import TrainedModel, load_model
 from tokenlabel.models import Inference, LVViT, TimmAdapter, TokenModel, register_with_timm
+from tokenlabel.models.timm_models import TimmLVViT
 
 # How far an ONNX graph may be from PyTorch, as a share of the largest output.
 TOLERANCE = 1e-3
@@ -71,7 +72,7 @@ def write_safetensors(trained: TrainedModel, path: Path) -> None:
     """Write all tensors, with what it takes to build the model again as the file's metadata."""
     description = {key: json.dumps(value) for key, value in _description(trained).items()}
     tensors = {name: tensor.contiguous() for name, tensor in trained.model.state_dict().items()}
-    save_file(tensors, path, metadata={"format": "pt", **description})
+    path.write_bytes(save(tensors, metadata={"format": "pt", **description}))
 
 
 def write_onnx(trained: TrainedModel, path: Path, *, inference: Inference, dense: bool) -> None:
@@ -127,15 +128,18 @@ def write_hub_folder(trained: TrainedModel, folder: Path) -> None:
     elif isinstance(model, TimmAdapter):
         network = _backbone_with_token_head(model)
         if network is model.backbone:
-            save_file(model.token_head.state_dict(), folder / "token_head.safetensors")
+            (folder / "token_head.safetensors").write_bytes(save(model.token_head.state_dict()))
     else:
         raise ExportError(f"timm has no {recipe.name}, and so no folder; export to .safetensors or .onnx")
     if network.pretrained_cfg.get("fixed_input_size"):
         options["img_size"] = recipe.size_px
     labels = {"label_names": trained.class_names}
     save_for_hf(network, str(folder), model_config=labels, model_args=options, safe_serialization=True)
-    card = _model_card(recipe.name, needs_us=isinstance(model, LVViT))
+    card = _model_card(recipe.name, needs_us=isinstance(network, TimmLVViT))
     (folder / "README.md").write_text(card, encoding="utf-8")
+    shutil.copymode(
+        folder / "README.md", folder / "model.safetensors"
+    )  # safetensors keeps it from other users
 
 
 def _timm_lvvit(model: LVViT, name: str, options: dict[str, Any]) -> Any:
@@ -195,7 +199,7 @@ tags: [image-classification, timm, token-labeling]
 
 ```python
 import timm
-{register}model = timm.create_model("local-dir:FOLDER", pretrained=True)
+{register}model = timm.create_model("local-dir:FOLDER", pretrained=True)  # or "hf-hub:USER/NAME"
 ```
 """
 

@@ -122,6 +122,18 @@ class TimmLVViT(LVViTTrunk):
                 break
         return found if intermediates_only else (self.norm(tokens), found)
 
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop the blocks after the last that is asked for; return those that are asked for, counted from 0."""
+        wanted = _block_indices(indices, depth=len(self.blocks))
+        self.blocks = self.blocks[: max(wanted) + 1]
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.reset_classifier(0)
+        return wanted
+
     def get_classifier(self) -> nn.Module:
         """Return the head of the class token."""
         return self.head

@@ -80,7 +80,7 @@ class Trunk(nn.Module, ABC):
             )
             for index in range(config.depth)
         )
-        self.norm = nn.LayerNorm(config.width)
+        self.norm: nn.Module = nn.LayerNorm(config.width)
         self.head = nn.Linear(config.width, num_classes)
         self.aux_head = Linear(config.width, num_classes)
 

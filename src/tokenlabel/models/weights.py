@@ -119,9 +119,10 @@ def _read_pickle(path: Path) -> dict[str, Any]:
         raise WeightsError(
             f"{path} holds more than tensors, and reading it could run any code. If you trust where it is from, "
             f"convert it once: python -c \"import torch; f = torch.load('{path}', weights_only=False); "
-            f"torch.save({{k: v for k, v in f.items() if 'state_dict' in k}} or f, '{path}.tensors.pth')\""
+            f"keys = {WEIGHTS_KEYS + AVERAGE_KEYS}; torch.save({{k: v for k, v in f.items() "
+            f"if k in keys or torch.is_tensor(v)}}, '{path}.tensors.pth')\""
         ) from error
-    except (RuntimeError, EOFError, OSError) as error:
+    except (RuntimeError, EOFError, OSError, LookupError, TypeError, ValueError) as error:
         raise WeightsError(f"{path} is damaged or no checkpoint ({error}); get it again") from error
     if not isinstance(contents, dict):
         raise WeightsError(f"{path} holds a {type(contents).__name__}, expected a dictionary of tensors")
