@@ -10,51 +10,53 @@
 import argparse
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 
 import tokenlabel as tl  # +
 
 
+class Learner(nn.Module):
+    """A network that returns its loss, as Trainer wants it; so the loss is part of what DDP wraps."""
+
+    def __init__(self, network: Any) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, batch: Any) -> dict[str, Tensor]:
+        """Return the loss of a batch."""
+        network, batch = self.network, batch.to(next(self.parameters()).device)
+        outputs = network(tl.normalize_images(batch.images, mean=network.mean, std=network.std))  # +
+        targets = tl.align(batch.score_maps, batch.views, outputs.grid)  # +
+        loss = tl.token_label_loss(outputs, tl.class_targets(batch.class_ids), targets, beta=0.5).total  # +
+        return {"loss": loss}
+
+
 class TokenLabelTrainer(Trainer):
-    """A Trainer that takes its batches and its loss from tokenlabel."""
+    """A Trainer whose batches know where in an image they come from."""
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return the batches of all steps, this process's part of each."""
         args: Any = self.args
         dataset: Any = self.train_dataset
-        count, size = {"num_images": len(dataset), "num_steps": args.max_steps}, args.train_batch_size
+        count = {"num_images": len(dataset), "num_steps": args.max_steps, "seed": args.seed}
         ranks = {"rank": args.process_index, "world_size": args.world_size}
-        order = tl.BatchSampler(**count, batch_size=size * args.world_size, seed=0, **ranks)  # +
-        return DataLoader(dataset, batch_sampler=order, collate_fn=as_inputs)
-
-    def compute_loss(
-        self,
-        model: Any,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
-    ) -> Tensor | tuple[Tensor, Any]:
-        """Return the loss of a batch."""
-        batch, ours = inputs["batch"].to(self.args.device), self.accelerator.unwrap_model(model)
-        outputs = model(tl.normalize_images(batch.images, mean=ours.mean, std=ours.std))  # +
-        targets = tl.align(batch.score_maps, batch.views, outputs.grid)  # +
-        loss = tl.token_label_loss(outputs, tl.class_targets(batch.class_ids), targets, beta=0.5).total  # +
-        return (loss, outputs) if return_outputs else loss
+        order = tl.BatchSampler(batch_size=args.train_batch_size * args.world_size, **count, **ranks)  # +
+        workers = args.dataloader_num_workers
+        return DataLoader(dataset, batch_sampler=order, collate_fn=by_name, num_workers=workers)
 
 
-def as_inputs(samples: list[Any]) -> dict[str, Any]:
-    """Return a batch as Trainer wants it: by name."""
+def by_name(samples: list[Any]) -> dict[str, Any]:
+    """Return a batch as an argument of `Learner.forward`."""
     return {"batch": tl.collate(samples)}  # +
 
 
 def main() -> None:
     """Train."""
     kinds: Any = TrainingArguments
-    parser = HfArgumentParser(
-        kinds, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = HfArgumentParser(kinds, description=__doc__, formatter_class=formatter)
     parser.add_argument("images", help="folder with one folder a class")
     parser.add_argument("labels", help="label store")
     parser.add_argument("--model", default="vit_small_patch16_224")
@@ -66,8 +68,8 @@ def main() -> None:
     images = tl.open_images(ours.images)  # +
     transform = tl.TrainTransform(tl.AugmentConfig(), size_px)  # +
     dataset = tl.TokenLabelDataset(images, transform, seed=0, store=tl.LabelStore(ours.labels))  # +
-    model = tl.create_model(ours.model, num_classes=dataset.num_classes, size_px=size_px)  # +
-    TokenLabelTrainer(model=model, args=args, train_dataset=dataset).train()
+    network = tl.create_model(ours.model, num_classes=dataset.num_classes, size_px=size_px)  # +
+    TokenLabelTrainer(model=Learner(network), args=args, train_dataset=dataset).train()
 
 
 if __name__ == "__main__":
