@@ -16,6 +16,7 @@ import torch
 from benchmarks import (
     annotate_speed,
     data_speed,
+    data_stages,
     growth,
     label_path,
     model_speed,
@@ -36,6 +37,7 @@ BENCHMARKS: dict[str, Callable[[Settings], list[Row]]] = {
     "store_speed": store_speed.run,
     "annotate_speed": annotate_speed.run,
     "data_speed": data_speed.run,
+    "data_stages": data_stages.run,
     "model_speed": model_speed.run,
     "segment_speed": segment_speed.run,
 }

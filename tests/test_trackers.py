@@ -2,10 +2,16 @@ import sys
 from contextlib import closing
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_train import nested_recipe, write_labels
 
+from tokenlabel.configuration import config_from_dict
+from tokenlabel.recipe import Recipe
 from tokenlabel.runlog import RunLog, read_metrics
+from tokenlabel.scenes import write_scenes
 from tokenlabel.trackers import TensorBoard, TrackerError
+from tokenlabel.train import train
 
 
 def write_steps(run, steps, tracker, **options):
@@ -44,3 +50,13 @@ def test_tensorboard_that_is_not_installed_is_an_error_that_says_what_to_install
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(TrackerError, match=r"pip install 'tokenlabel\[tensorboard\]'"):
         TensorBoard(tmp_path)
+
+
+def test_a_run_tells_its_trackers_what_it_writes(tmp_path):
+    write_scenes(tmp_path / "scenes", num_train=40, num_val=20, seed=0)
+    write_labels(tmp_path / "scenes" / "masks" / "train", tmp_path / "labels")
+    recipe = config_from_dict({**nested_recipe(tmp_path / "scenes"), "epochs": 2}, Recipe, name="recipe")
+    heard = []
+    train(recipe, tmp_path / "run", device=torch.device("cpu"), trackers=[heard.append])
+    assert heard == read_metrics(tmp_path / "run")
+    assert {line["kind"] for line in heard} == {"train", "eval"}

@@ -52,11 +52,7 @@ def contrasted(factor: float) -> ColourChange:
 
 def saturated(factor: float) -> ColourChange:
     """Return a change of saturation: 0 is grey, 1 changes nothing."""
-
-    def change(image: Image.Image) -> Image.Image:
-        return Image.fromarray(_blend(np.asarray(greyed(image)), np.asarray(image), factor))
-
-    return change
+    return lambda image: Image.blend(greyed(image), image, factor)
 
 
 def sharpened(factor: float) -> ColourChange:
