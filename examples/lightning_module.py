@@ -79,7 +79,7 @@ def main() -> None:
     transform = tl.TrainTransform(tl.AugmentConfig(), size_px)  # +
     dataset = tl.TokenLabelDataset(images, transform, seed=0, store=tl.LabelStore(args.labels))  # +
     count: dict[str, Any] = {"num_images": len(dataset), "num_steps": args.steps, "seed": 0}
-    ranks = {"rank": trainer.global_rank, "world_size": trainer.world_size}
+    ranks: dict[str, Any] = {"rank": trainer.global_rank, "world_size": trainer.world_size}
     order = tl.BatchSampler(batch_size=args.batch_size * trainer.world_size, **count, **ranks)  # +
     loader = tl.make_loader(dataset, order, num_workers=args.workers)  # +
     model = Classifier(args.model, num_classes=dataset.num_classes, size_px=size_px, lr=args.lr)

@@ -1,6 +1,7 @@
 """The recipes of the package: each builds at full size, and takes a step with a small version of its model."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,14 +11,17 @@ import yaml
 from PIL import Image
 from safetensors.torch import save_file
 
+from tokenlabel.alignment import LogitsMode, align
+from tokenlabel.annotation import AnnotateConfig, annotate
 from tokenlabel.checkpoint import load_checkpoint
 from tokenlabel.configuration import ConfigError, config_from_dict
 from tokenlabel.distributed import Ranks
 from tokenlabel.engine import prepare, train_step
 from tokenlabel.mixing import Mixing, join_plans
 from tokenlabel.models import create_model
+from tokenlabel.published import ImportConfig, import_labels
 from tokenlabel.recipe import MixConfig, Recipe, claim, find_recipe, recipe_names
-from tokenlabel.runlog import Stopwatch
+from tokenlabel.runlog import Stopwatch, read_metrics
 from tokenlabel.scenes import write_scenes
 from tokenlabel.scores import from_mask
 from tokenlabel.store import LabelStoreWriter, Manifest
@@ -185,3 +189,38 @@ def test_a_run_goes_on_with_other_workers_and_checkpoints_but_not_with_another_r
     claim(tmp_path, recipe(data={"train": "a", "num_workers": 9}, checkpoint={"every_epochs": 7}))
     with pytest.raises(ConfigError, match=r"another recipe \(epochs: 300 there, 5 here; 1 differ\)"):
         claim(tmp_path, recipe(epochs=5))
+
+
+def test_relabel_takes_the_published_files_as_they_are(data, tmp_path):
+    """Maps of logits, pooled over the crop before the softmax."""
+    for path in (data / "scenes" / "train").rglob("*.png"):
+        logits = torch.randn(5, 15, 15)
+        class_ids = torch.rand(10, 15, 15).argsort(dim=0)[:5]
+        file = tmp_path / "files" / path.parent.name / f"{path.stem}.pt"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(torch.stack([logits, class_ids]).half(), file)
+    config = ImportConfig(num_classes=10)
+    import_labels(tmp_path / "files", tmp_path / "labels", data / "scenes" / "train", config)
+    recipe = small("relabel", data, labels=False)
+    recipe = replace(
+        recipe,
+        data=replace(recipe.data, labels=str(tmp_path / "labels")),
+        loss=replace(recipe.loss, map_mode=LogitsMode.PUBLISHED),
+    )
+    task = build(recipe, device=CPU)
+    (batch, *_) = task.batches(prepare(task, Ranks()).sampler(0))
+    label = task.objective.targets(batch, None, grid=task.grid).class_token.dense(10)[:, 0]
+    assert batch.score_maps is not None
+    expected = align(batch.score_maps, batch.views, (1, 1), logits=LogitsMode.PUBLISHED).dense(10)[:, 0]
+    torch.testing.assert_close(label, expected)
+
+
+def test_a_run_labels_the_images_for_its_successor(data, tmp_path):
+    images = data / "scenes" / "train"
+    train(small("lvvit_s", data, labels=True), tmp_path / "first", device=CPU)
+    annotate(images, tmp_path / "own", AnnotateConfig(teacher=str(tmp_path / "first"), size=64), device=CPU)
+    recipe = small("self_labels", data, labels=False)
+    recipe = replace(recipe, data=replace(recipe.data, labels=str(tmp_path / "own")))
+    train(recipe, tmp_path / "second", device=CPU)
+    lines = [line for line in read_metrics(tmp_path / "second") if line["kind"] == "train"]
+    assert lines[-1]["token_loss"] > 0
