@@ -12,9 +12,11 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from timm.data import create_dataset, create_loader, resolve_data_config
+from timm.data.config import resolve_data_config
+from timm.data.dataset import ImageDataset
 from timm.data.imagenet_info import ImageNetInfo
-from timm.utils import accuracy
+from timm.data.loader import create_loader
+from timm.utils.metrics import accuracy
 
 from tokenlabel.assessment import EvalOptions, as_text, assess
 from tokenlabel.imagenet import (
@@ -82,7 +84,7 @@ def timms(weights, own):
     model = timm.create_model("test_resnet", num_classes=12, checkpoint_path=str(weights[12])).eval()
     data = resolve_data_config({"img_size": SIDE_PX}, model=model, use_test_size=True)
     loader = create_loader(
-        create_dataset("", root=str(own)),
+        ImageDataset(str(own)),
         input_size=data["input_size"],
         batch_size=16,
         use_prefetcher=False,

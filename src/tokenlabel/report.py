@@ -13,8 +13,10 @@ import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from tokenlabel.charts import Points, curve_chart
 from tokenlabel.checkpoint import CheckpointError, TrainedModel, load_model
 from tokenlabel.configuration import read_config
+from tokenlabel.contrast import contrast_sections
 from tokenlabel.data import Batch, collate, decode_image, normalize_images
 from tokenlabel.engine import Part
 from tokenlabel.evaluate import evaluation_set
@@ -33,6 +35,7 @@ COLUMNS = {
     "top1": ("top-1", "{:.1%}"),
     "top5": ("top-5", "{:.1%}"),
     "loss": ("loss", "{:.3f}"),
+    "ece": ("ECE", "{:.1%}"),
     "token_accuracy": ("tokens right", "{:.1%}"),
     "images_per_s": ("train images/s", "{:,.0f}"),
     "data_share": ("waiting for data", "{:.1%}"),
@@ -50,6 +53,16 @@ class RunRecord:
     eval_lines: list[dict[str, Any]]
     final: dict[str, Any]
     """The figures of `tokenlabel eval` if its output lies in the run folder, of the last evaluation otherwise."""
+
+    def minutes_at(self, step: int) -> float:
+        """Return how long the training steps before a step took; evaluations and pauses are left out."""
+        seconds, before = 0.0, 0
+        for line in self.train_lines:
+            if before >= step:
+                break
+            seconds += (min(line["step"], step) - before) * self.recipe.batch_size / line["images_per_s"]
+            before = line["step"]
+        return seconds / 60
 
 
 def write_report(runs: Sequence[Path], output: Path) -> None:
@@ -71,6 +84,7 @@ def _classifier_sections(records: Sequence[RunRecord]) -> list[str]:
     return [
         section("Results", _results_table(records)),
         section("Curves", svg(_curves(records))),
+        *contrast_sections([record.folder for record in records]),
         *_picture_sections(records),
         section("Recipes", settings_table([(record.folder.name, record.recipe) for record in records])),
     ]
@@ -85,7 +99,8 @@ def read_run(run: Path) -> RunRecord:
     written = run / "eval.json"
     final = json.loads(written.read_text(encoding="utf-8")) if written.is_file() else (evals or [{}])[-1]
     trains = [line for line in lines if line["kind"] == "train"]
-    return RunRecord(run, read_config(run / RECIPE_FILE, Recipe), trains, evals, final)
+    recipe = read_config(run / RECIPE_FILE, Recipe)
+    return RunRecord(run, recipe, trains, evals, final.get(recipe.eval.inference.value, final))
 
 
 def _results_table(records: Sequence[RunRecord]) -> str:
@@ -105,23 +120,31 @@ def _results_table(records: Sequence[RunRecord]) -> str:
 
 
 def _curves(records: Sequence[RunRecord]) -> Figure:
-    figure = Figure(figsize=(10, 3.6), layout="constrained")
-    panels = figure.subplots(1, 3)
-    plots = (
-        ("training loss, class token", "train_lines", "class_loss"),
-        ("training loss, tokens", "train_lines", "token_loss"),
-        ("top-1 on val", "eval_lines", "top1"),
+    """Return losses and accuracy against steps, and accuracy against time."""
+
+    def lines(kind: str, name: str, *, scale: float = 1.0) -> dict[str, Points]:
+        return {
+            record.folder.name: [
+                (line["step"], scale * line[name]) for line in getattr(record, kind) if line.get(name)
+            ]
+            for record in records
+        }
+
+    against_time = {
+        record.folder.name: [
+            (record.minutes_at(line["step"]), 100 * line["top1"]) for line in record.eval_lines
+        ]
+        for record in records
+    }
+    return curve_chart(
+        {
+            "training loss, class token": ("step", lines("train_lines", "class_loss")),
+            "training loss, tokens": ("step", lines("train_lines", "token_loss")),
+            "top-1 on val, %": ("step", lines("eval_lines", "top1", scale=100)),
+            "top-1 on val, %, against time": ("minutes of training", against_time),
+        },
+        columns=2,
     )
-    for panel, (title, lines, name) in zip(panels, plots, strict=True):
-        for record in records:
-            points = [(line["step"], line[name]) for line in getattr(record, lines) if line.get(name)]
-            if points:
-                panel.plot(*zip(*points, strict=True), label=record.folder.name, linewidth=1.3)
-        panel.set(title=title, xlabel="step")
-        panel.grid(alpha=0.3)
-        if panel.lines:
-            panel.legend(fontsize=8)
-    return figure
 
 
 def _picture_sections(records: Sequence[RunRecord]) -> list[str]:

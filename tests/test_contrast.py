@@ -1,0 +1,73 @@
+"""Runs side by side on the same images."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tokenlabel.cli import main
+from tokenlabel.contrast import class_accuracies, contrast_sections
+from tokenlabel.report import read_run, write_report
+from tokenlabel.scenes import write_scenes
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two runs of one step that begin with other weights."""
+    folder = tmp_path_factory.mktemp("runs")
+    write_scenes(folder / "scenes", num_train=10, num_val=20, seed=0)
+    data = [f"--data.train={folder / 'scenes' / 'train'}", f"--data.val={folder / 'scenes' / 'val'}"]
+    options = ["--epochs=1", "--batch_size=10", "--data.num_workers=0", "--model.options.depth=1"]
+    names = ("first", "second")
+    for seed, name in enumerate(names):
+        arguments = ["--recipe", "demo_class_labels", "--run", str(folder / name), f"--seed={seed}"]
+        assert main(["train", *arguments, *data, *options]) == 0
+    return [folder / name for name in names]
+
+
+def test_both_ways_to_differ_are_shown(runs):
+    sections = "".join(contrast_sections(runs))
+    assert "Right by first, wrong by second" in sections
+    assert "Right by second, wrong by first" in sections
+    assert "first over second, points" in sections
+
+
+def test_a_run_beside_itself_never_differs(runs):
+    sections = "".join(contrast_sections([runs[0], runs[0]]))
+    assert sections.count("0 of 20 images") == 2
+    assert sections.count("<td>+0.0</td>") == 10
+
+
+def test_a_run_alone_has_its_classes(runs):
+    (only,) = contrast_sections(runs[:1])
+    assert "Accuracy by class" in only
+
+
+def test_the_report_has_curves_against_steps_and_time(runs, tmp_path):
+    write_report(runs, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "Accuracy by class" in page
+    assert page.count("<svg") == 1
+
+
+def test_time_is_what_the_steps_took(runs):
+    """10 steps of 10 images at 50 images/s, then half of 10 more at 100: 2 s and 0.5 s."""
+    record = read_run(runs[0])
+    lines = [{"step": 10, "images_per_s": 50.0}, {"step": 20, "images_per_s": 100.0}]
+    record.train_lines[:] = lines
+    assert record.minutes_at(15) == pytest.approx(2.5 / 60)
+    assert record.minutes_at(0) == 0
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10_000))
+def test_accuracy_by_class_is_what_counting_gives(seed):
+    rng = np.random.default_rng(seed)
+    truth, guesses = rng.integers(0, 5, 30), rng.integers(0, 5, 30)
+    found = class_accuracies(guesses, truth, 6)
+    for class_id in range(6):
+        of_class = [g == t for g, t in zip(guesses, truth, strict=True) if t == class_id]
+        if of_class:
+            assert found[class_id] == pytest.approx(np.mean(of_class))
+        else:
+            assert np.isnan(found[class_id])
