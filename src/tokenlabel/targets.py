@@ -43,10 +43,16 @@ class TokenTargets:
 
     def blended(self, other: TokenTargets, share: Float[Tensor, "B N"]) -> TokenTargets:
         """Return (1 - share) * self + share * other, token by token."""
-        ours = 1 - share
+        ours, num_ours = 1 - share, self.classes.shape[1]
+        classes = torch.cat([self.classes, other.classes], dim=1)
+        excess = self.excess.new_empty(
+            *share.shape, classes.shape[1]
+        )  # written once, not joined from products
+        torch.mul(self.excess, ours[..., None], out=excess[..., :num_ours])
+        torch.mul(other.excess, share[..., None], out=excess[..., num_ours:])
         return TokenTargets(
-            classes=torch.cat([self.classes, other.classes], dim=1),
-            excess=torch.cat([self.excess * ours[..., None], other.excess * share[..., None]], dim=2),
+            classes=classes,
+            excess=excess,
             floor=self.floor * ours + other.floor * share,
             weight=self.weight * ours + other.weight * share,
         )
