@@ -256,12 +256,12 @@ class TestCheckImages:
         source.data[2:6] = self.BROKEN
         return source
 
-    @pytest.mark.parametrize("check", [None, ImageCheck.DECODE, ImageCheck.ENDS])
+    @pytest.mark.parametrize("check", [ImageCheck.AUTO, ImageCheck.DECODE, ImageCheck.ENDS])
     def test_broken_images_are_counted_and_named(self, check):
         with pytest.raises(DataError, match=r"4 images \(cat/2.png, dog/3.png, cat/4.png, \.\.\.\).*of 10"):
             check_images(self.source(), check=check)
 
-    @pytest.mark.parametrize("check", [None, ImageCheck.DECODE, ImageCheck.ENDS])
+    @pytest.mark.parametrize("check", [ImageCheck.AUTO, ImageCheck.DECODE, ImageCheck.ENDS])
     def test_broken_images_are_left_out_when_told_to(self, check):
         kept = check_images(self.source(), skip_broken=True, check=check)
         assert list(kept.keys) == [f"{'cat' if i % 2 == 0 else 'dog'}/{i}.png" for i in (0, 1, 6, 7, 8, 9)]

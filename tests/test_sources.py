@@ -10,7 +10,15 @@ import pytest
 from PIL import Image
 
 from tokenlabel.cli import main
-from tokenlabel.images import DataError, ImageError, ImageFolder, ImageSubset, decode_image
+from tokenlabel.images import (
+    DataError,
+    ImageCheck,
+    ImageError,
+    ImageFolder,
+    ImageSubset,
+    check_images,
+    decode_image,
+)
 from tokenlabel.sources import ListedImages, open_images
 from tokenlabel.tars import INDEX_NAME, TarImages, write_index
 
@@ -161,6 +169,16 @@ def test_tar_files_know_the_group_of_each_image_and_stream_the_same_bytes(tmp_pa
     for streamed, plain in ((source.streamed(), source), (some.streamed(), some)):
         assert list(streamed.keys) == list(plain.keys)
         assert [streamed.read(i) for i in range(len(plain))] == [plain.read(i) for i in range(len(plain))]
+
+
+def test_broken_images_in_tar_files_are_found_wherever_they_lie(tmp_path, files):
+    names = list(files)
+    broken = {**files, names[3]: b"words", names[6]: b""}
+    write_tar(tmp_path / "a.tar", {name: broken[name] for name in names[::2]})
+    write_tar(tmp_path / "b.tar", {name: broken[name] for name in names[1::2]})
+    sound = check_images(open_images(tmp_path), skip_broken=True, check=ImageCheck.DECODE)
+    assert list(sound.keys) == sorted(set(names) - {names[3], names[6]})
+    assert [sound.read(i) for i in range(5)] == [files[key] for key in sound.keys]
 
 
 def test_more_tar_files_than_a_process_keeps_open(tmp_path, monkeypatch):

@@ -206,9 +206,11 @@ class ImageCheck(StrEnum):
     DECODE decodes every image: certain, and costs what an epoch's decoding costs. ENDS reads every image and
     looks at its header and last bytes, which finds what downloads and full disks leave behind (empty, cut
     off, not an image) at about the cost of reading the files once. NONE trusts them, for instance because the
-    teacher has already decoded every image that has a label.
+    teacher has already decoded every image that has a label. AUTO decodes sources of up to `DECODE_ALL_UP_TO`
+    images and looks at the ENDS of larger ones.
     """
 
+    AUTO = "auto"
     DECODE = "decode"
     ENDS = "ends"
     NONE = "none"
@@ -242,22 +244,25 @@ def decode_pixels(data: bytes, name: str) -> NDArray[np.uint8]:
 
 
 def check_images(
-    source: ImageSource, *, skip_broken: bool = False, check: ImageCheck | None = None
+    source: ImageSource, *, skip_broken: bool = False, check: ImageCheck = ImageCheck.AUTO
 ) -> ImageSource:
     """Return the source if all its images are sound, or those that are if `skip_broken`.
 
-    By default sources of up to `DECODE_ALL_UP_TO` images are decoded, larger ones looked at by their `ENDS`
-    (on all cores). Raises DataError that counts and names broken images.
+    All cores take part, tar file by tar file. Raises DataError that counts and names broken images.
     """
-    if check is None:
+    if check is ImageCheck.AUTO:
         check = ImageCheck.DECODE if len(source) <= DECODE_ALL_UP_TO else ImageCheck.ENDS
     if check is ImageCheck.NONE:
         return source
     look = _decodes if check is ImageCheck.DECODE else _has_sound_ends
-    stretches = [range(i, min(i + 256, len(source))) for i in range(0, len(source), 256)]
+    groups = getattr(source, "groups", None)
+    order = np.arange(len(source)) if groups is None else np.argsort(groups, kind="stable")
+    stretches = [order[i : i + 256] for i in range(0, len(source), 256)]
+    sound = np.empty(len(source), np.bool_)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        looks = pool.map(lambda stretch: [look(source, index) for index in stretch], stretches)
-        sound = np.array([is_sound for of_stretch in looks for is_sound in of_stretch])
+        looks = pool.map(lambda stretch: [look(source, int(index)) for index in stretch], stretches)
+        for stretch, of_stretch in zip(stretches, looks, strict=True):
+            sound[stretch] = of_stretch
     if sound.all():
         return source
     broken = [source.keys[int(i)] for i in np.flatnonzero(~sound)]

@@ -19,6 +19,7 @@ from tokenlabel.configuration import (
     write_config,
 )
 from tokenlabel.erasing import ErasingConfig
+from tokenlabel.images import ImageCheck
 from tokenlabel.mixing import Mixing
 from tokenlabel.models import Inference
 from tokenlabel.objectives import LossConfig
@@ -43,6 +44,9 @@ class DataConfig:
     token labels."""
     skip_broken: bool = False
     """Leave out images that cannot be decoded; by default one of them stops the run before it starts."""
+    check: ImageCheck = ImageCheck.AUTO
+    """How that is found out: decode every image; look at the ends of every file, which finds what was cut off; none,
+    for images that a teacher has decoded already; auto: decode up to 10,000 images, ends above."""
     num_workers: int = 2
     """Processes that decode and augment images."""
     tar_window: int | None = None

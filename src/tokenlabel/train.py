@@ -161,7 +161,7 @@ def build(recipe: Recipe, *, device: torch.device) -> ClassifierTask:
     source = open_images(recipe.data.train)
     if recipe.data.tar_window is not None and isinstance(source, TarImages):
         source = source.streamed()
-    source = check_images(source, skip_broken=recipe.data.skip_broken)
+    source = check_images(source, skip_broken=recipe.data.skip_broken, check=recipe.data.check)
     folders = recipe.data.label_folders if recipe.loss.reads_labels else []
     store = LabelStore(*folders) if folders else None
     if store is not None:
