@@ -152,7 +152,7 @@ def test_every_row_of_the_package_is_a_recipe_on_every_testbed(testbed_name):
     for table in map(read_table, table_names()):
         assert set(table.metrics) <= METRICS.keys()
         for name, row in table.rows.items():
-            if testbed_name == "embedded" or not {"truth_labels", "raw_labels"} & set(row.use):
+            if testbed_name == "embedded" or not {"truth_labels", "raw_labels"} & {*row.use}:
                 plan = plan_row(table, name, testbed, {})
                 plans[plan.name] = plan
     for plan in plans.values():

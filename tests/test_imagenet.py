@@ -21,8 +21,8 @@ from timm.utils.metrics import accuracy
 from tokenlabel.assessment import EvalOptions, as_text, assess
 from tokenlabel.imagenet import (
     ALEXNET_ERRORS,
-    SEVERITIES,
     SETS,
+    SEVERITIES,
     corruption_figures,
     corruption_folders,
     read_multi_labels,
@@ -58,8 +58,8 @@ def weights(tmp_path_factory):
     for num_classes in (12, 1000):
         torch.manual_seed(0)
         model = timm.create_model("test_resnet", num_classes=num_classes)
-        tensors = {name: tensor for name, tensor in model.state_dict().items()}
-        tensors["head.fc.weight" if "head.fc.weight" in tensors else "fc.weight"].mul_(30)  # clear answers
+        tensors = model.state_dict()
+        tensors["fc.weight"].mul_(30)  # clear answers
         files[num_classes] = folder / f"{num_classes}.safetensors"
         save_file(tensors, files[num_classes])
     return files
@@ -151,20 +151,23 @@ def test_numbered_folders_are_imagenet_v2(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "folders", "stranger"),
-    [("imagenet-a", [STINGRAY, GOLDFINCH], WNIDS[0]), ("imagenet-r", [STINGRAY, TERRIER], WNIDS[1])],
+    ("name", "folders"), [("imagenet-a", [GOLDFINCH, STINGRAY]), ("imagenet-r", [STINGRAY, TERRIER])]
 )
-def test_of_a_and_r_200_classes_compete(name, folders, stranger, tmp_path):
-    if name == "imagenet-a":
-        folders, stranger = [GOLDFINCH, STINGRAY], WNIDS[1]
+def test_of_a_and_r_200_classes_compete(name, folders, tmp_path):
     write_folders(tmp_path, folders, np.random.default_rng(1), count=1)
     images = SETS[name](tmp_path, WNIDS, 1000)
     assert images.competing is not None
     assert images.competing.sum() == 200
     assert sorted(WNIDS[i] for i in images.source.class_ids) == sorted(folders)
     assert all(images.competing[i] for i in images.source.class_ids)
-    with pytest.raises(ValueError, match="has 12 classes|1,000 classes"):
+    with pytest.raises(ValueError, match="models of ImageNet-1k's 1,000 classes, this one has 12"):
         SETS[name](tmp_path, WNIDS[:12], 12)
+
+
+def test_a_class_that_is_not_in_the_set_is_named(tmp_path):
+    write_folders(tmp_path, [WNIDS[0]], np.random.default_rng(1), count=1)  # a tench is not in ImageNet-A
+    with pytest.raises(ValueError, match="ImageNet-A has 200 classes, and 'n01440764' is none of them"):
+        SETS["imagenet-a"](tmp_path, WNIDS, 1000)
 
 
 def test_a_class_that_does_not_compete_cannot_win(weights, tmp_path):
