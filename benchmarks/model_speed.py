@@ -31,7 +31,7 @@ GPU_AIMS = {"bf16": "at least 2", "fp32": ""}
 # What the profiler's operators belong to, the first that fits; all others are "the rest".
 KINDS = {
     "attention": ("aten::bmm", "aten::baddbmm", "_scaled_dot_product", "_softmax"),
-    "linear maps": ("aten::mm", "aten::addmm", "1x1 convolution"),
+    "linear maps": ("aten::mm", "aten::addmm", "_linear_pointwise"),
     "stem convolutions": ("convolution",),
     "norms": ("native_layer_norm", "native_batch_norm"),
 }
@@ -66,7 +66,7 @@ def run(settings: Settings) -> list[Row]:
 
 def _compare(name: str, precision: str, settings: Settings) -> list[Row]:
     on_gpu = settings.device.type == "cuda"
-    num_images = 256 if on_gpu else 16
+    num_images = 256 if on_gpu else 8
     steps = _steps(CONFIGS[name], PRECISIONS[precision], num_images, settings)
     with FlopCounterMode(display=False) as counter:
         steps["plain"]()
@@ -130,14 +130,13 @@ def _product_rate(dtype: torch.dtype, settings: Settings) -> float:
 def _shares(step: Callable[[], None], *, on_gpu: bool) -> dict[str, float]:
     """Return the percentage of a step's time by kind of operator, over three steps."""
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_gpu else [])
-    with profile(activities=activities, record_shapes=True) as profiler:
+    with profile(activities=activities) as profiler:
         for _ in range(3):
             step()
     times: Counter[str] = Counter()
-    for event in profiler.key_averages(group_by_input_shape=True):
+    for event in profiler.key_averages():
         spent = event.self_device_time_total if on_gpu else event.self_cpu_time_total
-        of_places = any(len(shape) == 4 and shape[2:] == [1, 1] for shape in event.input_shapes)
-        times[_kind("1x1 convolution" if "convolution" in event.key and of_places else event.key)] += spent
+        times[_kind(event.key)] += spent
     return {kind: 100 * spent / sum(times.values()) for kind, spent in times.most_common()}
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from tokenlabel.losses import token_label_loss
 from tokenlabel.mixing import MixPlan, mix_images
 from tokenlabel.models import Inference, LVViT, LVViTConfig, Outputs, create_model
-from tokenlabel.models.linear import Linear
+from tokenlabel.models.linear import Linear, linear, product
 from tokenlabel.models.lvvit import CONFIGS
 from tokenlabel.models.trunk import resize_positions
 from tokenlabel.targets import class_targets
@@ -214,6 +214,17 @@ def test_linear_maps_by_another_library_are_linear_maps(
         strict=True,
     ):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_the_product_keeps_the_rules_of_operators() -> None:
+    left, right = torch.randn(5, 3, requires_grad=True), torch.randn(4, 3, requires_grad=True)
+    for bias in (None, torch.randn(4, requires_grad=True)):
+        checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+        torch.library.opcheck(product, (left, right, bias), test_utils=checks)
+    (gradient,) = torch.autograd.grad(linear(left, right, None).pow(3).sum(), left, create_graph=True)
+    (second,) = torch.autograd.grad(gradient.sum(), right)
+    (expected,) = torch.autograd.grad((left @ right.T).pow(3).sum(), left, create_graph=True)
+    torch.testing.assert_close(second, torch.autograd.grad(expected.sum(), right)[0])
 
 
 def test_residuals_are_divided() -> None:

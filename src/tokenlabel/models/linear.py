@@ -30,8 +30,7 @@ def linear(
     """Return `input @ weight.T + bias`, in float32 on the CPU by oneDNN, else as PyTorch does it."""
     if not _wants_onednn(input):
         return F.linear(input, weight, bias)
-    product: Any = _Product.apply(input.flatten(0, -2), weight, bias)
-    return product.view(*input.shape[:-1], -1)
+    return product(input.flatten(0, -2), weight, bias).view(*input.shape[:-1], -1)
 
 
 def _wants_onednn(input: Tensor) -> bool:
@@ -44,20 +43,36 @@ def _wants_onednn(input: Tensor) -> bool:
     )
 
 
-class _Product(torch.autograd.Function):
-    """`left @ right.T + bias` for two matrices; its gradients are products of the same kind."""
+@torch.library.custom_op(
+    "tokenlabel::product", mutates_args=(), schema="(Tensor left, Tensor right, Tensor? bias) -> Tensor"
+)
+def product(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
+    """Return `left @ right.T + bias` for matrices [M, K] and [N, K], a bias [N] and a result [M, N].
 
-    @staticmethod
-    def forward(ctx: Any, left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(left, right)
-        return torch.ops.mkldnn._linear_pointwise(left, right, bias, "none", [], "")
+    An operator of its own, since torch.compile takes oneDNN's only for weights that never change.
+    """
+    return torch.ops.mkldnn._linear_pointwise(left, right, bias, "none", [], "")
 
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, Any, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        left, right = ctx.saved_tensors
-        wants_left, wants_right, wants_bias = ctx.needs_input_grad
-        return (
-            _Product.apply(gradient, right.T, None) if wants_left else None,
-            _Product.apply(gradient.T, left.T, None) if wants_right else None,
-            gradient.sum(dim=0) if wants_bias else None,
-        )
+
+@product.register_fake
+def _(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
+    return left.new_empty(left.shape[0], right.shape[0])
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
+    left, right, _ = inputs
+    ctx.save_for_backward(left, right)
+
+
+def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return the gradients of `product`: products of the same kind, so they have gradients, too."""
+    left, right = ctx.saved_tensors
+    wants_left, wants_right, wants_bias = ctx.needs_input_grad
+    return (
+        product(gradient, right.T, None) if wants_left else None,
+        product(gradient.T, left.T, None) if wants_right else None,
+        gradient.sum(dim=0) if wants_bias else None,
+    )
+
+
+product.register_autograd(_gradients, setup_context=_keep)
