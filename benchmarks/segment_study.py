@@ -23,9 +23,9 @@ from tokenlabel.spread import paired, spread_of
 
 STARTS = {"scratch": "random weights", "class": "class labels only", "token": "token labels"}
 HEADS = {
-    "linear": ["--model.freeze_backbone=true", "--optim.lr=3e-3", "--num_steps=240"],
-    "fcn": ["--num_steps=400"],
-    "upernet": ["--num_steps=400"],
+    "linear": ["--model.freeze_backbone=true", "--optim.lr=1e-2", "--num_steps=150"],
+    "fcn": ["--optim.lr=1e-2"],
+    "upernet": [],
 }
 
 

@@ -22,6 +22,7 @@ from tokenlabel.checkpoint import list_checkpoints
 from tokenlabel.cli import main
 from tokenlabel.configuration import ConfigError, config_from_dict
 from tokenlabel.distributed import Ranks, joined_ranks
+from tokenlabel.engine import run_task
 from tokenlabel.models import WeightsError, create_model
 from tokenlabel.recipe import find_recipe, recipe_names
 from tokenlabel.runlog import read_metrics
@@ -118,11 +119,13 @@ def test_a_killed_run_ends_with_the_same_weights(scenes, tmp_path):
     assert weights_of(killed) == weights_of(tmp_path / "unbroken")
 
 
-def evaluate_rank(rank, port, run, answers):
+def rank_of_two(rank, port, run, recipe, out, answers):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     with joined_ranks(CPU) as ranks:
-        answers.put(figures_of_run(run, ranks))
+        figures = figures_of_run(run, ranks)
+        trained = run_task(build(recipe, device=CPU), out, ranks=ranks, eval_every_epochs=9)
+        answers.put((figures, trained["miou"]))
 
 
 def figures_of_run(run, ranks):
@@ -138,21 +141,25 @@ def figures_of_run(run, ranks):
     return figures
 
 
-def test_two_processes_find_the_same_figures_as_one(run):
+def test_two_processes_find_the_same_figures_as_one_and_train_together(run, scenes, tmp_path):
+    recipe = recipe_for(scenes, num_steps=2, precision="bf16", data__val_split="train")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tokenlabel.segmentation.task"])
     answers = context.SimpleQueue()
-    ranks = [context.Process(target=evaluate_rank, args=(rank, port, run, answers)) for rank in (0, 1)]
+    arguments = (port, run, recipe, tmp_path / "run", answers)
+    ranks = [context.Process(target=rank_of_two, args=(rank, *arguments)) for rank in (0, 1)]
     for process in ranks:
         process.start()
     found = [answers.get() for _ in ranks]
     for process in ranks:
         process.join()
     alone = figures_of_run(run, Ranks())
-    assert found == [alone, alone]
+    assert [figures for figures, _ in found] == [alone, alone]
+    assert found[0][1] == found[1][1]
+    assert read_metrics(tmp_path / "run")[-1]["step"] == 2
     logged = [line for line in read_metrics(run) if line["kind"] == "eval"][-1]
     assert logged["miou"] == alone["miou"]
 
@@ -270,6 +277,20 @@ def test_mistakes_are_one_line(words, message, capsys, tmp_path, monkeypatch):
     error = capsys.readouterr().err.strip()
     assert message in error
     assert "\n" not in error
+
+
+def test_one_image_at_once_is_too_few_for_upernet(scenes, tmp_path):
+    with pytest.raises(ConfigError, match="take at least 2 images at once"):
+        train_segmentation(recipe_for(scenes, batch_size=1), tmp_path / "run", device=CPU)
+
+
+def test_predictions_of_the_same_name_are_refused(run, tmp_path, capsys):
+    for name in ("one.jpg", "one.png"):
+        write_image(tmp_path / "photos" / name, (30, 41))
+    assert (
+        main(["segment", "predict", str(run), str(tmp_path / "photos"), "--out", str(tmp_path / "out")]) == 2
+    )
+    assert "would both be written to one.png" in capsys.readouterr().err
 
 
 def test_sharded_training_is_refused(scenes):

@@ -28,7 +28,12 @@ def predict_files(
     `images`: files, or folders with images at any depth; names are relative to the folder.
     Raises DataError for what holds no image, ImageError for an image that does not decode.
     """
-    found = [(folder, path) for place in images for folder, path in _files(place)]
+    found = {}
+    for folder, path in (pair for place in images for pair in _files(place)):
+        name = path.relative_to(folder).with_suffix(".png")
+        if name in found:
+            raise DataError(f"{path} and {found[name]} would both be written to {name}; rename one of them")
+        found[name] = path
     for kind in ("masks", "overlays"):
         (out / kind).mkdir(parents=True, exist_ok=True)
     legend = {
@@ -37,10 +42,9 @@ def predict_files(
     }
     (out / "classes.json").write_text(json.dumps(legend, indent=1) + "\n", encoding="utf-8")
     segmenter.model.eval()
-    for folder, path in found:
+    for name, path in found.items():
         pixels = decode_pixels(path.read_bytes(), str(path))
         said = segmenter(torch.from_numpy(pixels).permute(2, 0, 1).to(device)).cpu().numpy().astype(np.uint8)
-        name = path.relative_to(folder).with_suffix(".png")
         for kind, picture in (
             ("masks", palette_image(said, classes)),
             ("overlays", Image.fromarray(overlay(pixels, said, classes))),

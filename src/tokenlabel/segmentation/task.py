@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tokenlabel.checkpoint import newest_checkpoint, read_state, read_weights
-from tokenlabel.configuration import config_from_dict
+from tokenlabel.configuration import ConfigError, config_from_dict
 from tokenlabel.data import BatchSampler, make_loader, normalize_images
 from tokenlabel.distributed import Ranks, joined_ranks
 from tokenlabel.engine import run_task
@@ -26,7 +26,12 @@ from tokenlabel.segmentation.classes import IGNORED
 from tokenlabel.segmentation.data import SegmentBatch, SegmentDataset, collate
 from tokenlabel.segmentation.evaluation import evaluate_segmentation
 from tokenlabel.segmentation.inference import Segmenter
-from tokenlabel.segmentation.model import SegmentationModel, SegmentOutputs, create_segmentation_model
+from tokenlabel.segmentation.model import (
+    HeadKind,
+    SegmentationModel,
+    SegmentOutputs,
+    create_segmentation_model,
+)
 from tokenlabel.segmentation.pairs import ImageMaskPairs, classes_of, open_pairs
 from tokenlabel.segmentation.recipe import SegmentRecipe
 from tokenlabel.segmentation.weights import load_weights
@@ -74,6 +79,15 @@ class SegmentTask(Task):
         self, model: nn.Module, batch: SegmentBatch, part: Part, watch: Stopwatch
     ) -> dict[str, Tensor]:
         """Return the loss of a batch, and those of its two heads."""
+        if (
+            len(batch.images) == 1
+            and self.recipe.model.head is HeadKind.UPERNET
+            and not self.recipe.sync_batchnorm
+        ):
+            raise ConfigError(
+                "UPerNet pools an image to one place, of which BatchNorm needs two: take at least 2 images at once "
+                "in each process (batch_size, micro_batch_size), or sync_batchnorm on several GPUs"
+            )
         images = normalize_images(batch.images, mean=self.model.mean, std=self.model.std)
         with self.autocast():
             outputs: SegmentOutputs = model(images)
