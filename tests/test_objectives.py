@@ -27,10 +27,9 @@ from tokenlabel.objectives import (
     OnlineTeacherConfig,
     Targets,
     TokenChoice,
-    image_labels,
-    softened,
     top_score_maps,
 )
+from tokenlabel.pooling import image_labels, softened
 from tokenlabel.scores import Kind, from_probabilities, from_top
 from tokenlabel.targets import class_targets
 

@@ -20,6 +20,15 @@ from tokenlabel.erasing import Erased
 from tokenlabel.losses import TokenLabelLoss, sparse_cross_entropy, token_label_loss
 from tokenlabel.mixing import MixPlan, mix_targets
 from tokenlabel.models.outputs import Outputs
+from tokenlabel.pooling import (
+    corrected,
+    every_class,
+    image_labels,
+    is_wrong,
+    most_probable,
+    softened,
+    whole_views,
+)
 from tokenlabel.targets import TokenTargets, class_targets
 
 
@@ -282,11 +291,6 @@ class Objective:
         return truth.scaled(1 - shares), taught.scaled(shares)
 
 
-def whole_views(num_images: int, device: torch.device) -> Float[Tensor, "B 1 2 3"]:
-    """Return views that show whole images as they are."""
-    return torch.eye(2, 3, device=device).expand(num_images, 1, 2, 3)
-
-
 def top_score_maps(probs: Float[Tensor, "B h w C"], topk: int) -> ScoreMapBatch:
     """Return maps that keep the `topk` classes of each image which are most probable on average over its places.
 
@@ -303,62 +307,6 @@ def top_score_maps(probs: Float[Tensor, "B h w C"], topk: int) -> ScoreMapBatch:
         regions=probs.new_tensor([0, 0, 1, 1]).expand(num_images, 4),
         num_classes=num_classes,
     )
-
-
-def image_labels(
-    score_maps: ScoreMapBatch,
-    views: Float[Tensor, "B F 2 3"],
-    class_ids: Int[Tensor, " B"],
-    *,
-    map_mode: LogitsMode = LogitsMode.ZERO,
-) -> Float[Tensor, "B C"]:
-    """Return one soft label an image: the mean of its map over what the view shows of the teacher's region.
-
-    The ground truth where it shows nothing of it. Source: Yun et al., "Re-labeling ImageNet", CVPR 2021.
-    """
-    pooled = align(score_maps, views, (1, 1), logits=map_mode)
-    labels = pooled.dense(score_maps.num_classes)[:, 0] / pooled.weight.clamp_min(1e-12)
-    return torch.where(pooled.weight > 0, labels, one_hot(class_ids, labels))
-
-
-def softened(probs: Float[Tensor, "B C"], temperature: float) -> Float[Tensor, "B C"]:
-    """Return the distributions of the same logits divided by a temperature: p ** (1 / temperature), summing to 1."""
-    return probs if temperature == 1 else (probs.log() / temperature).softmax(dim=1)
-
-
-def most_probable(probs: Float[Tensor, "B C"]) -> Float[Tensor, "B C"]:
-    """Return the certainty of each row's most probable class."""
-    return one_hot(probs.argmax(dim=1), probs)
-
-
-def one_hot(class_ids: Int[Tensor, " B"], like: Float[Tensor, "B C"]) -> Float[Tensor, "B C"]:
-    """Return rows of probability 1 for the given classes."""
-    return torch.zeros_like(like).scatter_(1, class_ids[:, None], 1.0)
-
-
-def every_class(probs: Float[Tensor, "B C"]) -> TokenTargets:
-    """Return distributions over all classes as the targets of one token an image."""
-    ones = probs.new_ones(len(probs), 1)
-    classes = torch.arange(probs.shape[1], device=probs.device).expand(len(probs), -1)
-    return TokenTargets(classes, excess=probs[:, None], floor=torch.zeros_like(ones), weight=ones)
-
-
-def is_wrong(labels: Float[Tensor, "B C"], class_ids: Int[Tensor, " B"]) -> Bool[Tensor, " B"]:
-    """Say of which images the ground truth is not (among) the most probable class."""
-    return labels.gather(1, class_ids[:, None])[:, 0] < labels.amax(dim=1)
-
-
-def corrected(
-    targets: TokenTargets, class_ids: Int[Tensor, " B"], share: Float[Tensor, " B"]
-) -> TokenTargets:
-    """Return targets with a share of the ground truth mixed in, image by image; their weights stay."""
-    truth = TokenTargets(
-        classes=class_ids[:, None],
-        excess=targets.weight[..., None],
-        floor=torch.zeros_like(targets.floor),
-        weight=targets.weight,
-    )
-    return targets.blended(truth, share[:, None].expand_as(targets.weight))
 
 
 def tokens_that_count(

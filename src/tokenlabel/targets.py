@@ -76,7 +76,7 @@ class TokenTargets:
         )
 
     def dense(self, num_classes: int) -> Float[Tensor, "B N C"]:
-        """Return the targets (times weight) of all classes. For pictures, metrics and tests; never for training."""
+        """Return the targets (times weight) of all classes. In training for one token an image at the most."""
         full = self.floor[..., None].repeat(1, 1, num_classes)  # [B, N, C]
         return full.scatter_add(2, self.classes[:, None, :].expand_as(self.excess), self.excess)
 
