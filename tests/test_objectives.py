@@ -36,19 +36,22 @@ from tokenlabel.targets import class_targets
 NUM_IMAGES, GRID = 3, (2, 3)
 seeds = st.integers(0, 2**32 - 1)
 shares = st.floats(0, 1)
-configs = st.builds(
-    LossConfig,
-    beta=st.just(0.5),
-    label_smoothing=st.sampled_from([0.0, 0.1]),
-    class_target=st.sampled_from(ClassTarget),
-    teacher_share=shares,
-    extent=st.sampled_from(Extent),
-    hard=st.just(False),
-    temperature=st.sampled_from([1.0, 1.0, 3.0]),
-    correct_teacher=st.sampled_from([0.0, 0.7]),
-    tokens=st.sampled_from(TokenChoice),
-    token_threshold=shares,
-)
+
+
+@st.composite
+def configs(draw, extents=tuple(Extent)):
+    class_target = draw(st.sampled_from(ClassTarget))
+    taught = class_target is not ClassTarget.TRUTH
+    return LossConfig(
+        label_smoothing=draw(st.sampled_from([0.0, 0.1])),
+        class_target=class_target,
+        teacher_share=draw(shares),
+        extent=draw(st.sampled_from(extents)),
+        temperature=draw(st.sampled_from([1.0, 3.0])) if taught else 1.0,
+        correct_teacher=draw(st.sampled_from([0.0, 0.7])),
+        tokens=draw(st.sampled_from(TokenChoice)),
+        token_threshold=draw(shares),
+    )
 
 
 def draw_batch(rng, num_classes=6, *, stored=True):
@@ -186,7 +189,7 @@ def check(targets: Targets, expected, num_classes):
 
 
 @settings(max_examples=40)
-@given(seeds, configs)
+@given(seeds, configs())
 def test_targets_of_stored_maps_agree_image_by_image(seed, config):
     rng = np.random.default_rng(seed)
     batch, maps = draw_batch(rng)
@@ -200,7 +203,7 @@ def test_targets_of_stored_maps_agree_image_by_image(seed, config):
 
 
 @settings(max_examples=30)
-@given(seeds, configs, st.integers(1, 6))
+@given(seeds, configs(extents=(Extent.CROP,)), st.integers(1, 6))
 def test_targets_of_a_teacher_in_the_step_agree_image_by_image(seed, config, topk):
     """Its maps are of the augmented images, so views change nothing; its word on the image is its own."""
     config = dataclasses.replace(config, teacher=OnlineTeacherConfig(name="a", topk=topk))
@@ -418,6 +421,11 @@ def test_targets_that_nobody_can_give_are_refused():
     with pytest.raises(ObjectiveError, match=r"class_target teacher needs a teacher.*data\.labels"):
         Objective(LossConfig(class_target=ClassTarget.TEACHER), labelled=False)
     teacher = FixedTeacher(np.random.default_rng(0))
+    with pytest.raises(ObjectiveError, match=r"correct_teacher 0\.5 needs a teacher"):
+        Objective(LossConfig(correct_teacher=0.5), labelled=False)
+    of_images = LossConfig(class_target=ClassTarget.BOTH, extent=Extent.IMAGE)
+    with pytest.raises(ObjectiveError, match="sees the crop only"):
+        Objective(of_images, labelled=True, teacher=teacher)
     with pytest.raises(ObjectiveError, match="nothing to say"):
         Objective(LossConfig(), labelled=True, teacher=teacher)
     with pytest.raises(ObjectiveError, match="nothing to say"):
@@ -431,7 +439,9 @@ def test_targets_that_nobody_can_give_are_refused():
         ({"label_smoothing": -0.1}, r"loss\.label_smoothing"),
         ({"temperature": 0.0}, r"loss\.temperature"),
         ({"beta": -1.0}, r"loss\.beta"),
-        ({"hard": True, "temperature": 2.0}, r"loss\.hard"),
+        ({"hard": True, "temperature": 2.0, "class_target": ClassTarget.BOTH}, "nothing to soften"),
+        ({"hard": True}, r"loss\.class_target"),
+        ({"temperature": 2.0}, r"loss\.class_target"),
         ({"teacher": OnlineTeacherConfig(topk=0)}, "topk"),
     ],
 )

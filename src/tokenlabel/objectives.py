@@ -126,6 +126,11 @@ class LossConfig:
             raise ObjectiveError(
                 f"loss.hard leaves nothing to soften; leave loss.temperature at 1, got {self.temperature}"
             )
+        if self.class_target is ClassTarget.TRUTH and (self.hard or self.temperature != 1):
+            raise ObjectiveError(
+                "loss.hard and loss.temperature change what a teacher tells the class token, and it is told the "
+                "truth; set loss.class_target to teacher or both"
+            )
 
     @property
     def has_online_teacher(self) -> bool:
@@ -172,7 +177,7 @@ class Objective:
 
     `labelled`: whether batches come with score maps of a store. `teacher`: the teacher in the step, if
     `config` names one. `ignore_erased`: take erased tokens out of the loss. Raises ObjectiveError where targets
-    are asked of a teacher that is not there, and where a teacher would have nothing to say.
+    are asked of a teacher that is not there, and where a teacher would have nothing to say or cannot know.
     """
 
     def __init__(
@@ -186,15 +191,24 @@ class Objective:
         self.config, self.labelled, self.teacher = config, labelled, teacher
         self.ignore_erased = ignore_erased
         self.labels_tokens = config.beta > 0 and (labelled or teacher is not None)
-        if config.class_target is not ClassTarget.TRUTH and not labelled and teacher is None:
+        self._check()
+
+    def _check(self) -> None:
+        config, has_teacher = self.config, self.teacher is not None
+        if config.asks_teacher_of_image and not self.labelled and not has_teacher:
+            field = "class_target" if config.class_target is not ClassTarget.TRUTH else "correct_teacher"
             raise ObjectiveError(
-                f"loss.class_target {config.class_target.value} needs a teacher, and there is none; "
-                "give data.labels or loss.teacher.name"
+                f"loss.{field} {getattr(config, field)} needs a teacher, and there is none; "
+                "give data.labels (with loss.beta above 0) or loss.teacher.name"
             )
-        if teacher is not None and (labelled or config.beta == 0) and not config.asks_teacher_of_image:
+        if has_teacher and (self.labelled or config.beta == 0) and not config.asks_teacher_of_image:
             raise ObjectiveError(
                 "loss.teacher would have nothing to say: tokens are labelled by the store or not at all; "
                 "leave data.labels out, or let it label the class token by loss.class_target teacher"
+            )
+        if has_teacher and config.extent is Extent.IMAGE:
+            raise ObjectiveError(
+                "loss.extent image is for stored maps: loss.teacher sees the crop only; leave it at crop"
             )
 
     def targets(
