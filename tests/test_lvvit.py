@@ -255,15 +255,10 @@ def gradients(model: LVViT, images: Tensor) -> dict[str, Tensor | None]:
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-def test_every_parameter_gets_a_gradient_and_checkpointing_does_not_change_it() -> None:
-    plain, saving = tiny(), tiny(gradient_checkpointing=True)
-    saving.load_state_dict(plain.state_dict())
-    images = torch.randn(2, 3, 48, 48)
-    expected, found = gradients(plain, images), gradients(saving, images)
-    for name, gradient in expected.items():
+def test_every_parameter_gets_a_gradient() -> None:
+    for name, gradient in gradients(tiny(), torch.randn(2, 3, 48, 48)).items():
         assert gradient is not None, name
         assert gradient.abs().sum() > 0, name
-        torch.testing.assert_close(found[name], gradient)
 
 
 @pytest.mark.parametrize(

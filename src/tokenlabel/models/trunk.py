@@ -26,8 +26,7 @@ class TrunkConfig:
     """The shape of the blocks and how they train.
 
     `residual_divisor`: each residual branch is divided by it. `drop_path`: the rate of the last block; the
-    others' grow linearly from 0 at the first. `gradient_checkpointing`: keep no activations inside blocks,
-    compute them again in the backward pass.
+    others' grow linearly from 0 at the first.
     """
 
     depth: int
@@ -36,7 +35,6 @@ class TrunkConfig:
     mlp_ratio: float = 3.0
     residual_divisor: float = 1.0
     drop_path: float = 0.0
-    gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         if self.width % self.num_heads:
@@ -69,7 +67,7 @@ class Trunk(nn.Module, ABC):
         super().__init__()
         self.patch_size_px = patch_size_px
         self.num_classes = num_classes
-        self.gradient_checkpointing = config.gradient_checkpointing
+        self.recomputes = False
         self.grid = self.grid_for(size_px)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
         self.blocks = nn.ModuleList(
@@ -163,11 +161,11 @@ class Trunk(nn.Module, ABC):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep no activations inside blocks, compute them again in the backward pass."""
-        self.gradient_checkpointing = enable
+        self.recomputes = enable
 
     def run(self, block: nn.Module, tokens: Float[Tensor, "B M D"]) -> Float[Tensor, "B M D"]:
-        """Return the tokens after a block, its activations kept or not, as the configuration says."""
-        if self.gradient_checkpointing and torch.is_grad_enabled():
+        """Return the tokens after a block, its activations kept or computed again when needed."""
+        if self.recomputes and torch.is_grad_enabled():
             return checkpoint(block, tokens, use_reentrant=False)  # pyright: ignore[reportReturnType]
         return block(tokens)
 
