@@ -1,9 +1,11 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from benchmarks import __main__ as runner
+from benchmarks import growth
 from benchmarks.measure import Row, Settings, interleave, peak_bytes, ratios
 
 SETTINGS = Settings(torch.device("cpu"), quick=True)
@@ -66,3 +68,18 @@ def test_what_does_not_exist_is_an_error(arguments, message, capsys):
         runner.main(arguments)
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_growth_is_reported_and_drawn_from_one_end_of_an_axis_to_the_other(tmp_path):
+    costs = {}
+    for axis, sizes in growth.AXES.items():
+        for size in sizes:
+            point = replace(growth.Point(), **{axis: size})
+            for way in growth.WAYS:
+                seconds = [0.5 * size, 1.0 * size, 1.5 * size]
+                costs[way, point] = growth.Cost(seconds, peak_bytes=size**2)
+    rows = {row.name: row.median for row in growth.rows_of(costs)}
+    assert rows["images x 16 (2 to 32): time of targets"] == 16
+    assert rows["classes x 100 (100 to 10,000): memory of targets + head + loss"] == 100**2
+    growth.draw(costs, tmp_path / "growth.png")
+    assert 10_000 < (tmp_path / "growth.png").stat().st_size < 100_000
