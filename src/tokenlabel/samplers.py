@@ -1,0 +1,147 @@
+"""Which images each step takes: the order of an epoch, and each rank's part of every batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Int
+from numpy.typing import NDArray
+
+# What a random draw is for, so that an order of images never shares its random numbers with a sample.
+FOR_ORDER, FOR_SAMPLE = 0, 1
+
+
+def shard_order(
+    groups: Int[NDArray[np.int64], " images"], *, seed: int, epoch: int, window: int
+) -> Int[NDArray[np.int64], " images"]:
+    """Return an order of an epoch's images that goes from group (tar file) to group, a few of them at a time.
+
+    `groups`: the group of each image. Groups lie on a circle in random order, and each image moves on by a
+    random part of `window` groups: at any place of the epoch images of `window` groups follow on each other in
+    random order, while one group after the other comes in and leaves. With a window of at least the number of
+    groups it is a plain permutation. A function of its arguments, the same for every rank.
+    """
+    if window < 1:
+        raise ValueError(f"window must be at least 1 group of images, got {window}")
+    rng = np.random.default_rng((seed, FOR_ORDER, epoch))
+    present, number = np.unique(groups, return_inverse=True)
+    moved = min(window, len(present)) * rng.random(len(groups))
+    return np.argsort((rng.permutation(len(present))[number] + moved) % len(present), kind="stable")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchSampler:
+    """The images of each training step from `start_step` on, as lists of (epoch, index).
+
+    An epoch is a permutation of the images drawn from (seed, epoch), without those that would not fill the
+    last batch (others in each epoch). `batch_size` counts the images of all ranks together: each rank takes
+    an equal part, in order, so that the ranks' parts side by side are the batch of a single rank, and yields it
+    in `num_parts` equal lists, to be taken through the model one after the other. `order` gives another permutation
+    of each epoch's images, a function of its number (`shard_order`). Where the images are fewer
+    than the batch, permutations follow on each other without a gap: a batch then holds images more than once,
+    each time from another epoch and so augmented differently.
+    """
+
+    num_images: int
+    batch_size: int
+    seed: int
+    num_steps: int
+    start_step: int = 0
+    rank: int = 0
+    world_size: int = 1
+    num_parts: int = 1
+    order: Callable[[int], NDArray[np.int64]] | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_images < 1 or self.batch_size < 1:
+            raise ValueError(f"need at least one image and a batch size of at least 1, got {self}")
+        _check_rank(self.rank, self.world_size)
+        if self.batch_size % (self.world_size * self.num_parts):
+            raise ValueError(
+                f"a batch of {self.batch_size} images does not divide among {self.world_size} processes in "
+                f"{self.num_parts} parts each; change batch_size to a multiple"
+            )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps that an epoch takes; 1 where the images don't fill a batch."""
+        return max(1, self.num_images // self.batch_size)
+
+    def __len__(self) -> int:
+        return max(0, self.num_steps - self.start_step) * self.num_parts
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        orders: dict[int, NDArray[np.int64]] = {}
+        for step in range(self.start_step, self.num_steps):
+            epochs, places = self._places(step)
+            for part in range(self.num_parts):
+                start = self.part_start(part)
+                mine = slice(start, start + self.part_size)
+                in_use = {int(epoch) for epoch in epochs[mine]}
+                orders = {epoch: orders[epoch] if epoch in orders else self._order(epoch) for epoch in in_use}
+                yield [
+                    (int(e), int(orders[int(e)][place]))
+                    for e, place in zip(epochs[mine], places[mine], strict=True)
+                ]
+
+    @property
+    def part_size(self) -> int:
+        """How many images each list has."""
+        return self.batch_size // (self.world_size * self.num_parts)
+
+    def part_start(self, part: int) -> int:
+        """Return the place within a step's batch of the first image of this rank's given part."""
+        return (self.rank * self.num_parts + part) * self.part_size
+
+    def _places(self, step: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the epoch of each image of a step's batch and its place in the epoch's order."""
+        in_use = min(self.num_images, self.steps_per_epoch * self.batch_size)
+        places = step * self.batch_size + np.arange(self.batch_size)
+        return places // in_use, places % in_use
+
+    def _order(self, epoch: int) -> NDArray[np.int64]:
+        if self.order is not None:
+            return self.order(epoch)
+        return np.random.default_rng((self.seed, FOR_ORDER, epoch)).permutation(self.num_images)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalBatchSampler:
+    """Every image once, in order, as lists of (0, index).
+
+    Each rank takes one stretch of the images; together they cover all of them, none twice. Ranks may differ
+    by one in their number of images, so sum over ranks, don't average; their number of batches is the same, as
+    a model that is divided among ranks needs it. `batch_size` is each rank's own, and the most a batch has.
+    """
+
+    num_images: int
+    batch_size: int
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        _check_rank(self.rank, self.world_size)
+        least = 1 if self.world_size == 1 else 2  # of one image each, ranks could not have as many batches
+        if self.batch_size < least:
+            raise ValueError(f"batch_size must be at least {least}, got {self.batch_size}")
+        if self.num_images < self.world_size:
+            raise ValueError(
+                f"{self.num_images} images don't give each of {self.world_size} processes one; use fewer processes"
+            )
+
+    def __len__(self) -> int:
+        longest = -(-self.num_images // self.world_size)
+        return -(-longest // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        start, end = (self.num_images * r // self.world_size for r in (self.rank, self.rank + 1))
+        for batch in range(len(self)):
+            first, last = (start + (end - start) * b // len(self) for b in (batch, batch + 1))
+            yield [(0, index) for index in range(first, last)]
+
+
+def _check_rank(rank: int, world_size: int) -> None:
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank {rank} of {world_size}: ranks run from 0 to world_size - 1")
