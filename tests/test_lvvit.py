@@ -1,5 +1,7 @@
 """LV-ViT: the published architecture, any patch size and input, MixToken on embeddings."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -32,6 +34,18 @@ def test_parameter_counts_are_the_published_ones(name: str) -> None:
     with torch.device("meta"):
         model = create_model(name, num_classes=1000, size_px=(224, 224))
     assert sum(parameter.numel() for parameter in model.parameters()) == NUM_PARAMETERS[name]
+
+
+@pytest.mark.parametrize("name", ["lvvit_m", "lvvit_l"])
+def test_names_of_large_models_are_those_of_small_ones_with_more_blocks(name: str) -> None:
+    with torch.device("meta"):
+        model = create_model(name, num_classes=1000, size_px=(224, 224))
+    expected = {
+        re.sub(r"^blocks\.\d+", f"blocks.{index}", key)
+        for key in published_keys("lvvit_s")
+        for index in range(CONFIGS[name].depth)
+    }
+    assert model.state_dict().keys() == expected
 
 
 @pytest.mark.parametrize("name", ["lvvit_t", "lvvit_s"])
