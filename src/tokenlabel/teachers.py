@@ -26,6 +26,7 @@ from tokenlabel.models.adapter import first_line
 from tokenlabel.models.lvvit import CONFIGS as LVVIT_CONFIGS
 from tokenlabel.models.t2t_vit import CONFIGS as T2T_VIT_CONFIGS
 from tokenlabel.models.weights import load_published, read_checkpoint
+from tokenlabel.networks import file_overlay
 from tokenlabel.sight import Sight
 
 
@@ -207,7 +208,7 @@ def _from_name(name: str, size: int | None, weights: str | None) -> _Found:
     options: dict[str, Any] = {"pretrained": True}
     preset = get_pretrained_cfg(name, allow_unregistered=True)
     if weights is not None:
-        options["pretrained_cfg_overlay"] = _local_weights(weights, preset)
+        options["pretrained_cfg_overlay"] = file_overlay(weights, preset)
     if preset is not None and preset.fixed_input_size and size is not None:
         options["img_size"] = size
     try:
@@ -259,19 +260,6 @@ def _from_own_name(name: str, size: int, weights: str | None) -> _Found:
         std=model.std,
         has_trained_token_head=hasattr(model, "aux_head") and not loaded.new_heads,
     )
-
-
-def _local_weights(path: str, preset: Any) -> dict[str, Any]:
-    """Return what timm has to be told so that it takes its pretrained weights from a file."""
-    overlay: dict[str, Any] = {"file": path, "source": "file"}
-    if path.endswith(".npz"):  # of the original ViTs, which timm reads its own way
-        return overlay
-    classifier = preset.classifier if preset is not None else None
-    name = classifier if isinstance(classifier, str) else classifier[0] if classifier else ""
-    weight = read_checkpoint(path).get(f"{name}.weight")
-    if weight is not None:
-        overlay["num_classes"] = len(weight)
-    return {**overlay, "custom_load": False}
 
 
 def _has_own_token_head(model: TokenModel) -> bool:
