@@ -2,12 +2,14 @@
 
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
 import yaml
+from jsonargparse import ArgumentParser
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -20,7 +22,7 @@ from tokenlabel.engine import prepare, train_step
 from tokenlabel.mixing import Mixing, join_plans
 from tokenlabel.models import create_model
 from tokenlabel.published import ImportConfig, import_labels
-from tokenlabel.recipe import MixConfig, Recipe, claim, find_recipe, recipe_names
+from tokenlabel.recipe import MixConfig, Recipe, add_recipe_arguments, claim, find_recipe, recipe_names
 from tokenlabel.runlog import Stopwatch, read_metrics
 from tokenlabel.scenes import write_scenes
 from tokenlabel.scores import from_mask
@@ -224,3 +226,36 @@ def test_a_run_labels_the_images_for_its_successor(data, tmp_path):
     train(recipe, tmp_path / "second", device=CPU)
     lines = [line for line in read_metrics(tmp_path / "second") if line["kind"] == "train"]
     assert lines[-1]["token_loss"] > 0
+
+
+def test_the_training_guide_and_the_heads_name_options_that_exist():
+    parser = ArgumentParser(exit_on_error=False)
+    add_recipe_arguments(parser)
+    known = {option for action in parser._actions for option in action.option_strings}
+    known |= {
+        "--out",
+        "--dry-run",
+        "--overfit",
+        "--profile",
+        "--tensorboard",
+        "--output",
+        "--teacher",
+        "--size",
+    }
+    known |= {"--class-map", "--images", "--num_classes", "--precision", "--model.options", "--recipe"}
+    guide = (Path(__file__).parent.parent / "docs" / "training.md").read_text(encoding="utf-8")
+    text = re.sub(r"torchrun[^`]*?-m|#SBATCH.*", "", guide + "\n".join(head(name) for name in NAMES))
+    named = set(re.findall(r"(?<![\w-])--[a-zA-Z][\w.-]*\w", text))
+    wrong = {name for name in named - known if not name.startswith("--model.options.")}
+    assert wrong <= {"--loss.FIELD"}
+    fields = re.findall(r"^\| `(\w+)` \([^|]*\) \|", guide, re.MULTILINE)
+    assert "class_target" in fields
+    assert {f"--loss.{field}" for field in fields} <= known
+
+
+def test_the_training_guide_lists_every_recipe():
+    guide = (Path(__file__).parent.parent / "docs" / "training.md").read_text(encoding="utf-8")
+    listed = set(re.findall(r"`(\w+)`", guide[guide.index("## Recipes") :]))
+    assert {
+        name for name in NAMES if name not in listed and name.removesuffix("_token") not in listed
+    } == set()
