@@ -24,7 +24,7 @@ from tokenlabel.spread import paired, spread_of
 STARTS = {"scratch": "random weights", "class": "class labels only", "token": "token labels"}
 HEADS = {
     "linear": ["--model.freeze_backbone=true", "--optim.lr=1e-2", "--num_steps=150"],
-    "fcn": ["--optim.lr=1e-2"],
+    "fcn": ["--model.neck=none"],
     "upernet": [],
 }
 
@@ -48,7 +48,7 @@ def main() -> None:
             prepare_labels(out)
             list(pool.map(lambda seed: train_backbones(out, seed), range(options.seeds)))
         runs = [
-            (head, start, seed) for seed in range(options.seeds) for head in options.heads for start in STARTS
+            (head, start, seed) for head in options.heads for seed in range(options.seeds) for start in STARTS
         ]
         list(pool.map(lambda run: segment(out, backbones, *run), runs))
     found = {head: collect(out, head, options.seeds) for head in options.heads}
