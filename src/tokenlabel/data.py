@@ -159,7 +159,7 @@ class Batch:
 
 
 def _by_value(value: Any) -> Any:
-    return value.numpy() if isinstance(value, Tensor) else value
+    return value.numpy() if isinstance(value, Tensor) and value.device.type == "cpu" else value
 
 
 def _as_tensor(value: Any) -> Any:
