@@ -61,7 +61,8 @@ class Step:
 def run(settings: Settings) -> list[Row]:
     """Measure images/s of both forms, their ratio, and the share of the device's matrix product rate."""
     names = ("lvvit_t",) if settings.quick else ("lvvit_t", "lvvit_s")
-    return [row for name in names for precision in PRECISIONS for row in _compare(name, precision, settings)]
+    precisions = ("bf16",) if settings.quick else PRECISIONS
+    return [row for name in names for precision in precisions for row in _compare(name, precision, settings)]
 
 
 def _compare(name: str, precision: str, settings: Settings) -> list[Row]:

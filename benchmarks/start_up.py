@@ -33,7 +33,7 @@ def run(settings: Settings) -> list[Row]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         _write_labels(folder / "labels")
-        _write_embedded(folder, 400 if settings.quick else NUM_SCENES)
+        _write_embedded(folder, 200 if settings.quick else NUM_SCENES)
         quickly: dict[str, Callable[[], object]] = {
             "tokenlabel --help": partial(_tokenlabel, "--help"),
             f"tokenlabel inspect, {NUM_LABELS:,} labels": partial(_tokenlabel, "inspect", folder / "labels"),
@@ -41,7 +41,7 @@ def run(settings: Settings) -> list[Row]:
         seconds = interleave(quickly, settings)
         train = partial(_train_one_step, folder, settings)
         name = "tokenlabel train, one step on the embedded data"
-        seconds |= interleave({name: train}, settings, rounds=2 if settings.quick else 7)
+        seconds |= interleave({name: train}, settings, rounds=1 if settings.quick else 7)
     aims = ("under 0.3", "under 1", "under 10")
     return [Row(name, values, "s", aim) for (name, values), aim in zip(seconds.items(), aims, strict=True)]
 
@@ -61,7 +61,7 @@ def _train_one_step(folder: Path, settings: Settings) -> None:
 
 
 def _write_labels(folder: Path) -> None:
-    records = [pack(score_map, Encoding.LZMA) for score_map in synthetic_maps(40)]
+    records = [pack(score_map, Encoding.LZMA) for score_map in synthetic_maps(20)]
     with LabelStoreWriter(folder, Manifest(num_classes=NUM_CLASSES, topk=TOPK)) as writer:
         for i in range(NUM_LABELS):
             writer.add_record(f"n{i % 1000:08d}/n{i % 1000:08d}_{i}.JPEG", records[i % len(records)])
