@@ -86,7 +86,7 @@ def test_an_unknown_recipe_is_answered_with_the_near_name():
         find_recipe("demo_techer")
 
 
-@pytest.mark.parametrize("name", recipe_names())
+@pytest.mark.parametrize("name", [name for name in recipe_names() if not name.startswith("segment_")])
 def test_every_recipe_of_the_package_is_read(name, write):
     text = find_recipe(name).read_text()
     assert text.startswith("#"), "a recipe's head says what it does and what it costs"
