@@ -101,6 +101,21 @@ def test_eval_reports_all_three_ways_to_predict(demo, capsys):
     assert set(json.loads(capsys.readouterr().out)) == {"class", "tokens", "combined"}
 
 
+def test_eval_takes_another_size_and_a_teachers_labels(demo, capsys):
+    options = ["--num-workers", "0", "--json", "--size", "72", "--per-class"]
+    options += ["--data", str(demo / "scenes" / "train"), "--labels", str(demo / "labels")]
+    assert main(["eval", str(demo / "token-labels"), *options]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert (figures["num_images"], figures["size_px"]) == (40, [72, 72])
+    assert 0 <= figures["teacher_accuracy"] <= 1
+    assert len(figures["per_class"]) == 10
+
+
+def test_eval_asks_no_token_head_that_was_never_trained(demo, capsys):
+    message = complaint(capsys, ["eval", demo / "class-labels", "--inference", "combined"])
+    assert "trained without token labels" in message
+
+
 def test_inspect_verifies_and_draws(demo, tmp_path, capsys):
     arguments = ["--verify=true", "--images", demo / "scenes" / "train", "--pictures", tmp_path / "maps.html"]
     assert main(list(map(str, ["inspect", demo / "labels", "--json", *arguments]))) == 0

@@ -1,0 +1,101 @@
+"""What a comparison says in words follows from its figures."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tokenlabel.charts import as_svg, curve_chart, interval_chart
+from tokenlabel.comparison import Row, Table
+from tokenlabel.results import as_json, as_markdown, found_in, interval_panels, learning_curves, summary
+
+TABLE = Table(
+    name="made_up",
+    title="Made up",
+    question="Which is better?",
+    twin="nothing",
+    rows={name: Row(title=f"row {name}") for name in "abc"},
+    metrics=["top1", "loss"],
+    differences=[("a", "b"), ("c", "b")],
+    limits="The data are made up.",
+)
+
+
+def found_of(folder=Path("none"), **rows):
+    """Rows as lists of (top1, loss) by seed; None for a run that is not there."""
+    runs = {row: {seed: folder / row / str(seed) for seed in range(5)} for row in TABLE.rows}
+    measures = {
+        runs[row][seed]: {"top1": values[0], "loss": values[1]}
+        for row, of_row in rows.items()
+        for seed, values in enumerate(of_row)
+        if values is not None
+    }
+    return found_in(TABLE, 5, runs, measures)
+
+
+CLEAR = found_of(
+    a=[(0.80 + i / 100, 1.0 + (-1) ** i / 10) for i in range(5)],
+    b=[(0.70 + i / 100, 1.0) for i in range(5)],
+    c=[(0.70, 1.0), (0.73, 1.1), (0.71, 0.9), None, None],
+)
+
+
+def test_a_difference_that_never_varies_is_larger_than_its_spread():
+    text = as_markdown(CLEAR)
+    assert "**row a** against row b (5 seeds): larger than its spread: top-1 +10.0 ± 0.0 (better)" in text
+    assert "smaller: val loss" in text
+
+
+def test_seeds_that_both_rows_have_are_compared():
+    difference = next(d for d in as_json(CLEAR)["differences"] if d["row"] == "c" and d["metric"] == "top1")
+    assert difference["each"] == pytest.approx((0.0, 0.02, -0.01))
+    assert not difference["larger_than_spread"]
+
+
+def test_less_is_better_for_losses():
+    worse = found_of(a=[(0.5, 2.0)] * 5, b=[(0.5, 1.0)] * 5)
+    assert "val loss +1.000 ± 0.000 (worse)" in as_markdown(worse)
+
+
+def test_what_is_missing_is_named_by_seed():
+    assert "Not run: row c (seeds 3, 4)." in as_markdown(CLEAR)
+    assert json.loads(json.dumps(as_json(CLEAR)))["not_run"] == {"c": [3, 4]}
+
+
+def test_a_claim_takes_five_seeds():
+    text = summary([CLEAR])
+    held, few = text.split("Fewer than 5 seeds")
+    assert "row a against row b: top-1 +10.0 ± 0.0" in held
+    assert "row c against row b: top-1" in few
+    assert "(3 seeds)" in few
+
+
+def test_one_seed_has_no_spread():
+    text = as_markdown(found_of(a=[(0.8, 1.0)], b=[(0.7, 1.0)]))
+    assert "(one seed, no spread): top-1 +10.0" in text
+
+
+def test_nothing_finished_is_a_table_without_figures():
+    text = as_markdown(found_of())
+    assert "| row a | 0 |" in text
+    assert summary([found_of()]) == ""
+
+
+def test_learning_curves_are_means_over_seeds(tmp_path):
+    for seed in (0, 1):
+        run = tmp_path / "a" / str(seed)
+        run.mkdir(parents=True)
+        lines = [{"kind": "eval", "step": step, "top1": (step + seed) / 100} for step in (10, 20)]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    curves = learning_curves(found_of(tmp_path, a=[(0.8, 1.0), (0.8, 1.0)]))
+    (_, lines) = curves["top-1 on val (%) against steps"]
+    assert lines["row a"] == [(10.0, pytest.approx(10.5)), (20.0, pytest.approx(20.5))]
+
+
+def test_charts_show_every_row_and_are_the_same_for_the_same_figures():
+    panels = interval_panels(CLEAR, ["top1", "loss"])
+    assert [title for title, _ in panels["top-1 (%)"]] == ["row a", "row b", "row c"]
+    svg = as_svg(interval_chart(panels))
+    assert svg.startswith("<svg")
+    assert svg == as_svg(interval_chart(panels))
+    assert "<svg" in as_svg(curve_chart({"one": ("step", {"a": [(0, 1), (1, 2)], "b": []})}, columns=1))
