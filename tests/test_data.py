@@ -544,6 +544,18 @@ class TestLoader:
             assert torch.equal(ours.score_maps.probs, theirs.score_maps.probs)
             assert ours.keys == theirs.keys
 
+    def test_batches_stay_as_they_are_while_workers_go_on(self):
+        data = dataset(seed=1)
+        sampler = BatchSampler(num_images=10, batch_size=4, seed=1, num_steps=20)
+        alone = list(make_loader(data, sampler, num_workers=0))
+        loader = make_loader(data, sampler, num_workers=2, prefetch=1)
+        begun = [batch for batch, _ in zip(loader, range(3), strict=False)]  # left, and begun again
+        for kept in (begun, list(loader)):
+            for ours, theirs in zip(alone, kept, strict=False):
+                assert torch.equal(ours.images, theirs.images)
+                assert theirs.images.is_contiguous(memory_format=torch.channels_last)
+        assert len(begun) == 3
+
     def test_it_leaves_the_global_random_state_alone(self):
         before = torch.get_rng_state()
         next(iter(make_loader(dataset(), self.sampler(), num_workers=0)))

@@ -5,10 +5,14 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch._utils import ExceptionWrapper
 
 from tokenlabel import cli
 from tokenlabel.images import ImageError
+from tokenlabel.workers import Slabs
 
 SCRIPT = f"""if __name__ == "__main__":
     import os, signal, sys, time
@@ -44,6 +48,28 @@ def test_a_signal_to_the_whole_group_stops_no_worker_before_the_trainer_ends_it(
     rest, _ = trainer.communicate("\n", timeout=60)
     assert rest.split() == ["11", "False"]
     assert trainer.returncode == 0
+
+
+@given(
+    sizes=st.lists(st.tuples(st.integers(1, 4), st.integers(1, 3)), min_size=1, max_size=12),
+    count=st.integers(1, 4),
+)
+def test_slabs_hold_as_many_batches_at_a_time_as_asked(sizes, count):
+    slabs, kept = Slabs(count), []
+    for number, (num_images, width) in enumerate(sizes):
+        images = [torch.full((2, width), number * 10 + i) for i in range(num_images)]
+        stacked = slabs.stack(images)
+        assert stacked.is_shared()
+        kept = [*kept, (stacked, torch.stack(images))][-count:]
+        for ours, theirs in kept:
+            assert torch.equal(ours, theirs)
+
+
+def test_a_slab_is_used_again():
+    slabs = Slabs(2)
+    places = [slabs.stack([torch.zeros(3)] * n).data_ptr() for n in (4, 4, 3, 4, 1)]
+    assert places[0] == places[2] == places[4]
+    assert places[1] == places[3] != places[0]
 
 
 def test_an_error_in_a_worker_is_told_in_its_own_words(monkeypatch, capsys):

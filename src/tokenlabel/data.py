@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset
 
 from tokenlabel.alignment import ScoreMapBatch, collate_score_maps
 from tokenlabel.geometry import View, stack_views
@@ -32,7 +33,7 @@ from tokenlabel.images import (
 )
 from tokenlabel.samplers import FOR_SAMPLE, BatchSampler, EvalBatchSampler, shard_order
 from tokenlabel.scores import ScoreMap
-from tokenlabel.workers import prepare_worker, process_context
+from tokenlabel.workers import prepare_worker, process_context, stack
 
 __all__ = [
     "Batch",
@@ -153,6 +154,8 @@ class Batch:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         sent = {name: _as_tensor(value) for name, value in state.items()}
+        if state["images"].is_shared():  # the worker will write there again (`workers.Slabs`)
+            sent["images"] = state["images"].clone()
         if maps := state["score_maps"]:
             sent["score_maps"] = ScoreMapBatch(**{name: _as_tensor(value) for name, value in maps.items()})
         self.__dict__.update(sent)
@@ -205,8 +208,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
         raise LabelsError(
             f"{len(samples) - len(score_maps)} of the {len(samples)} samples of a batch have no score map"
         )
-    # torch's own collate, because in a worker it stacks right into the memory that it shares with this process
-    pixels = default_collate([sample.image.permute(1, 2, 0) for sample in samples])  # [B, height, width, 3]
+    pixels = stack([sample.image.permute(1, 2, 0) for sample in samples])  # [B, height, width, 3]
     return Batch(
         images=pixels.permute(0, 3, 1, 2),
         class_ids=torch.tensor([sample.class_id for sample in samples]),
@@ -288,6 +290,6 @@ def make_loader(
         persistent_workers=num_workers > 0,
         prefetch_factor=prefetch if num_workers else None,
         multiprocessing_context=process_context() if num_workers else None,
-        worker_init_fn=prepare_worker,
+        worker_init_fn=partial(prepare_worker, prefetch=prefetch),
         generator=torch.Generator(),  # a loader without one of its own draws from the global one
     )

@@ -10,7 +10,12 @@ import multiprocessing
 import os
 import signal
 import threading
+from collections.abc import Sequence
 from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import default_collate
 
 
 def process_context() -> Any:
@@ -26,8 +31,42 @@ def process_context() -> Any:
     return context
 
 
-def prepare_worker(worker: int) -> None:
-    """Heed no signal but SIGTERM of the main process (and SIGKILL), and die when the main process dies."""
+class Slabs:
+    """Shared memory in which a worker stacks one batch after the other, since fresh pages cost more than the copy.
+
+    `count`: so many batches must have been received and copied elsewhere before memory is written again. PyTorch
+    asks a worker for a batch only while fewer than its prefetch factor are on their way, so one more than that will do.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._slabs: list[Tensor] = []
+        self._turn = 0
+
+    def stack(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Return tensors of one shape as one in shared memory, which stays as it is for `count` - 1 more."""
+        shape = (len(tensors), *tensors[0].shape)
+        if not self._slabs or shape[1:] != self._slabs[0].shape[1:] or shape[0] > self._slabs[0].shape[0]:
+            self._slabs = [tensors[0].new_empty(shape).share_memory_() for _ in range(self._count)]
+        self._turn = (self._turn + 1) % self._count
+        return torch.stack(tuple(tensors), out=self._slabs[self._turn][: len(tensors)])
+
+
+_slabs: Slabs | None = None
+
+
+def stack(tensors: Sequence[Tensor]) -> Tensor:
+    """Return tensors of one shape as one; in a worker it lies in memory that is shared with the main process."""
+    return default_collate(list(tensors)) if _slabs is None else _slabs.stack(tensors)
+
+
+def prepare_worker(worker: int, *, prefetch: int) -> None:
+    """Heed no signal but SIGTERM of the main process (and SIGKILL), and die when the main process dies.
+
+    `prefetch`: how many batches of this worker may be on their way.
+    """
+    global _slabs
+    _slabs = Slabs(prefetch + 1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS, where there is no telling who sent a signal
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
