@@ -14,6 +14,7 @@ from tokenlabel.alignment import align, collate_score_maps
 from tokenlabel.geometry import stack_views
 from tokenlabel.losses import linear_cross_entropy, sparse_cross_entropy, token_label_loss
 from tokenlabel.mixing import Mixing, mix_targets, sample_mix
+from tokenlabel.models import create_model
 from tokenlabel.models.outputs import Outputs
 from tokenlabel.targets import TokenTargets, class_targets
 
@@ -415,3 +416,20 @@ def test_targets_of_another_grid_are_refused():
     targets = draw_targets(np.random.default_rng(0), (2, 4), 6)
     with pytest.raises(ValueError, match=r"outputs of \(2, 9\) .* targets of \(2, 4\)"):
         sparse_cross_entropy(draw_logits(0, 2, 9, 6), targets)
+
+
+@pytest.mark.parametrize(("name", "options"), [("lvvit_t", {"depth": 1}), ("resnet10t", {})])
+def test_models_of_many_classes_are_trained_through_the_fused_head(monkeypatch, name, options):
+    taken = []
+
+    def fused(tokens, head, targets):
+        taken.append(head)
+        return linear_cross_entropy(tokens, head, targets)
+
+    monkeypatch.setattr("tokenlabel.losses.linear_cross_entropy", fused)
+    model = create_model(name, num_classes=1000, size_px=(64, 64), **options)
+    outputs = model(torch.zeros(2, 3, 64, 64))
+    num_tokens = outputs.tokens.shape[1]
+    targets = draw_targets(np.random.default_rng(0), (2, num_tokens), 1000)
+    token_label_loss(outputs, class_targets(torch.zeros(2, dtype=torch.int64)), targets)
+    assert taken == [outputs.token_head]

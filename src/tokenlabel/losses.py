@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from tokenlabel.blocks import blocks
+from tokenlabel.models.linear import Linear, linear
 from tokenlabel.models.outputs import Outputs
 from tokenlabel.targets import TokenTargets
 
@@ -42,9 +42,10 @@ def token_label_loss(
     if token_targets is None:
         return TokenLabelLoss(class_part, class_part.detach(), torch.zeros_like(class_part))
     head = outputs.token_head
-    # Only then are logits larger than the features whose gradient the fused form keeps. Exactly Linear: what
-    # wraps or parametrises a layer has a type of its own.
-    if type(head) is nn.Linear and head.out_features > head.in_features:
+    # Only with more classes than features are logits larger than the features whose gradient the fused form keeps.
+    # Exactly a linear layer: what wraps or parametrises one has a type of its own.
+    is_linear = isinstance(head, nn.Linear) and type(head) in (nn.Linear, Linear)
+    if is_linear and head.out_features > head.in_features:
         token_part = linear_cross_entropy(outputs.tokens, head, token_targets)
     else:
         token_part = sparse_cross_entropy(outputs.token_logits, token_targets).mean()
@@ -154,14 +155,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
             block, part = tokens[images].to(narrow), tuple(t[images] for t in targets)
             room = buffer[: len(block)]
             loss += _loss_with_gradient(
-                F.linear(block, matrix, bias), part, room, ease=ease if with_gradients else None
+                linear(block, matrix, bias), part, room, ease=ease if with_gradients else None
             )
             if with_gradients:
                 grad_bias += room.sum(dim=(0, 1))
                 gradient = room.to(narrow)
-                grad_tokens[images] = gradient @ matrix
+                grad_tokens[images] = linear(gradient, matrix.T, None)
                 for rows in blocks(num_classes, width, tokens.device):
-                    grad_weight[rows] += gradient[:, :, rows].flatten(0, 1).T @ block.flatten(0, 1)
+                    grad_weight[rows] += linear(
+                        gradient[:, :, rows].flatten(0, 1).T, block.flatten(0, 1).T, None
+                    )
         ctx.save_for_backward(grad_tokens, grad_weight, None if head_bias is None else grad_bias)
         num_tokens = tokens.shape[0] * tokens.shape[1]
         ctx.divisor = ease * num_tokens
