@@ -44,9 +44,9 @@ def token_label_loss(
     head = outputs.token_head
     # Only with more classes than features are logits larger than the features whose gradient the fused form keeps.
     # Exactly a linear layer: what wraps or parametrises one has a type of its own.
-    is_linear = isinstance(head, nn.Linear) and type(head) in (nn.Linear, Linear)
-    if is_linear and head.out_features > head.in_features:
-        token_part = linear_cross_entropy(outputs.tokens, head, token_targets)
+    plain = head if isinstance(head, nn.Linear) and type(head) in (nn.Linear, Linear) else None
+    if plain is not None and plain.out_features > plain.in_features:
+        token_part = linear_cross_entropy(outputs.tokens, plain, token_targets)
     else:
         token_part = sparse_cross_entropy(outputs.token_logits, token_targets).mean()
     return TokenLabelLoss(class_part + beta * token_part, class_part.detach(), token_part.detach())
