@@ -159,8 +159,8 @@ def test_every_row_of_the_package_is_a_recipe_on_every_testbed(testbed_name):
         assert find_recipe(plan.recipe).is_file()
         for key, text in plan.settings.items():
             assert "{" not in str(filled(text, folders)) or key == "model.options"
-    chosen = list(plans.values())[:: 1 if testbed_name == "embedded" else 4]
-    for plan in chosen:
+    chosen = list(plans.values())[::4]
+    for plan in chosen:  # each takes a while to parse
         assert recipe_of(plan, 3, folders).seed == 3
 
 

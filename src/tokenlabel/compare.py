@@ -26,6 +26,7 @@ import yaml
 from tokenlabel.arguments import add_device, device_of, new_parser, parse
 from tokenlabel.checkpoint import list_checkpoints
 from tokenlabel.comparison import (
+    PLAN_FILE,
     Comparison,
     Job,
     Step,
@@ -45,8 +46,6 @@ from tokenlabel.measures import COST_FILE, MEASURES_FILE, measure_run
 from tokenlabel.results_page import write_results
 from tokenlabel.scenes import write_scenes
 from tokenlabel.train import build
-
-PLAN_FILE = "plan.json"
 
 
 class CompareError(ValueError):
@@ -109,11 +108,10 @@ def run_job(comparison: Comparison, job: Job, *, device: torch.device) -> dict[s
     plan = comparison.plan(job.table, job.row)
     folder = comparison.run_folder(plan, job.seed)
     folder.mkdir(parents=True, exist_ok=True)
-    description = json.dumps(plan.as_dict(), indent=1, default=str) + "\n"
     path = folder / PLAN_FILE
-    if path.is_file() and path.read_text(encoding="utf-8") != description:
+    if path.is_file() and not plan.is_of(folder):
         raise CompareError(f"{path}: the run was made by another table or testbed; choose another --out")
-    path.write_text(description, encoding="utf-8")
+    path.write_text(plan.text, encoding="utf-8")
     if not (folder / MEASURES_FILE).is_file():
         recipe = recipe_of(plan, job.seed, comparison.folders)
         task = build(recipe, device=device)
@@ -170,8 +168,14 @@ def run_all(comparison: Comparison, arguments: Sequence[str], *, num_jobs: int) 
 
 
 def _is_done(comparison: Comparison, job: Job) -> bool:
-    path = comparison.run_folder(comparison.plan(job.table, job.row), job.seed) / MEASURES_FILE
-    return path.is_file() and not set(job.table.metrics) - json.loads(path.read_text()).keys()
+    plan = comparison.plan(job.table, job.row)
+    run = comparison.run_folder(plan, job.seed)
+    path = run / MEASURES_FILE
+    return (
+        plan.is_of(run)
+        and path.is_file()
+        and not set(job.table.metrics) - json.loads(path.read_text()).keys()
+    )
 
 
 def _run_apart(comparison: Comparison, job: Job, arguments: Sequence[str]) -> str | None:

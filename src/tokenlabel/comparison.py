@@ -27,6 +27,7 @@ Kind = TypeVar("Kind")
 
 PLACEHOLDER = re.compile(r"\{(\w+)\}")
 NUM_SEEDS = 5
+PLAN_FILE = "plan.json"
 
 
 class TableError(ValueError):
@@ -109,9 +110,16 @@ class RunPlan:
     recipe: str
     defect: str | None
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return what decides the run, for the file beside it."""
-        return {"recipe": self.recipe, "settings": dict(self.settings), "defect": self.defect}
+    @property
+    def text(self) -> str:
+        """What decides the run, as JSON, for the file beside it."""
+        described = {"recipe": self.recipe, "settings": dict(self.settings), "defect": self.defect}
+        return json.dumps(described, indent=1, default=str) + "\n"
+
+    def is_of(self, run: Path) -> bool:
+        """Whether a run folder holds a run of this plan."""
+        path = run / PLAN_FILE
+        return path.is_file() and path.read_text(encoding="utf-8") == self.text
 
 
 def read_table(name: str) -> Table:

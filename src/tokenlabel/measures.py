@@ -199,13 +199,15 @@ _NEEDS: dict[Callable[[Finished], Figures], tuple[str, ...]] = {
 
 def measure_run(
     run: Path, folders: Mapping[str, Path], *, wanted: Sequence[str], defect: str | None, device: torch.device
-) -> Figures:
+) -> dict[str, float | None]:
     """Return the figures of a finished run by name, and write them to its measures.json.
 
-    Those that are there already are not measured again; those for which the testbed has no folder are left out.
+    Those that are there already are not measured again; those that the run or the testbed cannot have are None.
     """
     path = run / MEASURES_FILE
-    figures: Figures = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    figures: dict[str, float | None] = {}
+    if path.is_file():
+        figures = json.loads(path.read_text(encoding="utf-8"))
     missing = [_MEASURES[name] for name in wanted if name not in figures]
     if missing:
         trained = load_model(run)
@@ -214,6 +216,7 @@ def measure_run(
         for measure in dict.fromkeys(missing):
             if all(name in folders for name in _NEEDS.get(measure, ())):
                 figures |= measure(finished)
+        figures |= {name: None for name in wanted if name not in figures}
         path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     return figures
 

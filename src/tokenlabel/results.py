@@ -213,7 +213,7 @@ def found_in(
     table: Table,
     num_seeds: int,
     runs: Mapping[str, Mapping[int, Path]],
-    measures: Mapping[Path, dict[str, float]],
+    measures: Mapping[Path, Mapping[str, float | None]],
 ) -> Found:
     """Return what is there of a table: `runs` by row and seed, `measures` of those that are finished."""
     finished = {
@@ -221,7 +221,9 @@ def found_in(
     }
     values = {
         row: {
-            name: {seed: measures[run][name] for seed, run in of_row.items() if name in measures[run]}
+            name: {
+                seed: value for seed, run in of_row.items() if (value := measures[run].get(name)) is not None
+            }
             for name in table.metrics
         }
         for row, of_row in finished.items()

@@ -1,4 +1,7 @@
-"""The files that a comparison leaves: a page, figures and charts of each table, and one page of all."""
+"""The files that a comparison leaves: a page, figures and charts of each table, and one page of all.
+
+Runs that an earlier version of a table or testbed left in the same folder do not count.
+"""
 
 from __future__ import annotations
 
@@ -50,16 +53,14 @@ def write_results(comparison: Comparison, *, page: Path | None) -> None:
 
 def _found(comparison: Comparison, table: Table) -> Found:
     seeds = range(comparison.num_seeds(table))
-    runs = {
-        row: {seed: comparison.run_folder(comparison.plan(table, row), seed) for seed in seeds}
-        for row in table.rows
-    }
-    paths = [run for of_row in runs.values() for run in of_row.values()]
-    measures = {
-        run: json.loads((run / MEASURES_FILE).read_text(encoding="utf-8"))
-        for run in paths
-        if (run / MEASURES_FILE).is_file()
-    }
+    runs: dict[str, dict[int, Path]] = {}
+    measures = {}
+    for row in table.rows:
+        plan = comparison.plan(table, row)
+        runs[row] = {seed: comparison.run_folder(plan, seed) for seed in seeds}
+        for run in runs[row].values():
+            if plan.is_of(run) and (run / MEASURES_FILE).is_file():
+                measures[run] = json.loads((run / MEASURES_FILE).read_text(encoding="utf-8"))
     return found_in(table, len(seeds), runs, measures)
 
 
