@@ -74,13 +74,14 @@ def create_optimizer(model: Layered, config: OptimConfig) -> torch.optim.AdamW:
 
     A group's `lr_scale` is what the learning rate of a step is multiplied with (`set_learning_rate`).
     """
-    spared, layers = model.no_weight_decay(), model.layers()
-    top = max(layers.values())
+    spared = model.no_weight_decay()
+    layers = model.layers() if config.layer_decay != 1 else {}  # not every network can say
+    top = max(layers.values(), default=0)
     groups: dict[tuple[bool, int], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             decays = parameter.ndim > 1 and name not in spared
-            layer = layers[name] if config.layer_decay != 1 else top
+            layer = layers.get(name, top)
             weight_decay = config.weight_decay if decays else 0.0
             scale = config.layer_decay ** (top - layer)
             new = {"params": [], "weight_decay": weight_decay, "lr_scale": scale}
