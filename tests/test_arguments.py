@@ -51,7 +51,7 @@ def test_an_option_that_does_not_exist_is_an_error():
 def test_the_label_guide_names_options_that_exist(capsys):
     named = set(re.findall(r"--[a-z][a-z_.-]*", (Path(__file__).parents[1] / "docs/labels.md").read_text()))
     assert {"--strict", "--class-map", "--num-classes", "--region"} <= named
-    for verb in ("annotate", "inspect", "merge", "import-labels", "train"):
+    for verb in ("annotate", "inspect", "merge", "import-labels", "train", "compare"):
         with pytest.raises(SystemExit):
             main([verb, "--help"])
     known = capsys.readouterr().out.replace("_", "-")
