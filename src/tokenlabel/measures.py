@@ -169,7 +169,10 @@ def cost(finished: Finished) -> Figures:
     """Return the seconds of a step, with all that goes with it (data, evaluation): of the one core that the run had on
     the CPU, by the clock on a GPU.
     """
-    lines = [json.loads(line) for line in (finished.run / COST_FILE).read_text(encoding="utf-8").splitlines()]
+    path = finished.run / COST_FILE
+    if not path.is_file():
+        return {}  # a run that was trained elsewhere
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     name = "cpu_s" if finished.device.type == "cpu" else "wall_s"
     return {"step_s": sum(line[name] for line in lines) / sum(line["num_steps"] for line in lines)}
 

@@ -1,6 +1,7 @@
 """The files that a comparison leaves: a page, figures and charts of each table, and one page of all.
 
-Runs that an earlier version of a table or testbed left in the same folder do not count.
+Runs that an earlier version of a table or testbed left in the same folder do not count. OUT/NOTES.md, where there is
+one, says in the page of all what else is to be known of the runs.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from tokenlabel.results import (
     summary,
     write_json,
 )
+
+NOTES_FILE = "NOTES.md"
 
 _METHOD = """\
 The command continues where it was stopped, and this page is what it writes. Every row is trained with several seeds;
@@ -95,5 +98,7 @@ def _page_head(comparison: Comparison, everything: Sequence[Found]) -> str:
         summary(everything),
         "",
     ]
+    notes = comparison.out / NOTES_FILE
+    lines += [notes.read_text(encoding="utf-8").strip(), ""] if notes.is_file() else []
     lines += [f"Tables of which nothing was run: {', '.join(unstarted)}.", ""] if unstarted else []
     return "\n".join(lines)
