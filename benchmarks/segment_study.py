@@ -76,6 +76,8 @@ def train_backbones(out: Path, seed: int) -> None:
 def segment(out: Path, backbones: Path, head: str, start: str, seed: int) -> None:
     """Train one head from one start with one seed."""
     run = out / f"{head}-{start}-{seed}"
+    if any(line["kind"] == "eval" for line in read_metrics(run)):  # the recipe evaluates at the end alone
+        return
     weights = [] if start == "scratch" else [f"--model.weights={backbones / f'{start}-{seed}'}"]
     tokenlabel(
         out,
