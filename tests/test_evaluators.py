@@ -54,9 +54,7 @@ def test_accuracy_is_what_sorting_each_image_gives(seed):
     rng = np.random.default_rng(seed)
     logits, class_ids = draw(rng)
     found = figures(Accuracy(), seen(logits[:13], class_ids[:13]), seen(logits[13:], class_ids[13:]))
-    places = [
-        list(np.argsort(-row)).index(class_id) for row, class_id in zip(logits, class_ids, strict=True)
-    ]
+    places = [list(np.argsort(-row)).index(class_id) for row, class_id in zip(logits, class_ids, strict=True)]
     losses = [
         np.log(np.exp(row.astype(np.float64)).sum()) - row[class_id]
         for row, class_id in zip(logits, class_ids, strict=True)
