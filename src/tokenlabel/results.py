@@ -80,7 +80,7 @@ def as_markdown(found: Found, *, images: Sequence[str] = ()) -> str:
     """Return a table with its differences in words. `images`: links to its charts."""
     table = found.table
     lines = [f"## {table.title}", "", table.question, ""]
-    lines += [f"In the paper: {table.twin}.", ""] if table.twin else []
+    lines += [f"The twin of {table.twin}.", ""] if table.twin else []
     lines += [*_table_lines(found), ""]
     lines += [f"![{table.title}]({image})\n" for image in images]
     sentences = [f"- {_sentence(table, *difference)}" for difference in found.differences()]
@@ -90,7 +90,9 @@ def as_markdown(found: Found, *, images: Sequence[str] = ()) -> str:
     missing = found.missing()
     if missing:
         named = "; ".join(
-            f"{table.rows[row].title} (seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))})"
+            table.rows[row].title
+            if len(seeds) == found.num_seeds
+            else f"{table.rows[row].title} (seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))})"
             for row, seeds in missing.items()
         )
         lines += [f"Not run: {named}.", ""]
