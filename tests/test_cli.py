@@ -101,9 +101,10 @@ def test_eval_reports_all_three_ways_to_predict(demo, capsys):
     assert set(json.loads(capsys.readouterr().out)) == {"class", "tokens", "combined"}
 
 
-def test_eval_takes_another_size_and_a_teachers_labels(demo, capsys):
+def test_eval_takes_another_size_and_a_teachers_labels(demo, tmp_path, capsys):
+    write_labels(tmp_path / "labels", demo / "scenes", num_classes=10)
     options = ["--num-workers", "0", "--json", "--size", "72", "--per-class"]
-    options += ["--data", str(demo / "scenes" / "train"), "--labels", str(demo / "labels")]
+    options += ["--data", str(demo / "scenes" / "train"), "--labels", str(tmp_path / "labels")]
     assert main(["eval", str(demo / "token-labels"), *options]) == 0
     figures = json.loads(capsys.readouterr().out)
     assert (figures["num_images"], figures["size_px"]) == (40, [72, 72])
