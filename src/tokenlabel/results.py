@@ -16,6 +16,8 @@ from tokenlabel.spread import Spread, paired, spread_of
 
 # A claim needs so many seeds.
 SEEDS_OF_A_CLAIM = 5
+# What is summed up beside the first metric of a table.
+_ALSO_IN_SHORT = ("probe_accuracy",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,22 +102,21 @@ def as_markdown(found: Found, *, images: Sequence[str] = ()) -> str:
 
 
 def summary(all_found: Sequence[Found]) -> str:
-    """Return in words what holds, what does not, and what cannot be told, over the tables' first metric."""
+    """Return in words what holds, what does not, and what cannot be told, of each table's first metric and the probe."""
     held: list[str] = []
     open_: list[str] = []
     few: list[str] = []
     for found in all_found:
-        metric = found.table.metrics[0]
+        asked = [name for name in found.table.metrics if name in (found.table.metrics[0], *_ALSO_IN_SHORT)]
         for ours, theirs, spreads in found.differences():
-            if metric not in spreads:
-                continue
-            spread = spreads[metric]
             titles = found.table.rows[ours].title, found.table.rows[theirs].title
-            text = f"- {titles[0]} against {titles[1]}: {METRICS[metric].title} {_signed(metric, spread)}"
-            if len(spread.values) < SEEDS_OF_A_CLAIM:
-                few.append(f"{text} ({len(spread.values)} seeds)")
-            else:
-                (held if spread.is_resolved else open_).append(text)
+            for metric in (name for name in asked if name in spreads):
+                spread = spreads[metric]
+                text = f"- {titles[0]} against {titles[1]}: {METRICS[metric].title} {_signed(metric, spread)}"
+                if len(spread.values) < SEEDS_OF_A_CLAIM:
+                    few.append(f"{text} ({len(spread.values)} seeds)")
+                else:
+                    (held if spread.is_resolved else open_).append(text)
     parts = [
         (f"Larger than their spread over at least {SEEDS_OF_A_CLAIM} seeds:", held),
         ("Smaller than their spread, so not to be seen at this scale, if they exist:", open_),
