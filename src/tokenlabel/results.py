@@ -102,7 +102,7 @@ def as_markdown(found: Found, *, images: Sequence[str] = ()) -> str:
 
 
 def summary(all_found: Sequence[Found]) -> str:
-    """Return in words what holds, what does not, and what cannot be told, of each table's first metric and the probe."""
+    """Return in words what holds, what does not, and what cannot be told, of tables' first metrics and probes."""
     held: list[str] = []
     open_: list[str] = []
     few: list[str] = []
