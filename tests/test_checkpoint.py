@@ -164,3 +164,20 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, file):
     assert [int(path.name) for path in list_checkpoints(tmp_path)] == [1]
     assert load_checkpoint(first, trained_for(0)) == 1
     assert not list((tmp_path / "checkpoints").glob(".*"))
+
+
+def test_a_run_from_pretrained_weights_is_loaded_without_fetching_them(tmp_path, monkeypatch):
+    recipe = {
+        "data": {"train": "images"},
+        "model": {"name": "resnet10t", "size_px": [64, 64], "options": {"pretrained": True}},
+        "optim": {"lr": 1e-3, "lr_batch_size": 4, "ema_decay": None},
+        "epochs": 1,
+        "batch_size": 4,
+    }
+    model = create_model("resnet10t", num_classes=3, size_px=(64, 64))
+    trained = Trained(model, torch.optim.SGD(model.parameters()), None)
+    save_checkpoint(
+        tmp_path, 1, trained, recipe=config_from_dict(recipe, Recipe, name="test"), class_names=CLASS_NAMES
+    )
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert same_weights(load_model(tmp_path).model, model)

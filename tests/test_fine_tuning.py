@@ -80,3 +80,11 @@ def test_frozen_blocks_do_not_drop_paths() -> None:
 def test_freezing_everything_is_refused() -> None:
     with pytest.raises(ValueError, match="cannot freeze 5 layers: the model has 4 below its heads"):
         create("lvvit_t").freeze(5)
+
+
+def test_a_model_that_is_frozen_whole_stays_in_evaluation_mode():
+    model = create_model("lvvit_t", num_classes=3, size_px=(32, 32), depth=1)
+    model.requires_grad_(False)
+    model.freeze(1)
+    model.train()
+    assert not any(module.training for module in model.children())

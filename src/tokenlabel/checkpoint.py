@@ -174,11 +174,12 @@ def load_model(path: Path) -> TrainedModel:
     folder = newest_checkpoint(path)
     state = read_state(folder)
     recipe = config_from_dict(state["recipe"], Recipe, name=f"{folder}/state.json")
-    model = create_model(
+    options = recipe.model.options | ({"pretrained": False} if "pretrained" in recipe.model.options else {})
+    model = create_model(  # with the run's own weights: none are fetched
         recipe.model.name,
         num_classes=len(state["class_names"]),
         size_px=recipe.model.size_px,
-        **recipe.model.options,
+        **options,
     )
     model.load_state_dict(read_weights(folder, state))
     return TrainedModel(model.eval(), recipe, state["class_names"], state["step"])

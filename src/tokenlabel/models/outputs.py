@@ -137,7 +137,8 @@ class TokenModel(nn.Module, ABC):
         self._frozen = [
             module
             for module in self.modules()
-            if any(True for _ in module.parameters())
+            if module is not self
+            and any(True for _ in module.parameters())
             and not any(p.requires_grad for p in module.parameters())
         ]
         self.train(self.training)
