@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -310,3 +311,11 @@ def test_an_unknown_verb(capsys):
 def test_a_folder_that_is_no_run(tmp_path, capsys):
     assert "neither a run folder with a checkpoint" in complaint(capsys, ["eval", tmp_path])
     assert "holds no recipe.yaml" in complaint(capsys, ["report", tmp_path])
+
+
+def test_the_demo_needs_no_arguments(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("tokenlabel.demo.run_demo", lambda out, size, command: asked.append(out) or 0)
+    assert main(["demo"]) == 0
+    assert main(["demo", "--fast", "--out", str(tmp_path)]) == 0
+    assert asked == [Path("runs/demo"), tmp_path]

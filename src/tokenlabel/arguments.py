@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -45,7 +46,7 @@ def spelled_out(parser: ArgumentParser, arguments: list[str]) -> list[str]:
     actions = {option: action for action in parser._actions for option in action.option_strings}
     words: list[str] = []
     given: set[str] = set()
-    for word, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for word, following in zip_longest(arguments, arguments[1:], fillvalue=""):
         option, equals, value = word.partition("=")
         underscored = f"--{option[2:].replace('-', '_')}"
         option = underscored if option not in actions and underscored in actions else option
