@@ -130,9 +130,11 @@ def rank_of_two(rank, port, run, recipe, out, answers):
 
 def figures_of_run(run, ranks):
     trained = load_segmenter(run)
+    pairs = build(trained.recipe, device=CPU).val_pairs
+    assert pairs is not None
     figures = evaluate_segmentation(
         Segmenter(trained.model, trained.recipe.eval, window_px=trained.recipe.model.size_px),
-        build(trained.recipe, device=CPU).val_pairs,
+        pairs,
         device=CPU,
         autocast=torch.autocast("cpu", enabled=False),
         ranks=ranks,
