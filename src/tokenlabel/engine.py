@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.layers.norm_act import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -145,7 +146,7 @@ def prepare(task: Task[Any], ranks: Ranks) -> Training:
     if recipe.sync_batchnorm:
         if task.device.type != "cuda":
             raise ConfigError("sync_batchnorm is for GPUs; on the CPU set sync_batchnorm to false")
-        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        convert_sync_batchnorm(model)  # PyTorch's own would drop the activations that timm fuses with norms
     ema = create_ema(model, recipe.optim, sharded=recipe.sharded)
     if recipe.sharded:
         if ranks.world_size == 1:
