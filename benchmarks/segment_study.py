@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tokenlabel.runlog import read_metrics
+from tokenlabel.runtime.runlog import read_metrics
 from tokenlabel.scenes import write_scenes
 from tokenlabel.spread import paired, spread_of
 

@@ -30,7 +30,6 @@ from benchmarks.synthetic_maps import NUM_CLASSES, TOPK, synthetic_maps
 from tokenlabel.alignment import collate_score_maps
 from tokenlabel.augment import AugmentConfig, TrainTransform
 from tokenlabel.data import Batch, TokenLabelDataset, collate
-from tokenlabel.distributed import Ranks
 from tokenlabel.encoding import Encoding
 from tokenlabel.engine import Training, prepare, train_step
 from tokenlabel.geometry import View, stack_views
@@ -40,7 +39,8 @@ from tokenlabel.models import create_model
 from tokenlabel.objectives import LossConfig, Objective
 from tokenlabel.optim import OptimConfig
 from tokenlabel.recipe import DataConfig, MixConfig, ModelConfig, Recipe
-from tokenlabel.runlog import Stopwatch
+from tokenlabel.runtime.distributed import Ranks
+from tokenlabel.runtime.runlog import Stopwatch
 from tokenlabel.scores import ScoreMap
 from tokenlabel.sources import open_images
 from tokenlabel.store import LabelStore, LabelStoreWriter, Manifest

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tokenlabel.configuration import config_from_dict
+from tokenlabel.runtime.configuration import config_from_dict
 from tokenlabel.segmentation.recipe import SegmentRecipe
 
 BACKBONE = {

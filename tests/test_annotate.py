@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tokenlabel.annotation import AnnotateConfig, annotate, annotate_by, make_teacher
-from tokenlabel.background import ahead, thread_pool
 from tokenlabel.checkpoint import Trained, save_checkpoint
 from tokenlabel.classmap import ClassMapError
 from tokenlabel.geometry import WHOLE_IMAGE, Box
@@ -28,6 +27,7 @@ from tokenlabel.masks import MaskTeacher
 from tokenlabel.models import create_model
 from tokenlabel.optim import OptimConfig
 from tokenlabel.recipe import DataConfig, ModelConfig, Recipe
+from tokenlabel.runtime.background import ahead, thread_pool
 from tokenlabel.scores import ScoreError
 from tokenlabel.store import LabelStore, StoreError
 from tokenlabel.teachers import TeacherError, load_teacher

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from tokenlabel.annotation import AnnotateConfig
-from tokenlabel.arguments import new_parser, parse
 from tokenlabel.cli import main
-from tokenlabel.configuration import add_config_arguments, config_of
+from tokenlabel.runtime.arguments import new_parser, parse
+from tokenlabel.runtime.configuration import add_config_arguments, config_of
 
 
 def read(*arguments: str) -> AnnotateConfig:

@@ -14,10 +14,10 @@ from tokenlabel.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
-from tokenlabel.configuration import config_from_dict
 from tokenlabel.models import create_model
 from tokenlabel.optim import OptimConfig, create_ema, create_optimizer
 from tokenlabel.recipe import Recipe
+from tokenlabel.runtime.configuration import config_from_dict
 
 OPTIONS = {"patch_size": 8, "depth": 1, "width": 16, "num_heads": 2, "stem_width": 8}
 RECIPE = config_from_dict(

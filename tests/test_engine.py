@@ -9,11 +9,11 @@ from test_train import CPU, nested_recipe, recipe_for, scenes, start, weights_of
 from training_ranks import train_together
 
 from tokenlabel.checkpoint import list_checkpoints, load_model
-from tokenlabel.configuration import ConfigError
-from tokenlabel.distributed import Ranks
 from tokenlabel.engine import prepare, train_step
 from tokenlabel.progress import DivergedError
-from tokenlabel.runlog import Stopwatch, read_metrics
+from tokenlabel.runtime.configuration import ConfigError
+from tokenlabel.runtime.distributed import Ranks
+from tokenlabel.runtime.runlog import Stopwatch, read_metrics
 from tokenlabel.train import build, train
 
 # No BatchNorm, whose statistics are those of a part, and no drop path: so nothing depends on the parts.

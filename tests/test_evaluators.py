@@ -7,7 +7,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokenlabel.data import Batch
-from tokenlabel.distributed import Ranks
 from tokenlabel.evaluators import (
     NUM_BINS,
     Accuracy,
@@ -21,6 +20,7 @@ from tokenlabel.evaluators import (
     rank_of_class,
 )
 from tokenlabel.geometry import View, stack_views
+from tokenlabel.runtime.distributed import Ranks
 from tokenlabel.targets import TokenTargets
 
 

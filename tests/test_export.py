@@ -13,11 +13,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from tokenlabel.checkpoint import Trained, TrainedModel, save_checkpoint
-from tokenlabel.configuration import config_from_dict
 from tokenlabel.export import ExportError, export_run, write_hub_folder, write_onnx, write_safetensors
 from tokenlabel.models import Inference, create_model, load_published
 from tokenlabel.optim import create_ema, create_optimizer
 from tokenlabel.recipe import Recipe
+from tokenlabel.runtime.configuration import config_from_dict
 
 CLASS_NAMES = ["ant", "bee", "cat"]
 LVVIT = ("lvvit_t", (24, 36), {"patch_size": 6, "depth": 2, "width": 32, "num_heads": 4, "stem_width": 8})

@@ -16,14 +16,14 @@ from safetensors.torch import save_file
 from tokenlabel.alignment import LogitsMode, align
 from tokenlabel.annotation import AnnotateConfig, annotate
 from tokenlabel.checkpoint import load_checkpoint
-from tokenlabel.configuration import ConfigError, config_from_dict
-from tokenlabel.distributed import Ranks
 from tokenlabel.engine import prepare, train_step
 from tokenlabel.mixing import Mixing, join_plans
 from tokenlabel.models import create_model
 from tokenlabel.published import ImportConfig, import_labels
 from tokenlabel.recipe import MixConfig, Recipe, add_recipe_arguments, claim, find_recipe, recipe_names
-from tokenlabel.runlog import Stopwatch, read_metrics
+from tokenlabel.runtime.configuration import ConfigError, config_from_dict
+from tokenlabel.runtime.distributed import Ranks
+from tokenlabel.runtime.runlog import Stopwatch, read_metrics
 from tokenlabel.scenes import write_scenes
 from tokenlabel.scores import from_mask
 from tokenlabel.store import LabelStoreWriter, Manifest

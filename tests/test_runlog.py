@@ -1,7 +1,7 @@
 import json
 import time
 
-from tokenlabel.runlog import METRICS_FILE, RunLog, Stopwatch, read_metrics
+from tokenlabel.runtime.runlog import METRICS_FILE, RunLog, Stopwatch, read_metrics
 
 
 def write_steps(run, steps, start_step=0):

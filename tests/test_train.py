@@ -18,12 +18,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from tokenlabel.checkpoint import list_checkpoints, load_model
-from tokenlabel.configuration import ConfigError, config_from_dict
-from tokenlabel.distributed import Ranks
 from tokenlabel.engine import prepare, train_step
 from tokenlabel.progress import DivergedError
 from tokenlabel.recipe import Recipe
-from tokenlabel.runlog import Stopwatch, read_metrics
+from tokenlabel.runtime.configuration import ConfigError, config_from_dict
+from tokenlabel.runtime.distributed import Ranks
+from tokenlabel.runtime.runlog import Stopwatch, read_metrics
 from tokenlabel.scenes import write_scenes
 from tokenlabel.scores import from_mask
 from tokenlabel.store import LabelStore, LabelStoreWriter, Manifest

@@ -8,9 +8,9 @@ import threading
 
 import torch
 
-from tokenlabel.distributed import joined_ranks
 from tokenlabel.engine import run_task
-from tokenlabel.interruption import Interrupted
+from tokenlabel.runtime.distributed import joined_ranks
+from tokenlabel.runtime.interruption import Interrupted
 from tokenlabel.train import build
 
 CPU = torch.device("cpu")

@@ -20,7 +20,6 @@ from tokenlabel.data import (
     check_labels,
     make_loader,
 )
-from tokenlabel.distributed import Ranks, joined_ranks
 from tokenlabel.evaluate import MaskFolder, observe
 from tokenlabel.evaluators import (
     Accuracy,
@@ -42,6 +41,7 @@ from tokenlabel.imagenet import (
 )
 from tokenlabel.models import Inference
 from tokenlabel.networks import Network, NetworkError, PlainClassifier, find_network, move
+from tokenlabel.runtime.distributed import Ranks, joined_ranks
 from tokenlabel.store import LabelStore
 
 Figures = dict[str, Any]

@@ -31,10 +31,10 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from tokenlabel.configuration import config_as_dict, config_from_dict
-from tokenlabel.distributed import Ranks
 from tokenlabel.models import TokenModel, create_model
 from tokenlabel.recipe import Recipe, TrainingConfig
+from tokenlabel.runtime.configuration import config_as_dict, config_from_dict
+from tokenlabel.runtime.distributed import Ranks
 
 FORMAT = 1
 PACKAGES = ("tokenlabel", "torch", "torchvision", "timm")

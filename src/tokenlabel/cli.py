@@ -16,7 +16,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tokenlabel.arguments import add_device, device_of, new_parser, parse, with_recipe_path, write_json
+from tokenlabel.runtime.arguments import (
+    add_device,
+    device_of,
+    new_parser,
+    parse,
+    with_recipe_path,
+    write_json,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -87,11 +94,11 @@ def train(arguments: list[str]) -> int:
         "train", "Train a model by a recipe. The same command continues a run that was stopped."
     )
 
-    from tokenlabel.configuration import config_of
-    from tokenlabel.distributed import launched_ranks
-    from tokenlabel.interruption import Interrupted
     from tokenlabel.recipe import Recipe, add_recipe_arguments, find_recipe
-    from tokenlabel.trackers import TensorBoard
+    from tokenlabel.runtime.configuration import config_of
+    from tokenlabel.runtime.distributed import launched_ranks
+    from tokenlabel.runtime.interruption import Interrupted
+    from tokenlabel.runtime.trackers import TensorBoard
     from tokenlabel.train import train as train_by_recipe
 
     parser.add_argument(
@@ -134,8 +141,8 @@ def _add_rehearsals(parser: ArgumentParser) -> None:
 
 
 def _rehearse(recipe: Recipe, options: Namespace, device: torch.device) -> int:
-    from tokenlabel.distributed import launched_ranks
     from tokenlabel.rehearsal import dry_run, overfit, profile
+    from tokenlabel.runtime.distributed import launched_ranks
 
     if options.overfit is not None:
         lines = overfit(recipe, options.overfit, device=device)
@@ -169,8 +176,8 @@ def annotate(arguments: list[str]) -> int:
 
     from tokenlabel.annotation import AnnotateConfig
     from tokenlabel.annotation import annotate as annotate_images
-    from tokenlabel.configuration import add_config_arguments, config_of
-    from tokenlabel.distributed import launched_ranks
+    from tokenlabel.runtime.configuration import add_config_arguments, config_of
+    from tokenlabel.runtime.distributed import launched_ranks
 
     parser.add_argument("images", type=Path, help=IMAGES_HELP)
     parser.add_argument("store", type=Path, help="folder of the labels; what is there already is kept")
@@ -195,9 +202,9 @@ def import_labels(arguments: list[str]) -> int:
         "import-labels", "Put the label files published in 2021 into a store, for images that you have."
     )
 
-    from tokenlabel.configuration import add_config_arguments, config_of
     from tokenlabel.published import ImportConfig
     from tokenlabel.published import import_labels as import_files
+    from tokenlabel.runtime.configuration import add_config_arguments, config_of
 
     parser.add_argument("files", type=Path, help="folder of class folders of .pt files")
     parser.add_argument("store", type=Path, help="folder of the labels; what is there already is kept")
@@ -221,8 +228,8 @@ def inspect(arguments: list[str]) -> int:
         "inspect", "Say what is in a label store, how sure its teacher was, and which labels look wrong."
     )
 
-    from tokenlabel.configuration import add_config_arguments, config_of
     from tokenlabel.inspection import InspectConfig, as_text, inspect_store
+    from tokenlabel.runtime.configuration import add_config_arguments, config_of
     from tokenlabel.store import LabelStore
 
     parser.add_argument("store", type=Path, nargs="+", help="folders of labels, read as one")

@@ -23,7 +23,6 @@ from typing import Any
 import torch
 import yaml
 
-from tokenlabel.arguments import add_device, device_of, new_parser, parse
 from tokenlabel.checkpoint import list_checkpoints
 from tokenlabel.comparison import (
     PLAN_FILE,
@@ -40,10 +39,11 @@ from tokenlabel.comparison import (
     testbed_names,
 )
 from tokenlabel.defects import DefectiveDataset
-from tokenlabel.distributed import Ranks, joined_ranks, launched_ranks
 from tokenlabel.engine import run_task
 from tokenlabel.measures import COST_FILE, MEASURES_FILE, measure_run
 from tokenlabel.results_page import write_results
+from tokenlabel.runtime.arguments import add_device, device_of, new_parser, parse
+from tokenlabel.runtime.distributed import Ranks, joined_ranks, launched_ranks
 from tokenlabel.scenes import write_scenes
 from tokenlabel.train import build
 

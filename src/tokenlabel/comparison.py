@@ -19,9 +19,9 @@ from typing import Any, TypeVar
 
 import yaml
 
-from tokenlabel.configuration import config_from_dict
 from tokenlabel.defects import DEFECTS
 from tokenlabel.recipe import Recipe, find_recipe
+from tokenlabel.runtime.configuration import config_from_dict
 
 Kind = TypeVar("Kind")
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from tokenlabel.runlog import read_metrics
+from tokenlabel.runtime.runlog import read_metrics
 from tokenlabel.scenes import write_scenes
 
 Command = Callable[[Sequence[str]], int]

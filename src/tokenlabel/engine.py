@@ -32,16 +32,16 @@ from tokenlabel.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
-from tokenlabel.configuration import ConfigError
 from tokenlabel.data import BatchSampler
-from tokenlabel.distributed import Ranks, shard
-from tokenlabel.interruption import Interrupted, caught_signals
 from tokenlabel.optim import create_ema, create_optimizer, learning_rate, set_learning_rate
 from tokenlabel.progress import DivergedError, Divergence, StepResult, Window, peak_memory_bytes
 from tokenlabel.recipe import TrainingConfig, claim
-from tokenlabel.runlog import RunLog, Stopwatch, read_metrics
+from tokenlabel.runtime.configuration import ConfigError
+from tokenlabel.runtime.distributed import Ranks, shard
+from tokenlabel.runtime.interruption import Interrupted, caught_signals
+from tokenlabel.runtime.runlog import RunLog, Stopwatch, read_metrics
+from tokenlabel.runtime.trackers import Tracker
 from tokenlabel.tasks import Part, Task
-from tokenlabel.trackers import Tracker
 
 LOG_EVERY_STEPS = 10
 

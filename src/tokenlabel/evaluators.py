@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from tokenlabel.alignment import align
 from tokenlabel.data import Batch
-from tokenlabel.distributed import Ranks
+from tokenlabel.runtime.distributed import Ranks
 from tokenlabel.targets import TokenTargets
 
 # A token shows an object, and can be right or wrong about it, if its mask covers this much of the token's cell.

@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from tokenlabel.background import ahead, thread_pool
 from tokenlabel.geometry import Box
 from tokenlabel.images import ImageError, ImageSource, decode_image
 from tokenlabel.masks import MaskTeacher
+from tokenlabel.runtime.background import ahead, thread_pool
 from tokenlabel.scores import ScoreError, from_top
 from tokenlabel.sight import Sight
 from tokenlabel.store import Failure, Manifest, pack_for

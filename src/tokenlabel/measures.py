@@ -19,7 +19,7 @@ from tokenlabel.evaluate import MaskFolder, agreement, evaluation_set, observe
 from tokenlabel.evaluators import Accuracy, Calibration, TokenTruth
 from tokenlabel.models import Inference
 from tokenlabel.probe import probe_figures
-from tokenlabel.runlog import read_metrics
+from tokenlabel.runtime.runlog import read_metrics
 from tokenlabel.sources import open_images
 from tokenlabel.store import LabelStore
 

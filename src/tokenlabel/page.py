@@ -12,7 +12,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from PIL import Image
 
-from tokenlabel.configuration import settings
+from tokenlabel.runtime.configuration import settings
 
 
 def write_page(title: str, sections: Sequence[str], output: Path) -> None:

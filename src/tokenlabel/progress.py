@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokenlabel.distributed import Ranks
+from tokenlabel.runtime.distributed import Ranks
 
 
 class DivergedError(ValueError):

@@ -10,7 +10,13 @@ from typing import Any, Literal
 import jsonargparse
 
 from tokenlabel.augment import AugmentConfig
-from tokenlabel.configuration import (
+from tokenlabel.erasing import ErasingConfig
+from tokenlabel.images import ImageCheck
+from tokenlabel.mixing import Mixing
+from tokenlabel.models import Inference
+from tokenlabel.objectives import LossConfig
+from tokenlabel.optim import OptimConfig
+from tokenlabel.runtime.configuration import (
     ConfigError,
     add_config_arguments,
     near_names,
@@ -18,12 +24,6 @@ from tokenlabel.configuration import (
     settings,
     write_config,
 )
-from tokenlabel.erasing import ErasingConfig
-from tokenlabel.images import ImageCheck
-from tokenlabel.mixing import Mixing
-from tokenlabel.models import Inference
-from tokenlabel.objectives import LossConfig
-from tokenlabel.optim import OptimConfig
 
 RECIPE_FILE = "recipe.yaml"
 

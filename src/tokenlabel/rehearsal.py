@@ -15,15 +15,15 @@ from PIL import Image
 from torch.profiler import ProfilerActivity
 
 from tokenlabel.augment import EvalTransform
-from tokenlabel.configuration import ConfigError
 from tokenlabel.data import Batch, ImageSubset, TokenLabelDataset, collate, normalize_images
-from tokenlabel.distributed import joined_ranks
 from tokenlabel.engine import Training, prepare, train_step
 from tokenlabel.erasing import ErasingConfig
 from tokenlabel.pictures import enlarged, with_cells
 from tokenlabel.progress import peak_memory_bytes
 from tokenlabel.recipe import MixConfig, Recipe
-from tokenlabel.runlog import Stopwatch
+from tokenlabel.runtime.configuration import ConfigError
+from tokenlabel.runtime.distributed import joined_ranks
+from tokenlabel.runtime.runlog import Stopwatch
 from tokenlabel.train import ClassifierTask, build
 
 PICTURE_NAME, TRACE_NAME = "first_batch.png", "trace.json"

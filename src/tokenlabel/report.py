@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from tokenlabel.charts import Points, curve_chart
 from tokenlabel.checkpoint import CheckpointError, TrainedModel, load_model
-from tokenlabel.configuration import read_config
 from tokenlabel.contrast import contrast_sections
 from tokenlabel.data import Batch, collate, decode_image, normalize_images
 from tokenlabel.engine import Part
@@ -25,7 +24,8 @@ from tokenlabel.objectives import Objective
 from tokenlabel.page import gallery, section, settings_table, svg, table, write_page
 from tokenlabel.pictures import enlarged, mask_picture, with_cells
 from tokenlabel.recipe import RECIPE_FILE, Recipe
-from tokenlabel.runlog import read_metrics
+from tokenlabel.runtime.configuration import read_config
+from tokenlabel.runtime.runlog import read_metrics
 from tokenlabel.segmentation.report import is_segmentation_run, segmentation_sections
 from tokenlabel.targets import TokenTargets
 from tokenlabel.train import build, draw_plan

@@ -11,7 +11,7 @@ from typing import Any
 
 from tokenlabel.comparison import Table
 from tokenlabel.measures import METRICS
-from tokenlabel.runlog import read_metrics
+from tokenlabel.runtime.runlog import read_metrics
 from tokenlabel.spread import Spread, paired, spread_of
 
 # A claim needs so many seeds.

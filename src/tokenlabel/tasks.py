@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tokenlabel.data import BatchSampler
-from tokenlabel.distributed import Ranks
 from tokenlabel.models import TokenModel
 from tokenlabel.recipe import TrainingConfig
-from tokenlabel.runlog import Stopwatch
+from tokenlabel.runtime.distributed import Ranks
+from tokenlabel.runtime.runlog import Stopwatch
 
 RecipeT = TypeVar("RecipeT", bound=TrainingConfig)
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tokenlabel.augment import TrainTransform
-from tokenlabel.configuration import ConfigError
 from tokenlabel.data import (
     Batch,
     BatchSampler,
@@ -28,7 +27,6 @@ from tokenlabel.data import (
     normalize_images,
     shard_order,
 )
-from tokenlabel.distributed import Ranks, joined_ranks
 from tokenlabel.engine import run_task
 from tokenlabel.erasing import Erased, erase
 from tokenlabel.evaluate import evaluate, evaluation_set
@@ -37,12 +35,14 @@ from tokenlabel.models import TokenModel, create_model, load_published
 from tokenlabel.objectives import Objective
 from tokenlabel.online_teacher import load_online_teacher
 from tokenlabel.recipe import ModelConfig, Recipe
-from tokenlabel.runlog import Stopwatch
+from tokenlabel.runtime.configuration import ConfigError
+from tokenlabel.runtime.distributed import Ranks, joined_ranks
+from tokenlabel.runtime.runlog import Stopwatch
+from tokenlabel.runtime.trackers import Tracker
 from tokenlabel.sources import open_images
 from tokenlabel.store import LabelStore
 from tokenlabel.tars import TarImages
 from tokenlabel.tasks import Part, Task
-from tokenlabel.trackers import Tracker
 
 # Starting processes takes seconds: below this many images evaluation decodes them itself.
 _MANY_IMAGES = 5000

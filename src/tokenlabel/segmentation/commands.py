@@ -10,7 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokenlabel.arguments import add_device, device_of, new_parser, parse, with_recipe_path, write_json
+from tokenlabel.runtime.arguments import (
+    add_device,
+    device_of,
+    new_parser,
+    parse,
+    with_recipe_path,
+    write_json,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -50,9 +57,9 @@ def _train(arguments: list[str]) -> int:
         "Train a segmentation model by a recipe. The same command continues a run that was stopped.",
     )
 
-    from tokenlabel.configuration import config_of
-    from tokenlabel.interruption import Interrupted
     from tokenlabel.recipe import add_recipe_arguments, find_recipe
+    from tokenlabel.runtime.configuration import config_of
+    from tokenlabel.runtime.interruption import Interrupted
     from tokenlabel.segmentation.recipe import SegmentRecipe
     from tokenlabel.segmentation.task import train_segmentation
 
@@ -86,7 +93,7 @@ def _evaluate(arguments: list[str]) -> int:
     parser.add_argument("--output", type=Path, help="also write the figures to this JSON file")
     options = parse(parser, arguments)
 
-    from tokenlabel.distributed import joined_ranks
+    from tokenlabel.runtime.distributed import joined_ranks
     from tokenlabel.segmentation.evaluation import evaluate_segmentation
     from tokenlabel.segmentation.inference import Segmenter
     from tokenlabel.segmentation.pairs import other_pairs

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from tokenlabel.data import EvalBatchSampler, make_loader
-from tokenlabel.distributed import Ranks
+from tokenlabel.runtime.distributed import Ranks
 from tokenlabel.segmentation.confusion import confusion, figures_of
 from tokenlabel.segmentation.data import SegmentDataset, SegmentSample
 from tokenlabel.segmentation.inference import Segmenter

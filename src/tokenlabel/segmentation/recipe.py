@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from tokenlabel.configuration import ConfigError
 from tokenlabel.recipe import TrainingConfig
+from tokenlabel.runtime.configuration import ConfigError
 from tokenlabel.segmentation.augment import SegmentAugmentConfig
 from tokenlabel.segmentation.inference import SegmentEvalConfig
 from tokenlabel.segmentation.model import SegmentModelConfig

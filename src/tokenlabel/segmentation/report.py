@@ -15,12 +15,12 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from tokenlabel.checkpoint import CheckpointError
-from tokenlabel.configuration import read_config
 from tokenlabel.images import DataError
 from tokenlabel.page import gallery, section, settings_table, svg, table
 from tokenlabel.pictures import enlarged
 from tokenlabel.recipe import RECIPE_FILE
-from tokenlabel.runlog import read_metrics
+from tokenlabel.runtime.configuration import read_config
+from tokenlabel.runtime.runlog import read_metrics
 from tokenlabel.segmentation.inference import Segmenter
 from tokenlabel.segmentation.pairs import open_pairs
 from tokenlabel.segmentation.predictions import overlay

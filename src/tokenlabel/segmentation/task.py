@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tokenlabel.checkpoint import newest_checkpoint, read_state, read_weights
-from tokenlabel.configuration import ConfigError, config_from_dict
 from tokenlabel.data import BatchSampler, make_loader, normalize_images
-from tokenlabel.distributed import Ranks, joined_ranks
 from tokenlabel.engine import run_task
 from tokenlabel.images import DataError
 from tokenlabel.recipe import find_recipe
-from tokenlabel.runlog import Stopwatch
+from tokenlabel.runtime.configuration import ConfigError, config_from_dict
+from tokenlabel.runtime.distributed import Ranks, joined_ranks
+from tokenlabel.runtime.runlog import Stopwatch
 from tokenlabel.segmentation.augment import SegmentTransform
 from tokenlabel.segmentation.classes import IGNORED
 from tokenlabel.segmentation.data import SegmentBatch, SegmentDataset, collate

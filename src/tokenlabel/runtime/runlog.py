@@ -12,7 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from tokenlabel.trackers import Tracker
+from tokenlabel.runtime.trackers import Tracker
 
 METRICS_FILE = "metrics.jsonl"
 

@@ -32,7 +32,7 @@ def parse(parser: ArgumentParser, arguments: list[str]) -> Namespace:
     try:
         return parser.parse_args(spelled_out(parser, arguments))
     except ArgumentError as error:
-        from tokenlabel.configuration import explain
+        from tokenlabel.runtime.configuration import explain
 
         raise ValueError(explain(error, [action.dest for action in parser._actions])) from error
 
@@ -88,7 +88,7 @@ def device_of(name: str) -> torch.device:
     import torch
 
     if name == "auto":
-        from tokenlabel.distributed import default_device
+        from tokenlabel.runtime.distributed import default_device
 
         return default_device()
     try:
