@@ -24,8 +24,8 @@ from torch import Tensor
 from benchmarks.measure import Row, Settings, interleave, ratios
 from tokenlabel.augment import Interpolation
 from tokenlabel.dense import ClassifierNetwork
-from tokenlabel.geometry import WHOLE_IMAGE
 from tokenlabel.labelling import Seen, label_batches
+from tokenlabel.method.geometry import WHOLE_IMAGE
 from tokenlabel.sight import Sight
 from tokenlabel.store import LabelStoreWriter, Manifest
 from tokenlabel.teachers import NetworkTeacher

@@ -22,8 +22,8 @@ from benchmarks.data_speed import write_photos
 from benchmarks.measure import Row, Settings, interleave, ratios
 from tokenlabel.colours import brightened, contrasted, sharpened
 from tokenlabel.data import normalize_images
-from tokenlabel.geometry import View
 from tokenlabel.images import decode_pixels
+from tokenlabel.method.geometry import View
 from tokenlabel.resampling import MEAN_COLOUR, RESAMPLING, Interpolation, resize, warp
 from tokenlabel.tars import read_index, scan_tars, write_index
 

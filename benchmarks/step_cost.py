@@ -27,21 +27,21 @@ from benchmarks.data_speed import write_photos
 from benchmarks.label_path import draw_boxes, draw_score_map
 from benchmarks.measure import Row, Settings, interleave, ratios
 from benchmarks.synthetic_maps import NUM_CLASSES, TOPK, synthetic_maps
-from tokenlabel.alignment import collate_score_maps
 from tokenlabel.augment import AugmentConfig, TrainTransform
 from tokenlabel.data import Batch, TokenLabelDataset, collate
 from tokenlabel.encoding import Encoding
 from tokenlabel.engine import Training, prepare, train_step
-from tokenlabel.geometry import View, stack_views
-from tokenlabel.losses import linear_cross_entropy
-from tokenlabel.mixing import Mixing
+from tokenlabel.method.alignment import collate_score_maps
+from tokenlabel.method.geometry import View, stack_views
+from tokenlabel.method.losses import linear_cross_entropy
+from tokenlabel.method.mixing import Mixing
+from tokenlabel.method.scores import ScoreMap
 from tokenlabel.models import create_model
 from tokenlabel.objectives import LossConfig, Objective
 from tokenlabel.optim import OptimConfig
 from tokenlabel.recipe import DataConfig, MixConfig, ModelConfig, Recipe
 from tokenlabel.runtime.distributed import Ranks
 from tokenlabel.runtime.runlog import Stopwatch
-from tokenlabel.scores import ScoreMap
 from tokenlabel.sources import open_images
 from tokenlabel.store import LabelStore, LabelStoreWriter, Manifest
 from tokenlabel.train import ClassifierTask

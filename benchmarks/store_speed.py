@@ -21,7 +21,7 @@ import numpy as np
 from benchmarks.measure import Row, Settings
 from benchmarks.synthetic_maps import NUM_CLASSES, TOPK, synthetic_maps
 from tokenlabel.encoding import Encoding, pack, unpack
-from tokenlabel.scores import ScoreMap
+from tokenlabel.method.scores import ScoreMap
 from tokenlabel.store import LabelStore, LabelStoreWriter, Manifest
 
 NUM_IMAGES = 1_281_167

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tokenlabel.losses import token_label_loss
-from tokenlabel.mixing import MixPlan, mix_images, mix_tokens
+from tokenlabel.method.losses import token_label_loss
+from tokenlabel.method.mixing import MixPlan, mix_images, mix_tokens
+from tokenlabel.method.targets import TokenTargets, class_targets
 from tokenlabel.models import NoTokenGridError, TimmAdapter, create_model
-from tokenlabel.targets import TokenTargets, class_targets
 
 NUM_CLASSES = 5
 

@@ -14,10 +14,10 @@ from label_cases import (
 from PIL import Image
 from torchvision.ops import roi_align
 
-from tokenlabel import blocks
-from tokenlabel.alignment import align, collate_score_maps
-from tokenlabel.geometry import Box, View, stack_views
-from tokenlabel.scores import Kind, ScoreMap, from_mask, from_probabilities, from_top
+from tokenlabel.method import blocks
+from tokenlabel.method.alignment import align, collate_score_maps
+from tokenlabel.method.geometry import Box, View, stack_views
+from tokenlabel.method.scores import Kind, ScoreMap, from_mask, from_probabilities, from_top
 
 seeds = st.integers(0, 2**32 - 1)
 grids = st.tuples(st.integers(1, 6), st.integers(1, 6))

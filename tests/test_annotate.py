@@ -20,15 +20,15 @@ from PIL import Image
 from tokenlabel.annotation import AnnotateConfig, annotate, annotate_by, make_teacher
 from tokenlabel.checkpoint import Trained, save_checkpoint
 from tokenlabel.classmap import ClassMapError
-from tokenlabel.geometry import WHOLE_IMAGE, Box
 from tokenlabel.images import ImageError, ImageFolder
 from tokenlabel.labelling import Seen, _by_shape
 from tokenlabel.masks import MaskTeacher
+from tokenlabel.method.geometry import WHOLE_IMAGE, Box
+from tokenlabel.method.scores import ScoreError
 from tokenlabel.models import create_model
 from tokenlabel.optim import OptimConfig
 from tokenlabel.recipe import DataConfig, ModelConfig, Recipe
 from tokenlabel.runtime.background import ahead, thread_pool
-from tokenlabel.scores import ScoreError
 from tokenlabel.store import LabelStore, StoreError
 from tokenlabel.teachers import TeacherError, load_teacher
 

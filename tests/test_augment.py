@@ -14,7 +14,6 @@ from torch.nn import functional as F
 from torchvision.transforms import functional as vision
 
 from tokenlabel import images
-from tokenlabel.alignment import align, collate_score_maps
 from tokenlabel.augment import (
     AugmentConfig,
     ColourJitter,
@@ -25,10 +24,11 @@ from tokenlabel.augment import (
     draw_crop,
     one_view,
 )
-from tokenlabel.geometry import View, stack_views
+from tokenlabel.method.alignment import align, collate_score_maps
+from tokenlabel.method.geometry import View, stack_views
+from tokenlabel.method.scores import from_mask
 from tokenlabel.randaugment import COLOURS, WARPS, PolicyError, RandAugment, parse_randaugment
 from tokenlabel.resampling import MEAN_COLOUR, Interpolation, resize, warp
-from tokenlabel.scores import from_mask
 
 fast = settings(max_examples=40, deadline=None)
 

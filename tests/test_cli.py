@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from tokenlabel.checkpoint import load_model
 from tokenlabel.cli import VERBS, main
 from tokenlabel.demo import DemoSize, run_demo
+from tokenlabel.method.scores import from_mask
 from tokenlabel.scenes import write_scenes
-from tokenlabel.scores import from_mask
 from tokenlabel.store import LabelStore, LabelStoreWriter, Manifest
 
 TINY = DemoSize(

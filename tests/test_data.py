@@ -29,7 +29,6 @@ from tokenlabel.data import (
     normalize_images,
     shard_order,
 )
-from tokenlabel.geometry import Box, View
 from tokenlabel.images import (
     DataError,
     ImageCheck,
@@ -40,7 +39,8 @@ from tokenlabel.images import (
     decode_image,
     decode_pixels,
 )
-from tokenlabel.scores import from_mask
+from tokenlabel.method.geometry import Box, View
+from tokenlabel.method.scores import from_mask
 from tokenlabel.sources import open_images
 
 SIZE_PX = (6, 8)  # height, width

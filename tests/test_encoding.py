@@ -17,8 +17,8 @@ from tokenlabel.encoding import (
     pack,
     unpack,
 )
-from tokenlabel.geometry import Box
-from tokenlabel.scores import Kind, ScoreMap, from_mask, from_probabilities, from_top
+from tokenlabel.method.geometry import Box
+from tokenlabel.method.scores import Kind, ScoreMap, from_mask, from_probabilities, from_top
 
 STEPS = {Encoding.RAW: RAW_STEPS, Encoding.LZMA: PLANE_STEPS, Encoding.ZSTD: PLANE_STEPS}
 PLANES = [Encoding.LZMA, Encoding.ZSTD]

@@ -3,13 +3,13 @@ import pytest
 import torch
 from PIL import Image
 
-from tokenlabel.alignment import align, collate_score_maps
 from tokenlabel.data import Batch
 from tokenlabel.evaluate import MaskFolder, agreement, evaluate
 from tokenlabel.evaluators import object_tokens
-from tokenlabel.geometry import View, stack_views
+from tokenlabel.method.alignment import align, collate_score_maps
+from tokenlabel.method.geometry import View, stack_views
+from tokenlabel.method.scores import from_mask
 from tokenlabel.models import Inference, Outputs, TokenModel
-from tokenlabel.scores import from_mask
 
 CPU = torch.device("cpu")
 

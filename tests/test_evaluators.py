@@ -19,9 +19,9 @@ from tokenlabel.evaluators import (
     average_precision,
     rank_of_class,
 )
-from tokenlabel.geometry import View, stack_views
+from tokenlabel.method.geometry import View, stack_views
+from tokenlabel.method.targets import TokenTargets
 from tokenlabel.runtime.distributed import Ranks
-from tokenlabel.targets import TokenTargets
 
 
 def seen(logits, class_ids, keys=None):

@@ -10,7 +10,6 @@ import pytest
 from PIL import Image
 
 from tokenlabel.encoding import Encoding
-from tokenlabel.geometry import Box
 from tokenlabel.images import ImageFolder
 from tokenlabel.inspection import (
     InspectConfig,
@@ -21,7 +20,8 @@ from tokenlabel.inspection import (
     verify,
 )
 from tokenlabel.label_page import write_pictures
-from tokenlabel.scores import Kind, from_mask, from_probabilities, from_top
+from tokenlabel.method.geometry import Box
+from tokenlabel.method.scores import Kind, from_mask, from_probabilities, from_top
 from tokenlabel.store import Failure, LabelStore, LabelStoreWriter, Manifest, StoreError
 
 NAMES = ("ape", "bee", "cat", "dog")

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from tokenlabel.encoding import Encoding
-from tokenlabel.geometry import Box
-from tokenlabel.scores import Kind, ScoreMap, from_probabilities, from_top
+from tokenlabel.method.geometry import Box
+from tokenlabel.method.scores import Kind, ScoreMap, from_probabilities, from_top
 from tokenlabel.store import LabelStore, LabelStoreWriter, Manifest
 
 NUM_CLASSES = 700

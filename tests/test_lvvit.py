@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tokenlabel.losses import token_label_loss
-from tokenlabel.mixing import MixPlan, mix_images
+from tokenlabel.method.linear import Linear, linear, product
+from tokenlabel.method.losses import token_label_loss
+from tokenlabel.method.mixing import MixPlan, mix_images
+from tokenlabel.method.targets import class_targets
 from tokenlabel.models import Inference, LVViT, LVViTConfig, Outputs, create_model
-from tokenlabel.models.linear import Linear, linear, product
 from tokenlabel.models.lvvit import CONFIGS
 from tokenlabel.models.trunk import resize_positions
-from tokenlabel.targets import class_targets
 
 NUM_PARAMETERS = {"lvvit_t": 8_534_720, "lvvit_s": 26_151_824, "lvvit_m": 55_830_544, "lvvit_l": 150_021_968}
 

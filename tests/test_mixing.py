@@ -6,8 +6,16 @@ from hypothesis import strategies as st
 from label_cases import dense_targets, draw_targets
 from torch.nn import functional as F
 
-from tokenlabel.mixing import Mixing, MixPlan, join_plans, mix_images, mix_targets, mix_tokens, sample_mix
-from tokenlabel.targets import class_targets
+from tokenlabel.method.mixing import (
+    Mixing,
+    MixPlan,
+    join_plans,
+    mix_images,
+    mix_targets,
+    mix_tokens,
+    sample_mix,
+)
+from tokenlabel.method.targets import class_targets
 
 MIXES = [Mixing.MIXTOKEN, Mixing.CUTMIX, Mixing.MIXUP]
 

@@ -11,13 +11,16 @@ from hypothesis import strategies as st
 from label_cases import aligned_point_by_point, dense_targets, draw_box, draw_view
 from torch import nn
 
-from tokenlabel.alignment import LogitsMode, align, collate_score_maps
 from tokenlabel.data import Batch
 from tokenlabel.erasing import Erased
-from tokenlabel.geometry import View, stack_views
-from tokenlabel.losses import token_label_loss
-from tokenlabel.mixing import MixPlan
-from tokenlabel.models.outputs import Outputs
+from tokenlabel.method.alignment import LogitsMode, align, collate_score_maps
+from tokenlabel.method.geometry import View, stack_views
+from tokenlabel.method.losses import token_label_loss
+from tokenlabel.method.mixing import MixPlan
+from tokenlabel.method.outputs import Outputs
+from tokenlabel.method.pooling import image_labels, softened
+from tokenlabel.method.scores import Kind, from_probabilities, from_top
+from tokenlabel.method.targets import class_targets
 from tokenlabel.objectives import (
     ClassTarget,
     Extent,
@@ -29,9 +32,6 @@ from tokenlabel.objectives import (
     TokenChoice,
     top_score_maps,
 )
-from tokenlabel.pooling import image_labels, softened
-from tokenlabel.scores import Kind, from_probabilities, from_top
-from tokenlabel.targets import class_targets
 
 NUM_IMAGES, GRID = 3, (2, 3)
 seeds = st.integers(0, 2**32 - 1)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import tokenlabel
-from tokenlabel.scores import from_mask
+from tokenlabel.method.scores import from_mask
 from tokenlabel.store import LabelStoreWriter, Manifest
 
 
@@ -18,7 +18,7 @@ def test_every_public_name_is_found(name):
 
 
 def test_functions_are_not_hidden_by_the_modules_that_hold_them():
-    importlib.import_module("tokenlabel.alignment")
+    importlib.import_module("tokenlabel.method.alignment")
     importlib.import_module("tokenlabel.annotation")
     assert callable(tokenlabel.align)
     assert callable(tokenlabel.annotate)

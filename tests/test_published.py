@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.ops import roi_align
 
-from tokenlabel.alignment import LogitsMode, align, collate_score_maps
-from tokenlabel.geometry import Box, View, stack_views
+from tokenlabel.method.alignment import LogitsMode, align, collate_score_maps
+from tokenlabel.method.geometry import Box, View, stack_views
+from tokenlabel.method.scores import Kind, ScoreError, ScoreMap, from_probabilities, from_top
 from tokenlabel.published import (
     ImportConfig,
     Layout,
@@ -18,7 +19,6 @@ from tokenlabel.published import (
     label_path,
     read_label_file,
 )
-from tokenlabel.scores import Kind, ScoreError, ScoreMap, from_probabilities, from_top
 from tokenlabel.store import LabelStore, StoreError
 
 NUM_CLASSES = 30

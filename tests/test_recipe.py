@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 import yaml
 
-from tokenlabel.mixing import Mixing
+from tokenlabel.method.mixing import Mixing
 from tokenlabel.recipe import Recipe, find_recipe, recipe_names
 from tokenlabel.runtime.configuration import ConfigError, config_as_dict, read_config, settings, write_config
 

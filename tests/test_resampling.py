@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from tokenlabel.geometry import View
+from tokenlabel.method.geometry import View
 from tokenlabel.resampling import MEAN_COLOUR, RESAMPLING, Interpolation, slid_rows, warp
 
 BOTH = pytest.mark.parametrize("interpolation", [Interpolation.BILINEAR, Interpolation.BICUBIC])

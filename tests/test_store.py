@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from tokenlabel.encoding import Encoding
-from tokenlabel.scores import ScoreMap, from_probabilities
+from tokenlabel.method.scores import ScoreMap, from_probabilities
 from tokenlabel.shards import key_hash, write_shard
 from tokenlabel.store import (
     Failure,

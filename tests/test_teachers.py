@@ -13,7 +13,7 @@ from tokenlabel.augment import EvalTransform, Interpolation
 from tokenlabel.classmap import ClassMap, ClassMapError, class_map_for
 from tokenlabel.dense import ClassifierNetwork, NoDenseMapError, TokenNetwork
 from tokenlabel.ensemble import Ensemble, load_teachers
-from tokenlabel.geometry import WHOLE_IMAGE
+from tokenlabel.method.geometry import WHOLE_IMAGE
 from tokenlabel.models import TimmAdapter, create_model
 from tokenlabel.sight import Sight
 from tokenlabel.teachers import NetworkTeacher, Teacher, TeacherConfig, TeacherError, load_teacher

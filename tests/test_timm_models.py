@@ -15,7 +15,7 @@ from timm.models import save_for_hf
 from timm.optim._param_groups import param_groups_layer_decay
 from torch import nn
 
-from tokenlabel.mixing import MixPlan
+from tokenlabel.method.mixing import MixPlan
 from tokenlabel.models import Inference, LVViT, TimmAdapter, create_model, register_with_timm
 
 SMALL = {"depth": 3, "width": 32, "num_heads": 4, "stem_width": 8}

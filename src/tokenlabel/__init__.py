@@ -13,33 +13,33 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tokenlabel.alignment import align, collate_score_maps
     from tokenlabel.annotation import AnnotateConfig, annotate
     from tokenlabel.augment import AugmentConfig, TrainTransform
     from tokenlabel.data import BatchSampler, TokenLabelDataset, collate, make_loader, normalize_images
-    from tokenlabel.geometry import Box, View, stack_views
-    from tokenlabel.losses import sparse_cross_entropy, token_label_loss
-    from tokenlabel.mixing import MixPlan, mix_images, mix_targets, sample_mix
+    from tokenlabel.method.alignment import align, collate_score_maps
+    from tokenlabel.method.geometry import Box, View, stack_views
+    from tokenlabel.method.losses import sparse_cross_entropy, token_label_loss
+    from tokenlabel.method.mixing import MixPlan, mix_images, mix_targets, sample_mix
+    from tokenlabel.method.scores import ScoreMap
+    from tokenlabel.method.targets import TokenTargets, class_targets
     from tokenlabel.models import Outputs, create_model
-    from tokenlabel.scores import ScoreMap
     from tokenlabel.sources import open_images
     from tokenlabel.store import LabelStore, LabelStoreWriter
-    from tokenlabel.targets import TokenTargets, class_targets
 
 # Public names and where they live: imported when first asked for, so that reading a store takes no torch.
 _HOMES = {
-    "alignment": ("align", "collate_score_maps"),
+    "method.alignment": ("align", "collate_score_maps"),
     "annotation": ("AnnotateConfig", "annotate"),
     "augment": ("AugmentConfig", "TrainTransform"),
     "data": ("BatchSampler", "TokenLabelDataset", "collate", "make_loader", "normalize_images"),
-    "geometry": ("Box", "View", "stack_views"),
-    "losses": ("sparse_cross_entropy", "token_label_loss"),
-    "mixing": ("MixPlan", "mix_images", "mix_targets", "sample_mix"),
+    "method.geometry": ("Box", "View", "stack_views"),
+    "method.losses": ("sparse_cross_entropy", "token_label_loss"),
+    "method.mixing": ("MixPlan", "mix_images", "mix_targets", "sample_mix"),
     "models": ("Outputs", "create_model"),
-    "scores": ("ScoreMap",),
+    "method.scores": ("ScoreMap",),
     "sources": ("open_images",),
     "store": ("LabelStore", "LabelStoreWriter"),
-    "targets": ("TokenTargets", "class_targets"),
+    "method.targets": ("TokenTargets", "class_targets"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -28,7 +28,7 @@ from tokenlabel.colours import (
     solarized,
     turned_hue,
 )
-from tokenlabel.geometry import Box, View
+from tokenlabel.method.geometry import Box, View
 from tokenlabel.randaugment import parse_randaugment
 from tokenlabel.resampling import RESAMPLING, Interpolation, flipped, resize, warp
 

@@ -18,8 +18,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from tokenlabel.alignment import ScoreMapBatch, collate_score_maps
-from tokenlabel.geometry import View, stack_views
 from tokenlabel.images import (
     DataError,
     ImageCheck,
@@ -31,8 +29,10 @@ from tokenlabel.images import (
     decode_image,
     decode_pixels,
 )
+from tokenlabel.method.alignment import ScoreMapBatch, collate_score_maps
+from tokenlabel.method.geometry import View, stack_views
+from tokenlabel.method.scores import ScoreMap
 from tokenlabel.samplers import FOR_SAMPLE, BatchSampler, EvalBatchSampler, shard_order
-from tokenlabel.scores import ScoreMap
 from tokenlabel.workers import prepare_worker, process_context, stack
 
 __all__ = [

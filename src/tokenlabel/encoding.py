@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenlabel.geometry import WHOLE_IMAGE, Box
-from tokenlabel.scores import Kind, ScoreMap
+from tokenlabel.method.geometry import WHOLE_IMAGE, Box
+from tokenlabel.method.scores import Kind, ScoreMap
 
 
 class Encoding(StrEnum):

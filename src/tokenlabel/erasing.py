@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from tokenlabel.targets import TokenTargets
+from tokenlabel.method.targets import TokenTargets
 
 _NUM_ATTEMPTS = 10  # boxes drawn until one fits into the image
 

@@ -16,10 +16,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from tokenlabel.alignment import align
 from tokenlabel.data import Batch
+from tokenlabel.method.alignment import align
+from tokenlabel.method.targets import TokenTargets
 from tokenlabel.runtime.distributed import Ranks
-from tokenlabel.targets import TokenTargets
 
 # A token shows an object, and can be right or wrong about it, if its mask covers this much of the token's cell.
 OBJECT_SHARE = 0.25

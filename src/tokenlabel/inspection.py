@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from tokenlabel.images import ImageSource
-from tokenlabel.scores import Kind, ScoreMap
+from tokenlabel.method.scores import Kind, ScoreMap
 from tokenlabel.store import LabelStore, StoreError
 
 MAX_SUM = 1.001

@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from tokenlabel.geometry import Box
 from tokenlabel.images import ImageError, ImageSource, decode_image
 from tokenlabel.masks import MaskTeacher
+from tokenlabel.method.geometry import Box
+from tokenlabel.method.scores import ScoreError, from_top
 from tokenlabel.runtime.background import ahead, thread_pool
-from tokenlabel.scores import ScoreError, from_top
 from tokenlabel.sight import Sight
 from tokenlabel.store import Failure, Manifest, pack_for
 from tokenlabel.teachers import Teacher

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tokenlabel.encoding import Encoding
-from tokenlabel.scores import Kind
+from tokenlabel.method.scores import Kind
 from tokenlabel.shards import StoreError, write_atomically
 
 MANIFEST_FILE = "manifest.json"

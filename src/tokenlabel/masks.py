@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from tokenlabel.classmap import ClassMap
 from tokenlabel.evaluate import MaskFolder
-from tokenlabel.scores import ScoreMap, from_mask, from_top
+from tokenlabel.method.scores import ScoreMap, from_mask, from_top
 
 MAX_IDS = 255  # ids of a mask; 255 itself marks pixels without a class
 

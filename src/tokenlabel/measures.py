@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from tokenlabel.alignment import align
 from tokenlabel.augment import TrainTransform
 from tokenlabel.checkpoint import TrainedModel, load_model
 from tokenlabel.data import Batch, ScoreMaps, TokenLabelDataset, collate
 from tokenlabel.defects import DefectiveDataset
 from tokenlabel.evaluate import MaskFolder, agreement, evaluation_set, observe
 from tokenlabel.evaluators import Accuracy, Calibration, TokenTruth
+from tokenlabel.method.alignment import align
 from tokenlabel.models import Inference
 from tokenlabel.probe import probe_figures
 from tokenlabel.runtime.runlog import read_metrics

@@ -14,13 +14,13 @@ import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
-from tokenlabel.alignment import LogitsMode, ScoreMapBatch, align
 from tokenlabel.data import Batch
 from tokenlabel.erasing import Erased
-from tokenlabel.losses import TokenLabelLoss, sparse_cross_entropy, token_label_loss
-from tokenlabel.mixing import MixPlan, mix_targets
-from tokenlabel.models.outputs import Outputs
-from tokenlabel.pooling import (
+from tokenlabel.method.alignment import LogitsMode, ScoreMapBatch, align
+from tokenlabel.method.losses import TokenLabelLoss, sparse_cross_entropy, token_label_loss
+from tokenlabel.method.mixing import MixPlan, mix_targets
+from tokenlabel.method.outputs import Outputs
+from tokenlabel.method.pooling import (
     corrected,
     every_class,
     image_labels,
@@ -29,7 +29,7 @@ from tokenlabel.pooling import (
     softened,
     whole_views,
 )
-from tokenlabel.targets import TokenTargets, class_targets
+from tokenlabel.method.targets import TokenTargets, class_targets
 
 
 class ObjectiveError(ValueError):

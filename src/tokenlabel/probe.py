@@ -10,11 +10,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from tokenlabel.alignment import align
 from tokenlabel.data import Batch, normalize_images
 from tokenlabel.evaluators import TokenTruth, object_tokens
+from tokenlabel.method.alignment import align
+from tokenlabel.method.targets import TokenTargets
 from tokenlabel.models import TokenModel
-from tokenlabel.targets import TokenTargets
 
 # Ridge, relative to the mean of the features' variances: enough to make the solution exist, too little to shrink it.
 RIDGE = 1e-3

@@ -21,11 +21,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from tokenlabel.encoding import Encoding
-from tokenlabel.geometry import WHOLE_IMAGE, Box
 from tokenlabel.images import ImageError, ImageSource
+from tokenlabel.method.geometry import WHOLE_IMAGE, Box
+from tokenlabel.method.scores import Kind, ScoreError, ScoreMap, from_top
 from tokenlabel.models.adapter import first_line
 from tokenlabel.runtime.background import ahead, thread_pool
-from tokenlabel.scores import Kind, ScoreError, ScoreMap, from_top
 from tokenlabel.sources import open_images
 from tokenlabel.store import (
     Failure,

@@ -27,7 +27,7 @@ from tokenlabel.colours import (
     solarize_added,
     solarized,
 )
-from tokenlabel.geometry import View
+from tokenlabel.method.geometry import View
 
 # An operation's strength is a level: 1 is the end of its range (timm's magnitude 10), and the sign is drawn
 # for all alike; those that have only one direction ignore it.

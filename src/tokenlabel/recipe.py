@@ -12,7 +12,7 @@ import jsonargparse
 from tokenlabel.augment import AugmentConfig
 from tokenlabel.erasing import ErasingConfig
 from tokenlabel.images import ImageCheck
-from tokenlabel.mixing import Mixing
+from tokenlabel.method.mixing import Mixing
 from tokenlabel.models import Inference
 from tokenlabel.objectives import LossConfig
 from tokenlabel.optim import OptimConfig

@@ -19,7 +19,8 @@ from tokenlabel.contrast import contrast_sections
 from tokenlabel.data import Batch, collate, decode_image, normalize_images
 from tokenlabel.engine import Part
 from tokenlabel.evaluate import evaluation_set
-from tokenlabel.mixing import MixPlan, mix_images
+from tokenlabel.method.mixing import MixPlan, mix_images
+from tokenlabel.method.targets import TokenTargets
 from tokenlabel.objectives import Objective
 from tokenlabel.page import gallery, section, settings_table, svg, table, write_page
 from tokenlabel.pictures import enlarged, mask_picture, with_cells
@@ -27,7 +28,6 @@ from tokenlabel.recipe import RECIPE_FILE, Recipe
 from tokenlabel.runtime.configuration import read_config
 from tokenlabel.runtime.runlog import read_metrics
 from tokenlabel.segmentation.report import is_segmentation_run, segmentation_sections
-from tokenlabel.targets import TokenTargets
 from tokenlabel.train import build, draw_plan
 
 NUM_PICTURES = 6

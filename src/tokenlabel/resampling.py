@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.nn import functional as F
 
-from tokenlabel.geometry import View
+from tokenlabel.method.geometry import View
 
 # The mean of ImageNet's pixels, which timm fills with, too.
 MEAN_COLOUR = (124, 116, 104)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tokenlabel.augment import EvalTransform, Interpolation
-from tokenlabel.geometry import WHOLE_IMAGE, Box, View
+from tokenlabel.method.geometry import WHOLE_IMAGE, Box, View
 
 RESAMPLING = {
     Interpolation.BILINEAR: Image.Resampling.BILINEAR,

@@ -29,7 +29,7 @@ from tokenlabel.manifest import (
     update_failures,
     write_manifest,
 )
-from tokenlabel.scores import ScoreMap
+from tokenlabel.method.scores import ScoreMap
 from tokenlabel.shards import (
     SUFFIX,
     Shard,

@@ -30,7 +30,7 @@ from tokenlabel.data import (
 from tokenlabel.engine import run_task
 from tokenlabel.erasing import Erased, erase
 from tokenlabel.evaluate import evaluate, evaluation_set
-from tokenlabel.mixing import Mixing, MixPlan, join_plans, sample_mix
+from tokenlabel.method.mixing import Mixing, MixPlan, join_plans, sample_mix
 from tokenlabel.models import TokenModel, create_model, load_published
 from tokenlabel.objectives import Objective
 from tokenlabel.online_teacher import load_online_teacher

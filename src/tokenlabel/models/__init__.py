@@ -8,10 +8,10 @@ from typing import Any, TypeVar
 
 import timm
 
+from tokenlabel.method.outputs import Inference, Outputs, TokenModel
 from tokenlabel.models.adapter import NoTokenGridError, TimmAdapter, create_timm_adapter
 from tokenlabel.models.lvvit import CONFIGS as LVVIT_CONFIGS
 from tokenlabel.models.lvvit import LVViT, LVViTConfig
-from tokenlabel.models.outputs import Inference, Outputs, TokenModel
 from tokenlabel.models.t2t_vit import CONFIGS as T2T_VIT_CONFIGS
 from tokenlabel.models.t2t_vit import T2TViT, T2TViTConfig
 from tokenlabel.models.timm_models import register_with_timm

@@ -19,8 +19,8 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import get_pretrained_cfg, group_parameters
 from torch import Tensor, nn
 
-from tokenlabel.mixing import MixPlan, mix_images
-from tokenlabel.models.outputs import Outputs, TokenModel, check_ascending
+from tokenlabel.method.mixing import MixPlan, mix_images
+from tokenlabel.method.outputs import Outputs, TokenModel, check_ascending
 from tokenlabel.models.trunk import Trunk
 
 # Where timm's classifiers keep a norm that they apply to pooled features. Tokens take it too, so that the

@@ -14,9 +14,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tokenlabel.mixing import MixPlan
-from tokenlabel.models.linear import linear
-from tokenlabel.models.outputs import Outputs, TokenModel
+from tokenlabel.method.linear import linear
+from tokenlabel.method.mixing import MixPlan
+from tokenlabel.method.outputs import Outputs, TokenModel
 from tokenlabel.models.trunk import Trunk, TrunkConfig, initialise_linear
 
 

@@ -15,8 +15,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tokenlabel.mixing import MixPlan
-from tokenlabel.models.outputs import Outputs, TokenModel
+from tokenlabel.method.mixing import MixPlan
+from tokenlabel.method.outputs import Outputs, TokenModel
 from tokenlabel.models.trunk import Trunk, TrunkConfig, initialise_linear
 
 # Pixels between the centres of neighbouring tokens: the windows move by 4, 2 and 2.

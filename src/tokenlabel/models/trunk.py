@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from tokenlabel.mixing import MixPlan, mix_images, mix_tokens
-from tokenlabel.models.linear import Linear
-from tokenlabel.models.outputs import Outputs, check_ascending
+from tokenlabel.method.linear import Linear
+from tokenlabel.method.mixing import MixPlan, mix_images, mix_tokens
+from tokenlabel.method.outputs import Outputs, check_ascending
 
 HEAD_PARTS = ("norm", "head", "aux_head")
 

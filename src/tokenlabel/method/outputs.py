@@ -11,7 +11,7 @@ from typing import ClassVar
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tokenlabel.mixing import MixPlan
+from tokenlabel.method.mixing import MixPlan
 
 
 class Inference(StrEnum):

@@ -13,10 +13,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from tokenlabel.blocks import blocks
-from tokenlabel.models.linear import Linear, linear
-from tokenlabel.models.outputs import Outputs
-from tokenlabel.targets import TokenTargets
+from tokenlabel.method.blocks import blocks
+from tokenlabel.method.linear import Linear, linear
+from tokenlabel.method.outputs import Outputs
+from tokenlabel.method.targets import TokenTargets
 
 
 @dataclass(frozen=True, eq=False)

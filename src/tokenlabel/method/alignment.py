@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.ops import roi_align
 
-from tokenlabel.blocks import blocks
-from tokenlabel.geometry import TOLERANCE
-from tokenlabel.scores import Kind, ScoreMap
-from tokenlabel.targets import TokenTargets
+from tokenlabel.method.blocks import blocks
+from tokenlabel.method.geometry import TOLERANCE
+from tokenlabel.method.scores import Kind, ScoreMap
+from tokenlabel.method.targets import TokenTargets
 
 
 class LogitsMode(StrEnum):

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenlabel.geometry import WHOLE_IMAGE, Box
+from tokenlabel.method.geometry import WHOLE_IMAGE, Box
 
 # Sums of half precision probabilities miss 1 by this much at the most.
 SUM_TOLERANCE = 0.01

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from tokenlabel.targets import TokenTargets
+from tokenlabel.method.targets import TokenTargets
 
 
 class Mixing(StrEnum):
