@@ -13,9 +13,9 @@ from PIL import Image
 
 from tokenlabel.checkpoint import CheckpointError, TrainedModel, load_model
 from tokenlabel.data import collate, normalize_images
+from tokenlabel.drawing.page import gallery, section, table
+from tokenlabel.drawing.pictures import with_cells
 from tokenlabel.evaluate import evaluation_set
-from tokenlabel.page import gallery, section, table
-from tokenlabel.pictures import with_cells
 from tokenlabel.teachers import TeacherConfig, load_teacher
 
 # The most images that are looked at, and that are shown of each kind.

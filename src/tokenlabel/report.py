@@ -13,17 +13,17 @@ import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from tokenlabel.charts import Points, curve_chart
 from tokenlabel.checkpoint import CheckpointError, TrainedModel, load_model
 from tokenlabel.contrast import contrast_sections
 from tokenlabel.data import Batch, collate, decode_image, normalize_images
+from tokenlabel.drawing.charts import Points, curve_chart
+from tokenlabel.drawing.page import gallery, section, settings_table, svg, table, write_page
+from tokenlabel.drawing.pictures import enlarged, mask_picture, with_cells
 from tokenlabel.engine import Part
 from tokenlabel.evaluate import evaluation_set
 from tokenlabel.method.mixing import MixPlan, mix_images
 from tokenlabel.method.targets import TokenTargets
 from tokenlabel.objectives import Objective
-from tokenlabel.page import gallery, section, settings_table, svg, table, write_page
-from tokenlabel.pictures import enlarged, mask_picture, with_cells
 from tokenlabel.recipe import RECIPE_FILE, Recipe
 from tokenlabel.runtime.configuration import read_config
 from tokenlabel.runtime.runlog import read_metrics

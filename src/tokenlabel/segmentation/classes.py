@@ -11,7 +11,7 @@ import yaml
 from jaxtyping import Int16, UInt8
 from numpy.typing import NDArray
 
-from tokenlabel.pictures import class_colour
+from tokenlabel.drawing.pictures import class_colour
 
 IGNORED = 255  # the class id of pixels that neither train nor count
 NUM_VALUES = 256

@@ -1,0 +1,1 @@
+"""How things are drawn: pictures with labels, charts, and the page that holds them."""
