@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import Row, Settings, interleave, ratios
-from tokenlabel.augment import Interpolation
+from tokenlabel.data.augment import Interpolation
 from tokenlabel.dense import ClassifierNetwork
 from tokenlabel.labelling import Seen, label_batches
 from tokenlabel.method.geometry import WHOLE_IMAGE

@@ -19,10 +19,10 @@ from timm.data.dataset import ImageDataset
 from timm.data.loader import create_loader
 
 from benchmarks.measure import Row, Settings, interleave, ratios
-from tokenlabel.augment import AugmentConfig, TrainTransform
-from tokenlabel.data import BatchSampler, TokenLabelDataset, make_loader, normalize_images
-from tokenlabel.scenes import write_scenes
-from tokenlabel.sources import open_images
+from tokenlabel.data.augment import AugmentConfig, TrainTransform
+from tokenlabel.data.batches import BatchSampler, TokenLabelDataset, make_loader, normalize_images
+from tokenlabel.data.scenes import write_scenes
+from tokenlabel.data.sources import open_images
 
 BATCH_SIZE = 32
 SIZE_PX = (224, 224)

@@ -19,9 +19,9 @@ import numpy as np
 from benchmarks.label_path import draw_score_map
 from benchmarks.measure import Row, Settings, interleave
 from benchmarks.synthetic_maps import NUM_CLASSES, TOPK, synthetic_maps
+from tokenlabel.data.scenes import write_scenes
+from tokenlabel.data.sources import open_images
 from tokenlabel.encoding import Encoding, pack
-from tokenlabel.scenes import write_scenes
-from tokenlabel.sources import open_images
 from tokenlabel.store import LabelStoreWriter, Manifest
 
 NUM_LABELS = 20_000

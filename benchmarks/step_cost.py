@@ -27,8 +27,9 @@ from benchmarks.data_speed import write_photos
 from benchmarks.label_path import draw_boxes, draw_score_map
 from benchmarks.measure import Row, Settings, interleave, ratios
 from benchmarks.synthetic_maps import NUM_CLASSES, TOPK, synthetic_maps
-from tokenlabel.augment import AugmentConfig, TrainTransform
-from tokenlabel.data import Batch, TokenLabelDataset, collate
+from tokenlabel.data.augment import AugmentConfig, TrainTransform
+from tokenlabel.data.batches import Batch, TokenLabelDataset, collate
+from tokenlabel.data.sources import open_images
 from tokenlabel.encoding import Encoding
 from tokenlabel.engine import Training, prepare, train_step
 from tokenlabel.method.alignment import collate_score_maps
@@ -42,7 +43,6 @@ from tokenlabel.optim import OptimConfig
 from tokenlabel.recipe import DataConfig, MixConfig, ModelConfig, Recipe
 from tokenlabel.runtime.distributed import Ranks
 from tokenlabel.runtime.runlog import Stopwatch
-from tokenlabel.sources import open_images
 from tokenlabel.store import LabelStore, LabelStoreWriter, Manifest
 from tokenlabel.train import ClassifierTask
 

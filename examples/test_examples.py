@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tokenlabel import AnnotateConfig, annotate
-from tokenlabel.scenes import write_scenes
+from tokenlabel.data.scenes import write_scenes
 
 FOLDER = Path(__file__).parent
 MAX_LINES = 10

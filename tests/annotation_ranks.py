@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from tokenlabel.annotation import AnnotateConfig, annotate_by
-from tokenlabel.augment import Interpolation
-from tokenlabel.images import ImageFolder
+from tokenlabel.data.augment import Interpolation
+from tokenlabel.data.images import ImageFolder
 from tokenlabel.sight import Sight
 from tokenlabel.teachers import Teacher
 

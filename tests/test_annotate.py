@@ -20,7 +20,7 @@ from PIL import Image
 from tokenlabel.annotation import AnnotateConfig, annotate, annotate_by, make_teacher
 from tokenlabel.checkpoint import Trained, save_checkpoint
 from tokenlabel.classmap import ClassMapError
-from tokenlabel.images import ImageError, ImageFolder
+from tokenlabel.data.images import ImageError, ImageFolder
 from tokenlabel.labelling import Seen, _by_shape
 from tokenlabel.masks import MaskTeacher
 from tokenlabel.method.geometry import WHOLE_IMAGE, Box

@@ -13,8 +13,8 @@ from timm.data.transforms_factory import transforms_imagenet_eval
 from torch.nn import functional as F
 from torchvision.transforms import functional as vision
 
-from tokenlabel import images
-from tokenlabel.augment import (
+from tokenlabel.data import images
+from tokenlabel.data.augment import (
     AugmentConfig,
     ColourJitter,
     EvalTransform,
@@ -24,11 +24,11 @@ from tokenlabel.augment import (
     draw_crop,
     one_view,
 )
+from tokenlabel.data.randaugment import COLOURS, WARPS, PolicyError, RandAugment, parse_randaugment
+from tokenlabel.data.resampling import MEAN_COLOUR, Interpolation, resize, warp
 from tokenlabel.method.alignment import align, collate_score_maps
 from tokenlabel.method.geometry import View, stack_views
 from tokenlabel.method.scores import from_mask
-from tokenlabel.randaugment import COLOURS, WARPS, PolicyError, RandAugment, parse_randaugment
-from tokenlabel.resampling import MEAN_COLOUR, Interpolation, resize, warp
 
 fast = settings(max_examples=40, deadline=None)
 

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 
 from tokenlabel.checkpoint import load_model
 from tokenlabel.cli import VERBS, main
+from tokenlabel.data.scenes import write_scenes
 from tokenlabel.demo import DemoSize, run_demo
 from tokenlabel.method.scores import from_mask
-from tokenlabel.scenes import write_scenes
 from tokenlabel.store import LabelStore, LabelStoreWriter, Manifest
 
 TINY = DemoSize(

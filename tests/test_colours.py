@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageEnhance, ImageOps
 
-from tokenlabel import colours
+from tokenlabel.data import colours
 
 SIZES = st.tuples(st.integers(1, 20), st.integers(1, 20))  # (width, height)
 FACTORS = st.floats(0, 3)

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from tokenlabel.cli import main
 from tokenlabel.contrast import class_accuracies, contrast_sections
+from tokenlabel.data.scenes import write_scenes
 from tokenlabel.report import read_run, write_report
-from tokenlabel.scenes import write_scenes
 
 
 @pytest.fixture(scope="module")

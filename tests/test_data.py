@@ -17,8 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from tokenlabel import images
-from tokenlabel.data import (
+from tokenlabel.data import images
+from tokenlabel.data.batches import (
     BatchSampler,
     EvalBatchSampler,
     LabelsError,
@@ -29,7 +29,7 @@ from tokenlabel.data import (
     normalize_images,
     shard_order,
 )
-from tokenlabel.images import (
+from tokenlabel.data.images import (
     DataError,
     ImageCheck,
     ImageError,
@@ -39,9 +39,9 @@ from tokenlabel.images import (
     decode_image,
     decode_pixels,
 )
+from tokenlabel.data.sources import open_images
 from tokenlabel.method.geometry import Box, View
 from tokenlabel.method.scores import from_mask
-from tokenlabel.sources import open_images
 
 SIZE_PX = (6, 8)  # height, width
 

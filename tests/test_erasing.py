@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.data.random_erasing import RandomErasing
 
-from tokenlabel.erasing import Erased, ErasingConfig, ErasingMode, box_masks, draw_boxes, erase
+from tokenlabel.data.erasing import Erased, ErasingConfig, ErasingMode, box_masks, draw_boxes, erase
 from tokenlabel.method.targets import TokenTargets
 
 fast = settings(max_examples=30, deadline=None)

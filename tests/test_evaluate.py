@@ -3,7 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tokenlabel.data import Batch
+from tokenlabel.data.batches import Batch
 from tokenlabel.evaluate import MaskFolder, agreement, evaluate
 from tokenlabel.evaluators import object_tokens
 from tokenlabel.method.alignment import align, collate_score_maps

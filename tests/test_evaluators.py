@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenlabel.data import Batch
+from tokenlabel.data.batches import Batch
 from tokenlabel.evaluators import (
     NUM_BINS,
     Accuracy,

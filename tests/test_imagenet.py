@@ -19,7 +19,7 @@ from timm.data.loader import create_loader
 from timm.utils.metrics import accuracy
 
 from tokenlabel.assessment import EvalOptions, as_text, assess
-from tokenlabel.imagenet import (
+from tokenlabel.data.imagenet import (
     ALEXNET_ERRORS,
     SETS,
     SEVERITIES,

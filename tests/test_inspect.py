@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tokenlabel.data.images import ImageFolder
 from tokenlabel.encoding import Encoding
-from tokenlabel.images import ImageFolder
 from tokenlabel.inspection import (
     InspectConfig,
     as_probabilities,

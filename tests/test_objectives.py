@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from label_cases import aligned_point_by_point, dense_targets, draw_box, draw_view
 from torch import nn
 
-from tokenlabel.data import Batch
-from tokenlabel.erasing import Erased
+from tokenlabel.data.batches import Batch
+from tokenlabel.data.erasing import Erased
 from tokenlabel.method.alignment import LogitsMode, align, collate_score_maps
 from tokenlabel.method.geometry import View, stack_views
 from tokenlabel.method.losses import token_label_loss

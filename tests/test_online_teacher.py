@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from timm.data.config import resolve_data_config
 from torch.nn import functional as F
 
-from tokenlabel.augment import Interpolation
 from tokenlabel.classmap import ClassMap, ClassMapError
+from tokenlabel.data.augment import Interpolation
 from tokenlabel.dense import ClassifierNetwork
 from tokenlabel.objectives import OnlineTeacherConfig
 from tokenlabel.online_teacher import NetworkOnlineTeacher, load_online_teacher

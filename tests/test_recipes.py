@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from tokenlabel.annotation import AnnotateConfig, annotate
 from tokenlabel.checkpoint import load_checkpoint
+from tokenlabel.data.scenes import write_scenes
 from tokenlabel.engine import prepare, train_step
 from tokenlabel.method.alignment import LogitsMode, align
 from tokenlabel.method.mixing import Mixing, join_plans
@@ -25,7 +26,6 @@ from tokenlabel.recipe import MixConfig, Recipe, add_recipe_arguments, claim, fi
 from tokenlabel.runtime.configuration import ConfigError, config_from_dict
 from tokenlabel.runtime.distributed import Ranks
 from tokenlabel.runtime.runlog import Stopwatch, read_metrics
-from tokenlabel.scenes import write_scenes
 from tokenlabel.store import LabelStoreWriter, Manifest
 from tokenlabel.train import build, draw_plan, train
 

@@ -9,10 +9,10 @@ from PIL import Image
 from test_train import nested_recipe, write_labels
 
 from tokenlabel.cli import main
+from tokenlabel.data.scenes import write_scenes
 from tokenlabel.recipe import Recipe
 from tokenlabel.rehearsal import PICTURE_NAME, TRACE_NAME, dry_run, overfit, profile
 from tokenlabel.runtime.configuration import ConfigError, config_from_dict, write_config
-from tokenlabel.scenes import write_scenes
 from tokenlabel.train import build
 
 CPU = torch.device("cpu")

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tokenlabel.scenes import BACKGROUND, NUM_CLASSES, ScenesError, _load_digits, draw_scene, write_scenes
+from tokenlabel.data.scenes import (
+    BACKGROUND,
+    NUM_CLASSES,
+    ScenesError,
+    _load_digits,
+    draw_scene,
+    write_scenes,
+)
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from segment_cases import write_image, write_mask
 
-from tokenlabel.images import DataError, ImageError
-from tokenlabel.scenes import write_scenes
+from tokenlabel.data.images import DataError, ImageError
+from tokenlabel.data.scenes import write_scenes
 from tokenlabel.segmentation.augment import (
     SegmentAugmentConfig,
     SegmentTransform,

@@ -20,13 +20,13 @@ from segment_cases import BACKBONE, nested_recipe, recipe_for, write_image
 
 from tokenlabel.checkpoint import list_checkpoints
 from tokenlabel.cli import main
+from tokenlabel.data.scenes import write_scenes
 from tokenlabel.engine import run_task
 from tokenlabel.models import WeightsError, create_model
 from tokenlabel.recipe import find_recipe, recipe_names
 from tokenlabel.runtime.configuration import ConfigError, config_from_dict
 from tokenlabel.runtime.distributed import Ranks, joined_ranks
 from tokenlabel.runtime.runlog import read_metrics
-from tokenlabel.scenes import write_scenes
 from tokenlabel.segmentation.evaluation import evaluate_segmentation
 from tokenlabel.segmentation.inference import Segmenter
 from tokenlabel.segmentation.model import SegmentModelConfig, create_segmentation_model

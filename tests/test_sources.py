@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from tokenlabel.cli import main
-from tokenlabel.images import (
+from tokenlabel.data.images import (
     DataError,
     ImageCheck,
     ImageError,
@@ -19,8 +19,8 @@ from tokenlabel.images import (
     check_images,
     decode_image,
 )
-from tokenlabel.sources import ListedImages, open_images
-from tokenlabel.tars import INDEX_NAME, TarImages, write_index
+from tokenlabel.data.sources import ListedImages, open_images
+from tokenlabel.data.tars import INDEX_NAME, TarImages, write_index
 
 CLASSES = ("ape", "bee", "cat")
 
@@ -121,7 +121,7 @@ class TestIndex:
     def test_it_opens_the_same_images_without_a_look_at_the_members(self, tars, files, monkeypatch):
         scanned = open_images(tars)
         assert write_index(tars) == tars / INDEX_NAME
-        monkeypatch.setattr("tokenlabel.tars.scan_tars", None)
+        monkeypatch.setattr("tokenlabel.data.tars.scan_tars", None)
         indexed = pickle.loads(pickle.dumps(open_images(tars)))
         assert isinstance(indexed, TarImages)
         assert list(indexed.keys) == list(scanned.keys)
@@ -182,7 +182,7 @@ def test_broken_images_in_tar_files_are_found_wherever_they_lie(tmp_path, files)
 
 
 def test_more_tar_files_than_a_process_keeps_open(tmp_path, monkeypatch):
-    monkeypatch.setattr("tokenlabel.tars._NUM_OPEN", 2)
+    monkeypatch.setattr("tokenlabel.data.tars._NUM_OPEN", 2)
     for i in range(5):
         write_tar(tmp_path / f"{i}.tar", {f"ape/{i}.png": encoded(i)})
     source = open_images(tmp_path)

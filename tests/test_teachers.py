@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from tokenlabel.augment import EvalTransform, Interpolation
 from tokenlabel.classmap import ClassMap, ClassMapError, class_map_for
+from tokenlabel.data.augment import EvalTransform, Interpolation
 from tokenlabel.dense import ClassifierNetwork, NoDenseMapError, TokenNetwork
 from tokenlabel.ensemble import Ensemble, load_teachers
 from tokenlabel.method.geometry import WHOLE_IMAGE

@@ -14,8 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tokenlabel.annotation import AnnotateConfig, annotate
-    from tokenlabel.augment import AugmentConfig, TrainTransform
-    from tokenlabel.data import BatchSampler, TokenLabelDataset, collate, make_loader, normalize_images
+    from tokenlabel.data.augment import AugmentConfig, TrainTransform
+    from tokenlabel.data.batches import (
+        BatchSampler,
+        TokenLabelDataset,
+        collate,
+        make_loader,
+        normalize_images,
+    )
+    from tokenlabel.data.sources import open_images
     from tokenlabel.method.alignment import align, collate_score_maps
     from tokenlabel.method.geometry import Box, View, stack_views
     from tokenlabel.method.losses import sparse_cross_entropy, token_label_loss
@@ -23,21 +30,20 @@ if TYPE_CHECKING:
     from tokenlabel.method.scores import ScoreMap
     from tokenlabel.method.targets import TokenTargets, class_targets
     from tokenlabel.models import Outputs, create_model
-    from tokenlabel.sources import open_images
     from tokenlabel.store import LabelStore, LabelStoreWriter
 
 # Public names and where they live: imported when first asked for, so that reading a store takes no torch.
 _HOMES = {
     "method.alignment": ("align", "collate_score_maps"),
     "annotation": ("AnnotateConfig", "annotate"),
-    "augment": ("AugmentConfig", "TrainTransform"),
-    "data": ("BatchSampler", "TokenLabelDataset", "collate", "make_loader", "normalize_images"),
+    "data.augment": ("AugmentConfig", "TrainTransform"),
+    "data.batches": ("BatchSampler", "TokenLabelDataset", "collate", "make_loader", "normalize_images"),
     "method.geometry": ("Box", "View", "stack_views"),
     "method.losses": ("sparse_cross_entropy", "token_label_loss"),
     "method.mixing": ("MixPlan", "mix_images", "mix_targets", "sample_mix"),
     "models": ("Outputs", "create_model"),
     "method.scores": ("ScoreMap",),
-    "sources": ("open_images",),
+    "data.sources": ("open_images",),
     "store": ("LabelStore", "LabelStoreWriter"),
     "method.targets": ("TokenTargets", "class_targets"),
 }

@@ -20,13 +20,13 @@ import torch
 from tqdm import tqdm
 
 from tokenlabel.classmap import class_map_for
+from tokenlabel.data.images import ImageSource
+from tokenlabel.data.sources import open_images
 from tokenlabel.encoding import Encoding
 from tokenlabel.ensemble import load_teachers
-from tokenlabel.images import ImageSource
 from tokenlabel.labelling import Labelling
 from tokenlabel.masks import MAX_IDS, MaskTeacher
 from tokenlabel.runtime.distributed import default_device, joined_ranks
-from tokenlabel.sources import open_images
 from tokenlabel.store import (
     Failure,
     LabelStore,

@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 import torch
 
-from tokenlabel.augment import EvalTransform
-from tokenlabel.data import (
+from tokenlabel.data.augment import EvalTransform
+from tokenlabel.data.batches import (
     EvalBatchSampler,
     ImageSource,
     ScoreMaps,
@@ -19,6 +19,15 @@ from tokenlabel.data import (
     check_images,
     check_labels,
     make_loader,
+)
+from tokenlabel.data.imagenet import (
+    SETS,
+    EvaluationSet,
+    LabelledImages,
+    corruption_figures,
+    corruption_folders,
+    read_multi_labels,
+    read_real_labels,
 )
 from tokenlabel.evaluate import MaskFolder, observe
 from tokenlabel.evaluators import (
@@ -29,15 +38,6 @@ from tokenlabel.evaluators import (
     PerClass,
     RealLabels,
     TokenTruth,
-)
-from tokenlabel.imagenet import (
-    SETS,
-    EvaluationSet,
-    LabelledImages,
-    corruption_figures,
-    corruption_folders,
-    read_multi_labels,
-    read_real_labels,
 )
 from tokenlabel.models import Inference
 from tokenlabel.networks import Network, NetworkError, PlainClassifier, find_network, move

@@ -160,7 +160,7 @@ def index(arguments: list[str]) -> int:
         "index", "Look through a folder of tar files once, so that it opens at once from then on."
     )
 
-    from tokenlabel.tars import write_index
+    from tokenlabel.data.tars import write_index
 
     parser.add_argument("images", type=Path, help="folder of .tar files; the index is written beside them")
     options = parse(parser, arguments)
@@ -247,7 +247,7 @@ def inspect(arguments: list[str]) -> int:
 
     store, source = LabelStore(*options.store), None
     if options.images:
-        from tokenlabel.sources import open_images
+        from tokenlabel.data.sources import open_images
 
         source = open_images(options.images)
     figures = inspect_store(store, config_of(parser, options, InspectConfig), source=source).as_dict()
@@ -321,7 +321,7 @@ def evaluate(arguments: list[str]) -> int:
     )
 
     from tokenlabel.assessment import EvalOptions, as_text, assess
-    from tokenlabel.imagenet import SETS
+    from tokenlabel.data.imagenet import SETS
 
     parser.add_argument("network", help="run folder, one checkpoint folder of it, or the name of a model")
     for name, text in (

@@ -38,13 +38,13 @@ from tokenlabel.comparison import (
     table_names,
     testbed_names,
 )
+from tokenlabel.data.scenes import write_scenes
 from tokenlabel.defects import DefectiveDataset
 from tokenlabel.engine import run_task
 from tokenlabel.measures import COST_FILE, MEASURES_FILE, measure_run
 from tokenlabel.results_page import write_results
 from tokenlabel.runtime.arguments import add_device, device_of, new_parser, parse
 from tokenlabel.runtime.distributed import Ranks, joined_ranks, launched_ranks
-from tokenlabel.scenes import write_scenes
 from tokenlabel.train import build
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tokenlabel.checkpoint import CheckpointError, TrainedModel, load_model
-from tokenlabel.data import collate, normalize_images
+from tokenlabel.data.batches import collate, normalize_images
 from tokenlabel.drawing.page import gallery, section, table
 from tokenlabel.drawing.pictures import with_cells
 from tokenlabel.evaluate import evaluation_set

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from tokenlabel.data import Sample, TokenLabelDataset
+from tokenlabel.data.batches import Sample, TokenLabelDataset
 from tokenlabel.method.geometry import Box, View
 from tokenlabel.method.scores import ScoreMap
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from tokenlabel.data.scenes import write_scenes
 from tokenlabel.runtime.runlog import read_metrics
-from tokenlabel.scenes import write_scenes
 
 Command = Callable[[Sequence[str]], int]
 

@@ -32,7 +32,7 @@ from tokenlabel.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
-from tokenlabel.data import BatchSampler
+from tokenlabel.data.batches import BatchSampler
 from tokenlabel.optim import create_ema, create_optimizer, learning_rate, set_learning_rate
 from tokenlabel.progress import DivergedError, Divergence, StepResult, Window, peak_memory_bytes
 from tokenlabel.recipe import TrainingConfig, claim

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from tokenlabel.data import Batch
+from tokenlabel.data.batches import Batch
 from tokenlabel.method.alignment import align
 from tokenlabel.method.targets import TokenTargets
 from tokenlabel.runtime.distributed import Ranks

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from tokenlabel.images import ImageSource
+from tokenlabel.data.images import ImageSource
 from tokenlabel.method.scores import Kind, ScoreMap
 from tokenlabel.store import LabelStore, StoreError
 

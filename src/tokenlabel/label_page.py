@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from tokenlabel.data.images import ImageSource, decode_image
 from tokenlabel.drawing.pictures import class_colour, with_cells
-from tokenlabel.images import ImageSource, decode_image
 from tokenlabel.inspection import Look, as_probabilities, best_class, class_finder, look_at
 from tokenlabel.method.scores import ScoreMap
 from tokenlabel.store import LabelStore, StoreError

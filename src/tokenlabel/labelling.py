@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from tokenlabel.images import ImageError, ImageSource, decode_image
+from tokenlabel.data.images import ImageError, ImageSource, decode_image
 from tokenlabel.masks import MaskTeacher
 from tokenlabel.method.geometry import Box
 from tokenlabel.method.scores import ScoreError, from_top

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
-from tokenlabel.augment import TrainTransform
 from tokenlabel.checkpoint import TrainedModel, load_model
-from tokenlabel.data import Batch, ScoreMaps, TokenLabelDataset, collate
+from tokenlabel.data.augment import TrainTransform
+from tokenlabel.data.batches import Batch, ScoreMaps, TokenLabelDataset, collate
+from tokenlabel.data.sources import open_images
 from tokenlabel.defects import DefectiveDataset
 from tokenlabel.evaluate import MaskFolder, agreement, evaluation_set, observe
 from tokenlabel.evaluators import Accuracy, Calibration, TokenTruth
@@ -20,7 +21,6 @@ from tokenlabel.method.alignment import align
 from tokenlabel.models import Inference
 from tokenlabel.probe import probe_figures
 from tokenlabel.runtime.runlog import read_metrics
-from tokenlabel.sources import open_images
 from tokenlabel.store import LabelStore
 
 MEASURES_FILE = "measures.json"

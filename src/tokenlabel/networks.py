@@ -15,8 +15,8 @@ from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
 from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
-from tokenlabel.augment import Interpolation
 from tokenlabel.checkpoint import list_checkpoints, load_model
+from tokenlabel.data.augment import Interpolation
 from tokenlabel.models import Inference, Outputs, TokenModel, create_model, load_published
 from tokenlabel.models.adapter import first_line
 from tokenlabel.models.lvvit import CONFIGS as LVVIT_CONFIGS

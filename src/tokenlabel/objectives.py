@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
-from tokenlabel.data import Batch
-from tokenlabel.erasing import Erased
+from tokenlabel.data.batches import Batch
+from tokenlabel.data.erasing import Erased
 from tokenlabel.method.alignment import LogitsMode, ScoreMapBatch, align
 from tokenlabel.method.losses import TokenLabelLoss, sparse_cross_entropy, token_label_loss
 from tokenlabel.method.mixing import MixPlan, mix_targets

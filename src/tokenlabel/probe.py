@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from tokenlabel.data import Batch, normalize_images
+from tokenlabel.data.batches import Batch, normalize_images
 from tokenlabel.evaluators import TokenTruth, object_tokens
 from tokenlabel.method.alignment import align
 from tokenlabel.method.targets import TokenTargets

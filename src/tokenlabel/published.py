@@ -20,13 +20,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
+from tokenlabel.data.images import ImageError, ImageSource
+from tokenlabel.data.sources import open_images
 from tokenlabel.encoding import Encoding
-from tokenlabel.images import ImageError, ImageSource
 from tokenlabel.method.geometry import WHOLE_IMAGE, Box
 from tokenlabel.method.scores import Kind, ScoreError, ScoreMap, from_top
 from tokenlabel.models.adapter import first_line
 from tokenlabel.runtime.background import ahead, thread_pool
-from tokenlabel.sources import open_images
 from tokenlabel.store import (
     Failure,
     LabelStore,

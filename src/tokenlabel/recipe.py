@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 import jsonargparse
 
-from tokenlabel.augment import AugmentConfig
-from tokenlabel.erasing import ErasingConfig
-from tokenlabel.images import ImageCheck
+from tokenlabel.data.augment import AugmentConfig
+from tokenlabel.data.erasing import ErasingConfig
+from tokenlabel.data.images import ImageCheck
 from tokenlabel.method.mixing import Mixing
 from tokenlabel.models import Inference
 from tokenlabel.objectives import LossConfig

@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 from torch.profiler import ProfilerActivity
 
-from tokenlabel.augment import EvalTransform
-from tokenlabel.data import Batch, ImageSubset, TokenLabelDataset, collate, normalize_images
+from tokenlabel.data.augment import EvalTransform
+from tokenlabel.data.batches import Batch, ImageSubset, TokenLabelDataset, collate, normalize_images
+from tokenlabel.data.erasing import ErasingConfig
 from tokenlabel.drawing.pictures import enlarged, with_cells
 from tokenlabel.engine import Training, prepare, train_step
-from tokenlabel.erasing import ErasingConfig
 from tokenlabel.progress import peak_memory_bytes
 from tokenlabel.recipe import MixConfig, Recipe
 from tokenlabel.runtime.configuration import ConfigError

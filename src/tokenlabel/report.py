@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from tokenlabel.checkpoint import CheckpointError, TrainedModel, load_model
 from tokenlabel.contrast import contrast_sections
-from tokenlabel.data import Batch, collate, decode_image, normalize_images
+from tokenlabel.data.batches import Batch, collate, decode_image, normalize_images
 from tokenlabel.drawing.charts import Points, curve_chart
 from tokenlabel.drawing.page import gallery, section, settings_table, svg, table, write_page
 from tokenlabel.drawing.pictures import enlarged, mask_picture, with_cells

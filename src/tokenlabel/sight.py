@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from tokenlabel.augment import EvalTransform, Interpolation
+from tokenlabel.data.augment import EvalTransform, Interpolation
 from tokenlabel.method.geometry import WHOLE_IMAGE, Box, View
 
 RESAMPLING = {

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from tokenlabel.data import BatchSampler
+from tokenlabel.data.batches import BatchSampler
 from tokenlabel.models import TokenModel
 from tokenlabel.recipe import TrainingConfig
 from tokenlabel.runtime.distributed import Ranks

@@ -17,9 +17,9 @@ from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
 from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
-from tokenlabel.augment import Interpolation
 from tokenlabel.checkpoint import list_checkpoints, load_model
-from tokenlabel.data import normalize_images
+from tokenlabel.data.augment import Interpolation
+from tokenlabel.data.batches import normalize_images
 from tokenlabel.dense import ClassifierNetwork, DenseLogits, DenseNetwork, TokenNetwork
 from tokenlabel.models import TimmAdapter, TokenModel, create_model
 from tokenlabel.models.adapter import first_line

@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from tokenlabel.augment import TrainTransform
-from tokenlabel.data import (
+from tokenlabel.data.augment import TrainTransform
+from tokenlabel.data.batches import (
     Batch,
     BatchSampler,
     EvalBatchSampler,
@@ -27,8 +27,10 @@ from tokenlabel.data import (
     normalize_images,
     shard_order,
 )
+from tokenlabel.data.erasing import Erased, erase
+from tokenlabel.data.sources import open_images
+from tokenlabel.data.tars import TarImages
 from tokenlabel.engine import run_task
-from tokenlabel.erasing import Erased, erase
 from tokenlabel.evaluate import evaluate, evaluation_set
 from tokenlabel.method.mixing import Mixing, MixPlan, join_plans, sample_mix
 from tokenlabel.models import TokenModel, create_model, load_published
@@ -39,9 +41,7 @@ from tokenlabel.runtime.configuration import ConfigError
 from tokenlabel.runtime.distributed import Ranks, joined_ranks
 from tokenlabel.runtime.runlog import Stopwatch
 from tokenlabel.runtime.trackers import Tracker
-from tokenlabel.sources import open_images
 from tokenlabel.store import LabelStore
-from tokenlabel.tars import TarImages
 from tokenlabel.tasks import Part, Task
 
 # Starting processes takes seconds: below this many images evaluation decodes them itself.

@@ -9,7 +9,7 @@ from jaxtyping import UInt8
 from numpy.typing import NDArray
 from PIL import Image
 
-from tokenlabel.resampling import MEAN_COLOUR, Interpolation, resize
+from tokenlabel.data.resampling import MEAN_COLOUR, Interpolation, resize
 from tokenlabel.segmentation.classes import IGNORED
 
 Pixels = UInt8[NDArray[np.uint8], "height width 3"]

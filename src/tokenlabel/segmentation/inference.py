@@ -11,8 +11,8 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
-from tokenlabel.data import normalize_images
-from tokenlabel.resampling import Interpolation, resize
+from tokenlabel.data.batches import normalize_images
+from tokenlabel.data.resampling import Interpolation, resize
 from tokenlabel.segmentation.augment import fitted_size
 from tokenlabel.segmentation.model import SegmentationModel
 

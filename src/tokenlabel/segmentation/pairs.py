@@ -15,7 +15,7 @@ from jaxtyping import UInt8
 from numpy.typing import NDArray
 from PIL import Image
 
-from tokenlabel.images import DECODE_ALL_UP_TO, EXTENSIONS, DataError, Strings, decode_pixels
+from tokenlabel.data.images import DECODE_ALL_UP_TO, EXTENSIONS, DataError, Strings, decode_pixels
 from tokenlabel.segmentation.classes import Classes, MaskError, known_classes, numbered_classes
 
 

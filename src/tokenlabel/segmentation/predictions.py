@@ -12,7 +12,7 @@ from jaxtyping import UInt8
 from numpy.typing import NDArray
 from PIL import Image
 
-from tokenlabel.images import EXTENSIONS, DataError, decode_pixels
+from tokenlabel.data.images import EXTENSIONS, DataError, decode_pixels
 from tokenlabel.segmentation.classes import Classes
 from tokenlabel.segmentation.inference import Segmenter
 

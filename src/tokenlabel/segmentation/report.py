@@ -15,9 +15,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from tokenlabel.checkpoint import CheckpointError
+from tokenlabel.data.images import DataError
 from tokenlabel.drawing.page import gallery, section, settings_table, svg, table
 from tokenlabel.drawing.pictures import enlarged
-from tokenlabel.images import DataError
 from tokenlabel.recipe import RECIPE_FILE
 from tokenlabel.runtime.configuration import read_config
 from tokenlabel.runtime.runlog import read_metrics

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tokenlabel.checkpoint import newest_checkpoint, read_state, read_weights
-from tokenlabel.data import BatchSampler, make_loader, normalize_images
+from tokenlabel.data.batches import BatchSampler, make_loader, normalize_images
+from tokenlabel.data.images import DataError
 from tokenlabel.engine import run_task
-from tokenlabel.images import DataError
 from tokenlabel.recipe import find_recipe
 from tokenlabel.runtime.configuration import ConfigError, config_from_dict
 from tokenlabel.runtime.distributed import Ranks, joined_ranks

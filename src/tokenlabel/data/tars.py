@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenlabel.images import EXTENSIONS, DataError, ImageError, Strings, named_classes, sorted_classes
+from tokenlabel.data.images import EXTENSIONS, DataError, ImageError, Strings, named_classes, sorted_classes
 
 INDEX_NAME = "tokenlabel-index.npz"
 

@@ -16,8 +16,8 @@ import numpy as np
 import timm.data
 from numpy.typing import NDArray
 
-from tokenlabel.images import DataError, ImageError, ImageSource
-from tokenlabel.sources import open_images
+from tokenlabel.data.images import DataError, ImageError, ImageSource
+from tokenlabel.data.sources import open_images
 
 NUM_IMAGENET_CLASSES = 1000
 

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from tokenlabel.colours import (
+from tokenlabel.data.colours import (
     ColourChange,
     blurred,
     brightened,
@@ -28,9 +28,9 @@ from tokenlabel.colours import (
     solarized,
     turned_hue,
 )
+from tokenlabel.data.randaugment import parse_randaugment
+from tokenlabel.data.resampling import RESAMPLING, Interpolation, flipped, resize, warp
 from tokenlabel.method.geometry import Box, View
-from tokenlabel.randaugment import parse_randaugment
-from tokenlabel.resampling import RESAMPLING, Interpolation, flipped, resize, warp
 
 
 class Order(StrEnum):

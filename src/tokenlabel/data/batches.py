@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from tokenlabel.images import (
+from tokenlabel.data.images import (
     DataError,
     ImageCheck,
     ImageError,
@@ -29,11 +29,11 @@ from tokenlabel.images import (
     decode_image,
     decode_pixels,
 )
+from tokenlabel.data.samplers import FOR_SAMPLE, BatchSampler, EvalBatchSampler, shard_order
+from tokenlabel.data.workers import prepare_worker, process_context, stack
 from tokenlabel.method.alignment import ScoreMapBatch, collate_score_maps
 from tokenlabel.method.geometry import View, stack_views
 from tokenlabel.method.scores import ScoreMap
-from tokenlabel.samplers import FOR_SAMPLE, BatchSampler, EvalBatchSampler, shard_order
-from tokenlabel.workers import prepare_worker, process_context, stack
 
 __all__ = [
     "Batch",

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import ImageOps
 
-from tokenlabel.colours import (
+from tokenlabel.data.colours import (
     ColourChange,
     blurred,
     brightened,

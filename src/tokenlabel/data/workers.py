@@ -27,7 +27,7 @@ def process_context() -> Any:
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     # The server imports these once, not every worker; the second one is there for what it does when imported.
-    context.set_forkserver_preload(["tokenlabel.data", "tokenlabel.worker_server"])
+    context.set_forkserver_preload(["tokenlabel.data.batches", "tokenlabel.data.worker_server"])
     return context
 
 

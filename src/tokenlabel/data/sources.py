@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenlabel.images import (
+from tokenlabel.data.images import (
     EXTENSIONS,
     DataError,
     ImageError,
@@ -17,7 +17,7 @@ from tokenlabel.images import (
     Strings,
     named_classes,
 )
-from tokenlabel.tars import INDEX_NAME, TarImages, read_index
+from tokenlabel.data.tars import INDEX_NAME, TarImages, read_index
 
 LIST_SUFFIXES = (".txt", ".tsv", ".csv", ".lst")
 
