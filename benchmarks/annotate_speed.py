@@ -25,9 +25,9 @@ from benchmarks.measure import Row, Settings, interleave, ratios
 from tokenlabel.data.augment import Interpolation
 from tokenlabel.dense import ClassifierNetwork
 from tokenlabel.labelling import Seen, label_batches
+from tokenlabel.labels.store import LabelStoreWriter, Manifest
 from tokenlabel.method.geometry import WHOLE_IMAGE
 from tokenlabel.sight import Sight
-from tokenlabel.store import LabelStoreWriter, Manifest
 from tokenlabel.teachers import NetworkTeacher
 
 

@@ -21,8 +21,8 @@ from benchmarks.measure import Row, Settings, interleave
 from benchmarks.synthetic_maps import NUM_CLASSES, TOPK, synthetic_maps
 from tokenlabel.data.scenes import write_scenes
 from tokenlabel.data.sources import open_images
-from tokenlabel.encoding import Encoding, pack
-from tokenlabel.store import LabelStoreWriter, Manifest
+from tokenlabel.labels.encoding import Encoding, pack
+from tokenlabel.labels.store import LabelStoreWriter, Manifest
 
 NUM_LABELS = 20_000
 NUM_SCENES = 1500

@@ -30,8 +30,9 @@ from benchmarks.synthetic_maps import NUM_CLASSES, TOPK, synthetic_maps
 from tokenlabel.data.augment import AugmentConfig, TrainTransform
 from tokenlabel.data.batches import Batch, TokenLabelDataset, collate
 from tokenlabel.data.sources import open_images
-from tokenlabel.encoding import Encoding
 from tokenlabel.engine import Training, prepare, train_step
+from tokenlabel.labels.encoding import Encoding
+from tokenlabel.labels.store import LabelStore, LabelStoreWriter, Manifest
 from tokenlabel.method.alignment import collate_score_maps
 from tokenlabel.method.geometry import View, stack_views
 from tokenlabel.method.losses import linear_cross_entropy
@@ -43,7 +44,6 @@ from tokenlabel.optim import OptimConfig
 from tokenlabel.recipe import DataConfig, MixConfig, ModelConfig, Recipe
 from tokenlabel.runtime.distributed import Ranks
 from tokenlabel.runtime.runlog import Stopwatch
-from tokenlabel.store import LabelStore, LabelStoreWriter, Manifest
 from tokenlabel.train import ClassifierTask
 
 SIZE_PX = (224, 224)

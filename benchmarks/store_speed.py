@@ -20,9 +20,9 @@ import numpy as np
 
 from benchmarks.measure import Row, Settings
 from benchmarks.synthetic_maps import NUM_CLASSES, TOPK, synthetic_maps
-from tokenlabel.encoding import Encoding, pack, unpack
+from tokenlabel.labels.encoding import Encoding, pack, unpack
+from tokenlabel.labels.store import LabelStore, LabelStoreWriter, Manifest
 from tokenlabel.method.scores import ScoreMap
-from tokenlabel.store import LabelStore, LabelStoreWriter, Manifest
 
 NUM_IMAGES = 1_281_167
 NUM_READS = 100_000
@@ -30,7 +30,7 @@ PUBLISHED_BYTES = 8041
 
 READER = """
 import json, os, random, sys, time
-from tokenlabel.store import LabelStore
+from tokenlabel.labels.store import LabelStore
 def own_bytes():
     with open("/proc/self/status") as file:
         return 1024 * next(int(line.split()[1]) for line in file if line.startswith("RssAnon"))

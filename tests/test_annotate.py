@@ -22,6 +22,7 @@ from tokenlabel.checkpoint import Trained, save_checkpoint
 from tokenlabel.classmap import ClassMapError
 from tokenlabel.data.images import ImageError, ImageFolder
 from tokenlabel.labelling import Seen, _by_shape
+from tokenlabel.labels.store import LabelStore, StoreError
 from tokenlabel.masks import MaskTeacher
 from tokenlabel.method.geometry import WHOLE_IMAGE, Box
 from tokenlabel.method.scores import ScoreError
@@ -29,7 +30,6 @@ from tokenlabel.models import create_model
 from tokenlabel.optim import OptimConfig
 from tokenlabel.recipe import DataConfig, ModelConfig, Recipe
 from tokenlabel.runtime.background import ahead, thread_pool
-from tokenlabel.store import LabelStore, StoreError
 from tokenlabel.teachers import TeacherError, load_teacher
 
 COLOURS = {"blue": (0, 0, 255), "green": (0, 255, 0), "red": (255, 0, 0)}

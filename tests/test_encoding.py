@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenlabel.encoding import (
+from tokenlabel.labels.encoding import (
     MAX_PLANE_BYTES,
     PLANE_STEPS,
     RAW_STEPS,

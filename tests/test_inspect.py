@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from tokenlabel.data.images import ImageFolder
-from tokenlabel.encoding import Encoding
-from tokenlabel.inspection import (
+from tokenlabel.label_page import write_pictures
+from tokenlabel.labels.encoding import Encoding
+from tokenlabel.labels.inspection import (
     InspectConfig,
     as_probabilities,
     as_text,
@@ -19,10 +20,9 @@ from tokenlabel.inspection import (
     inspect_store,
     verify,
 )
-from tokenlabel.label_page import write_pictures
+from tokenlabel.labels.store import Failure, LabelStore, LabelStoreWriter, Manifest, StoreError
 from tokenlabel.method.geometry import Box
 from tokenlabel.method.scores import Kind, from_mask, from_probabilities, from_top
-from tokenlabel.store import Failure, LabelStore, LabelStoreWriter, Manifest, StoreError
 
 NAMES = ("ape", "bee", "cat", "dog")
 

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tokenlabel.encoding import Encoding
+from tokenlabel.labels.encoding import Encoding
+from tokenlabel.labels.store import LabelStore, LabelStoreWriter, Manifest
 from tokenlabel.method.geometry import Box
 from tokenlabel.method.scores import Kind, ScoreMap, from_probabilities, from_top
-from tokenlabel.store import LabelStore, LabelStoreWriter, Manifest
 
 NUM_CLASSES = 700
 REGION = Box(0.125, 0.0, 0.875, 1.0)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import tokenlabel
+from tokenlabel.labels.store import LabelStoreWriter, Manifest
 from tokenlabel.method.scores import from_mask
-from tokenlabel.store import LabelStoreWriter, Manifest
 
 
 @pytest.mark.parametrize("name", tokenlabel.__all__)

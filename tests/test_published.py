@@ -8,10 +8,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.ops import roi_align
 
-from tokenlabel.method.alignment import LogitsMode, align, collate_score_maps
-from tokenlabel.method.geometry import Box, View, stack_views
-from tokenlabel.method.scores import Kind, ScoreError, ScoreMap, from_probabilities, from_top
-from tokenlabel.published import (
+from tokenlabel.labels.published import (
     ImportConfig,
     Layout,
     PublishedError,
@@ -19,7 +16,10 @@ from tokenlabel.published import (
     label_path,
     read_label_file,
 )
-from tokenlabel.store import LabelStore, StoreError
+from tokenlabel.labels.store import LabelStore, StoreError
+from tokenlabel.method.alignment import LogitsMode, align, collate_score_maps
+from tokenlabel.method.geometry import Box, View, stack_views
+from tokenlabel.method.scores import Kind, ScoreError, ScoreMap, from_probabilities, from_top
 
 NUM_CLASSES = 30
 

@@ -20,10 +20,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from tokenlabel.encoding import Encoding
-from tokenlabel.method.scores import ScoreMap, from_probabilities
-from tokenlabel.shards import key_hash, write_shard
-from tokenlabel.store import (
+from tokenlabel.labels.encoding import Encoding
+from tokenlabel.labels.shards import key_hash, write_shard
+from tokenlabel.labels.store import (
     Failure,
     LabelStore,
     LabelStoreWriter,
@@ -35,6 +34,7 @@ from tokenlabel.store import (
     remove_leftovers,
     update_failures,
 )
+from tokenlabel.method.scores import ScoreMap, from_probabilities
 
 NUM_MUTATIONS = int(os.environ.get("TOKENLABEL_MUTATIONS", "10000"))
 
@@ -148,8 +148,8 @@ def test_two_records_of_one_key_are_refused(tmp_path):
 
 
 def test_keys_of_equal_hash_are_told_apart(tmp_path, monkeypatch):
-    monkeypatch.setattr("tokenlabel.shards.key_hash", lambda name: 7)
-    monkeypatch.setattr("tokenlabel.store.key_hash", lambda name: 7)
+    monkeypatch.setattr("tokenlabel.labels.shards.key_hash", lambda name: 7)
+    monkeypatch.setattr("tokenlabel.labels.store.key_hash", lambda name: 7)
     write(tmp_path / "labels", range(3), max_shard_bytes=1)
     store = LabelStore(tmp_path / "labels")
     assert holds(store, range(3))
@@ -394,7 +394,7 @@ def test_reading_from_many_threads(tmp_path):
 WRITE_FOREVER = """
 import sys
 from tests.test_store import a_manifest, a_map, key_of
-from tokenlabel.store import LabelStoreWriter
+from tokenlabel.labels.store import LabelStoreWriter
 folder, start, step = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 with LabelStoreWriter(folder, a_manifest(), max_shard_bytes=800) as writer:
     for i in range(start, 4000, step):
@@ -469,7 +469,7 @@ def test_the_hash_is_that_of_the_format():
 
 
 def test_reading_labels_takes_no_torch():
-    code = "import sys, tokenlabel.store; sys.exit('torch' in sys.modules or 'timm' in sys.modules)"
+    code = "import sys, tokenlabel.labels.store; sys.exit('torch' in sys.modules or 'timm' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -21,13 +21,13 @@ from tokenlabel.checkpoint import list_checkpoints, load_model
 from tokenlabel.data.scenes import write_scenes
 from tokenlabel.data.tars import TarImages
 from tokenlabel.engine import prepare, train_step
+from tokenlabel.labels.store import LabelStore, LabelStoreWriter, Manifest
 from tokenlabel.method.scores import from_mask
 from tokenlabel.progress import DivergedError
 from tokenlabel.recipe import Recipe
 from tokenlabel.runtime.configuration import ConfigError, config_from_dict
 from tokenlabel.runtime.distributed import Ranks
 from tokenlabel.runtime.runlog import Stopwatch, read_metrics
-from tokenlabel.store import LabelStore, LabelStoreWriter, Manifest
 from tokenlabel.train import build, train
 
 CPU = torch.device("cpu")

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         normalize_images,
     )
     from tokenlabel.data.sources import open_images
+    from tokenlabel.labels.store import LabelStore, LabelStoreWriter
     from tokenlabel.method.alignment import align, collate_score_maps
     from tokenlabel.method.geometry import Box, View, stack_views
     from tokenlabel.method.losses import sparse_cross_entropy, token_label_loss
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from tokenlabel.method.scores import ScoreMap
     from tokenlabel.method.targets import TokenTargets, class_targets
     from tokenlabel.models import Outputs, create_model
-    from tokenlabel.store import LabelStore, LabelStoreWriter
 
 # Public names and where they live: imported when first asked for, so that reading a store takes no torch.
 _HOMES = {
@@ -44,7 +44,7 @@ _HOMES = {
     "models": ("Outputs", "create_model"),
     "method.scores": ("ScoreMap",),
     "data.sources": ("open_images",),
-    "store": ("LabelStore", "LabelStoreWriter"),
+    "labels.store": ("LabelStore", "LabelStoreWriter"),
     "method.targets": ("TokenTargets", "class_targets"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -22,12 +22,10 @@ from tqdm import tqdm
 from tokenlabel.classmap import class_map_for
 from tokenlabel.data.images import ImageSource
 from tokenlabel.data.sources import open_images
-from tokenlabel.encoding import Encoding
 from tokenlabel.ensemble import load_teachers
 from tokenlabel.labelling import Labelling
-from tokenlabel.masks import MAX_IDS, MaskTeacher
-from tokenlabel.runtime.distributed import default_device, joined_ranks
-from tokenlabel.store import (
+from tokenlabel.labels.encoding import Encoding
+from tokenlabel.labels.store import (
     Failure,
     LabelStore,
     LabelStoreWriter,
@@ -35,6 +33,8 @@ from tokenlabel.store import (
     remove_leftovers,
     update_failures,
 )
+from tokenlabel.masks import MAX_IDS, MaskTeacher
+from tokenlabel.runtime.distributed import default_device, joined_ranks
 from tokenlabel.teachers import Teacher, TeacherConfig, TeacherError
 
 MASKS = "masks:"

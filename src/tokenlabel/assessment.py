@@ -39,10 +39,10 @@ from tokenlabel.evaluators import (
     RealLabels,
     TokenTruth,
 )
+from tokenlabel.labels.store import LabelStore
 from tokenlabel.models import Inference
 from tokenlabel.networks import Network, NetworkError, PlainClassifier, find_network, move
 from tokenlabel.runtime.distributed import Ranks, joined_ranks
-from tokenlabel.store import LabelStore
 
 Figures = dict[str, Any]
 

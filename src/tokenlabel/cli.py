@@ -202,8 +202,8 @@ def import_labels(arguments: list[str]) -> int:
         "import-labels", "Put the label files published in 2021 into a store, for images that you have."
     )
 
-    from tokenlabel.published import ImportConfig
-    from tokenlabel.published import import_labels as import_files
+    from tokenlabel.labels.published import ImportConfig
+    from tokenlabel.labels.published import import_labels as import_files
     from tokenlabel.runtime.configuration import add_config_arguments, config_of
 
     parser.add_argument("files", type=Path, help="folder of class folders of .pt files")
@@ -228,9 +228,9 @@ def inspect(arguments: list[str]) -> int:
         "inspect", "Say what is in a label store, how sure its teacher was, and which labels look wrong."
     )
 
-    from tokenlabel.inspection import InspectConfig, as_text, inspect_store
+    from tokenlabel.labels.inspection import InspectConfig, as_text, inspect_store
+    from tokenlabel.labels.store import LabelStore
     from tokenlabel.runtime.configuration import add_config_arguments, config_of
-    from tokenlabel.store import LabelStore
 
     parser.add_argument("store", type=Path, nargs="+", help="folders of labels, read as one")
     parser.add_argument("--images", type=Path, help=f"the images, to know their classes: {IMAGES_HELP}")
@@ -269,8 +269,8 @@ def merge(arguments: list[str]) -> int:
     parser = new_parser(
         "merge", "Copy the labels of several stores into one with few files, each record checked."
     )
-    from tokenlabel.encoding import Encoding
-    from tokenlabel.store import merge_stores
+    from tokenlabel.labels.encoding import Encoding
+    from tokenlabel.labels.store import merge_stores
 
     parser.add_argument("stores", type=Path, nargs="+", help="folders of labels, then the folder to write")
     parser.add_argument(

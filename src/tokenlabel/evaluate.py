@@ -18,6 +18,7 @@ from tokenlabel.data.augment import EvalTransform
 from tokenlabel.data.batches import Batch, TokenLabelDataset, check_images, normalize_images
 from tokenlabel.data.sources import open_images
 from tokenlabel.evaluators import Accuracy, Calibration, Evaluator, Seen, TokenTruth, object_tokens
+from tokenlabel.labels.store import LabelStore
 from tokenlabel.method.alignment import align, collate_score_maps
 from tokenlabel.method.geometry import View, stack_views
 from tokenlabel.method.scores import ScoreMap, from_mask
@@ -25,7 +26,6 @@ from tokenlabel.method.targets import TokenTargets
 from tokenlabel.models import Inference, Outputs, TokenModel
 from tokenlabel.recipe import Recipe
 from tokenlabel.runtime.distributed import Ranks
-from tokenlabel.store import LabelStore
 
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -13,9 +13,9 @@ from PIL import Image
 
 from tokenlabel.data.images import ImageSource, decode_image
 from tokenlabel.drawing.pictures import class_colour, with_cells
-from tokenlabel.inspection import Look, as_probabilities, best_class, class_finder, look_at
+from tokenlabel.labels.inspection import Look, as_probabilities, best_class, class_finder, look_at
+from tokenlabel.labels.store import LabelStore, StoreError
 from tokenlabel.method.scores import ScoreMap
-from tokenlabel.store import LabelStore, StoreError
 
 SAMPLE = 2000
 NUM_NAMED = 4

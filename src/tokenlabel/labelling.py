@@ -17,12 +17,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tokenlabel.data.images import ImageError, ImageSource, decode_image
+from tokenlabel.labels.store import Failure, Manifest, pack_for
 from tokenlabel.masks import MaskTeacher
 from tokenlabel.method.geometry import Box
 from tokenlabel.method.scores import ScoreError, from_top
 from tokenlabel.runtime.background import ahead, thread_pool
 from tokenlabel.sight import Sight
-from tokenlabel.store import Failure, Manifest, pack_for
 from tokenlabel.teachers import Teacher
 
 S = TypeVar("S")

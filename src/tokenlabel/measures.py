@@ -17,11 +17,11 @@ from tokenlabel.data.sources import open_images
 from tokenlabel.defects import DefectiveDataset
 from tokenlabel.evaluate import MaskFolder, agreement, evaluation_set, observe
 from tokenlabel.evaluators import Accuracy, Calibration, TokenTruth
+from tokenlabel.labels.store import LabelStore
 from tokenlabel.method.alignment import align
 from tokenlabel.models import Inference
 from tokenlabel.probe import probe_figures
 from tokenlabel.runtime.runlog import read_metrics
-from tokenlabel.store import LabelStore
 
 MEASURES_FILE = "measures.json"
 COST_FILE = "cost.jsonl"

@@ -32,6 +32,7 @@ from tokenlabel.data.sources import open_images
 from tokenlabel.data.tars import TarImages
 from tokenlabel.engine import run_task
 from tokenlabel.evaluate import evaluate, evaluation_set
+from tokenlabel.labels.store import LabelStore
 from tokenlabel.method.mixing import Mixing, MixPlan, join_plans, sample_mix
 from tokenlabel.models import TokenModel, create_model, load_published
 from tokenlabel.objectives import Objective
@@ -41,7 +42,6 @@ from tokenlabel.runtime.configuration import ConfigError
 from tokenlabel.runtime.distributed import Ranks, joined_ranks
 from tokenlabel.runtime.runlog import Stopwatch
 from tokenlabel.runtime.trackers import Tracker
-from tokenlabel.store import LabelStore
 from tokenlabel.tasks import Part, Task
 
 # Starting processes takes seconds: below this many images evaluation decodes them itself.

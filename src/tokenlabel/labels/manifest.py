@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tokenlabel.encoding import Encoding
+from tokenlabel.labels.encoding import Encoding
+from tokenlabel.labels.shards import StoreError, write_atomically
 from tokenlabel.method.scores import Kind
-from tokenlabel.shards import StoreError, write_atomically
 
 MANIFEST_FILE = "manifest.json"
 FORMAT_VERSION = 1

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from tokenlabel.data.images import ImageSource
+from tokenlabel.labels.store import LabelStore, StoreError
 from tokenlabel.method.scores import Kind, ScoreMap
-from tokenlabel.store import LabelStore, StoreError
 
 MAX_SUM = 1.001
 

@@ -22,12 +22,8 @@ from tqdm import tqdm
 
 from tokenlabel.data.images import ImageError, ImageSource
 from tokenlabel.data.sources import open_images
-from tokenlabel.encoding import Encoding
-from tokenlabel.method.geometry import WHOLE_IMAGE, Box
-from tokenlabel.method.scores import Kind, ScoreError, ScoreMap, from_top
-from tokenlabel.models.adapter import first_line
-from tokenlabel.runtime.background import ahead, thread_pool
-from tokenlabel.store import (
+from tokenlabel.labels.encoding import Encoding
+from tokenlabel.labels.store import (
     Failure,
     LabelStore,
     LabelStoreWriter,
@@ -36,6 +32,10 @@ from tokenlabel.store import (
     pack_for,
     update_failures,
 )
+from tokenlabel.method.geometry import WHOLE_IMAGE, Box
+from tokenlabel.method.scores import Kind, ScoreError, ScoreMap, from_top
+from tokenlabel.models.adapter import first_line
+from tokenlabel.runtime.background import ahead, thread_pool
 
 # From here on float16 cannot tell neighbouring integers apart.
 FIRST_UNCERTAIN_ID = 2048

@@ -20,8 +20,8 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenlabel.encoding import Encoding, EncodingError, pack, unpack
-from tokenlabel.manifest import (
+from tokenlabel.labels.encoding import Encoding, EncodingError, pack, unpack
+from tokenlabel.labels.manifest import (
     MANIFEST_FILE,
     Failure,
     Manifest,
@@ -29,8 +29,7 @@ from tokenlabel.manifest import (
     update_failures,
     write_manifest,
 )
-from tokenlabel.method.scores import ScoreMap
-from tokenlabel.shards import (
+from tokenlabel.labels.shards import (
     SUFFIX,
     Shard,
     StoreError,
@@ -40,6 +39,7 @@ from tokenlabel.shards import (
     open_shard,
     write_shard,
 )
+from tokenlabel.method.scores import ScoreMap
 
 __all__ = [
     "Failure",
