@@ -30,7 +30,6 @@ from benchmarks.synthetic_maps import NUM_CLASSES, TOPK, synthetic_maps
 from tokenlabel.data.augment import AugmentConfig, TrainTransform
 from tokenlabel.data.batches import Batch, TokenLabelDataset, collate
 from tokenlabel.data.sources import open_images
-from tokenlabel.engine import Training, prepare, train_step
 from tokenlabel.labels.encoding import Encoding
 from tokenlabel.labels.store import LabelStore, LabelStoreWriter, Manifest
 from tokenlabel.method.alignment import collate_score_maps
@@ -39,12 +38,13 @@ from tokenlabel.method.losses import linear_cross_entropy
 from tokenlabel.method.mixing import Mixing
 from tokenlabel.method.scores import ScoreMap
 from tokenlabel.models import create_model
-from tokenlabel.objectives import LossConfig, Objective
-from tokenlabel.optim import OptimConfig
-from tokenlabel.recipe import DataConfig, MixConfig, ModelConfig, Recipe
 from tokenlabel.runtime.distributed import Ranks
 from tokenlabel.runtime.runlog import Stopwatch
 from tokenlabel.train import ClassifierTask
+from tokenlabel.training.engine import Training, prepare, train_step
+from tokenlabel.training.objectives import LossConfig, Objective
+from tokenlabel.training.optim import OptimConfig
+from tokenlabel.training.recipe import DataConfig, MixConfig, ModelConfig, Recipe
 
 SIZE_PX = (224, 224)
 POLICY = "rand-m9-inc1"

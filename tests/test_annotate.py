@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tokenlabel.annotation import AnnotateConfig, annotate, annotate_by, make_teacher
-from tokenlabel.checkpoint import Trained, save_checkpoint
 from tokenlabel.classmap import ClassMapError
 from tokenlabel.data.images import ImageError, ImageFolder
 from tokenlabel.labelling import Seen, _by_shape
@@ -27,10 +26,11 @@ from tokenlabel.masks import MaskTeacher
 from tokenlabel.method.geometry import WHOLE_IMAGE, Box
 from tokenlabel.method.scores import ScoreError
 from tokenlabel.models import create_model
-from tokenlabel.optim import OptimConfig
-from tokenlabel.recipe import DataConfig, ModelConfig, Recipe
 from tokenlabel.runtime.background import ahead, thread_pool
 from tokenlabel.teachers import TeacherError, load_teacher
+from tokenlabel.training.checkpoint import Trained, save_checkpoint
+from tokenlabel.training.optim import OptimConfig
+from tokenlabel.training.recipe import DataConfig, ModelConfig, Recipe
 
 COLOURS = {"blue": (0, 0, 255), "green": (0, 255, 0), "red": (255, 0, 0)}
 

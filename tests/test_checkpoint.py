@@ -5,7 +5,9 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from tokenlabel.checkpoint import (
+from tokenlabel.models import create_model
+from tokenlabel.runtime.configuration import config_from_dict
+from tokenlabel.training.checkpoint import (
     CheckpointError,
     Trained,
     list_checkpoints,
@@ -14,10 +16,8 @@ from tokenlabel.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
-from tokenlabel.models import create_model
-from tokenlabel.optim import OptimConfig, create_ema, create_optimizer
-from tokenlabel.recipe import Recipe
-from tokenlabel.runtime.configuration import config_from_dict
+from tokenlabel.training.optim import OptimConfig, create_ema, create_optimizer
+from tokenlabel.training.recipe import Recipe
 
 OPTIONS = {"patch_size": 8, "depth": 1, "width": 16, "num_heads": 2, "stem_width": 8}
 RECIPE = config_from_dict(

@@ -12,12 +12,12 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from tokenlabel.checkpoint import load_model
 from tokenlabel.cli import VERBS, main
 from tokenlabel.data.scenes import write_scenes
 from tokenlabel.demo import DemoSize, run_demo
 from tokenlabel.labels.store import LabelStore, LabelStoreWriter, Manifest
 from tokenlabel.method.scores import from_mask
+from tokenlabel.training.checkpoint import load_model
 
 TINY = DemoSize(
     num_train=40,

@@ -22,7 +22,7 @@ from tokenlabel.comparison import (
     table_names,
 )
 from tokenlabel.measures import METRICS
-from tokenlabel.recipe import find_recipe
+from tokenlabel.training.recipe import find_recipe
 
 CPU = torch.device("cpu")
 

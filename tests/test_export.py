@@ -12,12 +12,18 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from tokenlabel.checkpoint import Trained, TrainedModel, save_checkpoint
-from tokenlabel.export import ExportError, export_run, write_hub_folder, write_onnx, write_safetensors
 from tokenlabel.models import Inference, create_model, load_published
-from tokenlabel.optim import create_ema, create_optimizer
-from tokenlabel.recipe import Recipe
 from tokenlabel.runtime.configuration import config_from_dict
+from tokenlabel.training.checkpoint import Trained, TrainedModel, save_checkpoint
+from tokenlabel.training.export import (
+    ExportError,
+    export_run,
+    write_hub_folder,
+    write_onnx,
+    write_safetensors,
+)
+from tokenlabel.training.optim import create_ema, create_optimizer
+from tokenlabel.training.recipe import Recipe
 
 CLASS_NAMES = ["ant", "bee", "cat"]
 LVVIT = ("lvvit_t", (24, 36), {"patch_size": 6, "depth": 2, "width": 32, "num_heads": 4, "stem_width": 8})
@@ -145,6 +151,6 @@ def test_what_cannot_be_exported_is_refused_and_leaves_nothing(tmp_path: Path) -
 
 
 def test_a_graph_that_says_something_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tokenlabel.export.TOLERANCE", -1.0)
+    monkeypatch.setattr("tokenlabel.training.export.TOLERANCE", -1.0)
     with pytest.raises(ExportError, match=r"logits of the ONNX graph are .* off"):
         write_onnx(trained_model(*VIT), tmp_path / "model.onnx", inference=Inference.CLASS, dense=False)

@@ -21,7 +21,7 @@ from tokenlabel.method.outputs import Outputs
 from tokenlabel.method.pooling import image_labels, softened
 from tokenlabel.method.scores import Kind, from_probabilities, from_top
 from tokenlabel.method.targets import class_targets
-from tokenlabel.objectives import (
+from tokenlabel.training.objectives import (
     ClassTarget,
     Extent,
     LossConfig,

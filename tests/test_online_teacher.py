@@ -13,10 +13,10 @@ from torch.nn import functional as F
 from tokenlabel.classmap import ClassMap, ClassMapError
 from tokenlabel.data.augment import Interpolation
 from tokenlabel.dense import ClassifierNetwork
-from tokenlabel.objectives import OnlineTeacherConfig
 from tokenlabel.online_teacher import NetworkOnlineTeacher, load_online_teacher
 from tokenlabel.sight import Sight
 from tokenlabel.teachers import NetworkTeacher, TeacherError
+from tokenlabel.training.objectives import OnlineTeacherConfig
 
 CPU = torch.device("cpu")
 MEAN, STD = (0.2, 0.4, 0.6), (0.3, 0.2, 0.1)

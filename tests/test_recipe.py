@@ -4,8 +4,8 @@ import pytest
 import yaml
 
 from tokenlabel.method.mixing import Mixing
-from tokenlabel.recipe import Recipe, find_recipe, recipe_names
 from tokenlabel.runtime.configuration import ConfigError, config_as_dict, read_config, settings, write_config
+from tokenlabel.training.recipe import Recipe, find_recipe, recipe_names
 
 MINIMAL = {
     "data": {"train": "images"},

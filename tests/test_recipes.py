@@ -14,20 +14,27 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from tokenlabel.annotation import AnnotateConfig, annotate
-from tokenlabel.checkpoint import load_checkpoint
 from tokenlabel.data.scenes import write_scenes
-from tokenlabel.engine import prepare, train_step
 from tokenlabel.labels.published import ImportConfig, import_labels
 from tokenlabel.labels.store import LabelStoreWriter, Manifest
 from tokenlabel.method.alignment import LogitsMode, align
 from tokenlabel.method.mixing import Mixing, join_plans
 from tokenlabel.method.scores import from_mask
 from tokenlabel.models import create_model
-from tokenlabel.recipe import MixConfig, Recipe, add_recipe_arguments, claim, find_recipe, recipe_names
 from tokenlabel.runtime.configuration import ConfigError, config_from_dict
 from tokenlabel.runtime.distributed import Ranks
 from tokenlabel.runtime.runlog import Stopwatch, read_metrics
 from tokenlabel.train import build, draw_plan, train
+from tokenlabel.training.checkpoint import load_checkpoint
+from tokenlabel.training.engine import prepare, train_step
+from tokenlabel.training.recipe import (
+    MixConfig,
+    Recipe,
+    add_recipe_arguments,
+    claim,
+    find_recipe,
+    recipe_names,
+)
 
 CPU = torch.device("cpu")
 NAMES = [name for name in recipe_names() if not name.startswith("segment_")]

@@ -10,10 +10,10 @@ from test_train import nested_recipe, write_labels
 
 from tokenlabel.cli import main
 from tokenlabel.data.scenes import write_scenes
-from tokenlabel.recipe import Recipe
 from tokenlabel.rehearsal import PICTURE_NAME, TRACE_NAME, dry_run, overfit, profile
 from tokenlabel.runtime.configuration import ConfigError, config_from_dict, write_config
 from tokenlabel.train import build
+from tokenlabel.training.recipe import Recipe
 
 CPU = torch.device("cpu")
 

@@ -18,12 +18,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from segment_cases import BACKBONE, nested_recipe, recipe_for, write_image
 
-from tokenlabel.checkpoint import list_checkpoints
 from tokenlabel.cli import main
 from tokenlabel.data.scenes import write_scenes
-from tokenlabel.engine import run_task
 from tokenlabel.models import WeightsError, create_model
-from tokenlabel.recipe import find_recipe, recipe_names
 from tokenlabel.runtime.configuration import ConfigError, config_from_dict
 from tokenlabel.runtime.distributed import Ranks, joined_ranks
 from tokenlabel.runtime.runlog import read_metrics
@@ -33,6 +30,9 @@ from tokenlabel.segmentation.model import SegmentModelConfig, create_segmentatio
 from tokenlabel.segmentation.recipe import SegmentRecipe
 from tokenlabel.segmentation.task import build, load_segmenter, pixel_loss, train_segmentation
 from tokenlabel.segmentation.weights import load_weights
+from tokenlabel.training.checkpoint import list_checkpoints
+from tokenlabel.training.engine import run_task
+from tokenlabel.training.recipe import find_recipe, recipe_names
 
 CPU = torch.device("cpu")
 

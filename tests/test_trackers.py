@@ -7,11 +7,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_train import nested_recipe, write_labels
 
 from tokenlabel.data.scenes import write_scenes
-from tokenlabel.recipe import Recipe
 from tokenlabel.runtime.configuration import config_from_dict
 from tokenlabel.runtime.runlog import RunLog, read_metrics
 from tokenlabel.runtime.trackers import TensorBoard, TrackerError
 from tokenlabel.train import train
+from tokenlabel.training.recipe import Recipe
 
 
 def write_steps(run, steps, tracker, **options):

@@ -17,18 +17,18 @@ from golden_values import GOLDEN
 from PIL import Image
 from safetensors.torch import load_file
 
-from tokenlabel.checkpoint import list_checkpoints, load_model
 from tokenlabel.data.scenes import write_scenes
 from tokenlabel.data.tars import TarImages
-from tokenlabel.engine import prepare, train_step
 from tokenlabel.labels.store import LabelStore, LabelStoreWriter, Manifest
 from tokenlabel.method.scores import from_mask
-from tokenlabel.progress import DivergedError
-from tokenlabel.recipe import Recipe
 from tokenlabel.runtime.configuration import ConfigError, config_from_dict
 from tokenlabel.runtime.distributed import Ranks
 from tokenlabel.runtime.runlog import Stopwatch, read_metrics
 from tokenlabel.train import build, train
+from tokenlabel.training.checkpoint import list_checkpoints, load_model
+from tokenlabel.training.engine import prepare, train_step
+from tokenlabel.training.progress import DivergedError
+from tokenlabel.training.recipe import Recipe
 
 CPU = torch.device("cpu")
 NUM_STEPS = 15  # 40 scenes, 8 a step, 3 epochs

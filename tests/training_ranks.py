@@ -8,10 +8,10 @@ import threading
 
 import torch
 
-from tokenlabel.engine import run_task
 from tokenlabel.runtime.distributed import joined_ranks
 from tokenlabel.runtime.interruption import Interrupted
 from tokenlabel.train import build
+from tokenlabel.training.engine import run_task
 
 CPU = torch.device("cpu")
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import torch
     from jsonargparse import ArgumentParser, Namespace
 
-    from tokenlabel.recipe import Recipe
+    from tokenlabel.training.recipe import Recipe
 
 USAGE_ERROR = 2
 IMAGES_HELP = "a folder with one folder a class, .tar files (WebDataset) or a folder of them, or a list file"
@@ -94,12 +94,12 @@ def train(arguments: list[str]) -> int:
         "train", "Train a model by a recipe. The same command continues a run that was stopped."
     )
 
-    from tokenlabel.recipe import Recipe, add_recipe_arguments, find_recipe
     from tokenlabel.runtime.configuration import config_of
     from tokenlabel.runtime.distributed import launched_ranks
     from tokenlabel.runtime.interruption import Interrupted
     from tokenlabel.runtime.trackers import TensorBoard
     from tokenlabel.train import train as train_by_recipe
+    from tokenlabel.training.recipe import Recipe, add_recipe_arguments, find_recipe
 
     parser.add_argument(
         "--out", "--run", type=Path, required=True, help="folder of the run: recipe, metrics, checkpoints"
@@ -301,8 +301,8 @@ def export(arguments: list[str]) -> int:
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
     options = parse(parser, arguments)
 
-    from tokenlabel.export import export_run
     from tokenlabel.models import Inference
+    from tokenlabel.training.export import export_run
 
     inference = Inference(options.inference) if options.inference else None
     export_run(

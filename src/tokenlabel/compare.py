@@ -23,7 +23,6 @@ from typing import Any
 import torch
 import yaml
 
-from tokenlabel.checkpoint import list_checkpoints
 from tokenlabel.comparison import (
     PLAN_FILE,
     Comparison,
@@ -40,12 +39,13 @@ from tokenlabel.comparison import (
 )
 from tokenlabel.data.scenes import write_scenes
 from tokenlabel.defects import DefectiveDataset
-from tokenlabel.engine import run_task
 from tokenlabel.measures import COST_FILE, MEASURES_FILE, measure_run
 from tokenlabel.results_page import write_results
 from tokenlabel.runtime.arguments import add_device, device_of, new_parser, parse
 from tokenlabel.runtime.distributed import Ranks, joined_ranks, launched_ranks
 from tokenlabel.train import build
+from tokenlabel.training.checkpoint import list_checkpoints
+from tokenlabel.training.engine import run_task
 
 
 class CompareError(ValueError):

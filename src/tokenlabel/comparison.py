@@ -20,8 +20,8 @@ from typing import Any, TypeVar
 import yaml
 
 from tokenlabel.defects import DEFECTS
-from tokenlabel.recipe import Recipe, find_recipe
 from tokenlabel.runtime.configuration import config_from_dict
+from tokenlabel.training.recipe import Recipe, find_recipe
 
 Kind = TypeVar("Kind")
 

@@ -11,12 +11,12 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from tokenlabel.checkpoint import CheckpointError, TrainedModel, load_model
 from tokenlabel.data.batches import collate, normalize_images
 from tokenlabel.drawing.page import gallery, section, table
 from tokenlabel.drawing.pictures import with_cells
 from tokenlabel.evaluate import evaluation_set
 from tokenlabel.teachers import TeacherConfig, load_teacher
+from tokenlabel.training.checkpoint import CheckpointError, TrainedModel, load_model
 
 # The most images that are looked at, and that are shown of each kind.
 NUM_IMAGES = 2000

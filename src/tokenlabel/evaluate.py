@@ -24,8 +24,8 @@ from tokenlabel.method.geometry import View, stack_views
 from tokenlabel.method.scores import ScoreMap, from_mask
 from tokenlabel.method.targets import TokenTargets
 from tokenlabel.models import Inference, Outputs, TokenModel
-from tokenlabel.recipe import Recipe
 from tokenlabel.runtime.distributed import Ranks
+from tokenlabel.training.recipe import Recipe
 
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from tokenlabel.checkpoint import TrainedModel, load_model
 from tokenlabel.data.augment import TrainTransform
 from tokenlabel.data.batches import Batch, ScoreMaps, TokenLabelDataset, collate
 from tokenlabel.data.sources import open_images
@@ -22,6 +21,7 @@ from tokenlabel.method.alignment import align
 from tokenlabel.models import Inference
 from tokenlabel.probe import probe_figures
 from tokenlabel.runtime.runlog import read_metrics
+from tokenlabel.training.checkpoint import TrainedModel, load_model
 
 MEASURES_FILE = "measures.json"
 COST_FILE = "cost.jsonl"

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tokenlabel.classmap import ClassMap, class_map_for
-from tokenlabel.objectives import OnlineTeacherConfig
 from tokenlabel.teachers import NetworkTeacher, TeacherConfig, load_teacher
+from tokenlabel.training.objectives import OnlineTeacherConfig
 
 
 class NetworkOnlineTeacher:

@@ -18,13 +18,13 @@ from tokenlabel.data.augment import EvalTransform
 from tokenlabel.data.batches import Batch, ImageSubset, TokenLabelDataset, collate, normalize_images
 from tokenlabel.data.erasing import ErasingConfig
 from tokenlabel.drawing.pictures import enlarged, with_cells
-from tokenlabel.engine import Training, prepare, train_step
-from tokenlabel.progress import peak_memory_bytes
-from tokenlabel.recipe import MixConfig, Recipe
 from tokenlabel.runtime.configuration import ConfigError
 from tokenlabel.runtime.distributed import joined_ranks
 from tokenlabel.runtime.runlog import Stopwatch
 from tokenlabel.train import ClassifierTask, build
+from tokenlabel.training.engine import Training, prepare, train_step
+from tokenlabel.training.progress import peak_memory_bytes
+from tokenlabel.training.recipe import MixConfig, Recipe
 
 PICTURE_NAME, TRACE_NAME = "first_batch.png", "trace.json"
 

@@ -13,22 +13,22 @@ import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from tokenlabel.checkpoint import CheckpointError, TrainedModel, load_model
 from tokenlabel.contrast import contrast_sections
 from tokenlabel.data.batches import Batch, collate, decode_image, normalize_images
 from tokenlabel.drawing.charts import Points, curve_chart
 from tokenlabel.drawing.page import gallery, section, settings_table, svg, table, write_page
 from tokenlabel.drawing.pictures import enlarged, mask_picture, with_cells
-from tokenlabel.engine import Part
 from tokenlabel.evaluate import evaluation_set
 from tokenlabel.method.mixing import MixPlan, mix_images
 from tokenlabel.method.targets import TokenTargets
-from tokenlabel.objectives import Objective
-from tokenlabel.recipe import RECIPE_FILE, Recipe
 from tokenlabel.runtime.configuration import read_config
 from tokenlabel.runtime.runlog import read_metrics
 from tokenlabel.segmentation.report import is_segmentation_run, segmentation_sections
 from tokenlabel.train import build, draw_plan
+from tokenlabel.training.checkpoint import CheckpointError, TrainedModel, load_model
+from tokenlabel.training.engine import Part
+from tokenlabel.training.objectives import Objective
+from tokenlabel.training.recipe import RECIPE_FILE, Recipe
 
 NUM_PICTURES = 6
 COLUMNS = {

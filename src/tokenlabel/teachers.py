@@ -17,7 +17,6 @@ from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
 from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
-from tokenlabel.checkpoint import list_checkpoints, load_model
 from tokenlabel.data.augment import Interpolation
 from tokenlabel.data.batches import normalize_images
 from tokenlabel.dense import ClassifierNetwork, DenseLogits, DenseNetwork, TokenNetwork
@@ -28,6 +27,7 @@ from tokenlabel.models.t2t_vit import CONFIGS as T2T_VIT_CONFIGS
 from tokenlabel.models.weights import load_published, read_checkpoint
 from tokenlabel.networks import file_overlay
 from tokenlabel.sight import Sight
+from tokenlabel.training.checkpoint import list_checkpoints, load_model
 
 
 class TeacherError(ValueError):

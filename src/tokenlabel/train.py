@@ -30,19 +30,19 @@ from tokenlabel.data.batches import (
 from tokenlabel.data.erasing import Erased, erase
 from tokenlabel.data.sources import open_images
 from tokenlabel.data.tars import TarImages
-from tokenlabel.engine import run_task
 from tokenlabel.evaluate import evaluate, evaluation_set
 from tokenlabel.labels.store import LabelStore
 from tokenlabel.method.mixing import Mixing, MixPlan, join_plans, sample_mix
 from tokenlabel.models import TokenModel, create_model, load_published
-from tokenlabel.objectives import Objective
 from tokenlabel.online_teacher import load_online_teacher
-from tokenlabel.recipe import ModelConfig, Recipe
 from tokenlabel.runtime.configuration import ConfigError
 from tokenlabel.runtime.distributed import Ranks, joined_ranks
 from tokenlabel.runtime.runlog import Stopwatch
 from tokenlabel.runtime.trackers import Tracker
-from tokenlabel.tasks import Part, Task
+from tokenlabel.training.engine import run_task
+from tokenlabel.training.objectives import Objective
+from tokenlabel.training.recipe import ModelConfig, Recipe
+from tokenlabel.training.tasks import Part, Task
 
 # Starting processes takes seconds: below this many images evaluation decodes them itself.
 _MANY_IMAGES = 5000

@@ -57,11 +57,11 @@ def _train(arguments: list[str]) -> int:
         "Train a segmentation model by a recipe. The same command continues a run that was stopped.",
     )
 
-    from tokenlabel.recipe import add_recipe_arguments, find_recipe
     from tokenlabel.runtime.configuration import config_of
     from tokenlabel.runtime.interruption import Interrupted
     from tokenlabel.segmentation.recipe import SegmentRecipe
     from tokenlabel.segmentation.task import train_segmentation
+    from tokenlabel.training.recipe import add_recipe_arguments, find_recipe
 
     parser.add_argument(
         "--out", "--run", type=Path, required=True, help="folder of the run: recipe, metrics, checkpoints"

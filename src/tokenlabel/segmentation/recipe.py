@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from tokenlabel.recipe import TrainingConfig
 from tokenlabel.runtime.configuration import ConfigError
 from tokenlabel.segmentation.augment import SegmentAugmentConfig
 from tokenlabel.segmentation.inference import SegmentEvalConfig
 from tokenlabel.segmentation.model import SegmentModelConfig
 from tokenlabel.segmentation.pairs import SegmentDataConfig
+from tokenlabel.training.recipe import TrainingConfig
 
 
 @dataclass(frozen=True, kw_only=True)

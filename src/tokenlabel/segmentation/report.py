@@ -14,11 +14,9 @@ import yaml
 from matplotlib.figure import Figure
 from PIL import Image
 
-from tokenlabel.checkpoint import CheckpointError
 from tokenlabel.data.images import DataError
 from tokenlabel.drawing.page import gallery, section, settings_table, svg, table
 from tokenlabel.drawing.pictures import enlarged
-from tokenlabel.recipe import RECIPE_FILE
 from tokenlabel.runtime.configuration import read_config
 from tokenlabel.runtime.runlog import read_metrics
 from tokenlabel.segmentation.inference import Segmenter
@@ -26,6 +24,8 @@ from tokenlabel.segmentation.pairs import open_pairs
 from tokenlabel.segmentation.predictions import overlay
 from tokenlabel.segmentation.recipe import SegmentRecipe
 from tokenlabel.segmentation.task import load_segmenter
+from tokenlabel.training.checkpoint import CheckpointError
+from tokenlabel.training.recipe import RECIPE_FILE
 
 NUM_PICTURES = 6
 COLUMNS = {"miou": "mIoU", "mean_accuracy": "mean accuracy", "pixel_accuracy": "pixel accuracy"}

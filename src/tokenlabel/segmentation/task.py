@@ -13,11 +13,8 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tokenlabel.checkpoint import newest_checkpoint, read_state, read_weights
 from tokenlabel.data.batches import BatchSampler, make_loader, normalize_images
 from tokenlabel.data.images import DataError
-from tokenlabel.engine import run_task
-from tokenlabel.recipe import find_recipe
 from tokenlabel.runtime.configuration import ConfigError, config_from_dict
 from tokenlabel.runtime.distributed import Ranks, joined_ranks
 from tokenlabel.runtime.runlog import Stopwatch
@@ -35,7 +32,10 @@ from tokenlabel.segmentation.model import (
 from tokenlabel.segmentation.pairs import ImageMaskPairs, classes_of, open_pairs
 from tokenlabel.segmentation.recipe import SegmentRecipe
 from tokenlabel.segmentation.weights import load_weights
-from tokenlabel.tasks import Part, Task
+from tokenlabel.training.checkpoint import newest_checkpoint, read_state, read_weights
+from tokenlabel.training.engine import run_task
+from tokenlabel.training.recipe import find_recipe
+from tokenlabel.training.tasks import Part, Task
 
 
 def train_segmentation(recipe: SegmentRecipe, run: Path, *, device: torch.device) -> dict[str, Any]:

@@ -13,10 +13,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from tokenlabel.checkpoint import list_checkpoints
 from tokenlabel.models import WeightsError
 from tokenlabel.models.weights import read_checkpoint, resize_all_positions
 from tokenlabel.segmentation.model import SegmentationModel
+from tokenlabel.training.checkpoint import list_checkpoints
 
 LOGGER = logging.getLogger(__name__)
 

@@ -19,9 +19,9 @@ from safetensors.torch import save
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
-from tokenlabel.checkpoint import TrainedModel, load_model
 from tokenlabel.models import Inference, LVViT, TimmAdapter, TokenModel, register_with_timm
 from tokenlabel.models.timm_models import TimmLVViT
+from tokenlabel.training.checkpoint import TrainedModel, load_model
 
 # How far an ONNX graph may be from PyTorch, as a share of the largest output.
 TOLERANCE = 1e-3

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from tokenlabel.data.batches import BatchSampler
 from tokenlabel.models import TokenModel
-from tokenlabel.recipe import TrainingConfig
 from tokenlabel.runtime.distributed import Ranks
 from tokenlabel.runtime.runlog import Stopwatch
+from tokenlabel.training.recipe import TrainingConfig
 
 RecipeT = TypeVar("RecipeT", bound=TrainingConfig)
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -32,9 +32,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tokenlabel.models import TokenModel, create_model
-from tokenlabel.recipe import Recipe, TrainingConfig
 from tokenlabel.runtime.configuration import config_as_dict, config_from_dict
 from tokenlabel.runtime.distributed import Ranks
+from tokenlabel.training.recipe import Recipe, TrainingConfig
 
 FORMAT = 1
 PACKAGES = ("tokenlabel", "torch", "torchvision", "timm")

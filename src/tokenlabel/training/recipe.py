@@ -14,8 +14,6 @@ from tokenlabel.data.erasing import ErasingConfig
 from tokenlabel.data.images import ImageCheck
 from tokenlabel.method.mixing import Mixing
 from tokenlabel.models import Inference
-from tokenlabel.objectives import LossConfig
-from tokenlabel.optim import OptimConfig
 from tokenlabel.runtime.configuration import (
     ConfigError,
     add_config_arguments,
@@ -24,6 +22,8 @@ from tokenlabel.runtime.configuration import (
     settings,
     write_config,
 )
+from tokenlabel.training.objectives import LossConfig
+from tokenlabel.training.optim import OptimConfig
 
 RECIPE_FILE = "recipe.yaml"
 

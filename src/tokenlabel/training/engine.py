@@ -25,23 +25,23 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from tokenlabel.checkpoint import (
+from tokenlabel.data.batches import BatchSampler
+from tokenlabel.runtime.configuration import ConfigError
+from tokenlabel.runtime.distributed import Ranks, shard
+from tokenlabel.runtime.interruption import Interrupted, caught_signals
+from tokenlabel.runtime.runlog import RunLog, Stopwatch, read_metrics
+from tokenlabel.runtime.trackers import Tracker
+from tokenlabel.training.checkpoint import (
     Trained,
     list_checkpoints,
     load_checkpoint,
     prune_checkpoints,
     save_checkpoint,
 )
-from tokenlabel.data.batches import BatchSampler
-from tokenlabel.optim import create_ema, create_optimizer, learning_rate, set_learning_rate
-from tokenlabel.progress import DivergedError, Divergence, StepResult, Window, peak_memory_bytes
-from tokenlabel.recipe import TrainingConfig, claim
-from tokenlabel.runtime.configuration import ConfigError
-from tokenlabel.runtime.distributed import Ranks, shard
-from tokenlabel.runtime.interruption import Interrupted, caught_signals
-from tokenlabel.runtime.runlog import RunLog, Stopwatch, read_metrics
-from tokenlabel.runtime.trackers import Tracker
-from tokenlabel.tasks import Part, Task
+from tokenlabel.training.optim import create_ema, create_optimizer, learning_rate, set_learning_rate
+from tokenlabel.training.progress import DivergedError, Divergence, StepResult, Window, peak_memory_bytes
+from tokenlabel.training.recipe import TrainingConfig, claim
+from tokenlabel.training.tasks import Part, Task
 
 LOG_EVERY_STEPS = 10
 

@@ -1,0 +1,1 @@
+"""A training run, whatever it trains: its recipe, objective, optimizer, engine and checkpoints."""
