@@ -4,8 +4,8 @@ import torch
 from PIL import Image
 
 from tokenlabel.data.batches import Batch
-from tokenlabel.evaluate import MaskFolder, agreement, evaluate
-from tokenlabel.evaluators import object_tokens
+from tokenlabel.evaluation.evaluators import object_tokens
+from tokenlabel.evaluation.observation import MaskFolder, agreement, evaluate
 from tokenlabel.method.alignment import align, collate_score_maps
 from tokenlabel.method.geometry import View, stack_views
 from tokenlabel.method.scores import from_mask

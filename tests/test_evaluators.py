@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokenlabel.data.batches import Batch
-from tokenlabel.evaluators import (
+from tokenlabel.evaluation.evaluators import (
     NUM_BINS,
     Accuracy,
     Calibration,

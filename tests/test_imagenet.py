@@ -18,7 +18,6 @@ from timm.data.imagenet_info import ImageNetInfo
 from timm.data.loader import create_loader
 from timm.utils.metrics import accuracy
 
-from tokenlabel.assessment import EvalOptions, as_text, assess
 from tokenlabel.data.imagenet import (
     ALEXNET_ERRORS,
     SETS,
@@ -28,7 +27,8 @@ from tokenlabel.data.imagenet import (
     read_multi_labels,
     read_real_labels,
 )
-from tokenlabel.networks import find_network
+from tokenlabel.evaluation.assessment import EvalOptions, as_text, assess
+from tokenlabel.evaluation.networks import find_network
 
 CPU = torch.device("cpu")
 WNIDS = ImageNetInfo("imagenet-1k").label_names()

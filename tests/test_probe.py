@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenlabel.probe import RIDGE, fit_probe
+from tokenlabel.evaluation.probe import RIDGE, fit_probe
 
 
 @settings(max_examples=20, deadline=None)

@@ -252,7 +252,7 @@ def inspect(arguments: list[str]) -> int:
         source = open_images(options.images)
     figures = inspect_store(store, config_of(parser, options, InspectConfig), source=source).as_dict()
     if options.masks:
-        from tokenlabel.evaluate import mask_agreement
+        from tokenlabel.evaluation.observation import mask_agreement
 
         figures["mask_agreement"] = mask_agreement(store, options.masks)
     if source and options.pictures:
@@ -320,8 +320,8 @@ def evaluate(arguments: list[str]) -> int:
         "Under torchrun the processes divide the images.",
     )
 
-    from tokenlabel.assessment import EvalOptions, as_text, assess
     from tokenlabel.data.imagenet import SETS
+    from tokenlabel.evaluation.assessment import EvalOptions, as_text, assess
 
     parser.add_argument("network", help="run folder, one checkpoint folder of it, or the name of a model")
     for name, text in (

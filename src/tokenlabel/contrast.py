@@ -14,7 +14,7 @@ from PIL import Image
 from tokenlabel.data.batches import collate, normalize_images
 from tokenlabel.drawing.page import gallery, section, table
 from tokenlabel.drawing.pictures import with_cells
-from tokenlabel.evaluate import evaluation_set
+from tokenlabel.evaluation.observation import evaluation_set
 from tokenlabel.teachers import TeacherConfig, load_teacher
 from tokenlabel.training.checkpoint import CheckpointError, TrainedModel, load_model
 

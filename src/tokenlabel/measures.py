@@ -14,12 +14,12 @@ from tokenlabel.data.augment import TrainTransform
 from tokenlabel.data.batches import Batch, ScoreMaps, TokenLabelDataset, collate
 from tokenlabel.data.sources import open_images
 from tokenlabel.defects import DefectiveDataset
-from tokenlabel.evaluate import MaskFolder, agreement, evaluation_set, observe
-from tokenlabel.evaluators import Accuracy, Calibration, TokenTruth
+from tokenlabel.evaluation.evaluators import Accuracy, Calibration, TokenTruth
+from tokenlabel.evaluation.observation import MaskFolder, agreement, evaluation_set, observe
+from tokenlabel.evaluation.probe import probe_figures
 from tokenlabel.labels.store import LabelStore
 from tokenlabel.method.alignment import align
 from tokenlabel.models import Inference
-from tokenlabel.probe import probe_figures
 from tokenlabel.runtime.runlog import read_metrics
 from tokenlabel.training.checkpoint import TrainedModel, load_model
 

@@ -18,7 +18,7 @@ from tokenlabel.data.batches import Batch, collate, decode_image, normalize_imag
 from tokenlabel.drawing.charts import Points, curve_chart
 from tokenlabel.drawing.page import gallery, section, settings_table, svg, table, write_page
 from tokenlabel.drawing.pictures import enlarged, mask_picture, with_cells
-from tokenlabel.evaluate import evaluation_set
+from tokenlabel.evaluation.observation import evaluation_set
 from tokenlabel.method.mixing import MixPlan, mix_images
 from tokenlabel.method.targets import TokenTargets
 from tokenlabel.runtime.configuration import read_config

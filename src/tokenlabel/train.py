@@ -30,7 +30,7 @@ from tokenlabel.data.batches import (
 from tokenlabel.data.erasing import Erased, erase
 from tokenlabel.data.sources import open_images
 from tokenlabel.data.tars import TarImages
-from tokenlabel.evaluate import evaluate, evaluation_set
+from tokenlabel.evaluation.observation import evaluate, evaluation_set
 from tokenlabel.labels.store import LabelStore
 from tokenlabel.method.mixing import Mixing, MixPlan, join_plans, sample_mix
 from tokenlabel.models import TokenModel, create_model, load_published

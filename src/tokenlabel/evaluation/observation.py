@@ -17,7 +17,7 @@ from torch import Tensor
 from tokenlabel.data.augment import EvalTransform
 from tokenlabel.data.batches import Batch, TokenLabelDataset, check_images, normalize_images
 from tokenlabel.data.sources import open_images
-from tokenlabel.evaluators import Accuracy, Calibration, Evaluator, Seen, TokenTruth, object_tokens
+from tokenlabel.evaluation.evaluators import Accuracy, Calibration, Evaluator, Seen, TokenTruth, object_tokens
 from tokenlabel.labels.store import LabelStore
 from tokenlabel.method.alignment import align, collate_score_maps
 from tokenlabel.method.geometry import View, stack_views

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tokenlabel.data.batches import Batch, normalize_images
-from tokenlabel.evaluators import TokenTruth, object_tokens
+from tokenlabel.evaluation.evaluators import TokenTruth, object_tokens
 from tokenlabel.method.alignment import align
 from tokenlabel.method.targets import TokenTargets
 from tokenlabel.models import TokenModel

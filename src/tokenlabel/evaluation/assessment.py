@@ -29,8 +29,7 @@ from tokenlabel.data.imagenet import (
     read_multi_labels,
     read_real_labels,
 )
-from tokenlabel.evaluate import MaskFolder, observe
-from tokenlabel.evaluators import (
+from tokenlabel.evaluation.evaluators import (
     Accuracy,
     Calibration,
     Evaluator,
@@ -39,9 +38,10 @@ from tokenlabel.evaluators import (
     RealLabels,
     TokenTruth,
 )
+from tokenlabel.evaluation.networks import Network, NetworkError, PlainClassifier, find_network, move
+from tokenlabel.evaluation.observation import MaskFolder, observe
 from tokenlabel.labels.store import LabelStore
 from tokenlabel.models import Inference
-from tokenlabel.networks import Network, NetworkError, PlainClassifier, find_network, move
 from tokenlabel.runtime.distributed import Ranks, joined_ranks
 
 Figures = dict[str, Any]

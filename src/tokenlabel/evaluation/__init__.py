@@ -1,0 +1,1 @@
+"""How good a network is: which network, on which images, and the figures that evaluators count."""
