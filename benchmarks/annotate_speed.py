@@ -23,12 +23,12 @@ from torch import Tensor
 
 from benchmarks.measure import Row, Settings, interleave, ratios
 from tokenlabel.data.augment import Interpolation
-from tokenlabel.dense import ClassifierNetwork
-from tokenlabel.labelling import Seen, label_batches
 from tokenlabel.labels.store import LabelStoreWriter, Manifest
 from tokenlabel.method.geometry import WHOLE_IMAGE
-from tokenlabel.sight import Sight
-from tokenlabel.teachers import NetworkTeacher
+from tokenlabel.teachers.dense import ClassifierNetwork
+from tokenlabel.teachers.labelling import Seen, label_batches
+from tokenlabel.teachers.networks import NetworkTeacher
+from tokenlabel.teachers.sight import Sight
 
 
 def run(settings: Settings) -> list[Row]:

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
-from tokenlabel.annotation import AnnotateConfig, annotate_by
 from tokenlabel.data.augment import Interpolation
 from tokenlabel.data.images import ImageFolder
-from tokenlabel.sight import Sight
-from tokenlabel.teachers import Teacher
+from tokenlabel.teachers.annotation import AnnotateConfig, annotate_by
+from tokenlabel.teachers.networks import Teacher
+from tokenlabel.teachers.sight import Sight
 
 CPU = torch.device("cpu")
 
@@ -72,7 +72,7 @@ def start_ranks(world_size: int, images: Path, labels: Path) -> Sequence[BasePro
         listening.bind(("127.0.0.1", 0))
         port = listening.getsockname()[1]
     context = get_context("forkserver")
-    context.set_forkserver_preload(["tokenlabel.annotation"])  # imports torch once, not once a rank
+    context.set_forkserver_preload(["tokenlabel.teachers.annotation"])  # imports torch once, not once a rank
     ranks = [
         context.Process(target=run_rank, args=(rank, world_size, port, images, labels))
         for rank in range(world_size)

@@ -17,17 +17,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tokenlabel.annotation import AnnotateConfig, annotate, annotate_by, make_teacher
-from tokenlabel.classmap import ClassMapError
 from tokenlabel.data.images import ImageError, ImageFolder
-from tokenlabel.labelling import Seen, _by_shape
 from tokenlabel.labels.store import LabelStore, StoreError
-from tokenlabel.masks import MaskTeacher
 from tokenlabel.method.geometry import WHOLE_IMAGE, Box
 from tokenlabel.method.scores import ScoreError
 from tokenlabel.models import create_model
 from tokenlabel.runtime.background import ahead, thread_pool
-from tokenlabel.teachers import TeacherError, load_teacher
+from tokenlabel.teachers.annotation import AnnotateConfig, annotate, annotate_by, make_teacher
+from tokenlabel.teachers.classmap import ClassMapError
+from tokenlabel.teachers.labelling import Seen, _by_shape
+from tokenlabel.teachers.masks import MaskTeacher
+from tokenlabel.teachers.networks import TeacherError, load_teacher
 from tokenlabel.training.checkpoint import Trained, save_checkpoint
 from tokenlabel.training.optim import OptimConfig
 from tokenlabel.training.recipe import DataConfig, ModelConfig, Recipe

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from tokenlabel.annotation import AnnotateConfig
 from tokenlabel.cli import main
 from tokenlabel.runtime.arguments import new_parser, parse
 from tokenlabel.runtime.configuration import add_config_arguments, config_of
+from tokenlabel.teachers.annotation import AnnotateConfig
 
 
 def read(*arguments: str) -> AnnotateConfig:

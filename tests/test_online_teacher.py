@@ -10,12 +10,12 @@ from safetensors.torch import save_file
 from timm.data.config import resolve_data_config
 from torch.nn import functional as F
 
-from tokenlabel.classmap import ClassMap, ClassMapError
 from tokenlabel.data.augment import Interpolation
-from tokenlabel.dense import ClassifierNetwork
-from tokenlabel.online_teacher import NetworkOnlineTeacher, load_online_teacher
-from tokenlabel.sight import Sight
-from tokenlabel.teachers import NetworkTeacher, TeacherError
+from tokenlabel.teachers.classmap import ClassMap, ClassMapError
+from tokenlabel.teachers.dense import ClassifierNetwork
+from tokenlabel.teachers.networks import NetworkTeacher, TeacherError
+from tokenlabel.teachers.online import NetworkOnlineTeacher, load_online_teacher
+from tokenlabel.teachers.sight import Sight
 from tokenlabel.training.objectives import OnlineTeacherConfig
 
 CPU = torch.device("cpu")

@@ -19,7 +19,7 @@ def test_every_public_name_is_found(name):
 
 def test_functions_are_not_hidden_by_the_modules_that_hold_them():
     importlib.import_module("tokenlabel.method.alignment")
-    importlib.import_module("tokenlabel.annotation")
+    importlib.import_module("tokenlabel.teachers.annotation")
     assert callable(tokenlabel.align)
     assert callable(tokenlabel.annotate)
 

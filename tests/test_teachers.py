@@ -9,14 +9,14 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from tokenlabel.classmap import ClassMap, ClassMapError, class_map_for
 from tokenlabel.data.augment import EvalTransform, Interpolation
-from tokenlabel.dense import ClassifierNetwork, NoDenseMapError, TokenNetwork
-from tokenlabel.ensemble import Ensemble, load_teachers
 from tokenlabel.method.geometry import WHOLE_IMAGE
 from tokenlabel.models import TimmAdapter, create_model
-from tokenlabel.sight import Sight
-from tokenlabel.teachers import NetworkTeacher, Teacher, TeacherConfig, TeacherError, load_teacher
+from tokenlabel.teachers.classmap import ClassMap, ClassMapError, class_map_for
+from tokenlabel.teachers.dense import ClassifierNetwork, NoDenseMapError, TokenNetwork
+from tokenlabel.teachers.ensemble import Ensemble, load_teachers
+from tokenlabel.teachers.networks import NetworkTeacher, Teacher, TeacherConfig, TeacherError, load_teacher
+from tokenlabel.teachers.sight import Sight
 
 CPU = torch.device("cpu")
 

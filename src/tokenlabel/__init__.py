@@ -13,7 +13,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tokenlabel.annotation import AnnotateConfig, annotate
     from tokenlabel.data.augment import AugmentConfig, TrainTransform
     from tokenlabel.data.batches import (
         BatchSampler,
@@ -31,11 +30,12 @@ if TYPE_CHECKING:
     from tokenlabel.method.scores import ScoreMap
     from tokenlabel.method.targets import TokenTargets, class_targets
     from tokenlabel.models import Outputs, create_model
+    from tokenlabel.teachers.annotation import AnnotateConfig, annotate
 
 # Public names and where they live: imported when first asked for, so that reading a store takes no torch.
 _HOMES = {
     "method.alignment": ("align", "collate_score_maps"),
-    "annotation": ("AnnotateConfig", "annotate"),
+    "teachers.annotation": ("AnnotateConfig", "annotate"),
     "data.augment": ("AugmentConfig", "TrainTransform"),
     "data.batches": ("BatchSampler", "TokenLabelDataset", "collate", "make_loader", "normalize_images"),
     "method.geometry": ("Box", "View", "stack_views"),

@@ -174,10 +174,10 @@ def annotate(arguments: list[str]) -> int:
         "annotate", "Let a teacher look at every image once and store what it says of every place of it."
     )
 
-    from tokenlabel.annotation import AnnotateConfig
-    from tokenlabel.annotation import annotate as annotate_images
     from tokenlabel.runtime.configuration import add_config_arguments, config_of
     from tokenlabel.runtime.distributed import launched_ranks
+    from tokenlabel.teachers.annotation import AnnotateConfig
+    from tokenlabel.teachers.annotation import annotate as annotate_images
 
     parser.add_argument("images", type=Path, help=IMAGES_HELP)
     parser.add_argument("store", type=Path, help="folder of the labels; what is there already is kept")

@@ -15,7 +15,7 @@ from tokenlabel.data.batches import collate, normalize_images
 from tokenlabel.drawing.page import gallery, section, table
 from tokenlabel.drawing.pictures import with_cells
 from tokenlabel.evaluation.observation import evaluation_set
-from tokenlabel.teachers import TeacherConfig, load_teacher
+from tokenlabel.teachers.networks import TeacherConfig, load_teacher
 from tokenlabel.training.checkpoint import CheckpointError, TrainedModel, load_model
 
 # The most images that are looked at, and that are shown of each kind.

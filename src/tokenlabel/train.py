@@ -34,11 +34,11 @@ from tokenlabel.evaluation.observation import evaluate, evaluation_set
 from tokenlabel.labels.store import LabelStore
 from tokenlabel.method.mixing import Mixing, MixPlan, join_plans, sample_mix
 from tokenlabel.models import TokenModel, create_model, load_published
-from tokenlabel.online_teacher import load_online_teacher
 from tokenlabel.runtime.configuration import ConfigError
 from tokenlabel.runtime.distributed import Ranks, joined_ranks
 from tokenlabel.runtime.runlog import Stopwatch
 from tokenlabel.runtime.trackers import Tracker
+from tokenlabel.teachers.online import load_online_teacher
 from tokenlabel.training.engine import run_task
 from tokenlabel.training.objectives import Objective
 from tokenlabel.training.recipe import ModelConfig, Recipe

@@ -18,12 +18,12 @@ from tqdm import tqdm
 
 from tokenlabel.data.images import ImageError, ImageSource, decode_image
 from tokenlabel.labels.store import Failure, Manifest, pack_for
-from tokenlabel.masks import MaskTeacher
 from tokenlabel.method.geometry import Box
 from tokenlabel.method.scores import ScoreError, from_top
 from tokenlabel.runtime.background import ahead, thread_pool
-from tokenlabel.sight import Sight
-from tokenlabel.teachers import Teacher
+from tokenlabel.teachers.masks import MaskTeacher
+from tokenlabel.teachers.networks import Teacher
+from tokenlabel.teachers.sight import Sight
 
 S = TypeVar("S")
 T = TypeVar("T")

@@ -19,11 +19,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from tokenlabel.classmap import class_map_for
 from tokenlabel.data.images import ImageSource
 from tokenlabel.data.sources import open_images
-from tokenlabel.ensemble import load_teachers
-from tokenlabel.labelling import Labelling
 from tokenlabel.labels.encoding import Encoding
 from tokenlabel.labels.store import (
     Failure,
@@ -33,9 +30,12 @@ from tokenlabel.labels.store import (
     remove_leftovers,
     update_failures,
 )
-from tokenlabel.masks import MAX_IDS, MaskTeacher
 from tokenlabel.runtime.distributed import default_device, joined_ranks
-from tokenlabel.teachers import Teacher, TeacherConfig, TeacherError
+from tokenlabel.teachers.classmap import class_map_for
+from tokenlabel.teachers.ensemble import load_teachers
+from tokenlabel.teachers.labelling import Labelling
+from tokenlabel.teachers.masks import MAX_IDS, MaskTeacher
+from tokenlabel.teachers.networks import Teacher, TeacherConfig, TeacherError
 
 MASKS = "masks:"
 

@@ -9,8 +9,8 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
-from tokenlabel.classmap import ClassMap, class_map_for
-from tokenlabel.teachers import NetworkTeacher, TeacherConfig, load_teacher
+from tokenlabel.teachers.classmap import ClassMap, class_map_for
+from tokenlabel.teachers.networks import NetworkTeacher, TeacherConfig, load_teacher
 from tokenlabel.training.objectives import OnlineTeacherConfig
 
 

@@ -11,8 +11,8 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
-from tokenlabel.classmap import ClassMap, class_map_for
-from tokenlabel.teachers import Teacher, TeacherConfig, TeacherError, load_teacher
+from tokenlabel.teachers.classmap import ClassMap, class_map_for
+from tokenlabel.teachers.networks import Teacher, TeacherConfig, TeacherError, load_teacher
 
 
 class Ensemble(Teacher):

@@ -11,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from tokenlabel.classmap import ClassMap
 from tokenlabel.evaluation.observation import MaskFolder
 from tokenlabel.method.scores import ScoreMap, from_mask, from_top
+from tokenlabel.teachers.classmap import ClassMap
 
 MAX_IDS = 255  # ids of a mask; 255 itself marks pixels without a class
 
