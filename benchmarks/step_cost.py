@@ -27,6 +27,7 @@ from benchmarks.data_speed import write_photos
 from benchmarks.label_path import draw_boxes, draw_score_map
 from benchmarks.measure import Row, Settings, interleave, ratios
 from benchmarks.synthetic_maps import NUM_CLASSES, TOPK, synthetic_maps
+from tokenlabel.classification.task import ClassifierTask
 from tokenlabel.data.augment import AugmentConfig, TrainTransform
 from tokenlabel.data.batches import Batch, TokenLabelDataset, collate
 from tokenlabel.data.sources import open_images
@@ -40,7 +41,6 @@ from tokenlabel.method.scores import ScoreMap
 from tokenlabel.models import create_model
 from tokenlabel.runtime.distributed import Ranks
 from tokenlabel.runtime.runlog import Stopwatch
-from tokenlabel.train import ClassifierTask
 from tokenlabel.training.engine import Training, prepare, train_step
 from tokenlabel.training.objectives import LossConfig, Objective
 from tokenlabel.training.optim import OptimConfig

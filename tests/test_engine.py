@@ -8,10 +8,10 @@ from safetensors.torch import load_file
 from test_train import CPU, nested_recipe, recipe_for, scenes, start, weights_of  # noqa: F401  (scenes is a fixture)
 from training_ranks import train_together
 
+from tokenlabel.classification.task import build, train
 from tokenlabel.runtime.configuration import ConfigError
 from tokenlabel.runtime.distributed import Ranks
 from tokenlabel.runtime.runlog import Stopwatch, read_metrics
-from tokenlabel.train import build, train
 from tokenlabel.training.checkpoint import list_checkpoints, load_model
 from tokenlabel.training.engine import prepare, train_step
 from tokenlabel.training.progress import DivergedError

@@ -35,7 +35,7 @@ def test_an_unknown_name_is_an_attribute_error():
         ("import tokenlabel", ["torch", "timm", "matplotlib", "numpy"]),
         ("from tokenlabel import LabelStore, ScoreMap", ["torch", "timm", "matplotlib"]),
         ("import tokenlabel.cli", ["torch", "timm", "matplotlib", "jsonargparse"]),
-        ("import tokenlabel.train", ["matplotlib"]),
+        ("import tokenlabel.classification.task", ["matplotlib"]),
     ],
 )
 def test_an_import_takes_nothing_heavy_with_it(statement, unwanted):

@@ -13,6 +13,7 @@ from jsonargparse import ArgumentParser
 from PIL import Image
 from safetensors.torch import save_file
 
+from tokenlabel.classification.task import build, draw_plan, train
 from tokenlabel.data.scenes import write_scenes
 from tokenlabel.labels.published import ImportConfig, import_labels
 from tokenlabel.labels.store import LabelStoreWriter, Manifest
@@ -24,7 +25,6 @@ from tokenlabel.runtime.configuration import ConfigError, config_from_dict
 from tokenlabel.runtime.distributed import Ranks
 from tokenlabel.runtime.runlog import Stopwatch, read_metrics
 from tokenlabel.teachers.annotation import AnnotateConfig, annotate
-from tokenlabel.train import build, draw_plan, train
 from tokenlabel.training.checkpoint import load_checkpoint
 from tokenlabel.training.engine import prepare, train_step
 from tokenlabel.training.recipe import (

@@ -8,11 +8,11 @@ import torch
 from PIL import Image
 from test_train import nested_recipe, write_labels
 
+from tokenlabel.classification.rehearsal import PICTURE_NAME, TRACE_NAME, dry_run, overfit, profile
+from tokenlabel.classification.task import build
 from tokenlabel.cli import main
 from tokenlabel.data.scenes import write_scenes
-from tokenlabel.rehearsal import PICTURE_NAME, TRACE_NAME, dry_run, overfit, profile
 from tokenlabel.runtime.configuration import ConfigError, config_from_dict, write_config
-from tokenlabel.train import build
 from tokenlabel.training.recipe import Recipe
 
 CPU = torch.device("cpu")

@@ -6,11 +6,11 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_train import nested_recipe, write_labels
 
+from tokenlabel.classification.task import train
 from tokenlabel.data.scenes import write_scenes
 from tokenlabel.runtime.configuration import config_from_dict
 from tokenlabel.runtime.runlog import RunLog, read_metrics
 from tokenlabel.runtime.trackers import TensorBoard, TrackerError
-from tokenlabel.train import train
 from tokenlabel.training.recipe import Recipe
 
 

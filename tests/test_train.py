@@ -17,6 +17,7 @@ from golden_values import GOLDEN
 from PIL import Image
 from safetensors.torch import load_file
 
+from tokenlabel.classification.task import build, train
 from tokenlabel.data.scenes import write_scenes
 from tokenlabel.data.tars import TarImages
 from tokenlabel.labels.store import LabelStore, LabelStoreWriter, Manifest
@@ -24,7 +25,6 @@ from tokenlabel.method.scores import from_mask
 from tokenlabel.runtime.configuration import ConfigError, config_from_dict
 from tokenlabel.runtime.distributed import Ranks
 from tokenlabel.runtime.runlog import Stopwatch, read_metrics
-from tokenlabel.train import build, train
 from tokenlabel.training.checkpoint import list_checkpoints, load_model
 from tokenlabel.training.engine import prepare, train_step
 from tokenlabel.training.progress import DivergedError
@@ -228,7 +228,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_is_not_saved(scenes, tmp_
 def kill_until_done(recipe, run, *, kills, rng):
     """Kill a run at random moments after its first new line of metrics, then let it end; return how many hit."""
     processes = multiprocessing.get_context("forkserver")  # imports once, then starts processes at once
-    processes.set_forkserver_preload(["tokenlabel.train"])
+    processes.set_forkserver_preload(["tokenlabel.classification.task"])
     for hits in range(kills + 1):
         process = processes.Process(target=train, args=(recipe, run), kwargs={"device": CPU})
         seen = len(read_metrics(run))

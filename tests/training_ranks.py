@@ -8,9 +8,9 @@ import threading
 
 import torch
 
+from tokenlabel.classification.task import build
 from tokenlabel.runtime.distributed import joined_ranks
 from tokenlabel.runtime.interruption import Interrupted
-from tokenlabel.train import build
 from tokenlabel.training.engine import run_task
 
 CPU = torch.device("cpu")
@@ -25,7 +25,7 @@ def train_together(recipes, *, stopped=()):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tokenlabel.train"])
+    context.set_forkserver_preload(["tokenlabel.classification.task"])
     answers = context.SimpleQueue()
     ranks = [
         context.Process(target=_train_rank, args=(rank, port, recipes, stopped, answers)) for rank in (0, 1)

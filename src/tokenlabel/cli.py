@@ -94,11 +94,11 @@ def train(arguments: list[str]) -> int:
         "train", "Train a model by a recipe. The same command continues a run that was stopped."
     )
 
+    from tokenlabel.classification.task import train as train_by_recipe
     from tokenlabel.runtime.configuration import config_of
     from tokenlabel.runtime.distributed import launched_ranks
     from tokenlabel.runtime.interruption import Interrupted
     from tokenlabel.runtime.trackers import TensorBoard
-    from tokenlabel.train import train as train_by_recipe
     from tokenlabel.training.recipe import Recipe, add_recipe_arguments, find_recipe
 
     parser.add_argument(
@@ -141,7 +141,7 @@ def _add_rehearsals(parser: ArgumentParser) -> None:
 
 
 def _rehearse(recipe: Recipe, options: Namespace, device: torch.device) -> int:
-    from tokenlabel.rehearsal import dry_run, overfit, profile
+    from tokenlabel.classification.rehearsal import dry_run, overfit, profile
     from tokenlabel.runtime.distributed import launched_ranks
 
     if options.overfit is not None:

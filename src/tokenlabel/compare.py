@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import yaml
 
+from tokenlabel.classification.task import build
 from tokenlabel.comparison import (
     PLAN_FILE,
     Comparison,
@@ -43,7 +44,6 @@ from tokenlabel.measures import COST_FILE, MEASURES_FILE, measure_run
 from tokenlabel.results_page import write_results
 from tokenlabel.runtime.arguments import add_device, device_of, new_parser, parse
 from tokenlabel.runtime.distributed import Ranks, joined_ranks, launched_ranks
-from tokenlabel.train import build
 from tokenlabel.training.checkpoint import list_checkpoints
 from tokenlabel.training.engine import run_task
 

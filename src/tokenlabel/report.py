@@ -13,6 +13,7 @@ import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from tokenlabel.classification.task import build, draw_plan
 from tokenlabel.contrast import contrast_sections
 from tokenlabel.data.batches import Batch, collate, decode_image, normalize_images
 from tokenlabel.drawing.charts import Points, curve_chart
@@ -24,7 +25,6 @@ from tokenlabel.method.targets import TokenTargets
 from tokenlabel.runtime.configuration import read_config
 from tokenlabel.runtime.runlog import read_metrics
 from tokenlabel.segmentation.report import is_segmentation_run, segmentation_sections
-from tokenlabel.train import build, draw_plan
 from tokenlabel.training.checkpoint import CheckpointError, TrainedModel, load_model
 from tokenlabel.training.engine import Part
 from tokenlabel.training.objectives import Objective

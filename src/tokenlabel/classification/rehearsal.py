@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch.profiler import ProfilerActivity
 
+from tokenlabel.classification.task import ClassifierTask, build
 from tokenlabel.data.augment import EvalTransform
 from tokenlabel.data.batches import Batch, ImageSubset, TokenLabelDataset, collate, normalize_images
 from tokenlabel.data.erasing import ErasingConfig
@@ -21,7 +22,6 @@ from tokenlabel.drawing.pictures import enlarged, with_cells
 from tokenlabel.runtime.configuration import ConfigError
 from tokenlabel.runtime.distributed import joined_ranks
 from tokenlabel.runtime.runlog import Stopwatch
-from tokenlabel.train import ClassifierTask, build
 from tokenlabel.training.engine import Training, prepare, train_step
 from tokenlabel.training.progress import peak_memory_bytes
 from tokenlabel.training.recipe import MixConfig, Recipe
