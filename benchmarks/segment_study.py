@@ -17,9 +17,9 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from tokenlabel.comparison.spread import paired, spread_of
 from tokenlabel.data.scenes import write_scenes
 from tokenlabel.runtime.runlog import read_metrics
-from tokenlabel.spread import paired, spread_of
 
 STARTS = {"scratch": "random weights", "class": "class labels only", "token": "token labels"}
 HEADS = {

@@ -8,9 +8,10 @@ import pytest
 import torch
 import yaml
 
-from tokenlabel import comparison
-from tokenlabel.compare import jobs_of, main, run_all, run_job, steps_needed
-from tokenlabel.comparison import (
+from tokenlabel.comparison import tables
+from tokenlabel.comparison.jobs import jobs_of, main, run_all, run_job, steps_needed
+from tokenlabel.comparison.measures import METRICS
+from tokenlabel.comparison.tables import (
     Comparison,
     Job,
     TableError,
@@ -21,7 +22,6 @@ from tokenlabel.comparison import (
     recipe_of,
     table_names,
 )
-from tokenlabel.measures import METRICS
 from tokenlabel.training.recipe import find_recipe
 
 CPU = torch.device("cpu")
@@ -143,7 +143,7 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(tiny, tmp_path, capsys):
     assert "depht" in error
 
 
-@pytest.mark.parametrize("testbed_name", comparison.testbed_names())
+@pytest.mark.parametrize("testbed_name", tables.testbed_names())
 def test_every_row_of_the_package_is_a_recipe_on_every_testbed(testbed_name):
     """Each run once; ImageNet has no masks, and labels in one encoding."""
     testbed = read_testbed(testbed_name)

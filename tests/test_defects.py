@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from label_cases import dense_map, draw_box, draw_score_map
 
+from tokenlabel.comparison.defects import DEFECTS, nearest, shifted, stretched, swapped
 from tokenlabel.data.batches import Sample
-from tokenlabel.defects import DEFECTS, nearest, shifted, stretched, swapped
 from tokenlabel.method.alignment import align, collate_score_maps
 from tokenlabel.method.geometry import Box, View, stack_views
 

@@ -5,9 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from tokenlabel.comparison import Row, Table
+from tokenlabel.comparison.results import (
+    as_json,
+    as_markdown,
+    found_in,
+    interval_panels,
+    learning_curves,
+    summary,
+)
+from tokenlabel.comparison.tables import Row, Table
 from tokenlabel.drawing.charts import as_svg, curve_chart, interval_chart
-from tokenlabel.results import as_json, as_markdown, found_in, interval_panels, learning_curves, summary
 
 TABLE = Table(
     name="made_up",

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokenlabel.spread import paired, spread_of, student_t
+from tokenlabel.comparison.spread import paired, spread_of, student_t
 
 
 @pytest.mark.parametrize(

@@ -364,7 +364,7 @@ def evaluate(arguments: list[str]) -> int:
 
 def compare(arguments: list[str]) -> int:
     """Train and measure the rows of tables, and set them side by side."""
-    from tokenlabel.compare import main as compare_tables
+    from tokenlabel.comparison.jobs import main as compare_tables
 
     return compare_tables(arguments)
 

@@ -9,7 +9,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from tokenlabel.spread import Spread
+from tokenlabel.comparison.spread import Spread
 
 Points = Sequence[tuple[float, float]]
 

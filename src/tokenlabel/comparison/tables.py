@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from tokenlabel.defects import DEFECTS
+from tokenlabel.comparison.defects import DEFECTS
 from tokenlabel.runtime.configuration import config_from_dict
 from tokenlabel.training.recipe import Recipe, find_recipe
 

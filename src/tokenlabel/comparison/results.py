@@ -9,10 +9,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from tokenlabel.comparison import Table
-from tokenlabel.measures import METRICS
+from tokenlabel.comparison.measures import METRICS
+from tokenlabel.comparison.spread import Spread, paired, spread_of
+from tokenlabel.comparison.tables import Table
 from tokenlabel.runtime.runlog import read_metrics
-from tokenlabel.spread import Spread, paired, spread_of
 
 # A claim needs so many seeds.
 SEEDS_OF_A_CLAIM = 5

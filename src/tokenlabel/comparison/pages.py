@@ -10,9 +10,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from tokenlabel.comparison import Comparison, Table
-from tokenlabel.measures import MEASURES_FILE
-from tokenlabel.results import (
+from tokenlabel.comparison.measures import MEASURES_FILE
+from tokenlabel.comparison.results import (
     Found,
     as_markdown,
     found_in,
@@ -21,6 +20,7 @@ from tokenlabel.results import (
     summary,
     write_json,
 )
+from tokenlabel.comparison.tables import Comparison, Table
 
 NOTES_FILE = "NOTES.md"
 

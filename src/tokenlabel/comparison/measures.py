@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
+from tokenlabel.comparison.defects import DefectiveDataset
 from tokenlabel.data.augment import TrainTransform
 from tokenlabel.data.batches import Batch, ScoreMaps, TokenLabelDataset, collate
 from tokenlabel.data.sources import open_images
-from tokenlabel.defects import DefectiveDataset
 from tokenlabel.evaluation.evaluators import Accuracy, Calibration, TokenTruth
 from tokenlabel.evaluation.observation import MaskFolder, agreement, evaluation_set, observe
 from tokenlabel.evaluation.probe import probe_figures

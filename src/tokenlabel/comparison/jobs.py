@@ -24,7 +24,10 @@ import torch
 import yaml
 
 from tokenlabel.classification.task import build
-from tokenlabel.comparison import (
+from tokenlabel.comparison.defects import DefectiveDataset
+from tokenlabel.comparison.measures import COST_FILE, MEASURES_FILE, measure_run
+from tokenlabel.comparison.pages import write_results
+from tokenlabel.comparison.tables import (
     PLAN_FILE,
     Comparison,
     Job,
@@ -39,9 +42,6 @@ from tokenlabel.comparison import (
     testbed_names,
 )
 from tokenlabel.data.scenes import write_scenes
-from tokenlabel.defects import DefectiveDataset
-from tokenlabel.measures import COST_FILE, MEASURES_FILE, measure_run
-from tokenlabel.results_page import write_results
 from tokenlabel.runtime.arguments import add_device, device_of, new_parser, parse
 from tokenlabel.runtime.distributed import Ranks, joined_ranks, launched_ranks
 from tokenlabel.training.checkpoint import list_checkpoints
