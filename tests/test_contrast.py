@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokenlabel.cli import main
-from tokenlabel.contrast import class_accuracies, contrast_sections
 from tokenlabel.data.scenes import write_scenes
-from tokenlabel.report import read_run, write_report
+from tokenlabel.report.contrast import class_accuracies, contrast_sections
+from tokenlabel.report.runs import read_run, write_report
 
 
 @pytest.fixture(scope="module")

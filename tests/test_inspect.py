@@ -10,7 +10,6 @@ import pytest
 from PIL import Image
 
 from tokenlabel.data.images import ImageFolder
-from tokenlabel.label_page import write_pictures
 from tokenlabel.labels.encoding import Encoding
 from tokenlabel.labels.inspection import (
     InspectConfig,
@@ -23,6 +22,7 @@ from tokenlabel.labels.inspection import (
 from tokenlabel.labels.store import Failure, LabelStore, LabelStoreWriter, Manifest, StoreError
 from tokenlabel.method.geometry import Box
 from tokenlabel.method.scores import Kind, from_mask, from_probabilities, from_top
+from tokenlabel.report.labels import write_pictures
 
 NAMES = ("ape", "bee", "cat", "dog")
 

@@ -256,7 +256,7 @@ def inspect(arguments: list[str]) -> int:
 
         figures["mask_agreement"] = mask_agreement(store, options.masks)
     if source and options.pictures:
-        from tokenlabel.label_page import write_pictures
+        from tokenlabel.report.labels import write_pictures
 
         write_pictures(store, source, options.pictures)
     write_json(options.output, figures)
@@ -376,7 +376,7 @@ def report(arguments: list[str]) -> int:
     parser.add_argument("--output", type=Path, default=Path("report.html"), help="the file to write")
     options = parse(parser, arguments)
 
-    from tokenlabel.report import write_report
+    from tokenlabel.report.runs import write_report
 
     write_report(options.runs, options.output)
     print(options.output)

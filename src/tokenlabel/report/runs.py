@@ -14,7 +14,6 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from tokenlabel.classification.task import build, draw_plan
-from tokenlabel.contrast import contrast_sections
 from tokenlabel.data.batches import Batch, collate, decode_image, normalize_images
 from tokenlabel.drawing.charts import Points, curve_chart
 from tokenlabel.drawing.page import gallery, section, settings_table, svg, table, write_page
@@ -22,9 +21,10 @@ from tokenlabel.drawing.pictures import enlarged, mask_picture, with_cells
 from tokenlabel.evaluation.observation import evaluation_set
 from tokenlabel.method.mixing import MixPlan, mix_images
 from tokenlabel.method.targets import TokenTargets
+from tokenlabel.report.contrast import contrast_sections
+from tokenlabel.report.segmentation import is_segmentation_run, segmentation_sections
 from tokenlabel.runtime.configuration import read_config
 from tokenlabel.runtime.runlog import read_metrics
-from tokenlabel.segmentation.report import is_segmentation_run, segmentation_sections
 from tokenlabel.training.checkpoint import CheckpointError, TrainedModel, load_model
 from tokenlabel.training.engine import Part
 from tokenlabel.training.objectives import Objective
