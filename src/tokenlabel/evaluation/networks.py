@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from tokenlabel.data.augment import Interpolation
 from tokenlabel.models import Inference, Outputs, TokenModel, create_model, load_published
-from tokenlabel.models.adapter import first_line
 from tokenlabel.models.lvvit import CONFIGS as LVVIT_CONFIGS
 from tokenlabel.models.t2t_vit import CONFIGS as T2T_VIT_CONFIGS
 from tokenlabel.models.weights import read_checkpoint, resize_all_positions
+from tokenlabel.runtime.errors import first_line
 from tokenlabel.training.checkpoint import list_checkpoints, load_model
 from tokenlabel.training.recipe import Recipe
 

@@ -34,8 +34,8 @@ from tokenlabel.labels.store import (
 )
 from tokenlabel.method.geometry import WHOLE_IMAGE, Box
 from tokenlabel.method.scores import Kind, ScoreError, ScoreMap, from_top
-from tokenlabel.models.adapter import first_line
 from tokenlabel.runtime.background import ahead, thread_pool
+from tokenlabel.runtime.errors import first_line
 
 # From here on float16 cannot tell neighbouring integers apart.
 FIRST_UNCERTAIN_ID = 2048

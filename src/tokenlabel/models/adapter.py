@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tokenlabel.method.mixing import MixPlan, mix_images
 from tokenlabel.method.outputs import Outputs, TokenModel, check_ascending
 from tokenlabel.models.trunk import Trunk
+from tokenlabel.runtime.errors import first_line
 
 # Where timm's classifiers keep a norm that they apply to pooled features. Tokens take it too, so that the
 # token head sees what the classifier sees.
@@ -322,8 +323,3 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
 def _rgb(values: Sequence[float]) -> tuple[float, float, float]:
     red, green, blue = values
     return red, green, blue
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's message, for a message of one line of our own."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

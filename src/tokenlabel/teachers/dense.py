@@ -16,7 +16,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tokenlabel.models import TokenModel
-from tokenlabel.models.adapter import REFUSALS, Features, Layout, classifier_features, first_line
+from tokenlabel.models.adapter import REFUSALS, Features, Layout, classifier_features
+from tokenlabel.runtime.errors import first_line
 
 
 class NoDenseMapError(ValueError):

@@ -21,10 +21,10 @@ from tokenlabel.data.augment import Interpolation
 from tokenlabel.data.batches import normalize_images
 from tokenlabel.evaluation.networks import file_overlay
 from tokenlabel.models import TimmAdapter, TokenModel, create_model
-from tokenlabel.models.adapter import first_line
 from tokenlabel.models.lvvit import CONFIGS as LVVIT_CONFIGS
 from tokenlabel.models.t2t_vit import CONFIGS as T2T_VIT_CONFIGS
 from tokenlabel.models.weights import load_published, read_checkpoint
+from tokenlabel.runtime.errors import first_line
 from tokenlabel.teachers.dense import ClassifierNetwork, DenseLogits, DenseNetwork, TokenNetwork
 from tokenlabel.teachers.sight import Sight
 from tokenlabel.training.checkpoint import list_checkpoints, load_model

@@ -1,0 +1,8 @@
+"""Errors of other libraries, in messages of our own."""
+
+from __future__ import annotations
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, for a message of one line of our own."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
