@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tokenlabel.comparison.intervals import interval_chart
 from tokenlabel.comparison.results import (
     as_json,
     as_markdown,
@@ -14,7 +15,7 @@ from tokenlabel.comparison.results import (
     summary,
 )
 from tokenlabel.comparison.tables import Row, Table
-from tokenlabel.drawing.charts import as_svg, curve_chart, interval_chart
+from tokenlabel.drawing.charts import as_svg, curve_chart
 
 TABLE = Table(
     name="made_up",

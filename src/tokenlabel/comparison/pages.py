@@ -72,7 +72,8 @@ def _charts(found: Found) -> dict[str, str]:
     panels = interval_panels(found, found.metrics()[:3])
     if not panels:
         return {}
-    from tokenlabel.drawing.charts import as_svg, curve_chart, interval_chart
+    from tokenlabel.comparison.intervals import interval_chart
+    from tokenlabel.drawing.charts import as_svg, curve_chart
 
     return {
         "": as_svg(interval_chart(panels)),
