@@ -16,7 +16,7 @@ import numpy as np
 import timm.data
 from numpy.typing import NDArray
 
-from tokenlabel.data.images import DataError, ImageError, ImageSource
+from tokenlabel.data.images import DataError, ImageSource
 from tokenlabel.data.sources import open_images
 
 NUM_IMAGENET_CLASSES = 1000
@@ -78,39 +78,6 @@ class RenumberedImages:
 
     def __len__(self) -> int:
         return len(self._source)
-
-
-class LabelledImages:
-    """Images below a folder, as a label file names them; they have any number of classes, so none of their own."""
-
-    def __init__(self, root: Path, keys: Sequence[str], class_names: Sequence[str]) -> None:
-        self.root, self._keys, self._class_names = root, list(keys), list(class_names)
-
-    @property
-    def keys(self) -> Sequence[str]:
-        """The path of each image below the folder."""
-        return self._keys
-
-    @property
-    def class_ids(self) -> NDArray[np.int64]:
-        """Zeros: `MultiLabel` has the classes."""
-        return np.zeros(len(self._keys), np.int64)
-
-    @property
-    def class_names(self) -> list[str]:
-        """The names of the model's classes."""
-        return self._class_names
-
-    def read(self, index: int) -> bytes:
-        """Return the encoded image. Raises ImageError if the file is gone or can't be read."""
-        path = self.root / self._keys[index]
-        try:
-            return path.read_bytes()
-        except OSError as error:
-            raise ImageError(f"{path}: cannot be read ({error.strerror})") from error
-
-    def __len__(self) -> int:
-        return len(self._keys)
 
 
 def read_folder(root: Path, class_names: Sequence[str], num_classes: int) -> EvaluationSet:

@@ -96,7 +96,44 @@ class Strings(Sequence[str]):
         return self._text[self._ends[index] : self._ends[index + 1]].decode("utf-8", "surrogateescape")
 
 
-class ImageFolder:
+class ImageFiles:
+    """Images that are files of their own. Keys are their paths, relative to `root` or absolute."""
+
+    def __init__(
+        self, root: Path, keys: Sequence[str], class_ids: NDArray[np.int64], class_names: Sequence[str]
+    ) -> None:
+        self.root = root
+        self._keys, self._class_ids, self._class_names = Strings(keys), class_ids, list(class_names)
+
+    @property
+    def keys(self) -> Sequence[str]:
+        """The path of each image."""
+        return self._keys
+
+    @property
+    def class_ids(self) -> NDArray[np.int64]:
+        """The class of each image; all 0 if they have none."""
+        return self._class_ids
+
+    @property
+    def class_names(self) -> list[str]:
+        """The name of each class; empty if there are none."""
+        return self._class_names
+
+    def read(self, index: int) -> bytes:
+        """Return the encoded image. Raises ImageError if the file is gone or can't be read."""
+        path = self.root / self._keys[index]
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            raise ImageError(f"{path}: cannot be read ({error.strerror})") from error
+
+    def __len__(self) -> int:
+        """Return how many images there are."""
+        return len(self._keys)
+
+
+class ImageFolder(ImageFiles):
     """A folder with one folder a class (the ordinary layout of ImageNet), images at any depth below it.
 
     Keys are whole paths relative to the root, with "/" and the extension, sorted by class, then by path.
@@ -106,56 +143,29 @@ class ImageFolder:
     """
 
     def __init__(self, root: str | Path) -> None:
-        self.root = Path(root)
-        if not self.root.is_dir():
-            raise DataError(f"{self.root}: no such folder of images")
-        with os.scandir(self.root) as entries:
+        root = Path(root)
+        if not root.is_dir():
+            raise DataError(f"{root}: no such folder of images")
+        with os.scandir(root) as entries:
             visible = [entry for entry in entries if not entry.name.startswith(".")]
-        self._class_names = sorted(entry.name for entry in visible if entry.is_dir())
+        class_names = sorted(entry.name for entry in visible if entry.is_dir())
         stray = sorted(entry.name for entry in visible if entry.is_file() and _is_image(entry.name))
         if stray:
             raise DataError(
-                f"{self.root}: {_count(stray, 'image')} outside of any class folder; "
+                f"{root}: {_count(stray, 'image')} outside of any class folder; "
                 "put each into a folder named after its class"
             )
-        if not self._class_names:
-            raise DataError(f"{self.root}: expected one folder a class with images in it, found no folder")
-        of_class = [sorted(_image_paths(self.root, name)) for name in self._class_names]
-        empty = [name for name, paths in zip(self._class_names, of_class, strict=True) if not paths]
+        if not class_names:
+            raise DataError(f"{root}: expected one folder a class with images in it, found no folder")
+        of_class = [sorted(_image_paths(root, name)) for name in class_names]
+        empty = [name for name, paths in zip(class_names, of_class, strict=True) if not paths]
         if empty:
             raise DataError(
-                f"{self.root}: {_count(empty, 'class folder')} without images "
+                f"{root}: {_count(empty, 'class folder')} without images "
                 f"({', '.join(EXTENSIONS)}); fill or remove them"
             )
-        self._keys = Strings([path for paths in of_class for path in paths])
-        self._class_ids = np.repeat(np.arange(len(of_class)), [len(paths) for paths in of_class])
-
-    @property
-    def keys(self) -> Sequence[str]:
-        """The path of each image, relative to the root."""
-        return self._keys
-
-    @property
-    def class_ids(self) -> NDArray[np.int64]:
-        """The class of each image."""
-        return self._class_ids
-
-    @property
-    def class_names(self) -> list[str]:
-        """The names of the class folders."""
-        return self._class_names
-
-    def read(self, index: int) -> bytes:
-        """Return the encoded image. Raises ImageError if the file is gone or can't be read."""
-        key = self._keys[index]
-        try:
-            return (self.root / key).read_bytes()
-        except OSError as error:
-            raise ImageError(f"{self.root / key}: cannot be read ({error.strerror})") from error
-
-    def __len__(self) -> int:
-        """Return how many images there are."""
-        return len(self._keys)
+        class_ids = np.repeat(np.arange(len(of_class)), [len(paths) for paths in of_class])
+        super().__init__(root, [path for paths in of_class for path in paths], class_ids, class_names)
 
 
 class ImageSubset:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tokenlabel.data.images import (
     EXTENSIONS,
     DataError,
-    ImageError,
+    ImageFiles,
     ImageFolder,
     ImageSource,
-    Strings,
     named_classes,
 )
 from tokenlabel.data.tars import INDEX_NAME, TarImages, read_index
@@ -39,7 +37,7 @@ def open_images(path: str | Path) -> ImageSource:
     return ImageFolder(path)
 
 
-class ListedImages:
+class ListedImages(ImageFiles):
     """Images that a text file lists, one a line: a path, and its class behind a tab, comma or space.
 
     Paths are relative to the list's folder (or absolute) and are the keys, as they are written. Classes are
@@ -48,7 +46,6 @@ class ListedImages:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
         entries = list(_entries(path))
         keys = [key for key, _ in entries]
         if not entries:
@@ -56,40 +53,11 @@ class ListedImages:
         if len(set(keys)) < len(keys):
             twice = next(key for place, key in enumerate(keys) if key in set(keys[:place]))
             raise DataError(f"{path}: {twice} is listed twice")
-        self._keys = Strings(keys)
         named = [name for _, name in entries if name is not None]
         if named and len(named) < len(entries):
             raise DataError(f"{path}: {len(entries) - len(named):,} of {len(entries):,} images have no class")
-        self._class_names, self._class_ids = (
-            named_classes(named) if named else ([], np.zeros(len(keys), np.int64))
-        )
-
-    @property
-    def keys(self) -> Sequence[str]:
-        """The path of each image, as it is listed."""
-        return self._keys
-
-    @property
-    def class_ids(self) -> NDArray[np.int64]:
-        """The class of each image; all 0 if there are none."""
-        return self._class_ids
-
-    @property
-    def class_names(self) -> list[str]:
-        """The name of each class; empty if the list has none."""
-        return self._class_names
-
-    def read(self, index: int) -> bytes:
-        """Return the encoded image. Raises ImageError if the file is gone or can't be read."""
-        path = self.path.parent / self._keys[index]
-        try:
-            return path.read_bytes()
-        except OSError as error:
-            raise ImageError(f"{path}: cannot be read ({error.strerror})") from error
-
-    def __len__(self) -> int:
-        """Return how many images there are."""
-        return len(self._keys)
+        class_names, class_ids = named_classes(named) if named else ([], np.zeros(len(keys), np.int64))
+        super().__init__(path.parent, keys, class_ids, class_names)
 
 
 def _entries(path: Path) -> Iterator[tuple[str, str | None]]:

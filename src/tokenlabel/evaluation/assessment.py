@@ -8,6 +8,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from tokenlabel.data.augment import EvalTransform
@@ -23,12 +24,12 @@ from tokenlabel.data.batches import (
 from tokenlabel.data.imagenet import (
     SETS,
     EvaluationSet,
-    LabelledImages,
     corruption_figures,
     corruption_folders,
     read_multi_labels,
     read_real_labels,
 )
+from tokenlabel.data.images import ImageFiles
 from tokenlabel.evaluation.evaluators import (
     Accuracy,
     Calibration,
@@ -114,7 +115,8 @@ class _Assessment:
         names, options = self._class_names(), self.options
         if options.multi_labels is not None:
             of_image = read_multi_labels(options.multi_labels, names)
-            source = LabelledImages(self._folder(), [*of_image], names)
+            none = np.zeros(len(of_image), np.int64)  # `MultiLabel` has the classes, any number an image
+            source = ImageFiles(self._folder(), [*of_image], none, names)
             return self._pass(EvaluationSet(source), {head: [MultiLabel(of_image)] for head in self.heads})
         images = SETS[options.set](self._folder(), self.network.class_names, self.network.num_classes)
         check_images(images.source)
