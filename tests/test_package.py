@@ -1,8 +1,11 @@
 """What importing the package costs, and that its public names are there."""
 
+import ast
 import importlib
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +13,25 @@ import pytest
 import tokenlabel
 from tokenlabel.labels.store import LabelStoreWriter, Manifest
 from tokenlabel.method.scores import from_mask
+
+# The rooms of the package from the ground up, and which of those below them each may import (docs/architecture.md).
+ROOMS = {
+    "runtime": "",
+    "method": "",
+    "drawing": "runtime",
+    "data": "method",
+    "models": "runtime method",
+    "labels": "runtime method data",
+    "training": "runtime method data models",
+    "evaluation": "runtime method data models labels training",
+    "teachers": "runtime method data models labels training evaluation",
+    "classification": "runtime method drawing data models labels training evaluation teachers",
+    "segmentation": "runtime drawing data models training",
+    "comparison": "runtime method drawing data models labels training evaluation classification",
+    "report": "runtime method drawing data labels training evaluation teachers classification segmentation",
+}
+ON_TOP = {"__init__", "__main__", "cli", "demo"}
+SOURCES = Path(tokenlabel.__file__).parent
 
 
 @pytest.mark.parametrize("name", tokenlabel.__all__)
@@ -53,3 +75,67 @@ def test_a_label_store_is_inspected_without_torch(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "set()"
+
+
+def test_rooms_import_only_the_rooms_below_them():
+    assert misplaced(SOURCES, ROOMS) == []
+
+
+def test_the_page_lists_no_room_before_one_that_it_imports():
+    rooms = list(ROOMS)
+    assert all(rooms.index(below) < rooms.index(room) for room in rooms for below in ROOMS[room].split())
+
+
+def test_every_module_is_in_a_room_or_on_top():
+    assert {path.stem for path in SOURCES.glob("*.py")} == ON_TOP
+    assert {path.parent.name for path in SOURCES.glob("*/*.py")} == ROOMS.keys()
+
+
+def test_no_room_hides_a_public_name():
+    assert ROOMS.keys().isdisjoint(tokenlabel.__all__)
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "from tokenlabel.upper.windows import open_window",
+        "from tokenlabel.upper import windows",
+        "from tokenlabel import upper",
+        "import tokenlabel.upper.windows",
+        "def late():\n    from tokenlabel.upper import windows",
+        "from tokenlabel.cli import main",
+        "from tokenlabel import cli",
+        "from tokenlabel import ScoreMap",
+        "from ..upper import windows",
+    ],
+)
+def test_an_import_of_a_room_above_is_found(tmp_path, statement):
+    (tmp_path / "lower").mkdir()
+    (tmp_path / "lower" / "stones.py").write_text(
+        f"import json\nfrom tokenlabel.lower import sand\n{statement}\n"
+    )
+    assert len(misplaced(tmp_path, {"lower": "", "upper": "lower"})) == 1
+
+
+def misplaced(sources: Path, rooms: Mapping[str, str]) -> list[str]:
+    """Return each import, wherever in a file of a room, of another room than its own and those it may import."""
+    return [
+        f"{path.relative_to(sources)} imports {found}"
+        for room, below in rooms.items()
+        for path in sorted((sources / room).rglob("*.py"))
+        for found in imports(path)
+        if found not in {room, *below.split()}
+    ]
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Yield the rooms (or modules on top) of tokenlabel that a file imports; relative imports as they stand."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            yield "." * node.level + (node.module or "")
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        yield from (name.split(".")[1] for name in names if name.startswith("tokenlabel."))
