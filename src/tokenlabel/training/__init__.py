@@ -1,1 +1,1 @@
-"""A training run, whatever it trains: its recipe, objective, optimizer, engine and checkpoints."""
+"""A training run, whatever it trains: its recipe, objective, optimizer, engine, checkpoints and export."""
