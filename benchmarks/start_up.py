@@ -61,7 +61,7 @@ def _train_one_step(folder: Path, settings: Settings) -> None:
 
 
 def _write_labels(folder: Path) -> None:
-    records = [pack(score_map, Encoding.LZMA) for score_map in synthetic_maps(20)]
+    records = [pack(score_map, Encoding.COMPACT) for score_map in synthetic_maps(20)]
     with LabelStoreWriter(folder, Manifest(num_classes=NUM_CLASSES, topk=TOPK)) as writer:
         for i in range(NUM_LABELS):
             writer.add_record(f"n{i % 1000:08d}/n{i % 1000:08d}_{i}.JPEG", records[i % len(records)])
@@ -71,7 +71,7 @@ def _write_embedded(folder: Path, num_scenes: int) -> None:
     """Write the embedded data set, and labels for it."""
     write_scenes(folder / "scenes", num_train=num_scenes, num_val=10, seed=0)
     source, rng = open_images(folder / "scenes" / "train"), np.random.default_rng(0)
-    records = [pack(draw_score_map(rng, 10, num_named=10), Encoding.LZMA) for _ in range(10)]
+    records = [pack(draw_score_map(rng, 10, num_named=10), Encoding.COMPACT) for _ in range(10)]
     with LabelStoreWriter(folder / "scene-labels", Manifest(num_classes=10, topk=TOPK)) as writer:
         for i, key in enumerate(source.keys):
             writer.add_record(key, records[i % len(records)])

@@ -86,7 +86,7 @@ def _encoding_rows(encoding: Encoding, maps: list[ScoreMap]) -> list[Row]:
         bytes_each = LabelStore(folder).num_bytes() / len(maps)
     aim = (
         f"at most {PUBLISHED_BYTES / 5:.0f} (a fifth of {PUBLISHED_BYTES})"
-        if encoding is Encoding.LZMA
+        if encoding is Encoding.COMPACT
         else ""
     )
     return [

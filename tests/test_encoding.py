@@ -20,8 +20,8 @@ from tokenlabel.labels.encoding import (
 from tokenlabel.method.geometry import Box
 from tokenlabel.method.scores import Kind, ScoreMap, from_mask, from_probabilities, from_top
 
-STEPS = {Encoding.RAW: RAW_STEPS, Encoding.LZMA: PLANE_STEPS, Encoding.ZSTD: PLANE_STEPS}
-PLANES = [Encoding.LZMA, Encoding.ZSTD]
+STEPS = {Encoding.RAW: RAW_STEPS, Encoding.COMPACT: PLANE_STEPS, Encoding.ZSTD: PLANE_STEPS}
+PLANES = [Encoding.COMPACT, Encoding.ZSTD]
 EVERY = list(Encoding)
 
 
@@ -147,7 +147,7 @@ def test_maps_whose_planes_would_be_huge_are_written_raw():
     class_ids = np.arange(num_classes).reshape(side, side, 1)
     scattered = from_top(class_ids, np.full((side, side, 1), 0.5), num_classes=num_classes)
     assert num_classes * side * side > MAX_PLANE_BYTES
-    assert pack(scattered, Encoding.LZMA) == pack(scattered, Encoding.RAW)
+    assert pack(scattered, Encoding.COMPACT) == pack(scattered, Encoding.RAW)
 
 
 @settings(max_examples=50, deadline=None)

@@ -311,7 +311,7 @@ def read_or_none(store: LabelStore, key: str) -> ScoreMap | None:
         return None
 
 
-@pytest.mark.parametrize("encoding", [Encoding.RAW, Encoding.LZMA])
+@pytest.mark.parametrize("encoding", [Encoding.RAW, Encoding.COMPACT])
 def test_a_mutated_shard_gives_the_right_maps_or_a_clear_error(memory_path, encoding):
     folder = memory_path / "labels"
     originals = {key_of(i): a_map(i) for i in range(3)}
@@ -359,7 +359,7 @@ def forged(data: bytes, rng: random.Random) -> bytes:
     return struct.pack("<Q", len(text)) + text + index + keys + payload
 
 
-@pytest.mark.parametrize("encoding", [Encoding.RAW, Encoding.LZMA])
+@pytest.mark.parametrize("encoding", [Encoding.RAW, Encoding.COMPACT])
 def test_a_forged_shard_gives_maps_within_bounds_or_a_clear_error(memory_path, encoding):
     """What has right checksums may say anything, but not lead outside of its classes and cells."""
     folder = memory_path / "labels"
@@ -484,6 +484,6 @@ def test_stores_are_merged_into_one(tmp_path):
     assert merged.manifest.failures == (Failure("x", "broken"),)
     again = merge_stores([tmp_path / "a", tmp_path / "b"], tmp_path / "c")
     assert len(again.shards) == 1
-    compact = merge_stores([tmp_path / "c"], tmp_path / "d", encoding=Encoding.LZMA)
-    assert compact.manifest.encoding is Encoding.LZMA
+    compact = merge_stores([tmp_path / "c"], tmp_path / "d", encoding=Encoding.COMPACT)
+    assert compact.manifest.encoding is Encoding.COMPACT
     assert all(np.abs(compact[key].dense() - merged[key].dense()).max() < 1 / 500 for key in merged.keys())  # noqa: SIM118

@@ -1,23 +1,23 @@
-"""The bytes of one score map: pure functions from a map to a record and back. NumPy only.
+"""The bytes of one score map: pure functions from a map to a record and back. NumPy and zstandard only.
 
-A record is a head and a body. `Encoding.RAW` keeps the cells as they are, for speed; `Encoding.LZMA` and
-`Encoding.ZSTD` keep one plane of bytes per class, which is mostly zeros and smooth elsewhere, and compress
-it. docs/labels.md describes every byte.
+A record is a head and a body. `Encoding.RAW` keeps the entries as they are; `Encoding.COMPACT` orders them so
+that zstd finds what repeats: neighbouring cells keep the same classes, and one class's probabilities change
+little from cell to cell. docs/labels.md describes every byte.
 
-Probabilities are stored as whole steps of 1/32768 (raw) or 1/510 (planes), so no probability is off by as
+Probabilities are stored as whole steps of 1/32768 (raw) or 1/510 (compact), so no probability is off by as
 much as one step. A cell's kept mass is rounded to the nearest step first and shared by largest remainder, so
 entries never add up to another mass, and a cell that was certain stays certain.
 """
 
 from __future__ import annotations
 
-import lzma
 import struct
+import threading
 from enum import StrEnum
-from types import ModuleType
 from typing import Any
 
 import numpy as np
+import zstandard
 from numpy.typing import NDArray
 
 from tokenlabel.method.geometry import WHOLE_IMAGE, Box
@@ -28,8 +28,7 @@ class Encoding(StrEnum):
     """How the score maps of a store are written. Every record says for itself how it was."""
 
     RAW = "raw"
-    LZMA = "lzma"
-    ZSTD = "zstd"
+    COMPACT = "compact"
 
 
 class EncodingError(ValueError):
@@ -39,51 +38,45 @@ class EncodingError(ValueError):
 # Encoding and flags, H and W, two bytes of 0, K, U; little endian, like everything here.
 _HEAD = struct.Struct("<BBHHxxII")
 _REGION = struct.Struct("<4d")
-_BODY_BYTES = struct.Struct("<I")
 _HAS_REGION, _IS_LOGITS = 1, 2
-_NUMBERS = {Encoding.RAW: 0, Encoding.LZMA: 1, Encoding.ZSTD: 2}
-_FROM_NUMBER = {number: encoding for encoding, number in _NUMBERS.items()}
+_NUMBERS = {Encoding.RAW: 0, Encoding.COMPACT: 1}
 
 RAW_STEPS = 32768
-PLANE_STEPS = 510  # two bytes' worth: an entry of 255 steps or more continues in a second byte
-# A map whose planes would take more than this is stored raw, and no reader unpacks more than twice as much.
-MAX_PLANE_BYTES = 1 << 22
+COMPACT_STEPS = 510
+_LOW_BITS = 3
+# A map whose compact body would be larger is stored raw, and no reader unpacks more.
+MAX_BODY_BYTES = 1 << 22
 _UINT8, _UINT16, _UINT32 = np.dtype("<u1"), np.dtype("<u2"), np.dtype("<u4")
 _INT32, _FLOAT16 = np.dtype("<i4"), np.dtype("<f2")
-# The match finder is the writer's business; the rest has to be known to read.
-_LZMA_FILTERS = [
-    {"id": lzma.FILTER_LZMA1, "preset": 6, "mf": lzma.MF_HC4, "lc": 3, "lp": 0, "pb": 0, "dict_size": 1 << 16}
-]
-_ZSTD_LEVEL = 12  # 19 is 3% smaller and takes seven times as long to write
+_ZSTD_LEVEL = 19  # 12 writes in half the time, and 4% more
 _RAW_SCALE = np.float32(1 / RAW_STEPS)
 
 
 def pack(score_map: ScoreMap, encoding: Encoding) -> bytes:
     """Return the record of a score map.
 
-    Planes hold probabilities only and drop entries that round to nothing; a map of logits (kept as float16)
-    and a map of so many classes that its planes would pass MAX_PLANE_BYTES are written raw whatever
-    `encoding` says. Raises EncodingError for maps of more than 65,535 rows or columns, and for logits beyond
-    float16.
+    Compact records hold probabilities only and drop entries that round to nothing; a map of logits (kept as
+    float16) and a map whose body would pass MAX_BODY_BYTES are written raw whatever `encoding` says. Raises
+    EncodingError for maps of more than 65,535 rows or columns, and for logits beyond float16.
     """
     height, width, _ = score_map.codes.shape
     if max(height, width) > 0xFFFF:
         raise EncodingError(f"a record holds at most 65535 rows and columns, this map has {height} x {width}")
-    num_plane_bytes = len(score_map.palette) * (height * width + 4)
-    if encoding is Encoding.RAW or score_map.kind is Kind.LOGITS or num_plane_bytes > MAX_PLANE_BYTES:
-        head = _head(score_map, Encoding.RAW, num_classes_named=len(score_map.palette))
-        return head + _raw_body(score_map)
-    palette, planes = _planes(score_map)
-    body = _plane_body(palette, planes)
-    head = _head(score_map, encoding, num_classes_named=len(palette))
-    return head + _BODY_BYTES.pack(len(body)) + _compress(body, encoding)
+    if encoding is Encoding.COMPACT and score_map.kind is Kind.PROBABILITIES:
+        palette, codes, steps = _kept_entries(score_map)
+        repeating, noise = _compact_body(palette, codes, steps)
+        if len(repeating) + len(noise) <= MAX_BODY_BYTES:
+            head = _head(score_map, Encoding.COMPACT, topk=codes.shape[1], num_named=len(palette))
+            return head + _compress(repeating, noise)
+    topk, num_named = score_map.codes.shape[2], len(score_map.palette)
+    return _head(score_map, Encoding.RAW, topk=topk, num_named=num_named) + _raw_body(score_map)
 
 
 def unpack(record: bytes, *, num_classes: int) -> ScoreMap:
     """Return the score map of a record; raw ones share the record's memory.
 
     Raises EncodingError for anything that is not a record of a map over `num_classes` classes, before it
-    takes more memory than the record itself and a few times MAX_PLANE_BYTES.
+    takes more memory than a few times the record itself and 16 times MAX_BODY_BYTES.
     """
     if len(record) < _HEAD.size:
         raise EncodingError(f"a record has at least {_HEAD.size} bytes, this one {len(record)}")
@@ -100,11 +93,14 @@ def unpack(record: bytes, *, num_classes: int) -> ScoreMap:
         raise EncodingError(
             f"a map of {height} x {width} cells, {topk} entries, {num_named} classes holds nothing"
         )
-    if number == 0:
+    if number == _NUMBERS[Encoding.RAW]:
         palette, codes, probs = _read_raw(record, start, (height, width, topk), num_named, kind)
+    elif number == _NUMBERS[Encoding.COMPACT]:
+        palette, codes, probs = _read_compact(record, start, (height, width, topk), num_named)
     else:
-        body = _decompress(record, start, number, num_named * (height * width + 4))
-        palette, codes, probs = _read_planes(body, (height, width, topk), num_named)
+        raise EncodingError(
+            f"a record of encoding {number}, known are {sorted(_NUMBERS.values())}: a newer tokenlabel?"
+        )
     # Codes and ids index into tensors later on, where a wrong one could end the program.
     if _largest(codes) >= num_named:
         raise EncodingError(f"a code of {codes.max()} in a palette of {num_named}")
@@ -135,10 +131,10 @@ def _largest(numbers: NDArray[np.unsignedinteger[Any]]) -> int:
     return numbers.item(numbers.argmax())
 
 
-def _head(score_map: ScoreMap, encoding: Encoding, *, num_classes_named: int) -> bytes:
+def _head(score_map: ScoreMap, encoding: Encoding, *, topk: int, num_named: int) -> bytes:
     whole = score_map.region == WHOLE_IMAGE
     flags = (0 if whole else _HAS_REGION) | (_IS_LOGITS if score_map.kind is Kind.LOGITS else 0)
-    head = _HEAD.pack(_NUMBERS[encoding], flags, *score_map.codes.shape, num_classes_named)
+    head = _HEAD.pack(_NUMBERS[encoding], flags, *score_map.codes.shape[:2], topk, num_named)
     region = score_map.region
     return head if whole else head + _REGION.pack(region.left, region.top, region.right, region.bottom)
 
@@ -193,125 +189,99 @@ def _read_raw(
     return palette, codes, (steps * _RAW_SCALE).reshape(shape)
 
 
-# --- planes: palette gaps as uint32 in byte order [4, U], steps uint8 [U, H, W], second bytes ---
+# --- compact: gaps of the palette as uint32 in byte order [4, U], codes [H, W, K] (U: nothing kept), then the
+# kept entries' steps, class by class: their upper bits as uint8 [n], their lower bits as bits [3, n] ---
 
 
-def _planes(score_map: ScoreMap) -> tuple[NDArray[np.integer[Any]], NDArray[np.int32]]:
-    """Return the class ids that still carry something [U] and the steps of each cell [U, H, W]."""
-    height, width, _ = score_map.codes.shape
-    rows, columns = np.ogrid[:height, :width]
-    planes = np.zeros((len(score_map.palette), height, width), np.int32)
-    steps = on_grid(score_map.probs, PLANE_STEPS)
-    # Entries of probability 0 may name any class; added, they change nothing.
-    np.add.at(planes, (score_map.codes, rows[..., None], columns[..., None]), steps)
-    used = np.flatnonzero(planes.any(axis=(1, 2)))
-    if len(used) == 0:
-        used = np.zeros(1, np.intp)  # a map that keeps nothing still names a class
-    return score_map.palette[used], planes[used]
+def _kept_entries(
+    score_map: ScoreMap,
+) -> tuple[NDArray[np.integer[Any]], NDArray[np.integer[Any]], NDArray[np.int32]]:
+    """Return the class ids that still carry something [U], and codes and steps [cells, K], codes ascending.
+
+    A cell that keeps fewer than K has entries of code U and 0 steps at its end.
+    """
+    topk = score_map.codes.shape[2]
+    steps = on_grid(score_map.probs, COMPACT_STEPS).reshape(-1, topk)
+    codes = score_map.codes.reshape(-1, topk)
+    kept = steps > 0
+    used = np.unique(codes[kept]) if kept.any() else codes[0, :1]  # a map that keeps nothing names a class
+    codes = np.where(kept, np.searchsorted(used, codes), len(used))
+    order = np.argsort(codes, axis=1, kind="stable")[:, : max(1, kept.sum(axis=1).max())]
+    codes, steps = np.take_along_axis(codes, order, axis=1), np.take_along_axis(steps, order, axis=1)
+    return score_map.palette[used], codes, steps
 
 
-def _plane_body(palette: NDArray[np.integer[Any]], planes: NDArray[np.int32]) -> bytes:
-    gaps = np.diff(palette.astype(_UINT32), prepend=np.uint32(0))
-    second = planes[planes >= 255] - 255
-    first = np.minimum(planes, 255)
+def _compact_body(
+    palette: NDArray[np.integer[Any]], codes: NDArray[np.integer[Any]], steps: NDArray[np.int32]
+) -> tuple[bytes, bytes]:
+    """Return what compresses and what hardly does, which a table of its own would only lengthen."""
+    gaps = np.diff(palette.astype(_UINT32), prepend=np.uint32(0)).astype(_UINT32)
     by_byte = gaps.view(np.uint8).reshape(-1, 4).T  # [4, U]: the high bytes are nearly all 0
-    return by_byte.tobytes() + first.astype(np.uint8).tobytes() + second.astype(np.uint8).tobytes()
+    codes = codes.astype(_code_type(len(palette) + 1)).ravel()
+    by_class = steps.ravel()[codes.argsort(kind="stable")[: np.count_nonzero(steps)]]
+    upper = (by_class >> _LOW_BITS).astype(np.uint8)
+    lower = [by_class >> bit & 1 for bit in reversed(range(_LOW_BITS))]
+    noise = np.packbits(np.stack(lower).astype(np.uint8))
+    return by_byte.tobytes() + codes.tobytes() + upper.tobytes(), noise.tobytes()
 
 
-def _read_planes(
-    body: bytes, shape: tuple[int, int, int], num_named: int
+def _read_compact(
+    record: bytes, start: int, shape: tuple[int, int, int], num_named: int
 ) -> tuple[NDArray[np.int32], NDArray[np.unsignedinteger[Any]], NDArray[np.float32]]:
-    height, width, max_entries = shape
+    num_entries = shape[0] * shape[1] * shape[2]
+    code_type = _code_type(num_named + 1)
+    codes_end = 4 * num_named + num_entries * code_type.itemsize
+    body = _decompress(record[start:], codes_end, codes_end + num_entries + _lower_bytes(num_entries))
     by_byte = np.frombuffer(body, np.uint8, 4 * num_named).reshape(4, num_named)
-    palette = np.cumsum(np.ascontiguousarray(by_byte.T).view(_UINT32)[:, 0], dtype=np.int64)
-    if palette[-1] > np.iinfo(np.int32).max:
-        raise EncodingError(f"class ids reach {palette[-1]}")
-    first = np.frombuffer(body, np.uint8, num_named * height * width, 4 * num_named)
-    second = np.frombuffer(body, np.uint8, offset=4 * num_named + first.size)
-    places = np.flatnonzero(first != 0)  # five times as fast as of bytes
-    steps = first[places].astype(np.int64)
-    goes_on = steps == 255
-    if np.count_nonzero(goes_on) != len(second):
+    palette = np.ascontiguousarray(by_byte.T).view(_INT32)[:, 0].cumsum(dtype=np.int32)
+    codes = np.frombuffer(body, code_type, num_entries, 4 * num_named)
+    num_kept = np.count_nonzero(codes < num_named)
+    if len(body) != codes_end + num_kept + _lower_bytes(num_kept):
         raise EncodingError(
-            f"{np.count_nonzero(goes_on)} entries have a second byte, {len(second)} are there"
+            f"{num_kept} kept entries ask for {num_kept + _lower_bytes(num_kept)} bytes of probabilities, "
+            f"the body has {len(body) - codes_end}"
         )
-    steps[goes_on] += second
-    codes, steps = _by_cell(places, steps, num_cells=height * width, max_entries=max_entries)
-    codes = codes.reshape(height, width, -1).astype(_code_type(num_named))
-    probs = (steps / PLANE_STEPS).astype(np.float32).reshape(height, width, -1)
-    return palette.astype(np.int32), codes, probs
+    upper = np.frombuffer(body, np.uint8, num_kept, codes_end)
+    lower = np.frombuffer(body, np.uint8, offset=codes_end + num_kept)
+    bits = np.unpackbits(lower, count=_LOW_BITS * num_kept).reshape(_LOW_BITS, num_kept)
+    steps = upper.astype(np.uint16) << _LOW_BITS | (bits[0] << 2 | bits[1] << 1 | bits[2])
+    probs = np.zeros(num_entries, np.float32)
+    probs[codes.argsort(kind="stable")[:num_kept]] = np.divide(steps, COMPACT_STEPS, dtype=np.float32)
+    # Entries that are not kept may name any class, but one that exists.
+    return palette, np.minimum(codes, num_named - 1).reshape(shape), probs.reshape(shape)
 
 
-def _by_cell(
-    places: NDArray[np.intp], steps: NDArray[np.int64], *, num_cells: int, max_entries: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return codes and steps [cells, K], largest first, from places in planes [U, cells] and their steps."""
-    codes, cells = np.divmod(places, num_cells)
-    # One sort of one number an entry: by cell, then the largest step, then the code.
-    entries = np.sort((cells << 40) | ((PLANE_STEPS - steps) << 30) | codes)
-    counts = np.bincount(cells, minlength=num_cells)
-    num_kept = max(1, counts.max())
-    if num_kept > max_entries:
-        raise EncodingError(f"a cell keeps {num_kept} entries, the record says at most {max_entries}")
-    first_slots = np.arange(num_cells) * num_kept - (np.cumsum(counts) - counts)
-    table = np.full(num_cells * num_kept, PLANE_STEPS << 30)  # what is not kept has 0 steps
-    table[np.arange(len(entries)) + np.repeat(first_slots, counts)] = entries
-    codes, steps = table & ((1 << 30) - 1), PLANE_STEPS - (table >> 30 & 1023)
-    return codes.reshape(num_cells, num_kept), steps.reshape(num_cells, num_kept)
+def _lower_bytes(num_kept: int) -> int:
+    return (_LOW_BITS * num_kept + 7) // 8
 
 
-def _compress(body: bytes, encoding: Encoding) -> bytes:
-    if encoding is Encoding.ZSTD:
-        return _zstandard().ZstdCompressor(level=_ZSTD_LEVEL).compress(body)
-    return lzma.compress(body, format=lzma.FORMAT_RAW, filters=_LZMA_FILTERS)
+class _Zstd(threading.local):
+    """Each thread's own: they may not be shared, and making one takes longer than a record does."""
+
+    def __init__(self) -> None:
+        self.compressor = zstandard.ZstdCompressor(level=_ZSTD_LEVEL)
+        self.decompressor = zstandard.ZstdDecompressor()
 
 
-def _decompress(record: bytes, start: int, number: int, min_bytes: int) -> bytes:
-    """Return the body, taking no more memory than the head says, and that no more than the limit."""
-    if len(record) < start + _BODY_BYTES.size:
-        raise EncodingError("the record ends inside its head")
-    (num_bytes,) = _BODY_BYTES.unpack_from(record, start)
-    if not min_bytes <= num_bytes <= 2 * min(min_bytes, MAX_PLANE_BYTES):
-        raise EncodingError(
-            f"a body of {num_bytes} bytes, where the map's shape asks for {min_bytes} or a little more"
-        )
-    packed = record[start + _BODY_BYTES.size :]
-    match _FROM_NUMBER.get(number):
-        case Encoding.LZMA:
-            body = _from_lzma(packed, num_bytes)
-        case Encoding.ZSTD:
-            body = _from_zstd(packed, num_bytes)
-        case _:
+_zstd = _Zstd()
+
+
+def _compress(repeating: bytes, noise: bytes) -> bytes:
+    """Return one frame that says its length; what is noise has a block of its own."""
+    stream = _zstd.compressor.compressobj(size=len(repeating) + len(noise))
+    first = stream.compress(repeating) + stream.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
+    return first + stream.compress(noise) + stream.flush()
+
+
+def _decompress(frame: bytes, min_bytes: int, max_bytes: int) -> bytes:
+    """Return what a frame holds. It says how much that is, and the library takes as much memory: ask first."""
+    try:
+        num_bytes = zstandard.frame_content_size(frame)
+        if not min_bytes <= num_bytes <= min(max_bytes, MAX_BODY_BYTES):
             raise EncodingError(
-                f"a record of encoding {number}, known are {sorted(_FROM_NUMBER)}: a newer tokenlabel?"
+                f"a body of {num_bytes} bytes, where the map's shape asks for {min_bytes} to {max_bytes} "
+                f"and {MAX_BODY_BYTES} are allowed"
             )
-    if len(body) != num_bytes:
-        raise EncodingError(f"the body unpacks to {len(body)} bytes, the record says {num_bytes}")
-    return body
-
-
-def _from_lzma(packed: bytes, num_bytes: int) -> bytes:
-    decompressor = lzma.LZMADecompressor(format=lzma.FORMAT_RAW, filters=_LZMA_FILTERS)
-    try:
-        return decompressor.decompress(packed, max_length=num_bytes)
-    except (lzma.LZMAError, EOFError) as error:
-        raise EncodingError(f"not an LZMA stream ({error})") from error
-
-
-def _from_zstd(packed: bytes, num_bytes: int) -> bytes:
-    zstandard = _zstandard()
-    try:
-        # The frame says how large it is, and the library takes that much: ask first.
-        if zstandard.frame_content_size(packed) != num_bytes:
-            raise EncodingError("the zstd frame holds another number of bytes than the record says")
-        return zstandard.ZstdDecompressor().decompress(packed)
+        return _zstd.decompressor.decompress(frame, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise EncodingError(f"not a zstd frame ({error})") from error
-
-
-def _zstandard() -> ModuleType:
-    try:
-        import zstandard
-    except ImportError as error:
-        raise EncodingError("zstd needs one more package: pip install 'tokenlabel[zstd]'") from error
-    return zstandard

@@ -41,7 +41,7 @@ class Manifest:
     class_names: tuple[str, ...] = ()
     topk: int
     kind: Kind = Kind.PROBABILITIES
-    encoding: Encoding = Encoding.LZMA
+    encoding: Encoding = Encoding.COMPACT
     teacher: dict[str, Any] = field(default_factory=dict)
     preprocessing: dict[str, Any] = field(default_factory=dict)
     failures: tuple[Failure, ...] = ()

@@ -36,7 +36,7 @@ class ScoreMap:
 
     `palette` [U] int: the distinct class ids of the kept entries, ascending.
     `codes` [H, W, K] unsigned int: indices into the palette, distinct among the kept entries of a cell.
-    `probs` [H, W, K] float32: probabilities in [0, 1] with a sum of at most 1 a cell, in descending order.
+    `probs` [H, W, K] float32: probabilities in [0, 1] with a sum of at most 1 a cell, in any order.
     An entry of probability 0 is not kept: its code means nothing, and its class shares the rest. (For
     `Kind.LOGITS` the values are the logits of the kept classes, and every entry is kept.)
     `region`: the part of the image that the teacher saw; cell (row i, column j) covers
@@ -58,7 +58,8 @@ class ScoreMap:
     @property
     def top_class_ids(self) -> NDArray[np.integer[Any]]:
         """The most probable class of each cell [H, W]."""
-        return self.palette[self.codes[..., 0]]
+        best = self.probs.argmax(axis=2, keepdims=True)
+        return self.palette[np.take_along_axis(self.codes, best, axis=2)[..., 0]]
 
     def dense(self) -> NDArray[np.float32]:
         """Return the probability of every class [H, W, C], the rest spread out. For pictures and tests."""
