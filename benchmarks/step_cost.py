@@ -253,5 +253,5 @@ def _read(store: LabelStore, keys: Sequence[str]) -> None:
 def _load(dataset: TokenLabelDataset) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in a worker process
-    collate([dataset[0, index] for index in range(len(dataset))])
+    collate(dataset.__getitems__([(0, index) for index in range(len(dataset))]))  # as the loader does
     torch.set_num_threads(threads)

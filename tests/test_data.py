@@ -331,6 +331,27 @@ class TestDataset:
         with pytest.raises(ImageError, match=r"cat/4\.png"):
             broken[0, 4]
 
+    def test_a_batch_reads_its_images_then_its_labels_and_its_samples_are_the_same_one_by_one(self):
+        reads, source = [], ImagesInMemory()
+
+        class Labels(LabelsInMemory):
+            def __getitem__(self, key):
+                reads.append(key)
+                return super().__getitem__(key)
+
+        def transform(image, rng):
+            reads.append("image")
+            return random_shade(image, rng)
+
+        noted = TokenLabelDataset(source, transform, seed=0, store=Labels(source.keys))
+        together = noted.__getitems__([(3, 1), (4, 0)])
+        assert reads == ["image", "image", source.keys[1], source.keys[0]]
+        for sample, alone in zip(together, (noted[3, 1], noted[4, 0]), strict=True):
+            assert torch.equal(sample.image, alone.image)
+            assert np.array_equal(sample.view.frames, alone.view.frames)
+            assert sample.score_map is alone.score_map
+            assert (sample.key, sample.class_id) == (alone.key, alone.class_id)
+
 
 class TestCollate:
     def test_a_batch_stacks_its_samples(self):

@@ -183,18 +183,28 @@ class TokenLabelDataset(Dataset[Sample]):
         self.num_classes = len(source.class_names)
 
     def __getitem__(self, epoch_and_index: tuple[int, int]) -> Sample:
-        epoch, index = epoch_and_index
-        key = self.source.keys[index]
+        (sample,) = self.__getitems__([epoch_and_index])
+        return sample
+
+    def __getitems__(self, epochs_and_indices: Sequence[tuple[int, int]]) -> list[Sample]:
+        """Return the samples of a batch (the data loader calls this)."""
+        images = [self._image(epoch, index) for epoch, index in epochs_and_indices]
+        # All labels after all images: an image leaves nothing else in the caches, and a label takes twice as long.
+        return [
+            Sample(
+                image=torch.from_numpy(pixels).permute(2, 0, 1),
+                class_id=int(self.source.class_ids[index]),
+                num_classes=self.num_classes,
+                view=view,
+                score_map=None if self.store is None else self.store[self.source.keys[index]],
+                key=self.source.keys[index],
+            )
+            for (_, index), (pixels, view) in zip(epochs_and_indices, images, strict=True)
+        ]
+
+    def _image(self, epoch: int, index: int) -> tuple[NDArray[np.uint8], View]:
         rng = np.random.default_rng((self.seed, FOR_SAMPLE, epoch, index))
-        pixels, view = self.transform(decode_pixels(self.source.read(index), key), rng)
-        return Sample(
-            image=torch.from_numpy(pixels).permute(2, 0, 1),
-            class_id=int(self.source.class_ids[index]),
-            num_classes=self.num_classes,
-            view=view,
-            score_map=None if self.store is None else self.store[key],
-            key=key,
-        )
+        return self.transform(decode_pixels(self.source.read(index), self.source.keys[index]), rng)
 
     def __len__(self) -> int:
         """Return how many images there are."""

@@ -76,7 +76,7 @@ def unpack(record: bytes, *, num_classes: int) -> ScoreMap:
     """Return the score map of a record; raw ones share the record's memory.
 
     Raises EncodingError for anything that is not a record of a map over `num_classes` classes, before it
-    takes more memory than a few times the record itself and 16 times MAX_BODY_BYTES.
+    takes more memory than the record itself and 16 times MAX_BODY_BYTES.
     """
     if len(record) < _HEAD.size:
         raise EncodingError(f"a record has at least {_HEAD.size} bytes, this one {len(record)}")
@@ -235,7 +235,7 @@ def _read_compact(
     by_byte = np.frombuffer(body, np.uint8, 4 * num_named).reshape(4, num_named)
     palette = np.ascontiguousarray(by_byte.T).view(_INT32)[:, 0].cumsum(dtype=np.int32)
     codes = np.frombuffer(body, code_type, num_entries, 4 * num_named)
-    num_kept = np.count_nonzero(codes < num_named)
+    num_kept = int(np.count_nonzero(codes < num_named))
     if len(body) != codes_end + num_kept + _lower_bytes(num_kept):
         raise EncodingError(
             f"{num_kept} kept entries ask for {num_kept + _lower_bytes(num_kept)} bytes of probabilities, "

@@ -47,7 +47,7 @@ class AnnotateConfig(TeacherConfig):
     topk: int = 5
     """Classes that each place keeps; the probability of the others is kept as one number."""
     encoding: Encoding = Encoding.COMPACT
-    """How records are written: lzma is smallest, zstd nearly as small and faster to read, raw fastest to read."""
+    """How records are written: compact is a third of the size of raw, which is finer and faster to read."""
     batch_size: int = 64
     """Images that the teacher sees at once."""
     num_workers: int = 2
