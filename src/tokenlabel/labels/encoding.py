@@ -93,9 +93,9 @@ def unpack(record: bytes, *, num_classes: int) -> ScoreMap:
         raise EncodingError(
             f"a map of {height} x {width} cells, {topk} entries, {num_named} classes holds nothing"
         )
-    if number == _NUMBERS[Encoding.RAW]:
+    if number == 0:
         palette, codes, probs = _read_raw(record, start, (height, width, topk), num_named, kind)
-    elif number == _NUMBERS[Encoding.COMPACT]:
+    elif number == 1:
         palette, codes, probs = _read_compact(record, start, (height, width, topk), num_named)
     else:
         raise EncodingError(
