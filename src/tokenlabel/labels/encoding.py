@@ -48,7 +48,7 @@ _LOW_BITS = 3
 MAX_BODY_BYTES = 1 << 22
 _UINT8, _UINT16, _UINT32 = np.dtype("<u1"), np.dtype("<u2"), np.dtype("<u4")
 _INT32, _FLOAT16 = np.dtype("<i4"), np.dtype("<f2")
-_ZSTD_LEVEL = 19  # 12 writes in half the time, and 4% more
+_ZSTD_LEVEL = 19  # 12 takes 2% more space
 _RAW_SCALE = np.float32(1 / RAW_STEPS)
 
 
