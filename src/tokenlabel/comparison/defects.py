@@ -6,7 +6,7 @@ Each defect is a function from a correct sample to a sample that is labelled as 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -77,9 +77,9 @@ class DefectiveDataset(TokenLabelDataset):
         super().__init__(dataset.source, dataset.transform, seed=dataset.seed, store=dataset.store)
         self.defect = defect
 
-    def __getitem__(self, epoch_and_index: tuple[int, int]) -> Sample:
-        """Return a sample with wrongly placed labels."""
-        return DEFECTS[self.defect](super().__getitem__(epoch_and_index))
+    def __getitems__(self, epochs_and_indices: Sequence[tuple[int, int]]) -> list[Sample]:
+        """Return samples with wrongly placed labels."""
+        return [DEFECTS[self.defect](sample) for sample in super().__getitems__(epochs_and_indices)]
 
 
 def _map_of(sample: Sample) -> ScoreMap:

@@ -173,7 +173,8 @@ class TokenLabelDataset(Dataset[Sample]):
     """Augmented images with the score maps of their sources, as a function of (seed, epoch, index).
 
     `dataset[epoch, index]` draws every random number of a sample anew from these three. `store` maps keys to
-    score maps. Raises ImageError for an image that does not decode.
+    score maps. Raises ImageError for an image that does not decode. A subclass that changes samples overrides
+    `__getitems__`, which makes them all: the data loader asks for whole batches and nothing else.
     """
 
     def __init__(
