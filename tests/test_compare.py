@@ -9,11 +9,13 @@ import torch
 import yaml
 
 from tokenlabel.comparison import tables
-from tokenlabel.comparison.jobs import jobs_of, main, run_all, run_job, steps_needed
+from tokenlabel.comparison.jobs import finished_runs, jobs_of, main, run_job, steps_needed
 from tokenlabel.comparison.measures import METRICS
+from tokenlabel.comparison.records import RunRecord, read_records, write_records
 from tokenlabel.comparison.tables import (
     Comparison,
     Job,
+    Step,
     TableError,
     filled,
     plan_row,
@@ -112,6 +114,58 @@ def test_both_rows_differ_in_the_labels_places_and_in_nothing_else(tiny):
     assert metrics[0]["token_loss"] != metrics[1]["token_loss"]
 
 
+def test_a_study_goes_on_from_its_record_on_another_machine(tiny, tmp_path, capsys):
+    """Records stand for runs and their steps: in an empty folder, only what no record has is trained."""
+    record = tmp_path / "study.jsonl"
+    assert main([*words(tiny), "--record", str(record)]) == 0
+    assert len(record.read_text().splitlines()) == 4
+    elsewhere = [*words(tiny)[:-1], str(tmp_path / "elsewhere")]
+    assert main([*elsewhere, "--record", str(record)]) == 0
+    assert "tiny:" not in capsys.readouterr().err
+    assert sorted(path.name for path in (tmp_path / "elsewhere").iterdir()) == [
+        "tiny-curves.svg", "tiny.json", "tiny.md", "tiny.svg"
+    ]  # fmt: skip
+    for name in ("tiny.json", "tiny.md", "tiny-curves.svg"):
+        assert (tmp_path / "elsewhere" / name).read_text() == (tiny / "out" / name).read_text()
+
+
+def test_a_record_is_of_a_plan_with_its_steps_and_knows_no_folder(tiny):
+    ours = comparison_of(tiny)
+    plan = ours.plan(ours.tables[0], "token")
+    assert replace(ours, out=Path("elsewhere")).digest(plan) == ours.digest(plan)
+    steps = {
+        **ours.testbed.steps,
+        "labels": Step(command="annotate {scenes}/train {here} --teacher resnet18"),
+    }
+    assert replace(ours, testbed=replace(ours.testbed, steps=steps)).digest(plan) != ours.digest(plan)
+    assert ours.digest(ours.plan(ours.tables[0], "swapped")) != ours.digest(plan)
+
+
+def test_records_are_written_as_they_were_read_and_a_broken_line_is_named(tmp_path):
+    record = RunRecord(
+        plan="ab12", name="base", seed=3, figures={"top1": 0.5, "label_bytes": None}, curve=((15, 0.25),)
+    )
+    path = tmp_path / "kept" / "study.jsonl"
+    assert read_records(path) == {}
+    write_records(path, {("ab12", 3): record})
+    assert read_records(path) == {("ab12", 3): record}
+    path.write_text(path.read_text() + '{"plan": "ab12"}\n')
+    with pytest.raises(TableError, match=r"study\.jsonl, line 2: .*'name'"):
+        read_records(path)
+
+
+def test_a_run_is_measured_by_what_all_of_its_tables_ask():
+    both = Comparison(
+        tables=[read_table("architecture"), read_table("defects")],
+        testbed=read_testbed("embedded"),
+        out=Path("out"),
+    )
+    plan = both.plan(both.tables[0], "lvvit")
+    assert plan == both.plan(both.tables[1], "aligned")
+    assert both.metrics(plan) == list(dict.fromkeys(both.tables[0].metrics + both.tables[1].metrics))
+    assert both.metrics(both.plan(both.tables[0], "linear")) == both.tables[0].metrics
+
+
 def test_what_has_not_run_is_named(tiny):
     assert main([*words(tiny), "--seeds", "3", "--collect"]) == 0
     assert "Not run: token labels (seed 2); x and y swapped (seed" in (tiny / "out" / "tiny.md").read_text()
@@ -130,7 +184,7 @@ def test_a_step_by_another_command_is_not_taken(tiny):
     steps = {**ours.testbed.steps, "labels": replace(ours.testbed.steps["labels"], command="x")}
     other = replace(ours, testbed=replace(ours.testbed, steps=steps))
     with pytest.raises(ValueError, match="made by another command"):
-        run_all(other, [], num_jobs=1)
+        finished_runs(other, {})
 
 
 def test_a_run_that_fails_is_named_and_the_others_go_on(tiny, tmp_path, capsys):

@@ -1,11 +1,12 @@
 """What a comparison says in words follows from its figures."""
 
 import json
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 
 from tokenlabel.comparison.intervals import interval_chart
+from tokenlabel.comparison.records import RunRecord
 from tokenlabel.comparison.results import (
     as_json,
     as_markdown,
@@ -29,16 +30,19 @@ TABLE = Table(
 )
 
 
-def found_of(folder=Path("none"), **rows):
+def found_of(**rows):
     """Rows as lists of (top1, loss) by seed; None for a run that is not there."""
-    runs = {row: {seed: folder / row / str(seed) for seed in range(5)} for row in TABLE.rows}
-    measures = {
-        runs[row][seed]: {"top1": values[0], "loss": values[1]}
-        for row, of_row in rows.items()
-        for seed, values in enumerate(of_row)
-        if values is not None
+    runs = {
+        row: {
+            seed: RunRecord(
+                plan=row, name=row, seed=seed, figures={"top1": values[0], "loss": values[1]}, curve=()
+            )
+            for seed, values in enumerate(rows.get(row, []))
+            if values is not None
+        }
+        for row in TABLE.rows
     }
-    return found_in(TABLE, 5, runs, measures)
+    return found_in(TABLE, 5, runs)
 
 
 CLEAR = found_of(
@@ -89,15 +93,16 @@ def test_nothing_finished_is_a_table_without_figures():
     assert summary([found_of()]) == ""
 
 
-def test_learning_curves_are_means_over_seeds(tmp_path):
-    for seed in (0, 1):
-        run = tmp_path / "a" / str(seed)
-        run.mkdir(parents=True)
-        lines = [{"kind": "eval", "step": step, "top1": (step + seed) / 100} for step in (10, 20)]
-        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    curves = learning_curves(found_of(tmp_path, a=[(0.8, 1.0), (0.8, 1.0)]))
+def test_learning_curves_are_means_over_seeds():
+    found = found_of(a=[(0.8, 1.0), (0.8, 1.0)])
+    runs = {
+        "a": {
+            seed: replace(run, curve=((10, seed / 100), (20, 0.2))) for seed, run in found.runs["a"].items()
+        }
+    }
+    curves = learning_curves(replace(found, runs=runs))
     (_, lines) = curves["top-1 on val (%) against steps"]
-    assert lines["row a"] == [(10.0, pytest.approx(10.5)), (20.0, pytest.approx(20.5))]
+    assert lines["row a"] == [(10.0, pytest.approx(0.5)), (20.0, pytest.approx(20.0))]
 
 
 def test_charts_show_every_row_and_are_the_same_for_the_same_figures():

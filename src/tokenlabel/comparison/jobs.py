@@ -27,6 +27,7 @@ from tokenlabel.classification.task import build
 from tokenlabel.comparison.defects import DefectiveDataset
 from tokenlabel.comparison.measures import COST_FILE, MEASURES_FILE, measure_run
 from tokenlabel.comparison.pages import write_results
+from tokenlabel.comparison.records import Records, read_records, record_of, write_records
 from tokenlabel.comparison.tables import (
     PLAN_FILE,
     Comparison,
@@ -76,16 +77,31 @@ def steps_needed(comparison: Comparison, jobs: Sequence[Job]) -> list[str]:
 def make_steps(comparison: Comparison, names: Sequence[str]) -> None:
     """Make what rows need, one after the other, each once. Raises CompareError for a step that fails."""
     for name in names:
-        step, folder = comparison.testbed.steps[name], comparison.out / name
-        marker = comparison.out / "steps" / f"{name}.json"
-        made = json.dumps({"command": step.command, "scenes": step.scenes and dict(step.scenes)}) + "\n"
-        if marker.is_file():
-            if marker.read_text(encoding="utf-8") != made:
-                raise CompareError(f"{folder} was made by another command ({marker}); choose another --out")
-            continue
-        marker.parent.mkdir(parents=True, exist_ok=True)
-        _make_step(comparison, step, folder, log=marker.with_suffix(".log"))
-        marker.write_text(made, encoding="utf-8")
+        if not _is_made(comparison, name):
+            step, marker = comparison.testbed.steps[name], _marker(comparison, name)
+            marker.parent.mkdir(parents=True, exist_ok=True)
+            _make_step(comparison, step, comparison.out / name, log=marker.with_suffix(".log"))
+            marker.write_text(_made(step), encoding="utf-8")
+
+
+def _is_made(comparison: Comparison, name: str) -> bool:
+    """Say whether a step has been made. Raises CompareError where its folder was made by something else."""
+    marker = _marker(comparison, name)
+    if not marker.is_file():
+        return False
+    if marker.read_text(encoding="utf-8") != _made(comparison.testbed.steps[name]):
+        raise CompareError(
+            f"{comparison.out / name} was made by another command ({marker}); choose another --out"
+        )
+    return True
+
+
+def _marker(comparison: Comparison, name: str) -> Path:
+    return comparison.out / "steps" / f"{name}.json"
+
+
+def _made(step: Step) -> str:
+    return json.dumps({"command": step.command, "scenes": step.scenes and dict(step.scenes)}) + "\n"
 
 
 def _make_step(comparison: Comparison, step: Step, folder: Path, *, log: Path) -> None:
@@ -122,7 +138,7 @@ def run_job(comparison: Comparison, job: Job, *, device: torch.device) -> dict[s
     return measure_run(
         folder,
         comparison.measure_folders(),
-        wanted=job.table.metrics,
+        wanted=comparison.metrics(plan),
         defect=plan.defect,
         device=device,
     )
@@ -151,31 +167,45 @@ def _last_step(run: Path) -> int:
     return int(checkpoints[-1].name) if checkpoints else 0
 
 
-def run_all(comparison: Comparison, arguments: Sequence[str], *, num_jobs: int) -> list[str]:
+def run_all(
+    comparison: Comparison, records: Records, arguments: Sequence[str], *, num_jobs: int
+) -> list[str]:
     """Make the steps and run every job that is missing, `num_jobs` at a time; return what failed, a line each.
 
-    `arguments`: the words after `tokenlabel compare` that make this comparison, for the processes of single jobs.
+    `records`: of the runs that are finished. `arguments`: the words after `tokenlabel compare` that make this
+    comparison, for the processes of single jobs.
     """
-    jobs = jobs_of(comparison)
+    jobs = [job for job in jobs_of(comparison) if not _is_done(comparison, job, records)]
     with joined_ranks() as ranks:
-        if ranks.is_first:
+        if ranks.is_first and jobs:
             make_steps(comparison, steps_needed(comparison, jobs))
         ranks.of_first(None)  # the others wait
-        mine = [job for job in jobs if not _is_done(comparison, job)][ranks.rank :: ranks.world_size]
+        mine = jobs[ranks.rank :: ranks.world_size]
         with ThreadPoolExecutor(num_jobs) as pool:
             failures = list(pool.map(lambda job: _run_apart(comparison, job, arguments), mine))
         return [line for of_rank in ranks.all(failures) for line in of_rank if line]
 
 
-def _is_done(comparison: Comparison, job: Job) -> bool:
+def _is_done(comparison: Comparison, job: Job, records: Records) -> bool:
     plan = comparison.plan(job.table, job.row)
-    run = comparison.run_folder(plan, job.seed)
-    path = run / MEASURES_FILE
-    return (
-        plan.is_of(run)
-        and path.is_file()
-        and not set(job.table.metrics) - json.loads(path.read_text()).keys()
-    )
+    record = records.get((comparison.digest(plan), job.seed))
+    return record is not None and not set(comparison.metrics(plan)) - record.figures.keys()
+
+
+def finished_runs(comparison: Comparison, kept: Records) -> Records:
+    """Return the records of all finished runs: those in the folder, and those kept elsewhere for what it lacks.
+
+    Raises CompareError where steps in the folder were made by other commands than the testbed's.
+    """
+    found, jobs = dict(kept), jobs_of(comparison)
+    for name in steps_needed(comparison, jobs):
+        _is_made(comparison, name)
+    for job in jobs:
+        plan = comparison.plan(job.table, job.row)
+        record = record_of(comparison, plan, job.seed)
+        if record is not None:
+            found[record.plan, record.seed] = record
+    return found
 
 
 def _run_apart(comparison: Comparison, job: Job, arguments: Sequence[str]) -> str | None:
@@ -227,6 +257,13 @@ def main(arguments: Sequence[str]) -> int:
         "--results", type=Path, help="also write the results as one Markdown page to this file"
     )
     parser.add_argument(
+        "--record",
+        type=Path,
+        metavar="FILE",
+        help="keep the figures of finished runs in this file too, and train none again that it has, whatever "
+        "machine trained it",
+    )
+    parser.add_argument(
         "--collect", action="store_true", help="run nothing: write the results of what there is"
     )
     add_device(parser)
@@ -245,9 +282,16 @@ def main(arguments: Sequence[str]) -> int:
         make_steps(comparison, steps_needed(comparison, [job]))
         print(json.dumps(run_job(comparison, job, device=device_of(options.device))))
         return 0
-    failures = [] if options.collect else run_all(comparison, _words(options), num_jobs=options.jobs)
+    kept = {} if options.record is None else read_records(options.record)
+    failures: list[str] = []
+    if not options.collect:
+        done = finished_runs(comparison, kept)
+        failures = run_all(comparison, done, _words(options), num_jobs=options.jobs)
     if launched_ranks().is_first:
-        write_results(comparison, page=options.results)
+        records = finished_runs(comparison, kept)
+        if options.record is not None:
+            write_records(options.record, records)
+        write_results(comparison, records, page=options.results)
     for line in failures:
         print(line, file=sys.stderr)
     return 1 if failures else 0

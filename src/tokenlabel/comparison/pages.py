@@ -6,11 +6,10 @@ one, says in the page of all what else is to be known of the runs.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from tokenlabel.comparison.measures import MEASURES_FILE
+from tokenlabel.comparison.records import Records
 from tokenlabel.comparison.results import (
     Found,
     as_markdown,
@@ -31,9 +30,10 @@ Figures are means over seeds ± half of a 95% interval (Student's t). A differen
 larger than its spread where its interval leaves out 0; of twenty that do not exist, one looks so by chance."""
 
 
-def write_results(comparison: Comparison, *, page: Path | None) -> None:
-    """Write OUT/TABLE.md, .json and .svg of each table from the runs that are finished, and the page of all."""
-    everything = [_found(comparison, table) for table in comparison.tables]
+def write_results(comparison: Comparison, records: Records, *, page: Path | None) -> None:
+    """Write OUT/TABLE.md, .json and .svg of each table from the records of finished runs, and the page of all."""
+    comparison.out.mkdir(parents=True, exist_ok=True)
+    everything = [_found(comparison, table, records) for table in comparison.tables]
     sections = []
     for found in everything:
         name = found.table.name
@@ -54,17 +54,14 @@ def write_results(comparison: Comparison, *, page: Path | None) -> None:
         page.write_text("\n".join([_page_head(comparison, everything), *sections]), encoding="utf-8")
 
 
-def _found(comparison: Comparison, table: Table) -> Found:
+def _found(comparison: Comparison, table: Table, records: Records) -> Found:
     seeds = range(comparison.num_seeds(table))
-    runs: dict[str, dict[int, Path]] = {}
-    measures = {}
-    for row in table.rows:
-        plan = comparison.plan(table, row)
-        runs[row] = {seed: comparison.run_folder(plan, seed) for seed in seeds}
-        for run in runs[row].values():
-            if plan.is_of(run) and (run / MEASURES_FILE).is_file():
-                measures[run] = json.loads((run / MEASURES_FILE).read_text(encoding="utf-8"))
-    return found_in(table, len(seeds), runs, measures)
+    plans = {row: comparison.digest(comparison.plan(table, row)) for row in table.rows}
+    runs = {
+        row: {seed: records[plan, seed] for seed in seeds if (plan, seed) in records}
+        for row, plan in plans.items()
+    }
+    return found_in(table, len(seeds), runs)
 
 
 def _charts(found: Found) -> dict[str, str]:

@@ -10,9 +10,9 @@ from statistics import fmean
 from typing import Any
 
 from tokenlabel.comparison.measures import METRICS
+from tokenlabel.comparison.records import RunRecord
 from tokenlabel.comparison.spread import Spread, paired, spread_of
 from tokenlabel.comparison.tables import Table
-from tokenlabel.runtime.runlog import read_metrics
 
 # A claim needs so many seeds.
 SEEDS_OF_A_CLAIM = 5
@@ -22,12 +22,12 @@ _ALSO_IN_SHORT = ("probe_accuracy",)
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """The figures of a table's finished runs: `values[row][metric][seed]`, and each run's folder by row and seed."""
+    """The figures of a table's finished runs: `values[row][metric][seed]`, and each run's record by row and seed."""
 
     table: Table
     num_seeds: int
     values: Mapping[str, Mapping[str, Mapping[int, float]]]
-    runs: Mapping[str, Mapping[int, Path]]
+    runs: Mapping[str, Mapping[int, RunRecord]]
 
     def missing(self) -> dict[str, list[int]]:
         """Return the seeds of each row that are not there."""
@@ -144,7 +144,7 @@ def learning_curves(found: Found) -> dict[str, tuple[str, dict[str, list[tuple[f
     """Return the mean top-1 on the val images of each row against steps and against time."""
     by_step, by_time = {}, {}
     for row, runs in found.runs.items():
-        curves = [_curve(run) for run in runs.values()]
+        curves = [dict(run.curve) for run in runs.values()]
         steps = sorted(set.intersection(*(set(curve) for curve in curves))) if curves else []
         points = [(float(step), 100 * fmean(curve[step] for curve in curves)) for step in steps]
         title = found.table.rows[row].title
@@ -157,10 +157,6 @@ def learning_curves(found: Found) -> dict[str, tuple[str, dict[str, list[tuple[f
     if by_time:
         panels["against time"] = ("seconds of one core, or of the GPU", by_time)
     return panels
-
-
-def _curve(run: Path) -> dict[int, float]:
-    return {line["step"]: line["top1"] for line in read_metrics(run) if line["kind"] == "eval"}
 
 
 def _table_lines(found: Found) -> Iterator[str]:
@@ -212,26 +208,18 @@ def _signed(name: str, spread: Spread) -> str:
     return mean if len(spread.values) < 2 else f"{mean} ± {metric.shown(spread.half)}"
 
 
-def found_in(
-    table: Table,
-    num_seeds: int,
-    runs: Mapping[str, Mapping[int, Path]],
-    measures: Mapping[Path, Mapping[str, float | None]],
-) -> Found:
-    """Return what is there of a table: `runs` by row and seed, `measures` of those that are finished."""
-    finished = {
-        row: {seed: run for seed, run in of_row.items() if run in measures} for row, of_row in runs.items()
-    }
+def found_in(table: Table, num_seeds: int, runs: Mapping[str, Mapping[int, RunRecord]]) -> Found:
+    """Return what is there of a table: the records of its finished runs by row and seed."""
     values = {
         row: {
             name: {
-                seed: value for seed, run in of_row.items() if (value := measures[run].get(name)) is not None
+                seed: value for seed, run in of_row.items() if (value := run.figures.get(name)) is not None
             }
             for name in table.metrics
         }
-        for row, of_row in finished.items()
+        for row, of_row in runs.items()
     }
-    return Found(table=table, num_seeds=num_seeds, values=values, runs=finished)
+    return Found(table=table, num_seeds=num_seeds, values=values, runs=runs)
 
 
 def write_json(found: Found, path: Path) -> None:

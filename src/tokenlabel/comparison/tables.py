@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
@@ -185,14 +185,21 @@ _NONE = object()  # what no setting equals
 
 def recipe_of(plan: RunPlan, seed: int, folders: Mapping[str, str]) -> Recipe:
     """Return the recipe of a run; `folders` are what placeholders stand for."""
-    nested: dict[str, Any] = yaml.safe_load(find_recipe(plan.recipe).read_text(encoding="utf-8"))
-    for key, value in {**plan.settings, "seed": seed}.items():
+    settings = {key: filled(value, folders) for key, value in plan.settings.items()}
+    nested = _with_settings(plan.recipe, {**settings, "seed": seed})
+    return config_from_dict(nested, Recipe, name=f"run {plan.name} (recipe {plan.recipe})")
+
+
+def _with_settings(recipe: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the content of a recipe's file with settings by dotted names in it."""
+    nested: dict[str, Any] = yaml.safe_load(find_recipe(recipe).read_text(encoding="utf-8"))
+    for key, value in settings.items():
         *groups, last = key.split(".")
         inner = nested
         for group in groups:
             inner = inner.setdefault(group, {})
-        inner[last] = filled(value, folders)
-    return config_from_dict(nested, Recipe, name=f"run {plan.name} (recipe {plan.recipe})")
+        inner[last] = value
+    return nested
 
 
 def filled(value: Any, folders: Mapping[str, str]) -> Any:
@@ -300,6 +307,30 @@ class Comparison:
     def plan(self, table: Table, row: str) -> RunPlan:
         """Return what a row trains."""
         return plan_row(table, row, self.testbed, self.overrides)
+
+    def metrics(self, plan: RunPlan) -> list[str]:
+        """Return what every table that has a row of this plan wants to know of its runs."""
+        wanted = {
+            name: None
+            for table in self.tables
+            if any(self.plan(table, row).text == plan.text for row in table.rows)
+            for name in table.metrics
+        }
+        return list(wanted)
+
+    def digest(self, plan: RunPlan) -> str:
+        """Return a name for all that decides a run but its seed: recipe, settings, defect, and the steps it needs.
+
+        It says nothing of folders, nor of the version of the program.
+        """
+        steps = steps_of([*self.testbed.measure.values(), *plan.settings.values()], self.testbed)
+        decided = {
+            "recipe": _with_settings(plan.recipe, plan.settings),
+            "defect": plan.defect,
+            "steps": {name: asdict(self.testbed.steps[name]) for name in steps},
+        }
+        text = json.dumps(decided, sort_keys=True, default=str)
+        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
     def run_folder(self, plan: RunPlan, seed: int) -> Path:
         """Return the folder of a run."""
