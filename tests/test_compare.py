@@ -162,7 +162,7 @@ def test_a_run_is_measured_by_what_all_of_its_tables_ask():
     )
     plan = both.plan(both.tables[0], "lvvit")
     assert plan == both.plan(both.tables[1], "aligned")
-    assert both.metrics(plan) == list(dict.fromkeys(both.tables[0].metrics + both.tables[1].metrics))
+    assert both.metrics(plan) == list(dict.fromkeys([*both.tables[0].metrics, *both.tables[1].metrics]))
     assert both.metrics(both.plan(both.tables[0], "linear")) == both.tables[0].metrics
 
 

@@ -193,6 +193,17 @@ def test_a_store_takes_no_labels_of_another_kind(tmp_path, changes):
     assert holds(LabelStore(tmp_path / "labels"), range(1))
 
 
+def test_labels_in_an_encoding_of_another_version_are_named(tmp_path):
+    with LabelStoreWriter(tmp_path, Manifest(num_classes=2, topk=1)):
+        pass
+    path = tmp_path / "manifest.json"
+    path.write_text(path.read_text().replace('"compact"', '"lzma"'))
+    with pytest.raises(
+        StoreError, match=r"manifest\.json: labels in encoding 'lzma', .*reads raw and compact"
+    ):
+        LabelStore(tmp_path)
+
+
 def test_other_peoples_folders_are_left_alone(tmp_path):
     (tmp_path / "holiday.jpg").write_bytes(b"precious")
     with pytest.raises(StoreError, match="not empty and no label store"):

@@ -107,7 +107,7 @@ def _manifest(content: dict[str, Any]) -> Manifest:
         class_names=tuple(_of_type(name, str) for name in _of_type(content["class_names"], list)),
         topk=_of_type(content["topk"], int),
         kind=Kind(content["kind"]),
-        encoding=Encoding(content["encoding"]),
+        encoding=_encoding(content["encoding"]),
         teacher=_of_type(content["teacher"], dict),
         preprocessing=_of_type(content["preprocessing"], dict),
         failures=tuple(
@@ -115,6 +115,15 @@ def _manifest(content: dict[str, Any]) -> Manifest:
             for failure in _of_type(content["failures"], list)
         ),
     )
+
+
+def _encoding(name: Any) -> Encoding:
+    known = [encoding.value for encoding in Encoding]
+    if name not in known:
+        raise StoreError(
+            f"labels in encoding {name!r}, this version of tokenlabel reads {' and '.join(known)}; annotate again"
+        )
+    return Encoding(name)
 
 
 def _of_type(value: Any, kind: type[T]) -> T:
