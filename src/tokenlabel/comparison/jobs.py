@@ -240,6 +240,39 @@ def _last_line(log: Path) -> str:
 
 def main(arguments: Sequence[str]) -> int:
     """Run `tokenlabel compare` by its arguments; return the exit status: 1 if any run failed."""
+    options = _options(arguments)
+    names = table_names() if options.tables == ["all"] else options.tables
+    comparison = Comparison(
+        tables=[read_table(name) for name in names],
+        testbed=read_testbed(options.on),
+        out=options.out,
+        data=options.data,
+        overrides=dict(_setting(text) for text in options.set),
+        seeds=options.seeds,
+    )
+    if options.only:
+        job = _job(comparison, options.only)
+        make_steps(comparison, steps_needed(comparison, [job]))
+        print(json.dumps(run_job(comparison, job, device=device_of(options.device))))
+        return 0
+    kept = {} if options.record is None else read_records(options.record)
+    failures: list[str] = []
+    if not options.collect:
+        done = finished_runs(comparison, kept)
+        failures = run_all(comparison, done, _words(options), num_jobs=options.jobs)
+    if launched_ranks().is_first:
+        records = finished_runs(comparison, kept)
+        if options.record is not None:
+            write_records(options.record, records)
+        words = [word for word in arguments if word != "--collect"]
+        command = shlex.join(["tokenlabel", "compare", *words])
+        write_results(comparison, records, page=options.results, command=command)
+    for line in failures:
+        print(line, file=sys.stderr)
+    return 1 if failures else 0
+
+
+def _options(arguments: Sequence[str]) -> Any:
     parser = new_parser(
         "compare",
         "Train every row of tables with several seeds, measure, and say which differences are larger than their "
@@ -267,34 +300,7 @@ def main(arguments: Sequence[str]) -> int:
         "--collect", action="store_true", help="run nothing: write the results of what there is"
     )
     add_device(parser)
-    options = parse(parser, list(arguments))
-    names = table_names() if options.tables == ["all"] else options.tables
-    comparison = Comparison(
-        tables=[read_table(name) for name in names],
-        testbed=read_testbed(options.on),
-        out=options.out,
-        data=options.data,
-        overrides=dict(_setting(text) for text in options.set),
-        seeds=options.seeds,
-    )
-    if options.only:
-        job = _job(comparison, options.only)
-        make_steps(comparison, steps_needed(comparison, [job]))
-        print(json.dumps(run_job(comparison, job, device=device_of(options.device))))
-        return 0
-    kept = {} if options.record is None else read_records(options.record)
-    failures: list[str] = []
-    if not options.collect:
-        done = finished_runs(comparison, kept)
-        failures = run_all(comparison, done, _words(options), num_jobs=options.jobs)
-    if launched_ranks().is_first:
-        records = finished_runs(comparison, kept)
-        if options.record is not None:
-            write_records(options.record, records)
-        write_results(comparison, records, page=options.results)
-    for line in failures:
-        print(line, file=sys.stderr)
-    return 1 if failures else 0
+    return parse(parser, list(arguments))
 
 
 def _words(options: Any) -> list[str]:

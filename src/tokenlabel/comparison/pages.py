@@ -30,8 +30,11 @@ Figures are means over seeds ± half of a 95% interval (Student's t). A differen
 larger than its spread where its interval leaves out 0; of twenty that do not exist, one looks so by chance."""
 
 
-def write_results(comparison: Comparison, records: Records, *, page: Path | None) -> None:
-    """Write OUT/TABLE.md, .json and .svg of each table from the records of finished runs, and the page of all."""
+def write_results(comparison: Comparison, records: Records, *, page: Path | None, command: str) -> None:
+    """Write OUT/TABLE.md, .json and .svg of each table from the records of finished runs, and the page of all.
+
+    `command`: what makes the page, as it says itself.
+    """
     comparison.out.mkdir(parents=True, exist_ok=True)
     everything = [_found(comparison, table, records) for table in comparison.tables]
     sections = []
@@ -51,7 +54,7 @@ def write_results(comparison: Comparison, records: Records, *, page: Path | None
             links = [f"images/results-{name}{suffix}.svg" for suffix in charts]
             sections.append(as_markdown(found, images=links))
     if page is not None:
-        page.write_text("\n".join([_page_head(comparison, everything), *sections]), encoding="utf-8")
+        page.write_text("\n".join([_page_head(comparison, everything, command), *sections]), encoding="utf-8")
 
 
 def _found(comparison: Comparison, table: Table, records: Records) -> Found:
@@ -78,16 +81,14 @@ def _charts(found: Found) -> dict[str, str]:
     }
 
 
-def _page_head(comparison: Comparison, everything: Sequence[Found]) -> str:
-    tables = " ".join(table.name for table in comparison.tables)
-    command = f"tokenlabel compare {tables} --on {comparison.testbed.name} --out {comparison.out} --jobs 2"
+def _page_head(comparison: Comparison, everything: Sequence[Found], command: str) -> str:
     unstarted = [found.table.title for found in everything if not any(found.runs.values())]
     lines = [
         "# Results",
         "",
         comparison.testbed.about.strip(),
         "",
-        f"    {command} --results docs/results.md",
+        f"    {command}",
         "",
         _METHOD,
         "",
