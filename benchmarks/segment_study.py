@@ -1,6 +1,7 @@
 """What pre-training is worth to segmentation: three heads on the embedded masks, from three starts, over seeds.
 
-`python -m benchmarks.segment_study [--out runs/segment_study] [--seeds 5] [--jobs 2]` continues where it was stopped.
+`python -m benchmarks.segment_study [--out runs/segment_study] [--seeds 5] [--jobs 2]` continues where it was stopped;
+with `--record FILE`, which keeps the mIoU of each finished run, also on another machine.
 The starts are random weights, a run by class labels alone, and one by token labels (`--backbones`: folder of class-SEED
 and token-SEED; made where they are missing). A linear probe trains one linear map on the frozen backbone; FCN and
 UPerNet train everything. Seed by seed, all starts share the recipe, the head's first weights and the order of crops.
@@ -16,10 +17,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 
 from tokenlabel.comparison.spread import paired, spread_of
 from tokenlabel.data.scenes import write_scenes
 from tokenlabel.runtime.runlog import read_metrics
+
+Run = tuple[str, str, int]
+"""A head, a start and a seed."""
 
 STARTS = {"scratch": "random weights", "class": "class labels only", "token": "token labels"}
 HEADS = {
@@ -38,24 +43,62 @@ def main() -> None:
     )
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--heads", nargs="+", choices=[*HEADS], default=[*HEADS])
+    parser.add_argument("--record", type=Path, help="file of what is finished: runs in it are not made again")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     options = parser.parse_args()
     out: Path = options.out
     backbones = options.backbones or out
-    write_scenes(out / "scenes", num_train=1500, num_val=1000, seed=0)
+    record = Record(options.record)
+    runs = [
+        (head, start, seed) for head in options.heads for seed in range(options.seeds) for start in STARTS
+    ]
+    missing = [run for run in runs if run not in record]
+    out.mkdir(parents=True, exist_ok=True)
+    if missing:
+        write_scenes(out / "scenes", num_train=1500, num_val=1000, seed=0)
     with ThreadPoolExecutor(options.jobs) as pool:
-        if options.backbones is None:
+        if options.backbones is None and missing:
             prepare_labels(out)
-            list(pool.map(lambda seed: train_backbones(out, seed), range(options.seeds)))
-        runs = [
-            (head, start, seed) for head in options.heads for seed in range(options.seeds) for start in STARTS
-        ]
-        list(pool.map(lambda run: segment(out, backbones, *run), runs))
-    found = {head: collect(out, head, options.seeds) for head in options.heads}
+            list(pool.map(lambda seed: train_backbones(out, seed), sorted({seed for _, _, seed in missing})))
+        list(pool.map(lambda run: record.add(run, segment(out, backbones, *run)), missing))
+    found = {
+        head: {start: [record[head, start, seed] for seed in range(options.seeds)] for start in STARTS}
+        for head in options.heads
+    }
     (out / "segment_study.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     text = as_markdown(found)
     (out / "segment_study.md").write_text(text, encoding="utf-8")
     print(text)
+
+
+class Record:
+    """The mIoU of finished runs by (head, start, seed), kept in a file (None: in memory) from one run to the next."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path, self.lock = path, Lock()
+        kept = json.loads(path.read_text(encoding="utf-8")) if path is not None and path.exists() else []
+        self.values = {(line["head"], line["start"], line["seed"]): line["miou"] for line in kept}
+
+    def __contains__(self, run: Run) -> bool:
+        """Say whether a run is finished."""
+        return run in self.values
+
+    def __getitem__(self, run: Run) -> float:
+        """Return the mIoU of a run."""
+        return self.values[run]
+
+    def add(self, run: Run, miou: float) -> None:
+        """Keep what a run came to, from any thread."""
+        with self.lock:
+            self.values[run] = miou
+            if self.path is not None:
+                lines = [
+                    {"head": head, "start": start, "seed": seed, "miou": self.values[head, start, seed]}
+                    for head, start, seed in sorted(self.values)
+                ]
+                temporary = self.path.with_name(f".{self.path.name}.tmp")
+                temporary.write_text(json.dumps(lines, indent=1) + "\n", encoding="utf-8")
+                temporary.replace(self.path)
 
 
 def prepare_labels(out: Path) -> None:
@@ -73,11 +116,11 @@ def train_backbones(out: Path, seed: int) -> None:
         tokenlabel(out, run.name, "train", recipe, f"--out={run}", f"--seed={seed}", *images_of(out), *more)
 
 
-def segment(out: Path, backbones: Path, head: str, start: str, seed: int) -> None:
-    """Train one head from one start with one seed."""
+def segment(out: Path, backbones: Path, head: str, start: str, seed: int) -> float:
+    """Train one head from one start with one seed; return its mIoU."""
     run = out / f"{head}-{start}-{seed}"
     if any(line["kind"] == "eval" for line in read_metrics(run)):  # the recipe evaluates at the end alone
-        return
+        return last_miou(run)
     weights = [] if start == "scratch" else [f"--model.weights={backbones / f'{start}-{seed}'}"]
     tokenlabel(
         out,
@@ -88,6 +131,7 @@ def segment(out: Path, backbones: Path, head: str, start: str, seed: int) -> Non
         *HEADS[head],
         *weights,
     )
+    return last_miou(run)
 
 
 def images_of(out: Path) -> list[str]:
@@ -106,13 +150,6 @@ def tokenlabel(out: Path, log: str, *words: str | Path) -> None:
             check=True,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
         )
-
-
-def collect(out: Path, head: str, num_seeds: int) -> dict[str, list[float]]:
-    """Return the mIoU of each start, seed by seed."""
-    return {
-        start: [last_miou(out / f"{head}-{start}-{seed}") for seed in range(num_seeds)] for start in STARTS
-    }
 
 
 def last_miou(run: Path) -> float:
