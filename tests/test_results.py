@@ -82,6 +82,10 @@ def test_a_claim_takes_five_seeds():
     assert "(3 seeds)" in few
 
 
+def test_the_same_runs_in_two_tables_are_summed_up_once():
+    assert summary([CLEAR, CLEAR]) == summary([CLEAR])
+
+
 def test_one_seed_has_no_spread():
     text = as_markdown(found_of(a=[(0.8, 1.0)], b=[(0.7, 1.0)]))
     assert "(one seed, no spread): top-1 +10.0" in text

@@ -102,7 +102,11 @@ def as_markdown(found: Found, *, images: Sequence[str] = ()) -> str:
 
 
 def summary(all_found: Sequence[Found]) -> str:
-    """Return in words what holds, what does not, and what cannot be told, of tables' first metrics and probes."""
+    """Return in words what holds, what does not, and what cannot be told, of tables' first metrics and probes.
+
+    Tables that compare the same runs say so once.
+    """
+    said: set[tuple[frozenset[str], str]] = set()
     held: list[str] = []
     open_: list[str] = []
     few: list[str] = []
@@ -110,7 +114,9 @@ def summary(all_found: Sequence[Found]) -> str:
         asked = [name for name in found.table.metrics if name in (found.table.metrics[0], *_ALSO_IN_SHORT)]
         for ours, theirs, spreads in found.differences():
             titles = found.table.rows[ours].title, found.table.rows[theirs].title
-            for metric in (name for name in asked if name in spreads):
+            plans = frozenset(run.plan for row in (ours, theirs) for run in found.runs[row].values())
+            for metric in (name for name in asked if name in spreads and (plans, name) not in said):
+                said.add((plans, metric))
                 spread = spreads[metric]
                 text = f"- {titles[0]} against {titles[1]}: {METRICS[metric].title} {_signed(metric, spread)}"
                 if len(spread.values) < SEEDS_OF_A_CLAIM:
