@@ -5,6 +5,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from tokenlabel.evaluation.networks import find_network
 from tokenlabel.models import create_model
 from tokenlabel.runtime.configuration import config_from_dict
 from tokenlabel.training.checkpoint import (
@@ -181,3 +182,6 @@ def test_a_run_from_pretrained_weights_is_loaded_without_fetching_them(tmp_path,
     )
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert same_weights(load_model(tmp_path).model, model)
+    larger = find_network(str(tmp_path), size=96)
+    assert larger.size_px == (96, 96)
+    assert same_weights(larger.model, model)

@@ -11,9 +11,10 @@ from timm.data.config import resolve_data_config
 from torch.nn import functional as F
 
 from tokenlabel.data.augment import Interpolation
+from tokenlabel.evaluation.pretrained import PretrainedError
 from tokenlabel.teachers.classmap import ClassMap, ClassMapError
 from tokenlabel.teachers.dense import ClassifierNetwork
-from tokenlabel.teachers.networks import NetworkTeacher, TeacherError
+from tokenlabel.teachers.networks import NetworkTeacher
 from tokenlabel.teachers.online import NetworkOnlineTeacher, load_online_teacher
 from tokenlabel.teachers.sight import Sight
 from tokenlabel.training.objectives import OnlineTeacherConfig
@@ -121,6 +122,6 @@ def test_a_teacher_of_other_classes_or_none_at_all_is_refused(network, tmp_path)
     save_file(network.state_dict(), path)
     with pytest.raises(ClassMapError, match="7 classes, the images have 3"):
         load_online_teacher(OnlineTeacherConfig(name="test_resnet", weights=str(path)), list("abc"), CPU)
-    with pytest.raises(TeacherError, match="no teacher 'test_resnext_'"):
+    with pytest.raises(PretrainedError, match="no network 'test_resnext_'"):
         load_online_teacher(OnlineTeacherConfig(name="test_resnext_"), list("abc"), CPU)
     assert load_online_teacher(OnlineTeacherConfig(), list("abc"), CPU) is None

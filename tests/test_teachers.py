@@ -187,7 +187,7 @@ def test_a_teacher_of_fixed_size_sees_the_whole_image_squeezed(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"teacher": "resnet11x"}, "no teacher 'resnet11x'"),
+        ({"teacher": "resnet11x"}, "no network 'resnet11x'"),
         ({"teacher": "lvvit_s", "weights": None}, "give a checkpoint file by --weights"),
         ({"weights": "nowhere.safetensors"}, r"nowhere\.safetensors"),
         ({"teacher": "resnet18"}, "the weights of resnet18 cannot be loaded"),

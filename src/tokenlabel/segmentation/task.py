@@ -32,7 +32,12 @@ from tokenlabel.segmentation.model import (
 from tokenlabel.segmentation.pairs import ImageMaskPairs, classes_of, open_pairs
 from tokenlabel.segmentation.recipe import SegmentRecipe
 from tokenlabel.segmentation.weights import load_weights
-from tokenlabel.training.checkpoint import newest_checkpoint, read_state, read_weights
+from tokenlabel.training.checkpoint import (
+    newest_checkpoint,
+    options_without_weights,
+    read_state,
+    read_weights,
+)
 from tokenlabel.training.engine import run_task
 from tokenlabel.training.recipe import find_recipe
 from tokenlabel.training.tasks import Part, Task
@@ -168,8 +173,7 @@ def load_segmenter(path: Path) -> TrainedSegmenter:
     if "head" not in state["recipe"]["model"]:
         raise DataError(f"{path}: holds a classifier; `tokenlabel segment train` makes segmentation models")
     recipe = config_from_dict(state["recipe"], SegmentRecipe, name=f"{folder}/state.json")
-    options = {name: value for name, value in recipe.model.options.items() if name != "pretrained"}
-    config = replace(recipe.model, options=options)  # the weights are here: nothing to fetch
+    config = replace(recipe.model, options=options_without_weights(recipe.model.options))
     model = create_segmentation_model(config, num_classes=len(state["class_names"]))
     model.load_state_dict(read_weights(folder, state))
     return TrainedSegmenter(model.eval(), recipe, state["class_names"], state["step"])

@@ -16,7 +16,7 @@ from torch import Tensor
 from tokenlabel.models import WeightsError
 from tokenlabel.models.weights import read_checkpoint, resize_all_positions
 from tokenlabel.segmentation.model import SegmentationModel
-from tokenlabel.training.checkpoint import list_checkpoints
+from tokenlabel.training.checkpoint import is_run, newest_checkpoint
 
 LOGGER = logging.getLogger(__name__)
 
@@ -41,8 +41,8 @@ def load_weights(model: SegmentationModel, path: str | Path, *, average: bool = 
 
 
 def _read(path: Path, *, average: bool) -> tuple[dict[str, Tensor], str]:
-    if path.is_dir() and not (path / "state.json").exists() and list_checkpoints(path):
-        path = list_checkpoints(path)[-1]
+    if is_run(path):
+        path = newest_checkpoint(path)
     if path.is_dir():
         average = (path / "ema.safetensors").exists()
     return read_checkpoint(path, average=average), str(path)

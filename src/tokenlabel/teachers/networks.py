@@ -9,25 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import timm
 import torch
 from jaxtyping import Float, UInt8
-from timm.data.config import resolve_data_config
-from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
-from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
 from tokenlabel.data.augment import Interpolation
 from tokenlabel.data.batches import normalize_images
-from tokenlabel.evaluation.networks import file_overlay
-from tokenlabel.models import TimmAdapter, TokenModel, create_model
-from tokenlabel.models.lvvit import CONFIGS as LVVIT_CONFIGS
-from tokenlabel.models.t2t_vit import CONFIGS as T2T_VIT_CONFIGS
-from tokenlabel.models.weights import load_published, read_checkpoint
-from tokenlabel.runtime.errors import first_line
+from tokenlabel.evaluation.pretrained import Pretrained, load_pretrained
+from tokenlabel.models import TimmAdapter, TokenModel
 from tokenlabel.teachers.dense import ClassifierNetwork, DenseLogits, DenseNetwork, TokenNetwork
 from tokenlabel.teachers.sight import Sight
-from tokenlabel.training.checkpoint import list_checkpoints, load_model
+from tokenlabel.training.checkpoint import is_run, load_model
 
 
 class TeacherError(ValueError):
@@ -148,11 +140,15 @@ def load_teacher(
     """Return one network as teacher, by its name.
 
     `name`: a run folder that `tokenlabel train` made or one of its checkpoints, `lvvit_s` and the like (with
-    weights), or whatever `timm.create_model` takes. Raises TeacherError if there is none or it has no dense
-    map.
+    weights), or whatever `timm.create_model` takes. Raises PretrainedError if there is none, TeacherError if it has
+    no dense map.
     """
-    found = _from_run(Path(name)) if _is_run(Path(name)) else _from_name(name, config.size, weights)
-    network = _dense_network(found, config.head).eval().to(device).requires_grad_(False)
+    found = (
+        _from_run(Path(name))
+        if is_run(Path(name))
+        else load_pretrained(name, weights=weights, size=config.size)
+    )
+    network = _dense_network(found, name, config.head).eval().to(device).requires_grad_(False)
     network = network.to(memory_format=torch.channels_last)
     sight = _sight(found, network, config)
     description = {"name": name, "weights": _fingerprint(network), "answers_with": network.answers_with}
@@ -163,102 +159,20 @@ def load_teacher(
     )
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Found:
-    """A network and how it was trained and evaluated. `own_size_px`: (height, width)."""
-
-    name: str
-    model: Any
-    class_names: tuple[str, ...]
-    own_size_px: tuple[int, int]
-    fixed_size: bool
-    crop_fraction: float
-    interpolation: Interpolation
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    has_trained_token_head: bool
-
-
-def _is_run(path: Path) -> bool:
-    return (path / "state.json").exists() or bool(list_checkpoints(path))
-
-
-def _from_run(path: Path) -> _Found:
+def _from_run(path: Path) -> Pretrained:
     trained = load_model(path)
     model, recipe = trained.model, trained.recipe
-    return _Found(
-        name=str(path),
+    return Pretrained(
         model=model,
+        num_classes=model.num_classes,
         class_names=tuple(trained.class_names),
-        own_size_px=recipe.model.size_px,
+        size_px=recipe.model.size_px,
         fixed_size=False,
         crop_fraction=recipe.eval.crop_fraction,
         interpolation=Interpolation.BICUBIC,
         mean=model.mean,
         std=model.std,
-        has_trained_token_head=recipe.uses_token_labels or _has_own_token_head(model),
-    )
-
-
-def _from_name(name: str, size: int | None, weights: str | None) -> _Found:
-    if name in LVVIT_CONFIGS or name in T2T_VIT_CONFIGS:
-        return _from_own_name(name, size or 224, weights)
-    if ":" not in name and not timm.is_model(name):  # a colon: timm's "hf-hub:" and "local-dir:"
-        raise TeacherError(f"no teacher {name!r}: neither a run folder nor a model that timm knows")
-    options: dict[str, Any] = {"pretrained": True}
-    preset = get_pretrained_cfg(name, allow_unregistered=True)
-    if weights is not None:
-        options["pretrained_cfg_overlay"] = file_overlay(weights, preset)
-    if preset is not None and preset.fixed_input_size and size is not None:
-        options["img_size"] = size
-    try:
-        model: Any = timm.create_model(name, **options)
-    except Exception as error:  # timm, the hub and its network library raise whatever they run into
-        advice = "give a checkpoint file by --weights" if weights is None else "is it of this model?"
-        raise TeacherError(
-            f"the weights of {name} cannot be loaded ({first_line(error)}); {advice}"
-        ) from error
-    data = resolve_data_config({}, model=model)
-    subset = infer_imagenet_subset(model) if weights is None else None
-    _, height_px, width_px = data["input_size"]
-    given_px = options.get("img_size")
-    return _Found(
-        name=name,
-        model=model,
-        class_names=tuple(ImageNetInfo(subset).label_names()) if subset else (),
-        own_size_px=(given_px or height_px, given_px or width_px),
-        fixed_size=bool(model.pretrained_cfg.get("fixed_input_size")),
-        crop_fraction=data["crop_pct"],
-        interpolation=Interpolation.BILINEAR
-        if data["interpolation"] == "bilinear"
-        else Interpolation.BICUBIC,
-        mean=data["mean"],
-        std=data["std"],
-        has_trained_token_head=getattr(model, "aux_head", None) is not None,
-    )
-
-
-def _from_own_name(name: str, size: int, weights: str | None) -> _Found:
-    if weights is None:
-        raise TeacherError(
-            f"{name} has no weights that could be downloaded; give a checkpoint file by --weights"
-        )
-    classifier = read_checkpoint(weights).get("head.weight")
-    if classifier is None:
-        raise TeacherError(f"{weights}: has no classifier (head.weight), so it cannot teach {name}")
-    model = create_model(name, num_classes=len(classifier), size_px=(size, size))
-    loaded = load_published(model, weights)
-    return _Found(
-        name=name,
-        model=model,
-        class_names=(),
-        own_size_px=(size, size),
-        fixed_size=True,
-        crop_fraction=0.9,
-        interpolation=Interpolation.BICUBIC,
-        mean=model.mean,
-        std=model.std,
-        has_trained_token_head=hasattr(model, "aux_head") and not loaded.new_heads,
+        has_token_head=recipe.uses_token_labels or _has_own_token_head(model),
     )
 
 
@@ -267,24 +181,24 @@ def _has_own_token_head(model: TokenModel) -> bool:
     return isinstance(model, TimmAdapter) and hasattr(model.backbone, "aux_head")
 
 
-def _dense_network(found: _Found, head: str) -> DenseNetwork:
-    if head == "tokens" and not found.has_trained_token_head:
-        raise TeacherError(f"{found.name} has no trained head for its tokens; leave --head out")
-    by_tokens = found.has_trained_token_head and head != "classifier"
+def _dense_network(found: Pretrained, name: str, head: str) -> DenseNetwork:
+    if head == "tokens" and not found.has_token_head:
+        raise TeacherError(f"{name} has no trained head for its tokens; leave --head out")
+    by_tokens = found.has_token_head and head != "classifier"
     model = found.model
     if isinstance(model, TokenModel) and not isinstance(model, TimmAdapter):
         return TokenNetwork(model, classifier=None if by_tokens else model.get_submodule("head"))
     if by_tokens and not isinstance(model, TokenModel):
-        model = TimmAdapter(model, name=found.name, num_classes=model.num_classes, size_px=found.own_size_px)
+        model = TimmAdapter(model, name=name, num_classes=model.num_classes, size_px=found.size_px)
     if by_tokens:
         return TokenNetwork(model)
-    return ClassifierNetwork(model.backbone if isinstance(model, TimmAdapter) else model, name=found.name)
+    return ClassifierNetwork(model.backbone if isinstance(model, TimmAdapter) else model, name=name)
 
 
-def _sight(found: _Found, network: DenseNetwork, config: TeacherConfig) -> Sight:
-    size = config.size or max(found.own_size_px)
+def _sight(found: Pretrained, network: DenseNetwork, config: TeacherConfig) -> Sight:
+    size = config.size or max(found.size_px)
     try:
-        stride_px = _stride(found.own_size_px[1], network.grid_for(found.own_size_px)[1])
+        stride_px = _stride(found.size_px[1], network.grid_for(found.size_px)[1])
         fixed = found.fixed_size or not _takes(network, (size, size + stride_px))
         network.grid_for((size, size))
     except ValueError as error:

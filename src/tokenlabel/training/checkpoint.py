@@ -174,15 +174,24 @@ def load_model(path: Path) -> TrainedModel:
     folder = newest_checkpoint(path)
     state = read_state(folder)
     recipe = config_from_dict(state["recipe"], Recipe, name=f"{folder}/state.json")
-    options = recipe.model.options | ({"pretrained": False} if "pretrained" in recipe.model.options else {})
-    model = create_model(  # with the run's own weights: none are fetched
+    model = create_model(
         recipe.model.name,
         num_classes=len(state["class_names"]),
         size_px=recipe.model.size_px,
-        **options,
+        **options_without_weights(recipe.model.options),
     )
     model.load_state_dict(read_weights(folder, state))
     return TrainedModel(model.eval(), recipe, state["class_names"], state["step"])
+
+
+def options_without_weights(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a model's options for a model whose weights are at hand, so that timm fetches none."""
+    return {name: value for name, value in options.items() if name != "pretrained"}
+
+
+def is_run(path: Path) -> bool:
+    """Say whether a path is a run folder with a checkpoint, or a checkpoint folder."""
+    return (path / "state.json").exists() or bool(list_checkpoints(path))
 
 
 def newest_checkpoint(path: Path) -> Path:
