@@ -84,6 +84,7 @@ def comparison_of(folder):
 def test_a_call_runs_what_is_missing_in_a_process_of_its_own(tiny, capsys):
     """Three of four runs are there; the fourth is a defect, which a recipe cannot name."""
     before = (tiny / "out" / "runs" / "base" / "0" / "measures.json").stat().st_mtime_ns
+    (tiny / "results.notes.md").write_text("Swapped labels are worse.\n")
     assert main([*words(tiny), "--results", str(tiny / "results.md")]) == 0
     assert capsys.readouterr().err.count("...") == 1
     assert (tiny / "out" / "runs" / "base" / "0" / "measures.json").stat().st_mtime_ns == before
@@ -94,6 +95,7 @@ def test_a_call_runs_what_is_missing_in_a_process_of_its_own(tiny, capsys):
     assert by_metric["label_truth"]["mean"] < 0  # swapped labels name fewer objects
     page = (tiny / "results.md").read_text()
     assert "x and y swapped" in page
+    assert "\n\nSwapped labels are worse.\n\n" in page
     assert "images/results-tiny.svg" in page
     assert (tiny / "images" / "results-tiny.svg").is_file()
 

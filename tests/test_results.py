@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from tokenlabel.comparison.intervals import interval_chart
@@ -111,8 +112,27 @@ def test_learning_curves_are_means_over_seeds():
 
 def test_charts_show_every_row_and_are_the_same_for_the_same_figures():
     panels = interval_panels(CLEAR, ["top1", "loss"])
-    assert [title for title, _ in panels["top-1 (%)"]] == ["row a", "row b", "row c"]
+    assert list(panels["top-1 (%)"]) == ["row a", "row b", "row c"]
     svg = as_svg(interval_chart(panels))
     assert svg.startswith("<svg")
     assert svg == as_svg(interval_chart(panels))
     assert "<svg" in as_svg(curve_chart({"one": ("step", {"a": [(0, 1), (1, 2)], "b": []})}, columns=1))
+
+
+def test_a_row_without_a_figure_leaves_its_place_in_the_chart_empty():
+    found = found_of(a=[(0.8, None)], b=[(0.7, 1.0)])
+    panels = interval_panels(found, ["top1", "loss"])
+    assert list(panels["val loss"]) == ["row a", "row b"]
+    assert panels["val loss"]["row a"] is None
+    figure = interval_chart(panels)
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["row a", "row b"]
+    places = [float(y) for line in figure.axes[1].lines for y in np.asarray(line.get_ydata())]
+    assert set(places) == {1.0}
+
+
+def test_charts_show_the_probe_before_what_stands_first_in_the_table():
+    names = ["top1", "loss", "ece", "probe_accuracy"]
+    table = replace(TABLE, metrics=names)
+    record = RunRecord(plan="a", name="a", seed=0, figures=dict.fromkeys(names, 0.5), curve=())
+    found = found_in(table, 1, {"a": {0: record}})
+    assert found.charted() == ["top1", "loss", "probe_accuracy"]

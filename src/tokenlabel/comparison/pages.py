@@ -1,7 +1,7 @@
 """The files that a comparison leaves: a page, figures and charts of each table, and one page of all.
 
-Runs that an earlier version of a table or testbed left in the same folder do not count. OUT/NOTES.md, where there is
-one, says in the page of all what else is to be known of the runs.
+Runs that an earlier version of a table or testbed left in the same folder do not count. What people have to say of
+the figures stands beside the page of all (results.md: results.notes.md) and becomes its introduction.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from tokenlabel.comparison.results import (
 )
 from tokenlabel.comparison.tables import Comparison, Table
 
-NOTES_FILE = "NOTES.md"
-
 _METHOD = """\
 The command continues where it was stopped, and this page is what it writes. Every row is trained with several seeds;
 a seed gives all rows the same initial weights, order of images, crops and mixes wherever they can be the same.
 Figures are means over seeds ± half of a 95% interval (Student's t). A difference is taken seed by seed, and is called
-larger than its spread where its interval leaves out 0; of twenty that do not exist, one looks so by chance."""
+larger than its spread where its interval leaves out 0; of twenty that do not exist, one looks so by chance. Time a step
+is that of the core or GPU that a run had, where and when it ran: rows that were trained on different machines do not
+compare in it."""
 
 
 def write_results(comparison: Comparison, records: Records, *, page: Path | None, command: str) -> None:
@@ -54,7 +54,8 @@ def write_results(comparison: Comparison, records: Records, *, page: Path | None
             links = [f"images/results-{name}{suffix}.svg" for suffix in charts]
             sections.append(as_markdown(found, images=links))
     if page is not None:
-        page.write_text("\n".join([_page_head(comparison, everything, command), *sections]), encoding="utf-8")
+        head = _page_head(comparison, everything, command, notes=page.with_suffix(".notes.md"))
+        page.write_text("\n".join([head, *sections]), encoding="utf-8")
 
 
 def _found(comparison: Comparison, table: Table, records: Records) -> Found:
@@ -69,7 +70,7 @@ def _found(comparison: Comparison, table: Table, records: Records) -> Found:
 
 def _charts(found: Found) -> dict[str, str]:
     """Return charts as SVG by what follows the table's name in the name of their file."""
-    panels = interval_panels(found, found.metrics()[:3])
+    panels = interval_panels(found, found.charted())
     if not panels:
         return {}
     from tokenlabel.comparison.intervals import interval_chart
@@ -81,23 +82,10 @@ def _charts(found: Found) -> dict[str, str]:
     }
 
 
-def _page_head(comparison: Comparison, everything: Sequence[Found], command: str) -> str:
+def _page_head(comparison: Comparison, everything: Sequence[Found], command: str, *, notes: Path) -> str:
     unstarted = [found.table.title for found in everything if not any(found.runs.values())]
-    lines = [
-        "# Results",
-        "",
-        comparison.testbed.about.strip(),
-        "",
-        f"    {command}",
-        "",
-        _METHOD,
-        "",
-        "## In short",
-        "",
-        summary(everything),
-        "",
-    ]
-    notes = comparison.out / NOTES_FILE
+    lines = ["# Results", "", comparison.testbed.about.strip(), "", f"    {command}", "", _METHOD, ""]
     lines += [notes.read_text(encoding="utf-8").strip(), ""] if notes.is_file() else []
+    lines += ["## Every difference in short", "", summary(everything), ""]
     lines += [f"Tables of which nothing was run: {', '.join(unstarted)}.", ""] if unstarted else []
     return "\n".join(lines)

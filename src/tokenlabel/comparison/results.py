@@ -40,6 +40,15 @@ class Found:
         """Return the metrics that any run has, in the table's order."""
         return [name for name in self.table.metrics if any(self.values[row].get(name) for row in self.values)]
 
+    def headlines(self) -> list[str]:
+        """Return the metrics that a summary names: the table's first, and the probe of what the tokens know."""
+        return [name for name in self.metrics() if name in (self.table.metrics[0], *_ALSO_IN_SHORT)]
+
+    def charted(self, count: int = 3) -> list[str]:
+        """Return so many metrics for a chart, in the table's order: the headlines, then the others."""
+        ranked = [*self.headlines(), *(name for name in self.metrics() if name not in self.headlines())]
+        return [name for name in self.metrics() if name in ranked[:count]]
+
     def differences(self) -> Iterator[tuple[str, str, dict[str, Spread]]]:
         """Yield pairs of rows and, for each metric that both have, the spread of first minus second."""
         for ours, theirs in self.table.differences:
@@ -111,11 +120,12 @@ def summary(all_found: Sequence[Found]) -> str:
     open_: list[str] = []
     few: list[str] = []
     for found in all_found:
-        asked = [name for name in found.table.metrics if name in (found.table.metrics[0], *_ALSO_IN_SHORT)]
         for ours, theirs, spreads in found.differences():
             titles = found.table.rows[ours].title, found.table.rows[theirs].title
             plans = frozenset(run.plan for row in (ours, theirs) for run in found.runs[row].values())
-            for metric in (name for name in asked if name in spreads and (plans, name) not in said):
+            for metric in (
+                name for name in found.headlines() if name in spreads and (plans, name) not in said
+            ):
                 said.add((plans, metric))
                 spread = spreads[metric]
                 text = f"- {titles[0]} against {titles[1]}: {METRICS[metric].title} {_signed(metric, spread)}"
@@ -131,18 +141,19 @@ def summary(all_found: Sequence[Found]) -> str:
     return "\n\n".join(f"{heading}\n\n" + "\n".join(lines) for heading, lines in parts if lines)
 
 
-def interval_panels(found: Found, names: Sequence[str]) -> dict[str, list[tuple[str, Spread]]]:
-    """Return for each metric the spread of every row, in the units of the tables."""
+def interval_panels(found: Found, names: Sequence[str]) -> dict[str, dict[str, Spread | None]]:
+    """Return for each metric the spread of every row that has any of them, in the units of the tables."""
+    rows = {row: of for row, of in found.values.items() if any(of.get(name) for name in names)}
     panels = {}
     for name in names:
         metric = METRICS[name]
-        rows = [
-            (found.table.rows[row].title, spread_of([metric.scale * v for v in metrics[name].values()]))
-            for row, metrics in found.values.items()
-            if metrics.get(name)
-        ]
-        if rows:
-            panels[f"{metric.title} ({metric.unit.strip()})" if metric.unit else metric.title] = rows
+        heading = f"{metric.title} ({metric.unit.strip()})" if metric.unit else metric.title
+        panels[heading] = {
+            found.table.rows[row].title: spread_of([metric.scale * value for value in values])
+            if (values := of.get(name, {}).values())
+            else None
+            for row, of in rows.items()
+        }
     return panels
 
 
