@@ -76,11 +76,10 @@ def test_what_is_missing_is_named_by_seed():
 
 
 def test_a_claim_takes_five_seeds():
-    text = summary([CLEAR])
-    held, few = text.split("Fewer than 5 seeds")
-    assert "row a against row b: top-1 +10.0 ± 0.0" in held
-    assert "row c against row b: top-1" in few
-    assert "(3 seeds)" in few
+    lines = summary([CLEAR]).splitlines()
+    assert "| row a | row b | 5 | **+10.0 ± 0.0** |" in lines
+    resolved = found_of(a=[(0.8, 1.0)] * 3, b=[(0.7, 1.0)] * 3)
+    assert "| row a | row b | 3 | +10.0 ± 0.0 |" in summary([resolved])
 
 
 def test_the_same_runs_in_two_tables_are_summed_up_once():

@@ -111,34 +111,41 @@ def as_markdown(found: Found, *, images: Sequence[str] = ()) -> str:
 
 
 def summary(all_found: Sequence[Found]) -> str:
-    """Return in words what holds, what does not, and what cannot be told, of tables' first metrics and probes.
+    """Return a table of all differences in the tables' headlines, in bold those of which a claim can be made.
 
     Tables that compare the same runs say so once.
     """
+    names = list(dict.fromkeys(name for found in all_found for name in found.headlines()))
     said: set[tuple[frozenset[str], str]] = set()
-    held: list[str] = []
-    open_: list[str] = []
-    few: list[str] = []
+    lines = []
     for found in all_found:
         for ours, theirs, spreads in found.differences():
-            titles = found.table.rows[ours].title, found.table.rows[theirs].title
             plans = frozenset(run.plan for row in (ours, theirs) for run in found.runs[row].values())
-            for metric in (
-                name for name in found.headlines() if name in spreads and (plans, name) not in said
-            ):
-                said.add((plans, metric))
-                spread = spreads[metric]
-                text = f"- {titles[0]} against {titles[1]}: {METRICS[metric].title} {_signed(metric, spread)}"
-                if len(spread.values) < SEEDS_OF_A_CLAIM:
-                    few.append(f"{text} ({len(spread.values)} seeds)")
-                else:
-                    (held if spread.is_resolved else open_).append(text)
-    parts = [
-        (f"Larger than their spread over at least {SEEDS_OF_A_CLAIM} seeds:", held),
-        ("Smaller than their spread, so not to be seen at this scale, if they exist:", open_),
-        (f"Fewer than {SEEDS_OF_A_CLAIM} seeds, so no claim:", few),
-    ]
-    return "\n\n".join(f"{heading}\n\n" + "\n".join(lines) for heading, lines in parts if lines)
+            new = [name for name in found.headlines() if name in spreads and (plans, name) not in said]
+            said |= {(plans, name) for name in new}
+            if new:
+                titles = [found.table.rows[row].title for row in (ours, theirs)]
+                seeds = min(len(spreads[name].values) for name in new)
+                cells = [_claim(name, spreads[name]) if name in new else "" for name in names]
+                lines.append(f"| {' | '.join([*titles, str(seeds), *cells])} |")
+    if not lines:
+        return ""
+    headings = [METRICS[name].title for name in names]
+    return "\n".join(
+        [
+            f"In bold: larger than its spread over at least {SEEDS_OF_A_CLAIM} seeds. Whatever else exists cannot be "
+            "seen at this scale.",
+            "",
+            f"| {' | '.join(['trained with', 'against', 'seeds', *headings])} |",
+            "|---" * (3 + len(names)) + "|",
+            *lines,
+        ]
+    )
+
+
+def _claim(name: str, spread: Spread) -> str:
+    text = _signed(name, spread)
+    return f"**{text}**" if spread.is_resolved and len(spread.values) >= SEEDS_OF_A_CLAIM else text
 
 
 def interval_panels(found: Found, names: Sequence[str]) -> dict[str, dict[str, Spread | None]]:
