@@ -9,8 +9,13 @@ import torch
 import yaml
 
 from tokenlabel.comparison import tables
+from tokenlabel.comparison.jobs import _counted_cost as counted_cost
+from tokenlabel.comparison.jobs import _environment as environment_of
+from tokenlabel.comparison.jobs import _options as options_of
+from tokenlabel.comparison.jobs import _settings as settings_of
 from tokenlabel.comparison.jobs import finished_runs, jobs_of, main, run_job, steps_needed
-from tokenlabel.comparison.measures import METRICS
+from tokenlabel.comparison.measures import Finished, label_truth, predictions
+from tokenlabel.comparison.metrics import METRICS
 from tokenlabel.comparison.records import RunRecord, read_records, write_records
 from tokenlabel.comparison.tables import (
     Comparison,
@@ -24,6 +29,9 @@ from tokenlabel.comparison.tables import (
     recipe_of,
     table_names,
 )
+from tokenlabel.runtime.files import write_whole
+from tokenlabel.runtime.interruption import Interrupted
+from tokenlabel.training.checkpoint import load_model
 from tokenlabel.training.recipe import find_recipe
 
 CPU = torch.device("cpu")
@@ -177,8 +185,91 @@ def test_what_has_not_run_is_named(tiny):
 def test_a_run_of_something_else_is_not_taken(tiny):
     ours = comparison_of(tiny)
     other = replace(ours, testbed=replace(ours.testbed, set={**ours.testbed.set, "epochs": 3}))
-    with pytest.raises(ValueError, match="was made by another table or testbed"):
+    with pytest.raises(ValueError, match="was made by another table, testbed or recipe"):
         run_job(other, Job(other.tables[0], "token", 0), device=CPU)
+
+
+def test_a_run_by_an_edited_recipe_is_not_taken(tiny, tmp_path):
+    """A recipe of one's own has the same name before and after; what it says decides."""
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(find_recipe("demo_token_labels").read_text())
+    ours = comparison_of(tiny)
+    ours = replace(ours, testbed=replace(ours.testbed, recipe=str(recipe)))
+    plan, folder = ours.plan(ours.tables[0], "token"), tmp_path / "run"
+    write_whole(folder / "plan.json", ours.described(plan))
+    assert ours.made(plan, folder)
+    recipe.write_text(recipe.read_text().replace("lr: 2.0e-3", "lr: 3.0e-3"))
+    assert not ours.made(plan, folder)
+
+
+def test_what_was_kept_stands_where_the_folder_holds_the_same_run(tiny):
+    ours = comparison_of(tiny)
+    found = finished_runs(ours, {})
+    key, record = next(iter(found.items()))
+    kept = replace(record, figures={**record.figures, "top1": 0.123, "label_bytes": 5.0})
+    assert finished_runs(ours, {key: kept})[key] == kept
+    poorer = replace(kept, figures={"top1": 0.123})
+    assert finished_runs(ours, {key: poorer})[key] == record
+
+
+def test_settings_for_all_rows_come_after_those_of_a_preset(tiny):
+    """A preset may set all of `model.options`; --set may be given more than once."""
+    given = ["--set", "model.options.depth=2", "epochs=1", "--set", "batch_size=7"]
+    ours = Comparison(
+        tables=[read_table("models")],
+        testbed=read_testbed("embedded"),
+        out=Path("out"),
+        overrides=settings_of(options_of(["models", "--out", "x", *given]).set),
+    )
+    recipe = recipe_of(ours.plan(ours.tables[0], "t2t"), 0, {"data": "d", **ours.folders})
+    assert (recipe.model.options["depth"], recipe.model.options["width"]) == (2, 64)
+    assert (recipe.epochs, recipe.batch_size) == (1, 7)
+
+
+def test_a_job_on_its_own_writes_no_results(tiny):
+    with pytest.raises(ValueError, match="leave --record, --results and --collect out"):
+        main([*words(tiny), "--only", "tiny:token:0", "--collect"])
+    with pytest.raises(TableError, match="--seeds 0"):
+        main([*words(tiny), "--seeds", "0"])
+
+
+def test_an_attempt_that_failed_costs_nothing(tmp_path):
+    with pytest.raises(OSError, match="full"), counted_cost(tmp_path):
+        raise OSError("disk full")
+    with pytest.raises(Interrupted), counted_cost(tmp_path):
+        raise Interrupted(3, 15)
+    (line,) = (tmp_path / "cost.jsonl").read_text().splitlines()
+    assert json.loads(line)["num_steps"] == 0
+
+
+def test_a_process_gets_one_of_the_gpus_that_this_one_may_use(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert environment_of(1)["CUDA_VISIBLE_DEVICES"] == "1"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    assert environment_of(1)["CUDA_VISIBLE_DEVICES"] == "5"
+
+
+def test_labels_are_held_against_the_masks_of_other_crops_for_each_seed(tiny):
+    """And tokens have nothing to get right in a run that never trained their head."""
+    figures = [
+        json.loads((tiny / "out" / "runs" / "base" / seed / "measures.json").read_text()) for seed in "01"
+    ]
+    assert 0.9 < figures[0]["label_truth"] <= 1
+    ours = comparison_of(tiny)
+    trained = load_model(tiny / "out" / "runs" / "base" / "0")
+    without = replace(trained.recipe, loss=replace(trained.recipe.loss, beta=0.0))
+    finished = Finished(
+        run=tiny / "out" / "runs" / "base" / "0",
+        trained=replace(trained, recipe=without),
+        folders=ours.measure_folders(),
+        defect=None,
+        device=CPU,
+    )
+    assert "token_accuracy" not in predictions(finished)
+    assert "token_accuracy" in predictions(replace(finished, trained=trained))
+    assert label_truth(finished) == {}
 
 
 def test_a_step_by_another_command_is_not_taken(tiny):
@@ -246,6 +337,13 @@ def test_steps_are_made_in_the_order_of_their_needs():
         (("defect: swapped", "defect: swaped"), "no defect 'swaped'; known: swapped"),
         (("[swapped, token]", "[swapped, tokne]"), "name a row 'tokne'"),
         (("title: Tiny\n", ""), "title"),
+        (("[top1, token_accuracy", "[top1, tokens"), r"no metric \['tokens'\]; known: top1"),
+        (
+            ("metrics: [top1, token_accuracy, probe_accuracy, label_truth, step_s]", "metrics: []"),
+            "no metric at all",
+        ),
+        (("[[swapped, token]]", "[[swapped]]"), r"expected pairs of rows.*\['swapped'\]"),
+        (("token: {title: token labels}", "token:"), "rows.token: expected a mapping"),
     ],
 )
 def test_mistakes_in_a_table_are_named(change, message, tmp_path):

@@ -1,14 +1,20 @@
 """Runs side by side on the same images."""
 
+import shutil
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokenlabel.cli import main
+from tokenlabel.data.batches import normalize_images
 from tokenlabel.data.scenes import write_scenes
-from tokenlabel.report.contrast import class_accuracies, contrast_sections
+from tokenlabel.evaluation.observation import evaluation_set
+from tokenlabel.report.contrast import class_accuracies, contrast_sections, place_maps
+from tokenlabel.report.names import short_names
 from tokenlabel.report.runs import read_run, write_report
+from tokenlabel.training.checkpoint import load_model
 
 
 @pytest.fixture(scope="module")
@@ -26,20 +32,22 @@ def runs(tmp_path_factory):
 
 
 def test_both_ways_to_differ_are_shown(runs):
-    sections = "".join(contrast_sections(runs))
+    sections = "".join(contrast_sections(short_names(runs)))
     assert "Right by first, wrong by second" in sections
     assert "Right by second, wrong by first" in sections
     assert "first over second, points" in sections
 
 
-def test_a_run_beside_itself_never_differs(runs):
-    sections = "".join(contrast_sections([runs[0], runs[0]]))
+def test_a_run_beside_its_copy_never_differs(runs, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(runs[0], copy)
+    sections = "".join(contrast_sections(short_names([runs[0], copy])))
     assert sections.count("0 of 20 images") == 2
     assert sections.count("<td>+0.0</td>") == 10
 
 
 def test_a_run_alone_has_its_classes(runs):
-    (only,) = contrast_sections(runs[:1])
+    (only,) = contrast_sections(short_names(runs[:1]))
     assert "Accuracy by class" in only
 
 
@@ -50,9 +58,32 @@ def test_the_report_has_curves_against_steps_and_time(runs, tmp_path):
     assert page.count("<svg") == 1
 
 
+def test_runs_in_folders_of_one_name_are_told_apart(runs, tmp_path):
+    """As `compare` lays them out: OUT/runs/ROW/SEED."""
+    folders = [tmp_path / "row" / "0", tmp_path / "other" / "0"]
+    for run, folder in zip(runs, folders, strict=True):
+        shutil.copytree(run, folder)
+    assert short_names(folders) == {folders[0]: "row/0", folders[1]: "other/0"}
+    write_report(folders, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "Right by row/0, wrong by other/0" in page
+    assert "<th>row/0</th><th>other/0</th>" in page
+
+
+def test_runs_without_token_labels_show_what_their_classifier_says_of_places(runs, tmp_path):
+    write_report(runs, tmp_path / "report.html")
+    assert "What first says about the places of val images" in (tmp_path / "report.html").read_text()
+    trained = load_model(runs[0])
+    images = evaluation_set(trained.recipe, class_names=trained.class_names)
+    image = images[0, 0].image[None]
+    outputs = trained.model(normalize_images(image, mean=trained.model.mean, std=trained.model.std))
+    expected = trained.model.get_submodule("head")(outputs.tokens).softmax(dim=2).unflatten(1, outputs.grid)
+    np.testing.assert_allclose(place_maps(runs[0], image), expected.detach(), atol=1e-5)
+
+
 def test_time_is_what_the_steps_took(runs):
     """10 steps of 10 images at 50 images/s, then half of 10 more at 100: 2 s and 0.5 s."""
-    record = read_run(runs[0])
+    record = read_run(runs[0], "first")
     lines = [{"step": 10, "images_per_s": 50.0}, {"step": 20, "images_per_s": 100.0}]
     record.train_lines[:] = lines
     assert record.minutes_at(15) == pytest.approx(2.5 / 60)

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -5,9 +7,10 @@ from PIL import Image
 
 from tokenlabel.data.batches import Batch
 from tokenlabel.evaluation.evaluators import object_tokens
-from tokenlabel.evaluation.observation import MaskFolder, agreement, evaluate
+from tokenlabel.evaluation.observation import MaskFolder, agreement, evaluate, mask_agreement
+from tokenlabel.labels.store import LabelStore, LabelStoreWriter, Manifest
 from tokenlabel.method.alignment import align, collate_score_maps
-from tokenlabel.method.geometry import View, stack_views
+from tokenlabel.method.geometry import Box, View, stack_views
 from tokenlabel.method.scores import from_mask
 from tokenlabel.models import Inference, Outputs, TokenModel
 
@@ -111,6 +114,23 @@ def test_a_teacher_agrees_with_itself():
     views = torch.from_numpy(stack_views([View.identity()]))
     targets = align(collate_score_maps([from_mask(mask, num_classes=10)]), views, (8, 8))
     assert agreement(targets, targets, 10) == (64, 64)
+
+
+def test_what_a_teacher_did_not_see_is_not_held_against_it(tmp_path):
+    """The middle half of an image in 4 x 4 cells, all of them right; class 0 is no answer."""
+    mask = np.random.default_rng(0).integers(1, 10, (8, 8)).astype(np.uint8)
+    Image.fromarray(mask).save(tmp_path / "a.png")
+    middle = replace(from_mask(mask[2:6, 2:6], num_classes=10), region=Box(0.25, 0.25, 0.75, 0.75))
+    manifest = Manifest(num_classes=10, class_names=tuple("0123456789"), topk=1)
+    with LabelStoreWriter(tmp_path / "labels", manifest) as writer:
+        writer.add("a.jpg", middle)
+    assert mask_agreement(LabelStore(tmp_path / "labels"), tmp_path) == 1.0
+    whole = torch.from_numpy(stack_views([View.identity()]))
+    truth = align(collate_score_maps([from_mask(mask, num_classes=10)]), whole, (8, 8))
+    guess = align(collate_score_maps([middle]), whole, (8, 8))
+    right, judged = agreement(guess, truth, 10)
+    assert right == judged
+    assert 16 <= judged < 64
 
 
 def test_masks_are_read_by_the_key_of_the_image(tmp_path):

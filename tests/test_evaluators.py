@@ -96,6 +96,12 @@ def test_ties_count_against_a_model():
     assert rank_of_class(torch.zeros(2, 5), torch.tensor([0, 4])).tolist() == [4, 4]
 
 
+def test_logits_that_are_no_numbers_are_never_right():
+    logits = torch.tensor([[torch.nan] * 5, [0.0, 1.0, torch.nan, 3.0, 4.0]])
+    assert rank_of_class(logits, torch.tensor([2, 4])).tolist() == [4, 1]
+    assert rank_of_class(logits, torch.tensor([0, 2])).tolist() == [4, 4]
+
+
 def test_each_class_has_its_own_accuracy():
     logits = np.eye(3, dtype=np.float32)[[0, 0, 1, 1]]
     found = figures(PerClass(["ant", "bee", "cat"]), seen(logits, [0, 1, 1, 1]))

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -103,6 +104,23 @@ def timms(weights, own):
             right += [float(a) * len(images) / 100 for a in accuracy(logits, class_ids, topk=(1, 5))]
             losses += torch.nn.functional.cross_entropy(logits, class_ids, reduction="none").tolist()
     return {"num_images": 48, "top1": right[0] / 48, "top5": right[1] / 48, "loss": float(np.mean(losses))}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"set": "imagenet-c", "per_class": True}, "leave --per-class out"),
+        ({"multi_labels": Path("f.json"), "real": Path("real.json")}, "leave --real out"),
+        ({"multi_labels": Path("f.json"), "set": "imagenet-a"}, "--set imagenet-a"),
+        ({"crop_fraction": 0.0}, "--crop-fraction 0.0"),
+        ({"masks": Path("masks")}, "no head for tokens that was trained"),
+    ],
+)
+def test_options_that_would_change_nothing_are_refused(weights, own, options, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate(weights[12], own, **options)
+    with pytest.raises(ValueError, match="--size 0"):
+        assess("test_resnet", EvalOptions(data=own, size=0), device=CPU)
 
 
 def test_figures_are_timms_to_the_last_image(weights, own, timms):
@@ -244,7 +262,7 @@ def test_what_does_not_fit_is_named(weights, own, tmp_path):
         evaluate(weights[12], None)
     with pytest.raises(ValueError, match="trained without token labels"):
         evaluate(weights[12], own, inference="tokens")
-    with pytest.raises(ValueError, match="says nothing of places"):
+    with pytest.raises(ValueError, match="no head for tokens"):
         evaluate(weights[12], own, masks=tmp_path)
 
 

@@ -16,6 +16,7 @@ from tokenlabel.comparison.results import (
     learning_curves,
     summary,
 )
+from tokenlabel.comparison.spread import spread_of
 from tokenlabel.comparison.tables import Row, Table
 from tokenlabel.drawing.charts import as_svg, curve_chart
 
@@ -53,10 +54,10 @@ CLEAR = found_of(
 )
 
 
-def test_a_difference_that_never_varies_is_larger_than_its_spread():
+def test_a_difference_that_never_varies_is_said_without_an_interval():
     text = as_markdown(CLEAR)
-    assert "**row a** against row b (5 seeds): larger than its spread: top-1 +10.0 ± 0.0 (better)" in text
-    assert "smaller: val loss" in text
+    assert "**row a** against row b (5 seeds): smaller: val loss" in text
+    assert "; the same for every seed: top-1 +10.0." in text
 
 
 def test_seeds_that_both_rows_have_are_compared():
@@ -66,8 +67,14 @@ def test_seeds_that_both_rows_have_are_compared():
 
 
 def test_less_is_better_for_losses():
-    worse = found_of(a=[(0.5, 2.0)] * 5, b=[(0.5, 1.0)] * 5)
-    assert "val loss +1.000 ± 0.000 (worse)" in as_markdown(worse)
+    worse = found_of(a=[(0.5, 2.0 + seed / 1e6) for seed in range(5)], b=[(0.5, 1.0)] * 5)
+    assert "larger than its spread: val loss +1.000 ± 0.000 (worse)" in as_markdown(worse)
+
+
+def test_a_run_that_diverged_makes_its_row_no_number_and_no_claim():
+    found = found_of(a=[(0.5, float("nan")), (0.5, 1.0)], b=[(0.4, 1.0), (0.4, 2.0)])
+    assert "val loss +nan ± inf" in as_markdown(found)
+    assert not spread_of([1.0, float("inf"), float("-inf")]).is_resolved
 
 
 def test_what_is_missing_is_named_by_seed():

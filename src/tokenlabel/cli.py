@@ -10,7 +10,6 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, closing
 from dataclasses import dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -18,12 +17,14 @@ from typing import TYPE_CHECKING
 
 from tokenlabel.runtime.arguments import (
     add_device,
+    add_tensorboard,
     device_of,
     new_parser,
     parse,
     with_recipe_path,
     write_json,
 )
+from tokenlabel.runtime.interruption import Interrupted
 
 if TYPE_CHECKING:
     import torch
@@ -52,6 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return USAGE_ERROR
     try:
         return VERBS[name].run(rest)
+    except Interrupted as stop:
+        print(f"tokenlabel {name}: {stop}", file=sys.stderr)
+        return stop.exit_status
     except KeyboardInterrupt:
         print(f"\ntokenlabel {name}: stopped; the same command continues", file=sys.stderr)
         return 130
@@ -97,39 +101,29 @@ def train(arguments: list[str]) -> int:
     from tokenlabel.classification.task import train as train_by_recipe
     from tokenlabel.runtime.configuration import config_of
     from tokenlabel.runtime.distributed import launched_ranks
-    from tokenlabel.runtime.interruption import Interrupted
-    from tokenlabel.runtime.trackers import TensorBoard
+    from tokenlabel.runtime.trackers import tensorboard
     from tokenlabel.training.recipe import Recipe, add_recipe_arguments, find_recipe
 
     parser.add_argument(
         "--out", "--run", type=Path, required=True, help="folder of the run: recipe, metrics, checkpoints"
     )
     add_device(parser)
+    add_tensorboard(parser)
     _add_rehearsals(parser)
     add_recipe_arguments(parser)
     options = parse(parser, with_recipe_path(arguments, find_recipe))
     recipe, device = config_of(parser, options, Recipe), device_of(options.device)
     if options.dry_run or options.profile or options.overfit is not None:
         return _rehearse(recipe, options, device)
-    try:
-        with ExitStack() as stack:
-            trackers = []
-            if options.tensorboard:
-                trackers.append(stack.enter_context(closing(TensorBoard(options.out / "tensorboard"))))
-            figures = train_by_recipe(recipe, options.out, device=device, trackers=trackers)
-    except Interrupted as stop:
-        print(f"tokenlabel train: {stop}", file=sys.stderr)
-        return stop.exit_status
+    with tensorboard(options.out, wanted=options.tensorboard) as trackers:
+        figures = train_by_recipe(recipe, options.out, device=device, trackers=trackers)
     if launched_ranks().is_first:
         print(json.dumps(figures))
     return 0
 
 
 def _add_rehearsals(parser: ArgumentParser) -> None:
-    """Let the train verb take what shows more of a run, and what tries it out before it is started."""
-    parser.add_argument(
-        "--tensorboard", action="store_true", help="write OUT/tensorboard as well (extra: tensorboard)"
-    )
+    """Let the train verb take what tries a run out before it is started."""
     only = parser.add_mutually_exclusive_group()
     only.add_argument(
         "--dry-run",

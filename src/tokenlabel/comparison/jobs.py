@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import yaml
+from filelock import FileLock
 
 from tokenlabel.classification.task import build
 from tokenlabel.comparison.defects import DefectiveDataset
@@ -32,6 +33,7 @@ from tokenlabel.comparison.tables import (
     PLAN_FILE,
     Comparison,
     Job,
+    RunPlan,
     Step,
     TableError,
     filled,
@@ -45,6 +47,8 @@ from tokenlabel.comparison.tables import (
 from tokenlabel.data.scenes import write_scenes
 from tokenlabel.runtime.arguments import add_device, device_of, new_parser, parse
 from tokenlabel.runtime.distributed import Ranks, joined_ranks, launched_ranks
+from tokenlabel.runtime.files import write_whole
+from tokenlabel.runtime.interruption import Interrupted
 from tokenlabel.training.checkpoint import list_checkpoints
 from tokenlabel.training.engine import run_task
 
@@ -77,11 +81,12 @@ def steps_needed(comparison: Comparison, jobs: Sequence[Job]) -> list[str]:
 def make_steps(comparison: Comparison, names: Sequence[str]) -> None:
     """Make what rows need, one after the other, each once. Raises CompareError for a step that fails."""
     for name in names:
-        if not _is_made(comparison, name):
-            step, marker = comparison.testbed.steps[name], _marker(comparison, name)
-            marker.parent.mkdir(parents=True, exist_ok=True)
-            _make_step(comparison, step, comparison.out / name, log=marker.with_suffix(".log"))
-            marker.write_text(_made(step), encoding="utf-8")
+        step, marker = comparison.testbed.steps[name], _marker(comparison, name)
+        marker.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(marker.with_suffix(".lock")):  # another process may be making it
+            if not _is_made(comparison, name):
+                _make_step(comparison, step, comparison.out / name, log=marker.with_suffix(".log"))
+                write_whole(marker, _made(step))
 
 
 def _is_made(comparison: Comparison, name: str) -> bool:
@@ -125,41 +130,54 @@ def run_job(comparison: Comparison, job: Job, *, device: torch.device) -> dict[s
     folder = comparison.run_folder(plan, job.seed)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / PLAN_FILE
-    if path.is_file() and not plan.is_of(folder):
-        raise CompareError(f"{path}: the run was made by another table or testbed; choose another --out")
-    path.write_text(plan.text, encoding="utf-8")
-    if not (folder / MEASURES_FILE).is_file():
-        recipe = recipe_of(plan, job.seed, comparison.folders)
-        task = build(recipe, device=device)
-        if plan.defect is not None:
-            task.train_set = DefectiveDataset(task.train_set, plan.defect)
-        with _counted_cost(folder):
-            run_task(task, folder, ranks=Ranks(), eval_every_epochs=recipe.eval.every_epochs)
-    return measure_run(
-        folder,
-        comparison.measure_folders(),
-        wanted=comparison.metrics(plan),
-        defect=plan.defect,
-        device=device,
-    )
+    with FileLock(folder / ".lock"):  # another process may be training it
+        if path.is_file() and not comparison.made(plan, folder):
+            raise CompareError(
+                f"{path}: the run was made by another table, testbed or recipe; remove {folder} or choose another --out"
+            )
+        write_whole(path, comparison.described(plan))
+        if not (folder / MEASURES_FILE).is_file():
+            _train(comparison, plan, job.seed, folder, device=device)
+        return measure_run(
+            folder,
+            comparison.measure_folders(),
+            wanted=comparison.metrics(plan),
+            defect=plan.defect,
+            device=device,
+        )
+
+
+def _train(comparison: Comparison, plan: RunPlan, seed: int, folder: Path, *, device: torch.device) -> None:
+    recipe = recipe_of(plan, seed, comparison.folders)
+    task = build(recipe, device=device)
+    if plan.defect is not None:
+        task.train_set = DefectiveDataset(task.train_set, plan.defect)
+    with _counted_cost(folder):
+        run_task(task, folder, ranks=Ranks(), eval_every_epochs=recipe.eval.every_epochs)
 
 
 @contextmanager
 def _counted_cost(run: Path) -> Iterator[None]:
-    """Add a line to the run's cost: the steps that were made, the seconds of the clock and of this process's cores."""
-    first_step = _last_step(run)
+    """Add a line to the run's cost: the steps that were made, the seconds of the clock and of this process's cores.
+
+    An attempt that failed leaves none: what it did after its last checkpoint is lost, and done again.
+    """
+    first_step, interrupted = _last_step(run), None
     started, used = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF)
     try:
         yield
-    finally:
-        now = resource.getrusage(resource.RUSAGE_SELF)
-        line = {
-            "num_steps": _last_step(run) - first_step,
-            "wall_s": time.perf_counter() - started,
-            "cpu_s": now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime,
-        }
-        with (run / COST_FILE).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+    except Interrupted as error:  # it has saved its last step
+        interrupted = error
+    now = resource.getrusage(resource.RUSAGE_SELF)
+    line = {
+        "num_steps": _last_step(run) - first_step,
+        "wall_s": time.perf_counter() - started,
+        "cpu_s": now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime,
+    }
+    with (run / COST_FILE).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+    if interrupted is not None:
+        raise interrupted
 
 
 def _last_step(run: Path) -> int:
@@ -193,14 +211,14 @@ def _is_done(comparison: Comparison, job: Job, records: Records) -> bool:
 
 
 def finished_runs(comparison: Comparison, kept: Records) -> Records:
-    """Return the records of all finished runs: those in the folder, and those kept elsewhere for what it lacks.
+    """Return the records of all finished runs: those that were kept, and those in the folder for what these lack.
 
     Raises CompareError where steps in the folder were made by other commands than the testbed's.
     """
     found, jobs = dict(kept), jobs_of(comparison)
     for name in steps_needed(comparison, jobs):
         _is_made(comparison, name)
-    for job in jobs:
+    for job in (job for job in jobs if not _is_done(comparison, job, kept)):
         plan = comparison.plan(job.table, job.row)
         record = record_of(comparison, plan, job.seed)
         if record is not None:
@@ -219,11 +237,15 @@ def _run_apart(comparison: Comparison, job: Job, arguments: Sequence[str]) -> st
 
 
 def _environment(gpu: int | None) -> dict[str, str]:
-    """Return the environment of a process that works alone: one thread, one GPU, and none of torchrun's variables."""
+    """Return the environment of a process that works alone: one thread, one of the GPUs that this one may use, and
+    none of torchrun's variables.
+    """
     alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     alone.setdefault("OMP_NUM_THREADS", "1")
     if gpu is not None and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
-        alone["CUDA_VISIBLE_DEVICES"] = str(gpu)
+        allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
+        gpus = allowed.split(",") if allowed else [str(number) for number in range(torch.cuda.device_count())]
+        alone["CUDA_VISIBLE_DEVICES"] = gpus[gpu % len(gpus)].strip()
     return alone
 
 
@@ -241,13 +263,17 @@ def _last_line(log: Path) -> str:
 def main(arguments: Sequence[str]) -> int:
     """Run `tokenlabel compare` by its arguments; return the exit status: 1 if any run failed."""
     options = _options(arguments)
+    if options.only and (options.record or options.results or options.collect):
+        raise CompareError(
+            "--only runs one job and writes no results: leave --record, --results and --collect out"
+        )
     names = table_names() if options.tables == ["all"] else options.tables
     comparison = Comparison(
         tables=[read_table(name) for name in names],
         testbed=read_testbed(options.on),
         out=options.out,
         data=options.data,
-        overrides=dict(_setting(text) for text in options.set),
+        overrides=_settings(options.set),
         seeds=options.seeds,
     )
     if options.only:
@@ -261,7 +287,8 @@ def main(arguments: Sequence[str]) -> int:
         done = finished_runs(comparison, kept)
         failures = run_all(comparison, done, _words(options), num_jobs=options.jobs)
     if launched_ranks().is_first:
-        records = finished_runs(comparison, kept)
+        # Read again: another call may have added to the file since.
+        records = finished_runs(comparison, read_records(options.record) if options.record else {})
         if options.record is not None:
             write_records(options.record, records)
         words = [word for word in arguments if word != "--collect"]
@@ -283,7 +310,9 @@ def _options(arguments: Sequence[str]) -> Any:
     parser.add_argument("--out", type=Path, required=True, help="folder of steps, runs and results")
     parser.add_argument("--data", type=Path, help="the images, for testbeds that need yours")
     parser.add_argument("--seeds", type=int, help="seeds of each row; what the table says by default")
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings of every run")
+    parser.add_argument(
+        "--set", nargs="*", action="append", default=[], metavar="KEY=VALUE", help="settings of every run"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each a process with one thread")
     parser.add_argument("--only", metavar="TABLE:ROW:SEED", help="this run alone, here and now")
     parser.add_argument(
@@ -307,15 +336,19 @@ def _words(options: Any) -> list[str]:
     """Return the arguments that make the same comparison in another process."""
     words = [*options.tables, "--on", options.on, "--out", str(options.out), "--device", options.device]
     words += ["--data", str(options.data)] if options.data else []
-    words += ["--seeds", str(options.seeds)] if options.seeds else []
-    return words + (["--set", *options.set] if options.set else [])
+    words += ["--seeds", str(options.seeds)] if options.seeds is not None else []
+    return words + [word for texts in options.set for word in ("--set", *texts)]
 
 
-def _setting(text: str) -> tuple[str, Any]:
-    key, equals, value = text.partition("=")
-    if not equals:
-        raise TableError(f"--set takes KEY=VALUE, got {text!r}")
-    return key, yaml.safe_load(value)
+def _settings(groups: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """Return what `--set`, given any number of times, says."""
+    settings = {}
+    for text in (text for group in groups for text in group):
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise TableError(f"--set takes KEY=VALUE, got {text!r}")
+        settings[key] = yaml.safe_load(value)
+    return settings
 
 
 def _job(comparison: Comparison, text: str) -> Job:

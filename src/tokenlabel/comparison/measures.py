@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from tokenlabel.comparison.defects import DefectiveDataset
@@ -20,6 +21,7 @@ from tokenlabel.evaluation.probe import probe_figures
 from tokenlabel.labels.store import LabelStore
 from tokenlabel.method.alignment import align
 from tokenlabel.models import Inference
+from tokenlabel.runtime.files import write_whole
 from tokenlabel.runtime.runlog import read_metrics
 from tokenlabel.training.checkpoint import TrainedModel, load_model
 
@@ -28,38 +30,6 @@ COST_FILE = "cost.jsonl"
 BATCH_SIZE = 250
 # Labels of so many augmented training images are held against the masks.
 NUM_LABELLED = 1000
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A figure in tables. `scale` and `digits`: how it is shown; `lower`: whether less is better."""
-
-    title: str
-    scale: float = 100
-    digits: int = 1
-    unit: str = "%"
-    lower: bool = False
-
-    def shown(self, value: float) -> str:
-        """Return a value as tables show it, without the unit."""
-        return f"{self.scale * value:.{self.digits}f}"
-
-
-METRICS = {
-    "top1": Metric("top-1"),
-    "top1_halfway": Metric("top-1 halfway"),
-    "top5": Metric("top-5"),
-    "loss": Metric("val loss", scale=1, digits=3, unit="", lower=True),
-    "ece": Metric("ECE", lower=True),
-    "token_accuracy": Metric("tokens right"),
-    "token_miou": Metric("tokens, mIoU"),
-    "teacher_accuracy": Metric("tokens as the teacher"),
-    "probe_accuracy": Metric("linear probe of the tokens"),
-    "probe_miou": Metric("linear probe, mIoU"),
-    "label_truth": Metric("labels right"),
-    "label_bytes": Metric("label bytes an image", scale=1, digits=0, unit=" B", lower=True),
-    "step_s": Metric("time a step", scale=1000, digits=0, unit=" ms", lower=True),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,9 +65,13 @@ Figures = dict[str, float]
 
 
 def predictions(finished: Finished) -> Figures:
-    """Return accuracy, loss and calibration on the val images, and what the tokens get right where masks are known."""
-    truth = finished.masks("masks_val") if "masks_val" in finished.folders else None
+    """Return accuracy, loss and calibration on the val images, and what the tokens get right where masks are known.
+
+    Without token labels the tokens' head was never trained: it has nothing to get right.
+    """
     recipe, model = finished.trained.recipe, finished.trained.model
+    tells_tokens = recipe.uses_token_labels and "masks_val" in finished.folders
+    truth = finished.masks("masks_val") if tells_tokens else None
     evaluators = {recipe.eval.inference: [Accuracy(), Calibration(), TokenTruth()]}
     found = observe(
         model, finished.val_batches(truth), evaluators, device=finished.device, precision=recipe.precision
@@ -107,9 +81,11 @@ def predictions(finished: Finished) -> Figures:
 
 def teacher_agreement(finished: Finished) -> Figures:
     """Return how far the tokens agree with the teacher's labels of the val images."""
+    recipe, model = finished.trained.recipe, finished.trained.model
+    if not recipe.uses_token_labels:
+        return {}
     store = LabelStore(finished.folders["labels_val"])
     evaluators = {Inference.CLASS: [TokenTruth("teacher")]}
-    recipe, model = finished.trained.recipe, finished.trained.model
     found = observe(
         model, finished.val_batches(store), evaluators, device=finished.device, precision=recipe.precision
     )
@@ -130,14 +106,15 @@ def label_truth(finished: Finished) -> Figures:
         return {}
     size_px, source = recipe.model.size_px, open_images(recipe.data.train)
     transform = TrainTransform(recipe.augment, size_px)
-    labelled = TokenLabelDataset(source, transform, seed=0, store=LabelStore(*recipe.data.label_folders))
+    seed, store = recipe.seed, LabelStore(*recipe.data.label_folders)
+    labelled = TokenLabelDataset(source, transform, seed=seed, store=store)
     labelled = DefectiveDataset(labelled, finished.defect) if finished.defect else labelled
-    true = TokenLabelDataset(source, transform, seed=0, store=finished.masks("masks_train"))
+    true = TokenLabelDataset(source, transform, seed=seed, store=finished.masks("masks_train"))
+    count = min(len(source.keys), NUM_LABELLED)
+    chosen = np.linspace(0, len(source.keys) - 1, count).astype(int).tolist()  # of all classes
     grid, right, total = model.grid_for(size_px), 0, 0
     for batch, true_batch in zip(
-        _batches(labelled, finished.device, NUM_LABELLED),
-        _batches(true, finished.device, NUM_LABELLED),
-        strict=True,
+        _batches(labelled, finished.device, chosen), _batches(true, finished.device, chosen), strict=True
     ):
         assert batch.score_maps is not None
         assert true_batch.score_maps is not None
@@ -145,7 +122,7 @@ def label_truth(finished: Finished) -> Figures:
         truth = align(true_batch.score_maps, true_batch.views, grid)
         counts = agreement(guess, truth, model.num_classes)
         right, total = right + counts[0], total + counts[1]
-    return {"label_truth": right / total}
+    return {"label_truth": right / total} if total else {}
 
 
 def label_bytes(finished: Finished) -> Figures:
@@ -220,11 +197,11 @@ def measure_run(
             if all(name in folders for name in _NEEDS.get(measure, ())):
                 figures |= measure(finished)
         figures |= {name: None for name in wanted if name not in figures}
-        path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        write_whole(path, json.dumps(figures, indent=1) + "\n")
     return figures
 
 
-def _batches(dataset: Any, device: torch.device, num_images: int | None = None) -> Iterator[Batch]:
-    count = min(num_images or len(dataset), len(dataset))
-    for start in range(0, count, BATCH_SIZE):
-        yield collate([dataset[0, i] for i in range(start, min(start + BATCH_SIZE, count))]).to(device)
+def _batches(dataset: Any, device: torch.device, chosen: Sequence[int] | None = None) -> Iterator[Batch]:
+    indices = range(len(dataset)) if chosen is None else chosen
+    for start in range(0, len(indices), BATCH_SIZE):
+        yield collate([dataset[0, i] for i in indices[start : start + BATCH_SIZE]]).to(device)

@@ -14,6 +14,7 @@ from typing import Any
 
 from tokenlabel.comparison.measures import MEASURES_FILE
 from tokenlabel.comparison.tables import Comparison, RunPlan, TableError
+from tokenlabel.runtime.files import write_whole
 from tokenlabel.runtime.runlog import read_metrics
 
 
@@ -41,7 +42,7 @@ def record_of(comparison: Comparison, plan: RunPlan, seed: int) -> RunRecord | N
     """Return the record of a run by its folder; None if that holds no finished run of the plan."""
     run = comparison.run_folder(plan, seed)
     path = run / MEASURES_FILE
-    if not (plan.is_of(run) and path.is_file()):
+    if not (comparison.made(plan, run) and path.is_file()):
         return None
     curve = {line["step"]: line["top1"] for line in read_metrics(run) if line["kind"] == "eval"}
     figures = json.loads(path.read_text(encoding="utf-8"))
@@ -73,11 +74,8 @@ def read_records(path: Path) -> Records:
 
 def write_records(path: Path, records: Records) -> None:
     """Write records, sorted by plan and seed, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     ordered = sorted(records.values(), key=lambda record: (record.name, record.plan, record.seed))
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(json.dumps(asdict(record)) + "\n" for record in ordered), encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, "".join(json.dumps(asdict(record)) + "\n" for record in ordered))
 
 
 def _record(content: Any) -> RunRecord:

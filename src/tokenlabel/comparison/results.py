@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from tokenlabel.comparison.measures import METRICS
+from tokenlabel.comparison.metrics import METRICS
 from tokenlabel.comparison.records import RunRecord
 from tokenlabel.comparison.spread import Spread, paired, spread_of
 from tokenlabel.comparison.tables import Table
@@ -213,23 +213,26 @@ def _sentence(table: Table, ours: str, theirs: str, spreads: Mapping[str, Spread
             f"{METRICS[name].title} {_signed(name, spread)}" for name, spread in spreads.items()
         )
         return f"{head} (one seed, no spread): {values}."
-    clear, unclear = [], []
+    clear, unclear, fixed = [], [], []
     for name, spread in spreads.items():
         text = f"{METRICS[name].title} {_signed(name, spread)}"
-        if spread.is_resolved:
+        if spread.half == 0:
+            fixed.append(f"{METRICS[name].title} {_signed(name, spread, interval=False)}")
+        elif spread.is_resolved:
             better = (spread.mean < 0) == METRICS[name].lower
             clear.append(f"{text} ({'better' if better else 'worse'})")
-        elif spread.half > 0:
+        else:
             unclear.append(text)
     parts = [f"larger than its spread: {', '.join(clear)}"] if clear else []
     parts += [f"smaller: {', '.join(unclear)}"] if unclear else []
-    return f"{head} ({num_seeds} seeds): {'; '.join(parts) or 'no difference'}."
+    parts += [f"the same for every seed: {', '.join(fixed)}"] if fixed else []
+    return f"{head} ({num_seeds} seeds): {'; '.join(parts)}."
 
 
-def _signed(name: str, spread: Spread) -> str:
+def _signed(name: str, spread: Spread, *, interval: bool = True) -> str:
     metric = METRICS[name]
     mean = f"{metric.scale * spread.mean:+.{metric.digits}f}"
-    return mean if len(spread.values) < 2 else f"{mean} ± {metric.shown(spread.half)}"
+    return f"{mean} ± {metric.shown(spread.half)}" if interval and len(spread.values) > 1 else mean
 
 
 def found_in(table: Table, num_seeds: int, runs: Mapping[str, Mapping[int, RunRecord]]) -> Found:

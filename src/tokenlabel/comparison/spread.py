@@ -40,8 +40,12 @@ class Spread:
 
 
 def spread_of(values: Sequence[float]) -> Spread:
-    """Return the mean of values and the half width of its 95% interval by Student's t."""
+    """Return the mean of values and the half width of its 95% interval by Student's t; NaN ± infinity if one of them
+    is not finite.
+    """
     half = math.inf
+    if not all(map(math.isfinite, values)):
+        return Spread(values=tuple(values), mean=math.nan, half=half)
     if len(values) > 1:
         half = student_t(len(values) - 1) * stdev(values) / math.sqrt(len(values))
     return Spread(values=tuple(values), mean=fmean(values), half=half)

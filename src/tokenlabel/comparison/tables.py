@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import yaml
 
 from tokenlabel.comparison.defects import DEFECTS
+from tokenlabel.comparison.metrics import METRICS
 from tokenlabel.runtime.configuration import config_from_dict
 from tokenlabel.training.recipe import Recipe, find_recipe
 
@@ -110,31 +111,30 @@ class RunPlan:
     recipe: str
     defect: str | None
 
-    @property
-    def text(self) -> str:
-        """What decides the run, as JSON, for the file beside it."""
-        described = {"recipe": self.recipe, "settings": dict(self.settings), "defect": self.defect}
-        return json.dumps(described, indent=1, default=str) + "\n"
-
-    def is_of(self, run: Path) -> bool:
-        """Whether a run folder holds a run of this plan."""
-        path = run / PLAN_FILE
-        return path.is_file() and path.read_text(encoding="utf-8") == self.text
-
 
 def read_table(name: str) -> Table:
     """Return a table of the package, or of a YAML file. Raises TableError that names the file and the key."""
     path, nested = _read(name, "tables")
+    _check_keys(Table, nested, where=path)
     rows = {key: _build(Row, row, where=f"{path}: rows.{key}") for key, row in nested.pop("rows", {}).items()}
-    pairs = [tuple(pair) for pair in nested.pop("differences", [])]
+    pairs = [_pair(pair, rows, where=path) for pair in nested.pop("differences", [])]
     table = _build(Table, {**nested, "rows": rows, "differences": pairs, "name": Path(path).stem}, where=path)
-    for row_name in (row_name for pair in pairs for row_name in pair):
-        if row_name not in rows:
-            raise TableError(f"{path}: differences name a row {row_name!r}; rows are {', '.join(rows)}")
+    unknown = [name for name in table.metrics if name not in METRICS]
+    if unknown or not table.metrics:
+        raise TableError(f"{path}: metrics: no metric {unknown or 'at all'}; known: {', '.join(METRICS)}")
     for key, row in rows.items():
         if row.defect is not None and row.defect not in DEFECTS:
             raise TableError(f"{path}: rows.{key}: no defect {row.defect!r}; known: {', '.join(DEFECTS)}")
     return table
+
+
+def _pair(pair: Any, rows: Mapping[str, Row], *, where: str) -> tuple[str, str]:
+    if not (isinstance(pair, list) and len(pair) == 2):
+        raise TableError(f"{where}: differences: expected pairs of rows, [one, other], got {pair!r}")
+    for name in pair:
+        if name not in rows:
+            raise TableError(f"{where}: differences name a row {name!r}; rows are {', '.join(rows)}")
+    return pair[0], pair[1]
 
 
 def read_testbed(name: str) -> Testbed:
@@ -175,8 +175,10 @@ def plan_row(table: Table, row_name: str, testbed: Testbed, overrides: Mapping[s
     base = {**testbed.set, **overrides}
     changes = {key: value for key, value in {**changes, **overrides}.items() if base.get(key, _NONE) != value}
     given = dict(changes) if recipe == testbed.recipe else {"recipe": recipe, **changes}
+    before = {key: value for key, value in {**base, **changes}.items() if key not in overrides}
+    # Overrides come last: a preset may set all of `model.options`, an override one of them.
     return RunPlan(
-        name=_slug(given, row.defect), settings={**base, **changes}, recipe=recipe, defect=row.defect
+        name=_slug(given, row.defect), settings={**before, **overrides}, recipe=recipe, defect=row.defect
     )
 
 
@@ -253,18 +255,24 @@ def _read(name: str, folder: str) -> tuple[str, dict[str, Any]]:
     return str(path), nested
 
 
-def _build(kind: type[Kind], nested: Mapping[str, Any], *, where: str) -> Kind:
-    known = [f.name for f in fields(kind)]  # type: ignore[arg-type]
+def _build(kind: type[Kind], nested: Any, *, where: str) -> Kind:
+    if not isinstance(nested, dict):
+        raise TableError(f"{where}: expected a mapping of keys to values, got {nested!r}")
+    _check_keys(kind, nested, where=where)
+    try:
+        return kind(**nested)
+    except TypeError as error:  # a key is missing
+        raise TableError(f"{where}: {str(error).partition(' ')[2]}") from error
+
+
+def _check_keys(kind: type, nested: Mapping[str, Any], *, where: str) -> None:
+    known = [f.name for f in fields(kind)]
     for key in nested:
         if key not in known:
             near = get_close_matches(key, known, n=1)
             raise TableError(
                 f"{where}: unknown key {key!r}; {f'did you mean {near[0]}?' if near else f'known: {known}'}"
             )
-    try:
-        return kind(**nested)
-    except TypeError as error:  # a key is missing
-        raise TableError(f"{where}: {str(error).partition(' ')[2]}") from error
 
 
 def _names(folder: str) -> list[str]:
@@ -293,6 +301,8 @@ class Comparison:
             raise TableError(
                 f"testbed {self.testbed.name} needs images of yours: name their folder with --data"
             )
+        if self.seeds is not None and self.seeds < 1:
+            raise TableError(f"--seeds {self.seeds}: a row needs at least one seed")
 
     @property
     def folders(self) -> dict[str, str]:
@@ -302,7 +312,7 @@ class Comparison:
 
     def num_seeds(self, table: Table) -> int:
         """Return how many seeds each row of a table has."""
-        return self.seeds or table.seeds
+        return table.seeds if self.seeds is None else self.seeds
 
     def plan(self, table: Table, row: str) -> RunPlan:
         """Return what a row trains."""
@@ -313,7 +323,7 @@ class Comparison:
         wanted = {
             name: None
             for table in self.tables
-            if any(self.plan(table, row).text == plan.text for row in table.rows)
+            if any(self.plan(table, row) == plan for row in table.rows)
             for name in table.metrics
         }
         return list(wanted)
@@ -331,6 +341,16 @@ class Comparison:
         }
         text = json.dumps(decided, sort_keys=True, default=str)
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+    def described(self, plan: RunPlan) -> str:
+        """Return what decides a run, as JSON, for the file beside it."""
+        described = {"recipe": plan.recipe, "settings": dict(plan.settings), "defect": plan.defect}
+        return json.dumps({"digest": self.digest(plan), **described}, indent=1, default=str) + "\n"
+
+    def made(self, plan: RunPlan, run: Path) -> bool:
+        """Say whether a run folder is of this plan, with its recipe and its steps as they are now."""
+        path = run / PLAN_FILE
+        return path.is_file() and path.read_text(encoding="utf-8") == self.described(plan)
 
     def run_folder(self, plan: RunPlan, seed: int) -> Path:
         """Return the folder of a run."""

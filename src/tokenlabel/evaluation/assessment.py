@@ -39,7 +39,7 @@ from tokenlabel.evaluation.evaluators import (
     RealLabels,
     TokenTruth,
 )
-from tokenlabel.evaluation.networks import Network, NetworkError, PlainClassifier, find_network, move
+from tokenlabel.evaluation.networks import Network, NetworkError, find_network, move
 from tokenlabel.evaluation.observation import MaskFolder, observe
 from tokenlabel.labels.store import LabelStore
 from tokenlabel.models import Inference
@@ -82,12 +82,34 @@ class EvalOptions:
     num_workers: int = 2
     """Processes that decode images."""
 
+    def check(self) -> None:
+        """Raise NetworkError for options that do not go together, or mean nothing."""
+        of_images = ("real", "masks", "labels", "per_class")
+        if self.set == "imagenet-c":
+            self._leave_out("--set imagenet-c measures the top-1 alone", "multi_labels", *of_images)
+        if self.multi_labels is not None:
+            self._leave_out("--multi-labels measures the average precision alone", *of_images)
+            if self.set != "folder":
+                raise NetworkError(
+                    f"--multi-labels is of any images, --set {self.set} of images with one class each"
+                )
+        if self.size is not None and self.size < 1:
+            raise NetworkError(f"--size {self.size}: images have at least one pixel")
+        if self.crop_fraction is not None and not 0 < self.crop_fraction <= 1:
+            raise NetworkError(f"--crop-fraction {self.crop_fraction}: a crop keeps a share in (0, 1]")
+
+    def _leave_out(self, reason: str, *names: str) -> None:
+        given = [f"--{name.replace('_', '-')}" for name in names if getattr(self, name)]
+        if given:
+            raise NetworkError(f"{reason}; leave {', '.join(given)} out")
+
 
 def assess(name: str, options: EvalOptions, *, device: torch.device) -> Figures:
     """Return the figures of a network on a data set, over all ranks; with inference `all`, of each way to predict.
 
     `name`: a run, a checkpoint folder, or the name of a model. Raises ValueError for what does not fit together.
     """
+    options.check()
     network = find_network(name, weights=options.weights, size=options.size)
     heads = network.chosen_heads(options.inference)
     move(network, device)
@@ -189,8 +211,10 @@ class _Assessment:
     def _token_truths(self, source: ImageSource) -> Iterator[tuple[str, ScoreMaps]]:
         """Yield what the tokens are held against, under the name of the figures."""
         masks, labels = self.options.masks, self.options.labels
-        if (masks or labels) and isinstance(self.network.model, PlainClassifier):
-            raise NetworkError(f"{self.network.name} says nothing of places; leave --masks and --labels out")
+        if (masks or labels) and Inference.TOKENS not in self.network.heads:
+            raise NetworkError(
+                f"{self.network.name} has no head for tokens that was trained; leave --masks and --labels out"
+            )
         if masks is not None:
             yield "token", MaskFolder(masks, num_classes=self.network.num_classes)
         if labels is not None:

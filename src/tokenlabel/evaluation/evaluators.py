@@ -260,9 +260,9 @@ def average_precision(scores: Float[Tensor, " n"], truth: Bool[Tensor, " n"]) ->
 
 
 def rank_of_class(logits: Float[Tensor, "B C"], class_ids: Int[Tensor, " B"]) -> Int[Tensor, " B"]:
-    """Return how many classes come before the image's own; ties count against it."""
+    """Return how many classes come before the image's own; ties and NaN count against it."""
     own = logits.gather(1, class_ids[:, None])
-    return (logits >= own).sum(dim=1) - 1
+    return logits.shape[1] - 1 - (logits < own).sum(dim=1)
 
 
 def object_tokens(truth: TokenTargets) -> tuple[Bool[Tensor, "B N"], Int[Tensor, "B N"]]:

@@ -156,8 +156,12 @@ def _figures(evaluators: Sequence[Evaluator], ranks: Ranks) -> dict[str, Any]:
 
 
 def agreement(guess: TokenTargets, truth: TokenTargets, num_classes: int) -> tuple[int, int]:
-    """Return how many object tokens `guess` (aligned scores of a teacher) gets right, and how many there are."""
+    """Return how many object tokens `guess` (aligned scores of a teacher) gets right, and how many it labels.
+
+    A token that lies outside what the teacher saw has no label, and is not judged.
+    """
     objects, classes = object_tokens(truth)
+    objects &= guess.weight > 0
     right = objects & (guess.dense(num_classes).argmax(dim=2) == classes)
     return int(right.sum()), int(objects.sum())
 
@@ -169,13 +173,13 @@ def mask_agreement(store: LabelStore, masks: Path) -> float:
     """
     num_classes = store.manifest.num_classes
     truth_of = MaskFolder(masks, num_classes=num_classes)
-    whole = torch.from_numpy(stack_views([View.identity()]))
     right = total = 0
     for key in store.keys():  # noqa: SIM118  (a store is no dict)
         score_map = store[key]
         height, width, _ = score_map.codes.shape
+        seen = torch.from_numpy(stack_views([View.crop(score_map.region)]))  # places are then the map's cells
         guess, truth = (
-            align(collate_score_maps([m]), whole, (height, width)) for m in (score_map, truth_of[key])
+            align(collate_score_maps([m]), seen, (height, width)) for m in (score_map, truth_of[key])
         )
         counts = agreement(guess, truth, num_classes)
         right, total = right + counts[0], total + counts[1]

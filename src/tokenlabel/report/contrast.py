@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from jaxtyping import UInt8
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
 from tokenlabel.data.batches import collate, normalize_images
 from tokenlabel.drawing.page import gallery, section, table
-from tokenlabel.drawing.pictures import with_cells
+from tokenlabel.drawing.pictures import enlarged, with_cells
 from tokenlabel.evaluation.observation import evaluation_set
+from tokenlabel.teachers.dense import NoDenseMapError
 from tokenlabel.teachers.networks import TeacherConfig, load_teacher
 from tokenlabel.training.checkpoint import CheckpointError, TrainedModel, load_model
 
@@ -27,24 +30,25 @@ BATCH_SIZE = 250
 
 @dataclass(frozen=True, eq=False)
 class Answers:
-    """What a run says of the images that all runs are asked about. `guesses` [n]: class ids."""
+    """What a run says of the images that all runs are asked about.
 
+    `name`: of the run on the page. `guesses` [n]: class ids.
+    """
+
+    name: str
     run: Path
     trained: TrainedModel
     guesses: NDArray[np.int64]
 
-    @property
-    def name(self) -> str:
-        """The name of the run's folder."""
-        return self.run.name
 
-
-def contrast_sections(runs: Sequence[Path]) -> list[str]:
+def contrast_sections(names: Mapping[Path, str]) -> list[str]:
     """Return sections about runs that were evaluated on the same images as the first of them that has a checkpoint.
+
+    `names`: what the page calls each run folder.
 
     Accuracy by class, with how the first run changes the second, and the images on which these two differ.
     """
-    loaded = [(run, trained) for run in runs if (trained := _loaded(run))]
+    loaded = [(run, trained) for run in names if (trained := load_for_pictures(run))]
     if not loaded:
         return []
     first = loaded[0][1]
@@ -56,8 +60,13 @@ def contrast_sections(runs: Sequence[Path]) -> list[str]:
     dataset = evaluation_set(first.recipe, class_names=first.class_names)
     chosen = np.unique(np.linspace(0, len(dataset) - 1, min(len(dataset), NUM_IMAGES)).astype(int))
     truth = dataset.source.class_ids[chosen]
-    answers = [Answers(run, trained, _guesses(trained, chosen.tolist())) for run, trained in same]
-    sections = [section("Accuracy by class", _class_table(answers, truth, first.class_names))]
+    answers = [
+        Answers(names[run], run, trained, guesses_of(trained, chosen.tolist())) for run, trained in same
+    ]
+    title = "Accuracy by class"
+    if len(chosen) < len(dataset):
+        title += f", of {len(chosen):,} of {len(dataset):,} images"
+    sections = [section(title, _class_table(answers, truth, first.class_names))]
     if len(answers) > 1:
         sections += _disagreements(answers[0], answers[1], chosen, truth)
     return sections
@@ -72,7 +81,8 @@ def class_accuracies(
     return np.divide(right, totals, out=np.full(num_classes, np.nan), where=totals > 0)
 
 
-def _loaded(run: Path) -> TrainedModel | None:
+def load_for_pictures(run: Path) -> TrainedModel | None:
+    """Return the model of a run that has a checkpoint and val images; None of another."""
     try:
         trained = load_model(run)
     except CheckpointError:
@@ -81,7 +91,8 @@ def _loaded(run: Path) -> TrainedModel | None:
 
 
 @torch.inference_mode()
-def _guesses(trained: TrainedModel, indices: Sequence[int]) -> NDArray[np.int64]:
+def guesses_of(trained: TrainedModel, indices: Sequence[int]) -> NDArray[np.int64]:
+    """Return the class that a model finds in each of its val images of these indices."""
     dataset = evaluation_set(trained.recipe, class_names=trained.class_names)
     model, inference = trained.model, trained.recipe.eval.inference
     found = []
@@ -125,20 +136,29 @@ def _pictures(right: Answers, wrong: Answers, indices: Sequence[int], places: ND
     names = right.trained.class_names
     dataset = evaluation_set(right.trained.recipe, class_names=names)
     pictures: list[tuple[Image.Image, str]] = []
-    maps = {answers.name: _maps(answers, indices) for answers in (right, wrong)}
+    both = [(answers, _maps(answers, indices)) for answers in (right, wrong)]
     for i, index in enumerate(indices):
         pixels = dataset[0, index].image.permute(1, 2, 0).numpy()
-        for answers in (right, wrong):
+        for answers, maps in both:
             said = names[int(answers.guesses[places[i]])]
             caption = f"{dataset.source.keys[index]}: {answers.name} says {said}"
-            pictures.append((with_cells(pixels, maps[answers.name][i], names), caption))
+            picture = enlarged(pixels) if maps is None else with_cells(pixels, maps[i], names)
+            pictures.append((picture, caption))
     return gallery(pictures)
 
 
-def _maps(answers: Answers, indices: Sequence[int]) -> NDArray[np.float32]:
-    """Return what a run says of every place [n, h, w, C], by its token head, or by its classifier without one."""
-    run = str(answers.run)
-    teacher = load_teacher(run, TeacherConfig(teacher=run), torch.device("cpu"))
+def _maps(answers: Answers, indices: Sequence[int]) -> NDArray[np.float32] | None:
     dataset = evaluation_set(answers.trained.recipe, class_names=answers.trained.class_names)
+    return place_maps(answers.run, collate([dataset[0, index] for index in indices]).images)
+
+
+def place_maps(run: Path, images: UInt8[Tensor, "n 3 height width"]) -> NDArray[np.float32] | None:
+    """Return what a run says of every place of images [n, h, w, C]: by the head for tokens where it was trained, else
+    by its classifier; None where that cannot answer for single places.
+    """
+    try:
+        teacher = load_teacher(str(run), TeacherConfig(teacher=str(run)), torch.device("cpu"))
+    except NoDenseMapError:
+        return None
     with torch.inference_mode():
-        return teacher.probabilities(collate([dataset[0, index] for index in indices]).images).numpy()
+        return teacher.probabilities(images).numpy()

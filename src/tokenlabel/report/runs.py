@@ -14,18 +14,18 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from tokenlabel.classification.task import build, draw_plan
-from tokenlabel.data.batches import Batch, collate, decode_image, normalize_images
+from tokenlabel.data.batches import Batch, collate, decode_image
 from tokenlabel.drawing.charts import Points, curve_chart
 from tokenlabel.drawing.page import gallery, section, settings_table, svg, table, write_page
 from tokenlabel.drawing.pictures import enlarged, mask_picture, with_cells
 from tokenlabel.evaluation.observation import evaluation_set
 from tokenlabel.method.mixing import MixPlan, mix_images
 from tokenlabel.method.targets import TokenTargets
-from tokenlabel.report.contrast import contrast_sections
+from tokenlabel.report.contrast import contrast_sections, guesses_of, load_for_pictures, place_maps
+from tokenlabel.report.names import short_names
 from tokenlabel.report.segmentation import is_segmentation_run, segmentation_sections
 from tokenlabel.runtime.configuration import read_config
 from tokenlabel.runtime.runlog import read_metrics
-from tokenlabel.training.checkpoint import CheckpointError, TrainedModel, load_model
 from tokenlabel.training.engine import Part
 from tokenlabel.training.objectives import Objective
 from tokenlabel.training.recipe import RECIPE_FILE, Recipe
@@ -45,8 +45,9 @@ COLUMNS = {
 
 @dataclass(frozen=True, eq=False)
 class RunRecord:
-    """What a run folder says about a run."""
+    """What a run folder says about a run. `name`: what it is called on the page."""
 
+    name: str
     folder: Path
     recipe: Recipe
     train_lines: list[dict[str, Any]]
@@ -72,26 +73,27 @@ def write_report(runs: Sequence[Path], output: Path) -> None:
     those of predictions; runs of segmentation have parts of their own. Raises ValueError that names a folder that
     holds no run.
     """
-    segmentation_runs = [run for run in runs if is_segmentation_run(run)]
+    names = short_names(runs)
+    segmentation_runs = {run: name for run, name in names.items() if is_segmentation_run(run)}
     sections = segmentation_sections(segmentation_runs) if segmentation_runs else []
-    records = [read_run(run) for run in runs if run not in segmentation_runs]
+    records = [read_run(run, name) for run, name in names.items() if run not in segmentation_runs]
     if records:
         sections = [*_classifier_sections(records), *sections]
-    write_page("tokenlabel: " + ", ".join(run.name for run in runs), sections, output)
+    write_page("tokenlabel: " + ", ".join(names.values()), sections, output)
 
 
 def _classifier_sections(records: Sequence[RunRecord]) -> list[str]:
     return [
         section("Results", _results_table(records)),
         section("Curves", svg(_curves(records))),
-        *contrast_sections([record.folder for record in records]),
+        *contrast_sections({record.folder: record.name for record in records}),
         *_picture_sections(records),
-        section("Recipes", settings_table([(record.folder.name, record.recipe) for record in records])),
+        section("Recipes", settings_table([(record.name, record.recipe) for record in records])),
     ]
 
 
-def read_run(run: Path) -> RunRecord:
-    """Return what a run folder holds. Raises ValueError if it is none."""
+def read_run(run: Path, name: str) -> RunRecord:
+    """Return what a run folder holds, under a name. Raises ValueError if it is none."""
     if not (run / RECIPE_FILE).is_file():
         raise ValueError(f"{run}: holds no {RECIPE_FILE}; give a run folder that `tokenlabel train` made")
     lines = read_metrics(run)
@@ -100,7 +102,7 @@ def read_run(run: Path) -> RunRecord:
     final = json.loads(written.read_text(encoding="utf-8")) if written.is_file() else (evals or [{}])[-1]
     trains = [line for line in lines if line["kind"] == "train"]
     recipe = read_config(run / RECIPE_FILE, Recipe)
-    return RunRecord(run, recipe, trains, evals, final.get(recipe.eval.inference.value, final))
+    return RunRecord(name, run, recipe, trains, evals, final.get(recipe.eval.inference.value, final))
 
 
 def _results_table(records: Sequence[RunRecord]) -> str:
@@ -115,7 +117,7 @@ def _results_table(records: Sequence[RunRecord]) -> str:
         shown = (
             form.format(figures[name]) if name in figures else "–" for name, (_, form) in COLUMNS.items()
         )
-        rows.append([record.folder.name, *shown])
+        rows.append([record.name, *shown])
     return table(["run", *(heading for heading, _ in COLUMNS.values())], rows)
 
 
@@ -124,16 +126,14 @@ def _curves(records: Sequence[RunRecord]) -> Figure:
 
     def lines(kind: str, name: str, *, scale: float = 1.0) -> dict[str, Points]:
         return {
-            record.folder.name: [
+            record.name: [
                 (line["step"], scale * line[name]) for line in getattr(record, kind) if line.get(name)
             ]
             for record in records
         }
 
     against_time = {
-        record.folder.name: [
-            (record.minutes_at(line["step"]), 100 * line["top1"]) for line in record.eval_lines
-        ]
+        record.name: [(record.minutes_at(line["step"]), 100 * line["top1"]) for line in record.eval_lines]
         for record in records
     }
     return curve_chart(
@@ -153,14 +153,10 @@ def _picture_sections(records: Sequence[RunRecord]) -> list[str]:
     if labelled is not None:
         sections += _label_sections(labelled.recipe)
     for record in records:
-        if record.recipe.data.val is None:
-            continue
-        try:
-            trained = load_model(record.folder)
-        except CheckpointError:
-            continue  # a run that has not come to its first checkpoint has nothing to predict with
-        sections.append(_prediction_section(record.folder.name, trained))
-        break
+        section_ = _prediction_section(record)
+        if section_ is not None:
+            sections.append(section_)
+            break
     return sections
 
 
@@ -227,25 +223,26 @@ def _mixed_pairs(
     return gallery(pictures)
 
 
-@torch.inference_mode()
-def _prediction_section(name: str, trained: TrainedModel) -> str:
+def _prediction_section(record: RunRecord) -> str | None:
+    """Return what a run says of places of val images; None if it has no checkpoint yet, or no val images."""
+    trained = load_for_pictures(record.folder)
+    if trained is None:
+        return None
     dataset = evaluation_set(trained.recipe, class_names=trained.class_names)
     chosen = np.linspace(0, len(dataset) - 1, 2 * NUM_PICTURES).astype(int).tolist()
     batch = collate([dataset[0, index] for index in chosen])
-    outputs = trained.model(normalize_images(batch.images, mean=trained.model.mean, std=trained.model.std))
-    probs = outputs.token_logits.softmax(dim=2).unflatten(1, outputs.grid).numpy()
-    guesses = outputs.logits(trained.recipe.eval.inference).argmax(dim=1).tolist()
+    guesses, maps = guesses_of(trained, chosen).tolist(), place_maps(record.folder, batch.images)
     pictures = []
     for i, (guess, truth) in enumerate(zip(guesses, batch.class_ids.tolist(), strict=True)):
         verdict = "right" if guess == truth else f"wrong, it is {trained.class_names[truth]}"
-        pictures += [
-            (enlarged(_pixels(batch, i)), batch.keys[i]),
-            (
-                with_cells(_pixels(batch, i), probs[i], trained.class_names),
-                f"says {trained.class_names[guess]}: {verdict}",
-            ),
-        ]
-    return section(f"What the tokens of {name} say about val images", gallery(pictures))
+        said = f"says {trained.class_names[guess]}: {verdict}"
+        pixels, key = _pixels(batch, i), batch.keys[i]
+        if maps is None:
+            pictures.append((enlarged(pixels), f"{key}: {said}"))
+        else:
+            pictures += [(enlarged(pixels), key), (with_cells(pixels, maps[i], trained.class_names), said)]
+    title = "val images" if maps is None else "the places of val images"
+    return section(f"What {record.name} says about {title}", gallery(pictures))
 
 
 def _cells(targets: TokenTargets, grid: tuple[int, int], num_classes: int) -> NDArray[np.float32]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ COLUMNS = {"miou": "mIoU", "mean_accuracy": "mean accuracy", "pixel_accuracy": "
 class SegmentRecord:
     """What a run folder says about a segmentation run; `final` as `tokenlabel segment eval --output` left it there."""
 
+    name: str
     folder: Path
     recipe: SegmentRecipe
     train_lines: list[dict[str, Any]]
@@ -49,12 +50,12 @@ def is_segmentation_run(run: Path) -> bool:
     return "head" in (nested.get("model") or {})
 
 
-def segmentation_sections(runs: Sequence[Path]) -> list[str]:
-    """Return the parts of a page about segmentation runs side by side.
+def segmentation_sections(names: Mapping[Path, str]) -> list[str]:
+    """Return the parts of a page about segmentation runs side by side. `names`: what it calls each run folder.
 
     The first run that has a checkpoint and val images lends the pictures.
     """
-    records = [_read(run) for run in runs]
+    records = [_read(run, name) for run, name in names.items()]
     sections = [
         section("Segmentation", _results(records)),
         section("Segmentation: curves", svg(_curves(records))),
@@ -64,19 +65,19 @@ def segmentation_sections(runs: Sequence[Path]) -> list[str]:
     for record in records:
         pictures = _pictures(record)
         if pictures:
-            sections.append(section(f"What {record.folder.name} says about val images", gallery(pictures)))
+            sections.append(section(f"What {record.name} says about val images", gallery(pictures)))
             break
-    named = [(record.folder.name, record.recipe) for record in records]
+    named = [(record.name, record.recipe) for record in records]
     return [*sections, section("Segmentation: recipes", settings_table(named))]
 
 
-def _read(run: Path) -> SegmentRecord:
+def _read(run: Path, name: str) -> SegmentRecord:
     lines = read_metrics(run)
     evals = [line for line in lines if line["kind"] == "eval"]
     written = run / "eval.json"
     final = json.loads(written.read_text(encoding="utf-8")) if written.is_file() else (evals or [{}])[-1]
     trains = [line for line in lines if line["kind"] == "train"]
-    return SegmentRecord(run, read_config(run / RECIPE_FILE, SegmentRecipe), trains, evals, final)
+    return SegmentRecord(name, run, read_config(run / RECIPE_FILE, SegmentRecipe), trains, evals, final)
 
 
 def _results(records: Sequence[SegmentRecord]) -> str:
@@ -84,7 +85,7 @@ def _results(records: Sequence[SegmentRecord]) -> str:
     for record in records:
         shown = [f"{record.final[name]:.1%}" if name in record.final else "–" for name in COLUMNS]
         speeds = [line["images_per_s"] for line in record.train_lines]
-        rows.append([record.folder.name, *shown, f"{np.median(speeds):,.0f}" if speeds else "–"])
+        rows.append([record.name, *shown, f"{np.median(speeds):,.0f}" if speeds else "–"])
     return table(["run", *COLUMNS.values(), "train images/s"], rows)
 
 
@@ -95,7 +96,7 @@ def _classes(records: Sequence[SegmentRecord]) -> str:
         [name, *("–" if found.get(name) is None else f"{found[name]:.1%}" for found in of_run)]
         for name in names
     ]
-    return table(["class", *(record.folder.name for record in records)], rows)
+    return table(["class", *(record.name for record in records)], rows)
 
 
 def _curves(records: Sequence[SegmentRecord]) -> Figure:
@@ -105,7 +106,7 @@ def _curves(records: Sequence[SegmentRecord]) -> Figure:
         for record in records:
             points = [(line["step"], line[name]) for line in getattr(record, lines) if name in line]
             if points:
-                panel.plot(*zip(*points, strict=True), label=record.folder.name, marker=".", linewidth=1.3)
+                panel.plot(*zip(*points, strict=True), label=record.name, marker=".", linewidth=1.3)
         panel.set(title=title, xlabel="step")
         panel.grid(alpha=0.3)
         if panel.lines:

@@ -11,6 +11,8 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+from tokenlabel.runtime.files import write_whole
+
 if TYPE_CHECKING:
     import torch
     from jsonargparse import ArgumentParser, Namespace
@@ -73,13 +75,20 @@ def with_recipe_path(arguments: list[str], find_recipe: Callable[[str], Path]) -
 def write_json(path: Path | None, figures: dict[str, Any]) -> None:
     """Write figures to a file, if there is to be one."""
     if path is not None:
-        path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        write_whole(path, json.dumps(figures, indent=1) + "\n")
 
 
 def add_device(parser: ArgumentParser) -> None:
     """Let a parser take `--device`."""
     parser.add_argument(
         "--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one"
+    )
+
+
+def add_tensorboard(parser: ArgumentParser) -> None:
+    """Let a parser take `--tensorboard`."""
+    parser.add_argument(
+        "--tensorboard", action="store_true", help="write OUT/tensorboard as well (extra: tensorboard)"
     )
 
 

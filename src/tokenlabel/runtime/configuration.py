@@ -18,6 +18,8 @@ import jsonargparse
 import yaml
 from jsonargparse.typing import register_type
 
+from tokenlabel.runtime.files import write_whole
+
 Config = TypeVar("Config")
 
 
@@ -70,7 +72,7 @@ def config_from_dict(nested: Any, config: type[Config], *, name: str) -> Config:
 
 def write_config(config: Any, path: Path) -> None:
     """Write a dataclass as YAML with every field, so that later defaults don't change what it meant."""
-    path.write_text(yaml.safe_dump(config_as_dict(config), sort_keys=False), encoding="utf-8")
+    write_whole(path, yaml.safe_dump(config_as_dict(config), sort_keys=False))
 
 
 def config_as_dict(config: Any) -> dict[str, Any]:

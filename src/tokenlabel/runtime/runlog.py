@@ -12,6 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from tokenlabel.runtime.files import write_whole
 from tokenlabel.runtime.trackers import Tracker
 
 METRICS_FILE = "metrics.jsonl"
@@ -39,7 +40,8 @@ class RunLog:
         self._path, self._trackers = run / METRICS_FILE, trackers
         self._file = None
         if active:
-            self._rewrite([line for line in read_metrics(run) if line["step"] <= start_step])
+            kept = [line for line in read_metrics(run) if line["step"] <= start_step]
+            write_whole(self._path, "".join(json.dumps(line) + "\n" for line in kept))
             self._file = self._path.open("a", encoding="utf-8")
         # A bar for people; plain lines, now and then, for logs that cannot move a cursor.
         self.bar = tqdm(
@@ -70,11 +72,6 @@ class RunLog:
         self.bar.close()
         if self._file is not None:
             self._file.close()
-
-    def _rewrite(self, lines: list[dict[str, Any]]) -> None:
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        temporary.replace(self._path)
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

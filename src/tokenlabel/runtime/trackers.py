@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,3 +48,16 @@ class TensorBoard:
         """Close the files."""
         if self._writer is not None:
             self._writer.close()
+
+
+@contextmanager
+def tensorboard(run: Path, *, wanted: bool) -> Iterator[list[Tracker]]:
+    """Yield the trackers of a run: one that writes RUN/tensorboard, closed in the end, or none."""
+    if not wanted:
+        yield []
+        return
+    board = TensorBoard(run / "tensorboard")
+    try:
+        yield [board]
+    finally:
+        board.close()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokenlabel.runtime.arguments import (
     add_device,
+    add_tensorboard,
     device_of,
     new_parser,
     parse,
@@ -58,7 +58,7 @@ def _train(arguments: list[str]) -> int:
     )
 
     from tokenlabel.runtime.configuration import config_of
-    from tokenlabel.runtime.interruption import Interrupted
+    from tokenlabel.runtime.trackers import tensorboard
     from tokenlabel.segmentation.recipe import SegmentRecipe
     from tokenlabel.segmentation.task import train_segmentation
     from tokenlabel.training.recipe import add_recipe_arguments, find_recipe
@@ -67,14 +67,13 @@ def _train(arguments: list[str]) -> int:
         "--out", "--run", type=Path, required=True, help="folder of the run: recipe, metrics, checkpoints"
     )
     add_device(parser)
+    add_tensorboard(parser)
     add_recipe_arguments(parser, SegmentRecipe)
     options = parse(parser, with_recipe_path(arguments, find_recipe))
     recipe = config_of(parser, options, SegmentRecipe)
-    try:
-        figures = train_segmentation(recipe, options.out, device=device_of(options.device))
-    except Interrupted as stop:
-        print(f"tokenlabel segment train: {stop}", file=sys.stderr)
-        return stop.exit_status
+    device = device_of(options.device)
+    with tensorboard(options.out, wanted=options.tensorboard) as trackers:
+        figures = train_segmentation(recipe, options.out, device=device, trackers=trackers)
     _print_figures(figures)
     return 0
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from tokenlabel.data.images import DataError
 from tokenlabel.runtime.configuration import ConfigError, config_from_dict
 from tokenlabel.runtime.distributed import Ranks, joined_ranks
 from tokenlabel.runtime.runlog import Stopwatch
+from tokenlabel.runtime.trackers import Tracker
 from tokenlabel.segmentation.augment import SegmentTransform
 from tokenlabel.segmentation.classes import IGNORED
 from tokenlabel.segmentation.data import SegmentBatch, SegmentDataset, collate
@@ -43,16 +44,19 @@ from tokenlabel.training.recipe import find_recipe
 from tokenlabel.training.tasks import Part, Task
 
 
-def train_segmentation(recipe: SegmentRecipe, run: Path, *, device: torch.device) -> dict[str, Any]:
+def train_segmentation(
+    recipe: SegmentRecipe, run: Path, *, device: torch.device, trackers: Sequence[Tracker] = ()
+) -> dict[str, Any]:
     """Train by a recipe in a run folder, from its newest checkpoint if there is one; return the last evaluation.
 
-    Under torchrun all processes train together. The folder receives recipe.yaml, metrics.jsonl and checkpoints/.
+    Under torchrun all processes train together. The folder receives recipe.yaml, metrics.jsonl and checkpoints/;
+    `trackers` hear every line of the metrics.
     Raises ConfigError if it holds a run of another recipe, ValueError for data that cannot be trained on,
     `Interrupted` after SIGINT or SIGTERM.
     """
     with joined_ranks(device) as ranks:
         task = build(recipe, device=device)
-        return run_task(task, run, ranks=ranks, eval_every_epochs=recipe.eval.every_epochs)
+        return run_task(task, run, ranks=ranks, eval_every_epochs=recipe.eval.every_epochs, trackers=trackers)
 
 
 @dataclass(eq=False)

@@ -17,7 +17,13 @@ from tokenlabel.data.augment import Interpolation
 from tokenlabel.data.batches import normalize_images
 from tokenlabel.evaluation.pretrained import Pretrained, load_pretrained
 from tokenlabel.models import TimmAdapter, TokenModel
-from tokenlabel.teachers.dense import ClassifierNetwork, DenseLogits, DenseNetwork, TokenNetwork
+from tokenlabel.teachers.dense import (
+    ClassifierNetwork,
+    DenseLogits,
+    DenseNetwork,
+    NoDenseMapError,
+    TokenNetwork,
+)
 from tokenlabel.teachers.sight import Sight
 from tokenlabel.training.checkpoint import is_run, load_model
 
@@ -172,13 +178,8 @@ def _from_run(path: Path) -> Pretrained:
         interpolation=Interpolation.BICUBIC,
         mean=model.mean,
         std=model.std,
-        has_token_head=recipe.uses_token_labels or _has_own_token_head(model),
+        has_token_head=recipe.uses_token_labels,
     )
-
-
-def _has_own_token_head(model: TokenModel) -> bool:
-    """Say whether a timm model came with a head for its tokens (VOLO)."""
-    return isinstance(model, TimmAdapter) and hasattr(model.backbone, "aux_head")
 
 
 def _dense_network(found: Pretrained, name: str, head: str) -> DenseNetwork:
@@ -201,6 +202,8 @@ def _sight(found: Pretrained, network: DenseNetwork, config: TeacherConfig) -> S
         stride_px = _stride(found.size_px[1], network.grid_for(found.size_px)[1])
         fixed = found.fixed_size or not _takes(network, (size, size + stride_px))
         network.grid_for((size, size))
+    except NoDenseMapError:
+        raise
     except ValueError as error:
         raise TeacherError(f"{error}; leave --size out") from error
     return Sight(
