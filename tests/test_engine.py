@@ -1,5 +1,6 @@
 """The engine: parts, precisions, processes, what is kept, and what it says when something is wrong."""
 
+import itertools
 import shutil
 
 import pytest
@@ -10,10 +11,10 @@ from training_ranks import train_together
 
 from tokenlabel.classification.task import build, train
 from tokenlabel.runtime.configuration import ConfigError
-from tokenlabel.runtime.distributed import Ranks
+from tokenlabel.runtime.distributed import FirstRankError, Ranks
 from tokenlabel.runtime.runlog import Stopwatch, read_metrics
 from tokenlabel.training.checkpoint import list_checkpoints, load_model
-from tokenlabel.training.engine import prepare, train_step
+from tokenlabel.training.engine import prepare, run_task, train_step
 from tokenlabel.training.progress import DivergedError
 
 # No BatchNorm, whose statistics are those of a part, and no drop path: so nothing depends on the parts.
@@ -140,6 +141,47 @@ def test_a_loss_that_is_not_a_number_names_the_step_and_its_images(scenes, tmp_p
     assert "optim.lr" in str(stop.value)
     (folder,) = list_checkpoints(tmp_path / "run" / "diverged")
     assert not all(torch.isfinite(w).all() for w in load_model(folder).model.state_dict().values())
+
+
+def test_a_gradient_that_is_not_a_number_is_no_checkpoint(scenes, tmp_path, monkeypatch):  # noqa: F811
+    """The loss of that step was still a number; the weights that it moved are not."""
+    recipe = recipe_in_groups(scenes, checkpoint={"every_epochs": 0.4, "keep": 1})  # every 2 steps
+    task = build(recipe, device=CPU)
+    losses, calls = task.losses, itertools.count(1)
+
+    def failing(*arguments):
+        found = losses(*arguments)
+        if next(calls) == 4:
+            found["loss"] = found["loss"] + (found["loss"] * 0).sqrt()  # 0, of infinite slope
+        return found
+
+    monkeypatch.setattr(task, "losses", failing)
+    with pytest.raises(DivergedError, match="norm of the gradient was nan at step 3"):
+        run_task(task, tmp_path / "run", ranks=Ranks(), eval_every_epochs=100)
+    (folder,) = list_checkpoints(tmp_path / "run")
+    assert int(folder.name) == 2
+    assert all(torch.isfinite(w).all() for w in load_model(folder).model.state_dict().values())
+
+
+def test_a_run_that_is_all_warm_up_says_so(scenes, tmp_path, capsys):  # noqa: F811
+    train(recipe_in_groups(scenes, epochs=1, optim__warmup_epochs=5), tmp_path / "run", device=CPU)
+    assert "leave the schedule nothing of the 5 steps" in capsys.readouterr().err
+
+
+def test_what_fails_on_the_first_rank_fails_on_all(monkeypatch):
+    told: list = []
+    monkeypatch.setattr(Ranks, "of_first", lambda self, value: told.append(value) or told[0])
+
+    def fail():
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        Ranks(0, 2).by_first(fail)
+    with pytest.raises(FirstRankError, match="disk full"):
+        Ranks(1, 2).by_first(fail)
+    told.clear()
+    assert Ranks(0, 2).by_first(lambda: 3) == 3
+    assert Ranks(1, 2).by_first(fail) == 3
 
 
 def weights_differ_by(one, other):

@@ -40,6 +40,29 @@ def pairs_of(split: str = "train", **config: Any):
     return pairs
 
 
+def test_an_image_that_is_its_own_mask_is_refused(tmp_path: Path) -> None:
+    write_image(tmp_path / "data/1.jpg", (4, 5))
+    write_mask(tmp_path / "data/1.png", np.zeros((4, 5), np.uint8))
+    folder = str(tmp_path / "data")
+    with pytest.raises(DataError, match=r"1\.png: is an image and its own mask"):
+        pairs_of(layout=Layout.FOLDERS, train_images=folder, train_masks=folder, class_names=("a",))
+
+
+def test_settings_of_other_layouts_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"data\.layout ade20k has its own classes"):
+        SegmentDataConfig(layout=Layout.ADE20K, root=str(tmp_path), background="sky")
+    write_image(tmp_path / "images/1.png", (4, 5))
+    write_mask(tmp_path / "masks/1.png", np.zeros((4, 5), np.uint8))
+    config = SegmentDataConfig(
+        layout=Layout.FOLDERS,
+        train_images=str(tmp_path / "images"),
+        train_masks=str(tmp_path / "masks"),
+        class_names=("a",),
+    )
+    with pytest.raises(DataError, match="layout folders has no splits"):
+        other_pairs(config, ["a"], split="train")
+
+
 def test_ade20k_folders(tmp_path: Path) -> None:
     write_image(tmp_path / "images/training/ADE_train_1.jpg", (4, 6))
     write_mask(tmp_path / "annotations/training/ADE_train_1.png", [[0, 1, 2, 150, 0, 1]] * 4)

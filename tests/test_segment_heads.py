@@ -145,6 +145,37 @@ def test_every_kind_of_backbone_trains_under_every_head(name: str, head: HeadKin
     assert model.eval()(torch.randn(1, 3, 64, 96)).auxiliary is None
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"head": HeadKind.FCN, "auxiliary": False},
+        {"head": HeadKind.LINEAR, "neck": NeckKind.PYRAMID},
+        {"head": HeadKind.UPERNET, "auxiliary": False},
+        {"head": HeadKind.FCN, "layers": (0, 1)},
+    ],
+)
+def test_what_no_head_reads_is_not_trained(changes: dict[str, Any]) -> None:
+    """Nor waited for by parallel training: a neck's sides that the head leaves out, too."""
+    model = small("lvvit_t", **changes).train()
+    outputs = model(torch.randn(2, 3, 64, 96))
+    loss = outputs.logits.square().mean()
+    if outputs.auxiliary is not None:
+        loss = loss + outputs.auxiliary.square().mean()
+    loss.backward()
+    assert not [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+
+
+def test_more_layers_than_a_neck_takes_are_refused() -> None:
+    config = SegmentModelConfig(
+        name="lvvit_t",
+        size_px=(64, 96),
+        layers=(0, 1, 2, 3, 4),
+        options={"depth": 5, "width": 16, "num_heads": 2, "patch_size": 16},
+    )
+    with pytest.raises(ValueError, match=r"model\.layers names 5 layers \(0, 1, 2, 3, 4\); a neck takes 4"):
+        create_segmentation_model(config, num_classes=5)
+
+
 @pytest.mark.parametrize("name", ["lvvit_t", "vit_tiny_patch16_224"])
 def test_token_grids_follow_images_of_other_sizes(name: str) -> None:
     model = small(name).eval()

@@ -159,6 +159,16 @@ def test_looks_that_cannot_be_are_refused() -> None:
         SegmentEvalConfig(scales=())
     with pytest.raises(ValueError, match=r"eval\.stride_px"):
         SegmentEvalConfig(stride_px=(0, 5))
+    with pytest.raises(ValueError, match=r"eval\.short_side_px must be at least 1, got -5"):
+        SegmentEvalConfig(short_side_px=-5)
+    with pytest.raises(ValueError, match=r"eval\.max_aspect must be at least 1"):
+        SegmentEvalConfig(max_aspect=0.5)
+    with pytest.raises(
+        ValueError, match="windows of 512 x 512 px that lie 512 and 600 px apart leave pixels out"
+    ):
+        Segmenter(Local(), SegmentEvalConfig(stride_px=(512, 600)), window_px=(512, 512))
+    whole = SegmentEvalConfig(mode="whole", stride_px=(600, 600))
+    Segmenter(Local(), whole, window_px=(512, 512))
 
 
 @settings(max_examples=30)

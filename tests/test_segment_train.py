@@ -124,8 +124,11 @@ def rank_of_two(rank, port, run, recipe, out, answers):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     with joined_ranks(CPU) as ranks:
         figures = figures_of_run(run, ranks)
-        trained = run_task(build(recipe, device=CPU), out, ranks=ranks, eval_every_epochs=9)
-        answers.put((figures, trained["miou"]))
+        task = build(recipe, device=CPU)
+        together = run_task(task, out, ranks=ranks, eval_every_epochs=9)
+        own = task.evaluate(task.model, Ranks())
+        del together["images_per_s"], own["images_per_s"]
+        answers.put((figures, together, own))
 
 
 def figures_of_run(run, ranks):
@@ -144,7 +147,7 @@ def figures_of_run(run, ranks):
 
 
 def test_two_processes_find_the_same_figures_as_one_and_train_together(run, scenes, tmp_path):
-    recipe = recipe_for(scenes, num_steps=2, precision="bf16", data__val_split="train")
+    recipe = recipe_for(scenes, num_steps=2, precision="bf16", data__val_split="train", optim__ema_decay=None)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -159,8 +162,10 @@ def test_two_processes_find_the_same_figures_as_one_and_train_together(run, scen
     for process in ranks:
         process.join()
     alone = figures_of_run(run, Ranks())
-    assert [figures for figures, _ in found] == [alone, alone]
-    assert found[0][1] == found[1][1]
+    assert [figures for figures, *_ in found] == [alone, alone]
+    # What both found together is what each rank's own model finds, with the running statistics of the first.
+    for _, together, own in found:
+        assert together["miou"] == own["miou"]
     assert read_metrics(tmp_path / "run")[-1]["step"] == 2
     logged = [line for line in read_metrics(run) if line["kind"] == "eval"][-1]
     assert logged["miou"] == alone["miou"]
@@ -265,17 +270,36 @@ def test_a_published_file_is_evaluated_with_its_recipe(run, scenes, tmp_path, ca
     assert json.loads(capsys.readouterr().out)["miou"] == logged["miou"]
 
 
+def test_a_file_without_a_trained_head_is_not_evaluated(scenes, tmp_path, capsys):
+    """A backbone, given by mistake, would otherwise be judged by random weights."""
+    recipe = tmp_path / "recipe.yaml"
+    nested = nested_recipe(scenes)
+    recipe.write_text(yaml.safe_dump(nested | {"data": nested["data"] | {"class_names": list("0123456789")}}))
+    config = config_from_dict(nested, SegmentRecipe, name="test").model
+    backbone = create_segmentation_model(config, num_classes=11).backbone
+    tensors = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
+    save_file(tensors, tmp_path / "backbone.safetensors")
+    words = ["segment", "eval", str(tmp_path / "backbone.safetensors"), "--recipe"]
+    assert main([*words, str(recipe), "--root", str(scenes)]) == 2
+    error = capsys.readouterr().err
+    assert "is no whole model of" in error
+    assert "it has nothing for auxiliary_head" in error
+    assert main([*words, "small_data"]) == 2
+    assert "is no recipe of segmentation" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["trai"], "no command 'trai'; known: train, eval, predict"),
         (["eval", "nowhere"], "nowhere: holds no checkpoint"),
         (["train", "--recipe", "segment_scenes", "--run", "r"], "layout scenes needs data.root"),
+        (["eval", "RUN", "--stride", "0"], "eval.stride_px must be at least 1 down and across, got [0, 0]"),
     ],
 )
-def test_mistakes_are_one_line(words, message, capsys, tmp_path, monkeypatch):
+def test_mistakes_are_one_line(words, message, run, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert main(["segment", *words]) == 2
+    assert main(["segment", *(str(run) if word == "RUN" else word for word in words)]) == 2
     error = capsys.readouterr().err.strip()
     assert message in error
     assert "\n" not in error

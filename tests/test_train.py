@@ -2,8 +2,10 @@
 
 import json
 import multiprocessing
+import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,9 +26,10 @@ from tokenlabel.labels.store import LabelStore, LabelStoreWriter, Manifest
 from tokenlabel.method.scores import from_mask
 from tokenlabel.runtime.configuration import ConfigError, config_from_dict
 from tokenlabel.runtime.distributed import Ranks
+from tokenlabel.runtime.interruption import Interrupted
 from tokenlabel.runtime.runlog import Stopwatch, read_metrics
 from tokenlabel.training.checkpoint import list_checkpoints, load_model
-from tokenlabel.training.engine import prepare, train_step
+from tokenlabel.training.engine import prepare, run_task, train_step
 from tokenlabel.training.progress import DivergedError
 from tokenlabel.training.recipe import Recipe
 
@@ -183,7 +186,50 @@ def test_a_finished_run_is_not_trained_again(scenes, tmp_path):
     before = weights_of(tmp_path / "run")
     again = train(recipe_for(scenes), tmp_path / "run", device=CPU)
     assert weights_of(tmp_path / "run") == before
+    assert again == first
+    evals = [line["step"] for line in read_metrics(tmp_path / "run") if line["kind"] == "eval"]
+    assert evals == sorted(set(evals))
+
+
+def test_an_evaluation_that_a_kill_prevented_is_made_up_for(scenes, tmp_path):
+    """The checkpoint is written first: whoever stops a run may not wait for the evaluation."""
+    first = train(recipe_for(scenes), tmp_path / "run", device=CPU)
+    lines = read_metrics(tmp_path / "run")
+    assert lines[-1]["kind"] == "eval"
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[:-1]))
+    again = train(recipe_for(scenes), tmp_path / "run", device=CPU)
     assert again["top1"] == first["top1"]
+    assert [line["kind"] for line in read_metrics(tmp_path / "run")] == [line["kind"] for line in lines]
+
+
+def test_a_signal_during_an_evaluation_is_obeyed_after_it(scenes, tmp_path, monkeypatch):
+    task = build(recipe_for(scenes, checkpoint__every_epochs=500), device=CPU)
+    evaluate = task.evaluate
+
+    def stopped(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(task, "evaluate", stopped)
+    with pytest.raises(Interrupted) as stop:
+        run_task(task, tmp_path / "run", ranks=Ranks(), eval_every_epochs=1)
+    evals = [line["step"] for line in read_metrics(tmp_path / "run") if line["kind"] == "eval"]
+    assert [int(folder.name) for folder in list_checkpoints(tmp_path / "run")] == evals
+    assert f"step {evals[0]:,}" in str(stop.value)
+
+
+def test_copies_of_checkpoints_are_left_alone(scenes, tmp_path):
+    train(recipe_for(scenes), tmp_path / "run", device=CPU)
+    newest = list_checkpoints(tmp_path / "run")[-1]
+    shutil.copytree(newest, newest.with_name(f"{newest.name}-backup"))
+    assert list_checkpoints(tmp_path / "run")[-1] == newest
+
+
+def test_intervals_and_numbers_that_mean_nothing_are_refused(scenes):
+    with pytest.raises(ConfigError, match=r"checkpoint\.keep must be at least 1, got 0"):
+        recipe_for(scenes, checkpoint__keep=0)
+    with pytest.raises(ConfigError, match=r"eval\.every_epochs must be above 0, got 0"):
+        recipe_for(scenes, eval__every_epochs=0)
 
 
 def test_the_folder_of_another_run_is_not_touched(scenes, tmp_path):

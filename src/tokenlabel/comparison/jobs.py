@@ -195,9 +195,7 @@ def run_all(
     """
     jobs = [job for job in jobs_of(comparison) if not _is_done(comparison, job, records)]
     with joined_ranks() as ranks:
-        if ranks.is_first and jobs:
-            make_steps(comparison, steps_needed(comparison, jobs))
-        ranks.of_first(None)  # the others wait
+        ranks.by_first(lambda: make_steps(comparison, steps_needed(comparison, jobs) if jobs else []))
         mine = jobs[ranks.rank :: ranks.world_size]
         with ThreadPoolExecutor(num_jobs) as pool:
             failures = list(pool.map(lambda job: _run_apart(comparison, job, arguments), mine))

@@ -51,19 +51,24 @@ def config_of(
 
 def read_config(path: Path, config: type[Config]) -> Config:
     """Return the dataclass that a YAML file holds. Raises ConfigError that names the file and the key."""
+    return config_from_dict(read_yaml(path), config, name=str(path))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Return the mapping that a YAML file holds. Raises ConfigError that names the file."""
     try:
         nested = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
-    return config_from_dict(nested, config, name=str(path))
+    if not isinstance(nested, dict):
+        raise ConfigError(f"{path}: expected a mapping of keys to values, got {type(nested).__name__}")
+    return nested
 
 
-def config_from_dict(nested: Any, config: type[Config], *, name: str) -> Config:
+def config_from_dict(nested: dict[str, Any], config: type[Config], *, name: str) -> Config:
     """Return the dataclass of nested dicts, as in a YAML file; `name` is what errors call it."""
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     add_config_arguments(parser, config)
-    if not isinstance(nested, dict):
-        raise ConfigError(f"{name}: expected a mapping of keys to values, got {type(nested).__name__}")
     try:
         return config_of(parser, parser.parse_object(nested), config)
     except (jsonargparse.ArgumentError, ValueError) as error:

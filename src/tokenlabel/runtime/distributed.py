@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,6 +19,10 @@ T = TypeVar("T")
 
 # Ranks meet when each has done its share, however long that takes the slowest.
 PATIENCE = timedelta(days=7)
+
+
+class FirstRankError(ValueError):
+    """What the first rank was to do for all failed there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +45,32 @@ class Ranks:
         values = [value]
         dist.broadcast_object_list(values, src=0)
         return values[0]
+
+    def by_first(self, action: Callable[[], T]) -> T:
+        """Let the first rank do something; return its result on every rank, which must pickle.
+
+        If it fails, so do all: the first rank raises its error, the others FirstRankError with its message.
+        """
+        if self.world_size == 1:
+            return action()
+        result, error = None, None
+        if self.is_first:
+            try:
+                result = action()
+            except Exception as raised:  # whatever it is: the others must not wait for ever
+                error = raised
+        result, message = self.of_first((result, str(error) if error else None))
+        if error is not None:
+            raise error
+        if message is not None:
+            raise FirstRankError(message)
+        return result  # type: ignore[return-value]
+
+    def share_buffers(self, model: nn.Module) -> None:
+        """Give every rank the first one's buffers of a model, such as BatchNorm's means."""
+        if self.world_size > 1:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, src=0)
 
     def all(self, value: T) -> list[T]:
         """Return the values of all ranks, in order, on every rank; they must pickle."""

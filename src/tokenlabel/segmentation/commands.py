@@ -179,6 +179,7 @@ def _add_network(parser: ArgumentParser) -> None:
 
 def _network(options: Namespace) -> TrainedSegmenter:
     """Return the model that the command line names, with the recipe as the command line changes it."""
+    from tokenlabel.segmentation.pairs import Layout
     from tokenlabel.segmentation.task import load_published_segmenter, load_segmenter
 
     if options.recipe is not None:
@@ -187,10 +188,12 @@ def _network(options: Namespace) -> TrainedSegmenter:
         trained = load_segmenter(options.network)
     recipe = trained.recipe
     if options.root is not None:
+        if recipe.data.layout is Layout.FOLDERS:
+            raise ValueError("--root is for known layouts; name folders with --images and --masks")
         recipe = replace(recipe, data=replace(recipe.data, root=options.root))
     changes: dict[str, Any] = {
         "mode": options.mode,
-        "stride_px": options.stride and (options.stride, options.stride),
+        "stride_px": None if options.stride is None else (options.stride, options.stride),
         "scales": options.scales and tuple(options.scales),
         "flip": options.flip or None,
     }

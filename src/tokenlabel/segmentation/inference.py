@@ -49,6 +49,15 @@ class SegmentEvalConfig:
             )
         if self.stride_px is not None and min(self.stride_px) < 1:
             raise ValueError(f"eval.stride_px must be at least 1 down and across, got {list(self.stride_px)}")
+        if self.short_side_px is not None and self.short_side_px < 1:
+            raise ValueError(
+                f"eval.short_side_px must be at least 1, got {self.short_side_px}; none leaves images be"
+            )
+        if self.max_aspect < 1 or self.every_epochs <= 0:
+            raise ValueError(
+                "eval.max_aspect must be at least 1, eval.every_epochs above 0, "
+                f"got {self.max_aspect} and {self.every_epochs}"
+            )
 
 
 class Segmenter:
@@ -60,6 +69,11 @@ class Segmenter:
         self.model, self.config, self.window_px = model, config, window_px
         down, across = window_px
         self.stride_px = config.stride_px or (max(1, down * 2 // 3), max(1, across * 2 // 3))
+        if config.mode == "slide" and (self.stride_px[0] > down or self.stride_px[1] > across):
+            raise ValueError(
+                f"windows of {down} x {across} px that lie {self.stride_px[0]} and {self.stride_px[1]} px apart leave "
+                "pixels out; choose a stride of no more than the window"
+            )
 
     @torch.inference_mode()
     def __call__(self, image: UInt8[Tensor, "3 height width"]) -> Int[Tensor, "height width"]:

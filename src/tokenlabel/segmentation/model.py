@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tokenlabel.models import TokenModel, create_model
 from tokenlabel.segmentation.heads import FCNHead, Head, LinearHead, UPerNetHead
-from tokenlabel.segmentation.pyramid import Levels, Neck, NeckKind, find_levels
+from tokenlabel.segmentation.pyramid import NUM_LEVELS, Levels, Neck, NeckKind, find_levels
 
 
 class HeadKind(StrEnum):
@@ -68,9 +68,9 @@ class SegmentOutputs:
 class SegmentationModel(nn.Module):
     """A backbone, a neck where it has no stages, a head, and a second head that only training uses.
 
-    What of the backbone the head does not reach (its last norm, its classifier) is kept, but not trained.
+    What no head reaches (the backbone's last norm, its classifier) is kept, but not trained.
     `mean`, `std`: what pixels in [0, 1] are normalised with. `multiple_px`: images with sides of multiples of it are
-    not cut at the edges. `unreached`: the entries of the backbone's state that nothing depends on.
+    not cut at the edges. `unreached`: the entries of the model's state that nothing depends on.
     """
 
     def __init__(
@@ -81,13 +81,13 @@ class SegmentationModel(nn.Module):
         neck: Neck | None,
         decode_head: Head,
         auxiliary_head: Head | None,
-        unreached: frozenset[str],
     ) -> None:
         super().__init__()
-        self.unreached, self._backbone_is_frozen = unreached, False
+        self._backbone_is_frozen = False
         self.backbone, self.levels, self.neck = backbone, levels, neck
         self.decode_head, self.auxiliary_head = decode_head, auxiliary_head
         self.mean, self.std, self.multiple_px = backbone.mean, backbone.std, levels.multiple_px
+        self.unreached: frozenset[str] = frozenset()
 
     def forward(self, images: Float[Tensor, "B 3 height width"]) -> SegmentOutputs:
         """Return the logits of normalised images."""
@@ -146,6 +146,11 @@ def create_segmentation_model(config: SegmentModelConfig, *, num_classes: int) -
     neck_kind = _neck_kind(config, levels)
     neck = None
     if neck_kind is not NeckKind.NONE:
+        if len(levels.layers) > NUM_LEVELS:
+            raise ValueError(
+                f"model.layers names {len(levels.layers)} layers ({', '.join(map(str, levels.layers))}); a neck takes "
+                f"{NUM_LEVELS} at the most"
+            )
         neck = Neck(levels.widths[-1], kind=neck_kind, last_width=config.neck_width)
     widths = neck.widths if neck is not None else levels.widths
     auxiliary_head = None
@@ -165,8 +170,8 @@ def create_segmentation_model(config: SegmentModelConfig, *, num_classes: int) -
         neck=neck,
         decode_head=_create_head(config, widths, num_classes),
         auxiliary_head=auxiliary_head,
-        unreached=_leave_unreached(backbone, levels, config.size_px),
     )
+    model.unreached = _leave_unreached(model, config.size_px)
     if config.freeze_backbone:
         model.freeze_backbone()
     return model
@@ -213,15 +218,17 @@ def _create_head(config: SegmentModelConfig, widths: Sequence[int], num_classes:
             return LinearHead(widths, num_classes)
 
 
-def _leave_unreached(backbone: TokenModel, levels: Levels, size_px: tuple[int, int]) -> frozenset[str]:
-    """Stop the parameters from training that no map depends on: parallel training waits for the gradient of each.
+def _leave_unreached(model: SegmentationModel, size_px: tuple[int, int]) -> frozenset[str]:
+    """Stop the parameters from training that no head depends on: parallel training waits for the gradient of each.
 
-    Return the entries of the backbone's state that belong to such parts.
+    Return the entries of the model's state that belong to such parts.
     """
-    image = next(backbone.parameters()).new_zeros(1, 3, *size_px)
-    was_training = backbone.training
-    pending = [features.grad_fn for features in backbone.eval().intermediates(image, levels.layers)]
-    backbone.train(was_training)
+    image = next(model.parameters()).new_zeros(1, 3, *size_px)
+    was_training = model.training
+    maps = model.eval().maps(image)
+    heads = [head for head in (model.decode_head, model.auxiliary_head) if head is not None]
+    pending = [head(maps).grad_fn for head in heads]
+    model.train(was_training)
     seen, reached = set(), set()
     while pending:
         node = pending.pop()
@@ -230,11 +237,11 @@ def _leave_unreached(backbone: TokenModel, levels: Levels, size_px: tuple[int, i
             reached.add(id(getattr(node, "variable", None)))
             pending.extend(before for before, _ in node.next_functions)
     unreached: set[str] = set()
-    for prefix, module in backbone.named_modules():
+    for prefix, module in model.named_modules():
         own = [p for p in module.parameters(recurse=False) if p.requires_grad]
         if own and not any(id(parameter) in reached for parameter in own):
             unreached |= {f"{prefix}.{name}" for name in _own_entries(module)}
-    for parameter in backbone.parameters():
+    for parameter in model.parameters():
         parameter.requires_grad_(parameter.requires_grad and id(parameter) in reached)
     return frozenset(unreached)
 

@@ -77,6 +77,10 @@ class SegmentDataConfig:
             )
         if not is_folders and self.root is None:
             raise ValueError(f"data.layout {self.layout.value} needs data.root, the folder of the data set")
+        if self.layout not in (Layout.FOLDERS, Layout.SCENES) and (self.class_names or self.background):
+            raise ValueError(
+                f"data.layout {self.layout.value} has its own classes; leave data.class_names and data.background out"
+            )
         if bool(self.val_images) != bool(self.val_masks):
             raise ValueError("data.val_images and data.val_masks go together; give both or none")
 
@@ -191,6 +195,8 @@ def other_pairs(
         raise DataError("images and masks go together: give both folders or none")
     if images and masks:
         return _checked(classes_of(config, names), Path(images), Path(masks), _same_names(Path(images)))
+    if split is not None and config.layout is Layout.FOLDERS:
+        raise DataError("layout folders has no splits; name folders with --images and --masks")
     pairs = open_pairs(replace(config, val_split=split or config.val_split), "val")
     if pairs is None:
         raise DataError("the run has no val images of its own; name folders with --images and --masks")
@@ -212,6 +218,11 @@ def _checked(classes: Classes, images: Path, masks: Path, names: Iterator[tuple[
     pairs = sorted(names)
     if not pairs:
         raise DataError(f"{images}: no images ({', '.join(EXTENSIONS)})")
+    for image, mask in pairs:
+        if images / image == masks / mask:
+            raise DataError(
+                f"{images / image}: is an image and its own mask; keep images and masks in two folders"
+            )
     there = {path.relative_to(masks).as_posix() for path in masks.rglob("*") if path.is_file()}
     bare = [image for image, mask in pairs if mask not in there]
     if bare:

@@ -67,7 +67,7 @@ class Neck(nn.Module):
         self.widths = (width, width, width, last_width)
 
     def forward(self, maps: Sequence[Float[Tensor, "B D h w"]]) -> list[Float[Tensor, "B _ _ _"]]:
-        """Return the four maps; of fewer than four, the deepest ones serve twice."""
+        """Return the four maps; of fewer than four, some serve twice."""
         sides = (self.side_layer1, self.side_layer2, self.side_layer3, self.side_layer4)
         return [side(features) for side, features in zip(sides, spread(maps), strict=True)]
 

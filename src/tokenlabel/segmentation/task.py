@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tokenlabel.data.batches import BatchSampler, make_loader, normalize_images
 from tokenlabel.data.images import DataError
-from tokenlabel.runtime.configuration import ConfigError, config_from_dict
+from tokenlabel.models import WeightsError
+from tokenlabel.runtime.configuration import ConfigError, config_from_dict, read_yaml
 from tokenlabel.runtime.distributed import Ranks, joined_ranks
 from tokenlabel.runtime.runlog import Stopwatch
 from tokenlabel.runtime.trackers import Tracker
@@ -186,13 +186,21 @@ def load_segmenter(path: Path) -> TrainedSegmenter:
 def load_published_segmenter(path: Path, recipe_name: str, *, root: str | None = None) -> TrainedSegmenter:
     """Return a model from a published file, with the recipe (a name, or a file) that it goes with.
 
-    `root`: folder of the data set. Its classes are those of the recipe's data.
+    `root`: folder of the data set. Its classes are those of the recipe's data. Raises WeightsError for a file that does
+    not fill all of the model, such as a backbone.
     """
     recipe_path = find_recipe(recipe_name)
-    nested = yaml.safe_load(recipe_path.read_text(encoding="utf-8"))
+    nested = read_yaml(recipe_path)
+    if "layout" not in (nested.get("data") or {}):
+        raise ConfigError(f"{recipe_path}: is no recipe of segmentation; it says no data.layout")
     nested["data"]["root"] = root or nested["data"].get("root", ".")
     recipe = config_from_dict(nested, SegmentRecipe, name=str(recipe_path))
     names = classes_of(recipe.data, list(recipe.data.class_names)).names
     model = create_segmentation_model(recipe.model, num_classes=len(names))
-    load_weights(model, path, average=recipe.model.average)
+    new = load_weights(model, path, average=recipe.model.average)
+    if new:
+        raise WeightsError(
+            f"{path}: is no whole model of {recipe_name}: it has nothing for {', '.join(sorted(new)[:3])}"
+            f"{', ...' if len(new) > 3 else ''}; train one from it (tokenlabel segment train --model.weights)"
+        )
     return TrainedSegmenter(model.eval(), recipe, names, step=0)

@@ -25,8 +25,8 @@ HEAD = "decode_head."
 SECOND_HEAD = "auxiliary_head."
 
 
-def load_weights(model: SegmentationModel, path: str | Path, *, average: bool = False) -> None:
-    """Load what a file or a run holds: a backbone, or a whole segmentation model.
+def load_weights(model: SegmentationModel, path: str | Path, *, average: bool = False) -> frozenset[str]:
+    """Load what a file or a run holds, a backbone or a whole segmentation model; return what starts anew.
 
     `path`: a published file (`.pth`, `.safetensors`), a run folder or one of its checkpoints; of these the averaged
     weights, where there are some. `average`: take the average in a published file. Position embeddings are
@@ -35,9 +35,8 @@ def load_weights(model: SegmentationModel, path: str | Path, *, average: bool = 
     """
     found, name = _read(Path(path), average=average)
     if any(key.startswith(HEAD) for key in found):
-        _load_all(model, found, name=name)
-    else:
-        _load_backbone(model, found, name=name)
+        return _load_all(model, found, name=name)
+    return _load_backbone(model, found, name=name)
 
 
 def _read(path: Path, *, average: bool) -> tuple[dict[str, Tensor], str]:
@@ -48,7 +47,7 @@ def _read(path: Path, *, average: bool) -> tuple[dict[str, Tensor], str]:
     return read_checkpoint(path, average=average), str(path)
 
 
-def _load_all(model: SegmentationModel, found: dict[str, Tensor], *, name: str) -> None:
+def _load_all(model: SegmentationModel, found: dict[str, Tensor], *, name: str) -> frozenset[str]:
     found = {
         NECK + key.removeprefix(PUBLISHED_NECK) if key.startswith(PUBLISHED_NECK) else key: tensor
         for key, tensor in found.items()
@@ -68,18 +67,21 @@ def _load_all(model: SegmentationModel, found: dict[str, Tensor], *, name: str) 
         and found[key].shape[1:] == wanted[key].shape[1:]
         and found[key].shape != wanted[key].shape
     }
-    spared = {f"backbone.{key}" for key in model.unreached} | other_classes
+    spared = model.unreached | other_classes
     _check_fit(found, wanted, spared=spared, name=name)
     model.load_state_dict({key: found[key] for key in found if key not in spared}, strict=False)
     if other_classes:
         LOGGER.warning("%s is for other classes: %s start anew", name, ", ".join(sorted(other_classes)))
+    return frozenset(other_classes)
 
 
-def _load_backbone(model: SegmentationModel, found: dict[str, Tensor], *, name: str) -> None:
-    backbone, spared = model.backbone, model.unreached
+def _load_backbone(model: SegmentationModel, found: dict[str, Tensor], *, name: str) -> frozenset[str]:
+    backbone = model.backbone
+    spared = {key.removeprefix("backbone.") for key in model.unreached if key.startswith("backbone.")}
     resize_all_positions(found, backbone, name=name)
     _check_fit(found, backbone.state_dict(), spared=spared, name=name)
     backbone.load_state_dict({key: found[key] for key in found if key not in spared}, strict=False)
+    return frozenset(name for name, _ in model.named_parameters() if not name.startswith("backbone."))
 
 
 def _check_fit(found: dict[str, Tensor], wanted: dict[str, Tensor], *, spared: Set[str], name: str) -> None:

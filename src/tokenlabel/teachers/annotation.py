@@ -124,7 +124,7 @@ def annotate_by(
         strict=config.strict,
     )
     with joined_ranks() as ranks:
-        missing = ranks.of_first(_missing(source, Path(folder), job.manifest) if ranks.is_first else [])
+        missing = ranks.by_first(lambda: _missing(source, Path(folder), job.manifest))
         mine = missing[ranks.rank :: ranks.world_size]
         with (
             _sigterm_stops(),

@@ -71,9 +71,8 @@ def save_checkpoint(
     """
     folder = run / "checkpoints" / f"{step:08d}"
     files = _tensors(trained, here=ranks.is_first)
-    if ranks.is_first:
-        _write(folder, step, trained, files, recipe=recipe, class_names=class_names)
-    ranks.of_first(None)  # none goes on, or ends, before it is written
+    # None goes on, or ends, before it is written.
+    ranks.by_first(lambda: _write(folder, step, trained, files, recipe=recipe, class_names=class_names))
     return folder
 
 
@@ -118,7 +117,8 @@ def _write(
 
 def list_checkpoints(run: Path) -> list[Path]:
     """Return the checkpoints of a run, oldest first."""
-    return sorted(path for path in (run / "checkpoints").glob("[0-9]*") if path.is_dir())
+    folders = (run / "checkpoints").glob("[0-9]*")
+    return sorted(path for path in folders if path.is_dir() and path.name.isdecimal())  # not a copy of one
 
 
 def prune_checkpoints(run: Path, spared: Collection[int], *, best: int | None) -> None:

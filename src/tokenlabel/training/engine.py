@@ -32,13 +32,20 @@ from tokenlabel.runtime.interruption import Interrupted, caught_signals
 from tokenlabel.runtime.runlog import RunLog, Stopwatch, read_metrics
 from tokenlabel.runtime.trackers import Tracker
 from tokenlabel.training.checkpoint import (
+    CheckpointError,
     Trained,
     list_checkpoints,
     load_checkpoint,
     prune_checkpoints,
     save_checkpoint,
 )
-from tokenlabel.training.optim import create_ema, create_optimizer, learning_rate, set_learning_rate
+from tokenlabel.training.optim import (
+    create_ema,
+    create_optimizer,
+    learning_rate,
+    outer_steps,
+    set_learning_rate,
+)
 from tokenlabel.training.progress import DivergedError, Divergence, StepResult, Window, peak_memory_bytes
 from tokenlabel.training.recipe import TrainingConfig, claim
 from tokenlabel.training.tasks import Part, Task
@@ -118,11 +125,15 @@ def _train(
     task: Task[Any], run: Path, ranks: Ranks, eval_every_epochs: float, trackers: Sequence[Tracker]
 ) -> dict[str, Any] | Interrupted:
     training = prepare(task, ranks)
-    if ranks.is_first:
-        claim(run, task.recipe)
-    ranks.of_first(None)
+    ranks.by_first(lambda: claim(run, task.recipe))
     checkpoints = list_checkpoints(run)
     step = load_checkpoint(checkpoints[-1], training.trained) if checkpoints else 0
+    steps = ranks.all(step)
+    if len(set(steps)) > 1:
+        raise CheckpointError(
+            f"{run}: the processes find checkpoints of different steps ({', '.join(map(str, steps))}); "
+            "the run folder must be the same one for all"
+        )
     log = RunLog(
         run,
         start_step=step,
@@ -247,26 +258,42 @@ def _loop(
     """Take the steps that are left; return the last evaluation, or after which step the run was asked to stop."""
     ranks, checkpoint = training.ranks, training.task.recipe.checkpoint
     batches = iter(training.task.batches(training.sampler(start_step)))
-    watch, window, figures = Stopwatch(), Window(ranks), {}
     _say_learning_rate(training, log)
+    figures = ranks.by_first(lambda: _evaluated(run, start_step))
+    if figures is None and start_step and training.due(start_step, eval_every_epochs):
+        figures = _evaluate(training, log, start_step)  # the run was stopped before it could
+    watch, window = Stopwatch(), Window(ranks)
     with caught_signals() as received:
         for step in range(start_step, training.num_steps):
             window.add(train_step(training, batches, step, watch))
             done = step + 1
-            # Asked now, of all ranks: what comes later waits for the next step.
+            # Asked of all ranks at once, so that they agree.
             stopping = ranks.highest(received[0] if received else 0)
-            saving = training.due(done, checkpoint.every_epochs) or stopping
+            last = done == training.num_steps
+            saving = training.due(done, checkpoint.every_epochs) or stopping > 0
             log.bar.update()
             if done % LOG_EVERY_STEPS == 0 or saving:  # a state that diverged is never saved
                 _report(training, run, log, done, window, watch)
-            if training.due(done, eval_every_epochs):
+            if saving:  # before the evaluation, which may take longer than who stops the run will wait
+                _write_checkpoint(training, run, done)
+            if training.due(done, eval_every_epochs) and (last or not stopping):
                 figures = _evaluate(training, log, done)
                 watch.lap()
-            if saving:
-                _save(training, run, done)
-            if stopping and done < training.num_steps:
+                stopping = ranks.highest(received[0] if received else 0)
+                if stopping and not saving:
+                    _write_checkpoint(training, run, done)
+                    saving = True
+            if saving and ranks.is_first:
+                _prune(training, run, done)
+            if stopping and not last:
                 return Interrupted(done, stopping)
-    return figures or _evaluate(training, log, training.num_steps)
+    return figures or {}
+
+
+def _evaluated(run: Path, step: int) -> dict[str, Any] | None:
+    """Return the figures of an evaluation at a step that was written down; None if there was none."""
+    lines = [line for line in read_metrics(run) if line["kind"] == "eval" and line["step"] == step]
+    return {k: v for k, v in lines[-1].items() if k not in ("step", "kind")} if lines else None
 
 
 def _say_learning_rate(training: Training, log: RunLog) -> None:
@@ -276,6 +303,12 @@ def _say_learning_rate(training: Training, log: RunLog) -> None:
         log.say(
             f"learning rate {scaled:.3g} for batches of {recipe.batch_size} "
             f"({recipe.optim.lr:.3g} for {recipe.optim.lr_batch_size})"
+        )
+    warmup, cooldown = outer_steps(recipe.optim, training.steps_per_epoch)
+    if warmup + cooldown >= training.num_steps:
+        log.say(
+            f"warm-up ({warmup:,} steps) and cool-down ({cooldown:,}) leave the schedule nothing of the "
+            f"{training.num_steps:,} steps: good for trying things out, not for learning much"
         )
 
 
@@ -306,9 +339,9 @@ def _stop(training: Training, run: Path, done: int, divergence: Divergence) -> N
     folder = _write_checkpoint(training, run / "diverged", done)
     keys = divergence.keys
     raise DivergedError(
-        f"the loss was {divergence.loss} at step {divergence.step} on the images {', '.join(keys[:4])}"
+        f"the {divergence.what} was {divergence.value} at step {divergence.step} on the images {', '.join(keys[:4])}"
         f"{', ...' if len(keys) > 4 else ''}; the last good checkpoint is as it was, the state after step {done - 1} "
-        f"lies in {folder}; try a lower optim.lr, optim.clip_grad_norm, or precision fp32"
+        f"lies in {folder}; in another run folder, try a lower optim.lr, optim.clip_grad_norm, or precision fp32"
     )
 
 
@@ -319,12 +352,9 @@ def _write_checkpoint(training: Training, run: Path, done: int) -> Path:
     )
 
 
-def _save(training: Training, run: Path, done: int) -> None:
-    """Save the state, and drop the states that are not to be kept."""
+def _prune(training: Training, run: Path, done: int) -> None:
+    """Drop the states that are not to be kept, and let the link `best` lead to the one that evaluated best."""
     task, config = training.task, training.task.recipe.checkpoint
-    _write_checkpoint(training, run, done)
-    if not training.ranks.is_first:
-        return
     steps = [int(folder.name) for folder in list_checkpoints(run)]
     spared = set(steps[-config.keep :]) | {done}
     if config.keep_every_epochs is not None:
@@ -338,6 +368,7 @@ def _evaluate(training: Training, log: RunLog, done: int) -> dict[str, Any]:
     """Evaluate the averaged weights where there are some, and write the figures down."""
     task, trained = training.task, training.trained
     model = trained.ema.module if trained.ema is not None else trained.model
+    training.ranks.share_buffers(model)  # each has its own, the checkpoint the first one's
     figures = task.evaluate(model, training.ranks)
     if isinstance(model, FSDPModule):
         model.reshard()  # what the forward pass put together for this rank

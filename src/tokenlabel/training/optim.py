@@ -110,15 +110,21 @@ def create_ema(model: nn.Module, config: OptimConfig, *, sharded: bool = False) 
     return ModelEmaV3(model, decay=config.ema_decay, use_warmup=config.ema_warmup, foreach=not sharded)
 
 
+def outer_steps(config: OptimConfig, steps_per_epoch: int) -> tuple[int, int]:
+    """Return the steps of warm-up and of cool-down, between which the schedule runs."""
+    warmup = config.warmup_steps
+    if warmup is None:
+        warmup = round(config.warmup_epochs * steps_per_epoch)
+    return warmup, round(config.cooldown_epochs * steps_per_epoch)
+
+
 def learning_rate(
     step: int, config: OptimConfig, *, batch_size: int, steps_per_epoch: int, num_steps: int
 ) -> float:
     """Return the learning rate of a step: linear warm-up, schedule, cool-down; scaled by the batch size."""
     scale = batch_size / config.lr_batch_size
-    warmup = config.warmup_steps
-    if warmup is None:
-        warmup = round(config.warmup_epochs * steps_per_epoch)
-    falling = num_steps - warmup - round(config.cooldown_epochs * steps_per_epoch)
+    warmup, cooldown = outer_steps(config, steps_per_epoch)
+    falling = num_steps - warmup - cooldown
     if step < warmup:
         return scale * (config.warmup_lr + (config.lr - config.warmup_lr) * step / warmup)
     progress = min(1.0, (step - warmup) / max(1, falling))

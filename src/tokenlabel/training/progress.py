@@ -16,7 +16,7 @@ from tokenlabel.runtime.distributed import Ranks
 
 
 class DivergedError(ValueError):
-    """The loss is no longer a number."""
+    """The loss, or the gradient that moves the weights, is no longer a number."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,10 +29,11 @@ class StepResult:
 
 @dataclass(frozen=True)
 class Divergence:
-    """The first step whose loss was not finite, on the rank that had it first."""
+    """The first step at which `what` (loss or gradient) was not finite, on the rank that had it first."""
 
     step: int
-    loss: float
+    what: str
+    value: float
     keys: Sequence[str]
 
 
@@ -59,13 +60,15 @@ class Window:
         }
         every = self.ranks.all(values)
         means = {name: float(np.mean([rank[name] for rank in every])) for name in values}
-        if math.isfinite(means["loss"]):
-            return means, None
-        losses = np.array([rank["loss"] for rank in every])  # [ranks, steps]
-        number = int(np.argmin(np.isfinite(losses).all(axis=0)))
-        rank = int(np.argmin(np.isfinite(losses[:, number])))
-        keys = self.ranks.all(results[number].keys)[rank]
-        return means, Divergence(done - len(results) + number, losses[rank, number], keys)
+        for name, what in (("loss", "loss"), ("gradient_norm", "norm of the gradient")):
+            if math.isfinite(means.get(name, 0.0)):
+                continue
+            of_steps = np.array([rank[name] for rank in every])  # [ranks, steps]
+            number = int(np.argmin(np.isfinite(of_steps).all(axis=0)))
+            rank = int(np.argmin(np.isfinite(of_steps[:, number])))
+            keys = self.ranks.all(results[number].keys)[rank]
+            return means, Divergence(done - len(results) + number, what, of_steps[rank, number], keys)
+        return means, None
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -108,6 +108,11 @@ class MixConfig:
             )
 
 
+def _check_interval(name: str, every_epochs: float | None) -> None:
+    if every_epochs is not None and not every_epochs > 0:
+        raise ConfigError(f"{name} must be above 0, got {every_epochs}; a large number for never")
+
+
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
     """How the model is evaluated while it trains and at the end."""
@@ -123,6 +128,9 @@ class EvalConfig:
     crop_fraction: float = 0.875
     """Share of the resized image's shorter side that the centre crop keeps."""
 
+    def __post_init__(self) -> None:
+        _check_interval("eval.every_epochs", self.every_epochs)
+
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
@@ -136,6 +144,14 @@ class CheckpointConfig:
     """Keep the one that evaluated best, too; `checkpoints/best` leads to it."""
     keep_every_epochs: float | None = None
     """Keep one every so many epochs for good, too."""
+
+    def __post_init__(self) -> None:
+        if self.keep < 1:
+            raise ConfigError(
+                f"checkpoint.keep must be at least 1, got {self.keep}: a run continues from the newest"
+            )
+        for name in ("every_epochs", "keep_every_epochs"):
+            _check_interval(f"checkpoint.{name}", getattr(self, name))
 
 
 @dataclass(frozen=True, kw_only=True)
