@@ -281,6 +281,8 @@ def _loop(
                 watch.lap()
                 stopping = ranks.highest(received[0] if received else 0)
                 if stopping and not saving:
+                    if window.results:
+                        _report(training, run, log, done, window, watch)
                     _write_checkpoint(training, run, done)
                     saving = True
             if saving and ranks.is_first:
