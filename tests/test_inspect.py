@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from tokenlabel.data.images import ImageFolder
+from tokenlabel.data.sources import open_images
 from tokenlabel.labels.encoding import Encoding
 from tokenlabel.labels.inspection import (
     InspectConfig,
@@ -210,3 +211,28 @@ def test_failures_are_counted(tmp_path):
     found = inspect_store(LabelStore(tmp_path))
     assert found.num_failures == 1
     assert "1 images failed: manifest.json says why" in as_text(found.as_dict())
+
+
+def test_failures_of_all_folders_count_but_not_those_that_another_labelled(folder, tmp_path):
+    failures = (Failure("ape/1.png", "broken"), Failure("ape/9.png", "broken"))
+    LabelStoreWriter(tmp_path / "more", manifest(failures=failures))
+    assert inspect_store(LabelStore(folder, tmp_path / "more")).num_failures == 1
+    assert inspect_store(LabelStore(tmp_path / "more", folder)).num_failures == 1
+
+
+def test_maps_that_say_nothing_agree_with_no_class(tmp_path):
+    nothing = from_mask(np.full((2, 2), 255), num_classes=4)
+    with LabelStoreWriter(tmp_path / "labels", manifest()) as writer:
+        writer.add("ape/1.png", nothing)
+    found = inspect_store(LabelStore(tmp_path / "labels"))
+    assert (found.class_agreement, found.place_agreement, found.suspects) == (0, 0, ())
+
+
+def test_classes_beyond_those_of_a_store_are_unknown(tmp_path):
+    with LabelStoreWriter(tmp_path / "labels", manifest(class_names=())) as writer:
+        writer.add("f/1.png", certain(0))
+    for name in "abcdef":
+        (tmp_path / "images" / name).mkdir(parents=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / "images" / name / "1.png")
+    found = inspect_store(LabelStore(tmp_path / "labels"), source=open_images(tmp_path / "images"))
+    assert found.class_agreement is None

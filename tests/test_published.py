@@ -194,6 +194,16 @@ def test_files_are_matched_with_images(data):
     assert (again.num_present, again.num_imported, again.failures) == (3, 1, ())
 
 
+def test_a_first_file_that_is_broken_or_keeps_fewer_classes_costs_only_itself(data):
+    (data / "files" / "ape" / "1.pt").write_bytes(b"cut short")
+    done = run(data)
+    assert (done.num_imported, [failure.key for failure in done.failures]) == (3, ["ape/1.png"])
+    for path in (data / "files").rglob("*.pt"):
+        path.write_bytes(b"cut short")
+    with pytest.raises(PublishedError, match="no label file can be read"):
+        run(data)
+
+
 def test_images_whose_names_collide_get_no_label(data):
     write_image(data / "images" / "ape" / "2.y.png")
     done = run(data)

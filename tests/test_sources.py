@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
 import tarfile
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from PIL import Image
 
 from tokenlabel.cli import main
+from tokenlabel.data import tars as tars_module
 from tokenlabel.data.images import (
     DataError,
     ImageCheck,
@@ -148,9 +150,10 @@ class TestIndex:
         assert len(open_images(tars)) == 7
 
     def test_damaged_and_empty(self, tars, tmp_path):
-        (tars / INDEX_NAME).write_bytes(b"PK nonsense")
-        with pytest.raises(DataError, match=r"cannot be read as an index"):
-            open_images(tars)
+        for damaged in (b"PK nonsense", b"", b"PK\x03\x04 cut short"):
+            (tars / INDEX_NAME).write_bytes(damaged)
+            with pytest.raises(DataError, match=r"cannot be read as an index"):
+                open_images(tars)
         (tmp_path / "nothing").mkdir()
         with pytest.raises(DataError, match="no tar files to index"):
             write_index(tmp_path / "nothing")
@@ -222,13 +225,40 @@ def test_lists(tmp_path, text, keys, class_names, class_ids):
         ("", "lists no images"),
         ("a.png 1\na.png 2\n", r"a\.png is listed twice"),
         ("a.png 1\nb.png\n", "1 of 2 images have no class"),
-        ("a.png 1\n\t2\n", r"line 2: expected a path"),
+        ("a.png 1\n\t2\n", r"line 2: expected the path"),
+        ("path,label\na.png,0\n", r"line 1: expected the path of an image .*got 'path,label'"),
+        ("a.png great white shark\n", r"line 1: expected .*a tab between"),
     ],
 )
 def test_lists_that_cannot_be_used(tmp_path, text, message):
     (tmp_path / "list.txt").write_text(text)
     with pytest.raises(DataError, match=message):
         open_images(tmp_path / "list.txt")
+
+
+def test_tar_files_beside_folders_of_images_are_refused(tmp_path, files):
+    """Neither may silently hide the other."""
+    (tmp_path / "ape").mkdir()
+    (tmp_path / "ape" / "1.png").write_bytes(encoded(0))
+    write_tar(tmp_path / "extra.tar", {"c/0.png": encoded(1)})
+    with pytest.raises(DataError, match=r"holds tar files \(extra\.tar\) and folders of images \(ape\)"):
+        open_images(tmp_path)
+
+
+def test_an_open_tar_file_is_held_while_it_is_read(tmp_path, monkeypatch):
+    """Another thread may make it the one too many meanwhile."""
+    for i in range(2):
+        write_tar(tmp_path / f"{i}.tar", {f"ape/{i}.png": encoded(i)})
+    monkeypatch.setattr(tars_module, "_NUM_OPEN", 1)
+    source, pread = open_images(tmp_path), os.pread
+
+    def interrupted(descriptor, length, start):
+        monkeypatch.setattr(os, "pread", pread)
+        assert source.read(1) == encoded(1)  # closes the other's file, if nobody holds it
+        return pread(descriptor, length, start)
+
+    monkeypatch.setattr(os, "pread", interrupted)
+    assert source.read(0) == encoded(0)
 
 
 def test_folders_are_opened_as_ever(tmp_path, files):

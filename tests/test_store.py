@@ -498,3 +498,22 @@ def test_stores_are_merged_into_one(tmp_path):
     compact = merge_stores([tmp_path / "c"], tmp_path / "d", encoding=Encoding.COMPACT)
     assert compact.manifest.encoding is Encoding.COMPACT
     assert all(np.abs(compact[key].dense() - merged[key].dense()).max() < 1 / 500 for key in merged.keys())  # noqa: SIM118
+    with pytest.raises(StoreError, match="holds labels in encoding compact"):
+        merge_stores([tmp_path / "c"], tmp_path / "d", encoding=Encoding.RAW)
+
+
+def test_a_network_is_known_by_its_weights_however_its_path_is_spelt(tmp_path):
+    def made_by(name, weights="blake2b:1"):
+        return a_manifest(teacher={"members": [{"name": name, "weights": weights}], "flip": False})
+
+    write(tmp_path / "labels", range(1), made_by("runs/teacher"))
+    write(tmp_path / "labels", range(1, 2), made_by("/home/me/runs/teacher/"))
+    with pytest.raises(StoreError, match=r"teacher\.members"):
+        write(tmp_path / "labels", range(2, 3), made_by("runs/teacher", "blake2b:2"))
+    assert holds(LabelStore(tmp_path / "labels"), range(2))
+
+
+def test_a_kill_before_the_first_manifest_does_not_spoil_the_folder(tmp_path):
+    (tmp_path / ".manifest.json.123.tmp").write_text("{")
+    write(tmp_path, range(1))
+    assert holds(LabelStore(tmp_path), range(1))

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from tokenlabel.data.augment import EvalTransform, Interpolation
 from tokenlabel.method.geometry import WHOLE_IMAGE
+from tokenlabel.method.scores import from_top
 from tokenlabel.models import TimmAdapter, create_model
 from tokenlabel.teachers.classmap import ClassMap, ClassMapError, class_map_for
 from tokenlabel.teachers.dense import ClassifierNetwork, NoDenseMapError, TokenNetwork
@@ -292,7 +293,32 @@ def test_teachers_of_other_classes_are_not_averaged():
 def test_class_maps_sum_and_drop():
     probs = torch.tensor([[0.1, 0.2, 0.3, 0.4]])
     mapped = ClassMap(np.array([1, -1, 1, 0]), 3).apply(probs)
-    torch.testing.assert_close(mapped, torch.tensor([[0.4, 0.4, 0.0]]))
+    torch.testing.assert_close(mapped, torch.tensor([[0.4, 0.4, 0.0]]) + 0.2 / 3)
+
+
+def test_what_goes_nowhere_turns_no_ranking_upside_down():
+    """.9 of the probability is of classes that the images don't have; the rest must not go to the least likely."""
+    probs = torch.tensor([[0.06, 0.02, 0.01, 0.005, 0.005, 0.0, 0.9]])
+    mapped = ClassMap(np.array([0, 1, 2, 3, 4, 5, -1]), 6).apply(probs)
+    top = mapped.topk(5, dim=1)
+    score_map = from_top(top.indices[None].numpy(), top.values[None].numpy(), num_classes=6)
+    found = score_map.dense()[0, 0]
+    np.testing.assert_allclose(found, probs[0, :6] + 0.15, atol=1e-6)
+    assert (np.diff(found) <= 1e-7).all()
+
+
+def test_weights_beside_a_run_and_sizes_below_one_are_refused(tmp_path):
+    (tmp_path / "state.json").write_text("{}")
+    config = TeacherConfig(teacher=str(tmp_path))
+    with pytest.raises(TeacherError, match="is a run and has weights of its own"):
+        load_teacher(str(tmp_path), config, CPU, weights="some.safetensors")
+    with pytest.raises(TeacherError, match="size must be at least 1, got 0"):
+        TeacherConfig(teacher="resnet10t", size=0)
+
+
+def test_a_class_map_to_no_classes_is_refused():
+    with pytest.raises(ClassMapError, match="the images have no classes"):
+        class_map_for("nowhere.csv", ["a", "b"], [], num_theirs=2)
 
 
 def test_a_class_map_file(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,10 +32,21 @@ def open_images(path: str | Path) -> ImageSource:
     if path.suffix == ".tar":
         return TarImages([path])
     if path.is_dir() and (tars := sorted(path.glob("*.tar"))):
+        if folder := next((sub for sub in path.iterdir() if sub.is_dir() and _holds_images(sub)), None):
+            raise DataError(
+                f"{path}: holds tar files ({tars[0].name}) and folders of images ({folder.name}); which are "
+                "meant? Move one kind elsewhere"
+            )
         return read_index(path, tars) if (path / INDEX_NAME).exists() else TarImages(tars)
     if path.suffix in LIST_SUFFIXES and path.is_file():
         return ListedImages(path)
     return ImageFolder(path)
+
+
+def _holds_images(folder: Path) -> bool:
+    if folder.name.startswith("."):
+        return False
+    return any(path.suffix.lower() in EXTENSIONS for path in folder.rglob("*"))
 
 
 class ListedImages(ImageFiles):
@@ -51,7 +63,7 @@ class ListedImages(ImageFiles):
         if not entries:
             raise DataError(f"{path}: lists no images")
         if len(set(keys)) < len(keys):
-            twice = next(key for place, key in enumerate(keys) if key in set(keys[:place]))
+            twice = Counter(keys).most_common(1)[0][0]
             raise DataError(f"{path}: {twice} is listed twice")
         named = [name for _, name in entries if name is not None]
         if named and len(named) < len(entries):
@@ -72,6 +84,9 @@ def _entries(path: Path) -> Iterator[tuple[str, str | None]]:
             continue
         separator = "\t" if "\t" in line else "," if "," in line else " "
         key, _, name = line.rpartition(separator)
-        if not key.strip():
-            raise DataError(f"{path}, line {number}: expected a path, or a path and a class; got {raw!r}")
+        if not key.strip().lower().endswith(EXTENSIONS):
+            raise DataError(
+                f"{path}, line {number}: expected the path of an image ({', '.join(EXTENSIONS)}), or a path and a "
+                f"class (with a tab between where the class has spaces or commas); got {raw!r}"
+            )
         yield key.strip(), name.strip()

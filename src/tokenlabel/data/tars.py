@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -82,7 +83,8 @@ class TarImages:
         """Return the encoded image. Raises ImageError if the tar file is gone or was cut short."""
         place, start, length = self.index.places[index].tolist()
         try:
-            data = os.pread(self._opened(place).descriptor, length, start)
+            file = self._opened(place)  # held until it is read: another thread may let go of it meanwhile
+            data = os.pread(file.descriptor, length, start)
         except OSError as error:
             raise ImageError(f"{self.paths[place]}: cannot be read ({error.strerror})") from error
         if len(data) != length:
@@ -169,7 +171,7 @@ def read_index(folder: Path, paths: Sequence[Path]) -> TarImages:
     """Return the images of a folder's tar files by its index. Raises DataError if it is of other files."""
     path = folder / INDEX_NAME
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             index = TarIndex(
                 keys=Strings(_unpacked(arrays["keys"])),
                 places=arrays["places"],
@@ -177,7 +179,7 @@ def read_index(folder: Path, paths: Sequence[Path]) -> TarImages:
                 class_ids=arrays["class_ids"],
             )
             tars, sizes, marks = _unpacked(arrays["tars"]), arrays["sizes"], arrays["marks"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
         raise DataError(
             f"{path}: cannot be read as an index of tar files; write it again, or delete it"
         ) from error

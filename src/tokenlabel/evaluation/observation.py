@@ -69,7 +69,7 @@ class MaskFolder:
         path = (self._folder / key).with_suffix(".png")
         try:
             mask = np.asarray(Image.open(path))
-        except OSError as error:
+        except Exception as error:  # Pillow's decoders raise whatever their parsing runs into
             raise ValueError(f"{path}: the mask of {key} cannot be read ({error})") from error
         if mask.ndim != 2:
             raise ValueError(f"{path}: a mask has one channel of class ids, this one has shape {mask.shape}")

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from tokenlabel.data.images import ImageSource
-from tokenlabel.labels.store import LabelStore, StoreError
+from tokenlabel.labels.store import LabelStore, StoreError, read_manifest
 from tokenlabel.method.scores import Kind, ScoreMap
 
 MAX_SUM = 1.001
@@ -102,7 +102,8 @@ def inspect_store(
     `source`: the images, to know their classes; without it an image's class is the first folder of its key,
     where that is the name of a class.
     """
-    manifest = store.manifest
+    manifest, manifests = store.manifest, [read_manifest(folder) for folder in store.folders]
+    failed = {failure.key for of_folder in manifests for failure in of_folder.failures}
     broken = dict(verify(store)) if config.verify else {}
     looks = [look_at(key, store[key]) for key in _sampled(store, config.sample) if key not in broken]
     class_of = class_finder(store, source)
@@ -116,10 +117,10 @@ def inspect_store(
         num_classes=manifest.num_classes,
         kind=manifest.kind.value,
         topk=manifest.topk,
-        encoding=manifest.encoding.value,
+        encoding=" + ".join(dict.fromkeys(of_folder.encoding.value for of_folder in manifests)),
         teacher=manifest.teacher,
         preprocessing=manifest.preprocessing,
-        num_failures=len(manifest.failures),
+        num_failures=len(failed - {key for key in failed if key in store}),
         num_files=len(store.shards),
         bytes_per_image=store.num_bytes() / max(1, len(store)),
         num_sampled=len(looks),
@@ -200,16 +201,20 @@ def class_finder(store: LabelStore, source: ImageSource | None = None) -> Callab
     ids = {name: class_id for class_id, name in enumerate(names)}
     if source is None:
         return lambda key: ids.get(key.split("/", 1)[0])
-    own_ids = (
-        [ids.get(name, -1) for name in source.class_names] if names else [*range(store.manifest.num_classes)]
-    )
+    num_classes = store.manifest.num_classes
+    own_ids = [
+        ids.get(name, -1) if names else (class_id if class_id < num_classes else -1)
+        for class_id, name in enumerate(source.class_names)
+    ]
     known = zip(source.keys, source.class_ids.tolist(), strict=True) if source.class_names else ()
     class_ids = {key: own_ids[class_id] for key, class_id in known}
     return lambda key: class_id if (class_id := class_ids.get(key, -1)) >= 0 else None
 
 
 def best_class(look: Look) -> int:
-    """Return the most probable class of a map, over all places."""
+    """Return the most probable class of a map, over all places; -1 of one that says nothing."""
+    if not look.class_probs.max() > 0:
+        return -1
     return int(look.class_ids[look.class_probs.argmax()])
 
 

@@ -60,13 +60,26 @@ class Manifest:
         """Return in words what keeps labels of two manifests from being of one kind."""
         unlike = []
         for name in ("num_classes", "class_names", "kind", "topk", "teacher", "preprocessing"):
-            ours, theirs = getattr(self, name), getattr(other, name)
+            ours, theirs = _without_names(getattr(self, name)), _without_names(getattr(other, name))
             if isinstance(ours, dict):
                 keys = sorted(ours.keys() | theirs.keys())
                 unlike += [(f"{name}.{key}", ours.get(key), theirs.get(key)) for key in keys]
             else:
                 unlike.append((name, ours, theirs))
         return [f"{name} is {_short(a)} there, {_short(b)} here" for name, a, b in unlike if a != b]
+
+
+def _without_names(described: Any) -> Any:
+    """Return a description without the name of any network that is known by its weights: a path may be spelt anew."""
+    if isinstance(described, list):
+        return [_without_names(entry) for entry in described]
+    if not isinstance(described, dict):
+        return described
+    return {
+        key: _without_names(value)
+        for key, value in described.items()
+        if key != "name" or "weights" not in described
+    }
 
 
 def update_failures(folder: str | Path, failures: Sequence[Failure]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path, PurePosixPath
@@ -41,6 +42,8 @@ from tokenlabel.runtime.errors import first_line
 FIRST_UNCERTAIN_ID = 2048
 MAX_FILE_BYTES = 1 << 26
 NUM_READ_AHEAD = 1024
+# Readable files that are asked how many classes a place keeps.
+NUM_PROBED = 10
 
 
 class PublishedError(ValueError):
@@ -97,7 +100,7 @@ def import_labels(
     first = next((path for path in paths if path.exists()), None)
     if first is None:
         raise PublishedError(f"{files}: no label file of any image; expected, for example, {paths[0]}")
-    topk = len(_read_file(first)[0])
+    topk = _topk_of(paths)
     manifest = Manifest(
         num_classes=config.num_classes,
         class_names=tuple(source.class_names),
@@ -190,6 +193,22 @@ class _Job:
             return key, pack_for(self.manifest, key, score_map)
         except (PublishedError, ScoreError, StoreError, ImageError, OSError) as error:
             return key, Failure(key, str(error))
+
+
+def _topk_of(paths: Sequence[Path]) -> int:
+    """Return how many classes a place keeps: the most of the first few files that can be read."""
+    found: list[int] = []
+    problem = None
+    for path in (path for path in paths if path.exists()):
+        try:
+            found.append(len(_read_file(path)[0]))
+        except (PublishedError, OSError) as error:
+            problem = problem or error
+        if len(found) == NUM_PROBED:
+            break
+    if not found:
+        raise PublishedError(f"no label file can be read; the first: {problem}") from problem
+    return max(found)
 
 
 def _read_file(path: Path) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

@@ -254,8 +254,8 @@ def merge_stores(
     """Copy the labels of several stores into a new one with few files, each record checked; return it.
 
     `encoding`: write all records anew in this one; by default they stay as they are. An output that is there
-    already is continued. Raises StoreError for stores of different labels, and for a key that two of them
-    hold.
+    already is continued. Raises StoreError for stores of different labels, for a key that two of them hold, and for an
+    output that has labels in another encoding than the one asked for.
     """
     store = LabelStore(*folders)
     manifest = replace(store.manifest, encoding=encoding or store.manifest.encoding)
@@ -264,11 +264,21 @@ def merge_stores(
     }
     with LabelStoreWriter(output, replace(manifest, failures=tuple(failures.values()))) as writer:
         present = LabelStore(output)
+        if encoding is not None and present.manifest.encoding != encoding:
+            raise StoreError(
+                f"{output}: holds labels in encoding {present.manifest.encoding}; choose another folder"
+            )
         for key in store.keys():  # noqa: SIM118  (a store is no dict)
             if key not in present:
                 record = store.packed(key) if encoding is None else pack_for(manifest, key, store[key])
                 writer.add_record(key, record)
+    update_failures(output, [*failures.values()])
     return LabelStore(output)
+
+
+def _is_unfinished(path: Path) -> bool:
+    """Say whether a file is what a writer that was killed left behind."""
+    return path.name.startswith(".") and path.name.endswith(".tmp")
 
 
 def remove_leftovers(folder: Path, *, older_than_s: float = 600.0) -> None:
@@ -288,7 +298,7 @@ def _make_store(folder: Path, manifest: Manifest) -> None:
         differences = read_manifest(folder).differences(manifest)
         if differences:
             raise StoreError(f"{folder}: holds other labels ({differences[0]}); choose another folder")
-    elif any(folder.iterdir()):
+    elif any(not _is_unfinished(path) for path in folder.iterdir()):
         raise StoreError(f"{folder}: is not empty and no label store; choose another folder")
     else:
         write_manifest(folder, manifest)

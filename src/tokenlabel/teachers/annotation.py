@@ -94,8 +94,13 @@ def make_teacher(config: AnnotateConfig, source: ImageSource, device: torch.devi
     folders = [name.removeprefix(MASKS) for name in names if name.startswith(MASKS)]
     if not folders:
         return load_teachers(config, source.class_names, device)
-    if len(names) > 1 or config.flip or config.weights or config.crop != "none":
-        raise TeacherError("masks go with no other teacher, and with none of --weights, --flip and --crop")
+    plain = AnnotateConfig(teacher=config.teacher)
+    of_networks = ("weights", "crop", "head", "flip", "precision", "compile")
+    given = [f"--{name}" for name in of_networks if getattr(config, name) != getattr(plain, name)]
+    if len(names) > 1 or given:
+        raise TeacherError(
+            f"masks go with no other teacher and no network's options; leave {', '.join(given) or 'one'} out"
+        )
     class_map = None
     if config.class_map is not None:
         class_map = class_map_for(config.class_map, (), source.class_names, num_theirs=MAX_IDS)
@@ -112,6 +117,8 @@ def annotate_by(
 ) -> Annotation:
     """Do what `annotate` does with a teacher of your own, which must be on the device."""
     started = time.perf_counter()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # pinned memory would open the first GPU otherwise
     if isinstance(teacher, Teacher) and config.class_map is None:
         class_map_for(None, teacher.class_names, source.class_names, num_theirs=teacher.num_classes)
     job = Labelling(

@@ -24,8 +24,8 @@ class ClassMapError(ValueError):
 class ClassMap:
     """Where each of a teacher's classes goes: `targets` [teacher's classes], -1 for nowhere.
 
-    Many may go to one, whose probability is their sum. What goes nowhere is not kept, so it is part of the
-    rest.
+    Many may go to one, whose probability is their sum. What goes nowhere says nothing of any class, so it is spread
+    evenly over all of them.
     """
 
     targets: NDArray[np.int64]
@@ -36,7 +36,9 @@ class ClassMap:
         mapped = np.flatnonzero(self.targets >= 0)
         kept = probs[..., torch.from_numpy(mapped).to(probs.device)]
         targets = torch.from_numpy(self.targets[mapped]).to(probs.device)
-        return probs.new_zeros(*probs.shape[:-1], self.num_classes).index_add_(-1, targets, kept)
+        found = probs.new_zeros(*probs.shape[:-1], self.num_classes).index_add_(-1, targets, kept)
+        nowhere = (probs.sum(dim=-1, keepdim=True) - kept.sum(dim=-1, keepdim=True)).clamp_min(0)
+        return found + nowhere / self.num_classes
 
 
 def class_map_for(
@@ -48,6 +50,10 @@ def class_map_for(
     "names" to match equal names; else a file of pairs (see `read_class_map`). `theirs`: the teacher's class
     names, empty if it does not know them. `ours`: the images' class names, empty if they have no classes.
     """
+    if spec not in (None, BY_ORDER) and not ours:
+        raise ClassMapError(
+            f"--class-map {spec}: the images have no classes that it could lead to; leave it out"
+        )
     if spec == BY_ORDER or not ours:
         if ours and num_theirs != len(ours):
             raise ClassMapError(

@@ -47,6 +47,7 @@ class Ensemble(Teacher):
             "members": [member.description for member in self.members],
             "flip": flip,
             "class_map": None if class_map is None else class_map.targets.tolist(),
+            "nowhere": "spread evenly",
         }
 
     def check(self, images: UInt8[Tensor, "B 3 height width"]) -> str:
@@ -78,6 +79,7 @@ def load_teachers(config: TeacherConfig, class_names: Sequence[str], device: tor
     )
     if weights == [None]:
         weights = [None] * len(names)
+    weights = [file or None for file in weights]
     if len(weights) != len(names):
         raise TeacherError(
             f"{len(names)} teachers, but {len(weights)} files of weights; give one for each, in order"

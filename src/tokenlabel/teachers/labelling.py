@@ -181,7 +181,8 @@ def _on_cpu(class_ids: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, torch.cud
     for target, result in zip(landing, (class_ids, probs), strict=True):
         target.copy_(result, non_blocking=True)
     arrived = torch.cuda.Event()
-    arrived.record()
+    # Of the results' own GPU: by default it would be recorded on the current one, where nothing is to be waited for.
+    arrived.record(torch.cuda.current_stream(class_ids.device))
     return landing[0], landing[1], arrived
 
 

@@ -21,9 +21,10 @@ MAX_IDS = 255  # ids of a mask; 255 itself marks pixels without a class
 class MaskTeacher:
     """Turns masks into score maps of certainties.
 
-    `folder`: see `MaskFolder`. `size`: masks of more than size x size pixels are averaged over cells down to
-    that area, at their own aspect; a cell then has the share of each class that it shows. None keeps every
-    pixel. `class_map`: from the masks' ids to the data set's classes; what goes nowhere is unlabelled.
+    `folder`: see `MaskFolder`. `size`: masks of more than size x size pixels are averaged over cells down to that area,
+    at their own aspect; a cell then has the share of each class that it shows, and what it shows of pixels without a
+    class is spread evenly over all classes. None keeps every pixel. `class_map`: from the masks' ids to the data set's
+    classes; what goes nowhere is unlabelled.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class MaskTeacher:
         self.description: dict[str, Any] = {
             "name": "masks",
             "class_map": None if class_map is None else class_map.targets.tolist(),
+            "unlabelled": "spread evenly",
         }
         self.preprocessing: dict[str, Any] = {"size": size}
 
@@ -57,6 +59,10 @@ class MaskTeacher:
             nothing = np.full(planes.shape[:2], -1)
             return from_mask(nothing, num_classes=self.num_classes, unlabelled=-1, name=key)
         merged = planes[:, :, ids >= 0] @ np.eye(len(found), dtype=np.float32)[entry]  # [h, w, classes]
+        unlabelled = 1 - merged.sum(axis=2, keepdims=True)
+        merged += np.where(
+            merged > 0, unlabelled / self.num_classes, 0
+        )  # the rest of it is the map's own rest
         num_kept = min(topk, max(1, int((merged > 0).sum(axis=2).max())))
         kept = np.argsort(-merged, axis=2, kind="stable")[:, :, :num_kept]
         probs = np.take_along_axis(merged, kept, axis=2)

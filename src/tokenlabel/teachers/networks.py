@@ -120,8 +120,8 @@ class TeacherConfig:
     """A run folder, or the name of a model (timm's, lvvit_s and the like); several are averaged. masks:DIR takes
     segmentation masks (PNG ids, laid out like the images) in place of a network."""
     weights: str | list[str] | None = None
-    """Checkpoint file (.safetensors, or .pth without code in it), one for each teacher; timm's pretrained weights
-    if none."""
+    """Checkpoint file (.safetensors, or .pth without code in it), one for each teacher ("" for one that needs none);
+    timm's pretrained weights if none."""
     size: int | None = None
     """The image is seen at an area of size x size pixels, masks are averaged down to size x size cells; the teacher's
     own size if none."""
@@ -139,6 +139,10 @@ class TeacherConfig:
     compile: bool = False
     """Compile the teacher (torch.compile); pays off on a GPU for images of one shape."""
 
+    def __post_init__(self) -> None:
+        if self.size is not None and self.size < 1:
+            raise TeacherError(f"size must be at least 1, got {self.size}; none takes the teacher's own")
+
 
 def load_teacher(
     name: str, config: TeacherConfig, device: torch.device, *, weights: str | None = None
@@ -149,6 +153,10 @@ def load_teacher(
     weights), or whatever `timm.create_model` takes. Raises PretrainedError if there is none, TeacherError if it has
     no dense map.
     """
+    if is_run(Path(name)) and weights is not None:
+        raise TeacherError(
+            f"{name} is a run and has weights of its own; leave --weights out (one of several: '')"
+        )
     found = (
         _from_run(Path(name))
         if is_run(Path(name))

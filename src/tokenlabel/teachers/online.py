@@ -35,7 +35,7 @@ class NetworkOnlineTeacher:
         of_images, of_places = logits.image.float().softmax(dim=1), logits.places.float().softmax(dim=3)
         if self.class_map is None:
             return of_images, of_places
-        return _complete(self.class_map.apply(of_images)), _complete(self.class_map.apply(of_places))
+        return self.class_map.apply(of_images), self.class_map.apply(of_places)
 
     def _seen(self, images: UInt8[Tensor, "B 3 height width"]) -> UInt8[Tensor, "B 3 h w"]:
         sight, (height_px, width_px) = self.teacher.sight, images.shape[2:]
@@ -79,8 +79,3 @@ def load_online_teacher(
 
 def _rounded(side_px: float, stride_px: int) -> int:
     return max(1, round(side_px / stride_px)) * stride_px
-
-
-def _complete(probs: Float[Tensor, "*places C"]) -> Float[Tensor, "*places C"]:
-    """Return mapped probabilities with what went nowhere spread evenly, so that they sum to 1 again."""
-    return probs + (1 - probs.sum(dim=-1, keepdim=True)).clamp_min(0) / probs.shape[-1]
