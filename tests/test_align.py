@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -15,7 +17,7 @@ from PIL import Image
 from torchvision.ops import roi_align
 
 from tokenlabel.method import blocks
-from tokenlabel.method.alignment import align, collate_score_maps
+from tokenlabel.method.alignment import align, collate_score_maps, enough_samples
 from tokenlabel.method.geometry import Box, View, stack_views
 from tokenlabel.method.scores import Kind, ScoreMap, from_mask, from_probabilities, from_top
 
@@ -175,17 +177,25 @@ def test_a_stored_sum_a_little_over_1_makes_no_negative_floor():
     assert align_one(score_map, View.identity(), (1, 1)).floor.min() == 0
 
 
+@given(st.integers(1, 200), st.integers(1, 200), grids)
+def test_samples_are_enough_to_touch_every_cell_and_few(height, width, grid):
+    count = enough_samples((height, width), grid)
+    needed = max(2, math.ceil(height / grid[0]), math.ceil(width / grid[1]))
+    assert needed <= count < 1.5 * needed
+    assert count in {base << power for base in (2, 3) for power in range(8)}
+
+
 @given(seeds)
 def test_an_image_is_aligned_alike_in_any_company_and_any_block(seed):
     rng = np.random.default_rng(seed)
     maps = [draw_score_map(rng, 10) for _ in range(4)]
     views = [draw_view(rng, 2) for _ in maps]
-    alone = [align_one(m, v, (3, 2), samples=2).dense(10)[0] for m, v in zip(maps, views, strict=True)]
+    alone = [align_one(m, v, (3, 2)).dense(10)[0] for m, v in zip(maps, views, strict=True)]
     for block_size in (1, 1 << 20):
         with pytest.MonkeyPatch.context() as patch:
             patch.setitem(blocks.BLOCK_SIZE, "cpu", block_size)
             stacked = torch.from_numpy(stack_views(views))
-            together = align(collate_score_maps(maps), stacked, (3, 2), samples=2)
+            together = align(collate_score_maps(maps), stacked, (3, 2))
         torch.testing.assert_close(together.dense(10), torch.stack(alone), atol=1e-6, rtol=1e-5)
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from tokenlabel.data.batches import Batch
 from tokenlabel.data.erasing import Erased
-from tokenlabel.method.alignment import LogitsMode, align, collate_score_maps
+from tokenlabel.method.alignment import LogitsMode, align, collate_score_maps, enough_samples
 from tokenlabel.method.geometry import View, stack_views
 from tokenlabel.method.losses import token_label_loss
 from tokenlabel.method.mixing import MixPlan
@@ -126,7 +126,7 @@ def plain_labels(config, maps, batch):
         frames = batch.views[i].numpy().astype(float)
         if config.extent is Extent.IMAGE:
             frames = np.array([[[1.0, 0, 0], [0, 1, 0]]])
-        samples = max(2, *(max(m.codes.shape[axis] for m in maps) for axis in (0, 1)))
+        samples = enough_samples(score_map.codes.shape[:2], (1, 1))
         target, weight = aligned_point_by_point(score_map, frames, (1, 1), samples)
         truth = np.eye(batch.num_classes)[int(batch.class_ids[i])]
         labels.append(target[0] / weight[0] if weight[0] > 0 else truth)

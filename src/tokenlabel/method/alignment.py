@@ -43,8 +43,9 @@ class ScoreMapBatch:
     """Score maps of a batch as tensors, padded to the largest map and palette of the batch.
 
     `classes`: palettes. `codes`, `probs`: as in ScoreMap; maps sit in the top left corner of the padded ones.
-    `sizes`: (W, H) of each map. `regions`: (left, top, right, bottom) of what the teacher saw. `kind`: what
-    `probs` are; padding is 0, or minus infinity among logits.
+    `sizes`: (W, H) of each map, `shapes` the same as (H, W) for the host, which waits for no device to know them.
+    `regions`: (left, top, right, bottom) of what the teacher saw. `kind`: what `probs` are; padding is 0, or minus
+    infinity among logits.
     """
 
     classes: Int[Tensor, "B U"]
@@ -53,6 +54,7 @@ class ScoreMapBatch:
     sizes: Float[Tensor, "B 2"]
     regions: Float[Tensor, "B 4"]
     num_classes: int
+    shapes: tuple[tuple[int, int], ...]
     kind: Kind = Kind.PROBABILITIES
 
     def to(self, device: torch.device) -> ScoreMapBatch:
@@ -63,13 +65,15 @@ class ScoreMapBatch:
         """Return the batch in page-locked memory (the data loader calls this)."""
         return self._each(Tensor.pin_memory)
 
-    def of_images(self, images: slice) -> ScoreMapBatch:
-        """Return the maps of some images of the batch, without copying."""
-        return self._each(lambda tensor: tensor[images])
+    def of_images(self, images: slice | list[int]) -> ScoreMapBatch:
+        """Return the maps of some images of the batch; those of a slice are not copied."""
+        numbers = range(len(self.shapes))[images] if isinstance(images, slice) else images
+        shapes = tuple(self.shapes[number] for number in numbers)
+        return replace(self._each(lambda tensor: tensor[images]), shapes=shapes)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> ScoreMapBatch:
-        tensors = (self.classes, self.codes, self.probs, self.sizes, self.regions)
-        return ScoreMapBatch(*map(change, tensors), num_classes=self.num_classes, kind=self.kind)
+        names = ("classes", "codes", "probs", "sizes", "regions")
+        return replace(self, **{name: change(getattr(self, name)) for name in names})
 
 
 def collate_score_maps(score_maps: Sequence[ScoreMap]) -> ScoreMapBatch:
@@ -104,6 +108,7 @@ def collate_score_maps(score_maps: Sequence[ScoreMap]) -> ScoreMapBatch:
         sizes=torch.tensor([m.codes.shape[1::-1] for m in score_maps], dtype=torch.float32),
         regions=torch.tensor(regions, dtype=torch.float32),
         num_classes=counts[0],
+        shapes=tuple((m.codes.shape[0], m.codes.shape[1]) for m in score_maps),
         kind=kind,
     )
 
@@ -119,8 +124,8 @@ def align(
     """Return the soft label of every token of the augmented images.
 
     `views`: from `geometry.stack_views`, fractions of the image, (x, y). `grid`: the model's tokens (h, w).
-    Each token's cell is sampled at `samples` x `samples` points (by default enough to touch every map cell
-    when the view shows the whole map, and at least 2 x 2); each point reads the map bilinearly, like
+    Each token's cell is sampled at `samples` x `samples` points (by default `enough_samples` of its image's own map,
+    whatever other maps are in the batch); each point reads the map bilinearly, like
     `torchvision.ops.roi_align(aligned=True)`, the outermost cells reaching out to the map's edge. Points that
     show nothing of the source, or nothing of the teacher's region, are not covered: they count in no target
     and lower the token's weight. `logits`: what to make of maps of logits. Raises ValueError for the
@@ -130,10 +135,40 @@ def align(
         return _align_as_published(score_maps, views, grid)
     if score_maps.kind is Kind.LOGITS:
         score_maps = _probabilities_of_cells(score_maps, logits)
+    frames = _with_region(views, score_maps.regions)
+    of_samples: dict[int, list[int]] = {}
+    for number, shape in enumerate(score_maps.shapes):
+        count = samples or enough_samples(shape, grid)
+        of_samples.setdefault(count, []).append(number)
+    if len(of_samples) == 1:
+        (count,) = of_samples
+        pooled, weight = _pooled_in_blocks(score_maps, frames, grid, count)
+    else:
+        num_images, num_tokens, num_planes = len(frames), grid[0] * grid[1], score_maps.classes.shape[1] + 1
+        pooled = score_maps.probs.new_empty(num_images, num_tokens, num_planes)
+        weight = score_maps.probs.new_empty(num_images, num_tokens)
+        for count, images in of_samples.items():
+            some = score_maps.of_images(images)
+            pooled[images], weight[images] = _pooled_in_blocks(some, frames[images], grid, count)
+    return TokenTargets(score_maps.classes, excess=pooled[..., :-1], floor=pooled[..., -1], weight=weight)
+
+
+def enough_samples(shape: tuple[int, int], grid: tuple[int, int]) -> int:
+    """Return how many samples a token and axis touch every cell of a map (h, w) that is seen as a whole.
+
+    One of 2, 3, 4, 6, 8, 12, 16, ...: images of a few sizes then have a number in common, and go together.
+    """
+    needed = max(2, math.ceil(shape[0] / grid[0]), math.ceil(shape[1] / grid[1]))
+    power = 1 << (needed - 1).bit_length()
+    return power * 3 // 4 if needed <= power * 3 // 4 else power
+
+
+def _pooled_in_blocks(
+    score_maps: ScoreMapBatch, frames: Float[Tensor, "B F 2 3"], grid: tuple[int, int], samples: int
+) -> tuple[Float[Tensor, "B N planes"], Float[Tensor, "B N"]]:
+    """Return what `_pooled` does, for as many images at once as are worth it."""
     (num_images, height, width), num_tokens = score_maps.codes.shape[:3], grid[0] * grid[1]
-    samples = samples or max(2, math.ceil(height / grid[0]), math.ceil(width / grid[1]))
-    num_planes = score_maps.classes.shape[1] + 1
-    frames, points = _with_region(views, score_maps.regions), _sample_points(grid, samples, views.device)
+    num_planes, points = score_maps.classes.shape[1] + 1, _sample_points(grid, samples, frames.device)
     pooled = score_maps.probs.new_empty(num_images, num_tokens, num_planes)  # [B, N, U + 1]
     weight = score_maps.probs.new_empty(num_images, num_tokens)
     num_reads = 4 * samples**2 * num_tokens
@@ -141,7 +176,7 @@ def align(
     numbers_each = (height * width + num_tokens) * num_planes + 4 * num_reads
     for images in blocks(num_images, numbers_each, pooled.device):
         pooled[images], weight[images] = _pooled(score_maps.of_images(images), frames[images], points)
-    return TokenTargets(score_maps.classes, excess=pooled[..., :-1], floor=pooled[..., -1], weight=weight)
+    return pooled, weight
 
 
 def _pooled(

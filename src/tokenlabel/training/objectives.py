@@ -320,6 +320,7 @@ def top_score_maps(probs: Float[Tensor, "B h w C"], topk: int) -> ScoreMapBatch:
         sizes=probs.new_tensor([width, height]).expand(num_images, 2),
         regions=probs.new_tensor([0, 0, 1, 1]).expand(num_images, 4),
         num_classes=num_classes,
+        shapes=((height, width),) * num_images,
     )
 
 
