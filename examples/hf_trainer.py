@@ -40,7 +40,8 @@ class TokenLabelTrainer(Trainer):
         """Return the batches of all steps, this process's part of each."""
         args: Any = self.args
         dataset: Any = self.train_dataset
-        count = {"num_images": len(dataset), "num_steps": args.max_steps, "seed": args.seed}
+        num_batches = args.max_steps * args.gradient_accumulation_steps
+        count = {"num_images": len(dataset), "num_steps": num_batches, "seed": args.seed}
         ranks = {"rank": args.process_index, "world_size": args.world_size}
         order = tl.BatchSampler(batch_size=args.train_batch_size * args.world_size, **count, **ranks)  # +
         workers = args.dataloader_num_workers

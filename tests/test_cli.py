@@ -66,7 +66,7 @@ def test_the_report_is_one_file_with_pictures_and_curves(demo):
         "score maps",
         "labels of their tokens",
         "Mixed pairs (mixtoken)",
-        "tokens of token-labels say",
+        "token-labels says about the places",
     ):
         assert title in page
     links = re.findall(r'(?:src|href)="(?!data:)([^"#]+)"', page)
@@ -317,5 +317,6 @@ def test_the_demo_needs_no_arguments(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr("tokenlabel.demo.run_demo", lambda out, size, command: asked.append(out) or 0)
     assert main(["demo"]) == 0
+    assert main(["demo", "--fast"]) == 0
     assert main(["demo", "--fast", "--out", str(tmp_path)]) == 0
-    assert asked == [Path("runs/demo"), tmp_path]
+    assert asked == [Path("runs/demo"), Path("runs/demo-fast"), tmp_path]

@@ -89,6 +89,8 @@ def test_family(name: str) -> None:
     model, images = create(name), torch.randn(2, 3, *FAMILIES[name][0])
     check_repeated_parts_hold_no_parameter_twice(model)
     check_intermediates_are_timms_maps(model, images)
+    model.freeze(0)  # as every run does: also in networks that do not say which layers they have
+    assert all(parameter.requires_grad for parameter in model.parameters())
     if name not in CANNOT_RECOMPUTE:
         check_recomputing_changes_nothing_but_memory(model, images)
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from tokenlabel.models import Inference, create_model, load_published
 from tokenlabel.runtime.configuration import config_from_dict
-from tokenlabel.training.checkpoint import Trained, TrainedModel, save_checkpoint
+from tokenlabel.training.checkpoint import Trained, TrainedModel, load_model, save_checkpoint
 from tokenlabel.training.export import (
     ExportError,
     export_run,
@@ -137,6 +137,14 @@ def test_runs_are_exported_by_the_suffix_and_nothing_is_lost(tmp_path: Path) -> 
     for overwrite in (False, True):
         export_run(tmp_path / "run", folder, overwrite=overwrite)
     assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors", "README.md"}
+
+
+def test_no_run_is_replaced_by_an_export(tmp_path: Path) -> None:
+    save_run(tmp_path / "runs" / "run", LVVIT)
+    for out in (tmp_path / "runs" / "run", tmp_path / "runs"):
+        with pytest.raises(ExportError, match="is no folder that an export made"):
+            export_run(tmp_path / "runs" / "run", out, overwrite=True)
+    assert load_model(tmp_path / "runs" / "run").step == 1
 
 
 def test_what_cannot_be_exported_is_refused_and_leaves_nothing(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """LV-ViT: the published architecture, any patch size and input, MixToken on embeddings."""
 
 import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -281,11 +282,14 @@ def test_every_parameter_gets_a_gradient() -> None:
     ("options", "message"),
     [
         ({"width": 30}, "width 30 is not a multiple of num_heads 4"),
+        ({"depth": 0}, "depth must be a whole number of at least 1, got 0"),
+        ({"num_heads": 0}, "num_heads must be a whole number of at least 1, got 0"),
+        ({"residual_divisor": 0.0}, "residual_divisor and mlp_ratio must be above 0"),
         ({"patch_size": 3}, "patch_size must be even .* got 3"),
         ({"patch_size": 10}, "48 x 48 pixels .* patches of 10"),
     ],
 )
-def test_impossible_shapes_are_refused(options: dict[str, int], message: str) -> None:
+def test_impossible_shapes_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tiny(**options)
 

@@ -29,6 +29,7 @@ from tokenlabel.training.checkpoint import load_checkpoint
 from tokenlabel.training.engine import prepare, train_step
 from tokenlabel.training.recipe import (
     MixConfig,
+    ModelConfig,
     Recipe,
     add_recipe_arguments,
     claim,
@@ -188,6 +189,12 @@ def test_mixup_takes_no_turns_with_mixtoken():
         MixConfig(kind=Mixing.MIXTOKEN, mixup_share=0.5)
     with pytest.raises(ConfigError, match="are shares"):
         MixConfig(probability=1.5)
+    with pytest.raises(ConfigError, match=r"mix\.group_size must be at least 1, got -1"):
+        MixConfig(group_size=-1)
+    with pytest.raises(ConfigError, match=r"mix\.alpha and mix\.mixup_alpha must be above 0"):
+        MixConfig(alpha=0)
+    with pytest.raises(ConfigError, match=r"model\.options names num_classes"):
+        ModelConfig(name="lvvit_t", options={"num_classes": 5})
 
 
 def test_a_run_goes_on_with_other_workers_and_checkpoints_but_not_with_another_recipe(tmp_path):

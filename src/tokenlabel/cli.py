@@ -80,7 +80,9 @@ def demo(arguments: list[str]) -> int:
         "demo", "Train with token labels on scenes of real handwritten digits; nothing is downloaded."
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("runs/demo"), help="folder of everything that the demo makes"
+        "--out",
+        type=Path,
+        help="folder of everything that the demo makes: runs/demo, runs/demo-fast with --fast",
     )
     parser.add_argument(
         "--fast", action="store_true", help="all stages in under 90 seconds, with fewer images and steps"
@@ -89,7 +91,8 @@ def demo(arguments: list[str]) -> int:
 
     from tokenlabel.demo import FAST, FULL, run_demo
 
-    return run_demo(options.out, FAST if options.fast else FULL, main)
+    out = options.out or Path("runs/demo-fast" if options.fast else "runs/demo")
+    return run_demo(out, FAST if options.fast else FULL, main)
 
 
 def train(arguments: list[str]) -> int:

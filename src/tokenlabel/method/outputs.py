@@ -124,8 +124,11 @@ class TokenModel(nn.Module, ABC):
     def freeze(self, num_layers: int) -> None:
         """Stop the first layers from training: no gradients, no new statistics, no drop path, from now on.
 
-        Raises ValueError for a number that would freeze the heads, too.
+        Raises ValueError for a number that would freeze the heads, too, and, for any but 0, in networks that do not say
+        which layers they have.
         """
+        if num_layers == 0:
+            return
         layers = self.layers()
         if not 0 <= num_layers <= max(layers.values()):
             raise ValueError(

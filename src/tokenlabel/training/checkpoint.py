@@ -185,8 +185,8 @@ def load_model(path: Path) -> TrainedModel:
 
 
 def options_without_weights(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a model's options for a model whose weights are at hand, so that timm fetches none."""
-    return {name: value for name, value in options.items() if name != "pretrained"}
+    """Return a model's options for a model whose weights are at hand, so that timm fetches and reads none."""
+    return {k: v for k, v in options.items() if k not in ("pretrained", "checkpoint_path", "cache_dir")}
 
 
 def is_run(path: Path) -> bool:

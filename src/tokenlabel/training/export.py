@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from tokenlabel.models import Inference, LVViT, TimmAdapter, TokenModel, register_with_timm
 from tokenlabel.models.timm_models import TimmLVViT
-from tokenlabel.training.checkpoint import TrainedModel, load_model
+from tokenlabel.training.checkpoint import TrainedModel, load_model, options_without_weights
 
 # How far an ONNX graph may be from PyTorch, as a share of the largest output.
 TOLERANCE = 1e-3
@@ -47,6 +47,10 @@ def export_run(
         raise ExportError(f"{out}: only .onnx has outputs to choose; leave `dense` and `inference` out")
     if out.exists() and not overwrite:
         raise ExportError(f"{out} is there already; give another name, or allow to overwrite it")
+    if out.is_dir() and not _is_export(out):
+        raise ExportError(
+            f"{out}: is no folder that an export made, so it is not replaced; give another name"
+        )
     trained = load_model(run)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".writing-{out.name}")
@@ -66,6 +70,12 @@ def export_run(
         temporary.replace(out)
     finally:
         _remove(temporary)
+
+
+def _is_export(folder: Path) -> bool:
+    """Say whether a folder holds nothing but what an export writes: never a run, or a folder of runs."""
+    names = {path.name for path in folder.iterdir()}
+    return names <= {"config.json", "model.safetensors", "token_head.safetensors", "README.md"}
 
 
 def write_safetensors(trained: TrainedModel, path: Path) -> None:
@@ -122,7 +132,13 @@ def write_hub_folder(trained: TrainedModel, folder: Path) -> None:
     """
     folder.mkdir()
     model, recipe = trained.model, trained.recipe.model
-    options = {key: value for key, value in recipe.options.items() if key not in ("stage", "pretrained")}
+    factory_only = (
+        "stage",
+        "pretrained_cfg",
+        "pretrained_cfg_overlay",
+    )  # timm gives the rest to the constructor
+    options = options_without_weights(recipe.options)
+    options = {key: value for key, value in options.items() if key not in factory_only}
     if isinstance(model, LVViT):
         network = _timm_lvvit(model, recipe.name, options | {"img_size": recipe.size_px})
     elif isinstance(model, TimmAdapter):

@@ -76,6 +76,13 @@ class ModelConfig:
     frozen_layers: int = 0
     """How many layers, counted from the stem, keep the weights that they begin with."""
 
+    def __post_init__(self) -> None:
+        taken = self.options.keys() & {"name", "num_classes", "size_px"}
+        if taken:
+            raise ConfigError(
+                f"model.options names {', '.join(sorted(taken))}, which model and images decide; leave it out there"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class MixConfig:
@@ -101,6 +108,14 @@ class MixConfig:
         if not (0 <= self.probability <= 1 and 0 <= self.mixup_share <= 1):
             raise ConfigError(
                 f"mix.probability and mix.mixup_share are shares, got {self.probability} and {self.mixup_share}"
+            )
+        if not (self.alpha > 0 and self.mixup_alpha > 0):
+            raise ConfigError(
+                f"mix.alpha and mix.mixup_alpha must be above 0, got {self.alpha} and {self.mixup_alpha}"
+            )
+        if self.group_size is not None and self.group_size < 1:
+            raise ConfigError(
+                f"mix.group_size must be at least 1, got {self.group_size}; none for all images"
             )
         if self.mixup_share > 0 and self.kind is not Mixing.CUTMIX:
             raise ConfigError(
