@@ -216,6 +216,8 @@ def _sentence(table: Table, ours: str, theirs: str, spreads: Mapping[str, Spread
     clear, unclear, fixed = [], [], []
     for name, spread in spreads.items():
         text = f"{METRICS[name].title} {_signed(name, spread)}"
+        if spread.half == spread.mean == 0:
+            continue
         if spread.half == 0:
             fixed.append(f"{METRICS[name].title} {_signed(name, spread, interval=False)}")
         elif spread.is_resolved:
@@ -226,7 +228,7 @@ def _sentence(table: Table, ours: str, theirs: str, spreads: Mapping[str, Spread
     parts = [f"larger than its spread: {', '.join(clear)}"] if clear else []
     parts += [f"smaller: {', '.join(unclear)}"] if unclear else []
     parts += [f"the same for every seed: {', '.join(fixed)}"] if fixed else []
-    return f"{head} ({num_seeds} seeds): {'; '.join(parts)}."
+    return f"{head} ({num_seeds} seeds): {'; '.join(parts) or 'no difference'}."
 
 
 def _signed(name: str, spread: Spread, *, interval: bool = True) -> str:

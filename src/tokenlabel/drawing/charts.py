@@ -24,7 +24,7 @@ def curve_chart(panels: Mapping[str, tuple[str, Mapping[str, Points]]], *, colum
         dict.fromkeys(name for _, lines in panels.values() for name, points in lines.items() if points)
     )
     legend_rows = -(-len(names) // 2)
-    size = (10 if columns > 2 else 4.25 * columns, 3.4 * num_rows + 0.18 * legend_rows)
+    size = (10 if columns > 2 else 8.5, 3.4 * num_rows + 0.18 * legend_rows)  # wide enough for two long names
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(num_rows, columns, squeeze=False).flatten()
     drawn: dict[str, Line2D] = {}
