@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from tokenlabel.data.scenes import write_scenes
+from tokenlabel.runtime.arguments import write_json
 from tokenlabel.runtime.runlog import read_metrics
 
 Command = Callable[[Sequence[str]], int]
@@ -66,7 +67,7 @@ def run_demo(out: Path, size: DemoSize, command: Command) -> int:
         return failure.status
     result = collect_result(out)
     result["last_call_s"] = round(time.perf_counter() - started, 1)
-    (out / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_json(out / "result.json", result)
     print(_table(result))
     return 0
 

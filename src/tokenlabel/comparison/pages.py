@@ -12,14 +12,15 @@ from pathlib import Path
 from tokenlabel.comparison.records import Records
 from tokenlabel.comparison.results import (
     Found,
+    as_json,
     as_markdown,
     found_in,
     interval_panels,
     learning_curves,
     summary,
-    write_json,
 )
 from tokenlabel.comparison.tables import Comparison, Table
+from tokenlabel.runtime.arguments import write_json
 
 _METHOD = """\
 The command continues where it was stopped, and this page is what it writes. Every row is trained with several seeds;
@@ -40,7 +41,7 @@ def write_results(comparison: Comparison, records: Records, *, page: Path | None
     sections = []
     for found in everything:
         name = found.table.name
-        write_json(found, comparison.out / f"{name}.json")
+        write_json(comparison.out / f"{name}.json", as_json(found))
         charts = _charts(found)
         for suffix, svg in charts.items():
             (comparison.out / f"{name}{suffix}.svg").write_text(svg, encoding="utf-8")

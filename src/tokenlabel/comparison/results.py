@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -249,8 +247,3 @@ def found_in(table: Table, num_seeds: int, runs: Mapping[str, Mapping[int, RunRe
         for row, of_row in runs.items()
     }
     return Found(table=table, num_seeds=num_seeds, values=values, runs=runs)
-
-
-def write_json(found: Found, path: Path) -> None:
-    """Write a table's figures."""
-    path.write_text(json.dumps(as_json(found), indent=1) + "\n", encoding="utf-8")

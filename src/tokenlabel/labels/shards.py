@@ -27,6 +27,8 @@ from zlib import crc32
 import numpy as np
 from numpy.typing import NDArray
 
+from tokenlabel.runtime.files import write_whole
+
 SUFFIX = ".safetensors"
 FORMAT = "tokenlabel-labels"
 VERSION = "1"
@@ -38,7 +40,6 @@ _ROW = struct.Struct("<QQIIHHI")
 _HASH = _HEADER_BYTES = struct.Struct("<Q")
 _HASH_COLUMN = np.dtype({"names": ["hash"], "formats": ["<u8"], "offsets": [0], "itemsize": _ROW.size})
 _ALIGNMENT = 8
-_WRITE_BYTES = 1 << 20
 _ADVICE = "remove the file and annotate again: only its images are done anew"
 
 
@@ -92,20 +93,9 @@ def write_shard(folder: Path, records: Sequence[tuple[str, bytes]]) -> Path:
 
 def write_atomically(path: Path, parts: Iterable[bytes]) -> None:
     """Write a file, part by part, so that it appears under its name only when all of it is on the disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb", buffering=_WRITE_BYTES) as file:
-            file.writelines(parts)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        descriptor = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        write_whole(path, parts)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise StoreError(
             f"{path}: could not be written ({error.strerror or error}); what was there is intact"
         ) from error

@@ -3,15 +3,33 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
+UNFINISHED = ".*.tmp"
+"""What files that are being written, or were when their process was killed, are called."""
 
-def write_whole(path: Path, text: str) -> None:
-    """Write text (UTF-8) to a file in place of what it held, whole or not at all; its folder is made."""
+_WRITE_BYTES = 1 << 20
+
+
+def write_whole(path: Path, content: str | Iterable[bytes]) -> None:
+    """Write a file, text (UTF-8) or bytes part by part, in place of what it held; its folder is made.
+
+    It appears under its name only when all of it is on the disk.
+    """
+    parts = [content.encode()] if isinstance(content, str) else content
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        with temporary.open("wb", buffering=_WRITE_BYTES) as file:
+            file.writelines(parts)
+            file.flush()
+            os.fsync(file.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+    descriptor = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

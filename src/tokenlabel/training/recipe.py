@@ -241,7 +241,6 @@ def claim(run: Path, recipe: TrainingConfig) -> None:
                 f"{len(differing)} differ); choose another --run, or remove the folder"
             )
         return
-    run.mkdir(parents=True, exist_ok=True)
     write_config(recipe, path)
 
 
