@@ -102,8 +102,8 @@ def inspect_store(
     `source`: the images, to know their classes; without it an image's class is the first folder of its key,
     where that is the name of a class.
     """
-    manifest, manifests = store.manifest, [read_manifest(folder) for folder in store.folders]
-    failed = {failure.key for of_folder in manifests for failure in of_folder.failures}
+    manifest = store.manifest
+    encodings = dict.fromkeys(read_manifest(folder).encoding.value for folder in store.folders)
     broken = dict(verify(store)) if config.verify else {}
     looks = [look_at(key, store[key]) for key in _sampled(store, config.sample) if key not in broken]
     class_of = class_finder(store, source)
@@ -117,10 +117,10 @@ def inspect_store(
         num_classes=manifest.num_classes,
         kind=manifest.kind.value,
         topk=manifest.topk,
-        encoding=" + ".join(dict.fromkeys(of_folder.encoding.value for of_folder in manifests)),
+        encoding=" + ".join(encodings),
         teacher=manifest.teacher,
         preprocessing=manifest.preprocessing,
-        num_failures=len(failed - {key for key in failed if key in store}),
+        num_failures=len(store.failures()),
         num_files=len(store.shards),
         bytes_per_image=store.num_bytes() / max(1, len(store)),
         num_sampled=len(looks),

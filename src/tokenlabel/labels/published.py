@@ -97,14 +97,10 @@ def import_labels(
             f"--num-classes {config.num_classes}, but the images have {len(source.class_names)} classes"
         )
     paths = [label_path(Path(files), key) for key in source.keys]
-    first = next((path for path in paths if path.exists()), None)
-    if first is None:
-        raise PublishedError(f"{files}: no label file of any image; expected, for example, {paths[0]}")
-    topk = _topk_of(paths)
     manifest = Manifest(
         num_classes=config.num_classes,
         class_names=tuple(source.class_names),
-        topk=topk,
+        topk=_topk_of(paths, folder=files),
         kind=Kind.LOGITS,
         encoding=Encoding.RAW,
         teacher={"name": "published label files"},
@@ -195,10 +191,10 @@ class _Job:
             return key, Failure(key, str(error))
 
 
-def _topk_of(paths: Sequence[Path]) -> int:
+def _topk_of(paths: Sequence[Path], *, folder: str | Path) -> int:
     """Return how many classes a place keeps: the most of the first few files that can be read."""
     found: list[int] = []
-    problem = None
+    problem: Exception | None = None
     for path in (path for path in paths if path.exists()):
         try:
             found.append(len(_read_file(path)[0]))
@@ -206,9 +202,11 @@ def _topk_of(paths: Sequence[Path]) -> int:
             problem = problem or error
         if len(found) == NUM_PROBED:
             break
-    if not found:
-        raise PublishedError(f"no label file can be read; the first: {problem}") from problem
-    return max(found)
+    if found:
+        return max(found)
+    if problem is None:
+        raise PublishedError(f"{folder}: no label file of any image; expected, for example, {paths[0]}")
+    raise PublishedError(f"{folder}: no label file can be read; the first: {problem}") from problem
 
 
 def _read_file(path: Path) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

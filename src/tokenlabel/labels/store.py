@@ -40,6 +40,7 @@ from tokenlabel.labels.shards import (
     write_shard,
 )
 from tokenlabel.method.scores import ScoreMap
+from tokenlabel.runtime.files import UNFINISHED
 
 __all__ = [
     "Failure",
@@ -202,6 +203,11 @@ class LabelStore:
             )
         return record
 
+    def failures(self) -> list[Failure]:
+        """Return the images that have no label since labelling them failed, in any of the folders."""
+        failures = {f.key: f for folder in self.folders for f in read_manifest(folder).failures}
+        return [failure for failure in failures.values() if failure.key not in self]
+
     def num_bytes(self) -> int:
         """Size of all label files on the disk."""
         return sum(shard.num_bytes for shard in self.shards)
@@ -259,10 +265,7 @@ def merge_stores(
     """
     store = LabelStore(*folders)
     manifest = replace(store.manifest, encoding=encoding or store.manifest.encoding)
-    failures = {
-        f.key: f for folder in store.folders for f in read_manifest(folder).failures if f.key not in store
-    }
-    with LabelStoreWriter(output, replace(manifest, failures=tuple(failures.values()))) as writer:
+    with LabelStoreWriter(output, manifest) as writer:
         present = LabelStore(output)
         if encoding is not None and present.manifest.encoding != encoding:
             raise StoreError(
@@ -272,18 +275,13 @@ def merge_stores(
             if key not in present:
                 record = store.packed(key) if encoding is None else pack_for(manifest, key, store[key])
                 writer.add_record(key, record)
-    update_failures(output, [*failures.values()])
+    update_failures(output, store.failures())
     return LabelStore(output)
-
-
-def _is_unfinished(path: Path) -> bool:
-    """Say whether a file is what a writer that was killed left behind."""
-    return path.name.startswith(".") and path.name.endswith(".tmp")
 
 
 def remove_leftovers(folder: Path, *, older_than_s: float = 600.0) -> None:
     """Remove what writers that were killed left behind: unfinished files that nobody has touched for a while."""
-    for path in folder.glob(".*.tmp"):
+    for path in folder.glob(UNFINISHED):
         if time.time() - path.stat().st_mtime > older_than_s:
             path.unlink(missing_ok=True)
 
@@ -298,7 +296,7 @@ def _make_store(folder: Path, manifest: Manifest) -> None:
         differences = read_manifest(folder).differences(manifest)
         if differences:
             raise StoreError(f"{folder}: holds other labels ({differences[0]}); choose another folder")
-    elif any(not _is_unfinished(path) for path in folder.iterdir()):
+    elif {*folder.iterdir()} - {*folder.glob(UNFINISHED)}:
         raise StoreError(f"{folder}: is not empty and no label store; choose another folder")
     else:
         write_manifest(folder, manifest)
