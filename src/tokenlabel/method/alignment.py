@@ -135,21 +135,20 @@ def align(
         return _align_as_published(score_maps, views, grid)
     if score_maps.kind is Kind.LOGITS:
         score_maps = _probabilities_of_cells(score_maps, logits)
-    frames = _with_region(views, score_maps.regions)
-    of_samples: dict[int, list[int]] = {}
+    (num_images, height, width), num_tokens = score_maps.codes.shape[:3], grid[0] * grid[1]
+    num_planes, frames = score_maps.classes.shape[1] + 1, _with_region(views, score_maps.regions)
+    pooled = score_maps.probs.new_empty(num_images, num_tokens, num_planes)  # [B, N, U + 1]
+    weight = score_maps.probs.new_empty(num_images, num_tokens)
+    of_counts: dict[int, list[int]] = {}
     for number, shape in enumerate(score_maps.shapes):
-        count = samples or enough_samples(shape, grid)
-        of_samples.setdefault(count, []).append(number)
-    if len(of_samples) == 1:
-        (count,) = of_samples
-        pooled, weight = _pooled_in_blocks(score_maps, frames, grid, count)
-    else:
-        num_images, num_tokens, num_planes = len(frames), grid[0] * grid[1], score_maps.classes.shape[1] + 1
-        pooled = score_maps.probs.new_empty(num_images, num_tokens, num_planes)
-        weight = score_maps.probs.new_empty(num_images, num_tokens)
-        for count, images in of_samples.items():
-            some = score_maps.of_images(images)
-            pooled[images], weight[images] = _pooled_in_blocks(some, frames[images], grid, count)
+        of_counts.setdefault(samples or enough_samples(shape, grid), []).append(number)
+    for count, numbers in of_counts.items():
+        points, num_reads = _sample_points(grid, count, views.device), 4 * count**2 * num_tokens
+        # Of each read, cell and share, as they are made and by token.
+        numbers_each = (height * width + num_tokens) * num_planes + 4 * num_reads
+        for block in blocks(len(numbers), numbers_each, pooled.device):
+            images = block if len(of_counts) == 1 else numbers[block]  # a slice copies nothing
+            pooled[images], weight[images] = _pooled(score_maps.of_images(images), frames[images], points)
     return TokenTargets(score_maps.classes, excess=pooled[..., :-1], floor=pooled[..., -1], weight=weight)
 
 
@@ -161,22 +160,6 @@ def enough_samples(shape: tuple[int, int], grid: tuple[int, int]) -> int:
     needed = max(2, math.ceil(shape[0] / grid[0]), math.ceil(shape[1] / grid[1]))
     power = 1 << (needed - 1).bit_length()
     return power * 3 // 4 if needed <= power * 3 // 4 else power
-
-
-def _pooled_in_blocks(
-    score_maps: ScoreMapBatch, frames: Float[Tensor, "B F 2 3"], grid: tuple[int, int], samples: int
-) -> tuple[Float[Tensor, "B N planes"], Float[Tensor, "B N"]]:
-    """Return what `_pooled` does, for as many images at once as are worth it."""
-    (num_images, height, width), num_tokens = score_maps.codes.shape[:3], grid[0] * grid[1]
-    num_planes, points = score_maps.classes.shape[1] + 1, _sample_points(grid, samples, frames.device)
-    pooled = score_maps.probs.new_empty(num_images, num_tokens, num_planes)  # [B, N, U + 1]
-    weight = score_maps.probs.new_empty(num_images, num_tokens)
-    num_reads = 4 * samples**2 * num_tokens
-    # Of each read, cell and share, as they are made and by token.
-    numbers_each = (height * width + num_tokens) * num_planes + 4 * num_reads
-    for images in blocks(num_images, numbers_each, pooled.device):
-        pooled[images], weight[images] = _pooled(score_maps.of_images(images), frames[images], points)
-    return pooled, weight
 
 
 def _pooled(
