@@ -263,31 +263,36 @@ def _loop(
     if figures is None and start_step and training.due(start_step, eval_every_epochs):
         figures = _evaluate(training, log, start_step)  # the run was stopped before it could
     watch, window = Stopwatch(), Window(ranks)
+
+    def report(done: int) -> None:
+        if window.results:
+            _report(training, run, log, done, window, watch)
+
+    def save(done: int) -> None:
+        report(done)  # a state that diverged is never saved
+        _write_checkpoint(training, run, done)
+
     with caught_signals() as received:
         for step in range(start_step, training.num_steps):
             window.add(train_step(training, batches, step, watch))
-            done = step + 1
+            done, is_last = step + 1, step + 1 == training.num_steps
+            log.bar.update()
+            if done % LOG_EVERY_STEPS == 0:
+                report(done)
             # Asked of all ranks at once, so that they agree.
             stopping = ranks.highest(received[0] if received else 0)
-            last = done == training.num_steps
-            saving = training.due(done, checkpoint.every_epochs) or stopping > 0
-            log.bar.update()
-            if done % LOG_EVERY_STEPS == 0 or saving:  # a state that diverged is never saved
-                _report(training, run, log, done, window, watch)
-            if saving:  # before the evaluation, which may take longer than who stops the run will wait
-                _write_checkpoint(training, run, done)
-            if training.due(done, eval_every_epochs) and (last or not stopping):
+            saved = training.due(done, checkpoint.every_epochs) or stopping > 0
+            if saved:  # before the evaluation, which may take longer than who stops the run will wait
+                save(done)
+            if training.due(done, eval_every_epochs) and (is_last or not stopping):
                 figures = _evaluate(training, log, done)
                 watch.lap()
                 stopping = ranks.highest(received[0] if received else 0)
-                if stopping and not saving:
-                    if window.results:
-                        _report(training, run, log, done, window, watch)
-                    _write_checkpoint(training, run, done)
-                    saving = True
-            if saving and ranks.is_first:
+            if stopping and not saved:
+                save(done)
+            if (saved or stopping) and ranks.is_first:
                 _prune(training, run, done)
-            if stopping and not last:
+            if stopping and not is_last:
                 return Interrupted(done, stopping)
     return figures or {}
 
