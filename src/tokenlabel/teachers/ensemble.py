@@ -46,8 +46,7 @@ class Ensemble(Teacher):
         self.description = {
             "members": [member.description for member in self.members],
             "flip": flip,
-            "class_map": None if class_map is None else class_map.targets.tolist(),
-            "nowhere": "spread evenly",
+            "class_map": class_map and class_map.description,
         }
 
     def check(self, images: UInt8[Tensor, "B 3 height width"]) -> str:

@@ -41,7 +41,7 @@ class MaskTeacher:
         self._masks = MaskFolder(Path(folder), num_classes=MAX_IDS if class_map else num_classes)
         self.description: dict[str, Any] = {
             "name": "masks",
-            "class_map": None if class_map is None else class_map.targets.tolist(),
+            "class_map": class_map and class_map.description,
             "unlabelled": "spread evenly",
         }
         self.preprocessing: dict[str, Any] = {"size": size}
@@ -60,9 +60,8 @@ class MaskTeacher:
             return from_mask(nothing, num_classes=self.num_classes, unlabelled=-1, name=key)
         merged = planes[:, :, ids >= 0] @ np.eye(len(found), dtype=np.float32)[entry]  # [h, w, classes]
         unlabelled = 1 - merged.sum(axis=2, keepdims=True)
-        merged += np.where(
-            merged > 0, unlabelled / self.num_classes, 0
-        )  # the rest of it is the map's own rest
+        # Of what is unlabelled, each class gets its share; those that a cell does not keep get theirs as its rest.
+        merged += np.where(merged > 0, unlabelled / self.num_classes, 0)
         num_kept = min(topk, max(1, int((merged > 0).sum(axis=2).max())))
         kept = np.argsort(-merged, axis=2, kind="stable")[:, :, :num_kept]
         probs = np.take_along_axis(merged, kept, axis=2)

@@ -153,15 +153,14 @@ def load_teacher(
     weights), or whatever `timm.create_model` takes. Raises PretrainedError if there is none, TeacherError if it has
     no dense map.
     """
-    if is_run(Path(name)) and weights is not None:
+    if not is_run(Path(name)):
+        found = load_pretrained(name, weights=weights, size=config.size)
+    elif weights is None:
+        found = _from_run(Path(name))
+    else:
         raise TeacherError(
             f"{name} is a run and has weights of its own; leave --weights out (one of several: '')"
         )
-    found = (
-        _from_run(Path(name))
-        if is_run(Path(name))
-        else load_pretrained(name, weights=weights, size=config.size)
-    )
     network = _dense_network(found, name, config.head).eval().to(device).requires_grad_(False)
     network = network.to(memory_format=torch.channels_last)
     sight = _sight(found, network, config)
