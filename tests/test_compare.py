@@ -197,9 +197,9 @@ def test_a_run_by_an_edited_recipe_is_not_taken(tiny, tmp_path):
     ours = replace(ours, testbed=replace(ours.testbed, recipe=str(recipe)))
     plan, folder = ours.plan(ours.tables[0], "token"), tmp_path / "run"
     write_whole(folder / "plan.json", ours.described(plan))
-    assert ours.made(plan, folder)
+    assert ours.is_of(plan, folder)
     recipe.write_text(recipe.read_text().replace("lr: 2.0e-3", "lr: 3.0e-3"))
-    assert not ours.made(plan, folder)
+    assert not ours.is_of(plan, folder)
 
 
 def test_what_was_kept_stands_where_the_folder_holds_the_same_run(tiny):

@@ -131,7 +131,7 @@ def run_job(comparison: Comparison, job: Job, *, device: torch.device) -> dict[s
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / PLAN_FILE
     with FileLock(folder / ".lock"):  # another process may be training it
-        if path.is_file() and not comparison.made(plan, folder):
+        if path.is_file() and not comparison.is_of(plan, folder):
             raise CompareError(
                 f"{path}: the run was made by another table, testbed or recipe; remove {folder} or choose another --out"
             )

@@ -42,7 +42,7 @@ def record_of(comparison: Comparison, plan: RunPlan, seed: int) -> RunRecord | N
     """Return the record of a run by its folder; None if that holds no finished run of the plan."""
     run = comparison.run_folder(plan, seed)
     path = run / MEASURES_FILE
-    if not (comparison.made(plan, run) and path.is_file()):
+    if not (comparison.is_of(plan, run) and path.is_file()):
         return None
     curve = {line["step"]: line["top1"] for line in read_metrics(run) if line["kind"] == "eval"}
     figures = json.loads(path.read_text(encoding="utf-8"))

@@ -14,6 +14,8 @@ from tokenlabel.comparison.tables import Table
 
 # A claim needs so many seeds.
 SEEDS_OF_A_CLAIM = 5
+# Panels of a table's chart.
+NUM_CHARTED = 3
 # What is summed up beside the first metric of a table.
 _ALSO_IN_SHORT = ("probe_accuracy",)
 
@@ -42,10 +44,10 @@ class Found:
         """Return the metrics that a summary names: the table's first, and the probe of what the tokens know."""
         return [name for name in self.metrics() if name in (self.table.metrics[0], *_ALSO_IN_SHORT)]
 
-    def charted(self, count: int = 3) -> list[str]:
-        """Return so many metrics for a chart, in the table's order: the headlines, then the others."""
-        ranked = [*self.headlines(), *(name for name in self.metrics() if name not in self.headlines())]
-        return [name for name in self.metrics() if name in ranked[:count]]
+    def charted(self) -> list[str]:
+        """Return the metrics of the chart, in the table's order: the headlines, then others."""
+        first = dict.fromkeys([*self.headlines(), *self.metrics()])
+        return [name for name in self.metrics() if name in [*first][:NUM_CHARTED]]
 
     def differences(self) -> Iterator[tuple[str, str, dict[str, Spread]]]:
         """Yield pairs of rows and, for each metric that both have, the spread of first minus second."""

@@ -21,7 +21,7 @@ import yaml
 
 from tokenlabel.comparison.defects import DEFECTS
 from tokenlabel.comparison.metrics import METRICS
-from tokenlabel.runtime.configuration import config_from_dict
+from tokenlabel.runtime.configuration import config_from_dict, read_yaml
 from tokenlabel.training.recipe import Recipe, find_recipe
 
 Kind = TypeVar("Kind")
@@ -194,7 +194,7 @@ def recipe_of(plan: RunPlan, seed: int, folders: Mapping[str, str]) -> Recipe:
 
 def _with_settings(recipe: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the content of a recipe's file with settings by dotted names in it."""
-    nested: dict[str, Any] = yaml.safe_load(find_recipe(recipe).read_text(encoding="utf-8"))
+    nested = read_yaml(find_recipe(recipe))
     for key, value in settings.items():
         *groups, last = key.split(".")
         inner = nested
@@ -347,7 +347,7 @@ class Comparison:
         described = {"recipe": plan.recipe, "settings": dict(plan.settings), "defect": plan.defect}
         return json.dumps({"digest": self.digest(plan), **described}, indent=1, default=str) + "\n"
 
-    def made(self, plan: RunPlan, run: Path) -> bool:
+    def is_of(self, plan: RunPlan, run: Path) -> bool:
         """Say whether a run folder is of this plan, with its recipe and its steps as they are now."""
         path = run / PLAN_FILE
         return path.is_file() and path.read_text(encoding="utf-8") == self.described(plan)

@@ -153,9 +153,8 @@ def _picture_sections(records: Sequence[RunRecord]) -> list[str]:
     if labelled is not None:
         sections += _label_sections(labelled.recipe)
     for record in records:
-        section_ = _prediction_section(record)
-        if section_ is not None:
-            sections.append(section_)
+        if (of_record := _prediction_section(record)) is not None:
+            sections.append(of_record)
             break
     return sections
 

@@ -15,6 +15,7 @@ from tokenlabel.data.batches import normalize_images
 from tokenlabel.data.resampling import Interpolation, resize
 from tokenlabel.segmentation.augment import fitted_size
 from tokenlabel.segmentation.model import SegmentationModel
+from tokenlabel.training.recipe import check_interval
 
 # Classes whose logits are made as large as the image at once: what bounds the memory that a large photo takes.
 _CLASSES_AT_ONCE = 16
@@ -53,11 +54,9 @@ class SegmentEvalConfig:
             raise ValueError(
                 f"eval.short_side_px must be at least 1, got {self.short_side_px}; none leaves images be"
             )
-        if self.max_aspect < 1 or self.every_epochs <= 0:
-            raise ValueError(
-                "eval.max_aspect must be at least 1, eval.every_epochs above 0, "
-                f"got {self.max_aspect} and {self.every_epochs}"
-            )
+        if self.max_aspect < 1:
+            raise ValueError(f"eval.max_aspect must be at least 1, got {self.max_aspect}")
+        check_interval("eval.every_epochs", self.every_epochs)
 
 
 class Segmenter:

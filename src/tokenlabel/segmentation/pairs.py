@@ -218,11 +218,11 @@ def _checked(classes: Classes, images: Path, masks: Path, names: Iterator[tuple[
     pairs = sorted(names)
     if not pairs:
         raise DataError(f"{images}: no images ({', '.join(EXTENSIONS)})")
-    for image, mask in pairs:
-        if images / image == masks / mask:
-            raise DataError(
-                f"{images / image}: is an image and its own mask; keep images and masks in two folders"
-            )
+    own = [image for image, mask in pairs if image == mask] if images.resolve() == masks.resolve() else []
+    if own:
+        raise DataError(
+            f"{images / own[0]}: is an image and its own mask; keep images and masks in two folders"
+        )
     there = {path.relative_to(masks).as_posix() for path in masks.rglob("*") if path.is_file()}
     bare = [image for image, mask in pairs if mask not in there]
     if bare:

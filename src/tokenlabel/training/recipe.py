@@ -123,7 +123,8 @@ class MixConfig:
             )
 
 
-def _check_interval(name: str, every_epochs: float | None) -> None:
+def check_interval(name: str, every_epochs: float | None) -> None:
+    """Raise ConfigError for a number of epochs between two events that is not above 0; None is for never."""
     if every_epochs is not None and not every_epochs > 0:
         raise ConfigError(f"{name} must be above 0, got {every_epochs}; a large number for never")
 
@@ -144,7 +145,7 @@ class EvalConfig:
     """Share of the resized image's shorter side that the centre crop keeps."""
 
     def __post_init__(self) -> None:
-        _check_interval("eval.every_epochs", self.every_epochs)
+        check_interval("eval.every_epochs", self.every_epochs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,7 +167,7 @@ class CheckpointConfig:
                 f"checkpoint.keep must be at least 1, got {self.keep}: a run continues from the newest"
             )
         for name in ("every_epochs", "keep_every_epochs"):
-            _check_interval(f"checkpoint.{name}", getattr(self, name))
+            check_interval(f"checkpoint.{name}", getattr(self, name))
 
 
 @dataclass(frozen=True, kw_only=True)
