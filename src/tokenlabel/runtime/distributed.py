@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +13,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+
+from tokenlabel.runtime.environment import environment_number
 
 T = TypeVar("T")
 
@@ -91,11 +92,7 @@ class Ranks:
 
 def launched_ranks() -> Ranks:
     """Return what torchrun's environment says; a single rank without torchrun."""
-    rank, world_size, local_rank = (
-        int(os.environ.get(name, default))
-        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-    )
-    return Ranks(rank, world_size, local_rank)
+    return Ranks(*map(environment_number, ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
 
 
 @contextmanager
