@@ -185,8 +185,9 @@ def annotate(arguments: list[str]) -> int:
     done = annotate_images(options.images, options.store, config, device=device_of(options.device))
     if not launched_ranks().is_first:
         return 0
+    anew = f" ({done.num_anew:,} anew)" if done.num_anew else ""
     print(
-        f"{options.store}: {done.num_labelled:,} images labelled, {done.num_present:,} had been, "
+        f"{options.store}: {done.num_labelled:,} images labelled{anew}, {done.num_present:,} had been, "
         f"{len(done.failures):,} failed; {done.images_per_s:,.0f} images/s"
     )
     _print_some([failure.reason for failure in done.failures])
@@ -230,19 +231,24 @@ def inspect(arguments: list[str]) -> int:
     from tokenlabel.runtime.configuration import add_config_arguments, config_of
 
     parser.add_argument("store", type=Path, nargs="+", help="folders of labels, read as one")
-    parser.add_argument("--images", type=Path, help=f"the images, to know their classes: {IMAGES_HELP}")
+    parser.add_argument(
+        "--images",
+        type=Path,
+        help=f"the images, to know their classes, and whether they were replaced: {IMAGES_HELP}",
+    )
     parser.add_argument("--pictures", type=Path, help="write an HTML page of maps over images to this file")
     parser.add_argument(
         "--masks", type=Path, help="true dense labels (PNG class ids): how often the maps are right"
     )
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
     parser.add_argument("--output", type=Path, help="also write the figures to this JSON file")
+    _add_duplicates(parser)
     add_config_arguments(parser, InspectConfig)
     options = parse(parser, arguments)
     if options.pictures and not options.images:
         raise ValueError("--pictures needs the images that the labels belong to; name them with --images")
 
-    store, source = LabelStore(*options.store), None
+    store, source = LabelStore(*options.store, duplicates=options.duplicates), None
     if options.images:
         from tokenlabel.data.sources import open_images
 
@@ -275,13 +281,25 @@ def merge(arguments: list[str]) -> int:
         choices=[*map(str, Encoding)],
         help="write every record anew in this one; as it is if none",
     )
+    _add_duplicates(parser)
     options = parse(parser, arguments)
     *folders, output = options.stores
     if not folders:
         raise ValueError("merge takes at least one store to read and, as the last, the folder to write")
     encoding = Encoding(options.encoding) if options.encoding else None
-    print(f"{output}: {len(merge_stores(folders, output, encoding=encoding)):,} labels")
+    merged = merge_stores(folders, output, encoding=encoding, duplicates=options.duplicates)
+    print(f"{output}: {len(merged):,} labels")
     return 0
+
+
+def _add_duplicates(parser: ArgumentParser) -> None:
+    """Let a verb that reads label stores take `--duplicates`."""
+    parser.add_argument(
+        "--duplicates",
+        choices=["first", "refuse"],
+        default="first",
+        help="what to do with images that several files label differently: take the first file by name, or refuse",
+    )
 
 
 def export(arguments: list[str]) -> int:

@@ -128,6 +128,11 @@ class ImageFiles:
         except OSError as error:
             raise ImageError(f"{path}: cannot be read ({error.strerror})") from error
 
+    def stat(self, index: int) -> tuple[int, int]:
+        """Return the bytes of the image's file and when it was modified, in ns. Raises OSError if it is gone."""
+        status = (self.root / self._keys[index]).stat()
+        return status.st_size, status.st_mtime_ns
+
     def __len__(self) -> int:
         """Return how many images there are."""
         return len(self._keys)
@@ -204,6 +209,11 @@ class ImageSubset:
     def read(self, index: int) -> bytes:
         """Return the encoded image."""
         return self._source.read(int(self._indices[index]))
+
+    def stat(self, index: int) -> tuple[int, int] | None:
+        """Return the bytes of the image and when it was modified, in ns, if the other source knows them."""
+        stat = getattr(self._source, "stat", None)
+        return None if stat is None else stat(int(self._indices[index]))
 
     def __len__(self) -> int:
         """Return how many images there are."""

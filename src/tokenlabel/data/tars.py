@@ -91,6 +91,11 @@ class TarImages:
             raise ImageError(f"{self.paths[place]}: {self.keys[index]} is cut short")
         return data
 
+    def stat(self, index: int) -> tuple[int, int]:
+        """Return the bytes of the image, and when its tar file was modified, in ns. Raises OSError if that is gone."""
+        place, _, length = self.index.places[index].tolist()
+        return length, self.paths[place].stat().st_mtime_ns
+
     def __len__(self) -> int:
         """Return how many images there are."""
         return len(self.index.keys)

@@ -12,8 +12,10 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from tokenlabel.data.images import ImageSource
+from tokenlabel.labels.fingerprints import find_replaced
 from tokenlabel.labels.store import LabelStore, StoreError, read_manifest
 from tokenlabel.method.scores import Kind, ScoreMap
+from tokenlabel.runtime.notices import listed
 
 MAX_SUM = 1.001
 
@@ -27,7 +29,8 @@ class InspectConfig:
     num_suspects: int = 20
     """Images named whose labels agree least with their class."""
     verify: bool = False
-    """Read every label against its checksum and look for what no teacher writes."""
+    """Read every label against its checksum and look for what no teacher writes; with images, read those as well:
+    whether they are still what was labelled."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +57,12 @@ class Inspection:
     teacher: dict[str, Any]
     preprocessing: dict[str, Any]
     num_failures: int
+    num_superseded: int
+    """Labels in the files that count no more, since newer or equal ones do."""
+    num_replaced: int | None
+    """Images that are no longer those that were labelled, as far as size and time tell; None without images."""
+    replaced: tuple[str, ...]
+    """The first of these."""
     num_files: int
     bytes_per_image: float
     num_sampled: int
@@ -103,6 +112,7 @@ def inspect_store(
     where that is the name of a class.
     """
     manifest = store.manifest
+    replaced = find_replaced(store, source, read_all=config.verify).indices if source else []
     encodings = dict.fromkeys(read_manifest(folder).encoding.value for folder in store.folders)
     broken = dict(verify(store)) if config.verify else {}
     looks = [look_at(key, store[key]) for key in _sampled(store, config.sample) if key not in broken]
@@ -121,6 +131,9 @@ def inspect_store(
         teacher=manifest.teacher,
         preprocessing=manifest.preprocessing,
         num_failures=len(store.failures()),
+        num_superseded=store.num_superseded,
+        num_replaced=None if source is None else len(replaced),
+        replaced=tuple(source.keys[index] for index in replaced[: config.num_suspects]) if source else (),
         num_files=len(store.shards),
         bytes_per_image=store.num_bytes() / max(1, len(store)),
         num_sampled=len(looks),
@@ -237,6 +250,7 @@ def as_text(figures: Mapping[str, Any]) -> str:
     lines = [
         f"{figures['num_images']:,} labels ({figures['kind']}), top {figures['topk']} of {figures['num_classes']:,} "
         f"classes; {figures['num_failures']:,} images failed{reasons}",
+        *_doubts(figures),
         f"{'size':<24}{figures['bytes_per_image']:,.0f} bytes an image, files: {figures['num_files']:,}, "
         f"encoding {figures['encoding']}",
         f"{'teacher':<24}{_in_a_line(figures['teacher'])}",
@@ -268,6 +282,15 @@ def as_text(figures: Mapping[str, Any]) -> str:
     if figures["num_verified"] is not None:
         lines += ["", f"verified {figures['num_verified']:,} labels, {len(figures['broken']):,} broken"]
     return "\n".join([*lines, *(f"  {line}" for line in figures["broken"])])
+
+
+def _doubts(figures: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what people should know of the labels before they trust the figures."""
+    if count := figures["num_superseded"]:
+        yield f"{'superseded':<24}{count:,} labels more, which newer ones or copies replace; merge leaves them out"
+    if count := figures["num_replaced"]:
+        names = listed(list(figures["replaced"]))
+        yield f"{'replaced':<24}{count:,} images since they were labelled ({names}); annotate --again changed"
 
 
 def _in_a_line(settings: Mapping[str, Any]) -> str:

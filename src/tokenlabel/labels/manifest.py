@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from tokenlabel.labels.encoding import Encoding
-from tokenlabel.labels.shards import StoreError, write_atomically
+from tokenlabel.labels.shards import SUFFIX, StoreError, write_atomically
 from tokenlabel.method.scores import Kind
+from tokenlabel.runtime.notices import listed
 
 MANIFEST_FILE = "manifest.json"
 FORMAT_VERSION = 1
 MAX_MANIFEST_BYTES = 1 << 28
+
+_REPAIR = (
+    "put a copy back: the command that made these labels writes an equal one first thing, into another folder"
+)
 
 T = TypeVar("T")
 
@@ -82,10 +90,34 @@ def _without_names(described: Any) -> Any:
     }
 
 
-def update_failures(folder: str | Path, failures: Sequence[Failure]) -> None:
-    """Write to a store's manifest which images could not be labelled, in place of those it had."""
-    manifest = read_manifest(folder)
-    write_manifest(Path(folder), replace(manifest, failures=tuple(failures)))
+def update_failures(
+    folder: str | Path,
+    failures: Sequence[Failure],
+    *,
+    others: Callable[[str], bool] = lambda key: False,
+) -> None:
+    """Write to a store's manifest which images could not be labelled, in place of those it had.
+
+    `others`: whether the failure of a key that it had stays. Nothing is written if nothing changes.
+    """
+    with held(Path(folder)):
+        manifest = read_manifest(folder)
+        new = {failure.key for failure in failures}
+        kept = [f for f in manifest.failures if f.key not in new and others(f.key)]
+        if (all_failures := (*kept, *failures)) != manifest.failures:
+            write_manifest(Path(folder), replace(manifest, failures=all_failures))
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Hold a store's folder: of several processes one at a time looks at its manifest and writes it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some network file systems cannot
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def read_manifest(folder: str | Path) -> Manifest:
@@ -95,14 +127,12 @@ def read_manifest(folder: str | Path) -> Manifest:
         if path.stat().st_size > MAX_MANIFEST_BYTES:
             raise StoreError(f"{path}: {path.stat().st_size} bytes are too many for a manifest")
         content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise StoreError(
-            f"{folder}: no label store (it has no {MANIFEST_FILE}); `tokenlabel annotate` makes one"
-        ) from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise StoreError(no_store(Path(folder))) from None
     except OSError as error:
         raise StoreError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
-        raise StoreError(f"{path}: is not JSON ({error})") from error
+        raise StoreError(f"{path}: is not JSON ({error}); {_REPAIR}") from error
     version = content.get("format_version") if isinstance(content, dict) else None
     if version != FORMAT_VERSION:
         raise StoreError(f"{path}: format {version!r}, this version of tokenlabel reads {FORMAT_VERSION}")
@@ -112,6 +142,18 @@ def read_manifest(folder: str | Path) -> Manifest:
         raise StoreError(f"{path}: {error}") from error
     except (ValueError, TypeError, KeyError) as error:
         raise StoreError(f"{path}: an entry is missing or of the wrong type ({error})") from error
+
+
+def no_store(folder: Path) -> str:
+    """Return why a path without a manifest is no label store, and what may have been meant."""
+    if folder.is_file():
+        meant = f"; did you mean {folder.parent}?" if (folder.parent / MANIFEST_FILE).exists() else ""
+        return f"{folder}: is a file, and a label store is a folder{meant}"
+    if any(folder.glob(f"*{SUFFIX}")):
+        return f"{folder}: holds {SUFFIX} files, but no {MANIFEST_FILE}; {_REPAIR}"
+    if inner := sorted(path.parent.name for path in folder.glob(f"*/{MANIFEST_FILE}")):
+        return f"{folder}: no label store (it has no {MANIFEST_FILE}), but has some in it ({listed(inner)}); name those"
+    return f"{folder}: no label store (it has no {MANIFEST_FILE}); `tokenlabel annotate` makes one"
 
 
 def _manifest(content: dict[str, Any]) -> Manifest:

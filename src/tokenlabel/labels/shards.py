@@ -6,8 +6,9 @@ It holds three uint8 tensors, one after the other:
     keys     [bytes]   the keys in UTF-8, one after the other, filled up with zeros to a multiple of 8
     payload  [bytes]   the records, each beginning at a multiple of 8
 
-and, in its metadata, the format's version and the CRC-32 of `index` and of `keys`. docs/labels.md describes
-every byte.
+and, in its metadata, the format's version and the CRC-32 of `index` and of `keys`. Where the images that the
+records were made of are known, `payload` ends with N rows of 16 bytes that say so: older readers never look there.
+docs/labels.md describes every byte.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ import json
 import math
 import mmap
 import os
+import re
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from zlib import crc32
 
 import numpy as np
@@ -37,14 +39,40 @@ MAX_KEY_BYTES = 0xFFFF
 
 # Hash of the key, first byte of the record, its length, first byte of the key, its length, 0, the checksum.
 _ROW = struct.Struct("<QQIIHHI")
+_ROW_TYPE = np.dtype(
+    [
+        ("hash", "<u8"),
+        ("record_start", "<u8"),
+        ("record_length", "<u4"),
+        ("key_start", "<u4"),
+        ("key_length", "<u2"),
+        ("zero", "<u2"),
+        ("checksum", "<u4"),
+    ]
+)
+_IMAGE = struct.Struct("<qII")  # a Fingerprint
 _HASH = _HEADER_BYTES = struct.Struct("<Q")
-_HASH_COLUMN = np.dtype({"names": ["hash"], "formats": ["<u8"], "offsets": [0], "itemsize": _ROW.size})
 _ALIGNMENT = 8
 _ADVICE = "remove the file and annotate again: only its images are done anew"
 
 
 class StoreError(ValueError):
     """A label store that is missing, broken, or not for these images or classes."""
+
+
+class Fingerprint(NamedTuple):
+    """What the file of an image was when it was labelled.
+
+    `time_ns`: when it was last modified, 0 if unknown. `num_bytes`: its length, modulo 2**32; 0 if nothing is known of
+    the image. `crc32`: of its bytes.
+    """
+
+    time_ns: int = 0
+    num_bytes: int = 0
+    crc32: int = 0
+
+
+UNKNOWN = Fingerprint()
 
 
 def key_bytes(key: str) -> bytes:
@@ -62,10 +90,18 @@ def key_hash(name: bytes) -> int:
     return _HASH.unpack(blake2b(name, digest_size=_HASH.size).digest())[0]
 
 
-def write_shard(folder: Path, records: Sequence[tuple[str, bytes]]) -> Path:
+def write_shard(
+    folder: Path,
+    records: Sequence[tuple[str, bytes]],
+    *,
+    images: Sequence[Fingerprint] = (),
+    generation: int = 0,
+    again: str = "",
+) -> Path:
     """Write (key, record) pairs into a new file of the folder and return it.
 
-    The file is complete and on the disk before it gets its name, which is made of its content.
+    The file is complete and on the disk before it gets its name, which is made of its content. `images`: the
+    fingerprint of each record's image, or nothing. `generation`, `again`: see `Shard`.
     """
     names = [key_bytes(key) for key, _ in records]
     rows, payload, key_start, record_start = [], [], 0, 0
@@ -78,15 +114,23 @@ def write_shard(folder: Path, records: Sequence[tuple[str, bytes]]) -> Path:
         key_start += len(name)
         record_start += len(record) + len(payload[-1])
     index, keys = b"".join(rows), b"".join([*names, _padding(key_start)])
+    fingerprints = b"".join(_IMAGE.pack(*image) for image in images)
     metadata = {
         "format": FORMAT,
         "version": VERSION,
         "index_crc32": str(crc32(index)),
         "keys_crc32": str(crc32(keys)),
     }
+    if any(fingerprints):
+        assert len(images) == len(records)
+        metadata["images_crc32"] = str(crc32(fingerprints))
+        payload.append(fingerprints)
+        record_start += len(fingerprints)
+    if generation:
+        metadata |= {"generation": str(generation), "again": again}
     header = json.dumps({"__metadata__": metadata, **_tensors(len(rows), len(keys), record_start)}).encode()
     header += b" " * (-len(header) % _ALIGNMENT)
-    path = folder / f"{blake2b(index, digest_size=10).hexdigest()}{SUFFIX}"
+    path = folder / f"{blake2b(header + index, digest_size=10).hexdigest()}{SUFFIX}"
     write_atomically(path, [_HEADER_BYTES.pack(len(header)), header, index, keys, *payload])
     return path
 
@@ -103,7 +147,11 @@ def write_atomically(path: Path, parts: Iterable[bytes]) -> None:
 
 @dataclass(slots=True, eq=False)
 class Shard:
-    """A file of records for reading. Made by `open_shard`, which has checked its structure and index."""
+    """A file of records for reading. Made by `open_shard`, which has checked its structure and index.
+
+    `generation`: how often images had been labelled anew when it was written; a key's record of the highest one
+    counts. `again`: which request for that it answers. `images_crc32`: of the fingerprints; None if there are none.
+    """
 
     path: Path
     num_bytes: int
@@ -111,7 +159,11 @@ class Shard:
     index_start: int
     keys_start: int
     payload_start: int
+    generation: int
+    again: str
+    images_crc32: str | None
     _mapped: mmap.mmap | None = field(default=None, repr=False)
+    _images: bytes | None = field(default=None, repr=False)
 
     def key(self, row: int) -> bytes:
         """Return the key of a row, as it is stored."""
@@ -144,6 +196,34 @@ class Shard:
             )
         return record
 
+    def generation_of(self, row: int, name: bytes) -> int | None:
+        """Return the file's generation if the row's key is `name`, else None."""
+        return self.generation if self.key(row) == name else None
+
+    def image(self, row: int, name: bytes) -> Fingerprint | None:
+        """Return the fingerprint of the image that a row's record was made of if its key is `name`, else None."""
+        if self.key(row) != name:
+            return None
+        if self.images_crc32 is None:
+            return UNKNOWN
+        if self._images is None:
+            images = (self._mapped or self._map())[self.num_bytes - self.num_records * _IMAGE.size :]
+            if str(crc32(images)) != self.images_crc32:
+                raise StoreError(
+                    f"{self.path}: what it says of its images was altered (its checksum is another); {_ADVICE}"
+                )
+            self._images = images
+        return Fingerprint(*_IMAGE.unpack_from(self._images, row * _IMAGE.size))
+
+    def table(self) -> tuple[NDArray[Any], NDArray[np.uint8]]:
+        """Read the rows [N] of the index, and the bytes of the keys that they point into."""
+        with _opened(self.path) as file:
+            file.seek(self.index_start)
+            index = file.read(self.keys_start - self.index_start)
+            return np.frombuffer(index, _ROW_TYPE), np.frombuffer(
+                file.read(self.payload_start - self.keys_start), np.uint8
+            )
+
     def _map(self) -> mmap.mmap:
         """Map the file: at the first read, so that every process makes its own."""
         with _opened(self.path) as file:
@@ -173,9 +253,22 @@ def open_shard(path: Path) -> tuple[Shard, NDArray[np.uint64]]:
         index, keys = file.read(index_end), file.read(keys_end - index_end)
     if [str(crc32(index)), str(crc32(keys))] != [metadata.get("index_crc32"), metadata.get("keys_crc32")]:
         raise StoreError(f"{path}: its index was altered (its checksum is another); {_ADVICE}")
+    rows = np.frombuffer(index, _ROW_TYPE)
+    if (rows["key_start"] + rows["key_length"].astype(np.uint64) > len(keys)).any():
+        raise StoreError(f"{path}: its index was altered (a key lies outside of the keys); {_ADVICE}")
     data_start = 8 + header_bytes
-    shard = Shard(path, num_bytes, num_records, data_start, data_start + index_end, data_start + keys_end)
-    return shard, np.frombuffer(index, _HASH_COLUMN)["hash"].copy()  # a quarter of the index, which can go
+    shard = Shard(
+        path,
+        num_bytes,
+        num_records,
+        data_start,
+        data_start + index_end,
+        data_start + keys_end,
+        int(metadata.get("generation", "0")),
+        str(metadata.get("again", "")),
+        str(metadata["images_crc32"]) if "images_crc32" in metadata else None,
+    )
+    return shard, rows["hash"].copy()  # a quarter of the index, which can go
 
 
 def _layout(path: Path, header: bytes, num_data_bytes: int) -> tuple[int, int, int, dict[str, Any]]:
@@ -200,6 +293,11 @@ def _layout(path: Path, header: bytes, num_data_bytes: int) -> tuple[int, int, i
         raise StoreError(
             f"{path}: was cut short or altered: {num_data_bytes} bytes do not fit its header; {_ADVICE}"
         )
+    fingerprint_bytes = num_records * _IMAGE.size if "images_crc32" in metadata else 0
+    if fingerprint_bytes > num_data_bytes - keys_end or not re.fullmatch(
+        r"\d{1,9}", str(metadata.get("generation", "0")), re.ASCII
+    ):
+        raise StoreError(f"{path}: its header was altered; {_ADVICE}")
     return num_records, index_end, keys_end, metadata
 
 
@@ -220,6 +318,10 @@ def _tensors(num_records: int, num_key_bytes: int, num_payload_bytes: int) -> di
 def _opened(path: Path) -> Any:
     try:
         return path.open("rb")
+    except FileNotFoundError:
+        raise StoreError(
+            f"{path}: was removed while the store was open; a store that is read must stay as it is: start again"
+        ) from None
     except OSError as error:
         raise StoreError(
             f"{path}: cannot be read ({error.strerror}); too many files: `tokenlabel merge` makes fewer"

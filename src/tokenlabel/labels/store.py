@@ -3,7 +3,8 @@
 FOLDER/manifest.json says who made the labels and of which classes; every other file (see `shards`) was
 written by one writer and holds records. Writers never touch each other's files and readers only ever see
 whole ones, so any number of processes may write and read at once, and a kill costs no more than the records
-of the open files.
+of the open files. Where files hold several records of a key, that of the highest generation counts, and of those
+the one in the first file by name.
 """
 
 from __future__ import annotations
@@ -11,13 +12,15 @@ from __future__ import annotations
 import time
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
-from itertools import accumulate
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from itertools import accumulate, groupby
 from pathlib import Path
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from tokenlabel.labels.encoding import Encoding, EncodingError, pack, unpack
@@ -25,12 +28,16 @@ from tokenlabel.labels.manifest import (
     MANIFEST_FILE,
     Failure,
     Manifest,
+    held,
+    no_store,
     read_manifest,
     update_failures,
     write_manifest,
 )
 from tokenlabel.labels.shards import (
     SUFFIX,
+    UNKNOWN,
+    Fingerprint,
     Shard,
     StoreError,
     key_bytes,
@@ -41,6 +48,7 @@ from tokenlabel.labels.shards import (
 )
 from tokenlabel.method.scores import ScoreMap
 from tokenlabel.runtime.files import UNFINISHED
+from tokenlabel.runtime.notices import listed, say
 
 __all__ = [
     "Failure",
@@ -63,6 +71,7 @@ class LabelStoreWriter:
 
     A context manager; records are kept in memory until they make a file: after `max_shard_bytes`, or
     `max_shard_s` seconds after the file's first record, whichever comes first, and at the end.
+    `generation`: labels of a higher one take the place of those that images had before (see `Shard`).
     Raises StoreError if the folder holds something else, or labels of another kind.
     """
 
@@ -73,28 +82,33 @@ class LabelStoreWriter:
         *,
         max_shard_bytes: int = 1 << 26,
         max_shard_s: float = 300.0,
+        generation: int = 0,
+        again: str = "",
     ) -> None:
         self.folder = Path(folder)
         self.manifest = manifest
+        self._generation, self._again = generation, again
         self._max_shard_bytes = max_shard_bytes
         self._max_shard_s = max_shard_s
         self._open: list[tuple[str, bytes]] = []
+        self._images: list[Fingerprint] = []
         self._open_bytes = 0
         self._open_since_s = 0.0
         self._keys: set[str] = set()
         _make_store(self.folder, manifest)
 
-    def add(self, key: str, score_map: ScoreMap) -> None:
+    def add(self, key: str, score_map: ScoreMap, image: Fingerprint = UNKNOWN) -> None:
         """Add the label of an image. Raises StoreError for a map of other classes and a key given twice."""
-        self.add_record(key, pack_for(self.manifest, key, score_map))
+        self.add_record(key, pack_for(self.manifest, key, score_map), image)
 
-    def add_record(self, key: str, record: bytes) -> None:
-        """Add a label that `pack_for` has packed already."""
+    def add_record(self, key: str, record: bytes, image: Fingerprint = UNKNOWN) -> None:
+        """Add a label that `pack_for` has packed already; `image`: what it was made of."""
         if key in self._keys:
             raise StoreError(f"{self.folder}: {key} was given twice")
         self._keys.add(key)
         self._open_since_s = time.monotonic() if not self._open else self._open_since_s
         self._open.append((key, record))
+        self._images.append(image)
         self._open_bytes += len(record)
         if (
             self._open_bytes >= self._max_shard_bytes
@@ -105,8 +119,14 @@ class LabelStoreWriter:
     def flush(self) -> None:
         """Write the records that are still in memory as one file."""
         if self._open:
-            write_shard(self.folder, self._open)
-        self._open, self._open_bytes = [], 0
+            write_shard(
+                self.folder,
+                self._open,
+                images=self._images,
+                generation=self._generation,
+                again=self._again,
+            )
+        self._open, self._images, self._open_bytes = [], [], 0
 
     def __enter__(self) -> LabelStoreWriter:
         return self
@@ -136,31 +156,51 @@ def pack_for(manifest: Manifest, key: str, score_map: ScoreMap) -> bytes:
 class LabelStore:
     """Reads score maps by the keys of their images, out of one folder or several as if they were one.
 
-    `store[key]` returns a ScoreMap, checked against its checksum. Sixteen bytes a record are held in memory;
-    files are mapped when they are first read. Sent to another process it is opened there anew. Raises
-    StoreError if there is no store, if folders hold labels of different kinds, if two records have the same
-    key, or if a file is broken.
+    `store[key]` returns a ScoreMap, checked against its checksum. Sixteen bytes a record are held in memory; files are
+    mapped when they are first read. It stays as it was opened, whatever is added to its folders; so it does in
+    another process, which opens the same files. `duplicates`: what is done where files hold different records of a key
+    in one generation: "first" takes that of the first file by name and says so, "refuse" refuses. Raises
+    StoreError if there is no store, if folders hold labels of different kinds, or if a file is broken.
     """
 
-    def __init__(self, folder: str | Path, *more_folders: str | Path) -> None:
-        self.folders = tuple(Path(f) for f in (folder, *more_folders))
+    def __init__(self, folder: str | Path, *more_folders: str | Path, duplicates: str = "first") -> None:
+        if duplicates not in ("first", "refuse"):
+            raise ValueError(f"duplicates: expected first or refuse, got {duplicates!r}")
+        folders = {Path(f).resolve(): Path(f) for f in (folder, *more_folders)}  # one given twice is one
+        self.folders = tuple(folders.values())
         self.manifest = _common_manifest(self.folders)
-        self.shards: list[Shard] = []
-        hashes, places = [np.zeros(0, np.uint64)], [np.zeros(0, np.uint64)]
-        for path in (path for folder in self.folders for path in _shard_paths(folder)):
-            shard, shard_hashes = open_shard(path)
-            hashes.append(shard_hashes)
-            places.append(np.arange(shard.num_records, dtype=np.uint64) | np.uint64(len(self.shards) << 32))
-            self.shards.append(shard)
+        paths = [path for folder in self.folders for path in _shard_paths(folder)]
+        contested = self._open(sorted(paths, key=lambda path: (path.name, path)))
+        if contested and duplicates == "refuse":
+            raise StoreError(
+                f"{self._where()}: {_contested(contested)}; remove files, or leave out `--duplicates refuse`"
+            )
+        if contested:
+            say(f"{self._where()}: {_contested(contested)}; that of the first file by name counts")
+
+    def _open(self, paths: Sequence[Path]) -> list[str]:
+        """Open files in the order in which they count; return the keys that they hold different records of."""
+        # Of equal generations the order is that of the paths: a record comes before those that it takes the place of.
+        opened = sorted(map(open_shard, paths), key=lambda shard_and_hashes: -shard_and_hashes[0].generation)
+        self.shards = [shard for shard, _ in opened]
         self._first_numbers = [0, *accumulate(shard.num_records for shard in self.shards)]
-        unordered = np.concatenate(hashes)
+        unordered = np.concatenate([np.zeros(0, np.uint64), *(hashes for _, hashes in opened)])
+        places = [
+            np.arange(shard.num_records, dtype=np.uint64) | np.uint64(i << 32)
+            for i, shard in enumerate(self.shards)
+        ]
         order = np.argsort(unordered, kind="stable")
-        ordered = unordered[order]
-        self._shift, self._starts = _starts_by_first_bits(ordered)
+        hashes, ordered_places = unordered[order], np.concatenate([np.zeros(0, np.uint64), *places])[order]
+        twice = _find_duplicates(self.shards, hashes, ordered_places)
+        superseded = np.zeros(len(hashes), np.bool_)
+        superseded[twice.superseded] = True
+        # How many rows to pass over before a label that is counted without them (`key_at`).
+        self._passed_over = (np.sort(order[superseded]) - np.arange(len(twice.superseded))).data
+        hashes, ordered_places = hashes[~superseded], ordered_places[~superseded]
+        self._shift, self._starts = _starts_by_first_bits(hashes)
         # Memory views give Python ints, which bisect compares faster than NumPy's own search starts.
-        self._hashes = ordered.data
-        self._places = np.concatenate(places)[order].data
-        self._refuse_duplicates()
+        self._hashes, self._places = hashes.data, ordered_places.data
+        return twice.contested
 
     def __getitem__(self, key: str) -> ScoreMap:
         record = self.packed(key)
@@ -175,19 +215,29 @@ class LabelStore:
     def __len__(self) -> int:
         return len(self._hashes)
 
-    def __reduce__(self) -> tuple[type[LabelStore], tuple[Path, ...]]:
-        return type(self), self.folders
+    def __getstate__(self) -> dict[str, Any]:
+        """Name the files: the same are opened elsewhere, even if others have been added."""
+        paths = [shard.path for shard in self.shards]
+        return {"folders": self.folders, "manifest": self.manifest, "paths": paths}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.folders, self.manifest = state["folders"], state["manifest"]
+        self._open(state["paths"])
 
     def keys(self) -> Iterator[str]:
         """Yield all keys, file by file."""
-        for shard in self.shards:
-            for row in range(shard.num_records):
-                yield key_text(shard.key(row))
+        return map(self.key_at, range(len(self)))
 
     def key_at(self, number: int) -> str:
         """Return the key of one of the labels, which count from 0, file by file."""
+        number += bisect_right(self._passed_over, number)
         place = bisect_right(self._first_numbers, number) - 1
         return key_text(self.shards[place].key(number - self._first_numbers[place]))
+
+    @property
+    def num_superseded(self) -> int:
+        """How many records count no more, since others of their keys do."""
+        return len(self._passed_over)
 
     def missing(self, keys: Iterable[str]) -> list[str]:
         """Return those of the given keys that have no label here."""
@@ -202,6 +252,19 @@ class LabelStore:
                 "what is missing"
             )
         return record
+
+    def image(self, key: str) -> Fingerprint | None:
+        """Return what an image was when it was labelled, UNKNOWN if its label does not say; None if it has none."""
+        return self._find(key_bytes(key), Shard.image)
+
+    def generation(self, key: str) -> int | None:
+        """Return the generation of an image's label; None if it has none."""
+        return self._find(key_bytes(key), Shard.generation_of)
+
+    def answers(self, again: str) -> set[str]:
+        """Return the keys that were labelled anew for one request, by labels that may be superseded."""
+        shards = (shard for shard in self.shards if shard.again == again)
+        return {key_text(shard.key(row)) for shard in shards for row in range(shard.num_records)}
 
     def failures(self) -> list[Failure]:
         """Return the images that have no label since labelling them failed, in any of the folders."""
@@ -227,20 +290,66 @@ class LabelStore:
             position += 1
         return None
 
-    def _refuse_duplicates(self) -> None:
-        hashes = np.asarray(self._hashes)
-        for position in np.flatnonzero(hashes[1:] == hashes[:-1]).tolist():
-            places = self._places[position], self._places[position + 1]
-            first, second = (self.shards[place >> 32] for place in places)
-            key, other_key = (self.shards[place >> 32].key(place & 0xFFFFFFFF) for place in places)
-            if key == other_key:
-                raise StoreError(
-                    f"{first.path} and {second.path} both hold a label of {key_text(key)!r}; "
-                    "remove one of the files"
-                )
-
     def _where(self) -> str:
         return " + ".join(map(str, self.folders))
+
+
+@dataclass(frozen=True, eq=False)
+class _Duplicates:
+    """Records of one key: the positions of those that count no more, and the keys whose records differ."""
+
+    superseded: NDArray[np.int64]
+    contested: list[str]
+
+
+def _find_duplicates(
+    shards: Sequence[Shard], hashes: NDArray[np.uint64], places: NDArray[np.uint64]
+) -> _Duplicates:
+    """Find the records of keys that have several, among hashes [N] in order; the first of each key counts."""
+    alike = hashes[1:] == hashes[:-1]
+    positions = np.flatnonzero(np.append(alike, False) | np.insert(alike, 0, False))
+    if not len(positions):
+        return _Duplicates(positions, [])
+    # The rows of these records, with their keys in one buffer; files without any are not read again.
+    numbers = (places[positions] >> np.uint64(32)).astype(np.int64)
+    tables = {i: shards[i].table() for i in np.unique(numbers).tolist()}
+    keys = np.concatenate([of_shard for _, of_shard in tables.values()])
+    first_rows, first_keys = np.zeros((2, len(shards)), np.int64)
+    first_rows[[*tables]] = [0, *accumulate(len(rows) for rows, _ in tables.values())][:-1]
+    first_keys[[*tables]] = [0, *accumulate(len(of_shard) for _, of_shard in tables.values())][:-1]
+    row_numbers = first_rows[numbers] + (places[positions] & np.uint64(0xFFFFFFFF)).astype(np.int64)
+    rows = np.concatenate([rows for rows, _ in tables.values()])[row_numbers]
+    starts, lengths = first_keys[numbers] + rows["key_start"], rows["key_length"].astype(np.int64)
+
+    def text(i: int) -> str:
+        return key_text(keys[starts[i] : starts[i] + lengths[i]].tobytes())
+
+    # Which of its neighbours has the same key, and not only the same hash.
+    same = np.append(False, rows["hash"][1:] == rows["hash"][:-1]) & (lengths == np.roll(lengths, 1))
+    for length in np.unique(lengths[same]).tolist():
+        second = np.flatnonzero(same & (lengths == length))
+        windows = sliding_window_view(keys, length) if length else np.zeros((len(keys) + 1, 0))
+        same[second] = (windows[starts[second]] == windows[starts[second - 1]]).all(axis=1)
+    # The record that counts for each, which is the last one before it that is not like its neighbour ...
+    counts = np.maximum.accumulate(np.where(same, 0, np.arange(len(rows))))
+    # ... but where keys share a hash, which is chance in 1e-7 stores of a million, those of one may lie apart.
+    shared = ~same & np.append(False, rows["hash"][1:] == rows["hash"][:-1])
+    for wanted in np.unique(rows["hash"][shared]):
+        firsts: dict[str, int] = {}
+        for i in np.flatnonzero(rows["hash"] == wanted).tolist():
+            counts[i] = firsts.setdefault(text(i), i)
+    superseded = counts != np.arange(len(rows))
+    generations = np.array([shard.generation for shard in shards])[numbers]
+    differ = superseded & (generations == generations[counts])
+    differ &= (rows["record_length"] != rows["record_length"][counts]) | (
+        rows["checksum"] != rows["checksum"][counts]
+    )
+    return _Duplicates(positions[superseded], sorted(map(text, np.unique(counts[differ]).tolist())))
+
+
+def _contested(keys: list[str]) -> str:
+    noun = "1 image has different labels" if len(keys) == 1 else f"{len(keys):,} images have different labels"
+    return f"{noun} in several files ({listed(keys)})"
 
 
 def _starts_by_first_bits(hashes: NDArray[np.uint64]) -> tuple[int, memoryview]:
@@ -255,51 +364,77 @@ def _starts_by_first_bits(hashes: NDArray[np.uint64]) -> tuple[int, memoryview]:
 
 
 def merge_stores(
-    folders: Sequence[str | Path], output: str | Path, *, encoding: Encoding | None = None
+    folders: Sequence[str | Path],
+    output: str | Path,
+    *,
+    encoding: Encoding | None = None,
+    duplicates: str = "first",
 ) -> LabelStore:
     """Copy the labels of several stores into a new one with few files, each record checked; return it.
 
-    `encoding`: write all records anew in this one; by default they stay as they are. An output that is there
-    already is continued. Raises StoreError for stores of different labels, for a key that two of them hold, and for an
-    output that has labels in another encoding than the one asked for.
+    Only records that count are copied, with their generations. `encoding`: write all records anew in this one; by
+    default they stay as they are. `duplicates`: as for LabelStore. An output that is there already is continued:
+    its labels stay where the stores have none of a higher generation. Raises StoreError for stores of different
+    labels, and for an output that is the only store, lies in one, or has labels in another encoding than the one
+    asked for.
     """
-    store = LabelStore(*folders)
+    whole = Path(output).resolve()
+    if {Path(folder).resolve() for folder in folders} == {whole}:
+        raise StoreError(f"{output}: is the store that is to be copied; choose another folder")
+    for folder in folders:
+        if Path(folder).resolve() in whole.parents:
+            raise StoreError(f"{output}: lies in the store {folder}; choose a folder outside of it")
+    store = LabelStore(*folders, duplicates=duplicates)
     manifest = replace(store.manifest, encoding=encoding or store.manifest.encoding)
-    with LabelStoreWriter(output, manifest) as writer:
+    with LabelStoreWriter(output, manifest):
         present = LabelStore(output)
-        if encoding is not None and present.manifest.encoding != encoding:
-            raise StoreError(
-                f"{output}: holds labels in encoding {present.manifest.encoding}; choose another folder"
-            )
-        for key in store.keys():  # noqa: SIM118  (a store is no dict)
-            if key not in present:
-                record = store.packed(key) if encoding is None else pack_for(manifest, key, store[key])
-                writer.add_record(key, record)
-    update_failures(output, store.failures())
+    if encoding is not None and present.manifest.encoding != encoding:
+        raise StoreError(
+            f"{output}: holds labels in encoding {present.manifest.encoding}; choose another folder"
+        )
+
+    def generation_of(key: str) -> int:
+        generation = store.generation(key)
+        assert generation is not None
+        return generation
+
+    for generation, keys in groupby(store.keys(), key=generation_of):
+        with LabelStoreWriter(output, manifest, generation=generation) as writer:
+            for key in keys:
+                if (there := present.generation(key)) is None or there < generation:
+                    record = store.packed(key) if encoding is None else pack_for(manifest, key, store[key])
+                    writer.add_record(key, record, store.image(key) or UNKNOWN)
+    update_failures(output, store.failures(), others=lambda key: key not in present and key not in store)
     return LabelStore(output)
 
 
 def remove_leftovers(folder: Path, *, older_than_s: float = 600.0) -> None:
     """Remove what writers that were killed left behind: unfinished files that nobody has touched for a while."""
     for path in folder.glob(UNFINISHED):
-        if time.time() - path.stat().st_mtime > older_than_s:
-            path.unlink(missing_ok=True)
+        with suppress(OSError):  # another process may have been faster, and a folder may be for reading only
+            if time.time() - path.stat().st_mtime > older_than_s:
+                path.unlink()
 
 
 def _make_store(folder: Path, manifest: Manifest) -> None:
     """Write the manifest of a new store; of one that is there, see that it has labels of the same kind."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise StoreError(no_store(folder)) from None
     except OSError as error:
         raise StoreError(f"{folder}: cannot be made ({error.strerror})") from error
-    if (folder / MANIFEST_FILE).exists():
-        differences = read_manifest(folder).differences(manifest)
-        if differences:
-            raise StoreError(f"{folder}: holds other labels ({differences[0]}); choose another folder")
-    elif {*folder.iterdir()} - {*folder.glob(UNFINISHED)}:
-        raise StoreError(f"{folder}: is not empty and no label store; choose another folder")
-    else:
-        write_manifest(folder, manifest)
+    with held(folder):  # of two that make it at once, the second finds what the first has made
+        if (folder / MANIFEST_FILE).exists():
+            differences = read_manifest(folder).differences(manifest)
+            if differences:
+                raise StoreError(f"{folder}: holds other labels ({differences[0]}); choose another folder")
+        elif any(folder.glob(f"*{SUFFIX}")):
+            raise StoreError(no_store(folder))
+        elif {*folder.iterdir()} - {*folder.glob(UNFINISHED)}:
+            raise StoreError(f"{folder}: is not empty and no label store; choose another folder")
+        else:
+            write_manifest(folder, manifest)
 
 
 def _common_manifest(folders: Sequence[Path]) -> Manifest:
@@ -312,4 +447,4 @@ def _common_manifest(folders: Sequence[Path]) -> Manifest:
 
 
 def _shard_paths(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob(f"*{SUFFIX}") if not path.name.startswith("."))
+    return [path for path in folder.glob(f"*{SUFFIX}") if not path.name.startswith(".")]

@@ -1,12 +1,13 @@
 """Annotate: a teacher looks at every image once, and its dense score maps go into a label store.
 
 Threads decode images ahead and pack score maps behind the teacher, so that it never waits for either. What
-the store has already is left out, so a call that was stopped is continued by the same call. Under torchrun
-the ranks divide what is missing at the start; each writes files of its own.
+the store has already is left out, unless it is to be labelled again, so a call that was stopped is continued by the
+same call. Under torchrun the ranks divide what is to be done at the start; each writes files of its own.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -14,6 +15,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
+from hashlib import blake2b
 from pathlib import Path
 
 import torch
@@ -22,15 +25,18 @@ from tqdm import tqdm
 from tokenlabel.data.images import ImageSource
 from tokenlabel.data.sources import open_images
 from tokenlabel.labels.encoding import Encoding
+from tokenlabel.labels.fingerprints import MAX_READ, FingerprintedImages, find_replaced
 from tokenlabel.labels.store import (
     Failure,
     LabelStore,
     LabelStoreWriter,
     Manifest,
+    StoreError,
     remove_leftovers,
     update_failures,
 )
 from tokenlabel.runtime.distributed import default_device, joined_ranks
+from tokenlabel.runtime.notices import listed, say
 from tokenlabel.teachers.classmap import class_map_for
 from tokenlabel.teachers.ensemble import load_teachers
 from tokenlabel.teachers.labelling import Labelling
@@ -38,6 +44,7 @@ from tokenlabel.teachers.masks import MAX_IDS, MaskTeacher
 from tokenlabel.teachers.networks import Teacher, TeacherConfig, TeacherError
 
 MASKS = "masks:"
+CHANGED = "changed"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +63,9 @@ class AnnotateConfig(TeacherConfig):
     """Seconds after which labels are on the disk at the latest, so what a kill may cost."""
     strict: bool = False
     """Stop at the first image that does not decode; by default they are listed and passed over."""
+    again: str | None = None
+    """Label images anew that have a label: a text file of their keys, one a line, or `changed` for those that were
+    replaced since. Their new labels count as soon as they are written; until then the old ones do."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +74,10 @@ class Annotation:
 
     num_images: int
     num_present: int
-    """Images that had a label before."""
+    """Images that had a label before, and keep it."""
     num_labelled: int
+    num_anew: int
+    """How many of these had a label before."""
     failures: tuple[Failure, ...]
     images_per_s: float
 
@@ -79,6 +91,7 @@ def annotate(
 ) -> Annotation:
     """Label every image that has no label yet in the store `folder`, which is made if there is none.
 
+    With `again`, label some images anew as well; a call that was stopped is continued by the same call there, too.
     Raises TeacherError for a teacher that cannot do it, StoreError if the folder holds other labels,
     ScoreError for scores that are not finite (naming the image), ImageError for an image that does not decode
     if `strict`.
@@ -121,9 +134,10 @@ def annotate_by(
         torch.cuda.set_device(device)  # pinned memory would open the first GPU otherwise
     if isinstance(teacher, Teacher) and config.class_map is None:
         class_map_for(None, teacher.class_names, source.class_names, num_theirs=teacher.num_classes)
+    images = FingerprintedImages(source)
     job = Labelling(
         teacher=teacher,
-        source=source,
+        source=images,
         manifest=_manifest(teacher, source, config),
         device=device,
         batch_size=config.batch_size,
@@ -131,24 +145,32 @@ def annotate_by(
         strict=config.strict,
     )
     with joined_ranks() as ranks:
-        missing = ranks.by_first(lambda: _missing(source, Path(folder), job.manifest))
-        mine = missing[ranks.rank :: ranks.world_size]
+        todo = ranks.by_first(lambda: _todo(source, Path(folder), job.manifest, config.again))
+        mine = todo.indices[ranks.rank :: ranks.world_size]
         with (
             _sigterm_stops(),
-            LabelStoreWriter(folder, job.manifest, max_shard_s=config.shard_s) as writer,
+            LabelStoreWriter(
+                folder,
+                job.manifest,
+                max_shard_s=config.shard_s,
+                generation=todo.generation,
+                again=todo.request,
+            ) as writer,
             tqdm(total=len(mine), desc=f"annotate {folder}", unit="img", disable=not ranks.is_first) as bar,
         ):
             for key, record in job.labels(mine):
-                writer.add_record(key, record)
+                writer.add_record(key, record, images.take(key))
                 bar.update()
         failures = [failure for of_rank in ranks.all(job.failures) for failure in of_rank]
         if ranks.is_first:
-            update_failures(folder, failures)
-    num_labelled = len(missing) - len(failures)
+            _note_failures(Path(folder), source, failures)
+    num_labelled = len(todo.indices) - len(failures)
+    anew = {source.keys[index] for index in todo.anew}
     return Annotation(
         num_images=len(source),
-        num_present=len(source) - len(missing),
+        num_present=len(source) - len(todo.indices),
         num_labelled=num_labelled,
+        num_anew=len(anew.difference(failure.key for failure in failures)),
         failures=tuple(failures),
         images_per_s=num_labelled / (time.perf_counter() - started),
     )
@@ -166,12 +188,98 @@ def _manifest(teacher: Teacher | MaskTeacher, source: ImageSource, config: Annot
     )
 
 
-def _missing(source: ImageSource, folder: Path, manifest: Manifest) -> list[int]:
-    """Make the store if there is none; return the indices of the images that it has no label of."""
+@dataclass(frozen=True, kw_only=True)
+class _Todo:
+    """The indices of the images to label, of those among them that have a label, and what files of the new ones say."""
+
+    indices: list[int]
+    anew: list[int]
+    generation: int
+    request: str
+
+
+def _todo(source: ImageSource, folder: Path, manifest: Manifest, again: str | None) -> _Todo:
+    """Make the store if there is none; return what is to be done, and say what else was replaced."""
+    asked, request = _request(Path(again), source) if again not in (None, CHANGED) else ([], "")
     with LabelStoreWriter(folder, manifest):
         remove_leftovers(folder)
     store = LabelStore(folder)
-    return [index for index, key in enumerate(source.keys) if key not in store]
+    missing = {index for index, key in enumerate(source.keys) if key not in store}
+    replaced = find_replaced(store, source, max_read=None if again == CHANGED else MAX_READ)
+    if again == CHANGED:
+        anew = set(replaced.indices)
+    else:
+        # A call that goes on leaves out what the one before it did, if that is sound and of the image as it is now.
+        done = store.answers(request) if asked else set()
+        done.difference_update(source.keys[index] for index in replaced.indices)
+        keys = ((index, source.keys[index]) for index in asked if index not in missing)
+        anew = {index for index, key in keys if key not in done or not _is_sound(store, key)}
+    if again == CHANGED and not anew:
+        unknown = replaced.num_unknown
+        but = f", but {unknown:,} labels do not say what image they were made of" if unknown else ""
+        say(f"{folder}: no image is known to have been replaced since it was labelled{but}")
+    elif asked and not anew and missing.isdisjoint(asked):
+        say(
+            f"{again}: all {len(asked):,} images were labelled anew for it before; to do so once more, change the "
+            "file, if only by a line that begins with #"
+        )
+    if others := [source.keys[index] for index in replaced.indices if index not in anew]:
+        say(
+            f"{folder}: {len(others):,} images replaced since they were labelled ({listed(others)}); "
+            f"--again {CHANGED} labels them anew"
+        )
+    if replaced.num_unsure:
+        say(
+            f"{folder}: {replaced.num_unsure:,} images have the same size as when they were labelled and another "
+            f"time; --again {CHANGED} reads them, and labels anew what was replaced"
+        )
+    indices = sorted(missing | anew)
+    if indices and not os.access(folder, os.W_OK):
+        raise StoreError(f"{folder}: cannot be written to, and {len(indices):,} images are to be labelled")
+    newest = max((shard.generation for shard in store.shards), default=0)
+    return _Todo(indices=indices, anew=sorted(anew), generation=newest + 1 if anew else 0, request=request)
+
+
+def _request(path: Path, source: ImageSource) -> tuple[list[int], str]:
+    """Return the indices of the images whose keys a file lists, and a name for this request, made of its content.
+
+    Raises ValueError for a file that cannot be read, lists nothing, or lists what is no key of the images.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ValueError(
+            f"--again {path}: cannot be read ({error.strerror}); expected a text file with a key a line, or {CHANGED}"
+        ) from error
+    indices = {key: index for index, key in enumerate(source.keys)}
+    lines = (
+        content.decode("utf-8", "surrogateescape").removeprefix("\ufeff").replace("\r\n", "\n").split("\n")
+    )
+    asked = [line for line in dict.fromkeys(lines) if line in indices or (line.strip() and line[0] != "#")]
+    unknown = [line for line in asked if line not in indices]
+    if unknown or not asked:
+        found = f"{len(unknown):,} are not ({listed(unknown)})" if unknown else "it lists none"
+        raise ValueError(f"--again {path}: expected keys of the images, such as {source.keys[0]}; {found}")
+    return [indices[key] for key in asked], blake2b(content, digest_size=8).hexdigest()
+
+
+def _is_sound(store: LabelStore, key: str) -> bool:
+    try:
+        store.packed(key)
+    except StoreError:
+        return False
+    return True
+
+
+def _note_failures(folder: Path, source: ImageSource, failures: list[Failure]) -> None:
+    """Write down which images failed; those of other images that lie beside these stay noted while they exist."""
+    mine = cache(lambda: frozenset(source.keys))
+    root = getattr(source, "root", None)
+    update_failures(
+        folder,
+        failures,
+        others=lambda key: root is not None and key not in mine() and (root / key).is_file(),
+    )
 
 
 @contextmanager
