@@ -6,7 +6,10 @@ import random
 import signal
 import subprocess
 import sys
+import tarfile
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +19,14 @@ from annotation_ranks import CPU, ByColour, start_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors import safe_open
 
+from tokenlabel.cli import main
 from tokenlabel.data.images import ImageError, ImageFolder
-from tokenlabel.labels.store import LabelStore, StoreError
+from tokenlabel.data.sources import open_images
+from tokenlabel.data.tars import TarImages
+from tokenlabel.labels.inspection import InspectConfig, as_text, inspect_store
+from tokenlabel.labels.store import LabelStore, LabelStoreWriter, StoreError
 from tokenlabel.method.geometry import WHOLE_IMAGE, Box
 from tokenlabel.method.scores import ScoreError
 from tokenlabel.models import create_model
@@ -121,6 +129,262 @@ def test_strict_stops_at_an_image_that_does_not_decode(images, tmp_path):
         run(images, tmp_path / "labels", strict=True)
 
 
+def keys_file(tmp_path: Path, *lines: str) -> str:
+    """Write a file of keys, as an editor of another system leaves it."""
+    path = tmp_path / "keys.txt"
+    path.write_bytes(("\ufeff" + "\r\n".join([*lines, ""])).encode())
+    return str(path)
+
+
+def repaint(path: Path, left: str, right: str) -> None:
+    """Replace an image by one of the same size on the disk."""
+    before = path.stat().st_size
+    with Image.open(path) as image:
+        write_image(path, left, right, image.size)
+    assert path.stat().st_size == before
+
+
+def generations(folder: Path) -> list[str]:
+    metadata = [safe_open(path, "np").metadata() for path in sorted(folder.glob("*.safetensors"))]
+    return sorted(entries.get("generation", "0") for entries in metadata)
+
+
+@pytest.fixture
+def bitmaps(images):
+    """The nine images in files whose size says nothing of what they show."""
+    for path in images.rglob("*.png"):
+        with Image.open(path) as image:
+            image.save(path.with_suffix(".bmp"))
+        path.unlink()
+    return images
+
+
+def test_images_that_are_listed_are_labelled_anew(bitmaps, tmp_path, capsys):
+    run(bitmaps, tmp_path / "labels")
+    repaint(bitmaps / "red" / "square.bmp", "green", "green")
+    again = keys_file(tmp_path, "red/square.bmp", "blue/wide.bmp", "red/square.bmp")
+    teacher = ByColour()
+    done = run(bitmaps, tmp_path / "labels", teacher, again=again)
+    assert (done.num_labelled, done.num_anew, done.num_present, teacher.num_seen) == (2, 2, 7, 2)
+    store = LabelStore(tmp_path / "labels")
+    assert (len(store), store.num_superseded) == (9, 2)
+    assert (store["red/square.bmp"].top_class_ids == 1).all()
+    assert generations(tmp_path / "labels") == ["0", "1"]
+    capsys.readouterr()
+
+    # The same command has nothing left to do, but for what was replaced once more, and for a record that is broken.
+    assert run(bitmaps, tmp_path / "labels", again=again).num_labelled == 0
+    assert "keys.txt: what it lists was labelled anew before" in capsys.readouterr().err
+    repaint(bitmaps / "red" / "square.bmp", "red", "blue")
+    assert run(bitmaps, tmp_path / "labels", again=again).num_anew == 1
+    assert LabelStore(tmp_path / "labels")["red/square.bmp"].top_class_ids[0, 0] == 2
+    store = LabelStore(tmp_path / "labels")
+    shard = next(shard for shard in store.shards if shard.generation == store.generation("blue/wide.bmp"))
+    data = bytearray(shard.path.read_bytes())
+    for i in range(shard.payload_start, len(data) - 32):
+        data[i] ^= 1
+    shard.path.write_bytes(data)
+    assert run(bitmaps, tmp_path / "labels", again=again).num_anew == 1
+    assert len(LabelStore(tmp_path / "labels")["blue/wide.bmp"].palette) == 3
+
+    # Another content of the file is another request, and another list labels the same images once more.
+    assert (
+        run(bitmaps, tmp_path / "labels", again=keys_file(tmp_path, "blue/wide.bmp", "# once more")).num_anew
+        == 1
+    )
+    assert max(generations(tmp_path / "labels")) == "4"
+
+
+def test_labelling_anew_goes_on_where_it_was_stopped(images, tmp_path):
+    class Stopped(ByColour):
+        def probabilities(self, images):
+            if self.num_seen >= 4:
+                raise KeyboardInterrupt
+            return super().probabilities(images)
+
+    run(images, tmp_path / "labels")
+    write_image(images / "red" / "new.png", "red", "red")
+    again = keys_file(tmp_path, *ImageFolder(images).keys)
+    with pytest.raises(KeyboardInterrupt):
+        run(images, tmp_path / "labels", Stopped(), batch_size=1, again=again)
+    store = LabelStore(tmp_path / "labels")
+    num_done = len(store.answers(max(shard.again for shard in store.shards)))
+    assert 1 <= num_done <= 4
+    assert len(store) >= 9  # those that were not reached have their old label
+    done = run(images, tmp_path / "labels", again=again)
+    assert done.num_labelled == 10 - num_done
+    assert run(images, tmp_path / "labels", again=again).num_labelled == 0
+    assert len(LabelStore(tmp_path / "labels")) == 10
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (
+            ["red/square.png", "red/gone.png", "blue"],
+            r"keys of the images, such as blue/high\.a\.png; 2 are not \(red/gone",
+        ),
+        (["", "# red"], "expected keys of the images, such as .*; it lists none"),
+        (None, r"again nowhere\.txt: cannot be read \(No such file.* a key a line, or changed"),
+    ],
+)
+def test_lists_of_what_are_no_keys_are_refused(images, tmp_path, lines, message):
+    again = "nowhere.txt" if lines is None else keys_file(tmp_path, *lines)
+    with pytest.raises(ValueError, match=message):
+        run(images, tmp_path / "labels", again=again)
+    assert not (tmp_path / "labels").exists()
+
+
+def packed_in_tar(images: Path) -> TarImages:
+    path = images.parent / "images.tar"
+    with tarfile.open(path, "w") as tar:
+        for class_name in COLOURS:
+            tar.add(images / class_name, class_name)
+    return TarImages([path])
+
+
+@pytest.mark.parametrize("opened", [ImageFolder, packed_in_tar])
+def test_images_that_were_replaced_are_named_and_labelled_anew(
+    bitmaps, tmp_path, capsys, monkeypatch, opened
+):
+    def run_on_it(**changes):
+        capsys.readouterr()
+        done = annotate_by(
+            ByColour(), opened(bitmaps), tmp_path / "labels", config=config(**changes), device=CPU
+        )
+        return done.num_labelled, capsys.readouterr().err
+
+    run_on_it()
+    os.utime(bitmaps / "red" / "wide.bmp", (0, 0))  # a copy, say
+    assert run_on_it()[0] == 0
+    assert "replaced since" not in run_on_it()[1]
+    assert "no image is known to have been replaced" in run_on_it(again="changed")[1]
+    repaint(bitmaps / "red" / "square.bmp", "green", "green")
+    Image.new("RGB", (9, 9)).save(bitmaps / "blue" / "wide.bmp")
+    expected = (
+        "2 images were replaced since labelling (blue/wide.bmp, red/square.bmp); --again changed labels anew"
+    )
+    count, said = run_on_it()
+    assert (count, expected in said) == (0, True)
+    monkeypatch.setattr("tokenlabel.teachers.annotation.MAX_READ", 0)
+    said = run_on_it()[1]
+    assert "1 image was replaced since labelling (blue/wide.bmp)" in said
+    assert "images were modified since labelling and kept their size; --again changed reads them" in said
+    inspect = partial(inspect_store, LabelStore(tmp_path / "labels"), source=opened(bitmaps))
+    assert (
+        inspect().replaced
+        == inspect(InspectConfig(verify=True)).replaced
+        == ("blue/wide.bmp", "red/square.bmp")
+    )
+    assert "replaced                2 of the images since" in as_text(inspect().as_dict())
+    count, said = run_on_it(again="changed")
+    assert (count, "replaced since" in said) == (2, False)
+    assert (LabelStore(tmp_path / "labels")["red/square.bmp"].top_class_ids == 1).all()
+    assert run_on_it(again="changed")[0] == 0
+
+
+def test_images_of_the_same_size_and_time_are_told_apart_by_their_bytes(bitmaps, tmp_path):
+    path = bitmaps / "red" / "square.bmp"
+    run(bitmaps, tmp_path / "labels")
+    before = path.stat().st_mtime_ns
+    repaint(path, "green", "green")
+    os.utime(path, ns=(before, before))
+    store, source = LabelStore(tmp_path / "labels"), ImageFolder(bitmaps)
+    assert inspect_store(store, source=source).num_replaced == 0
+    assert inspect_store(store, InspectConfig(verify=True), source=source).replaced == ("red/square.bmp",)
+    assert inspect_store(store).num_replaced is None
+
+
+def test_stores_that_do_not_say_what_images_they_are_of(images, tmp_path, capsys):
+    run(images, tmp_path / "labels")
+    store = LabelStore(tmp_path / "labels")
+    with LabelStoreWriter(tmp_path / "old", store.manifest) as writer:
+        for key in store.keys():  # noqa: SIM118  (not a dict)
+            writer.add_record(key, store.packed(key))
+    write_image(images / "red" / "square.png", "green", "green", (20, 20))
+    assert run(images, tmp_path / "old").num_labelled == 0
+    assert "replaced since" not in capsys.readouterr().err
+    run(images, tmp_path / "old", again="changed")
+    assert "but 9 labels do not say what image they were made of" in capsys.readouterr().err
+
+
+def test_two_calls_at_once(images, tmp_path, capsys):
+    with ThreadPoolExecutor(2) as pool:
+        calls = [
+            pool.submit(run, images, tmp_path / "labels", ByColour(seconds_a_batch=0.2)) for _ in range(2)
+        ]
+        assert [call.result().num_labelled for call in calls] == [9, 9]
+    capsys.readouterr()
+    assert len(LabelStore(tmp_path / "labels", duplicates="refuse")) == 9
+    assert run(images, tmp_path / "labels").num_present == 9
+    assert "different labels" not in capsys.readouterr().err
+
+
+def test_failures_of_other_images_stay_noted_while_they_exist(images, tmp_path):
+    for name in "ab":
+        (images / f"{name}.png").write_bytes(b"no image")
+        (images / f"{name}.txt").write_text(f"{name}.png\nred/square.png\n")
+
+    def label(name):
+        source = open_images(images / f"{name}.txt")
+        annotate_by(ByColour(), source, tmp_path / "labels", config=config(), device=CPU)
+        return [failure.key for failure in LabelStore(tmp_path / "labels").manifest.failures]
+
+    assert label("a") == ["a.png"]
+    assert label("b") == ["a.png", "b.png"]
+    (images / "a.png").unlink()
+    assert label("b") == ["b.png"]
+
+
+def test_a_store_that_cannot_be_written_is_enough_where_nothing_is_missing(images, tmp_path, monkeypatch):
+    run(images, tmp_path / "labels")
+    before = {
+        path.name: path.stat().st_mtime_ns for path in [tmp_path / "labels", *(tmp_path / "labels").iterdir()]
+    }
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert run(images, tmp_path / "labels").num_present == 9
+    assert before == {
+        path.name: path.stat().st_mtime_ns for path in [tmp_path / "labels", *(tmp_path / "labels").iterdir()]
+    }
+    write_image(images / "red" / "new.png", "red", "red")
+    with pytest.raises(StoreError, match="labels: cannot be written to, which the labels of 1 more images"):
+        run(images, tmp_path / "labels")
+
+
+def test_the_command_line_labels_anew_and_says_what_a_store_holds_twice(
+    bitmaps, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tokenlabel.teachers.annotation.load_teachers", lambda *_: ByColour())
+
+    def tell(*words, status=0):
+        assert main(list(words)) == status
+        captured = capsys.readouterr()
+        return captured.err if status else captured.out + captured.err
+
+    label = ["annotate", "./images", "./labels", "--teacher", "by colour", "--size", "16"]
+    assert "labels: 9 images labelled, 0 had been, 0 failed" in tell(*label)
+    repaint(bitmaps / "red" / "square.bmp", "green", "green")
+    assert "1 image was replaced since labelling (red/square.bmp); --again changed" in tell(*label)
+    assert "1 of the images since labelling (red/square.bmp): annotate --again" in tell(
+        "inspect", "./labels", "--images", "images"
+    )
+    assert "2 images labelled (2 anew), 7 had been" in tell(
+        *label, "--again", keys_file(tmp_path, "red/square.bmp", "blue/wide.bmp")
+    )
+    assert "superseded              2 records, by newer ones or equal" in tell(
+        "inspect", "./labels", "--images", "images"
+    )
+    assert "2 are not (x, y)" in tell(*label, "--again", keys_file(tmp_path, "x", "y"), status=2)
+    tell("annotate", "./images", "./others", "--teacher", "by colour", "--encoding", "raw")
+    twice = ["./labels", "./others"]
+    assert "7 images have different labels in several files" in tell("inspect", *twice)
+    for words in (["inspect", *twice], ["merge", *twice, "./merged"]):
+        assert "7 images have different labels" in tell(*words, "--duplicates", "refuse", status=2)
+    assert "9 labels" in tell("merge", *twice, "./merged")
+    assert "is the store that is to be copied" in tell("merge", "./merged", "merged", status=2)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_scores_that_are_not_finite_are_refused_by_the_images_name(images, tmp_path, value):
     class Broken(ByColour):
@@ -199,6 +463,8 @@ def test_masks_as_teacher(images, tmp_path):
     done = annotate(images, tmp_path / "labels", config(teacher=f"masks:{tmp_path / 'masks'}"), device=CPU)
     assert [failure.key for failure in done.failures] == ["red/wide.png"]
     store = LabelStore(tmp_path / "labels")
+    write_image(images / "red" / "square.png", "red", "green", (20, 20))
+    assert inspect_store(store, source=source).replaced == ("red/square.png",)
     for key, mask in masks.items():
         if key in store:
             certain = np.eye(3)[np.where(mask == 255, 0, mask)]

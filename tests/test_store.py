@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from tokenlabel.labels.encoding import Encoding
-from tokenlabel.labels.shards import key_hash, write_shard
+from tokenlabel.labels.manifest import write_manifest
+from tokenlabel.labels.shards import Fingerprint, key_hash, open_shard, write_shard
 from tokenlabel.labels.store import (
     Failure,
     LabelStore,
@@ -136,15 +137,239 @@ def test_folders_of_different_labels_are_not_one_store(tmp_path):
         LabelStore(tmp_path / "a", tmp_path / "b")
 
 
-def test_two_records_of_one_key_are_refused(tmp_path):
-    write(tmp_path / "a", range(2))
-    write(tmp_path / "b", range(1, 3))
-    with pytest.raises(StoreError, match="both hold a label of 'train/class 1/bild ü 1"):
-        LabelStore(tmp_path / "a", tmp_path / "b")
+def test_one_writer_takes_no_key_twice(tmp_path):
     with LabelStoreWriter(tmp_path / "c", a_manifest()) as writer:
         writer.add("x", a_map(0))
         with pytest.raises(StoreError, match="x was given twice"):
             writer.add("x", a_map(0))
+
+
+def add(folder, maps: dict[str, int], **options) -> None:
+    """Add maps by the seeds that they are drawn from, as one file."""
+    with LabelStoreWriter(folder, a_manifest(), **options) as writer:
+        for key, seed in maps.items():
+            writer.add(key, a_map(seed))
+
+
+def test_equal_records_of_a_key_are_one(tmp_path, capsys):
+    add(tmp_path / "a", {"x": 1, "y": 2})
+    add(tmp_path / "a", {"y": 2, "z": 3})
+    add(tmp_path / "b", {"x": 1})
+    store = LabelStore(tmp_path / "a", tmp_path / "b", duplicates="refuse")
+    assert (len(store), store.num_superseded, sorted(store.keys())) == (3, 2, ["x", "y", "z"])
+    assert {store.key_at(i) for i in range(3)} == {"x", "y", "z"}
+    assert all(same(store[key], a_map(seed)) for key, seed in {"x": 1, "y": 2, "z": 3}.items())
+    assert capsys.readouterr().err == ""
+
+
+def test_of_different_records_the_first_file_by_name_counts_and_a_line_says_so(tmp_path, capsys):
+    for folder, seed in {"a": 1, "b": 2, "c": 3}.items():
+        add(tmp_path / folder, {"x": seed, "y": seed, f"only {folder}": seed})
+    names = {
+        path.name: seed
+        for f, seed in zip("abc", (1, 2, 3), strict=True)
+        for path in (tmp_path / f).glob("*s")
+    }
+    folders = [tmp_path / f for f in "cab"]
+    store = LabelStore(*folders)
+    assert len(store) == len(list(store.keys())) == 5
+    assert capsys.readouterr().err.splitlines() == [
+        f"{' + '.join(map(str, folders))}: 2 images have different labels in several files (x, y); "
+        "that of the first file by name counts"
+    ]
+    assert same(store["x"], a_map(names[min(names)]))
+    sent = pickle.loads(pickle.dumps(store))
+    assert same(sent["x"], store["x"])
+    assert capsys.readouterr().err == ""  # said once, and not by data workers
+    with pytest.raises(StoreError, match=r"2 images have different labels in several files \(x, y\); remove"):
+        LabelStore(*folders, duplicates="refuse")
+    with pytest.raises(ValueError, match="expected first or refuse, got 'last'"):
+        LabelStore(*folders, duplicates="last")
+
+
+def test_labels_of_a_higher_generation_count(tmp_path, capsys):
+    add(tmp_path, {"x": 1, "y": 2})
+    add(tmp_path, {"y": 3}, generation=2, again="b")
+    add(tmp_path, {"x": 4, "y": 4}, generation=1, again="a")
+    store = LabelStore(tmp_path, duplicates="refuse")
+    assert same(store["x"], a_map(4))
+    assert same(store["y"], a_map(3))
+    assert [store.generation(key) for key in ("x", "y", "z")] == [1, 2, None]
+    assert store.answers("a") == {"x", "y"}
+    assert capsys.readouterr().err == ""
+
+
+def test_a_record_that_is_labelled_anew_to_the_same_keeps_the_older_file(tmp_path):
+    add(tmp_path, {"x": 1})
+    add(tmp_path, {"x": 1}, generation=1)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2
+    assert (len(LabelStore(tmp_path)), LabelStore(tmp_path).generation("x")) == (1, 1)
+
+
+@pytest.mark.parametrize("num_hashes", [2**64, 2])
+def test_any_number_of_records_a_key(tmp_path_factory, monkeypatch, capsys, num_hashes):
+    """Against a model in few words; with two hashes for all keys, records of a key lie between others."""
+    hash_of = key_hash
+    for module in ("shards", "store"):
+        monkeypatch.setattr(f"tokenlabel.labels.{module}.key_hash", lambda name: hash_of(name) % num_hashes)
+    rng = random.Random(0)
+    keys = ["", *(f"{i % 3}/{'ü' * (i % 4)}{i}" for i in range(12))]
+    for _ in range(12):
+        folder = tmp_path_factory.mktemp("labels")
+        for _ in range(rng.randrange(1, 6)):
+            maps = {key: rng.randrange(3) for key in rng.sample(keys, rng.randrange(1, 8))}
+            add(folder, maps, generation=rng.randrange(3))
+        files = {path.name: open_shard(path)[0] for path in folder.glob("*.safetensors")}
+        rows = [
+            (-shard.generation, name, row)
+            for name, shard in files.items()
+            for row in range(shard.num_records)
+        ]
+        counting: dict[bytes, tuple[int, str, int]] = {}
+        contested = set()
+        for place in sorted(rows):
+            name = files[place[1]].key(place[2])
+            first = counting.setdefault(name, place)
+            if first[0] == place[0] and files[first[1]].read(first[2], name) != files[place[1]].read(
+                place[2], name
+            ):
+                contested.add(name)
+        store = LabelStore(folder)
+        said = capsys.readouterr().err
+        assert f"{len(contested)} image" in said if contested else said == ""
+        assert store.num_superseded == len(rows) - len(counting)
+        assert sorted(map(os.fsencode, store.keys())) == sorted(counting)
+        for name, (generation, file, row) in counting.items():
+            assert store.generation(os.fsdecode(name)) == -generation
+            assert store.packed(os.fsdecode(name)) == files[file].read(row, name)
+
+
+def test_a_store_in_another_process_stays_as_it_was_opened(tmp_path):
+    write(tmp_path / "labels", range(3))
+    sent = pickle.dumps(LabelStore(tmp_path / "labels"))
+    add(tmp_path / "labels", {key_of(0): 7, key_of(5): 5}, generation=1)
+    assert holds(pickle.loads(sent), range(3))
+    (old, *_) = pickle.loads(sent).shards
+    opened = LabelStore(tmp_path / "labels")
+    old.path.unlink()
+    with pytest.raises(StoreError, match=rf"{old.path.name}: was removed while the store was open"):
+        pickle.loads(sent)
+    with pytest.raises(StoreError, match=rf"{old.path.name}: was removed while the store was open"):
+        opened[key_of(1)]
+
+
+def test_a_folder_given_twice_is_one(tmp_path, monkeypatch):
+    write(tmp_path / "labels", range(3))
+    monkeypatch.chdir(tmp_path)
+    store = LabelStore("labels", "./labels", tmp_path / "labels", duplicates="refuse")
+    assert (len(store.folders), len(store.shards), store.num_superseded) == (1, 1, 0)
+
+
+def test_what_is_no_store_says_what_may_be_meant(tmp_path):
+    write(tmp_path / "labels" / "train", range(1))
+    write(tmp_path / "labels" / "val", range(1))
+    folder = tmp_path / "labels" / "train"
+    (shard,) = folder.glob("*.safetensors")
+    with pytest.raises(
+        StoreError, match=r"has no manifest\.json\), but has some in it \(train, val\); name those"
+    ):
+        LabelStore(tmp_path / "labels")
+    for path in (shard, folder / "manifest.json"):
+        with pytest.raises(StoreError, match=rf"{path.name}: is a file, .* did you mean {folder}\?"):
+            LabelStore(path)
+        with pytest.raises(StoreError, match=rf"{path.name}: is a file, .* did you mean {folder}\?"):
+            LabelStoreWriter(path, a_manifest())
+    (folder / "manifest.json").unlink()
+    for use in (lambda: LabelStore(folder), lambda: LabelStoreWriter(folder, a_manifest())):
+        with pytest.raises(
+            StoreError, match=r"train: holds \.safetensors files, but no manifest\.json; put a copy"
+        ):
+            use()
+    (folder / "manifest.json").write_bytes(b"")
+    with pytest.raises(StoreError, match=r"manifest\.json: is not JSON .*; put a copy back"):
+        LabelStore(folder)
+
+
+def test_two_that_make_a_store_at_once_agree_on_what_it_holds(tmp_path, monkeypatch):
+    def slowly(folder, manifest):
+        time.sleep(0.05)
+        write_manifest(folder, manifest)
+
+    monkeypatch.setattr("tokenlabel.labels.store.write_manifest", slowly)
+
+    def make(name):
+        try:
+            return LabelStoreWriter(tmp_path / "labels", a_manifest(teacher={"name": name})).manifest.teacher
+        except StoreError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(3) as pool:
+        made = list(pool.map(make, ["one", "one", "two"]))
+    teacher = read_manifest(tmp_path / "labels").teacher
+    assert all(other == teacher or "holds other labels" in other for other in made)
+    assert {"holds other labels" in other for other in made} == {True, False}
+
+
+def test_failures_are_written_only_where_they_change(tmp_path):
+    write(tmp_path, range(1))
+    before = (tmp_path / "manifest.json").stat()
+    update_failures(tmp_path, [])
+    assert (tmp_path / "manifest.json").stat().st_ino == before.st_ino
+    update_failures(tmp_path, [Failure("a", "1"), Failure("b", "1")])
+    update_failures(tmp_path, [Failure("c", "2"), Failure("b", "2")], others=lambda key: key in "ab")
+    assert read_manifest(tmp_path).failures == (Failure("a", "1"), Failure("c", "2"), Failure("b", "2"))
+
+
+def test_merging_writes_only_what_counts(tmp_path, capsys):
+    add(tmp_path / "a", {"x": 1, "y": 2, "z": 3})
+    add(tmp_path / "a", {"y": 4}, generation=2, again="list")
+    image = Fingerprint(5, 6, 7)
+    with LabelStoreWriter(tmp_path / "b", a_manifest()) as writer:
+        writer.add("v", a_map(5), image)
+        writer.add("w", a_map(6))
+    add(tmp_path / "b", {"y": 9})
+    merged = merge_stores([tmp_path / "a", tmp_path / "b"], tmp_path / "c")
+    assert (len(merged), merged.num_superseded, sorted(merged.keys())) == (5, 0, ["v", "w", "x", "y", "z"])
+    assert same(merged["y"], a_map(4))
+    assert merged.generation("y") == 2  # it counts beside older copies of it, too
+    assert same(LabelStore(tmp_path / "c", tmp_path / "b")["y"], a_map(4))
+    assert (merged.image("v"), merged.image("w"), merged.image("q")) == (image, Fingerprint(), None)
+    add(tmp_path / "a", {"x": 8}, generation=3)
+    again = merge_stores([tmp_path / "a", tmp_path / "b"], tmp_path / "c")
+    assert same(again["x"], a_map(8))
+    add(tmp_path / "d", {"v": 0})
+    capsys.readouterr()
+    with pytest.raises(StoreError, match=r"1 image has different labels in several files \(v\)"):
+        merge_stores([tmp_path / "b", tmp_path / "d"], tmp_path / "e", duplicates="refuse")
+    assert not (tmp_path / "e").exists()
+    assert len(merge_stores([tmp_path / "b", tmp_path / "d"], tmp_path / "e")) == 3
+    assert capsys.readouterr().err.count("different labels") == 1
+
+
+def test_a_store_is_not_merged_into_itself(tmp_path, monkeypatch):
+    write(tmp_path / "a", range(3))
+    write(tmp_path / "b", range(3, 5))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(StoreError, match=r"a: is the store that is to be copied; choose another folder"):
+        merge_stores(["./a", "a"], tmp_path / "a")
+    with pytest.raises(StoreError, match=r"lies in the store b; choose a folder outside of it"):
+        merge_stores(["a", "b"], "b/merged")
+    assert holds(merge_stores(["a", "b"], "a"), range(5))  # that continues it
+
+
+def test_a_key_outside_of_the_keys_is_an_altered_index(tmp_path):
+    write(tmp_path, range(1))
+    (path,) = tmp_path.glob("*.safetensors")
+    data = path.read_bytes()
+    (header_bytes,) = struct.unpack_from("<Q", data)
+    index = bytearray(data[8 + header_bytes : 40 + header_bytes])
+    struct.pack_into("<I", index, 20, 1 << 31)
+    header = data[8 : 8 + header_bytes].replace(
+        str(crc32(data[8 + header_bytes : 40 + header_bytes])).encode(), str(crc32(index)).encode()
+    )
+    path.write_bytes(struct.pack("<Q", len(header)) + header + index + data[40 + header_bytes :])
+    with pytest.raises(StoreError, match="a key lies outside"):
+        LabelStore(tmp_path)
 
 
 def test_keys_of_equal_hash_are_told_apart(tmp_path, monkeypatch):
@@ -383,7 +608,7 @@ def test_a_forged_shard_gives_maps_within_bounds_or_a_clear_error(memory_path, e
         path.write_bytes(forged(data, rng))
         try:
             store = LabelStore(folder)
-        except StoreError:  # two rows of one hash and key
+        except StoreError:  # a key that lies outside of the keys
             continue
         for key in map(key_of, range(3)):
             read = read_or_none(store, key) if key in store else None

@@ -40,7 +40,7 @@ class Replaced:
 
 
 class _State(Enum):
-    """What is known of an image: no label or the same image, unlike the labelled one, for its bytes to decide, nothing."""
+    """Whether an image is the labelled one: it is (or has no label), it is not, its bytes must say it, nobody knows."""
 
     SAME = 0
     REPLACED = 1

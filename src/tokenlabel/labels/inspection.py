@@ -287,10 +287,10 @@ def as_text(figures: Mapping[str, Any]) -> str:
 def _doubts(figures: Mapping[str, Any]) -> Iterator[str]:
     """Yield what people should know of the labels before they trust the figures."""
     if count := figures["num_superseded"]:
-        yield f"{'superseded':<24}{count:,} labels more, which newer ones or copies replace; merge leaves them out"
+        yield f"{'superseded':<24}{count:,} records, by newer ones or equal ones; merge leaves them out"
     if count := figures["num_replaced"]:
         names = listed(list(figures["replaced"]))
-        yield f"{'replaced':<24}{count:,} images since they were labelled ({names}); annotate --again changed"
+        yield f"{'replaced':<24}{count:,} of the images since labelling ({names}): annotate --again changed"
 
 
 def _in_a_line(settings: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ import time
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import accumulate, groupby
 from pathlib import Path
 from types import TracebackType
@@ -178,29 +178,36 @@ class LabelStore:
         if contested:
             say(f"{self._where()}: {_contested(contested)}; that of the first file by name counts")
 
-    def _open(self, paths: Sequence[Path]) -> list[str]:
-        """Open files in the order in which they count; return the keys that they hold different records of."""
+    def _open(self, paths: Sequence[Path], superseded: NDArray[np.int64] | None = None) -> list[str]:
+        """Open files in the order in which they count; return the keys that they hold different records of.
+
+        `superseded`: the rows that do not count, file by file, where that is known.
+        """
         # Of equal generations the order is that of the paths: a record comes before those that it takes the place of.
         opened = sorted(map(open_shard, paths), key=lambda shard_and_hashes: -shard_and_hashes[0].generation)
         self.shards = [shard for shard, _ in opened]
         self._first_numbers = [0, *accumulate(shard.num_records for shard in self.shards)]
-        unordered = np.concatenate([np.zeros(0, np.uint64), *(hashes for _, hashes in opened)])
-        places = [
+        hashes = np.concatenate([np.zeros(0, np.uint64), *(of_shard for _, of_shard in opened)])
+        rows = [
             np.arange(shard.num_records, dtype=np.uint64) | np.uint64(i << 32)
             for i, shard in enumerate(self.shards)
         ]
-        order = np.argsort(unordered, kind="stable")
-        hashes, ordered_places = unordered[order], np.concatenate([np.zeros(0, np.uint64), *places])[order]
-        twice = _find_duplicates(self.shards, hashes, ordered_places)
-        superseded = np.zeros(len(hashes), np.bool_)
-        superseded[twice.superseded] = True
+        places = np.concatenate([np.zeros(0, np.uint64), *rows])
+        order, contested = np.argsort(hashes, kind="stable"), []
+        if superseded is None:
+            positions, contested = _find_duplicates(self.shards, hashes[order], places[order])
+            superseded = np.sort(order[positions])
+        if len(superseded):
+            counts = np.ones(len(hashes), np.bool_)
+            counts[superseded] = False
+            order = order[counts[order]]
         # How many rows to pass over before a label that is counted without them (`key_at`).
-        self._passed_over = (np.sort(order[superseded]) - np.arange(len(twice.superseded))).data
-        hashes, ordered_places = hashes[~superseded], ordered_places[~superseded]
+        self._passed_over = (superseded - np.arange(len(superseded))).data
+        hashes, places = hashes[order], places[order]
         self._shift, self._starts = _starts_by_first_bits(hashes)
         # Memory views give Python ints, which bisect compares faster than NumPy's own search starts.
-        self._hashes, self._places = hashes.data, ordered_places.data
-        return twice.contested
+        self._hashes, self._places = hashes.data, places.data
+        return contested
 
     def __getitem__(self, key: str) -> ScoreMap:
         record = self.packed(key)
@@ -217,12 +224,16 @@ class LabelStore:
 
     def __getstate__(self) -> dict[str, Any]:
         """Name the files: the same are opened elsewhere, even if others have been added."""
-        paths = [shard.path for shard in self.shards]
-        return {"folders": self.folders, "manifest": self.manifest, "paths": paths}
+        return {
+            "folders": self.folders,
+            "manifest": self.manifest,
+            "paths": [shard.path for shard in self.shards],
+            "superseded": np.asarray(self._passed_over) + np.arange(len(self._passed_over)),
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.folders, self.manifest = state["folders"], state["manifest"]
-        self._open(state["paths"])
+        self._open(state["paths"], state["superseded"])
 
     def keys(self) -> Iterator[str]:
         """Yield all keys, file by file."""
@@ -294,22 +305,17 @@ class LabelStore:
         return " + ".join(map(str, self.folders))
 
 
-@dataclass(frozen=True, eq=False)
-class _Duplicates:
-    """Records of one key: the positions of those that count no more, and the keys whose records differ."""
-
-    superseded: NDArray[np.int64]
-    contested: list[str]
-
-
 def _find_duplicates(
     shards: Sequence[Shard], hashes: NDArray[np.uint64], places: NDArray[np.uint64]
-) -> _Duplicates:
-    """Find the records of keys that have several, among hashes [N] in order; the first of each key counts."""
+) -> tuple[NDArray[np.int64], list[str]]:
+    """Find the records of keys that have several, among hashes [N] in order; the first of each key counts.
+
+    Returns the positions of those that do not count, and the keys that have different ones in one generation.
+    """
     alike = hashes[1:] == hashes[:-1]
     positions = np.flatnonzero(np.append(alike, False) | np.insert(alike, 0, False))
     if not len(positions):
-        return _Duplicates(positions, [])
+        return positions, []
     # The rows of these records, with their keys in one buffer; files without any are not read again.
     numbers = (places[positions] >> np.uint64(32)).astype(np.int64)
     tables = {i: shards[i].table() for i in np.unique(numbers).tolist()}
@@ -344,7 +350,7 @@ def _find_duplicates(
     differ &= (rows["record_length"] != rows["record_length"][counts]) | (
         rows["checksum"] != rows["checksum"][counts]
     )
-    return _Duplicates(positions[superseded], sorted(map(text, np.unique(counts[differ]).tolist())))
+    return positions[superseded], sorted(map(text, np.unique(counts[differ]).tolist()))
 
 
 def _contested(keys: list[str]) -> str:

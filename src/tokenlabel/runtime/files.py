@@ -19,7 +19,8 @@ def write_whole(path: Path, content: str | Iterable[bytes]) -> None:
     """
     parts = [content.encode()] if isinstance(content, str) else content
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # No process number: processes of two machines may have the same, and threads do.
+    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
     try:
         with temporary.open("wb", buffering=_WRITE_BYTES) as file:
             file.writelines(parts)

@@ -217,25 +217,28 @@ def _todo(source: ImageSource, folder: Path, manifest: Manifest, again: str | No
     if again == CHANGED and not anew:
         unknown = replaced.num_unknown
         but = f", but {unknown:,} labels do not say what image they were made of" if unknown else ""
-        say(f"{folder}: no image is known to have been replaced since it was labelled{but}")
+        say(f"{folder}: no image is known to have been replaced since labelling{but}")
     elif asked and not anew and missing.isdisjoint(asked):
         say(
-            f"{again}: all {len(asked):,} images were labelled anew for it before; to do so once more, change the "
-            "file, if only by a line that begins with #"
+            f"{again}: what it lists was labelled anew before; to do so once more, change the file, if only by a "
+            "line that begins with #"
         )
     if others := [source.keys[index] for index in replaced.indices if index not in anew]:
         say(
-            f"{folder}: {len(others):,} images replaced since they were labelled ({listed(others)}); "
-            f"--again {CHANGED} labels them anew"
+            f"{folder}: {_images_were(len(others))} replaced since labelling ({listed(others)}); "
+            f"--again {CHANGED} labels anew what was"
         )
     if replaced.num_unsure:
         say(
-            f"{folder}: {replaced.num_unsure:,} images have the same size as when they were labelled and another "
-            f"time; --again {CHANGED} reads them, and labels anew what was replaced"
+            f"{folder}: {_images_were(replaced.num_unsure)} modified since labelling and kept their size; --again "
+            f"{CHANGED} reads them, and labels anew what was replaced"
         )
     indices = sorted(missing | anew)
     if indices and not os.access(folder, os.W_OK):
-        raise StoreError(f"{folder}: cannot be written to, and {len(indices):,} images are to be labelled")
+        raise StoreError(
+            f"{folder}: cannot be written to, which the labels of {len(indices):,} more images need (the first: "
+            f"{source.keys[indices[0]]})"
+        )
     newest = max((shard.generation for shard in store.shards), default=0)
     return _Todo(indices=indices, anew=sorted(anew), generation=newest + 1 if anew else 0, request=request)
 
@@ -261,6 +264,10 @@ def _request(path: Path, source: ImageSource) -> tuple[list[int], str]:
         found = f"{len(unknown):,} are not ({listed(unknown)})" if unknown else "it lists none"
         raise ValueError(f"--again {path}: expected keys of the images, such as {source.keys[0]}; {found}")
     return [indices[key] for key in asked], blake2b(content, digest_size=8).hexdigest()
+
+
+def _images_were(count: int) -> str:
+    return "1 image was" if count == 1 else f"{count:,} images were"
 
 
 def _is_sound(store: LabelStore, key: str) -> bool:

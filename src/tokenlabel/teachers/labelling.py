@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
@@ -64,7 +65,7 @@ class Labelling:
         """Yield the key and the record of each image that has a label, in no particular order."""
         with thread_pool(self.num_workers) as pool:
             if isinstance(self.teacher, MaskTeacher):
-                masks = partial(_from_mask, self.teacher, self.source.keys, self.manifest, self.strict)
+                masks = partial(_from_mask, self.teacher, self.source, self.manifest, self.strict)
                 yield from self._labelled(ahead(pool, masks, indices, 2 * self.batch_size))
                 return
             see = partial(_see, self.source, self.teacher.sight, self.strict)
@@ -99,10 +100,12 @@ def label_batches(
 
 
 def _from_mask(
-    teacher: MaskTeacher, keys: Sequence[str], manifest: Manifest, strict: bool, index: int
+    teacher: MaskTeacher, source: ImageSource, manifest: Manifest, strict: bool, index: int
 ) -> tuple[str, bytes] | Failure:
     """Return the record of an image's mask. Raises ValueError for ids that are no class; if `strict`, for any."""
-    key = keys[index]
+    key = source.keys[index]
+    with suppress(ImageError):
+        source.read(index)  # for its fingerprint: the label is made of the mask, but belongs to this image
     try:
         score_map = teacher.score_map(key, manifest.topk)
     except ScoreError:
