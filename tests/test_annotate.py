@@ -215,6 +215,10 @@ def test_labelling_anew_goes_on_where_it_was_stopped(images, tmp_path):
     assert done.num_labelled == 10 - num_done
     assert run(images, tmp_path / "labels", again=again).num_labelled == 0
     assert len(LabelStore(tmp_path / "labels")) == 10
+    assert (
+        run(images, tmp_path / "new", again=again).num_labelled == 10
+    )  # there is nothing yet to be labelled again
+    assert run(images, tmp_path / "new", again=again).num_labelled == 0
 
 
 @pytest.mark.parametrize(

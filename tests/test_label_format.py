@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tokenlabel.labels.encoding import Encoding
+from tokenlabel.labels.shards import Fingerprint
 from tokenlabel.labels.store import LabelStore, LabelStoreWriter, Manifest
 from tokenlabel.method.geometry import Box
 from tokenlabel.method.scores import Kind, ScoreMap, from_probabilities, from_top
@@ -51,12 +52,20 @@ def some_maps(kind: Kind) -> dict[str, ScoreMap]:
 )
 def test_the_page_says_all_that_a_reader_needs(program, tmp_path, encoding, kind):
     manifest = Manifest(num_classes=NUM_CLASSES, topk=5, kind=kind, encoding=encoding)
-    with LabelStoreWriter(tmp_path, manifest) as writer:
+    generation = 0 if kind is Kind.LOGITS else 7
+    images = (
+        {}
+        if kind is Kind.LOGITS
+        else {"a/flat.jpg": Fingerprint(1_700_000_000_123_456_789, 1 << 31, 3_000_000_000)}
+    )
+    with LabelStoreWriter(tmp_path, manifest, generation=generation, again="list") as writer:
         for key, score_map in some_maps(kind).items():
-            writer.add(key, score_map)
+            writer.add(key, score_map, images.get(key, Fingerprint()))
     (path,) = tmp_path.glob("*.safetensors")
     store, num_read = LabelStore(tmp_path), 0
-    for key, record in program["read_label_file"](path):
+    for key, of_generation, record, image in program["read_label_file"](path):
+        assert of_generation == store.generation(key) == generation
+        assert image == store.image(key) == images.get(key, Fingerprint())
         palette, planes, region = program["read_record"](record)
         ours = store[key]
         assert np.array_equal(palette, ours.palette)

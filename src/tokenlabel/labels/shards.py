@@ -126,8 +126,8 @@ def write_shard(
         metadata["images_crc32"] = str(crc32(fingerprints))
         payload.append(fingerprints)
         record_start += len(fingerprints)
-    if generation:
-        metadata |= {"generation": str(generation), "again": again}
+    metadata |= {"generation": str(generation)} if generation else {}
+    metadata |= {"again": again} if again else {}
     header = json.dumps({"__metadata__": metadata, **_tensors(len(rows), len(keys), record_start)}).encode()
     header += b" " * (-len(header) % _ALIGNMENT)
     path = folder / f"{blake2b(header + index, digest_size=10).hexdigest()}{SUFFIX}"
@@ -150,7 +150,8 @@ class Shard:
     """A file of records for reading. Made by `open_shard`, which has checked its structure and index.
 
     `generation`: how often images had been labelled anew when it was written; a key's record of the highest one
-    counts. `again`: which request for that it answers. `images_crc32`: of the fingerprints; None if there are none.
+    counts. `again`: the request for that which it answers, if one. `images_crc32`: of the fingerprints; None if it
+    has none.
     """
 
     path: Path
