@@ -25,6 +25,7 @@ from tokenlabel.cli import main
 from tokenlabel.data.images import ImageError, ImageFolder
 from tokenlabel.data.sources import open_images
 from tokenlabel.data.tars import TarImages
+from tokenlabel.labels.fingerprints import find_replaced
 from tokenlabel.labels.inspection import InspectConfig, as_text, inspect_store
 from tokenlabel.labels.store import LabelStore, LabelStoreWriter, StoreError
 from tokenlabel.method.geometry import WHOLE_IMAGE, Box
@@ -281,6 +282,8 @@ def test_images_that_were_replaced_are_named_and_labelled_anew(
         == ("blue/wide.bmp", "red/square.bmp")
     )
     assert "replaced                2 of the images since" in as_text(inspect().as_dict())
+    monkeypatch.setattr("tokenlabel.labels.inspection.find_replaced", partial(find_replaced, max_read=0))
+    assert "which kept their size: --verify reads them" in as_text(inspect().as_dict())
     count, said = run_on_it(again="changed")
     assert (count, "replaced since" in said) == (2, False)
     assert (LabelStore(tmp_path / "labels")["red/square.bmp"].top_class_ids == 1).all()

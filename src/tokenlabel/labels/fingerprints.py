@@ -76,9 +76,7 @@ class FingerprintedImages:
 
     def read(self, index: int) -> bytes:
         """Return the encoded image."""
-        status = _stat(
-            self._source, index
-        )  # before it is read: if it is replaced meanwhile, its time differs
+        status = _stat(self._source, index)  # before the bytes: what replaces them meanwhile has another time
         data = self._source.read(index)
         time_ns = status[1] if status else 0
         self._taken[self.keys[index]] = Fingerprint(time_ns, len(data) & _SIZE_MASK, crc32(data))

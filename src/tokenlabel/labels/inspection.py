@@ -63,6 +63,8 @@ class Inspection:
     """Images that are no longer those that were labelled, as far as size and time tell; None without images."""
     replaced: tuple[str, ...]
     """The first of these."""
+    num_unsure: int | None
+    """Images that have kept their size and were modified since, too many to read (`verify` reads them)."""
     num_files: int
     bytes_per_image: float
     num_sampled: int
@@ -112,7 +114,7 @@ def inspect_store(
     where that is the name of a class.
     """
     manifest = store.manifest
-    replaced = find_replaced(store, source, read_all=config.verify).indices if source else []
+    found = find_replaced(store, source, read_all=config.verify) if source else None
     encodings = dict.fromkeys(read_manifest(folder).encoding.value for folder in store.folders)
     broken = dict(verify(store)) if config.verify else {}
     looks = [look_at(key, store[key]) for key in _sampled(store, config.sample) if key not in broken]
@@ -132,8 +134,11 @@ def inspect_store(
         preprocessing=manifest.preprocessing,
         num_failures=len(store.failures()),
         num_superseded=store.num_superseded,
-        num_replaced=None if source is None else len(replaced),
-        replaced=tuple(source.keys[index] for index in replaced[: config.num_suspects]) if source else (),
+        num_replaced=len(found.indices) if found else None,
+        replaced=tuple(source.keys[i] for i in found.indices[: config.num_suspects])
+        if source and found
+        else (),
+        num_unsure=found.num_unsure if found else None,
         num_files=len(store.shards),
         bytes_per_image=store.num_bytes() / max(1, len(store)),
         num_sampled=len(looks),
@@ -291,6 +296,8 @@ def _doubts(figures: Mapping[str, Any]) -> Iterator[str]:
     if count := figures["num_replaced"]:
         names = listed(list(figures["replaced"]))
         yield f"{'replaced':<24}{count:,} of the images since labelling ({names}): annotate --again changed"
+    if count := figures["num_unsure"]:
+        yield f"{'modified':<24}{count:,} of the images since labelling, which kept their size: --verify reads them"
 
 
 def _in_a_line(settings: Mapping[str, Any]) -> str:

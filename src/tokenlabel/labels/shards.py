@@ -193,7 +193,8 @@ class Shard:
         if crc32(record, crc32(name)) != checksum:
             key = key_text(name)
             raise StoreError(
-                f"{self.path}: the record of {key!r} was altered (its checksum is another); {_ADVICE}"
+                f"{self.path}: the record of {key!r} was altered (its checksum is another); `tokenlabel annotate "
+                "--again FILE` labels the images anew whose keys FILE lists"
             )
         return record
 
@@ -221,9 +222,8 @@ class Shard:
         with _opened(self.path) as file:
             file.seek(self.index_start)
             index = file.read(self.keys_start - self.index_start)
-            return np.frombuffer(index, _ROW_TYPE), np.frombuffer(
-                file.read(self.payload_start - self.keys_start), np.uint8
-            )
+            keys = file.read(self.payload_start - self.keys_start)
+        return np.frombuffer(index, _ROW_TYPE), np.frombuffer(keys, np.uint8)
 
     def _map(self) -> mmap.mmap:
         """Map the file: at the first read, so that every process makes its own."""
@@ -321,7 +321,7 @@ def _opened(path: Path) -> Any:
         return path.open("rb")
     except FileNotFoundError:
         raise StoreError(
-            f"{path}: was removed while the store was open; a store that is read must stay as it is: start again"
+            f"{path}: was removed while the store was open; start again, and keep the files of a store that is read"
         ) from None
     except OSError as error:
         raise StoreError(
