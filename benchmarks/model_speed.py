@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measure import Row, Settings, interleave, ratios
-from tokenlabel.models import LVViT, LVViTConfig
+from tokenlabel.models import LVViT, LVViTConfig, TimmAdapter
 from tokenlabel.models.lvvit import CONFIGS
 
 NUM_CLASSES = 1000
@@ -152,7 +152,12 @@ class Ours(nn.Module):
 
     def __init__(self, config: LVViTConfig) -> None:
         super().__init__()
-        self.model = LVViT(config, num_classes=NUM_CLASSES, size_px=SIZE_PX)
+        self.model = TimmAdapter(
+            LVViT(config, num_classes=NUM_CLASSES, img_size=SIZE_PX),
+            name="lvvit",
+            num_classes=NUM_CLASSES,
+            size_px=SIZE_PX,
+        )
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return class logits and token logits."""

@@ -77,7 +77,9 @@ def test_runs_without_token_labels_show_what_their_classifier_says_of_places(run
     images = evaluation_set(trained.recipe, class_names=trained.class_names)
     image = images[0, 0].image[None]
     outputs = trained.model(normalize_images(image, mean=trained.model.mean, std=trained.model.std))
-    expected = trained.model.get_submodule("head")(outputs.tokens).softmax(dim=2).unflatten(1, outputs.grid)
+    expected = (
+        trained.model.get_submodule("backbone.head")(outputs.tokens).softmax(dim=2).unflatten(1, outputs.grid)
+    )
     found = place_maps(runs[0], image)
     assert found is not None
     np.testing.assert_allclose(found, expected.detach(), atol=1e-5)

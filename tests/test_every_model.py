@@ -1,4 +1,4 @@
-"""What every model offers beside its outputs: recomputation, its repeated parts, features on the way, compilation."""
+"""What every model offers beside its outputs: recomputation, its blocks, features on the way, compilation."""
 
 import subprocess
 import sys
@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
-from tokenlabel.models import LVViT, T2TViT, TimmAdapter, TokenModel, create_model
-from tokenlabel.models.trunk import resize_positions
+from tokenlabel.models import TimmAdapter, TokenModel, create_model
+from tokenlabel.models.vision_transformer import resize_positions
 
 SMALL = {"depth": 3, "width": 32, "num_heads": 4}
 OURS: dict[str, dict[str, Any]] = {"lvvit_t": {**SMALL, "stem_width": 8}, "t2t_vit_14": SMALL}
@@ -24,9 +24,9 @@ OURS: dict[str, dict[str, Any]] = {"lvvit_t": {**SMALL, "stem_width": 8}, "t2t_v
 CANNOT_RECOMPUTE = ("pit_ti_224", "pit_ti_distilled_224")
 
 
-def ours(name: str, **options: Any) -> LVViT | T2TViT:
+def ours(name: str, **options: Any) -> TimmAdapter:
     model = create_model(name, num_classes=NUM_CLASSES, size_px=(32, 48), **{**OURS[name], **options})
-    assert isinstance(model, LVViT | T2TViT)
+    assert isinstance(model, TimmAdapter)
     return model
 
 
@@ -63,8 +63,8 @@ def check_recomputing_changes_nothing_but_memory(model: TokenModel, images: Tens
     assert kept2 < kept
 
 
-def check_repeated_parts_hold_no_parameter_twice(model: TokenModel) -> None:
-    parts = model.repeated_parts()
+def check_fsdp_blocks_hold_no_parameter_twice(model: TokenModel) -> None:
+    parts = model.fsdp_blocks()
     assert len(parts) >= 2
     inside = [id(parameter) for part in parts for parameter in part.parameters()]
     assert len(inside) == len(set(inside))
@@ -87,7 +87,7 @@ def check_intermediates_are_timms_maps(model: TimmAdapter, images: Tensor) -> No
 def test_family(name: str) -> None:
     torch.manual_seed(0)
     model, images = create(name), torch.randn(2, 3, *FAMILIES[name][0])
-    check_repeated_parts_hold_no_parameter_twice(model)
+    check_fsdp_blocks_hold_no_parameter_twice(model)
     check_intermediates_are_timms_maps(model, images)
     model.freeze(0)  # as every run does: also in networks that do not say which layers they have
     assert all(parameter.requires_grad for parameter in model.parameters())
@@ -99,7 +99,7 @@ def test_family(name: str) -> None:
 def test_ours(name: str) -> None:
     torch.manual_seed(0)
     model, images = ours(name, drop_path=0.5), torch.randn(2, 3, 32, 48)
-    check_repeated_parts_hold_no_parameter_twice(model)
+    check_fsdp_blocks_hold_no_parameter_twice(model)
     check_recomputing_changes_nothing_but_memory(model, images)
     check_recomputing_changes_nothing_but_memory(model, images)  # it had been switched off again
 
@@ -110,13 +110,13 @@ def test_a_network_that_cannot_recompute_says_so(name: str) -> None:
         create(name).set_grad_checkpointing()
 
 
-def test_repeated_parts_are_the_blocks_in_order() -> None:
+def test_fsdp_blocks_are_the_blocks_in_order() -> None:
     for name in OURS:
         model = ours(name)
-        assert model.repeated_parts() == list(model.blocks)
+        assert model.fsdp_blocks() == list(model.backbone.blocks)
     vit, swin = create("vit_tiny_patch16_224"), create("swin_tiny_patch4_window7_224")
-    assert vit.repeated_parts() == list(vit.backbone.blocks)
-    assert swin.repeated_parts() == [block for stage in swin.backbone.layers for block in stage.blocks]
+    assert vit.fsdp_blocks() == list(vit.backbone.blocks)
+    assert swin.fsdp_blocks() == [block for stage in swin.backbone.layers for block in stage.blocks]
 
 
 @pytest.mark.parametrize("name", OURS)
@@ -126,14 +126,15 @@ def test_intermediates_are_what_blocks_give_at_any_size(
     name: str, grid: tuple[int, int], layers: set[int]
 ) -> None:
     model = ours(name).eval()
+    backbone = model.backbone
     size_px = (16 * grid[0], 16 * grid[1])
     images = torch.randn(2, 3, *size_px, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         found = model.intermediates(images, sorted(layers))
-        patches = model.embed_patches(images)
-        tokens = torch.cat([model.cls_token.expand(2, -1, -1), patches.flatten(1, 2)], dim=1)
-        tokens = tokens + resize_positions(model.pos_embed, (2, 3), grid)
-        for index, block in enumerate(model.blocks):
+        patches = backbone.embed_patches(images)
+        tokens = torch.cat([backbone.cls_token.expand(2, -1, -1), patches.flatten(1, 2)], dim=1)
+        tokens = tokens + resize_positions(backbone.pos_embed, (2, 3), grid)
+        for index, block in enumerate(backbone.blocks):
             tokens = block(tokens)
             if index in layers:
                 expected = tokens[:, 1:].reshape(2, *grid, 32)

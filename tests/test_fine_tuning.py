@@ -33,13 +33,14 @@ def test_layers_run_from_the_stem_to_the_heads(name: str) -> None:
     layers = model.layers()
     assert layers.keys() == {key for key, _ in model.named_parameters()}
     assert set(layers.values()) == set(range(max(layers.values()) + 1))
-    heads = {key for key in layers if key.startswith(("head.", "aux_head.", "token_head."))}
+    heads = {key for key in layers if key.startswith(("backbone.head.", "token_head."))}
     assert heads
     assert {layers[key] for key in heads} == {max(layers.values())}
 
 
 def test_layers_of_lvvit() -> None:
-    layers = create("lvvit_t").layers()
+    found = create("lvvit_t").layers()
+    layers = {name.removeprefix("backbone."): layer for name, layer in found.items()}
     assert layers["pos_embed"] == layers["patch_embed.conv1.weight"] == 0
     assert [layers[f"blocks.{block}.attn.qkv.weight"] for block in range(3)] == [1, 2, 3]
     assert layers["norm.weight"] == layers["head.weight"] == 4
@@ -74,7 +75,7 @@ def test_frozen_blocks_do_not_drop_paths() -> None:
     model.freeze(4)  # all but the heads; the last block's drop path is .5
     images = torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(model(images).class_logits, model(images).class_logits)
-    assert model.get_submodule("head").training
+    assert model.get_submodule("backbone.head").training
 
 
 def test_freezing_everything_is_refused() -> None:

@@ -16,31 +16,35 @@ from tokenlabel.method.linear import Linear, linear, product
 from tokenlabel.method.losses import token_label_loss
 from tokenlabel.method.mixing import MixPlan, mix_images
 from tokenlabel.method.targets import class_targets
-from tokenlabel.models import Inference, LVViT, LVViTConfig, Outputs, create_model
+from tokenlabel.models import Inference, LVViT, LVViTConfig, Outputs, TimmAdapter, TokenModel, create_model
 from tokenlabel.models.lvvit import CONFIGS
-from tokenlabel.models.trunk import resize_positions
+from tokenlabel.models.vision_transformer import resize_positions
 
 NUM_PARAMETERS = {"lvvit_t": 8_534_720, "lvvit_s": 26_151_824, "lvvit_m": 55_830_544, "lvvit_l": 150_021_968}
 
 
-def tiny(**options: object) -> LVViT:
+def tiny_model(**options: object) -> TokenModel:
     shape = {"patch_size": 6, "depth": 3, "width": 32, "num_heads": 4, "stem_width": 8, "drop_path": 0.0}
-    model = create_model("lvvit_t", num_classes=10, size_px=(48, 48), **{**shape, **options})
-    assert isinstance(model, LVViT)
-    return model
+    return create_model("lvvit_t", num_classes=10, size_px=(48, 48), **{**shape, **options})
+
+
+def tiny(**options: object) -> LVViT:
+    backbone = tiny_model(**options).get_submodule("backbone")
+    assert isinstance(backbone, LVViT)
+    return backbone
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_parameter_counts_are_the_published_ones(name: str) -> None:
     with torch.device("meta"):
-        model = create_model(name, num_classes=1000, size_px=(224, 224))
+        model = LVViT(CONFIGS[name])
     assert sum(parameter.numel() for parameter in model.parameters()) == NUM_PARAMETERS[name]
 
 
 @pytest.mark.parametrize("name", ["lvvit_m", "lvvit_l"])
 def test_names_of_large_models_are_those_of_small_ones_with_more_blocks(name: str) -> None:
     with torch.device("meta"):
-        model = create_model(name, num_classes=1000, size_px=(224, 224))
+        model = LVViT(CONFIGS[name])
     expected = {
         re.sub(r"^blocks\.\d+", f"blocks.{index}", key)
         for key in published_keys("lvvit_s")
@@ -51,9 +55,10 @@ def test_names_of_large_models_are_those_of_small_ones_with_more_blocks(name: st
 
 @pytest.mark.parametrize("name", ["lvvit_t", "lvvit_s"])
 def test_outputs_equal_the_published_implementation(name: str) -> None:
-    model = create_model(name, num_classes=1000, size_px=(224, 224)).eval()
-    assert {key: list(value.shape) for key, value in model.state_dict().items()} == published_keys(name)
-    model.load_state_dict(formula_weights(published_keys(name)))
+    backbone = LVViT(CONFIGS[name])
+    assert {key: list(value.shape) for key, value in backbone.state_dict().items()} == published_keys(name)
+    backbone.load_state_dict(formula_weights(published_keys(name)))
+    model = TimmAdapter(backbone, name=name, num_classes=1000, size_px=(224, 224)).eval()
     golden = golden_outputs(name)
     for autocast in (False, True):
         with torch.no_grad(), torch.autocast("cpu", enabled=autocast):
@@ -93,7 +98,7 @@ def test_any_patch_size_and_input_the_patch_divides(
 
 
 def test_another_size_at_run_time_resizes_the_positions() -> None:
-    model = tiny().eval()
+    model = tiny_model().eval()
     outputs = model(torch.randn(1, 3, 24, 60))
     assert outputs.grid == (4, 10)
     with pytest.raises(ValueError, match=r"50 x 48 pixels .* patches of 6"):
@@ -153,34 +158,35 @@ def plan_of(mask: Tensor, *, on_tokens: bool) -> MixPlan:
 
 
 def test_mixtoken_mixes_embeddings_and_other_plans_mix_pixels() -> None:
-    model = tiny().eval()
+    model = tiny_model().eval()
+    backbone = model.get_submodule("backbone")
+    assert isinstance(backbone, LVViT)
     images = torch.randn(2, 3, 48, 48)
     mask = torch.zeros(8, 8)
     mask[2:5, 3:8] = 1
-    mixed = model.embed(images, plan_of(mask, on_tokens=True))[:, 1:]
-    plain = model.embed(images)[:, 1:]
+    by_tokens, on_pixels = plan_of(mask, on_tokens=True), plan_of(mask, on_tokens=False)
+    mixed = backbone.embed(images, by_tokens)[:, 1:]
+    plain = backbone.embed(images)[:, 1:]
     for index in range(64):
         source = 1 if mask.flatten()[index] else 0
         assert torch.equal(mixed[0, index], plain[source, index])
-    on_pixels = plan_of(mask, on_tokens=False)
-    assert torch.equal(model.embed(images, on_pixels), model.embed(mix_images(images, on_pixels)))
-    assert not torch.allclose(
-        model.embed(images, on_pixels)[:, 1:], mixed
-    )  # the conv stem sees over the seam
+    assert torch.equal(model(images, by_tokens).tokens, backbone.forward_features(images, by_tokens)[:, 1:])
+    assert torch.equal(model(images, on_pixels).tokens, model(mix_images(images, on_pixels)).tokens)
+    assert not torch.allclose(backbone.embed(mix_images(images, on_pixels))[:, 1:], mixed)  # over the seam
 
 
 def test_without_conv_stem_mixing_pixels_is_mixing_tokens() -> None:
-    model = tiny(conv_stem=False).eval()
+    model = tiny_model(conv_stem=False).eval()
     images = torch.randn(2, 3, 48, 48)
     mask = torch.zeros(8, 8)
     mask[2:5, 3:8] = 1
-    by_tokens = model.embed(images, plan_of(mask, on_tokens=True))
-    torch.testing.assert_close(model.embed(images, plan_of(mask, on_tokens=False)), by_tokens)
+    by_tokens = model(images, plan_of(mask, on_tokens=True)).tokens
+    torch.testing.assert_close(model(images, plan_of(mask, on_tokens=False)).tokens, by_tokens)
 
 
 def test_a_plan_for_another_grid_is_refused() -> None:
     with pytest.raises(ValueError, match="plan for the grid that the model reports"):
-        tiny()(torch.randn(2, 3, 48, 48), plan_of(torch.zeros(7, 8), on_tokens=True))
+        tiny_model()(torch.randn(2, 3, 48, 48), plan_of(torch.zeros(7, 8), on_tokens=True))
 
 
 def test_attention_agrees_with_loops() -> None:
@@ -259,10 +265,10 @@ def test_drop_path_grows_with_depth_and_is_off_in_evaluation() -> None:
     )
     images = torch.randn(2, 3, 48, 48)
     model.eval()
-    assert torch.equal(model(images).class_logits, model(images).class_logits)
+    assert torch.equal(model(images), model(images))
 
 
-def gradients(model: LVViT, images: Tensor) -> dict[str, Tensor | None]:
+def gradients(model: TokenModel, images: Tensor) -> dict[str, Tensor | None]:
     outputs: Outputs = model(images)
     loss = (
         token_label_loss(outputs, class_targets(torch.tensor([3, 5])), None).total
@@ -273,7 +279,7 @@ def gradients(model: LVViT, images: Tensor) -> dict[str, Tensor | None]:
 
 
 def test_every_parameter_gets_a_gradient() -> None:
-    for name, gradient in gradients(tiny(), torch.randn(2, 3, 48, 48)).items():
+    for name, gradient in gradients(tiny_model(), torch.randn(2, 3, 48, 48)).items():
         assert gradient is not None, name
         assert gradient.abs().sum() > 0, name
 

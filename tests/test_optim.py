@@ -48,7 +48,7 @@ def small_model():
 def test_weights_decay_and_the_rest_does_not():
     model = small_model()
     optimizer = create_optimizer(model, PAPER)
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    names = {id(parameter): name.removeprefix("backbone.") for name, parameter in model.named_parameters()}
     decayed, plain = ({names[id(p)] for p in group["params"]} for group in optimizer.param_groups)
     assert (optimizer.param_groups[0]["weight_decay"], optimizer.param_groups[1]["weight_decay"]) == (0.05, 0)
     assert {"pos_embed", "cls_token", "norm.weight", "norm.bias", "head.bias"} <= plain
@@ -68,10 +68,10 @@ def test_layers_learn_the_slower_the_nearer_to_the_stem_they_are():
 
 def test_frozen_parameters_are_left_to_nobody():
     model = small_model()
-    model.get_parameter("head.weight").requires_grad_(False)
+    model.get_parameter("backbone.head.weight").requires_grad_(False)
     optimizer = create_optimizer(model, PAPER)
     held = [p for group in optimizer.param_groups for p in group["params"]]
-    assert all(p is not model.get_parameter("head.weight") for p in held)
+    assert all(p is not model.get_parameter("backbone.head.weight") for p in held)
 
 
 def test_the_average_follows_quickly_at_first():
@@ -79,11 +79,11 @@ def test_the_average_follows_quickly_at_first():
     ema = create_ema(model, PAPER)
     assert ema is not None
     with torch.no_grad():
-        model.get_parameter("head.weight").fill_(1.0)
+        model.get_parameter("backbone.head.weight").fill_(1.0)
     for step in range(50):
         ema.update(model, step=step)
     # A bare decay of .99992 would still hold 99.6% of the start.
-    assert ema.module.get_parameter("head.weight").min() > 0.9
+    assert ema.module.get_parameter("backbone.head.weight").min() > 0.9
 
 
 def test_no_average_by_choice():

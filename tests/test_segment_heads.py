@@ -223,7 +223,7 @@ def test_a_backbone_of_stages_gives_its_four_coarsest() -> None:
 
 def test_layers_can_be_chosen() -> None:
     assert small("lvvit_t", layers=(0, 2)).levels.layers == (0, 2)
-    with pytest.raises(ValueError, match="layers 0 to 2"):
+    with pytest.raises(ValueError, match="there are blocks 0 to 2"):
         small("lvvit_t", layers=(0, 3))
 
 
@@ -253,8 +253,8 @@ def test_layers_and_decay_are_those_of_the_backbone() -> None:
     assert layers.keys() == {name for name, _ in model.named_parameters()}
     top = max(layers.values())
     assert {layer for name, layer in layers.items() if not name.startswith("backbone.")} == {top}
-    assert layers["backbone.blocks.0.attn.qkv.weight"] == 1
-    assert model.no_weight_decay() == {"backbone.pos_embed", "backbone.cls_token"}
+    assert layers["backbone.backbone.blocks.0.attn.qkv.weight"] == 1
+    assert model.no_weight_decay() == {"backbone.backbone.pos_embed", "backbone.backbone.cls_token"}
 
 
 def test_layer_norms_take_another_epsilon() -> None:

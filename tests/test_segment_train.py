@@ -182,16 +182,20 @@ def test_a_classifier_of_another_size_becomes_the_backbone(tmp_path):
     model = new_model(size_px=(24, 36))
     load_weights(model, tmp_path / "classifier.safetensors")
     ours, theirs = model.backbone.state_dict(), classifier.state_dict()
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs if name.startswith("blocks."))
-    assert ours["pos_embed"].shape == (1, 1 + 4 * 6, 16)
+    assert all(
+        torch.equal(ours[name], theirs[name]) for name in theirs if name.startswith("backbone.blocks.")
+    )
+    assert ours["backbone.pos_embed"].shape == (1, 1 + 4 * 6, 16)
 
 
 def as_published(model, *, changes=()):
     """Return the tensors of a model under the names of the published files, which have no classifier in there."""
     renamed = {
-        name.replace("neck.side_layer", "backbone.side_layer"): tensor.contiguous().clone()
+        name.replace("neck.side", "backbone.side").replace(
+            "backbone.backbone.", "backbone."
+        ): tensor.contiguous()
         for name, tensor in model.state_dict().items()
-        if not name.startswith(("backbone.head", "backbone.aux_head", "backbone.norm."))
+        if not name.startswith(("backbone.backbone.head", "backbone.token_head", "backbone.backbone.norm."))
     }
     return renamed | dict(changes)
 

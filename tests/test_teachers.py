@@ -141,9 +141,9 @@ def test_volo_and_lv_vit_answer_by_their_token_heads(tmp_path):
     with torch.no_grad():
         outputs = model.eval()(images)
         places = TokenNetwork(model)(images).places
-        by_classifier = TokenNetwork(model, classifier=model.get_submodule("head"))(images).places
+        by_classifier = ClassifierNetwork(model.get_submodule("backbone"), name="lvvit_t")(images).places
     torch.testing.assert_close(places.flatten(1, 2), outputs.token_logits)
-    expected = model.get_submodule("head")(outputs.tokens).detach()
+    expected = model.get_submodule("backbone.head")(outputs.tokens).detach()
     torch.testing.assert_close(by_classifier.flatten(1, 2), expected)
 
 

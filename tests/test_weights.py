@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tokenlabel.models import TokenModel, create_model
-from tokenlabel.models.trunk import resize_positions
+from tokenlabel.models.vision_transformer import resize_positions
 from tokenlabel.models.weights import WeightsError, load_published, read_checkpoint
 
 TINY = {"depth": 2, "width": 32, "num_heads": 4, "stem_width": 8, "patch_size": 4}
@@ -80,9 +80,9 @@ def test_bare_tensors(tmp_path: Path) -> None:
 def test_positions_follow_the_image_size(tmp_path: Path, size_px: tuple[int, int]) -> None:
     one, other = tiny((16, 16)), tiny(size_px)
     save_file(one.state_dict(), tmp_path / "model.safetensors")
-    assert load_published(other, tmp_path).resized == ("pos_embed",)
-    expected = resize_positions(one.state_dict()["pos_embed"], (4, 4), other.grid)
-    torch.testing.assert_close(other.state_dict()["pos_embed"], expected)
+    assert load_published(other, tmp_path).resized == ("backbone.pos_embed",)
+    expected = resize_positions(one.state_dict()["backbone.pos_embed"], (4, 4), other.grid)
+    torch.testing.assert_close(other.state_dict()["backbone.pos_embed"], expected)
     image = torch.randn(1, 3, *size_px)  # the model of the other size had resized them on its way
     one.eval()
     other.eval()
@@ -107,27 +107,35 @@ def test_another_class_count_drops_the_heads_and_says_so(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     one, other = tiny(num_classes=1000), tiny(num_classes=7)
-    own_head = other.state_dict()["head.weight"].clone()
+    own_head = other.state_dict()["backbone.head.weight"].clone()
     save_file(one.state_dict(), tmp_path / "model.safetensors")
     with caplog.at_level(logging.WARNING):
         loaded = load_published(other, tmp_path)
-    assert loaded.new_heads == ("aux_head.bias", "aux_head.weight", "head.bias", "head.weight")
+    assert loaded.new_heads == (
+        "backbone.head.bias",
+        "backbone.head.weight",
+        "token_head.bias",
+        "token_head.weight",
+    )
     assert "head.weight" in caplog.text
     assert "start anew" in caplog.text
-    assert torch.equal(other.state_dict()["head.weight"], own_head)
-    torch.testing.assert_close(other.state_dict()["norm.weight"], one.state_dict()["norm.weight"])
+    assert torch.equal(other.state_dict()["backbone.head.weight"], own_head)
     torch.testing.assert_close(
-        other.state_dict()["blocks.1.mlp.fc2.weight"], one.state_dict()["blocks.1.mlp.fc2.weight"]
+        other.state_dict()["backbone.norm.weight"], one.state_dict()["backbone.norm.weight"]
+    )
+    torch.testing.assert_close(
+        other.state_dict()["backbone.blocks.1.mlp.fc2.weight"],
+        one.state_dict()["backbone.blocks.1.mlp.fc2.weight"],
     )
 
 
 def test_a_checkpoint_without_token_head_leaves_a_new_one(tmp_path: Path) -> None:
     options = {"depth": 1, "width": 32, "num_heads": 4}
     one, other = (create_model("t2t_vit_14", num_classes=5, size_px=(32, 32), **options) for _ in range(2))
-    published = {key: value for key, value in one.state_dict().items() if not key.startswith("aux_head")}
+    published = one.get_submodule("backbone").state_dict()
     torch.save({"state_dict_ema": published}, tmp_path / "t2t.pth.tar")
     loaded = load_published(other, tmp_path / "t2t.pth.tar", average=True)
-    assert loaded.new_heads == ("aux_head.bias", "aux_head.weight")
+    assert loaded.new_heads == ("token_head.bias", "token_head.weight")
 
 
 def test_adapters_too(tmp_path: Path) -> None:
@@ -146,10 +154,10 @@ def test_adapters_too(tmp_path: Path) -> None:
     [
         (
             {"width": 64},
-            r"for another model .* sizes differ: aux_head.weight \(7 x 32, not 7 x 64\), .* more",
+            r"for another model .* sizes differ: backbone\S+ \(.*\), .* more",
         ),
-        ({"depth": 3}, r"for another model .*: it lacks blocks.2.attn.proj.bias, .* and \d+ more"),
-        ({"depth": 1}, r"for another model .*: it has blocks.1.attn.proj.bias, .* and \d+ more"),
+        ({"depth": 3}, r"for another model .*: it lacks backbone.blocks.2.attn.proj.bias, .* and \d+ more"),
+        ({"depth": 1}, r"for another model .*: it has backbone.blocks.1.attn.proj.bias, .* and \d+ more"),
     ],
 )
 def test_weights_of_another_model_are_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:

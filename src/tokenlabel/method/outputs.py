@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import ClassVar
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -66,8 +65,8 @@ class TokenModel(nn.Module, ABC):
     grid: tuple[int, int]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    token_head_name: ClassVar[str] = "token_head"
-    """The submodule that turns the features of tokens into logits."""
+    token_head: nn.Module
+    """Turns the features of tokens into logits."""
 
     @abstractmethod
     def forward(self, images: Float[Tensor, "B 3 height width"], plan: MixPlan | None = None) -> Outputs:
@@ -108,18 +107,18 @@ class TokenModel(nn.Module, ABC):
         Raises ValueError for layers that there are not.
         """
 
-    def repeated_parts(self) -> list[nn.Module]:
+    def fsdp_blocks(self) -> list[nn.Module]:
         """Return the blocks that the network repeats, in order, none inside another: what sharded training wraps.
 
         They are found by structure: the smallest parts of a list or sequence of modules that have more than one
         layer with parameters inside. Stem, norms between stages and heads belong to none; a network without
         such lists gives an empty one.
         """
-        return _repeated_parts(self)
+        return _fsdp_blocks(self)
 
     def freeze_token_head(self) -> None:
         """Stop the head of the tokens from training: for runs that label no token."""
-        self.get_submodule(self.token_head_name).requires_grad_(False)
+        self.token_head.requires_grad_(False)
 
     def freeze(self, num_layers: int) -> None:
         """Stop the first layers from training: no gradients, no new statistics, no drop path, from now on.
@@ -162,11 +161,11 @@ def check_ascending(layers: Sequence[int], *, name: str) -> None:
         )
 
 
-def _repeated_parts(module: nn.Module) -> list[nn.Module]:
+def _fsdp_blocks(module: nn.Module) -> list[nn.Module]:
     containers = (nn.Sequential, nn.ModuleList)
     found: list[nn.Module] = []
     for child in module.children():
-        inner = _repeated_parts(child)
+        inner = _fsdp_blocks(child)
         is_part = isinstance(module, containers) and not isinstance(child, containers)
         found += inner or ([child] if is_part and _num_layers(child) > 1 else [])
     return found

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from tokenlabel.method.mixing import MixPlan, mix_images
 from tokenlabel.method.outputs import Outputs, TokenModel, check_ascending
-from tokenlabel.models.trunk import Trunk
 from tokenlabel.runtime.errors import first_line
 
 # Where timm's classifiers keep a norm that they apply to pooled features. Tokens take it too, so that the
@@ -158,7 +157,7 @@ class TimmAdapter(TokenModel):
             maps = self.backbone.forward_intermediates(
                 images, indices=list(layers), stop_early=True, intermediates_only=True
             )
-        except (AssertionError, IndexError) as error:  # how timm says no
+        except (AssertionError, IndexError, ValueError) as error:  # how timm and we say no
             size = f"{images.shape[2]} x {images.shape[3]} pixels"
             raise ValueError(
                 f"{self.name} has no layers {list(layers)} of images of {size}: {first_line(error)}"
@@ -249,9 +248,7 @@ def create_timm_adapter(
             options.setdefault("img_size", size_px)
         backbone = timm.create_model(name, num_classes=num_classes, **options)
     except REFUSALS as error:
-        raise ValueError(
-            f"timm cannot make {name} with the options {options}: {first_line(error)}"
-        ) from error
+        raise ValueError(f"{name} cannot be made with the options {options}: {first_line(error)}") from error
     return TimmAdapter(backbone, name=name, num_classes=num_classes, size_px=size_px, stage=stage)
 
 
@@ -295,14 +292,14 @@ def _new_token_head(features: Features, num_classes: int) -> nn.Module:
 
 
 def _mixes_embeddings(backbone: nn.Module) -> bool:
-    """Say whether the backbone was made for MixToken: ours, or VOLO, which alone in timm has a switch for it."""
-    return isinstance(backbone, Trunk) or hasattr(backbone, "mix_token")
+    """Say whether the backbone was made for MixToken: ours say so, of timm's VOLO alone has a switch for it."""
+    return getattr(backbone, "mixes_embeddings", False) or hasattr(backbone, "mix_token")
 
 
 def _features_of_mixed_embeddings(backbone: Any, images: Tensor, plan: MixPlan) -> Tensor:
     """Return the features of mixed patch embeddings; VOLO's lie on a finer grid than its tokens."""
-    if isinstance(backbone, Trunk):
-        return backbone.features(images, plan)
+    if getattr(backbone, "mixes_embeddings", False):
+        return backbone.forward_features(images, plan)
     embeddings = mix_images(backbone.patch_embed(images), plan)  # [B, D, 2h, 2w]
     tokens = backbone.forward_tokens(embeddings.permute(0, 2, 3, 1))  # [B, N, D]
     return backbone.norm(backbone.forward_cls(tokens))

@@ -6,8 +6,10 @@ checkpoints.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -15,14 +17,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tokenlabel.method.linear import linear
-from tokenlabel.method.mixing import MixPlan
-from tokenlabel.method.outputs import Outputs, TokenModel
-from tokenlabel.models.trunk import Trunk, TrunkConfig, initialise_linear
+from tokenlabel.models.vision_transformer import (
+    TransformerConfig,
+    VisionTransformer,
+    configured,
+    initialise_linear,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LVViTConfig(TrunkConfig):
-    """The shape of an LV-ViT; see `TrunkConfig` for what concerns the blocks.
+class LVViTConfig(TransformerConfig):
+    """The shape of an LV-ViT; see `TransformerConfig` for what concerns the blocks.
 
     `stem_width`: channels of the convolutions before the patch embedding; `patch_size` in pixels, even.
     `conv_stem`: False embeds each patch by one linear map, as the plain ViT does.
@@ -33,7 +38,9 @@ class LVViTConfig(TrunkConfig):
     conv_stem: bool = True
 
     def __post_init__(self) -> None:
-        TrunkConfig.__post_init__(self)  # with slots, `super()` would look at the class before they were made
+        TransformerConfig.__post_init__(
+            self
+        )  # with slots, `super()` would look at the class before they were made
         if self.patch_size < 2 or self.patch_size % 2:
             raise ValueError(
                 f"patch_size must be even (the stem halves the image first), got {self.patch_size}"
@@ -50,12 +57,25 @@ CONFIGS = {
 }
 
 
-class LVViTTrunk(Trunk):
-    """All of an LV-ViT but its way of calling it."""
+class LVViT(VisionTransformer):
+    """LV-ViT as published, a timm-style classifier; `TimmAdapter` makes a `TokenModel` of it.
 
-    def __init__(self, config: LVViTConfig, *, num_classes: int, size_px: tuple[int, int]) -> None:
-        super().__init__(config, num_classes=num_classes, patch_size_px=config.patch_size, size_px=size_px)
-        self.config = config
+    `options`: fields of `LVViTConfig` in place of those of `config`; `drop_path_rate` is timm's word for `drop_path`.
+    """
+
+    config: LVViTConfig
+    stem_names = r"^cls_token|pos_embed|patch_embed"
+
+    def __init__(
+        self,
+        config: LVViTConfig,
+        *,
+        num_classes: int = 1000,
+        img_size: int | Sequence[int] = 224,
+        **options: Any,
+    ) -> None:
+        config = configured(config, options)
+        super().__init__(config, num_classes=num_classes, patch_size_px=config.patch_size, img_size=img_size)
         self.patch_embed = ConvStem(config) if config.conv_stem else LinearStem(config)
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid[0] * self.grid[1], config.width))
         self.apply(initialise_linear)
@@ -66,22 +86,6 @@ class LVViTTrunk(Trunk):
         """Return one embedding a patch."""
         self.grid_for((images.shape[2], images.shape[3]))  # a stem would cut what does not divide
         return self.patch_embed(images)
-
-
-class LVViT(LVViTTrunk, TokenModel):
-    """LV-ViT with a head for the class token and one for the other tokens.
-
-    `size_px` (height, width) sets how many position embeddings are learned; images of any other size that the
-    patch divides are taken too, with the embeddings resized bicubically.
-    Raises ValueError for a size that is no multiple of the patch.
-    """
-
-    def forward(self, images: Float[Tensor, "B 3 height width"], plan: MixPlan | None = None) -> Outputs:
-        """Return class logits and tokens of normalised images.
-
-        A plan on the token grid mixes patch embeddings (MixToken), any other mixes pixels.
-        """
-        return self.outputs(images, plan)
 
 
 class ConvStem(nn.Module):

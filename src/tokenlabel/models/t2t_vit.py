@@ -8,16 +8,21 @@ checkpoints; `aux_head`, the head for the tokens, is not in those.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tokenlabel.method.mixing import MixPlan
-from tokenlabel.method.outputs import Outputs, TokenModel
-from tokenlabel.models.trunk import Trunk, TrunkConfig, initialise_linear
+from tokenlabel.models.vision_transformer import (
+    TransformerConfig,
+    VisionTransformer,
+    configured,
+    initialise_linear,
+)
 
 # Pixels between the centres of neighbouring tokens: the windows move by 4, 2 and 2.
 STRIDE_PX = 16
@@ -27,8 +32,8 @@ NUM_RANDOM_FEATURES = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class T2TViTConfig(TrunkConfig):
-    """The shape of a T2T-ViT; see `TrunkConfig` for what concerns the blocks.
+class T2TViTConfig(TransformerConfig):
+    """The shape of a T2T-ViT; see `TransformerConfig` for what concerns the blocks.
 
     `scale_by_width`: divide attention scores by sqrt(width) in place of sqrt(width of a head), as the released
     weights were trained.
@@ -44,19 +49,28 @@ CONFIGS = {
 }
 
 
-class T2TViT(Trunk, TokenModel):
-    """T2T-ViT with a head for the class token and one for the other tokens.
+class T2TViT(VisionTransformer):
+    """T2T-ViT as published, a timm-style classifier; `TimmAdapter` makes a `TokenModel` of it.
 
-    `size_px` (height, width), multiples of 16, sets the grid of the position embeddings; images of any other such
-    size are taken too. Position embeddings are sinusoids and do not train.
+    Sides of images are multiples of 16. Position embeddings are sinusoids and do not train. `options`: fields of
+    `T2TViTConfig` in place of those of `config`; `drop_path_rate` is timm's word for `drop_path`.
     """
 
-    def __init__(self, config: T2TViTConfig, *, num_classes: int, size_px: tuple[int, int]) -> None:
+    stem_names = r"^cls_token|pos_embed|tokens_to_token"
+
+    def __init__(
+        self,
+        config: T2TViTConfig,
+        *,
+        num_classes: int = 1000,
+        img_size: int | Sequence[int] = 224,
+        **options: Any,
+    ) -> None:
+        config = configured(config, options)
         scale = config.width**-0.5 if config.scale_by_width else None
         super().__init__(
-            config, num_classes=num_classes, patch_size_px=STRIDE_PX, size_px=size_px, attention_scale=scale
+            config, num_classes=num_classes, patch_size_px=STRIDE_PX, img_size=img_size, attention_scale=scale
         )
-        self.config = config
         self.tokens_to_token = TokensToToken(config.width)
         positions = sinusoids(1 + self.grid[0] * self.grid[1], config.width)
         self.pos_embed = nn.Parameter(positions[None], requires_grad=False)
@@ -67,13 +81,6 @@ class T2TViT(Trunk, TokenModel):
         """Return one embedding a token of the grid."""
         grid = self.grid_for((images.shape[2], images.shape[3]))
         return self.tokens_to_token(images).unflatten(1, grid)
-
-    def forward(self, images: Float[Tensor, "B 3 height width"], plan: MixPlan | None = None) -> Outputs:
-        """Return class logits and tokens of normalised images.
-
-        A plan on the token grid mixes embeddings (MixToken), any other mixes pixels.
-        """
-        return self.outputs(images, plan)
 
 
 class TokensToToken(nn.Module):

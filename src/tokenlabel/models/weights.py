@@ -18,12 +18,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tokenlabel.models.trunk import resize_positions
+from tokenlabel.models.vision_transformer import resize_positions
 
 LOGGER = logging.getLogger(__name__)
 
 # Heads for tokens: a checkpoint of a model without token labels has none, and they start anew.
-TOKEN_HEADS = ("aux_head.", "token_head.")
+TOKEN_HEADS = ("token_head.",)
 
 # Names under which checkpoints keep their tensors, and their running average of them.
 WEIGHTS_KEYS = ("state_dict", "model")
@@ -59,7 +59,7 @@ def load_published(
     not fit.
     """
     path = Path(path)
-    found = read_checkpoint(path, average=average)
+    found = {adapter_name(name): tensor for name, tensor in read_checkpoint(path, average=average).items()}
     wanted = model.state_dict()
     resized = resize_all_positions(found, model, grid=grid, name=str(path))
     other_heads = _other_heads(found, wanted, num_classes=model.num_classes)
@@ -73,6 +73,14 @@ def load_published(
     if resized:
         LOGGER.info("%s: resized to other images: %s", path, ", ".join(resized))
     return Loaded(new_heads=new_heads, resized=resized)
+
+
+def adapter_name(name: str) -> str:
+    """Return what a `TimmAdapter` calls a tensor of a file: of its own checkpoints, or of its backbone's."""
+    if name.startswith(("backbone.", "token_head.")):
+        return name
+    head, dot, rest = name.partition("aux_head.")
+    return f"token_head.{rest}" if dot and not head else f"backbone.{name}"
 
 
 def read_checkpoint(path: str | Path, *, average: bool = False) -> dict[str, Tensor]:

@@ -131,9 +131,9 @@ class SegmentationModel(nn.Module):
         """Keep no activations inside the backbone's blocks, compute them again in the backward pass."""
         self.backbone.set_grad_checkpointing(enable)
 
-    def repeated_parts(self) -> list[nn.Module]:
+    def fsdp_blocks(self) -> list[nn.Module]:
         """Return the blocks that the backbone repeats: what sharded training wraps one by one."""
-        return self.backbone.repeated_parts()
+        return self.backbone.fsdp_blocks()
 
 
 def create_segmentation_model(config: SegmentModelConfig, *, num_classes: int) -> SegmentationModel:

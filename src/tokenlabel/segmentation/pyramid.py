@@ -11,7 +11,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tokenlabel.models import TimmAdapter, TokenModel
-from tokenlabel.models.trunk import Trunk
 
 NUM_LEVELS = 4
 # The published necks read the last block and three before it, three blocks apart.
@@ -110,8 +109,6 @@ def find_levels(
 
 def _layers_of(backbone: TokenModel) -> tuple[int, int]:
     """Return how many layers a backbone counts, and the pixels that its coarsest map's cells are wide."""
-    if isinstance(backbone, Trunk):
-        return len(backbone.blocks), backbone.patch_size_px
     stages = getattr(backbone.backbone, "feature_info", None) if isinstance(backbone, TimmAdapter) else None
     if not stages:
         raise ValueError(

@@ -1,8 +1,8 @@
 """Weights to begin with: backbones of our runs, published backbones, and whole segmentation models, published or ours.
 
-Published LV-ViT + UPerNet files name the backbone's parameters `backbone.NAME`, as our backbones do, with the neck's
-among them (`backbone.side_layer1` to `4`; ours: `neck.side_layer1`), the head's `decode_head.NAME` and the second
-head's `auxiliary_head.NAME`.
+Published LV-ViT + UPerNet files name the backbone's parameters `backbone.NAME` (ours: `backbone.backbone.NAME`), with
+the neck's among them (`backbone.side_layer1` to `4`; ours: `neck.side_layer1`), the head's `decode_head.NAME` and the
+second head's `auxiliary_head.NAME`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import Tensor
 
 from tokenlabel.models import WeightsError
-from tokenlabel.models.weights import read_checkpoint, resize_all_positions
+from tokenlabel.models.weights import adapter_name, read_checkpoint, resize_all_positions
 from tokenlabel.segmentation.model import SegmentationModel
 from tokenlabel.training.checkpoint import is_run, newest_checkpoint
 
@@ -55,9 +55,12 @@ def _load_all(model: SegmentationModel, found: dict[str, Tensor], *, name: str) 
     if model.auxiliary_head is None:
         found = {key: tensor for key, tensor in found.items() if not key.startswith(SECOND_HEAD)}
     of_backbone = {
-        key.removeprefix("backbone."): tensor for key, tensor in found.items() if key.startswith("backbone.")
+        adapter_name(key.removeprefix("backbone.")): tensor
+        for key, tensor in found.items()
+        if key.startswith("backbone.")
     }
     resize_all_positions(of_backbone, model.backbone, name=name)
+    found = {key: tensor for key, tensor in found.items() if not key.startswith("backbone.")}
     found |= {f"backbone.{key}": tensor for key, tensor in of_backbone.items()}
     wanted = model.state_dict()
     other_classes = {
@@ -76,7 +79,7 @@ def _load_all(model: SegmentationModel, found: dict[str, Tensor], *, name: str) 
 
 
 def _load_backbone(model: SegmentationModel, found: dict[str, Tensor], *, name: str) -> frozenset[str]:
-    backbone = model.backbone
+    backbone, found = model.backbone, {adapter_name(key): tensor for key, tensor in found.items()}
     spared = {key.removeprefix("backbone.") for key in model.unreached if key.startswith("backbone.")}
     resize_all_positions(found, backbone, name=name)
     _check_fit(found, backbone.state_dict(), spared=spared, name=name)

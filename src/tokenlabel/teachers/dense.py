@@ -55,20 +55,19 @@ class DenseNetwork(nn.Module, ABC):
 
 
 class TokenNetwork(DenseNetwork):
-    """A network of our own kind: its head for tokens, or its classifier, applied to its tokens."""
+    """A network with a head for its tokens, which answers for the places."""
 
-    def __init__(self, model: TokenModel, *, classifier: nn.Module | None = None) -> None:
+    answers_with = "tokens"
+
+    def __init__(self, model: TokenModel) -> None:
         super().__init__()
         self.model = model
-        self.classifier = classifier
         self.num_classes = model.num_classes
-        self.answers_with = "classifier" if classifier else "tokens"
 
     def forward(self, images: Float[Tensor, "B 3 height width"]) -> DenseLogits:
         """Return the logits of normalised images."""
         outputs = self.model(images)
-        head = self.classifier or outputs.token_head
-        return DenseLogits(outputs.class_logits, head(outputs.tokens).unflatten(1, outputs.grid))
+        return DenseLogits(outputs.class_logits, outputs.token_logits.unflatten(1, outputs.grid))
 
     def grid_for(self, size_px: tuple[int, int]) -> tuple[int, int]:
         """Return rows and columns of the tokens of images of (height, width)."""

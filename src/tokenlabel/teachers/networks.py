@@ -194,8 +194,6 @@ def _dense_network(found: Pretrained, name: str, head: str) -> DenseNetwork:
         raise TeacherError(f"{name} has no trained head for its tokens; leave --head out")
     by_tokens = found.has_token_head and head != "classifier"
     model = found.model
-    if isinstance(model, TokenModel) and not isinstance(model, TimmAdapter):
-        return TokenNetwork(model, classifier=None if by_tokens else model.get_submodule("head"))
     if by_tokens and not isinstance(model, TokenModel):
         model = TimmAdapter(model, name=name, num_classes=model.num_classes, size_px=found.size_px)
     if by_tokens:

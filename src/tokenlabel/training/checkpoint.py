@@ -36,7 +36,7 @@ from tokenlabel.runtime.configuration import config_as_dict, config_from_dict
 from tokenlabel.runtime.distributed import Ranks
 from tokenlabel.training.recipe import Recipe, TrainingConfig
 
-FORMAT = 1
+FORMAT = 2
 PACKAGES = ("tokenlabel", "torch", "torchvision", "timm")
 
 

@@ -165,7 +165,7 @@ def prepare(task: Task[Any], ranks: Ranks) -> Training:
                 "sharded divides a model among processes; start them with torchrun, or set it to false"
             )
         for module in (model, ema.module) if ema else (model,):
-            shard(module, module.repeated_parts(), task.device)
+            shard(module, module.fsdp_blocks(), task.device)
     if recipe.compile != "no":
         model.compile(backend=recipe.compile)
     forward: nn.Module = _Forward(task)

@@ -12,15 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 from jaxtyping import Float
 from safetensors.torch import save
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
-from tokenlabel.models import Inference, LVViT, TimmAdapter, TokenModel, register_with_timm
-from tokenlabel.models.timm_models import TimmLVViT
+from tokenlabel.models import Inference, TimmAdapter, TokenModel
+from tokenlabel.models.registration import OUR_MODELS
 from tokenlabel.training.checkpoint import TrainedModel, load_model, options_without_weights
 
 # How far an ONNX graph may be from PyTorch, as a share of the largest output.
@@ -79,9 +78,18 @@ def _is_export(folder: Path) -> bool:
 
 
 def write_safetensors(trained: TrainedModel, path: Path) -> None:
-    """Write all tensors, with what it takes to build the model again as the file's metadata."""
+    """Write all tensors as the network itself names them (`head.weight`, `aux_head.weight`, ...).
+
+    What it takes to build the model again is the file's metadata.
+    """
     description = {key: json.dumps(value) for key, value in _description(trained).items()}
-    tensors = {name: tensor.contiguous() for name, tensor in trained.model.state_dict().items()}
+    model = trained.model
+    assert isinstance(model, TimmAdapter)
+    tensors = {name: tensor.contiguous() for name, tensor in model.backbone.state_dict().items()}
+    token_head = "aux_head" if hasattr(model.backbone, "aux_head") else "token_head"
+    tensors |= {
+        f"{token_head}.{name}": value.contiguous() for name, value in model.token_head.state_dict().items()
+    }
     path.write_bytes(save(tensors, metadata={"format": "pt", **description}))
 
 
@@ -127,8 +135,9 @@ def write_onnx(trained: TrainedModel, path: Path, *, inference: Inference, dense
 def write_hub_folder(trained: TrainedModel, folder: Path) -> None:
     """Write a folder that `timm.create_model("local-dir:FOLDER", pretrained=True)` and the hub take.
 
-    It gives class logits; LV-ViT's and VOLO's are combined with their token logits, as published. The token head
-    of any other model is not part of what timm builds: it lies beside, in `token_head.safetensors`.
+    It gives class logits; those of LV-ViT, T2T-ViT and VOLO are combined with their token logits, as published, where
+    these were trained. The token head of any other model is not part of what timm builds: it lies beside, in
+    `token_head.safetensors`.
     """
     folder.mkdir()
     model, recipe = trained.model, trained.recipe.model
@@ -139,38 +148,33 @@ def write_hub_folder(trained: TrainedModel, folder: Path) -> None:
     )  # timm gives the rest to the constructor
     options = options_without_weights(recipe.options)
     options = {key: value for key, value in options.items() if key not in factory_only}
-    if isinstance(model, LVViT):
-        network = _timm_lvvit(model, recipe.name, options | {"img_size": recipe.size_px})
-    elif isinstance(model, TimmAdapter):
-        network = _backbone_with_token_head(model)
-        if network is model.backbone:
-            (folder / "token_head.safetensors").write_bytes(save(model.token_head.state_dict()))
-    else:
-        raise ExportError(f"timm has no {recipe.name}, and so no folder; export to .safetensors or .onnx")
+    assert isinstance(model, TimmAdapter)
+    network = _backbone_with_token_head(model, trained=trained.recipe.uses_token_labels)
+    if network is model.backbone:
+        (folder / "token_head.safetensors").write_bytes(save(model.token_head.state_dict()))
     if network.pretrained_cfg.get("fixed_input_size"):
         options["img_size"] = recipe.size_px
     labels = {"label_names": trained.class_names}
     save_for_hf(network, str(folder), model_config=labels, model_args=options, safe_serialization=True)
-    card = _model_card(recipe.name, needs_us=isinstance(network, TimmLVViT))
+    card = _model_card(recipe.name, needs_us=recipe.name in OUR_MODELS)
     (folder / "README.md").write_text(card, encoding="utf-8")
     shutil.copymode(
         folder / "README.md", folder / "model.safetensors"
     )  # safetensors keeps it from other users
 
 
-def _timm_lvvit(model: LVViT, name: str, options: dict[str, Any]) -> Any:
-    register_with_timm()
-    network = timm.create_model(name, num_classes=model.num_classes, **options)
-    network.load_state_dict(model.state_dict())
-    return network
+def _backbone_with_token_head(model: TimmAdapter, *, trained: bool) -> Any:
+    """Return the backbone as timm knows it: with its own token head, where it had handed one over (LV-ViT, VOLO).
 
-
-def _backbone_with_token_head(model: TimmAdapter) -> Any:
-    """Return the backbone as timm knows it: with its own token head, where it had handed one over (VOLO)."""
+    A head that was not `trained` goes as zeros, which add nothing to the class logits.
+    """
     if not (hasattr(model.backbone, "aux_head") and isinstance(model.token_head, nn.Linear)):
         return model.backbone
-    network = copy.copy(model.backbone)
-    network._modules = {**network._modules, "aux_head": model.token_head}
+    network, token_head = copy.copy(model.backbone), copy.deepcopy(model.token_head)
+    if not trained:
+        for parameter in token_head.parameters():
+            nn.init.zeros_(parameter)
+    network._modules = {**network._modules, "aux_head": token_head}
     return network
 
 
