@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from tokenlabel.labels.encoding import Encoding
 from tokenlabel.labels.shards import StoreError, write_atomically
-from tokenlabel.method.scores import Kind
+from tokenlabel.method.scores import Kind, Orientation
 
 MANIFEST_FILE = "manifest.json"
 FORMAT_VERSION = 1
@@ -34,7 +34,8 @@ class Manifest:
     `class_names`: of the labels, in the order of their ids; empty where they have none. `topk`: classes that
     a cell keeps at the most. `kind`: see `scores.Kind`. `encoding`: of what is written from now on; each
     record says its own. `teacher`, `preprocessing`: what made the labels and what it saw, for people and for
-    comparison. `failures`: the images that the last call could not label.
+    comparison. `orientation`: how maps lie on images whose files have a tag. `failures`: the images that the last call
+    could not label.
     """
 
     num_classes: int
@@ -44,6 +45,7 @@ class Manifest:
     encoding: Encoding = Encoding.COMPACT
     teacher: dict[str, Any] = field(default_factory=dict)
     preprocessing: dict[str, Any] = field(default_factory=dict)
+    orientation: Orientation = Orientation.UPRIGHT
     failures: tuple[Failure, ...] = ()
 
     def __post_init__(self) -> None:
@@ -59,7 +61,7 @@ class Manifest:
     def differences(self, other: Manifest) -> list[str]:
         """Return in words what keeps labels of two manifests from being of one kind."""
         unlike = []
-        for name in ("num_classes", "class_names", "kind", "topk", "teacher", "preprocessing"):
+        for name in ("num_classes", "class_names", "kind", "topk", "orientation", "teacher", "preprocessing"):
             ours, theirs = _without_names(getattr(self, name)), _without_names(getattr(other, name))
             if isinstance(ours, dict):
                 keys = sorted(ours.keys() | theirs.keys())
@@ -123,6 +125,9 @@ def _manifest(content: dict[str, Any]) -> Manifest:
         encoding=_encoding(content["encoding"]),
         teacher=_of_type(content["teacher"], dict),
         preprocessing=_of_type(content["preprocessing"], dict),
+        orientation=Orientation(
+            content.get("orientation", Orientation.STORED)
+        ),  # the first stores had no word
         failures=tuple(
             Failure(_of_type(failure["key"], str), _of_type(failure["reason"], str))
             for failure in _of_type(content["failures"], list)
