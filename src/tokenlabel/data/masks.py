@@ -31,7 +31,7 @@ def mask_names(key: str) -> Iterator[str]:
 def decode_mask(data: bytes, name: str) -> NDArray[np.integer]:
     """Return the values [height, width] of an encoded mask; of one with a palette, the numbers of its colours.
 
-    Of several channels that are equal one is taken. A mask with an orientation tag is turned upright, as images are.
+    A mask with an orientation tag is turned upright, as images are. Raises MaskError for anything else.
     """
     try:
         image = Image.open(io.BytesIO(data))
@@ -44,24 +44,21 @@ def decode_mask(data: bytes, name: str) -> NDArray[np.integer]:
             f"{name}: is a {image.format}, which rounds the numbers of classes; save masks as PNG"
         )
     if values.ndim == 3:
-        values = _one_channel(values, has_alpha=image.mode.endswith("A"), name=name)
+        num_colours = len(np.unique(values.reshape(-1, values.shape[2]), axis=0))
+        raise MaskError(
+            f"{name}: has {values.shape[2]} channels; a mask has one channel of class numbers: turn its "
+            f"{num_colours:,} colours ({image.mode}) into numbers first"
+        )
     if values.dtype.kind == "f" and not (np.isfinite(values) & (values == np.rint(values))).all():
         raise MaskError(f"{name}: holds fractions; a mask holds whole numbers of classes")
     return turned(values if values.dtype.kind in "iu" else values.astype(np.int64), orientation)
 
 
-def _one_channel(values: NDArray, *, has_alpha: bool, name: str) -> NDArray:
-    colours = values[..., :-1] if has_alpha else values
-    if has_alpha and (values[..., -1] != values[..., -1].max()).any():
-        raise MaskError(
-            f"{name}: has {values.shape[2]} channels, one of transparency; save its numbers alone"
-        )
-    if (colours != colours[..., :1]).any():
-        raise MaskError(
-            f"{name}: has {values.shape[2]} channels; a mask has one, of class numbers: turn its "
-            f"{len(np.unique(colours.reshape(-1, colours.shape[2]), axis=0)):,} colours into numbers first"
-        )
-    return colours[..., 0]
+def palette_of(data: bytes) -> list[bytes]:
+    """Return the colours (RGB) of an encoded mask's palette; none of a mask without one."""
+    image = Image.open(io.BytesIO(data))
+    colours = bytes(image.getpalette("RGB") or ()) if image.mode == "P" else b""
+    return [colours[start : start + 3] for start in range(0, len(colours), 3)]
 
 
 def check_upright(size_px: tuple[int, ...], data: bytes, *, mask: str, image: str) -> None:

@@ -137,9 +137,9 @@ def build(recipe: SegmentRecipe, *, device: torch.device) -> SegmentTask:
     """Build the data and the model of a recipe, and check that they fit together."""
     train_pairs, val_pairs = (open_pairs(recipe.data, split) for split in ("train", "val"))
     assert train_pairs is not None
-    train_pairs.check()
+    train_pairs.check(to_train=True)
     if val_pairs is not None:
-        val_pairs.check()
+        val_pairs.check(to_train=False)
     torch.manual_seed(recipe.seed)
     model = create_segmentation_model(recipe.model, num_classes=len(train_pairs.classes.names))
     if recipe.model.weights is not None:
