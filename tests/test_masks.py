@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from annotation_ranks import CPU
 from PIL import Image
@@ -17,11 +18,15 @@ from tokenlabel.data.images import DataError, ImageFolder
 from tokenlabel.data.masks import MaskError, decode_mask
 from tokenlabel.evaluation.observation import MaskFolder
 from tokenlabel.labels.store import LabelStore
+from tokenlabel.models import create_model
 from tokenlabel.segmentation import pairs as pairs_module
 from tokenlabel.segmentation.classes import IGNORED, numbered_classes
 from tokenlabel.segmentation.pairs import ImageMaskPairs, Layout, SegmentDataConfig, open_pairs
 from tokenlabel.teachers.annotation import AnnotateConfig, annotate
 from tokenlabel.teachers.networks import TeacherError
+from tokenlabel.training.checkpoint import Trained, save_checkpoint
+from tokenlabel.training.optim import OptimConfig
+from tokenlabel.training.recipe import DataConfig, ModelConfig, Recipe
 
 
 def write_mask(path: Path, values: Any, dtype: Any = np.uint8) -> None:
@@ -226,13 +231,14 @@ class TestValues:
             two_folders(tmp_path, ["road"]).check(to_train=False)
 
     def test_settings_that_contradict_themselves_are_refused(self):
-        for changes, message in (
+        contradictions: list[tuple[dict[str, Any], str]] = [
             ({"values": (0, 1, 2)}, "class_values holds 3 values of 2 classes"),
             ({"values": (1, 1)}, "expected different values"),
             ({"values": (0, 70_000)}, "from 0 to 65,535"),
             ({"ignored": (1,)}, "ignore_index 1 is the value of a class"),
             ({"values": (0, 255), "background": "sky"}, "expected different values"),
-        ):
+        ]
+        for changes, message in contradictions:
             with pytest.raises(MaskError, match=message):
                 numbered_classes(["a", "b"], **changes)
         with pytest.raises(ValueError, match=r"data\.layout voc has its own values"):
@@ -272,7 +278,7 @@ def test_figures_name_the_classes_that_no_mask_holds_and_predict_passes_over_lea
     ) == ["0/a.png", "1/a.png"]
 
 
-class TestTeacher:
+class TestTeacherAndTruth:
     @pytest.fixture(autouse=True)
     def images(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
@@ -307,15 +313,15 @@ class TestTeacher:
             annotate("images", "other", AnnotateConfig(teacher="masks:masks", ignore_index=1), device=CPU)
 
     def test_more_than_255_classes(self):
-        for number in range(300):
+        for number in range(260):
             write_image(Path("many") / f"{number:03}" / "1.jpg", (1, 2))
             write_mask(Path("masks") / f"{number:03}" / "1.png", [[number, 65535]], np.uint16)
         done = annotate("many", "labels", AnnotateConfig(teacher="masks:masks"), device=CPU)
-        assert done.num_labelled == 300
+        assert done.num_labelled == 260
         score_map = LabelStore("labels")["255/1.jpg"]
         assert (score_map.palette.tolist(), score_map.probs[0, :, 0].tolist()) == ([255], [1, 0])
-        truth = MaskFolder(Path("masks"), num_classes=300, source=ImageFolder("many"))["299/1.jpg"]
-        assert (truth.palette.tolist(), truth.probs[0, :, 0].tolist()) == ([299], [1, 0])
+        truth = MaskFolder(Path("masks"), num_classes=260, source=ImageFolder("many"))["259/1.jpg"]
+        assert (truth.palette.tolist(), truth.probs[0, :, 0].tolist()) == ([259], [1, 0])
 
     def test_a_class_map_leads_from_ids_of_16_bits(self):
         self.masks([[30_000, 255], [7, 30_000]], [[40_000, 40_000], [0, 65_535]], np.uint16)
@@ -323,3 +329,23 @@ class TestTeacher:
         annotate("images", "labels", AnnotateConfig(teacher="masks:masks", class_map="map.csv"), device=CPU)
         assert LabelStore("labels")["cat/1.jpg"].probs[..., 0].tolist() == [[1, 0], [0, 1]]
         assert LabelStore("labels")["dog/1.jpg"].palette.tolist() == [1]
+
+    def test_tokens_are_held_against_masks_of_any_id_for_nothing(self, capsys):
+        recipe = Recipe(
+            data=DataConfig(train="nowhere", val="images", labels="nowhere"),
+            model=ModelConfig(name="test_resnet", size_px=(64, 64)),
+            optim=OptimConfig(lr=0.1, lr_batch_size=1),
+            epochs=1,
+            batch_size=1,
+        )
+        model = create_model("test_resnet", num_classes=2, size_px=(64, 64))
+        trained = Trained(model, torch.optim.SGD(model.parameters()), None)
+        save_checkpoint(Path("run"), 7, trained, recipe=recipe, class_names=["cat", "dog"])
+        self.masks([[0, 9], [9, 0]], [[0, 9], [0, 0]])
+        words = ["eval", "run", "--masks", "masks", "--device", "cpu", "--num-workers", "0"]
+        assert main(words) == 2
+        assert "1.png" in capsys.readouterr().err
+        assert main([*words, "--ignore-index", "9"]) == 0
+        told = capsys.readouterr()
+        assert "token_miou" in told.out
+        assert "no token shows 1 classes (dog): token_miou leaves them out" in told.err

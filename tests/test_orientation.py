@@ -100,17 +100,6 @@ def test_maps_turn_as_pixels_do(tag):
     )
 
 
-def shown_and_taught(dataset: TokenLabelDataset, *, mode: LogitsMode = LogitsMode.ZERO) -> None:
-    """Assert that the label of each token is the colour that it shows."""
-    for epoch in range(3):
-        batch = collate([dataset[epoch, index] for index in range(len(dataset))])
-        grid = (batch.images.shape[2] // 8, batch.images.shape[3] // 8)
-        targets = align(batch.score_maps, batch.views, grid, logits=mode)
-        taught = targets.dense(3).argmax(dim=2)
-        middles = batch.images[:, :, 4::8, 4::8].flatten(2)  # [B, 3, N]
-        assert (taught == 2 - middles.argmax(dim=1)).all()
-
-
 def taught_as_shown(dataset: TokenLabelDataset, *, mode: LogitsMode = LogitsMode.ZERO) -> bool:
     """Say whether the label of each token is the colour that it shows."""
     wrong = 0

@@ -103,7 +103,7 @@ class MaskFolder:
         held: set[int] = set()
         for index in drawn.tolist():
             with suppress(ValueError):  # when it is its turn, it is named
-                held |= set(np.unique(self._read(self._source.keys[index])[1]).tolist())
+                held |= set(np.unique(self._read(self._source.keys[int(index)])[1]).tolist())
         if held == {0, 255} and len(np.unique(self._source.class_ids[drawn])) > 1:
             raise MaskError(
                 f"{self.folder}: masks hold 0 and 255 alone, and 255 stands for no class: only {class_names[0]!r} (0) "
