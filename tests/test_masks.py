@@ -271,6 +271,12 @@ def test_figures_name_the_classes_that_no_mask_holds_and_predict_passes_over_lea
     assert "no mask holds 1 of 2 classes (dog): mIoU is the mean over " in capsys.readouterr().err
     assert main(["report", "run", "--output", "report.html"]) == 0
     assert "(no mask holds dog)" in Path("report.html").read_text()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (30, 20)).save("turned.jpg", exif=exif)
+    assert main(["segment", "predict", "run", "turned.jpg", "--out", "told", "--device", "cpu"]) == 0
+    with Image.open("told/masks/turned.png") as mask, Image.open("told/overlays/turned.png") as overlay:
+        assert mask.size == overlay.size == (20, 30)
     for _ in range(2):  # what was written below the images is no image of theirs
         assert main(["segment", "predict", "run", "images", "--out", "images/told", "--device", "cpu"]) == 0
     assert sorted(
@@ -349,3 +355,7 @@ class TestTeacherAndTruth:
         told = capsys.readouterr()
         assert "token_miou" in told.out
         assert "no token shows 1 classes (dog): token_miou leaves them out" in told.err
+        Path("masks/dog/1.png").unlink()
+        assert main([*words, "--ignore-index", "9"]) == 2
+        message = "masks: 1 of 2 images have no mask there (dog/1.jpg); expected dog/1.png for dog/1.jpg"
+        assert message in capsys.readouterr().err

@@ -15,7 +15,7 @@ from tokenlabel.data.augment import AugmentConfig, EvalTransform, TrainTransform
 from tokenlabel.data.batches import TokenLabelDataset, collate
 from tokenlabel.data.images import ImageFolder, decode_image, decode_pixels, orientation_of
 from tokenlabel.evaluation.observation import MaskFolder, mask_agreement
-from tokenlabel.labels.store import LabelStore, LabelStoreWriter, Manifest
+from tokenlabel.labels.store import LabelStore, LabelStoreWriter, Manifest, StoreError
 from tokenlabel.method.alignment import LogitsMode, align
 from tokenlabel.method.geometry import OPPOSITE, Box, turned, turned_box
 from tokenlabel.method.scores import Kind, Orientation, from_top, turned_map
@@ -147,6 +147,14 @@ def test_maps_of_older_stores_lie_on_stored_pixels_and_follow_them(folder, tmp_p
     assert dataset.store.manifest.orientation is Orientation.STORED
     assert taught_as_shown(dataset, mode=mode)
     write_pictures(dataset.store, source, tmp_path / "page.html")  # looks at them in the same way
+
+
+def test_stores_of_two_orientations_are_not_read_as_one(tmp_path):
+    for orientation in Orientation:
+        manifest = Manifest(num_classes=3, topk=1, orientation=orientation)
+        LabelStoreWriter(tmp_path / orientation, manifest).flush()
+    with pytest.raises(StoreError, match='orientation is "upright" there, "stored" here'):
+        LabelStore(tmp_path / "upright", tmp_path / "stored")
 
 
 def test_an_older_store_goes_on_in_its_own_orientation(folder, tmp_path):

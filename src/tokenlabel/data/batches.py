@@ -212,7 +212,7 @@ class TokenLabelDataset(Dataset[Sample]):
         rng, data = np.random.default_rng((self.seed, FOR_SAMPLE, epoch, index)), self.source.read(index)
         pixels, view = self.transform(decode_pixels(data, self.source.keys[index]), rng)
         manifest = getattr(self.store, "manifest", None)
-        is_stored = getattr(manifest, "orientation", None) is Orientation.STORED
+        is_stored = getattr(manifest, "orientation", None) == Orientation.STORED
         return pixels, view, orientation_of(data) if is_stored else 1
 
     def _score_map(self, key: str, orientation: int) -> ScoreMap | None:

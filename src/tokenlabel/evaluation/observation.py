@@ -92,12 +92,20 @@ class MaskFolder:
         path, values = self._read(key)
         return from_mask(values, num_classes=self.num_classes, unlabelled=self._ignored, name=str(path))
 
-    def check(self, class_names: Sequence[str]) -> None:
-        """Look at masks of the source; raise MaskError if a class seems to be written as the id of no class.
+    def check(self, class_names: Sequence[str], *, all_needed: bool = True) -> None:
+        """Raise MaskError if images of the source have no mask, or if a class seems to be written as the id of none.
 
-        Masks of 0 and 255 of images of several classes: 255 must be one of them.
+        Masks of 0 and 255 of images of several classes: 255 must be one of them. `all_needed`: no mask may be missing.
         """
-        if self._source is None or not self.is_assumed or self.num_classes > 255:
+        if self._source is None:
+            return
+        missing = [key for key in self._source.keys if not self._path(key).exists()] if all_needed else []
+        if missing:
+            raise MaskError(
+                f"{self.folder}: {len(missing):,} of {len(self._source):,} images have no mask there "
+                f"({listed(missing)}); expected {next(mask_names(missing[0]))} for {missing[0]}"
+            )
+        if not self.is_assumed or self.num_classes > 255:
             return
         drawn = np.linspace(0, len(self._source) - 1, min(len(self._source), NUM_CHECKED)).astype(int)
         held: set[int] = set()
@@ -113,8 +121,7 @@ class MaskFolder:
 
     def _read(self, key: str) -> tuple[Path, NDArray[np.integer]]:
         """Return the path of an image's mask, and its values [height, width]."""
-        paths = [self.folder / name for name in mask_names(key)]
-        path = next((path for path in paths if path.exists()), paths[0])
+        path = self._path(key)
         try:
             data = path.read_bytes()
         except OSError as error:
@@ -123,6 +130,10 @@ class MaskFolder:
         if self._source is not None and (index := self._indices.get(key)) is not None:
             check_upright(values.shape, self._source.read(index), mask=str(path), image=key)
         return path, values
+
+    def _path(self, key: str) -> Path:
+        paths = [self.folder / name for name in mask_names(key)]
+        return next((path for path in paths if path.exists()), paths[0])
 
     @cached_property
     def _indices(self) -> dict[str, int]:
@@ -233,8 +244,8 @@ def mask_agreement(
     """
     num_classes = store.manifest.num_classes
     truth_of = MaskFolder(masks, num_classes=num_classes, ignore_index=ignore_index, source=source)
-    truth_of.check(store.manifest.class_names or tuple(map(str, range(num_classes))))
-    is_stored, indices = store.manifest.orientation is Orientation.STORED, {}
+    truth_of.check(store.manifest.class_names or tuple(map(str, range(num_classes))), all_needed=False)
+    is_stored, indices = store.manifest.orientation == Orientation.STORED, {}
     if is_stored and source is not None:
         indices = {key: index for index, key in enumerate(source.keys)}
     elif is_stored:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -157,5 +158,5 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def _short(value: Any) -> str:
-    text = json.dumps(value) if isinstance(value, (dict, tuple, list)) else repr(value)
+    text = json.dumps(value) if isinstance(value, (dict, tuple, list, StrEnum)) else repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -53,7 +53,7 @@ def write_pictures(store: LabelStore, source: ImageSource, output: Path, *, coun
         figures = []
         for look in shown:
             data, score_map = source.read(places[look.key]), store[look.key]
-            if store.manifest.orientation is Orientation.STORED:
+            if store.manifest.orientation == Orientation.STORED:
                 score_map = turned_map(score_map, orientation_of(data))
             figures.append(_figure(look, score_map, data, names, class_of(look.key)))
         if figures:

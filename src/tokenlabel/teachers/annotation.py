@@ -123,7 +123,7 @@ def make_teacher(config: AnnotateConfig, source: ImageSource, device: torch.devi
         ignore_index=config.ignore_index,
         source=source,
     )
-    teacher.masks.check(source.class_names)
+    teacher.masks.check(source.class_names, all_needed=False)
     return teacher
 
 

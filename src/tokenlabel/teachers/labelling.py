@@ -109,7 +109,7 @@ def _from_mask(
     key = source.keys[index]
     try:
         score_map = teacher.score_map(key, manifest.topk)
-        if manifest.orientation is Orientation.STORED:
+        if manifest.orientation == Orientation.STORED:
             score_map = turned_map(score_map, OPPOSITE[orientation_of(source.read(index))])
     except ScoreError:
         raise
@@ -201,7 +201,7 @@ def _packed(
     score_map = from_top(
         class_ids, probs, num_classes=manifest.num_classes, region=seen.region, name=seen.key
     )
-    if manifest.orientation is Orientation.STORED:
+    if manifest.orientation == Orientation.STORED:
         score_map = turned_map(score_map, OPPOSITE[seen.orientation])
     return seen.key, pack_for(manifest, seen.key, score_map)
 
