@@ -14,8 +14,9 @@ from PIL import Image
 from segment_cases import BACKBONE, write_image
 
 from tokenlabel.cli import main
-from tokenlabel.data.images import DataError, ImageFolder
+from tokenlabel.data.images import DataError
 from tokenlabel.data.masks import MaskError, decode_mask
+from tokenlabel.data.sources import open_images
 from tokenlabel.evaluation.observation import MaskFolder
 from tokenlabel.labels.store import LabelStore
 from tokenlabel.models import create_model
@@ -318,16 +319,21 @@ class TestTeacherAndTruth:
         with pytest.raises(ValueError, match="--ignore-index 1 is one of the 2 classes"):
             annotate("images", "other", AnnotateConfig(teacher="masks:masks", ignore_index=1), device=CPU)
 
-    def test_more_than_255_classes(self):
-        for number in range(260):
-            write_image(Path("many") / f"{number:03}" / "1.jpg", (1, 2))
-            write_mask(Path("masks") / f"{number:03}" / "1.png", [[number, 65535]], np.uint16)
-        done = annotate("many", "labels", AnnotateConfig(teacher="masks:masks"), device=CPU)
-        assert done.num_labelled == 260
-        score_map = LabelStore("labels")["255/1.jpg"]
-        assert (score_map.palette.tolist(), score_map.probs[0, :, 0].tolist()) == ([255], [1, 0])
-        truth = MaskFolder(Path("masks"), num_classes=260, source=ImageFolder("many"))["259/1.jpg"]
-        assert (truth.palette.tolist(), truth.probs[0, :, 0].tolist()) == ([259], [1, 0])
+    def test_more_than_255_classes(self, capsys):
+        Path("many.txt").write_text("images/cat/1.jpg 255\nimages/dog/1.jpg 259\n")  # classes 0 to 259
+        for name, number in (("cat", 255), ("dog", 259)):
+            write_mask(Path("masks/images") / name / "1.png", [[number, 65535], [65535, 65535]], np.uint16)
+        annotate("many.txt", "labels", AnnotateConfig(teacher="masks:masks"), device=CPU)
+        score_map = LabelStore("labels")["images/cat/1.jpg"]
+        assert (score_map.palette.tolist(), score_map.probs[..., 0].tolist()) == ([255], [[1, 0], [0, 0]])
+        assert "no mask holds 258 of 260 classes (0, 1, 2, ...)" in capsys.readouterr().err
+        source = open_images("many.txt")
+        masks = MaskFolder(Path("masks"), num_classes=260, source=source)
+        assert masks["images/dog/1.jpg"].palette.tolist() == [259]
+        for name in ("cat", "dog"):
+            write_mask(Path("masks/images") / name / "1.png", [[3, 255], [255, 3]])
+        masks.check(source.class_names)
+        assert "masks: 255 is the class '255' of 260, nothing is 65535" in capsys.readouterr().err
 
     def test_a_class_map_leads_from_ids_of_16_bits(self):
         self.masks([[30_000, 255], [7, 30_000]], [[40_000, 40_000], [0, 65_535]], np.uint16)

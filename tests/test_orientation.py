@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from annotation_ranks import CPU, ByColour
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, features
 
 from tokenlabel.cli import main
 from tokenlabel.data import images
@@ -54,7 +54,9 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("tag", [*TAGS, 0, 9])
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize(
+    "kind", ["JPEG", "PNG", "WEBP", "TIFF", *(["AVIF"] if features.check("avif") else [])]
+)
 def test_every_decoder_turns_pixels_as_pillow_does(kind, tag, monkeypatch):
     pixels = np.random.default_rng(tag).integers(0, 256, (5, 8, 3), dtype=np.uint8)
     data = encode(pixels, tag, kind)

@@ -105,14 +105,18 @@ class MaskFolder:
                 f"{self.folder}: {len(missing):,} of {len(self._source):,} images have no mask there "
                 f"({listed(missing)}); expected {next(mask_names(missing[0]))} for {missing[0]}"
             )
-        if not self.is_assumed or self.num_classes > 255:
+        if not self.is_assumed:
             return
         drawn = np.linspace(0, len(self._source) - 1, min(len(self._source), NUM_CHECKED)).astype(int)
         held: set[int] = set()
         for index in drawn.tolist():
             with suppress(ValueError):  # when it is its turn, it is named
                 held |= set(np.unique(self._read(self._source.keys[int(index)])[1]).tolist())
-        if held == {0, 255} and len(np.unique(self._source.class_ids[drawn])) > 1:
+        if self.num_classes > 255 and max(held, default=0) == 255:
+            say(
+                f"{self.folder}: 255 is the class {class_names[255]!r} of {self.num_classes:,}, nothing is 65535"
+            )
+        elif held == {0, 255} and len(np.unique(self._source.class_ids[drawn])) > 1:
             raise MaskError(
                 f"{self.folder}: masks hold 0 and 255 alone, and 255 stands for no class: only {class_names[0]!r} (0) "
                 f"would be seen, never {listed(list(class_names[1:]))}; write class ids into the masks, or say "
