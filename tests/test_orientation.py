@@ -148,7 +148,15 @@ def test_maps_of_older_stores_lie_on_stored_pixels_and_follow_them(folder, tmp_p
     dataset.store = LabelStore(labels)
     assert dataset.store.manifest.orientation is Orientation.STORED
     assert taught_as_shown(dataset, mode=mode)
-    write_pictures(dataset.store, source, tmp_path / "page.html")  # looks at them in the same way
+    # Pictures show the maps where they would lie in a store of upright ones.
+    with LabelStoreWriter(tmp_path / "upright", manifest) as writer:
+        for key in source.keys:
+            writer.add(key, turned_map(dataset.store[key], int(Path(key).stem)))
+    pages = []
+    for folder in (labels, tmp_path / "upright"):
+        write_pictures(LabelStore(folder), source, tmp_path / "page.html")
+        pages.append((tmp_path / "page.html").read_text().replace(str(folder), ""))
+    assert pages[0] == pages[1]
 
 
 def test_stores_of_two_orientations_are_not_read_as_one(tmp_path):
