@@ -220,7 +220,9 @@ class TestValues:
         assert said in capsys.readouterr().err
         write_mask(tmp_path / "masks/0/a.png", [[2, 0]])
         two_folders(tmp_path, ["road", "dog", "tree"]).check()
-        assert "holds 1 of 3 classes (dog)" in capsys.readouterr().err
+        told = capsys.readouterr().err
+        assert "holds 1 of 3 classes (dog)" in told
+        assert "if these are the classes in order, say --data.class_values=[0,2,255]" in told
         monkeypatch.setattr(pairs_module, "DECODE_ALL_UP_TO", 2)
         monkeypatch.setattr(pairs_module, "NUM_DRAWN", 3)
         two_folders(tmp_path, ["road", "dog", "tree"]).check()  # of many, some are looked at

@@ -243,11 +243,9 @@ def decode_image(data: bytes, name: str) -> Image.Image:
         image = Image.open(io.BytesIO(data))
         rgb = _as_rgb(image)
         orientation = orientation_of(data, image)
-        return (
-            rgb
-            if orientation == 1
-            else Image.fromarray(np.ascontiguousarray(turned(np.asarray(rgb), orientation)))
-        )
+        if orientation == 1:
+            return rgb
+        return Image.fromarray(np.ascontiguousarray(turned(np.asarray(rgb), orientation)))
     except UnidentifiedImageError as error:
         raise ImageError(f"{name}: does not decode as an image (it is of no known format)") from error
     except Exception as error:  # Pillow's decoders raise whatever their parsing runs into
@@ -275,10 +273,10 @@ def orientation_of(data: bytes, image: Image.Image | None = None) -> int:
     if data.startswith(b"\xff\xd8\xff"):
         return _orientation_of_jpeg(data)
     if data.startswith(b"\x89PNG") and not any(word in data for word in (b"eXIf", b"exif", b"xmp")):
-        return 1  # not worth decoding for
+        return 1  # without a word of it Pillow would decode all pixels to look behind them
     try:
         image = image or Image.open(io.BytesIO(data))
-        # Pillow turns TIFFs when it decodes them.
+        # Pillow turns TIFFs itself, when it decodes them.
         tag = 1 if image.format == "TIFF" else image.getexif().get(_ORIENTATION, 1)
     except Exception:  # a broken tag is none
         return 1

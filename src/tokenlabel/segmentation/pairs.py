@@ -179,6 +179,8 @@ class ImageMaskPairs:
         if absent:
             share = sum(values[value] for value in ignored) / values.total()
             apart = f"; {share:.0%} of the pixels are {of_none} and do not count" if ignored else ""
+            if ignored and len(values) == len(classes.names):
+                apart += _advice(classes, sorted(values))
             say(
                 f"{self._masks}: none of {len(masks):,} masks holds {len(absent):,} of {len(classes.names):,} classes "
                 f"({listed(absent)}){apart}"
@@ -349,7 +351,7 @@ def _two_folders(classes: Classes, images: Path, masks: Path) -> ImageMaskPairs:
     shared = [mask for mask, count in images_of.items() if count > 1]
     if shared:
         say(f"{images}: several images have the same mask, and count each: {listed(shared)}")
-    suffixes = {Path(mask).suffix for mask in images_of}
+    suffixes = {Path(mask).suffix.lower() for mask in images_of}
     alone = sorted(name for name in _files_in(masks, suffixes) if name not in images_of)
     if alone:
         say(f"{masks}: {len(alone):,} masks belong to no image and are passed over ({listed(alone)})")
