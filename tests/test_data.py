@@ -205,15 +205,6 @@ class TestDecode:
         pictures[0].save(buffer, image_format, save_all=True, append_images=pictures[1:], lossless=True)
         np.testing.assert_array_equal(decode_pixels(buffer.getvalue(), "a.gif"), few_colours)
 
-    def test_pixels_lie_where_the_file_has_them_whatever_orientation_it_names(self):
-        turned = Image.Exif()
-        turned[0x112] = 6  # a quarter turn
-        plain = decode_pixels(encoded(noise(1), "JPEG"), "a.jpg")
-        np.testing.assert_array_equal(decode_pixels(encoded(noise(1), "JPEG", exif=turned), "a.jpg"), plain)
-        np.testing.assert_array_equal(
-            np.asarray(decode_image(encoded(noise(1), "JPEG", exif=turned), "a.jpg")), plain
-        )
-
     @pytest.mark.parametrize(
         "data", [b"", b"not an image", encoded(noise(0))[:60], encoded(noise(0), "JPEG")[:-40]]
     )

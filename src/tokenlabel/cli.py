@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 
 USAGE_ERROR = 2
 IMAGES_HELP = "a folder with one folder a class, .tar files (WebDataset) or a folder of them, or a list file"
+IGNORE_INDEX_HELP = (
+    "the id of pixels without a class in --masks; by default 255, with more than 255 classes 65535"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -240,6 +243,7 @@ def inspect(arguments: list[str]) -> int:
     parser.add_argument(
         "--masks", type=Path, help="true dense labels (PNG class ids): how often the maps are right"
     )
+    parser.add_argument("--ignore-index", type=int, help=IGNORE_INDEX_HELP)
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
     parser.add_argument("--output", type=Path, help="also write the figures to this JSON file")
     _add_duplicates(parser)
@@ -257,7 +261,9 @@ def inspect(arguments: list[str]) -> int:
     if options.masks:
         from tokenlabel.evaluation.observation import mask_agreement
 
-        figures["mask_agreement"] = mask_agreement(store, options.masks)
+        figures["mask_agreement"] = mask_agreement(
+            store, options.masks, source=source, ignore_index=options.ignore_index
+        )
     if source and options.pictures:
         from tokenlabel.report.labels import write_pictures
 
@@ -353,6 +359,7 @@ def evaluate(arguments: list[str]) -> int:
         choices=[*SETS, "imagenet-c"],
         help="how --data is laid out; folder: class folders named after the model's classes, all or some",
     )
+    parser.add_argument("--ignore-index", type=int, help=IGNORE_INDEX_HELP)
     parser.add_argument("--weights", help="checkpoint file for a model's name; pretrained weights by default")
     parser.add_argument("--size", type=int, help="images are size x size px; the network's own by default")
     parser.add_argument("--crop-fraction", type=float, help="share of the shorter side in the centre crop")

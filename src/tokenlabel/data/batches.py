@@ -28,12 +28,13 @@ from tokenlabel.data.images import (
     check_images,
     decode_image,
     decode_pixels,
+    orientation_of,
 )
 from tokenlabel.data.samplers import FOR_SAMPLE, BatchSampler, EvalBatchSampler, shard_order
 from tokenlabel.data.workers import prepare_worker, process_context, stack
 from tokenlabel.method.alignment import ScoreMapBatch, collate_score_maps
 from tokenlabel.method.geometry import View, stack_views
-from tokenlabel.method.scores import ScoreMap
+from tokenlabel.method.scores import Orientation, ScoreMap, turned_map
 
 __all__ = [
     "Batch",
@@ -69,7 +70,10 @@ class LabelsError(ValueError):
 
 @runtime_checkable
 class ScoreMaps(Protocol):
-    """Score maps by the keys of images, such as a label store. It must pickle, and cheaply."""
+    """Score maps by the keys of images, such as a label store. It must pickle, and cheaply.
+
+    They lie on upright images, unless a `manifest` says `orientation: stored`.
+    """
 
     def __getitem__(self, key: str, /) -> ScoreMap:
         """Return the score map of an image."""
@@ -94,8 +98,8 @@ class CheckableLabels(ScoreMaps, Protocol):
 class Sample:
     """One augmented image.
 
-    `image`: [3, height, width] uint8. `view`: what of the source image it shows. `score_map`: that of the
-    whole source image, or None without a store. `key`: the image's key in its source.
+    `image`: [3, height, width] uint8. `view`: what of the upright source image it shows. `score_map`: that of the
+    whole upright source image, or None without a store. `key`: the image's key in its source.
     """
 
     image: UInt8[Tensor, "3 height width"]
@@ -197,15 +201,22 @@ class TokenLabelDataset(Dataset[Sample]):
                 class_id=int(self.source.class_ids[index]),
                 num_classes=self.num_classes,
                 view=view,
-                score_map=None if self.store is None else self.store[self.source.keys[index]],
+                score_map=self._score_map(self.source.keys[index], orientation),
                 key=self.source.keys[index],
             )
-            for (_, index), (pixels, view) in zip(epochs_and_indices, images, strict=True)
+            for (_, index), (pixels, view, orientation) in zip(epochs_and_indices, images, strict=True)
         ]
 
-    def _image(self, epoch: int, index: int) -> tuple[NDArray[np.uint8], View]:
-        rng = np.random.default_rng((self.seed, FOR_SAMPLE, epoch, index))
-        return self.transform(decode_pixels(self.source.read(index), self.source.keys[index]), rng)
+    def _image(self, epoch: int, index: int) -> tuple[NDArray[np.uint8], View, int]:
+        """Return augmented pixels, their view, and the orientation that the image's map lies in."""
+        rng, data = np.random.default_rng((self.seed, FOR_SAMPLE, epoch, index)), self.source.read(index)
+        pixels, view = self.transform(decode_pixels(data, self.source.keys[index]), rng)
+        manifest = getattr(self.store, "manifest", None)
+        is_stored = getattr(manifest, "orientation", None) == Orientation.STORED
+        return pixels, view, orientation_of(data) if is_stored else 1
+
+    def _score_map(self, key: str, orientation: int) -> ScoreMap | None:
+        return None if self.store is None else turned_map(self.store[key], orientation)
 
     def __len__(self) -> int:
         """Return how many images there are."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import os
+import re
+import struct
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from enum import StrEnum
@@ -13,6 +15,8 @@ from typing import Protocol, overload, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
+
+from tokenlabel.method.geometry import turned
 
 try:
     import simplejpeg
@@ -27,6 +31,9 @@ EXTENSIONS = (
 DECODE_ALL_UP_TO = 10_000
 
 _NUM_NAMED = 3  # how many offenders an error names
+
+_ORIENTATION = 0x0112  # the tag of EXIF data
+_XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([1-8])')
 
 
 class DataError(ValueError):
@@ -239,11 +246,16 @@ class ImageCheck(StrEnum):
 def decode_image(data: bytes, name: str) -> Image.Image:
     """Decode to RGB; `name` is what the ImageError calls an image that does not decode.
 
-    Transparency is dropped, 16-bit greys keep their upper byte, of an animation the first picture counts, and
-    orientation tags are ignored, so that pixels lie where the file has them, as in torchvision and timm.
+    Transparency is dropped, 16-bit greys keep their upper byte, and of an animation the first picture counts.
+    Pixels lie upright, as people see them: the orientation tag (EXIF) is applied, other than in torchvision and timm.
     """
     try:
-        return _as_rgb(Image.open(io.BytesIO(data)))
+        image = Image.open(io.BytesIO(data))
+        rgb = _as_rgb(image)
+        orientation = orientation_of(data, image)
+        if orientation == 1:
+            return rgb
+        return Image.fromarray(np.ascontiguousarray(turned(np.asarray(rgb), orientation)))
     except UnidentifiedImageError as error:
         raise ImageError(f"{name}: does not decode as an image (it is of no known format)") from error
     except Exception as error:  # Pillow's decoders raise whatever their parsing runs into
@@ -257,10 +269,28 @@ def decode_pixels(data: bytes, name: str) -> NDArray[np.uint8]:
     """
     if simplejpeg is not None and data.startswith(b"\xff\xd8\xff"):
         try:
-            return simplejpeg.decode_jpeg(data)
+            return np.ascontiguousarray(turned(simplejpeg.decode_jpeg(data), orientation_of(data)))
         except ValueError:
             pass  # four inks, say, or damage: what can be done is for Pillow to decide
     return np.array(decode_image(data, name))
+
+
+def orientation_of(data: bytes, image: Image.Image | None = None) -> int:
+    """Return the orientation tag of an encoded image, 1 to 8: see `geometry.turned`; 1 where it has none.
+
+    `image`: what Pillow opened of it, where it has; a PNG may name its orientation behind its pixels.
+    """
+    if data.startswith(b"\xff\xd8\xff"):
+        return _orientation_of_jpeg(data)
+    if data.startswith(b"\x89PNG") and not any(word in data for word in (b"eXIf", b"exif", b"xmp")):
+        return 1  # without a word of it Pillow would decode all pixels to look behind them
+    try:
+        image = image or Image.open(io.BytesIO(data))
+        # Pillow turns TIFFs itself, when it decodes them.
+        tag = 1 if image.format == "TIFF" else image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # a broken tag is none
+        return 1
+    return tag if tag in range(1, 9) else 1
 
 
 def check_images(
@@ -326,6 +356,43 @@ def _has_sound_ends(source: ImageSource, index: int) -> bool:
     is_png = data.startswith(b"\x89PNG\r\n\x1a\n") and data.endswith(b"IEND\xaeB`\x82")
     is_jpeg = data.startswith(b"\xff\xd8\xff") and data.endswith(b"\xff\xd9")
     return is_png or is_jpeg or _decodes(source, index)
+
+
+def _orientation_of_jpeg(data: bytes) -> int:
+    """Return the orientation that a JPEG's EXIF data name, or else its XMP data; in microseconds, from its head."""
+    place, of_xmp = 2, 1
+    while data[place : place + 1] == b"\xff" and place + 4 <= len(data):
+        marker, length = data[place + 1], int.from_bytes(data[place + 2 : place + 4])
+        if marker == 0xFF:  # a byte of filling
+            place += 1
+            continue
+        if marker == 0xDA:  # the pixels
+            break
+        if marker == 0xE1:
+            segment = data[place + 4 : place + 2 + length]
+            if segment.startswith(b"Exif\0\0") and (tag := _orientation_of_exif(segment[6:])) is not None:
+                return tag if tag in range(1, 9) else 1
+            if found := _XMP_ORIENTATION.search(segment):
+                of_xmp = int(found[1])
+        place += 2 + length
+    return of_xmp
+
+
+def _orientation_of_exif(tiff: bytes) -> int | None:
+    """Return the orientation that EXIF data name, whatever it is; None if they name none or are broken."""
+    order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
+    if order is None:
+        return None
+    try:
+        (start,) = struct.unpack_from(f"{order}I", tiff, 4)
+        (count,) = struct.unpack_from(f"{order}H", tiff, start)
+        for entry in range(start + 2, start + 2 + 12 * count, 12):
+            tag, kind = struct.unpack_from(f"{order}HH", tiff, entry)
+            if tag == _ORIENTATION:
+                return struct.unpack_from(f"{order}{'I' if kind == 4 else 'H'}", tiff, entry + 8)[0]
+    except struct.error:
+        pass
+    return None
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:

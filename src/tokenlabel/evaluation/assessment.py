@@ -44,6 +44,7 @@ from tokenlabel.evaluation.observation import MaskFolder, observe
 from tokenlabel.labels.store import LabelStore
 from tokenlabel.models import Inference
 from tokenlabel.runtime.distributed import Ranks, joined_ranks
+from tokenlabel.runtime.notices import listed, say
 
 Figures = dict[str, Any]
 
@@ -63,6 +64,8 @@ class EvalOptions:
     """JSON of {"path of an image below --data": [classes]}: mean average precision in place of accuracy."""
     masks: Path | None = None
     """True dense labels of the images (PNG class ids): what the tokens get right."""
+    ignore_index: int | None = None
+    """The id in masks of pixels without a class; by default 255, with more than 255 classes 65535."""
     labels: Path | None = None
     """A teacher's labels of the images: how far the tokens agree with it."""
     weights: str | None = None
@@ -144,7 +147,12 @@ class _Assessment:
         check_images(images.source)
         found = self._pass(images, {head: self._evaluators(images) for head in self.heads})
         for name, store in self._token_truths(images.source):
-            of_tokens = self._pass(images, {Inference.CLASS: [TokenTruth(name)]}, store=store)
+            truth = TokenTruth(name)
+            of_tokens = self._pass(images, {Inference.CLASS: [truth]}, store=store)
+            if absent := truth.absent(self._class_names()):
+                say(
+                    f"no {name} shows {len(absent):,} classes ({listed(absent)}): {name}_miou leaves them out"
+                )
             of_tokens[Inference.CLASS].pop("images_per_s")
             found = {head: figures | of_tokens[Inference.CLASS] for head, figures in found.items()}
         return found
@@ -216,7 +224,14 @@ class _Assessment:
                 f"{self.network.name} has no head for tokens that was trained; leave --masks and --labels out"
             )
         if masks is not None:
-            yield "token", MaskFolder(masks, num_classes=self.network.num_classes)
+            truth = MaskFolder(
+                masks,
+                num_classes=self.network.num_classes,
+                ignore_index=self.options.ignore_index,
+                source=source,
+            )
+            truth.check(self._class_names())
+            yield "token", truth
         if labels is not None:
             store = LabelStore(labels)
             check_labels(source, store)

@@ -172,6 +172,11 @@ class TokenTruth(Evaluator):
         pairs = classes[objects] * num_classes + said[objects]
         self._count(pairs=pairs.bincount(minlength=num_classes**2).view(num_classes, num_classes))
 
+    def absent(self, class_names: Sequence[str]) -> list[str]:
+        """Return the classes that no token that was judged shows."""
+        shown = self.sums["pairs"].sum(dim=1) if "pairs" in self.sums else torch.zeros(len(class_names))
+        return [name for name, count in zip(class_names, shown.tolist(), strict=True) if not count]
+
     def figures(self) -> Iterator[tuple[str, float]]:
         """Yield num_object_tokens, NAME_accuracy and NAME_miou; nothing where no token was to be judged."""
         pairs = self.sums.get("pairs")  # [C, C], rows the truth

@@ -4,28 +4,36 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from jaxtyping import Bool
-from PIL import Image
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tokenlabel.data.augment import EvalTransform
 from tokenlabel.data.batches import Batch, TokenLabelDataset, check_images, normalize_images
+from tokenlabel.data.images import ImageSource, orientation_of
+from tokenlabel.data.masks import MaskError, check_upright, decode_mask, mask_names
 from tokenlabel.data.sources import open_images
 from tokenlabel.evaluation.evaluators import Accuracy, Calibration, Evaluator, Seen, TokenTruth, object_tokens
 from tokenlabel.labels.store import LabelStore
 from tokenlabel.method.alignment import align, collate_score_maps
 from tokenlabel.method.geometry import View, stack_views
-from tokenlabel.method.scores import ScoreMap, from_mask
+from tokenlabel.method.scores import Orientation, ScoreMap, from_mask, turned_map
 from tokenlabel.method.targets import TokenTargets
 from tokenlabel.models import Inference, Outputs, TokenModel
 from tokenlabel.runtime.distributed import Ranks
+from tokenlabel.runtime.notices import listed, say
 from tokenlabel.training.recipe import Recipe
+
+# Masks that are looked at before the work begins.
+NUM_CHECKED = 64
 
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -56,24 +64,88 @@ class Evaluation:
 class MaskFolder:
     """True dense labels: a folder of masks laid out like the images, read like a label store.
 
-    The mask of `3/0001.jpg` is `3/0001.png`: one channel of class ids, 255 where no class is shown.
+    The mask of `3/0001.jpg` is `3/0001.png` (see `mask_names`): one channel of class ids. `ignore_index`: the id of
+    pixels that show no class; by default 255, or 65535 where 255 is a class. `source`: the images, to refuse masks that
+    lie on their stored pixels where an orientation tag turns these.
     """
 
-    def __init__(self, folder: Path, *, num_classes: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        num_classes: int,
+        ignore_index: int | None = None,
+        source: ImageSource | None = None,
+    ) -> None:
         if not folder.is_dir():
             raise ValueError(f"{folder}: no such folder of masks")
-        self._folder, self.num_classes = folder, num_classes
+        self.is_assumed = ignore_index is None
+        self._ignored = ignore_index if ignore_index is not None else 255 if num_classes <= 255 else 65535
+        if 0 <= self._ignored < num_classes:
+            raise ValueError(
+                f"{folder}: --ignore-index {self._ignored} is one of the {num_classes:,} classes"
+            )
+        self.folder, self.num_classes, self._source = folder, num_classes, source
 
     def __getitem__(self, key: str) -> ScoreMap:
         """Return the mask of an image as a score map of certainties."""
-        path = (self._folder / key).with_suffix(".png")
+        path, values = self._read(key)
+        return from_mask(values, num_classes=self.num_classes, unlabelled=self._ignored, name=str(path))
+
+    def check(self, class_names: Sequence[str], *, all_needed: bool = True) -> None:
+        """Raise MaskError if images of the source have no mask, or if a class seems to be written as the id of none.
+
+        Masks of 0 and 255 of images of several classes: 255 must be one of them. `all_needed`: no mask may be missing.
+        """
+        if self._source is None:
+            return
+        missing = [key for key in self._source.keys if not self._path(key).exists()] if all_needed else []
+        if missing:
+            raise MaskError(
+                f"{self.folder}: {len(missing):,} of {len(self._source):,} images have no mask there "
+                f"({listed(missing)}); expected {next(mask_names(missing[0]))} for {missing[0]}"
+            )
+        if not self.is_assumed:
+            return
+        drawn = np.linspace(0, len(self._source) - 1, min(len(self._source), NUM_CHECKED)).astype(int)
+        held: set[int] = set()
+        for index in drawn.tolist():
+            with suppress(ValueError):  # when it is its turn, it is named
+                held |= set(np.unique(self._read(self._source.keys[int(index)])[1]).tolist())
+        if self.num_classes > 255 and max(held, default=0) == 255:
+            say(
+                f"{self.folder}: 255 is the class {class_names[255]!r} of {self.num_classes:,}, nothing is 65535"
+            )
+        elif held == {0, 255} and len(np.unique(self._source.class_ids[drawn])) > 1:
+            raise MaskError(
+                f"{self.folder}: masks hold 0 and 255 alone, and 255 stands for no class: only {class_names[0]!r} (0) "
+                f"would be seen, never {listed(list(class_names[1:]))}; write class ids into the masks, or say "
+                "--ignore-index 255 if this is what they mean"
+            )
+
+    def _read(self, key: str) -> tuple[Path, NDArray[np.integer]]:
+        """Return the path of an image's mask, and its values [height, width]."""
+        path = self._path(key)
         try:
-            mask = np.asarray(Image.open(path))
-        except Exception as error:  # Pillow's decoders raise whatever their parsing runs into
-            raise ValueError(f"{path}: the mask of {key} cannot be read ({error})") from error
-        if mask.ndim != 2:
-            raise ValueError(f"{path}: a mask has one channel of class ids, this one has shape {mask.shape}")
-        return from_mask(mask, num_classes=self.num_classes, name=str(path))
+            data = path.read_bytes()
+        except OSError as error:
+            raise MaskError(f"{path}: the mask of {key} cannot be read ({error.strerror})") from error
+        values = decode_mask(data, str(path))
+        if self._source is not None and (index := self._indices.get(key)) is not None:
+            check_upright(values.shape, self._source.read(index), mask=str(path), image=key)
+        return path, values
+
+    def _path(self, key: str) -> Path:
+        paths = [self.folder / name for name in mask_names(key)]
+        return next((path for path in paths if path.exists()), paths[0])
+
+    @cached_property
+    def _indices(self) -> dict[str, int]:
+        return {} if self._source is None else {key: i for i, key in enumerate(self._source.keys)}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Send no index of the images: each process makes its own."""
+        return {name: value for name, value in vars(self).items() if name != "_indices"}
 
 
 def evaluate(
@@ -166,16 +238,29 @@ def agreement(guess: TokenTargets, truth: TokenTargets, num_classes: int) -> tup
     return int(right.sum()), int(objects.sum())
 
 
-def mask_agreement(store: LabelStore, masks: Path) -> float:
+def mask_agreement(
+    store: LabelStore, masks: Path, *, source: ImageSource | None = None, ignore_index: int | None = None
+) -> float:
     """Return the share of object cells of a store's maps whose most probable class is that of the true mask.
 
-    `masks`: a folder of true dense labels, laid out like the images.
+    `masks`: a folder of true dense labels, laid out like the images; `ignore_index`: see `MaskFolder`. `source`: the
+    images, which know their orientation.
     """
     num_classes = store.manifest.num_classes
-    truth_of = MaskFolder(masks, num_classes=num_classes)
+    truth_of = MaskFolder(masks, num_classes=num_classes, ignore_index=ignore_index, source=source)
+    truth_of.check(store.manifest.class_names or tuple(map(str, range(num_classes))), all_needed=False)
+    is_stored, indices = store.manifest.orientation == Orientation.STORED, {}
+    if is_stored and source is not None:
+        indices = {key: index for index, key in enumerate(source.keys)}
+    elif is_stored:
+        say(
+            "the maps lie as the files store their pixels: name the images (--images) if any have an orientation tag"
+        )
     right = total = 0
     for key in store.keys():  # noqa: SIM118  (a store is no dict)
         score_map = store[key]
+        if source is not None and key in indices:
+            score_map = turned_map(score_map, orientation_of(source.read(indices[key])))
         height, width, _ = score_map.codes.shape
         seen = torch.from_numpy(stack_views([View.crop(score_map.region)]))  # places are then the map's cells
         guess, truth = (

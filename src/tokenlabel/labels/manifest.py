@@ -8,12 +8,13 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar
 
 from tokenlabel.labels.encoding import Encoding
 from tokenlabel.labels.shards import SUFFIX, StoreError, write_atomically
-from tokenlabel.method.scores import Kind
+from tokenlabel.method.scores import Kind, Orientation
 from tokenlabel.runtime.notices import listed
 
 MANIFEST_FILE = "manifest.json"
@@ -42,7 +43,8 @@ class Manifest:
     `class_names`: of the labels, in the order of their ids; empty where they have none. `topk`: classes that
     a cell keeps at the most. `kind`: see `scores.Kind`. `encoding`: of what is written from now on; each
     record says its own. `teacher`, `preprocessing`: what made the labels and what it saw, for people and for
-    comparison. `failures`: the images that the last call could not label.
+    comparison. `orientation`: how maps lie on images whose files have a tag. `failures`: the images that the last call
+    could not label.
     """
 
     num_classes: int
@@ -52,6 +54,7 @@ class Manifest:
     encoding: Encoding = Encoding.COMPACT
     teacher: dict[str, Any] = field(default_factory=dict)
     preprocessing: dict[str, Any] = field(default_factory=dict)
+    orientation: Orientation = Orientation.UPRIGHT
     failures: tuple[Failure, ...] = ()
 
     def __post_init__(self) -> None:
@@ -67,7 +70,7 @@ class Manifest:
     def differences(self, other: Manifest) -> list[str]:
         """Return in words what keeps labels of two manifests from being of one kind."""
         unlike = []
-        for name in ("num_classes", "class_names", "kind", "topk", "teacher", "preprocessing"):
+        for name in ("num_classes", "class_names", "kind", "topk", "orientation", "teacher", "preprocessing"):
             ours, theirs = _without_names(getattr(self, name)), _without_names(getattr(other, name))
             if isinstance(ours, dict):
                 keys = sorted(ours.keys() | theirs.keys())
@@ -165,6 +168,9 @@ def _manifest(content: dict[str, Any]) -> Manifest:
         encoding=_encoding(content["encoding"]),
         teacher=_of_type(content["teacher"], dict),
         preprocessing=_of_type(content["preprocessing"], dict),
+        orientation=Orientation(
+            content.get("orientation", Orientation.STORED)
+        ),  # the first stores had no word
         failures=tuple(
             Failure(_of_type(failure["key"], str), _of_type(failure["reason"], str))
             for failure in _of_type(content["failures"], list)
@@ -194,5 +200,5 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def _short(value: Any) -> str:
-    text = json.dumps(value) if isinstance(value, (dict, tuple, list)) else repr(value)
+    text = json.dumps(value) if isinstance(value, (dict, tuple, list, StrEnum)) else repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

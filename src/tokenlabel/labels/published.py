@@ -34,7 +34,7 @@ from tokenlabel.labels.store import (
     update_failures,
 )
 from tokenlabel.method.geometry import WHOLE_IMAGE, Box
-from tokenlabel.method.scores import Kind, ScoreError, ScoreMap, from_top
+from tokenlabel.method.scores import Kind, Orientation, ScoreError, ScoreMap, from_top
 from tokenlabel.runtime.background import ahead, thread_pool
 from tokenlabel.runtime.errors import first_line
 
@@ -103,6 +103,7 @@ def import_labels(
         topk=_topk_of(paths, folder=files),
         kind=Kind.LOGITS,
         encoding=Encoding.RAW,
+        orientation=Orientation.STORED,
         teacher={"name": "published label files"},
         preprocessing={"region": config.region, "layout": config.layout.value},
     )

@@ -10,9 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+
+T = TypeVar("T", bound=np.generic)
 
 # A point may miss a frame by this much (a tenth of a pixel at 10,000 px) before it counts as outside.
 TOLERANCE = 1e-5
@@ -65,6 +68,44 @@ class Box:
 
 
 WHOLE_IMAGE = Box()
+
+# What makes the stored pixels of an EXIF orientation upright: rows and columns change places, then rows run the
+# other way, then columns do.
+_TURNS = {
+    1: (False, False, False),
+    2: (False, False, True),
+    3: (False, True, True),
+    4: (False, True, False),
+    5: (True, False, False),
+    6: (True, False, True),
+    7: (True, True, True),
+    8: (True, True, False),
+}
+# From upright back to stored: all but the quarter turns undo themselves.
+OPPOSITE = {orientation: orientation for orientation in _TURNS} | {6: 8, 8: 6}
+
+
+def turned(values: NDArray[T], orientation: int) -> NDArray[T]:
+    """Return values [rows, columns, ...] that lie as a file stores its pixels so that they lie upright.
+
+    `orientation`: the file's EXIF tag, 1 to 8; that of `OPPOSITE` turns them back. A view: nothing is copied.
+    """
+    swapped, rows, columns = _TURNS[orientation]
+    values = values.swapaxes(0, 1) if swapped else values
+    return values[:: -1 if rows else 1, :: -1 if columns else 1]
+
+
+def turned_box(box: Box, orientation: int) -> Box:
+    """Return a part of stored pixels as a part of the upright image, as `turned` does it to values."""
+    swapped, rows, columns = _TURNS[orientation]
+    left, top, right, bottom = box.left, box.top, box.right, box.bottom
+    if swapped:
+        left, top, right, bottom = top, left, bottom, right
+    if rows:
+        top, bottom = 1 - bottom, 1 - top
+    if columns:
+        left, right = 1 - right, 1 - left
+    return Box(left, top, right, bottom)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -6,14 +6,14 @@ over the classes that the cell did not keep, so a map of any K is a proper distr
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenlabel.method.geometry import WHOLE_IMAGE, Box
+from tokenlabel.method.geometry import WHOLE_IMAGE, Box, turned, turned_box
 
 # Sums of half precision probabilities miss 1 by this much at the most.
 SUM_TOLERANCE = 0.01
@@ -24,6 +24,13 @@ class Kind(StrEnum):
 
     PROBABILITIES = "probabilities"
     LOGITS = "logits"  # imported label files only; they become probabilities before they are aligned
+
+
+class Orientation(StrEnum):
+    """How maps lie on images whose files have an orientation tag: on the upright image, or on the stored pixels."""
+
+    UPRIGHT = "upright"
+    STORED = "stored"
 
 
 class ScoreError(ValueError):
@@ -39,7 +46,7 @@ class ScoreMap:
     `probs` [H, W, K] float32: probabilities in [0, 1] with a sum of at most 1 a cell, in any order.
     An entry of probability 0 is not kept: its code means nothing, and its class shares the rest. (For
     `Kind.LOGITS` the values are the logits of the kept classes, and every entry is kept.)
-    `region`: the part of the image that the teacher saw; cell (row i, column j) covers
+    `region`: the part of the upright image that the teacher saw; cell (row i, column j) covers
     x in [j/W, (j+1)/W), y in [i/H, (i+1)/H) of it.
     """
 
@@ -73,6 +80,19 @@ class ScoreMap:
         rows, columns, entries = np.nonzero(kept)
         full[rows, columns, self.class_ids[rows, columns, entries]] = self.probs[rows, columns, entries]
         return full
+
+
+def turned_map(score_map: ScoreMap, orientation: int) -> ScoreMap:
+    """Return the map of an upright image from that of its pixels as the file stores them: exact.
+
+    `orientation`: the file's EXIF tag, 1 to 8; that of `geometry.OPPOSITE` leads back.
+    """
+    if orientation == 1:
+        return score_map
+    codes, probs = (
+        np.ascontiguousarray(turned(values, orientation)) for values in (score_map.codes, score_map.probs)
+    )
+    return replace(score_map, codes=codes, probs=probs, region=turned_box(score_map.region, orientation))
 
 
 def from_top(

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from tokenlabel.data.images import ImageSource, decode_image
+from tokenlabel.data.images import ImageSource, decode_image, orientation_of
 from tokenlabel.drawing.pictures import class_colour, with_cells
 from tokenlabel.labels.inspection import Look, as_probabilities, best_class, class_finder, look_at
 from tokenlabel.labels.store import LabelStore, StoreError
-from tokenlabel.method.scores import ScoreMap
+from tokenlabel.method.scores import Orientation, ScoreMap, turned_map
 
 SAMPLE = 2000
 NUM_NAMED = 4
@@ -50,10 +50,12 @@ def write_pictures(store: LabelStore, source: ImageSource, output: Path, *, coun
     names = store.manifest.class_names or tuple(map(str, range(store.manifest.num_classes)))
     sections = []
     for title, shown in members.items():
-        figures = [
-            _figure(look, store[look.key], source.read(places[look.key]), names, class_of(look.key))
-            for look in shown
-        ]
+        figures = []
+        for look in shown:
+            data, score_map = source.read(places[look.key]), store[look.key]
+            if store.manifest.orientation == Orientation.STORED:
+                score_map = turned_map(score_map, orientation_of(data))
+            figures.append(_figure(look, score_map, data, names, class_of(look.key)))
         if figures:
             sections.append(f"<h2>{title}</h2>\n<p>{SECTIONS[title]}</p>\n<div>{''.join(figures)}</div>")
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -171,7 +171,8 @@ def _label_sections(recipe: Recipe) -> list[str]:
     names = dataset.source.class_names
     chosen = np.linspace(0, len(dataset) - 1, NUM_PICTURES).astype(int).tolist()
     maps, augmented = [], []
-    batch = collate([dataset[0, index] for index in chosen])
+    samples = [dataset[0, index] for index in chosen]
+    batch = collate(samples)
     plain = Objective(replace(recipe.loss, label_smoothing=0.0), labelled=True)
     targets = plain.targets(batch, None, grid=grid).tokens
     assert targets is not None
@@ -179,7 +180,8 @@ def _label_sections(recipe: Recipe) -> list[str]:
     for i, index in enumerate(chosen):
         key = batch.keys[i]
         original = np.asarray(decode_image(dataset.source.read(index), key))
-        score_map = dataset.store[key]
+        score_map = samples[i].score_map
+        assert score_map is not None
         maps += [(enlarged(original), key), (with_cells(original, score_map.dense(), names), "teacher's map")]
         pixels = _pixels(batch, i)
         augmented += [(enlarged(pixels), key), (with_cells(pixels, labels[i], names), "aligned token labels")]

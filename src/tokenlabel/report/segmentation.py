@@ -18,6 +18,7 @@ from tokenlabel.data.images import DataError
 from tokenlabel.drawing.page import gallery, section, settings_table, svg, table
 from tokenlabel.drawing.pictures import enlarged
 from tokenlabel.runtime.configuration import read_config
+from tokenlabel.runtime.notices import listed
 from tokenlabel.runtime.runlog import read_metrics
 from tokenlabel.segmentation.inference import Segmenter
 from tokenlabel.segmentation.pairs import open_pairs
@@ -84,6 +85,8 @@ def _results(records: Sequence[SegmentRecord]) -> str:
     rows = []
     for record in records:
         shown = [f"{record.final[name]:.1%}" if name in record.final else "–" for name in COLUMNS]
+        if absent := record.final.get("absent_classes"):
+            shown[0] += f" (no mask holds {listed(absent)})"
         speeds = [line["images_per_s"] for line in record.train_lines]
         rows.append([record.name, *shown, f"{np.median(speeds):,.0f}" if speeds else "–"])
     return table(["run", *COLUMNS.values(), "train images/s"], rows)

@@ -11,43 +11,51 @@ import yaml
 from jaxtyping import Int16, UInt8
 from numpy.typing import NDArray
 
+from tokenlabel.data.masks import MaskError
 from tokenlabel.drawing.pictures import class_colour
+from tokenlabel.runtime.notices import listed
 
 IGNORED = 255  # the class id of pixels that neither train nor count
-NUM_VALUES = 256
+NUM_VALUES = 65_536  # of masks with 16 bits
 _BACKGROUND_COLOUR = (40, 40, 40)
 _UNKNOWN = -1
-
-
-class MaskError(ValueError):
-    """A mask that cannot be read as classes. The message names it."""
 
 
 @dataclass(frozen=True, eq=False)
 class Classes:
     """The classes that masks show.
 
-    `names`: at most 255. `colours` [C, 3]: RGB. `ids_of_values` [256]: the class id of each value in a mask file,
-    `IGNORED` for pixels that don't count, -1 for values that must not occur.
+    `names`: at most 255. `colours` [C, 3]: RGB. `ids_of_values` [values]: the class id of each value in a mask file,
+    `IGNORED` for pixels that don't count, -1 for values that must not occur. `is_assumed`: nobody said what 255 is.
     """
 
     names: list[str]
     colours: UInt8[NDArray[np.uint8], "C 3"]
-    ids_of_values: Int16[NDArray[np.int16], " 256"]
+    ids_of_values: Int16[NDArray[np.int16], " values"]
+    is_assumed: bool = False
 
     def ids(self, values: NDArray[np.integer], *, name: str) -> NDArray[np.uint8]:
         """Return the class ids [height, width] of a mask's values; `name` is what errors call the mask."""
-        if values.size and (int(values.min()) < 0 or int(values.max()) >= NUM_VALUES):
-            raise MaskError(f"{name}: holds the value {int(values.max())}; masks hold values from 0 to 255")
-        ids = self.ids_of_values[values]
-        if (ids == _UNKNOWN).any():
-            found = np.unique(values[ids == _UNKNOWN]).tolist()
-            known = np.flatnonzero(self.ids_of_values != _UNKNOWN)
-            raise MaskError(
-                f"{name}: holds {_values(found)}, which {'is' if len(found) == 1 else 'are'} no class; "
-                f"{len(self.names)} classes have the values {_ranges(known.tolist())}"
-            )
+        is_within = not values.size or (values.min() >= 0 and values.max() < NUM_VALUES)
+        ids = self.ids_of_values[values] if is_within else None
+        if ids is None or (ids == _UNKNOWN).any():
+            raise MaskError(f"{name}: {self.unknown(np.unique(values).tolist())}")
         return ids.astype(np.uint8)
+
+    def unknown(self, values: Sequence[int]) -> str:
+        """Return "holds the values 7, 9, which are no class; ..." of masks' values; empty if each has a meaning."""
+        found = [value for value in values if self.id_of(value) == _UNKNOWN]
+        if not found:
+            return ""
+        known = np.flatnonzero(self.ids_of_values != _UNKNOWN).tolist()
+        return (
+            f"holds the value{'' if len(found) == 1 else 's'} {listed([str(value) for value in found])}, which "
+            f"{'is' if len(found) == 1 else 'are'} no class; {len(self.names)} classes have the values {_ranges(known)}"
+        )
+
+    def id_of(self, value: int) -> int:
+        """Return the class id of a value in masks, `IGNORED` or -1."""
+        return int(self.ids_of_values[value]) if 0 <= value < NUM_VALUES else _UNKNOWN
 
 
 def known_classes(data_set: str) -> Classes:
@@ -68,26 +76,41 @@ def known_classes(data_set: str) -> Classes:
     return Classes(list(table), colours, ids_of_values)
 
 
-def numbered_classes(names: Sequence[str], *, background: str | None = None) -> Classes:
-    """Return classes whose values in a mask are their numbers, 255 being none of them.
+def numbered_classes(
+    names: Sequence[str],
+    *,
+    background: str | None = None,
+    values: Sequence[int] = (),
+    ignored: Sequence[int] | None = None,
+) -> Classes:
+    """Return classes whose values in a mask are their numbers, or `values`; 255 is none of them.
 
-    `background`: the name of one more class, that of the pixels of value 255; None leaves them out.
-    Raises MaskError for no names, too many, or the same twice.
+    `background`: the name of one more class, that of the pixels of value 255. `ignored`: values of pixels that do not
+    count, in place of 255. Raises MaskError for no names, too many, or the same twice, and for values that cannot be.
     """
     every = [*names, *([background] if background is not None else [])]
     if not every or len(every) > IGNORED or len(set(every)) < len(every):
         raise MaskError(f"expected 1 to {IGNORED} different names of classes, got {len(every)}: {every[:5]}")
+    if values and len(values) != len(names):
+        raise MaskError(
+            f"data.class_values holds {len(values)} values of {len(names)} classes; give one a class"
+        )
+    of_classes = [*(values or range(len(names))), *([255] if background is not None else [])]
+    of_none = ignored if ignored is not None else {255} - {*of_classes}
+    if len({*of_classes}) < len(of_classes) or not {*of_classes, *of_none} <= {*range(NUM_VALUES)}:
+        raise MaskError(
+            f"data.class_values {of_classes[:5]}: expected different values, and data.ignore_index with them from 0 "
+            f"to {NUM_VALUES - 1:,}"
+        )
+    if both := {*of_classes} & {*of_none}:
+        raise MaskError(f"data.ignore_index {min(both)} is the value of a class; leave it out")
     ids_of_values = np.full(NUM_VALUES, _UNKNOWN, np.int16)
-    ids_of_values[: len(names)] = np.arange(len(names))
-    ids_of_values[255] = IGNORED if background is None else len(names)
+    ids_of_values[of_classes] = np.arange(len(every))
+    ids_of_values[list(of_none)] = IGNORED
     colours = [class_colour(class_id) for class_id in range(len(names))]
     colours += [_BACKGROUND_COLOUR] if background is not None else []
-    return Classes(every, np.array(colours, np.uint8), ids_of_values)
-
-
-def _values(found: list[int]) -> str:
-    more = ", ..." if len(found) > 3 else ""
-    return f"the value{'' if len(found) == 1 else 's'} {', '.join(map(str, found[:3]))}{more}"
+    is_assumed = ignored is None and not values and background is None
+    return Classes(every, np.array(colours, np.uint8), ids_of_values, is_assumed)
 
 
 def _ranges(values: list[int]) -> str:

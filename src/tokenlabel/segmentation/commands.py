@@ -93,6 +93,7 @@ def _evaluate(arguments: list[str]) -> int:
     options = parse(parser, arguments)
 
     from tokenlabel.runtime.distributed import joined_ranks
+    from tokenlabel.runtime.notices import listed, say
     from tokenlabel.segmentation.evaluation import evaluate_segmentation
     from tokenlabel.segmentation.inference import Segmenter
     from tokenlabel.segmentation.pairs import other_pairs
@@ -116,6 +117,12 @@ def _evaluate(arguments: list[str]) -> int:
             ranks=ranks,
         )
     figures = {"step": trained.step, **figures}
+    if absent := figures["absent_classes"]:
+        counted = [name for name, iou in figures["class_iou"].items() if iou is not None]
+        say(
+            f"no mask holds {len(absent):,} of {len(trained.class_names):,} classes ({listed(absent)}): "
+            f"mIoU is the mean over {len(counted):,}"
+        )
     if ranks.is_first:
         write_json(options.output, figures)
     _print_figures(figures)

@@ -34,7 +34,8 @@ def evaluate_segmentation(
 
     Each rank looks at a share of the images; the counts of all are added, so the figures are those of one process.
     The result also has `num_images`, `images_per_s` (of all ranks together), `class_iou` and `class_accuracy`, by
-    name. The model is left in evaluation mode.
+    name, and `absent_classes`: those that no mask holds. mIoU leaves out those of them that were not predicted either,
+    mean accuracy all. The model is left in evaluation mode.
     """
     segmenter.model.eval()
     sampler = EvalBatchSampler(
@@ -55,5 +56,12 @@ def evaluate_segmentation(
     by_class = {
         kind: dict(zip(names, figures.pop(kind), strict=True)) for kind in ("class_iou", "class_accuracy")
     }
+    absent = [name for name, accuracy in by_class["class_accuracy"].items() if accuracy is None]
     seconds = time.perf_counter() - started
-    return {"num_images": len(pairs), "images_per_s": len(pairs) / seconds, **figures, **by_class}
+    return {
+        "num_images": len(pairs),
+        "images_per_s": len(pairs) / seconds,
+        **figures,
+        "absent_classes": absent,
+        **by_class,
+    }

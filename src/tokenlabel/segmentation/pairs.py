@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import io
 import os
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Integer, UInt8
 from numpy.typing import NDArray
-from PIL import Image
 
 from tokenlabel.data.images import DECODE_ALL_UP_TO, EXTENSIONS, DataError, Strings, decode_pixels
-from tokenlabel.segmentation.classes import Classes, MaskError, known_classes, numbered_classes
+from tokenlabel.data.masks import MaskError, check_upright, decode_mask, mask_names, palette_of
+from tokenlabel.runtime.notices import listed, say
+from tokenlabel.segmentation.classes import IGNORED, Classes, known_classes, numbered_classes
+
+# Pairs of a larger set that are looked at before training.
+NUM_DRAWN = 1_000
 
 
 class Layout(StrEnum):
@@ -64,6 +68,10 @@ class SegmentDataConfig:
     """Layout folders: their masks."""
     class_names: tuple[str, ...] = ()
     """Layout folders: the name of the class of each value in the masks, from 0."""
+    class_values: tuple[int, ...] = ()
+    """Layout folders: the value of each class in the masks, such as [0,255]; 0, 1, 2, ... by default."""
+    ignore_index: int | tuple[int, ...] | None = None
+    """Layout folders: the value, or values, of pixels that do not count; 255 by default, if it is no class."""
     background: str | None = None
     """Layouts scenes and folders: name of one more class, of the pixels of value 255; none leaves them out."""
     num_workers: int = 2
@@ -81,6 +89,10 @@ class SegmentDataConfig:
             raise ValueError(
                 f"data.layout {self.layout.value} has its own classes; leave data.class_names and data.background out"
             )
+        if not is_folders and (self.class_values or self.ignore_index is not None):
+            raise ValueError(
+                f"data.layout {self.layout.value} has its own values; leave data.class_values and data.ignore_index out"
+            )
         if bool(self.val_images) != bool(self.val_masks):
             raise ValueError("data.val_images and data.val_masks go together; give both or none")
 
@@ -88,14 +100,14 @@ class SegmentDataConfig:
 class ImageMaskPairs:
     """Images and the masks of their classes, by index.
 
-    `keys`: the paths of the images relative to their root. Pickles, and cheaply.
+    `keys`, `mask_names`: the paths of the images and of their masks, relative to their roots. Pickles, and cheaply.
     """
 
     def __init__(self, classes: Classes, images: Path, masks: Path, names: Sequence[tuple[str, str]]) -> None:
         self.classes = classes
         self._images, self._masks = images, masks
         self.keys = Strings([image for image, _ in names])
-        self._mask_names = Strings([mask for _, mask in names])
+        self.mask_names = Strings([mask for _, mask in names])
 
     def __len__(self) -> int:
         """Return how many pairs there are."""
@@ -105,35 +117,118 @@ class ImageMaskPairs:
         self, index: int
     ) -> tuple[UInt8[NDArray[np.uint8], "height width 3"], UInt8[NDArray[np.uint8], "height width"]]:
         """Return RGB pixels and class ids, 255 where none counts. Raises ImageError or MaskError, by name."""
-        image, mask = self._images / self.keys[index], self._masks / self._mask_names[index]
-        pixels = decode_pixels(_bytes(image), str(image))
-        ids = self.classes.ids(decode_mask(_bytes(mask), str(mask)), name=str(mask))
-        if ids.shape != pixels.shape[:2]:
+        pixels, values = self._decoded(index)
+        return pixels, self.classes.ids(values, name=str(self._masks / self.mask_names[index]))
+
+    def check(self, *, to_train: bool = True) -> None:
+        """Look at every pair of up to `DECODE_ALL_UP_TO`, at some of more; say which classes no mask holds.
+
+        Raises what `read` would raise later, with the count, and MaskError where no pixel counts, or none that could
+        teach: masks of 0 and 255 with two class names, say.
+        """
+        is_all = len(self) <= DECODE_ALL_UP_TO
+        drawn = np.arange(len(self)) if is_all else np.linspace(0, len(self) - 1, NUM_DRAWN).astype(int)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            looks = dict(zip(drawn.tolist(), pool.map(self._look, drawn.tolist()), strict=True))
+        errors = {self.keys[index]: look for index, look in looks.items() if isinstance(look, ValueError)}
+        if errors:
+            _, *others = errors
+            first = next(iter(errors.values()))
+            more = f" (and {len(others):,} more of {len(looks):,} pairs: {listed(others)})" if others else ""
+            raise type(first)(f"{first}{more}") from first
+        masks = {
+            self.mask_names[index]: look for index, look in looks.items() if not isinstance(look, ValueError)
+        }
+        self._check_values(
+            {name: counts for name, (counts, _) in masks.items()}, is_all=is_all, to_train=to_train
+        )
+        colour_of: dict[int, tuple[bytes, str]] = {}
+        for name, (_, colours) in masks.items():
+            for value, colour in colours.items():
+                first_colour, first_name = colour_of.setdefault(value, (colour, name))
+                if colour != first_colour:
+                    say(
+                        f"{self._masks}: {value} is #{first_colour.hex()} in {first_name} and #{colour.hex()} in "
+                        f"{name}; masks are read by their numbers, which mean other classes if palettes differ"
+                    )
+                    return
+
+    def _check_values(self, masks: dict[str, dict[int, int]], *, is_all: bool, to_train: bool) -> None:
+        """Hold the values of masks, by name and with their numbers of pixels, against the classes."""
+        classes, values = self.classes, Counter[int]()
+        for counts in masks.values():
+            values.update(counts)
+        if unknown := classes.unknown(sorted(values)):
+            names = [name for name, counts in masks.items() if classes.unknown([*counts])]
             raise MaskError(
-                f"{mask}: has {ids.shape[0]} x {ids.shape[1]} pixels (height x width), its image {image} "
+                f"{self._masks / names[0]}: {unknown}{_advice(classes, sorted(values))} ({len(names):,} of "
+                f"{len(masks):,} masks)"
+            )
+        held = {classes.id_of(value) for value in values} - {IGNORED}
+        ignored = sorted(value for value in values if classes.id_of(value) == IGNORED)
+        of_none = listed([str(value) for value in ignored])
+        if not held and is_all:
+            raise MaskError(f"{self._masks}: no pixel of {len(masks):,} masks counts: all are {of_none}")
+        if to_train and classes.is_assumed and ignored and len(held) == 1 < len(classes.names):
+            raise MaskError(
+                f"{self._masks}: {len(masks):,} masks hold {listed([str(v) for v in sorted(values)])} alone, of which "
+                f"255 does not count: only {classes.names[held.pop()]!r} would be learnt"
+                f"{_advice(classes, sorted(values))}; if it is meant, say --data.ignore_index 255"
+            )
+        absent = [name for class_id, name in enumerate(classes.names) if class_id not in held]
+        if absent:
+            share = sum(values[value] for value in ignored) / values.total()
+            apart = f"; {share:.0%} of the pixels are {of_none} and do not count" if ignored else ""
+            if ignored and len(values) == len(classes.names):
+                apart += _advice(classes, sorted(values))
+            say(
+                f"{self._masks}: none of {len(masks):,} masks holds {len(absent):,} of {len(classes.names):,} classes "
+                f"({listed(absent)}){apart}"
+            )
+
+    def _decoded(
+        self, index: int
+    ) -> tuple[UInt8[NDArray[np.uint8], "height width 3"], Integer[NDArray[np.integer], "height width"]]:
+        """Return RGB pixels and the values of their mask."""
+        image, mask = self._images / self.keys[index], self._masks / self.mask_names[index]
+        data = _bytes(image)
+        pixels, values = decode_pixels(data, str(image)), decode_mask(_bytes(mask), str(mask))
+        if values.shape != pixels.shape[:2]:
+            check_upright(values.shape, data, mask=str(mask), image=str(image))
+            raise MaskError(
+                f"{mask}: has {values.shape[0]} x {values.shape[1]} pixels (height x width), its image {image} "
                 f"{pixels.shape[0]} x {pixels.shape[1]}; they must be the same"
             )
-        return pixels, ids
+        return pixels, values
 
-    def check(self) -> None:
-        """Read every pair of up to `DECODE_ALL_UP_TO`; raise the first error, as training would later."""
-        if len(self) <= DECODE_ALL_UP_TO:
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
-                for stretch in range(0, len(self), 256):
-                    list(pool.map(self.read, range(stretch, min(stretch + 256, len(self)))))
+    def _look(self, index: int) -> tuple[dict[int, int], dict[int, bytes]] | ValueError:
+        """Return the pixels of each value of a mask, and its colour; or what is wrong with the mask or its image."""
+        try:
+            _, values = self._decoded(index)
+        except ValueError as error:
+            return error
+        found, counts = np.unique(values, return_counts=True)
+        colours = palette_of(_bytes(self._masks / self.mask_names[index]))
+        counts = dict(zip(found.tolist(), counts.tolist(), strict=True))
+        return counts, {value: colours[value] for value in counts if value < len(colours)}
 
 
-def decode_mask(data: bytes, name: str) -> NDArray[np.integer]:
-    """Return the values [height, width] of an encoded mask; of one with a palette, the numbers of its colours."""
-    try:
-        values = np.asarray(Image.open(io.BytesIO(data)))
-    except Exception as error:  # Pillow's decoders raise whatever their parsing runs into
-        raise MaskError(f"{name}: does not decode as an image ({error or type(error).__name__})") from error
-    if values.ndim != 2:
-        raise MaskError(
-            f"{name}: has {values.shape[2]} channels; a mask has one, of class numbers: turn colours into numbers first"
-        )
-    return values.astype(np.int64) if values.dtype.kind not in "iu" else values
+def _advice(classes: Classes, found: list[int]) -> str:
+    """Return which settings would give the values in masks a meaning; "" where the data set says it."""
+    if not classes.is_assumed:
+        return ""
+    names, of_classes = len(classes.names), [value for value in found if value]
+    if len(found) == names:
+        return f"; if these are the classes in order, say --data.class_values={_plain(found)}"
+    if len(of_classes) == names:
+        return f"; if 0 is none of them, say --data.class_values={_plain(of_classes)} --data.ignore_index 0"
+    if len(of_classes) == names + 1 and found[-1] == 255:
+        return f"; if 0 and 255 are none, say --data.class_values={_plain(of_classes[:-1])} --data.ignore_index=[0,255]"
+    return "; --data.class_values says which value is which class, --data.ignore_index which are none"
+
+
+def _plain(values: list[int]) -> str:
+    return f"[{','.join(map(str, values))}]"
 
 
 def open_pairs(config: SegmentDataConfig, split: str) -> ImageMaskPairs | None:
@@ -146,8 +241,7 @@ def open_pairs(config: SegmentDataConfig, split: str) -> ImageMaskPairs | None:
         masks = config.train_masks if split == "train" else config.val_masks
         if images is None or masks is None:
             return None
-        classes = numbered_classes(config.class_names, background=config.background)
-        return _checked(classes, Path(images), Path(masks), _same_names(Path(images)))
+        return _two_folders(_numbered(config, config.class_names), Path(images), Path(masks))
     assert config.root is not None
     root = Path(config.root)
     given = config.train_split if split == "train" else config.val_split
@@ -157,16 +251,18 @@ def open_pairs(config: SegmentDataConfig, split: str) -> ImageMaskPairs | None:
             images = root / "images" / part
             return _checked(known_classes("ade20k"), images, root / "annotations" / part, _same_names(images))
         case Layout.VOC:
-            names = ((f"{name}.jpg", f"{name}.png") for name in _listed(root, part))
+            names = ((f"{name}.jpg", [f"{name}.png"]) for name in _listed(root, part))
             return _checked(known_classes("voc"), root / "JPEGImages", root / "SegmentationClass", names)
         case Layout.CITYSCAPES:
             images = root / "leftImg8bit" / part
-            names = ((name, name.replace("_leftImg8bit", "_gtFine_labelIds")) for name in _images_in(images))
+            names = (
+                (name, [name.replace("_leftImg8bit", "_gtFine_labelIds")]) for name in image_names(images)
+            )
             return _checked(known_classes("cityscapes"), images, root / "gtFine" / part, names)
         case Layout.SCENES:
             images = root / part
             digits = sorted(path.name for path in images.glob("*") if path.is_dir())
-            classes = numbered_classes(digits or ["0"], background=config.background)
+            classes = _numbered(config, digits or ["0"])
             return _checked(classes, images, root / "masks" / part, _same_names(images))
 
 
@@ -176,7 +272,14 @@ def classes_of(config: SegmentDataConfig, names: Sequence[str]) -> Classes:
         return known_classes(config.layout.value)
     if config.background is not None and list(names)[-1:] == [config.background]:
         names = names[:-1]
-    return numbered_classes(names, background=config.background)
+    return _numbered(config, names)
+
+
+def _numbered(config: SegmentDataConfig, names: Sequence[str]) -> Classes:
+    ignored = (config.ignore_index,) if isinstance(config.ignore_index, int) else config.ignore_index
+    if config.layout is Layout.SCENES and config.background is None:
+        ignored = (255,)  # which is known there, not assumed
+    return numbered_classes(names, background=config.background, values=config.class_values, ignored=ignored)
 
 
 def other_pairs(
@@ -194,7 +297,7 @@ def other_pairs(
     if bool(images) != bool(masks):
         raise DataError("images and masks go together: give both folders or none")
     if images and masks:
-        return _checked(classes_of(config, names), Path(images), Path(masks), _same_names(Path(images)))
+        return _two_folders(classes_of(config, names), Path(images), Path(masks))
     if split is not None and config.layout is Layout.FOLDERS:
         raise DataError("layout folders has no splits; name folders with --images and --masks")
     pairs = open_pairs(replace(config, val_split=split or config.val_split), "val")
@@ -202,46 +305,74 @@ def other_pairs(
         raise DataError("the run has no val images of its own; name folders with --images and --masks")
     if pairs.classes.names != list(names):
         raise DataError(
-            f"the data have {len(pairs.classes.names)} classes ({', '.join(pairs.classes.names[:3])}, ...), the model "
-            f"{len(names)} ({', '.join(names[:3])}, ...); they must be the same"
+            f"the data have {len(pairs.classes.names)} classes ({listed(pairs.classes.names)}), the model "
+            f"{len(names)} ({listed(list(names))}); they must be the same"
         )
     return pairs
 
 
-def _checked(classes: Classes, images: Path, masks: Path, names: Iterator[tuple[str, str]]) -> ImageMaskPairs:
-    """Return the pairs, each of whose masks is there."""
+def _checked(
+    classes: Classes, images: Path, masks: Path, names: Iterable[tuple[str, Sequence[str]]]
+) -> ImageMaskPairs:
+    """Return the pairs, each of whose masks is there. `names`: of each image, and what its mask may be called."""
     for folder in (images, masks):
         if not folder.is_dir():
             raise DataError(
                 f"{folder}: no such folder; docs/segmentation.md shows how data sets are laid out"
             )
-    pairs = sorted(names)
+    there = {path.relative_to(masks).as_posix() for path in masks.rglob("*") if path.is_file()}
+    pairs, bare = [], {}
+    for image, expected in sorted(names):
+        mask = next((name for name in expected if name in there), None)
+        if mask is None:
+            bare[image] = expected[0]
+        elif image == mask and images.resolve() == masks.resolve():
+            raise DataError(
+                f"{images / image}: is an image and its own mask; keep images and masks in two folders"
+            )
+        else:
+            pairs.append((image, mask))
+    if bare:
+        image, expected = next(iter(bare.items()))
+        others = sorted(there - {mask for _, mask in pairs})
+        raise DataError(
+            f"{masks}: {len(bare):,} of {len(bare) + len(pairs):,} images have no mask there ({listed([*bare])}); "
+            f"expected {expected} for {image}{f', found {listed(others)}' if others else ''}"
+        )
     if not pairs:
         raise DataError(f"{images}: no images ({', '.join(EXTENSIONS)})")
-    own = [image for image, mask in pairs if image == mask] if images.resolve() == masks.resolve() else []
-    if own:
-        raise DataError(
-            f"{images / own[0]}: is an image and its own mask; keep images and masks in two folders"
-        )
-    there = {path.relative_to(masks).as_posix() for path in masks.rglob("*") if path.is_file()}
-    bare = [image for image, mask in pairs if mask not in there]
-    if bare:
-        more = ", ..." if len(bare) > 3 else ""
-        raise DataError(
-            f"{masks}: {len(bare):,} of {len(pairs):,} images have no mask there ({', '.join(bare[:3])}{more}); "
-            f"expected {dict(pairs)[bare[0]]} for {bare[0]}"
-        )
     return ImageMaskPairs(classes, images, masks, pairs)
 
 
-def _same_names(images: Path) -> Iterator[tuple[str, str]]:
-    return ((name, Path(name).with_suffix(".png").as_posix()) for name in _images_in(images))
+def _two_folders(classes: Classes, images: Path, masks: Path) -> ImageMaskPairs:
+    """Return the pairs of two folders; say which masks belong to no image, and which to several."""
+    pairs = _checked(classes, images, masks, _same_names(images))
+    images_of = Counter(pairs.mask_names)
+    shared = [mask for mask, count in images_of.items() if count > 1]
+    if shared:
+        say(f"{images}: several images have the same mask, and count each: {listed(shared)}")
+    suffixes = {Path(mask).suffix.lower() for mask in images_of}
+    alone = sorted(name for name in _files_in(masks, suffixes) if name not in images_of)
+    if alone:
+        say(f"{masks}: {len(alone):,} masks belong to no image and are passed over ({listed(alone)})")
+    return pairs
 
 
-def _images_in(folder: Path) -> Iterator[str]:
-    for path in folder.rglob("*"):
-        if path.suffix.lower() in EXTENSIONS and not path.name.startswith("."):
-            yield path.relative_to(folder).as_posix()
+def _same_names(images: Path) -> Iterator[tuple[str, list[str]]]:
+    return ((name, [*mask_names(name)]) for name in image_names(images))
+
+
+def image_names(folder: Path) -> list[str]:
+    """Return the paths of the images below a folder, sorted; what file systems leave behind is passed over."""
+    return sorted(_files_in(folder, EXTENSIONS))
+
+
+def _files_in(folder: Path, suffixes: Collection[str]) -> Iterator[str]:
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith((".", "@eaDir", "__MACOSX"))]
+        for name in names:
+            if not name.startswith(".") and Path(name).suffix.lower() in suffixes:
+                yield (Path(place) / name).relative_to(folder).as_posix()
 
 
 def _listed(root: Path, split: str) -> list[str]:

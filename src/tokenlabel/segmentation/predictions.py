@@ -15,6 +15,7 @@ from PIL import Image
 from tokenlabel.data.images import EXTENSIONS, DataError, decode_pixels
 from tokenlabel.segmentation.classes import Classes
 from tokenlabel.segmentation.inference import Segmenter
+from tokenlabel.segmentation.pairs import image_names
 
 OPACITY = 0.5
 
@@ -29,7 +30,7 @@ def predict_files(
     Raises DataError for what holds no image, ImageError for an image that does not decode.
     """
     found = {}
-    for folder, path in (pair for place in images for pair in _files(place)):
+    for folder, path in (pair for place in images for pair in _files(place, out)):
         name = path.relative_to(folder).with_suffix(".png")
         if name in found:
             raise DataError(f"{path} and {found[name]} would both be written to {name}; rename one of them")
@@ -75,11 +76,13 @@ def overlay(
     return np.where(known[..., None], mixed.round(), pixels).astype(np.uint8)
 
 
-def _files(place: Path) -> list[tuple[Path, Path]]:
-    """Return image files with the folder that their names are relative to."""
+def _files(place: Path, out: Path) -> list[tuple[Path, Path]]:
+    """Return image files with the folder that their names are relative to; none of what was written to `out` before."""
     if place.is_file():
         return [(place.parent, place)]
-    found = sorted(path for path in place.rglob("*") if path.suffix.lower() in EXTENSIONS)
+    written = [(out / kind).resolve() for kind in ("masks", "overlays")]
+    found = [place / name for name in image_names(place)]
+    found = [path for path in found if not any(path.resolve().is_relative_to(folder) for folder in written)]
     if not found:
         raise DataError(f"{place}: no image file, and no folder of images ({', '.join(EXTENSIONS)})")
     return [(place, path) for path in found]

@@ -55,7 +55,7 @@ def train_segmentation(
     `Interrupted` after SIGINT or SIGTERM.
     """
     with joined_ranks(device) as ranks:
-        task = build(recipe, device=device)
+        task = build(recipe, device=device, ranks=ranks)
         return run_task(task, run, ranks=ranks, eval_every_epochs=recipe.eval.every_epochs, trackers=trackers)
 
 
@@ -133,13 +133,18 @@ def pixel_loss(logits: Float[Tensor, "B C h w"], masks: UInt8[Tensor, "B height 
     return total / masks.numel()
 
 
-def build(recipe: SegmentRecipe, *, device: torch.device) -> SegmentTask:
-    """Build the data and the model of a recipe, and check that they fit together."""
+def build(
+    recipe: SegmentRecipe,
+    *,
+    device: torch.device,
+    ranks: Ranks = Ranks(),  # noqa: B008  (immutable)
+) -> SegmentTask:
+    """Build the data and the model of a recipe, and check that they fit together; the first rank looks at the data."""
     train_pairs, val_pairs = (open_pairs(recipe.data, split) for split in ("train", "val"))
     assert train_pairs is not None
-    train_pairs.check()
+    ranks.by_first(lambda: train_pairs.check(to_train=True))
     if val_pairs is not None:
-        val_pairs.check()
+        ranks.by_first(lambda: val_pairs.check(to_train=False))
     torch.manual_seed(recipe.seed)
     model = create_segmentation_model(recipe.model, num_classes=len(train_pairs.classes.names))
     if recipe.model.weights is not None:

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from hashlib import blake2b
 from pathlib import Path
@@ -26,12 +26,14 @@ from tokenlabel.data.images import ImageSource
 from tokenlabel.data.sources import open_images
 from tokenlabel.labels.encoding import Encoding
 from tokenlabel.labels.fingerprints import MAX_READ, FingerprintedImages, find_replaced
+from tokenlabel.labels.manifest import MANIFEST_FILE
 from tokenlabel.labels.store import (
     Failure,
     LabelStore,
     LabelStoreWriter,
     Manifest,
     StoreError,
+    read_manifest,
     remove_leftovers,
     update_failures,
 )
@@ -61,6 +63,8 @@ class AnnotateConfig(TeacherConfig):
     """Threads that decode images, and as many that pack score maps."""
     shard_s: float = 300.0
     """Seconds after which labels are on the disk at the latest, so what a kill may cost."""
+    ignore_index: int | None = None
+    """Of masks: the id of pixels without a class; by default 255, with more than 255 classes 65535."""
     strict: bool = False
     """Stop at the first image that does not decode; by default they are listed and passed over."""
     again: str | None = None
@@ -106,6 +110,8 @@ def make_teacher(config: AnnotateConfig, source: ImageSource, device: torch.devi
     names = [config.teacher] if isinstance(config.teacher, str) else config.teacher
     folders = [name.removeprefix(MASKS) for name in names if name.startswith(MASKS)]
     if not folders:
+        if config.ignore_index is not None:
+            raise TeacherError("--ignore-index is for masks (--teacher masks:DIR); leave it out")
         return load_teachers(config, source.class_names, device)
     plain = AnnotateConfig(teacher=config.teacher)
     of_networks = ("weights", "crop", "head", "flip", "precision", "compile")
@@ -117,7 +123,20 @@ def make_teacher(config: AnnotateConfig, source: ImageSource, device: torch.devi
     class_map = None
     if config.class_map is not None:
         class_map = class_map_for(config.class_map, (), source.class_names, num_theirs=MAX_IDS)
-    return MaskTeacher(folders[0], num_classes=len(source.class_names), size=config.size, class_map=class_map)
+    if class_map is not None and config.ignore_index is not None:
+        raise TeacherError(
+            "--class-map says which ids are classes, others are none; leave --ignore-index out"
+        )
+    teacher = MaskTeacher(
+        folders[0],
+        num_classes=len(source.class_names),
+        size=config.size,
+        class_map=class_map,
+        ignore_index=config.ignore_index,
+        source=source,
+    )
+    teacher.masks.check(source.class_names, all_needed=False)
+    return teacher
 
 
 def annotate_by(
@@ -134,11 +153,13 @@ def annotate_by(
         torch.cuda.set_device(device)  # pinned memory would open the first GPU otherwise
     if isinstance(teacher, Teacher) and config.class_map is None:
         class_map_for(None, teacher.class_names, source.class_names, num_theirs=teacher.num_classes)
-    images = FingerprintedImages(source)
+    images, manifest = FingerprintedImages(source), _manifest(teacher, source, config)
+    if (Path(folder) / MANIFEST_FILE).exists():  # what a store began with, it goes on with
+        manifest = replace(manifest, orientation=read_manifest(folder).orientation)
     job = Labelling(
         teacher=teacher,
         source=images,
-        manifest=_manifest(teacher, source, config),
+        manifest=manifest,
         device=device,
         batch_size=config.batch_size,
         num_workers=config.num_workers,
@@ -164,6 +185,13 @@ def annotate_by(
         failures = [failure for of_rank in ranks.all(job.failures) for failure in of_rank]
         if ranks.is_first:
             _note_failures(Path(folder), source, failures)
+        if isinstance(teacher, MaskTeacher) and len(todo.indices) == len(source):
+            held = {class_id for of_rank in ranks.all(teacher.held) for class_id in of_rank}
+            absent = [name for class_id, name in enumerate(source.class_names) if class_id not in held]
+            if absent:
+                say(
+                    f"no mask holds {len(absent):,} of {len(source.class_names):,} classes ({listed(absent)})"
+                )
     num_labelled = len(todo.indices) - len(failures)
     anew = {source.keys[index] for index in todo.anew}
     return Annotation(

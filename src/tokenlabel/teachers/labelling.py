@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from tokenlabel.data.images import ImageError, ImageSource, decode_image
+from tokenlabel.data.images import ImageError, ImageSource, decode_image, orientation_of
 from tokenlabel.labels.store import Failure, Manifest, pack_for
-from tokenlabel.method.geometry import Box
-from tokenlabel.method.scores import ScoreError, from_top
+from tokenlabel.method.geometry import OPPOSITE, Box
+from tokenlabel.method.scores import Orientation, ScoreError, from_top, turned_map
 from tokenlabel.runtime.background import ahead, thread_pool
 from tokenlabel.teachers.masks import MaskTeacher
 from tokenlabel.teachers.networks import Teacher
@@ -38,11 +38,15 @@ NUM_PACKED_AHEAD = 1024
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """An image as its teacher sees it: pixels [height, width, 3], and the part of the image that they show."""
+    """An image as its teacher sees it: pixels [height, width, 3], and the part of the image that they show.
+
+    `orientation`: the tag of its file.
+    """
 
     key: str
     pixels: NDArray[np.uint8]
     region: Box
+    orientation: int = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,6 +112,8 @@ def _from_mask(
         source.read(index)  # for its fingerprint: the label is made of the mask, but belongs to this image
     try:
         score_map = teacher.score_map(key, manifest.topk)
+        if manifest.orientation == Orientation.STORED:
+            score_map = turned_map(score_map, OPPOSITE[orientation_of(source.read(index))])
     except ScoreError:
         raise
     except ValueError as error:
@@ -121,12 +127,13 @@ def _see(source: ImageSource, sight: Sight, strict: bool, index: int) -> Seen | 
     """Decode an image and show it to a teacher. Raises ImageError if it does not decode, if `strict`."""
     key = source.keys[index]
     try:
-        image = decode_image(source.read(index), key)
+        data = source.read(index)
+        image = decode_image(data, key)
     except ImageError as error:
         if strict:
             raise
         return Failure(key, str(error))
-    return Seen(key, *sight.of(image))
+    return Seen(key, *sight.of(image), orientation_of(data))
 
 
 def _by_shape(items: Iterable[Seen], batch_size: int) -> Iterator[list[Seen]]:
@@ -197,6 +204,8 @@ def _packed(
     score_map = from_top(
         class_ids, probs, num_classes=manifest.num_classes, region=seen.region, name=seen.key
     )
+    if manifest.orientation == Orientation.STORED:
+        score_map = turned_map(score_map, OPPOSITE[seen.orientation])
     return seen.key, pack_for(manifest, seen.key, score_map)
 
 

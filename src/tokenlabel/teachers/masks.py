@@ -11,11 +11,12 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
+from tokenlabel.data.images import ImageSource
 from tokenlabel.evaluation.observation import MaskFolder
 from tokenlabel.method.scores import ScoreMap, from_mask, from_top
 from tokenlabel.teachers.classmap import ClassMap
 
-MAX_IDS = 255  # ids of a mask; 255 itself marks pixels without a class
+MAX_IDS = 65_536  # ids of a mask, which has up to 16 bits
 
 
 class MaskTeacher:
@@ -24,7 +25,7 @@ class MaskTeacher:
     `folder`: see `MaskFolder`. `size`: masks of more than size x size pixels are averaged over cells down to that area,
     at their own aspect; a cell then has the share of each class that it shows, and what it shows of pixels without a
     class is spread evenly over all classes. None keeps every pixel. `class_map`: from the masks' ids to the data set's
-    classes; what goes nowhere is unlabelled.
+    classes; what goes nowhere is unlabelled. `ignore_index`, `source`: see `MaskFolder`.
     """
 
     def __init__(
@@ -34,24 +35,34 @@ class MaskTeacher:
         num_classes: int,
         size: int | None = None,
         class_map: ClassMap | None = None,
+        ignore_index: int | None = None,
+        source: ImageSource | None = None,
     ) -> None:
         self.num_classes = num_classes
         self._size = size
         self._class_map = class_map
-        self._masks = MaskFolder(Path(folder), num_classes=MAX_IDS if class_map else num_classes)
+        self.masks = MaskFolder(
+            Path(folder),
+            num_classes=MAX_IDS if class_map else num_classes,
+            ignore_index=-1 if class_map else ignore_index,  # the class map says itself what is no class
+            source=source,
+        )
+        self.held: set[int] = set()  # the classes that masks have shown so far
         self.description: dict[str, Any] = {
             "name": "masks",
-            "class_map": class_map and class_map.description,
+            "class_map": class_map and _shortened(class_map).description,
             "unlabelled": "spread evenly",
         }
         self.preprocessing: dict[str, Any] = {"size": size}
+        if ignore_index is not None:
+            self.preprocessing["ignore_index"] = ignore_index
 
     def score_map(self, key: str, topk: int) -> ScoreMap:
         """Return the score map of an image, at most `topk` classes a cell.
 
         Raises ScoreError for ids that are no class, another ValueError for a mask that cannot be read.
         """
-        mask = self._masks[key]
+        mask = self.masks[key]
         planes = shares(mask, self._grid(mask.codes.shape[:2]))  # [h, w, U]
         ids = mask.palette if self._class_map is None else self._class_map.targets[mask.palette]
         found, entry = np.unique(ids[ids >= 0], return_inverse=True)
@@ -59,6 +70,7 @@ class MaskTeacher:
             nothing = np.full(planes.shape[:2], -1)
             return from_mask(nothing, num_classes=self.num_classes, unlabelled=-1, name=key)
         merged = planes[:, :, ids >= 0] @ np.eye(len(found), dtype=np.float32)[entry]  # [h, w, classes]
+        self.held.update(found[merged.any(axis=(0, 1))].tolist())
         unlabelled = 1 - merged.sum(axis=2, keepdims=True)
         # Of what is unlabelled, each class gets its share; those that a cell does not keep get theirs as its rest.
         merged += np.where(merged > 0, unlabelled / self.num_classes, 0)
@@ -73,6 +85,12 @@ class MaskTeacher:
             return height, width
         scale = self._size / math.sqrt(height * width)
         return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+def _shortened(class_map: ClassMap) -> ClassMap:
+    """Return a class map without the ids from 255 on that are behind the last one that goes anywhere."""
+    used = max(255, 1 + int(np.flatnonzero(class_map.targets >= 0).max(initial=0)))
+    return ClassMap(class_map.targets[:used], class_map.num_classes)
 
 
 def shares(score_map: ScoreMap, grid: tuple[int, int]) -> NDArray[np.float32]:

@@ -1,0 +1,83 @@
+"""Masks: files that hold a class number for every pixel. What they are called, and what may be in them."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from pathlib import PurePosixPath
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from tokenlabel.data.images import orientation_of
+from tokenlabel.method.geometry import turned
+
+SUFFIXES = (".png", ".PNG", ".tif", ".tiff", ".bmp", ".gif", ".pgm")  # formats that keep numbers as they are
+_LOSSY = ("JPEG", "MPO", "WEBP", "AVIF")
+
+
+class MaskError(ValueError):
+    """A mask that cannot be read as classes. The message names it."""
+
+
+def mask_names(key: str) -> Iterator[str]:
+    """Yield what the mask of an image may be called: first `a/1.png` for `a/1.jpg`, last `a/1.jpg.png`."""
+    path = PurePosixPath(key)
+    yield from (path.with_suffix(suffix).as_posix() for suffix in SUFFIXES)
+    yield f"{key}.png"
+
+
+def decode_mask(data: bytes, name: str) -> NDArray[np.integer]:
+    """Return the values [height, width] of an encoded mask; of one with a palette, the numbers of its colours.
+
+    A mask with an orientation tag is turned upright, as images are. Raises MaskError for anything else.
+    """
+    try:
+        image = Image.open(io.BytesIO(data))
+        values = np.asarray(image)
+        orientation = orientation_of(data, image)
+    except Exception as error:  # Pillow's decoders raise whatever their parsing runs into
+        raise MaskError(f"{name}: does not decode as an image ({error or type(error).__name__})") from error
+    if image.format in _LOSSY:
+        raise MaskError(
+            f"{name}: is a {image.format}, which rounds the numbers of classes; save masks as PNG"
+        )
+    if values.ndim == 3:
+        num_colours = len(np.unique(values.reshape(-1, values.shape[2]), axis=0))
+        raise MaskError(
+            f"{name}: has {values.shape[2]} channels; a mask has one channel of class numbers: turn its "
+            f"{num_colours:,} colours ({image.mode}) into numbers first"
+        )
+    if values.dtype.kind == "f" and not (np.isfinite(values) & (values == np.rint(values))).all():
+        raise MaskError(f"{name}: holds fractions; a mask holds whole numbers of classes")
+    return turned(values if values.dtype.kind in "iu" else values.astype(np.int64), orientation)
+
+
+def palette_of(data: bytes) -> list[bytes]:
+    """Return the colours (RGB) of an encoded mask's palette; none of a mask without one."""
+    image = Image.open(io.BytesIO(data))
+    colours = bytes(image.getpalette("RGB") or ()) if image.mode == "P" else b""
+    return [colours[start : start + 3] for start in range(0, len(colours), 3)]
+
+
+def check_upright(size_px: tuple[int, ...], data: bytes, *, mask: str, image: str) -> None:
+    """Raise MaskError for a mask of (height, width) that has the sides of its image as stored, not as people see it.
+
+    `data`: the encoded image. Half turns and mirror images have the same sides: nothing tells them apart.
+    """
+    orientation = orientation_of(data)
+    if orientation < 5:
+        return
+    width, height = Image.open(io.BytesIO(data)).size
+    if _fits(size_px, (height, width)) and not _fits(size_px, (width, height)):
+        raise MaskError(
+            f"{mask}: lies as {image} stores its pixels ({height} x {width}, height x width), but people see the "
+            f"photograph turned to {width} x {height} by its orientation tag (EXIF {orientation}); turn the mask "
+            "likewise, or remove the tag if the stored pixels are upright"
+        )
+
+
+def _fits(mask_px: tuple[int, ...], image_px: tuple[int, int]) -> bool:
+    """Say whether a mask has the aspect of an image, up to the rounding of its sides."""
+    return abs(mask_px[0] * image_px[1] - mask_px[1] * image_px[0]) <= max(image_px)
