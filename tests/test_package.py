@@ -18,9 +18,9 @@ from tokenlabel.method.scores import from_mask
 # The rooms of the package from the ground up, and which of those below them each may import (docs/architecture.md).
 ROOMS = {
     "runtime": "",
-    "method": "",
+    "method": "runtime",
     "drawing": "runtime",
-    "data": "method",
+    "data": "runtime method",
     "models": "runtime method",
     "labels": "runtime method data",
     "training": "runtime method data models",

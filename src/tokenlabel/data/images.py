@@ -6,13 +6,14 @@ import io
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from enum import StrEnum
 from pathlib import Path
 from typing import Protocol, overload, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
+
+from tokenlabel.runtime.coercion import Choice
 
 try:
     import simplejpeg
@@ -210,7 +211,7 @@ class ImageSubset:
         return len(self._indices)
 
 
-class ImageCheck(StrEnum):
+class ImageCheck(Choice):
     """How closely to look at images before training.
 
     DECODE decodes every image: certain, and costs what an epoch's decoding costs. ENDS reads every image and
@@ -254,12 +255,13 @@ def decode_pixels(data: bytes, name: str) -> NDArray[np.uint8]:
 
 
 def check_images(
-    source: ImageSource, *, skip_broken: bool = False, check: ImageCheck = ImageCheck.AUTO
+    source: ImageSource, *, skip_broken: bool = False, check: ImageCheck | str = ImageCheck.AUTO
 ) -> ImageSource:
     """Return the source if all its images are sound, or those that are if `skip_broken`.
 
     All cores take part, tar file by tar file. Raises DataError that counts and names broken images.
     """
+    check = ImageCheck(check)
     if check is ImageCheck.AUTO:
         check = ImageCheck.DECODE if len(source) <= DECODE_ALL_UP_TO else ImageCheck.ENDS
     if check is ImageCheck.NONE:

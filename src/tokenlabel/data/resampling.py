@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from enum import StrEnum
 
 import numpy as np
 import torch
@@ -13,6 +12,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from tokenlabel.method.geometry import View
+from tokenlabel.runtime.coercion import Choice
 
 # The mean of ImageNet's pixels, which timm fills with, too.
 MEAN_COLOUR = (124, 116, 104)
@@ -23,7 +23,7 @@ _ROUNDING = np.float32(
 )  # keeps a whole number that float32 takes for a little less from being rounded down
 
 
-class Interpolation(StrEnum):
+class Interpolation(Choice):
     """How pixels are resampled; RANDOM draws one of the other two for each image."""
 
     BILINEAR = "bilinear"

@@ -43,12 +43,14 @@ from tokenlabel.evaluation.networks import Network, NetworkError, find_network, 
 from tokenlabel.evaluation.observation import MaskFolder, observe
 from tokenlabel.labels.store import LabelStore
 from tokenlabel.models import Inference
+from tokenlabel.runtime.coercion import coerced_fields
 from tokenlabel.runtime.distributed import Ranks, joined_ranks
 
 Figures = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
+@coerced_fields
 class EvalOptions:
     """What to evaluate a network on, and how."""
 

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from tokenlabel.labels.encoding import Encoding
 from tokenlabel.labels.shards import StoreError, write_atomically
 from tokenlabel.method.scores import Kind
+from tokenlabel.runtime.coercion import coerced_fields
 
 MANIFEST_FILE = "manifest.json"
 FORMAT_VERSION = 1
@@ -28,6 +29,7 @@ class Failure:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+@coerced_fields
 class Manifest:
     """What holds for all labels of a store.
 

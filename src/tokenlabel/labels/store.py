@@ -255,7 +255,7 @@ def _starts_by_first_bits(hashes: NDArray[np.uint64]) -> tuple[int, memoryview]:
 
 
 def merge_stores(
-    folders: Sequence[str | Path], output: str | Path, *, encoding: Encoding | None = None
+    folders: Sequence[str | Path], output: str | Path, *, encoding: Encoding | str | None = None
 ) -> LabelStore:
     """Copy the labels of several stores into a new one with few files, each record checked; return it.
 
@@ -264,7 +264,9 @@ def merge_stores(
     output that has labels in another encoding than the one asked for.
     """
     store = LabelStore(*folders)
-    manifest = replace(store.manifest, encoding=encoding or store.manifest.encoding)
+    manifest = replace(
+        store.manifest, encoding=encoding or store.manifest.encoding
+    )  # which refuses unknown ones
     with LabelStoreWriter(output, manifest) as writer:
         present = LabelStore(output)
         if encoding is not None and present.manifest.encoding != encoding:

@@ -16,6 +16,7 @@ from tokenlabel.models.t2t_vit import CONFIGS as T2T_VIT_CONFIGS
 from tokenlabel.models.t2t_vit import T2TViT, T2TViTConfig
 from tokenlabel.models.timm_models import register_with_timm
 from tokenlabel.models.weights import WeightsError, load_published
+from tokenlabel.runtime.coercion import Size, pair
 
 __all__ = [
     "Inference",
@@ -37,7 +38,7 @@ __all__ = [
 Config = TypeVar("Config", LVViTConfig, T2TViTConfig)
 
 
-def create_model(name: str, *, num_classes: int, size_px: tuple[int, int], **options: Any) -> TokenModel:
+def create_model(name: str, *, num_classes: int, size_px: Size, **options: Any) -> TokenModel:
     """Return a new model; docs/models.md lists what there is.
 
     `name`: `lvvit_t|s|m|l`, `t2t_vit_14|19|24`, or any that timm knows. `size_px`: (height, width) of the images.
@@ -45,6 +46,7 @@ def create_model(name: str, *, num_classes: int, size_px: tuple[int, int], **opt
     `timm.create_model` takes. Raises ValueError for unknown names and options, and for sizes that the model
     cannot take.
     """
+    size_px = pair(size_px)
     if name in LVVIT_CONFIGS:
         config = _configured(name, LVVIT_CONFIGS[name], options)
         return LVViT(config, num_classes=num_classes, size_px=size_px)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tokenlabel.method.mixing import MixPlan, mix_images
 from tokenlabel.method.outputs import Outputs, TokenModel, check_ascending
 from tokenlabel.models.trunk import Trunk
+from tokenlabel.runtime.coercion import Size, pair
 from tokenlabel.runtime.errors import first_line
 
 # Where timm's classifiers keep a norm that they apply to pooled features. Tokens take it too, so that the
@@ -81,7 +82,7 @@ class TimmAdapter(TokenModel):
         *,
         name: str,
         num_classes: int,
-        size_px: tuple[int, int],
+        size_px: Size,
         stage: int | None = None,
     ) -> None:
         super().__init__()
@@ -96,7 +97,7 @@ class TimmAdapter(TokenModel):
         missing = [method for method in TIMM_METHODS if not hasattr(backbone, method)]
         if missing:
             raise NoTokenGridError(f"{name} has no token grid: it lacks timm's {' and '.join(missing)}")
-        features = self._features(size_px)
+        features = self._features(pair(size_px))
         self.grid = features.grid
         own_token_head = _take_own_token_head(backbone)
         if features.from_stage is None:
@@ -106,9 +107,9 @@ class TimmAdapter(TokenModel):
             self._pooled_norm = None
             self.token_head = _new_token_head(features, num_classes)
 
-    def grid_for(self, size_px: tuple[int, int]) -> tuple[int, int]:
+    def grid_for(self, size_px: Size) -> tuple[int, int]:
         """Return the token grid (h, w) of images of `size_px` (height, width), measured at the first call."""
-        return self._features(size_px).grid
+        return self._features(pair(size_px)).grid
 
     def no_weight_decay(self) -> set[str]:
         """Return the names of the parameters that weight decay leaves alone, beside biases and norms."""

@@ -18,6 +18,7 @@ from tokenlabel.method.linear import linear
 from tokenlabel.method.mixing import MixPlan
 from tokenlabel.method.outputs import Outputs, TokenModel
 from tokenlabel.models.trunk import Trunk, TrunkConfig, initialise_linear
+from tokenlabel.runtime.coercion import Size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +54,7 @@ CONFIGS = {
 class LVViTTrunk(Trunk):
     """All of an LV-ViT but its way of calling it."""
 
-    def __init__(self, config: LVViTConfig, *, num_classes: int, size_px: tuple[int, int]) -> None:
+    def __init__(self, config: LVViTConfig, *, num_classes: int, size_px: Size) -> None:
         super().__init__(config, num_classes=num_classes, patch_size_px=config.patch_size, size_px=size_px)
         self.config = config
         self.patch_embed = ConvStem(config) if config.conv_stem else LinearStem(config)

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from tokenlabel.method.mixing import MixPlan
 from tokenlabel.method.outputs import Outputs, TokenModel
 from tokenlabel.models.trunk import Trunk, TrunkConfig, initialise_linear
+from tokenlabel.runtime.coercion import Size
 
 # Pixels between the centres of neighbouring tokens: the windows move by 4, 2 and 2.
 STRIDE_PX = 16
@@ -51,7 +52,7 @@ class T2TViT(Trunk, TokenModel):
     size are taken too. Position embeddings are sinusoids and do not train.
     """
 
-    def __init__(self, config: T2TViTConfig, *, num_classes: int, size_px: tuple[int, int]) -> None:
+    def __init__(self, config: T2TViTConfig, *, num_classes: int, size_px: Size) -> None:
         scale = config.width**-0.5 if config.scale_by_width else None
         super().__init__(
             config, num_classes=num_classes, patch_size_px=STRIDE_PX, size_px=size_px, attention_scale=scale

@@ -17,11 +17,13 @@ from torch.utils.checkpoint import checkpoint
 from tokenlabel.method.linear import Linear
 from tokenlabel.method.mixing import MixPlan, mix_images, mix_tokens
 from tokenlabel.method.outputs import Outputs, check_ascending
+from tokenlabel.runtime.coercion import Size, coerced_fields, pair
 
 HEAD_PARTS = ("norm", "head", "aux_head")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+@coerced_fields
 class TrunkConfig:
     """The shape of the blocks and how they train.
 
@@ -70,7 +72,7 @@ class Trunk(nn.Module, ABC):
         *,
         num_classes: int,
         patch_size_px: int,
-        size_px: tuple[int, int],
+        size_px: Size,
         attention_scale: float | None = None,
     ) -> None:
         super().__init__()
@@ -95,8 +97,9 @@ class Trunk(nn.Module, ABC):
     def embed_patches(self, images: Float[Tensor, "B 3 height width"]) -> Float[Tensor, "B h w D"]:
         """Return one embedding a patch."""
 
-    def grid_for(self, size_px: tuple[int, int]) -> tuple[int, int]:
+    def grid_for(self, size_px: Size) -> tuple[int, int]:
         """Return the token grid (h, w) of images of `size_px` (height, width)."""
+        size_px = size_px if isinstance(size_px, tuple) else pair(size_px)  # no more: it is compiled
         patch_size_px = self.patch_size_px
         if any(length < patch_size_px or length % patch_size_px for length in size_px):
             raise ValueError(

@@ -10,7 +10,6 @@ import difflib
 import re
 from collections.abc import Sequence
 from enum import Enum
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeGuard, TypeVar, get_type_hints
 
@@ -31,7 +30,7 @@ def add_config_arguments(parser: jsonargparse.ArgumentParser, config: type) -> N
     """Let a parser take every field of a dataclass, nested ones as `--a.b value`; enums go by their values."""
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     for kind in _enums(config):
-        register_type(kind, serializer=lambda member: member.value, deserializer=partial(_member, kind))
+        register_type(kind, serializer=lambda member: member.value, deserializer=kind)
     parser.add_class_arguments(config)
     for action in parser._actions:  # argparse keeps what `--help` shows nowhere else
         kind = getattr(action, "_typehint", None)
@@ -152,11 +151,3 @@ def _enums(config: type) -> set[type[Enum]]:
         elif isinstance(kind, type) and issubclass(kind, Enum):
             found.add(kind)
     return found
-
-
-def _member(kind: type[Enum], value: Any) -> Enum:
-    try:
-        return kind(value)
-    except ValueError:
-        known = ", ".join(member.value for member in kind)
-        raise ValueError(f"expected one of {known}; got {value!r}") from None

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tokenlabel.data.resampling import MEAN_COLOUR, Interpolation, resize
+from tokenlabel.runtime.coercion import coerced_fields
 from tokenlabel.segmentation.classes import IGNORED
 
 Pixels = UInt8[NDArray[np.uint8], "height width 3"]
@@ -26,6 +27,7 @@ HUE = 18 / 180  # of the colour circle
 
 
 @dataclass(frozen=True, kw_only=True)
+@coerced_fields
 class SegmentAugmentConfig:
     """How training images and masks are augmented."""
 

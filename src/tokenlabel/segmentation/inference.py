@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from tokenlabel.data.batches import normalize_images
 from tokenlabel.data.resampling import Interpolation, resize
+from tokenlabel.runtime.coercion import coerced_fields
 from tokenlabel.segmentation.augment import fitted_size
 from tokenlabel.segmentation.model import SegmentationModel
 from tokenlabel.training.recipe import check_interval
@@ -22,6 +23,7 @@ _CLASSES_AT_ONCE = 16
 
 
 @dataclass(frozen=True, kw_only=True)
+@coerced_fields
 class SegmentEvalConfig:
     """How images are segmented in evaluation and prediction."""
 

@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from enum import StrEnum
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +15,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tokenlabel.data.images import DECODE_ALL_UP_TO, EXTENSIONS, DataError, Strings, decode_pixels
+from tokenlabel.runtime.coercion import Choice, coerced_fields
 from tokenlabel.segmentation.classes import Classes, MaskError, known_classes, numbered_classes
 
 
-class Layout(StrEnum):
+class Layout(Choice):
     """How images and masks lie on the disk.
 
     ADE20K: images/training/NAME.jpg and annotations/training/NAME.png. VOC: JPEGImages, SegmentationClass and
@@ -43,6 +43,7 @@ SPLITS = {
 
 
 @dataclass(frozen=True, kw_only=True)
+@coerced_fields
 class SegmentDataConfig:
     """Which images and masks to train and evaluate on."""
 

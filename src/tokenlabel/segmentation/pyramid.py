@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 
 import torch
 from jaxtyping import Float
@@ -12,13 +11,14 @@ from torch import Tensor, nn
 
 from tokenlabel.models import TimmAdapter, TokenModel
 from tokenlabel.models.trunk import Trunk
+from tokenlabel.runtime.coercion import Choice
 
 NUM_LEVELS = 4
 # The published necks read the last block and three before it, three blocks apart.
 PUBLISHED_SPACING = 3
 
 
-class NeckKind(StrEnum):
+class NeckKind(Choice):
     """What stands between a network without stages and the head: the neck of four scales, FCN's, or nothing.
 
     AUTO: what the head wants, and nothing where there are stages.

@@ -17,6 +17,7 @@ from tokenlabel.data.augment import Interpolation
 from tokenlabel.data.batches import normalize_images
 from tokenlabel.evaluation.pretrained import Pretrained, load_pretrained
 from tokenlabel.models import TimmAdapter, TokenModel
+from tokenlabel.runtime.coercion import coerced_fields
 from tokenlabel.teachers.dense import (
     ClassifierNetwork,
     DenseLogits,
@@ -113,6 +114,7 @@ class NetworkTeacher(Teacher):
 
 
 @dataclass(frozen=True, kw_only=True)
+@coerced_fields
 class TeacherConfig:
     """Which network labels the images, and what it sees of them."""
 
