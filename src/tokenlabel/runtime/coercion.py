@@ -21,7 +21,7 @@ import numpy as np
 
 T = TypeVar("T")
 
-Size = SupportsIndex | Sequence[SupportsIndex]
+Size = SupportsIndex | Sequence[Any]
 """What functions take for a size: a pair, or one number for both sides."""
 
 
