@@ -106,13 +106,14 @@ class EvalOptions:
             raise NetworkError(f"{reason}; leave {', '.join(given)} out")
 
 
-def assess(name: str, options: EvalOptions, *, device: torch.device) -> Figures:
+def assess(name: str | Path, options: EvalOptions, *, device: torch.device | str) -> Figures:
     """Return the figures of a network on a data set, over all ranks; with inference `all`, of each way to predict.
 
     `name`: a run, a checkpoint folder, or the name of a model. Raises ValueError for what does not fit together.
     """
     options.check()
-    network = find_network(name, weights=options.weights, size=options.size)
+    device = torch.device(device)
+    network = find_network(str(name), weights=options.weights, size=options.size)
     heads = network.chosen_heads(options.inference)
     move(network, device)
     with joined_ranks(device) as ranks:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -24,9 +24,11 @@ from tokenlabel.method.geometry import View, stack_views
 from tokenlabel.method.scores import ScoreMap, from_mask
 from tokenlabel.method.targets import TokenTargets
 from tokenlabel.models import Inference, Outputs, TokenModel
+from tokenlabel.runtime.coercion import coerced
 from tokenlabel.runtime.distributed import Ranks
 from tokenlabel.training.recipe import Recipe
 
+Precision = Literal["fp32", "bf16", "fp16"]
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -59,7 +61,8 @@ class MaskFolder:
     The mask of `3/0001.jpg` is `3/0001.png`: one channel of class ids, 255 where no class is shown.
     """
 
-    def __init__(self, folder: Path, *, num_classes: int) -> None:
+    def __init__(self, folder: str | Path, *, num_classes: int) -> None:
+        folder = Path(folder)
         if not folder.is_dir():
             raise ValueError(f"{folder}: no such folder of masks")
         self._folder, self.num_classes = folder, num_classes
@@ -80,16 +83,16 @@ def evaluate(
     model: TokenModel,
     batches: Iterable[Batch],
     *,
-    inference: Inference,
-    device: torch.device,
-    precision: str,
+    inference: Inference | str,
+    device: torch.device | str,
+    precision: Precision = "fp32",
     ranks: Ranks = Ranks(),  # noqa: B008  (immutable)
 ) -> Evaluation:
     """Evaluate a model on batches of images, each counted once, over all ranks.
 
     Where the batches carry score maps (true masks), the tokens are held against them (see `TokenTruth`).
     """
-    evaluators: list[Evaluator] = [Accuracy(), Calibration(), TokenTruth()]
+    inference, evaluators = Inference(inference), [Accuracy(), Calibration(), TokenTruth()]
     figures = observe(
         model, batches, {inference: evaluators}, device=device, precision=precision, ranks=ranks
     )
@@ -118,8 +121,8 @@ def observe(
     batches: Iterable[Batch],
     evaluators: Mapping[Inference, Sequence[Evaluator]],
     *,
-    device: torch.device,
-    precision: str,
+    device: torch.device | str,
+    precision: Precision = "fp32",
     ranks: Ranks = Ranks(),  # noqa: B008  (immutable)
     competing: Bool[Tensor, " C"] | None = None,
 ) -> dict[Inference, dict[str, Any]]:
@@ -129,7 +132,7 @@ def observe(
     predictions choose; all if None.
     """
     model.eval()
-    dtype = _DTYPES[precision]
+    device, dtype = torch.device(device), _DTYPES[coerced(precision, Precision, name="precision")]
     out = None if competing is None else ~competing.to(device)
     started, num_images = time.perf_counter(), 0
     for cpu_batch in batches:
@@ -166,7 +169,7 @@ def agreement(guess: TokenTargets, truth: TokenTargets, num_classes: int) -> tup
     return int(right.sum()), int(objects.sum())
 
 
-def mask_agreement(store: LabelStore, masks: Path) -> float:
+def mask_agreement(store: LabelStore, masks: str | Path) -> float:
     """Return the share of object cells of a store's maps whose most probable class is that of the true mask.
 
     `masks`: a folder of true dense labels, laid out like the images.
@@ -189,7 +192,7 @@ def mask_agreement(store: LabelStore, masks: Path) -> float:
 
 
 def evaluation_set(
-    recipe: Recipe, *, class_names: list[str], data: Path | None = None, masks: Path | None = None
+    recipe: Recipe, *, class_names: list[str], data: str | Path | None = None, masks: str | Path | None = None
 ) -> TokenLabelDataset:
     """Return the images that a recipe evaluates on, or those in the folder `data`, as the model sees them.
 

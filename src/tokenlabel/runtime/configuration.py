@@ -48,15 +48,15 @@ def config_of(
     return config(**{name: parsed[name] for name in names})
 
 
-def read_config(path: Path, config: type[Config]) -> Config:
+def read_config(path: str | Path, config: type[Config]) -> Config:
     """Return the dataclass that a YAML file holds. Raises ConfigError that names the file and the key."""
     return config_from_dict(read_yaml(path), config, name=str(path))
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: str | Path) -> dict[str, Any]:
     """Return the mapping that a YAML file holds. Raises ConfigError that names the file."""
     try:
-        nested = yaml.safe_load(path.read_text(encoding="utf-8"))
+        nested = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(nested, dict):
@@ -74,9 +74,9 @@ def config_from_dict(nested: dict[str, Any], config: type[Config], *, name: str)
         raise ConfigError(f"{name}: {explain(error, _field_names(config))}") from error
 
 
-def write_config(config: Any, path: Path) -> None:
+def write_config(config: Any, path: str | Path) -> None:
     """Write a dataclass as YAML with every field, so that later defaults don't change what it meant."""
-    write_whole(path, yaml.safe_dump(config_as_dict(config), sort_keys=False))
+    write_whole(Path(path), yaml.safe_dump(config_as_dict(config), sort_keys=False))
 
 
 def config_as_dict(config: Any) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from jaxtyping import UInt8
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tokenlabel.data.images import DECODE_ALL_UP_TO, EXTENSIONS, DataError, Strings, decode_pixels
-from tokenlabel.runtime.coercion import Choice, coerced_fields
+from tokenlabel.runtime.coercion import Choice, coerced, coerced_fields
 from tokenlabel.segmentation.classes import Classes, MaskError, known_classes, numbered_classes
 
 
@@ -34,6 +35,7 @@ class Layout(Choice):
     FOLDERS = "folders"
 
 
+Split = Literal["train", "val"]
 SPLITS = {
     Layout.ADE20K: {"train": "training", "val": "validation"},
     Layout.VOC: {"train": "train", "val": "val"},
@@ -137,11 +139,12 @@ def decode_mask(data: bytes, name: str) -> NDArray[np.integer]:
     return values.astype(np.int64) if values.dtype.kind not in "iu" else values
 
 
-def open_pairs(config: SegmentDataConfig, split: str) -> ImageMaskPairs | None:
+def open_pairs(config: SegmentDataConfig, split: Split) -> ImageMaskPairs | None:
     """Return the pairs to train on (`split` "train") or to evaluate on ("val"); None if there are none to be.
 
     Raises DataError for folders that are missing or empty, and for images without a mask.
     """
+    split = coerced(split, Split, name="split")
     if config.layout is Layout.FOLDERS:
         images = config.train_images if split == "train" else config.val_images
         masks = config.train_masks if split == "train" else config.val_masks

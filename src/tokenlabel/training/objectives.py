@@ -327,14 +327,14 @@ def top_score_maps(probs: Float[Tensor, "B h w C"], topk: int) -> ScoreMapBatch:
 
 
 def tokens_that_count(
-    targets: TokenTargets, class_ids: Int[Tensor, " B"], choice: TokenChoice, threshold: float
+    targets: TokenTargets, class_ids: Int[Tensor, " B"], choice: TokenChoice | str, threshold: float
 ) -> Bool[Tensor, "B N"] | None:
     """Say which tokens count, judged by their labels; None for all.
 
     `CONFIDENT`: the largest probability of a named class, or of any other, is at least `threshold`. `OBJECT`: the
     probability of the image's class is. Probabilities are those of the covered part of a token.
     """
-    match choice:
+    match TokenChoice(choice):
         case TokenChoice.ALL:
             return None
         case TokenChoice.CONFIDENT:

@@ -268,10 +268,11 @@ def recipe_names() -> list[str]:
     )
 
 
-def find_recipe(name: str) -> Path:
+def find_recipe(name: str | Path) -> Path:
     """Return the file of a recipe given by name or as a path. Raises ConfigError with the near names."""
     if Path(name).is_file():
         return Path(name)
+    name = str(name)
     if name in recipe_names():
         return Path(str(_folder() / f"{name}.yaml"))
     raise ConfigError(
