@@ -92,6 +92,7 @@ def mixes_go_by_name():
         plan = tl.sample_mix(name, 4, grid=np.int64(7), size_px=[16, 24], generator=generator)
         assert (*plan.mask.shape[1:],) == shape
         assert plan.on_tokens == on_tokens
+    assert tl.mix_images(images := torch.rand(4, 3, 16, 24), None) is images
     by_member = tl.sample_mix(
         tl.Mixing.CUTMIX, 4, grid=(7, 7), size_px=(16, 24), generator=torch.Generator().manual_seed(3)
     )

@@ -121,11 +121,15 @@ def join_plans(plans: Sequence[MixPlan | None], group_size: int) -> MixPlan | No
     )
 
 
-def mix_images(images: Float[Tensor, "B c height width"], plan: MixPlan) -> Float[Tensor, "B c height width"]:
-    """Mix pixels by the plan, its mask drawn to the size of the images.
+def mix_images(
+    images: Float[Tensor, "B c height width"], plan: MixPlan | None
+) -> Float[Tensor, "B c height width"]:
+    """Mix pixels by the plan, its mask drawn to the size of the images; without one they stay as they are.
 
     For patches that don't overlap this equals mixing their embeddings (MixToken).
     """
+    if plan is None:
+        return images
     mask = F.interpolate(plan.mask[:, None], size=images.shape[2:], mode="nearest-exact").to(images.dtype)
     return images.lerp(images[plan.partner], mask)
 

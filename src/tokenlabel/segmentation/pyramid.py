@@ -53,9 +53,9 @@ class Neck(nn.Module):
     published checkpoints, where they lie in the backbone.
     """
 
-    def __init__(self, width: int, *, kind: NeckKind, last_width: int) -> None:
+    def __init__(self, width: int, *, kind: NeckKind | str, last_width: int) -> None:
         super().__init__()
-        if kind is NeckKind.PYRAMID:
+        if NeckKind(kind) is NeckKind.PYRAMID:
             self.side_layer1 = nn.Sequential(*_finer(width, width, factor=4))
             self.side_layer2 = nn.Sequential(*_finer(width, width, factor=2))
             self.side_layer4 = nn.Sequential(*_mapped(width, last_width))
