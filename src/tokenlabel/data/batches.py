@@ -175,20 +175,21 @@ def _as_tensor(value: Any) -> Any:
 class TokenLabelDataset(Dataset[Sample]):
     """Augmented images with the score maps of their sources, as a function of (seed, epoch, index).
 
-    `dataset[epoch, index]` draws every random number of a sample anew from these three; `dataset[index]` takes the
-    epoch from the last `set_epoch`, so that any sampler and a plain `DataLoader` do. `store` maps keys to score maps.
-    Raises ImageError for an image that does not decode. A subclass that changes samples overrides `__getitems__`,
-    which makes them all: the data loader asks for whole batches and nothing else.
+    `dataset[epoch, index]` draws every random number of a sample anew from these three. `store` maps keys to
+    score maps. Raises ImageError for an image that does not decode. A subclass that changes samples overrides
+    `__getitems__`, which makes them all: the data loader asks for whole batches and nothing else.
+
+    `dataset[index]` takes the epoch from the last `set_epoch`, so that any sampler and a plain `DataLoader` do.
     """
 
     def __init__(
         self, source: ImageSource, transform: Transform, *, seed: int = 0, store: ScoreMaps | None = None
     ) -> None:
-        self.source, self.transform, self.seed, self.store = source, transform, seed, store
-        self.num_classes = len(source.class_names)
         # In memory that data workers share, however they were started: the epoch, and how many samples were drawn by
         # their index alone while nobody had set one (-1: somebody has, or the line about it is out).
         self._clock = torch.zeros(2, dtype=torch.int64).share_memory_()
+        self.source, self.transform, self.seed, self.store = source, transform, seed, store
+        self.num_classes = len(source.class_names)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -204,29 +205,6 @@ class TokenLabelDataset(Dataset[Sample]):
         if number < 0:
             raise ValueError(f"epochs count from 0, got {number}")
         self._clock.copy_(torch.tensor([number, -1]))
-
-    def __getitem__(self, index: SupportsIndex | tuple[SupportsIndex, SupportsIndex]) -> Sample:
-        (sample,) = self.__getitems__([index])
-        return sample
-
-    def __getitems__(
-        self, indices: Sequence[SupportsIndex | tuple[SupportsIndex, SupportsIndex]]
-    ) -> list[Sample]:
-        """Return the samples of a batch (the data loader calls this), by indices or pairs of epoch and index."""
-        epochs_and_indices = self._with_epochs(indices)
-        images = [self._image(epoch, index) for epoch, index in epochs_and_indices]
-        # All labels after all images: an image leaves nothing else in the caches, and a label takes twice as long.
-        return [
-            Sample(
-                image=torch.from_numpy(pixels).permute(2, 0, 1),
-                class_id=int(self.source.class_ids[index]),
-                num_classes=self.num_classes,
-                view=view,
-                score_map=None if self.store is None else self.store[self.source.keys[index]],
-                key=self.source.keys[index],
-            )
-            for (_, index), (pixels, view) in zip(epochs_and_indices, images, strict=True)
-        ]
 
     def _with_epochs(
         self, indices: Sequence[SupportsIndex | tuple[SupportsIndex, SupportsIndex]]
@@ -252,6 +230,29 @@ class TokenLabelDataset(Dataset[Sample]):
                     "dataset: images come again, augmented as before, since set_epoch was never called; call "
                     "dataset.set_epoch(epoch) at the start of each epoch"
                 )
+
+    def __getitem__(self, index: SupportsIndex | tuple[SupportsIndex, SupportsIndex]) -> Sample:
+        (sample,) = self.__getitems__([index])
+        return sample
+
+    def __getitems__(
+        self, indices: Sequence[SupportsIndex | tuple[SupportsIndex, SupportsIndex]]
+    ) -> list[Sample]:
+        """Return the samples of a batch (the data loader calls this), by indices or pairs of epoch and index."""
+        epochs_and_indices = self._with_epochs(indices)
+        images = [self._image(epoch, index) for epoch, index in epochs_and_indices]
+        # All labels after all images: an image leaves nothing else in the caches, and a label takes twice as long.
+        return [
+            Sample(
+                image=torch.from_numpy(pixels).permute(2, 0, 1),
+                class_id=int(self.source.class_ids[index]),
+                num_classes=self.num_classes,
+                view=view,
+                score_map=None if self.store is None else self.store[self.source.keys[index]],
+                key=self.source.keys[index],
+            )
+            for (_, index), (pixels, view) in zip(epochs_and_indices, images, strict=True)
+        ]
 
     def _image(self, epoch: int, index: int) -> tuple[NDArray[np.uint8], View]:
         rng = np.random.default_rng((self.seed, FOR_SAMPLE, epoch, index))

@@ -264,9 +264,7 @@ def merge_stores(
     output that has labels in another encoding than the one asked for.
     """
     store = LabelStore(*folders)
-    manifest = replace(
-        store.manifest, encoding=encoding or store.manifest.encoding
-    )  # which refuses unknown ones
+    manifest = replace(store.manifest, encoding=encoding or store.manifest.encoding)
     with LabelStoreWriter(output, manifest) as writer:
         present = LabelStore(output)
         if encoding is not None and present.manifest.encoding != encoding:
