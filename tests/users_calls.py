@@ -3,6 +3,8 @@
 Each function is one case; `test_as_users_call.py` runs them all in one process, in an empty folder, and reports each.
 """
 
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
+
 import contextlib
 import io
 import json

@@ -212,24 +212,24 @@ class TokenLabelDataset(Dataset[Sample]):
         """Return epoch and index of each; negative indices count from the end. Raises IndexError beyond it."""
         now, num_drawn = self._clock.tolist()
         pairs = [index if isinstance(index, tuple) else (now, index) for index in indices]
-        if num_drawn >= 0:
-            self._count(num_drawn + sum(not isinstance(index, tuple) for index in indices))
         places = range(len(self))
-        return [(operator.index(epoch), places[operator.index(index)]) for epoch, index in pairs]
-
-    def _count(self, num_drawn: int) -> None:
-        """Remember how many samples were drawn while nobody had set an epoch; say so once images came twice."""
-        is_over = num_drawn > len(self)
-        self._clock[1] = -1 if is_over else num_drawn
-        if is_over:
-            rng = np.random.default_rng(0)
-            before = rng.bit_generator.state
-            self.transform(decode_pixels(self.source.read(0), self.source.keys[0]), rng)
-            if rng.bit_generator.state != before:  # not in evaluation, where nothing is drawn
+        found = [(operator.index(epoch), places[operator.index(index)]) for epoch, index in pairs]
+        if num_drawn >= 0 and found:
+            num_drawn += sum(not isinstance(index, tuple) for index in indices)
+            self._clock[1] = num_drawn if num_drawn <= len(self) else -1
+            if num_drawn > len(self) and self._draws(found[0][1]):  # not in evaluation
                 say(
                     "dataset: images come again, augmented as before, since set_epoch was never called; call "
                     "dataset.set_epoch(epoch) at the start of each epoch"
                 )
+        return found
+
+    def _draws(self, index: int) -> bool:
+        """Say whether the transform takes random numbers for an image."""
+        rng = np.random.default_rng(0)
+        before = rng.bit_generator.state
+        self.transform(decode_pixels(self.source.read(index), self.source.keys[index]), rng)
+        return rng.bit_generator.state != before
 
     def __getitem__(self, index: SupportsIndex | tuple[SupportsIndex, SupportsIndex]) -> Sample:
         (sample,) = self.__getitems__([index])
