@@ -1,3 +1,4 @@
+import copy
 import io
 import os
 import pickle
@@ -16,6 +17,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from tokenlabel.data import images
 from tokenlabel.data.batches import (
@@ -40,6 +42,7 @@ from tokenlabel.data.images import (
     decode_pixels,
 )
 from tokenlabel.data.sources import open_images
+from tokenlabel.data.workers import process_context
 from tokenlabel.method.geometry import Box, View
 from tokenlabel.method.scores import from_mask
 
@@ -567,6 +570,29 @@ class TestLoader:
                 assert torch.equal(ours.images, theirs.images)
                 assert theirs.images.is_contiguous(memory_format=torch.channels_last)
         assert len(begun) == 3
+
+    def test_workers_of_a_plain_loader_hear_of_each_epoch(self):
+        images = dataset(seed=1)
+        loader = DataLoader(
+            images,
+            batch_size=5,
+            num_workers=1,
+            persistent_workers=True,
+            multiprocessing_context=process_context(),
+        )
+        for epoch in (0, 2, 0):
+            images.set_epoch(epoch)
+            shown = torch.cat([batch.images for batch in loader])
+            assert torch.equal(shown, torch.stack([images[epoch, i].image for i in range(10)]))
+
+    def test_a_copy_has_an_epoch_of_its_own_that_workers_share(self):
+        images = dataset()
+        images.set_epoch(3)
+        copies = (copy.deepcopy(images), pickle.loads(pickle.dumps(images)))
+        images.set_epoch(1)
+        for other in copies:
+            assert other._clock.is_shared()
+            assert torch.equal(other[4].image, images[3, 4].image)
 
     def test_it_leaves_the_global_random_state_alone(self):
         before = torch.get_rng_state()

@@ -5,6 +5,7 @@ import importlib
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -14,13 +15,15 @@ import pytest
 import tokenlabel
 from tokenlabel.labels.store import LabelStoreWriter, Manifest
 from tokenlabel.method.scores import from_mask
+from tokenlabel.runtime.configuration import _enums
+from tokenlabel.training.recipe import Recipe
 
 # The rooms of the package from the ground up, and which of those below them each may import (docs/architecture.md).
 ROOMS = {
     "runtime": "",
-    "method": "",
+    "method": "runtime",
     "drawing": "runtime",
-    "data": "method",
+    "data": "runtime method",
     "models": "runtime method",
     "labels": "runtime method data",
     "training": "runtime method data models",
@@ -38,6 +41,22 @@ SOURCES = Path(tokenlabel.__file__).parent
 @pytest.mark.parametrize("name", tokenlabel.__all__)
 def test_every_public_name_is_found(name):
     assert getattr(tokenlabel, name).__module__.startswith("tokenlabel.")
+
+
+def test_the_version_is_that_of_the_package_and_types_are_shipped():
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))
+    assert tokenlabel.__version__ == project["project"]["version"]
+    assert (SOURCES / "py.typed").exists()
+
+
+def test_every_enum_that_a_public_configuration_takes_is_public():
+    taken = {
+        kind.__name__
+        for config in (tokenlabel.AnnotateConfig, tokenlabel.AugmentConfig, tokenlabel.ErasingConfig, Recipe)
+        for kind in _enums(config)
+    }
+    assert taken
+    assert taken <= set(tokenlabel.__all__)
 
 
 def test_functions_are_not_hidden_by_the_modules_that_hold_them():

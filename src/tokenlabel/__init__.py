@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tokenlabel.data.augment import AugmentConfig, TrainTransform
+    from tokenlabel.data.augment import AugmentConfig, EvalTransform, Order, TrainTransform
     from tokenlabel.data.batches import (
         BatchSampler,
         TokenLabelDataset,
@@ -21,31 +21,47 @@ if TYPE_CHECKING:
         make_loader,
         normalize_images,
     )
+    from tokenlabel.data.erasing import ErasingConfig, ErasingMode
+    from tokenlabel.data.images import ImageCheck, check_images
+    from tokenlabel.data.resampling import Interpolation
     from tokenlabel.data.sources import open_images
-    from tokenlabel.labels.store import LabelStore, LabelStoreWriter
-    from tokenlabel.method.alignment import align, collate_score_maps
+    from tokenlabel.labels.encoding import Encoding
+    from tokenlabel.labels.manifest import Manifest
+    from tokenlabel.labels.store import LabelStore, LabelStoreWriter, merge_stores
+    from tokenlabel.method.alignment import LogitsMode, align, collate_score_maps
     from tokenlabel.method.geometry import Box, View, stack_views
     from tokenlabel.method.losses import sparse_cross_entropy, token_label_loss
-    from tokenlabel.method.mixing import MixPlan, mix_images, mix_targets, sample_mix
-    from tokenlabel.method.scores import ScoreMap
+    from tokenlabel.method.mixing import Mixing, MixPlan, mix_images, mix_targets, sample_mix
+    from tokenlabel.method.outputs import Inference, Outputs
+    from tokenlabel.method.scores import Kind, ScoreMap
     from tokenlabel.method.targets import TokenTargets, class_targets
-    from tokenlabel.models import Outputs, create_model
+    from tokenlabel.models import create_model
     from tokenlabel.teachers.annotation import AnnotateConfig, annotate
+    from tokenlabel.training.objectives import ClassTarget, Extent, TokenChoice
+
+    __version__: str
 
 # Public names and where they live: imported when first asked for, so that reading a store takes no torch.
 _HOMES = {
-    "method.alignment": ("align", "collate_score_maps"),
-    "teachers.annotation": ("AnnotateConfig", "annotate"),
-    "data.augment": ("AugmentConfig", "TrainTransform"),
+    "data.augment": ("AugmentConfig", "EvalTransform", "Order", "TrainTransform"),
     "data.batches": ("BatchSampler", "TokenLabelDataset", "collate", "make_loader", "normalize_images"),
+    "data.erasing": ("ErasingConfig", "ErasingMode"),
+    "data.images": ("ImageCheck", "check_images"),
+    "data.resampling": ("Interpolation",),
+    "data.sources": ("open_images",),
+    "labels.encoding": ("Encoding",),
+    "labels.manifest": ("Manifest",),
+    "labels.store": ("LabelStore", "LabelStoreWriter", "merge_stores"),
+    "method.alignment": ("LogitsMode", "align", "collate_score_maps"),
     "method.geometry": ("Box", "View", "stack_views"),
     "method.losses": ("sparse_cross_entropy", "token_label_loss"),
-    "method.mixing": ("MixPlan", "mix_images", "mix_targets", "sample_mix"),
-    "models": ("Outputs", "create_model"),
-    "method.scores": ("ScoreMap",),
-    "data.sources": ("open_images",),
-    "labels.store": ("LabelStore", "LabelStoreWriter"),
+    "method.mixing": ("MixPlan", "Mixing", "mix_images", "mix_targets", "sample_mix"),
+    "method.outputs": ("Inference", "Outputs"),
+    "method.scores": ("Kind", "ScoreMap"),
     "method.targets": ("TokenTargets", "class_targets"),
+    "models": ("create_model",),
+    "teachers.annotation": ("AnnotateConfig", "annotate"),
+    "training.objectives": ("ClassTarget", "Extent", "TokenChoice"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -54,22 +70,39 @@ __all__ = [
     "AugmentConfig",
     "BatchSampler",
     "Box",
+    "ClassTarget",
+    "Encoding",
+    "ErasingConfig",
+    "ErasingMode",
+    "EvalTransform",
+    "Extent",
+    "ImageCheck",
+    "Inference",
+    "Interpolation",
+    "Kind",
     "LabelStore",
     "LabelStoreWriter",
+    "LogitsMode",
+    "Manifest",
     "MixPlan",
+    "Mixing",
+    "Order",
     "Outputs",
     "ScoreMap",
+    "TokenChoice",
     "TokenLabelDataset",
     "TokenTargets",
     "TrainTransform",
     "View",
     "align",
     "annotate",
+    "check_images",
     "class_targets",
     "collate",
     "collate_score_maps",
     "create_model",
     "make_loader",
+    "merge_stores",
     "mix_images",
     "mix_targets",
     "normalize_images",
@@ -82,6 +115,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("tokenlabel")
     if name not in _HOME_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"tokenlabel.{_HOME_OF[name]}"), name)

@@ -49,7 +49,7 @@ _MANY_IMAGES = 5000
 
 
 def train(
-    recipe: Recipe, run: Path, *, device: torch.device, trackers: Sequence[Tracker] = ()
+    recipe: Recipe, run: str | Path, *, device: torch.device | str, trackers: Sequence[Tracker] = ()
 ) -> dict[str, Any]:
     """Train by a recipe in a run folder, from its newest checkpoint if there is one; return the last evaluation.
 
@@ -58,9 +58,12 @@ def train(
     Raises ConfigError if it holds a run of another recipe, ValueError for data that cannot be trained on,
     `Interrupted` after SIGINT or SIGTERM.
     """
+    device = torch.device(device)
     with joined_ranks(device) as ranks:
         task = build(recipe, device=device)
-        return run_task(task, run, ranks=ranks, eval_every_epochs=recipe.eval.every_epochs, trackers=trackers)
+        return run_task(
+            task, Path(run), ranks=ranks, eval_every_epochs=recipe.eval.every_epochs, trackers=trackers
+        )
 
 
 @dataclass(eq=False)

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from tokenlabel.data.batches import Sample, TokenLabelDataset
+from tokenlabel.data.batches import Sample, SampleIndex, TokenLabelDataset
 from tokenlabel.method.geometry import Box, View
 from tokenlabel.method.scores import ScoreMap
 
@@ -77,9 +77,9 @@ class DefectiveDataset(TokenLabelDataset):
         super().__init__(dataset.source, dataset.transform, seed=dataset.seed, store=dataset.store)
         self.defect = defect
 
-    def __getitems__(self, epochs_and_indices: Sequence[tuple[int, int]]) -> list[Sample]:
+    def __getitems__(self, indices: Sequence[SampleIndex]) -> list[Sample]:
         """Return samples with wrongly placed labels."""
-        return [DEFECTS[self.defect](sample) for sample in super().__getitems__(epochs_and_indices)]
+        return [DEFECTS[self.defect](sample) for sample in super().__getitems__(indices)]
 
 
 def _map_of(sample: Sample) -> ScoreMap:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
 from functools import reduce
 
 import numpy as np
@@ -31,9 +30,10 @@ from tokenlabel.data.colours import (
 from tokenlabel.data.randaugment import parse_randaugment
 from tokenlabel.data.resampling import RESAMPLING, Interpolation, flipped, resize, warp
 from tokenlabel.method.geometry import Box, View
+from tokenlabel.runtime.coercion import Choice, Size, coerced_fields, pair
 
 
-class Order(StrEnum):
+class Order(Choice):
     """Whether warps and RandAugment change the crop (fast) or the whole image before it (published)."""
 
     AFTER_CROP = "after_crop"
@@ -41,6 +41,7 @@ class Order(StrEnum):
 
 
 @dataclass(frozen=True, kw_only=True)
+@coerced_fields
 class ColourJitter:
     """Random changes of colour, in random order; each factor is drawn evenly from 1 - range to 1 + range."""
 
@@ -57,6 +58,7 @@ class ColourJitter:
 
 
 @dataclass(frozen=True, kw_only=True)
+@coerced_fields
 class WarpConfig:
     """A random affine warp: rotation, then shear, then translation, in one resampling."""
 
@@ -71,6 +73,7 @@ class WarpConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+@coerced_fields
 class AugmentConfig:
     """How training images are augmented."""
 
@@ -112,8 +115,8 @@ class AugmentConfig:
 class TrainTransform:
     """The random transform of training images, to pixels of `size_px` (height, width)."""
 
-    def __init__(self, config: AugmentConfig, size_px: tuple[int, int]) -> None:
-        self.config, self.size_px = config, size_px
+    def __init__(self, config: AugmentConfig, size_px: Size) -> None:
+        self.config, self.size_px = config, pair(size_px)
         self._randaugment = None if config.randaugment is None else parse_randaugment(config.randaugment)
 
     def __call__(
@@ -174,16 +177,17 @@ class EvalTransform:
 
     def __init__(
         self,
-        size_px: tuple[int, int],
+        size_px: Size,
         *,
         crop_fraction: float = 0.875,
-        interpolation: Interpolation = Interpolation.BICUBIC,
+        interpolation: Interpolation | str = Interpolation.BICUBIC,
     ) -> None:
+        interpolation = Interpolation(interpolation)
         if not 0 < crop_fraction <= 1:
             raise ValueError(f"crop_fraction must lie above 0 and not above 1, got {crop_fraction}")
         if interpolation is Interpolation.RANDOM:
             raise ValueError("evaluation needs one interpolation: bilinear or bicubic, not random")
-        self.size_px, self.crop_fraction, self.interpolation = size_px, crop_fraction, interpolation
+        self.size_px, self.crop_fraction, self.interpolation = pair(size_px), crop_fraction, interpolation
 
     def __call__(
         self, image: Image.Image | NDArray[np.uint8], rng: np.random.Generator

@@ -6,10 +6,11 @@ processes or ranks. No random state exists that could be lost, so a run resumes 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, SupportsIndex, runtime_checkable
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from jaxtyping import Float, Int, UInt8
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data._utils.collate import default_collate_fn_map  # where PyTorch wants new types entered
 
 from tokenlabel.data.images import (
     DataError,
@@ -35,6 +37,7 @@ from tokenlabel.data.workers import prepare_worker, process_context, stack
 from tokenlabel.method.alignment import ScoreMapBatch, collate_score_maps
 from tokenlabel.method.geometry import View, stack_views
 from tokenlabel.method.scores import Orientation, ScoreMap, turned_map
+from tokenlabel.runtime.notices import say
 
 __all__ = [
     "Batch",
@@ -48,6 +51,7 @@ __all__ = [
     "ImageSubset",
     "LabelsError",
     "Sample",
+    "SampleIndex",
     "TokenLabelDataset",
     "Transform",
     "check_images",
@@ -62,6 +66,9 @@ __all__ = [
 
 Transform = Callable[[NDArray[np.uint8], np.random.Generator], tuple[NDArray[np.uint8], View]]
 """From RGB pixels [h, w, 3] and a source of randomness to pixels [height, width, 3] and the view that they show."""
+
+SampleIndex = SupportsIndex | tuple[SupportsIndex, SupportsIndex]
+"""What names a sample: the index of an image, or an epoch and the index."""
 
 
 class LabelsError(ValueError):
@@ -124,7 +131,7 @@ class Batch:
     score_maps: ScoreMapBatch | None
     keys: list[str]
 
-    def to(self, device: torch.device) -> Batch:
+    def to(self, device: torch.device | str) -> Batch:
         """Return the batch on another device."""
         return Batch(
             images=self.images.to(device, non_blocking=True),
@@ -179,20 +186,64 @@ class TokenLabelDataset(Dataset[Sample]):
     `dataset[epoch, index]` draws every random number of a sample anew from these three. `store` maps keys to
     score maps. Raises ImageError for an image that does not decode. A subclass that changes samples overrides
     `__getitems__`, which makes them all: the data loader asks for whole batches and nothing else.
+
+    `dataset[index]` takes the epoch from the last `set_epoch`, so that any sampler and a plain `DataLoader` do.
     """
 
     def __init__(
-        self, source: ImageSource, transform: Transform, *, seed: int, store: ScoreMaps | None = None
+        self, source: ImageSource, transform: Transform, *, seed: int = 0, store: ScoreMaps | None = None
     ) -> None:
+        # In memory that data workers share, however they were started: the epoch, and how many samples were drawn by
+        # their index alone while nobody had set one (-1: somebody has, or the line about it is out).
+        self._clock = torch.zeros(2, dtype=torch.int64).share_memory_()
         self.source, self.transform, self.seed, self.store = source, transform, seed, store
         self.num_classes = len(source.class_names)
 
-    def __getitem__(self, epoch_and_index: tuple[int, int]) -> Sample:
-        (sample,) = self.__getitems__([epoch_and_index])
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._clock.share_memory_()  # it still is in a worker; a copy or one that was unpickled has its own
+
+    def set_epoch(self, epoch: SupportsIndex) -> None:
+        """Set the epoch of `dataset[index]` in this process and in its data workers; call it before each epoch.
+
+        Without it the augmentations of every epoch are the same. (A `BatchSampler` names the epoch of each image
+        itself, and a `DistributedSampler` has a `set_epoch` of its own, to be called as well.)
+        """
+        number = operator.index(epoch)
+        if number < 0:
+            raise ValueError(f"epochs count from 0, got {number}")
+        self._clock.copy_(torch.tensor([number, -1]))
+
+    def _with_epochs(self, indices: Sequence[SampleIndex]) -> list[tuple[int, int]]:
+        """Return epoch and index of each; negative indices count from the end. Raises IndexError beyond it."""
+        now, num_drawn = self._clock.tolist()
+        pairs = [index if isinstance(index, tuple) else (now, index) for index in indices]
+        places = range(len(self))
+        found = [(operator.index(epoch), places[operator.index(index)]) for epoch, index in pairs]
+        if num_drawn >= 0 and found:
+            num_drawn += sum(not isinstance(index, tuple) for index in indices)
+            self._clock[1] = num_drawn if num_drawn <= len(self) else -1
+            if num_drawn > len(self) and self._draws(found[0][1]):  # not in evaluation
+                say(
+                    "dataset: images come again, augmented as before, since set_epoch was never called; call "
+                    "dataset.set_epoch(epoch) at the start of each epoch"
+                )
+        return found
+
+    def _draws(self, index: int) -> bool:
+        """Say whether the transform takes random numbers for an image."""
+        rng = np.random.default_rng(0)
+        before = rng.bit_generator.state
+        self.transform(decode_pixels(self.source.read(index), self.source.keys[index]), rng)
+        return rng.bit_generator.state != before
+
+    def __getitem__(self, index: SampleIndex) -> Sample:
+        (sample,) = self.__getitems__([index])
         return sample
 
-    def __getitems__(self, epochs_and_indices: Sequence[tuple[int, int]]) -> list[Sample]:
-        """Return the samples of a batch (the data loader calls this)."""
+    def __getitems__(self, indices: Sequence[SampleIndex]) -> list[Sample]:
+        """Return the samples of a batch (the data loader calls this), by indices or pairs of epoch and index."""
+        epochs_and_indices = self._with_epochs(indices)
         images = [self._image(epoch, index) for epoch, index in epochs_and_indices]
         # All labels after all images: an image leaves nothing else in the caches, and a label takes twice as long.
         return [
@@ -241,6 +292,10 @@ def collate(samples: Sequence[Sample]) -> Batch:
     )
 
 
+# A plain DataLoader, without a `collate_fn`, makes batches of samples, too.
+default_collate_fn_map[Sample] = lambda samples, **_: collate(samples)
+
+
 def normalize_images(
     images: UInt8[Tensor, "B 3 height width"],
     *,
@@ -251,7 +306,12 @@ def normalize_images(
     """Return (pixels / 255 - mean) / std, channel by channel, on the images' device and laid out channels last.
 
     `mean` and `std` are for pixels in [0, 1]. Computed in float32 whatever the `dtype` of the result.
+    Raises ValueError for images that are not of whole pixels from 0 to 255 (uint8).
     """
+    if images.dtype != torch.uint8:
+        raise ValueError(
+            f"expected pixels from 0 to 255 as uint8, got {images.dtype}; pass a batch's images as they are"
+        )
     width_px = images.shape[3]
     # The channels of a whole row side by side: broadcasting three numbers at a time is ten times as slow.
     scale = torch.tensor([1 / (255 * s) for s in std], device=images.device).repeat(width_px)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from enum import StrEnum
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -15,11 +14,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tokenlabel.method.targets import TokenTargets
+from tokenlabel.runtime.coercion import Choice, coerced_fields
 
 _NUM_ATTEMPTS = 10  # boxes drawn until one fits into the image
 
 
-class ErasingMode(StrEnum):
+class ErasingMode(Choice):
     """What fills a box: CONST the mean colour, RAND one random colour, PIXEL a random colour for each pixel."""
 
     CONST = "const"
@@ -28,6 +28,7 @@ class ErasingMode(StrEnum):
 
 
 @dataclass(frozen=True, kw_only=True)
+@coerced_fields
 class ErasingConfig:
     """Whether and how parts of images are erased."""
 

@@ -8,7 +8,6 @@ import re
 import struct
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from enum import StrEnum
 from pathlib import Path
 from typing import Protocol, overload, runtime_checkable
 
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from tokenlabel.method.geometry import turned
+from tokenlabel.runtime.coercion import Choice
 
 try:
     import simplejpeg
@@ -227,7 +227,7 @@ class ImageSubset:
         return len(self._indices)
 
 
-class ImageCheck(StrEnum):
+class ImageCheck(Choice):
     """How closely to look at images before training.
 
     DECODE decodes every image: certain, and costs what an epoch's decoding costs. ENDS reads every image and
@@ -294,12 +294,13 @@ def orientation_of(data: bytes, image: Image.Image | None = None) -> int:
 
 
 def check_images(
-    source: ImageSource, *, skip_broken: bool = False, check: ImageCheck = ImageCheck.AUTO
+    source: ImageSource, *, skip_broken: bool = False, check: ImageCheck | str = ImageCheck.AUTO
 ) -> ImageSource:
     """Return the source if all its images are sound, or those that are if `skip_broken`.
 
     All cores take part, tar file by tar file. Raises DataError that counts and names broken images.
     """
+    check = ImageCheck(check)
     if check is ImageCheck.AUTO:
         check = ImageCheck.DECODE if len(source) <= DECODE_ALL_UP_TO else ImageCheck.ENDS
     if check is ImageCheck.NONE:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from enum import StrEnum
 
 import numpy as np
 import torch
@@ -13,6 +12,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from tokenlabel.method.geometry import View
+from tokenlabel.runtime.coercion import Choice, Size, pair
 
 # The mean of ImageNet's pixels, which timm fills with, too.
 MEAN_COLOUR = (124, 116, 104)
@@ -23,7 +23,7 @@ _ROUNDING = np.float32(
 )  # keeps a whole number that float32 takes for a little less from being rounded down
 
 
-class Interpolation(StrEnum):
+class Interpolation(Choice):
     """How pixels are resampled; RANDOM draws one of the other two for each image."""
 
     BILINEAR = "bilinear"
@@ -37,9 +37,7 @@ RESAMPLING = {
 }
 
 
-def resize(
-    pixels: NDArray[np.uint8], size_px: tuple[int, int], interpolation: Interpolation
-) -> NDArray[np.uint8]:
+def resize(pixels: NDArray[np.uint8], size_px: Size, interpolation: Interpolation | str) -> NDArray[np.uint8]:
     """Resize pixels [h, w, 3] to (height, width), with antialiasing.
 
     Within a level of Pillow's (bicubic: but for single pixels beside hard edges that overshoot), and several
@@ -47,7 +45,8 @@ def resize(
     """
     # Torch's fast path wants one image, channels last, without gaps between its rows.
     image = torch.from_numpy(pixels).permute(2, 0, 1)[None].contiguous(memory_format=torch.channels_last)
-    resized = F.interpolate(image, size=size_px, mode=interpolation.value, antialias=True)
+    mode = Interpolation(interpolation).value
+    resized = F.interpolate(image, size=pair(size_px), mode=mode, antialias=True)
     return resized[0].permute(1, 2, 0).contiguous().numpy()
 
 
@@ -56,11 +55,12 @@ def flipped(pixels: NDArray[np.uint8], *, axis: int) -> NDArray[np.uint8]:
     return torch.from_numpy(pixels).permute(2, 0, 1)[None].flip(axis + 2)[0].permute(1, 2, 0).numpy()
 
 
-def warp(pixels: NDArray[np.uint8], view: View, interpolation: Interpolation) -> NDArray[np.uint8]:
+def warp(pixels: NDArray[np.uint8], view: View, interpolation: Interpolation | str) -> NDArray[np.uint8]:
     """Resample pixels [height, width, 3] once to show a view of them; what it does not cover gets `MEAN_COLOUR`.
 
     That includes what was cut off on the way, as if each warp had been done by itself: pixels and labels agree.
     """
+    interpolation = Interpolation(interpolation)
     height, width = pixels.shape[:2]
     to_px = np.array([[width], [height]])  # the view's fractions, of x and y
     matrix = view.matrix * to_px * np.array([1 / width, 1 / height, 1])

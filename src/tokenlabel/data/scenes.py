@@ -35,7 +35,7 @@ class ScenesError(ValueError):
     """Scenes that can't be written: something else is in the way, or scikit-learn is missing."""
 
 
-def write_scenes(root: Path, *, num_train: int, num_val: int, seed: int) -> None:
+def write_scenes(root: str | Path, *, num_train: int, num_val: int, seed: int) -> None:
     """Write scenes under the folder `root`, and their true masks beside them.
 
     Images are `train/CLASS/NAME.png` and `val/CLASS/NAME.png` (48 x 48 RGB), masks
@@ -43,6 +43,7 @@ def write_scenes(root: Path, *, num_train: int, num_val: int, seed: int) -> None
     a val scene occurs in a train scene. The folder appears at once and whole; if it already holds these very
     scenes, nothing happens. Raises ScenesError if it holds anything else or scikit-learn is not installed.
     """
+    root = Path(root)
     description = {"format": _FORMAT, "num_train": num_train, "num_val": num_val, "seed": seed}
     if _holds(root, description):
         return

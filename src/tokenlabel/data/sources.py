@@ -57,7 +57,8 @@ class ListedImages(ImageFiles):
     them by a teacher's. Lines that begin with # are passed over. Raises DataError that names the line.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: str | Path) -> None:
+        path = Path(path)
         entries = list(_entries(path))
         keys = [key for key, _ in entries]
         if not entries:

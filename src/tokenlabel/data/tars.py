@@ -43,8 +43,8 @@ class TarImages:
     some images have a class. `index`: what is in the files, where it is known already.
     """
 
-    def __init__(self, paths: Sequence[Path], index: TarIndex | None = None) -> None:
-        self.paths = list(paths)
+    def __init__(self, paths: Sequence[str | Path], index: TarIndex | None = None) -> None:
+        self.paths = [Path(path) for path in paths]
         self.index = scan_tars(self.paths) if index is None else index
         self._read_ahead = False
         self._open: OrderedDict[int, _OpenFile] = OrderedDict()
@@ -147,11 +147,12 @@ def scan_tars(paths: Sequence[Path]) -> TarIndex:
     return TarIndex(Strings(keys), places, class_names, class_ids)
 
 
-def write_index(folder: Path) -> Path:
+def write_index(folder: str | Path) -> Path:
     """Look through the tar files of a folder once and write what is in them beside them; return the index's path.
 
     `open_images` then opens the folder by reading that file alone. Raises DataError as `TarImages` does.
     """
+    folder = Path(folder)
     paths = sorted(folder.glob("*.tar"))
     if not paths:
         raise DataError(f"{folder}: no tar files to index; expected a folder of .tar files")

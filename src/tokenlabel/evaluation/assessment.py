@@ -43,6 +43,7 @@ from tokenlabel.evaluation.networks import Network, NetworkError, find_network, 
 from tokenlabel.evaluation.observation import MaskFolder, observe
 from tokenlabel.labels.store import LabelStore
 from tokenlabel.models import Inference
+from tokenlabel.runtime.coercion import coerced_fields
 from tokenlabel.runtime.distributed import Ranks, joined_ranks
 from tokenlabel.runtime.notices import listed, say
 
@@ -50,6 +51,7 @@ Figures = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
+@coerced_fields
 class EvalOptions:
     """What to evaluate a network on, and how."""
 
@@ -107,13 +109,14 @@ class EvalOptions:
             raise NetworkError(f"{reason}; leave {', '.join(given)} out")
 
 
-def assess(name: str, options: EvalOptions, *, device: torch.device) -> Figures:
+def assess(name: str | Path, options: EvalOptions, *, device: torch.device | str) -> Figures:
     """Return the figures of a network on a data set, over all ranks; with inference `all`, of each way to predict.
 
     `name`: a run, a checkpoint folder, or the name of a model. Raises ValueError for what does not fit together.
     """
     options.check()
-    network = find_network(name, weights=options.weights, size=options.size)
+    device = torch.device(device)
+    network = find_network(str(name), weights=options.weights, size=options.size)
     heads = network.chosen_heads(options.inference)
     move(network, device)
     with joined_ranks(device) as ranks:

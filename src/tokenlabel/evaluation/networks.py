@@ -51,12 +51,13 @@ class Network:
             return self.heads[:1]
         if wanted == "all":
             return tuple(head for head in Inference if head in self.heads)
-        if Inference(wanted) not in self.heads:
+        wanted = Inference(wanted)
+        if wanted not in self.heads:
             raise NetworkError(
                 f"{self.name} was trained without token labels, so its token head says nothing; "
                 "evaluate it with --inference class"
             )
-        return (Inference(wanted),)
+        return (wanted,)
 
 
 class PlainClassifier(nn.Module):

@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from tokenlabel.method.geometry import View, stack_views
 from tokenlabel.method.scores import Orientation, ScoreMap, from_mask, turned_map
 from tokenlabel.method.targets import TokenTargets
 from tokenlabel.models import Inference, Outputs, TokenModel
+from tokenlabel.runtime.coercion import coerced
 from tokenlabel.runtime.distributed import Ranks
 from tokenlabel.runtime.notices import listed, say
 from tokenlabel.training.recipe import Recipe
@@ -35,6 +36,7 @@ from tokenlabel.training.recipe import Recipe
 # Masks that are looked at before the work begins.
 NUM_CHECKED = 64
 
+Precision = Literal["fp32", "bf16", "fp16"]
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -71,12 +73,13 @@ class MaskFolder:
 
     def __init__(
         self,
-        folder: Path,
+        folder: str | Path,
         *,
         num_classes: int,
         ignore_index: int | None = None,
         source: ImageSource | None = None,
     ) -> None:
+        folder = Path(folder)
         if not folder.is_dir():
             raise ValueError(f"{folder}: no such folder of masks")
         self.is_assumed = ignore_index is None
@@ -152,16 +155,16 @@ def evaluate(
     model: TokenModel,
     batches: Iterable[Batch],
     *,
-    inference: Inference,
-    device: torch.device,
-    precision: str,
+    inference: Inference | str,
+    device: torch.device | str,
+    precision: Precision = "fp32",
     ranks: Ranks = Ranks(),  # noqa: B008  (immutable)
 ) -> Evaluation:
     """Evaluate a model on batches of images, each counted once, over all ranks.
 
     Where the batches carry score maps (true masks), the tokens are held against them (see `TokenTruth`).
     """
-    evaluators: list[Evaluator] = [Accuracy(), Calibration(), TokenTruth()]
+    inference, evaluators = Inference(inference), [Accuracy(), Calibration(), TokenTruth()]
     figures = observe(
         model, batches, {inference: evaluators}, device=device, precision=precision, ranks=ranks
     )
@@ -190,8 +193,8 @@ def observe(
     batches: Iterable[Batch],
     evaluators: Mapping[Inference, Sequence[Evaluator]],
     *,
-    device: torch.device,
-    precision: str,
+    device: torch.device | str,
+    precision: Precision = "fp32",
     ranks: Ranks = Ranks(),  # noqa: B008  (immutable)
     competing: Bool[Tensor, " C"] | None = None,
 ) -> dict[Inference, dict[str, Any]]:
@@ -201,7 +204,7 @@ def observe(
     predictions choose; all if None.
     """
     model.eval()
-    dtype = _DTYPES[precision]
+    device, dtype = torch.device(device), _DTYPES[coerced(precision, Precision, name="precision")]
     out = None if competing is None else ~competing.to(device)
     started, num_images = time.perf_counter(), 0
     for cpu_batch in batches:
@@ -239,7 +242,11 @@ def agreement(guess: TokenTargets, truth: TokenTargets, num_classes: int) -> tup
 
 
 def mask_agreement(
-    store: LabelStore, masks: Path, *, source: ImageSource | None = None, ignore_index: int | None = None
+    store: LabelStore,
+    masks: str | Path,
+    *,
+    source: ImageSource | None = None,
+    ignore_index: int | None = None,
 ) -> float:
     """Return the share of object cells of a store's maps whose most probable class is that of the true mask.
 
@@ -274,7 +281,7 @@ def mask_agreement(
 
 
 def evaluation_set(
-    recipe: Recipe, *, class_names: list[str], data: Path | None = None, masks: Path | None = None
+    recipe: Recipe, *, class_names: list[str], data: str | Path | None = None, masks: str | Path | None = None
 ) -> TokenLabelDataset:
     """Return the images that a recipe evaluates on, or those in the folder `data`, as the model sees them.
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import struct
 import threading
-from enum import StrEnum
 from typing import Any
 
 import numpy as np
@@ -22,9 +21,10 @@ from numpy.typing import NDArray
 
 from tokenlabel.method.geometry import WHOLE_IMAGE, Box
 from tokenlabel.method.scores import Kind, ScoreMap
+from tokenlabel.runtime.coercion import Choice
 
 
-class Encoding(StrEnum):
+class Encoding(Choice):
     """How the score maps of a store are written. Every record says for itself how it was."""
 
     RAW = "raw"
@@ -52,7 +52,7 @@ _ZSTD_LEVEL = 19  # 12 takes 2% more space
 _RAW_SCALE = np.float32(1 / RAW_STEPS)
 
 
-def pack(score_map: ScoreMap, encoding: Encoding) -> bytes:
+def pack(score_map: ScoreMap, encoding: Encoding | str) -> bytes:
     """Return the record of a score map.
 
     Compact records hold probabilities only and drop entries that round to nothing; a map of logits (kept as
@@ -62,7 +62,7 @@ def pack(score_map: ScoreMap, encoding: Encoding) -> bytes:
     height, width, _ = score_map.codes.shape
     if max(height, width) > 0xFFFF:
         raise EncodingError(f"a record holds at most 65535 rows and columns, this map has {height} x {width}")
-    if encoding is Encoding.COMPACT and score_map.kind is Kind.PROBABILITIES:
+    if Encoding(encoding) is Encoding.COMPACT and score_map.kind is Kind.PROBABILITIES:
         palette, codes, steps = _kept_entries(score_map)
         repeating, noise = _compact_body(palette, codes, steps)
         if len(repeating) + len(noise) <= MAX_BODY_BYTES:

@@ -15,12 +15,14 @@ from tokenlabel.data.images import ImageSource
 from tokenlabel.labels.fingerprints import find_replaced
 from tokenlabel.labels.store import LabelStore, StoreError, read_manifest
 from tokenlabel.method.scores import Kind, ScoreMap
+from tokenlabel.runtime.coercion import coerced_fields
 from tokenlabel.runtime.notices import listed
 
 MAX_SUM = 1.001
 
 
 @dataclass(frozen=True, kw_only=True)
+@coerced_fields
 class InspectConfig:
     """How closely to look at a label store."""
 

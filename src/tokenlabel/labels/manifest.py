@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from tokenlabel.labels.encoding import Encoding
 from tokenlabel.labels.shards import SUFFIX, StoreError, write_atomically
 from tokenlabel.method.scores import Kind, Orientation
+from tokenlabel.runtime.coercion import coerced_fields
 from tokenlabel.runtime.notices import listed
 
 MANIFEST_FILE = "manifest.json"
@@ -37,6 +38,7 @@ class Failure:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+@coerced_fields
 class Manifest:
     """What holds for all labels of a store.
 

@@ -12,7 +12,6 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -36,6 +35,7 @@ from tokenlabel.labels.store import (
 from tokenlabel.method.geometry import WHOLE_IMAGE, Box
 from tokenlabel.method.scores import Kind, Orientation, ScoreError, ScoreMap, from_top
 from tokenlabel.runtime.background import ahead, thread_pool
+from tokenlabel.runtime.coercion import Choice, coerced_fields
 from tokenlabel.runtime.errors import first_line
 
 # From here on float16 cannot tell neighbouring integers apart.
@@ -50,7 +50,7 @@ class PublishedError(ValueError):
     """A label file that cannot be used, or options that say nothing about it."""
 
 
-class Layout(StrEnum):
+class Layout(Choice):
     """The order of a file's last two axes: rows then columns, or columns then rows."""
 
     HW = "hw"
@@ -58,6 +58,7 @@ class Layout(StrEnum):
 
 
 @dataclass(frozen=True, kw_only=True)
+@coerced_fields
 class ImportConfig:
     """How label files are read."""
 
@@ -135,15 +136,16 @@ def label_path(folder: Path, key: str) -> Path:
 
 
 def read_label_file(
-    path: Path, *, num_classes: int, layout: Layout = Layout.HW, region: Box = WHOLE_IMAGE
+    path: str | Path, *, num_classes: int, layout: Layout | str = Layout.HW, region: Box = WHOLE_IMAGE
 ) -> ScoreMap:
     """Return a published label file as a map of logits.
 
     Nothing in the file is run. Raises PublishedError for what is no such file, or names class ids that
     float16 cannot hold, and ScoreError for ids beyond `num_classes` and for logits that are not finite.
     """
+    path = Path(path)
     logits, ids = _read_file(path)
-    if layout is Layout.WH:
+    if Layout(layout) is Layout.WH:
         logits, ids = logits.swapaxes(1, 2), ids.swapaxes(1, 2)
     class_ids = np.moveaxis(ids, 0, 2)  # [H, W, K]
     if not (class_ids == np.floor(class_ids)).all() or class_ids.min() < 0:

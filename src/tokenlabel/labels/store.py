@@ -325,7 +325,7 @@ def merge_stores(
     folders: Sequence[str | Path],
     output: str | Path,
     *,
-    encoding: Encoding | None = None,
+    encoding: Encoding | str | None = None,
     duplicates: str = "first",
 ) -> LabelStore:
     """Copy the labels of several stores into a new one with few files, each record checked; return it.

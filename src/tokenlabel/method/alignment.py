@@ -10,11 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from enum import StrEnum
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, Integer
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.ops import roi_align
@@ -23,9 +23,10 @@ from tokenlabel.method.blocks import blocks
 from tokenlabel.method.geometry import TOLERANCE
 from tokenlabel.method.scores import Kind, ScoreMap
 from tokenlabel.method.targets import TokenTargets
+from tokenlabel.runtime.coercion import Choice, Size, pair
 
 
-class LogitsMode(StrEnum):
+class LogitsMode(Choice):
     """What maps of logits mean; maps of probabilities don't ask.
 
     ZERO: each cell's softmax, classes that it did not keep counting as logit 0. KEPT: each cell's softmax
@@ -57,7 +58,10 @@ class ScoreMapBatch:
     shapes: tuple[tuple[int, int], ...]
     kind: Kind = Kind.PROBABILITIES
 
-    def to(self, device: torch.device) -> ScoreMapBatch:
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kind", Kind(self.kind))
+
+    def to(self, device: torch.device | str) -> ScoreMapBatch:
         """Return the batch on another device."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
@@ -114,12 +118,12 @@ def collate_score_maps(score_maps: Sequence[ScoreMap]) -> ScoreMapBatch:
 
 
 def align(
-    score_maps: ScoreMapBatch,
-    views: Float[Tensor, "B F 2 3"],
-    grid: tuple[int, int],
+    score_maps: ScoreMapBatch | None,
+    views: Float[Tensor, "B F 2 3"] | Float[NDArray[np.float32], "B F 2 3"],
+    grid: Size,
     *,
     samples: int | None = None,
-    logits: LogitsMode = LogitsMode.ZERO,
+    logits: LogitsMode | str = LogitsMode.ZERO,
 ) -> TokenTargets:
     """Return the soft label of every token of the augmented images.
 
@@ -128,9 +132,14 @@ def align(
     whatever other maps are in the batch); each point reads the map bilinearly, like
     `torchvision.ops.roi_align(aligned=True)`, the outermost cells reaching out to the map's edge. Points that
     show nothing of the source, or nothing of the teacher's region, are not covered: they count in no target
-    and lower the token's weight. `logits`: what to make of maps of logits. Raises ValueError for the
-    published mode where there are no logits or where views are more than crops and flips.
+    and lower the token's weight. `logits`: what to make of maps of logits: zero, kept or published. Raises ValueError
+    where there are no score maps, and for the published mode where there are no logits or where views are more than
+    crops and flips.
     """
+    logits, grid = LogitsMode(logits), pair(grid, name="grid")
+    if score_maps is None:
+        raise ValueError("the batch has no score maps to align; give the data set a label store (store=)")
+    views = torch.as_tensor(views, device=score_maps.probs.device)
     if logits is LogitsMode.PUBLISHED:
         return _align_as_published(score_maps, views, grid)
     if score_maps.kind is Kind.LOGITS:

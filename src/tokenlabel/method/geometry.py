@@ -15,6 +15,8 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from tokenlabel.runtime.coercion import Size, pair
+
 T = TypeVar("T", bound=np.generic)
 
 # A point may miss a frame by this much (a tenth of a pixel at 10,000 px) before it counts as outside.
@@ -55,10 +57,10 @@ class Box:
         top_px: float,
         width_px: float,
         height_px: float,
-        image_size_px: tuple[int, int],
+        image_size_px: Size,
     ) -> Box:
         """Return the box of a rectangle of pixels; `image_size_px` is (width, height)."""
-        image_width_px, image_height_px = image_size_px
+        image_width_px, image_height_px = pair(image_size_px, name="image_size_px")
         return cls(
             left=left_px / image_width_px,
             top=top_px / image_height_px,
@@ -147,11 +149,12 @@ class View:
         inside = (on_the_way >= -TOLERANCE) & (on_the_way <= 1 + TOLERANCE)  # [..., F, 2]
         return np.asarray(inside.all(axis=(-2, -1)))
 
-    def covered_pixels(self, size_px: tuple[int, int]) -> NDArray[np.bool_]:
+    def covered_pixels(self, size_px: Size) -> NDArray[np.bool_]:
         """Say for each pixel's centre of the augmented image, of (height, width), what `covers` says of it.
 
         [height, width]; rows and columns are computed apart, which is tens of times as fast.
         """
+        size_px = pair(size_px)
         y, x = ((np.arange(side) + 0.5) / side for side in size_px)
         covered = np.ones(size_px, np.bool_)
         for along_x, along_y, shift in self.frames.reshape(-1, 3):
@@ -185,9 +188,9 @@ class View:
         return cls(_matrix(1, 0, -right, 0, 1, -down)[None])
 
     @classmethod
-    def rotation(cls, degrees: float, *, size_px: tuple[int, int]) -> View:
+    def rotation(cls, degrees: float, *, size_px: Size) -> View:
         """Return the view of an image of `size_px` (width, height) turned counter-clockwise about its centre."""
-        width_px, height_px = size_px
+        width_px, height_px = pair(size_px)
         sine, cosine = math.sin(math.radians(degrees)), math.cos(math.radians(degrees))
         # Pixels are square, fractions are not: the turn happens in pixels.
         to_y, to_x = sine * width_px / height_px, -sine * height_px / width_px
@@ -196,12 +199,12 @@ class View:
         )
 
     @classmethod
-    def shear(cls, x: float, y: float, *, size_px: tuple[int, int]) -> View:
+    def shear(cls, x: float, y: float, *, size_px: Size) -> View:
         """Return the view of an image of `size_px` (width, height) sheared about its top left corner.
 
         Source x = x + shear_x * y and source y = y + shear_y * x, in pixels.
         """
-        width_px, height_px = size_px
+        width_px, height_px = pair(size_px)
         return cls(_matrix(1, x * height_px / width_px, 0, y * width_px / height_px, 1, 0)[None])
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Integer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -17,6 +17,7 @@ from tokenlabel.method.blocks import blocks
 from tokenlabel.method.linear import Linear, linear
 from tokenlabel.method.outputs import Outputs
 from tokenlabel.method.targets import TokenTargets
+from tokenlabel.method.targets import class_targets as targets_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,15 +30,22 @@ class TokenLabelLoss:
 
 
 def token_label_loss(
-    outputs: Outputs, class_targets: TokenTargets, token_targets: TokenTargets | None, *, beta: float = 0.5
+    outputs: Outputs,
+    class_targets: TokenTargets | Integer[Tensor, " B"] | Float[Tensor, "B C"],
+    token_targets: TokenTargets | None,
+    *,
+    beta: float = 0.5,
 ) -> TokenLabelLoss:
     """Return H(class token) + beta * mean over tokens of H(token), the token labeling objective.
 
-    `class_targets` has one token an image, `token_targets` one for each output token (None: no token labels,
-    the token part is 0). Tokens of weight 0 carry no loss but count in the mean, so that the mean over two
-    ranks is the mean over both batches.
+    `class_targets`: class ids or probabilities, as `F.cross_entropy` takes them, or targets of one token an image.
+    `token_targets`: one for each output token (None: no token labels, the token part is 0). Tokens of weight 0 carry no
+    loss but count in the mean, so that the mean over two ranks is the mean over both batches.
+    Raises ValueError for what is neither, and for targets of other images or tokens.
     Source: Jiang et al., "All Tokens Matter", NeurIPS 2021, equation 4.
     """
+    if not isinstance(class_targets, TokenTargets):
+        class_targets = targets_of(class_targets, num_classes=outputs.class_logits.shape[1])
     class_part = sparse_cross_entropy(outputs.class_logits[:, None], class_targets).mean()
     if token_targets is None:
         return TokenLabelLoss(class_part, class_part.detach(), torch.zeros_like(class_part))
@@ -90,6 +98,10 @@ def linear_cross_entropy(
 
 
 def _check_same_tokens(outputs: Tensor, targets: TokenTargets) -> None:
+    if not isinstance(targets, TokenTargets):
+        raise ValueError(
+            f"expected TokenTargets, as `align` and `class_targets` make them, got {type(targets).__name__}"
+        )
     if outputs.shape[:2] != targets.weight.shape:
         raise ValueError(
             f"outputs of {tuple(outputs.shape[:2])} (images, tokens) do not fit targets of "

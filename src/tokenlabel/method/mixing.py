@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 
 import numpy as np
 import torch
@@ -19,9 +18,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tokenlabel.method.targets import TokenTargets
+from tokenlabel.runtime.coercion import Choice, Size, pair
 
 
-class Mixing(StrEnum):
+class Mixing(Choice):
     """Which mix to draw.
 
     MixToken: Jiang et al. 2021, section 3.2. CutMix: Yun et al. 2019. Mixup: Zhang et al. 2018.
@@ -47,38 +47,41 @@ class MixPlan:
     partner: Int[Tensor, " B"]
     on_tokens: bool
 
-    def share(self, grid: tuple[int, int]) -> Float[Tensor, "B N"]:
+    def share(self, grid: Size) -> Float[Tensor, "B N"]:
         """Return the fraction of each cell of another grid (h, w) that comes from the partner; (1, 1) for all.
 
         Exact for any two grids, so that the mean over cells is the share of the image.
         """
-        rows = _overlaps(grid[0], self.mask.shape[1], self.mask.device)
-        columns = _overlaps(grid[1], self.mask.shape[2], self.mask.device)
+        num_rows, num_columns = pair(grid, name="grid")
+        rows = _overlaps(num_rows, self.mask.shape[1], self.mask.device)
+        columns = _overlaps(num_columns, self.mask.shape[2], self.mask.device)
         with torch.autocast(self.mask.device.type, enabled=False):
             return (rows @ self.mask @ columns.T).flatten(1)
 
-    def to(self, device: torch.device) -> MixPlan:
+    def to(self, device: torch.device | str) -> MixPlan:
         """Return the plan on another device."""
         mask, partner = (t.to(device, non_blocking=True) for t in (self.mask, self.partner))
         return MixPlan(mask, partner, self.on_tokens)
 
 
 def sample_mix(
-    mixing: Mixing,
+    mixing: Mixing | str,
     num_images: int,
     *,
-    grid: tuple[int, int],
-    size_px: tuple[int, int],
+    grid: Size,
+    size_px: Size,
     alpha: float = 1.0,
     per_sample: bool = False,
-    generator: torch.Generator,
+    generator: torch.Generator | None = None,
 ) -> MixPlan | None:
     """Draw a plan for a batch; None for `Mixing.NONE`.
 
-    `grid` (h, w) counts tokens, `size_px` (height, width) pixels. lambda ~ Beta(alpha, alpha) is the share that an
-    image keeps; the box that it loses has its aspect, any centre, and is cut at the edges. As published, one draw
-    serves the whole batch and its reverse is the partner; `per_sample` draws both anew for each image.
+    `mixing`: none, mixtoken, cutmix or mixup. `grid` (h, w) counts tokens, `size_px` (height, width) pixels.
+    lambda ~ Beta(alpha, alpha) is the share that an image keeps; the box that it loses has its aspect, any centre, and
+    is cut at the edges. As published, one draw serves the whole batch and its reverse is the partner; `per_sample`
+    draws both anew for each image. `generator`: PyTorch's own by default.
     """
+    mixing, grid, size_px = Mixing(mixing), pair(grid, name="grid"), pair(size_px)
     if mixing is Mixing.NONE:
         return None
     rng = np.random.default_rng(int(torch.randint(1 << 62, (), generator=generator)))
@@ -118,11 +121,15 @@ def join_plans(plans: Sequence[MixPlan | None], group_size: int) -> MixPlan | No
     )
 
 
-def mix_images(images: Float[Tensor, "B c height width"], plan: MixPlan) -> Float[Tensor, "B c height width"]:
-    """Mix pixels by the plan, its mask drawn to the size of the images.
+def mix_images(
+    images: Float[Tensor, "B c height width"], plan: MixPlan | None
+) -> Float[Tensor, "B c height width"]:
+    """Mix pixels by the plan, its mask drawn to the size of the images; without one they stay as they are.
 
     For patches that don't overlap this equals mixing their embeddings (MixToken).
     """
+    if plan is None:
+        return images
     mask = F.interpolate(plan.mask[:, None], size=images.shape[2:], mode="nearest-exact").to(images.dtype)
     return images.lerp(images[plan.partner], mask)
 
@@ -137,7 +144,7 @@ def mix_tokens(tokens: Float[Tensor, "B h w D"], plan: MixPlan) -> Float[Tensor,
     return tokens.lerp(tokens.index_select(0, plan.partner), plan.mask[..., None].to(tokens.dtype))
 
 
-def mix_targets(targets: TokenTargets, plan: MixPlan | None, grid: tuple[int, int]) -> TokenTargets:
+def mix_targets(targets: TokenTargets, plan: MixPlan | None, grid: Size) -> TokenTargets:
     """Mix targets on a token grid (h, w) by place; (1, 1) mixes class targets by area."""
     if plan is None:
         return targets

@@ -5,15 +5,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from tokenlabel.method.mixing import MixPlan
+from tokenlabel.runtime.coercion import Choice, Size
 
 
-class Inference(StrEnum):
+class Inference(Choice):
     """How class logits and token logits become one prediction an image.
 
     CLASS: the class token (or pooled features) alone. TOKENS: the mean of the token logits.
@@ -43,9 +43,9 @@ class Outputs:
         """The logits of every token, computed anew at each access."""
         return self.token_head(self.tokens)
 
-    def logits(self, inference: Inference) -> Float[Tensor, "B C"]:
+    def logits(self, inference: Inference | str) -> Float[Tensor, "B C"]:
         """Return one row of logits an image."""
-        match inference:
+        match Inference(inference):
             case Inference.CLASS:
                 return self.class_logits
             case Inference.TOKENS:
@@ -73,7 +73,7 @@ class TokenModel(nn.Module, ABC):
         """Return the outputs of normalised images, mixed by the plan."""
 
     @abstractmethod
-    def grid_for(self, size_px: tuple[int, int]) -> tuple[int, int]:
+    def grid_for(self, size_px: Size) -> tuple[int, int]:
         """Return the token grid (h, w) of images of `size_px` (height, width).
 
         Raises ValueError for a size that the model cannot take.

@@ -20,7 +20,7 @@ def image_labels(
     views: Float[Tensor, "B F 2 3"],
     class_ids: Int[Tensor, " B"],
     *,
-    map_mode: LogitsMode = LogitsMode.ZERO,
+    map_mode: LogitsMode | str = LogitsMode.ZERO,
 ) -> Float[Tensor, "B C"]:
     """Return one soft label an image: the mean of its map over what the view shows of the teacher's region.
 

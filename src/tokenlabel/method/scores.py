@@ -7,26 +7,26 @@ over the classes that the cell did not keep, so a map of any K is a proper distr
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from enum import StrEnum
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tokenlabel.method.geometry import WHOLE_IMAGE, Box, turned, turned_box
+from tokenlabel.runtime.coercion import Choice
 
 # Sums of half precision probabilities miss 1 by this much at the most.
 SUM_TOLERANCE = 0.01
 
 
-class Kind(StrEnum):
+class Kind(Choice):
     """What the numbers of a score map are."""
 
     PROBABILITIES = "probabilities"
     LOGITS = "logits"  # imported label files only; they become probabilities before they are aligned
 
 
-class Orientation(StrEnum):
+class Orientation(Choice):
     """How maps lie on images whose files have an orientation tag: on the upright image, or on the stored pixels."""
 
     UPRIGHT = "upright"
@@ -56,6 +56,9 @@ class ScoreMap:
     num_classes: int
     region: Box = WHOLE_IMAGE
     kind: Kind = Kind.PROBABILITIES
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kind", Kind(self.kind))
 
     @property
     def class_ids(self) -> NDArray[np.integer[Any]]:
@@ -101,7 +104,7 @@ def from_top(
     *,
     num_classes: int,
     region: Box = WHOLE_IMAGE,
-    kind: Kind = Kind.PROBABILITIES,
+    kind: Kind | str = Kind.PROBABILITIES,
     name: str = "scores",
 ) -> ScoreMap:
     """Build a score map from the kept classes of each cell.
@@ -111,6 +114,7 @@ def from_top(
     `name` is what error messages call the map: give the image's key.
     Raises ScoreError for what `ScoreMap` cannot hold.
     """
+    kind = Kind(kind)
     if class_ids.ndim != 3 or class_ids.shape != scores.shape or 0 in class_ids.shape:
         raise ScoreError(
             f"{name}: class ids and scores must both be [H, W, K] and not empty; "

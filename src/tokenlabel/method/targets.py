@@ -11,11 +11,15 @@ multiplied by the weight. The class token's target has the same form, with one t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Integer
 from torch import Tensor
+
+# Sums of probabilities that somebody computed in half precision miss 1 by this much at the most.
+_SUM_TOLERANCE = 0.01
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,12 +85,43 @@ class TokenTargets:
         return full.scatter_add(2, self.classes[:, None, :].expand_as(self.excess), self.excess)
 
 
-def class_targets(class_ids: Int[Tensor, " B"]) -> TokenTargets:
-    """Return the ground truth as the target of one token an image: probability 1 for the image's class."""
-    ones = torch.ones(len(class_ids), 1, device=class_ids.device)
-    return TokenTargets(
-        classes=class_ids[:, None],  # [B, 1]
-        excess=ones[..., None],  # [B, 1, 1]
-        floor=torch.zeros_like(ones),
-        weight=ones,
-    )
+def class_targets(
+    labels: Integer[Tensor, " B"] | Float[Tensor, "B C"] | Sequence[int], *, num_classes: int | None = None
+) -> TokenTargets:
+    """Return ground truth as the target of one token an image.
+
+    `labels`: class ids, or probabilities of all classes (mixed or soft labels), as `F.cross_entropy` takes them.
+    Raises ValueError for tensors that are neither. Class ids are held against `num_classes`, and probabilities looked
+    at, on the CPU only: on a GPU it would have to be waited for.
+    """
+    labels = torch.as_tensor(labels)
+    is_ids = labels.ndim == 1 and not (labels.is_floating_point() or labels.dtype == torch.bool)
+    if not is_ids and not (labels.ndim == 2 and labels.is_floating_point()):
+        raise ValueError(
+            "class targets are whole class ids [B] or probabilities [B, C], "
+            f"got {labels.dtype} of shape {tuple(labels.shape)}"
+        )
+    if is_ids:
+        if labels.is_cpu and len(labels):
+            low, high = labels.aminmax()
+            if low < 0 or (num_classes is not None and high >= num_classes):
+                end = "" if num_classes is None else f" to {num_classes - 1}"
+                raise ValueError(f"class ids run from {int(low)} to {int(high)}, expected them from 0{end}")
+        ones = torch.ones(len(labels), 1, device=labels.device)
+        return TokenTargets(
+            classes=labels.long()[:, None],  # [B, 1]
+            excess=ones[..., None],  # [B, 1, 1]
+            floor=torch.zeros_like(ones),
+            weight=ones,
+        )
+    if num_classes not in (None, labels.shape[1]):
+        raise ValueError(f"probabilities of {labels.shape[1]} classes for a model of {num_classes}")
+    labels = labels.to(torch.promote_types(labels.dtype, torch.float32))
+    weight = labels.sum(dim=1, keepdim=True)  # [B, 1]
+    if labels.is_cpu and not ((labels >= 0).all() and ((weight - 1).abs() <= _SUM_TOLERANCE).all()):
+        raise ValueError(
+            "class probabilities must be at least 0 and sum to 1 an image (apply softmax to logits); got a smallest of "
+            f"{float(labels.min()):.3g} and sums from {float(weight.min()):.3g} to {float(weight.max()):.3g}"
+        )
+    classes = torch.arange(labels.shape[1], device=labels.device).expand(len(labels), -1)
+    return TokenTargets(classes, excess=labels[:, None], floor=torch.zeros_like(weight), weight=weight)

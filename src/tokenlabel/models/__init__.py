@@ -13,6 +13,7 @@ from tokenlabel.models.lvvit import LVViT, LVViTConfig
 from tokenlabel.models.registration import register_with_timm
 from tokenlabel.models.t2t_vit import T2TViT, T2TViTConfig
 from tokenlabel.models.weights import WeightsError, load_published
+from tokenlabel.runtime.coercion import Size, pair
 
 __all__ = [
     "Inference",
@@ -31,7 +32,7 @@ __all__ = [
 ]
 
 
-def create_model(name: str, *, num_classes: int, size_px: tuple[int, int], **options: Any) -> TokenModel:
+def create_model(name: str, *, num_classes: int, size_px: Size, **options: Any) -> TokenModel:
     """Return a new model; docs/models.md lists what there is.
 
     `name`: `lvvit_t|s|m|l`, `t2t_vit_14|19|24`, or any that timm knows. `size_px`: (height, width) of the images.
@@ -39,6 +40,7 @@ def create_model(name: str, *, num_classes: int, size_px: tuple[int, int], **opt
     `timm.create_model` takes. Raises ValueError for unknown names and options, and for sizes that the model
     cannot take.
     """
+    size_px = pair(size_px)
     register_with_timm()
     if ":" not in name and not timm.is_model(name):  # a colon: timm's "hf-hub:" and "local-dir:"
         near = get_close_matches(name, timm.list_models())

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from tokenlabel.method.mixing import MixPlan, mix_images
 from tokenlabel.method.outputs import Outputs, TokenModel, check_ascending
+from tokenlabel.runtime.coercion import Size, pair
 from tokenlabel.runtime.errors import first_line
 
 # Where timm's classifiers keep a norm that they apply to pooled features. Tokens take it too, so that the
@@ -80,7 +81,7 @@ class TimmAdapter(TokenModel):
         *,
         name: str,
         num_classes: int,
-        size_px: tuple[int, int],
+        size_px: Size,
         stage: int | None = None,
     ) -> None:
         super().__init__()
@@ -95,7 +96,7 @@ class TimmAdapter(TokenModel):
         missing = [method for method in TIMM_METHODS if not hasattr(backbone, method)]
         if missing:
             raise NoTokenGridError(f"{name} has no token grid: it lacks timm's {' and '.join(missing)}")
-        features = self._features(size_px)
+        features = self._features(pair(size_px))
         self.grid = features.grid
         own_token_head = _take_own_token_head(backbone)
         if features.from_stage is None:
@@ -105,9 +106,9 @@ class TimmAdapter(TokenModel):
             self._pooled_norm = None
             self.token_head = _new_token_head(features, num_classes)
 
-    def grid_for(self, size_px: tuple[int, int]) -> tuple[int, int]:
+    def grid_for(self, size_px: Size) -> tuple[int, int]:
         """Return the token grid (h, w) of images of `size_px` (height, width), measured at the first call."""
-        return self._features(size_px).grid
+        return self._features(pair(size_px)).grid
 
     def no_weight_decay(self) -> set[str]:
         """Return the names of the parameters that weight decay leaves alone, beside biases and norms."""
@@ -209,16 +210,16 @@ class TimmAdapter(TokenModel):
             size = f"{size_px[0]} x {size_px[1]} pixels{where}"
             raise ValueError(f"{self.name} cannot take images of {size}: {first_line(error)}") from error
         grid = (dense.shape[2], dense.shape[3])
-        self._check_grid(grid, size_px)
-        from_stage = Features(Layout.MAP, grid, width=dense.shape[1], from_stage=stage)
-        if self.stage is not None:
-            return from_stage
-        return classifier_features(seen, grid) or from_stage
+        found = Features(Layout.MAP, grid, width=dense.shape[1], from_stage=stage)
+        if self.stage is None:
+            found = classifier_features(seen, grid) or found
+        self._check_grid(found, size_px)
+        return found
 
-    def _check_grid(self, grid: tuple[int, int], size_px: tuple[int, int]) -> None:
-        height_px, width_px = size_px
+    def _check_grid(self, features: Features, size_px: tuple[int, int]) -> None:
+        grid, (height_px, width_px) = features.grid, size_px
         size = f"{height_px} x {width_px} pixels"
-        if grid == (1, 1):
+        if grid == (1, 1) and features.layout is not Layout.SEQUENCE:  # a map may be what pooling left
             raise NoTokenGridError(
                 f"{self.name} has no token grid for images of {size}: its features are 1 x 1; take larger "
                 "images, or an earlier stage (the option `stage`)"

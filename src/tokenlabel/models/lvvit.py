@@ -6,7 +6,6 @@ checkpoints.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,6 +22,7 @@ from tokenlabel.models.vision_transformer import (
     configured,
     initialise_linear,
 )
+from tokenlabel.runtime.coercion import Size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +71,7 @@ class LVViT(VisionTransformer):
         config: LVViTConfig,
         *,
         num_classes: int = 1000,
-        img_size: int | Sequence[int] = 224,
+        img_size: Size = 224,
         **options: Any,
     ) -> None:
         config = configured(config, options)

@@ -8,7 +8,6 @@ checkpoints; `aux_head`, the head for the tokens, is not in those.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +22,7 @@ from tokenlabel.models.vision_transformer import (
     configured,
     initialise_linear,
 )
+from tokenlabel.runtime.coercion import Size
 
 # Pixels between the centres of neighbouring tokens: the windows move by 4, 2 and 2.
 STRIDE_PX = 16
@@ -63,7 +63,7 @@ class T2TViT(VisionTransformer):
         config: T2TViTConfig,
         *,
         num_classes: int = 1000,
-        img_size: int | Sequence[int] = 224,
+        img_size: Size = 224,
         **options: Any,
     ) -> None:
         config = configured(config, options)

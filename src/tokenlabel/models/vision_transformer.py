@@ -18,9 +18,11 @@ from torch.utils.checkpoint import checkpoint
 
 from tokenlabel.method.linear import Linear
 from tokenlabel.method.mixing import MixPlan, mix_tokens
+from tokenlabel.runtime.coercion import Size, coerced_fields, pair
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+@coerced_fields
 class TransformerConfig:
     """The shape of the blocks and how they train.
 
@@ -95,7 +97,7 @@ class VisionTransformer(nn.Module, ABC):
         *,
         num_classes: int,
         patch_size_px: int,
-        img_size: int | Sequence[int],
+        img_size: Size,
         attention_scale: float | None = None,
     ) -> None:
         super().__init__()
@@ -103,7 +105,7 @@ class VisionTransformer(nn.Module, ABC):
         self.patch_size_px = patch_size_px
         self.num_classes = num_classes
         self.grad_checkpointing = False
-        self.grid = self.grid_for((img_size, img_size) if isinstance(img_size, int) else tuple(img_size))
+        self.grid = self.grid_for(img_size)
         self.num_features = self.head_hidden_size = self.embed_dim = config.width
         self.feature_info = [
             {"module": f"blocks.{index}", "num_chs": config.width, "reduction": patch_size_px}
@@ -126,8 +128,9 @@ class VisionTransformer(nn.Module, ABC):
     def embed_patches(self, images: Float[Tensor, "B 3 height width"]) -> Float[Tensor, "B h w D"]:
         """Return one embedding a patch."""
 
-    def grid_for(self, size_px: tuple[int, ...]) -> tuple[int, int]:
+    def grid_for(self, size_px: Size) -> tuple[int, int]:
         """Return the token grid (h, w) of images of `size_px` (height, width)."""
+        size_px = size_px if isinstance(size_px, tuple) else pair(size_px)  # no more: it is compiled
         patch_size_px = self.patch_size_px
         if any(length < patch_size_px or length % patch_size_px for length in size_px):
             raise ValueError(

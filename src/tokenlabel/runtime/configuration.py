@@ -10,7 +10,6 @@ import difflib
 import re
 from collections.abc import Sequence
 from enum import Enum
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeGuard, TypeVar, get_type_hints
 
@@ -31,7 +30,7 @@ def add_config_arguments(parser: jsonargparse.ArgumentParser, config: type) -> N
     """Let a parser take every field of a dataclass, nested ones as `--a.b value`; enums go by their values."""
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     for kind in _enums(config):
-        register_type(kind, serializer=lambda member: member.value, deserializer=partial(_member, kind))
+        register_type(kind, serializer=lambda member: member.value, deserializer=kind)
     parser.add_class_arguments(config)
     for action in parser._actions:  # argparse keeps what `--help` shows nowhere else
         kind = getattr(action, "_typehint", None)
@@ -49,15 +48,15 @@ def config_of(
     return config(**{name: parsed[name] for name in names})
 
 
-def read_config(path: Path, config: type[Config]) -> Config:
+def read_config(path: str | Path, config: type[Config]) -> Config:
     """Return the dataclass that a YAML file holds. Raises ConfigError that names the file and the key."""
     return config_from_dict(read_yaml(path), config, name=str(path))
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: str | Path) -> dict[str, Any]:
     """Return the mapping that a YAML file holds. Raises ConfigError that names the file."""
     try:
-        nested = yaml.safe_load(path.read_text(encoding="utf-8"))
+        nested = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(nested, dict):
@@ -75,9 +74,9 @@ def config_from_dict(nested: dict[str, Any], config: type[Config], *, name: str)
         raise ConfigError(f"{name}: {explain(error, _field_names(config))}") from error
 
 
-def write_config(config: Any, path: Path) -> None:
+def write_config(config: Any, path: str | Path) -> None:
     """Write a dataclass as YAML with every field, so that later defaults don't change what it meant."""
-    write_whole(path, yaml.safe_dump(config_as_dict(config), sort_keys=False))
+    write_whole(Path(path), yaml.safe_dump(config_as_dict(config), sort_keys=False))
 
 
 def config_as_dict(config: Any) -> dict[str, Any]:
@@ -152,11 +151,3 @@ def _enums(config: type) -> set[type[Enum]]:
         elif isinstance(kind, type) and issubclass(kind, Enum):
             found.add(kind)
     return found
-
-
-def _member(kind: type[Enum], value: Any) -> Enum:
-    try:
-        return kind(value)
-    except ValueError:
-        known = ", ".join(member.value for member in kind)
-        raise ValueError(f"expected one of {known}; got {value!r}") from None

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tokenlabel.data.resampling import MEAN_COLOUR, Interpolation, resize
+from tokenlabel.runtime.coercion import Size, coerced_fields, pair
 from tokenlabel.segmentation.classes import IGNORED
 
 Pixels = UInt8[NDArray[np.uint8], "height width 3"]
@@ -26,6 +27,7 @@ HUE = 18 / 180  # of the colour circle
 
 
 @dataclass(frozen=True, kw_only=True)
+@coerced_fields
 class SegmentAugmentConfig:
     """How training images and masks are augmented."""
 
@@ -58,8 +60,8 @@ class SegmentAugmentConfig:
 class SegmentTransform:
     """The random transform of training images and masks, to `size_px` (height, width)."""
 
-    def __init__(self, config: SegmentAugmentConfig, size_px: tuple[int, int]) -> None:
-        self.config, self.size_px = config, size_px
+    def __init__(self, config: SegmentAugmentConfig, size_px: Size) -> None:
+        self.config, self.size_px = config, pair(size_px)
 
     def __call__(self, pixels: Pixels, mask: Mask, rng: np.random.Generator) -> tuple[NewPixels, NewMask]:
         """Return pixels and class ids of one size; what lies outside of the image has the mean colour and no class."""

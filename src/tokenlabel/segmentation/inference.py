@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from tokenlabel.data.batches import normalize_images
 from tokenlabel.data.resampling import Interpolation, resize
+from tokenlabel.runtime.coercion import Size, coerced_fields, pair
 from tokenlabel.segmentation.augment import fitted_size
 from tokenlabel.segmentation.model import SegmentationModel
 from tokenlabel.training.recipe import check_interval
@@ -22,6 +23,7 @@ _CLASSES_AT_ONCE = 16
 
 
 @dataclass(frozen=True, kw_only=True)
+@coerced_fields
 class SegmentEvalConfig:
     """How images are segmented in evaluation and prediction."""
 
@@ -62,11 +64,9 @@ class SegmentEvalConfig:
 class Segmenter:
     """A model with a way to look at images. `window_px`: (height, width) of the windows that it slides."""
 
-    def __init__(
-        self, model: SegmentationModel, config: SegmentEvalConfig, *, window_px: tuple[int, int]
-    ) -> None:
-        self.model, self.config, self.window_px = model, config, window_px
-        down, across = window_px
+    def __init__(self, model: SegmentationModel, config: SegmentEvalConfig, *, window_px: Size) -> None:
+        self.model, self.config, self.window_px = model, config, pair(window_px, name="window_px")
+        down, across = self.window_px
         self.stride_px = config.stride_px or (max(1, down * 2 // 3), max(1, across * 2 // 3))
         if config.mode == "slide" and (self.stride_px[0] > down or self.stride_px[1] > across):
             raise ValueError(

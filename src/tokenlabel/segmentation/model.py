@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from tokenlabel.models import TokenModel, create_model
+from tokenlabel.runtime.coercion import Choice, coerced_fields
 from tokenlabel.segmentation.heads import FCNHead, Head, LinearHead, UPerNetHead
 from tokenlabel.segmentation.pyramid import NUM_LEVELS, Levels, Neck, NeckKind, find_levels
 
 
-class HeadKind(StrEnum):
+class HeadKind(Choice):
     """UPERNET: pooling pyramid and feature pyramid. FCN: two convolutions. LINEAR: one linear map of each place."""
 
     UPERNET = "upernet"
@@ -24,6 +24,7 @@ class HeadKind(StrEnum):
 
 
 @dataclass(frozen=True, kw_only=True)
+@coerced_fields
 class SegmentModelConfig:
     """Which network to train."""
 

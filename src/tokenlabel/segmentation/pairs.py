@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from enum import StrEnum
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Integer, UInt8
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from tokenlabel.data.images import DECODE_ALL_UP_TO, EXTENSIONS, DataError, Strings, decode_pixels
 from tokenlabel.data.masks import MaskError, check_upright, decode_mask, mask_names, palette_of
+from tokenlabel.runtime.coercion import Choice, coerced, coerced_fields
 from tokenlabel.runtime.notices import listed, say
 from tokenlabel.segmentation.classes import IGNORED, Classes, known_classes, numbered_classes
 
@@ -23,7 +24,7 @@ from tokenlabel.segmentation.classes import IGNORED, Classes, known_classes, num
 NUM_DRAWN = 1_000
 
 
-class Layout(StrEnum):
+class Layout(Choice):
     """How images and masks lie on the disk.
 
     ADE20K: images/training/NAME.jpg and annotations/training/NAME.png. VOC: JPEGImages, SegmentationClass and
@@ -38,6 +39,7 @@ class Layout(StrEnum):
     FOLDERS = "folders"
 
 
+Split = Literal["train", "val"]
 SPLITS = {
     Layout.ADE20K: {"train": "training", "val": "validation"},
     Layout.VOC: {"train": "train", "val": "val"},
@@ -47,6 +49,7 @@ SPLITS = {
 
 
 @dataclass(frozen=True, kw_only=True)
+@coerced_fields
 class SegmentDataConfig:
     """Which images and masks to train and evaluate on."""
 
@@ -231,11 +234,12 @@ def _plain(values: list[int]) -> str:
     return f"[{','.join(map(str, values))}]"
 
 
-def open_pairs(config: SegmentDataConfig, split: str) -> ImageMaskPairs | None:
+def open_pairs(config: SegmentDataConfig, split: Split) -> ImageMaskPairs | None:
     """Return the pairs to train on (`split` "train") or to evaluate on ("val"); None if there are none to be.
 
     Raises DataError for folders that are missing or empty, and for images without a mask.
     """
+    split = coerced(split, Split, name="split")
     if config.layout is Layout.FOLDERS:
         images = config.train_images if split == "train" else config.val_images
         masks = config.train_masks if split == "train" else config.val_masks

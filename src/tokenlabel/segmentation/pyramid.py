@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from tokenlabel.models import TimmAdapter, TokenModel
+from tokenlabel.runtime.coercion import Choice
 
 NUM_LEVELS = 4
 # The published necks read the last block and three before it, three blocks apart.
 PUBLISHED_SPACING = 3
 
 
-class NeckKind(StrEnum):
+class NeckKind(Choice):
     """What stands between a network without stages and the head: the neck of four scales, FCN's, or nothing.
 
     AUTO: what the head wants, and nothing where there are stages.
@@ -52,9 +52,9 @@ class Neck(nn.Module):
     published checkpoints, where they lie in the backbone.
     """
 
-    def __init__(self, width: int, *, kind: NeckKind, last_width: int) -> None:
+    def __init__(self, width: int, *, kind: NeckKind | str, last_width: int) -> None:
         super().__init__()
-        if kind is NeckKind.PYRAMID:
+        if NeckKind(kind) is NeckKind.PYRAMID:
             self.side_layer1 = nn.Sequential(*_finer(width, width, factor=4))
             self.side_layer2 = nn.Sequential(*_finer(width, width, factor=2))
             self.side_layer4 = nn.Sequential(*_mapped(width, last_width))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from tokenlabel.runtime.coercion import coerced_fields
 from tokenlabel.runtime.configuration import ConfigError
 from tokenlabel.segmentation.augment import SegmentAugmentConfig
 from tokenlabel.segmentation.inference import SegmentEvalConfig
@@ -13,6 +14,7 @@ from tokenlabel.training.recipe import TrainingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
+@coerced_fields
 class SegmentLossConfig:
     """What the heads are trained towards: the cross entropy of every pixel."""
 

@@ -45,7 +45,7 @@ from tokenlabel.training.tasks import Part, Task
 
 
 def train_segmentation(
-    recipe: SegmentRecipe, run: Path, *, device: torch.device, trackers: Sequence[Tracker] = ()
+    recipe: SegmentRecipe, run: str | Path, *, device: torch.device | str, trackers: Sequence[Tracker] = ()
 ) -> dict[str, Any]:
     """Train by a recipe in a run folder, from its newest checkpoint if there is one; return the last evaluation.
 
@@ -54,9 +54,12 @@ def train_segmentation(
     Raises ConfigError if it holds a run of another recipe, ValueError for data that cannot be trained on,
     `Interrupted` after SIGINT or SIGTERM.
     """
+    device = torch.device(device)
     with joined_ranks(device) as ranks:
         task = build(recipe, device=device, ranks=ranks)
-        return run_task(task, run, ranks=ranks, eval_every_epochs=recipe.eval.every_epochs, trackers=trackers)
+        return run_task(
+            task, Path(run), ranks=ranks, eval_every_epochs=recipe.eval.every_epochs, trackers=trackers
+        )
 
 
 @dataclass(eq=False)
@@ -172,12 +175,12 @@ class TrainedSegmenter:
     step: int
 
 
-def load_segmenter(path: Path) -> TrainedSegmenter:
+def load_segmenter(path: str | Path) -> TrainedSegmenter:
     """Return the model of a run folder (its newest checkpoint) or of a checkpoint folder, in evaluation mode.
 
     Its weights are the averaged ones where the recipe made an average.
     """
-    folder = newest_checkpoint(path)
+    folder = newest_checkpoint(Path(path))
     state = read_state(folder)
     if "head" not in state["recipe"]["model"]:
         raise DataError(f"{path}: holds a classifier; `tokenlabel segment train` makes segmentation models")
@@ -188,7 +191,9 @@ def load_segmenter(path: Path) -> TrainedSegmenter:
     return TrainedSegmenter(model.eval(), recipe, state["class_names"], state["step"])
 
 
-def load_published_segmenter(path: Path, recipe_name: str, *, root: str | None = None) -> TrainedSegmenter:
+def load_published_segmenter(
+    path: str | Path, recipe_name: str, *, root: str | None = None
+) -> TrainedSegmenter:
     """Return a model from a published file, with the recipe (a name, or a file) that it goes with.
 
     `root`: folder of the data set. Its classes are those of the recipe's data. Raises WeightsError for a file that does

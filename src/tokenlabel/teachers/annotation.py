@@ -91,7 +91,7 @@ def annotate(
     folder: str | Path,
     config: AnnotateConfig,
     *,
-    device: torch.device | None = None,
+    device: torch.device | str | None = None,
 ) -> Annotation:
     """Label every image that has no label yet in the store `folder`, which is made if there is none.
 
@@ -101,7 +101,7 @@ def annotate(
     if `strict`.
     """
     source = open_images(images) if isinstance(images, (str, Path)) else images
-    device = device or default_device()
+    device = default_device() if device is None else torch.device(device)
     return annotate_by(make_teacher(config, source, device), source, folder, config=config, device=device)
 
 

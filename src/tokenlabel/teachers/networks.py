@@ -17,6 +17,7 @@ from tokenlabel.data.augment import Interpolation
 from tokenlabel.data.batches import normalize_images
 from tokenlabel.evaluation.pretrained import Pretrained, load_pretrained
 from tokenlabel.models import TimmAdapter, TokenModel
+from tokenlabel.runtime.coercion import coerced, coerced_fields
 from tokenlabel.teachers.dense import (
     ClassifierNetwork,
     DenseLogits,
@@ -74,7 +75,7 @@ class NetworkTeacher(Teacher):
         self.num_classes = dense.num_classes
         self.class_names = class_names
         self.description = description
-        self.precision = precision
+        self.precision = coerced(precision, Literal["fp32", "bf16"], name="precision")
 
     def logits(self, images: UInt8[Tensor, "B 3 height width"]) -> DenseLogits:
         """Return the logits of images and their places."""
@@ -113,6 +114,7 @@ class NetworkTeacher(Teacher):
 
 
 @dataclass(frozen=True, kw_only=True)
+@coerced_fields
 class TeacherConfig:
     """Which network labels the images, and what it sees of them."""
 

@@ -12,6 +12,7 @@ from PIL import Image
 
 from tokenlabel.data.augment import EvalTransform, Interpolation
 from tokenlabel.method.geometry import WHOLE_IMAGE, Box, View
+from tokenlabel.runtime.coercion import coerced_fields
 
 RESAMPLING = {
     Interpolation.BILINEAR: Image.Resampling.BILINEAR,
@@ -20,6 +21,7 @@ RESAMPLING = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+@coerced_fields
 class Sight:
     """How images become a teacher's input.
 

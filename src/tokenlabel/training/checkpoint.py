@@ -166,12 +166,12 @@ class TrainedModel:
     step: int
 
 
-def load_model(path: Path) -> TrainedModel:
+def load_model(path: str | Path) -> TrainedModel:
     """Return the model of a run folder (its newest checkpoint) or of one checkpoint folder, in evaluation mode.
 
     Its weights are the averaged ones where the recipe made an average.
     """
-    folder = newest_checkpoint(path)
+    folder = newest_checkpoint(Path(path))
     state = read_state(folder)
     recipe = config_from_dict(state["recipe"], Recipe, name=f"{folder}/state.json")
     model = create_model(

@@ -31,7 +31,12 @@ class ExportError(ValueError):
 
 
 def export_run(
-    run: Path, out: Path, *, inference: Inference | None = None, dense: bool = False, overwrite: bool = False
+    run: str | Path,
+    out: str | Path,
+    *,
+    inference: Inference | str | None = None,
+    dense: bool = False,
+    overwrite: bool = False,
 ) -> None:
     """Write the model of a run (its averaged weights, where there are some) for others to use.
 
@@ -40,6 +45,7 @@ def export_run(
     second output. What is there already is kept unless `overwrite`. Nothing half-written is left behind.
     Raises ExportError.
     """
+    run, out, inference = Path(run), Path(out), None if inference is None else Inference(inference)
     if out.suffix not in (".safetensors", ".onnx", ""):
         raise ExportError(f"{out}: expected a name in .safetensors or .onnx, or a folder without a suffix")
     if out.suffix != ".onnx" and (dense or inference is not None):

@@ -7,7 +7,6 @@ outcome has the form of `TokenTargets`: one for the class token, one for the oth
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from enum import StrEnum
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
@@ -30,13 +29,14 @@ from tokenlabel.method.pooling import (
     whole_views,
 )
 from tokenlabel.method.targets import TokenTargets, class_targets
+from tokenlabel.runtime.coercion import Choice, coerced_fields
 
 
 class ObjectiveError(ValueError):
     """Options of an objective that contradict each other or the data."""
 
 
-class ClassTarget(StrEnum):
+class ClassTarget(Choice):
     """What the class token is trained to say."""
 
     TRUTH = "truth"
@@ -44,7 +44,7 @@ class ClassTarget(StrEnum):
     BOTH = "both"
 
 
-class TokenChoice(StrEnum):
+class TokenChoice(Choice):
     """Which tokens count: all, those of which the teacher is sure, or those that show the image's own class."""
 
     ALL = "all"
@@ -52,7 +52,7 @@ class TokenChoice(StrEnum):
     OBJECT = "object"
 
 
-class Extent(StrEnum):
+class Extent(Choice):
     """What the teacher's one label of an image is about: the crop that the model sees, or all of the image."""
 
     CROP = "crop"
@@ -60,6 +60,7 @@ class Extent(StrEnum):
 
 
 @dataclass(frozen=True, kw_only=True)
+@coerced_fields
 class OnlineTeacherConfig:
     """A teacher that looks at the augmented images of each step, before they are erased and mixed."""
 
@@ -82,6 +83,7 @@ class OnlineTeacherConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+@coerced_fields
 class LossConfig:
     """What the outputs are trained towards."""
 
@@ -325,14 +327,14 @@ def top_score_maps(probs: Float[Tensor, "B h w C"], topk: int) -> ScoreMapBatch:
 
 
 def tokens_that_count(
-    targets: TokenTargets, class_ids: Int[Tensor, " B"], choice: TokenChoice, threshold: float
+    targets: TokenTargets, class_ids: Int[Tensor, " B"], choice: TokenChoice | str, threshold: float
 ) -> Bool[Tensor, "B N"] | None:
     """Say which tokens count, judged by their labels; None for all.
 
     `CONFIDENT`: the largest probability of a named class, or of any other, is at least `threshold`. `OBJECT`: the
     probability of the image's class is. Probabilities are those of the covered part of a token.
     """
-    match choice:
+    match TokenChoice(choice):
         case TokenChoice.ALL:
             return None
         case TokenChoice.CONFIDENT:

@@ -11,8 +11,11 @@ import torch
 from timm.utils.model_ema import ModelEmaV3
 from torch import nn
 
+from tokenlabel.runtime.coercion import coerced_fields
+
 
 @dataclass(frozen=True, kw_only=True)
+@coerced_fields
 class OptimConfig:
     """How weights move: AdamW under a warm-up and a schedule."""
 

@@ -14,6 +14,7 @@ from tokenlabel.data.erasing import ErasingConfig
 from tokenlabel.data.images import ImageCheck
 from tokenlabel.method.mixing import Mixing
 from tokenlabel.models import Inference
+from tokenlabel.runtime.coercion import coerced_fields
 from tokenlabel.runtime.configuration import (
     ConfigError,
     add_config_arguments,
@@ -32,6 +33,7 @@ _FREE = ("data.num_workers", "eval.num_workers", "checkpoint.")
 
 
 @dataclass(frozen=True, kw_only=True)
+@coerced_fields
 class DataConfig:
     """What to train and evaluate on."""
 
@@ -60,6 +62,7 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+@coerced_fields
 class ModelConfig:
     """Which network to train."""
 
@@ -85,6 +88,7 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+@coerced_fields
 class MixConfig:
     """How pairs of images are mixed."""
 
@@ -130,6 +134,7 @@ def check_interval(name: str, every_epochs: float | None) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
+@coerced_fields
 class EvalConfig:
     """How the model is evaluated while it trains and at the end."""
 
@@ -149,6 +154,7 @@ class EvalConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+@coerced_fields
 class CheckpointConfig:
     """When the state of a run is saved, and which states are kept."""
 
@@ -171,6 +177,7 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+@coerced_fields
 class TrainingConfig:
     """What the engine needs to know of a run, whatever it trains."""
 
@@ -261,10 +268,11 @@ def recipe_names() -> list[str]:
     )
 
 
-def find_recipe(name: str) -> Path:
+def find_recipe(name: str | Path) -> Path:
     """Return the file of a recipe given by name or as a path. Raises ConfigError with the near names."""
     if Path(name).is_file():
         return Path(name)
+    name = str(name)
     if name in recipe_names():
         return Path(str(_folder() / f"{name}.yaml"))
     raise ConfigError(

@@ -1,0 +1,155 @@
+"""What people write in Python, as what the code means by it: names of choices, lists for tuples, paths as text.
+
+Public functions coerce at their door and configurations when they are made; behind the door types are exact. A value
+that means nothing is a ValueError of one line that names what was expected.
+"""
+
+from __future__ import annotations
+
+import operator
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import is_dataclass
+from enum import StrEnum
+from functools import cache
+from numbers import Real
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, SupportsIndex, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import numpy as np
+
+T = TypeVar("T")
+
+Size = SupportsIndex | Sequence[Any]
+"""What functions take for a size: a pair, or one number for both sides."""
+
+
+class Choice(StrEnum):
+    """An enum that a door calls with a member or its value: `Mixing("cutmix")`. Anything else is a ValueError."""
+
+    @classmethod
+    def _missing_(cls, value: object) -> Any:
+        raise ValueError(f"{cls.__name__}: expected one of {', '.join(cls)}; got {value!r}")
+
+
+def coerced_fields(config: type[T]) -> type[T]:
+    """Coerce the fields of a dataclass, before its own checks; goes below `@dataclass`, subclasses inherit it."""
+    check: Callable[[Any], None] | None = getattr(config, "__post_init__", None)
+
+    def __post_init__(self: Any) -> None:  # noqa: N807
+        for name, kind in _hints(type(self)).items():
+            value = coerced(getattr(self, name), kind, name=f"{type(self).__name__}.{name}")
+            object.__setattr__(self, name, value)
+        if check is not None:
+            check(self)
+
+    setattr(config, "__post_init__", __post_init__)  # noqa: B010  (pyright knows no such attribute of a type)
+    return config
+
+
+def coerced(value: Any, kind: Any, *, name: str) -> Any:
+    """Return a value as the annotation `kind` has it: its own type, or what stands for it without loss.
+
+    Members go by their values, configurations by dicts, `tuple` by any sequence (a pair of whole numbers by one of
+    them), `Path` and `str` by each other, numbers by NumPy's. What is not known to be either passes as it is.
+    Raises ValueError that begins with `name`.
+    """
+    origin, arms = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return _one_of(value, kind, [arm for arm in arms if arm is not type(None)], name=name)
+    if origin is Literal:
+        if not (isinstance(value, str) and value in arms):
+            raise ValueError(f"{name}: expected one of {', '.join(arms)}; got {value!r}")
+        return arms[arms.index(value)]
+    if origin is tuple:
+        if arms == (int, int) and _is_whole(value):
+            return (int(value),) * 2
+        items = _items(value, kind, name=name)
+        kinds = arms[:1] * len(items) if arms[1:] == (...,) else arms
+        if len(items) != len(kinds):
+            raise _unlike(value, kind, name=name)
+        return tuple(coerced(item, kind, name=name) for item, kind in zip(items, kinds, strict=True))
+    if origin is list:
+        return [coerced(item, arms[0], name=name) for item in _items(value, kind, name=name)]
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise _unlike(value, kind, name=name)
+        return dict(value)
+    return _plain(value, kind, name=name) if isinstance(kind, type) else value
+
+
+def pair(size: Size, *, name: str = "size_px") -> tuple[int, int]:
+    """Return a size as two numbers of at least 1; one number stands for both."""
+    first, second = coerced(size, tuple[int, int], name=name)
+    if first < 1 or second < 1:
+        raise ValueError(f"{name}: expected at least 1 both ways, got {first} and {second}")
+    return first, second
+
+
+def _one_of(value: Any, kind: Any, arms: Sequence[Any], *, name: str) -> Any:
+    if value is None and len(arms) < len(get_args(kind)):
+        return None
+    if len(arms) == 1:
+        return coerced(value, arms[0], name=name)
+    for arm in arms:
+        try:
+            return coerced(value, arm, name=name)
+        except ValueError:
+            pass
+    raise _unlike(value, kind, name=name)
+
+
+def _plain(value: Any, kind: type, *, name: str) -> Any:
+    """Coerce to a type that has no parts."""
+    if issubclass(kind, Choice):
+        try:
+            return kind(value)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    if is_dataclass(kind) and isinstance(value, Mapping):
+        try:
+            return kind(**value)
+        except (TypeError, ValueError) as error:  # an unknown key, or a value that means nothing
+            raise ValueError(f"{name}: {error}") from error
+    if is_dataclass(kind) and not isinstance(value, kind):
+        raise _unlike(value, kind, name=name)
+    if kind not in _SCALARS:
+        return value
+    stands_for_it, make = _SCALARS[kind]
+    if not stands_for_it(value):
+        raise _unlike(value, kind, name=name)
+    return make(value)
+
+
+def _is_whole(value: Any) -> bool:
+    try:
+        operator.index(value)
+    except TypeError:
+        return False
+    return not isinstance(value, bool)
+
+
+def _items(value: Any, kind: Any, *, name: str) -> list[Any]:
+    if isinstance(value, (str, bytes, Mapping, set)) or not isinstance(value, Iterable):
+        raise _unlike(value, kind, name=name)
+    return list(value)
+
+
+def _unlike(value: Any, kind: Any, *, name: str) -> ValueError:
+    expected = kind.__name__ if isinstance(kind, type) and not get_args(kind) else str(kind)
+    return ValueError(f"{name}: expected {expected}, got {value!r}")
+
+
+def _is_path(value: Any) -> bool:
+    return isinstance(value, (str, os.PathLike))
+
+
+_SCALARS: dict[type, tuple[Callable[[Any], bool], Callable[[Any], Any]]] = {
+    Path: (_is_path, Path),
+    str: (_is_path, lambda value: str(os.fspath(value))),
+    bool: (lambda value: isinstance(value, (bool, np.bool_)), bool),
+    int: (_is_whole, int),
+    float: (lambda value: isinstance(value, Real) and not isinstance(value, bool), float),
+}
+_hints = cache(get_type_hints)

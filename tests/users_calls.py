@@ -1,0 +1,418 @@
+"""What people call from Python, run as they run it: without the type checker of the other tests.
+
+Each function is one case; `test_as_users_call.py` runs them all in one process, in an empty folder, and reports each.
+"""
+
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
+
+import contextlib
+import io
+import json
+import sys
+import traceback
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, DistributedSampler
+
+import tokenlabel as tl
+from tokenlabel.data.batches import Batch
+from tokenlabel.evaluation.assessment import EvalOptions
+from tokenlabel.evaluation.observation import evaluate, observe
+from tokenlabel.labels.encoding import pack
+from tokenlabel.labels.inspection import InspectConfig
+from tokenlabel.labels.published import ImportConfig, Layout
+from tokenlabel.method.scores import from_mask, from_top
+from tokenlabel.models import TokenModel
+from tokenlabel.segmentation.inference import SegmentEvalConfig
+from tokenlabel.segmentation.model import SegmentModelConfig
+from tokenlabel.segmentation.pairs import SegmentDataConfig, open_pairs
+from tokenlabel.training.objectives import LossConfig, tokens_that_count
+from tokenlabel.training.optim import OptimConfig
+from tokenlabel.training.recipe import DataConfig, EvalConfig, MixConfig, ModelConfig, Recipe
+
+CLASSES = ["ant", "bee"]
+README = Path(__file__).parents[1] / "README.md"
+
+
+def refuses(call, *words, error=ValueError):
+    """Require an error of one line with all of the words."""
+    try:
+        call()
+    except error as refused:
+        message = str(refused)
+        assert "\n" not in message, message
+        assert all(word in message for word in words), message
+    else:
+        raise AssertionError(f"was not refused; expected an error with {words}")
+
+
+@cache
+def data():
+    """Return the folder of eight images of two classes in images/train, with masks of their classes."""
+    rng = np.random.default_rng(0)
+    for i in range(8):
+        for folder, pixels in (
+            ("images/train", rng.integers(0, 256, (40, 48, 3), np.uint8)),
+            ("masks", rng.integers(0, 2, (40, 48)).astype(np.uint8)),
+        ):
+            path = Path(folder, CLASSES[i % 2], f"{i}.png")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(path)
+    return Path("images/train")
+
+
+@cache
+def labels():
+    """Return a store of their labels."""
+    tl.annotate(str(data()), "labels", tl.AnnotateConfig(teacher="masks:masks", size=8))
+    return tl.LabelStore("labels")
+
+
+def dataset(**options):
+    return tl.TokenLabelDataset(tl.open_images(data()), tl.TrainTransform(tl.AugmentConfig(), 16), **options)
+
+
+def batch_of_logits():
+    """Return a batch of one map whose kept logits say little: the modes differ."""
+    ids = np.array([[[0, 1], [1, 2]], [[2, 0], [0, 2]]])
+    one = from_top(ids, np.linspace(0.5, 3, 8).reshape(2, 2, 2), num_classes=50, kind="logits")
+    assert one.kind is tl.Kind.LOGITS
+    return tl.collate_score_maps([one])
+
+
+def mixes_go_by_name():
+    assert tl.sample_mix("none", 4, grid=14, size_px=224) is None
+    generator = torch.Generator().manual_seed(0)
+    for name, shape, on_tokens in (
+        ("mixtoken", (7, 7), True), ("cutmix", (16, 24), False), ("mixup", (1, 1), False)
+    ):  # fmt: skip
+        plan = tl.sample_mix(name, 4, grid=np.int64(7), size_px=[16, 24], generator=generator)
+        assert (*plan.mask.shape[1:],) == shape
+        assert plan.on_tokens == on_tokens
+    assert tl.mix_images(images := torch.rand(4, 3, 16, 24), None) is images
+    by_member = tl.sample_mix(
+        tl.Mixing.CUTMIX, 4, grid=(7, 7), size_px=(16, 24), generator=torch.Generator().manual_seed(3)
+    )
+    by_name = tl.sample_mix("cutmix", 4, grid=7, size_px=(16, 24), generator=torch.Generator().manual_seed(3))
+    assert torch.equal(by_name.mask, by_member.mask)
+    refuses(
+        lambda: tl.sample_mix("mixtokens", 4, grid=7, size_px=16), "Mixing", "mixtokens", "mixtoken, cutmix"
+    )
+    refuses(lambda: tl.sample_mix("cutmix", 4, grid=7, size_px=(1, 2, 3)), "size_px", "(1, 2, 3)")
+    refuses(lambda: tl.sample_mix("cutmix", 4, grid=7, size_px=16.5), "size_px", "16.5")
+    refuses(lambda: tl.sample_mix("cutmix", 4, grid=0, size_px=16), "grid", "at least 1")
+
+
+def maps_of_logits_go_by_the_name_of_a_mode():
+    maps, views = batch_of_logits(), tl.stack_views([tl.View.crop(tl.Box())])
+    found = {name: tl.align(maps, views, 2, logits=name).dense(50) for name in ("zero", "kept", "published")}
+    for mode in tl.LogitsMode:
+        assert torch.equal(
+            found[mode.value], tl.align(maps, torch.from_numpy(views), (2, 2), logits=mode).dense(50)
+        )
+    assert found["zero"].amax() < 0.5 < found["kept"].amax()
+    refuses(lambda: tl.align(maps, views, 2, logits="nil"), "LogitsMode", "zero, kept, published", "nil")
+    refuses(lambda: tl.align(None, views, 2), "no score maps")
+    refuses(lambda: tl.align(maps, views, "2"), "grid")
+
+
+def score_maps_go_by_the_name_of_their_kind():
+    codes = np.zeros((1, 1, 1), np.uint8)
+    one = tl.ScoreMap(np.array([1]), codes, np.ones((1, 1, 1), np.float32), 2, kind="logits")
+    assert one.kind is tl.Kind.LOGITS
+    refuses(lambda: tl.ScoreMap(np.array([1]), codes, one.probs, 2, kind="odds"), "Kind", "odds")
+
+
+def augmentations_go_by_name():
+    before = tl.AugmentConfig(order="before_crop", interpolation="bilinear", randaugment="rand-m9-inc1")
+    assert before.order is tl.Order.BEFORE_CROP
+    assert before.interpolation is tl.Interpolation.BILINEAR
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 48, 3), np.uint8)
+    by_member = tl.AugmentConfig(
+        order=tl.Order.BEFORE_CROP, interpolation=tl.Interpolation.BILINEAR, randaugment="rand-m9-inc1"
+    )
+    shown = [tl.TrainTransform(c, 16)(pixels, np.random.default_rng(1))[0] for c in (before, by_member)]
+    np.testing.assert_array_equal(*shown)
+    assert shown[0].shape == (16, 16, 3)
+    assert tl.ErasingConfig(mode="const").mode is tl.ErasingMode.CONST
+    refuses(lambda: tl.AugmentConfig(order="before"), "AugmentConfig.order", "after_crop, before_crop")
+    refuses(lambda: tl.ErasingConfig(mode="noise"), "ErasingConfig.mode", "const, rand, pixel")
+    refuses(lambda: tl.EvalTransform(16, interpolation="lanczos"), "Interpolation", "lanczos")
+    refuses(lambda: tl.EvalTransform(16, interpolation="random"), "not random")
+
+
+def sizes_are_numbers_or_pairs():
+    pixels = np.zeros((40, 48, 3), np.uint8)
+    for size, expected in (
+        (16, (16, 16)),
+        (np.int64(16), (16, 16)),
+        ([16, 24], (16, 24)),
+        (torch.Size([8, 9]), (8, 9)),
+    ):
+        for transform in (tl.TrainTransform(tl.AugmentConfig(), size), tl.EvalTransform(size)):
+            assert transform(pixels, np.random.default_rng(0))[0].shape == (*expected, 3)
+    np.testing.assert_array_equal(
+        tl.View.rotation(9, size_px=5).frames, tl.View.rotation(9, size_px=(5, 5)).frames
+    )
+    np.testing.assert_array_equal(
+        tl.View.shear(1, 0, size_px=5).frames, tl.View.shear(1, 0, size_px=(5, 5)).frames
+    )
+    model = tl.create_model("lvvit_t", num_classes=2, size_px=32, depth=1)
+    assert model.grid == (2, 2)
+    assert model.grid_for(64) == model.grid_for([64, 64]) == model.grid_for(np.int64(64)) == (4, 4)
+    assert tl.create_model("test_vit", num_classes=np.int64(2), size_px=64).grid_for(64) == (4, 4)
+    assert ModelConfig(name="x", size_px=96).size_px == (96, 96)
+    assert SegmentModelConfig(name="x", size_px=[96, 64], layers=[1, 2]).layers == (1, 2)
+    refuses(lambda: tl.create_model("lvvit_t", num_classes=2, size_px="224"), "size_px", "'224'")
+    refuses(lambda: ModelConfig(name="x", size_px=(96.5, 96)), "ModelConfig.size_px", "96.5")
+
+
+def recipes_are_built_of_dicts_lists_and_paths():
+    recipe = Recipe(
+        data={"train": Path("images"), "labels": [Path("a"), "b"], "check": "none"},
+        model={"name": "lvvit_t", "size_px": 32},
+        optim={"lr": 1, "lr_batch_size": np.int64(32), "betas": [0.9, 0.99]},
+        mix={"kind": "cutmix"},
+        loss={"class_target": "teacher", "teacher": {"name": "x", "precision": "bf16"}},
+        augment=tl.AugmentConfig(warp={"degrees": 10}),
+        batch_size=np.int64(8),
+        epochs=1,
+    )
+    assert recipe.data == DataConfig(train="images", labels=["a", "b"], check=tl.ImageCheck.NONE)
+    assert recipe.optim == OptimConfig(lr=1.0, lr_batch_size=32, betas=(0.9, 0.99))
+    assert recipe.mix.kind is tl.Mixing.CUTMIX
+    assert recipe.loss.class_target is tl.ClassTarget.TEACHER
+    assert recipe.loss.teacher.precision == "bf16"
+    assert recipe.augment.warp.degrees == 10
+    assert type(recipe.batch_size) is int
+
+
+def configurations_refuse_what_means_nothing():
+    data = DataConfig(train="images")
+    optim = OptimConfig(lr=1, lr_batch_size=1)
+    needed = {"data": data, "model": ModelConfig(name="x"), "optim": optim, "epochs": 1, "batch_size": 1}
+    for call, *words in (
+        (lambda: Recipe(**needed, precision="fp8"), "Recipe.precision", "fp32, bf16, fp16", "fp8"),
+        (lambda: Recipe(**needed, compile="yes"), "Recipe.compile", "yes"),
+        (lambda: Recipe(**needed, sharded="false"), "Recipe.sharded", "bool"),
+        (lambda: Recipe(**needed | {"epochs": 1.5}), "Recipe.epochs", "1.5"),
+        (lambda: Recipe(**needed | {"epochs": "3"}), "Recipe.epochs", "'3'"),
+        (lambda: Recipe(**needed | {"data": "images"}), "Recipe.data", "DataConfig", "images"),
+        (lambda: Recipe(**needed | {"data": {"trian": "x"}}), "Recipe.data", "trian"),
+        (lambda: Recipe(**needed, mix={"kind": "mix"}), "Recipe.mix", "MixConfig.kind", "mixtoken"),
+        (lambda: OptimConfig(lr="1e-3", lr_batch_size=1), "OptimConfig.lr", "float", "1e-3"),
+        (lambda: OptimConfig(lr=1, lr_batch_size=1, schedule="linear"), "schedule", "cosine, poly, constant"),
+        (lambda: OptimConfig(lr=1, lr_batch_size=1, betas=(0.9,)), "OptimConfig.betas"),
+        (lambda: DataConfig(train="x", check="some"), "DataConfig.check", "decode", "some"),
+        (lambda: DataConfig(train=3), "DataConfig.train", "3"),
+        (lambda: MixConfig(kind="mixtokens"), "MixConfig.kind", "mixtoken"),
+        (lambda: EvalConfig(inference="all"), "EvalConfig.inference", "combined", "all"),
+        (lambda: LossConfig(class_target="label"), "LossConfig.class_target", "truth, teacher, both"),
+        (lambda: LossConfig(tokens="some"), "LossConfig.tokens", "object"),
+        (lambda: LossConfig(extent="all"), "LossConfig.extent", "crop, image"),
+        (lambda: LossConfig(map_mode="nil"), "LossConfig.map_mode", "zero"),
+        (lambda: LossConfig(teacher={"head": "both"}), "LossConfig.teacher", "classifier", "both"),
+        (lambda: tl.AnnotateConfig(teacher="x", crop="centre"), "AnnotateConfig.crop", "none, center"),
+        (lambda: tl.AnnotateConfig(teacher="x", head="head"), "AnnotateConfig.head", "auto"),
+        (lambda: tl.AnnotateConfig(teacher="x", precision="fp16"), "AnnotateConfig.precision", "fp32, bf16"),
+        (lambda: tl.AnnotateConfig(teacher="x", encoding="zip"), "AnnotateConfig.encoding", "raw, compact"),
+        (lambda: tl.AnnotateConfig(teacher=["x", 3]), "AnnotateConfig.teacher"),
+        (lambda: tl.AnnotateConfig(teacher="x", flip="no"), "AnnotateConfig.flip"),
+        (lambda: EvalOptions(set="imagenet"), "EvalOptions.set", "imagenet-v2"),
+        (lambda: EvalOptions(inference="mean"), "EvalOptions.inference", "tokens"),
+        (lambda: InspectConfig(sample="all"), "InspectConfig.sample"),
+        (lambda: ImportConfig(num_classes=2, layout="cw"), "ImportConfig.layout", "hw, wh"),
+        (lambda: SegmentEvalConfig(mode="tile"), "SegmentEvalConfig.mode", "slide, whole"),
+        (lambda: SegmentModelConfig(name="x", head="unet"), "SegmentModelConfig.head", "upernet"),
+        (lambda: SegmentModelConfig(name="x", neck="fpn"), "SegmentModelConfig.neck", "pyramid"),
+        (lambda: SegmentDataConfig(layout="coco", root="x"), "SegmentDataConfig.layout", "ade20k"),
+        (lambda: SegmentDataConfig(layout="folders", train_images="a", train_masks="b", class_names="cat"),
+         "SegmentDataConfig.class_names", "cat"),
+        (lambda: open_pairs(SegmentDataConfig(layout="ade20k", root="x"), "test"), "split", "train, val"),
+        (lambda: tl.Manifest(num_classes=2, topk=1, kind="odds"), "Manifest.kind", "odds"),
+        (lambda: tl.Manifest(num_classes=2.5, topk=1), "Manifest.num_classes", "2.5"),
+        (lambda: tl.create_model("lvvit_t", num_classes=2, size_px=32, depth="2"), "LVViTConfig.depth", "'2'"),
+        (lambda: tl.create_model("lvvit_t", num_classes=2, size_px=32, conv_stem="no"), "conv_stem"),
+    ):  # fmt: skip
+        refuses(call, *words)
+
+
+def encodings_go_by_name():
+    assert labels().packed("ant/0.png")[0] == 1  # a compact record, as `AnnotateConfig` has it by default
+    for name, number in (("compact", 1), ("raw", 0)):
+        config = tl.AnnotateConfig(teacher="masks:masks", encoding=name, size=np.int64(8))
+        tl.annotate(data(), Path(name), config, device="cpu")
+        assert tl.LabelStore(name).packed("ant/0.png")[0] == number
+        other = tl.merge_stores(["compact"], f"merged {name}", encoding=name)
+        assert other.packed("ant/0.png")[0] == number
+        manifest = tl.Manifest(num_classes=2, topk=1, class_names=CLASSES, encoding=name)
+        with tl.LabelStoreWriter(f"written {name}", manifest) as writer:
+            writer.add("ant/0.png", from_mask(np.array([[0, 1]]), num_classes=2))
+        assert tl.LabelStore(f"written {name}").packed("ant/0.png")[0] == number
+        assert pack(labels()["ant/0.png"], name)[0] == number
+    assert tl.LabelStore("written raw").manifest.class_names == ("ant", "bee")
+    refuses(lambda: tl.merge_stores(["compact"], "merged", encoding="zip"), "raw, compact", "zip")
+    refuses(lambda: pack(labels()["ant/0.png"], "zip"), "raw, compact", "zip")
+    assert Layout("wh") is ImportConfig(num_classes=2, layout="wh").layout
+
+
+def checks_go_by_name():
+    class Unread:
+        keys, class_ids, class_names = ["a/1.png"], np.zeros(1, np.int64), ["a"]
+
+        def __len__(self):
+            return 1
+
+        def read(self, index):
+            raise AssertionError("was read")
+
+    source = Unread()
+    assert tl.check_images(source, check="none") is source
+    refuses(lambda: tl.check_images(source, check="some"), "ImageCheck", "decode, ends, none")
+
+
+def predictions_and_choices_of_tokens_go_by_name():
+    head = torch.nn.Linear(4, 2)
+    outputs = tl.Outputs(torch.randn(3, 2), torch.randn(3, 6, 4), head, (2, 3))
+    for inference in tl.Inference:
+        assert torch.equal(outputs.logits(inference.value), outputs.logits(inference))
+    refuses(lambda: outputs.logits("mean"), "Inference", "class, tokens, combined", "mean")
+    targets = tl.class_targets([0, 1])
+    assert tokens_that_count(targets, torch.tensor([0, 0]), "object", 0.5).tolist() == [[True], [False]]
+    refuses(lambda: tokens_that_count(targets, torch.tensor([0, 0]), "some", 0.5), "TokenChoice", "some")
+    model = tl.create_model("lvvit_t", num_classes=2, size_px=16, depth=1, width=16, num_heads=2)
+    batches = [next(iter(DataLoader(dataset(), batch_size=8)))]
+    with contextlib.redirect_stderr(io.StringIO()):
+        figures = evaluate(model, batches, inference="class", device="cpu", precision="fp32")
+    assert figures.num_images == 8
+    refuses(lambda: evaluate(model, batches, inference="all", device="cpu"), "combined", "all")
+    refuses(lambda: observe(model, batches, {}, device="cpu", precision="half"), "precision", "bf16")
+
+
+def a_dataset_is_indexed_as_any_other():
+    images = dataset(store=labels())
+    assert len(images) == len(list(images)) == 8
+    for index in (3, np.int64(3), torch.tensor(3), -5, (0, 3), (np.int64(0), -5)):
+        assert torch.equal(images[index].image, images[0, 3].image)
+        assert images[index].key == images[0, 3].key
+    for index in (8, -9, (0, 8)):
+        refuses(lambda index=index: images[index], error=IndexError)
+    images.set_epoch(np.int64(2))
+    assert torch.equal(images[3].image, images[2, 3].image)
+    assert not torch.equal(images[3].image, images[0, 3].image)
+    assert torch.equal(images[0, 3].image, dataset(seed=0)[0, 3].image)
+    refuses(lambda: images.set_epoch(-1), "from 0", "-1")
+
+
+def epoch(loader):
+    """Return the images of a pass by their keys."""
+    return {key: image for batch in loader for key, image in zip(batch.keys, batch.images, strict=True)}
+
+
+def a_plain_loader_gives_batches():
+    images = dataset(store=labels())
+    for options in ({}, {"collate_fn": tl.collate}, {"num_workers": 2, "persistent_workers": True}):
+        options = {"multiprocessing_context": "fork", **options} if "num_workers" in options else options
+        loader = DataLoader(images, batch_size=3, shuffle=True, **options)
+        for number in (0, 1, 0, 5):
+            images.set_epoch(number)
+            found = epoch(loader)
+            assert len(found) == 8
+            for index, key in enumerate(images.source.keys):
+                assert torch.equal(found[key], images[number, index].image)
+    assert isinstance(next(iter(loader)), Batch)
+    pairs = tl.BatchSampler(num_images=8, batch_size=4, seed=0, num_steps=2)
+    found = epoch(tl.make_loader(images, pairs, num_workers=0))
+    assert torch.equal(found["ant/0.png"], images[0, 0].image)
+
+
+def processes_share_the_images_of_an_epoch():
+    images = dataset()
+    seen = []
+    for rank in range(2):
+        sampler = DistributedSampler(images, num_replicas=2, rank=rank)
+        sampler.set_epoch(1)
+        images.set_epoch(1)
+        seen += epoch(DataLoader(images, batch_size=2, sampler=sampler))
+    assert sorted(seen) == sorted(images.source.keys)
+
+
+def lines_of_epochs(images, *, set_epoch):
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        for number in range(3):
+            if set_epoch:
+                images.set_epoch(number)
+            epoch(DataLoader(images, batch_size=4))
+    return said.getvalue().splitlines()
+
+
+def epochs_that_nobody_sets_are_said_once():
+    (line,) = lines_of_epochs(dataset(), set_epoch=False)
+    assert "dataset.set_epoch(epoch)" in line
+    assert lines_of_epochs(dataset(), set_epoch=True) == []
+    still = tl.TokenLabelDataset(tl.open_images(data()), tl.EvalTransform(16))
+    assert lines_of_epochs(still, set_epoch=False) == []  # nothing is drawn
+
+
+def class_labels_are_given_as_to_cross_entropy():
+    logits = torch.randn(4, 3, requires_grad=True)
+    outputs = tl.Outputs(logits, torch.randn(4, 6, 5), torch.nn.Linear(5, 3), (2, 3))
+    ids = torch.tensor([2, 0, 1, 1])
+    soft = torch.rand(4, 3).softmax(dim=1)
+    for given, truth in (
+        (ids, ids), (ids.int(), ids), (ids.to(torch.uint8), ids), (soft, soft), (soft.double(), soft),
+        (F.one_hot(ids, 3).half(), ids), (tl.class_targets(ids), ids), (tl.class_targets([2, 0, 1, 1]), ids),
+    ):  # fmt: skip
+        expected = F.cross_entropy(logits, truth)
+        found = tl.token_label_loss(outputs, given, None).total
+        torch.testing.assert_close(found, expected)
+        ours, theirs = (torch.autograd.grad(loss, logits)[0] for loss in (found, expected))
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-4)
+    for labels, *words in (
+        (ids + 1, "from 1 to 3", "from 0 to 2"),
+        (ids - 1, "from -1"),
+        (ids.float(), "torch.float32", "(4,)", "class ids [B]"),
+        (ids > 0, "torch.bool"),
+        (F.one_hot(ids, 3), "torch.int64", "(4, 3)"),
+        (ids[:3], "(3, 1)"),
+        (logits.detach(), "sum to 1", "softmax"),
+        (torch.full((4, 2), 0.5), "2 classes", "3"),
+    ):
+        refuses(lambda labels=labels: tl.token_label_loss(outputs, labels, None), *words)
+    refuses(lambda: tl.token_label_loss(outputs, ids, soft), "TokenTargets", "Tensor")
+    refuses(
+        lambda: tl.normalize_images(torch.rand(1, 3, 4, 4), mean=[0] * 3, std=[1] * 3), "uint8", "float32"
+    )
+
+
+def the_lines_of_the_readme_run():
+    labels()
+    text = README.read_text(encoding="utf-8").split("## In Python")[1].split("\n## ")[0]
+    code = "\n".join(line[4:] for line in text.splitlines() if line.startswith("    "))
+    for of_readme, small in (
+        ("vit_small_patch16_224", "test_vit"),
+        ("(224, 224)", "64"),
+        ("range(32)", "range(8)"),
+    ):
+        assert of_readme in code
+        code = code.replace(of_readme, small)
+    names = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert isinstance(names["model"], TokenModel)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in names["model"].token_head.parameters())
+
+
+if __name__ == "__main__":
+    results = {}
+    for name in sys.argv[1:]:
+        try:
+            globals()[name]()
+            results[name] = None
+        except Exception:
+            results[name] = traceback.format_exc()
+    print(json.dumps(results))
