@@ -128,8 +128,8 @@ def align(
     whatever other maps are in the batch); each point reads the map bilinearly, like
     `torchvision.ops.roi_align(aligned=True)`, the outermost cells reaching out to the map's edge. Points that
     show nothing of the source, or nothing of the teacher's region, are not covered: they count in no target
-    and lower the token's weight. `logits`: what to make of maps of logits. Raises ValueError for the
-    published mode where there are no logits or where views are more than crops and flips.
+    and lower the token's weight, as cells that keep nothing do. `logits`: what to make of maps of logits. Raises
+    ValueError for the published mode where there are no logits or where views are more than crops and flips.
     """
     if logits is LogitsMode.PUBLISHED:
         return _align_as_published(score_maps, views, grid)
@@ -168,6 +168,8 @@ def _pooled(
     """Return each token's weighted sum over the map's planes, and the sum of its weights."""
     num_images, num_tokens = len(frames), points.shape[2]
     cells, shares = _cells_of_tokens(score_maps, frames, points)
+    keeps_some = (score_maps.probs > 0).any(dim=3).flatten()  # [B * H * W]
+    shares = shares * keeps_some[cells]  # by 1 where it does: exact, so weights without empty cells stay as they were
     planes = _planes(score_maps).flatten(0, 2)  # [B * H * W, U + 1]
     sums = F.embedding_bag(cells, planes, per_sample_weights=shares, mode="sum")  # [B * N, U + 1]
     return sums.view(num_images, num_tokens, -1), shares.sum(dim=1).view(num_images, num_tokens)
