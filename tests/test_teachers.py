@@ -296,6 +296,53 @@ def test_class_maps_sum_and_drop():
     torch.testing.assert_close(mapped, torch.tensor([[0.4, 0.4, 0.0]]) + 0.2 / 3)
 
 
+def test_renormalised_probabilities_are_conditional_on_our_classes():
+    class_map = ClassMap(np.array([1, -1, 1, 0, -1]), 3, outside="renormalise")
+    far = (
+        1e-4  # of the probability is on ours, then next to nothing, then all, then what no network should say
+    )
+    probs = torch.tensor(
+        [
+            [0.1, 0.2, 0.3, 0.1, 0.3],
+            [far, 1 - 3 * far, far, far, 0],
+            [4e-4, 0.5, 4e-4, 4e-4, 0.4988],
+            [0, 0.5, 0, 0, 0.5],
+            [0.25, 0, 0.25, 0.5, 0],
+        ]
+    )
+    expected = torch.tensor([[0.2, 0.8, 0], [0, 0, 0], [1 / 3, 2 / 3, 0], [0, 0, 0], [0.5, 0.5, 0]])
+    torch.testing.assert_close(class_map.apply(probs), expected)
+    assert class_map.apply(torch.tensor([[0.1, torch.nan, 0.3, 0.1, 0.5], [torch.nan] * 5]))[1].isnan().all()
+
+
+def test_a_complete_class_map_is_the_same_whatever_becomes_of_what_is_outside():
+    maps = [ClassMap(np.array([1, 0, 1]), 2, outside=outside) for outside in ("renormalise", "spread")]
+    probs = torch.tensor([[0.1, 0.2, 0.3], [0.5, 0.5, 0.0]])
+    assert maps[0].apply(probs).equal(maps[1].apply(probs))
+    assert maps[0].description == maps[1].description
+
+
+def test_members_and_mirror_images_are_averaged_before_what_is_outside_is_left_out():
+    """Oracle: sum over members and mirror images of p(ours), divided by the same sum over all of ours."""
+
+    class Fixed(ByColour):
+        def __init__(self, left, right):
+            super().__init__()
+            self.answers = torch.tensor([left, right])  # of the two halves of an image
+
+        def probabilities(self, images):
+            return self.answers[None, None].expand(len(images), 1, 2, 3)
+
+    a, b = Fixed([0.9, 0.05, 0.05], [0.2, 0.2, 0.6]), Fixed([0.1, 0.9, 0.0], [0.0, 0.0, 1.0])
+    class_map = ClassMap(np.array([0, 1, -1]), 2, outside="renormalise")
+    ours = torch.stack([a.answers, b.answers])[:, :, :2]
+    images = some_images()
+    for flip in (False, True):
+        total = (ours + ours.flip(1) if flip else ours).sum(dim=0)
+        got = Ensemble([a, b], flip=flip, class_map=class_map).probabilities(images)[0, 0]
+        torch.testing.assert_close(got, total / total.sum(dim=1, keepdim=True))
+
+
 def test_what_goes_nowhere_turns_no_ranking_upside_down():
     """.9 of the probability is of classes that the images don't have; the rest must not go to the least likely."""
     probs = torch.tensor([[0.06, 0.02, 0.01, 0.005, 0.005, 0.0, 0.9]])

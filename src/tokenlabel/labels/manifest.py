@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,6 +15,8 @@ from tokenlabel.method.scores import Kind
 MANIFEST_FILE = "manifest.json"
 FORMAT_VERSION = 1
 MAX_MANIFEST_BYTES = 1 << 28
+# The entry of a class map that says what became of the probability of classes that it leaves out.
+OUTSIDE = "teacher.class_map.nowhere"
 
 T = TypeVar("T")
 
@@ -58,15 +60,31 @@ class Manifest:
 
     def differences(self, other: Manifest) -> list[str]:
         """Return in words what keeps labels of two manifests from being of one kind."""
-        unlike = []
-        for name in ("num_classes", "class_names", "kind", "topk", "teacher", "preprocessing"):
-            ours, theirs = _without_names(getattr(self, name)), _without_names(getattr(other, name))
-            if isinstance(ours, dict):
-                keys = sorted(ours.keys() | theirs.keys())
-                unlike += [(f"{name}.{key}", ours.get(key), theirs.get(key)) for key in keys]
-            else:
-                unlike.append((name, ours, theirs))
-        return [f"{name} is {_short(a)} there, {_short(b)} here" for name, a, b in unlike if a != b]
+        compared = ("num_classes", "class_names", "kind", "topk", "teacher", "preprocessing")
+        ours, theirs = ({name: _without_names(getattr(m, name)) for name in compared} for m in (self, other))
+        unlike = [difference for name in compared for difference in _unlike(name, ours[name], theirs[name])]
+        # An option mends this one, if it is the only one.
+        unlike.sort(key=lambda difference: difference[0] == OUTSIDE)
+        return [_in_words(*difference) for difference in unlike]
+
+
+def _unlike(name: str, ours: Any, theirs: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Yield every entry in which two descriptions differ: its name, and what it is in each."""
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        for key in sorted(ours.keys() | theirs.keys()):
+            yield from _unlike(f"{name}.{key}", ours.get(key), theirs.get(key))
+    elif isinstance(ours, (list, tuple)) and isinstance(theirs, (list, tuple)) and len(ours) == len(theirs):
+        for place, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+            yield from _unlike(f"{name}[{place}]", a, b)
+    elif ours != theirs:
+        yield name, ours, theirs
+
+
+def _in_words(name: str, ours: Any, theirs: Any) -> str:
+    if name == OUTSIDE:
+        there, here = (str(value).removesuffix(" evenly") for value in (ours, theirs))
+        return f"made with --outside {there} there, {here} here; `--outside {there}` goes on with that store"
+    return f"{name} is {_short(ours)} there, {_short(theirs)} here"
 
 
 def _without_names(described: Any) -> Any:

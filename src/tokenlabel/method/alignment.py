@@ -169,7 +169,9 @@ def _pooled(
     num_images, num_tokens = len(frames), points.shape[2]
     cells, shares = _cells_of_tokens(score_maps, frames, points)
     keeps_some = (score_maps.probs > 0).any(dim=3).flatten()  # [B * H * W]
-    shares = shares * keeps_some[cells]  # by 1 where it does: exact, so weights without empty cells stay as they were
+    shares = (
+        shares * keeps_some[cells]
+    )  # by 1 where it does: exact, so weights without empty cells stay as they were
     planes = _planes(score_maps).flatten(0, 2)  # [B * H * W, U + 1]
     sums = F.embedding_bag(cells, planes, per_sample_weights=shares, mode="sum")  # [B * N, U + 1]
     return sums.view(num_images, num_tokens, -1), shares.sum(dim=1).view(num_images, num_tokens)

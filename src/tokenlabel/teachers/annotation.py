@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,8 +32,9 @@ from tokenlabel.labels.store import (
     update_failures,
 )
 from tokenlabel.runtime.distributed import default_device, joined_ranks
-from tokenlabel.teachers.classmap import class_map_for
-from tokenlabel.teachers.ensemble import load_teachers
+from tokenlabel.runtime.notices import say
+from tokenlabel.teachers.classmap import MIN_MASS, class_map_for
+from tokenlabel.teachers.ensemble import Ensemble, load_teachers
 from tokenlabel.teachers.labelling import Labelling
 from tokenlabel.teachers.masks import MAX_IDS, MaskTeacher
 from tokenlabel.teachers.networks import Teacher, TeacherConfig, TeacherError
@@ -68,6 +70,8 @@ class Annotation:
     num_labelled: int
     failures: tuple[Failure, ...]
     images_per_s: float
+    empty_cells: float | None
+    """Share of the cells labelled in this call that keep no class; None where networks labelled none."""
 
 
 def annotate(
@@ -142,15 +146,23 @@ def annotate_by(
                 writer.add_record(key, record)
                 bar.update()
         failures = [failure for of_rank in ranks.all(job.failures) for failure in of_rank]
+        cells = sum(ranks.all(job.cells), Counter())
         if ranks.is_first:
             update_failures(folder, failures)
     num_labelled = len(missing) - len(failures)
+    empty_cells = cells["empty"] / cells["all"] if cells["all"] else None
+    if empty_cells is not None and isinstance(teacher, Ensemble) and teacher.renormalises:
+        say(
+            f"{folder}: {empty_cells:.1%} of {cells['all']:,} cells keep nothing, since the teacher has less than "
+            f"{MIN_MASS} of its probability there on these classes: they carry no loss"
+        )
     return Annotation(
         num_images=len(source),
         num_present=len(source) - len(missing),
         num_labelled=num_labelled,
         failures=tuple(failures),
         images_per_s=num_labelled / (time.perf_counter() - started),
+        empty_cells=empty_cells,
     )
 
 
