@@ -227,7 +227,7 @@ def test_a_class_that_no_place_kept_has_its_even_share_and_ties_go_by_certainty(
             None,
             r"keys \('in/ape/1.png'\) are none of its classes \(ape, bee, cat, ...\); name the images",
         ),
-        ((), None, r"keys \('in/ape/1.png'\) are no class, since they have no names, name the images"),
+        ((), None, r"keys \('in/ape/1.png'\) are no classes: these have no names; name the images"),
         (NAMES, ["ape/1.png", "bee/2.png"], r"keys are 'in/ape/1.png', theirs 'ape/1.png', 'bee/2.png'$"),
         (
             NAMES,
@@ -249,7 +249,7 @@ def test_why_agreement_is_missing(class_names, images, why, tmp_path, monkeypatc
     for key in images or ():
         (tmp_path / "images" / key).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (4, 4)).save(tmp_path / "images" / key)
-        options = ["--images", "./images"]
+        options = ["--images", "images"]
     assert main(["inspect", "labels", *options]) == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("agreement")]
     assert re.search(f"unknown: .*{why}", line)
@@ -347,7 +347,8 @@ def test_maps_that_say_nothing_agree_with_no_class(tmp_path):
     with LabelStoreWriter(tmp_path / "labels", manifest()) as writer:
         writer.add("ape/1.png", nothing)
     found = inspect_store(LabelStore(tmp_path / "labels"))
-    assert (found.class_agreement, found.place_agreement, found.suspects) == (0, 0, ())
+    assert (found.class_agreement, found.place_agreement, found.suspects, found.empty) == (0, 0, (), 1)
+    assert "100.0% of the places keep nothing and carry no loss" in as_text(found.as_dict())
 
 
 def test_classes_beyond_those_of_a_store_are_unknown(tmp_path):

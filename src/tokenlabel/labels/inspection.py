@@ -74,6 +74,8 @@ class Inspection:
     rest: float
     """Probability that places have left for the classes that they don't keep."""
     entropy_bits: float
+    empty: float
+    """Share of places that keep nothing, and so carry no loss."""
     class_agreement: float | None
     """Share of the images whose most probable class, over all places, is their own; None if that is unknown."""
     place_agreement: float | None
@@ -108,6 +110,7 @@ class Look:
     top1_prob: float
     rest: float
     entropy_bits: float
+    empty: float
     class_ids: NDArray[np.integer[Any]]
     class_probs: NDArray[np.float64]
     class_shares: NDArray[np.float64]
@@ -151,6 +154,7 @@ def inspect_store(
         top1_prob=_mean([look.top1_prob for look in looks]),
         rest=_mean([look.rest for look in looks]),
         entropy_bits=_mean([look.entropy_bits for look in looks]),
+        empty=_mean([look.empty for look in looks]),
         class_agreement=_mean([best_class(look) == own for look, own in known]) if known else None,
         place_agreement=_mean([(look.top_class_ids == own).mean() for look, own in known]) if known else None,
         num_judged=len(known),
@@ -202,6 +206,7 @@ def look_at(key: str, score_map: ScoreMap) -> Look:
         top1_prob=float(probs.max(axis=2).mean()),
         rest=float(rest.mean()),
         entropy_bits=float(entropy.mean()),
+        empty=float(1 - kept.any(axis=2).mean()),
         class_ids=score_map.palette,
         class_probs=class_probs,
         class_shares=class_probs + even_share - mean_by_class(kept * even_shares[:, :, None]),
@@ -248,7 +253,7 @@ def _why_unknown(store: LabelStore, source: ImageSource | None, keys: Sequence[s
     ours = listed([repr(_tail(key)) for key in keys])
     if source is None:
         classes = (
-            f"none of its classes ({listed(list(names))})" if names else "no class, since they have no names,"
+            f"none of its classes ({listed(list(names))})" if names else "no classes: these have no names"
         )
         return f"the first folders of its keys ({ours}) are {classes}; name the images by --images"
     if not source.class_names:
@@ -318,6 +323,8 @@ def as_text(figures: Mapping[str, Any]) -> str:
         f"{'rest':<24}{figures['rest']:.1%} (probability of the classes that a place did not keep)",
         f"{'entropy':<24}{figures['entropy_bits']:.2f} bits a place",
     ]
+    if figures["empty"]:
+        lines.append(f"{'empty':<24}{figures['empty']:.1%} of the places keep nothing and carry no loss")
     agreements = {
         "class_agreement": "of the images' best class is their own",
         "place_agreement": "of the places' best class is the image's",
