@@ -199,7 +199,7 @@ def test_suspects_are_ranked_by_the_quotient_of_their_own_and_the_best_class(tmp
                 expected[f"{names[own]}/{i}.png"] = mean[own] / mean.max()
     found = inspect_store(LabelStore(tmp_path), InspectConfig(num_suspects=20)).suspects
     assert [s.key for s in found] == sorted(expected, key=expected.__getitem__)[:20]
-    assert np.mean([s.key in wrong for s in found]) >= 0.85
+    assert np.mean([s.key in wrong for s in found]) >= 0.95  # .85 by the difference
 
 
 def test_a_class_that_no_place_kept_has_its_even_share_and_ties_go_by_certainty(tmp_path):

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache
-from importlib.util import find_spec
 from itertools import islice
-from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -19,12 +14,13 @@ from tqdm import tqdm
 
 from tokenlabel.data.images import ImageSource
 from tokenlabel.labels.store import LabelStore, StoreError, read_manifest
+from tokenlabel.labels.wordnet import with_words
 from tokenlabel.method.scores import Kind, ScoreMap
 from tokenlabel.runtime.notices import listed, say
 
 MAX_SUM = 1.001
 # Longer texts are cut where people read them.
-MAX_TEXT, MAX_WORDS, MAX_KEY = 60, 40, 200
+MAX_TEXT, MAX_KEY = 60, 200
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -349,24 +345,6 @@ def as_text(figures: Mapping[str, Any]) -> str:
     if figures["num_verified"] is not None:
         lines += ["", f"verified {figures['num_verified']:,} labels, {len(figures['broken']):,} broken"]
     return "\n".join([*lines, *(f"  {line}" for line in figures["broken"])])
-
-
-def with_words(name: str) -> str:
-    """Return a class name; a WordNet id with its words: `n01440764 (tench, Tinca tinca)`."""
-    words = _words_of_ids().get(name) if re.fullmatch(r"n\d{8}", name) else None
-    return f"{name} ({shorten(words, MAX_WORDS, placeholder='...')})" if words else name
-
-
-@cache
-def _words_of_ids() -> dict[str, str]:
-    """Return the words of WordNet's ids out of timm's tables, without importing timm, which takes seconds."""
-    timm = find_spec("timm")
-    assert timm is not None
-    assert timm.origin is not None
-    table = Path(timm.origin).parent / "data" / "_info" / "imagenet_synset_to_lemma.txt"
-    if not table.is_file():
-        return {}
-    return dict(line.split("\t", 1) for line in table.read_text(encoding="utf-8").splitlines())
 
 
 def _tail(text: str, most: int = MAX_TEXT) -> str:

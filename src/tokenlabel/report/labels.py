@@ -13,8 +13,9 @@ from PIL import Image
 
 from tokenlabel.data.images import ImageSource, decode_image
 from tokenlabel.drawing.pictures import class_colour, with_cells
-from tokenlabel.labels.inspection import Look, as_probabilities, by_doubt, class_finder, look_at, with_words
+from tokenlabel.labels.inspection import Look, as_probabilities, by_doubt, class_finder, look_at
 from tokenlabel.labels.store import LabelStore, StoreError
+from tokenlabel.labels.wordnet import with_words
 from tokenlabel.method.scores import ScoreMap
 
 SAMPLE = 2000
