@@ -119,7 +119,7 @@ def test_what_is_outside_of_its_classes_is_left_out_or_spread(network, tmp_path)
         torch.testing.assert_close(got, ours / ours.sum(dim=-1, keepdim=True))
     spread = load(outside="spread").probabilities(some_images())[1]
     torch.testing.assert_close(spread[..., 1], own[1][..., 2] + own[1][..., 4:].sum(dim=-1) / 3)
-    online.teacher.dense.get_submodule("backbone").fc.bias.data[6] += 100
+    online.teacher.dense.get_parameter("backbone.fc.bias").data[6] += 100
     assert not any(of.any() for of in online.probabilities(some_images()))
 
 

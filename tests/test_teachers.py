@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -364,7 +363,7 @@ def test_what_goes_nowhere_turns_no_ranking_upside_down():
 def test_every_pretrained_tag_without_classes_is_refused():
     """Oracle: the numbers of classes of the data sets that timm's classifiers were trained on."""
     data_sets = {1000, 11221, 11821, 19168, 21841, 21842, 21843, 115217}
-    presets = {name: asdict(get_pretrained_cfg(name)) for name in timm.list_pretrained()}
+    presets = {name: vars(get_pretrained_cfg(name)) for name in timm.list_pretrained()}
     refused = set()
     for name, preset in presets.items():
         try:
