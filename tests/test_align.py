@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -63,6 +64,9 @@ def test_cells_that_keep_nothing_carry_no_loss():
     between = align_one(score_map, View.identity(), (1, 6), samples=1)  # a quarter of a cell off each middle
     torch.testing.assert_close(between.weight, torch.tensor([[1.0, 0.75, 0.25, 0.25, 0.75, 1]]))
     torch.testing.assert_close(between.dense(3).sum(dim=2), between.weight)
+    even = align_one(replace(score_map, empty_is_even=True), View.identity(), (1, 3), samples=1)
+    assert even.weight.tolist() == [[1, 1, 1]]
+    torch.testing.assert_close(even.dense(3)[0, 1], torch.full((3,), 1 / 3))
     nothing = from_mask(np.full((2, 2), 255), num_classes=3)
     assert not align_one(nothing, View.identity(), (2, 2)).weight.any()
     views = whole_views(2, torch.device("cpu"))

@@ -24,7 +24,8 @@ from safetensors.torch import save_file
 from tokenlabel.cli import main
 from tokenlabel.data.images import ImageError, ImageFolder
 from tokenlabel.labels.store import LabelStore, StoreError
-from tokenlabel.method.geometry import WHOLE_IMAGE, Box
+from tokenlabel.method.alignment import align, collate_score_maps
+from tokenlabel.method.geometry import WHOLE_IMAGE, Box, View, stack_views
 from tokenlabel.method.scores import ScoreError
 from tokenlabel.models import create_model
 from tokenlabel.runtime.background import ahead, thread_pool
@@ -201,6 +202,12 @@ def many_classes(images, tmp_path, monkeypatch):
     return network
 
 
+def weights_of(store: LabelStore, key: str) -> torch.Tensor:
+    """Return the weights of the labels of four tokens that show an image."""
+    views = torch.from_numpy(stack_views([View.identity()]))
+    return align(collate_score_maps([store[key]]), views, (2, 2)).weight
+
+
 def annotate_with_map(*options: str) -> int:
     teacher = ["--teacher", "test_resnet", "--weights", "teacher.safetensors", "--size", "64"]
     keep = ["--class-map", "map.csv", "--encoding", "raw", "--topk", "3"]
@@ -243,6 +250,7 @@ def test_places_that_show_nothing_of_ours_keep_nothing(many_classes, capsys):
     assert "labels: 100.0% of" in capsys.readouterr().err
     store = LabelStore("labels")
     assert not any(store[key].probs.any() for key in store.keys())  # noqa: SIM118
+    assert not weights_of(store, "red/wide.png").any()
 
 
 def write_mask(path: Path, mask: np.ndarray) -> None:
@@ -265,6 +273,7 @@ def test_masks_as_teacher(images, tmp_path):
             certain = np.eye(3)[np.where(mask == 255, 0, mask)]
             expected = np.where((mask == 255)[..., None], 1 / 3, certain)
             np.testing.assert_allclose(store[key].dense(), expected, atol=1e-6)
+            assert (weights_of(store, key) == 1).all(), "unlabelled pixels are spread evenly"
 
 
 @settings(max_examples=20, deadline=None)

@@ -71,7 +71,7 @@ class Inspection:
     """Probability that places have left for the classes that they don't keep."""
     entropy_bits: float
     empty: float
-    """Share of places that keep nothing, and so carry no loss."""
+    """Share of places that keep nothing."""
     class_agreement: float | None
     """Share of the images whose most probable class, over all places, is their own; None if that is unknown."""
     place_agreement: float | None
@@ -97,7 +97,7 @@ class Look:
 
     `class_ids` [U]: its classes. `class_probs` [U]: their mean over its places, as far as these kept them.
     `class_shares` [U]: the same with their parts of the rest where a place did not. `even_share`: the mean of such
-    parts, so of any class that no place kept. Places that keep nothing count 0 in all of them.
+    parts, so of any class that no place kept. Places that say nothing count 0 in all of them.
     """
 
     key: str
@@ -188,7 +188,7 @@ def look_at(key: str, score_map: ScoreMap) -> Look:
     entropy = -np.sum(probs * np.log2(np.where(kept, probs, 1)), axis=2)
     entropy -= rest * np.log2(np.where(rest > 0, rest / np.maximum(num_others, 1), 1))
     height, width, _ = probs.shape
-    even_shares = kept.any(axis=2) * rest / np.maximum(num_others, 1)  # [H, W]
+    even_shares = (kept.any(axis=2) | score_map.empty_is_even) * rest / np.maximum(num_others, 1)  # [H, W]
 
     def mean_by_class(entries: NDArray[np.float64]) -> NDArray[np.float64]:
         sums = np.bincount(score_map.codes.ravel(), entries.ravel(), minlength=len(score_map.palette))
@@ -320,7 +320,7 @@ def as_text(figures: Mapping[str, Any]) -> str:
         f"{'entropy':<24}{figures['entropy_bits']:.2f} bits a place",
     ]
     if figures["empty"]:
-        lines.append(f"{'empty':<24}{figures['empty']:.1%} of the places keep nothing and carry no loss")
+        lines.append(f"{'empty':<24}{figures['empty']:.1%} of the places keep nothing")
     agreements = {
         "class_agreement": "of the images' best class is their own",
         "place_agreement": "of the places' best class is the image's",

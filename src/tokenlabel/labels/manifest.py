@@ -58,6 +58,12 @@ class Manifest:
         if self.class_names and len(self.class_names) != self.num_classes:
             raise StoreError(f"{self.num_classes} classes, but {len(self.class_names)} class names")
 
+    @property
+    def empty_is_even(self) -> bool:
+        """Whether cells that keep nothing are even distributions: unless a class map left out what they show."""
+        class_map = self.teacher.get("class_map")
+        return not (isinstance(class_map, dict) and class_map.get("nowhere") == "renormalise")
+
     def differences(self, other: Manifest) -> list[str]:
         """Return in words what keeps labels of two manifests from being of one kind."""
         compared = ("num_classes", "class_names", "kind", "topk", "teacher", "preprocessing")

@@ -37,9 +37,10 @@ class ScoreMap:
     `palette` [U] int: the distinct class ids of the kept entries, ascending.
     `codes` [H, W, K] unsigned int: indices into the palette, distinct among the kept entries of a cell.
     `probs` [H, W, K] float32: probabilities in [0, 1] with a sum of at most 1 a cell, in any order.
-    An entry of probability 0 is not kept: its code means nothing, and its class shares the rest. A cell that keeps
-    nothing says nothing: tokens get no label of it. (For `Kind.LOGITS` the values are the logits of the kept
-    classes, and every entry is kept.)
+    An entry of probability 0 is not kept: its code means nothing, and its class shares the rest. (For
+    `Kind.LOGITS` the values are the logits of the kept classes, and every entry is kept.)
+    `empty_is_even`: a cell that keeps nothing is an even distribution, as unlabelled pixels are in stores of masks;
+    by default it says nothing, and tokens get no label of it.
     `region`: the part of the image that the teacher saw; cell (row i, column j) covers
     x in [j/W, (j+1)/W), y in [i/H, (i+1)/H) of it.
     """
@@ -50,6 +51,7 @@ class ScoreMap:
     num_classes: int
     region: Box = WHOLE_IMAGE
     kind: Kind = Kind.PROBABILITIES
+    empty_is_even: bool = False
 
     @property
     def class_ids(self) -> NDArray[np.integer[Any]]:

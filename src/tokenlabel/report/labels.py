@@ -79,7 +79,7 @@ def _figure(look: Look, score_map: ScoreMap, data: bytes, names: Sequence[str], 
     )
     seen = np.asarray(image.crop(part_px))
     probs = as_probabilities(score_map)
-    says_something = probs.probs.max(axis=2, keepdims=True) > 0
+    says_something = (probs.probs.max(axis=2, keepdims=True) > 0) | probs.empty_is_even
     over_image = with_cells(seen, probs.dense() * says_something, names)
     best = np.argsort(-look.class_probs, kind="stable")[:NUM_NAMED]
     shares = [(int(look.class_ids[entry]), float(look.class_probs[entry])) for entry in best]

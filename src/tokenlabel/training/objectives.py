@@ -325,6 +325,7 @@ def top_score_maps(probs: Float[Tensor, "B h w C"], topk: int) -> ScoreMapBatch:
         probs=kept,
         sizes=probs.new_tensor([width, height]).expand(num_images, 2),
         regions=probs.new_tensor([0, 0, 1, 1]).expand(num_images, 4),
+        empty_is_even=torch.zeros(num_images, dtype=torch.bool, device=probs.device),
         num_classes=num_classes,
         shapes=((height, width),) * num_images,
     )
