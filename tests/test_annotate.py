@@ -239,6 +239,10 @@ def test_a_store_goes_on_with_what_it_was_made_with(many_classes, images, capsys
         in capsys.readouterr().err
     )
     write_image(images / "red" / "new.png", "red", "red")
+    (images.parent / "map.csv").write_text("0,red\n1,blue\n2,blue\n3,green\n")
+    assert annotate_with_map() == 2, "and another class map"
+    assert "(teacher.class_map.targets[1] is 2 there, 0 here)" in capsys.readouterr().err
+    (images.parent / "map.csv").write_text("0,red\n1,red\n2,blue\n3,green\n")
     assert annotate_with_map("--outside", "spread") == 0
     assert "1 images labelled, 9 had been" in capsys.readouterr().out
 

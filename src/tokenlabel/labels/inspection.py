@@ -366,7 +366,7 @@ def _in_short(value: Any) -> str:
     """Return a value of a manifest as people want to read it: the size of a class map, the start of a list."""
     if isinstance(value, Mapping) and "targets" in value:
         places = [place for place in value["targets"] if place >= 0]
-        return f"{len(places):,} of {len(value['targets']):,} classes to {len(set(places)):,} ({value['nowhere']})"
+        return f"{len(places):,} of {len(value['targets']):,} classes to {len(set(places)):,} ({value.get('nowhere')})"
     if isinstance(value, list) and len(value) > 4:
         return f"[{listed([_in_short(entry) for entry in value])}]"
     return _tail(str(value))

@@ -79,8 +79,10 @@ def _unlike(name: str, ours: Any, theirs: Any) -> Iterator[tuple[str, Any, Any]]
     if isinstance(ours, dict) and isinstance(theirs, dict):
         for key in sorted(ours.keys() | theirs.keys()):
             yield from _unlike(f"{name}.{key}", ours.get(key), theirs.get(key))
-    elif isinstance(ours, (list, tuple)) and isinstance(theirs, (list, tuple)) and len(ours) == len(theirs):
-        for place, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+    elif isinstance(ours, (list, tuple)) and isinstance(theirs, (list, tuple)):
+        if len(ours) != len(theirs):
+            yield f"the length of {name}", len(ours), len(theirs)
+        for place, (a, b) in enumerate(zip(ours, theirs, strict=False)):
             yield from _unlike(f"{name}[{place}]", a, b)
     elif ours != theirs:
         yield name, ours, theirs
