@@ -171,7 +171,9 @@ def _pooled(
     num_images, num_tokens = len(frames), points.shape[2]
     cells, shares = _cells_of_tokens(score_maps, frames, points)
     says_something = (score_maps.probs > 0).any(dim=3) | score_maps.empty_is_even[:, None, None]  # [B, H, W]
-    shares = shares * says_something.flatten()[cells]  # by 1 where it does, which changes no bit
+    # By 1 where it does, which changes no bit. A selection of floats takes a sixth of the time of indexing booleans.
+    counts = says_something.float().flatten().index_select(0, cells.flatten()).view_as(shares)
+    shares = shares * counts
     planes = _planes(score_maps).flatten(0, 2)  # [B * H * W, U + 1]
     sums = F.embedding_bag(cells, planes, per_sample_weights=shares, mode="sum")  # [B * N, U + 1]
     return sums.view(num_images, num_tokens, -1), shares.sum(dim=1).view(num_images, num_tokens)
