@@ -13,6 +13,7 @@ import itertools
 import math
 import os
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,7 @@ def _bare(teacher: NetworkTeacher, batches: list[list[Seen]], settings: Settings
 
 def _annotate(teacher: NetworkTeacher, batches: list[list[Seen]], folder: Path, settings: Settings) -> None:
     manifest = Manifest(num_classes=teacher.num_classes, topk=5, teacher=teacher.description)
-    labels = label_batches(teacher, batches, manifest, device=settings.device, num_workers=2)
+    labels = label_batches(teacher, batches, manifest, device=settings.device, num_workers=2, cells=Counter())
     with LabelStoreWriter(folder, manifest) as writer:
         for key, record in labels:
             writer.add_record(key, record)

@@ -82,8 +82,12 @@ def dense_map(score_map: ScoreMap) -> np.ndarray:
 def aligned_point_by_point(
     score_map: ScoreMap, frames: np.ndarray, grid: tuple[int, int], samples: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The targets [N, C] and weights [N] of one image: the mean over sample points, uncovered ones counting 0."""
+    """The targets [N, C] and weights [N] of one image: the mean over sample points.
+
+    Points that are not covered count 0, and so do cells that keep nothing, each by its share in a point.
+    """
     full = dense_map(score_map)
+    full[score_map.probs.max(axis=2) == 0] = 0
     targets, weights = [], []
     for i in range(grid[0]):
         for j in range(grid[1]):
@@ -94,7 +98,7 @@ def aligned_point_by_point(
                     scores = _scores_at(full, score_map.region, frames, x, y)
                     if scores is not None:
                         target += scores / samples**2
-                        weight += 1 / samples**2
+                        weight += scores.sum() / samples**2  # a cell's probabilities add up to 1, or to 0
             targets.append(target)
             weights.append(weight)
     return np.stack(targets), np.array(weights)

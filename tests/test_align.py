@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from torchvision.ops import roi_align
 from tokenlabel.method import blocks
 from tokenlabel.method.alignment import align, collate_score_maps, enough_samples
 from tokenlabel.method.geometry import Box, View, stack_views
+from tokenlabel.method.pooling import image_labels, whole_views
 from tokenlabel.method.scores import Kind, ScoreMap, from_mask, from_probabilities, from_top
 
 seeds = st.integers(0, 2**32 - 1)
@@ -32,9 +34,11 @@ def align_one(score_map, view, grid, **options):
 @settings(max_examples=25)
 @given(seeds, grids, st.integers(1, 3), st.sampled_from([2, 10, 30]))
 def test_batches_of_any_maps_and_views_agree_point_by_point(seed, grid, samples, num_classes):
-    """Maps of other sizes, palettes, K and regions in one batch; any chain of crops, flips and warps."""
+    """Maps of other sizes, palettes, K and regions in one batch, some with empty cells; any crops, flips and warps."""
     rng = np.random.default_rng(seed)
     maps = [draw_score_map(rng, num_classes, region=draw_box(rng, 0.6)) for _ in range(3)]
+    for score_map in maps[1:]:
+        score_map.probs[rng.random(score_map.probs.shape[:2]) < 0.3] = 0
     views = [draw_view(rng, int(rng.integers(0, 4))) for _ in maps]
     stacked = stack_views(views)
     targets = align(collate_score_maps(maps), torch.from_numpy(stacked), grid, samples=samples)
@@ -46,6 +50,28 @@ def test_batches_of_any_maps_and_views_agree_point_by_point(seed, grid, samples,
         np.testing.assert_allclose(got, expected, atol=1e-5)
         np.testing.assert_allclose(weight, expected_weight, atol=1e-6)
     torch.testing.assert_close(dense.sum(dim=2), targets.weight)
+
+
+def test_cells_that_keep_nothing_carry_no_loss():
+    """Three cells side by side, the middle one empty: a point halfway into it has half a weight, of its neighbour."""
+    kept = np.array([[[0.6], [0.0], [1.0]]])
+    score_map = from_top(np.array([[[1], [1], [0]]]), kept, num_classes=3)
+    targets = align_one(score_map, View.identity(), (1, 3), samples=1)
+    torch.testing.assert_close(targets.weight, torch.tensor([[1.0, 0, 1]]))
+    torch.testing.assert_close(
+        targets.dense(3)[0], torch.tensor([[0.2, 0.6, 0.2], [0, 0, 0], [1, 0, 0]]), atol=1e-6, rtol=0
+    )
+    between = align_one(score_map, View.identity(), (1, 6), samples=1)  # a quarter of a cell off each middle
+    torch.testing.assert_close(between.weight, torch.tensor([[1.0, 0.75, 0.25, 0.25, 0.75, 1]]))
+    torch.testing.assert_close(between.dense(3).sum(dim=2), between.weight)
+    even = align_one(replace(score_map, empty_is_even=True), View.identity(), (1, 3), samples=1)
+    assert even.weight.tolist() == [[1, 1, 1]]
+    torch.testing.assert_close(even.dense(3)[0, 1], torch.full((3,), 1 / 3))
+    nothing = from_mask(np.full((2, 2), 255), num_classes=3)
+    assert not align_one(nothing, View.identity(), (2, 2)).weight.any()
+    views = whole_views(2, torch.device("cpu"))
+    image = image_labels(collate_score_maps([score_map, nothing]), views, torch.tensor([2, 2]))
+    torch.testing.assert_close(image, torch.tensor([[0.6, 0.3, 0.1], [0, 0, 1]]))  # of what says something
 
 
 @settings(max_examples=25)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -11,15 +12,18 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from annotation_ranks import CPU, ByColour, start_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from tokenlabel.cli import main
 from tokenlabel.data.images import ImageError, ImageFolder
@@ -28,7 +32,8 @@ from tokenlabel.data.tars import TarImages
 from tokenlabel.labels.fingerprints import find_replaced
 from tokenlabel.labels.inspection import InspectConfig, as_text, inspect_store
 from tokenlabel.labels.store import LabelStore, LabelStoreWriter, StoreError
-from tokenlabel.method.geometry import WHOLE_IMAGE, Box
+from tokenlabel.method.alignment import align, collate_score_maps
+from tokenlabel.method.geometry import WHOLE_IMAGE, Box, View, stack_views
 from tokenlabel.method.scores import ScoreError
 from tokenlabel.models import create_model
 from tokenlabel.runtime.background import ahead, thread_pool
@@ -455,6 +460,73 @@ def test_a_teacher_of_other_classes_is_refused(images, tmp_path):
         run(images, tmp_path / "labels")
 
 
+@pytest.fixture
+def many_classes(images, tmp_path, monkeypatch):
+    """A teacher of seven classes, four of which go to three of ours, in the folder where the commands run."""
+    torch.manual_seed(0)
+    network: Any = timm.create_model("test_resnet", num_classes=7)
+    torch.nn.init.normal_(network.fc.weight, std=0.5)
+    save_file(network.state_dict(), tmp_path / "teacher.safetensors")
+    (tmp_path / "map.csv").write_text("0,red\n1,red\n2,blue\n3,green\n")
+    monkeypatch.chdir(tmp_path)
+    return network
+
+
+def weights_of(store: LabelStore, key: str) -> torch.Tensor:
+    """Return the weights of the labels of four tokens that show an image."""
+    views = torch.from_numpy(stack_views([View.identity()]))
+    return align(collate_score_maps([store[key]]), views, (2, 2)).weight
+
+
+def annotate_with_map(*options: str) -> int:
+    teacher = ["--teacher", "test_resnet", "--weights", "teacher.safetensors", "--size", "64"]
+    keep = ["--class-map", "map.csv", "--encoding", "raw", "--topk", "3"]
+    return main(["annotate", "images", "labels", *teacher, *keep, *options])
+
+
+def test_what_a_class_map_leaves_out_is_renormalised_by_default(many_classes, capsys):
+    assert annotate_with_map() == 0
+    assert re.search(r"labels: 0\.0% of [\d,]+ cells keep nothing", capsys.readouterr().err)
+    store = LabelStore("labels")
+    assert store.manifest.teacher["class_map"]["nowhere"] == "renormalise"
+    teacher = load_teacher(
+        "test_resnet", config(teacher="test_resnet", size=64), CPU, weights="teacher.safetensors"
+    )
+    pixels, _ = teacher.sight.of(Image.open("images/red/wide.png"))
+    probs = teacher.probabilities(torch.from_numpy(pixels).permute(2, 0, 1)[None])[0].detach().numpy()
+    ours = np.stack([probs[..., 2], probs[..., 3], probs[..., :2].sum(axis=2)], axis=2)
+    expected = ours / ours.sum(axis=2, keepdims=True)
+    np.testing.assert_allclose(store["red/wide.png"].dense(), expected, atol=1e-4)
+
+
+def test_a_store_goes_on_with_what_it_was_made_with(many_classes, images, capsys):
+    assert annotate_with_map("--outside", "spread") == 0
+    assert "keep nothing" not in capsys.readouterr().err
+    assert LabelStore("labels").manifest.teacher["class_map"]["nowhere"] == "spread evenly"
+    assert annotate_with_map() == 2
+    assert (
+        "made with --outside spread there, renormalise here; `--outside spread` goes on"
+        in capsys.readouterr().err
+    )
+    write_image(images / "red" / "new.png", "red", "red")
+    (images.parent / "map.csv").write_text("0,red\n1,blue\n2,blue\n3,green\n")
+    assert annotate_with_map() == 2, "and another class map"
+    assert "(teacher.class_map.targets[1] is 2 there, 0 here)" in capsys.readouterr().err
+    (images.parent / "map.csv").write_text("0,red\n1,red\n2,blue\n3,green\n")
+    assert annotate_with_map("--outside", "spread") == 0
+    assert "1 images labelled, 9 had been" in capsys.readouterr().out
+
+
+def test_places_that_show_nothing_of_ours_keep_nothing(many_classes, capsys):
+    many_classes.fc.bias.data[6] += 100
+    save_file(many_classes.state_dict(), "teacher.safetensors")
+    assert annotate_with_map("--encoding", "compact") == 0
+    assert "labels: 100.0% of" in capsys.readouterr().err
+    store = LabelStore("labels")
+    assert not any(store[key].probs.any() for key in store.keys())  # noqa: SIM118
+    assert not weights_of(store, "red/wide.png").any()
+
+
 def write_mask(path: Path, mask: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(mask.astype(np.uint8)).save(path)
@@ -477,6 +549,7 @@ def test_masks_as_teacher(images, tmp_path):
             certain = np.eye(3)[np.where(mask == 255, 0, mask)]
             expected = np.where((mask == 255)[..., None], 1 / 3, certain)
             np.testing.assert_allclose(store[key].dense(), expected, atol=1e-6)
+            assert (weights_of(store, key) == 1).all(), "unlabelled pixels are spread evenly"
 
 
 @settings(max_examples=20, deadline=None)

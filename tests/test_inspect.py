@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tokenlabel.cli import main
 from tokenlabel.data.images import ImageFolder
 from tokenlabel.data.sources import open_images
 from tokenlabel.labels.encoding import Encoding
@@ -172,6 +173,127 @@ def test_pictures_show_only_what_the_teacher_saw(tmp_path):
     assert "ape 100%" in output.read_text()
 
 
+def test_suspects_are_ranked_by_the_quotient_of_their_own_and_the_best_class(tmp_path):
+    """Planted errors among right classes that the teacher is unsure of; oracle: the mean of dense maps."""
+    rng, wrong = np.random.default_rng(0), []
+    num_classes, size = 12, (4, 4)
+    names = tuple(f"class{i}" for i in range(num_classes))
+    expected = {}
+    with LabelStoreWriter(tmp_path, manifest(num_classes=num_classes, class_names=names, topk=3)) as writer:
+        for i in range(300):
+            seen, taken_for = rng.choice(num_classes, 2, replace=False)
+            own = seen
+            strength = np.full(num_classes, 0.1)
+            strength[seen] = rng.uniform(0.5, 8)
+            if i % 15 == 0:
+                own = rng.choice([c for c in range(num_classes) if c not in (seen, taken_for)])
+                wrong.append(f"{names[own]}/{i}.png")
+            elif i % 2:
+                strength[taken_for] = (
+                    3 * strength[seen]
+                )  # hard images: sure of another class, but not of that alone
+            score_map = from_probabilities(rng.dirichlet(strength, size), 3)
+            writer.add(f"{names[own]}/{i}.png", score_map)
+            mean = score_map.dense().mean(axis=(0, 1))
+            if mean.argmax() != own:
+                expected[f"{names[own]}/{i}.png"] = mean[own] / mean.max()
+    found = inspect_store(LabelStore(tmp_path), InspectConfig(num_suspects=20)).suspects
+    assert [s.key for s in found] == sorted(expected, key=expected.__getitem__)[:20]
+    assert np.mean([s.key in wrong for s in found]) >= 0.95  # .85 by the difference
+
+
+def test_a_class_that_no_place_kept_has_its_even_share_and_ties_go_by_certainty(tmp_path):
+    """Maps of one cell: (kept probabilities of classes 1, 2) of images of class 0, or with a little of class 0."""
+    cells = {
+        "sure": ([1], [1.0]),  # nothing is left for its own class, nor in the next two
+        "less sure": ([1, 2], [0.6, 0.4]),
+        "even less": ([1, 2, 3], [0.4, 0.3, 0.3]),
+        "kept": ([1, 0], [0.9, 0.09]),  # a tenth of the best one's
+        "left over": ([1], [0.7]),  # (.3 / 3) / .7: a seventh of it
+    }
+    with LabelStoreWriter(tmp_path, manifest(topk=3)) as writer:
+        for name, (classes, probs) in reversed(cells.items()):
+            score_map = from_top(np.array([[classes]]), np.array([[probs]]), num_classes=4)
+            writer.add(f"ape/{name}", score_map)
+    found = inspect_store(LabelStore(tmp_path)).suspects
+    assert [s.key.split("/")[1] for s in found] == list(cells)
+
+
+@pytest.mark.parametrize(
+    ("class_names", "images", "why"),
+    [
+        (
+            NAMES,
+            None,
+            r"keys \('in/ape/1.png'\) are none of its classes \(ape, bee, cat, ...\); name the images",
+        ),
+        ((), None, r"keys \('in/ape/1.png'\) are no classes: these have no names; name the images"),
+        (NAMES, ["ape/1.png", "bee/2.png"], r"keys are 'in/ape/1.png', theirs 'ape/1.png', 'bee/2.png'$"),
+        (
+            NAMES,
+            ["in/ape/1.png", "out/ape/1.png"],
+            r"classes \(ape, .*\) are not those of the images \(in, out\)",
+        ),
+        ((), ["in/ape/1.png", "out/ape/1.png"], "about 4 classes without names, the images have 2"),
+        (NAMES, ["list"], "the images have no classes"),
+    ],
+)
+def test_why_agreement_is_missing(class_names, images, why, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with LabelStoreWriter("labels", manifest(class_names=class_names)) as writer:
+        writer.add("in/ape/1.png", certain(0))
+    options = []
+    if images == ["list"]:
+        images, options = [], ["--images", "list.txt"]
+        (tmp_path / "list.txt").write_text("in/ape/1.png\n")
+    for key in images or ():
+        (tmp_path / "images" / key).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / "images" / key)
+        options = ["--images", "images"]
+    assert main(["inspect", "labels", *options]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("agreement")]
+    assert re.search(f"unknown: .*{why}", line)
+
+
+def test_the_order_of_classes_without_names_is_stated_as_it_is_taken(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with LabelStoreWriter("labels", manifest(class_names=())) as writer:
+        writer.add("bee/1.png", certain(1))
+    for name in NAMES:
+        (tmp_path / "images" / name).mkdir(parents=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / "images" / name / "1.png")
+    assert main(["inspect", "labels", "--images", "images"]) == 0
+    shown = capsys.readouterr()
+    assert "in order: 0 is 'ape', 1 is 'bee', 2 is 'cat', ..." in shown.err
+    assert "100.0% of the images' best class is their own" in shown.out
+
+
+def test_wordnets_words_stand_beside_its_ids_and_lines_stay_short(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names = ("n01440764", "n01443537", "n02123045", "mine")
+    targets = [-1] * 900 + [place % 4 for place in range(100)]
+    member = {"name": "/very/long" * 30, "weights": "blake2b:0"}
+    teacher = {
+        "members": [member] * 9,
+        "flip": True,
+        "class_map": {"targets": targets, "nowhere": "renormalise"},
+    }
+    with LabelStoreWriter("labels", manifest(class_names=names, teacher=teacher)) as writer:
+        writer.add("n01440764/1.png", certain(1, 0.75))
+        writer.add("mine/" + "deep/" * 1000 + "1.png", certain(2, 0.75))
+    for key in ("n01440764/1.png",):
+        (tmp_path / "images" / key).parent.mkdir(parents=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / "images" / key)
+    assert main(["inspect", "labels"]) == 0
+    shown = capsys.readouterr().out
+    assert "n01440764 (tench, Tinca tinca) has 0.0%, n01443537 (goldfish, Carassius auratus) 75.0%" in shown
+    assert "class_map 100 of 1,000 classes to 4 (renormalise)" in shown
+    assert max(map(len, shown.splitlines())) < 700
+    assert main(["inspect", "labels", "--images", "images", "--pictures", "x.html"]) == 0
+    assert "class n01440764 (tench, Tinca tinca)" in (tmp_path / "x.html").read_text()
+    assert "of 1 labels, whose images' class is known" in capsys.readouterr().out
+
+
 def test_classes_are_matched_by_name(folder, tmp_path):
     for key in ("bee/1.png", "cat/1.png"):  # without the first class, ids are others than the store's
         (tmp_path / "images" / key).parent.mkdir(parents=True, exist_ok=True)
@@ -225,7 +347,8 @@ def test_maps_that_say_nothing_agree_with_no_class(tmp_path):
     with LabelStoreWriter(tmp_path / "labels", manifest()) as writer:
         writer.add("ape/1.png", nothing)
     found = inspect_store(LabelStore(tmp_path / "labels"))
-    assert (found.class_agreement, found.place_agreement, found.suspects) == (0, 0, ())
+    assert (found.class_agreement, found.place_agreement, found.suspects, found.empty) == (0, 0, (), 1)
+    assert "100.0% of the places keep nothing" in as_text(found.as_dict())
 
 
 def test_classes_beyond_those_of_a_store_are_unknown(tmp_path):

@@ -235,6 +235,22 @@ def test_a_teacher_in_the_step_keeps_the_classes_it_is_asked_for():
     torch.testing.assert_close(complete.dense(30), probs.flatten(1, 2))
 
 
+def test_what_a_teacher_in_the_step_says_nothing_of():
+    """Such an image keeps its class as label of its class token; its tokens have none."""
+    rng = np.random.default_rng(0)
+    teacher, (batch, _) = FixedTeacher(rng, grid=GRID), draw_batch(rng, stored=False)
+    teacher.of_images[0], teacher.of_places[0] = 0, 0
+    config = LossConfig(
+        label_smoothing=0, class_target=ClassTarget.TEACHER, teacher=OnlineTeacherConfig(name="a", topk=6)
+    )
+    targets = Objective(config, labelled=False, teacher=teacher).targets(batch, None, grid=GRID)
+    said = targets.class_token.dense(6)[:, 0]
+    assert said[0].tolist() == np.eye(6)[batch.class_ids[0]].tolist()
+    np.testing.assert_allclose(said[1:], teacher.of_images[1:], atol=1e-6)
+    assert targets.tokens is not None
+    torch.testing.assert_close(targets.tokens.weight, torch.tensor([[0.0] * 6, [1.0] * 6, [1.0] * 6]))
+
+
 def one_image(label, *, class_id=0, num_classes=3):
     """A batch of one image whose map says the same everywhere."""
     score_map = from_probabilities(np.array([[label]]), num_classes)

@@ -93,6 +93,36 @@ def test_classes_are_mapped_and_distributions_stay_whole(network):
         torch.testing.assert_close(got.sum(dim=-1), torch.ones(got.shape[:-1]))
 
 
+def test_what_is_outside_of_its_classes_is_left_out_or_spread(network, tmp_path):
+    """By default probabilities are conditional on our classes, and a teacher that sees nothing of ours says nothing."""
+    save_file(network.state_dict(), tmp_path / "teacher.safetensors")
+    (tmp_path / "map.csv").write_text("0,a\n1,a\n2,b\n3,c\n")
+
+    def load(**options):
+        config = OnlineTeacherConfig(
+            name="test_resnet",
+            weights=str(tmp_path / "teacher.safetensors"),
+            class_map=str(tmp_path / "map.csv"),
+            **options,
+        )
+        loaded = load_online_teacher(config, list("abc"), CPU)
+        assert loaded is not None
+        return loaded
+
+    online = load()
+    said, own = (
+        online.probabilities(some_images()),
+        NetworkOnlineTeacher(online.teacher).probabilities(some_images()),
+    )
+    for got, plain in zip(said, own, strict=True):
+        ours = torch.stack([plain[..., :2].sum(dim=-1), plain[..., 2], plain[..., 3]], dim=-1)
+        torch.testing.assert_close(got, ours / ours.sum(dim=-1, keepdim=True))
+    spread = load(outside="spread").probabilities(some_images())[1]
+    torch.testing.assert_close(spread[..., 1], own[1][..., 2] + own[1][..., 4:].sum(dim=-1) / 3)
+    online.teacher.dense.get_parameter("backbone.fc.bias").data[6] += 100
+    assert not any(of.any() for of in online.probabilities(some_images()))
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_it_needs_no_gradients_and_answers_in_float32(network, precision):
     for said in NetworkOnlineTeacher(teacher(network, precision=precision)).probabilities(some_images()):

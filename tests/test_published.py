@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.ops import roi_align
 
+from tokenlabel.cli import main
 from tokenlabel.labels.published import (
     ImportConfig,
     Layout,
@@ -263,7 +266,7 @@ def test_ids_and_logits_that_no_map_can_hold(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_classes": 3}, "the images have 2 classes"),
+        ({"num_classes": 1}, r"the images have 2 classes \(ape, bee\)"),
         ({"region": "centre"}, "--region centre: expected full, or center:PCT"),
         ({"region": "center:120"}, "--region center:120"),
     ],
@@ -271,6 +274,73 @@ def test_ids_and_logits_that_no_map_can_hold(tmp_path):
 def test_options_that_fit_nothing(data, changes, message):
     with pytest.raises(PublishedError, match=message):
         run(data, **changes)
+
+
+def import_folder(folders: dict[str, int], num_classes: int = 1000) -> int:
+    """Import, by the command line, a file for an image of each class folder, whose maps say the given class."""
+    for name, class_id in folders.items():
+        write_image(Path("images", name, "1.png"))
+        logits, ids = torch.full((2, 3, 3), 9.0), torch.tensor([class_id, (class_id + 1) % num_classes])
+        logits[1] = 2
+        write_file(
+            Path("files", name, "1.pt"), torch.stack([logits, ids[:, None, None].expand(2, 3, 3)]).half()
+        )
+    arguments = ["import-labels", "files", "labels", "--images", "images", "--num-classes", str(num_classes)]
+    return main(arguments)
+
+
+def test_a_folder_of_some_of_imagenets_classes(tmp_path, monkeypatch, capsys):
+    """WordNet ids say which of the thousand they are."""
+    monkeypatch.chdir(tmp_path)
+    assert import_folder({"n01443537": 1, "n15075141": 999}) == 0
+    assert "the best class of 100% of 2 maps looked at is their image's\n" in capsys.readouterr().err
+    store = LabelStore("labels")
+    assert (store.manifest.num_classes, store.manifest.class_names[1]) == (1000, "n01443537")
+    assert store["n15075141/1.png"].class_ids[0, 0, 0] == 999
+    assert main(["inspect", "labels"]) == 0
+    assert "100.0% of the images' best class is their own" in capsys.readouterr().out
+    assert import_folder({"n01443537": 1, "n15075141": 999, "n01440764": 0}) == 0, "another class joins"
+    assert "1 labels imported, 2 had been" in capsys.readouterr().out
+
+
+def test_class_folders_that_are_numbers_are_the_ids(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert import_folder({"2": 2, "010": 10, "7": 7}, 11) == 0
+    shown = capsys.readouterr().err
+    assert "called by numbers (010, 2, 7) are taken for the files' of these ids" in shown
+    assert "the best class of 100% of 3 maps" in shown
+    assert LabelStore("labels").manifest.class_names == (
+        "0",
+        "1",
+        "2",
+        "3",
+        "4",
+        "5",
+        "6",
+        "7",
+        "8",
+        "9",
+        "010",
+    )
+
+
+def test_names_that_do_not_say_which_classes_they_are(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert import_folder({"ape": 1, "bee": 2}) == 0
+    assert "2 of the files' 1,000 classes (ape, bee), and nothing says which" in capsys.readouterr().err
+    assert LabelStore("labels").manifest.class_names == ()
+    assert LabelStore("labels")["bee/1.png"].class_ids[0, 0, 0] == 2
+
+
+def test_an_order_that_is_a_guess_is_stated_and_held_against_the_maps(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert import_folder({"ape": 1, "bee": 2, "cat": 3, "dog": 0}, 4) == 0
+    shown = capsys.readouterr().err
+    assert "taken to be those of the images, in order: 0 is 'ape', 1 is 'bee', 2 is 'cat', ..." in shown
+    assert (
+        "the best class of 0% of 4 maps looked at is their image's: perhaps these are other images, or"
+        in shown
+    )
 
 
 def test_no_files_at_all(data):

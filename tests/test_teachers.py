@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -8,8 +9,11 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from timm.models import get_pretrained_cfg
 
+from tokenlabel.cli import main
 from tokenlabel.data.augment import EvalTransform, Interpolation
+from tokenlabel.evaluation.pretrained import PretrainedError, check_classes
 from tokenlabel.method.geometry import WHOLE_IMAGE
 from tokenlabel.method.scores import from_top
 from tokenlabel.models import TimmAdapter, create_model
@@ -17,7 +21,9 @@ from tokenlabel.teachers.classmap import ClassMap, ClassMapError, class_map_for
 from tokenlabel.teachers.dense import ClassifierNetwork, NoDenseMapError, TokenNetwork
 from tokenlabel.teachers.ensemble import Ensemble, load_teachers
 from tokenlabel.teachers.networks import NetworkTeacher, Teacher, TeacherConfig, TeacherError, load_teacher
+from tokenlabel.teachers.online import load_online_teacher
 from tokenlabel.teachers.sight import Sight
+from tokenlabel.training.objectives import OnlineTeacherConfig
 
 CPU = torch.device("cpu")
 
@@ -296,6 +302,53 @@ def test_class_maps_sum_and_drop():
     torch.testing.assert_close(mapped, torch.tensor([[0.4, 0.4, 0.0]]) + 0.2 / 3)
 
 
+def test_renormalised_probabilities_are_conditional_on_our_classes():
+    class_map = ClassMap(np.array([1, -1, 1, 0, -1]), 3, outside="renormalise")
+    far = (
+        1e-4  # of the probability is on ours, then next to nothing, then all, then what no network should say
+    )
+    probs = torch.tensor(
+        [
+            [0.1, 0.2, 0.3, 0.1, 0.3],
+            [far, 1 - 3 * far, far, far, 0],
+            [4e-4, 0.5, 4e-4, 4e-4, 0.4988],
+            [0, 0.5, 0, 0, 0.5],
+            [0.25, 0, 0.25, 0.5, 0],
+        ]
+    )
+    expected = torch.tensor([[0.2, 0.8, 0], [0, 0, 0], [1 / 3, 2 / 3, 0], [0, 0, 0], [0.5, 0.5, 0]])
+    torch.testing.assert_close(class_map.apply(probs), expected)
+    assert class_map.apply(torch.tensor([[0.1, torch.nan, 0.3, 0.1, 0.5], [torch.nan] * 5]))[1].isnan().all()
+
+
+def test_a_complete_class_map_is_the_same_whatever_becomes_of_what_is_outside():
+    maps = [ClassMap(np.array([1, 0, 1]), 2, outside=outside) for outside in ("renormalise", "spread")]
+    probs = torch.tensor([[0.1, 0.2, 0.3], [0.5, 0.5, 0.0]])
+    assert maps[0].apply(probs).equal(maps[1].apply(probs))
+    assert maps[0].description == maps[1].description
+
+
+def test_members_and_mirror_images_are_averaged_before_what_is_outside_is_left_out():
+    """Oracle: sum over members and mirror images of p(ours), divided by the same sum over all of ours."""
+
+    class Fixed(ByColour):
+        def __init__(self, left, right):
+            super().__init__()
+            self.answers = torch.tensor([left, right])  # of the two halves of an image
+
+        def probabilities(self, images):
+            return self.answers[None, None].expand(len(images), 1, 2, 3)
+
+    a, b = Fixed([0.9, 0.05, 0.05], [0.2, 0.2, 0.6]), Fixed([0.1, 0.9, 0.0], [0.0, 0.0, 1.0])
+    class_map = ClassMap(np.array([0, 1, -1]), 2, outside="renormalise")
+    ours = torch.stack([a.answers, b.answers])[:, :, :2]
+    images = some_images()
+    for flip in (False, True):
+        total = (ours + ours.flip(1) if flip else ours).sum(dim=0)
+        got = Ensemble([a, b], flip=flip, class_map=class_map).probabilities(images)[0, 0]
+        torch.testing.assert_close(got, total / total.sum(dim=1, keepdim=True))
+
+
 def test_what_goes_nowhere_turns_no_ranking_upside_down():
     """.9 of the probability is of classes that the images don't have; the rest must not go to the least likely."""
     probs = torch.tensor([[0.06, 0.02, 0.01, 0.005, 0.005, 0.0, 0.9]])
@@ -305,6 +358,58 @@ def test_what_goes_nowhere_turns_no_ranking_upside_down():
     found = score_map.dense()[0, 0]
     np.testing.assert_allclose(found, probs[0, :6] + 0.15, atol=1e-6)
     assert (np.diff(found) <= 1e-7).all()
+
+
+def test_every_pretrained_tag_without_classes_is_refused():
+    """Oracle: the numbers of classes of the data sets that timm's classifiers were trained on."""
+    data_sets = {1000, 11221, 11821, 19168, 21841, 21842, 21843, 115217}
+    presets = {name: vars(get_pretrained_cfg(name)) for name in timm.list_pretrained()}
+    refused = set()
+    for name, preset in presets.items():
+        try:
+            check_classes(name, preset)
+        except PretrainedError:
+            refused.add(name)
+    assert refused == {name for name, preset in presets.items() if preset["num_classes"] not in data_sets}
+    assert {"vit_base_patch16_clip_224.openai", "vit_pe_core_tiny_patch16_384.fb"} < refused
+    assert "vit_base_patch16_clip_224.openai_ft_in1k" not in refused
+
+
+def test_networks_of_other_sources_that_were_trained_on_images_and_texts():
+    """From a file, the hub or a folder there is no tag to know them by, but their width."""
+    hub = {"architecture": "vit_base_patch16_clip_224", "num_classes": 512}
+    with pytest.raises(PretrainedError, match="its 512 outputs are an embedding, not classes"):
+        check_classes("hf-hub:someone/clip", hub)
+    check_classes("hf-hub:someone/pets", hub | {"num_classes": 37, "tag": "openai"})
+    check_classes("local-dir:mine", hub | {"label_names": [str(i) for i in range(512)]})
+    check_classes("convnext_base", {"architecture": "convnext_base", "tag": "fb_in1k", "num_classes": 640})
+    with pytest.raises(PretrainedError, match="its weights have no classifier"):
+        check_classes("local-dir:backbone", {"architecture": "resnet18", "num_classes": 0})
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        (
+            "vit_base_patch16_clip_224.openai",
+            r"512 outputs are an embedding, not classes.*laion2b_ft_in12k_in1k",
+        ),
+        ("vit_small_patch14_dinov2.lvd142m", "weights have no classifier"),
+    ],
+)
+def test_networks_without_classes_label_and_predict_nothing(name, what, tmp_path, monkeypatch, capsys):
+    """One line from every door, before anything is downloaded."""
+    monkeypatch.chdir(tmp_path)
+    for class_name in "ab":
+        (tmp_path / "images" / class_name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "images" / class_name / "1.png")
+    for command in (["annotate", "images", "labels", "--teacher", name], ["eval", name, "--data", "images"]):
+        assert main(command) == 2
+        message = capsys.readouterr().err
+        assert re.search(f"^tokenlabel {command[0]}: error: {name}: its {what}", message, re.MULTILINE)
+    assert not (tmp_path / "labels").exists()
+    with pytest.raises(PretrainedError, match=what):
+        load_online_teacher(OnlineTeacherConfig(name=name), list("ab"), CPU)
 
 
 def test_weights_beside_a_run_and_sizes_below_one_are_refused(tmp_path):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import timm
 from timm.data.config import resolve_data_config
 from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
-from timm.models import get_pretrained_cfg
+from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg
 
 from tokenlabel.data.augment import Interpolation
 from tokenlabel.models import create_model
@@ -16,6 +18,11 @@ from tokenlabel.models.lvvit import CONFIGS as LVVIT_CONFIGS
 from tokenlabel.models.t2t_vit import CONFIGS as T2T_VIT_CONFIGS
 from tokenlabel.models.weights import load_published, read_checkpoint
 from tokenlabel.runtime.errors import first_line
+from tokenlabel.runtime.notices import listed
+
+# In timm's names of networks trained on images and texts. Their head projects into the space of the texts, and timm
+# calls the width of that space num_classes; the same networks fine-tuned on ImageNet ("_ft_in1k") have classes.
+IMAGE_TEXT, FINE_TUNED = re.compile("clip|pe_core"), "_ft_in"
 
 
 class PretrainedError(ValueError):
@@ -87,6 +94,8 @@ def _own(name: str, weights: str | None, size: int) -> Pretrained:
 
 def _timm(name: str, weights: str | None, size: int | None, *, at_test_size: bool) -> Pretrained:
     preset = get_pretrained_cfg(name, allow_unregistered=True)
+    if weights is None and preset is not None:  # before anything is downloaded
+        check_classes(name, asdict(preset))
     options: dict[str, Any] = {}
     if size is not None and preset is not None and preset.fixed_input_size:
         options["img_size"] = size
@@ -99,6 +108,7 @@ def _timm(name: str, weights: str | None, size: int | None, *, at_test_size: boo
         raise PretrainedError(
             f"the weights of {name} cannot be loaded ({first_line(error)}); {advice}"
         ) from error
+    check_classes(name, {**model.pretrained_cfg, "num_classes": model.num_classes})
     fixed = bool(model.pretrained_cfg.get("fixed_input_size"))
     data = resolve_data_config({}, model=model, use_test_size=at_test_size and not fixed)
     _, height_px, width_px = data["input_size"]
@@ -117,6 +127,35 @@ def _timm(name: str, weights: str | None, size: int | None, *, at_test_size: boo
         mean=data["mean"],
         std=data["std"],
         has_token_head=getattr(model, "aux_head", None) is not None,
+    )
+
+
+def check_classes(name: str, preset: Mapping[str, Any]) -> None:
+    """Raise PretrainedError for a network without classes, by its pretrained configuration in timm.
+
+    That is one without a classifier, or an image-text network as wide as its embeddings (unless its configuration
+    names classes).
+    """
+    architecture, num_classes = preset.get("architecture") or "", preset["num_classes"]
+    published = get_arch_pretrained_cfgs(architecture)
+    embeddings = {
+        config.num_classes
+        for full_name, config in published.items()
+        if IMAGE_TEXT.search(full_name) and FINE_TUNED not in full_name
+    }
+    is_image_text = IMAGE_TEXT.search(f"{architecture}.{preset.get('tag')}") and not preset.get("label_names")
+    if num_classes and not (is_image_text and num_classes in embeddings):
+        return
+    what = (
+        f"{num_classes} outputs are an embedding, not classes"
+        if num_classes
+        else "weights have no classifier"
+    )
+    others = [other for other, config in published.items() if config.num_classes not in {0, *embeddings}]
+    raise PretrainedError(
+        f"{name}: its {what}, so it says nothing of classes; take weights that were trained to classify"
+        f"{f' ({listed(others)})' if others else ''}, or fine-tune it (`tokenlabel train --model.name {name} "
+        "--model.options.pretrained true`) and name that run"
     )
 
 

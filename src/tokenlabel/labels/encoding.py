@@ -72,8 +72,8 @@ def pack(score_map: ScoreMap, encoding: Encoding | str) -> bytes:
     return _head(score_map, Encoding.RAW, topk=topk, num_named=num_named) + _raw_body(score_map)
 
 
-def unpack(record: bytes, *, num_classes: int) -> ScoreMap:
-    """Return the score map of a record; raw ones share the record's memory.
+def unpack(record: bytes, *, num_classes: int, empty_is_even: bool = False) -> ScoreMap:
+    """Return the score map of a record; raw ones share the record's memory. `empty_is_even`: see `ScoreMap`.
 
     Raises EncodingError for anything that is not a record of a map over `num_classes` classes, before it
     takes more memory than the record itself and 16 times MAX_BODY_BYTES.
@@ -108,7 +108,7 @@ def unpack(record: bytes, *, num_classes: int) -> ScoreMap:
         raise EncodingError(
             f"class ids from {palette.min()} to {palette.max()}, expected 0 to {num_classes - 1}"
         )
-    return ScoreMap(palette, codes, probs, num_classes, region, kind)
+    return ScoreMap(palette, codes, probs, num_classes, region, kind, empty_is_even)
 
 
 def on_grid(probs: NDArray[np.floating[Any]], num_steps: int) -> NDArray[np.int32]:

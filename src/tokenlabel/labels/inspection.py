@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,14 @@ from tqdm import tqdm
 from tokenlabel.data.images import ImageSource
 from tokenlabel.labels.fingerprints import find_replaced
 from tokenlabel.labels.store import LabelStore, StoreError, read_manifest
+from tokenlabel.labels.wordnet import with_words
 from tokenlabel.method.scores import Kind, ScoreMap
 from tokenlabel.runtime.coercion import coerced_fields
-from tokenlabel.runtime.notices import listed
+from tokenlabel.runtime.notices import listed, say
 
 MAX_SUM = 1.001
+# Longer texts are cut where people read them.
+MAX_TEXT, MAX_KEY = 60, 200
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +46,7 @@ class Suspect:
     key: str
     class_name: str
     prob: float
-    """Mean probability of its own class over all places."""
+    """Mean probability of its own class over all places, as far as they kept it."""
     top_class_name: str
     top_prob: float
 
@@ -78,11 +82,18 @@ class Inspection:
     rest: float
     """Probability that places have left for the classes that they don't keep."""
     entropy_bits: float
+    empty: float
+    """Share of places that keep nothing."""
     class_agreement: float | None
     """Share of the images whose most probable class, over all places, is their own; None if that is unknown."""
     place_agreement: float | None
     """Share of the places whose most probable class is the image's."""
+    num_judged: int
+    """Labels of images whose class is known, which agreement and suspects are taken from."""
+    agreement_missing: str | None
+    """Why no agreement is known, if none is."""
     suspects: tuple[Suspect, ...]
+    """The images whose own class is the least probable beside their best one, the least so first."""
     num_verified: int | None
     broken: tuple[str, ...]
     """What `verify` found wrong, a line each."""
@@ -94,7 +105,12 @@ class Inspection:
 
 @dataclass(frozen=True, eq=False)
 class Look:
-    """The figures of one map. `class_ids` [U], `class_probs` [U]: its classes, and their mean over its places."""
+    """The figures of one map.
+
+    `class_ids` [U]: its classes. `class_probs` [U]: their mean over its places, as far as these kept them.
+    `class_shares` [U]: the same with their parts of the rest where a place did not. `even_share`: the mean of such
+    parts, so of any class that no place kept. Places that say nothing count 0 in all of them.
+    """
 
     key: str
     size: str
@@ -102,8 +118,11 @@ class Look:
     top1_prob: float
     rest: float
     entropy_bits: float
+    empty: float
     class_ids: NDArray[np.integer[Any]]
     class_probs: NDArray[np.float64]
+    class_shares: NDArray[np.float64]
+    even_share: float
     top_class_ids: NDArray[np.integer[Any]]
 
 
@@ -123,9 +142,10 @@ def inspect_store(
     class_of = class_finder(store, source)
     classes = ((look, class_of(look.key)) for look in looks)
     known = [(look, class_id) for look, class_id in classes if class_id is not None]
-    suspects = sorted(
-        (_suspect(look, class_id, store) for look, class_id in known), key=lambda s: s.prob - s.top_prob
-    )
+    suspects = [_suspect(look, class_id, store) for look, class_id in by_doubt(known)]
+    if known and source is not None and not manifest.class_names:
+        pairs = [f"{i} is {name!r}" for i, name in enumerate(source.class_names)]
+        say(f"the labels' classes have no names; taken to be those of the images, in order: {listed(pairs)}")
     return Inspection(
         num_images=len(store),
         num_classes=manifest.num_classes,
@@ -149,9 +169,12 @@ def inspect_store(
         top1_prob=_mean([look.top1_prob for look in looks]),
         rest=_mean([look.rest for look in looks]),
         entropy_bits=_mean([look.entropy_bits for look in looks]),
+        empty=_mean([look.empty for look in looks]),
         class_agreement=_mean([best_class(look) == own for look, own in known]) if known else None,
         place_agreement=_mean([(look.top_class_ids == own).mean() for look, own in known]) if known else None,
-        suspects=tuple(s for s in suspects if s.prob < s.top_prob)[: config.num_suspects],
+        num_judged=len(known),
+        agreement_missing=None if known else _why_unknown(store, source, [look.key for look in looks]),
+        suspects=tuple(suspects[: config.num_suspects]),
         num_verified=len(store) if config.verify else None,
         broken=tuple(broken.values()),
     )
@@ -183,10 +206,14 @@ def look_at(key: str, score_map: ScoreMap) -> Look:
     num_others = score_map.num_classes - kept.sum(axis=2)
     entropy = -np.sum(probs * np.log2(np.where(kept, probs, 1)), axis=2)
     entropy -= rest * np.log2(np.where(rest > 0, rest / np.maximum(num_others, 1), 1))
-    class_probs = np.bincount(
-        score_map.codes.ravel(), weights=probs.ravel(), minlength=len(score_map.palette)
-    )
     height, width, _ = probs.shape
+    even_shares = (kept.any(axis=2) | score_map.empty_is_even) * rest / np.maximum(num_others, 1)  # [H, W]
+
+    def mean_by_class(entries: NDArray[np.float64]) -> NDArray[np.float64]:
+        sums = np.bincount(score_map.codes.ravel(), entries.ravel(), minlength=len(score_map.palette))
+        return sums / (height * width)
+
+    class_probs, even_share = mean_by_class(probs), float(even_shares.mean())
     return Look(
         key=key,
         size=f"{height} x {width}",
@@ -194,8 +221,11 @@ def look_at(key: str, score_map: ScoreMap) -> Look:
         top1_prob=float(probs.max(axis=2).mean()),
         rest=float(rest.mean()),
         entropy_bits=float(entropy.mean()),
+        empty=float(1 - kept.any(axis=2).mean()),
         class_ids=score_map.palette,
-        class_probs=class_probs / (height * width),
+        class_probs=class_probs,
+        class_shares=class_probs + even_share - mean_by_class(kept * even_shares[:, :, None]),
+        even_share=even_share,
         top_class_ids=np.where(kept.any(axis=2), score_map.top_class_ids, -1),
     )
 
@@ -215,20 +245,59 @@ def as_probabilities(score_map: ScoreMap) -> ScoreMap:
 def class_finder(store: LabelStore, source: ImageSource | None = None) -> Callable[[str], int | None]:
     """Return what gives the class of an image by its key, among the store's classes; None where it is unknown.
 
-    `source`: the images, which know their classes; without it the first folder of a key names the class.
+    `source`: the images, which know their classes; without it the first folder of a key names the class. If the store
+    does not name its classes, they are those of as many classes of images, in order.
     """
     names = store.manifest.class_names
     ids = {name: class_id for class_id, name in enumerate(names)}
     if source is None:
         return lambda key: ids.get(key.split("/", 1)[0])
-    num_classes = store.manifest.num_classes
-    own_ids = [
-        ids.get(name, -1) if names else (class_id if class_id < num_classes else -1)
-        for class_id, name in enumerate(source.class_names)
-    ]
+    if not names and len(source.class_names) != store.manifest.num_classes:
+        return lambda key: None
+    own_ids = [ids.get(name, -1) if names else place for place, name in enumerate(source.class_names)]
     known = zip(source.keys, source.class_ids.tolist(), strict=True) if source.class_names else ()
     class_ids = {key: own_ids[class_id] for key, class_id in known}
     return lambda key: class_id if (class_id := class_ids.get(key, -1)) >= 0 else None
+
+
+def _why_unknown(store: LabelStore, source: ImageSource | None, keys: Sequence[str]) -> str:
+    """Say why no image of a store has a class that is known. `keys`: of labels that were looked at."""
+    names, count = store.manifest.class_names, store.manifest.num_classes
+    if not keys:
+        return "no label was looked at"
+    ours = listed([repr(_tail(key)) for key in keys])
+    if source is None:
+        classes = (
+            f"none of its classes ({listed(list(names))})" if names else "no classes: these have no names"
+        )
+        return f"the first folders of its keys ({ours}) are {classes}; name the images by --images"
+    if not source.class_names:
+        return "the images have no classes"
+    if not set(source.keys).intersection(keys):
+        theirs = listed([repr(_tail(key)) for key in islice(source.keys, 4)])
+        return f"no label looked at is of one of the images: its keys are {ours}, theirs {theirs}"
+    if not names:
+        return f"the labels are about {count:,} classes without names, the images have {len(source.class_names):,}"
+    return f"the labels' classes ({listed(list(names))}) are not those of the images ({listed(source.class_names)})"
+
+
+def by_doubt(known: Sequence[tuple[Look, int]]) -> list[tuple[Look, int]]:
+    """Return those maps with the classes of their images that say another class, the most doubtful first.
+
+    Doubtful is a class whose mean probability is small beside the best one's: their quotient finds more of the wrong
+    classes than their difference, which puts maps that are sure of everything first.
+    """
+
+    def doubt(pair: tuple[Look, int]) -> tuple[float, float]:
+        look, class_id = pair
+        own = look.class_shares[look.class_ids == class_id].sum() or look.even_share
+        # To more digits than records have; what is equal then goes by the certainty of the other class.
+        return round(float(own / look.class_shares.max()), 4), -float(look.class_probs.max())
+
+    def says_another(look: Look, class_id: int) -> bool:
+        return bool(look.class_probs[look.class_ids == class_id].sum() < look.class_probs.max())
+
+    return sorted((pair for pair in known if says_another(*pair)), key=doubt)
 
 
 def best_class(look: Look) -> int:
@@ -270,6 +339,8 @@ def as_text(figures: Mapping[str, Any]) -> str:
         f"{'rest':<24}{figures['rest']:.1%} (probability of the classes that a place did not keep)",
         f"{'entropy':<24}{figures['entropy_bits']:.2f} bits a place",
     ]
+    if figures["empty"]:
+        lines.append(f"{'empty':<24}{figures['empty']:.1%} of the places keep nothing")
     agreements = {
         "class_agreement": "of the images' best class is their own",
         "place_agreement": "of the places' best class is the image's",
@@ -280,10 +351,15 @@ def as_text(figures: Mapping[str, Any]) -> str:
         for name, words in agreements.items()
         if figures.get(name) is not None
     ]
+    if figures["agreement_missing"]:
+        lines.append(f"{'agreement':<24}unknown: {figures['agreement_missing']}")
+    elif figures["num_judged"] < figures["num_sampled"]:
+        lines.append(f"{'':<24}of {figures['num_judged']:,} labels, whose images' class is known")
     if figures["suspects"]:
         lines += ["", "least agreement: perhaps their class is wrong"]
     lines += [
-        f"  {s['key']}: {s['class_name']} has {s['prob']:.1%}, {s['top_class_name']} {s['top_prob']:.1%}"
+        f"  {_tail(s['key'], MAX_KEY)}: {with_words(s['class_name'])} has {s['prob']:.1%}, "
+        f"{with_words(s['top_class_name'])} {s['top_prob']:.1%}"
         for s in figures["suspects"]
     ]
     if figures["num_verified"] is not None:
@@ -302,11 +378,29 @@ def _doubts(figures: Mapping[str, Any]) -> Iterator[str]:
         yield f"{'modified':<24}{count:,} of the images since labelling, which kept their size: --verify reads them"
 
 
+def _tail(text: str, most: int = MAX_TEXT) -> str:
+    """Return a path, of a long one its end."""
+    return text if len(text) <= most else f"...{text[-most:]}"
+
+
 def _in_a_line(settings: Mapping[str, Any]) -> str:
     if "members" in settings:
-        members = " + ".join(_in_a_line(member) for member in settings["members"])
-        return f"{members}; {_in_a_line({k: v for k, v in settings.items() if k != 'members'})}"
-    return ", ".join(f"{name} {value}" for name, value in settings.items() if value not in (None, False))
+        members = [_in_a_line(member) for member in settings["members"]]
+        more = f" + {len(members) - 3} more" if len(members) > 3 else ""
+        return f"{' + '.join(members[:3])}{more}; {_in_a_line({k: v for k, v in settings.items() if k != 'members'})}"
+    return ", ".join(
+        f"{name} {_in_short(value)}" for name, value in settings.items() if value not in (None, False)
+    )
+
+
+def _in_short(value: Any) -> str:
+    """Return a value of a manifest as people want to read it: the size of a class map, the start of a list."""
+    if isinstance(value, Mapping) and "targets" in value:
+        places = [place for place in value["targets"] if place >= 0]
+        return f"{len(places):,} of {len(value['targets']):,} classes to {len(set(places)):,} ({value.get('nowhere')})"
+    if isinstance(value, list) and len(value) > 4:
+        return f"[{listed([_in_short(entry) for entry in value])}]"
+    return _tail(str(value))
 
 
 def _sampled(store: LabelStore, count: int) -> Iterator[str]:

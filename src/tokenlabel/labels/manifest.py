@@ -21,6 +21,8 @@ from tokenlabel.runtime.notices import listed
 MANIFEST_FILE = "manifest.json"
 FORMAT_VERSION = 1
 MAX_MANIFEST_BYTES = 1 << 28
+# The entry of a class map that says what became of the probability of classes that it leaves out.
+OUTSIDE = "teacher.class_map.nowhere"
 
 _REPAIR = (
     "put a copy back: the command that made these labels writes an equal one first thing, into another folder"
@@ -69,17 +71,41 @@ class Manifest:
         if self.class_names and len(self.class_names) != self.num_classes:
             raise StoreError(f"{self.num_classes} classes, but {len(self.class_names)} class names")
 
+    @property
+    def empty_is_even(self) -> bool:
+        """Whether cells that keep nothing are even distributions: unless a class map left out what they show."""
+        class_map = self.teacher.get("class_map")
+        return not (isinstance(class_map, dict) and class_map.get("nowhere") == "renormalise")
+
     def differences(self, other: Manifest) -> list[str]:
         """Return in words what keeps labels of two manifests from being of one kind."""
-        unlike = []
-        for name in ("num_classes", "class_names", "kind", "topk", "orientation", "teacher", "preprocessing"):
-            ours, theirs = _without_names(getattr(self, name)), _without_names(getattr(other, name))
-            if isinstance(ours, dict):
-                keys = sorted(ours.keys() | theirs.keys())
-                unlike += [(f"{name}.{key}", ours.get(key), theirs.get(key)) for key in keys]
-            else:
-                unlike.append((name, ours, theirs))
-        return [f"{name} is {_short(a)} there, {_short(b)} here" for name, a, b in unlike if a != b]
+        compared = ("num_classes", "class_names", "kind", "topk", "orientation", "teacher", "preprocessing")
+        ours, theirs = ({name: _without_names(getattr(m, name)) for name in compared} for m in (self, other))
+        unlike = [difference for name in compared for difference in _unlike(name, ours[name], theirs[name])]
+        # An option mends this one, if it is the only one.
+        unlike.sort(key=lambda difference: difference[0] == OUTSIDE)
+        return [_in_words(*difference) for difference in unlike]
+
+
+def _unlike(name: str, ours: Any, theirs: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Yield every entry in which two descriptions differ: its name, and what it is in each."""
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        for key in sorted(ours.keys() | theirs.keys()):
+            yield from _unlike(f"{name}.{key}", ours.get(key), theirs.get(key))
+    elif isinstance(ours, (list, tuple)) and isinstance(theirs, (list, tuple)):
+        if len(ours) != len(theirs):
+            yield f"the length of {name}", len(ours), len(theirs)
+        for place, (a, b) in enumerate(zip(ours, theirs, strict=False)):
+            yield from _unlike(f"{name}[{place}]", a, b)
+    elif ours != theirs:
+        yield name, ours, theirs
+
+
+def _in_words(name: str, ours: Any, theirs: Any) -> str:
+    if name == OUTSIDE:
+        there, here = (str(value).removesuffix(" evenly") for value in (ours, theirs))
+        return f"made with --outside {there} there, {here} here; `--outside {there}` goes on with that store"
+    return f"{name} is {_short(ours)} there, {_short(theirs)} here"
 
 
 def _without_names(described: Any) -> Any:

@@ -11,7 +11,7 @@ import io
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -23,6 +23,7 @@ from tqdm import tqdm
 from tokenlabel.data.images import ImageError, ImageSource
 from tokenlabel.data.sources import open_images
 from tokenlabel.labels.encoding import Encoding
+from tokenlabel.labels.inspection import best_class, look_at
 from tokenlabel.labels.store import (
     Failure,
     LabelStore,
@@ -32,11 +33,13 @@ from tokenlabel.labels.store import (
     pack_for,
     update_failures,
 )
+from tokenlabel.labels.wordnet import imagenet_ids
 from tokenlabel.method.geometry import WHOLE_IMAGE, Box
 from tokenlabel.method.scores import Kind, Orientation, ScoreError, ScoreMap, from_top
 from tokenlabel.runtime.background import ahead, thread_pool
 from tokenlabel.runtime.coercion import Choice, coerced_fields
 from tokenlabel.runtime.errors import first_line
+from tokenlabel.runtime.notices import listed, say
 
 # From here on float16 cannot tell neighbouring integers apart.
 FIRST_UNCERTAIN_ID = 2048
@@ -44,6 +47,9 @@ MAX_FILE_BYTES = 1 << 26
 NUM_READ_AHEAD = 1024
 # Readable files that are asked how many classes a place keeps.
 NUM_PROBED = 10
+# Maps whose best class is compared with their image's, and the least share that should agree: teachers of ImageNet
+# reach four fifths, another order of its classes a thousandth.
+NUM_COMPARED, MIN_AGREEMENT = 1000, 0.3
 
 
 class PublishedError(ValueError):
@@ -88,19 +94,17 @@ def import_labels(
 ) -> Imported:
     """Put published label files into the store `folder`, as logits, for those images that it has no label of.
 
-    `files`: the folder of class folders of `.pt` files. Images without a file, with a broken one, or whose
-    names are the same up to the first dot are listed in the store's manifest. Raises PublishedError if there
-    is no file for any image, and StoreError if the folder holds other labels.
+    `files`: the folder of class folders of `.pt` files; the images may be of some of their classes only. Says which
+    class each id is taken for where names leave that open, and how often map and class of an image agree. Images
+    without a file, with a broken one, or whose names are the same up to the first dot are listed in the store's
+    manifest. Raises PublishedError if there is no file for any image, and StoreError if the folder holds other labels.
     """
     source = open_images(images) if isinstance(images, (str, Path)) else images
-    if len(source.class_names) not in (0, config.num_classes):
-        raise PublishedError(
-            f"--num-classes {config.num_classes}, but the images have {len(source.class_names)} classes"
-        )
+    class_names = _class_names(source.class_names, config.num_classes)
     paths = [label_path(Path(files), key) for key in source.keys]
     manifest = Manifest(
         num_classes=config.num_classes,
-        class_names=tuple(source.class_names),
+        class_names=class_names,
         topk=_topk_of(paths, folder=files),
         kind=Kind.LOGITS,
         encoding=Encoding.RAW,
@@ -121,12 +125,55 @@ def import_labels(
             else:
                 writer.add_record(key, outcome)
     update_failures(folder, failures)
+    if job.agreements:
+        share = sum(job.agreements) / len(job.agreements)
+        doubt = (
+            ""
+            if share > MIN_AGREEMENT
+            else ": perhaps these are other images, or other classes in this order"
+        )
+        say(
+            f"the best class of {share:.0%} of {len(job.agreements):,} maps looked at is their image's{doubt}"
+        )
     return Imported(
         num_images=len(source),
         num_present=len(source) - len(missing),
         num_imported=len(missing) - len(failures),
         failures=tuple(failures),
     )
+
+
+def _class_names(ours: Sequence[str], num_classes: int) -> tuple[str, ...]:
+    """Return the names of the files' classes by those of the images, which may be of some of them; () if unknown.
+
+    WordNet ids and numbers say which class they are. Other names do not; as many as there are classes are taken in
+    order. Raises PublishedError for more.
+    """
+    if len(ours) > num_classes:
+        raise PublishedError(
+            f"--num-classes {num_classes:,}, but the images have {len(ours):,} classes ({listed(list(ours))})"
+        )
+    if num_classes == len(imagenet_ids()) and set(ours) <= set(imagenet_ids()):
+        return imagenet_ids() if ours else ()
+    if ours and all(name.isdecimal() and int(name) < num_classes for name in ours):
+        named = {int(name): name for name in ours}
+        if len(named) == len(ours):
+            say(
+                f"classes that are called by numbers ({listed(list(ours))}) are taken for the files' of these ids"
+            )
+            return tuple(named.get(class_id, str(class_id)) for class_id in range(num_classes))
+    if len(ours) == num_classes:
+        pairs = [f"{class_id} is {name!r}" for class_id, name in enumerate(ours)]
+        say(
+            f"the files do not name their classes; taken to be those of the images, in order: {listed(pairs)}"
+        )
+        return tuple(ours)
+    if ours:
+        say(
+            f"the images have {len(ours):,} of the files' {num_classes:,} classes ({listed(list(ours))}), and nothing "
+            "says which; labels keep their class ids, without names"
+        )
+    return ()
 
 
 def label_path(folder: Path, key: str) -> Path:
@@ -169,7 +216,10 @@ def read_label_file(
 
 @dataclass(frozen=True, eq=False)
 class _Job:
-    """Where the label of each image is, and how it is read. `shared`: paths of several images."""
+    """Where the label of each image is, and how it is read.
+
+    `shared`: paths of several images. `agreements`: of the first maps, whether their best class is their image's.
+    """
 
     source: ImageSource
     paths: list[Path]
@@ -177,6 +227,7 @@ class _Job:
     manifest: Manifest
     layout: Layout
     crop: float | None
+    agreements: list[bool] = field(default_factory=list)
 
     def record(self, index: int) -> tuple[str, bytes | Failure]:
         """Return an image's key and its record, or why it has none."""
@@ -189,6 +240,10 @@ class _Job:
             score_map = read_label_file(
                 path, num_classes=self.manifest.num_classes, layout=self.layout, region=region
             )
+            if len(self.agreements) < NUM_COMPARED and self.manifest.class_names:
+                own = self.source.class_names[int(self.source.class_ids[index])]
+                best = best_class(look_at(key, score_map))
+                self.agreements.append(own == self.manifest.class_names[best])
             return key, pack_for(self.manifest, key, score_map)
         except (PublishedError, ScoreError, StoreError, ImageError, OSError) as error:
             return key, Failure(key, str(error))

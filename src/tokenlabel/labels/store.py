@@ -212,7 +212,9 @@ class LabelStore:
     def __getitem__(self, key: str) -> ScoreMap:
         record = self.packed(key)
         try:
-            return unpack(record, num_classes=self.manifest.num_classes)
+            return unpack(
+                record, num_classes=self.manifest.num_classes, empty_is_even=self.manifest.empty_is_even
+            )
         except EncodingError as error:
             raise StoreError(f"{self._where()}: the record of {key!r} cannot be used: {error}") from error
 

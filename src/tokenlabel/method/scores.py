@@ -46,6 +46,8 @@ class ScoreMap:
     `probs` [H, W, K] float32: probabilities in [0, 1] with a sum of at most 1 a cell, in any order.
     An entry of probability 0 is not kept: its code means nothing, and its class shares the rest. (For
     `Kind.LOGITS` the values are the logits of the kept classes, and every entry is kept.)
+    `empty_is_even`: a cell that keeps nothing is an even distribution, as unlabelled pixels are in stores of masks;
+    by default it says nothing, and tokens get no label of it.
     `region`: the part of the upright image that the teacher saw; cell (row i, column j) covers
     x in [j/W, (j+1)/W), y in [i/H, (i+1)/H) of it.
     """
@@ -56,6 +58,7 @@ class ScoreMap:
     num_classes: int
     region: Box = WHOLE_IMAGE
     kind: Kind = Kind.PROBABILITIES
+    empty_is_even: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kind", Kind(self.kind))
@@ -72,7 +75,10 @@ class ScoreMap:
         return self.palette[np.take_along_axis(self.codes, best, axis=2)[..., 0]]
 
     def dense(self) -> NDArray[np.float32]:
-        """Return the probability of every class [H, W, C], the rest spread out. For pictures and tests."""
+        """Return the probability of every class [H, W, C], the rest spread out; even in a cell that keeps nothing.
+
+        For pictures and tests.
+        """
         if self.kind is not Kind.PROBABILITIES:
             raise ValueError("a map of logits has no probabilities before it is aligned")
         kept = self.probs > 0
@@ -178,7 +184,7 @@ def from_mask(
 ) -> ScoreMap:
     """Build a score map of certainties from a mask [H, W] of class ids.
 
-    A pixel of the id `unlabelled` keeps no class: all of its mass is rest. With more than 255 classes say
+    A pixel of the id `unlabelled` keeps no class. With more than 255 classes say
     which id that is (-1 if none). Raises ScoreError where it is the id of a class.
     """
     if 0 <= unlabelled < num_classes:

@@ -13,8 +13,9 @@ from PIL import Image
 
 from tokenlabel.data.images import ImageSource, decode_image, orientation_of
 from tokenlabel.drawing.pictures import class_colour, with_cells
-from tokenlabel.labels.inspection import Look, as_probabilities, best_class, class_finder, look_at
+from tokenlabel.labels.inspection import Look, as_probabilities, by_doubt, class_finder, look_at
 from tokenlabel.labels.store import LabelStore, StoreError
+from tokenlabel.labels.wordnet import with_words
 from tokenlabel.method.scores import Orientation, ScoreMap, turned_map
 
 SAMPLE = 2000
@@ -41,11 +42,11 @@ def write_pictures(store: LabelStore, source: ImageSource, output: Path, *, coun
     looks = [look_at(keys[i], store[keys[i]]) for i in drawn]
     class_of = class_finder(store, source)
     by_certainty = sorted(looks, key=lambda look: -look.top1_prob)
-    in_doubt = [look for look in looks if class_of(look.key) not in (None, best_class(look))]
+    known = [(look, class_id) for look in looks if (class_id := class_of(look.key)) is not None]
     members = {
         "Most certain": by_certainty[:count],
         "Least certain": by_certainty[::-1][:count],
-        "Least agreement": sorted(in_doubt, key=lambda look: _lead(look, class_of(look.key)))[:count],
+        "Least agreement": [look for look, _ in by_doubt(known)[:count]],
     }
     names = store.manifest.class_names or tuple(map(str, range(store.manifest.num_classes)))
     sections = []
@@ -69,11 +70,6 @@ def write_pictures(store: LabelStore, source: ImageSource, output: Path, *, coun
     )
 
 
-def _lead(look: Look, class_id: int | None) -> float:
-    """Return how much more probable its own class is than the map's best one; at most 0."""
-    return float(look.class_probs[look.class_ids == class_id].sum() - look.class_probs.max())
-
-
 def _figure(look: Look, score_map: ScoreMap, data: bytes, names: Sequence[str], class_id: int | None) -> str:
     image = decode_image(data, look.key)
     region = score_map.region
@@ -84,15 +80,18 @@ def _figure(look: Look, score_map: ScoreMap, data: bytes, names: Sequence[str], 
         round(region.bottom * image.height),
     )
     seen = np.asarray(image.crop(part_px))
-    over_image = with_cells(seen, as_probabilities(score_map).dense(), names)
+    probs = as_probabilities(score_map)
+    says_something = (probs.probs.max(axis=2, keepdims=True) > 0) | probs.empty_is_even
+    over_image = with_cells(seen, probs.dense() * says_something, names)
     best = np.argsort(-look.class_probs, kind="stable")[:NUM_NAMED]
     shares = [(int(look.class_ids[entry]), float(look.class_probs[entry])) for entry in best]
     chips = "".join(
-        f'<span><i style="background: rgb{class_colour(found)}"></i>{html.escape(names[found])} {share:.0%}</span>'
+        f'<span><i style="background: rgb{class_colour(found)}"></i>{html.escape(with_words(names[found]))} '
+        f"{share:.0%}</span>"
         for found, share in shares
         if share > 0
     )
-    own = "" if class_id is None else f", class {html.escape(names[class_id])}"
+    own = "" if class_id is None else f", class {html.escape(with_words(names[class_id]))}"
     return (
         f"<figure>{_img(Image.fromarray(seen).resize(over_image.size))}{_img(over_image)}"
         f"<figcaption><b>{html.escape(look.key)}</b>{own}, certainty {look.top1_prob:.0%}<br>{chips}</figcaption>"

@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -39,8 +40,8 @@ from tokenlabel.labels.store import (
 )
 from tokenlabel.runtime.distributed import default_device, joined_ranks
 from tokenlabel.runtime.notices import listed, say
-from tokenlabel.teachers.classmap import class_map_for
-from tokenlabel.teachers.ensemble import load_teachers
+from tokenlabel.teachers.classmap import MIN_MASS, class_map_for
+from tokenlabel.teachers.ensemble import Ensemble, load_teachers
 from tokenlabel.teachers.labelling import Labelling
 from tokenlabel.teachers.masks import MAX_IDS, MaskTeacher
 from tokenlabel.teachers.networks import Teacher, TeacherConfig, TeacherError
@@ -84,6 +85,8 @@ class Annotation:
     """How many of these had a label before."""
     failures: tuple[Failure, ...]
     images_per_s: float
+    empty_cells: float | None
+    """Share of the cells labelled in this call that keep no class; None where networks labelled none."""
 
 
 def annotate(
@@ -183,6 +186,7 @@ def annotate_by(
                 writer.add_record(key, record, images.take(key))
                 bar.update()
         failures = [failure for of_rank in ranks.all(job.failures) for failure in of_rank]
+        cells = sum(ranks.all(job.cells), Counter())
         if ranks.is_first:
             _note_failures(Path(folder), source, failures)
         if isinstance(teacher, MaskTeacher) and len(todo.indices) == len(source):
@@ -194,6 +198,12 @@ def annotate_by(
                 )
     num_labelled = len(todo.indices) - len(failures)
     anew = {source.keys[index] for index in todo.anew}
+    empty_cells = cells["empty"] / cells["all"] if cells["all"] else None
+    if empty_cells is not None and isinstance(teacher, Ensemble) and teacher.renormalises:
+        say(
+            f"{folder}: {empty_cells:.1%} of {cells['all']:,} cells keep nothing, since the teacher has less than "
+            f"{MIN_MASS} of its probability there on these classes: they carry no loss"
+        )
     return Annotation(
         num_images=len(source),
         num_present=len(source) - len(todo.indices),
@@ -201,6 +211,7 @@ def annotate_by(
         num_anew=len(anew.difference(failure.key for failure in failures)),
         failures=tuple(failures),
         images_per_s=num_labelled / (time.perf_counter() - started),
+        empty_cells=empty_cells,
     )
 
 

@@ -6,7 +6,7 @@ import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,6 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 BY_ORDER, BY_NAME = "order", "names"
+
+# Below this much on classes of ours, a place shows something else: what is left of it is no evidence.
+MIN_MASS = 1e-3
 
 
 class ClassMapError(ValueError):
@@ -25,24 +28,45 @@ class ClassMapError(ValueError):
 class ClassMap:
     """Where each of a teacher's classes goes: `targets` [teacher's classes], -1 for nowhere.
 
-    Many may go to one, whose probability is their sum. What goes nowhere says nothing of any class, so it is spread
-    evenly over all of them.
+    Many may go to one, whose probability is their sum. `outside` says what becomes of what goes nowhere. renormalise:
+    it is left out, and the others are probabilities given that one of our classes is shown; all are 0, so that nothing
+    is kept, where less than .001 goes to them. spread: it is spread evenly over all classes.
     """
 
     targets: NDArray[np.int64]
     num_classes: int
+    outside: Literal["renormalise", "spread"] = "spread"
+
+    def __post_init__(self) -> None:
+        if self.outside not in ("renormalise", "spread"):
+            raise ClassMapError(f"--outside is renormalise or spread, got {self.outside!r}")
+
+    @property
+    def renormalises(self) -> bool:
+        """Whether anything is left out."""
+        return self.outside == "renormalise" and bool((self.targets < 0).any())
 
     @property
     def description(self) -> dict[str, Any]:
         """What it does, for the manifest of a store."""
-        return {"targets": self.targets.tolist(), "nowhere": "spread evenly"}
+        return {
+            "targets": self.targets.tolist(),
+            "nowhere": "renormalise" if self.renormalises else "spread evenly",
+        }
 
     def apply(self, probs: Float[Tensor, "*places T"]) -> Float[Tensor, "*places C"]:
-        """Return the probabilities of the data set's classes."""
+        """Return the probabilities of the data set's classes.
+
+        Averages over members and mirror images come before: the mean of renormalised ones is another one.
+        """
         mapped = np.flatnonzero(self.targets >= 0)
         kept = probs[..., torch.from_numpy(mapped).to(probs.device)]
         targets = torch.from_numpy(self.targets[mapped]).to(probs.device)
         found = probs.new_zeros(*probs.shape[:-1], self.num_classes).index_add_(-1, targets, kept)
+        if self.renormalises:
+            mass = found.sum(dim=-1, keepdim=True)
+            # NaN is not below anything: it stays, and whoever packs the map refuses it.
+            return torch.where(mass < MIN_MASS, 0.0, found / mass)
         nowhere = (probs.sum(dim=-1, keepdim=True) - kept.sum(dim=-1, keepdim=True)).clamp_min(0)
         return found + nowhere / self.num_classes
 

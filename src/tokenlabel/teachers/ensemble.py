@@ -49,6 +49,11 @@ class Ensemble(Teacher):
             "class_map": class_map and class_map.description,
         }
 
+    @property
+    def renormalises(self) -> bool:
+        """Whether probability that the class map sends to no class is left out."""
+        return self.class_map is not None and self.class_map.renormalises
+
     def check(self, images: UInt8[Tensor, "B 3 height width"]) -> str:
         """Check each member."""
         return "; ".join(member.check(_for_member(member, images)) for member in self.members)
@@ -88,6 +93,7 @@ def load_teachers(config: TeacherConfig, class_names: Sequence[str], device: tor
     ]
     first = members[0]
     class_map = class_map_for(config.class_map, first.class_names, class_names, num_theirs=first.num_classes)
+    class_map = class_map and replace(class_map, outside=config.outside)
     if len(members) == 1 and not config.flip and class_map is None:
         return first
     return Ensemble(members, flip=config.flip, class_map=class_map)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -53,7 +53,8 @@ class Seen:
 class Labelling:
     """Who labels which images, how. `num_workers`: threads that decode, and as many that pack.
 
-    `strict`: raise for an image that does not decode; by default it is added to `failures`.
+    `strict`: raise for an image that does not decode; by default it is added to `failures`. `cells`: counts
+    `all` of them, and the `empty` ones, which keep no class.
     """
 
     teacher: Teacher | MaskTeacher
@@ -64,6 +65,7 @@ class Labelling:
     num_workers: int
     strict: bool
     failures: list[Failure] = field(default_factory=list)
+    cells: Counter[str] = field(default_factory=Counter)
 
     def labels(self, indices: Sequence[int]) -> Iterator[tuple[str, bytes]]:
         """Yield the key and the record of each image that has a label, in no particular order."""
@@ -76,7 +78,12 @@ class Labelling:
             seen = self._labelled(ahead(pool, see, indices, 2 * self.batch_size))
             batches = _by_shape(seen, self.batch_size)
             yield from label_batches(
-                self.teacher, batches, self.manifest, device=self.device, num_workers=self.num_workers
+                self.teacher,
+                batches,
+                self.manifest,
+                device=self.device,
+                num_workers=self.num_workers,
+                cells=self.cells,
             )
 
     def _labelled(self, items: Iterable[T | Failure]) -> Iterator[T]:
@@ -95,11 +102,22 @@ def label_batches(
     *,
     device: torch.device,
     num_workers: int,
+    cells: Counter[str],
 ) -> Iterator[tuple[str, bytes]]:
-    """Yield the key and the record of each image of batches, packed by threads while the teacher goes on."""
+    """Yield the key and the record of each image of batches, packed by threads while the teacher goes on.
+
+    Adds to `cells`, see `Labelling`.
+    """
+
+    def counted(batch: _Scored) -> Iterator[tuple[Seen, NDArray[np.int64], NDArray[np.float32]]]:
+        for seen, class_ids, probs in batch.images():
+            highest = probs[:, :, 0]  # the most probable class comes first
+            cells.update({"all": highest.size, "empty": int((highest == 0).sum())})
+            yield seen, class_ids, probs
+
     with thread_pool(num_workers) as pool:
         scored = _one_behind(_scored(teacher, batches, manifest.topk, device))
-        places = (item for batch in scored for item in batch.images())
+        places = (item for batch in scored for item in counted(batch))
         yield from ahead(pool, partial(_packed, manifest), places, NUM_PACKED_AHEAD)
 
 

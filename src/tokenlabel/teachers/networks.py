@@ -136,6 +136,9 @@ class TeacherConfig:
     class_map: str | None = None
     """How the teacher's classes become those of the images: a file with a pair of names or ids a line; `names` to
     match equal names; `order` if they are the same by another name. By default they must be the same."""
+    outside: Literal["renormalise", "spread"] = "renormalise"
+    """What becomes of the probability that a class map sends to no class. renormalise: the others are scaled to sum to
+    1, and a place with less than .001 of its probability on them keeps nothing; spread: all classes share it evenly."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 runs the teacher under autocast."""
     compile: bool = False

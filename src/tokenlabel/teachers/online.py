@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float, UInt8
@@ -30,7 +31,10 @@ class NetworkOnlineTeacher:
     def probabilities(
         self, images: UInt8[Tensor, "B 3 height width"]
     ) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B h w C"]]:
-        """Return the distributions of whole images and of every place of them, in float32."""
+        """Return the distributions of whole images and of every place of them, in float32.
+
+        All 0 where a class map leaves out what is shown.
+        """
         logits = self.teacher.logits(self._seen(images))
         of_images, of_places = logits.image.float().softmax(dim=1), logits.places.float().softmax(dim=3)
         if self.class_map is None:
@@ -74,6 +78,7 @@ def load_online_teacher(
     class_map = class_map_for(
         config.class_map, teacher.class_names, class_names, num_theirs=teacher.num_classes
     )
+    class_map = class_map and replace(class_map, outside=config.outside)
     return NetworkOnlineTeacher(teacher, size=config.size, class_map=class_map)
 
 

@@ -25,6 +25,7 @@ from tokenlabel.method.pooling import (
     image_labels,
     is_wrong,
     most_probable,
+    one_hot,
     softened,
     whole_views,
 )
@@ -74,6 +75,8 @@ class OnlineTeacherConfig:
     """Which head answers for the places; auto: one for tokens where it was trained, else the classifier."""
     class_map: str | None = None
     """How the teacher's classes become those of the images, as for `tokenlabel annotate`."""
+    outside: Literal["renormalise", "spread"] = "renormalise"
+    """What becomes of probability that a class map sends to no class, as for `tokenlabel annotate`."""
     topk: int = 16
     """Classes that label the tokens of an image: its most probable ones; the others share what is left."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -152,7 +155,7 @@ class LossConfig:
 
 @runtime_checkable
 class OnlineTeacher(Protocol):
-    """Says of augmented images what they show, as distributions over the classes of the data set."""
+    """Says of augmented images what they show, as distributions over the classes of the data set, or 0 for all."""
 
     def probabilities(
         self, images: UInt8[Tensor, "B 3 height width"]
@@ -256,12 +259,15 @@ class Objective:
     ) -> tuple[ScoreMapBatch | None, Float[Tensor, "B F 2 3"], Float[Tensor, "B C"] | None]:
         """Return the maps that label the tokens, their views, and the teacher's label of each image if one is asked.
 
-        The store labels the tokens where there is one; the teacher in the step is asked first for the image.
+        The store labels the tokens where there is one; the teacher in the step is asked first for the image, which
+        keeps the ground truth where the teacher says nothing of it.
         """
         score_maps, views, label = batch.score_maps, batch.views, None
         if self.teacher is not None:
             of_images, of_places = self.teacher.probabilities(batch.images)
-            label = of_images
+            label = torch.where(
+                of_images.amax(dim=1, keepdim=True) > 0, of_images, one_hot(batch.class_ids, of_images)
+            )
             if self.labels_tokens and not self.labelled:
                 score_maps = top_score_maps(of_places, self.config.teacher.topk)
                 views = whole_views(len(of_places), of_places.device)
@@ -321,6 +327,7 @@ def top_score_maps(probs: Float[Tensor, "B h w C"], topk: int) -> ScoreMapBatch:
         probs=kept,
         sizes=probs.new_tensor([width, height]).expand(num_images, 2),
         regions=probs.new_tensor([0, 0, 1, 1]).expand(num_images, 4),
+        empty_is_even=torch.zeros(num_images, dtype=torch.bool, device=probs.device),
         num_classes=num_classes,
         shapes=((height, width),) * num_images,
     )
