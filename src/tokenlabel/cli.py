@@ -244,9 +244,9 @@ def inspect(arguments: list[str]) -> int:
 
     store, source = LabelStore(*options.store), None
     if options.images:
-        from tokenlabel.data.sources import open_images
+        from tokenlabel.data.sources import open_aloud
 
-        source = open_images(options.images)
+        source = open_aloud(options.images)
     figures = inspect_store(store, config_of(parser, options, InspectConfig), source=source).as_dict()
     if options.masks:
         from tokenlabel.evaluation.observation import mask_agreement

@@ -21,14 +21,13 @@ from tokenlabel.data.batches import (
     BatchSampler,
     EvalBatchSampler,
     TokenLabelDataset,
-    check_images,
     check_labels,
     make_loader,
     normalize_images,
     shard_order,
 )
 from tokenlabel.data.erasing import Erased, erase
-from tokenlabel.data.sources import open_images
+from tokenlabel.data.sources import check_aloud, open_aloud, refuse_single_class
 from tokenlabel.data.tars import TarImages
 from tokenlabel.evaluation.observation import evaluate, evaluation_set
 from tokenlabel.labels.store import LabelStore
@@ -158,10 +157,13 @@ class ClassifierTask(Task[Recipe]):
 
 def build(recipe: Recipe, *, device: torch.device) -> ClassifierTask:
     """Build the data, the model and the objective of a recipe, and check that they fit together."""
-    source = open_images(recipe.data.train)
+    source = open_aloud(recipe.data.train)
+    refuse_single_class(source, recipe.data.train)
     if recipe.data.tar_window is not None and isinstance(source, TarImages):
         source = source.streamed()
-    source = check_images(source, skip_broken=recipe.data.skip_broken, check=recipe.data.check)
+    source = check_aloud(
+        source, recipe.data.train, skip_broken=recipe.data.skip_broken, check=recipe.data.check
+    )
     folders = recipe.data.label_folders if recipe.loss.reads_labels else []
     store = LabelStore(*folders) if folders else None
     if store is not None:

@@ -22,7 +22,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from tokenlabel.data.images import ImageError, ImageSource
-from tokenlabel.data.sources import open_images
+from tokenlabel.data.sources import open_aloud
 from tokenlabel.labels.encoding import Encoding
 from tokenlabel.labels.store import (
     Failure,
@@ -91,7 +91,7 @@ def import_labels(
     names are the same up to the first dot are listed in the store's manifest. Raises PublishedError if there
     is no file for any image, and StoreError if the folder holds other labels.
     """
-    source = open_images(images) if isinstance(images, (str, Path)) else images
+    source = open_aloud(images) if isinstance(images, (str, Path)) else images
     if len(source.class_names) not in (0, config.num_classes):
         raise PublishedError(
             f"--num-classes {config.num_classes}, but the images have {len(source.class_names)} classes"
