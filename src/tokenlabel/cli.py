@@ -6,6 +6,7 @@ Modules are imported by the verb that needs them, so that `tokenlabel --help` an
 from __future__ import annotations
 
 import difflib
+import io
 import json
 import os
 import sys
@@ -39,6 +40,10 @@ IMAGES_HELP = "a folder with one folder a class, .tar files (WebDataset) or a fo
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return its exit status: 0, 2 for input that cannot be used, 128 + signal if stopped."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(
+            errors="backslashreplace"
+        )  # names of files need not be UTF-8, nor the terminal
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_overview())
         return 0

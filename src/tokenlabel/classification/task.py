@@ -21,13 +21,15 @@ from tokenlabel.data.batches import (
     BatchSampler,
     EvalBatchSampler,
     TokenLabelDataset,
+    check_images,
     check_labels,
     make_loader,
     normalize_images,
     shard_order,
 )
 from tokenlabel.data.erasing import Erased, erase
-from tokenlabel.data.sources import check_aloud, open_aloud, refuse_single_class
+from tokenlabel.data.images import describe
+from tokenlabel.data.sources import open_aloud, refuse_single_class
 from tokenlabel.data.tars import TarImages
 from tokenlabel.evaluation.observation import evaluate, evaluation_set
 from tokenlabel.labels.store import LabelStore
@@ -35,6 +37,7 @@ from tokenlabel.method.mixing import Mixing, MixPlan, join_plans, sample_mix
 from tokenlabel.models import TokenModel, create_model, load_published
 from tokenlabel.runtime.configuration import ConfigError
 from tokenlabel.runtime.distributed import Ranks, joined_ranks
+from tokenlabel.runtime.notices import say
 from tokenlabel.runtime.runlog import Stopwatch
 from tokenlabel.runtime.trackers import Tracker
 from tokenlabel.teachers.online import load_online_teacher
@@ -161,9 +164,7 @@ def build(recipe: Recipe, *, device: torch.device) -> ClassifierTask:
     refuse_single_class(source, recipe.data.train)
     if recipe.data.tar_window is not None and isinstance(source, TarImages):
         source = source.streamed()
-    source = check_aloud(
-        source, recipe.data.train, skip_broken=recipe.data.skip_broken, check=recipe.data.check
-    )
+    source = check_images(source, skip_broken=recipe.data.skip_broken, check=recipe.data.check)
     folders = recipe.data.label_folders if recipe.loss.reads_labels else []
     store = LabelStore(*folders) if folders else None
     if store is not None:
@@ -178,12 +179,15 @@ def build(recipe: Recipe, *, device: torch.device) -> ClassifierTask:
     )
     if not objective.labels_tokens:
         model.freeze_token_head()
+    val_set = evaluation_set(recipe, class_names=source.class_names) if recipe.data.val else None
+    if val_set is not None:
+        say(describe(val_set.source, recipe.data.val or ""))
     transform = TrainTransform(recipe.augment, recipe.model.size_px)
     return ClassifierTask(
         recipe=recipe,
         model=model,
         train_set=TokenLabelDataset(source, transform, seed=recipe.seed, store=store),
-        val_set=evaluation_set(recipe, class_names=source.class_names) if recipe.data.val else None,
+        val_set=val_set,
         objective=objective,
         device=device,
     )

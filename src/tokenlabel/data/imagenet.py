@@ -72,6 +72,11 @@ class RenumberedImages:
         """The names of the model's classes."""
         return self._class_names
 
+    @property
+    def passed_over(self) -> Mapping[str, int]:
+        """How many files the source passed over, by kind."""
+        return getattr(self._source, "passed_over", {})
+
     def read(self, index: int) -> bytes:
         """Return the encoded image."""
         return self._source.read(index)

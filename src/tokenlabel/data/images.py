@@ -25,7 +25,7 @@ from tokenlabel.data.folders import (
     refuse_equal_looking,
     without_masks,
 )
-from tokenlabel.runtime.notices import listed
+from tokenlabel.runtime.notices import listed, say
 
 try:
     import simplejpeg
@@ -311,6 +311,7 @@ def check_images(
             f"{_count(broken, 'image')} that cannot be decoded, of {len(source):,}; "
             "repair or remove them, or say to skip broken images"
         )
+    say(f"left out {len(broken):,} of {len(source):,} images, which do not decode ({listed(broken)})")
     return ImageSubset(source, np.flatnonzero(sound))
 
 
@@ -328,6 +329,7 @@ def describe(source: ImageSource, place: str | Path) -> str:
         line += " without classes"
     if passed_over := getattr(source, "passed_over", None):
         line += f"; {passed_over_text(passed_over)}"
+    line = "; ".join([line, *getattr(source, "remarks", ())])
     return re.sub(r"[\x00-\x1f]", "?", line)
 
 

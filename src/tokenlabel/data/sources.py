@@ -19,11 +19,9 @@ from tokenlabel.data.folders import (
     passed_over_text,
 )
 from tokenlabel.data.images import (
-    ImageCheck,
     ImageFiles,
     ImageFolder,
     ImageSource,
-    check_images,
     describe,
     named_classes,
 )
@@ -71,8 +69,6 @@ def open_aloud(path: str | Path) -> ImageSource:
     source = open_images(path)
     say(describe(source, path))
     if isinstance(source, ListedImages):
-        for line in source.remarks:
-            say(f"{path}: {line}")
         some = np.unique(np.linspace(0, len(source) - 1, _NUM_LOOKED_FOR).astype(int))
         looked_for = [source.keys[int(i)] for i in some]
         absent = [key for key in looked_for if not (source.root / key).is_file()]
@@ -86,20 +82,6 @@ def open_aloud(path: str | Path) -> ImageSource:
                 f"{path}: of {len(looked_for)} files that were looked for, {len(absent)} are absent ({listed(absent)})"
             )
     return source
-
-
-def check_aloud(
-    source: ImageSource, place: str | Path, *, skip_broken: bool = False, check: ImageCheck = ImageCheck.AUTO
-) -> ImageSource:
-    """Check images as `check_images` does, and say which are left out."""
-    sound = check_images(source, skip_broken=skip_broken, check=check)
-    if len(sound) < len(source):
-        kept = set(sound.keys)
-        broken = [key for key in source.keys if key not in kept]
-        say(
-            f"{place}: left out {len(broken):,} of {len(source):,} images, which do not decode ({listed(broken)})"
-        )
-    return sound
 
 
 def refuse_single_class(source: ImageSource, place: str | Path) -> None:

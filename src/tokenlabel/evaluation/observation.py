@@ -15,8 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from tokenlabel.data.augment import EvalTransform
-from tokenlabel.data.batches import Batch, TokenLabelDataset, normalize_images
-from tokenlabel.data.sources import check_aloud, open_aloud
+from tokenlabel.data.batches import Batch, TokenLabelDataset, check_images, normalize_images
+from tokenlabel.data.sources import open_images
 from tokenlabel.evaluation.evaluators import Accuracy, Calibration, Evaluator, Seen, TokenTruth, object_tokens
 from tokenlabel.labels.store import LabelStore
 from tokenlabel.method.alignment import align, collate_score_maps
@@ -199,7 +199,7 @@ def evaluation_set(
     folder = data or recipe.data.val
     if folder is None:
         raise ValueError("the run has no val images of its own; name images with --data")
-    source = check_aloud(open_aloud(folder), folder, skip_broken=recipe.data.skip_broken)
+    source = check_images(open_images(folder), skip_broken=recipe.data.skip_broken)
     if source.class_names != class_names:
         raise ValueError(
             f"{folder} has {len(source.class_names)} classes ({', '.join(source.class_names[:3])}, ...), the model "
