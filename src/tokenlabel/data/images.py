@@ -330,7 +330,7 @@ def describe(source: ImageSource, place: str | Path) -> str:
     if passed_over := getattr(source, "passed_over", None):
         line += f"; {passed_over_text(passed_over)}"
     line = "; ".join([line, *getattr(source, "remarks", ())])
-    return re.sub(r"[\x00-\x1f]", "?", line)
+    return re.sub(r"[\x00-\x1f]", "?", line).encode("utf-8", "backslashreplace").decode()
 
 
 def named_classes(names: Sequence[str]) -> tuple[list[str], NDArray[np.int64]]:

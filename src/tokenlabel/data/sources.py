@@ -213,7 +213,9 @@ def _rows(path: Path, lines: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
 
 def _splits(line: str, mark: str) -> bool:
     cells = next(csv.reader([line], delimiter=mark, skipinitialspace=True))
-    return len(cells) > 1 and any(_is_image(cell.strip()) for cell in cells)
+    return len(cells) > 1 and any(
+        cell.strip().lower().endswith(EXTENSIONS + UNREAD_PICTURES) for cell in cells
+    )
 
 
 def _columns(path: Path, rows: Sequence[tuple[int, list[str]]], remarks: list[str]) -> list[int]:
