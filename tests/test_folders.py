@@ -47,6 +47,10 @@ def pack(path, members):
     return path
 
 
+def passed_over(source):
+    return getattr(source, "passed_over", {})
+
+
 def complaint(capsys, *arguments):
     assert main([*arguments]) == 2
     return capsys.readouterr().err
@@ -126,9 +130,13 @@ class TestWhatIsPassedOver:
         )  # fmt: skip
         source = open_images("images")
         assert list(source.keys) == ["ant/1.png", "bee/deep/2.png"]
-        assert source.passed_over == {
-            "hidden": 4, "in @eaDir": 1, "in __MACOSX": 1, "in lost+found": 1, "in $RECYCLE.BIN": 1, "in #recycle": 1
+        assert passed_over(source) == {
+            "hidden": 1, "@eaDir/": 1, "__MACOSX/": 1, ".thumbnails/": 1, "lost+found/": 1, ".ipynb_checkpoints/": 1,
+            "$RECYCLE.BIN/": 1, "#recycle/": 1, ".hidden/": 1,
         }  # fmt: skip
+        assert "; passed over 1 file and 8 folders: 1 #recycle/, 1 $RECYCLE.BIN/" in describe(
+            source, "images"
+        )
 
     def test_links_are_followed_and_nothing_is_read_twice(self):
         lay(*(f"images/{name}/{i}.png" for name in ("ant", "bee") for i in range(6)))
@@ -144,7 +152,7 @@ class TestWhatIsPassedOver:
         source = open_images("images")
         assert len(source) == 12 + 1 + 1 + 1
         assert [key for key in source.keys if not key[4].isdecimal()][-1] == "bee/one.png"
-        assert source.passed_over == {
+        assert passed_over(source) == {
             "linked to a folder above": 3, "linked to a folder that was read": 1, "linked to nothing": 1
         }  # fmt: skip
 
@@ -177,7 +185,7 @@ class TestWhatIsPassedOver:
             "normal/y.b.png",
             "normal/z_mask.png",
         ]
-        assert source.passed_over == {"named as masks of images beside them": 3}
+        assert passed_over(source) == {"named as masks of images beside them": 3}
 
     def test_what_a_class_folder_holds_instead_of_images_is_said(self, capsys):
         lay("images/ant/1.png")
@@ -256,6 +264,13 @@ class TestFoldersThatAreNoClasses:
         lay(*paths)
         assert len(open_images("v").class_names) == len({path.split("/")[1] for path in paths})
 
+    def test_what_the_classes_may_be_instead_is_said(self):
+        lay(*(f"pacs/{style}/{name}/1.png" for style in ("art", "photo") for name in ("dog", "cat")))
+        line = describe(open_images("pacs"), "pacs")
+        assert line.endswith(
+            "(art, photo); each of these folders holds cat, dog: if these are the classes, name pacs/art"
+        )
+
     def test_images_in_no_class_folder_name_the_folder_above(self):
         lay("images/ant/1.png")
         with pytest.raises(
@@ -312,7 +327,7 @@ class TestTarFiles:
         source = open_images(pack("x.tar", {name: png() for name in names} | {f"{stem}.cls": b"3"}))
         assert list(source.keys) == images
         assert source.class_ids.tolist() == [3]
-        assert sum(source.passed_over.values()) == len(names) - 1
+        assert sum(passed_over(source).values()) == len(names) - 1
 
     @pytest.mark.parametrize("names", [("x.left.jpg", "x.right.jpg"), ("x.jpg", "x.png")])
     def test_a_sample_of_several_images_is_refused(self, names):
@@ -351,7 +366,7 @@ class TestTarFiles:
             link = tarfile.TarInfo("bee/2.png")
             link.type, link.linkname = tarfile.SYMTYPE, "1.png"
             tar.addfile(link)
-        assert open_images("x.tar").passed_over == {"links or special": 1}
+        assert passed_over(open_images("x.tar")) == {"links or special": 1}
 
 
 class TestLists:

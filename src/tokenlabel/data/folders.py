@@ -31,7 +31,7 @@ _LEAVINGS = (
 
 _MASK_WORDS = "seg|segmentation|semseg|instances?|panoptic|masks?|gt|depth|disparity|trimap|matte|labelids"
 _MASK = re.compile(
-    rf"(.+)(?:[._-](?:{_MASK_WORDS})|\.(?:labels?|targets?|output|alpha|normals?|edges?))(?:[._-]?\d+)?\.\w+",
+    rf"(?:[._-](?:{_MASK_WORDS})|\.(?:labels?|targets?|output|alpha|normals?|edges?))(?:[._-]?\d+)?\.\w+$",
     re.IGNORECASE,
 )
 
@@ -95,25 +95,25 @@ def list_images(root: Path) -> Listing:
             with os.scandir(root / path) as entries:
                 inside = list(entries)
         except OSError as error:
-            if not _passed_over_folder(path):
-                raise DataError(f"{root / path}: cannot be listed ({error.strerror})") from error
-            inside = []
+            raise DataError(f"{root / path}: cannot be listed ({error.strerror})") from error
         for entry in inside:
             name = f"{path}/{entry.name}" if path else entry.name
             if entry.is_dir():
                 target = os.path.realpath(entry.path) if entry.is_symlink() else f"{real}/{entry.name}"
-                if any(f"{folder}/".startswith(f"{target}/") for folder in (*above, real)):
+                if _passed_over_folder(entry.name):
+                    found.passed_over[f"{entry.name}/"] += 1
+                elif any(f"{folder}/".startswith(f"{target}/") for folder in (*above, real)):
                     found.passed_over["linked to a folder above"] += 1
-                    continue
-                if not path and not _passed_over_folder(name):
-                    found.folders.append(name)
-                if entry.is_symlink():
-                    links.append((name, target, (*above, real)))
                 else:
-                    folders.append((name, target, above))
+                    if not path:
+                        found.folders.append(name)
+                    if entry.is_symlink():
+                        links.append((name, target, (*above, real)))
+                    else:
+                        folders.append((name, target, above))
             elif not entry.is_file():
                 found.passed_over["linked to nothing" if entry.is_symlink() else "special"] += 1
-            elif kind := why_passed_over(name):
+            elif kind := _passed_over_file(entry.name):
                 found.passed_over[kind] += 1
             else:
                 found.images.append(name)
@@ -121,7 +121,7 @@ def list_images(root: Path) -> Listing:
 
 
 def _refuse_two_classes(root: Path, first: str, second: str) -> None:
-    if first.split("/", 1)[0] != second.split("/", 1)[0] and not _passed_over_folder(second):
+    if first.split("/", 1)[0] != second.split("/", 1)[0]:
         raise DataError(
             f"{root}: {first} and {second} are one folder, by a link; an image has one class: remove the link"
         )
@@ -130,8 +130,10 @@ def _refuse_two_classes(root: Path, first: str, second: str) -> None:
 def why_passed_over(path: str) -> str | None:
     """Return what kind of file is passed over: hidden, or by its folder or its extension; None for an image."""
     folder, _, name = path.rpartition("/")
-    if kind := _passed_over_folder(folder):
-        return kind
+    return _passed_over_folder(folder) or _passed_over_file(name)
+
+
+def _passed_over_file(name: str) -> str | None:
     if name.startswith("."):
         return "hidden"
     _, dot, extension = name.lower().rpartition(".")
@@ -149,19 +151,21 @@ def _passed_over_folder(path: str) -> str | None:
 
 
 def passed_over_text(passed_over: Mapping[str, int]) -> str:
-    """Return "passed over 15 files: 12 .heic (not read: convert them), 3 hidden"."""
+    """Return "passed over 15 files and 1 folder: 12 .heic (not read: convert them), 3 hidden, 1 @eaDir/"."""
     kinds = sorted(passed_over.items(), key=lambda kind: (-kind[1], kind[0]))
     notes = [
         f"{count:,} {kind}{' (not read: convert them)' if kind in UNREAD_PICTURES else ''}"
         for kind, count in kinds
     ]
-    total = sum(passed_over.values())
-    return f"passed over {total:,} file{'' if total == 1 else 's'}: {listed(notes, most=8)}"
+    num_folders = sum(count for kind, count in kinds if kind.endswith("/"))
+    numbers = {"file": sum(passed_over.values()) - num_folders, "folder": num_folders}
+    counts = [f"{n:,} {noun}{'' if n == 1 else 's'}" for noun, n in numbers.items() if n]
+    return f"passed over {' and '.join(counts)}: {listed(notes, most=8)}"
 
 
 def without_masks(paths: Sequence[str]) -> tuple[list[str], int]:
     """Return paths less those of masks beside their image (x.seg.png, x_mask.png by x.jpg), and how many these are."""
-    masks = {path: found[1] for path in paths if (found := _MASK.fullmatch(path))}
+    masks = {path: path[: found.start()] for path in paths if (found := _MASK.search(path))}
     if not masks:
         return list(paths), 0
     stems = {path.rpartition(".")[0] for path in paths}
@@ -171,7 +175,7 @@ def without_masks(paths: Sequence[str]) -> tuple[list[str], int]:
 
 def is_named_as_mask(path: str) -> bool:
     """Say whether a name ends as those of masks and depth maps do: x.seg.png, x_mask.png."""
-    return _MASK.fullmatch(path) is not None
+    return _MASK.search(path) is not None
 
 
 def part_of(name: str) -> str | None:
@@ -210,6 +214,22 @@ def mistaken_layout(
             inner = sorted({path.split("/")[1] for path in images})
             return f"{place}: all lies in {only}, which holds {listed(inner)}; {how.format(only, place)} ({overrule})"
     return None
+
+
+def doubtful_layout(place: str | Path, folders: Sequence[str], images: Sequence[str]) -> list[str]:
+    """Say what else may be the classes if all folders hold the same folders and no image besides (art/ant, ink/ant)."""
+    if len(folders) < 2 or any(path.count("/") == 1 for path in images):
+        return []
+    inner: dict[str, set[str]] = {name: set() for name in folders}
+    for path in images:
+        outer, name, _ = path.split("/", 2)
+        inner[outer].add(name)
+    first, *others = inner.values()
+    if len(first) < 2 or any(names != first for names in others) or all(map(str.isdecimal, first)):
+        return []
+    return [
+        f"each of these folders holds {listed(sorted(first))}: if these are the classes, name {place}/{folders[0]}"
+    ]
 
 
 def refuse_equal_looking(names: Iterable[str], where: str | Path) -> None:

@@ -19,6 +19,7 @@ from tokenlabel.data.folders import (
     EXTENSIONS,
     NEED_CLASSES,
     DataError,
+    doubtful_layout,
     list_images,
     mistaken_layout,
     passed_over_text,
@@ -188,6 +189,7 @@ class ImageFolder(ImageFiles):
         class_ids = np.repeat(np.arange(len(of_class)), [len(paths) for paths in of_class.values()])
         keys = [path for paths in of_class.values() for path in sorted(paths)]
         super().__init__(root, keys, class_ids, class_names, listing.passed_over)
+        self.remarks = doubtful_layout(root, class_names, keys)
 
 
 class ImageSubset:
