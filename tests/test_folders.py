@@ -224,6 +224,12 @@ class TestFoldersThatAreNoClasses:
         assert "if they are classes, rename them" in message
         assert message.count("\n") == 1
 
+    def test_val_images_among_the_classes(self, capsys):
+        lay("i/ant/1.png", "i/bee/1.png", "i/val/ant/2.png", "i/val/bee/2.png")
+        assert "i: val: parts of a data set, no classes; move it out from among" in train_complaint(
+            capsys, "i"
+        )
+
     def test_parts_without_class_folders(self, capsys):
         lay("images/train/1.png", "images/val/1.png")
         assert (

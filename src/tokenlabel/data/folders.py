@@ -194,14 +194,15 @@ def mistaken_layout(
     how = "pack what lies in it: tar -C {0} -cf NAME.tar ." if packed else "name {1}/{0}"
     overrule = "if they are classes, rename them or write a list of images with their classes"
     parts = {name: part for name in folders if (part := part_of(name))}
-    if len(set(parts.values())) > 1 or (parts and len(parts) == len(folders)):
+    in_parts = [path.split("/") for path in images if path.split("/", 1)[0] in parts] if parts else []
+    inside = {names[1] for names in in_parts if len(names) > 2}
+    if len(set(parts.values())) > 1 or (parts and len(parts) == len(folders)) or inside & set(folders):
         meant = next((name for name, part in parts.items() if part == "train"), next(iter(parts)))
-        bare = any(path.startswith(f"{meant}/") and path.count("/") == 1 for path in images)
+        bare = any(names[0] == meant and len(names) == 2 for names in in_parts)
         advice = f"; its images lie in no class folders: {NEED_CLASSES}" if bare else ""
-        return (
-            f"{place}: {listed(sorted(parts))} are parts of a data set, no classes; {how.format(meant, place)}{advice} "
-            f"({overrule})"
-        )
+        amid = len(parts) < len(folders) and len(set(parts.values())) == 1  # ant, bee, val
+        remedy = "move it out from among the classes" if amid else f"{how.format(meant, place)}{advice}"
+        return f"{place}: {listed(sorted(parts))}: parts of a data set, no classes; {remedy} ({overrule})"
     kinds = {name.lower() for name in folders}
     if kinds & _IMAGE_FOLDERS and kinds & _TRUTH_FOLDERS:
         return (
