@@ -6,6 +6,7 @@ Modules are imported by the verb that needs them, so that `tokenlabel --help` an
 from __future__ import annotations
 
 import difflib
+import io
 import json
 import os
 import sys
@@ -42,6 +43,9 @@ IGNORE_INDEX_HELP = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return its exit status: 0, 2 for input that cannot be used, 128 + signal if stopped."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names of files need not be UTF-8, nor need the terminal
+            stream.reconfigure(errors="backslashreplace")
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_overview())
         return 0
@@ -254,9 +258,9 @@ def inspect(arguments: list[str]) -> int:
 
     store, source = LabelStore(*options.store, duplicates=options.duplicates), None
     if options.images:
-        from tokenlabel.data.sources import open_images
+        from tokenlabel.data.sources import open_aloud
 
-        source = open_images(options.images)
+        source = open_aloud(options.images)
     figures = inspect_store(store, config_of(parser, options, InspectConfig), source=source).as_dict()
     if options.masks:
         from tokenlabel.evaluation.observation import mask_agreement

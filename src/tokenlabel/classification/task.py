@@ -28,7 +28,8 @@ from tokenlabel.data.batches import (
     shard_order,
 )
 from tokenlabel.data.erasing import Erased, erase
-from tokenlabel.data.sources import open_images
+from tokenlabel.data.images import describe
+from tokenlabel.data.sources import open_aloud, refuse_single_class
 from tokenlabel.data.tars import TarImages
 from tokenlabel.evaluation.observation import evaluate, evaluation_set
 from tokenlabel.labels.store import LabelStore
@@ -36,6 +37,7 @@ from tokenlabel.method.mixing import Mixing, MixPlan, join_plans, sample_mix
 from tokenlabel.models import TokenModel, create_model, load_published
 from tokenlabel.runtime.configuration import ConfigError
 from tokenlabel.runtime.distributed import Ranks, joined_ranks
+from tokenlabel.runtime.notices import say
 from tokenlabel.runtime.runlog import Stopwatch
 from tokenlabel.runtime.trackers import Tracker
 from tokenlabel.teachers.online import load_online_teacher
@@ -161,7 +163,8 @@ class ClassifierTask(Task[Recipe]):
 
 def build(recipe: Recipe, *, device: torch.device) -> ClassifierTask:
     """Build the data, the model and the objective of a recipe, and check that they fit together."""
-    source = open_images(recipe.data.train)
+    source = open_aloud(recipe.data.train)
+    refuse_single_class(source, recipe.data.train)
     if recipe.data.tar_window is not None and isinstance(source, TarImages):
         source = source.streamed()
     source = check_images(source, skip_broken=recipe.data.skip_broken, check=recipe.data.check)
@@ -179,12 +182,15 @@ def build(recipe: Recipe, *, device: torch.device) -> ClassifierTask:
     )
     if not objective.labels_tokens:
         model.freeze_token_head()
+    val_set = evaluation_set(recipe, class_names=source.class_names) if recipe.data.val else None
+    if val_set is not None:
+        say(describe(val_set.source, recipe.data.val or ""))
     transform = TrainTransform(recipe.augment, recipe.model.size_px)
     return ClassifierTask(
         recipe=recipe,
         model=model,
         train_set=TokenLabelDataset(source, transform, seed=recipe.seed, store=store),
-        val_set=evaluation_set(recipe, class_names=source.class_names) if recipe.data.val else None,
+        val_set=val_set,
         objective=objective,
         device=device,
     )

@@ -17,7 +17,7 @@ import timm.data
 from numpy.typing import NDArray
 
 from tokenlabel.data.images import DataError, ImageSource
-from tokenlabel.data.sources import open_images
+from tokenlabel.data.sources import open_aloud
 
 NUM_IMAGENET_CLASSES = 1000
 
@@ -72,6 +72,11 @@ class RenumberedImages:
         """The names of the model's classes."""
         return self._class_names
 
+    @property
+    def passed_over(self) -> Mapping[str, int]:
+        """How many files the source passed over, by kind."""
+        return getattr(self._source, "passed_over", {})
+
     def read(self, index: int) -> bytes:
         """Return the encoded image."""
         return self._source.read(index)
@@ -86,7 +91,7 @@ def read_folder(root: Path, class_names: Sequence[str], num_classes: int) -> Eva
     ImageNet-1k's val images in folders of WordNet ids and ImageNet-Sketch are such. A model that does not know the
     names of its classes takes as many folders as it has classes, in sorted order.
     """
-    source = open_images(root)
+    source = open_aloud(root)
     if not class_names:
         if len(source.class_names) != num_classes:
             raise DataError(
@@ -100,7 +105,7 @@ def read_folder(root: Path, class_names: Sequence[str], num_classes: int) -> Eva
 def read_v2(root: Path, class_names: Sequence[str], num_classes: int) -> EvaluationSet:
     """Read ImageNet-V2: the folders 0 to 999 are class ids."""
     _check_imagenet(num_classes, root)
-    source = open_images(root)
+    source = open_aloud(root)
     strange = [
         name
         for name in source.class_names
@@ -196,7 +201,7 @@ def _read_subset(
     data = pkgutil.get_data(timm.data.__name__, f"_info/{file}")
     assert data is not None, f"timm ships {file}"
     wanted = data.decode().split()
-    source = open_images(root)
+    source = open_aloud(root)
     strange = [found for found in source.class_names if found not in wanted]
     if strange:
         raise DataError(f"{root}: {name} has {len(wanted)} classes, and {strange[0]!r} is none of them")

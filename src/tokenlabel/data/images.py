@@ -6,7 +6,7 @@ import io
 import os
 import re
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol, overload, runtime_checkable
@@ -15,29 +15,35 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from tokenlabel.data.folders import (
+    EXTENSIONS,
+    NEED_CLASSES,
+    DataError,
+    doubtful_layout,
+    list_images,
+    mistaken_layout,
+    passed_over_text,
+    refuse_equal_looking,
+    without_masks,
+)
 from tokenlabel.method.geometry import turned
 from tokenlabel.runtime.coercion import Choice
+from tokenlabel.runtime.notices import listed, say
 
 try:
     import simplejpeg
 except ImportError:  # the extra "fast"
     simplejpeg = None
 
-EXTENSIONS = (
-    ".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp",
-)  # fmt: skip
-
 # Up to this many images `check_images` decodes every one by default (about 10 ms each for 500 x 375 JPEGs).
 DECODE_ALL_UP_TO = 10_000
-
-_NUM_NAMED = 3  # how many offenders an error names
 
 _ORIENTATION = 0x0112  # the tag of EXIF data
 _XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([1-8])')
 
 
-class DataError(ValueError):
-    """A folder of images that can't be used as it is."""
+# More classes than this, numbers in a list or in .cls files are something else: 21,841 are in all of ImageNet.
+_MAX_CLASSES = 1_000_000
 
 
 class ImageError(ValueError):
@@ -50,6 +56,7 @@ class ImageSource(Protocol):
 
     `keys` are unique and name the same image for ever: label stores file its scores under them. `class_ids`
     [n] index into `class_names`. A source is sent to data loader processes, so it must pickle, and cheaply.
+    `passed_over`, which a source may have, counts by kind the files beside the images that are none.
     """
 
     @property
@@ -107,9 +114,14 @@ class ImageFiles:
     """Images that are files of their own. Keys are their paths, relative to `root` or absolute."""
 
     def __init__(
-        self, root: Path, keys: Sequence[str], class_ids: NDArray[np.int64], class_names: Sequence[str]
+        self,
+        root: Path,
+        keys: Sequence[str],
+        class_ids: NDArray[np.int64],
+        class_names: Sequence[str],
+        passed_over: Mapping[str, int] | None = None,
     ) -> None:
-        self.root = root
+        self.root, self.passed_over = root, dict(passed_over or {})
         self._keys, self._class_ids, self._class_names = Strings(keys), class_ids, list(class_names)
 
     @property
@@ -149,35 +161,46 @@ class ImageFolder(ImageFiles):
     """A folder with one folder a class (the ordinary layout of ImageNet), images at any depth below it.
 
     Keys are whole paths relative to the root, with "/" and the extension, sorted by class, then by path.
-    Class ids follow the sorted names of the class folders, as in torchvision. Names that begin with a dot are
-    passed over, links are followed. Raises DataError for a root that is missing, empty or has no class
-    folders, for class folders without images, and for images that lie in no class folder.
+    Class ids follow the sorted names of the class folders, as in torchvision. Names that begin with a dot, what file
+    systems leave behind and masks beside their images are passed over, links are followed (see `list_images`). Raises
+    DataError for a root that is missing, empty or has no class folders, for class folders without images, for images
+    that lie in no class folder, and for folders that clearly are something else than classes (see `mistaken_layout`).
     """
 
     def __init__(self, root: str | Path) -> None:
         root = Path(root)
         if not root.is_dir():
             raise DataError(f"{root}: no such folder of images")
-        with os.scandir(root) as entries:
-            visible = [entry for entry in entries if not entry.name.startswith(".")]
-        class_names = sorted(entry.name for entry in visible if entry.is_dir())
-        stray = sorted(entry.name for entry in visible if entry.is_file() and _is_image(entry.name))
+        listing = list_images(root)
+        class_names = sorted(listing.folders)
+        if mistake := mistaken_layout(root, class_names, listing.images):
+            raise DataError(mistake)
+        stray = sorted(path for path in listing.images if "/" not in path)
         if stray:
+            above = "" if class_names else f"; if {root.absolute().name} is a class, name the folder above"
             raise DataError(
-                f"{root}: {_count(stray, 'image')} outside of any class folder; "
-                "put each into a folder named after its class"
+                f"{root}: {_count(stray, 'image')} outside of any class folder; {NEED_CLASSES}{above}"
             )
+        beside = f" ({passed_over_text(listing.passed_over)})" if listing.passed_over else ""
         if not class_names:
-            raise DataError(f"{root}: expected one folder a class with images in it, found no folder")
-        of_class = [sorted(_image_paths(root, name)) for name in class_names]
-        empty = [name for name, paths in zip(class_names, of_class, strict=True) if not paths]
+            raise DataError(f"{root}: expected one folder a class with images in it, found no folder{beside}")
+        refuse_equal_looking(class_names, root)
+        images, num_masks = without_masks(listing.images)
+        if num_masks:
+            listing.passed_over["named as masks of images beside them"] = num_masks
+        of_class: dict[str, list[str]] = {name: [] for name in class_names}
+        for path in images:
+            of_class[path.split("/", 1)[0]].append(path)
+        empty = [name for name, paths in of_class.items() if not paths]
         if empty:
             raise DataError(
                 f"{root}: {_count(empty, 'class folder')} without images "
-                f"({', '.join(EXTENSIONS)}); fill or remove them"
+                f"({', '.join(EXTENSIONS)}){beside}; fill or remove them"
             )
-        class_ids = np.repeat(np.arange(len(of_class)), [len(paths) for paths in of_class])
-        super().__init__(root, [path for paths in of_class for path in paths], class_ids, class_names)
+        class_ids = np.repeat(np.arange(len(of_class)), [len(paths) for paths in of_class.values()])
+        keys = [path for paths in of_class.values() for path in sorted(paths)]
+        super().__init__(root, keys, class_ids, class_names, listing.passed_over)
+        self.remarks = doubtful_layout(root, class_names, keys)
 
 
 class ImageSubset:
@@ -185,6 +208,7 @@ class ImageSubset:
 
     def __init__(self, source: ImageSource, indices: NDArray[np.integer]) -> None:
         self._source, self._indices = source, indices
+        self._class_ids = source.class_ids[indices]  # once: a million of them take milliseconds
         self._keys = Strings([source.keys[int(i)] for i in indices])
 
     @property
@@ -195,7 +219,7 @@ class ImageSubset:
     @property
     def class_ids(self) -> NDArray[np.int64]:
         """The class of each image."""
-        return self._source.class_ids[self._indices]
+        return self._class_ids
 
     @property
     def class_names(self) -> list[str]:
@@ -207,6 +231,13 @@ class ImageSubset:
         """The group (file) that each image lies in, if the other source says so."""
         groups = getattr(self._source, "groups", None)
         return None if groups is None else groups[self._indices]
+
+    @property
+    def passed_over(self) -> Mapping[str, int]:
+        """How many files the other source passed over, by kind, and how many of its images are not among these."""
+        left_out = len(self._source) - len(self._indices)
+        others: Mapping[str, int] = getattr(self._source, "passed_over", {})
+        return {**others, "left out": others.get("left out", 0) + left_out} if left_out else others
 
     def streamed(self) -> ImageSource:
         """Return the same images, for reading group by group (see `TarImages.streamed`)."""
@@ -322,20 +353,55 @@ def check_images(
             f"{_count(broken, 'image')} that cannot be decoded, of {len(source):,}; "
             "repair or remove them, or say to skip broken images"
         )
+    say(f"left out {len(broken):,} of {len(source):,} images, which do not decode ({listed(broken)})")
     return ImageSubset(source, np.flatnonzero(sound))
 
 
+def describe(source: ImageSource, place: str | Path) -> str:
+    """Return how many images of which classes a source has, and what it passed over, in one line for people."""
+    names, line = source.class_names, f"{place}: {_plural(len(source), 'image')}"
+    if names:
+        there = np.bincount(source.class_ids, minlength=len(names)) > 0
+        line += f" of {_count([names[i] for i in np.flatnonzero(there)], 'class', 'classes')}"
+        if not there.all():
+            line += f"; no image of {_count([names[i] for i in np.flatnonzero(~there)], 'class', 'classes')}"
+        if not there[0] and names[0] == "0":
+            line += ": numbers are class ids, from 0"
+    else:
+        line += " without classes"
+    if passed_over := getattr(source, "passed_over", None):
+        line += f"; {passed_over_text(passed_over)}"
+    line = "; ".join([line, *getattr(source, "remarks", ())])
+    return re.sub(r"[\x00-\x1f]", "?", line).encode("utf-8", "backslashreplace").decode()
+
+
 def named_classes(names: Sequence[str]) -> tuple[list[str], NDArray[np.int64]]:
-    """Return class names and ids: numbers stand for themselves, names are sorted."""
-    if all(name.isdecimal() for name in names):
-        ids = np.array([int(name) for name in names], np.int64)
+    """Return class names and ids: numbers stand for themselves (also 3.0, as pandas writes them), names are sorted.
+
+    Raises DataError for numbers below 0 or far too large, and for numbers with missing values among them.
+    """
+    numbers = {name for name in set(names) if re.fullmatch(r"[+-]?\d+(\.0*)?", name)}
+    others = set(names) - numbers
+    if not others:
+        of_name = {name: int(name.split(".")[0]) for name in numbers}
+        wrong = [name for name, number in of_name.items() if not 0 <= number < _MAX_CLASSES]
+        if wrong:
+            raise DataError(
+                f"{wrong[0]} is no class: numbers of classes are ids, 0 and up, below {_MAX_CLASSES:,}"
+            )
+        ids = np.array([of_name[name] for name in names], np.int64)
         return [str(number) for number in range(int(ids.max()) + 1)], ids
+    if numbers and (
+        missing := [name for name in others if name.lower() in ("nan", "none", "null", "na", "n/a")]
+    ):
+        raise DataError(f"{missing[0]} is no class among numbers such as {min(numbers)}; remove these images")
     return sorted_classes(names)
 
 
 def sorted_classes(names: Sequence[str]) -> tuple[list[str], NDArray[np.int64]]:
     """Return class names and ids in the order of the names, as those of class folders are."""
     distinct = sorted(set(names))
+    refuse_equal_looking(distinct, "images")
     ids = {name: class_id for class_id, name in enumerate(distinct)}
     return distinct, np.array([ids[name] for name in names], np.int64)
 
@@ -408,20 +474,10 @@ def _as_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _image_paths(root: Path, class_name: str) -> Iterator[str]:
-    """Yield the paths of a class's images relative to the root, in no particular order."""
-    for folder, subfolders, names in os.walk(root / class_name, followlinks=True):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        relative = Path(folder).relative_to(root).as_posix()
-        yield from (f"{relative}/{name}" for name in names if _is_image(name))
+def _count(names: Sequence[str], noun: str, plural: str | None = None) -> str:
+    """Return "5 images (a, b, c, ...)"."""
+    return f"{_plural(len(names), noun, plural)} ({listed(list(names))})"
 
 
-def _is_image(name: str) -> bool:
-    return not name.startswith(".") and name.lower().endswith(EXTENSIONS)
-
-
-def _count(names: Sequence[str], noun: str) -> str:
-    """Return "5 images (a, b, c, ...)", for error messages."""
-    more = ", ..." if len(names) > _NUM_NAMED else ""
-    plural = "" if len(names) == 1 else "s"
-    return f"{len(names):,} {noun}{plural} ({', '.join(names[:_NUM_NAMED])}{more})"
+def _plural(count: int, noun: str, plural: str | None = None) -> str:
+    return f"{count:,} {noun if count == 1 else plural or f'{noun}s'}"

@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import csv
+import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from tokenlabel.data.images import (
+from tokenlabel.data.folders import (
     EXTENSIONS,
+    UNREAD_PICTURES,
     DataError,
+    list_images,
+    part_of,
+    passed_over_text,
+)
+from tokenlabel.data.images import (
     ImageFiles,
     ImageFolder,
     ImageSource,
+    describe,
     named_classes,
 )
-from tokenlabel.data.tars import INDEX_NAME, TarImages, read_index
+from tokenlabel.data.tars import INDEX_NAME, TarImages, read_index, tar_files
+from tokenlabel.runtime.notices import listed, say
 
 LIST_SUFFIXES = (".txt", ".tsv", ".csv", ".lst")
+
+_NUM_LOOKED_FOR = 100  # files of a list whose presence is checked at the start
 
 
 def open_images(path: str | Path) -> ImageSource:
@@ -29,65 +41,220 @@ def open_images(path: str | Path) -> ImageSource:
     `.lst`; see `ListedImages`). Raises DataError for anything else.
     """
     path = Path(path)
-    if path.suffix == ".tar":
-        return TarImages([path])
-    if path.is_dir() and (tars := sorted(path.glob("*.tar"))):
-        if folder := next((sub for sub in path.iterdir() if sub.is_dir() and _holds_images(sub)), None):
+    if path.is_file():
+        suffix = path.suffix.lower()
+        if suffix == ".tar":
+            return TarImages([path])
+        if suffix in LIST_SUFFIXES:
+            return ListedImages(path)
+        raise DataError(
+            f"{path}: expected a folder of images, a .tar file (not compressed) or a list "
+            f"({', '.join(LIST_SUFFIXES)}); unpack archives of other kinds"
+        )
+    if path.is_dir() and (tars := tar_files(path)):
+        if folder := next((name.split("/")[0] for name in list_images(path).images if "/" in name), None):
             raise DataError(
-                f"{path}: holds tar files ({tars[0].name}) and folders of images ({folder.name}); which are "
+                f"{path}: holds tar files ({tars[0].name}) and folders of images ({folder}); which are "
                 "meant? Move one kind elsewhere"
             )
         return read_index(path, tars) if (path / INDEX_NAME).exists() else TarImages(tars)
-    if path.suffix in LIST_SUFFIXES and path.is_file():
-        return ListedImages(path)
     return ImageFolder(path)
 
 
-def _holds_images(folder: Path) -> bool:
-    if folder.name.startswith("."):
-        return False
-    return any(path.suffix.lower() in EXTENSIONS for path in folder.rglob("*"))
+def open_aloud(path: str | Path) -> ImageSource:
+    """Open images and say how many there are, of which classes, and what was passed over: the start of every command.
+
+    Raises DataError as `open_images` does, and for a list of which no file is there.
+    """
+    source = open_images(path)
+    say(describe(source, path))
+    if isinstance(source, ListedImages):
+        some = np.unique(np.linspace(0, len(source) - 1, _NUM_LOOKED_FOR).astype(int))
+        looked_for = [source.keys[int(i)] for i in some]
+        absent = [key for key in looked_for if not (source.root / key).is_file()]
+        if len(absent) == len(looked_for):
+            raise DataError(
+                f"{path}: no such files as it lists ({listed(absent)}); paths are relative to the list's folder, "
+                f"{source.root}, or absolute"
+            )
+        if absent:
+            say(
+                f"{path}: of {len(looked_for)} files that were looked for, {len(absent)} are absent ({listed(absent)})"
+            )
+    return source
+
+
+def refuse_single_class(source: ImageSource, place: str | Path) -> None:
+    """Raise DataError for images to train a classifier on that are not of two classes at least."""
+    names = [source.class_names[i] for i in np.unique(source.class_ids)] if source.class_names else []
+    if len(names) < 2:
+        found = f"one class only ({names[0]})" if names else "no classes"
+        raise DataError(
+            f"{place}: its images have {found}, so there is nothing to learn; expected one folder a class, or a list "
+            "with a class behind each path"
+        )
 
 
 class ListedImages(ImageFiles):
-    """Images that a text file lists, one a line: a path, and its class behind a tab, comma or space.
+    """Images that a text file lists, one a line: a path, and its class behind a tab, comma, semicolon or space.
 
-    Paths are relative to the list's folder (or absolute) and are the keys, as they are written. Classes are
-    names, or numbers if all of them are; without any, the images have no classes, which is enough to annotate
-    them by a teacher's. Lines that begin with # are passed over. Raises DataError that names the line.
+    Paths are relative to the list's folder (or absolute) and are the keys, without "./" and with "/" for a backslash.
+    Classes are names, or numbers if all of them are; without any, the images have no classes, which is enough to
+    annotate them by a teacher's. What spreadsheets write is understood: quotes, a byte-order mark, UTF-16, and a first
+    line of headings, by which path and class are found among more columns. Lines that begin with # are passed over.
+    Raises DataError that names the line. `remarks`: what was assumed.
     """
 
     def __init__(self, path: str | Path) -> None:
         path = Path(path)
-        entries = list(_entries(path))
-        keys = [key for key, _ in entries]
+        self.remarks: list[str] = []
+        passed_over: Counter[str] = Counter()
+        entries = [*_entries(path, self.remarks, passed_over)]
         if not entries:
-            raise DataError(f"{path}: lists no images")
+            beside = f" ({passed_over_text(passed_over)})" if passed_over else ""
+            raise DataError(f"{path}: lists no images{beside}")
+        keys = [key for key, _ in entries]
+        strange = next((key for key in keys if "\\" in key and "/" not in key), None)
+        if strange is not None and not (path.parent / strange).exists():  # written on Windows
+            keys = [key.replace("\\", "/") for key in keys]
+        keys = [key.removeprefix("./") for key in keys]
         if len(set(keys)) < len(keys):
             twice = Counter(keys).most_common(1)[0][0]
             raise DataError(f"{path}: {twice} is listed twice")
         named = [name for _, name in entries if name is not None]
         if named and len(named) < len(entries):
-            raise DataError(f"{path}: {len(entries) - len(named):,} of {len(entries):,} images have no class")
-        class_names, class_ids = named_classes(named) if named else ([], np.zeros(len(keys), np.int64))
-        super().__init__(path.parent, keys, class_ids, class_names)
+            bare = [key for key, (_, name) in zip(keys, entries, strict=True) if name is None]
+            raise DataError(
+                f"{path}: {len(bare):,} of {len(entries):,} images have no class ({listed(bare)}); give all one or none"
+            )
+        parts = {name: part_of(name) for name in set(named)}
+        if len(set(parts.values())) > 1 and all(parts.values()):
+            raise DataError(
+                f"{path}: {listed(sorted(parts))} are parts of a data set, no classes; list each apart"
+            )
+        try:
+            class_names, class_ids = named_classes(named) if named else ([], np.zeros(len(keys), np.int64))
+        except DataError as error:
+            raise DataError(f"{path}: {error}") from error
+        super().__init__(path.parent, keys, class_ids, class_names, passed_over)
 
 
-def _entries(path: Path) -> Iterator[tuple[str, str | None]]:
-    for number, raw in enumerate(
-        path.read_text(encoding="utf-8", errors="surrogateescape").splitlines(), start=1
-    ):
-        line = raw.strip()
-        if not line or line.startswith("#"):
+def _entries(path: Path, remarks: list[str], passed_over: Counter[str]) -> Iterator[tuple[str, str | None]]:
+    """Yield the path and the class of each image that a list names."""
+    lines = _lines(path)
+    rows = list(_rows(path, lines))
+    columns = None
+    if len(rows) > 1 and not any("." in cell for cell in rows[0][1]):
+        columns = _columns(path, rows, remarks)
+        rows = rows[1:]
+    for number, cells in rows:
+        if columns is not None:
+            cells = [cells[i] if i < len(cells) else "" for i in columns]
+        while cells and not cells[-1]:
+            cells = cells[:-1]
+        if unread := [cell for cell in cells if cell.lower().endswith(UNREAD_PICTURES)]:
+            passed_over[Path(unread[0]).suffix.lower()] += 1
             continue
-        if line.lower().endswith(EXTENSIONS):
-            yield line, None
-            continue
-        separator = "\t" if "\t" in line else "," if "," in line else " "
-        key, _, name = line.rpartition(separator)
-        if not key.strip().lower().endswith(EXTENSIONS):
+        of_images = [i for i, cell in enumerate(cells) if _is_image(cell)]
+        if len(of_images) != 1 or len(cells) > 2:
+            many = (
+                "; more columns need a first line that names them, such as path,label"
+                if len(cells) > 2
+                else ""
+            )
             raise DataError(
                 f"{path}, line {number}: expected the path of an image ({', '.join(EXTENSIONS)}), or a path and a "
-                f"class (with a tab between where the class has spaces or commas); got {raw!r}"
+                f"class (with a tab between where the class has spaces or commas{many}); got {lines[number - 1]!r}"
             )
-        yield key.strip(), name.strip()
+        yield cells[of_images[0]], cells[1 - of_images[0]] or None if len(cells) == 2 else None
+
+
+def _lines(path: Path) -> list[str]:
+    data = path.read_bytes()
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):  # what Excel calls Unicode text
+        text = data.decode("utf-16", "replace")
+    else:
+        text = data.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape")
+    return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+
+
+def _rows(path: Path, lines: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
+    """Yield the number and the cells of each line that says something."""
+    says = [i for i, line in enumerate(lines) if line.strip() and not line.startswith("#")]
+    delimiter = None
+    if says and (given := re.fullmatch(r"sep=(.)", lines[says[0]].strip('" '), re.IGNORECASE)):  # Excel's own
+        delimiter = given[1]
+        says = says[1:]
+    some = [lines[i].strip() for i in says[:2]]
+    if delimiter is None and some and not (_is_image(some[0]) and (path.parent / some[0]).is_file()):
+        delimiter = next((mark for mark in "\t;," if any(_splits(line, mark) for line in some)), None)
+    if delimiter is None:
+        for i in says:
+            line = lines[i].strip()
+            quoted = line.startswith('"') and next(csv.reader([line], delimiter=" "))
+            yield (
+                i + 1,
+                quoted or ([line] if _is_image(line) else [cell.strip() for cell in line.rsplit(" ", 1)]),
+            )
+        return
+    first = says[0] if says else 0
+    reader = csv.reader(
+        ("\n" if line.startswith("#") else f"{line}\n" for line in lines[first:]),
+        delimiter=delimiter,
+        skipinitialspace=delimiter != "\t",
+        strict=True,
+    )
+    try:
+        for cells in reader:
+            if any(cell.strip() for cell in cells) and not cells[0].startswith("#"):
+                yield first + reader.line_num, [cell.strip() for cell in cells]
+    except csv.Error as error:
+        raise DataError(f"{path}, line {first + reader.line_num}: cannot be read as CSV ({error})") from error
+
+
+def _splits(line: str, mark: str) -> bool:
+    cells = next(csv.reader([line], delimiter=mark, skipinitialspace=True))
+    return len(cells) > 1 and any(
+        cell.strip().lower().endswith(EXTENSIONS + UNREAD_PICTURES) for cell in cells
+    )
+
+
+def _columns(path: Path, rows: Sequence[tuple[int, list[str]]], remarks: list[str]) -> list[int]:
+    """Return which columns hold path and class, by the headings in the first row; the path alone without a class."""
+    (number, headings), (_, first) = rows[0], rows[1]
+    words = [re.sub(r"[^a-z]", "", heading.lower()) for heading in headings]
+    paths = [i for i, cell in enumerate(first) if i < len(words) and _is_image(cell)]
+    if len(paths) > 1:
+        paths = [i for i in paths if words[i] in _PATH_HEADINGS]
+    others = [i for i, word in enumerate(words) if word and i not in paths]
+    classes = others if len(others) < 2 else [i for i in others if words[i] in _CLASS_HEADINGS]
+    if len(paths) != 1 or len(classes) > 1 or (others and not classes):
+        raise DataError(
+            f"{path}, line {number}: which columns are path and class? Call one path and one label, and no other so; "
+            f"got {', '.join(headings)}"
+        )
+    for i in others:
+        found = {part for _, cells in rows[1:] if i < len(cells) and (part := part_of(cells[i]))}
+        if len(found) > 1:
+            raise DataError(
+                f"{path}: its column {headings[i]} says {listed(sorted(found))}; write a list of each part"
+            )
+    chosen = [*paths, *classes]
+    unread = [headings[i] for i in others if i not in chosen]
+    said = f"path from column {headings[paths[0]]}" + (
+        f", class from {headings[classes[0]]}" if classes else ""
+    )
+    remarks.append(said + (f"; not read: {listed(unread)}" if unread else ""))
+    return chosen
+
+
+_PATH_HEADINGS = {
+    "path", "file", "filename", "filepath", "image", "img", "imagepath", "imgpath", "imagefile", "imagename", "name",
+}  # fmt: skip
+_CLASS_HEADINGS = {
+    "class", "label", "category", "target", "classid", "labelid", "classname", "labelname", "classes", "labels", "y",
+}  # fmt: skip
+
+
+def _is_image(path: str) -> bool:
+    return path.lower().endswith(EXTENSIONS)

@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import os
+import re
 import tarfile
 import zlib
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenlabel.data.images import EXTENSIONS, DataError, ImageError, Strings, named_classes, sorted_classes
+from tokenlabel.data.folders import (
+    EXTENSIONS,
+    DataError,
+    is_named_as_mask,
+    mistaken_layout,
+    part_of,
+    passed_over_text,
+    why_passed_over,
+    without_masks,
+)
+from tokenlabel.data.images import ImageError, Strings, describe, named_classes, sorted_classes
+from tokenlabel.runtime.notices import listed, say
 
 INDEX_NAME = "tokenlabel-index.npz"
 
@@ -25,12 +37,16 @@ _BLOCK_BYTES = 512  # of a tar file's headers
 
 @dataclass(frozen=True, eq=False)
 class TarIndex:
-    """What is where in tar files: `places` [n, 3] are the file's number, the first byte and the bytes of each image."""
+    """What is where in tar files: `places` [n, 3] are the file's number, the first byte and the bytes of each image.
+
+    `passed_over`: how many other files there are, by kind.
+    """
 
     keys: Strings
     places: NDArray[np.int64]
     class_names: list[str]
     class_ids: NDArray[np.int64]
+    passed_over: dict[str, int]
 
 
 class TarImages:
@@ -38,9 +54,10 @@ class TarImages:
 
     A key is the whole path of the image in its tar file, the same as relative to the folder that it would be
     unpacked to. The class is the number in the `.cls` file beside the image (the same path up to the first
-    dot of the name), or, where there is none, the first folder of the path. Images are sorted by key. Raises
-    DataError for tar files that cannot be read, that hold no images, or hold a path twice, and where only
-    some images have a class. `index`: what is in the files, where it is known already.
+    dot of the name, which is one sample), or, where there is none, the first folder of the path. A sample has one
+    image: of x.png and x.seg.png the one whose name has no word more. Images are sorted by key. Raises
+    DataError for tar files that cannot be read, that hold no images, hold a path twice or several images of one
+    sample, and where only some images have a class. `index`: what is in the files, where it is known already.
     """
 
     def __init__(self, paths: Sequence[str | Path], index: TarIndex | None = None) -> None:
@@ -63,6 +80,11 @@ class TarImages:
     def class_names(self) -> list[str]:
         """The names of the first folders, or the numbers of the `.cls` files."""
         return self.index.class_names
+
+    @property
+    def passed_over(self) -> Mapping[str, int]:
+        """How many other files lie in the tar files, by kind."""
+        return self.index.passed_over
 
     @property
     def groups(self) -> NDArray[np.int64]:
@@ -126,25 +148,105 @@ class _OpenFile:
             os.close(self.descriptor)
 
 
+def tar_files(folder: Path) -> list[Path]:
+    """Return the tar files in a folder. Raises DataError if they are of several parts of a data set."""
+    tars = sorted(path for path in folder.iterdir() if _is_tar(path))
+    parts: dict[str, Path] = {}
+    for path in tars:
+        for word in re.findall(r"[a-z]+", path.stem.lower()):
+            if part := part_of(word):
+                parts.setdefault(part, path)
+    if len(parts) > 1:
+        some = listed([path.name for path in parts.values()])
+        raise DataError(
+            f"{folder}: holds tar files of several parts of a data set ({some}); give each a folder"
+        )
+    return tars
+
+
+def _is_tar(path: Path) -> bool:
+    return path.suffix.lower() == ".tar" and not path.name.startswith(".") and path.is_file()
+
+
 def scan_tars(paths: Sequence[Path]) -> TarIndex:
     """Return what is in tar files, by looking at the header of every member."""
-    where = str(paths[0].parent)
+    where = str(paths[0] if len(paths) == 1 else paths[0].parent)
     images: dict[str, tuple[int, int, int]] = {}
-    numbers: dict[str, int] = {}
+    numbers: dict[tuple[int, str], str] = {}  # by sample: tar file and stem
+    passed_over: Counter[str] = Counter()
     for place, path in enumerate(paths):
-        for name, start, length, text in _members(path):
+        for name, kind, start, length, text in _members(path):
             if text is not None:
-                numbers[_stem(name)] = _class_number(text, where=f"{path}: {name}")
+                sample, number = (place, _stem(name)), _class_number(text, where=f"{path}: {name}")
+                if numbers.setdefault(sample, number) != number:
+                    raise DataError(
+                        f"{path}: {_stem(name)} has two classes in .cls files, {numbers[sample]} and {number}"
+                    )
+            elif kind is not None:
+                passed_over[kind] += 1
             elif name in images:
                 raise DataError(f"{path}: {name} is there twice (also in {paths[images[name][0]]})")
             else:
                 images[name] = (place, start, length)
+    beside = f"; {passed_over_text(passed_over)}" if passed_over else ""
     if not images:
-        raise DataError(f"{where}: no images ({', '.join(EXTENSIONS)}) in {len(paths)} tar files")
-    keys = sorted(images)
-    class_names, class_ids = _classes(keys, numbers, where=where)
+        raise DataError(f"{where}: no images ({', '.join(EXTENSIONS)}) in {len(paths)} tar files{beside}")
+    folders = sorted({key.split("/", 1)[0] for key in images if "/" in key})
+    mistake = mistaken_layout(where, folders, [*images], packed=True)
+    if mistake and (not numbers or len({part_of(name) for name in folders} - {None}) > 1):
+        raise DataError(
+            f"{mistake}: pack the folder that you mean, such as `tar -C {folders[-1]} -cf NAME.tar .`"
+        )
+    if numbers:
+        keys = _images_of_samples(images, passed_over, where=where)
+    else:
+        keys, num_masks = without_masks(sorted(images))
+        if num_masks:
+            passed_over["named as masks of images beside them"] = num_masks
+        if bare := [key for key in keys if "/" not in key]:
+            raise DataError(
+                f"{where}: {len(bare):,} of {len(keys):,} images have neither a .cls file nor a folder that names "
+                f"their class ({listed(bare)}){beside}"
+            )
     places = np.array([images[key] for key in keys], np.int64)
-    return TarIndex(Strings(keys), places, class_names, class_ids)
+    if numbers:
+        of_image = [
+            numbers.get((int(place), _stem(key))) for key, place in zip(keys, places[:, 0], strict=True)
+        ]
+        known = [number for number in of_image if number is not None]
+        if lacking := [key for key, number in zip(keys, of_image, strict=True) if number is None]:
+            raise DataError(
+                f"{where}: {len(lacking):,} of {len(keys):,} images have no .cls file ({listed(lacking)})"
+            )
+        class_names, class_ids = named_classes(known)
+    else:
+        class_names, class_ids = sorted_classes([key.split("/", 1)[0] for key in keys])
+    return TarIndex(Strings(keys), places, class_names, class_ids, dict(passed_over))
+
+
+def _images_of_samples(
+    images: Mapping[str, tuple[int, int, int]], passed_over: Counter[str], *, where: str
+) -> list[str]:
+    """Return the path of the image of each sample, sorted; count the sample's other pictures, such as masks."""
+    samples: defaultdict[tuple[int, str], list[str]] = defaultdict(list)
+    for key, (place, _, _) in images.items():
+        samples[place, _stem(key)].append(key)
+    chosen: list[str] = []
+    for (_, stem), found in samples.items():
+        own = found
+        if len(found) > 1:
+            own = [key for key in found if key.count(".", len(stem)) == 1]
+            own = own or [key for key in found if not is_named_as_mask(key)]
+        if len(own) != 1:
+            raise DataError(
+                f"{where}: the sample {stem} has {len(found)} images ({listed(found)}), and nothing says which is "
+                f"meant; name it {stem}.jpg or .png and the others {stem}.WORD.png, or leave them out"
+            )
+        chosen += own
+        passed_over.update(
+            f"{key[len(stem) :].lower()} beside the sample's image" for key in found if key not in own
+        )
+    return sorted(chosen)
 
 
 def write_index(folder: str | Path) -> Path:
@@ -153,10 +255,11 @@ def write_index(folder: str | Path) -> Path:
     `open_images` then opens the folder by reading that file alone. Raises DataError as `TarImages` does.
     """
     folder = Path(folder)
-    paths = sorted(folder.glob("*.tar"))
+    paths = tar_files(folder) if folder.is_dir() else []
     if not paths:
         raise DataError(f"{folder}: no tar files to index; expected a folder of .tar files")
     index, path = scan_tars(paths), folder / INDEX_NAME
+    say(describe(TarImages(paths, index), folder))
     sizes, marks = _fingerprints(paths, index.places)
     temporary = path.with_suffix(".tmp.npz")
     np.savez(
@@ -168,6 +271,8 @@ def write_index(folder: str | Path) -> Path:
         places=index.places,
         class_names=_packed(index.class_names),
         class_ids=index.class_ids,
+        passed_over=_packed(list(index.passed_over)),
+        num_passed_over=np.array([*index.passed_over.values()], np.int64),
     )
     temporary.replace(path)
     return path
@@ -183,6 +288,9 @@ def read_index(folder: Path, paths: Sequence[Path]) -> TarImages:
                 places=arrays["places"],
                 class_names=_unpacked(arrays["class_names"]),
                 class_ids=arrays["class_ids"],
+                passed_over=dict(
+                    zip(_unpacked(arrays["passed_over"]), arrays["num_passed_over"].tolist(), strict=True)
+                ),
             )
             tars, sizes, marks = _unpacked(arrays["tars"]), arrays["sizes"], arrays["marks"]
     except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
@@ -219,19 +327,18 @@ def _unpacked(text: NDArray[np.uint8]) -> list[str]:
     return text.tobytes().decode("utf-8", "surrogateescape").split("\0")[:-1]
 
 
-def _members(path: Path) -> Iterator[tuple[str, int, int, bytes | None]]:
-    """Yield the name of each image and class file of a tar file, where its bytes are, and a class file's content."""
+def _members(path: Path) -> Iterator[tuple[str, str | None, int, int, bytes | None]]:
+    """Yield of each file in a tar file: name, why it is passed over, where its bytes are, a class file's content."""
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
-                name = member.name.removeprefix("./")
-                if not member.isfile() or PurePosixPath(name).name.startswith("."):
+                name = member.name.removeprefix("./").lstrip("/")
+                if member.isdir():
                     continue
-                if name.endswith(".cls"):
-                    content = tar.extractfile(member)
-                    yield name, 0, 0, content.read(32) if content else b""
-                elif name.lower().endswith(EXTENSIONS):
-                    yield name, member.offset_data, member.size, None
+                kind = why_passed_over(name) if member.isfile() else "links or special"
+                content = tar.extractfile(member) if kind == ".cls" else None
+                text = content.read(32) if content else None
+                yield name, kind, member.offset_data, member.size, text
     except (OSError, tarfile.TarError) as error:
         raise DataError(f"{path}: cannot be read as a tar file ({error})") from error
 
@@ -242,21 +349,11 @@ def _stem(name: str) -> str:
     return folder + slash + last.split(".", 1)[0]
 
 
-def _class_number(text: bytes, *, where: str) -> int:
+def _class_number(text: bytes, *, where: str) -> str:
     try:
-        return int(text)
+        number = int(text)
     except ValueError as error:
         raise DataError(f"{where}: expected the number of a class, got {text!r}") from error
-
-
-def _classes(keys: list[str], numbers: dict[str, int], *, where: str) -> tuple[list[str], NDArray[np.int64]]:
-    if not numbers:
-        if any("/" not in key for key in keys):
-            raise DataError(f"{where}: images have neither a .cls file nor a folder that names their class")
-        return sorted_classes([key.split("/", 1)[0] for key in keys])
-    lacking = [key for key in keys if _stem(key) not in numbers]
-    if lacking:
-        raise DataError(
-            f"{where}: {len(lacking):,} of {len(keys):,} images have no .cls file ({lacking[0]}, ...)"
-        )
-    return named_classes([str(numbers[_stem(key)]) for key in keys])
+    if number < 0:
+        raise DataError(f"{where}: {number} is no class; numbers of classes are 0 and up")
+    return str(number)

@@ -18,7 +18,8 @@ from tokenlabel.runtime.configuration import settings
 def write_page(title: str, sections: Sequence[str], output: Path) -> None:
     """Write sections under a title to an HTML file, which needs no other file and no network."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(_PAGE.format(title=html.escape(title), body="\n".join(sections)), encoding="utf-8")
+    page = _PAGE.format(title=html.escape(title), body="\n".join(sections))
+    output.write_text(page, encoding="utf-8", errors="backslashreplace")  # names of files need not be UTF-8
 
 
 def section(title: str, body: str) -> str:

@@ -145,6 +145,7 @@ class _Assessment:
             of_image = read_multi_labels(options.multi_labels, names)
             none = np.zeros(len(of_image), np.int64)  # `MultiLabel` has the classes, any number an image
             source = ImageFiles(self._folder(), [*of_image], none, names)
+            say(f"{self._folder()}: {len(of_image):,} images, each of any number of classes")
             return self._pass(EvaluationSet(source), {head: [MultiLabel(of_image)] for head in self.heads})
         images = SETS[options.set](self._folder(), self.network.class_names, self.network.num_classes)
         check_images(images.source)

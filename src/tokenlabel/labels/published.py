@@ -21,7 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from tokenlabel.data.images import ImageError, ImageSource
-from tokenlabel.data.sources import open_images
+from tokenlabel.data.sources import open_aloud
 from tokenlabel.labels.encoding import Encoding
 from tokenlabel.labels.inspection import best_class, look_at
 from tokenlabel.labels.store import (
@@ -99,7 +99,7 @@ def import_labels(
     without a file, with a broken one, or whose names are the same up to the first dot are listed in the store's
     manifest. Raises PublishedError if there is no file for any image, and StoreError if the folder holds other labels.
     """
-    source = open_images(images) if isinstance(images, (str, Path)) else images
+    source = open_aloud(images) if isinstance(images, (str, Path)) else images
     class_names = _class_names(source.class_names, config.num_classes)
     paths = [label_path(Path(files), key) for key in source.keys]
     manifest = Manifest(

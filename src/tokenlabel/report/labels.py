@@ -67,6 +67,7 @@ def write_pictures(store: LabelStore, source: ImageSource, output: Path, *, coun
             body="\n".join(sections),
         ),
         encoding="utf-8",
+        errors="backslashreplace",  # names of files need not be UTF-8
     )
 
 

@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from tokenlabel.data.images import ImageSource
-from tokenlabel.data.sources import open_images
+from tokenlabel.data.sources import open_aloud
 from tokenlabel.labels.encoding import Encoding
 from tokenlabel.labels.fingerprints import MAX_READ, FingerprintedImages, find_replaced
 from tokenlabel.labels.manifest import MANIFEST_FILE
@@ -103,7 +103,7 @@ def annotate(
     ScoreError for scores that are not finite (naming the image), ImageError for an image that does not decode
     if `strict`.
     """
-    source = open_images(images) if isinstance(images, (str, Path)) else images
+    source = open_aloud(images) if isinstance(images, (str, Path)) else images
     device = default_device() if device is None else torch.device(device)
     return annotate_by(make_teacher(config, source, device), source, folder, config=config, device=device)
 
