@@ -336,6 +336,11 @@ def evaluate(arguments: list[str]) -> int:
         help="how --data is laid out; folder: class folders named after the model's classes, all or some",
     )
     parser.add_argument("--weights", help="checkpoint file for a model's name; pretrained weights by default")
+    parser.add_argument(
+        "--class-order",
+        help="the classes of a network that does not say their names: `sorted` or `natural` (10 behind 9, as timm's "
+        "scripts sort folders) for those of the images in this order, else a file with its class names",
+    )
     parser.add_argument("--size", type=int, help="images are size x size px; the network's own by default")
     parser.add_argument("--crop-fraction", type=float, help="share of the shorter side in the centre crop")
     parser.add_argument(

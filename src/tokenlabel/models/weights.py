@@ -5,16 +5,18 @@ Files are never allowed to run code: pickles are read with `weights_only=True`.
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from argparse import Namespace
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -102,6 +104,26 @@ def read_checkpoint(path: str | Path, *, average: bool = False) -> dict[str, Ten
     if not tensors:
         raise WeightsError(f"{path} holds no tensors; it has {', '.join(map(str, contents)) or 'nothing'}")
     return tensors
+
+
+def read_class_names(path: str | Path) -> tuple[str, ...]:
+    """Return the class names that come with a file of weights; none if nobody says them.
+
+    They are in the metadata of our exports, beside our checkpoints, and in the config.json of a folder for timm.
+    """
+    path = Path(path)
+    folder = path if path.is_dir() else path.parent
+    found: Any = None
+    with suppress(OSError, ValueError, SafetensorError, AttributeError):
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                found = json.loads((file.metadata() or {}).get("class_names", "null"))
+        if found is None and (path.is_dir() or path.name in ("model.safetensors", "ema.safetensors")):
+            state = folder / "state.json"
+            beside = json.loads((state if state.exists() else folder / "config.json").read_text("utf-8"))
+            found = beside.get("class_names") or beside.get("label_names")
+    is_list = isinstance(found, list) and all(isinstance(name, str) for name in found)
+    return tuple(found) if is_list else ()
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from tokenlabel.data.classes import say_order
 from tokenlabel.data.images import ImageSource
 from tokenlabel.data.sources import open_images
 from tokenlabel.labels.encoding import Encoding
@@ -32,7 +33,7 @@ from tokenlabel.labels.store import (
 )
 from tokenlabel.runtime.distributed import default_device, joined_ranks
 from tokenlabel.teachers.classmap import class_map_for
-from tokenlabel.teachers.ensemble import load_teachers
+from tokenlabel.teachers.ensemble import Ensemble, load_teachers
 from tokenlabel.teachers.labelling import Labelling
 from tokenlabel.teachers.masks import MAX_IDS, MaskTeacher
 from tokenlabel.teachers.networks import Teacher, TeacherConfig, TeacherError
@@ -95,14 +96,19 @@ def make_teacher(config: AnnotateConfig, source: ImageSource, device: torch.devi
     if not folders:
         return load_teachers(config, source.class_names, device)
     plain = AnnotateConfig(teacher=config.teacher)
-    of_networks = ("weights", "crop", "head", "flip", "precision", "compile")
-    given = [f"--{name}" for name in of_networks if getattr(config, name) != getattr(plain, name)]
+    of_networks = ("weights", "crop", "head", "flip", "class_order", "precision", "compile")
+    given = [
+        f"--{name.replace('_', '-')}" for name in of_networks if getattr(config, name) != getattr(plain, name)
+    ]
     if len(names) > 1 or given:
         raise TeacherError(
             f"masks go with no other teacher and no network's options; leave {', '.join(given) or 'one'} out"
         )
     class_map = None
-    if config.class_map is not None:
+    if config.class_map is None:
+        overrule = "overrule with --class-map FILE, an id and a class a line"
+        say_order(source.class_names, them="the masks'", overrule=overrule)
+    else:
         class_map = class_map_for(config.class_map, (), source.class_names, num_theirs=MAX_IDS)
     return MaskTeacher(folders[0], num_classes=len(source.class_names), size=config.size, class_map=class_map)
 
@@ -120,7 +126,15 @@ def annotate_by(
     if device.type == "cuda":
         torch.cuda.set_device(device)  # pinned memory would open the first GPU otherwise
     if isinstance(teacher, Teacher) and config.class_map is None:
-        class_map_for(None, teacher.class_names, source.class_names, num_theirs=teacher.num_classes)
+        class_map = class_map_for(
+            None,
+            teacher.class_names,
+            source.class_names,
+            num_theirs=teacher.num_classes,
+            assumed=teacher.names_assumed,
+        )
+        if class_map is not None:
+            teacher = Ensemble([teacher], class_map=class_map)
     job = Labelling(
         teacher=teacher,
         source=source,

@@ -35,13 +35,15 @@ class TeacherError(ValueError):
 class Teacher(ABC):
     """Gives every place of an image a distribution over `num_classes` classes.
 
-    `sight`: what it has to be given of an image. `class_names`: empty if it does not know them.
+    `sight`: what it has to be given of an image. `class_names`: empty if it does not know them; `names_assumed`: they
+    are ImageNet's, by their number alone.
     `description`: who it is, for the manifest of a store; labels of teachers with equal descriptions may
     share a store.
     """
 
     num_classes: int
     class_names: tuple[str, ...]
+    names_assumed: bool = False
     sight: Sight
     description: dict[str, Any]
 
@@ -67,12 +69,13 @@ class NetworkTeacher(Teacher):
         *,
         description: dict[str, Any],
         class_names: tuple[str, ...] = (),
+        names_assumed: bool = False,
         precision: Literal["fp32", "bf16"] = "fp32",
     ) -> None:
         self.dense = dense
         self.sight = sight
         self.num_classes = dense.num_classes
-        self.class_names = class_names
+        self.class_names, self.names_assumed = class_names, names_assumed
         self.description = description
         self.precision = precision
 
@@ -134,6 +137,9 @@ class TeacherConfig:
     class_map: str | None = None
     """How the teacher's classes become those of the images: a file with a pair of names or ids a line; `names` to
     match equal names; `order` if they are the same by another name. By default they must be the same."""
+    class_order: str | None = None
+    """The classes of a teacher that does not say their names: `sorted` or `natural` (10 behind 9, as timm's scripts
+    sort folders) for those of the images in this order; else a file with its class names, one a line, or `.json`."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 runs the teacher under autocast."""
     compile: bool = False
@@ -168,7 +174,12 @@ def load_teacher(
     if config.compile:
         network.compile()
     return NetworkTeacher(
-        network, sight, description=description, class_names=found.class_names, precision=config.precision
+        network,
+        sight,
+        description=description,
+        class_names=found.class_names,
+        names_assumed=found.names_assumed,
+        precision=config.precision,
     )
 
 

@@ -73,6 +73,8 @@ class OnlineTeacherConfig:
     """Which head answers for the places; auto: one for tokens where it was trained, else the classifier."""
     class_map: str | None = None
     """How the teacher's classes become those of the images, as for `tokenlabel annotate`."""
+    class_order: str | None = None
+    """The classes of a teacher that does not say their names, as for `tokenlabel annotate`."""
     topk: int = 16
     """Classes that label the tokens of an image: its most probable ones; the others share what is left."""
     precision: Literal["fp32", "bf16"] = "fp32"
