@@ -27,10 +27,13 @@ class ClassMapError(ValueError):
 
 def ids_among(names: Sequence[str], others: Sequence[str]) -> list[int]:
     """Return the place of each name among other names; -1 where there is none, or more than one."""
-    spelt, composed = Counter(others), Counter(map(_composed, others))
-    places = {_composed(name): i for i, name in enumerate(others) if composed[_composed(name)] == 1}
-    exact = {name: i for i, name in enumerate(others) if spelt[name] == 1}
-    return [exact.get(name, places.get(_composed(name), -1)) for name in names]
+
+    def places(forms: list[str]) -> dict[str, int]:
+        times = Counter(forms)
+        return {form: i for i, form in enumerate(forms) if times[form] == 1}
+
+    spelt, alike = places(list(others)), places([composed(name) for name in others])
+    return [spelt.get(name, alike.get(composed(name), -1)) for name in names]
 
 
 def same_classes(names: Sequence[str], others: Sequence[str]) -> bool:
@@ -40,8 +43,7 @@ def same_classes(names: Sequence[str], others: Sequence[str]) -> bool:
 
 def difference(theirs: Sequence[str], ours: Sequence[str], *, count: int, them: str) -> str:
     """Return in what the images' classes differ from `count` others, `theirs` by name where names are known."""
-    knows = "know" if them.endswith("s") else "knows"
-    both = f"{them} {knows} {count:,} classes, the images have {len(ours):,}"
+    both = f"{_knows(them)} {count:,} classes, the images have {len(ours):,}"
     if not theirs:
         return both
     if count != len(ours):
@@ -62,8 +64,8 @@ def strangers(
     first, *others = (name for name, place in zip(ours, ids, strict=True) if place < 0)
     text = f"{first!r} is no class of {them}"
     if others:
-        text += f", nor are {len(others):,} others of {len(ours):,} ({listed(list(map(repr, others)))})"
-    text += f"; {them} knows {listed(list(theirs)) or 'no names'} ({count:,} classes)"
+        text += f", nor {len(others):,} more of {len(ours):,} ({listed(list(map(repr, others)))})"
+    text += f"; {_knows(them)} {listed(list(theirs)) or 'no names'} ({count:,} classes)"
     if num_so_called := Counter(theirs)[first]:
         return f"{text}, and {num_so_called} of these are called {first!r}"
     alike = next((name for name in theirs if _outline(name) == _outline(first)), None)
@@ -167,7 +169,7 @@ def _read_order(path: str, option: str) -> list[str]:
         raise ClassMapError(
             f"{option} {path}: neither `natural` nor `sorted`, nor a file of class names ({error})"
         ) from error
-    if repeated := [name for name, times in Counter(map(_composed, names)).items() if times > 1]:
+    if repeated := [name for name, times in Counter(map(composed, names)).items() if times > 1]:
         raise ClassMapError(f"{option} {path}: names several classes {listed(list(map(repr, repeated)))}")
     return names
 
@@ -230,10 +232,11 @@ def are_numbers(names: Sequence[str]) -> bool:
 
 
 def _as_word(name: str) -> str:
-    return re.sub(r"[\s_-]+", " ", _composed(name).casefold()).strip()
+    return re.sub(r"[\s_-]+", " ", composed(name).casefold()).strip()
 
 
-def _composed(name: str) -> str:
+def composed(name: str) -> str:
+    """Return a name in the Unicode form that names are compared in."""
     return unicodedata.normalize("NFC", name)
 
 
@@ -243,6 +246,10 @@ def _outline(name: str) -> str:
     return "".join(
         c for c in plain if not (c.isspace() or unicodedata.category(c) in ("Cf", "Cc") or c in "_-")
     )
+
+
+def _knows(them: str) -> str:
+    return f"{them} {'know' if them.endswith('s') else 'knows'}"
 
 
 def _told_apart(a: str, b: str) -> tuple[str, str]:

@@ -122,8 +122,8 @@ def _timm(name: str, weights: str | None, size: int | None, *, at_test_size: boo
         interpolation=Interpolation.BILINEAR
         if data["interpolation"] == "bilinear"
         else Interpolation.BICUBIC,
-        mean=data["mean"],
-        std=data["std"],
+        mean=tuple(data["mean"]),  # lists where a folder's config.json says them
+        std=tuple(data["std"]),
         has_token_head=getattr(model, "aux_head", None) is not None,
     )
 

@@ -11,9 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from tokenlabel.data.classes import composed, ids_among, say_order, strangers
 from tokenlabel.data.images import ImageSource
-from tokenlabel.labels.store import LabelStore, StoreError, read_manifest
+from tokenlabel.labels.store import LabelStore, Manifest, StoreError, read_manifest
 from tokenlabel.method.scores import Kind, ScoreMap
+from tokenlabel.runtime.notices import say
 
 MAX_SUM = 1.001
 
@@ -107,6 +109,8 @@ def inspect_store(
     broken = dict(verify(store)) if config.verify else {}
     looks = [look_at(key, store[key]) for key in _sampled(store, config.sample) if key not in broken]
     class_of = class_finder(store, source)
+    if source is not None and source.class_names:
+        _say_what_differs(manifest, source.class_names)
     classes = ((look, class_of(look.key)) for look in looks)
     known = [(look, class_id) for look, class_id in classes if class_id is not None]
     suspects = sorted(
@@ -197,18 +201,28 @@ def class_finder(store: LabelStore, source: ImageSource | None = None) -> Callab
 
     `source`: the images, which know their classes; without it the first folder of a key names the class.
     """
-    names = store.manifest.class_names
-    ids = {name: class_id for class_id, name in enumerate(names)}
+    names, num_classes = store.manifest.class_names, store.manifest.num_classes
     if source is None:
-        return lambda key: ids.get(key.split("/", 1)[0])
-    num_classes = store.manifest.num_classes
-    own_ids = [
-        ids.get(name, -1) if names else (class_id if class_id < num_classes else -1)
-        for class_id, name in enumerate(source.class_names)
-    ]
+        of_folder = {composed(name): class_id for class_id, name in enumerate(names)}
+        return lambda key: of_folder.get(composed(key.split("/", 1)[0]))
+    own_ids = ids_among(source.class_names, names)
+    if not names:
+        own_ids = [class_id if class_id < num_classes else -1 for class_id in range(len(source.class_names))]
     known = zip(source.keys, source.class_ids.tolist(), strict=True) if source.class_names else ()
     class_ids = {key: own_ids[class_id] for key, class_id in known}
     return lambda key: class_id if (class_id := class_ids.get(key, -1)) >= 0 else None
+
+
+def _say_what_differs(manifest: Manifest, ours: Sequence[str]) -> None:
+    """Say which classes of the images the labels don't know, or that theirs are taken to be the images'."""
+    if not manifest.class_names:
+        say_order(ours, them="the labels'", overrule="class_names in their manifest.json would settle it")
+        return
+    ids = ids_among(ours, manifest.class_names)
+    if -1 in ids:
+        count = manifest.num_classes
+        unknown = strangers(ours, manifest.class_names, ids, count=count, them="the labels")
+        say(f"{unknown}; agreement is that of the images of other classes")
 
 
 def best_class(look: Look) -> int:

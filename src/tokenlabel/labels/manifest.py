@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from tokenlabel.data.classes import composed
 from tokenlabel.labels.encoding import Encoding
 from tokenlabel.labels.shards import StoreError, write_atomically
 from tokenlabel.method.scores import Kind
@@ -71,7 +72,9 @@ class Manifest:
 
 def _without_names(described: Any) -> Any:
     """Return a description without the name of any network that is known by its weights: a path may be spelt anew."""
-    if isinstance(described, list):
+    if isinstance(described, str):
+        return composed(described)
+    if isinstance(described, (list, tuple)):
         return [_without_names(entry) for entry in described]
     if not isinstance(described, dict):
         return described

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
+from tokenlabel.data.classes import say_order
 from tokenlabel.data.images import ImageError, ImageSource
 from tokenlabel.data.sources import open_images
 from tokenlabel.labels.encoding import Encoding
@@ -96,6 +97,9 @@ def import_labels(
         raise PublishedError(
             f"--num-classes {config.num_classes}, but the images have {len(source.class_names)} classes"
         )
+    say_order(
+        source.class_names, them="the label files'", overrule="images listed with class numbers settle it"
+    )
     paths = [label_path(Path(files), key) for key in source.keys]
     manifest = Manifest(
         num_classes=config.num_classes,

@@ -15,6 +15,7 @@ from jaxtyping import UInt8
 from numpy.typing import NDArray
 from PIL import Image
 
+from tokenlabel.data.classes import difference
 from tokenlabel.data.images import DECODE_ALL_UP_TO, EXTENSIONS, DataError, Strings, decode_pixels
 from tokenlabel.segmentation.classes import Classes, MaskError, known_classes, numbered_classes
 
@@ -202,8 +203,7 @@ def other_pairs(
         raise DataError("the run has no val images of its own; name folders with --images and --masks")
     if pairs.classes.names != list(names):
         raise DataError(
-            f"the data have {len(pairs.classes.names)} classes ({', '.join(pairs.classes.names[:3])}, ...), the model "
-            f"{len(names)} ({', '.join(names[:3])}, ...); they must be the same"
+            f"{difference(names, pairs.classes.names, count=len(names), them='the model')}; they must be the same"
         )
     return pairs
 
