@@ -249,8 +249,10 @@ def inspect(arguments: list[str]) -> int:
         source = open_images(options.images)
     figures = inspect_store(store, config_of(parser, options, InspectConfig), source=source).as_dict()
     if options.masks:
+        from tokenlabel.data.classes import say_order
         from tokenlabel.evaluation.observation import mask_agreement
 
+        say_order(store.manifest.class_names, them="the masks'", overrule="write these classes' ids if not")
         figures["mask_agreement"] = mask_agreement(store, options.masks)
     if source and options.pictures:
         from tokenlabel.report.labels import write_pictures

@@ -65,6 +65,8 @@ def strangers(
     text = f"{first!r} is no class of {them}"
     if others:
         text += f", nor {len(others):,} more of {len(ours):,} ({listed(list(map(repr, others)))})"
+    if all(name.isdecimal() for name in ours):
+        text += f"; class numbers are ids from 0 to {count - 1:,}, these run to {max(map(int, ours)):,}"
     text += f"; {_knows(them)} {listed(list(theirs)) or 'no names'} ({count:,} classes)"
     if num_so_called := Counter(theirs)[first]:
         return f"{text}, and {num_so_called} of these are called {first!r}"

@@ -252,7 +252,7 @@ class _Assessment:
             say_order(
                 self._class_names(),
                 them="the masks'",
-                overrule="map their ids to these before if they are others",
+                overrule="write these classes' ids if not",
             )
             yield "token", MaskFolder(masks, num_classes=self.network.num_classes)
         if labels is not None:

@@ -11,7 +11,7 @@ from timm.models import get_pretrained_cfg
 
 from tokenlabel.data.augment import Interpolation
 from tokenlabel.data.classes import imagenet_names
-from tokenlabel.models import create_model
+from tokenlabel.models import create_model, register_with_timm
 from tokenlabel.models.lvvit import CONFIGS as LVVIT_CONFIGS
 from tokenlabel.models.t2t_vit import CONFIGS as T2T_VIT_CONFIGS
 from tokenlabel.models.weights import load_published, read_checkpoint, read_class_names
@@ -90,6 +90,7 @@ def _own(name: str, weights: str | None, size: int) -> Pretrained:
 
 
 def _timm(name: str, weights: str | None, size: int | None, *, at_test_size: bool) -> Pretrained:
+    register_with_timm()  # a folder may hold an LV-ViT
     preset = get_pretrained_cfg(name, allow_unregistered=True)
     options: dict[str, Any] = {}
     if size is not None and preset is not None and preset.fixed_input_size:

@@ -109,15 +109,20 @@ def read_checkpoint(path: str | Path, *, average: bool = False) -> dict[str, Ten
 def read_class_names(path: str | Path) -> tuple[str, ...]:
     """Return the class names that come with a file of weights; none if nobody says them.
 
-    They are in the metadata of our exports, beside our checkpoints, and in the config.json of a folder for timm.
+    They are in the metadata of our exports, beside our checkpoints, in the config.json of a folder for timm, and where
+    people put them in a .pth: `class_names`, `classes`, or the mapping `class_to_idx`.
     """
     path = Path(path)
     folder = path if path.is_dir() else path.parent
     found: Any = None
-    with suppress(OSError, ValueError, SafetensorError, AttributeError):
+    with suppress(OSError, ValueError, SafetensorError, AttributeError, TypeError):
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
                 found = json.loads((file.metadata() or {}).get("class_names", "null"))
+        elif path.is_file() and path.suffix != ".npz":  # of the original ViTs
+            contents = _read_pickle(path)
+            ids = contents.get("class_to_idx", {})
+            found = contents.get("class_names") or contents.get("classes") or sorted(ids, key=ids.__getitem__)
         if found is None and (path.is_dir() or path.name in ("model.safetensors", "ema.safetensors")):
             state = folder / "state.json"
             beside = json.loads((state if state.exists() else folder / "config.json").read_text("utf-8"))

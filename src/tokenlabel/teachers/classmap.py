@@ -122,7 +122,8 @@ def _refusal(
         same = [name for name, place in zip(ours, ids, strict=True) if list(ids).count(place) > 1]
         return f"classes of the images have one name to the teacher: {listed(list(map(ascii, same)))}; merge them"
     if spec == BY_NAME:
-        return f"{option} names: {strangers(ours, theirs, ids, count=count, them='the teacher')}"
+        advice = "" if theirs else f"; name its classes with {options}class-order FILE"
+        return f"{option} names: {strangers(ours, theirs, ids, count=count, them='the teacher')}{advice}"
     advice = (
         f"Give {option} a file of pairs (or `{BY_NAME}` to match equal names, `{BY_ORDER}` if the classes are the same "
         "by another name)"

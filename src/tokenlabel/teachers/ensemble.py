@@ -45,15 +45,6 @@ class Ensemble(Teacher):
                     "teachers whose classes have different names or orders cannot be averaged: "
                     f"{listed(list(first.class_names))} against {listed(list(other.class_names))}"
                 )
-            if first.class_names and not other.class_names:
-                name, pairs = (
-                    other.description["name"],
-                    [f"{i} = {n}" for i, n in enumerate(first.class_names)],
-                )
-                say(
-                    f"assuming {name}'s {other.num_classes:,} classes are the other teacher's in its order: "
-                    f"{listed(pairs)}; overrule with --class-order natural, sorted or FILE"
-                )
         self.num_classes = class_map.num_classes if class_map else first.num_classes
         self.class_names = () if class_map else first.class_names
         self.names_assumed = class_map is None and first.names_assumed
@@ -107,6 +98,13 @@ def load_teachers(config: TeacherConfig, class_names: Sequence[str], device: tor
         name_classes(member, config.class_order, class_names)
     alone = len(members) == 1 and not config.flip
     teacher = members[0] if alone else Ensemble(members, flip=config.flip)
+    for member in members:
+        if teacher.class_names and not member.class_names:
+            pairs = [f"{i} = {name}" for i, name in enumerate(teacher.class_names)]
+            say(
+                f"assuming {member.description['name']}'s {member.num_classes:,} classes are the other teacher's in "
+                f"its order: {listed(pairs)}; overrule with --class-order natural, sorted or FILE"
+            )
     class_map = class_map_for(
         config.class_map,
         teacher.class_names,
