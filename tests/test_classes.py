@@ -5,7 +5,7 @@ import json
 import tarfile
 import unicodedata
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -56,10 +56,10 @@ def write_images(root: Path, names: list[str], *, colour_of: dict[str, int] | No
     return root
 
 
-def network(num_classes: int, classes: list[int]):
+def network(num_classes: int, classes: list[int]) -> Any:
     """A timm network that knows for certain which of `classes` an image of each colour shows."""
     torch.manual_seed(0)
-    model = timm.create_model(NAME, num_classes=num_classes).eval()
+    model: Any = timm.create_model(NAME, num_classes=num_classes).eval()
     pixels = torch.from_numpy(colours(len(classes)))[:, :, None, None].expand(-1, -1, SIZE_PX, SIZE_PX)
     mean, std = (torch.tensor(model.pretrained_cfg[key])[:, None, None] for key in ("mean", "std"))
     with torch.no_grad():
@@ -220,7 +220,9 @@ def test_files_that_name_no_order_are_refused(numbered, weights, capsys, name, t
     assert message in done.said
 
 
-@pytest.mark.parametrize("place", ["label_names", "pretrained_cfg", "ids", "safetensors", "beside"])
+@pytest.mark.parametrize(
+    "place", ["label_names", "pretrained_cfg", "ids", "by_name", "safetensors", "beside", "pth"]
+)
 def test_names_that_come_with_the_weights_count(tmp_path, weights, capsys, monkeypatch, place):
     """The network knows the colours as cat, ant, bee; the folders sort as ant, bee, cat."""
     monkeypatch.chdir(tmp_path)
@@ -234,9 +236,15 @@ def test_names_that_come_with_the_weights_count(tmp_path, weights, capsys, monke
         config["pretrained_cfg"]["label_names"] = config.pop("label_names")
     elif place == "ids":
         config["label_names"] = dict(enumerate(names))
+    elif place == "by_name":
+        config["label_names"] = {"ant": 1, "bee": 2, "cat": 0}
     elif place == "safetensors":
         save_file(model.state_dict(), "file.safetensors", metadata={"class_names": json.dumps(names)})
         words, teacher = ["--weights", "file.safetensors"], NAME
+    elif place == "pth":
+        content = {"state_dict": model.state_dict(), "class_to_idx": {"ant": 1, "bee": 2, "cat": 0}}
+        torch.save(content, "file.pth")
+        words, teacher = ["--weights", "file.pth"], NAME
     elif place == "beside":
         words, teacher = ["--weights", "hub/model.safetensors"], NAME
     Path("hub/config.json").write_text(json.dumps(config))
@@ -282,6 +290,9 @@ def test_a_file_of_1000_classes_is_taken_for_imagenet_and_said_so(tmp_path, weig
     assert stored_top1("by-words", sorted(words)) == 1
     assert run(capsys, *eval_words("words", *file)).top1 == 1
 
+    write_images(Path("few"), ["ant", "bee"])
+    done = run(capsys, *annotate_words("few", "none", "--weights", weights[12], "--class-map", "names"))
+    assert "the teacher knows no names (12 classes); name its classes with --class-order FILE" in done.said
     write_images(Path("others"), ["crane", "tench", "unicorn"])  # two cranes are in ImageNet
     done = run(capsys, *annotate_words("others", "none", *file, "--class-map", "names"))
     assert done.status == 2
@@ -292,6 +303,9 @@ def test_a_file_of_1000_classes_is_taken_for_imagenet_and_said_so(tmp_path, weig
 
 
 def test_other_classes_as_many_as_imagenets_are_refused(weights, capsys):
+    assert (
+        class_map_for(None, WNIDS, [str(i) for i in range(1000)], num_theirs=1000) is None
+    )  # shards of `.cls`
     others = [f"class{i:03d}" for i in range(1000)]
     with pytest.raises(
         ClassMapError, match=r"'n01440764' to the teacher and 'class000' .*`order` if .*--class-order"
@@ -337,7 +351,23 @@ def test_class_numbers_are_ids_of_a_network_with_names(tmp_path, weights, capsys
     assert (done.status, "class numbers are ids of the teacher's 1,000" in done.said) == (0, True)
     store = LabelStore("labels")
     assert [int(store[f"{n:04d}.png"].dense()[0, 0].argmax()) for n in (0, 3, 11)] == [0, 3, 11]
+    write_tar(Path("from-one.tar"), [1, 3])
+    save_run("run", ["ant", "bee", "cat"])
+    done = run(capsys, *eval_words("from-one.tar", network="run"))
+    assert "class numbers are ids from 0 to 2, these run to 3; the model knows ant, bee, cat" in done.said
+    Path("unlabelled.txt").write_text("images/11/x.png\n")
+    done = run(capsys, *eval_words("unlabelled.txt", network="run"))
+    assert "unlabelled.txt: the images have no classes that answers could be held against" in done.said
     write_tar(Path("more.tar"), [26])
+    Path("names.txt").write_text("\n".join(f"kind {i}" for i in range(12)))
+    words = ["--weights", weights[12], "--class-order", "names.txt"]
+    assert run(capsys, *annotate_words("unlabelled.txt", "named", *words)).status == 0
+    assert LabelStore("named").manifest.class_names[11] == "kind 11"
+    done = run(
+        capsys,
+        *annotate_words("unlabelled.txt", "none", "--weights", weights[12], "--class-order", "natural"),
+    )
+    assert "the images have no classes; give a file of names" in done.said
     done = run(capsys, *eval_words("more.tar", "--weights", weights[12]))
     assert (done.status, "has 27 classes, the model 12 whose names it does not know" in done.said) == (
         2,
@@ -345,10 +375,10 @@ def test_class_numbers_are_ids_of_a_network_with_names(tmp_path, weights, capsys
     )
 
 
-def save_run(folder: str, class_names: list[str], **data: str) -> None:
+def save_run(folder: str, class_names: list[str], val: str | None = None) -> None:
     """A run whose network knows the colours in the order of its classes."""
     recipe = Recipe(
-        data=DataConfig(train="nowhere", **data),
+        data=DataConfig(train="nowhere", val=val),
         model=ModelConfig(name=NAME, size_px=(SIZE_PX, SIZE_PX)),
         optim=OptimConfig(lr=0.1, lr_batch_size=1),
         eval=EvalConfig(crop_fraction=1.0),

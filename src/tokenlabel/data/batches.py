@@ -35,6 +35,7 @@ from tokenlabel.data.workers import prepare_worker, process_context, stack
 from tokenlabel.method.alignment import ScoreMapBatch, collate_score_maps
 from tokenlabel.method.geometry import View, stack_views
 from tokenlabel.method.scores import ScoreMap
+from tokenlabel.runtime.notices import listed
 
 __all__ = [
     "Batch",
@@ -266,7 +267,7 @@ def check_labels(source: ImageSource, store: CheckableLabels) -> None:
     if missing:
         raise LabelsError(
             f"{len(missing):,} of {len(source):,} images have no label in the store "
-            f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}); annotate them first"
+            f"({listed(missing)}); annotate them first"
         )
 
 

@@ -196,7 +196,7 @@ def read_multi_labels(path: Path, class_names: Sequence[str]) -> dict[str, list[
         raise DataError(f"{path}: expected a mapping from paths of images to lists of classes")
     named = sorted({c for classes in found.values() for c in classes if isinstance(c, str)})
     ids = dict(zip(named, ids_among(named, class_names), strict=True))
-    of_image = {key: [ids.get(c, c) for c in classes] for key, classes in found.items()}
+    of_image = {key: [ids[c] if isinstance(c, str) else c for c in classes] for key, classes in found.items()}
     for key, classes in of_image.items():
         if strange := [
             c for c, place in zip(found[key], classes, strict=True) if place not in range(len(class_names))

@@ -143,10 +143,12 @@ def _names(num_classes: int, stated: tuple[str, ...]) -> tuple[tuple[str, ...], 
 
 
 def _stated_names(label_names: Any) -> tuple[str, ...]:
-    """Return the class names of a timm configuration: a list, or names by id, which may have gaps."""
+    """Return the class names of a timm configuration: a list, names by id, which may have gaps, or ids by name."""
     if isinstance(label_names, dict):
-        by_id = {int(place): name for place, name in label_names.items()}
-        label_names = [by_id.get(i, str(i)) for i in range(max(by_id) + 1)] if by_id else []
+        is_by_name = all(isinstance(place, int) for place in label_names.values())
+        pairs = [(place, name) if is_by_name else (name, place) for name, place in label_names.items()]
+        by_id = {int(place): name for place, name in pairs if str(place).isdecimal()}
+        label_names = [by_id.get(i, str(i)) for i in range(max(by_id, default=-1) + 1)]
     return tuple(map(str, label_names or ()))
 
 

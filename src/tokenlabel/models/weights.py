@@ -127,8 +127,8 @@ def read_class_names(path: str | Path) -> tuple[str, ...]:
             state = folder / "state.json"
             beside = json.loads((state if state.exists() else folder / "config.json").read_text("utf-8"))
             found = beside.get("class_names") or beside.get("label_names")
-    is_list = isinstance(found, list) and all(isinstance(name, str) for name in found)
-    return tuple(found) if is_list else ()
+    names = found if isinstance(found, list) else []
+    return tuple(names) if all(isinstance(name, str) for name in names) else ()
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:

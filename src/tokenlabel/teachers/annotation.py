@@ -125,7 +125,7 @@ def annotate_by(
     started = time.perf_counter()
     if device.type == "cuda":
         torch.cuda.set_device(device)  # pinned memory would open the first GPU otherwise
-    if isinstance(teacher, Teacher) and config.class_map is None:
+    if isinstance(teacher, Teacher) and config.class_map is None and source.class_names:
         class_map = class_map_for(
             None,
             teacher.class_names,
