@@ -19,7 +19,7 @@ from timm.models import save_for_hf
 from tokenlabel.cli import main
 from tokenlabel.data.batches import LabelsError, check_labels
 from tokenlabel.data.classes import ClassMapError, ids_among
-from tokenlabel.data.imagenet import SETS
+from tokenlabel.data.imagenet import SETS, read_real_labels
 from tokenlabel.data.images import ImageFolder
 from tokenlabel.evaluation.observation import evaluation_set
 from tokenlabel.labels.store import LabelStore, LabelStoreWriter, Manifest
@@ -401,7 +401,7 @@ def test_a_run_labels_and_is_evaluated_on_its_classes_in_any_order(tmp_path, cap
         assert (done.status, "assuming" in done.said) == (0, False)
         assert stored_top1(labels, sorted(NUMBERS)) == 1
     done = run(capsys, *annotate_words("images", "by-order", "--class-map", "order", teacher="run"))
-    assert "the teacher's class is the images', 0 = 0, 1 = 1, 2 = 10" in done.said
+    assert "WARNING: --class-map order: the teacher's class is the images', 0 = 0, 1 = 1, 2 = 10" in done.said
     assert run(capsys, *eval_words("images", network="run")).top1 == 1
     done = run(capsys, *eval_words("images", "--class-order", "sorted", network="run"))
     assert (done.status, "WARNING" in done.said) == (
@@ -545,7 +545,11 @@ def test_sets_of_imagenet_and_real_labels_are_for_models_of_its_classes(
     write_images(Path("birds"), birds)
     of_numbers = SETS["imagenet-a"](Path("birds"), [str(i) for i in range(1000)], 1000)  # a run on tar files
     assert of_numbers.competing is not None
+    assert "assuming the model's 1,000 classes are ImageNet's" in capsys.readouterr().err
     assert (of_numbers.source.class_ids.tolist(), of_numbers.competing.sum()) == ([11, 13], 200)
+    Path("real.json").write_text("[[1000]]")
+    with pytest.raises(ValueError, match=r"real\.json: expected a list with a list of class ids, 0 to 999"):
+        read_real_labels(Path("real.json"))
     Path("real.json").write_text("[[0]]")
     done = run(capsys, *eval_words("images", "--weights", weights[12], "--real", "real.json"))
     assert (done.status, "for models of ImageNet-1k's 1,000 classes" in done.said) == (2, True)

@@ -22,6 +22,7 @@ from tokenlabel.data.classes import (
     ids_among,
     imagenet_names,
     match_classes,
+    say_imagenet,
     strangers,
 )
 from tokenlabel.data.images import DataError, ImageSource
@@ -181,8 +182,11 @@ def read_real_labels(path: Path) -> dict[str, list[int]]:
     The file lists one list of ids for each of the 50,000 images in their order. Raises DataError for anything else.
     """
     labels = _read_json(path)
-    if not isinstance(labels, list) or not all(isinstance(ids, list) for ids in labels):
-        raise DataError(f"{path}: expected a list with a list of class ids for each val image")
+    known = range(NUM_IMAGENET_CLASSES)
+    if not isinstance(labels, list) or not all(
+        isinstance(ids, list) and all(class_id in known for class_id in ids) for ids in labels
+    ):
+        raise DataError(f"{path}: expected a list with a list of class ids, 0 to 999, for each val image")
     return {f"ILSVRC2012_val_{number:08d}.JPEG": ids for number, ids in enumerate(labels, start=1)}
 
 
@@ -263,9 +267,11 @@ def imagenet_ids(class_names: Sequence[str], num_classes: int, where: str | Path
         raise DataError(
             f"{where} is for models of ImageNet-1k's 1,000 classes, this one has {num_classes}; read it as a folder"
         )
+    names = imagenet_names(num_classes)
     if are_numbers(class_names):
+        say_imagenet(names, them="the model", option="--class-order")
         return np.arange(num_classes)
-    ids = np.array(ids_among(imagenet_names(num_classes), class_names))
+    ids = np.array(ids_among(names, class_names))
     if ids.min() < 0:
         raise DataError(
             f"{where} is for models of ImageNet-1k's 1,000 classes, this one's are others "

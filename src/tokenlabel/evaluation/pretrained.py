@@ -14,7 +14,7 @@ from tokenlabel.data.classes import imagenet_names
 from tokenlabel.models import create_model, register_with_timm
 from tokenlabel.models.lvvit import CONFIGS as LVVIT_CONFIGS
 from tokenlabel.models.t2t_vit import CONFIGS as T2T_VIT_CONFIGS
-from tokenlabel.models.weights import load_published, read_checkpoint, read_class_names
+from tokenlabel.models.weights import load_published, names_in_order, read_checkpoint, read_class_names
 from tokenlabel.runtime.errors import first_line
 from tokenlabel.runtime.notices import listed, say
 
@@ -108,7 +108,7 @@ def _timm(name: str, weights: str | None, size: int | None, *, at_test_size: boo
     data = resolve_data_config({}, model=model, use_test_size=at_test_size and not fixed)
     _, height_px, width_px = data["input_size"]
     stated = read_class_names(weights) if weights is not None else ()
-    stated = stated or _stated_names(model.pretrained_cfg.get("label_names"))
+    stated = stated or names_in_order(model.pretrained_cfg.get("label_names"))
     class_names, names_assumed = _names(model.num_classes, stated)
     given_px = options.get("img_size")
     return Pretrained(
@@ -140,16 +140,6 @@ def _names(num_classes: int, stated: tuple[str, ...]) -> tuple[tuple[str, ...], 
         )
     names = imagenet_names(num_classes)
     return names, bool(names)
-
-
-def _stated_names(label_names: Any) -> tuple[str, ...]:
-    """Return the class names of a timm configuration: a list, names by id, which may have gaps, or ids by name."""
-    if isinstance(label_names, dict):
-        is_by_name = all(isinstance(place, int) for place in label_names.values())
-        pairs = [(place, name) if is_by_name else (name, place) for name, place in label_names.items()]
-        by_id = {int(place): name for place, name in pairs if str(place).isdecimal()}
-        label_names = [by_id.get(i, str(i)) for i in range(max(by_id, default=-1) + 1)]
-    return tuple(map(str, label_names or ()))
 
 
 def _file_overlay(path: str, preset: Any) -> dict[str, Any]:

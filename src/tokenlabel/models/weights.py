@@ -121,14 +121,25 @@ def read_class_names(path: str | Path) -> tuple[str, ...]:
                 found = json.loads((file.metadata() or {}).get("class_names", "null"))
         elif path.is_file() and path.suffix != ".npz":  # of the original ViTs
             contents = _read_pickle(path)
-            ids = contents.get("class_to_idx", {})
-            found = contents.get("class_names") or contents.get("classes") or sorted(ids, key=ids.__getitem__)
+            found = next(
+                (contents[key] for key in ("class_names", "classes", "class_to_idx") if key in contents), None
+            )
         if found is None and (path.is_dir() or path.name in ("model.safetensors", "ema.safetensors")):
             state = folder / "state.json"
             beside = json.loads((state if state.exists() else folder / "config.json").read_text("utf-8"))
+            beside = {**beside.get("pretrained_cfg", {}), **beside}
             found = beside.get("class_names") or beside.get("label_names")
-    names = found if isinstance(found, list) else []
-    return tuple(names) if all(isinstance(name, str) for name in names) else ()
+    return names_in_order(found)
+
+
+def names_in_order(names: Any) -> tuple[str, ...]:
+    """Return class names as files state them: a list, names by id, which may have gaps, or ids by name."""
+    if isinstance(names, dict):
+        is_by_name = all(isinstance(place, int) for place in names.values())
+        pairs = [(place, name) if is_by_name else (name, place) for name, place in names.items()]
+        by_id = {int(place): name for place, name in pairs if str(place).isdecimal()}
+        names = [by_id.get(i, str(i)) for i in range(max(by_id, default=-1) + 1)]
+    return tuple(map(str, names)) if isinstance(names, (list, tuple)) else ()
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:

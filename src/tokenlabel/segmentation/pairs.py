@@ -15,7 +15,7 @@ from jaxtyping import UInt8
 from numpy.typing import NDArray
 from PIL import Image
 
-from tokenlabel.data.classes import difference
+from tokenlabel.data.classes import difference, same_classes
 from tokenlabel.data.images import DECODE_ALL_UP_TO, EXTENSIONS, DataError, Strings, decode_pixels
 from tokenlabel.segmentation.classes import Classes, MaskError, known_classes, numbered_classes
 
@@ -201,7 +201,7 @@ def other_pairs(
     pairs = open_pairs(replace(config, val_split=split or config.val_split), "val")
     if pairs is None:
         raise DataError("the run has no val images of its own; name folders with --images and --masks")
-    if pairs.classes.names != list(names):
+    if not same_classes(pairs.classes.names, names):
         raise DataError(
             f"{difference(names, pairs.classes.names, count=len(names), them='the model')}; they must be the same"
         )

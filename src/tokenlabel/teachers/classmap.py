@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,11 +84,15 @@ def class_map_for(
             say_imagenet(theirs, them="the teacher", option=f"{options}class-order")
         if ours:
             pairs = [f"{theirs[i] if theirs else i} = {name}" for i, name in enumerate(ours)]
-            say(f"{option} order: the teacher's class is the images', {listed(pairs)}")
+            turned = any(place not in (-1, i) for i, place in enumerate(ids_among(ours, theirs)))
+            say(
+                f"{'WARNING: ' if turned else ''}{option} order: the teacher's class is the images', {listed(pairs)}"
+            )
         return None
     if spec not in (None, BY_NAME):
         targets = read_class_map(spec, theirs, ours, num_theirs=num_theirs)
-        lacking = [name for place, name in enumerate(ours) if place not in set(targets)]
+        reached = set(targets)
+        lacking = [name for place, name in enumerate(ours) if place not in reached]
         if lacking:
             raise ClassMapError(
                 f"{option} {spec}: no class of the teacher goes to {len(lacking):,} of {len(ours):,} classes "
@@ -119,7 +124,8 @@ def _refusal(
     """Return why a teacher's classes are not those of the images, and what to do."""
     option = f"{options}class-map"
     if -1 not in ids and len(set(ids)) < len(ids):
-        same = [name for name, place in zip(ours, ids, strict=True) if list(ids).count(place) > 1]
+        times = Counter(ids)
+        same = [name for name, place in zip(ours, ids, strict=True) if times[place] > 1]
         return f"classes of the images have one name to the teacher: {listed(list(map(ascii, same)))}; merge them"
     if spec == BY_NAME:
         advice = "" if theirs else f"; name its classes with {options}class-order FILE"
@@ -147,6 +153,7 @@ def read_class_map(
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
         raise ClassMapError(f"{path}: no class map ({error})") from error
+    rows: list[tuple[str, str, str]] = []
     for number, line in enumerate(lines, start=1):
         if not line.strip() or line.startswith("#"):
             continue
@@ -158,21 +165,26 @@ def read_class_map(
             raise ClassMapError(
                 f"{where}: expected the teacher's class, a tab or comma, and ours; got {line!r}"
             )
-        source = _place(fields[0], theirs, num_theirs, where=where, whose="teacher's")
-        target = _place(fields[1], ours, len(ours), where=where, whose="images'")
+        rows.append((where, fields[0], fields[1]))
+    named = zip(
+        ids_among([row[1] for row in rows], theirs), ids_among([row[2] for row in rows], ours), strict=True
+    )
+    for (where, source_name, target_name), (source, target) in zip(rows, named, strict=True):
+        if source < 0:
+            source = _number(source_name, theirs, num_theirs, where=where, whose="teacher's")
+        if target < 0:
+            target = _number(target_name, ours, len(ours), where=where, whose="images'")
         if targets[source] not in (-1, target):
-            raise ClassMapError(f"{where}: the teacher's class {fields[0]!r} goes to two classes")
+            raise ClassMapError(f"{where}: the teacher's class {source_name!r} goes to two classes")
         targets[source] = target
     return targets
 
 
-def _place(text: str, names: Sequence[str], count: int, *, where: str, whose: str) -> int:
-    (place,) = ids_among([text], names)
-    if place >= 0:
-        return place
+def _number(text: str, names: Sequence[str], count: int, *, where: str, whose: str) -> int:
+    """Return the class id that a field of a class map is, which is no name."""
     if text.isdecimal() and int(text) < count:
         return int(text)
+    known = f" ({listed(list(names))})" if names else ""
     raise ClassMapError(
-        f"{where}: {text!r} is none of the {whose} {count:,} classes{f' ({listed(list(names))})' if names else ''}, "
-        "by name or by id"
+        f"{where}: {text!r} is none of the {whose} {count:,} classes{known}, by name or by id"
     )
