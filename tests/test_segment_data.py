@@ -202,7 +202,7 @@ def test_other_folders_and_splits(tmp_path: Path) -> None:
     found = other_pairs(config, ["road", "other"], images=str(tmp_path / "images"), masks=masks)
     assert found.classes.names == ["road", "other"]
     own = SegmentDataConfig(**folders(tmp_path), val_images=str(tmp_path / "images"), val_masks=masks)
-    with pytest.raises(DataError, match=r"2 classes \(road, other\), the model 1"):
+    with pytest.raises(DataError, match=r"the images have 2 \(road against road, other\)"):
         other_pairs(own, ["road"])
     assert classes_of(config, ["road", "other"]).names == ["road", "other"]
 

@@ -458,10 +458,13 @@ def test_classes_are_compared_by_name():
     by_name = class_map_for("names", ["axe", "dog", "cat"], ours, num_theirs=3)
     assert by_name is not None
     assert by_name.targets.tolist() == [-1, 1, 0]
+    in_another_order = class_map_for(None, ["dog", "cat"], ours, num_theirs=2)
+    assert in_another_order is not None
+    assert in_another_order.targets.tolist() == [1, 0]
     with pytest.raises(
-        ClassMapError, match="class 0 is 'dog' to the teacher and 'cat' to the images; 2 names"
+        ClassMapError, match="class 0 is 'dog' to the teacher and 'cat' to the images; 1 names are common"
     ):
-        class_map_for(None, ["dog", "cat"], ours, num_theirs=2)
+        class_map_for(None, ["dog", "cow"], ours, num_theirs=2)
     with pytest.raises(ClassMapError, match="knows 1,000 classes, the images have 2"):
         class_map_for(None, [], ours, num_theirs=1000)
     with pytest.raises(ClassMapError, match="no common order"):

@@ -263,8 +263,10 @@ def inspect(arguments: list[str]) -> int:
         source = open_aloud(options.images)
     figures = inspect_store(store, config_of(parser, options, InspectConfig), source=source).as_dict()
     if options.masks:
+        from tokenlabel.data.classes import say_order
         from tokenlabel.evaluation.observation import mask_agreement
 
+        say_order(store.manifest.class_names, them="the masks'", overrule="write these classes' ids if not")
         figures["mask_agreement"] = mask_agreement(
             store, options.masks, source=source, ignore_index=options.ignore_index
         )
@@ -365,6 +367,11 @@ def evaluate(arguments: list[str]) -> int:
     )
     parser.add_argument("--ignore-index", type=int, help=IGNORE_INDEX_HELP)
     parser.add_argument("--weights", help="checkpoint file for a model's name; pretrained weights by default")
+    parser.add_argument(
+        "--class-order",
+        help="the classes of a network that does not say their names: `sorted` or `natural` (10 behind 9, as timm's "
+        "scripts sort folders) for those of the images in this order, else a file with its class names",
+    )
     parser.add_argument("--size", type=int, help="images are size x size px; the network's own by default")
     parser.add_argument("--crop-fraction", type=float, help="share of the shorter side in the centre crop")
     parser.add_argument(

@@ -27,6 +27,7 @@ from tokenlabel.data.batches import (
     normalize_images,
     shard_order,
 )
+from tokenlabel.data.classes import difference, same_classes
 from tokenlabel.data.erasing import Erased, erase
 from tokenlabel.data.images import describe
 from tokenlabel.data.sources import open_aloud, refuse_single_class
@@ -35,6 +36,7 @@ from tokenlabel.evaluation.observation import evaluate, evaluation_set
 from tokenlabel.labels.store import LabelStore
 from tokenlabel.method.mixing import Mixing, MixPlan, join_plans, sample_mix
 from tokenlabel.models import TokenModel, create_model, load_published
+from tokenlabel.models.weights import read_class_names
 from tokenlabel.runtime.configuration import ConfigError
 from tokenlabel.runtime.distributed import Ranks, joined_ranks
 from tokenlabel.runtime.notices import say
@@ -173,7 +175,7 @@ def build(recipe: Recipe, *, device: torch.device) -> ClassifierTask:
     if store is not None:
         check_labels(source, store)
     torch.manual_seed(recipe.seed)
-    model = _begin(recipe.model, num_classes=len(source.class_names)).to(device)
+    model = _begin(recipe.model, class_names=source.class_names).to(device)
     objective = Objective(
         recipe.loss,
         labelled=store is not None,
@@ -196,11 +198,16 @@ def build(recipe: Recipe, *, device: torch.device) -> ClassifierTask:
     )
 
 
-def _begin(config: ModelConfig, *, num_classes: int) -> TokenModel:
+def _begin(config: ModelConfig, *, class_names: list[str]) -> TokenModel:
     """Return the model as it is before the first step."""
+    num_classes = len(class_names)
     model = create_model(config.name, num_classes=num_classes, size_px=config.size_px, **config.options)
     if config.weights is not None:
         load_published(model, config.weights, average=config.average)
+        theirs = read_class_names(config.weights)
+        if len(theirs) == num_classes and not same_classes(theirs, class_names):
+            unlike = difference(theirs, class_names, count=num_classes, them="the file")
+            say(f"{config.weights}: {unlike}: its heads begin with what they knew of the others")
     model.freeze(config.frozen_layers)
     for parameter in model.parameters():  # convolutions run faster so
         if parameter.ndim == 4:

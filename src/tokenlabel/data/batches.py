@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data._utils.collate import default_collate_fn_map  # where PyTorch wants new types entered
 
+from tokenlabel.data.classes import difference, same_classes, say_order
 from tokenlabel.data.images import (
     DataError,
     ImageCheck,
@@ -37,7 +38,7 @@ from tokenlabel.data.workers import prepare_worker, process_context, stack
 from tokenlabel.method.alignment import ScoreMapBatch, collate_score_maps
 from tokenlabel.method.geometry import View, stack_views
 from tokenlabel.method.scores import Orientation, ScoreMap, turned_map
-from tokenlabel.runtime.notices import say
+from tokenlabel.runtime.notices import listed, say
 
 __all__ = [
     "Batch",
@@ -324,22 +325,19 @@ def normalize_images(
 def check_labels(source: ImageSource, store: CheckableLabels) -> None:
     """Raise LabelsError unless the store has a label over the same classes for every image."""
     ours, theirs = source.class_names, store.manifest.class_names
-    if store.manifest.num_classes != len(ours):
+    num_classes = store.manifest.num_classes
+    if num_classes != len(ours) or (theirs and not same_classes(theirs, ours)):
         raise LabelsError(
-            f"the labels are about {store.manifest.num_classes:,} classes, the images have {len(ours):,}; "
-            "annotate them with a teacher of the same classes"
+            f"{difference(theirs or (), ours, count=num_classes, them='the labels')}; annotate these images, with "
+            "their own classes"
         )
-    if theirs and list(theirs) != list(ours):
-        first = next(i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b)
-        raise LabelsError(
-            f"class {first} is {theirs[first]!r} to the labels and {ours[first]!r} to the images; "
-            "annotate with a teacher whose classes have the same order"
-        )
+    if not theirs:
+        say_order(ours, them="the labels'", overrule="class_names in their manifest.json would settle it")
     missing = [key for key in source.keys if key not in store]
     if missing:
         raise LabelsError(
             f"{len(missing):,} of {len(source):,} images have no label in the store "
-            f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}); annotate them first"
+            f"({listed(missing)}); annotate them first"
         )
 
 

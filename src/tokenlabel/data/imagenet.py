@@ -16,8 +16,18 @@ import numpy as np
 import timm.data
 from numpy.typing import NDArray
 
+from tokenlabel.data.classes import (
+    are_numbers,
+    class_order,
+    ids_among,
+    imagenet_names,
+    match_classes,
+    say_imagenet,
+    strangers,
+)
 from tokenlabel.data.images import DataError, ImageSource
 from tokenlabel.data.sources import open_aloud
+from tokenlabel.runtime.notices import listed
 
 NUM_IMAGENET_CLASSES = 1000
 
@@ -85,26 +95,32 @@ class RenumberedImages:
         return len(self._source)
 
 
-def read_folder(root: Path, class_names: Sequence[str], num_classes: int) -> EvaluationSet:
+def read_folder(
+    root: Path,
+    class_names: Sequence[str],
+    num_classes: int,
+    *,
+    assumed: bool = False,
+    order: str | None = None,
+) -> EvaluationSet:
     """Read images whose folders are named after classes of the model, all of them or some; all classes compete.
 
-    ImageNet-1k's val images in folders of WordNet ids and ImageNet-Sketch are such. A model that does not know the
-    names of its classes takes as many folders as it has classes, in sorted order.
+    ImageNet-1k's val images in folders of WordNet ids and ImageNet-Sketch are such. Of a model that does not know the
+    names of its classes, numbers are ids, and as many folders as it has classes are these in sorted order. `assumed`,
+    `order`: see `match_classes` and `class_order`.
     """
     source = open_aloud(root)
-    if not class_names:
-        if len(source.class_names) != num_classes:
-            raise DataError(
-                f"{root} has {len(source.class_names)} classes, the model {num_classes} whose names it does not know; "
-                "they must be as many, in the order of their sorted names"
-            )
-        return EvaluationSet(source)
-    return EvaluationSet(_renumbered(source, class_names, root))
+    if order is not None:
+        known = () if assumed else class_names
+        class_names, assumed = class_order(order, source.class_names, known, count=num_classes), False
+    return EvaluationSet(
+        as_classes_of(source, class_names, num_classes, root, assumed=assumed, option="--class-order")
+    )
 
 
 def read_v2(root: Path, class_names: Sequence[str], num_classes: int) -> EvaluationSet:
     """Read ImageNet-V2: the folders 0 to 999 are class ids."""
-    _check_imagenet(num_classes, root)
+    ids = imagenet_ids(class_names, num_classes, root)
     source = open_aloud(root)
     strange = [
         name
@@ -113,7 +129,7 @@ def read_v2(root: Path, class_names: Sequence[str], num_classes: int) -> Evaluat
     ]
     if strange:
         raise DataError(f"{root}: ImageNet-V2 has folders named by class ids, 0 to 999; found {strange[0]!r}")
-    ids = np.array([int(name) for name in source.class_names])
+    ids = ids[[int(name) for name in source.class_names]]
     return EvaluationSet(RenumberedImages(source, ids[source.class_ids], class_names))
 
 
@@ -147,7 +163,7 @@ def corruption_folders(root: Path) -> dict[tuple[str, int], Path]:
     if missing:
         raise DataError(
             f"{root}: ImageNet-C has a folder CORRUPTION/SEVERITY for 15 corruptions and severities 1 to 5; "
-            f"{len(missing)} are missing ({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''})"
+            f"{len(missing)} are missing ({listed(missing)})"
         )
     return folders
 
@@ -171,8 +187,11 @@ def read_real_labels(path: Path) -> dict[str, list[int]]:
     The file lists one list of ids for each of the 50,000 images in their order. Raises DataError for anything else.
     """
     labels = _read_json(path)
-    if not isinstance(labels, list) or not all(isinstance(ids, list) for ids in labels):
-        raise DataError(f"{path}: expected a list with a list of class ids for each val image")
+    known = range(NUM_IMAGENET_CLASSES)
+    if not isinstance(labels, list) or not all(
+        isinstance(ids, list) and all(class_id in known for class_id in ids) for ids in labels
+    ):
+        raise DataError(f"{path}: expected a list with a list of class ids, 0 to 999, for each val image")
     return {f"ILSVRC2012_val_{number:08d}.JPEG": ids for number, ids in enumerate(labels, start=1)}
 
 
@@ -184,20 +203,25 @@ def read_multi_labels(path: Path, class_names: Sequence[str]) -> dict[str, list[
     found = _read_json(path)
     if not isinstance(found, dict):
         raise DataError(f"{path}: expected a mapping from paths of images to lists of classes")
-    ids = {name: class_id for class_id, name in enumerate(class_names)}
-    for key, classes in found.items():
-        strange = [
-            c for c in classes if not (c in ids if isinstance(c, str) else c in range(len(class_names)))
-        ]
-        if strange:
-            raise DataError(f"{path}: {key} has the class {strange[0]!r}, which the model does not")
-    return {key: [ids[c] if isinstance(c, str) else c for c in classes] for key, classes in found.items()}
+    named = sorted({c for classes in found.values() for c in classes if isinstance(c, str)})
+    ids = dict(zip(named, ids_among(named, class_names), strict=True))
+    of_image = {key: [ids[c] if isinstance(c, str) else c for c in classes] for key, classes in found.items()}
+    for key, classes in of_image.items():
+        if strange := [
+            c for c, place in zip(found[key], classes, strict=True) if place not in range(len(class_names))
+        ]:
+            raise DataError(
+                f"{path}: {key} has the class {strange[0]!r}, which the model does not: it knows "
+                f"{listed(list(class_names))} ({len(class_names):,} classes)"
+            )
+    return of_image
 
 
 def _read_subset(
     root: Path, class_names: Sequence[str], num_classes: int, *, file: str, name: str
 ) -> EvaluationSet:
-    _check_imagenet(num_classes, root)
+    of_model = np.empty(NUM_IMAGENET_CLASSES, object)
+    of_model[imagenet_ids(class_names, num_classes, root)] = imagenet_names(num_classes)
     data = pkgutil.get_data(timm.data.__name__, f"_info/{file}")
     assert data is not None, f"timm ships {file}"
     wanted = data.decode().split()
@@ -205,29 +229,60 @@ def _read_subset(
     strange = [found for found in source.class_names if found not in wanted]
     if strange:
         raise DataError(f"{root}: {name} has {len(wanted)} classes, and {strange[0]!r} is none of them")
-    competing = np.isin(np.array(class_names), wanted)
-    return EvaluationSet(_renumbered(source, class_names, root), competing)
+    competing = np.isin(of_model.astype(str), wanted)
+    return EvaluationSet(as_classes_of(source, of_model.tolist(), num_classes, root), competing)
 
 
-def _renumbered(source: ImageSource, class_names: Sequence[str], root: Path) -> ImageSource:
-    if source.class_names == list(class_names):
+def as_classes_of(
+    source: ImageSource,
+    class_names: Sequence[str],
+    num_classes: int,
+    where: str | Path,
+    *,
+    assumed: bool = False,
+    option: str = "",
+) -> ImageSource:
+    """Return images with the class ids of a model, of whose classes they may hold some (see `match_classes`).
+
+    Raises DataError for classes that the model does not have; `where`: what it calls the images.
+    """
+    ours = source.class_names
+    if not ours:
+        raise DataError(f"{where}: the images have no classes that answers could be held against")
+    ids = match_classes(ours, class_names, count=num_classes, assumed=assumed, option=option)
+    if -1 in ids:
+        if not class_names:
+            advice = f", or give {option} FILE" if option else ""
+            raise DataError(
+                f"{where} has {len(ours)} classes, the model {num_classes} whose names it does not know; "
+                f"they must be as many, in the order of their sorted names{advice}"
+            )
+        reason = strangers(ours, class_names, ids, count=num_classes, them="the model")
+        advice = f"; {option} overrules its names, which are ImageNet's by their number" if assumed else ""
+        raise DataError(f"{where}: {reason}; name each folder after the model's class{advice}")
+    if ids == list(range(num_classes)):
         return source
-    ids = {name: class_id for class_id, name in enumerate(class_names)}
-    strange = [name for name in source.class_names if name not in ids]
-    if strange:
-        raise DataError(
-            f"{root}: {strange[0]!r} is no class of the model, which knows {', '.join(class_names[:3])}, ... "
-            f"({len(class_names)} classes); name each folder after the model's class"
-        )
-    of_folder = np.array([ids[name] for name in source.class_names], np.int64)
-    return RenumberedImages(source, of_folder[source.class_ids], class_names)
+    names = list(class_names) or [str(i) for i in range(num_classes)]
+    return RenumberedImages(source, np.array(ids)[source.class_ids], names)
 
 
-def _check_imagenet(num_classes: int, root: Path) -> None:
+def imagenet_ids(class_names: Sequence[str], num_classes: int, where: str | Path) -> NDArray[np.int64]:
+    """Return the id that each class of ImageNet-1k has in a model. Raises DataError for models of other classes."""
     if num_classes != NUM_IMAGENET_CLASSES:
         raise DataError(
-            f"{root} is for models of ImageNet-1k's 1,000 classes, this one has {num_classes}; read it as a folder"
+            f"{where} is for models of ImageNet-1k's 1,000 classes, this one has {num_classes}; read it as a folder"
         )
+    names = imagenet_names(num_classes)
+    if are_numbers(class_names):
+        say_imagenet(names, them="the model", option="--class-order")
+        return np.arange(num_classes)
+    ids = np.array(ids_among(names, class_names))
+    if ids.min() < 0:
+        raise DataError(
+            f"{where} is for models of ImageNet-1k's 1,000 classes, this one's are others "
+            f"({listed(list(class_names))}); read it as a folder"
+        )
+    return ids
 
 
 def _read_json(path: Path) -> object:

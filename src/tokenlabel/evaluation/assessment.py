@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal
@@ -21,11 +21,14 @@ from tokenlabel.data.batches import (
     check_labels,
     make_loader,
 )
+from tokenlabel.data.classes import class_order, say_imagenet, say_order
 from tokenlabel.data.imagenet import (
     SETS,
     EvaluationSet,
     corruption_figures,
     corruption_folders,
+    imagenet_ids,
+    read_folder,
     read_multi_labels,
     read_real_labels,
 )
@@ -72,6 +75,9 @@ class EvalOptions:
     """A teacher's labels of the images: how far the tokens agree with it."""
     weights: str | None = None
     """Checkpoint file, for a model's name; timm's pretrained weights by default."""
+    class_order: str | None = None
+    """The classes of a network that does not say their names: `sorted` or `natural` for those of the images in this
+    order, else a file with its class names (see `annotate`)."""
     size: int | None = None
     """Images are size x size px; by default as in training, or as timm validates."""
     crop_fraction: float | None = None
@@ -117,6 +123,8 @@ def assess(name: str | Path, options: EvalOptions, *, device: torch.device | str
     options.check()
     device = torch.device(device)
     network = find_network(str(name), weights=options.weights, size=options.size)
+    if options.set != "folder" or options.multi_labels is not None:
+        network = _named(network, options.class_order)
     heads = network.chosen_heads(options.inference)
     move(network, device)
     with joined_ranks(device) as ranks:
@@ -126,6 +134,17 @@ def assess(name: str | Path, options: EvalOptions, *, device: torch.device | str
     about |= {} if network.step is None else {"step": network.step}
     labelled = {head.value: {**about, "inference": head.value, **_nested(found[head])} for head in heads}
     return labelled if options.inference == "all" else labelled[heads[0].value]
+
+
+def _named(network: Network, order: str | None) -> Network:
+    """Return a network with the class names that the user gives it, or say that they are taken for ImageNet's."""
+    if order is not None:
+        known = () if network.names_assumed else network.class_names
+        names = class_order(order, (), known, count=network.num_classes)
+        return replace(network, class_names=tuple(names), names_assumed=False)
+    if network.names_assumed:
+        say_imagenet(network.class_names, them="the model", option="--class-order")
+    return network
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,7 +166,7 @@ class _Assessment:
             source = ImageFiles(self._folder(), [*of_image], none, names)
             say(f"{self._folder()}: {len(of_image):,} images, each of any number of classes")
             return self._pass(EvaluationSet(source), {head: [MultiLabel(of_image)] for head in self.heads})
-        images = SETS[options.set](self._folder(), self.network.class_names, self.network.num_classes)
+        images = self._open()
         check_images(images.source)
         found = self._pass(images, {head: self._evaluators(images) for head in self.heads})
         for name, store in self._token_truths(images.source):
@@ -160,6 +179,18 @@ class _Assessment:
             of_tokens[Inference.CLASS].pop("images_per_s")
             found = {head: figures | of_tokens[Inference.CLASS] for head, figures in found.items()}
         return found
+
+    def _open(self) -> EvaluationSet:
+        network, options = self.network, self.options
+        if options.set != "folder":
+            return SETS[options.set](self._folder(), network.class_names, network.num_classes)
+        return read_folder(
+            self._folder(),
+            network.class_names,
+            network.num_classes,
+            assumed=network.names_assumed,
+            order=options.class_order,
+        )
 
     def of_corruptions(self) -> dict[Inference, Figures]:
         """Return the figures of ImageNet-C."""
@@ -215,7 +246,9 @@ class _Assessment:
     def _evaluators(self, images: EvaluationSet) -> list[Evaluator]:
         found: list[Evaluator] = [Accuracy(), Calibration()]
         if self.options.real is not None:
-            found.append(RealLabels(read_real_labels(self.options.real)))
+            ids = imagenet_ids(images.source.class_names, self.network.num_classes, self.options.real)
+            labels = read_real_labels(self.options.real)
+            found.append(RealLabels({name: ids[classes].tolist() for name, classes in labels.items()}))
         if self.options.per_class:
             found.append(PerClass(images.source.class_names))
         return found
@@ -228,6 +261,11 @@ class _Assessment:
                 f"{self.network.name} has no head for tokens that was trained; leave --masks and --labels out"
             )
         if masks is not None:
+            say_order(
+                self._class_names(),
+                them="the masks'",
+                overrule="write these classes' ids if not",
+            )
             truth = MaskFolder(
                 masks,
                 num_classes=self.network.num_classes,

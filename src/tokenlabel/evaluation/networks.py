@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor, nn
 
 from tokenlabel.data.augment import Interpolation
@@ -27,8 +26,8 @@ class NetworkError(ValueError):
 class Network:
     """A network with what its evaluation needs. `size_px`: (height, width) of the images that it is given.
 
-    `class_names`: empty if nobody knows them. `heads`: the ways to predict that were trained, the usual one first.
-    `recipe`, `step`: of the run that it comes from.
+    `class_names`: empty if nobody knows them; `names_assumed`: they are ImageNet's, by their number alone. `heads`:
+    the ways to predict that were trained, the usual one first. `recipe`, `step`: of the run that it comes from.
     """
 
     name: str
@@ -39,6 +38,7 @@ class Network:
     crop_fraction: float
     interpolation: Interpolation
     heads: tuple[Inference, ...]
+    names_assumed: bool = False
     recipe: Recipe | None = None
     step: int | None = None
 
@@ -132,18 +132,13 @@ def _from_name(name: str, weights: str | None, size: int | None) -> Network:
         name=name,
         model=model.eval(),
         num_classes=found.num_classes,
-        class_names=_imagenet_names(found.num_classes),
+        class_names=found.class_names,
+        names_assumed=found.names_assumed,
         size_px=(size, size) if size else found.size_px,
         crop_fraction=found.crop_fraction,
         interpolation=found.interpolation,
         heads=tuple(heads),
     )
-
-
-def _imagenet_names(num_classes: int) -> tuple[str, ...]:
-    """Return ImageNet's names of so many classes (WordNet ids); none for another number."""
-    subset = infer_imagenet_subset({"num_classes": num_classes})
-    return tuple(ImageNetInfo(subset).label_names()) if subset else ()
 
 
 def move(network: Network, device: torch.device) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tokenlabel.data.augment import EvalTransform
 from tokenlabel.data.batches import Batch, TokenLabelDataset, check_images, normalize_images
+from tokenlabel.data.imagenet import as_classes_of
 from tokenlabel.data.images import ImageSource, orientation_of
 from tokenlabel.data.masks import MaskError, check_upright, decode_mask, mask_names
 from tokenlabel.data.sources import open_images
@@ -286,17 +287,13 @@ def evaluation_set(
     """Return the images that a recipe evaluates on, or those in the folder `data`, as the model sees them.
 
     `masks`: a folder of true dense labels, laid out like the images, to hold the tokens against.
-    Raises ValueError if there are no images or their classes are not those of the model.
+    Raises ValueError if there are no images or one has a class that the model does not have.
     """
     folder = data or recipe.data.val
     if folder is None:
         raise ValueError("the run has no val images of its own; name images with --data")
     source = check_images(open_images(folder), skip_broken=recipe.data.skip_broken)
-    if source.class_names != class_names:
-        raise ValueError(
-            f"{folder} has {len(source.class_names)} classes ({', '.join(source.class_names[:3])}, ...), the model "
-            f"{len(class_names)} ({', '.join(class_names[:3])}, ...); they must be the same, in folders of these names"
-        )
+    source = as_classes_of(source, class_names, len(class_names), folder)
     transform = EvalTransform(recipe.model.size_px, crop_fraction=recipe.eval.crop_fraction)
     truth = MaskFolder(masks, num_classes=len(class_names)) if masks else None
     return TokenLabelDataset(source, transform, seed=recipe.seed, store=truth)

@@ -9,16 +9,16 @@ from typing import Any
 
 import timm
 from timm.data.config import resolve_data_config
-from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
 from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg
 
 from tokenlabel.data.augment import Interpolation
-from tokenlabel.models import create_model
+from tokenlabel.data.classes import imagenet_names
+from tokenlabel.models import create_model, register_with_timm
 from tokenlabel.models.lvvit import CONFIGS as LVVIT_CONFIGS
 from tokenlabel.models.t2t_vit import CONFIGS as T2T_VIT_CONFIGS
-from tokenlabel.models.weights import load_published, read_checkpoint
+from tokenlabel.models.weights import load_published, names_in_order, read_checkpoint, read_class_names
 from tokenlabel.runtime.errors import first_line
-from tokenlabel.runtime.notices import listed
+from tokenlabel.runtime.notices import listed, say
 
 # In timm's names of networks trained on images and texts. Their head projects into the space of the texts, and timm
 # calls the width of that space num_classes; the same networks fine-tuned on ImageNet ("_ft_in1k") have classes.
@@ -33,9 +33,9 @@ class PretrainedError(ValueError):
 class Pretrained:
     """A trained network and how it was evaluated.
 
-    `model`: a TokenModel, or timm's own. `class_names`: empty unless the weights' source says them. `size_px`: (height,
-    width) of the images that it is for; `fixed_size`: it takes no others. `mean`, `std`: of its images, scaled to
-    0..1. `has_token_head`: one for tokens that was trained.
+    `model`: a TokenModel, or timm's own. `class_names`: empty where nobody says them; `names_assumed`: they are
+    ImageNet's, by their number alone. `size_px`: (height, width) of the images that it is for; `fixed_size`: it takes
+    no others. `mean`, `std`: of its images, scaled to 0..1. `has_token_head`: one for tokens that was trained.
     """
 
     model: Any
@@ -48,6 +48,7 @@ class Pretrained:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     has_token_head: bool
+    names_assumed: bool = False
 
 
 def load_pretrained(
@@ -78,10 +79,12 @@ def _own(name: str, weights: str | None, size: int) -> Pretrained:
         raise PretrainedError(f"{weights}: has no classifier (head.weight), so it is no {name}")
     model = create_model(name, num_classes=len(classifier), size_px=(size, size))
     loaded = load_published(model, weights)
+    class_names, names_assumed = _names(len(classifier), read_class_names(weights))
     return Pretrained(
         model=model,
         num_classes=len(classifier),
-        class_names=(),
+        class_names=class_names,
+        names_assumed=names_assumed,
         size_px=(size, size),
         fixed_size=True,
         crop_fraction=0.9,
@@ -93,6 +96,7 @@ def _own(name: str, weights: str | None, size: int) -> Pretrained:
 
 
 def _timm(name: str, weights: str | None, size: int | None, *, at_test_size: bool) -> Pretrained:
+    register_with_timm()  # a folder may hold an LV-ViT
     preset = get_pretrained_cfg(name, allow_unregistered=True)
     if weights is None and preset is not None:  # before anything is downloaded
         check_classes(name, asdict(preset))
@@ -112,20 +116,24 @@ def _timm(name: str, weights: str | None, size: int | None, *, at_test_size: boo
     fixed = bool(model.pretrained_cfg.get("fixed_input_size"))
     data = resolve_data_config({}, model=model, use_test_size=at_test_size and not fixed)
     _, height_px, width_px = data["input_size"]
-    subset = infer_imagenet_subset(model) if weights is None else None
+    stated = read_class_names(weights) if weights is not None else ()
+    stated = stated or names_in_order(model.pretrained_cfg.get("label_names"))
+    class_names, names_assumed = _names(model.num_classes, stated)
     given_px = options.get("img_size")
     return Pretrained(
         model=model,
         num_classes=model.num_classes,
-        class_names=tuple(ImageNetInfo(subset).label_names()) if subset else (),
+        class_names=class_names,
+        names_assumed=names_assumed
+        and not (weights is None and preset is not None),  # timm's own are ImageNet's
         size_px=(given_px or height_px, given_px or width_px),
         fixed_size=fixed,
         crop_fraction=data["crop_pct"],
         interpolation=Interpolation.BILINEAR
         if data["interpolation"] == "bilinear"
         else Interpolation.BICUBIC,
-        mean=data["mean"],
-        std=data["std"],
+        mean=tuple(data["mean"]),  # lists where a folder's config.json says them
+        std=tuple(data["std"]),
         has_token_head=getattr(model, "aux_head", None) is not None,
     )
 
@@ -157,6 +165,19 @@ def check_classes(name: str, preset: Mapping[str, Any]) -> None:
         f"{f' ({listed(others)})' if others else ''}, or fine-tune it (`tokenlabel train --model.name {name} "
         "--model.options.pretrained true`) and name that run"
     )
+
+
+def _names(num_classes: int, stated: tuple[str, ...]) -> tuple[tuple[str, ...], bool]:
+    """Return the class names of a network, by what its weights' source states, and whether they are a guess."""
+    if len(stated) == num_classes:
+        return stated, False
+    if stated:
+        say(
+            f"the weights come with {len(stated):,} class names ({listed(list(stated))}) for {num_classes:,} classes: "
+            "not used"
+        )
+    names = imagenet_names(num_classes)
+    return names, bool(names)
 
 
 def _file_overlay(path: str, preset: Any) -> dict[str, Any]:

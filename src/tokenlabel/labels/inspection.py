@@ -12,9 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from tokenlabel.data.classes import composed, ids_among, say_order, strangers
 from tokenlabel.data.images import ImageSource
 from tokenlabel.labels.fingerprints import find_replaced
-from tokenlabel.labels.store import LabelStore, StoreError, read_manifest
+from tokenlabel.labels.store import LabelStore, Manifest, StoreError, read_manifest
 from tokenlabel.labels.wordnet import with_words
 from tokenlabel.method.scores import Kind, ScoreMap
 from tokenlabel.runtime.coercion import coerced_fields
@@ -140,12 +141,11 @@ def inspect_store(
     broken = dict(verify(store)) if config.verify else {}
     looks = [look_at(key, store[key]) for key in _sampled(store, config.sample) if key not in broken]
     class_of = class_finder(store, source)
+    if source is not None and source.class_names:
+        _say_what_differs(manifest, source.class_names)
     classes = ((look, class_of(look.key)) for look in looks)
     known = [(look, class_id) for look, class_id in classes if class_id is not None]
     suspects = [_suspect(look, class_id, store) for look, class_id in by_doubt(known)]
-    if known and source is not None and not manifest.class_names:
-        pairs = [f"{i} is {name!r}" for i, name in enumerate(source.class_names)]
-        say(f"the labels' classes have no names; taken to be those of the images, in order: {listed(pairs)}")
     return Inspection(
         num_images=len(store),
         num_classes=manifest.num_classes,
@@ -248,14 +248,14 @@ def class_finder(store: LabelStore, source: ImageSource | None = None) -> Callab
     `source`: the images, which know their classes; without it the first folder of a key names the class. If the store
     does not name its classes, they are those of as many classes of images, in order.
     """
-    names = store.manifest.class_names
-    ids = {name: class_id for class_id, name in enumerate(names)}
+    names, num_classes = store.manifest.class_names, store.manifest.num_classes
     if source is None:
-        return lambda key: ids.get(key.split("/", 1)[0])
-    if not names and len(source.class_names) != store.manifest.num_classes:
-        return lambda key: None
-    own_ids = [ids.get(name, -1) if names else place for place, name in enumerate(source.class_names)]
-    known = zip(source.keys, source.class_ids.tolist(), strict=True) if source.class_names else ()
+        of_folder = {composed(name): class_id for class_id, name in enumerate(names)}
+        return lambda key: of_folder.get(composed(key.split("/", 1)[0]))
+    own_ids = ids_among(source.class_names, names)
+    if not names:
+        own_ids = list(range(num_classes)) if len(source.class_names) == num_classes else []
+    known = zip(source.keys, source.class_ids.tolist(), strict=True) if own_ids else ()
     class_ids = {key: own_ids[class_id] for key, class_id in known}
     return lambda key: class_id if (class_id := class_ids.get(key, -1)) >= 0 else None
 
@@ -298,6 +298,19 @@ def by_doubt(known: Sequence[tuple[Look, int]]) -> list[tuple[Look, int]]:
         return bool(look.class_probs[look.class_ids == class_id].sum() < look.class_probs.max())
 
     return sorted((pair for pair in known if says_another(*pair)), key=doubt)
+
+
+def _say_what_differs(manifest: Manifest, ours: Sequence[str]) -> None:
+    """Say which classes of the images the labels don't know, or that theirs are taken to be the images'."""
+    if not manifest.class_names:
+        if manifest.num_classes == len(ours):
+            say_order(ours, them="the labels'", overrule="class_names in their manifest.json would settle it")
+        return
+    ids = ids_among(ours, manifest.class_names)
+    if -1 in ids:
+        count = manifest.num_classes
+        unknown = strangers(ours, manifest.class_names, ids, count=count, them="the labels")
+        say(f"{unknown}; agreement is that of the images of other classes")
 
 
 def best_class(look: Look) -> int:

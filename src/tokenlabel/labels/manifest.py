@@ -12,6 +12,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar
 
+from tokenlabel.data.classes import composed
 from tokenlabel.labels.encoding import Encoding
 from tokenlabel.labels.shards import SUFFIX, StoreError, write_atomically
 from tokenlabel.method.scores import Kind, Orientation
@@ -110,7 +111,9 @@ def _in_words(name: str, ours: Any, theirs: Any) -> str:
 
 def _without_names(described: Any) -> Any:
     """Return a description without the name of any network that is known by its weights: a path may be spelt anew."""
-    if isinstance(described, list):
+    if isinstance(described, str):
+        return composed(described)
+    if isinstance(described, (list, tuple)):
         return [_without_names(entry) for entry in described]
     if not isinstance(described, dict):
         return described

@@ -5,16 +5,18 @@ Files are never allowed to run code: pickles are read with `weights_only=True`.
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from argparse import Namespace
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -110,6 +112,42 @@ def read_checkpoint(path: str | Path, *, average: bool = False) -> dict[str, Ten
     if not tensors:
         raise WeightsError(f"{path} holds no tensors; it has {', '.join(map(str, contents)) or 'nothing'}")
     return tensors
+
+
+def read_class_names(path: str | Path) -> tuple[str, ...]:
+    """Return the class names that come with a file of weights; none if nobody says them.
+
+    They are in the metadata of our exports, beside our checkpoints, in the config.json of a folder for timm, and where
+    people put them in a .pth: `class_names`, `classes`, or the mapping `class_to_idx`.
+    """
+    path = Path(path)
+    folder = path if path.is_dir() else path.parent
+    found: Any = None
+    with suppress(OSError, ValueError, SafetensorError, AttributeError, TypeError):
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                found = json.loads((file.metadata() or {}).get("class_names", "null"))
+        elif path.is_file() and path.suffix != ".npz":  # of the original ViTs
+            contents = _read_pickle(path)
+            found = next(
+                (contents[key] for key in ("class_names", "classes", "class_to_idx") if key in contents), None
+            )
+        if found is None and (path.is_dir() or path.name in ("model.safetensors", "ema.safetensors")):
+            state = folder / "state.json"
+            beside = json.loads((state if state.exists() else folder / "config.json").read_text("utf-8"))
+            beside = {**beside.get("pretrained_cfg", {}), **beside}
+            found = beside.get("class_names") or beside.get("label_names")
+    return names_in_order(found)
+
+
+def names_in_order(names: Any) -> tuple[str, ...]:
+    """Return class names as files state them: a list, names by id, which may have gaps, or ids by name."""
+    if isinstance(names, dict):
+        is_by_name = all(isinstance(place, int) for place in names.values())
+        pairs = [(place, name) if is_by_name else (name, place) for name, place in names.items()]
+        by_id = {int(place): name for place, name in pairs if str(place).isdecimal()}
+        names = [by_id.get(i, str(i)) for i in range(max(by_id, default=-1) + 1)]
+    return tuple(map(str, names)) if isinstance(names, (list, tuple)) else ()
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:

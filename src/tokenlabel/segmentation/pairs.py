@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Integer, UInt8
 from numpy.typing import NDArray
 
+from tokenlabel.data.classes import difference, same_classes
 from tokenlabel.data.images import DECODE_ALL_UP_TO, EXTENSIONS, DataError, Strings, decode_pixels
 from tokenlabel.data.masks import MaskError, check_upright, decode_mask, mask_names, palette_of
 from tokenlabel.runtime.coercion import Choice, coerced, coerced_fields
@@ -307,10 +308,9 @@ def other_pairs(
     pairs = open_pairs(replace(config, val_split=split or config.val_split), "val")
     if pairs is None:
         raise DataError("the run has no val images of its own; name folders with --images and --masks")
-    if pairs.classes.names != list(names):
+    if not same_classes(pairs.classes.names, names):
         raise DataError(
-            f"the data have {len(pairs.classes.names)} classes ({listed(pairs.classes.names)}), the model "
-            f"{len(names)} ({listed(list(names))}); they must be the same"
+            f"{difference(names, pairs.classes.names, count=len(names), them='the model')}; they must be the same"
         )
     return pairs
 

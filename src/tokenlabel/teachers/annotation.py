@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from tokenlabel.data.classes import say_order
 from tokenlabel.data.images import ImageSource
 from tokenlabel.data.sources import open_aloud
 from tokenlabel.labels.encoding import Encoding
@@ -117,14 +118,19 @@ def make_teacher(config: AnnotateConfig, source: ImageSource, device: torch.devi
             raise TeacherError("--ignore-index is for masks (--teacher masks:DIR); leave it out")
         return load_teachers(config, source.class_names, device)
     plain = AnnotateConfig(teacher=config.teacher)
-    of_networks = ("weights", "crop", "head", "flip", "precision", "compile")
-    given = [f"--{name}" for name in of_networks if getattr(config, name) != getattr(plain, name)]
+    of_networks = ("weights", "crop", "head", "flip", "class_order", "precision", "compile")
+    given = [
+        f"--{name.replace('_', '-')}" for name in of_networks if getattr(config, name) != getattr(plain, name)
+    ]
     if len(names) > 1 or given:
         raise TeacherError(
             f"masks go with no other teacher and no network's options; leave {', '.join(given) or 'one'} out"
         )
     class_map = None
-    if config.class_map is not None:
+    if config.class_map is None:
+        overrule = "overrule with --class-map FILE, an id and a class a line"
+        say_order(source.class_names, them="the masks'", overrule=overrule)
+    else:
         class_map = class_map_for(config.class_map, (), source.class_names, num_theirs=MAX_IDS)
     if class_map is not None and config.ignore_index is not None:
         raise TeacherError(
@@ -154,8 +160,16 @@ def annotate_by(
     started = time.perf_counter()
     if device.type == "cuda":
         torch.cuda.set_device(device)  # pinned memory would open the first GPU otherwise
-    if isinstance(teacher, Teacher) and config.class_map is None:
-        class_map_for(None, teacher.class_names, source.class_names, num_theirs=teacher.num_classes)
+    if isinstance(teacher, Teacher) and config.class_map is None and source.class_names:
+        class_map = class_map_for(
+            None,
+            teacher.class_names,
+            source.class_names,
+            num_theirs=teacher.num_classes,
+            assumed=teacher.names_assumed,
+        )
+        if class_map is not None:
+            teacher = Ensemble([teacher], class_map=replace(class_map, outside=config.outside))
     images, manifest = FingerprintedImages(source), _manifest(teacher, source, config)
     if (Path(folder) / MANIFEST_FILE).exists():  # what a store began with, it goes on with
         manifest = replace(manifest, orientation=read_manifest(folder).orientation)

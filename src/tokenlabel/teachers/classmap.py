@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +15,20 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tokenlabel.data.classes import (
+    ClassMapError,
+    difference,
+    ids_among,
+    match_classes,
+    say_imagenet,
+    strangers,
+)
+from tokenlabel.runtime.notices import listed, say
+
 BY_ORDER, BY_NAME = "order", "names"
 
 # Below this much on classes of ours, a place shows something else: what is left of it is no evidence.
 MIN_MASS = 1e-3
-
-
-class ClassMapError(ValueError):
-    """Classes of a teacher and of images that don't fit each other."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,40 +79,88 @@ class ClassMap:
 
 
 def class_map_for(
-    spec: str | None, theirs: Sequence[str], ours: Sequence[str], *, num_theirs: int
+    spec: str | None,
+    theirs: Sequence[str],
+    ours: Sequence[str],
+    *,
+    num_theirs: int,
+    assumed: bool = False,
+    options: str = "--",
 ) -> ClassMap | None:
-    """Return how a teacher's classes become those of the images; None where they are the same.
+    """Return how a teacher's classes become those of the images; None where they are the same in the same order.
 
     `spec`: None if they must be the same; "order" if they are in the same order, whatever they are called;
     "names" to match equal names; else a file of pairs (see `read_class_map`). `theirs`: the teacher's class
-    names, empty if it does not know them. `ours`: the images' class names, empty if they have no classes.
+    names, empty if it does not know them; `assumed`: see `match_classes`. `ours`: the images' class names, empty
+    if they have no classes. `options`: what `class-map` and `class-order` follow where they are given.
     """
+    option = f"{options}class-map"
     if spec not in (None, BY_ORDER) and not ours:
         raise ClassMapError(
-            f"--class-map {spec}: the images have no classes that it could lead to; leave it out"
+            f"{option} {spec}: the images have no classes that it could lead to; leave it out"
         )
     if spec == BY_ORDER or not ours:
         if ours and num_theirs != len(ours):
             raise ClassMapError(
-                f"the teacher knows {num_theirs:,} classes, the images have {len(ours):,}: no common order"
+                f"{difference((), ours, count=num_theirs, them='the teacher')}: no common order"
+            )
+        if assumed and not ours:
+            say_imagenet(theirs, them="the teacher", option=f"{options}class-order")
+        if ours:
+            pairs = [f"{theirs[i] if theirs else i} = {name}" for i, name in enumerate(ours)]
+            turned = any(place not in (-1, i) for i, place in enumerate(ids_among(ours, theirs)))
+            say(
+                f"{'WARNING: ' if turned else ''}{option} order: the teacher's class is the images', {listed(pairs)}"
             )
         return None
-    if spec is None:
-        _check_same(theirs, ours, num_theirs=num_theirs)
-        return None
-    if spec == BY_NAME:
-        places = {name: place for place, name in enumerate(ours)}
-        targets = [places.get(name, -1) for name in theirs]
-    else:
+    if spec not in (None, BY_NAME):
         targets = read_class_map(spec, theirs, ours, num_theirs=num_theirs)
-    reached = set(targets) - {-1}
-    if len(reached) < len(ours):
+        reached = set(targets)
         lacking = [name for place, name in enumerate(ours) if place not in reached]
+        if lacking:
+            raise ClassMapError(
+                f"{option} {spec}: no class of the teacher goes to {len(lacking):,} of {len(ours):,} classes "
+                f"({listed(lacking)})"
+            )
+        return ClassMap(np.array(targets), len(ours))
+    ids = match_classes(
+        ours, theirs, count=num_theirs, assumed=assumed, them="the teacher", option=f"{options}class-order"
+    )
+    if len(set(ids)) < len(ids) or -1 in ids or (spec is None and num_theirs != len(ours)):
         raise ClassMapError(
-            f"--class-map {spec}: no class of the teacher goes to {len(lacking):,} of {len(ours):,} classes "
-            f"({', '.join(lacking[:3])}{', ...' if len(lacking) > 3 else ''})"
+            _refusal(spec, theirs, ours, ids, count=num_theirs, assumed=assumed, options=options)
         )
-    return ClassMap(np.array(targets), len(ours))
+    targets = np.full(num_theirs, -1)
+    targets[ids] = np.arange(len(ours))
+    return None if spec is None and ids == list(range(len(ours))) else ClassMap(targets, len(ours))
+
+
+def _refusal(
+    spec: str | None,
+    theirs: Sequence[str],
+    ours: Sequence[str],
+    ids: Sequence[int],
+    *,
+    count: int,
+    assumed: bool,
+    options: str,
+) -> str:
+    """Return why a teacher's classes are not those of the images, and what to do."""
+    option = f"{options}class-map"
+    if -1 not in ids and len(set(ids)) < len(ids):
+        times = Counter(ids)
+        same = [name for name, place in zip(ours, ids, strict=True) if times[place] > 1]
+        return f"classes of the images have one name to the teacher: {listed(list(map(ascii, same)))}; merge them"
+    if spec == BY_NAME:
+        advice = "" if theirs else f"; name its classes with {options}class-order FILE"
+        return f"{option} names: {strangers(ours, theirs, ids, count=count, them='the teacher')}{advice}"
+    advice = (
+        f"Give {option} a file of pairs (or `{BY_NAME}` to match equal names, `{BY_ORDER}` if the classes are the same "
+        "by another name)"
+    )
+    if assumed:
+        advice += f". Its names are ImageNet's, by their number; {options}class-order natural, sorted or FILE overrules"
+    return f"{difference(theirs, ours, count=count, them='the teacher')}. {advice}"
 
 
 def read_class_map(
@@ -119,9 +174,10 @@ def read_class_map(
     """
     targets = [-1] * num_theirs
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
         raise ClassMapError(f"{path}: no class map ({error})") from error
+    rows: list[tuple[str, str, str]] = []
     for number, line in enumerate(lines, start=1):
         if not line.strip() or line.startswith("#"):
             continue
@@ -133,35 +189,26 @@ def read_class_map(
             raise ClassMapError(
                 f"{where}: expected the teacher's class, a tab or comma, and ours; got {line!r}"
             )
-        source = _place(fields[0], theirs, num_theirs, where=where, whose="teacher's")
-        target = _place(fields[1], ours, len(ours), where=where, whose="images'")
+        rows.append((where, fields[0], fields[1]))
+    named = zip(
+        ids_among([row[1] for row in rows], theirs), ids_among([row[2] for row in rows], ours), strict=True
+    )
+    for (where, source_name, target_name), (source, target) in zip(rows, named, strict=True):
+        if source < 0:
+            source = _number(source_name, theirs, num_theirs, where=where, whose="teacher's")
+        if target < 0:
+            target = _number(target_name, ours, len(ours), where=where, whose="images'")
         if targets[source] not in (-1, target):
-            raise ClassMapError(f"{where}: the teacher's class {fields[0]!r} goes to two classes")
+            raise ClassMapError(f"{where}: the teacher's class {source_name!r} goes to two classes")
         targets[source] = target
     return targets
 
 
-def _place(text: str, names: Sequence[str], count: int, *, where: str, whose: str) -> int:
-    if text in names:
-        return names.index(text)
+def _number(text: str, names: Sequence[str], count: int, *, where: str, whose: str) -> int:
+    """Return the class id that a field of a class map is, which is no name."""
     if text.isdecimal() and int(text) < count:
         return int(text)
-    raise ClassMapError(f"{where}: {text!r} is none of the {whose} {count:,} classes, by name or by id")
-
-
-def _check_same(theirs: Sequence[str], ours: Sequence[str], *, num_theirs: int) -> None:
-    """Refuse classes that are not the same, and say in what they differ."""
-    if theirs and list(theirs) == list(ours):
-        return
-    if not theirs and num_theirs == len(ours):
-        return
-    common = len(set(theirs) & set(ours))
-    if num_theirs != len(ours):
-        differ = f"the teacher knows {num_theirs:,} classes, the images have {len(ours):,}"
-    else:
-        first = next(i for i, (a, b) in enumerate(zip(theirs, ours, strict=True)) if a != b)
-        differ = f"class {first} is {theirs[first]!r} to the teacher and {ours[first]!r} to the images"
+    known = f" ({listed(list(names))})" if names else ""
     raise ClassMapError(
-        f"{differ}; {common:,} names are common to both. Give --class-map a file of pairs (or `{BY_NAME}` to match "
-        f"equal names, `{BY_ORDER}` if the classes are the same by another name)"
+        f"{where}: {text!r} is none of the {whose} {count:,} classes{known}, by name or by id"
     )

@@ -11,6 +11,8 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
+from tokenlabel.data.classes import class_order, same_classes
+from tokenlabel.runtime.notices import listed, say
 from tokenlabel.teachers.classmap import ClassMap, class_map_for
 from tokenlabel.teachers.networks import Teacher, TeacherConfig, TeacherError, load_teacher
 
@@ -30,18 +32,24 @@ class Ensemble(Teacher):
         self.members = list(members)
         self.flip = flip
         self.class_map = class_map
-        first = self.members[0]
-        for other in self.members[1:]:
+        # Who knows its classes speaks for all.
+        first = min(self.members, key=lambda member: (not member.class_names, member.names_assumed))
+        for other in self.members:
             if other.num_classes != first.num_classes:
                 raise TeacherError(
                     f"teachers of {first.num_classes:,} and of {other.num_classes:,} classes cannot be averaged"
                 )
-            if first.class_names and other.class_names and first.class_names != other.class_names:
-                raise TeacherError("teachers whose classes have different names or orders cannot be averaged")
+            known = first.class_names and other.class_names
+            if known and not same_classes(first.class_names, other.class_names):
+                raise TeacherError(
+                    "teachers whose classes have different names or orders cannot be averaged: "
+                    f"{listed(list(first.class_names))} against {listed(list(other.class_names))}"
+                )
         self.num_classes = class_map.num_classes if class_map else first.num_classes
         self.class_names = () if class_map else first.class_names
+        self.names_assumed = class_map is None and first.names_assumed
         self.sight = replace(
-            first.sight, stride_px=math.lcm(*(member.sight.stride_px for member in self.members))
+            self.members[0].sight, stride_px=math.lcm(*(member.sight.stride_px for member in self.members))
         )
         self.description = {
             "members": [member.description for member in self.members],
@@ -91,12 +99,39 @@ def load_teachers(config: TeacherConfig, class_names: Sequence[str], device: tor
     members = [
         load_teacher(name, config, device, weights=file) for name, file in zip(names, weights, strict=True)
     ]
-    first = members[0]
-    class_map = class_map_for(config.class_map, first.class_names, class_names, num_theirs=first.num_classes)
-    class_map = class_map and replace(class_map, outside=config.outside)
-    if len(members) == 1 and not config.flip and class_map is None:
-        return first
-    return Ensemble(members, flip=config.flip, class_map=class_map)
+    for member in members:
+        name_classes(member, config.class_order, class_names)
+    alone = len(members) == 1 and not config.flip
+    teacher = members[0] if alone else Ensemble(members, flip=config.flip)
+    for member in members:
+        if teacher.class_names and not member.class_names:
+            pairs = [f"{i} = {name}" for i, name in enumerate(teacher.class_names)]
+            say(
+                f"assuming {member.description['name']}'s {member.num_classes:,} classes are the other teacher's in "
+                f"its order: {listed(pairs)}; overrule with --class-order natural, sorted or FILE"
+            )
+    class_map = class_map_for(
+        config.class_map,
+        teacher.class_names,
+        class_names,
+        num_theirs=teacher.num_classes,
+        assumed=teacher.names_assumed,
+    )
+    if class_map is not None:
+        teacher = Ensemble(members, flip=config.flip, class_map=replace(class_map, outside=config.outside))
+    if class_names:  # those of the images from now on, whatever it was that paired them
+        teacher.class_names, teacher.names_assumed = tuple(class_names), False
+    return teacher
+
+
+def name_classes(
+    teacher: Teacher, order: str | None, class_names: Sequence[str], *, option: str = "--class-order"
+) -> None:
+    """Let a teacher's classes be what the user says that they are, if he does; see `class_order`."""
+    if order is not None:
+        known = () if teacher.names_assumed else teacher.class_names
+        names = class_order(order, class_names, known, count=teacher.num_classes, option=option)
+        teacher.class_names, teacher.names_assumed = tuple(names), False
 
 
 def _for_member(teacher: Teacher, images: UInt8[Tensor, "B 3 height width"]) -> UInt8[Tensor, "B 3 h w"]:

@@ -36,13 +36,15 @@ class TeacherError(ValueError):
 class Teacher(ABC):
     """Gives every place of an image a distribution over `num_classes` classes.
 
-    `sight`: what it has to be given of an image. `class_names`: empty if it does not know them.
+    `sight`: what it has to be given of an image. `class_names`: empty if it does not know them; `names_assumed`: they
+    are ImageNet's, by their number alone.
     `description`: who it is, for the manifest of a store; labels of teachers with equal descriptions may
     share a store.
     """
 
     num_classes: int
     class_names: tuple[str, ...]
+    names_assumed: bool = False
     sight: Sight
     description: dict[str, Any]
 
@@ -68,12 +70,13 @@ class NetworkTeacher(Teacher):
         *,
         description: dict[str, Any],
         class_names: tuple[str, ...] = (),
+        names_assumed: bool = False,
         precision: Literal["fp32", "bf16"] = "fp32",
     ) -> None:
         self.dense = dense
         self.sight = sight
         self.num_classes = dense.num_classes
-        self.class_names = class_names
+        self.class_names, self.names_assumed = class_names, names_assumed
         self.description = description
         self.precision = coerced(precision, Literal["fp32", "bf16"], name="precision")
 
@@ -139,6 +142,9 @@ class TeacherConfig:
     outside: Literal["renormalise", "spread"] = "renormalise"
     """What becomes of the probability that a class map sends to no class. renormalise: the others are scaled to sum to
     1, and a place with less than .001 of its probability on them keeps nothing; spread: all classes share it evenly."""
+    class_order: str | None = None
+    """The classes of a teacher that does not say their names: `sorted` or `natural` (10 behind 9, as timm's scripts
+    sort folders) for those of the images in this order; else a file with its class names, one a line, or `.json`."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 runs the teacher under autocast."""
     compile: bool = False
@@ -173,7 +179,12 @@ def load_teacher(
     if config.compile:
         network.compile()
     return NetworkTeacher(
-        network, sight, description=description, class_names=found.class_names, precision=config.precision
+        network,
+        sight,
+        description=description,
+        class_names=found.class_names,
+        names_assumed=found.names_assumed,
+        precision=config.precision,
     )
 
 

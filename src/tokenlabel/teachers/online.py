@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tokenlabel.teachers.classmap import ClassMap, class_map_for
+from tokenlabel.teachers.ensemble import name_classes
 from tokenlabel.teachers.networks import NetworkTeacher, TeacherConfig, load_teacher
 from tokenlabel.training.objectives import OnlineTeacherConfig
 
@@ -75,8 +76,14 @@ def load_online_teacher(
         device,
         weights=config.weights,
     )
+    name_classes(teacher, config.class_order, class_names, option="--loss.teacher.class-order")
     class_map = class_map_for(
-        config.class_map, teacher.class_names, class_names, num_theirs=teacher.num_classes
+        config.class_map,
+        teacher.class_names,
+        class_names,
+        num_theirs=teacher.num_classes,
+        assumed=teacher.names_assumed,
+        options="--loss.teacher.",
     )
     class_map = class_map and replace(class_map, outside=config.outside)
     return NetworkOnlineTeacher(teacher, size=config.size, class_map=class_map)

@@ -77,6 +77,8 @@ class OnlineTeacherConfig:
     """How the teacher's classes become those of the images, as for `tokenlabel annotate`."""
     outside: Literal["renormalise", "spread"] = "renormalise"
     """What becomes of probability that a class map sends to no class, as for `tokenlabel annotate`."""
+    class_order: str | None = None
+    """The classes of a teacher that does not say their names, as for `tokenlabel annotate`."""
     topk: int = 16
     """Classes that label the tokens of an image: its most probable ones; the others share what is left."""
     precision: Literal["fp32", "bf16"] = "fp32"

@@ -40,7 +40,7 @@ class DataConfig:
     train: str
     """Training images: a folder with one folder a class."""
     val: str | None = None
-    """Images to evaluate on, laid out like `train`; none to skip evaluation."""
+    """Images to evaluate on, of the classes of `train` by name, all or some; none to skip evaluation."""
     labels: str | list[str] | None = None
     """Label store that `tokenlabel annotate` made for `train`, or several that are read as one; none trains without
     token labels."""
