@@ -479,7 +479,7 @@ def test_labels_without_names_are_said_to_be_taken_in_order(tmp_path, capsys, mo
     assert line in run(capsys, "inspect", "unnamed", "--images", "images").said
     write_labels("named", ("ant", "bee", "cat"), names)
     check_labels(source, LabelStore("named"))
-    assert run(capsys, "inspect", "named", "--images", "images").said == ""
+    assert "assuming" not in run(capsys, "inspect", "named", "--images", "images").said
     write_images(Path("others"), ["ant", "bee", "cow"])
     done = run(capsys, "inspect", "named", "--images", "others")
     assert "'cow' is no class of the labels; the labels know ant, bee, cat (3 classes)" in done.said

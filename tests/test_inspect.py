@@ -246,6 +246,8 @@ def test_why_agreement_is_missing(class_names, images, why, tmp_path, monkeypatc
     if images == ["list"]:
         images, options = [], ["--images", "list.txt"]
         (tmp_path / "list.txt").write_text("in/ape/1.png\n")
+        (tmp_path / "in" / "ape").mkdir(parents=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / "in" / "ape" / "1.png")
     for key in images or ():
         (tmp_path / "images" / key).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (4, 4)).save(tmp_path / "images" / key)
@@ -264,7 +266,7 @@ def test_the_order_of_classes_without_names_is_stated_as_it_is_taken(tmp_path, m
         Image.new("RGB", (4, 4)).save(tmp_path / "images" / name / "1.png")
     assert main(["inspect", "labels", "--images", "images"]) == 0
     shown = capsys.readouterr()
-    assert "in order: 0 is 'ape', 1 is 'bee', 2 is 'cat', ..." in shown.err
+    assert "are the images' in sorted order: 0 = ape, 1 = bee, 2 = cat" in shown.err
     assert "100.0% of the images' best class is their own" in shown.out
 
 
