@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -11,9 +12,8 @@ from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
 from timm.models import get_pretrained_cfg
 
 from tokenlabel.data.augment import Interpolation
-from tokenlabel.models import create_model
-from tokenlabel.models.lvvit import CONFIGS as LVVIT_CONFIGS
-from tokenlabel.models.t2t_vit import CONFIGS as T2T_VIT_CONFIGS
+from tokenlabel.models import OWN_MODELS, create_model
+from tokenlabel.models.hub import hub_or_cache, why_unknown
 from tokenlabel.models.weights import load_published, read_checkpoint
 from tokenlabel.runtime.errors import first_line
 
@@ -52,11 +52,13 @@ def load_pretrained(
     for one size; their own if None. `at_test_size`: the size and crop that timm validates at where they differ from
     those of training. Raises PretrainedError.
     """
-    if name in LVVIT_CONFIGS or name in T2T_VIT_CONFIGS:
+    if name in OWN_MODELS:
         return _own(name, weights, size or 224)
-    if ":" not in name and not timm.is_model(name):  # a colon: timm's "hf-hub:" and "local-dir:"
+    reason = why_unknown(name, OWN_MODELS, weights_option="--weights")
+    if reason is not None:
         raise PretrainedError(
             f"no network {name!r}: neither a run folder with a checkpoint, nor a model that timm knows"
+            + (f"; {reason}" if reason else "")
         )
     return _timm(name, weights, size, at_test_size=at_test_size)
 
@@ -92,8 +94,13 @@ def _timm(name: str, weights: str | None, size: int | None, *, at_test_size: boo
         options["img_size"] = size
     if weights is not None:
         options["pretrained_cfg_overlay"] = _file_overlay(weights, preset)
+    elif preset is not None and not preset.has_weights:
+        raise PretrainedError(
+            f"{name} has no weights that could be downloaded; give a checkpoint file by --weights"
+        )
     try:
-        model: Any = timm.create_model(name, pretrained=True, **options)
+        with hub_or_cache(online=weights is None and not name.startswith("local-dir:")):
+            model: Any = timm.create_model(name, pretrained=True, **options)
     except Exception as error:  # timm, the hub and its network library raise whatever they run into
         advice = "give a checkpoint file by --weights" if weights is None else "is it of this model?"
         raise PretrainedError(
@@ -122,6 +129,10 @@ def _timm(name: str, weights: str | None, size: int | None, *, at_test_size: boo
 
 def _file_overlay(path: str, preset: Any) -> dict[str, Any]:
     """Return what timm has to be told so that it takes its pretrained weights from a file."""
+    if not Path(path).is_file():
+        raise PretrainedError(
+            f"{path}: no such file; expected weights as .safetensors, .pth, .pth.tar or .npz"
+        )
     overlay: dict[str, Any] = {"file": path, "source": "file"}
     if path.endswith(".npz"):  # of the original ViTs, which timm reads its own way
         return overlay

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from tokenlabel.data.images import ImageSource
 from tokenlabel.labels.store import LabelStore, StoreError, read_manifest
 from tokenlabel.method.scores import Kind, ScoreMap
+from tokenlabel.runtime.ranges import COUNT, check_numbers
 
 MAX_SUM = 1.001
 
@@ -28,6 +29,9 @@ class InspectConfig:
     """Images named whose labels agree least with their class."""
     verify: bool = False
     """Read every label against its checksum and look for what no teacher writes."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self, sample=COUNT, num_suspects=COUNT)
 
 
 @dataclass(frozen=True, kw_only=True)

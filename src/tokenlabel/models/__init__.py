@@ -6,10 +6,9 @@ from dataclasses import fields, replace
 from difflib import get_close_matches
 from typing import Any, TypeVar
 
-import timm
-
 from tokenlabel.method.outputs import Inference, Outputs, TokenModel
 from tokenlabel.models.adapter import NoTokenGridError, TimmAdapter, create_timm_adapter
+from tokenlabel.models.hub import why_unknown
 from tokenlabel.models.lvvit import CONFIGS as LVVIT_CONFIGS
 from tokenlabel.models.lvvit import LVViT, LVViTConfig
 from tokenlabel.models.t2t_vit import CONFIGS as T2T_VIT_CONFIGS
@@ -34,6 +33,8 @@ __all__ = [
 ]
 
 
+OWN_MODELS = (*LVVIT_CONFIGS, *T2T_VIT_CONFIGS)
+
 Config = TypeVar("Config", LVViTConfig, T2TViTConfig)
 
 
@@ -51,13 +52,11 @@ def create_model(name: str, *, num_classes: int, size_px: tuple[int, int], **opt
     if name in T2T_VIT_CONFIGS:
         config = _configured(name, T2T_VIT_CONFIGS[name], options)
         return T2TViT(config, num_classes=num_classes, size_px=size_px)
+    reason = why_unknown(name, OWN_MODELS, weights_option="--model.weights")
+    if reason is not None:
+        raise ValueError(f"there is no model {name!r}; {reason or 'see docs/models.md for what there is'}")
     if ":" in name:  # timm's "hf-hub:" and "local-dir:"; what lies there may be an LV-ViT
         register_with_timm()
-    elif not timm.is_model(name):
-        near = get_close_matches(name, [*LVVIT_CONFIGS, *T2T_VIT_CONFIGS, *timm.list_models()])
-        raise ValueError(
-            f"there is no model {name!r}; {_suggestion(near) or 'see docs/models.md for what there is'}"
-        )
     return create_timm_adapter(name, num_classes=num_classes, size_px=size_px, **options)
 
 

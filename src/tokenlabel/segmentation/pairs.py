@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tokenlabel.data.images import DECODE_ALL_UP_TO, EXTENSIONS, DataError, Strings, decode_pixels
+from tokenlabel.runtime.ranges import COUNT, check_numbers
 from tokenlabel.segmentation.classes import Classes, MaskError, known_classes, numbered_classes
 
 
@@ -70,6 +71,7 @@ class SegmentDataConfig:
     """Processes that decode and augment images."""
 
     def __post_init__(self) -> None:
+        check_numbers(self, "data.", num_workers=COUNT)
         is_folders = self.layout is Layout.FOLDERS
         if is_folders and not (self.train_images and self.train_masks and self.class_names):
             raise ValueError(

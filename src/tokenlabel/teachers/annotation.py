@@ -31,6 +31,7 @@ from tokenlabel.labels.store import (
     update_failures,
 )
 from tokenlabel.runtime.distributed import default_device, joined_ranks
+from tokenlabel.runtime.ranges import COUNT, NATURAL, POSITIVE, check_numbers
 from tokenlabel.teachers.classmap import class_map_for
 from tokenlabel.teachers.ensemble import load_teachers
 from tokenlabel.teachers.labelling import Labelling
@@ -56,6 +57,10 @@ class AnnotateConfig(TeacherConfig):
     """Seconds after which labels are on the disk at the latest, so what a kill may cost."""
     strict: bool = False
     """Stop at the first image that does not decode; by default they are listed and passed over."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_numbers(self, topk=NATURAL, batch_size=NATURAL, num_workers=COUNT, shard_s=POSITIVE)
 
 
 @dataclass(frozen=True, kw_only=True)
