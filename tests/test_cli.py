@@ -279,7 +279,7 @@ def test_annotate_lists_what_does_not_decode_and_goes_on(demo, data, tmp_path, c
 @pytest.mark.parametrize(
     ("option", "words"),
     [
-        ("--optim.lrr=3", "did you mean optim.lr"),
+        ("--optim.lrr=3", "did you mean --optim.lr"),
         ("--mix.kind=mixtokens", "none, mixtoken, cutmix, mixup"),
         ("--epochs=many", "epochs"),
         ("--recipe=demo_techer", "did you mean demo_teacher"),

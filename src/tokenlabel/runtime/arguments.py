@@ -46,7 +46,6 @@ def parse(
 
     from tokenlabel.runtime.configuration import explain, read_yaml
 
-    _show_one_spelling(parser)
     words = spelled_out(parser, arguments)
     recipes = ""
     for i, word in enumerate(words):
@@ -84,19 +83,6 @@ def configured(parser: ArgumentParser, options: Namespace, config: type[Config])
 def _options(parser: ArgumentParser) -> dict[str, str]:
     """Return the options by the keys that they set."""
     return {action.dest: action.option_strings[-1] for action in parser._actions if action.option_strings}
-
-
-def _show_one_spelling(parser: ArgumentParser) -> None:
-    """Let help and messages show one name of each option, with dashes; the others go on working in silence.
-
-    argparse looks names up in a table of its own, and shows those that the action lists.
-    """
-    table = parser._option_string_actions
-    for name, action in list(table.items()):
-        dashed = name.replace("_", "-")
-        table[dashed] = action
-        if name == action.option_strings[0] and name != "-h":
-            action.option_strings = [dashed]
 
 
 def spelled_out(parser: ArgumentParser, arguments: list[str]) -> list[str]:

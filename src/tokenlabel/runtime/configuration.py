@@ -19,17 +19,18 @@ import jsonargparse
 import yaml
 from jsonargparse.typing import register_type
 
+from tokenlabel.runtime.errors import ConfigError
 from tokenlabel.runtime.files import write_whole
 
 Config = TypeVar("Config")
 
 
-class ConfigError(ValueError):
-    """A file or a mapping that cannot be read as the configuration it should be."""
-
-
 def add_config_arguments(parser: jsonargparse.ArgumentParser, config: type) -> None:
-    """Let a parser take every field of a dataclass, nested ones as `--a.b value`; enums go by their values."""
+    """Let a parser take every field of a dataclass, nested ones as `--a.b value`; enums go by their values.
+
+    Help and messages show one name of each option, with dashes; others of it (underscores, `--run` for `--out`) go on
+    working in silence: argparse looks names up in a table of its own, and shows those that the action lists.
+    """
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     for kind in _enums(config):
         register_type(kind, serializer=lambda member: member.value, deserializer=partial(_member, kind))
@@ -39,6 +40,11 @@ def add_config_arguments(parser: jsonargparse.ArgumentParser, config: type) -> N
         if isinstance(kind, type) and issubclass(kind, Enum):
             action.metavar = "{" + ",".join(member.value for member in kind) + "}"
             action.default = kind[action.default].value if isinstance(action.default, str) else action.default
+    for name, action in list(parser._option_string_actions.items()):
+        dashed = name.replace("_", "-")
+        parser._option_string_actions[dashed] = action
+        if name == action.option_strings[0] and name != "-h":
+            action.option_strings = [dashed]
 
 
 def config_of(

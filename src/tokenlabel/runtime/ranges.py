@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from tokenlabel.runtime.errors import ConfigError
+
 NATURAL, COUNT = "[1, inf)", "[0, inf)"
 POSITIVE, SHARE, PART = "(0, inf)", "[0, 1]", "(0, 1]"
 
 
 def check_numbers(config: Any, prefix: str = "", /, **intervals: str) -> None:
-    """Raise ValueError for a number outside of its interval, such as `(0, 1]`; None passes, of a tuple each is checked.
+    """Raise ConfigError for a number outside of its interval, such as `(0, 1]`.
 
-    `prefix`: what stands before the names of the fields: `mix.` in a recipe, `--` for options of a verb. `inf` as an
-    end is no value; NaN lies in no interval.
+    None passes; of a tuple each number is checked. `inf` as an end is no value, and NaN lies in no interval.
+    `prefix`: what stands before the names of the fields: `mix.` in a recipe, `--` for options of a verb.
     """
     for name, interval in intervals.items():
         value = getattr(config, name)
@@ -26,7 +28,7 @@ def check_numbers(config: Any, prefix: str = "", /, **intervals: str) -> None:
             if not (above and below):
                 shown = list(value) if isinstance(value, tuple) else value
                 field = f"--{name.replace('_', '-')}" if prefix == "--" else prefix + name
-                raise ValueError(f"{field} must be {_in_words(interval, low, high, number)}, got {shown}")
+                raise ConfigError(f"{field} must be {_in_words(interval, low, high, number)}, got {shown}")
 
 
 def _in_words(interval: str, low: float, high: float, number: float) -> str:
