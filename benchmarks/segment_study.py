@@ -28,7 +28,7 @@ Run = tuple[str, str, int]
 
 STARTS = {"scratch": "random weights", "class": "class labels only", "token": "token labels"}
 HEADS = {
-    "linear": ["--model.freeze_backbone=true", "--optim.lr=1e-2", "--num_steps=150"],
+    "linear": ["--model.freeze-backbone=true", "--optim.lr=1e-2", "--num-steps=150"],
     "fcn": ["--model.neck=none"],
     "upernet": [],
 }
@@ -137,7 +137,7 @@ def segment(out: Path, backbones: Path, head: str, start: str, seed: int) -> flo
 def images_of(out: Path) -> list[str]:
     """Return the data options of a classifier's run."""
     scenes = out / "scenes"
-    return [f"--data.train={scenes / 'train'}", f"--data.val={scenes / 'val'}", "--data.num_workers=0"]
+    return [f"--data.train={scenes / 'train'}", f"--data.val={scenes / 'val'}", "--data.num-workers=0"]
 
 
 def tokenlabel(out: Path, log: str, *words: str | Path) -> None:

@@ -54,7 +54,7 @@ def _tokenlabel(*arguments: str | Path) -> None:
 def _train_one_step(folder: Path, settings: Settings) -> None:
     with tempfile.TemporaryDirectory() as runs:
         _tokenlabel(
-            *("train", "--recipe", "demo_token_labels", "--run", Path(runs) / "run", "--num_steps=1"),
+            *("train", "--recipe", "demo_token_labels", "--out", Path(runs) / "run", "--num-steps=1"),
             *("--data.train", folder / "scenes" / "train", "--data.labels", folder / "scene-labels"),
             *("--device", str(settings.device)),
         )

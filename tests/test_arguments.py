@@ -44,7 +44,7 @@ def test_several_teachers():
 
 
 def test_an_option_that_does_not_exist_is_an_error():
-    with pytest.raises(ValueError, match="unrecognized arguments: --strct; did you mean strict"):
+    with pytest.raises(ValueError, match="unrecognized arguments: --strct; did you mean --strict"):
         read("images", "labels", "--teacher", "t", "--strct")
 
 

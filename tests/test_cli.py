@@ -24,11 +24,11 @@ TINY = DemoSize(
     num_val=20,
     teacher_overrides=(
         "--epochs=2",
-        "--batch_size=10",
-        "--data.num_workers=0",
+        "--batch-size=10",
+        "--data.num-workers=0",
         "--model.options.channels=[8,8,8,8]",
     ),
-    student_overrides=("--epochs=2", "--batch_size=10", "--data.num_workers=0", "--model.options.depth=1"),
+    student_overrides=("--epochs=2", "--batch-size=10", "--data.num-workers=0", "--model.options.depth=1"),
 )
 
 
@@ -141,9 +141,9 @@ def test_published_label_files_are_imported(data, tmp_path, capsys):
         logits, ids = torch.randn(5, 4, 4), torch.stack([torch.arange(5)] * 16, dim=1).view(5, 4, 4)
         torch.save(torch.stack([logits.half(), ids.half()]), label)
     words = ["import-labels", tmp_path / "files", tmp_path / "labels", "--images", data / "scenes" / "train"]
-    assert main([*map(str, words), "--num_classes=10"]) == 0
+    assert main([*map(str, words), "--num-classes=10"]) == 0
     assert "20 labels imported" in capsys.readouterr().out
-    message = complaint(capsys, [*words, "--num_classes=12"])
+    message = complaint(capsys, [*words, "--num-classes=12"])
     assert "12" in message
 
 
@@ -262,7 +262,7 @@ def test_an_image_that_does_not_decode(data, tmp_path, capsys):
     assert "3/00003.png" in message
     assert "skip" in message
     shutil.rmtree(tmp_path / "run", ignore_errors=True)
-    assert main([*map(str, arguments), "--data.skip_broken=true"]) == 0
+    assert main([*map(str, arguments), "--data.skip-broken=true"]) == 0
 
 
 def test_annotate_lists_what_does_not_decode_and_goes_on(demo, data, tmp_path, capsys):
@@ -279,7 +279,7 @@ def test_annotate_lists_what_does_not_decode_and_goes_on(demo, data, tmp_path, c
 @pytest.mark.parametrize(
     ("option", "words"),
     [
-        ("--optim.lrr=3", "did you mean optim.lr"),
+        ("--optim.lrr=3", "did you mean --optim.lr"),
         ("--mix.kind=mixtokens", "none, mixtoken, cutmix, mixup"),
         ("--epochs=many", "epochs"),
         ("--recipe=demo_techer", "did you mean demo_teacher"),
@@ -293,7 +293,7 @@ def test_mistakes_in_options(data, tmp_path, capsys, option, words):
 
 def test_a_model_without_a_token_grid(data, tmp_path, capsys):
     arguments = options_for(data, tmp_path / "run", model__name="resnet10t", model__options__depth=None)
-    message = complaint(capsys, [*arguments, "--model.options={}", "--model.size_px=[32,32]"])
+    message = complaint(capsys, [*arguments, "--model.options={}", "--model.size-px=[32,32]"])
     assert "resnet10t has no token grid" in message
 
 

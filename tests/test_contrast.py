@@ -23,7 +23,7 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     write_scenes(folder / "scenes", num_train=10, num_val=20, seed=0)
     data = [f"--data.train={folder / 'scenes' / 'train'}", f"--data.val={folder / 'scenes' / 'val'}"]
-    options = ["--epochs=1", "--batch_size=10", "--data.num_workers=0", "--model.options.depth=1"]
+    options = ["--epochs=1", "--batch-size=10", "--data.num-workers=0", "--model.options.depth=1"]
     names = ("first", "second")
     for seed, name in enumerate(names):
         arguments = ["--recipe", "demo_class_labels", "--run", str(folder / name), f"--seed={seed}"]

@@ -256,7 +256,7 @@ def test_the_training_guide_and_the_heads_name_options_that_exist():
         "--teacher",
         "--size",
     }
-    known |= {"--class-map", "--images", "--num_classes", "--precision", "--model.options", "--recipe"}
+    known |= {"--class-map", "--images", "--num-classes", "--precision", "--model.options", "--recipe"}
     guide = (Path(__file__).parent.parent / "docs" / "training.md").read_text(encoding="utf-8")
     text = re.sub(r"torchrun[^`]*?-m|#SBATCH.*", "", guide + "\n".join(head(name) for name in NAMES))
     named = set(re.findall(r"(?<![\w-])--[a-zA-Z][\w.-]*\w", text))

@@ -245,7 +245,7 @@ def test_the_commands_train_evaluate_and_predict(scenes, tmp_path, capsys):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(nested_recipe(scenes)))
     run, out = tmp_path / "run", tmp_path / "out"
-    assert main(["segment", "train", "--recipe", str(recipe), "--run", str(run), "--num_steps", "2"]) == 0
+    assert main(["segment", "train", "--recipe", str(recipe), "--run", str(run), "--num-steps", "2"]) == 0
     trained = json.loads(capsys.readouterr().out)
     assert main(["segment", "eval", str(run), "--output", str(tmp_path / "eval.json")]) == 0
     figures = json.loads(capsys.readouterr().out)

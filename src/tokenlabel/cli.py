@@ -9,6 +9,7 @@ import difflib
 import io
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -19,10 +20,10 @@ from typing import TYPE_CHECKING
 from tokenlabel.runtime.arguments import (
     add_device,
     add_tensorboard,
+    configured,
     device_of,
     new_parser,
     parse,
-    with_recipe_path,
     write_json,
 )
 from tokenlabel.runtime.interruption import Interrupted
@@ -42,10 +43,23 @@ IGNORE_INDEX_HELP = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return its exit status: 0, 2 for input that cannot be used, 128 + signal if stopped."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # names of files need not be UTF-8, nor need the terminal
-            stream.reconfigure(errors="backslashreplace")
+    try:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(
+                stream, io.TextIOWrapper
+            ):  # names of files need not be UTF-8, nor need the terminal
+                stream.reconfigure(errors="backslashreplace")
+        try:
+            return _run(list(sys.argv[1:] if argv is None else argv))
+        finally:
+            sys.stdout.flush()  # here, where it can be handled, not when the interpreter ends
+    except BrokenPipeError:  # `tokenlabel inspect labels | head`: nobody reads any more, which is no error
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return 128 + signal.SIGPIPE
+
+
+def _run(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_overview())
         return 0
@@ -67,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\ntokenlabel {name}: stopped; the same command continues", file=sys.stderr)
         return 130
     except (ValueError, OSError) as error:
-        if os.environ.get("TOKENLABEL_TRACEBACK"):
+        if isinstance(error, BrokenPipeError) or os.environ.get("TOKENLABEL_TRACEBACK"):
             raise
         print(f"tokenlabel {name}: error: {_own_message(error)}", file=sys.stderr)
         return USAGE_ERROR
@@ -109,8 +123,8 @@ def train(arguments: list[str]) -> int:
     )
 
     from tokenlabel.classification.task import train as train_by_recipe
-    from tokenlabel.runtime.configuration import config_of
     from tokenlabel.runtime.distributed import launched_ranks
+    from tokenlabel.runtime.runlog import read_metrics
     from tokenlabel.runtime.trackers import tensorboard
     from tokenlabel.training.recipe import Recipe, add_recipe_arguments, find_recipe
 
@@ -121,14 +135,16 @@ def train(arguments: list[str]) -> int:
     add_tensorboard(parser)
     _add_rehearsals(parser)
     add_recipe_arguments(parser)
-    options = parse(parser, with_recipe_path(arguments, find_recipe))
-    recipe, device = config_of(parser, options, Recipe), device_of(options.device)
+    options = parse(parser, arguments, find_recipe=find_recipe)
+    recipe, device = configured(parser, options, Recipe), device_of(options.device)
     if options.dry_run or options.profile or options.overfit is not None:
         return _rehearse(recipe, options, device)
     with tensorboard(options.out, wanted=options.tensorboard) as trackers:
         figures = train_by_recipe(recipe, options.out, device=device, trackers=trackers)
     if launched_ranks().is_first:
-        print(json.dumps(figures))
+        print(
+            json.dumps(figures or read_metrics(options.out)[-1])
+        )  # without val images what the last steps said
     return 0
 
 
@@ -178,7 +194,7 @@ def annotate(arguments: list[str]) -> int:
         "annotate", "Let a teacher look at every image once and store what it says of every place of it."
     )
 
-    from tokenlabel.runtime.configuration import add_config_arguments, config_of
+    from tokenlabel.runtime.configuration import add_config_arguments
     from tokenlabel.runtime.distributed import launched_ranks
     from tokenlabel.teachers.annotation import AnnotateConfig
     from tokenlabel.teachers.annotation import annotate as annotate_images
@@ -188,7 +204,7 @@ def annotate(arguments: list[str]) -> int:
     add_device(parser)
     add_config_arguments(parser, AnnotateConfig)
     options = parse(parser, arguments)
-    config = config_of(parser, options, AnnotateConfig)
+    config = configured(parser, options, AnnotateConfig)
     done = annotate_images(options.images, options.store, config, device=device_of(options.device))
     if not launched_ranks().is_first:
         return 0
@@ -209,7 +225,7 @@ def import_labels(arguments: list[str]) -> int:
 
     from tokenlabel.labels.published import ImportConfig
     from tokenlabel.labels.published import import_labels as import_files
-    from tokenlabel.runtime.configuration import add_config_arguments, config_of
+    from tokenlabel.runtime.configuration import add_config_arguments
 
     parser.add_argument("files", type=Path, help="folder of class folders of .pt files")
     parser.add_argument("store", type=Path, help="folder of the labels; what is there already is kept")
@@ -217,7 +233,7 @@ def import_labels(arguments: list[str]) -> int:
     add_config_arguments(parser, ImportConfig)
     options = parse(parser, arguments)
     done = import_files(
-        options.files, options.store, options.images, config_of(parser, options, ImportConfig)
+        options.files, options.store, options.images, configured(parser, options, ImportConfig)
     )
     print(
         f"{options.store}: {done.num_imported:,} labels imported, {done.num_present:,} had been, "
@@ -235,7 +251,7 @@ def inspect(arguments: list[str]) -> int:
 
     from tokenlabel.labels.inspection import InspectConfig, as_text, inspect_store
     from tokenlabel.labels.store import LabelStore
-    from tokenlabel.runtime.configuration import add_config_arguments, config_of
+    from tokenlabel.runtime.configuration import add_config_arguments
 
     parser.add_argument("store", type=Path, nargs="+", help="folders of labels, read as one")
     parser.add_argument(
@@ -256,12 +272,13 @@ def inspect(arguments: list[str]) -> int:
     if options.pictures and not options.images:
         raise ValueError("--pictures needs the images that the labels belong to; name them with --images")
 
+    config = configured(parser, options, InspectConfig)
     store, source = LabelStore(*options.store, duplicates=options.duplicates), None
     if options.images:
         from tokenlabel.data.sources import open_aloud
 
         source = open_aloud(options.images)
-    figures = inspect_store(store, config_of(parser, options, InspectConfig), source=source).as_dict()
+    figures = inspect_store(store, config, source=source).as_dict()
     if options.masks:
         from tokenlabel.data.classes import say_order
         from tokenlabel.evaluation.observation import mask_agreement

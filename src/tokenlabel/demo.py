@@ -40,8 +40,8 @@ FULL = DemoSize(
 FAST = DemoSize(
     num_train=500,
     num_val=200,
-    teacher_overrides=("--epochs=15", "--optim.warmup_epochs=1", "--eval.every_epochs=5"),
-    student_overrides=("--epochs=15", "--optim.warmup_epochs=1", "--eval.every_epochs=5"),
+    teacher_overrides=("--epochs=15", "--optim.warmup-epochs=1", "--eval.every-epochs=5"),
+    student_overrides=("--epochs=15", "--optim.warmup-epochs=1", "--eval.every-epochs=5"),
 )
 
 
@@ -84,7 +84,7 @@ def _run_stages(out: Path, size: DemoSize, command: Command) -> None:
             raise StageFailed(status)
 
     def train(name: str, recipe: str, *overrides: str) -> None:
-        run("train", "--recipe", recipe, "--run", out / name, *data, *overrides)
+        run("train", "--recipe", recipe, "--out", out / name, *data, *overrides)
 
     train("teacher", "demo_teacher", *size.teacher_overrides)
     run("annotate", scenes / "train", labels, "--teacher", out / "teacher", "--size", "64")

@@ -49,6 +49,7 @@ from tokenlabel.runtime.arguments import add_device, device_of, new_parser, pars
 from tokenlabel.runtime.distributed import Ranks, joined_ranks, launched_ranks
 from tokenlabel.runtime.files import write_whole
 from tokenlabel.runtime.interruption import Interrupted
+from tokenlabel.runtime.ranges import NATURAL, check_numbers
 from tokenlabel.training.checkpoint import list_checkpoints
 from tokenlabel.training.engine import run_task
 
@@ -327,7 +328,9 @@ def _options(arguments: Sequence[str]) -> Any:
         "--collect", action="store_true", help="run nothing: write the results of what there is"
     )
     add_device(parser)
-    return parse(parser, list(arguments))
+    options = parse(parser, list(arguments))
+    check_numbers(options, "--", jobs=NATURAL)
+    return options
 
 
 def _words(options: Any) -> list[str]:
@@ -345,7 +348,7 @@ def _settings(groups: Sequence[Sequence[str]]) -> dict[str, Any]:
         key, equals, value = text.partition("=")
         if not equals:
             raise TableError(f"--set takes KEY=VALUE, got {text!r}")
-        settings[key] = yaml.safe_load(value)
+        settings[key.replace("-", "_")] = yaml.safe_load(value)
     return settings
 
 

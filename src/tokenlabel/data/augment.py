@@ -31,6 +31,7 @@ from tokenlabel.data.randaugment import parse_randaugment
 from tokenlabel.data.resampling import RESAMPLING, Interpolation, flipped, resize, warp
 from tokenlabel.method.geometry import Box, View
 from tokenlabel.runtime.coercion import Choice, Size, coerced_fields, pair
+from tokenlabel.runtime.ranges import COUNT, POSITIVE, check_numbers
 
 
 class Order(Choice):
@@ -99,15 +100,20 @@ class AugmentConfig:
     """Whether warp and RandAugment work on the crop (after_crop) or on the whole image (before_crop)."""
 
     def __post_init__(self) -> None:
+        check_numbers(self, crop_ratio=POSITIVE)
+        check_numbers(self.warp, "warp.", degrees=COUNT, shear=COUNT, translate=COUNT)
+        check_numbers(
+            self.jitter, "jitter.", brightness=COUNT, contrast=COUNT, saturation=COUNT, hue="[0, 0.5]"
+        )
         for name in ("crop_scale", "crop_ratio"):
             low, high = getattr(self, name)
             if not 0 < low <= high:
                 raise ValueError(f"{name} must be two numbers with 0 < first <= second, got {low} and {high}")
         shares = (self.horizontal_flip, self.vertical_flip, self.warp.probability, self.jitter.probability)
         if self.crop_scale[1] > 1 or not all(0 <= share <= 1 for share in shares):
-            raise ValueError(f"crop_scale and probabilities end at 1, got {self}")
-        if not 0 <= self.jitter.hue <= 0.5:
-            raise ValueError(f"jitter.hue must lie in 0 to 0.5, got {self.jitter.hue}")
+            raise ValueError(
+                f"crop_scale and probabilities end at 1, got {list(self.crop_scale)} and {list(shares)}"
+            )
         if self.randaugment is not None:
             parse_randaugment(self.randaugment)
 

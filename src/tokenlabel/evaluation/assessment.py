@@ -49,6 +49,7 @@ from tokenlabel.models import Inference
 from tokenlabel.runtime.coercion import coerced_fields
 from tokenlabel.runtime.distributed import Ranks, joined_ranks
 from tokenlabel.runtime.notices import listed, say
+from tokenlabel.runtime.ranges import COUNT, NATURAL, check_numbers
 
 Figures = dict[str, Any]
 
@@ -104,6 +105,7 @@ class EvalOptions:
                 raise NetworkError(
                     f"--multi-labels is of any images, --set {self.set} of images with one class each"
                 )
+        check_numbers(self, "--", batch_size=NATURAL, num_workers=COUNT)
         if self.size is not None and self.size < 1:
             raise NetworkError(f"--size {self.size}: images have at least one pixel")
         if self.crop_fraction is not None and not 0 < self.crop_fraction <= 1:

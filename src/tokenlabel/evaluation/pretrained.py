@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -14,8 +15,8 @@ from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg
 from tokenlabel.data.augment import Interpolation
 from tokenlabel.data.classes import imagenet_names
 from tokenlabel.models import create_model, register_with_timm
-from tokenlabel.models.lvvit import CONFIGS as LVVIT_CONFIGS
-from tokenlabel.models.t2t_vit import CONFIGS as T2T_VIT_CONFIGS
+from tokenlabel.models.hub import hub_or_cache, why_unknown
+from tokenlabel.models.registration import OUR_MODELS
 from tokenlabel.models.weights import load_published, names_in_order, read_checkpoint, read_class_names
 from tokenlabel.runtime.errors import first_line
 from tokenlabel.runtime.notices import listed, say
@@ -60,11 +61,13 @@ def load_pretrained(
     for one size; their own if None. `at_test_size`: the size and crop that timm validates at where they differ from
     those of training. Raises PretrainedError.
     """
-    if name in LVVIT_CONFIGS or name in T2T_VIT_CONFIGS:
+    if name in OUR_MODELS:
         return _own(name, weights, size or 224)
-    if ":" not in name and not timm.is_model(name):  # a colon: timm's "hf-hub:" and "local-dir:"
+    reason = why_unknown(name, OUR_MODELS, weights_option="--weights")
+    if reason is not None:
         raise PretrainedError(
             f"no network {name!r}: neither a run folder with a checkpoint, nor a model that timm knows"
+            + (f"; {reason}" if reason else "")
         )
     return _timm(name, weights, size, at_test_size=at_test_size)
 
@@ -105,8 +108,13 @@ def _timm(name: str, weights: str | None, size: int | None, *, at_test_size: boo
         options["img_size"] = size
     if weights is not None:
         options["pretrained_cfg_overlay"] = _file_overlay(weights, preset)
+    elif preset is not None and not preset.has_weights:
+        raise PretrainedError(
+            f"{name} has no weights that could be downloaded; give a checkpoint file by --weights"
+        )
     try:
-        model: Any = timm.create_model(name, pretrained=True, **options)
+        with hub_or_cache(online=weights is None and not name.startswith("local-dir:")):
+            model: Any = timm.create_model(name, pretrained=True, **options)
     except Exception as error:  # timm, the hub and its network library raise whatever they run into
         advice = "give a checkpoint file by --weights" if weights is None else "is it of this model?"
         raise PretrainedError(
@@ -182,6 +190,10 @@ def _names(num_classes: int, stated: tuple[str, ...]) -> tuple[tuple[str, ...], 
 
 def _file_overlay(path: str, preset: Any) -> dict[str, Any]:
     """Return what timm has to be told so that it takes its pretrained weights from a file."""
+    if not Path(path).is_file():
+        raise PretrainedError(
+            f"{path}: no such file; expected weights as .safetensors, .pth, .pth.tar or .npz"
+        )
     overlay: dict[str, Any] = {"file": path, "source": "file"}
     if path.endswith(".npz"):  # of the original ViTs, which timm reads its own way
         return overlay

@@ -20,6 +20,7 @@ from tokenlabel.labels.wordnet import with_words
 from tokenlabel.method.scores import Kind, ScoreMap
 from tokenlabel.runtime.coercion import coerced_fields
 from tokenlabel.runtime.notices import listed, say
+from tokenlabel.runtime.ranges import COUNT, check_numbers
 
 MAX_SUM = 1.001
 # Longer texts are cut where people read them.
@@ -38,6 +39,9 @@ class InspectConfig:
     verify: bool = False
     """Read every label against its checksum and look for what no teacher writes; with images, read those as well:
     whether they are still what was labelled."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self, sample=COUNT, num_suspects=COUNT)
 
 
 @dataclass(frozen=True, kw_only=True)

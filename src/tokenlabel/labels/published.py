@@ -40,6 +40,7 @@ from tokenlabel.runtime.background import ahead, thread_pool
 from tokenlabel.runtime.coercion import Choice, coerced_fields
 from tokenlabel.runtime.errors import first_line
 from tokenlabel.runtime.notices import listed, say
+from tokenlabel.runtime.ranges import COUNT, check_numbers
 
 # From here on float16 cannot tell neighbouring integers apart.
 FIRST_UNCERTAIN_ID = 2048
@@ -77,6 +78,9 @@ class ImportConfig:
     shorter side (95.6 for the published NFNet-F6)."""
     num_workers: int = 2
     """Threads that read files."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self, num_classes="[2, inf)", num_workers=COUNT)
 
 
 @dataclass(frozen=True, kw_only=True)

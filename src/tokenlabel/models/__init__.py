@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from typing import Any
-
-import timm
 
 from tokenlabel.method.outputs import Inference, Outputs, TokenModel
 from tokenlabel.models.adapter import NoTokenGridError, TimmAdapter, create_timm_adapter
+from tokenlabel.models.hub import why_unknown
 from tokenlabel.models.lvvit import LVViT, LVViTConfig
-from tokenlabel.models.registration import register_with_timm
+from tokenlabel.models.registration import OUR_MODELS, register_with_timm
 from tokenlabel.models.t2t_vit import T2TViT, T2TViTConfig
 from tokenlabel.models.weights import WeightsError, load_published
 from tokenlabel.runtime.coercion import Size, pair
@@ -42,8 +40,7 @@ def create_model(name: str, *, num_classes: int, size_px: Size, **options: Any) 
     """
     size_px = pair(size_px)
     register_with_timm()
-    if ":" not in name and not timm.is_model(name):  # a colon: timm's "hf-hub:" and "local-dir:"
-        near = get_close_matches(name, timm.list_models())
-        hint = f"did you mean {' or '.join(near)}?" if near else "see docs/models.md for what there is"
-        raise ValueError(f"there is no model {name!r}; {hint}")
+    reason = why_unknown(name, OUR_MODELS, weights_option="--model.weights")
+    if reason is not None:
+        raise ValueError(f"there is no model {name!r}; {reason or 'see docs/models.md for what there is'}")
     return create_timm_adapter(name, num_classes=num_classes, size_px=size_px, **options)

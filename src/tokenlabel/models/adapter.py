@@ -7,9 +7,10 @@ register tokens) is found out by running it once, not by knowing its name.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from enum import StrEnum
+from types import SimpleNamespace
 from typing import Any
 
 import timm
@@ -21,8 +22,10 @@ from torch import Tensor, nn
 
 from tokenlabel.method.mixing import MixPlan, mix_images
 from tokenlabel.method.outputs import Outputs, TokenModel, check_ascending
+from tokenlabel.models.hub import hub_or_cache
 from tokenlabel.runtime.coercion import Size, pair
 from tokenlabel.runtime.errors import first_line
+from tokenlabel.runtime.ranges import check_numbers
 
 # Where timm's classifiers keep a norm that they apply to pooled features. Tokens take it too, so that the
 # token head sees what the classifier sees.
@@ -243,12 +246,19 @@ def create_timm_adapter(
 
     Raises ValueError for options or a size that the model cannot take.
     """
+    rates = [
+        option
+        for option, value in options.items()
+        if option.endswith("_rate") and isinstance(value, (int, float))
+    ]
+    check_numbers(SimpleNamespace(**options), "model.options.", **dict.fromkeys(rates, "[0, 1)"))
     try:
         config = get_pretrained_cfg(name, allow_unregistered=True)
         if config is not None and config.fixed_input_size:  # timm's sign that the model takes `img_size`
             options.setdefault("img_size", size_px)
-        backbone = timm.create_model(name, num_classes=num_classes, **options)
-    except REFUSALS as error:
+        with hub_or_cache() if "hub:" in name or options.get("pretrained") else nullcontext():
+            backbone = timm.create_model(name, num_classes=num_classes, **options)
+    except (*REFUSALS, OSError) as error:
         raise ValueError(f"{name} cannot be made with the options {options}: {first_line(error)}") from error
     return TimmAdapter(backbone, name=name, num_classes=num_classes, size_px=size_px, stage=stage)
 

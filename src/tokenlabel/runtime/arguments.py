@@ -6,16 +6,20 @@ What parsing needs is imported when it parses, so that `tokenlabel --help` answe
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
-from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin
 
 from tokenlabel.runtime.files import write_whole
 
 if TYPE_CHECKING:
+    from argparse import Action
+
     import torch
     from jsonargparse import ArgumentParser, Namespace
+
+Config = TypeVar("Config")
 
 
 def new_parser(verb: str, description: str) -> ArgumentParser:
@@ -23,53 +27,121 @@ def new_parser(verb: str, description: str) -> ArgumentParser:
     import jsonargparse
 
     return jsonargparse.ArgumentParser(
-        prog=f"tokenlabel {verb}", description=description, exit_on_error=False
+        prog=f"tokenlabel {verb}",
+        description=description,
+        exit_on_error=False,
+        allow_abbrev=False,
+        print_config="--print-config",
     )
 
 
-def parse(parser: ArgumentParser, arguments: list[str]) -> Namespace:
-    """Return parsed arguments. Raises ValueError of one line, with the near names of an unknown one."""
+def parse(
+    parser: ArgumentParser, arguments: list[str], *, find_recipe: Callable[[str], Path] | None = None
+) -> Namespace:
+    """Return parsed arguments. Raises ValueError of one line, with the near names of an unknown one.
+
+    `find_recipe`: the file of a `--recipe` that is given by its name.
+    """
     from jsonargparse import ArgumentError
 
-    try:
-        return parser.parse_args(spelled_out(parser, arguments))
-    except ArgumentError as error:
-        from tokenlabel.runtime.configuration import explain
+    from tokenlabel.runtime.configuration import explain, read_yaml
 
-        raise ValueError(explain(error, [action.dest for action in parser._actions])) from error
+    words = spelled_out(parser, arguments)
+    recipes = ""
+    for i, word in enumerate(words):
+        if find_recipe and word.startswith("--recipe="):
+            path = find_recipe(word.partition("=")[2])
+            read_yaml(path)  # names the file if it is none
+            words[i], recipes = f"--recipe={path}", f"{path}: "
+    try:
+        return parser.parse_args(words)
+    except ArgumentError as error:
+        message = explain(error, [action.dest for action in parser._actions], options=_options(parser))
+        of_file = message.startswith(("unknown key", "Unexpected config"))
+        raise ValueError(f"{recipes}{message}" if of_file else message) from error
+
+
+def configured(parser: ArgumentParser, options: Namespace, config: type[Config]) -> Config:
+    """Return the dataclass whose fields are among parsed arguments; its errors name options."""
+    from tokenlabel.runtime.configuration import config_of
+
+    try:
+        return config_of(parser, options, config)
+    except ValueError as error:
+        known = _options(parser)
+
+        def option(found: re.Match[str]) -> str:
+            whole = (
+                field for field in known if f".{field}".endswith(f".{found[0]}")
+            )  # messages may leave the group out
+            return known.get(next(whole, ""), found[0])
+
+        keys = r"(?<![-\w./])[a-z]\w*(\.\w+)+|(?<![-\w./])[a-z]+_\w+|^[a-z]+(?= must be )"
+        raise ValueError(re.sub(keys, option, str(error))) from error
+
+
+def _options(parser: ArgumentParser) -> dict[str, str]:
+    """Return the options by the keys that they set."""
+    return {action.dest: action.option_strings[-1] for action in parser._actions if action.option_strings}
 
 
 def spelled_out(parser: ArgumentParser, arguments: list[str]) -> list[str]:
-    """Return arguments as the parser wants them, which may be given shorter.
+    """Return arguments as the parser wants them: `--option=value`, so that no value is taken for an option.
 
-    `--strict` alone is `--strict true`; `--class-map` is `--class_map`; an option that takes one name or
-    several (`--teacher A --teacher B`) adds to what it was given before.
+    `--strict` alone is `--strict=true`; `--class_map` is `--class-map`; an option that takes one name or several
+    (`--teacher A --teacher B`) adds to what it was given before. A value is any word but an option's name; that it may
+    be behind a `=`. Raises ValueError for options that do not exist and for those without a value.
     """
-    actions = {option: action for action in parser._actions for option in action.option_strings}
     words: list[str] = []
     given: set[str] = set()
-    for word, following in zip_longest(arguments, arguments[1:], fillvalue=""):
-        option, equals, value = word.partition("=")
-        underscored = f"--{option[2:].replace('-', '_')}"
-        option = underscored if option not in actions and underscored in actions else option
-        kind = getattr(actions.get(option), "_typehint", None)
-        adds = option in given and str in get_args(kind) and f"{option}+" in actions
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        if word == "--":  # only positional arguments follow
+            return [*words, word, *rest]
+        written, equals, value = word.partition("=")
+        found = _find_option(parser, written)
+        if found is None:
+            if written.startswith("--"):
+                raise ValueError(f"unrecognized arguments: {word}{_near_options(parser, written)}")
+            words.append(word)
+            continue
+        option, action = found
+        kind = getattr(action, "_typehint", None)
+        if kind is bool and not equals:
+            value = rest.pop(0) if rest and rest[0].lower() in ("true", "false") else "true"
+        elif action.nargs is not None:
+            words.append(f"{option}{equals}{value}")  # a flag, or several values, which argparse counts
+            continue
+        elif not equals:
+            if not rest or _find_option(parser, rest[0].partition("=")[0]):
+                raise ValueError(
+                    f"{option}: expected a value" + (f", got the option {rest[0]}" if rest else "")
+                )
+            value = rest.pop(0)
+        adds = option in given and str in get_args(kind) and f"{option}+" in parser._option_string_actions
         given.add(option)
-        words.append(f"{option}{'+' if adds else ''}{equals}{value}")
-        if kind is bool and not equals and following.lower() not in ("true", "false"):
-            words.append("true")
+        words.append(f"{option}{'+' if adds else ''}={value}")
     return words
 
 
-def with_recipe_path(arguments: list[str], find_recipe: Callable[[str], Path]) -> list[str]:
-    """Return the arguments with the name of each recipe replaced by its file."""
-    resolved = list(arguments)
-    for i, argument in enumerate(arguments):
-        if argument == "--recipe" and i + 1 < len(arguments):
-            resolved[i + 1] = str(find_recipe(arguments[i + 1]))
-        elif argument.startswith("--recipe="):
-            resolved[i] = f"--recipe={find_recipe(argument.removeprefix('--recipe='))}"
-    return resolved
+def _find_option(parser: ArgumentParser, written: str) -> tuple[str, Action] | None:
+    """Return an option as help shows it and its action, from any spelling; `--model.options.depth` is of a mapping."""
+    group, key = written.replace("_", "-"), ""
+    while group.startswith("-"):
+        action = parser._option_string_actions.get(group)
+        if action is not None and (not key or get_origin(getattr(action, "_typehint", None)) is dict):
+            return action.option_strings[-1] + key.replace("-", "_"), action
+        group, _, last = group.rpartition(".")
+        key = f".{last}{key}"
+    return None
+
+
+def _near_options(parser: ArgumentParser, written: str) -> str:
+    from tokenlabel.runtime.configuration import near_names
+
+    known = [option[2:] for option in _options(parser).values()]
+    return near_names(written[2:].replace("_", "-"), known, prefix="--")
 
 
 def write_json(path: Path | None, figures: dict[str, Any]) -> None:

@@ -8,26 +8,28 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeGuard, TypeVar, get_type_hints
 
 import jsonargparse
 import yaml
 from jsonargparse.typing import register_type
 
+from tokenlabel.runtime.errors import ConfigError
 from tokenlabel.runtime.files import write_whole
 
 Config = TypeVar("Config")
 
 
-class ConfigError(ValueError):
-    """A file or a mapping that cannot be read as the configuration it should be."""
-
-
 def add_config_arguments(parser: jsonargparse.ArgumentParser, config: type) -> None:
-    """Let a parser take every field of a dataclass, nested ones as `--a.b value`; enums go by their values."""
+    """Let a parser take every field of a dataclass, nested ones as `--a.b value`; enums go by their values.
+
+    Help and messages show one name of each option, with dashes; others of it (underscores, `--run` for `--out`) go on
+    working in silence: argparse looks names up in a table of its own, and shows those that the action lists.
+    """
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     for kind in _enums(config):
         register_type(kind, serializer=lambda member: member.value, deserializer=kind)
@@ -37,6 +39,11 @@ def add_config_arguments(parser: jsonargparse.ArgumentParser, config: type) -> N
         if isinstance(kind, type) and issubclass(kind, Enum):
             action.metavar = "{" + ",".join(member.value for member in kind) + "}"
             action.default = kind[action.default].value if isinstance(action.default, str) else action.default
+    for name, action in list(parser._option_string_actions.items()):
+        dashed = name.replace("_", "-")
+        parser._option_string_actions[dashed] = action
+        if name == action.option_strings[0] and name != "-h":
+            action.option_strings = [dashed]
 
 
 def config_of(
@@ -104,29 +111,43 @@ def settings(config: Any) -> dict[str, Any]:
     return leaves(config_as_dict(config), "")
 
 
-def explain(error: Exception, known: Sequence[str]) -> str:
-    """Return the message of a parser's error on one line, with the near names of an unknown key among `known`."""
+def explain(
+    error: Exception, known: Sequence[str], *, options: Mapping[str, str] = MappingProxyType({})
+) -> str:
+    """Return the message of a parser's error on one line, with the near names of an unknown key among `known`.
+
+    `options`: what keys are called where they were typed.
+    """
     message = " ".join(str(error).split())
-    if in_group := re.search(r"Group '(.+?)' does not accept option '(.+?)'", message):
-        group, key = in_group.groups()
-        return f"unknown key {group}.{key}{near_names(f'{group}.{key}', known)}"
-    if alone := re.search(r"Option '(.+?)' is not accepted", message):
-        return f"unknown key {alone[1]}{near_names(alone[1], known)}"
-    for word in re.findall(r"--([^\s=]+)", message.partition("unrecognized arguments:")[2]):
-        message += near_names(word, known)
+    if unknown := re.search(r"(?:Group '(.+?)' does not accept option|Option) '(.+?)'", message):
+        key = ".".join(filter(None, unknown.groups()))
+        return f"unknown key {key}{near_names(key, known)}"
+    if required := re.search(r"arguments are required: (.+)", message):
+        missing = [options.get(key, key) for key in required[1].split(", ")]
+        return f"the following arguments are required: {', '.join(missing)}"
+    if wrong := re.fullmatch(r'Parser key "(.+?)": (?:Not of type \w+: )?(.+)', message):
+        key, reason = wrong.groups()
+        if mismatch := re.search(
+            r"Expected an? (.+?)\. Got value: (.*)|types: \[(.+?)\] Err.* value: (.*)", reason
+        ):
+            kind, value = filter(None, mismatch.groups())
+            kind = re.sub(r"<class '(.+?)'>|typing\.", r"\1", kind).replace("NoneType", "null")
+            kind = re.sub(r"Literal\[(.+?)\]", lambda found: f"one of {found[1]}".replace("'", ""), kind)
+            reason = f"expected {kind.replace(', ', ' or ') if mismatch[3] else kind}, got {value!r}"
+        return f"{options.get(key, key)}: {reason}"
     return message
 
 
-def near_names(word: str, known: Sequence[str]) -> str:
-    """Return a clause that names the known words nearest to `word`, or those beside it."""
+def near_names(word: str, known: Sequence[str], *, prefix: str = "") -> str:
+    """Return a clause that names the known words nearest to `word`, or those beside it, each after `prefix`."""
     by_last_part = {name.split(".")[-1]: name for name in known}
     near = difflib.get_close_matches(word, known, n=2) or [
         by_last_part[part] for part in difflib.get_close_matches(word.split(".")[-1], by_last_part, n=2)
     ]
     if near:
-        return f"; did you mean {' or '.join(near)}?"
+        return f"; did you mean {' or '.join(prefix + name for name in near)}?"
     group = word.rpartition(".")[0]
-    beside = [name for name in known if name.rpartition(".")[0] == group]
+    beside = [prefix + name for name in known if name.rpartition(".")[0] == group]
     return f"; known there: {', '.join(beside)}" if beside else ""
 
 

@@ -1,6 +1,10 @@
-"""Errors of other libraries, in messages of our own."""
+"""Errors in configurations, and those of other libraries in messages of our own."""
 
 from __future__ import annotations
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be read, or that means nothing."""
 
 
 def first_line(error: Exception) -> str:

@@ -11,6 +11,7 @@ from PIL import Image
 
 from tokenlabel.data.resampling import MEAN_COLOUR, Interpolation, resize
 from tokenlabel.runtime.coercion import Size, coerced_fields, pair
+from tokenlabel.runtime.ranges import NATURAL, POSITIVE, check_numbers
 from tokenlabel.segmentation.classes import IGNORED
 
 Pixels = UInt8[NDArray[np.uint8], "height width 3"]
@@ -45,6 +46,7 @@ class SegmentAugmentConfig:
     """Change brightness, contrast, saturation and hue, each of half of the images."""
 
     def __post_init__(self) -> None:
+        check_numbers(self, "augment.", short_side_px=NATURAL, max_aspect=NATURAL, scale=POSITIVE)
         low, high = self.scale
         if not 0 < low <= high:
             raise ValueError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 from tokenlabel.runtime.arguments import (
     add_device,
     add_tensorboard,
+    configured,
     device_of,
     new_parser,
     parse,
-    with_recipe_path,
     write_json,
 )
+from tokenlabel.runtime.ranges import COUNT, check_numbers
 
 if TYPE_CHECKING:
     import torch
@@ -57,7 +57,8 @@ def _train(arguments: list[str]) -> int:
         "Train a segmentation model by a recipe. The same command continues a run that was stopped.",
     )
 
-    from tokenlabel.runtime.configuration import config_of
+    from tokenlabel.runtime.distributed import launched_ranks
+    from tokenlabel.runtime.runlog import read_metrics
     from tokenlabel.runtime.trackers import tensorboard
     from tokenlabel.segmentation.recipe import SegmentRecipe
     from tokenlabel.segmentation.task import train_segmentation
@@ -69,12 +70,15 @@ def _train(arguments: list[str]) -> int:
     add_device(parser)
     add_tensorboard(parser)
     add_recipe_arguments(parser, SegmentRecipe)
-    options = parse(parser, with_recipe_path(arguments, find_recipe))
-    recipe = config_of(parser, options, SegmentRecipe)
+    options = parse(parser, arguments, find_recipe=find_recipe)
+    recipe = configured(parser, options, SegmentRecipe)
     device = device_of(options.device)
     with tensorboard(options.out, wanted=options.tensorboard) as trackers:
         figures = train_segmentation(recipe, options.out, device=device, trackers=trackers)
-    _print_figures(figures)
+    if launched_ranks().is_first:
+        print(
+            json.dumps(figures or read_metrics(options.out)[-1])
+        )  # without val images what the last steps said
     return 0
 
 
@@ -91,6 +95,7 @@ def _evaluate(arguments: list[str]) -> int:
     parser.add_argument("--num-workers", type=int, default=0, help="processes that decode images")
     parser.add_argument("--output", type=Path, help="also write the figures to this JSON file")
     options = parse(parser, arguments)
+    check_numbers(options, "--", num_workers=COUNT)
 
     from tokenlabel.runtime.distributed import joined_ranks
     from tokenlabel.runtime.notices import listed, say
@@ -125,7 +130,7 @@ def _evaluate(arguments: list[str]) -> int:
         )
     if ranks.is_first:
         write_json(options.output, figures)
-    _print_figures(figures)
+        print(json.dumps(figures))
     return 0
 
 
@@ -216,9 +221,3 @@ def _autocast(trained: TrainedSegmenter, device: torch.device) -> torch.autocast
 
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(trained.recipe.precision)
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
-
-
-def _print_figures(figures: dict[str, Any]) -> None:
-    """Print figures as a line of JSON, by the first of several processes."""
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(json.dumps(figures))

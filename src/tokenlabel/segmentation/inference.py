@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from tokenlabel.data.batches import normalize_images
 from tokenlabel.data.resampling import Interpolation, resize
 from tokenlabel.runtime.coercion import Size, coerced_fields, pair
+from tokenlabel.runtime.ranges import NATURAL, POSITIVE, check_numbers
 from tokenlabel.segmentation.augment import fitted_size
 from tokenlabel.segmentation.model import SegmentationModel
-from tokenlabel.training.recipe import check_interval
 
 # Classes whose logits are made as large as the image at once: what bounds the memory that a large photo takes.
 _CLASSES_AT_ONCE = 16
@@ -45,20 +45,12 @@ class SegmentEvalConfig:
     """How many windows go through the model at once."""
 
     def __post_init__(self) -> None:
-        if not self.scales or min(self.scales) <= 0 or self.windows_at_once < 1:
-            raise ValueError(
-                "eval.scales must be numbers above 0, eval.windows_at_once at least 1, "
-                f"got {list(self.scales)} and {self.windows_at_once}"
-            )
+        if not self.scales:
+            raise ValueError("eval.scales must be numbers above 0, got none")
+        check_numbers(self, "eval.", scales=POSITIVE, every_epochs=POSITIVE)
         if self.stride_px is not None and min(self.stride_px) < 1:
             raise ValueError(f"eval.stride_px must be at least 1 down and across, got {list(self.stride_px)}")
-        if self.short_side_px is not None and self.short_side_px < 1:
-            raise ValueError(
-                f"eval.short_side_px must be at least 1, got {self.short_side_px}; none leaves images be"
-            )
-        if self.max_aspect < 1:
-            raise ValueError(f"eval.max_aspect must be at least 1, got {self.max_aspect}")
-        check_interval("eval.every_epochs", self.every_epochs)
+        check_numbers(self, "eval.", windows_at_once=NATURAL, short_side_px=NATURAL, max_aspect=NATURAL)
 
 
 class Segmenter:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tokenlabel.models import TokenModel, create_model
 from tokenlabel.runtime.coercion import Choice, coerced_fields
+from tokenlabel.runtime.ranges import COUNT, NATURAL, POSITIVE, check_numbers
 from tokenlabel.segmentation.heads import FCNHead, Head, LinearHead, UPerNetHead
 from tokenlabel.segmentation.pyramid import NUM_LEVELS, Levels, Neck, NeckKind, find_levels
 
@@ -56,6 +57,10 @@ class SegmentModelConfig:
     """Share of the channels that the heads drop before they classify."""
     auxiliary: bool = True
     """Train a second, small FCN head on the last map but one; it is not used afterwards."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self, "model.", size_px=NATURAL, neck_width=NATURAL, head_width=NATURAL)
+        check_numbers(self, "model.", layers=COUNT, norm_eps=POSITIVE, dropout="[0, 1)")
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,6 +19,7 @@ from tokenlabel.data.images import DECODE_ALL_UP_TO, EXTENSIONS, DataError, Stri
 from tokenlabel.data.masks import MaskError, check_upright, decode_mask, mask_names, palette_of
 from tokenlabel.runtime.coercion import Choice, coerced, coerced_fields
 from tokenlabel.runtime.notices import listed, say
+from tokenlabel.runtime.ranges import COUNT, check_numbers
 from tokenlabel.segmentation.classes import IGNORED, Classes, known_classes, numbered_classes
 
 # Pairs of a larger set that are looked at before training.
@@ -82,6 +83,7 @@ class SegmentDataConfig:
     """Processes that decode and augment images."""
 
     def __post_init__(self) -> None:
+        check_numbers(self, "data.", num_workers=COUNT)
         is_folders = self.layout is Layout.FOLDERS
         if is_folders and not (self.train_images and self.train_masks and self.class_names):
             raise ValueError(

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from tokenlabel.runtime.coercion import coerced_fields
 from tokenlabel.runtime.configuration import ConfigError
+from tokenlabel.runtime.ranges import COUNT, check_numbers
 from tokenlabel.segmentation.augment import SegmentAugmentConfig
 from tokenlabel.segmentation.inference import SegmentEvalConfig
 from tokenlabel.segmentation.model import SegmentModelConfig
@@ -20,6 +21,9 @@ class SegmentLossConfig:
 
     auxiliary_weight: float = 0.4
     """Weight of the second head's loss."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self, "loss.", auxiliary_weight=COUNT)
 
 
 @dataclass(frozen=True, kw_only=True)

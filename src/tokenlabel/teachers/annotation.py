@@ -41,6 +41,7 @@ from tokenlabel.labels.store import (
 )
 from tokenlabel.runtime.distributed import default_device, joined_ranks
 from tokenlabel.runtime.notices import listed, say
+from tokenlabel.runtime.ranges import COUNT, NATURAL, POSITIVE, check_numbers
 from tokenlabel.teachers.classmap import MIN_MASS, class_map_for
 from tokenlabel.teachers.ensemble import Ensemble, load_teachers
 from tokenlabel.teachers.labelling import Labelling
@@ -72,6 +73,10 @@ class AnnotateConfig(TeacherConfig):
     again: str | None = None
     """Label images anew that have a label: a text file of their keys, one a line, or `changed` for those that were
     replaced since. Their new labels count as soon as they are written; until then the old ones do."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_numbers(self, topk=NATURAL, batch_size=NATURAL, num_workers=COUNT, shard_s=POSITIVE)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ outcome has the form of `TokenTargets`: one for the class token, one for the oth
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from math import inf
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
@@ -31,6 +32,7 @@ from tokenlabel.method.pooling import (
 )
 from tokenlabel.method.targets import TokenTargets, class_targets
 from tokenlabel.runtime.coercion import Choice, coerced_fields
+from tokenlabel.runtime.ranges import NATURAL, check_numbers
 
 
 class ObjectiveError(ValueError):
@@ -86,6 +88,9 @@ class OnlineTeacherConfig:
     compile: bool = False
     """Compile the teacher (torch.compile)."""
 
+    def __post_init__(self) -> None:
+        check_numbers(self, "loss.teacher.", size=NATURAL)
+
 
 @dataclass(frozen=True, kw_only=True)
 @coerced_fields
@@ -124,7 +129,7 @@ class LossConfig:
             share = getattr(self, name)
             if not 0 <= share <= 1:
                 raise ObjectiveError(f"loss.{name} is a share from 0 to 1, got {share}")
-        if self.beta < 0 or self.temperature <= 0 or self.teacher.topk < 1:
+        if not (0 <= self.beta < inf and 0 < self.temperature < inf and self.teacher.topk >= 1):
             raise ObjectiveError(
                 "loss.beta must be at least 0, loss.temperature above 0 and loss.teacher.topk at least 1, got "
                 f"{self.beta}, {self.temperature} and {self.teacher.topk}"

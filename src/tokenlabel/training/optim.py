@@ -12,6 +12,7 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import nn
 
 from tokenlabel.runtime.coercion import coerced_fields
+from tokenlabel.runtime.ranges import COUNT, NATURAL, PART, POSITIVE, check_numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +50,20 @@ class OptimConfig:
     """Average of the weights for evaluation; none to evaluate the weights themselves."""
     ema_warmup: bool = True
     """Let the average's decay grow from 0 as 1 - (1 + step) ** -2/3: in a short run .99992 alone is useless."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self, "optim.", lr=POSITIVE, lr_batch_size=NATURAL, clip_grad_norm=POSITIVE)
+        at_least_0 = (
+            "min_lr",
+            "warmup_lr",
+            "warmup_epochs",
+            "warmup_steps",
+            "cooldown_epochs",
+            "weight_decay",
+            "eps",
+        )
+        check_numbers(self, "optim.", **dict.fromkeys(at_least_0, COUNT))
+        check_numbers(self, "optim.", layer_decay=PART, betas="[0, 1)", ema_decay="[0, 1)")
 
 
 @runtime_checkable

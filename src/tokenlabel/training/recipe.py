@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from importlib.resources import files
+from math import inf
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ from tokenlabel.runtime.configuration import (
     settings,
     write_config,
 )
+from tokenlabel.runtime.ranges import COUNT, NATURAL, PART, POSITIVE, check_numbers
 from tokenlabel.training.objectives import LossConfig
 from tokenlabel.training.optim import OptimConfig
 
@@ -55,6 +57,9 @@ class DataConfig:
     """Read tar files whole and one after the other, images of this many at a time in random order: for data that
     fits neither memory nor a fast disk. None for one random order over all images."""
 
+    def __post_init__(self) -> None:
+        check_numbers(self, "data.", num_workers=COUNT, tar_window=NATURAL)
+
     @property
     def label_folders(self) -> list[str]:
         """The folders of the labels; empty without labels."""
@@ -80,6 +85,7 @@ class ModelConfig:
     """How many layers, counted from the stem, keep the weights that they begin with."""
 
     def __post_init__(self) -> None:
+        check_numbers(self, "model.", size_px=NATURAL, frozen_layers=COUNT)
         taken = self.options.keys() & {"name", "num_classes", "size_px"}
         if taken:
             raise ConfigError(
@@ -113,24 +119,15 @@ class MixConfig:
             raise ConfigError(
                 f"mix.probability and mix.mixup_share are shares, got {self.probability} and {self.mixup_share}"
             )
-        if not (self.alpha > 0 and self.mixup_alpha > 0):
+        if not (0 < self.alpha < inf and 0 < self.mixup_alpha < inf):
             raise ConfigError(
                 f"mix.alpha and mix.mixup_alpha must be above 0, got {self.alpha} and {self.mixup_alpha}"
             )
-        if self.group_size is not None and self.group_size < 1:
-            raise ConfigError(
-                f"mix.group_size must be at least 1, got {self.group_size}; none for all images"
-            )
+        check_numbers(self, "mix.", group_size=NATURAL)
         if self.mixup_share > 0 and self.kind is not Mixing.CUTMIX:
             raise ConfigError(
                 f"mix.mixup_share is for mix.kind cutmix, got {self.kind.value}; take kind mixup for Mixup alone"
             )
-
-
-def check_interval(name: str, every_epochs: float | None) -> None:
-    """Raise ConfigError for a number of epochs between two events that is not above 0; None is for never."""
-    if every_epochs is not None and not every_epochs > 0:
-        raise ConfigError(f"{name} must be above 0, got {every_epochs}; a large number for never")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +147,8 @@ class EvalConfig:
     """Share of the resized image's shorter side that the centre crop keeps."""
 
     def __post_init__(self) -> None:
-        check_interval("eval.every_epochs", self.every_epochs)
+        positive = {"every_epochs": POSITIVE, "crop_fraction": PART}
+        check_numbers(self, "eval.", **positive, batch_size=NATURAL, num_workers=COUNT)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,12 +166,7 @@ class CheckpointConfig:
     """Keep one every so many epochs for good, too."""
 
     def __post_init__(self) -> None:
-        if self.keep < 1:
-            raise ConfigError(
-                f"checkpoint.keep must be at least 1, got {self.keep}: a run continues from the newest"
-            )
-        for name in ("every_epochs", "keep_every_epochs"):
-            check_interval(f"checkpoint.{name}", getattr(self, name))
+        check_numbers(self, "checkpoint.", keep=NATURAL, every_epochs=POSITIVE, keep_every_epochs=POSITIVE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,10 +201,8 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         if self.epochs is None and self.num_steps is None:
             raise ConfigError("a recipe needs epochs or num_steps")
-        if self.batch_size < 1 or (self.micro_batch_size or 1) < 1:
-            raise ConfigError(
-                f"batch_size and micro_batch_size must be at least 1, got {self.batch_size} and {self.micro_batch_size}"
-            )
+        check_numbers(self, epochs=NATURAL, num_steps=NATURAL, batch_size=NATURAL, micro_batch_size=NATURAL)
+        check_numbers(self, seed=f"[0, {2**63}]")
 
 
 @dataclass(frozen=True, kw_only=True)

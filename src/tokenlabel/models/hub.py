@@ -1,0 +1,103 @@
+"""Models by timm's names: why a name means none, and what to do without a network."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from difflib import get_close_matches
+from pathlib import Path
+from threading import Thread
+
+import timm
+from huggingface_hub import constants
+from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.utils import get_session
+from timm.models import get_arch_pretrained_cfgs
+
+from tokenlabel.runtime.notices import listed
+
+REACH_WITHIN_S = 5.0
+FILE_ENDINGS = (".pth", ".pt", ".tar", ".safetensors", ".npz", ".bin", ".onnx", ".ckpt")
+
+
+def why_unknown(name: str, ours: tuple[str, ...], *, weights_option: str) -> str | None:
+    """Return why a name means no model, and what was meant perhaps ("" if nothing comes close); None if it means one.
+
+    `ours`: names of models that timm does not have. `weights_option`: where a file of weights belongs.
+    """
+    if name in ours or name.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
+        return None
+    path, advice = Path(name), f"give the name of its network, and the file by {weights_option} {name}"
+    if path.is_dir():
+        return _about_folder(path)
+    if path.is_file():
+        inside = (path.parent / "state.json").exists()
+        return (
+            f"it is a file of a checkpoint: give its folder, {path.parent}"
+            if inside
+            else f"it is a file: {advice}"
+        )
+    if name.endswith(FILE_ENDINGS):
+        return f"there is no such file; if there were, {advice}"
+    if "/" in name or name.startswith((".", "~")):
+        on_hub = re.fullmatch(r"[\w-]+/[\w.-]+", name)
+        return "there is no such folder" + (
+            f"; a model of the Hugging Face hub is hf-hub:{name}" if on_hub else ""
+        )
+    architecture, dot, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        near = get_close_matches(name, [*ours, *timm.list_models()]) or get_close_matches(
+            architecture, [*ours, *timm.list_models()]
+        )
+        return f"did you mean {' or '.join(near)}?" if near else ""
+    known = [other.partition(".")[2] for other in get_arch_pretrained_cfgs(architecture)]
+    if not dot or tag in known:
+        return None
+    near = get_close_matches(tag, known) or known
+    return f"{architecture} has no weights {tag!r}; it has {listed(near)}"
+
+
+def _about_folder(folder: Path) -> str:
+    if not any(folder.iterdir()):
+        return "it is an empty folder"
+    if (folder / "recipe.yaml").exists():
+        return "it is a run that has no checkpoint yet"
+    if (folder / "config.json").exists():
+        return f"did you mean local-dir:{folder}?"
+    return "that folder holds neither checkpoints nor a config.json"
+
+
+@contextmanager
+def hub_or_cache(*, online: bool = True) -> Iterator[None]:
+    """Let what timm gets from the hub come from its cache where the hub cannot be reached, or shall not be.
+
+    Left alone, the hub's library tries each file six times before it looks there: a minute for one model. So it is told
+    that it is offline unless something answers within REACH_WITHIN_S. Raises OSError for what neither has.
+    """
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or not online or not _answers(constants.ENDPOINT)
+    try:
+        yield
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        reason = "cannot be reached" if online else "is not asked where a file is given"
+        raise OSError(f"not in the cache of the hub, and {constants.ENDPOINT} {reason}") from error
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def _answers(url: str) -> bool:
+    """Ask once. In a thread: looking up a name, or a firewall that drops packets, has no time limit of its own."""
+    answers: list[bool] = []
+
+    def ask() -> None:
+        try:
+            get_session().head(url, timeout=REACH_WITHIN_S)
+            answers.append(True)
+        except Exception:  # whatever networks, proxies and their libraries raise
+            answers.append(False)
+
+    thread = Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(REACH_WITHIN_S)
+    return answers == [True]

@@ -1,0 +1,149 @@
+"""Every verb as its users run it: in a process of its own, without the tests' type checker, on paths such as ./out."""
+
+import json
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from segment_cases import write_image
+
+from tokenlabel.cli import VERBS
+from tokenlabel.labels.store import LabelStoreWriter, Manifest
+from tokenlabel.method.scores import from_mask
+
+# One process runs all, one after the other as in a shell: starting Python and torch is what takes the time.
+DRIVER = """
+import contextlib, io, json, sys, traceback
+from tokenlabel import demo
+from tokenlabel.cli import main
+
+few = ("--epochs=1", "--batch-size=10", "--data.num-workers=0", "--eval.every-epochs=1")
+demo.FAST = demo.DemoSize(
+    num_train=20,
+    num_val=10,
+    teacher_overrides=(*few, "--model.options.channels=[8,8,8,8]"),
+    student_overrides=(*few, "--model.options.depth=1"),
+)
+done = []
+for words in json.load(sys.stdin):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            status = main(words)
+        except BaseException:
+            status = traceback.format_exc()
+    done.append((status, out.getvalue(), err.getvalue()))
+print(json.dumps(done))
+"""
+
+COMMANDS = """
+demo --fast --out ./demo
+train --recipe demo_class_labels --out ./out --data.train ./demo/scenes/train --batch_size 10 --num-steps 2 \
+ --data.num-workers 0 --model.options.depth 1
+index ./tars
+annotate ./demo/scenes/train ./strict --teacher ./demo/teacher --batch-size 8
+import-labels ./files ./imported --images ./images --num-classes 2
+inspect ./strict --images ./demo/scenes/train --pictures ./maps.html --output ./output
+merge ./strict ./encoding
+export ./out ./out.safetensors
+eval ./out --data ./demo/scenes/val --output r.json --num_workers 0 --json
+report ./out --output ./output.html
+compare ./table.yaml --on ./bed.yaml --out ./set --set model.options.depth=1 --results ./results.md --collect
+segment train --recipe segment_scenes --run ./mode --num-steps 2 \
+ --data.layout folders --data.train-images ./demo/scenes/train --data.train-masks ./demo/scenes/masks/train \
+ --data.class-names [a,b,c,d,e,f,g,h,i,j] \
+ --batch-size 4 --data.num-workers 0 --model.name lvvit_t --model.size-px [24,24] --model.neck-width 16 \
+ --model.head-width 8 --eval.short-side-px 24 --eval.every-epochs 9 \
+ --model.options.patch-size 6 --model.options.depth 2 --model.options.width 16 --model.options.num_heads 2 \
+ --model.options.stem-width=8
+segment eval ./mode --images ./demo/scenes/val --masks ./demo/scenes/masks/val --scales .5 1 --output ./s.json
+segment predict ./mode ./demo/scenes/val/0 --out ./flip --scales 1
+"""
+
+LEFT_BEHIND = """
+demo/report.html out/checkpoints tars/tokenlabel-index.npz strict/manifest.json imported/manifest.json maps.html output
+encoding/manifest.json out.safetensors r.json output.html set results.md mode/checkpoints s.json flip/masks
+"""
+
+TABLE = """
+title: Tiny
+question: Does it run?
+seeds: 1
+metrics: [top1]
+rows: {token: {title: token labels}}
+"""
+
+TESTBED = """
+title: tiny scenes
+about: Tiny scenes.
+recipe: demo_token_labels
+set: {data.train: "{scenes}/train"}
+steps: {scenes: {scenes: {num_train: 20, num_val: 10, seed: 0}}}
+"""
+
+
+def commands() -> list[list[str]]:
+    return [line.split() for line in COMMANDS.replace("\\\n", "").strip().splitlines()]
+
+
+def test_every_verb_takes_paths_of_the_folder_it_runs_in(tmp_path: Path) -> None:
+    for i, name in enumerate(("ant", "bee")):
+        write_image(tmp_path / "images" / name / "0.png", (20, 20), seed=i)
+        logits, ids = torch.randn(2, 4, 4), torch.arange(2.0)[:, None, None].expand(2, 4, 4)
+        (tmp_path / "files" / name).mkdir(parents=True)
+        torch.save(torch.stack([logits, ids]).half(), tmp_path / "files" / name / "0.pt")
+    (tmp_path / "tars").mkdir()
+    with tarfile.open(tmp_path / "tars" / "0.tar", "w") as tar:
+        for name in ("ant", "bee"):
+            tar.add(tmp_path / "images" / name / "0.png", f"{name}/0.png")
+    (tmp_path / "table.yaml").write_text(TABLE)
+    (tmp_path / "bed.yaml").write_text(TESTBED)
+    assert {words[0] for words in commands()} == set(VERBS)
+
+    process = subprocess.run(
+        [sys.executable, "-c", DRIVER],
+        input=json.dumps(commands()),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    done = json.loads(process.stdout.splitlines()[-1])
+    said = {" ".join(words[:2]): (out, err) for words, (_, out, err) in zip(commands(), done, strict=True)}
+    failed = [(words, result) for words, result in zip(commands(), done, strict=True) if result[0] != 0]
+    assert not failed, "\n".join(f"{words}: {status}\n{err[-2000:]}" for words, (status, _, err) in failed)
+    assert [name for name in LEFT_BEHIND.split() if not (tmp_path / name).exists()] == []
+    # Without val images the last line is no empty object.
+    for trained in ("train --recipe", "segment train"):
+        figures = json.loads(said[trained][0].splitlines()[-1])
+        assert figures["step"] == 2
+        assert figures["loss"] > 0
+    assert json.loads((tmp_path / "r.json").read_text())["num_images"] == 10
+
+
+@pytest.mark.parametrize("words", ["--help", "inspect ./labels"])
+def test_a_reader_that_goes_away_is_no_error(words: str, tmp_path: Path) -> None:
+    """As in `tokenlabel inspect labels | head -1`."""
+    with LabelStoreWriter(
+        tmp_path / "labels", Manifest(num_classes=2, class_names=("a", "b"), topk=1)
+    ) as writer:
+        writer.add("a/0.png", from_mask(np.zeros((4, 4), np.uint8), num_classes=2))
+    command = [sys.executable, "-m", "tokenlabel", *words.split()]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 141  # as the shell says of a program that SIGPIPE ended
+
+
+def test_the_console_script_is_the_same_program() -> None:
+    script = Path(sys.executable).with_name("tokenlabel")
+    ways = ([script], [sys.executable, "-m", "tokenlabel"])
+    said = [subprocess.run([*way, "trian"], capture_output=True, text=True) for way in ways]
+    assert said[0].returncode == said[1].returncode == 2
+    assert said[0].stderr == said[1].stderr == "tokenlabel: no verb 'trian'; did you mean train?\n"
