@@ -32,7 +32,6 @@ from tokenlabel.training.recipe import (
     ModelConfig,
     Recipe,
     add_recipe_arguments,
-    claim,
     find_recipe,
     recipe_names,
 )
@@ -195,16 +194,6 @@ def test_mixup_takes_no_turns_with_mixtoken():
         MixConfig(alpha=0)
     with pytest.raises(ConfigError, match=r"model\.options names num_classes"):
         ModelConfig(name="lvvit_t", options={"num_classes": 5})
-
-
-def test_a_run_goes_on_with_other_workers_and_checkpoints_but_not_with_another_recipe(tmp_path):
-    def recipe(**changes):
-        return config_from_dict(nested("deit_s") | {"data": {"train": "a"}} | changes, Recipe, name="a")
-
-    claim(tmp_path, recipe())
-    claim(tmp_path, recipe(data={"train": "a", "num_workers": 9}, checkpoint={"every_epochs": 7}))
-    with pytest.raises(ConfigError, match=r"another recipe \(epochs: 300 there, 5 here; 1 differ\)"):
-        claim(tmp_path, recipe(epochs=5))
 
 
 def test_relabel_takes_the_published_files_as_they_are(data, tmp_path):

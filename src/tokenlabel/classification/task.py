@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,13 @@ from tokenlabel.data.batches import (
     BatchSampler,
     EvalBatchSampler,
     TokenLabelDataset,
-    check_images,
     check_labels,
     make_loader,
     normalize_images,
     shard_order,
 )
 from tokenlabel.data.erasing import Erased, erase
+from tokenlabel.data.images import ImageCheck, ImageSource, find_broken
 from tokenlabel.data.sources import open_images
 from tokenlabel.data.tars import TarImages
 from tokenlabel.evaluation.observation import evaluate, evaluation_set
@@ -35,13 +36,14 @@ from tokenlabel.labels.store import LabelStore
 from tokenlabel.method.mixing import Mixing, MixPlan, join_plans, sample_mix
 from tokenlabel.models import TokenModel, create_model, load_published
 from tokenlabel.runtime.configuration import ConfigError
-from tokenlabel.runtime.distributed import Ranks, joined_ranks
+from tokenlabel.runtime.distributed import Ranks, current_ranks, joined_ranks
 from tokenlabel.runtime.runlog import Stopwatch
 from tokenlabel.runtime.trackers import Tracker
 from tokenlabel.teachers.online import load_online_teacher
 from tokenlabel.training.engine import run_task
 from tokenlabel.training.objectives import Objective
 from tokenlabel.training.recipe import ModelConfig, Recipe
+from tokenlabel.training.run_folder import RunImages, locked, sound_images
 from tokenlabel.training.tasks import Part, Task
 
 # Starting processes takes seconds: below this many images evaluation decodes them itself.
@@ -49,18 +51,29 @@ _MANY_IMAGES = 5000
 
 
 def train(
-    recipe: Recipe, run: Path, *, device: torch.device, trackers: Sequence[Tracker] = ()
+    recipe: Recipe,
+    run: Path,
+    *,
+    device: torch.device,
+    trackers: Sequence[Tracker] = (),
+    changed_numerics: bool = False,
 ) -> dict[str, Any]:
     """Train by a recipe in a run folder, from its newest checkpoint if there is one; return the last evaluation.
 
     Under torchrun all processes train together. The folder receives recipe.yaml, metrics.jsonl and checkpoints/;
-    `trackers` hear every line of the metrics.
-    Raises ConfigError if it holds a run of another recipe, ValueError for data that cannot be trained on,
-    `Interrupted` after SIGINT or SIGTERM.
+    `trackers` hear every line of the metrics. `changed_numerics`: go on with another rounding (see `check_run_folder`).
+    Raises ConfigError if it holds a run of another recipe or another process trains there, ValueError for data that
+    cannot be trained on, `Interrupted` after SIGINT or SIGTERM.
     """
-    with joined_ranks(device) as ranks:
-        task = build(recipe, device=device)
-        return run_task(task, run, ranks=ranks, eval_every_epochs=recipe.eval.every_epochs, trackers=trackers)
+    with joined_ranks(device) as ranks, locked(run, ranks):
+        return run_task(
+            build(recipe, device=device, run=run),
+            run,
+            ranks=ranks,
+            eval_every_epochs=recipe.eval.every_epochs,
+            trackers=trackers,
+            changed_numerics=changed_numerics,
+        )
 
 
 @dataclass(eq=False)
@@ -73,6 +86,7 @@ class ClassifierTask(Task[Recipe]):
     val_set: TokenLabelDataset | None
     objective: Objective
     device: torch.device
+    images: RunImages | None = None
     metric = "top1"
 
     def __post_init__(self) -> None:
@@ -156,16 +170,24 @@ class ClassifierTask(Task[Recipe]):
         return evaluation.as_dict()
 
 
-def build(recipe: Recipe, *, device: torch.device) -> ClassifierTask:
-    """Build the data, the model and the objective of a recipe, and check that they fit together."""
+def build(recipe: Recipe, *, device: torch.device, run: Path | None = None) -> ClassifierTask:
+    """Build the data, the model and the objective of a recipe, and check that they fit together.
+
+    `run`: the folder of the run, where an earlier start may have written down which images decode. Of several ranks the
+    first one looks at images and labels.
+    """
     source = open_images(recipe.data.train)
     if recipe.data.tar_window is not None and isinstance(source, TarImages):
         source = source.streamed()
-    source = check_images(source, skip_broken=recipe.data.skip_broken, check=recipe.data.check)
     folders = recipe.data.label_folders if recipe.loss.reads_labels else []
     store = LabelStore(*folders) if folders else None
+    images = RunImages(run, source.class_names)
+    source = _sound(recipe, images, "train", source, store)
+    num_missing = 0
     if store is not None:
-        check_labels(source, store)
+        check = partial(check_labels, source, store, max_missing=recipe.data.max_missing)
+        num_missing = current_ranks().by_first(check)
+        images.entries["labels"] = {"num_missing": num_missing, **store.manifest.origin()}
     torch.manual_seed(recipe.seed)
     model = _begin(recipe.model, num_classes=len(source.class_names)).to(device)
     objective = Objective(
@@ -173,6 +195,7 @@ def build(recipe: Recipe, *, device: torch.device) -> ClassifierTask:
         labelled=store is not None,
         teacher=load_online_teacher(recipe.loss.teacher, source.class_names, device),
         ignore_erased=recipe.erase.ignore_erased,
+        map_weight=len(source) / (len(source) - num_missing),
     )
     if not objective.labels_tokens:
         model.freeze_token_head()
@@ -181,10 +204,41 @@ def build(recipe: Recipe, *, device: torch.device) -> ClassifierTask:
         recipe=recipe,
         model=model,
         train_set=TokenLabelDataset(source, transform, seed=recipe.seed, store=store),
-        val_set=evaluation_set(recipe, class_names=source.class_names) if recipe.data.val else None,
+        val_set=evaluation_set(
+            recipe, class_names=source.class_names, sound=partial(_sound, recipe, images, "val")
+        )
+        if recipe.data.val
+        else None,
         objective=objective,
         device=device,
+        images=images,
     )
+
+
+def _sound(
+    recipe: Recipe, images: RunImages, split: str, source: ImageSource, store: LabelStore | None = None
+) -> ImageSource:
+    """Return the images that decode, as an earlier start of the run found, or a teacher that labelled them."""
+    check = recipe.data.check
+    trusts_labels = store is not None and check is ImageCheck.AUTO and store.manifest.saw_images
+
+    def find(among: list[int] | None) -> list[int]:
+        if trusts_labels:
+            numbers = range(len(source)) if among is None else among
+            among = [number for number in numbers if source.keys[number] not in store]
+        return find_broken(source, check, among)
+
+    names = source.class_names
+    found = partial(
+        images.broken,
+        split,
+        source.keys,
+        [names[class_id] for class_id in source.class_ids],
+        check=f"{check}, but for images with labels" if trusts_labels else check.value,
+        find=find,
+    )
+    option = "--data.skip-broken"
+    return sound_images(source, skip_broken=recipe.data.skip_broken, check=check, option=option, find=found)
 
 
 def _begin(config: ModelConfig, *, num_classes: int) -> TokenModel:

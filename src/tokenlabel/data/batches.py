@@ -33,7 +33,8 @@ from tokenlabel.data.samplers import FOR_SAMPLE, BatchSampler, EvalBatchSampler,
 from tokenlabel.data.workers import prepare_worker, process_context, stack
 from tokenlabel.method.alignment import ScoreMapBatch, collate_score_maps
 from tokenlabel.method.geometry import View, stack_views
-from tokenlabel.method.scores import ScoreMap
+from tokenlabel.method.scores import Kind, ScoreMap, unknown_map
+from tokenlabel.runtime.notices import listed, say
 
 __all__ = [
     "Batch",
@@ -173,8 +174,9 @@ class TokenLabelDataset(Dataset[Sample]):
     """Augmented images with the score maps of their sources, as a function of (seed, epoch, index).
 
     `dataset[epoch, index]` draws every random number of a sample anew from these three. `store` maps keys to
-    score maps. Raises ImageError for an image that does not decode. A subclass that changes samples overrides
-    `__getitems__`, which makes them all: the data loader asks for whole batches and nothing else.
+    score maps; an image that a label store lacks has a map that says nothing. Raises ImageError for an image that
+    does not decode. A subclass that changes samples overrides `__getitems__`, which makes them all: the data
+    loader asks for whole batches and nothing else.
     """
 
     def __init__(
@@ -182,6 +184,14 @@ class TokenLabelDataset(Dataset[Sample]):
     ) -> None:
         self.source, self.transform, self.seed, self.store = source, transform, seed, store
         self.num_classes = len(source.class_names)
+        self._labels = store if isinstance(store, CheckableLabels) else None
+
+    def score_map(self, key: str) -> ScoreMap | None:
+        """Return the score map of an image; None without a store."""
+        if self._labels is not None and key not in self._labels:
+            kind = getattr(self._labels.manifest, "kind", Kind.PROBABILITIES)
+            return unknown_map(self.num_classes, kind=kind)
+        return None if self.store is None else self.store[key]
 
     def __getitem__(self, epoch_and_index: tuple[int, int]) -> Sample:
         (sample,) = self.__getitems__([epoch_and_index])
@@ -197,7 +207,7 @@ class TokenLabelDataset(Dataset[Sample]):
                 class_id=int(self.source.class_ids[index]),
                 num_classes=self.num_classes,
                 view=view,
-                score_map=None if self.store is None else self.store[self.source.keys[index]],
+                score_map=self.score_map(self.source.keys[index]),
                 key=self.source.keys[index],
             )
             for (_, index), (pixels, view) in zip(epochs_and_indices, images, strict=True)
@@ -250,8 +260,12 @@ def normalize_images(
     return rows.unflatten(2, (width_px, 3)).permute(0, 3, 1, 2)
 
 
-def check_labels(source: ImageSource, store: CheckableLabels) -> None:
-    """Raise LabelsError unless the store has a label over the same classes for every image."""
+def check_labels(source: ImageSource, store: CheckableLabels, *, max_missing: float = 0.1) -> int:
+    """Return how many images have no label in a store, and say so.
+
+    Raises LabelsError unless the labels are over the same classes, and for more than `max_missing` of the images, or
+    all, without one.
+    """
     ours, theirs = source.class_names, store.manifest.class_names
     if store.manifest.num_classes != len(ours):
         raise LabelsError(
@@ -265,11 +279,15 @@ def check_labels(source: ImageSource, store: CheckableLabels) -> None:
             "annotate with a teacher whose classes have the same order"
         )
     missing = [key for key in source.keys if key not in store]
-    if missing:
+    said = f"{len(missing):,} of {len(source):,} images have no label in the store ({listed(missing)})"
+    if len(missing) > max_missing * len(source) or len(missing) == len(source):
         raise LabelsError(
-            f"{len(missing):,} of {len(source):,} images have no label in the store "
-            f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}); annotate them first"
+            f"{said}; `tokenlabel annotate` labels what is missing and lists what it cannot label, and "
+            f"--data.max-missing, now {max_missing:g}, is the share that may go without"
         )
+    if missing:
+        say(f"{said}: their tokens learn from nothing")
+    return len(missing)
 
 
 def make_loader(

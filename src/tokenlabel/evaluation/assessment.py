@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +17,6 @@ from tokenlabel.data.batches import (
     ImageSource,
     ScoreMaps,
     TokenLabelDataset,
-    check_images,
     check_labels,
     make_loader,
 )
@@ -29,7 +28,7 @@ from tokenlabel.data.imagenet import (
     read_multi_labels,
     read_real_labels,
 )
-from tokenlabel.data.images import ImageFiles
+from tokenlabel.data.images import ImageCheck, ImageFiles
 from tokenlabel.evaluation.evaluators import (
     Accuracy,
     Calibration,
@@ -44,6 +43,7 @@ from tokenlabel.evaluation.observation import MaskFolder, observe
 from tokenlabel.labels.store import LabelStore
 from tokenlabel.models import Inference
 from tokenlabel.runtime.distributed import Ranks, joined_ranks
+from tokenlabel.training.run_folder import sound_images
 
 Figures = dict[str, Any]
 
@@ -81,6 +81,8 @@ class EvalOptions:
     """Images a step, in each process."""
     num_workers: int = 2
     """Processes that decode images."""
+    skip_broken: bool | None = None
+    """Leave out images that cannot be decoded; as the run did by default."""
 
     def check(self) -> None:
         """Raise NetworkError for options that do not go together, or mean nothing."""
@@ -138,10 +140,10 @@ class _Assessment:
         if options.multi_labels is not None:
             of_image = read_multi_labels(options.multi_labels, names)
             none = np.zeros(len(of_image), np.int64)  # `MultiLabel` has the classes, any number an image
-            source = ImageFiles(self._folder(), [*of_image], none, names)
-            return self._pass(EvaluationSet(source), {head: [MultiLabel(of_image)] for head in self.heads})
+            images = self._sound(EvaluationSet(ImageFiles(self._folder(), [*of_image], none, names)))
+            return self._pass(images, {head: [MultiLabel(of_image)] for head in self.heads})
         images = SETS[options.set](self._folder(), self.network.class_names, self.network.num_classes)
-        check_images(images.source)
+        images = self._sound(images)
         found = self._pass(images, {head: self._evaluators(images) for head in self.heads})
         for name, store in self._token_truths(images.source):
             of_tokens = self._pass(images, {Inference.CLASS: [TokenTruth(name)]}, store=store)
@@ -154,6 +156,7 @@ class _Assessment:
         top1: dict[Inference, dict[tuple[str, int], float]] = {head: {} for head in self.heads}
         for corruption, folder in corruption_folders(self._folder()).items():
             images = SETS["folder"](folder, self.network.class_names, self.network.num_classes)
+            images = self._sound(images, when_skipping=True)
             found = self._pass(images, {head: [Accuracy()] for head in self.heads})
             for head, figures in found.items():
                 top1[head][corruption] = figures["top1"]
@@ -197,6 +200,17 @@ class _Assessment:
             raise NetworkError(f"{self.network.name} has no val images of its own; name images with --data")
         return folder
 
+    def _sound(self, images: EvaluationSet, *, when_skipping: bool = False) -> EvaluationSet:
+        """Return the set without images that do not decode; `when_skipping`: look only if these are left out."""
+        recipe, skip_broken = self.network.recipe, self.options.skip_broken
+        if skip_broken is None:
+            skip_broken = recipe is not None and recipe.data.skip_broken
+        if when_skipping and not skip_broken:
+            return images
+        check = recipe.data.check if recipe is not None else ImageCheck.AUTO
+        source = sound_images(images.source, skip_broken=skip_broken, check=check, option="--skip-broken")
+        return replace(images, source=source)
+
     def _class_names(self) -> Sequence[str]:
         return self.network.class_names or [str(c) for c in range(self.network.num_classes)]
 
@@ -219,7 +233,7 @@ class _Assessment:
             yield "token", MaskFolder(masks, num_classes=self.network.num_classes)
         if labels is not None:
             store = LabelStore(labels)
-            check_labels(source, store)
+            self.ranks.by_first(lambda: check_labels(source, store, max_missing=1.0))
             yield "teacher", store
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -15,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from tokenlabel.data.augment import EvalTransform
-from tokenlabel.data.batches import Batch, TokenLabelDataset, check_images, normalize_images
+from tokenlabel.data.batches import Batch, ImageSource, TokenLabelDataset, normalize_images
 from tokenlabel.data.sources import open_images
 from tokenlabel.evaluation.evaluators import Accuracy, Calibration, Evaluator, Seen, TokenTruth, object_tokens
 from tokenlabel.labels.store import LabelStore
@@ -26,6 +27,7 @@ from tokenlabel.method.targets import TokenTargets
 from tokenlabel.models import Inference, Outputs, TokenModel
 from tokenlabel.runtime.distributed import Ranks
 from tokenlabel.training.recipe import Recipe
+from tokenlabel.training.run_folder import sound_images
 
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -189,17 +191,26 @@ def mask_agreement(store: LabelStore, masks: Path) -> float:
 
 
 def evaluation_set(
-    recipe: Recipe, *, class_names: list[str], data: Path | None = None, masks: Path | None = None
+    recipe: Recipe,
+    *,
+    class_names: list[str],
+    data: Path | None = None,
+    masks: Path | None = None,
+    sound: Callable[[ImageSource], ImageSource] | None = None,
 ) -> TokenLabelDataset:
     """Return the images that a recipe evaluates on, or those in the folder `data`, as the model sees them.
 
-    `masks`: a folder of true dense labels, laid out like the images, to hold the tokens against.
+    `masks`: a folder of true dense labels, laid out like the images, to hold the tokens against. `sound`: tells the
+    images that decode; by default they are looked at as the recipe says.
     Raises ValueError if there are no images or their classes are not those of the model.
     """
     folder = data or recipe.data.val
     if folder is None:
         raise ValueError("the run has no val images of its own; name images with --data")
-    source = check_images(open_images(folder), skip_broken=recipe.data.skip_broken)
+    if sound is None:
+        skip_broken, check = recipe.data.skip_broken, recipe.data.check
+        sound = partial(sound_images, skip_broken=skip_broken, check=check, option=None)
+    source = sound(open_images(folder))
     if source.class_names != class_names:
         raise ValueError(
             f"{folder} has {len(source.class_names)} classes ({', '.join(source.class_names[:3])}, ...), the model "

@@ -56,6 +56,16 @@ class Manifest:
         if self.class_names and len(self.class_names) != self.num_classes:
             raise StoreError(f"{self.num_classes} classes, but {len(self.class_names)} class names")
 
+    @property
+    def saw_images(self) -> bool:
+        """Whether the teacher decoded the images; masks and files of others were made without."""
+        return self.teacher.get("name") not in ("masks", "published label files")
+
+    def origin(self) -> dict[str, Any]:
+        """Return what made the labels, for people and for comparison."""
+        names = ("num_classes", "kind", "topk", "teacher", "preprocessing")
+        return {name: _without_names(getattr(self, name)) for name in names}
+
     def differences(self, other: Manifest) -> list[str]:
         """Return in words what keeps labels of two manifests from being of one kind."""
         unlike = []

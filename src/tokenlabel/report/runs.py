@@ -179,7 +179,8 @@ def _label_sections(recipe: Recipe) -> list[str]:
     for i, index in enumerate(chosen):
         key = batch.keys[i]
         original = np.asarray(decode_image(dataset.source.read(index), key))
-        score_map = dataset.store[key]
+        score_map = dataset.score_map(key)
+        assert score_map is not None
         maps += [(enlarged(original), key), (with_cells(original, score_map.dense(), names), "teacher's map")]
         pixels = _pixels(batch, i)
         augmented += [(enlarged(pixels), key), (with_cells(pixels, labels[i], names), "aligned token labels")]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenlabel.runtime.arguments import (
+    add_changed_numerics,
     add_device,
     add_tensorboard,
     device_of,
@@ -68,12 +69,19 @@ def _train(arguments: list[str]) -> int:
     )
     add_device(parser)
     add_tensorboard(parser)
+    add_changed_numerics(parser)
     add_recipe_arguments(parser, SegmentRecipe)
     options = parse(parser, with_recipe_path(arguments, find_recipe))
     recipe = config_of(parser, options, SegmentRecipe)
     device = device_of(options.device)
     with tensorboard(options.out, wanted=options.tensorboard) as trackers:
-        figures = train_segmentation(recipe, options.out, device=device, trackers=trackers)
+        figures = train_segmentation(
+            recipe,
+            options.out,
+            device=device,
+            trackers=trackers,
+            changed_numerics=options.changed_numerics,
+        )
     _print_figures(figures)
     return 0
 
