@@ -1,5 +1,6 @@
 """Whose a run folder is: what a run may go on with, what it reads at its start, and who else trains there."""
 
+import contextlib
 import json
 import shutil
 import subprocess
@@ -8,15 +9,21 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from segment_cases import nested_recipe as nested_segments
 from test_engine import VIT
 from test_train import CPU, nested_recipe, scenes, weights_of  # noqa: F401  (scenes is a fixture)
 
 from tokenlabel.classification.task import build, train
 from tokenlabel.cli import main
+from tokenlabel.data.batches import collate, normalize_images
 from tokenlabel.data.images import ImageFiles
 from tokenlabel.labels.store import LabelStore, LabelStoreWriter
+from tokenlabel.method.alignment import LogitsMode, align, collate_score_maps
+from tokenlabel.method.losses import sparse_cross_entropy
+from tokenlabel.method.scores import Kind, from_top, unknown_map
 from tokenlabel.runtime import distributed
 from tokenlabel.runtime.configuration import ConfigError, config_from_dict
 from tokenlabel.runtime.distributed import Ranks, current_ranks, joined_ranks
@@ -30,7 +37,8 @@ from tokenlabel.training.run_folder import LOCK_FILE, locked
 
 
 def nested(data, **changes):
-    plain = {"model": VIT, "eval__every_epochs": 9, "epochs": 2, "checkpoint": {"every_epochs": 1, "keep": 9}}
+    checkpoint = {"every_epochs": 1, "keep": 9, "keep_best": False}
+    plain = {"model": VIT, "eval__every_epochs": 9, "epochs": 2, "checkpoint": checkpoint}
     return nested_recipe(data / "scenes", **(plain | changes))
 
 
@@ -43,7 +51,8 @@ def stopped(scenes, tmp_path_factory):  # noqa: F811
     """Data and a run in a folder each, the run stopped after its first epoch (5 steps of 10)."""
     root = tmp_path_factory.mktemp("stopped")
     shutil.copytree(scenes.parent, root / "data")
-    train(recipe(root / "data"), root / "run", device=CPU)
+    with contextlib.chdir(root):
+        train(recipe(Path("data")), Path("run"), device=CPU)
     shutil.rmtree(list_checkpoints(root / "run")[-1])
     (root / "recipe.json").write_text(json.dumps(nested(Path("data"))))
     return root
@@ -58,17 +67,22 @@ def here(stopped, tmp_path, monkeypatch):
 
 
 def continued(*words, run="./run"):
-    return main(["train", "--recipe", "recipe.json", "--out", run, "--device", "cpu", *words])
+    return main(["train", "--recipe", "recipe.json", f"--out={run}", "--device", "cpu", *words])
+
+
+def fails_at_its_first_step(monkeypatch, *words, run="./run"):
+    def fail(*_):
+        raise MemoryError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "train_step", fail)
+        with pytest.raises(MemoryError):
+            continued(*words, run=run)
 
 
 class TestWhatMayChange:
     def test_before_the_first_checkpoint_everything_may(self, here, monkeypatch):
-        def fail(*_):
-            raise MemoryError("out of memory")
-
-        with monkeypatch.context() as patch, pytest.raises(MemoryError):
-            patch.setattr(engine, "train_step", fail)
-            continued(run="new")
+        fails_at_its_first_step(monkeypatch, run="new")
         (here / "data/scenes/train/0").rename(here / "data/scenes/train/zero")
         (here / "data/scenes/val/0").rename(here / "data/scenes/val/zero")
         words = ("--micro-batch-size", "4", "--seed", "3", "--loss.beta", "0", "--num_steps", "1")
@@ -119,12 +133,7 @@ class TestWhatMayChange:
         assert continued(option) == 0  # the run has it now
 
     def test_a_change_that_was_tried_in_vain_may_be_taken_back(self, here, monkeypatch):
-        def fail(*_):
-            raise MemoryError("out of memory")
-
-        with monkeypatch.context() as patch, pytest.raises(MemoryError):
-            patch.setattr(engine, "train_step", fail)
-            continued("--precision=bf16", "--changed-numerics")
+        fails_at_its_first_step(monkeypatch, "--precision=bf16", "--changed-numerics")
         assert continued() == 0
 
     def test_a_finished_run_says_its_figures_again_or_those_of_another_evaluation(self, here, capsys):
@@ -140,7 +149,7 @@ class TestWhatMayChange:
         config = segment_recipe("data/scenes")
         train_segmentation(config, Path("seg"), device=CPU)
         shutil.rmtree(list_checkpoints(Path("seg"))[-1])
-        with pytest.raises(ConfigError, match=r"seed: 0 there, 1 here; num_steps: 2 there, 3 here"):
+        with pytest.raises(ConfigError, match=r"num_steps: 2 there, 3 here; seed: 0 there, 1 here"):
             train_segmentation(segment_recipe("data/scenes", seed=1, num_steps=3), Path("seg"), device=CPU)
         smaller = segment_recipe("data/scenes", precision="bf16")
         with pytest.raises(ConfigError, match="--changed-numerics"):
@@ -228,11 +237,12 @@ class TestWhoseClassesAndImages:
         assert f"1 of another class ({lines[0].split()[0]})" in capsys.readouterr().err
 
     def test_labels_of_another_teacher_are_named(self, here, capsys):
-        manifest = LabelStore("data/labels").manifest
         relabelled("data/labels", "data/others", lambda key: True, teacher={"name": "another"})
-        assert manifest.teacher == {}
         assert continued("--data.labels", "data/others") == 2
-        assert "labels.teacher" in capsys.readouterr().err
+        assert "labels.teacher.name: None there, another here" in capsys.readouterr().err
+        relabelled("data/labels", "data/fewer", lambda key: key != "3/00003.png")
+        assert continued("--data.labels", "data/fewer") == 2
+        assert "labels.num_missing: 0 there, 1 here" in capsys.readouterr().err
 
 
 def relabelled(folder, output, keeps, **changes):
@@ -241,6 +251,121 @@ def relabelled(folder, output, keeps, **changes):
         for key in [*store.keys()]:
             if keeps(key):
                 writer.add_record(key, store.packed(key))
+
+
+class TestImagesWithoutALabel:
+    def some(self, number, **changes):
+        """Return a recipe whose labels lack those of the first images."""
+        lacking = [*sorted(LabelStore("data/labels").keys())][:number]
+        relabelled("data/labels", "data/some", lambda key: key not in lacking)
+        return recipe(Path("data"), data__labels="data/some", data__val=None, **changes), lacking
+
+    def test_an_image_that_does_not_decode_is_labelled_and_trained_around(self, here, capsys):
+        """The teacher passed it over, and then it was mended: training says so and goes on."""
+        path = here / "data/scenes/train/3/00003.png"
+        sound = path.read_bytes()
+        path.write_bytes(b"not an image")
+        words = [
+            "annotate",
+            "data/scenes/train",
+            "own",
+            "--teacher",
+            "run",
+            "--device",
+            "cpu",
+            "--size",
+            "24",
+        ]
+        assert main(words) == 0
+        path.write_bytes(sound)
+        capsys.readouterr()
+        assert continued("--data.labels", "own", run="new") == 0
+        error = capsys.readouterr().err
+        assert (
+            "1 of 40 images have no label in the store (3/00003.png): their tokens learn from nothing"
+            in error
+        )
+
+    def test_more_than_a_tenth_is_refused_with_an_option_that_helps(self, here, capsys):
+        self.some(5)
+        assert continued("--data.labels", "data/some", run="new") == 2
+        error = capsys.readouterr().err
+        assert (
+            "5 of 40 images have no label in the store (0/00000.png, 0/00010.png, 0/00020.png, ...)" in error
+        )
+        assert "--data.max-missing, now 0.1" in error
+        words = ("--data.labels", "data/some", "--num_steps=1", "--epochs=null")
+        assert continued(*words, "--data.max-missing", ".125", run="new") == 0
+        self.some(40)
+        assert continued(*words, "--data.max-missing", "1", run="new2") == 2
+
+    def test_they_have_weight_0_and_the_others_make_up_for_them(self, here, monkeypatch):
+        config, lacking = self.some(4, mix__kind="none")
+        task, whole = build(config, device=CPU), build(recipe(Path("data"), mix__kind="none"), device=CPU)
+        batch, other = (collate([of.train_set[0, i] for i in range(0, 40, 3)]) for of in (task, whole))
+        assert torch.equal(batch.images, other.images)
+        outputs = task.model(normalize_images(batch.images, mean=task.model.mean, std=task.model.std))
+        targets, others = (
+            of.objective.targets(b, None, grid=task.grid) for of, b in ((task, batch), (whole, other))
+        )
+        assert targets.tokens is not None
+        assert others.tokens is not None
+        known = torch.tensor([key not in lacking for key in batch.keys])
+        assert 0 < known.sum() < len(known)
+        assert torch.equal(targets.tokens.weight, others.tokens.weight * known[:, None])
+        losses = sparse_cross_entropy(outputs.token_logits, others.tokens)
+        expected = losses[known].sum() / losses.numel() * 40 / 36
+        loss = task.objective.loss(outputs, targets)
+        assert float(loss.token_part) == pytest.approx(float(expected), rel=1e-6)
+        assert float(loss.total) == pytest.approx(float(loss.class_part + 0.5 * expected), rel=1e-6)
+        assert float(loss.class_part) == float(whole.objective.loss(outputs, others).class_part)
+
+    @pytest.mark.parametrize(("target", "share"), [("teacher", 1.0), ("both", 0.3)])
+    def test_what_the_teacher_tells_the_class_token_counts_alike(self, here, target, share):
+        loss = {"class_target": target, "teacher_share": share, "label_smoothing": 0.0}
+        config, lacking = self.some(4, mix__kind="none", loss=loss)
+        task, whole = build(config, device=CPU), build(recipe(Path("data"), loss=loss), device=CPU)
+        batch, other = (collate([of.train_set[0, i] for i in range(0, 40, 3)]) for of in (task, whole))
+        dense, others = (
+            of.objective.targets(b, None, grid=task.grid).class_token.dense(10)[:, 0]
+            for of, b in ((task, batch), (whole, other))
+        )
+        known = torch.tensor([key not in lacking for key in batch.keys])[:, None]
+        truth = torch.nn.functional.one_hot(batch.class_ids, 10)
+        taught = others - (1 - share) * truth
+        torch.testing.assert_close(dense, (1 - share) * truth + taught * known * 40 / 36)
+
+    def test_maps_of_logits_too(self, here):
+        maps = [
+            unknown_map(3, kind=Kind.LOGITS),
+            from_top(np.ones((2, 2, 1), int), np.ones((2, 2, 1)), num_classes=3, kind=Kind.LOGITS),
+        ]
+        views = torch.eye(2, 3).expand(2, 1, 2, 3) + torch.tensor([[0, 0, -0.4], [0, 0, 0.3]])
+        for mode in LogitsMode:
+            targets = align(collate_score_maps(maps), views, (3, 3), logits=mode)
+            assert (
+                targets.weight[0].abs().sum() == targets.excess[0].abs().sum() == targets.floor[0].sum() == 0
+            )
+            assert targets.weight[1].sum() > 0
+
+    def test_eval_holds_the_tokens_against_the_labels_that_there_are(self, here, capsys):
+        self.some(30)
+        words = ["eval", "run", "--data=data/scenes/train", "--num-workers=0", "--device=cpu", "--json"]
+        assert main([*words, "--labels", "data/some"]) == 0
+        printed = capsys.readouterr()
+        assert "30 of 40 images have no label" in printed.err
+        few = json.loads(printed.out)["num_teachers_judged"]
+        assert main([*words, "--labels", "data/labels"]) == 0
+        assert 0 < few < json.loads(capsys.readouterr().out)["num_teachers_judged"]
+
+    def test_a_report_shows_them(self, here, capsys):
+        self.some(4)
+        assert continued("--data.labels", "data/some", run="new") == 0
+        (here / "data/scenes/val/3/00003.png").write_bytes(b"not an image")
+        assert main(["report", "new", "--output", "report.html"]) == 2
+        assert capsys.readouterr().err.strip().endswith("of 20; repair or remove them")
+        (here / "data/scenes/val/3/00003.png").unlink()
+        assert main(["report", "new", "--output", "report.html"]) == 0
 
 
 class TestOneAtATime:
@@ -262,7 +387,7 @@ class TestOneAtATime:
         with pytest.raises(ConfigError, match="another process trains"):
             train_segmentation(segment_recipe("data/scenes"), Path("run"), device=CPU)
         process.kill()
-        process.wait()
+        process.communicate()
         assert (here / "run" / LOCK_FILE).exists()
         assert continued() == 0
 
@@ -279,7 +404,7 @@ def reads(monkeypatch):
     read = ImageFiles.read
 
     def counted(self, index):
-        counts[self.keys[index]] += 1
+        counts[len(self), self.keys[index]] += 1  # train and val images have the same names
         return read(self, index)
 
     monkeypatch.setattr(ImageFiles, "read", counted)
@@ -295,7 +420,7 @@ class TestWhatIsRead:
         relabelled("data/labels", "data/some", lambda key: not key.startswith("3/0000"))
         build(recipe(Path("data"), data__val=None, data__labels="data/some"), device=CPU)
         assert set(reads.values()) == {1}
-        assert {key[:6] for key in reads} == {"3/0000"}
+        assert {key[:6] for _, key in reads} == {"3/0000"}
 
     @pytest.mark.parametrize("name", ["masks", "published label files"])
     def test_all_if_the_labels_were_made_without_the_images(self, here, reads, name):
@@ -305,18 +430,12 @@ class TestWhatIsRead:
         assert len(reads) == 40
 
     def test_the_rest_once_in_a_run(self, here, reads, monkeypatch):
-        def fail(*_):
-            raise MemoryError("before the first step")
-
-        monkeypatch.setattr(engine, "train_step", fail)
         Path("recipe.json").write_text(json.dumps(nested(Path("data"), data__labels=None)))
         for _ in range(2):  # the second start knows
-            with pytest.raises(MemoryError):
-                continued(run="new")
+            fails_at_its_first_step(monkeypatch, run="new")
             assert set(reads.values()) == {1}
             assert len(reads) == 60  # val images as well
-        with pytest.raises(MemoryError):
-            continued("--data.check", "ends", run="new")  # looks in another way
+        fails_at_its_first_step(monkeypatch, "--data.check", "ends", run="new")  # looks in another way
         assert set(reads.values()) == {2}
 
     def test_none_if_told_so_val_images_included(self, here, reads):

@@ -233,7 +233,7 @@ def _sound(
         images.broken,
         split,
         source.keys,
-        [names[class_id] for class_id in source.class_ids],
+        [names[class_id] for class_id in source.class_ids] if names else [],
         check=f"{check}, but for images with labels" if trusts_labels else check.value,
         find=find,
     )

@@ -263,8 +263,10 @@ def _refuse_images(run: Path, images: RunImages) -> None:
     if before and before["train"]["digest"] != now["train"]["digest"]:
         unlike += _unlike_lists((run / LIST_FILE).read_bytes(), images.packed_list)
     theirs, ours = (flattened(entries.get("labels", {})) for entries in (before, now))
-    names = [name for name in theirs if name in ours and theirs[name] != ours[name]]
-    unlike += [f"labels.{name}: {_short(theirs[name])} there, {_short(ours[name])} here" for name in names]
+    names = [name for name in theirs | ours if theirs.get(name) != ours.get(name)] if theirs and ours else []
+    unlike += [
+        f"labels.{name}: {_short(theirs.get(name))} there, {_short(ours.get(name))} here" for name in names
+    ]
     if unlike:
         raise ConfigError(
             f"{run} was trained on other images or labels: {'; '.join(unlike)}; give those that it had, or choose "
