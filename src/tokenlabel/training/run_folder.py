@@ -20,9 +20,8 @@ from filelock import FileLock, Timeout
 from tokenlabel.data.images import ImageCheck, ImageSource, find_broken, leave_out
 from tokenlabel.runtime.configuration import (
     ConfigError,
-    config_from_dict,
     flattened,
-    read_config,
+    read_yaml,
     settings,
     write_config,
 )
@@ -211,13 +210,14 @@ def _changes(run: Path, recipe: TrainingConfig, of_checkpoint: dict[str, Any]) -
 
     From whichever is nearer: a start that failed, for want of memory say, may be taken back.
     """
-    path, kind, ours = run / RECIPE_FILE, type(recipe), settings(recipe)
-    before = [config_from_dict(of_checkpoint, kind, name=f"{run}: the recipe of its newest checkpoint")]
-    before += [read_config(path, kind)] if path.exists() else []
-    of_each = []
-    for theirs in map(settings, before):
-        names = [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
-        of_each.append({name: (theirs.get(name), ours.get(name)) for name in names})
+    path, ours, of_each = run / RECIPE_FILE, settings(recipe), []
+    for nested in [of_checkpoint] + ([read_yaml(path)] if path.exists() else []):
+        theirs = flattened(nested)
+        names = [
+            name for name in theirs | ours if name in theirs or ".options." in name
+        ]  # else younger than the run
+        unlike = [name for name in names if theirs.get(name) != ours.get(name)]
+        of_each.append({name: (theirs.get(name), ours.get(name)) for name in unlike})
     return min(of_each, key=lambda changes: sum(not _is_free(name, *changes[name]) for name in changes))
 
 
