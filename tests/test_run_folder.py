@@ -365,27 +365,26 @@ class TestImagesWithoutALabel:
     def test_figures_of_a_run_name_no_option_where_there_is_none(self, here):
         """As a report does, which takes none of the images."""
         (here / "data/scenes/val/3/00003.png").write_bytes(b"not an image")
-        with pytest.raises(DataError, match="of 20; repair or remove them$"):
+        with pytest.raises(DataError, match=r"of 20; repair or remove them$"):
             evaluation_set(recipe(Path("data")), class_names=[*"0123456789"])
 
 
 class TestOneAtATime:
     def test_another_process_is_told_so_and_a_kill_leaves_nothing_behind(self, here, capsys):
-        hold = f"from filelock import FileLock; FileLock('run/{LOCK_FILE}').acquire(); print('held'); input()"
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        process = subprocess.Popen([sys.executable, "-u", "-c", hold], text=True, **pipes)
-        assert process.stdout is not None
-        assert process.stdout.readline() == "held\n"
-        assert continued() == 2
-        error = capsys.readouterr().err.strip()
-        assert error == (
-            "tokenlabel train: error: run: another process trains in this folder; wait until it has ended, "
-            "or choose another --out"
-        )
-        with pytest.raises(ConfigError, match="another process trains"):
-            train_segmentation(segment_recipe("data/scenes"), Path("run"), device=CPU)
-        process.kill()
-        process.communicate()
+        hold = f"from filelock import FileLock; l = FileLock('run/{LOCK_FILE}'); l.acquire(); print('held'); input()"
+        words, pipe = [sys.executable, "-u", "-c", hold], subprocess.PIPE
+        with subprocess.Popen(words, text=True, stdin=pipe, stdout=pipe) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "held\n"
+            assert continued() == 2
+            error = capsys.readouterr().err.strip()
+            assert error == (
+                "tokenlabel train: error: run: another process trains in this folder; wait until it has ended, "
+                "or choose another --out"
+            )
+            with pytest.raises(ConfigError, match="another process trains"):
+                train_segmentation(segment_recipe("data/scenes"), Path("run"), device=CPU)
+            process.kill()
         assert (here / "run" / LOCK_FILE).exists()
         assert continued() == 0
 
