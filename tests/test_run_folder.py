@@ -362,11 +362,16 @@ class TestImagesWithoutALabel:
         assert main([*words, "--labels", "data/labels"]) == 0
         assert 0 < few < json.loads(capsys.readouterr().out)["num_teachers_judged"]
 
-    def test_figures_of_a_run_name_no_option_where_there_is_none(self, here):
-        """As a report does, which takes none of the images."""
+    def test_figures_of_a_run_name_no_option_where_there_is_none(self, here, capsys):
+        """As a report does, which reads the run's val images; pictures of a store do without the broken ones."""
         (here / "data/scenes/val/3/00003.png").write_bytes(b"not an image")
         with pytest.raises(DataError, match=r"of 20; repair or remove them$"):
             evaluation_set(recipe(Path("data")), class_names=[*"0123456789"])
+        relabelled("data/labels", "data/two", lambda key: key in ("3/00003.png", "4/00004.png"))
+        words = ["inspect", "data/two", "--images=data/scenes/val", "--pictures=page.html"]
+        assert main(words) == 0
+        assert "3/00003.png: does not decode as an image" in capsys.readouterr().err
+        assert "4/00004.png" in Path("page.html").read_text()
 
 
 class TestOneAtATime:

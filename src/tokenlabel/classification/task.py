@@ -220,12 +220,11 @@ def _sound(
 ) -> ImageSource:
     """Return the images that decode, as an earlier start of the run found, or a teacher that labelled them."""
     check = recipe.data.check
-    trusts_labels = store is not None and check is ImageCheck.AUTO and store.manifest.saw_images
+    labelled = store if store and check is ImageCheck.AUTO and store.manifest.saw_images else None
 
     def find(among: list[int] | None) -> list[int]:
-        if trusts_labels:
-            numbers = range(len(source)) if among is None else among
-            among = [number for number in numbers if source.keys[number] not in store]
+        if labelled is not None and among is None:
+            among = [number for number, key in enumerate(source.keys) if key not in labelled]
         return find_broken(source, check, among)
 
     names = source.class_names
@@ -234,7 +233,7 @@ def _sound(
         split,
         source.keys,
         [names[class_id] for class_id in source.class_ids] if names else [],
-        check=f"{check}, but for images with labels" if trusts_labels else check.value,
+        check=f"{check}, but for images with labels" if labelled else check.value,
         find=find,
     )
     option = "--data.skip-broken"

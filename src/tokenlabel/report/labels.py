@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from tokenlabel.data.images import ImageSource, decode_image
+from tokenlabel.data.images import ImageError, ImageSource, decode_image
 from tokenlabel.drawing.pictures import class_colour, with_cells
 from tokenlabel.labels.inspection import Look, as_probabilities, best_class, class_finder, look_at
 from tokenlabel.labels.store import LabelStore, StoreError
 from tokenlabel.method.scores import ScoreMap
+from tokenlabel.runtime.notices import say
 
 SAMPLE = 2000
 NUM_NAMED = 4
@@ -50,10 +51,13 @@ def write_pictures(store: LabelStore, source: ImageSource, output: Path, *, coun
     names = store.manifest.class_names or tuple(map(str, range(store.manifest.num_classes)))
     sections = []
     for title, shown in members.items():
-        figures = [
-            _figure(look, store[look.key], source.read(places[look.key]), names, class_of(look.key))
-            for look in shown
-        ]
+        figures = []
+        for look in shown:
+            try:
+                data = source.read(places[look.key])
+                figures.append(_figure(look, store[look.key], data, names, class_of(look.key)))
+            except ImageError as error:  # it was sound when the teacher saw it
+                say(f"{error}: its picture is left out")
         if figures:
             sections.append(f"<h2>{title}</h2>\n<p>{SECTIONS[title]}</p>\n<div>{''.join(figures)}</div>")
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -98,7 +98,8 @@ class Ranks:
 
 def launched_ranks() -> Ranks:
     """Return what torchrun's environment says; a single rank without torchrun."""
-    return Ranks(*map(environment_number, ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
+    rank, world_size, local_rank = map(environment_number, ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    return Ranks(rank, world_size, local_rank)
 
 
 _joined = Ranks()

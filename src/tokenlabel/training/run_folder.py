@@ -281,7 +281,9 @@ def _short(value: Any) -> str:
 
 def _unlike_lists(before: bytes, now: bytes) -> list[str]:
     texts = (gzip.decompress(packed).decode("utf-8", "surrogateescape") for packed in (before, now))
-    theirs, ours = (dict(line.rpartition("\t")[::2] for line in text.split("\n")) for text in texts)
+    theirs, ours = (
+        {key: name for key, _, name in (line.rpartition("\t") for line in text.split("\n"))} for text in texts
+    )
     gone, new = sorted(theirs.keys() - ours.keys()), sorted(ours.keys() - theirs.keys())
     moved = sorted(key for key in theirs.keys() & ours.keys() if theirs[key] != ours[key])
     parts = (("gone", gone), ("new", new), ("of another class", moved))
