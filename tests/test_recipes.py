@@ -241,6 +241,7 @@ def test_the_training_guide_and_the_heads_name_options_that_exist():
         "--overfit",
         "--profile",
         "--tensorboard",
+        "--changed-numerics",
         "--output",
         "--teacher",
         "--size",

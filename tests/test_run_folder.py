@@ -302,6 +302,7 @@ class TestImagesWithoutALabel:
         assert continued(*words, "--data.max-missing", ".125", run="new") == 0
         self.some(40)
         assert continued(*words, "--data.max-missing", "1", run="new2") == 2
+        assert "40 of 40 images have no label" in capsys.readouterr().err
 
     def test_they_have_weight_0_and_the_others_make_up_for_them(self, here, monkeypatch):
         config, lacking = self.some(4, mix__kind="none")
@@ -465,6 +466,18 @@ class TestWhatIsRead:
             shutil.rmtree(folder)
         assert continued(*words, run="new") == 0
         assert json.loads((here / "new/images.json").read_text())["train"]["broken"] == []
+
+    @pytest.mark.parametrize("num_workers", [0, 1])
+    def test_an_image_that_broke_after_it_was_labelled_stops_the_run_with_an_option_that_helps(
+        self, here, capsys, num_workers
+    ):
+        (here / "data/scenes/train/3/00003.png").write_bytes(b"not an image")
+        assert continued(f"--data.num_workers={num_workers}", run="new") == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("tokenlabel train: error: 3/00003.png: does not decode as an image (")
+        assert "--data.skip-broken" in error
+        if not num_workers:
+            assert continued("--data.skip-broken", run="new") == 0
 
     def test_eval_leaves_broken_images_out_as_the_run_did_and_names_its_option(self, here, capsys):
         (here / "data/scenes/val/3/00003.png").write_bytes(b"not an image")

@@ -28,7 +28,7 @@ from tokenlabel.data.batches import (
     shard_order,
 )
 from tokenlabel.data.erasing import Erased, erase
-from tokenlabel.data.images import ImageCheck, ImageSource, find_broken
+from tokenlabel.data.images import ImageCheck, ImageError, ImageSource, find_broken
 from tokenlabel.data.sources import open_images
 from tokenlabel.data.tars import TarImages
 from tokenlabel.evaluation.observation import evaluate, evaluation_set
@@ -66,14 +66,22 @@ def train(
     cannot be trained on, `Interrupted` after SIGINT or SIGTERM.
     """
     with joined_ranks(device) as ranks, locked(run, ranks):
-        return run_task(
-            build(recipe, device=device, run=run),
-            run,
-            ranks=ranks,
-            eval_every_epochs=recipe.eval.every_epochs,
-            trackers=trackers,
-            changed_numerics=changed_numerics,
-        )
+        try:
+            return run_task(
+                build(recipe, device=device, run=run),
+                run,
+                ranks=ranks,
+                eval_every_epochs=recipe.eval.every_epochs,
+                trackers=trackers,
+                changed_numerics=changed_numerics,
+            )
+        except (
+            ImageError
+        ) as error:  # of an image that was trusted, or broke since; from a worker, after its traceback
+            reason = str(error).rstrip().splitlines()[-1].rpartition("ImageError: ")[2]
+            raise ImageError(
+                f"{reason}; restore it, or begin a run with --data.skip-broken, which leaves such images out"
+            ) from error
 
 
 @dataclass(eq=False)
@@ -218,9 +226,13 @@ def build(recipe: Recipe, *, device: torch.device, run: Path | None = None) -> C
 def _sound(
     recipe: Recipe, images: RunImages, split: str, source: ImageSource, store: LabelStore | None = None
 ) -> ImageSource:
-    """Return the images that decode, as an earlier start of the run found, or a teacher that labelled them."""
-    check = recipe.data.check
-    labelled = store if store and check is ImageCheck.AUTO and store.manifest.saw_images else None
+    """Return the images that decode, as an earlier start of the run found, or a teacher that labelled them.
+
+    Who wants broken images left out does not trust the labels: images may have broken since.
+    """
+    check, skip_broken = recipe.data.check, recipe.data.skip_broken
+    trusts_labels = check is ImageCheck.AUTO and not skip_broken
+    labelled = store if store and trusts_labels and store.manifest.saw_images else None
 
     def find(among: list[int] | None) -> list[int]:
         if labelled is not None and among is None:
@@ -237,7 +249,7 @@ def _sound(
         find=find,
     )
     option = "--data.skip-broken"
-    return sound_images(source, skip_broken=recipe.data.skip_broken, check=check, option=option, find=found)
+    return sound_images(source, skip_broken=skip_broken, check=check, option=option, find=found)
 
 
 def _begin(config: ModelConfig, *, num_classes: int) -> TokenModel:

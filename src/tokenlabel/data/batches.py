@@ -280,7 +280,11 @@ def check_labels(source: ImageSource, store: CheckableLabels, *, max_missing: fl
         )
     missing = [key for key in source.keys if key not in store]
     said = f"{len(missing):,} of {len(source):,} images have no label in the store ({listed(missing)})"
-    if len(missing) > max_missing * len(source) or len(missing) == len(source):
+    if len(missing) == len(source):
+        raise LabelsError(
+            f"{said}; it is about others, so give the store that `tokenlabel annotate` made of these"
+        )
+    if len(missing) > max_missing * len(source):
         raise LabelsError(
             f"{said}; `tokenlabel annotate` labels what is missing and lists what it cannot label, and "
             f"--data.max-missing, now {max_missing:g}, is the share that may go without"

@@ -40,7 +40,7 @@ class DataConfig:
     """Leave out images that cannot be decoded; by default one of them stops the run before it starts."""
     check: ImageCheck = ImageCheck.AUTO
     """How that is found out, once a run: decode every image; look at the ends of every file, which finds what was cut
-    off; none; auto: what a teacher has labelled is sound, of the others decode up to 10,000, ends above."""
+    off; none; auto: decode up to 10,000, ends above; what a teacher has labelled is sound, without skip_broken."""
     max_missing: float = 0.1
     """Share of the images that may have no label in the store; their tokens learn from nothing."""
     num_workers: int = 2
