@@ -147,6 +147,10 @@ class TestWhatMayChange:
         assert continued("--eval.inference=tokens") == 0
         other = json.loads(capsys.readouterr().out)
         assert other["loss"] != first["loss"]
+        assert continued("--eval.inference=tokens") == 0
+        assert json.loads(capsys.readouterr().out) == other
+        assert continued() == 0
+        assert json.loads(capsys.readouterr().out)["loss"] == first["loss"]
 
     def test_the_command_of_segmentation_minds_the_same(self, here, capsys):
         config = segment_recipe("data/scenes")

@@ -206,9 +206,10 @@ def changes_figures(changes: Changes) -> bool:
 
 
 def _changes(run: Path, recipe: TrainingConfig, of_checkpoint: dict[str, Any]) -> Changes:
-    """Return all fields that differ from those that made the newest checkpoint, or from those of the last start.
+    """Return all fields that differ from those of the last start.
 
-    From whichever is nearer: a start that failed, for want of memory say, may be taken back.
+    Those that matter are compared with those of the newest checkpoint as well, and the nearer ones count: a start that
+    failed, for want of memory say, may be taken back.
     """
     path, ours, of_each = run / RECIPE_FILE, settings(recipe), []
     for nested in [of_checkpoint] + ([read_yaml(path)] if path.exists() else []):
@@ -218,7 +219,8 @@ def _changes(run: Path, recipe: TrainingConfig, of_checkpoint: dict[str, Any]) -
         ]  # else younger than the run
         unlike = [name for name in names if theirs.get(name) != ours.get(name)]
         of_each.append({name: (theirs.get(name), ours.get(name)) for name in unlike})
-    return min(of_each, key=lambda changes: sum(not _is_free(name, *changes[name]) for name in changes))
+    held = [{k: v for k, v in changes.items() if not _is_free(k, *v)} for changes in of_each]
+    return {k: v for k, v in of_each[-1].items() if _is_free(k, *v)} | min(held, key=len)
 
 
 def _is_free(name: str, before: Any, now: Any) -> bool:
