@@ -10,6 +10,7 @@ from test_train import CPU, nested_recipe, recipe_for, scenes, start, weights_of
 from training_ranks import train_together
 
 from tokenlabel.classification.task import build, train
+from tokenlabel.labels.store import LabelStore, LabelStoreWriter
 from tokenlabel.runtime.configuration import ConfigError
 from tokenlabel.runtime.distributed import FirstRankError, Ranks
 from tokenlabel.runtime.runlog import Stopwatch, read_metrics
@@ -184,6 +185,15 @@ def test_what_fails_on_the_first_rank_fails_on_all(monkeypatch):
     assert Ranks(1, 2).by_first(fail) == 3
 
 
+def some_labels(scenes, folder):  # noqa: F811
+    """Labels of all images but four."""
+    store = LabelStore(scenes.parent / "labels")
+    with LabelStoreWriter(folder / "labels", store.manifest) as writer:
+        for key in sorted(store.keys())[4:]:
+            writer.add_record(key, store.packed(key))
+    return str(folder / "labels")
+
+
 def weights_differ_by(one, other):
     ours, theirs = (load_file(list_checkpoints(run)[-1] / "model.safetensors") for run in (one, other))
     return max(float((ours[name] - theirs[name]).abs().max()) for name in theirs)
@@ -195,28 +205,41 @@ def test_two_processes_train_as_one(scenes, tmp_path):  # noqa: F811
     train(alone, tmp_path / "alone", device=CPU)
     cases = {"together": {}, "in parts": {"micro_batch_size": 2}, "sharded": {"sharded": True}}
     recipes = {tmp_path / name: recipe_in_groups(scenes, **changes, **more) for name, more in cases.items()}
+    # What a map says of the class token counts by the same constant as what it says of tokens.
+    few = {"data__labels": some_labels(scenes, tmp_path), "loss": {"class_target": "teacher"}}
+    recipes[tmp_path / "few"] = recipe_in_groups(scenes, **changes, **few)
+    train(recipes[tmp_path / "few"], tmp_path / "few alone", device=CPU)
+    recipes[tmp_path / "bare"] = recipe_in_groups(scenes, epochs=1, data__labels=None)
     stopped = tmp_path / "stopped"
     recipes[stopped] = recipe_in_groups(scenes, epochs=10_000, checkpoint={"every_epochs": 10_000})
-    stops = train_together(recipes, stopped=[stopped])
+    (stops, reads), (other_stops, other_reads) = train_together(recipes, stopped=[stopped])
 
-    expected = [line for line in read_metrics(tmp_path / "alone") if line["kind"] == "train"]
-    for name in cases:
+    for name, other in [*((name, "alone") for name in cases), ("few", "few alone")]:
+        expected = [line for line in read_metrics(tmp_path / other) if line["kind"] == "train"]
         found = [line for line in read_metrics(tmp_path / name) if line["kind"] == "train"]
         for part in ("loss", "class_loss", "token_loss", "gradient_norm"):
             assert [line[part] for line in found] == pytest.approx(
                 [line[part] for line in expected], abs=1e-5
             )
-        assert weights_differ_by(tmp_path / name, tmp_path / "alone") < 1e-4
+        assert weights_differ_by(tmp_path / name, tmp_path / other) < 1e-4
         first, last = (
             [line for line in read_metrics(tmp_path / run) if line["kind"] == "eval"][-1]
-            for run in ("alone", name)
+            for run in (other, name)
         )
         assert (last["num_images"], last["top1"]) == (20, first["top1"])
         assert last["loss"] == pytest.approx(first["loss"], abs=1e-4)
 
     # Asked to stop on one rank, both saved the same step.
-    assert stops[0] == stops[1]
-    assert f"{load_model(stopped).step:,}" in stops[0][stopped]
+    assert stops == other_stops
+    assert f"{load_model(stopped).step:,}" in stops[stopped]
+
+    # The first rank looks once at images of which no teacher has said anything: 20 to evaluate on, 40 without labels.
+    assert {run.name: len(keys) for run, keys in reads.items()} == {
+        **dict.fromkeys([*cases, "stopped"], 20),
+        "few": 24,
+        "bare": 60,
+    }
+    assert not any(other_reads.values())
 
     # What two processes began, sharded or not, one process goes on with.
     for name in ("together", "sharded"):

@@ -27,6 +27,18 @@ def test_the_schedule_of_the_paper_at_its_corners():
     assert rate(30999) == pytest.approx(1e-5)
 
 
+def test_a_constant_schedule_cools_down_as_the_others_do():
+    constant = OptimConfig(lr=1.6e-3, lr_batch_size=1024, schedule="constant", cooldown_epochs=10.0)
+    assert [rate(step, constant) for step in (500, 15_000, 29_999)] == [pytest.approx(1.6e-3)] * 3
+    assert [rate(step, constant) for step in (30_000, 30_999)] == [pytest.approx(1e-5)] * 2
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "poly", "constant"])
+def test_a_run_that_is_all_warm_up_and_cool_down_has_no_step_at_the_peak(schedule):
+    config = OptimConfig(lr=1.6e-3, lr_batch_size=1024, schedule=schedule, cooldown_epochs=10.0)
+    assert rate(500, config, epochs=15) == pytest.approx(1e-5)
+
+
 def test_all_rates_scale_with_the_batch_size():
     assert rate(7000, batch_size=256) == pytest.approx(rate(7000) / 4)
 

@@ -32,7 +32,6 @@ from tokenlabel.training.recipe import (
     ModelConfig,
     Recipe,
     add_recipe_arguments,
-    claim,
     find_recipe,
     recipe_names,
 )
@@ -197,16 +196,6 @@ def test_mixup_takes_no_turns_with_mixtoken():
         ModelConfig(name="lvvit_t", options={"num_classes": 5})
 
 
-def test_a_run_goes_on_with_other_workers_and_checkpoints_but_not_with_another_recipe(tmp_path):
-    def recipe(**changes):
-        return config_from_dict(nested("deit_s") | {"data": {"train": "a"}} | changes, Recipe, name="a")
-
-    claim(tmp_path, recipe())
-    claim(tmp_path, recipe(data={"train": "a", "num_workers": 9}, checkpoint={"every_epochs": 7}))
-    with pytest.raises(ConfigError, match=r"another recipe \(epochs: 300 there, 5 here; 1 differ\)"):
-        claim(tmp_path, recipe(epochs=5))
-
-
 def test_relabel_takes_the_published_files_as_they_are(data, tmp_path):
     """Maps of logits, pooled over the crop before the softmax."""
     for path in (data / "scenes" / "train").rglob("*.png"):
@@ -252,6 +241,7 @@ def test_the_training_guide_and_the_heads_name_options_that_exist():
         "--overfit",
         "--profile",
         "--tensorboard",
+        "--changed-numerics",
         "--output",
         "--teacher",
         "--size",

@@ -9,6 +9,7 @@ import threading
 import torch
 
 from tokenlabel.classification.task import build
+from tokenlabel.data.images import ImageFiles
 from tokenlabel.runtime.distributed import joined_ranks
 from tokenlabel.runtime.interruption import Interrupted
 from tokenlabel.training.engine import run_task
@@ -19,7 +20,8 @@ CPU = torch.device("cpu")
 def train_together(recipes, *, stopped=()):
     """Train recipes, by their run folders, on two ranks each; those in `stopped` are asked to stop by rank 1 alone.
 
-    Returns for each rank the steps after which it stopped, by run folder.
+    Returns for each rank the steps after which it stopped, and the keys of the images that it read before the first
+    step, by run folder.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -47,13 +49,19 @@ def _train_rank(rank, port, recipes, stopped, answers):
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-    stops = {}
+    stops, reads, read = {}, {}, ImageFiles.read
     with joined_ranks(CPU) as ranks:
         for run, recipe in recipes.items():
             if run in stopped and rank == 1:
                 threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            reads[run] = []
+            ImageFiles.read = lambda self, index, keys=reads[run]: (
+                keys.append(self.keys[index]) or read(self, index)
+            )
+            task = build(recipe, device=CPU)
+            ImageFiles.read = read
             try:
-                run_task(build(recipe, device=CPU), run, ranks=ranks, eval_every_epochs=1)
+                run_task(task, run, ranks=ranks, eval_every_epochs=1)
             except Interrupted as stop:
                 stops[run] = str(stop)
-    answers.put((rank, stops))
+    answers.put((rank, (stops, reads)))

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tokenlabel.runtime.arguments import (
+    add_changed_numerics,
     add_device,
     add_tensorboard,
     configured,
@@ -133,6 +134,7 @@ def train(arguments: list[str]) -> int:
     )
     add_device(parser)
     add_tensorboard(parser)
+    add_changed_numerics(parser)
     _add_rehearsals(parser)
     add_recipe_arguments(parser)
     options = parse(parser, arguments, find_recipe=find_recipe)
@@ -140,7 +142,13 @@ def train(arguments: list[str]) -> int:
     if options.dry_run or options.profile or options.overfit is not None:
         return _rehearse(recipe, options, device)
     with tensorboard(options.out, wanted=options.tensorboard) as trackers:
-        figures = train_by_recipe(recipe, options.out, device=device, trackers=trackers)
+        figures = train_by_recipe(
+            recipe,
+            options.out,
+            device=device,
+            trackers=trackers,
+            changed_numerics=options.changed_numerics,
+        )
     if launched_ranks().is_first:
         print(
             json.dumps(figures or read_metrics(options.out)[-1])
@@ -400,6 +408,12 @@ def evaluate(arguments: list[str]) -> int:
     parser.add_argument("--per-class", action="store_true", help="top-1 of each class as well")
     parser.add_argument("--batch-size", type=int, default=256, help="images a step, in each process")
     parser.add_argument("--num-workers", type=int, default=2, help="processes that decode images")
+    parser.add_argument(
+        "--skip-broken",
+        action="store_true",
+        default=None,
+        help="leave out images that do not decode; as the run did by default",
+    )
     parser.add_argument("--json", action="store_true", help="one line of JSON")
     parser.add_argument("--output", type=Path, help="also write the figures to this JSON file")
     add_device(parser)

@@ -96,8 +96,8 @@ def overfit(recipe: Recipe, num_images: int, *, device: torch.device, num_steps:
     """
     if num_images < 1:
         raise ConfigError(f"--overfit takes at least 1 image, got {num_images}")
-    task = _on_few_images(recipe, num_images, num_steps, device)
     with joined_ranks(device) as ranks:
+        task = _on_few_images(recipe, num_images, num_steps, device)
         training = prepare(task, ranks)
         batches = iter(task.batches(training.sampler(0)))
         for step in range(num_steps):
@@ -224,6 +224,7 @@ def _on_few_images(recipe: Recipe, num_images: int, num_steps: int, device: torc
             lr_batch_size=num_images,
             schedule="constant",
             warmup_steps=num_steps // 10,
+            cooldown_epochs=0.0,
             weight_decay=0.0,
             ema_decay=None,
         ),

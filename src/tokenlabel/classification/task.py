@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from tokenlabel.data.batches import (
     BatchSampler,
     EvalBatchSampler,
     TokenLabelDataset,
-    check_images,
     check_labels,
     make_loader,
     normalize_images,
@@ -29,7 +29,7 @@ from tokenlabel.data.batches import (
 )
 from tokenlabel.data.classes import difference, same_classes
 from tokenlabel.data.erasing import Erased, erase
-from tokenlabel.data.images import describe
+from tokenlabel.data.images import ImageCheck, ImageError, ImageSource, describe, find_broken
 from tokenlabel.data.sources import open_aloud, refuse_single_class
 from tokenlabel.data.tars import TarImages
 from tokenlabel.evaluation.observation import evaluate, evaluation_set
@@ -38,7 +38,7 @@ from tokenlabel.method.mixing import Mixing, MixPlan, join_plans, sample_mix
 from tokenlabel.models import TokenModel, create_model, load_published
 from tokenlabel.models.weights import read_class_names
 from tokenlabel.runtime.configuration import ConfigError
-from tokenlabel.runtime.distributed import Ranks, joined_ranks
+from tokenlabel.runtime.distributed import Ranks, current_ranks, joined_ranks
 from tokenlabel.runtime.notices import say
 from tokenlabel.runtime.runlog import Stopwatch
 from tokenlabel.runtime.trackers import Tracker
@@ -46,6 +46,7 @@ from tokenlabel.teachers.online import load_online_teacher
 from tokenlabel.training.engine import run_task
 from tokenlabel.training.objectives import Objective
 from tokenlabel.training.recipe import ModelConfig, Recipe
+from tokenlabel.training.run_folder import RunImages, locked, sound_images
 from tokenlabel.training.tasks import Part, Task
 
 # Starting processes takes seconds: below this many images evaluation decodes them itself.
@@ -53,21 +54,37 @@ _MANY_IMAGES = 5000
 
 
 def train(
-    recipe: Recipe, run: str | Path, *, device: torch.device | str, trackers: Sequence[Tracker] = ()
+    recipe: Recipe,
+    run: str | Path,
+    *,
+    device: torch.device | str,
+    trackers: Sequence[Tracker] = (),
+    changed_numerics: bool = False,
 ) -> dict[str, Any]:
     """Train by a recipe in a run folder, from its newest checkpoint if there is one; return the last evaluation.
 
     Under torchrun all processes train together. The folder receives recipe.yaml, metrics.jsonl and checkpoints/;
-    `trackers` hear every line of the metrics.
-    Raises ConfigError if it holds a run of another recipe, ValueError for data that cannot be trained on,
-    `Interrupted` after SIGINT or SIGTERM.
+    `trackers` hear every line of the metrics. `changed_numerics`: go on with another rounding (see `check_run_folder`).
+    Raises ConfigError if it holds a run of another recipe or another process trains there, ValueError for data that
+    cannot be trained on, `Interrupted` after SIGINT or SIGTERM.
     """
-    device = torch.device(device)
-    with joined_ranks(device) as ranks:
-        task = build(recipe, device=device)
-        return run_task(
-            task, Path(run), ranks=ranks, eval_every_epochs=recipe.eval.every_epochs, trackers=trackers
-        )
+    device, run = torch.device(device), Path(run)
+    with joined_ranks(device) as ranks, locked(run, ranks):
+        try:
+            return run_task(
+                build(recipe, device=device, run=run),
+                run,
+                ranks=ranks,
+                eval_every_epochs=recipe.eval.every_epochs,
+                trackers=trackers,
+                changed_numerics=changed_numerics,
+            )
+        except ImageError as error:
+            # Of an image that was trusted, or broke since; from a data worker it comes after its traceback.
+            reason = str(error).rstrip().splitlines()[-1].rpartition("ImageError: ")[2]
+            raise ImageError(
+                f"{reason}; restore it, or begin a run with --data.skip-broken, which leaves such images out"
+            ) from error
 
 
 @dataclass(eq=False)
@@ -80,6 +97,7 @@ class ClassifierTask(Task[Recipe]):
     val_set: TokenLabelDataset | None
     objective: Objective
     device: torch.device
+    images: RunImages | None = None
     metric = "top1"
 
     def __post_init__(self) -> None:
@@ -163,17 +181,26 @@ class ClassifierTask(Task[Recipe]):
         return evaluation.as_dict()
 
 
-def build(recipe: Recipe, *, device: torch.device) -> ClassifierTask:
-    """Build the data, the model and the objective of a recipe, and check that they fit together."""
+def build(recipe: Recipe, *, device: torch.device, run: Path | None = None) -> ClassifierTask:
+    """Build the data, the model and the objective of a recipe, and check that they fit together.
+
+    `run`: the folder of the run, where an earlier start may have written down which images decode. Of several ranks the
+    first one looks at images and labels.
+    """
     source = open_aloud(recipe.data.train)
     refuse_single_class(source, recipe.data.train)
     if recipe.data.tar_window is not None and isinstance(source, TarImages):
         source = source.streamed()
-    source = check_images(source, skip_broken=recipe.data.skip_broken, check=recipe.data.check)
     folders = recipe.data.label_folders if recipe.loss.reads_labels else []
-    store = LabelStore(*folders) if folders else None
+    # Opened by the first rank for all, so that labels that are added meanwhile are seen by none.
+    store = current_ranks().by_first(lambda: LabelStore(*folders)) if folders else None
+    images = RunImages(run, source.class_names)
+    source = _sound(recipe, images, "train", source, store)
+    num_missing = 0
     if store is not None:
-        check_labels(source, store)
+        check = partial(check_labels, source, store, max_missing=recipe.data.max_missing)
+        num_missing = current_ranks().by_first(check)
+        images.entries["labels"] = {"num_missing": num_missing, **store.manifest.origin()}
     torch.manual_seed(recipe.seed)
     model = _begin(recipe.model, class_names=source.class_names).to(device)
     objective = Objective(
@@ -181,11 +208,14 @@ def build(recipe: Recipe, *, device: torch.device) -> ClassifierTask:
         labelled=store is not None,
         teacher=load_online_teacher(recipe.loss.teacher, source.class_names, device),
         ignore_erased=recipe.erase.ignore_erased,
+        map_weight=len(source) / (len(source) - num_missing),
     )
     if not objective.labels_tokens:
         model.freeze_token_head()
-    val_set = evaluation_set(recipe, class_names=source.class_names) if recipe.data.val else None
-    if val_set is not None:
+    val_set = None
+    if recipe.data.val:
+        sound = partial(_sound, recipe, images, "val")
+        val_set = evaluation_set(recipe, class_names=source.class_names, sound=sound)
         say(describe(val_set.source, recipe.data.val or ""))
     transform = TrainTransform(recipe.augment, recipe.model.size_px)
     return ClassifierTask(
@@ -195,7 +225,37 @@ def build(recipe: Recipe, *, device: torch.device) -> ClassifierTask:
         val_set=val_set,
         objective=objective,
         device=device,
+        images=images,
     )
+
+
+def _sound(
+    recipe: Recipe, images: RunImages, split: str, source: ImageSource, store: LabelStore | None = None
+) -> ImageSource:
+    """Return the images that decode, as an earlier start of the run found, or a teacher that labelled them.
+
+    Who wants broken images left out does not trust the labels: images may have broken since.
+    """
+    check, skip_broken = recipe.data.check, recipe.data.skip_broken
+    trusts_labels = check is ImageCheck.AUTO and not skip_broken
+    labelled = store if store and trusts_labels and store.manifest.saw_images else None
+
+    def find(among: list[int] | None) -> list[int]:
+        if labelled is not None and among is None:
+            among = [number for number, key in enumerate(source.keys) if key not in labelled]
+        return find_broken(source, check, among)
+
+    names = source.class_names
+    found = partial(
+        images.broken,
+        split,
+        source.keys,
+        [names[class_id] for class_id in source.class_ids] if names else [],
+        check=f"{check}, but for images with labels" if labelled else check.value,
+        find=find,
+    )
+    option = "--data.skip-broken"
+    return sound_images(source, skip_broken=skip_broken, check=check, option=option, find=found)
 
 
 def _begin(config: ModelConfig, *, class_names: list[str]) -> TokenModel:

@@ -150,7 +150,7 @@ def run_job(comparison: Comparison, job: Job, *, device: torch.device) -> dict[s
 
 def _train(comparison: Comparison, plan: RunPlan, seed: int, folder: Path, *, device: torch.device) -> None:
     recipe = recipe_of(plan, seed, comparison.folders)
-    task = build(recipe, device=device)
+    task = build(recipe, device=device, run=folder)
     if plan.defect is not None:
         task.train_set = DefectiveDataset(task.train_set, plan.defect)
     with _counted_cost(folder):

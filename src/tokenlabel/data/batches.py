@@ -37,7 +37,7 @@ from tokenlabel.data.samplers import FOR_SAMPLE, BatchSampler, EvalBatchSampler,
 from tokenlabel.data.workers import prepare_worker, process_context, stack
 from tokenlabel.method.alignment import ScoreMapBatch, collate_score_maps
 from tokenlabel.method.geometry import View, stack_views
-from tokenlabel.method.scores import Orientation, ScoreMap, turned_map
+from tokenlabel.method.scores import Kind, Orientation, ScoreMap, turned_map, unknown_map
 from tokenlabel.runtime.notices import listed, say
 
 __all__ = [
@@ -185,8 +185,9 @@ class TokenLabelDataset(Dataset[Sample]):
     """Augmented images with the score maps of their sources, as a function of (seed, epoch, index).
 
     `dataset[epoch, index]` draws every random number of a sample anew from these three. `store` maps keys to
-    score maps. Raises ImageError for an image that does not decode. A subclass that changes samples overrides
-    `__getitems__`, which makes them all: the data loader asks for whole batches and nothing else.
+    score maps; an image that a label store lacks has a map that says nothing. Raises ImageError for an image that
+    does not decode. A subclass that changes samples overrides `__getitems__`, which makes them all: the data
+    loader asks for whole batches and nothing else.
 
     `dataset[index]` takes the epoch from the last `set_epoch`, so that any sampler and a plain `DataLoader` do.
     """
@@ -199,6 +200,7 @@ class TokenLabelDataset(Dataset[Sample]):
         self._clock = torch.zeros(2, dtype=torch.int64).share_memory_()
         self.source, self.transform, self.seed, self.store = source, transform, seed, store
         self.num_classes = len(source.class_names)
+        self._labels = store if isinstance(store, CheckableLabels) else None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -268,6 +270,10 @@ class TokenLabelDataset(Dataset[Sample]):
         return pixels, view, orientation_of(data) if is_stored else 1
 
     def _score_map(self, key: str, orientation: int) -> ScoreMap | None:
+        """Return the upright score map of an image, of one without a label a map that says nothing."""
+        if self._labels is not None and key not in self._labels:
+            kind = getattr(self._labels.manifest, "kind", Kind.PROBABILITIES)
+            return unknown_map(self.num_classes, kind=kind)
         return None if self.store is None else turned_map(self.store[key], orientation)
 
     def __len__(self) -> int:
@@ -322,8 +328,12 @@ def normalize_images(
     return rows.unflatten(2, (width_px, 3)).permute(0, 3, 1, 2)
 
 
-def check_labels(source: ImageSource, store: CheckableLabels) -> None:
-    """Raise LabelsError unless the store has a label over the same classes for every image."""
+def check_labels(source: ImageSource, store: CheckableLabels, *, max_missing: float = 0.1) -> int:
+    """Return how many images have no label in a store, and say so.
+
+    Raises LabelsError unless the labels are over the same classes, and for more than `max_missing` of the images, or
+    all, without one.
+    """
     ours, theirs = source.class_names, store.manifest.class_names
     num_classes = store.manifest.num_classes
     if num_classes != len(ours) or (theirs and not same_classes(theirs, ours)):
@@ -334,11 +344,19 @@ def check_labels(source: ImageSource, store: CheckableLabels) -> None:
     if not theirs:
         say_order(ours, them="the labels'", overrule="class_names in their manifest.json would settle it")
     missing = [key for key in source.keys if key not in store]
-    if missing:
+    said = f"{len(missing):,} of {len(source):,} images have no label in the store ({listed(missing)})"
+    if len(missing) == len(source):
         raise LabelsError(
-            f"{len(missing):,} of {len(source):,} images have no label in the store "
-            f"({listed(missing)}); annotate them first"
+            f"{said}; it is about others, so give the store that `tokenlabel annotate` made of these"
         )
+    if len(missing) > max_missing * len(source):
+        raise LabelsError(
+            f"{said}; `tokenlabel annotate` labels what is missing and lists what it cannot label, and "
+            f"--data.max-missing, now {max_missing:g}, is the share that may go without"
+        )
+    if missing:
+        say(f"{said}: their tokens learn from nothing")
+    return len(missing)
 
 
 def make_loader(

@@ -6,8 +6,9 @@ import io
 import os
 import re
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from typing import Protocol, overload, runtime_checkable
 
@@ -96,6 +97,10 @@ class Strings(Sequence[str]):
 
     def __len__(self) -> int:
         return len(self._ends) - 1
+
+    def __iter__(self) -> Iterator[str]:
+        for start, end in pairwise(self._ends.tolist()):  # ten times as fast as by index
+            yield self._text[start:end].decode("utf-8", "surrogateescape")
 
     @overload
     def __getitem__(self, index: int) -> str: ...
@@ -325,36 +330,54 @@ def orientation_of(data: bytes, image: Image.Image | None = None) -> int:
 
 
 def check_images(
-    source: ImageSource, *, skip_broken: bool = False, check: ImageCheck | str = ImageCheck.AUTO
+    source: ImageSource,
+    *,
+    skip_broken: bool = False,
+    check: ImageCheck | str = ImageCheck.AUTO,
+    option: str | None = "skip_broken=True",
 ) -> ImageSource:
     """Return the source if all its images are sound, or those that are if `skip_broken`.
 
-    All cores take part, tar file by tar file. Raises DataError that counts and names broken images.
+    `option`: how to skip broken images, where the error is read. Raises DataError that counts and names broken images.
     """
-    check = ImageCheck(check)
+    return leave_out(source, find_broken(source, ImageCheck(check)), skip_broken=skip_broken, option=option)
+
+
+def find_broken(
+    source: ImageSource, check: ImageCheck = ImageCheck.AUTO, among: Sequence[int] | None = None
+) -> list[int]:
+    """Return the indices of the images that do not decode, of all or of those `among` them.
+
+    All cores take part, tar file by tar file.
+    """
+    indices = np.arange(len(source)) if among is None else np.array(among, np.int64)
     if check is ImageCheck.AUTO:
-        check = ImageCheck.DECODE if len(source) <= DECODE_ALL_UP_TO else ImageCheck.ENDS
+        check = ImageCheck.DECODE if len(indices) <= DECODE_ALL_UP_TO else ImageCheck.ENDS
     if check is ImageCheck.NONE:
-        return source
+        return []
     look = _decodes if check is ImageCheck.DECODE else _has_sound_ends
     groups = getattr(source, "groups", None)
-    order = np.arange(len(source)) if groups is None else np.argsort(groups, kind="stable")
-    stretches = [order[i : i + 256] for i in range(0, len(source), 256)]
-    sound = np.empty(len(source), np.bool_)
+    order = indices if groups is None else indices[np.argsort(groups[indices], kind="stable")]
+    stretches = [order[i : i + 256].tolist() for i in range(0, len(order), 256)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        looks = pool.map(lambda stretch: [look(source, int(index)) for index in stretch], stretches)
-        for stretch, of_stretch in zip(stretches, looks, strict=True):
-            sound[stretch] = of_stretch
-    if sound.all():
+        found = pool.map(lambda stretch: [i for i in stretch if not look(source, i)], stretches)
+        return sorted(index for of_stretch in found for index in of_stretch)
+
+
+def leave_out(
+    source: ImageSource, broken: Sequence[int], *, skip_broken: bool, option: str | None = None
+) -> ImageSource:
+    """Return the images that are not broken. Raises DataError for any that are, unless `skip_broken`, and for all."""
+    if not broken:
         return source
-    broken = [source.keys[int(i)] for i in np.flatnonzero(~sound)]
-    if not skip_broken or not sound.any():
+    names = [source.keys[index] for index in broken]
+    if not skip_broken or len(broken) == len(source):
+        advice = f", or leave them out with {option}" if option and not skip_broken else ""
         raise DataError(
-            f"{_count(broken, 'image')} that cannot be decoded, of {len(source):,}; "
-            "repair or remove them, or say to skip broken images"
+            f"{_count(names, 'image')} that cannot be decoded, of {len(source):,}; repair or remove them{advice}"
         )
-    say(f"left out {len(broken):,} of {len(source):,} images, which do not decode ({listed(broken)})")
-    return ImageSubset(source, np.flatnonzero(sound))
+    say(f"left out {len(names):,} of {len(source):,} images, which do not decode ({listed(names)})")
+    return ImageSubset(source, np.delete(np.arange(len(source)), broken))
 
 
 def describe(source: ImageSource, place: str | Path) -> str:

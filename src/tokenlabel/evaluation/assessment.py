@@ -17,7 +17,6 @@ from tokenlabel.data.batches import (
     ImageSource,
     ScoreMaps,
     TokenLabelDataset,
-    check_images,
     check_labels,
     make_loader,
 )
@@ -32,7 +31,7 @@ from tokenlabel.data.imagenet import (
     read_multi_labels,
     read_real_labels,
 )
-from tokenlabel.data.images import ImageFiles
+from tokenlabel.data.images import ImageCheck, ImageFiles
 from tokenlabel.evaluation.evaluators import (
     Accuracy,
     Calibration,
@@ -50,6 +49,7 @@ from tokenlabel.runtime.coercion import coerced_fields
 from tokenlabel.runtime.distributed import Ranks, joined_ranks
 from tokenlabel.runtime.notices import listed, say
 from tokenlabel.runtime.ranges import COUNT, NATURAL, check_numbers
+from tokenlabel.training.run_folder import sound_images
 
 Figures = dict[str, Any]
 
@@ -93,6 +93,8 @@ class EvalOptions:
     """Images a step, in each process."""
     num_workers: int = 2
     """Processes that decode images."""
+    skip_broken: bool | None = None
+    """Leave out images that cannot be decoded; as the run did by default."""
 
     def check(self) -> None:
         """Raise NetworkError for options that do not go together, or mean nothing."""
@@ -167,9 +169,9 @@ class _Assessment:
             none = np.zeros(len(of_image), np.int64)  # `MultiLabel` has the classes, any number an image
             source = ImageFiles(self._folder(), [*of_image], none, names)
             say(f"{self._folder()}: {len(of_image):,} images, each of any number of classes")
-            return self._pass(EvaluationSet(source), {head: [MultiLabel(of_image)] for head in self.heads})
-        images = self._open()
-        check_images(images.source)
+            images = self._sound(EvaluationSet(source))
+            return self._pass(images, {head: [MultiLabel(of_image)] for head in self.heads})
+        images = self._sound(self._open())
         found = self._pass(images, {head: self._evaluators(images) for head in self.heads})
         for name, store in self._token_truths(images.source):
             truth = TokenTruth(name)
@@ -199,6 +201,7 @@ class _Assessment:
         top1: dict[Inference, dict[tuple[str, int], float]] = {head: {} for head in self.heads}
         for corruption, folder in corruption_folders(self._folder()).items():
             images = SETS["folder"](folder, self.network.class_names, self.network.num_classes)
+            images = self._sound(images, when_skipping=True)
             found = self._pass(images, {head: [Accuracy()] for head in self.heads})
             for head, figures in found.items():
                 top1[head][corruption] = figures["top1"]
@@ -242,6 +245,17 @@ class _Assessment:
             raise NetworkError(f"{self.network.name} has no val images of its own; name images with --data")
         return folder
 
+    def _sound(self, images: EvaluationSet, *, when_skipping: bool = False) -> EvaluationSet:
+        """Return the set without images that do not decode; `when_skipping`: look only if these are left out."""
+        recipe, skip_broken = self.network.recipe, self.options.skip_broken
+        if skip_broken is None:
+            skip_broken = recipe is not None and recipe.data.skip_broken
+        if when_skipping and not skip_broken:
+            return images
+        check = recipe.data.check if recipe is not None else ImageCheck.AUTO
+        source = sound_images(images.source, skip_broken=skip_broken, check=check, option="--skip-broken")
+        return replace(images, source=source)
+
     def _class_names(self) -> Sequence[str]:
         return self.network.class_names or [str(c) for c in range(self.network.num_classes)]
 
@@ -278,7 +292,7 @@ class _Assessment:
             yield "token", truth
         if labels is not None:
             store = LabelStore(labels)
-            check_labels(source, store)
+            self.ranks.by_first(lambda: check_labels(source, store, max_missing=1.0))
             yield "teacher", store
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tokenlabel.data.augment import EvalTransform
-from tokenlabel.data.batches import Batch, TokenLabelDataset, check_images, normalize_images
+from tokenlabel.data.batches import Batch, TokenLabelDataset, normalize_images
 from tokenlabel.data.imagenet import as_classes_of
 from tokenlabel.data.images import ImageSource, orientation_of
 from tokenlabel.data.masks import MaskError, check_upright, decode_mask, mask_names
@@ -33,6 +33,7 @@ from tokenlabel.runtime.coercion import coerced
 from tokenlabel.runtime.distributed import Ranks
 from tokenlabel.runtime.notices import listed, say
 from tokenlabel.training.recipe import Recipe
+from tokenlabel.training.run_folder import sound_images
 
 # Masks that are looked at before the work begins.
 NUM_CHECKED = 64
@@ -282,17 +283,26 @@ def mask_agreement(
 
 
 def evaluation_set(
-    recipe: Recipe, *, class_names: list[str], data: str | Path | None = None, masks: str | Path | None = None
+    recipe: Recipe,
+    *,
+    class_names: list[str],
+    data: str | Path | None = None,
+    masks: str | Path | None = None,
+    sound: Callable[[ImageSource], ImageSource] | None = None,
 ) -> TokenLabelDataset:
     """Return the images that a recipe evaluates on, or those in the folder `data`, as the model sees them.
 
-    `masks`: a folder of true dense labels, laid out like the images, to hold the tokens against.
+    `masks`: a folder of true dense labels, laid out like the images, to hold the tokens against. `sound`: tells the
+    images that decode; by default they are looked at as the recipe says.
     Raises ValueError if there are no images or one has a class that the model does not have.
     """
     folder = data or recipe.data.val
     if folder is None:
         raise ValueError("the run has no val images of its own; name images with --data")
-    source = check_images(open_images(folder), skip_broken=recipe.data.skip_broken)
+    if sound is None:
+        skip_broken, check = recipe.data.skip_broken, recipe.data.check
+        sound = partial(sound_images, skip_broken=skip_broken, check=check, option=None)
+    source = sound(open_images(folder))
     source = as_classes_of(source, class_names, len(class_names), folder)
     transform = EvalTransform(recipe.model.size_px, crop_fraction=recipe.eval.crop_fraction)
     truth = MaskFolder(masks, num_classes=len(class_names)) if masks else None

@@ -78,6 +78,16 @@ class Manifest:
         class_map = self.teacher.get("class_map")
         return not (isinstance(class_map, dict) and class_map.get("nowhere") == "renormalise")
 
+    @property
+    def saw_images(self) -> bool:
+        """Whether the teacher decoded the images; masks and files of others were made without."""
+        return self.teacher.get("name") not in ("masks", "published label files")
+
+    def origin(self) -> dict[str, Any]:
+        """Return what made the labels, for people and for comparison."""
+        names = ("num_classes", "kind", "topk", "teacher", "preprocessing")
+        return {name: _without_names(getattr(self, name)) for name in names}
+
     def differences(self, other: Manifest) -> list[str]:
         """Return in words what keeps labels of two manifests from being of one kind."""
         compared = ("num_classes", "class_names", "kind", "topk", "orientation", "teacher", "preprocessing")

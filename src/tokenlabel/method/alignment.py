@@ -70,6 +70,10 @@ class ScoreMapBatch:
         """Return the batch in page-locked memory (the data loader calls this)."""
         return self._each(Tensor.pin_memory)
 
+    def are_known(self) -> Bool[Tensor, " B"]:
+        """Say which maps are about anything: those of unknown images lie beside them (`scores.unknown_map`)."""
+        return (self.regions[:, :2] < 1).all(dim=1)
+
     def of_images(self, images: slice | list[int]) -> ScoreMapBatch:
         """Return the maps of some images of the batch; those of a slice are not copied."""
         numbers = range(len(self.shapes))[images] if isinstance(images, slice) else images

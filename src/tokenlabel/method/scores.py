@@ -199,6 +199,14 @@ def from_mask(
     )
 
 
+def unknown_map(num_classes: int, *, kind: Kind = Kind.PROBABILITIES) -> ScoreMap:
+    """Return the map of an image of which nothing is known: one cell beside the image, so that no token reads it."""
+    nothing = np.zeros((1, 1, 1))
+    return from_top(
+        nothing.astype(np.int64), nothing, num_classes=num_classes, region=Box(2, 2, 3, 3), kind=kind
+    )
+
+
 def _check_finite(scores: NDArray[np.floating[Any]], *, name: str) -> None:
     num_finite = np.count_nonzero(np.isfinite(scores))
     if num_finite < scores.size:

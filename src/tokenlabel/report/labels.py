@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from tokenlabel.data.images import ImageSource, decode_image, orientation_of
+from tokenlabel.data.images import ImageError, ImageSource, decode_image, orientation_of
 from tokenlabel.drawing.pictures import class_colour, with_cells
 from tokenlabel.labels.inspection import Look, as_probabilities, by_doubt, class_finder, look_at
 from tokenlabel.labels.store import LabelStore, StoreError
 from tokenlabel.labels.wordnet import with_words
 from tokenlabel.method.scores import Orientation, ScoreMap, turned_map
+from tokenlabel.runtime.notices import say
 
 SAMPLE = 2000
 NUM_NAMED = 4
@@ -53,10 +54,13 @@ def write_pictures(store: LabelStore, source: ImageSource, output: Path, *, coun
     for title, shown in members.items():
         figures = []
         for look in shown:
-            data, score_map = source.read(places[look.key]), store[look.key]
-            if store.manifest.orientation == Orientation.STORED:
-                score_map = turned_map(score_map, orientation_of(data))
-            figures.append(_figure(look, score_map, data, names, class_of(look.key)))
+            try:
+                data, score_map = source.read(places[look.key]), store[look.key]
+                if store.manifest.orientation == Orientation.STORED:
+                    score_map = turned_map(score_map, orientation_of(data))
+                figures.append(_figure(look, score_map, data, names, class_of(look.key)))
+            except ImageError as error:  # it was sound when the teacher saw it
+                say(f"{error}: its picture is left out")
         if figures:
             sections.append(f"<h2>{title}</h2>\n<p>{SECTIONS[title]}</p>\n<div>{''.join(figures)}</div>")
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -164,6 +164,16 @@ def add_tensorboard(parser: ArgumentParser) -> None:
     )
 
 
+def add_changed_numerics(parser: ArgumentParser) -> None:
+    """Let a parser take `--changed-numerics`."""
+    parser.add_argument(
+        "--changed-numerics",
+        action="store_true",
+        help="go on with another micro batch, precision, compile, ...: what changes rounding or which images go "
+        "through the model together; noted in metrics.jsonl",
+    )
+
+
 def device_of(name: str) -> torch.device:
     """Return the device that `--device` names. Raises ValueError if it cannot be used."""
     import torch

@@ -101,14 +101,15 @@ def config_as_dict(config: Any) -> dict[str, Any]:
 
 def settings(config: Any) -> dict[str, Any]:
     """Return every field of a dataclass under its dotted name, as on the command line."""
+    return flattened(config_as_dict(config))
 
-    def leaves(nested: dict[str, Any], prefix: str) -> dict[str, Any]:
-        flat: dict[str, Any] = {}
-        for key, value in nested.items():
-            flat |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-        return flat
 
-    return leaves(config_as_dict(config), "")
+def flattened(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the leaves of nested dicts under dotted names."""
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        flat |= flattened(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
 
 
 def explain(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TypeVar
 
@@ -18,8 +18,10 @@ from tokenlabel.runtime.environment import environment_number
 
 T = TypeVar("T")
 
-# Ranks meet when each has done its share, however long that takes the slowest.
+# Ranks that exchange objects have each done a share of their own (labelled, evaluated, looked at images), however long
+# that took the slowest. In a step they work side by side: one that is late by this much hangs, and all should end.
 PATIENCE = timedelta(days=7)
+STEP_PATIENCE = timedelta(minutes=30)
 
 
 class FirstRankError(ValueError):
@@ -28,11 +30,15 @@ class FirstRankError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """The processes of a job; `rank` is this one's number, `local_rank` that among those of its machine."""
+    """The processes of a job; `rank` is this one's number, `local_rank` that among those of its machine.
+
+    `patient`: the group in which they exchange objects and wait for each other for days; the default one if None.
+    """
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
+    patient: dist.ProcessGroup | None = None
 
     @property
     def is_first(self) -> bool:
@@ -44,7 +50,7 @@ class Ranks:
         if self.world_size == 1:
             return value
         values = [value]
-        dist.broadcast_object_list(values, src=0)
+        dist.broadcast_object_list(values, src=0, group=self.patient)
         return values[0]
 
     def by_first(self, action: Callable[[], T]) -> T:
@@ -78,7 +84,7 @@ class Ranks:
         if self.world_size == 1:
             return [value]
         values: list[T] = [value] * self.world_size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.patient)
         return values
 
     def highest(self, number: int) -> int:
@@ -92,7 +98,16 @@ class Ranks:
 
 def launched_ranks() -> Ranks:
     """Return what torchrun's environment says; a single rank without torchrun."""
-    return Ranks(*map(environment_number, ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
+    rank, world_size, local_rank = map(environment_number, ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    return Ranks(rank, world_size, local_rank)
+
+
+_joined = Ranks()
+
+
+def current_ranks() -> Ranks:
+    """Return the ranks that this process has joined; a single one outside of `joined_ranks`."""
+    return _joined
 
 
 @contextmanager
@@ -101,18 +116,21 @@ def joined_ranks(device: torch.device | None = None) -> Iterator[Ranks]:
 
     They can send messages between CPUs, and between GPUs if this rank's `device` is one.
     """
+    global _joined
     ranks = launched_ranks()
     if ranks.world_size == 1:
         yield ranks
         return
     if device is not None and device.type == "cuda":
         torch.cuda.set_device(device)
-        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=PATIENCE)
+        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=STEP_PATIENCE)
     else:
-        dist.init_process_group("gloo", timeout=PATIENCE)
+        dist.init_process_group("gloo", timeout=STEP_PATIENCE)
+    _joined = replace(ranks, patient=dist.new_group(backend="gloo", timeout=PATIENCE))
     try:
-        yield ranks
+        yield _joined
     finally:
+        _joined = Ranks()
         dist.destroy_process_group()
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenlabel.runtime.arguments import (
+    add_changed_numerics,
     add_device,
     add_tensorboard,
     configured,
@@ -17,6 +18,7 @@ from tokenlabel.runtime.arguments import (
     parse,
     write_json,
 )
+from tokenlabel.runtime.environment import is_main_process
 from tokenlabel.runtime.ranges import COUNT, check_numbers
 
 if TYPE_CHECKING:
@@ -57,7 +59,6 @@ def _train(arguments: list[str]) -> int:
         "Train a segmentation model by a recipe. The same command continues a run that was stopped.",
     )
 
-    from tokenlabel.runtime.distributed import launched_ranks
     from tokenlabel.runtime.runlog import read_metrics
     from tokenlabel.runtime.trackers import tensorboard
     from tokenlabel.segmentation.recipe import SegmentRecipe
@@ -69,13 +70,20 @@ def _train(arguments: list[str]) -> int:
     )
     add_device(parser)
     add_tensorboard(parser)
+    add_changed_numerics(parser)
     add_recipe_arguments(parser, SegmentRecipe)
     options = parse(parser, arguments, find_recipe=find_recipe)
     recipe = configured(parser, options, SegmentRecipe)
     device = device_of(options.device)
     with tensorboard(options.out, wanted=options.tensorboard) as trackers:
-        figures = train_segmentation(recipe, options.out, device=device, trackers=trackers)
-    if launched_ranks().is_first:
+        figures = train_segmentation(
+            recipe,
+            options.out,
+            device=device,
+            trackers=trackers,
+            changed_numerics=options.changed_numerics,
+        )
+    if is_main_process():
         print(
             json.dumps(figures or read_metrics(options.out)[-1])
         )  # without val images what the last steps said

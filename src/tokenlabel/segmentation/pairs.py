@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +15,7 @@ from jaxtyping import Integer, UInt8
 from numpy.typing import NDArray
 
 from tokenlabel.data.classes import difference, same_classes
+from tokenlabel.data.folders import list_images, passed_over_text
 from tokenlabel.data.images import DECODE_ALL_UP_TO, EXTENSIONS, DataError, Strings, decode_pixels
 from tokenlabel.data.masks import MaskError, check_upright, decode_mask, mask_names, palette_of
 from tokenlabel.runtime.coercion import Choice, coerced, coerced_fields
@@ -256,21 +257,23 @@ def open_pairs(config: SegmentDataConfig, split: Split) -> ImageMaskPairs | None
     match config.layout:
         case Layout.ADE20K:
             images = root / "images" / part
-            return _checked(known_classes("ade20k"), images, root / "annotations" / part, _same_names(images))
+            return _checked(known_classes("ade20k"), images, root / "annotations" / part)
         case Layout.VOC:
-            names = ((f"{name}.jpg", [f"{name}.png"]) for name in _listed(root, part))
-            return _checked(known_classes("voc"), root / "JPEGImages", root / "SegmentationClass", names)
+            images, names = root / "JPEGImages", [f"{name}.jpg" for name in _listed(root, part)]
+            return _checked(known_classes("voc"), images, root / "SegmentationClass", names=names)
         case Layout.CITYSCAPES:
             images = root / "leftImg8bit" / part
-            names = (
-                (name, [name.replace("_leftImg8bit", "_gtFine_labelIds")]) for name in image_names(images)
+            return _checked(
+                known_classes("cityscapes"),
+                images,
+                root / "gtFine" / part,
+                mask_of=lambda name: [name.replace("_leftImg8bit", "_gtFine_labelIds")],
             )
-            return _checked(known_classes("cityscapes"), images, root / "gtFine" / part, names)
         case Layout.SCENES:
             images = root / part
             digits = sorted(path.name for path in images.glob("*") if path.is_dir())
             classes = _numbered(config, digits or ["0"])
-            return _checked(classes, images, root / "masks" / part, _same_names(images))
+            return _checked(classes, images, root / "masks" / part)
 
 
 def classes_of(config: SegmentDataConfig, names: Sequence[str]) -> Classes:
@@ -318,17 +321,27 @@ def other_pairs(
 
 
 def _checked(
-    classes: Classes, images: Path, masks: Path, names: Iterable[tuple[str, Sequence[str]]]
+    classes: Classes,
+    images: Path,
+    masks: Path,
+    *,
+    names: Sequence[str] | None = None,
+    mask_of: Callable[[str], Iterable[str]] = mask_names,
 ) -> ImageMaskPairs:
-    """Return the pairs, each of whose masks is there. `names`: of each image, and what its mask may be called."""
+    """Return the pairs, each of whose masks is there; say how many there are, and what was passed over.
+
+    `names`: of the images, all by default. `mask_of`: what the mask of an image may be called.
+    """
     for folder in (images, masks):
         if not folder.is_dir():
             raise DataError(
                 f"{folder}: no such folder; docs/segmentation.md shows how data sets are laid out"
             )
     there = {path.relative_to(masks).as_posix() for path in masks.rglob("*") if path.is_file()}
+    listing = list_images(images)
     pairs, bare = [], {}
-    for image, expected in sorted(names):
+    for image in sorted(listing.images if names is None else names):
+        expected = [*mask_of(image)]
         mask = next((name for name in expected if name in there), None)
         if mask is None:
             bare[image] = expected[0]
@@ -345,40 +358,27 @@ def _checked(
             f"{masks}: {len(bare):,} of {len(bare) + len(pairs):,} images have no mask there ({listed([*bare])}); "
             f"expected {expected} for {image}{f', found {listed(others)}' if others else ''}"
         )
+    passed_over = f"; {passed_over_text(listing.passed_over)}" if listing.passed_over else ""
     if not pairs:
-        raise DataError(f"{images}: no images ({', '.join(EXTENSIONS)})")
+        raise DataError(f"{images}: no images ({', '.join(EXTENSIONS)}){passed_over}")
+    say(
+        f"{images}: {len(pairs):,} images with masks of {len(classes.names):,} classes ({listed(list(classes.names))})"
+        f"{passed_over}"
+    )
     return ImageMaskPairs(classes, images, masks, pairs)
 
 
 def _two_folders(classes: Classes, images: Path, masks: Path) -> ImageMaskPairs:
     """Return the pairs of two folders; say which masks belong to no image, and which to several."""
-    pairs = _checked(classes, images, masks, _same_names(images))
+    pairs = _checked(classes, images, masks)
     images_of = Counter(pairs.mask_names)
     shared = [mask for mask, count in images_of.items() if count > 1]
     if shared:
         say(f"{images}: several images have the same mask, and count each: {listed(shared)}")
-    suffixes = {Path(mask).suffix.lower() for mask in images_of}
-    alone = sorted(name for name in _files_in(masks, suffixes) if name not in images_of)
+    alone = sorted(name for name in list_images(masks).images if name not in images_of)
     if alone:
         say(f"{masks}: {len(alone):,} masks belong to no image and are passed over ({listed(alone)})")
     return pairs
-
-
-def _same_names(images: Path) -> Iterator[tuple[str, list[str]]]:
-    return ((name, [*mask_names(name)]) for name in image_names(images))
-
-
-def image_names(folder: Path) -> list[str]:
-    """Return the paths of the images below a folder, sorted; what file systems leave behind is passed over."""
-    return sorted(_files_in(folder, EXTENSIONS))
-
-
-def _files_in(folder: Path, suffixes: Collection[str]) -> Iterator[str]:
-    for place, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith((".", "@eaDir", "__MACOSX"))]
-        for name in names:
-            if not name.startswith(".") and Path(name).suffix.lower() in suffixes:
-                yield (Path(place) / name).relative_to(folder).as_posix()
 
 
 def _listed(root: Path, split: str) -> list[str]:

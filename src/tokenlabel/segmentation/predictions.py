@@ -12,10 +12,11 @@ from jaxtyping import UInt8
 from numpy.typing import NDArray
 from PIL import Image
 
+from tokenlabel.data.folders import list_images, passed_over_text
 from tokenlabel.data.images import EXTENSIONS, DataError, decode_pixels
+from tokenlabel.runtime.notices import say
 from tokenlabel.segmentation.classes import Classes
 from tokenlabel.segmentation.inference import Segmenter
-from tokenlabel.segmentation.pairs import image_names
 
 OPACITY = 0.5
 
@@ -81,8 +82,12 @@ def _files(place: Path, out: Path) -> list[tuple[Path, Path]]:
     if place.is_file():
         return [(place.parent, place)]
     written = [(out / kind).resolve() for kind in ("masks", "overlays")]
-    found = [place / name for name in image_names(place)]
+    listing = list_images(place)
+    found = [place / name for name in sorted(listing.images)]
     found = [path for path in found if not any(path.resolve().is_relative_to(folder) for folder in written)]
-    if not found:
+    if found:
+        passed_over = f"; {passed_over_text(listing.passed_over)}" if listing.passed_over else ""
+        say(f"{place}: {len(found):,} images{passed_over}")
+    else:
         raise DataError(f"{place}: no image file, and no folder of images ({', '.join(EXTENSIONS)})")
     return [(place, path) for path in found]

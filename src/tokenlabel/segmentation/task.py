@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,24 +42,34 @@ from tokenlabel.training.checkpoint import (
 )
 from tokenlabel.training.engine import run_task
 from tokenlabel.training.recipe import find_recipe
+from tokenlabel.training.run_folder import RunImages, locked
 from tokenlabel.training.tasks import Part, Task
 
 
 def train_segmentation(
-    recipe: SegmentRecipe, run: str | Path, *, device: torch.device | str, trackers: Sequence[Tracker] = ()
+    recipe: SegmentRecipe,
+    run: str | Path,
+    *,
+    device: torch.device | str,
+    trackers: Sequence[Tracker] = (),
+    changed_numerics: bool = False,
 ) -> dict[str, Any]:
     """Train by a recipe in a run folder, from its newest checkpoint if there is one; return the last evaluation.
 
     Under torchrun all processes train together. The folder receives recipe.yaml, metrics.jsonl and checkpoints/;
-    `trackers` hear every line of the metrics.
-    Raises ConfigError if it holds a run of another recipe, ValueError for data that cannot be trained on,
-    `Interrupted` after SIGINT or SIGTERM.
+    `trackers` hear every line of the metrics. `changed_numerics`: go on with another rounding (see `check_run_folder`).
+    Raises ConfigError if it holds a run of another recipe or another process trains there, ValueError for data that
+    cannot be trained on, `Interrupted` after SIGINT or SIGTERM.
     """
-    device = torch.device(device)
-    with joined_ranks(device) as ranks:
-        task = build(recipe, device=device, ranks=ranks)
+    device, run = torch.device(device), Path(run)
+    with joined_ranks(device) as ranks, locked(run, ranks):
         return run_task(
-            task, Path(run), ranks=ranks, eval_every_epochs=recipe.eval.every_epochs, trackers=trackers
+            build(recipe, device=device, run=run),
+            run,
+            ranks=ranks,
+            eval_every_epochs=recipe.eval.every_epochs,
+            trackers=trackers,
+            changed_numerics=changed_numerics,
         )
 
 
@@ -71,6 +82,7 @@ class SegmentTask(Task):
     train_set: SegmentDataset
     val_pairs: ImageMaskPairs | None
     device: torch.device
+    images: RunImages | None = None
     metric = "miou"
 
     def __post_init__(self) -> None:
@@ -136,18 +148,20 @@ def pixel_loss(logits: Float[Tensor, "B C h w"], masks: UInt8[Tensor, "B height 
     return total / masks.numel()
 
 
-def build(
-    recipe: SegmentRecipe,
-    *,
-    device: torch.device,
-    ranks: Ranks = Ranks(),  # noqa: B008  (immutable)
-) -> SegmentTask:
-    """Build the data and the model of a recipe, and check that they fit together; the first rank looks at the data."""
+def build(recipe: SegmentRecipe, *, device: torch.device, run: Path | None = None) -> SegmentTask:
+    """Build the data and the model of a recipe, and check that they fit together.
+
+    `run`: the folder of the run, where an earlier start may have written down that the pairs are sound. Of several
+    ranks the first one looks at them.
+    """
     train_pairs, val_pairs = (open_pairs(recipe.data, split) for split in ("train", "val"))
     assert train_pairs is not None
-    ranks.by_first(lambda: train_pairs.check(to_train=True))
-    if val_pairs is not None:
-        ranks.by_first(lambda: val_pairs.check(to_train=False))
+    images = RunImages(run, train_pairs.classes.names)
+    for split, pairs in (("train", train_pairs), ("val", val_pairs)):
+        if pairs is not None:
+            images.broken(
+                split, pairs.keys, [], check="decode", find=partial(_raise_for_broken, pairs, split)
+            )
     torch.manual_seed(recipe.seed)
     model = create_segmentation_model(recipe.model, num_classes=len(train_pairs.classes.names))
     if recipe.model.weights is not None:
@@ -162,7 +176,13 @@ def build(
         train_set=SegmentDataset(train_pairs, transform, seed=recipe.seed),
         val_pairs=val_pairs,
         device=device,
+        images=images,
     )
+
+
+def _raise_for_broken(pairs: ImageMaskPairs, split: str, _: list[int] | None) -> list[int]:
+    pairs.check(to_train=split == "train")
+    return []
 
 
 @dataclass(frozen=True, eq=False)

@@ -151,7 +151,7 @@ def load_checkpoint(folder: Path, trained: Trained) -> int:
             f"{folder}/optimizer.safetensors is of more parameters than are trained here; start a run of your own "
             "with model.weights set to this checkpoint"
         ) from error
-    if trained.scaler is not None:
+    if trained.scaler is not None and state["loss_scale"]:  # none where the precision was another
         trained.scaler.load_state_dict(state["loss_scale"])
     return state["step"]
 

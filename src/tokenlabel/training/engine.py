@@ -47,7 +47,8 @@ from tokenlabel.training.optim import (
     set_learning_rate,
 )
 from tokenlabel.training.progress import DivergedError, Divergence, StepResult, Window, peak_memory_bytes
-from tokenlabel.training.recipe import TrainingConfig, claim
+from tokenlabel.training.recipe import TrainingConfig
+from tokenlabel.training.run_folder import changes_figures, check_run_folder, numerics
 from tokenlabel.training.tasks import Part, Task
 
 LOG_EVERY_STEPS = 10
@@ -106,15 +107,22 @@ class Training:
 
 
 def run_task(
-    task: Task[Any], run: Path, *, ranks: Ranks, eval_every_epochs: float, trackers: Sequence[Tracker] = ()
+    task: Task[Any],
+    run: Path,
+    *,
+    ranks: Ranks,
+    eval_every_epochs: float,
+    trackers: Sequence[Tracker] = (),
+    changed_numerics: bool = False,
 ) -> dict[str, Any]:
     """Train a task in a run folder, from its newest checkpoint if there is one; return its last evaluation.
 
-    `trackers` hear every line of metrics (on the first rank).
+    `trackers` hear every line of metrics (on the first rank). `changed_numerics`: go on with another rounding (see
+    `check_run_folder`).
     The folder receives recipe.yaml, metrics.jsonl and checkpoints/. Raises ConfigError if it holds a run of
-    another recipe, `Interrupted` after SIGINT or SIGTERM on any rank, DivergedError.
+    another recipe or other images, `Interrupted` after SIGINT or SIGTERM on any rank, DivergedError.
     """
-    outcome = _train(task, run, ranks, eval_every_epochs, trackers)
+    outcome = _train(task, run, ranks, eval_every_epochs, trackers, changed_numerics)
     if isinstance(outcome, Interrupted):
         # Raised here, where nothing of the training is left: what ranks share must be gone before they part.
         raise outcome
@@ -122,10 +130,19 @@ def run_task(
 
 
 def _train(
-    task: Task[Any], run: Path, ranks: Ranks, eval_every_epochs: float, trackers: Sequence[Tracker]
+    task: Task[Any],
+    run: Path,
+    ranks: Ranks,
+    eval_every_epochs: float,
+    trackers: Sequence[Tracker],
+    changed_numerics: bool,
 ) -> dict[str, Any] | Interrupted:
     training = prepare(task, ranks)
-    ranks.by_first(lambda: claim(run, task.recipe))
+    changes = ranks.by_first(
+        lambda: check_run_folder(
+            run, task.recipe, task.class_names, task.images, changed_numerics=changed_numerics
+        )
+    )
     checkpoints = list_checkpoints(run)
     step = load_checkpoint(checkpoints[-1], training.trained) if checkpoints else 0
     steps = ranks.all(step)
@@ -142,8 +159,13 @@ def _train(
         active=ranks.is_first,
         trackers=trackers,
     )
+    figures = None if changes_figures(changes) else ranks.by_first(lambda: _evaluated(run, step))
+    if changed := numerics(changes):
+        log.write(step, kind="changed_numerics", **changed)
+        said = ", ".join(f"{name} {now} in place of {before}" for name, (before, now) in changed.items())
+        log.say(f"from step {step:,} on with {said}")
     try:
-        return _loop(training, run, log, start_step=step, eval_every_epochs=eval_every_epochs)
+        return _loop(training, run, log, figures, start_step=step, eval_every_epochs=eval_every_epochs)
     finally:
         log.close()
 
@@ -253,13 +275,21 @@ def _gradients_meet(training: Training, last: bool) -> AbstractContextManager[No
 
 
 def _loop(
-    training: Training, run: Path, log: RunLog, *, start_step: int, eval_every_epochs: float
+    training: Training,
+    run: Path,
+    log: RunLog,
+    figures: dict[str, Any] | None,
+    *,
+    start_step: int,
+    eval_every_epochs: float,
 ) -> dict[str, Any] | Interrupted:
-    """Take the steps that are left; return the last evaluation, or after which step the run was asked to stop."""
+    """Take the steps that are left; return the last evaluation, or after which step the run was asked to stop.
+
+    `figures`: of an evaluation at the first step, if it counts.
+    """
     ranks, checkpoint = training.ranks, training.task.recipe.checkpoint
     batches = iter(training.task.batches(training.sampler(start_step)))
     _say_learning_rate(training, log)
-    figures = ranks.by_first(lambda: _evaluated(run, start_step))
     if figures is None and start_step and training.due(start_step, eval_every_epochs):
         figures = _evaluate(training, log, start_step)  # the run was stopped before it could
     watch, window = Stopwatch(), Window(ranks)

@@ -188,8 +188,10 @@ class Objective:
     """Makes the targets of a batch, and the loss.
 
     `labelled`: whether batches come with score maps of a store. `teacher`: the teacher in the step, if
-    `config` names one. `ignore_erased`: take erased tokens out of the loss. Raises ObjectiveError where targets
-    are asked of a teacher that is not there, and where a teacher would have nothing to say or cannot know.
+    `config` names one. `ignore_erased`: take erased tokens out of the loss. `map_weight`: images / images with a
+    map in the store, by which the part of the loss that maps label is multiplied, so that it is not drowned by images
+    without one: a constant, whatever the images of a batch, and so two ranks still equal one. Raises ObjectiveError
+    where targets are asked of a teacher that is not there, and where one would have nothing to say or cannot know.
     """
 
     def __init__(
@@ -199,9 +201,10 @@ class Objective:
         labelled: bool,
         teacher: OnlineTeacher | None = None,
         ignore_erased: bool = False,
+        map_weight: float = 1.0,
     ) -> None:
         self.config, self.labelled, self.teacher = config, labelled, teacher
-        self.ignore_erased = ignore_erased
+        self.ignore_erased, self.map_weight = ignore_erased, map_weight
         self.labels_tokens = config.beta > 0 and (labelled or teacher is not None)
         self._check()
 
@@ -253,7 +256,9 @@ class Objective:
         That is temperature**2 * H(softened target, softmax(class logits / temperature)), part of the class
         part: the divergence of Hinton et al. 2015 up to a constant.
         """
-        loss = token_label_loss(outputs, targets.class_token, targets.tokens, beta=self.config.beta)
+        weight = self.map_weight if self.labelled else 1.0
+        loss = token_label_loss(outputs, targets.class_token, targets.tokens, beta=self.config.beta * weight)
+        loss = replace(loss, token_part=loss.token_part * weight)
         if targets.softened is None:
             return loss
         temperature = self.config.temperature
@@ -310,6 +315,9 @@ class Objective:
         assert label is not None
         said = most_probable(label) if config.hard else softened(label, config.temperature)
         taught = every_class(said)
+        if self.map_weight != 1 and self.teacher is None:
+            assert batch.score_maps is not None
+            taught = taught.scaled(batch.score_maps.are_known()[:, None] * self.map_weight)
         if config.correct_teacher > 0:
             share = config.correct_teacher * is_wrong(label, batch.class_ids)
             taught = corrected(taught, batch.class_ids, share)

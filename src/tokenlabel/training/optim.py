@@ -25,7 +25,8 @@ class OptimConfig:
     lr_batch_size: int
     """The batch size that `lr` and the other rates are stated for."""
     schedule: Literal["cosine", "poly", "constant"] = "cosine"
-    """How the rate falls after the warm-up: as half a cosine, in a straight line (poly of power 1), or not."""
+    """How the rate falls after the warm-up: as half a cosine, in a straight line (poly of power 1), or not before the
+    cool-down."""
     min_lr: float = 1e-5
     """Where the schedule ends; held during the cool-down. Scaled like `lr`."""
     warmup_lr: float = 1e-6
@@ -145,12 +146,12 @@ def learning_rate(
     falling = num_steps - warmup - cooldown
     if step < warmup:
         return scale * (config.warmup_lr + (config.lr - config.warmup_lr) * step / warmup)
-    progress = min(1.0, (step - warmup) / max(1, falling))
+    progress = min(1.0, (step - warmup) / falling) if falling > 0 else 1.0
     match config.schedule:
         case "cosine":
             height = (1 + math.cos(math.pi * progress)) / 2
         case "poly":
             height = 1 - progress
         case "constant":
-            height = 1.0
+            height = float(progress < 1)
     return scale * (config.min_lr + (config.lr - config.min_lr) * height)

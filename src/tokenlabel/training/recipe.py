@@ -20,18 +20,12 @@ from tokenlabel.runtime.configuration import (
     ConfigError,
     add_config_arguments,
     near_names,
-    read_config,
-    settings,
-    write_config,
 )
 from tokenlabel.runtime.ranges import COUNT, NATURAL, PART, POSITIVE, check_numbers
 from tokenlabel.training.objectives import LossConfig
 from tokenlabel.training.optim import OptimConfig
 
 RECIPE_FILE = "recipe.yaml"
-
-# Fields that change nothing about what is learnt, so a run may go on with others.
-_FREE = ("data.num_workers", "eval.num_workers", "checkpoint.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +43,10 @@ class DataConfig:
     skip_broken: bool = False
     """Leave out images that cannot be decoded; by default one of them stops the run before it starts."""
     check: ImageCheck = ImageCheck.AUTO
-    """How that is found out: decode every image; look at the ends of every file, which finds what was cut off; none,
-    for images that a teacher has decoded already; auto: decode up to 10,000 images, ends above."""
+    """How that is found out, once a run: decode every image; look at the ends of every file, which finds what was cut
+    off; none; auto: decode up to 10,000, ends above; what a teacher has labelled is sound, without skip_broken."""
+    max_missing: float = 0.1
+    """Share of the images that may have no label in the store; their tokens learn from nothing."""
     num_workers: int = 2
     """Processes that decode and augment images."""
     tar_window: int | None = None
@@ -221,26 +217,6 @@ class Recipe(TrainingConfig):
     def uses_token_labels(self) -> bool:
         """Whether tokens are trained on labels of their own."""
         return self.loss.beta > 0 and (self.data.labels is not None or self.loss.has_online_teacher)
-
-
-def claim(run: Path, recipe: TrainingConfig) -> None:
-    """Make the run folder, or make sure that it belongs to a run of this recipe.
-
-    Workers and checkpoints may differ. Raises ConfigError that names what else does.
-    """
-    path = run / RECIPE_FILE
-    if path.exists():
-        ours, theirs = settings(recipe), settings(read_config(path, type(recipe)))
-        keys = [key for key in ours | theirs if not key.startswith(_FREE)]
-        differing = [key for key in keys if ours.get(key) != theirs.get(key)]
-        if differing:
-            key = differing[0]
-            raise ConfigError(
-                f"{run} holds a run of another recipe ({key}: {theirs.get(key)} there, {ours.get(key)} here; "
-                f"{len(differing)} differ); choose another --run, or remove the folder"
-            )
-        return
-    write_config(recipe, path)
 
 
 def add_recipe_arguments(parser: jsonargparse.ArgumentParser, kind: type[TrainingConfig] = Recipe) -> None:

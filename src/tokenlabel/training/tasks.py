@@ -17,6 +17,7 @@ from tokenlabel.models import TokenModel
 from tokenlabel.runtime.distributed import Ranks
 from tokenlabel.runtime.runlog import Stopwatch
 from tokenlabel.training.recipe import TrainingConfig
+from tokenlabel.training.run_folder import RunImages
 
 RecipeT = TypeVar("RecipeT", bound=TrainingConfig)
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -43,7 +44,8 @@ class Part:
 class Task(ABC, Generic[RecipeT]):
     """What a run trains.
 
-    `model` lies on `device`. `metric` names the figure of `evaluate` that is better the higher it is.
+    `model` lies on `device`. `metric` names the figure of `evaluate` that is better the higher it is. `images`: what
+    is known of the images, for the run folder.
     """
 
     recipe: RecipeT
@@ -52,6 +54,7 @@ class Task(ABC, Generic[RecipeT]):
     num_images: int
     device: torch.device
     metric: str
+    images: RunImages | None = None
 
     @abstractmethod
     def batches(self, sampler: BatchSampler) -> Iterable[Any]:
