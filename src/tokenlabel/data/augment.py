@@ -97,7 +97,7 @@ class AugmentConfig:
     """Whether warp and RandAugment work on the crop (after_crop) or on the whole image (before_crop)."""
 
     def __post_init__(self) -> None:
-        check_numbers(self, crop_ratio=POSITIVE)
+        check_numbers(self, crop_ratio=POSITIVE, horizontal_flip=COUNT, vertical_flip=COUNT)
         check_numbers(self.warp, "warp.", degrees=COUNT, shear=COUNT, translate=COUNT)
         check_numbers(
             self.jitter, "jitter.", brightness=COUNT, contrast=COUNT, saturation=COUNT, hue="[0, 0.5]"
