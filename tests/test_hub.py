@@ -38,8 +38,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 REASONS = {
-    "resnet50.a1_in22k": "resnet50 has no weights 'a1_in22k'; it has a1_in1k, ",
-    "resnet50.": "resnet50 has no weights ''",
+    "resnet50.a1_in22k": "Invalid pretrained tag (a1_in22k) for resnet50, which has a1_in1k, ",
+    "resnet50.": "Invalid pretrained tag () for resnet50",
     "./resnet50.pth": "it is a file: give the name of its network, and the file by",
     "resnet50.pth": "it is a file: give the name of its network, and the file by",
     "resnet18.pth": "there is no such file",

@@ -20,7 +20,7 @@ ROOMS = {
     "runtime": "",
     "method": "",
     "drawing": "runtime",
-    "data": "method",
+    "data": "runtime method",
     "models": "runtime method",
     "labels": "runtime method data",
     "training": "runtime method data models",

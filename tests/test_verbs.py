@@ -87,7 +87,7 @@ steps: {scenes: {scenes: {num_train: 20, num_val: 10, seed: 0}}}
 
 
 def commands() -> list[list[str]]:
-    return [line.split() for line in COMMANDS.replace("\\\n", "").strip().splitlines()]
+    return [line.split() for line in str(COMMANDS).replace("\\\n", "").strip().splitlines()]
 
 
 def test_every_verb_takes_paths_of_the_folder_it_runs_in(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def configured(parser: ArgumentParser, options: Namespace, config: type[Config])
             )  # messages may leave the group out
             return known.get(next(whole, ""), found[0])
 
-        keys = r"(?<![-\w./])[a-z]\w*(\.\w+)+|(?<![-\w./])[a-z]+_\w+|^[a-z]+(?= must be )"
+        keys = r"^[\w.]+(?= must )|(?<![-\w./])[a-z][a-z.]*_[\w.]*\w"
         raise ValueError(re.sub(keys, option, str(error))) from error
 
 
