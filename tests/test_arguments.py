@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from tokenlabel.cli import main
-from tokenlabel.runtime.arguments import new_parser, parse
+from tokenlabel.cli import VERBS, main
+from tokenlabel.runtime.arguments import configured, new_parser, parse
 from tokenlabel.runtime.configuration import add_config_arguments, config_of
 from tokenlabel.teachers.annotation import AnnotateConfig
+from tokenlabel.training.recipe import Recipe, add_recipe_arguments, find_recipe
 
 
 def read(*arguments: str) -> AnnotateConfig:
@@ -46,6 +47,122 @@ def test_several_teachers():
 def test_an_option_that_does_not_exist_is_an_error():
     with pytest.raises(ValueError, match="unrecognized arguments: --strct; did you mean --strict"):
         read("images", "labels", "--teacher", "t", "--strct")
+
+
+# What used to be taken for an option, or was lost: `./batch-size` spells --batch-size from its third letter on.
+VALUES = (
+    "./batch-size",
+    "./teacher",
+    "xxteacher",
+    "r.json",
+    "-1",
+    "-x.png",
+    "--no-option",
+    "teacher",
+    "a=b",
+    "a b",
+    "",
+    "=",
+)
+
+
+@pytest.mark.parametrize("value", VALUES)
+def test_a_word_after_an_option_is_its_value(value):
+    config = read("--class-map", value, "images", "labels", "--teacher", value, f"--weights={value}")
+    assert (config.class_map, config.teacher, config.weights) == (value, value, value)
+
+
+def test_an_option_is_no_value_but_behind_an_equals_sign():
+    with pytest.raises(ValueError, match="--teacher: expected a value, got the option --strict"):
+        read("images", "labels", "--teacher", "--strict")
+    with pytest.raises(ValueError, match=r"--teacher: expected a value$"):
+        read("images", "labels", "--teacher")
+    assert read("images", "labels", "--teacher=--strict").teacher == "--strict"
+
+
+def test_options_that_take_several_words_or_none():
+    parser = new_parser("x", "")
+    parser.add_argument("--scales", type=float, nargs="+")
+    parser.add_argument("--set", nargs="*", action="append", default=[])
+    parser.add_argument("--fast", action="store_true")
+    parser.add_argument("images", type=Path)
+    options = parse(
+        parser, ["--fast", "./scales", "--scales", ".5", "-1", "--set", "a=./set", "b=--fast", "--set"]
+    )
+    assert (options.fast, options.images, options.scales) == (True, Path("scales"), [0.5, -1])
+    assert options.set == [["a=./set", "b=--fast"], []]
+    assert parse(parser, ["--", "--fast"]).images == Path("--fast")
+    with pytest.raises(ValueError, match="--fas; did you mean --fast"):  # nothing is abbreviated
+        parse(parser, ["./images", "--fas"])
+
+
+def test_names_in_a_list_stay_words():
+    assert read("images", "labels", "--teacher", "[1, no, ~]").teacher == ["1", "no", "~"]
+    assert read("images", "labels", "--teacher", "[a").teacher == "[a"
+
+
+def recipe_of(*arguments: str) -> Recipe:
+    parser = new_parser("train", "")
+    parser.add_argument("--out", "--run", type=Path, required=True)
+    add_recipe_arguments(parser)
+    options = parse(parser, ["--recipe", "demo_teacher", *arguments], find_recipe=find_recipe)
+    assert options.out == Path("out")
+    return configured(parser, options, Recipe)
+
+
+def test_every_spelling_of_a_recipes_options():
+    dashed = recipe_of(
+        "--out", "./out", "--data.train", "./data.val", "--data.num-workers", "3", "--eval.batch-size=4"
+    )
+    assert (dashed.data.train, dashed.data.num_workers, dashed.eval.batch_size) == ("./data.val", 3, 4)
+    assert dashed == recipe_of(
+        "--run=out", "--data.train=./data.val", "--data.num_workers=3", "--eval.batch_size", "4"
+    )
+    options = recipe_of(
+        "--out", "out", "--data.train", "a", "--model.options.drop-path-rate", "./x"
+    ).model.options
+    assert options["drop_path_rate"] == "./x"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [", "own.yaml: cannot be read as YAML"),
+        ("- 3", "own.yaml: expected a mapping of keys to values, got list"),
+        (
+            "optim: {lr: 1, wieght_decay: 2}",
+            "own.yaml: unknown key optim.wieght_decay; did you mean optim.weight_decay",
+        ),
+        ("data:", "own.yaml: Unexpected config"),
+    ],
+)
+def test_a_recipe_that_is_none_is_named_and_keeps_its_keys(text, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("own.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        recipe_of("--recipe", "./own.yaml", "--out", "out", "--data.train", "a")
+
+
+def test_help_shows_one_spelling(capsys):
+    verbs = [name for name in VERBS if name != "segment"] + [
+        "segment train",
+        "segment eval",
+        "segment predict",
+    ]
+    for verb in verbs:
+        with pytest.raises(SystemExit):
+            main([*verb.split(), "--help"])
+        shown = capsys.readouterr().out
+        assert re.findall(r"--[a-z.-]*_[a-z_.]*|--run\b|--[a-z.-]+\+", shown) == [], verb
+
+
+def test_the_docs_show_one_spelling():
+    root = Path(__file__).parents[1]
+    texts = [root / "README.md", *root.glob("docs/*.md"), *root.glob("src/tokenlabel/recipes/*.yaml")]
+    for path in texts:
+        assert re.findall(r"--(?!model\.options)[a-z][a-z.-]*_[a-z_.]*|--run\b", path.read_text()) == [], (
+            path.name
+        )
 
 
 def test_the_label_guide_names_options_that_exist(capsys):

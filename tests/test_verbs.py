@@ -55,7 +55,7 @@ report ./out --output ./output.html
 compare ./table.yaml --on ./bed.yaml --out ./set --set model.options.depth=1 --results ./results.md --collect
 segment train --recipe segment_scenes --run ./mode --num-steps 2 \
  --data.layout folders --data.train-images ./demo/scenes/train --data.train-masks ./demo/scenes/masks/train \
- --data.class-names [a,b,c,d,e,f,g,h,i,j] \
+ --data.class-names [0,1,2,3,4,5,6,7,8,9] \
  --batch-size 4 --data.num-workers 0 --model.name lvvit_t --model.size-px [24,24] --model.neck-width 16 \
  --model.head-width 8 --eval.short-side-px 24 --eval.every-epochs 9 \
  --model.options.patch-size 6 --model.options.depth 2 --model.options.width 16 --model.options.num_heads 2 \
@@ -87,7 +87,7 @@ steps: {scenes: {scenes: {num_train: 20, num_val: 10, seed: 0}}}
 
 
 def commands() -> list[list[str]]:
-    return [line.split() for line in COMMANDS.replace("\\\n", "").strip().splitlines()]
+    return [line.split() for line in str(COMMANDS).replace("\\\n", "").strip().splitlines()]
 
 
 def test_every_verb_takes_paths_of_the_folder_it_runs_in(tmp_path: Path) -> None:

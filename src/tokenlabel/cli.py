@@ -9,13 +9,14 @@ import difflib
 import io
 import json
 import os
+import select
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from tokenlabel.runtime.arguments import (
     add_changed_numerics,
@@ -54,10 +55,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _run(list(sys.argv[1:] if argv is None else argv))
         finally:
             sys.stdout.flush()  # here, where it can be handled, not when the interpreter ends
-    except BrokenPipeError:  # `tokenlabel inspect labels | head`: nobody reads any more, which is no error
-        for stream in (sys.stdout, sys.stderr):
+    except BrokenPipeError as error:
+        unread = [stream for stream in (sys.stdout, sys.stderr) if _nobody_reads(stream)]
+        for stream in unread:  # `tokenlabel inspect labels | head`: no error, and nothing is left to say
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-        return 128 + signal.SIGPIPE
+        if not unread:
+            print(f"tokenlabel: error: {error}", file=sys.stderr)
+        return 128 + signal.SIGPIPE if unread else USAGE_ERROR
+
+
+def _nobody_reads(stream: TextIO) -> bool:
+    """Say whether a stream is a pipe whose other end was closed."""
+    poll = select.poll()
+    poll.register(stream.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _run(arguments: list[str]) -> int:

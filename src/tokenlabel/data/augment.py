@@ -100,11 +100,6 @@ class AugmentConfig:
     """Whether warp and RandAugment work on the crop (after_crop) or on the whole image (before_crop)."""
 
     def __post_init__(self) -> None:
-        check_numbers(self, crop_ratio=POSITIVE)
-        check_numbers(self.warp, "warp.", degrees=COUNT, shear=COUNT, translate=COUNT)
-        check_numbers(
-            self.jitter, "jitter.", brightness=COUNT, contrast=COUNT, saturation=COUNT, hue="[0, 0.5]"
-        )
         for name in ("crop_scale", "crop_ratio"):
             low, high = getattr(self, name)
             if not 0 < low <= high:
@@ -114,6 +109,11 @@ class AugmentConfig:
             raise ValueError(
                 f"crop_scale and probabilities end at 1, got {list(self.crop_scale)} and {list(shares)}"
             )
+        if not 0 <= self.jitter.hue <= 0.5:
+            raise ValueError(f"jitter.hue must lie in 0 to 0.5, got {self.jitter.hue}")
+        check_numbers(self, crop_ratio=POSITIVE)
+        check_numbers(self.warp, "warp.", degrees=COUNT, shear=COUNT, translate=COUNT)
+        check_numbers(self.jitter, "jitter.", brightness=COUNT, contrast=COUNT, saturation=COUNT)
         if self.randaugment is not None:
             parse_randaugment(self.randaugment)
 

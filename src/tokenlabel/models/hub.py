@@ -55,7 +55,7 @@ def why_unknown(name: str, ours: tuple[str, ...], *, weights_option: str) -> str
     if not dot or tag in known:
         return None
     near = get_close_matches(tag, known) or known
-    return f"{architecture} has no weights {tag!r}; it has {listed(near)}"
+    return f"Invalid pretrained tag ({tag}) for {architecture}, which has {listed(near)}"
 
 
 def _about_folder(folder: Path) -> str:

@@ -8,8 +8,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin
+
+import yaml
 
 from tokenlabel.runtime.files import write_whole
 
@@ -76,7 +79,7 @@ def configured(parser: ArgumentParser, options: Namespace, config: type[Config])
             )  # messages may leave the group out
             return known.get(next(whole, ""), found[0])
 
-        keys = r"(?<![-\w./])[a-z]\w*(\.\w+)+|(?<![-\w./])[a-z]+_\w+|^[a-z]+(?= must be )"
+        keys = r"^[\w.]+(?= must )|(?<![-\w./])[a-z][a-z.]*_[\w.]*\w"
         raise ValueError(re.sub(keys, option, str(error))) from error
 
 
@@ -119,6 +122,9 @@ def spelled_out(parser: ArgumentParser, arguments: list[str]) -> list[str]:
                     f"{option}: expected a value" + (f", got the option {rest[0]}" if rest else "")
                 )
             value = rest.pop(0)
+        if value.startswith("[") and (list[str] in get_args(kind) or get_args(kind) == (str, ...)):
+            with suppress(yaml.YAMLError):  # names such as 0 and no, which YAML reads as something else
+                value = json.dumps(yaml.load(value, yaml.BaseLoader))
         adds = option in given and str in get_args(kind) and f"{option}+" in parser._option_string_actions
         given.add(option)
         words.append(f"{option}{'+' if adds else ''}={value}")
