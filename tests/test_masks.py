@@ -204,8 +204,9 @@ class TestValues:
         assert message in said
         assert "2 masks" in said
         for word in words:
-            assert word in said.replace("--data.ignore_index 0", "--data.ignore_index=0")
+            assert word.replace("_", "-") in said.replace("--data.ignore-index 0", "--data.ignore-index=0")
         pairs = two_folders(tmp_path, names, **mended)
+        capsys.readouterr()
         pairs.check()
         ids = [class_id for class_id in pairs.read(0)[1][0].tolist() if class_id != IGNORED]
         assert ids == list(range(len(names)))
@@ -222,7 +223,7 @@ class TestValues:
         two_folders(tmp_path, ["road", "dog", "tree"]).check()
         told = capsys.readouterr().err
         assert "holds 1 of 3 classes (dog)" in told
-        assert "if these are the classes in order, say --data.class_values=[0,2,255]" in told
+        assert "if these are the classes in order, say --data.class-values=[0,2,255]" in told
         monkeypatch.setattr(pairs_module, "DECODE_ALL_UP_TO", 2)
         monkeypatch.setattr(pairs_module, "NUM_DRAWN", 3)
         two_folders(tmp_path, ["road", "dog", "tree"]).check()  # of many, some are looked at

@@ -266,7 +266,6 @@ def test_ids_and_logits_that_no_map_can_hold(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_classes": 1}, r"the images have 2 classes \(ape, bee\)"),
         ({"region": "centre"}, "--region centre: expected full, or center:PCT"),
         ({"region": "center:120"}, "--region center:120"),
     ],

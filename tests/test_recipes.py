@@ -162,8 +162,8 @@ def test_fine_tuning_at_another_size_begins_with_the_average_of_the_first_run(da
     load_checkpoint(tmp_path / "first" / "checkpoints" / "00000002", averaged.trained)
     assert averaged.trained.ema is not None
     expected = averaged.trained.ema.module.state_dict()
-    assert torch.equal(task.model.state_dict()["norm.weight"], expected["norm.weight"])
-    assert task.model.state_dict()["pos_embed"].shape[1] == 9 + 1
+    assert torch.equal(task.model.state_dict()["backbone.norm.weight"], expected["backbone.norm.weight"])
+    assert task.model.state_dict()["backbone.pos_embed"].shape[1] == 9 + 1
 
 
 def test_mixup_takes_turns_with_cutmix(data):

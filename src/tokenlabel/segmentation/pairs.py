@@ -180,7 +180,7 @@ class ImageMaskPairs:
             raise MaskError(
                 f"{self._masks}: {len(masks):,} masks hold {listed([str(v) for v in sorted(values)])} alone, of which "
                 f"255 does not count: only {classes.names[held.pop()]!r} would be learnt"
-                f"{_advice(classes, sorted(values))}; if it is meant, say --data.ignore_index 255"
+                f"{_advice(classes, sorted(values))}; if it is meant, say --data.ignore-index 255"
             )
         absent = [name for class_id, name in enumerate(classes.names) if class_id not in held]
         if absent:
@@ -226,12 +226,12 @@ def _advice(classes: Classes, found: list[int]) -> str:
         return ""
     names, of_classes = len(classes.names), [value for value in found if value]
     if len(found) == names:
-        return f"; if these are the classes in order, say --data.class_values={_plain(found)}"
+        return f"; if these are the classes in order, say --data.class-values={_plain(found)}"
     if len(of_classes) == names:
-        return f"; if 0 is none of them, say --data.class_values={_plain(of_classes)} --data.ignore_index 0"
+        return f"; if 0 is none of them, say --data.class-values={_plain(of_classes)} --data.ignore-index 0"
     if len(of_classes) == names + 1 and found[-1] == 255:
-        return f"; if 0 and 255 are none, say --data.class_values={_plain(of_classes[:-1])} --data.ignore_index=[0,255]"
-    return "; --data.class_values says which value is which class, --data.ignore_index which are none"
+        return f"; if 0 and 255 are none, say --data.class-values={_plain(of_classes[:-1])} --data.ignore-index=[0,255]"
+    return "; --data.class-values says which value is which class, --data.ignore-index which are none"
 
 
 def _plain(values: list[int]) -> str:
