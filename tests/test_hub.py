@@ -65,6 +65,11 @@ def test_a_name_that_means_no_network_is_refused_with_what_was_meant(name: str, 
     assert REASONS[name] in str(caught.value)
 
 
+def test_a_folder_does_not_hide_the_model_of_its_name(folder: Path) -> None:
+    (folder / TINY).mkdir()
+    assert create_model(TINY, num_classes=2, size_px=(160, 160)).num_classes == 2
+
+
 @pytest.mark.parametrize(
     "command",
     [

@@ -28,34 +28,29 @@ def why_unknown(name: str, ours: tuple[str, ...], *, weights_option: str) -> str
     """
     if name in ours or name.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
         return None
+    architecture, dot, tag = name.partition(".")
+    tags = [known.partition(".")[2] for known in get_arch_pretrained_cfgs(architecture)]
+    if timm.is_model(architecture) and (not dot or tag in tags):
+        return None  # whatever folder of this name there may be
     path, advice = Path(name), f"give the name of its network, and the file by {weights_option} {name}"
     if path.is_dir():
         return _about_folder(path)
+    if path.is_file() and (path.parent / "state.json").exists():
+        return f"it is a file of a checkpoint: give its folder, {path.parent}"
     if path.is_file():
-        inside = (path.parent / "state.json").exists()
-        return (
-            f"it is a file of a checkpoint: give its folder, {path.parent}"
-            if inside
-            else f"it is a file: {advice}"
-        )
+        return f"it is a file: {advice}"
     if name.endswith(FILE_ENDINGS):
         return f"there is no such file; if there were, {advice}"
+    if re.fullmatch(r"[\w-]+/[\w.-]+", name):
+        return f"there is no such folder; a model of the Hugging Face hub is hf-hub:{name}"
     if "/" in name or name.startswith((".", "~")):
-        on_hub = re.fullmatch(r"[\w-]+/[\w.-]+", name)
-        return "there is no such folder" + (
-            f"; a model of the Hugging Face hub is hf-hub:{name}" if on_hub else ""
-        )
-    architecture, dot, tag = name.partition(".")
-    if not timm.is_model(architecture):
-        near = get_close_matches(name, [*ours, *timm.list_models()]) or get_close_matches(
-            architecture, [*ours, *timm.list_models()]
-        )
-        return f"did you mean {' or '.join(near)}?" if near else ""
-    known = [other.partition(".")[2] for other in get_arch_pretrained_cfgs(architecture)]
-    if not dot or tag in known:
-        return None
-    near = get_close_matches(tag, known) or known
-    return f"Invalid pretrained tag ({tag}) for {architecture}, which has {listed(near)}"
+        return "there is no such folder"
+    if timm.is_model(architecture):
+        near = get_close_matches(tag, tags) or tags
+        return f"Invalid pretrained tag ({tag}) for {architecture}, which has {listed(near)}"
+    models = [*ours, *timm.list_models()]
+    near = get_close_matches(name, models) or get_close_matches(architecture, models)
+    return f"did you mean {' or '.join(near)}?" if near else ""
 
 
 def _about_folder(folder: Path) -> str:

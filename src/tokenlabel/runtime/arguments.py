@@ -57,11 +57,17 @@ def parse(
             read_yaml(path)  # names the file if it is none
             words[i], recipes = f"--recipe={path}", f"{path}: "
     try:
-        return parser.parse_args(words)
+        options = parser.parse_args(words)
     except ArgumentError as error:
         message = explain(error, [action.dest for action in parser._actions], options=_options(parser))
         of_file = message.startswith(("unknown key", "Unexpected config"))
         raise ValueError(f"{recipes}{message}" if of_file else message) from error
+    for option, _, value in (word.partition("=") for word in words):
+        action = parser._option_string_actions.get(option)
+        is_name = str in get_args(getattr(action, "_typehint", None)) and value.lower() not in ("null", "~")
+        if action and is_name and options.get(action.dest) is None:
+            options[action.dest] = value  # YAML reads #1 and &a as nothing
+    return options
 
 
 def configured(parser: ArgumentParser, options: Namespace, config: type[Config]) -> Config:
@@ -74,10 +80,9 @@ def configured(parser: ArgumentParser, options: Namespace, config: type[Config])
         known = _options(parser)
 
         def option(found: re.Match[str]) -> str:
-            whole = (
-                field for field in known if f".{field}".endswith(f".{found[0]}")
-            )  # messages may leave the group out
-            return known.get(next(whole, ""), found[0])
+            # A message may leave the group out.
+            fields = (field for field in known if f".{field}".endswith(f".{found[0]}"))
+            return known.get(next(fields, ""), found[0])
 
         keys = r"^[\w.]+(?= must )|(?<![-\w./])[a-z][a-z.]*_[\w.]*\w"
         raise ValueError(re.sub(keys, option, str(error))) from error
