@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import Row, Settings, interleave, ratios
+from tokenlabel.core.geometry import WHOLE_IMAGE
 from tokenlabel.data.augment import Interpolation
 from tokenlabel.labels.store import LabelStoreWriter, Manifest
-from tokenlabel.method.geometry import WHOLE_IMAGE
 from tokenlabel.teachers.dense import ClassifierNetwork
 from tokenlabel.teachers.labelling import Seen, label_batches
 from tokenlabel.teachers.networks import NetworkTeacher

@@ -20,12 +20,12 @@ from PIL import Image, ImageEnhance
 
 from benchmarks.data_speed import write_photos
 from benchmarks.measure import Row, Settings, interleave, ratios
+from tokenlabel.core.geometry import View
 from tokenlabel.data.batches import normalize_images
 from tokenlabel.data.colours import brightened, contrasted, sharpened
 from tokenlabel.data.images import decode_pixels
 from tokenlabel.data.resampling import MEAN_COLOUR, RESAMPLING, Interpolation, resize, warp
 from tokenlabel.data.tars import read_index, scan_tars, write_index
-from tokenlabel.method.geometry import View
 
 NUM_IMAGES, SIDE_PX, NUM_IN_TAR = 32, 224, 5000
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -23,9 +23,9 @@ from torch import nn
 
 from benchmarks.label_path import draw_boxes, draw_score_map
 from benchmarks.measure import Row, Settings, interleave, peak_bytes
-from tokenlabel.method.alignment import align, collate_score_maps
-from tokenlabel.method.geometry import View, stack_views
-from tokenlabel.method.losses import linear_cross_entropy
+from tokenlabel.core.align import align, collate_score_maps
+from tokenlabel.core.geometry import View, stack_views
+from tokenlabel.core.losses import linear_cross_entropy
 
 WIDTH = 240
 WAYS = ("targets", "targets + head + loss")

@@ -17,12 +17,12 @@ from torch.nn import functional as F
 from torchvision.ops import roi_align
 
 from benchmarks.measure import Row, Settings, interleave, peak_bytes, ratios
-from tokenlabel.method.alignment import ScoreMapBatch, align, collate_score_maps
-from tokenlabel.method.geometry import Box, View, stack_views
-from tokenlabel.method.losses import sparse_cross_entropy
-from tokenlabel.method.mixing import Mixing, mix_targets, sample_mix
-from tokenlabel.method.scores import ScoreMap, from_top
-from tokenlabel.method.targets import TokenTargets
+from tokenlabel.core.align import ScoreMapBatch, align, collate_score_maps
+from tokenlabel.core.geometry import Box, View, stack_views
+from tokenlabel.core.losses import sparse_cross_entropy
+from tokenlabel.core.mix import Mixing, mix_targets, sample_mix
+from tokenlabel.core.scores import ScoreMap, from_top
+from tokenlabel.core.targets import TokenTargets
 
 NUM_IMAGES = 64
 GRID = (14, 14)

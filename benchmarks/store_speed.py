@@ -20,9 +20,9 @@ import numpy as np
 
 from benchmarks.measure import Row, Settings
 from benchmarks.synthetic_maps import NUM_CLASSES, TOPK, synthetic_maps
+from tokenlabel.core.scores import ScoreMap
 from tokenlabel.labels.encoding import Encoding, pack, unpack
 from tokenlabel.labels.store import LabelStore, LabelStoreWriter, Manifest
-from tokenlabel.method.scores import ScoreMap
 
 NUM_IMAGES = 1_281_167
 NUM_READS = 100_000

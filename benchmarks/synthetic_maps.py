@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenlabel.method.scores import ScoreMap, from_probabilities
+from tokenlabel.core.scores import ScoreMap, from_probabilities
 
 GRID = (18, 18)
 NUM_CLASSES = 1000

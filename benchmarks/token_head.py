@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.measure import Row, Settings, interleave, peak_bytes, ratios
-from tokenlabel.method.losses import linear_cross_entropy, sparse_cross_entropy
-from tokenlabel.method.targets import TokenTargets
+from tokenlabel.core.losses import linear_cross_entropy, sparse_cross_entropy
+from tokenlabel.core.targets import TokenTargets
 
 NUM_TOKENS = 196
 WIDTH = 384

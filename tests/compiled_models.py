@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from tokenlabel.method.mixing import MixPlan
+from tokenlabel.core.mix import MixPlan
 from tokenlabel.models import TokenModel, create_model
 
 SMALL: dict[str, Any] = {"depth": 1, "width": 32, "num_heads": 4}

@@ -9,9 +9,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tokenlabel.method.geometry import Box, View
-from tokenlabel.method.scores import ScoreMap, from_top
-from tokenlabel.method.targets import TokenTargets
+from tokenlabel.core.geometry import Box, View
+from tokenlabel.core.scores import ScoreMap, from_top
+from tokenlabel.core.targets import TokenTargets
 
 
 def draw_score_map(

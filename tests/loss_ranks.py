@@ -10,9 +10,9 @@ import torch
 from label_cases import draw_targets
 from torch import Tensor, distributed, nn
 
-from tokenlabel.method.losses import token_label_loss
-from tokenlabel.method.outputs import Outputs
-from tokenlabel.method.targets import TokenTargets, class_targets
+from tokenlabel.core.losses import token_label_loss
+from tokenlabel.core.outputs import Outputs
+from tokenlabel.core.targets import TokenTargets, class_targets
 
 NUM_CLASSES = 9
 GRID = (1, 3)
@@ -64,7 +64,7 @@ def _run_rank(rank: int, folder: Path) -> None:
 def gradients_of_ranks(folder: Path) -> list[list[list[Tensor]]]:
     """Return what each of two ranks has after one backward pass, and after two of half its batch."""
     context = get_context("forkserver")
-    context.set_forkserver_preload(["tokenlabel.method.losses"])
+    context.set_forkserver_preload(["tokenlabel.core.losses"])
     ranks = [context.Process(target=_run_rank, args=(rank, folder)) for rank in range(2)]
     for process in ranks:
         process.start()

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tokenlabel.method.losses import token_label_loss
-from tokenlabel.method.mixing import MixPlan, mix_images, mix_tokens
-from tokenlabel.method.targets import TokenTargets, class_targets
+from tokenlabel.core.losses import token_label_loss
+from tokenlabel.core.mix import MixPlan, mix_images, mix_tokens
+from tokenlabel.core.targets import TokenTargets, class_targets
 from tokenlabel.models import NoTokenGridError, TimmAdapter, create_model
 
 NUM_CLASSES = 5

@@ -17,11 +17,11 @@ from label_cases import (
 from PIL import Image
 from torchvision.ops import roi_align
 
-from tokenlabel.method import blocks
-from tokenlabel.method.alignment import align, collate_score_maps, enough_samples
-from tokenlabel.method.geometry import Box, View, stack_views
-from tokenlabel.method.pooling import image_labels, whole_views
-from tokenlabel.method.scores import Kind, ScoreMap, from_mask, from_probabilities, from_top
+from tokenlabel.core import blocks
+from tokenlabel.core.align import align, collate_score_maps, enough_samples
+from tokenlabel.core.geometry import Box, View, stack_views
+from tokenlabel.core.pooling import image_labels, whole_views
+from tokenlabel.core.scores import Kind, ScoreMap, from_mask, from_probabilities, from_top
 
 seeds = st.integers(0, 2**32 - 1)
 grids = st.tuples(st.integers(1, 6), st.integers(1, 6))

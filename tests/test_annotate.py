@@ -26,15 +26,15 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tokenlabel.cli import main
+from tokenlabel.core.align import align, collate_score_maps
+from tokenlabel.core.geometry import WHOLE_IMAGE, Box, View, stack_views
+from tokenlabel.core.scores import ScoreError
 from tokenlabel.data.images import ImageError, ImageFolder
 from tokenlabel.data.sources import open_images
 from tokenlabel.data.tars import TarImages
 from tokenlabel.labels.fingerprints import find_replaced
 from tokenlabel.labels.inspection import InspectConfig, as_text, inspect_store
 from tokenlabel.labels.store import LabelStore, LabelStoreWriter, StoreError
-from tokenlabel.method.alignment import align, collate_score_maps
-from tokenlabel.method.geometry import WHOLE_IMAGE, Box, View, stack_views
-from tokenlabel.method.scores import ScoreError
 from tokenlabel.models import create_model
 from tokenlabel.runtime.background import ahead, thread_pool
 from tokenlabel.teachers.annotation import AnnotateConfig, annotate, annotate_by, make_teacher

@@ -13,6 +13,9 @@ from timm.data.transforms_factory import transforms_imagenet_eval
 from torch.nn import functional as F
 from torchvision.transforms import functional as vision
 
+from tokenlabel.core.align import align, collate_score_maps
+from tokenlabel.core.geometry import View, stack_views
+from tokenlabel.core.scores import from_mask
 from tokenlabel.data import images
 from tokenlabel.data.augment import (
     AugmentConfig,
@@ -26,9 +29,6 @@ from tokenlabel.data.augment import (
 )
 from tokenlabel.data.randaugment import COLOURS, WARPS, PolicyError, RandAugment, parse_randaugment
 from tokenlabel.data.resampling import MEAN_COLOUR, Interpolation, resize, warp
-from tokenlabel.method.alignment import align, collate_score_maps
-from tokenlabel.method.geometry import View, stack_views
-from tokenlabel.method.scores import from_mask
 
 fast = settings(max_examples=40, deadline=None)
 

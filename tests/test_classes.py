@@ -17,13 +17,13 @@ from timm.data.imagenet_info import ImageNetInfo
 from timm.models import save_for_hf
 
 from tokenlabel.cli import main
+from tokenlabel.core.scores import from_mask
 from tokenlabel.data.batches import LabelsError, check_labels
 from tokenlabel.data.classes import ClassMapError, ids_among
 from tokenlabel.data.imagenet import SETS, read_real_labels
 from tokenlabel.data.images import ImageFolder
 from tokenlabel.evaluation.observation import evaluation_set
 from tokenlabel.labels.store import LabelStore, LabelStoreWriter, Manifest
-from tokenlabel.method.scores import from_mask
 from tokenlabel.models import TimmAdapter, create_model
 from tokenlabel.teachers.classmap import class_map_for
 from tokenlabel.teachers.ensemble import name_classes

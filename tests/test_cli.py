@@ -13,10 +13,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from tokenlabel.cli import VERBS, main
+from tokenlabel.core.scores import from_mask
 from tokenlabel.data.scenes import write_scenes
 from tokenlabel.demo import DemoSize, run_demo
 from tokenlabel.labels.store import LabelStore, LabelStoreWriter, Manifest
-from tokenlabel.method.scores import from_mask
 from tokenlabel.models.weights import adapter_name
 from tokenlabel.training.checkpoint import load_model
 

@@ -19,6 +19,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from tokenlabel.core.geometry import Box, View
+from tokenlabel.core.scores import from_mask
 from tokenlabel.data import images
 from tokenlabel.data.batches import (
     BatchSampler,
@@ -43,8 +45,6 @@ from tokenlabel.data.images import (
 )
 from tokenlabel.data.sources import open_images
 from tokenlabel.data.workers import process_context
-from tokenlabel.method.geometry import Box, View
-from tokenlabel.method.scores import from_mask
 
 SIZE_PX = (6, 8)  # height, width
 

@@ -10,6 +10,8 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tokenlabel.core.geometry import Box
+from tokenlabel.core.scores import Kind, ScoreMap, from_mask, from_probabilities, from_top
 from tokenlabel.labels import encoding as encoding_module
 from tokenlabel.labels.encoding import (
     COMPACT_STEPS,
@@ -21,8 +23,6 @@ from tokenlabel.labels.encoding import (
     pack,
     unpack,
 )
-from tokenlabel.method.geometry import Box
-from tokenlabel.method.scores import Kind, ScoreMap, from_mask, from_probabilities, from_top
 
 STEPS = {Encoding.RAW: RAW_STEPS, Encoding.COMPACT: COMPACT_STEPS}
 EVERY = list(Encoding)

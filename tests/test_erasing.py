@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.data.random_erasing import RandomErasing
 
-from tokenlabel.data.erasing import Erased, ErasingConfig, ErasingMode, box_masks, draw_boxes, erase
-from tokenlabel.method.targets import TokenTargets
+from tokenlabel.core.erase import Erased, ErasingConfig, ErasingMode, box_masks, draw_boxes, erase
+from tokenlabel.core.targets import TokenTargets
 
 fast = settings(max_examples=30, deadline=None)
 

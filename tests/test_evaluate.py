@@ -5,13 +5,13 @@ import pytest
 import torch
 from PIL import Image
 
+from tokenlabel.core.align import align, collate_score_maps
+from tokenlabel.core.geometry import Box, View, stack_views
+from tokenlabel.core.scores import from_mask
 from tokenlabel.data.batches import Batch
 from tokenlabel.evaluation.evaluators import object_tokens
 from tokenlabel.evaluation.observation import MaskFolder, agreement, evaluate, mask_agreement
 from tokenlabel.labels.store import LabelStore, LabelStoreWriter, Manifest
-from tokenlabel.method.alignment import align, collate_score_maps
-from tokenlabel.method.geometry import Box, View, stack_views
-from tokenlabel.method.scores import from_mask
 from tokenlabel.models import Inference, Outputs, TokenModel
 
 CPU = torch.device("cpu")

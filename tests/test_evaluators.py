@@ -6,6 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tokenlabel.core.geometry import View, stack_views
+from tokenlabel.core.targets import TokenTargets
 from tokenlabel.data.batches import Batch
 from tokenlabel.evaluation.evaluators import (
     NUM_BINS,
@@ -19,8 +21,6 @@ from tokenlabel.evaluation.evaluators import (
     average_precision,
     rank_of_class,
 )
-from tokenlabel.method.geometry import View, stack_views
-from tokenlabel.method.targets import TokenTargets
 from tokenlabel.runtime.distributed import Ranks
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from label_cases import draw_view
 from PIL import Image
 
-from tokenlabel.method.geometry import Box, View, stack_views
+from tokenlabel.core.geometry import Box, View, stack_views
 
 seeds = st.integers(0, 2**32 - 1)
 fractions = st.floats(0, 1, allow_nan=False)
@@ -212,7 +212,5 @@ def test_stacked_views_end_with_the_source():
 
 
 def test_geometry_and_scores_come_without_torch():
-    code = (
-        "import sys, tokenlabel.method.geometry, tokenlabel.method.scores; sys.exit('torch' in sys.modules)"
-    )
+    code = "import sys, tokenlabel.core.geometry, tokenlabel.core.scores; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -10,6 +10,8 @@ import pytest
 from PIL import Image
 
 from tokenlabel.cli import main
+from tokenlabel.core.geometry import Box
+from tokenlabel.core.scores import Kind, from_mask, from_probabilities, from_top
 from tokenlabel.data.images import ImageFolder
 from tokenlabel.data.sources import open_images
 from tokenlabel.labels.encoding import Encoding
@@ -22,8 +24,6 @@ from tokenlabel.labels.inspection import (
     verify,
 )
 from tokenlabel.labels.store import Failure, LabelStore, LabelStoreWriter, Manifest, StoreError
-from tokenlabel.method.geometry import Box
-from tokenlabel.method.scores import Kind, from_mask, from_probabilities, from_top
 from tokenlabel.report.labels import write_pictures
 
 NAMES = ("ape", "bee", "cat", "dog")

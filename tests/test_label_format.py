@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tokenlabel.core.geometry import Box
+from tokenlabel.core.scores import Kind, ScoreMap, from_probabilities, from_top
 from tokenlabel.labels.encoding import Encoding
 from tokenlabel.labels.shards import Fingerprint
 from tokenlabel.labels.store import LabelStore, LabelStoreWriter, Manifest
-from tokenlabel.method.geometry import Box
-from tokenlabel.method.scores import Kind, ScoreMap, from_probabilities, from_top
 
 NUM_CLASSES = 700
 REGION = Box(0.125, 0.0, 0.875, 1.0)

@@ -8,13 +8,13 @@ from torch import nn
 
 from benchmarks.label_path import GRID, dense_targets, draw_boxes, draw_score_map, make_case
 from benchmarks.measure import Settings, peak_bytes
-from tokenlabel.method import blocks
-from tokenlabel.method.alignment import align, collate_score_maps
-from tokenlabel.method.geometry import View, stack_views
-from tokenlabel.method.losses import linear_cross_entropy, sparse_cross_entropy, token_label_loss
-from tokenlabel.method.mixing import Mixing, mix_targets, sample_mix
-from tokenlabel.method.outputs import Outputs
-from tokenlabel.method.targets import class_targets
+from tokenlabel.core import blocks
+from tokenlabel.core.align import align, collate_score_maps
+from tokenlabel.core.geometry import View, stack_views
+from tokenlabel.core.losses import linear_cross_entropy, sparse_cross_entropy, token_label_loss
+from tokenlabel.core.mix import Mixing, mix_targets, sample_mix
+from tokenlabel.core.outputs import Outputs
+from tokenlabel.core.targets import class_targets
 
 SETTINGS = Settings(torch.device("cpu"), quick=True)
 WIDTH = 16

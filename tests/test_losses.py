@@ -9,13 +9,13 @@ from loss_ranks import ModelWithLoss, gradients, gradients_of_ranks
 from torch import distributed as dist
 from torch import nn
 
-from tokenlabel.method import blocks
-from tokenlabel.method.alignment import align, collate_score_maps
-from tokenlabel.method.geometry import stack_views
-from tokenlabel.method.losses import linear_cross_entropy, sparse_cross_entropy, token_label_loss
-from tokenlabel.method.mixing import Mixing, mix_targets, sample_mix
-from tokenlabel.method.outputs import Outputs
-from tokenlabel.method.targets import TokenTargets, class_targets
+from tokenlabel.core import blocks
+from tokenlabel.core.align import align, collate_score_maps
+from tokenlabel.core.geometry import stack_views
+from tokenlabel.core.losses import linear_cross_entropy, sparse_cross_entropy, token_label_loss
+from tokenlabel.core.mix import Mixing, mix_targets, sample_mix
+from tokenlabel.core.outputs import Outputs
+from tokenlabel.core.targets import TokenTargets, class_targets
 from tokenlabel.models import create_model
 
 seeds = st.integers(0, 2**32 - 1)
@@ -426,7 +426,7 @@ def test_models_of_many_classes_are_trained_through_the_fused_head(monkeypatch, 
         taken.append(head)
         return linear_cross_entropy(tokens, head, targets)
 
-    monkeypatch.setattr("tokenlabel.method.losses.linear_cross_entropy", fused)
+    monkeypatch.setattr("tokenlabel.core.losses.linear_cross_entropy", fused)
     model = create_model(name, num_classes=1000, size_px=(64, 64), **options)
     outputs = model(torch.zeros(2, 3, 64, 64))
     num_tokens = outputs.tokens.shape[1]

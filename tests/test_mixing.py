@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from label_cases import dense_targets, draw_targets
 from torch.nn import functional as F
 
-from tokenlabel.method.mixing import (
+from tokenlabel.core.mix import (
     Mixing,
     MixPlan,
     join_plans,
@@ -15,7 +15,7 @@ from tokenlabel.method.mixing import (
     mix_tokens,
     sample_mix,
 )
-from tokenlabel.method.targets import class_targets
+from tokenlabel.core.targets import class_targets
 
 MIXES = [Mixing.MIXTOKEN, Mixing.CUTMIX, Mixing.MIXUP]
 

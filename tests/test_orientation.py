@@ -10,15 +10,15 @@ from annotation_ranks import CPU, ByColour
 from PIL import Image, ImageOps, features
 
 from tokenlabel.cli import main
+from tokenlabel.core.align import LogitsMode, align
+from tokenlabel.core.geometry import OPPOSITE, Box, turned, turned_box
+from tokenlabel.core.scores import Kind, Orientation, from_top, turned_map
 from tokenlabel.data import images
 from tokenlabel.data.augment import AugmentConfig, EvalTransform, TrainTransform
 from tokenlabel.data.batches import TokenLabelDataset, collate
 from tokenlabel.data.images import ImageFolder, decode_image, decode_pixels, orientation_of
 from tokenlabel.evaluation.observation import MaskFolder, mask_agreement
 from tokenlabel.labels.store import LabelStore, LabelStoreWriter, Manifest, StoreError
-from tokenlabel.method.alignment import LogitsMode, align
-from tokenlabel.method.geometry import OPPOSITE, Box, turned, turned_box
-from tokenlabel.method.scores import Kind, Orientation, from_top, turned_map
 from tokenlabel.report.labels import write_pictures
 from tokenlabel.teachers.annotation import AnnotateConfig, annotate, annotate_by
 

@@ -13,26 +13,26 @@ import numpy as np
 import pytest
 
 import tokenlabel
+from tokenlabel.core.scores import from_mask
 from tokenlabel.labels.store import LabelStoreWriter, Manifest
-from tokenlabel.method.scores import from_mask
 from tokenlabel.runtime.configuration import _enums
 from tokenlabel.training.recipe import Recipe
 
 # The rooms of the package from the ground up, and which of those below them each may import (docs/architecture.md).
 ROOMS = {
     "runtime": "",
-    "method": "runtime",
+    "core": "runtime",
     "drawing": "runtime",
-    "data": "runtime method",
-    "models": "runtime method",
-    "labels": "runtime method data",
-    "training": "runtime method data models",
-    "evaluation": "runtime method data models labels training",
-    "teachers": "runtime method data models labels training evaluation",
-    "classification": "runtime method drawing data models labels training evaluation teachers",
+    "data": "runtime core",
+    "models": "runtime core",
+    "labels": "runtime core data",
+    "training": "runtime core data models",
+    "evaluation": "runtime core data models labels training",
+    "teachers": "runtime core data models labels training evaluation",
+    "classification": "runtime core drawing data models labels training evaluation teachers",
     "segmentation": "runtime drawing data models training",
-    "comparison": "runtime method drawing data models labels training evaluation classification",
-    "report": "runtime method drawing data labels training evaluation teachers classification segmentation",
+    "comparison": "runtime core drawing data models labels training evaluation classification",
+    "report": "runtime core drawing data labels training evaluation teachers classification segmentation",
 }
 ON_TOP = {"__init__", "__main__", "cli", "demo"}
 SOURCES = Path(tokenlabel.__file__).parent
@@ -60,7 +60,7 @@ def test_every_enum_that_a_public_configuration_takes_is_public():
 
 
 def test_functions_are_not_hidden_by_the_modules_that_hold_them():
-    importlib.import_module("tokenlabel.method.alignment")
+    importlib.import_module("tokenlabel.core.align")
     importlib.import_module("tokenlabel.teachers.annotation")
     assert callable(tokenlabel.align)
     assert callable(tokenlabel.annotate)

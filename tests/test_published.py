@@ -11,6 +11,9 @@ from PIL import Image
 from torchvision.ops import roi_align
 
 from tokenlabel.cli import main
+from tokenlabel.core.align import LogitsMode, align, collate_score_maps
+from tokenlabel.core.geometry import Box, View, stack_views
+from tokenlabel.core.scores import Kind, ScoreError, ScoreMap, from_probabilities, from_top
 from tokenlabel.labels.published import (
     ImportConfig,
     Layout,
@@ -20,9 +23,6 @@ from tokenlabel.labels.published import (
     read_label_file,
 )
 from tokenlabel.labels.store import LabelStore, StoreError
-from tokenlabel.method.alignment import LogitsMode, align, collate_score_maps
-from tokenlabel.method.geometry import Box, View, stack_views
-from tokenlabel.method.scores import Kind, ScoreError, ScoreMap, from_probabilities, from_top
 
 NUM_CLASSES = 30
 

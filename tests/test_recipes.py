@@ -14,12 +14,12 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from tokenlabel.classification.task import build, draw_plan, train
+from tokenlabel.core.align import LogitsMode, align
+from tokenlabel.core.mix import Mixing, join_plans
+from tokenlabel.core.scores import from_mask
 from tokenlabel.data.scenes import write_scenes
 from tokenlabel.labels.published import ImportConfig, import_labels
 from tokenlabel.labels.store import LabelStoreWriter, Manifest
-from tokenlabel.method.alignment import LogitsMode, align
-from tokenlabel.method.mixing import Mixing, join_plans
-from tokenlabel.method.scores import from_mask
 from tokenlabel.models import create_model
 from tokenlabel.runtime.configuration import ConfigError, config_from_dict
 from tokenlabel.runtime.distributed import Ranks

@@ -18,13 +18,13 @@ from test_train import CPU, nested_recipe, scenes, weights_of  # noqa: F401  (sc
 
 from tokenlabel.classification.task import build, train
 from tokenlabel.cli import main
+from tokenlabel.core.align import LogitsMode, align, collate_score_maps
+from tokenlabel.core.losses import sparse_cross_entropy
+from tokenlabel.core.scores import Kind, from_top, unknown_map
 from tokenlabel.data.batches import collate, normalize_images
 from tokenlabel.data.images import DataError, ImageFiles
 from tokenlabel.evaluation.observation import evaluation_set
 from tokenlabel.labels.store import LabelStore, LabelStoreWriter
-from tokenlabel.method.alignment import LogitsMode, align, collate_score_maps
-from tokenlabel.method.losses import sparse_cross_entropy
-from tokenlabel.method.scores import Kind, from_top, unknown_map
 from tokenlabel.runtime import distributed
 from tokenlabel.runtime.configuration import ConfigError, config_from_dict
 from tokenlabel.runtime.distributed import Ranks, current_ranks, joined_ranks

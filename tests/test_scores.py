@@ -4,8 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from label_cases import dense_map, draw_score_map
 
-from tokenlabel.method.geometry import Box
-from tokenlabel.method.scores import Kind, ScoreError, from_mask, from_probabilities, from_top
+from tokenlabel.core.geometry import Box
+from tokenlabel.core.scores import Kind, ScoreError, from_mask, from_probabilities, from_top
 
 CERTAIN = np.ones((2, 3, 1), np.float32)
 

@@ -21,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
+from tokenlabel.core.scores import ScoreMap, from_probabilities
 from tokenlabel.labels.encoding import Encoding
 from tokenlabel.labels.manifest import write_manifest
 from tokenlabel.labels.shards import Fingerprint, key_hash, open_shard, write_shard
@@ -36,7 +37,6 @@ from tokenlabel.labels.store import (
     remove_leftovers,
     update_failures,
 )
-from tokenlabel.method.scores import ScoreMap, from_probabilities
 
 NUM_MUTATIONS = int(os.environ.get("TOKENLABEL_MUTATIONS", "10000"))
 

@@ -8,7 +8,7 @@ import torch
 from golden_values import formula_image, formula_weights, golden_outputs, published_keys
 from torch import Tensor
 
-from tokenlabel.method.mixing import MixPlan
+from tokenlabel.core.mix import MixPlan
 from tokenlabel.models import T2TViT, create_model
 from tokenlabel.models.t2t_vit import CONFIGS, Performer, TokensToToken, sinusoids
 

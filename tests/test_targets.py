@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from label_cases import dense_targets, draw_targets
 
-from tokenlabel.method.targets import TokenTargets, class_targets
+from tokenlabel.core.targets import TokenTargets, class_targets
 
 cases = st.tuples(st.integers(0, 2**32 - 1), st.integers(1, 4), st.integers(1, 6), st.integers(2, 12))
 

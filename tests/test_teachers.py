@@ -12,10 +12,10 @@ from safetensors.torch import save_file
 from timm.models import get_pretrained_cfg
 
 from tokenlabel.cli import main
+from tokenlabel.core.geometry import WHOLE_IMAGE
+from tokenlabel.core.scores import from_top
 from tokenlabel.data.augment import EvalTransform, Interpolation
 from tokenlabel.evaluation.pretrained import PretrainedError, check_classes
-from tokenlabel.method.geometry import WHOLE_IMAGE
-from tokenlabel.method.scores import from_top
 from tokenlabel.models import TimmAdapter, create_model
 from tokenlabel.teachers.classmap import ClassMap, ClassMapError, class_map_for
 from tokenlabel.teachers.dense import ClassifierNetwork, NoDenseMapError, TokenNetwork

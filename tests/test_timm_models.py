@@ -15,7 +15,7 @@ from timm.models import save_for_hf
 from timm.optim._param_groups import param_groups_layer_decay
 from torch import nn
 
-from tokenlabel.method.mixing import MixPlan
+from tokenlabel.core.mix import MixPlan
 from tokenlabel.models import Inference, TimmAdapter, create_model, register_with_timm
 from tokenlabel.models.weights import adapter_name
 

@@ -20,10 +20,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from tokenlabel.classification.task import build, train
+from tokenlabel.core.scores import from_mask
 from tokenlabel.data.scenes import write_scenes
 from tokenlabel.data.tars import TarImages
 from tokenlabel.labels.store import LabelStore, LabelStoreWriter, Manifest
-from tokenlabel.method.scores import from_mask
 from tokenlabel.runtime.configuration import ConfigError, config_from_dict
 from tokenlabel.runtime.distributed import Ranks
 from tokenlabel.runtime.interruption import Interrupted

@@ -20,13 +20,13 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, DistributedSampler
 
 import tokenlabel as tl
+from tokenlabel.core.scores import from_mask, from_top
 from tokenlabel.data.batches import Batch
 from tokenlabel.evaluation.assessment import EvalOptions
 from tokenlabel.evaluation.observation import evaluate, observe
 from tokenlabel.labels.encoding import pack
 from tokenlabel.labels.inspection import InspectConfig
 from tokenlabel.labels.published import ImportConfig, Layout
-from tokenlabel.method.scores import from_mask, from_top
 from tokenlabel.models import TokenModel
 from tokenlabel.segmentation.inference import SegmentEvalConfig
 from tokenlabel.segmentation.model import SegmentModelConfig

@@ -13,6 +13,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tokenlabel.core.align import LogitsMode, align, collate_score_maps
+    from tokenlabel.core.erase import ErasingConfig, ErasingMode
+    from tokenlabel.core.geometry import Box, View, stack_views
+    from tokenlabel.core.losses import sparse_cross_entropy, token_label_loss
+    from tokenlabel.core.mix import Mixing, MixPlan, mix_images, mix_targets, sample_mix
+    from tokenlabel.core.outputs import Inference, Outputs
+    from tokenlabel.core.scores import Kind, ScoreMap
+    from tokenlabel.core.targets import TokenTargets, class_targets
     from tokenlabel.data.augment import AugmentConfig, EvalTransform, Order, TrainTransform
     from tokenlabel.data.batches import (
         BatchSampler,
@@ -21,20 +29,12 @@ if TYPE_CHECKING:
         make_loader,
         normalize_images,
     )
-    from tokenlabel.data.erasing import ErasingConfig, ErasingMode
     from tokenlabel.data.images import ImageCheck, check_images
     from tokenlabel.data.resampling import Interpolation
     from tokenlabel.data.sources import open_images
     from tokenlabel.labels.encoding import Encoding
     from tokenlabel.labels.manifest import Manifest
     from tokenlabel.labels.store import LabelStore, LabelStoreWriter, merge_stores
-    from tokenlabel.method.alignment import LogitsMode, align, collate_score_maps
-    from tokenlabel.method.geometry import Box, View, stack_views
-    from tokenlabel.method.losses import sparse_cross_entropy, token_label_loss
-    from tokenlabel.method.mixing import Mixing, MixPlan, mix_images, mix_targets, sample_mix
-    from tokenlabel.method.outputs import Inference, Outputs
-    from tokenlabel.method.scores import Kind, ScoreMap
-    from tokenlabel.method.targets import TokenTargets, class_targets
     from tokenlabel.models import create_model
     from tokenlabel.teachers.annotation import AnnotateConfig, annotate
     from tokenlabel.training.objectives import ClassTarget, Extent, TokenChoice
@@ -45,20 +45,20 @@ if TYPE_CHECKING:
 _HOMES = {
     "data.augment": ("AugmentConfig", "EvalTransform", "Order", "TrainTransform"),
     "data.batches": ("BatchSampler", "TokenLabelDataset", "collate", "make_loader", "normalize_images"),
-    "data.erasing": ("ErasingConfig", "ErasingMode"),
+    "core.erase": ("ErasingConfig", "ErasingMode"),
     "data.images": ("ImageCheck", "check_images"),
     "data.resampling": ("Interpolation",),
     "data.sources": ("open_images",),
     "labels.encoding": ("Encoding",),
     "labels.manifest": ("Manifest",),
     "labels.store": ("LabelStore", "LabelStoreWriter", "merge_stores"),
-    "method.alignment": ("LogitsMode", "align", "collate_score_maps"),
-    "method.geometry": ("Box", "View", "stack_views"),
-    "method.losses": ("sparse_cross_entropy", "token_label_loss"),
-    "method.mixing": ("MixPlan", "Mixing", "mix_images", "mix_targets", "sample_mix"),
-    "method.outputs": ("Inference", "Outputs"),
-    "method.scores": ("Kind", "ScoreMap"),
-    "method.targets": ("TokenTargets", "class_targets"),
+    "core.align": ("LogitsMode", "align", "collate_score_maps"),
+    "core.geometry": ("Box", "View", "stack_views"),
+    "core.losses": ("sparse_cross_entropy", "token_label_loss"),
+    "core.mix": ("MixPlan", "Mixing", "mix_images", "mix_targets", "sample_mix"),
+    "core.outputs": ("Inference", "Outputs"),
+    "core.scores": ("Kind", "ScoreMap"),
+    "core.targets": ("TokenTargets", "class_targets"),
     "models": ("create_model",),
     "teachers.annotation": ("AnnotateConfig", "annotate"),
     "training.objectives": ("ClassTarget", "Extent", "TokenChoice"),

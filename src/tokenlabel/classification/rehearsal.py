@@ -15,9 +15,9 @@ from PIL import Image
 from torch.profiler import ProfilerActivity
 
 from tokenlabel.classification.task import ClassifierTask, build
+from tokenlabel.core.erase import ErasingConfig
 from tokenlabel.data.augment import EvalTransform
 from tokenlabel.data.batches import Batch, ImageSubset, TokenLabelDataset, collate, normalize_images
-from tokenlabel.data.erasing import ErasingConfig
 from tokenlabel.drawing.pictures import enlarged, with_cells
 from tokenlabel.runtime.configuration import ConfigError
 from tokenlabel.runtime.distributed import joined_ranks

@@ -16,6 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from tokenlabel.core.erase import Erased, erase
+from tokenlabel.core.mix import Mixing, MixPlan, join_plans, sample_mix
 from tokenlabel.data.augment import TrainTransform
 from tokenlabel.data.batches import (
     Batch,
@@ -28,13 +30,11 @@ from tokenlabel.data.batches import (
     shard_order,
 )
 from tokenlabel.data.classes import difference, same_classes
-from tokenlabel.data.erasing import Erased, erase
 from tokenlabel.data.images import ImageCheck, ImageError, ImageSource, describe, find_broken
 from tokenlabel.data.sources import open_aloud, refuse_single_class
 from tokenlabel.data.tars import TarImages
 from tokenlabel.evaluation.observation import evaluate, evaluation_set
 from tokenlabel.labels.store import LabelStore
-from tokenlabel.method.mixing import Mixing, MixPlan, join_plans, sample_mix
 from tokenlabel.models import TokenModel, create_model, load_published
 from tokenlabel.models.weights import read_class_names
 from tokenlabel.runtime.configuration import ConfigError

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from tokenlabel.comparison.defects import DefectiveDataset
+from tokenlabel.core.align import align
 from tokenlabel.data.augment import TrainTransform
 from tokenlabel.data.batches import Batch, ScoreMaps, TokenLabelDataset, collate
 from tokenlabel.data.sources import open_images
@@ -19,7 +20,6 @@ from tokenlabel.evaluation.evaluators import Accuracy, Calibration, TokenTruth
 from tokenlabel.evaluation.observation import MaskFolder, agreement, evaluation_set, observe
 from tokenlabel.evaluation.probe import probe_figures
 from tokenlabel.labels.store import LabelStore
-from tokenlabel.method.alignment import align
 from tokenlabel.models import Inference
 from tokenlabel.runtime.files import write_whole
 from tokenlabel.runtime.runlog import read_metrics

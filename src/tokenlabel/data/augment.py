@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from tokenlabel.core.geometry import Box, View
 from tokenlabel.data.colours import (
     ColourChange,
     blurred,
@@ -29,7 +30,6 @@ from tokenlabel.data.colours import (
 )
 from tokenlabel.data.randaugment import parse_randaugment
 from tokenlabel.data.resampling import RESAMPLING, Interpolation, flipped, resize, warp
-from tokenlabel.method.geometry import Box, View
 from tokenlabel.runtime.coercion import Choice, Size, coerced_fields, pair
 from tokenlabel.runtime.ranges import COUNT, POSITIVE, check_numbers
 

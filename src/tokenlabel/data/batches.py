@@ -20,6 +20,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data._utils.collate import default_collate_fn_map  # where PyTorch wants new types entered
 
+from tokenlabel.core.align import ScoreMapBatch, collate_score_maps
+from tokenlabel.core.geometry import View, stack_views
+from tokenlabel.core.scores import Kind, Orientation, ScoreMap, turned_map, unknown_map
 from tokenlabel.data.classes import difference, same_classes, say_order
 from tokenlabel.data.images import (
     DataError,
@@ -35,9 +38,6 @@ from tokenlabel.data.images import (
 )
 from tokenlabel.data.samplers import FOR_SAMPLE, BatchSampler, EvalBatchSampler, shard_order
 from tokenlabel.data.workers import prepare_worker, process_context, stack
-from tokenlabel.method.alignment import ScoreMapBatch, collate_score_maps
-from tokenlabel.method.geometry import View, stack_views
-from tokenlabel.method.scores import Kind, Orientation, ScoreMap, turned_map, unknown_map
 from tokenlabel.runtime.notices import listed, say
 
 __all__ = [

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from tokenlabel.core.geometry import turned
 from tokenlabel.data.folders import (
     EXTENSIONS,
     NEED_CLASSES,
@@ -27,7 +28,6 @@ from tokenlabel.data.folders import (
     refuse_equal_looking,
     without_masks,
 )
-from tokenlabel.method.geometry import turned
 from tokenlabel.runtime.coercion import Choice
 from tokenlabel.runtime.notices import listed, say
 

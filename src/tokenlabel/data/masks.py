@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from tokenlabel.core.geometry import turned
 from tokenlabel.data.images import orientation_of
-from tokenlabel.method.geometry import turned
 
 SUFFIXES = (".png", ".PNG", ".tif", ".tiff", ".bmp", ".gif", ".pgm")  # formats that keep numbers as they are
 _LOSSY = ("JPEG", "MPO", "WEBP", "AVIF")

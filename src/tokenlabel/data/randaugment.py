@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import ImageOps
 
+from tokenlabel.core.geometry import View
 from tokenlabel.data.colours import (
     ColourChange,
     blurred,
@@ -27,7 +28,6 @@ from tokenlabel.data.colours import (
     solarize_added,
     solarized,
 )
-from tokenlabel.method.geometry import View
 
 # An operation's strength is a level: 1 is the end of its range (timm's magnitude 10), and the sign is drawn
 # for all alike; those that have only one direction ignore it.

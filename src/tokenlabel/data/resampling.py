@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.nn import functional as F
 
-from tokenlabel.method.geometry import View
+from tokenlabel.core.geometry import View
 from tokenlabel.runtime.coercion import Choice, Size, pair
 
 # The mean of ImageNet's pixels, which timm fills with, too.

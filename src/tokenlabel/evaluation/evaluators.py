@@ -16,9 +16,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from tokenlabel.core.align import align
+from tokenlabel.core.targets import TokenTargets
 from tokenlabel.data.batches import Batch
-from tokenlabel.method.alignment import align
-from tokenlabel.method.targets import TokenTargets
 from tokenlabel.runtime.distributed import Ranks
 
 # A token shows an object, and can be right or wrong about it, if its mask covers this much of the token's cell.

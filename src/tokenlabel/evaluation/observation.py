@@ -16,6 +16,10 @@ from jaxtyping import Bool
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tokenlabel.core.align import align, collate_score_maps
+from tokenlabel.core.geometry import View, stack_views
+from tokenlabel.core.scores import Orientation, ScoreMap, from_mask, turned_map
+from tokenlabel.core.targets import TokenTargets
 from tokenlabel.data.augment import EvalTransform
 from tokenlabel.data.batches import Batch, TokenLabelDataset, normalize_images
 from tokenlabel.data.imagenet import as_classes_of
@@ -24,10 +28,6 @@ from tokenlabel.data.masks import MaskError, check_upright, decode_mask, mask_na
 from tokenlabel.data.sources import open_images
 from tokenlabel.evaluation.evaluators import Accuracy, Calibration, Evaluator, Seen, TokenTruth, object_tokens
 from tokenlabel.labels.store import LabelStore
-from tokenlabel.method.alignment import align, collate_score_maps
-from tokenlabel.method.geometry import View, stack_views
-from tokenlabel.method.scores import Orientation, ScoreMap, from_mask, turned_map
-from tokenlabel.method.targets import TokenTargets
 from tokenlabel.models import Inference, Outputs, TokenModel
 from tokenlabel.runtime.coercion import coerced
 from tokenlabel.runtime.distributed import Ranks

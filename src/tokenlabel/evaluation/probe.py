@@ -10,10 +10,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from tokenlabel.core.align import align
+from tokenlabel.core.targets import TokenTargets
 from tokenlabel.data.batches import Batch, normalize_images
 from tokenlabel.evaluation.evaluators import TokenTruth, object_tokens
-from tokenlabel.method.alignment import align
-from tokenlabel.method.targets import TokenTargets
 from tokenlabel.models import TokenModel
 
 # Ridge, relative to the mean of the features' variances: enough to make the solution exist, too little to shrink it.

@@ -19,8 +19,8 @@ import numpy as np
 import zstandard
 from numpy.typing import NDArray
 
-from tokenlabel.method.geometry import WHOLE_IMAGE, Box
-from tokenlabel.method.scores import Kind, ScoreMap
+from tokenlabel.core.geometry import WHOLE_IMAGE, Box
+from tokenlabel.core.scores import Kind, ScoreMap
 from tokenlabel.runtime.coercion import Choice
 
 

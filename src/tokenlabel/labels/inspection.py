@@ -12,12 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from tokenlabel.core.scores import Kind, ScoreMap
 from tokenlabel.data.classes import composed, ids_among, say_order, strangers
 from tokenlabel.data.images import ImageSource
 from tokenlabel.labels.fingerprints import find_replaced
 from tokenlabel.labels.store import LabelStore, Manifest, StoreError, read_manifest
 from tokenlabel.labels.wordnet import with_words
-from tokenlabel.method.scores import Kind, ScoreMap
 from tokenlabel.runtime.coercion import coerced_fields
 from tokenlabel.runtime.notices import listed, say
 from tokenlabel.runtime.ranges import COUNT, check_numbers

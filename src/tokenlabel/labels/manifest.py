@@ -12,10 +12,10 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar
 
+from tokenlabel.core.scores import Kind, Orientation
 from tokenlabel.data.classes import composed
 from tokenlabel.labels.encoding import Encoding
 from tokenlabel.labels.shards import SUFFIX, StoreError, write_atomically
-from tokenlabel.method.scores import Kind, Orientation
 from tokenlabel.runtime.coercion import coerced_fields
 from tokenlabel.runtime.notices import listed
 

@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
+from tokenlabel.core.geometry import WHOLE_IMAGE, Box
+from tokenlabel.core.scores import Kind, Orientation, ScoreError, ScoreMap, from_top
 from tokenlabel.data.images import ImageError, ImageSource
 from tokenlabel.data.sources import open_aloud
 from tokenlabel.labels.encoding import Encoding
@@ -34,8 +36,6 @@ from tokenlabel.labels.store import (
     update_failures,
 )
 from tokenlabel.labels.wordnet import imagenet_ids
-from tokenlabel.method.geometry import WHOLE_IMAGE, Box
-from tokenlabel.method.scores import Kind, Orientation, ScoreError, ScoreMap, from_top
 from tokenlabel.runtime.background import ahead, thread_pool
 from tokenlabel.runtime.coercion import Choice, coerced_fields
 from tokenlabel.runtime.errors import first_line

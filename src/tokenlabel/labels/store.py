@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from tokenlabel.core.scores import ScoreMap
 from tokenlabel.labels.duplicates import find_duplicates
 from tokenlabel.labels.encoding import Encoding, EncodingError, pack, unpack
 from tokenlabel.labels.manifest import (
@@ -46,7 +47,6 @@ from tokenlabel.labels.shards import (
     open_shard,
     write_shard,
 )
-from tokenlabel.method.scores import ScoreMap
 from tokenlabel.runtime.files import UNFINISHED
 from tokenlabel.runtime.notices import listed, say
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tokenlabel.method.outputs import Inference, Outputs, TokenModel
+from tokenlabel.core.outputs import Inference, Outputs, TokenModel
 from tokenlabel.models.adapter import NoTokenGridError, TimmAdapter, create_timm_adapter
 from tokenlabel.models.hub import why_unknown
 from tokenlabel.models.lvvit import LVViT, LVViTConfig

@@ -20,8 +20,8 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import get_pretrained_cfg, group_parameters
 from torch import Tensor, nn
 
-from tokenlabel.method.mixing import MixPlan, mix_images
-from tokenlabel.method.outputs import Outputs, TokenModel, check_ascending
+from tokenlabel.core.mix import MixPlan, mix_images
+from tokenlabel.core.outputs import Outputs, TokenModel, check_ascending
 from tokenlabel.models.hub import hub_or_cache
 from tokenlabel.runtime.coercion import Size, pair
 from tokenlabel.runtime.errors import first_line

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from tokenlabel.method.linear import Linear
-from tokenlabel.method.mixing import MixPlan, mix_tokens
+from tokenlabel.core.linear import Linear
+from tokenlabel.core.mix import MixPlan, mix_tokens
 from tokenlabel.runtime.coercion import Size, coerced_fields, pair
 
 

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from tokenlabel.core.scores import Orientation, ScoreMap, turned_map
 from tokenlabel.data.images import ImageError, ImageSource, decode_image, orientation_of
 from tokenlabel.drawing.pictures import class_colour, with_cells
 from tokenlabel.labels.inspection import Look, as_probabilities, by_doubt, class_finder, look_at
 from tokenlabel.labels.store import LabelStore, StoreError
 from tokenlabel.labels.wordnet import with_words
-from tokenlabel.method.scores import Orientation, ScoreMap, turned_map
 from tokenlabel.runtime.notices import say
 
 SAMPLE = 2000

@@ -14,13 +14,13 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from tokenlabel.classification.task import build, draw_plan
+from tokenlabel.core.mix import MixPlan, mix_images
+from tokenlabel.core.targets import TokenTargets
 from tokenlabel.data.batches import Batch, collate, decode_image
 from tokenlabel.drawing.charts import Points, curve_chart
 from tokenlabel.drawing.page import gallery, section, settings_table, svg, table, write_page
 from tokenlabel.drawing.pictures import enlarged, mask_picture, with_cells
 from tokenlabel.evaluation.observation import evaluation_set
-from tokenlabel.method.mixing import MixPlan, mix_images
-from tokenlabel.method.targets import TokenTargets
 from tokenlabel.report.contrast import contrast_sections, guesses_of, load_for_pictures, place_maps
 from tokenlabel.report.names import short_names
 from tokenlabel.report.segmentation import is_segmentation_run, segmentation_sections

@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from tokenlabel.core.geometry import OPPOSITE, Box
+from tokenlabel.core.scores import Orientation, ScoreError, from_top, turned_map
 from tokenlabel.data.images import ImageError, ImageSource, decode_image, orientation_of
 from tokenlabel.labels.store import Failure, Manifest, pack_for
-from tokenlabel.method.geometry import OPPOSITE, Box
-from tokenlabel.method.scores import Orientation, ScoreError, from_top, turned_map
 from tokenlabel.runtime.background import ahead, thread_pool
 from tokenlabel.teachers.masks import MaskTeacher
 from tokenlabel.teachers.networks import Teacher

@@ -11,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
+from tokenlabel.core.scores import ScoreMap, from_mask, from_top
 from tokenlabel.data.images import ImageSource
 from tokenlabel.evaluation.observation import MaskFolder
-from tokenlabel.method.scores import ScoreMap, from_mask, from_top
 from tokenlabel.teachers.classmap import ClassMap
 
 MAX_IDS = 65_536  # ids of a mask, which has up to 16 bits

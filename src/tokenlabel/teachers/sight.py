@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from tokenlabel.core.geometry import WHOLE_IMAGE, Box, View
 from tokenlabel.data.augment import EvalTransform, Interpolation
-from tokenlabel.method.geometry import WHOLE_IMAGE, Box, View
 from tokenlabel.runtime.coercion import coerced_fields
 
 RESAMPLING = {

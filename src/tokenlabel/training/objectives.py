@@ -14,13 +14,12 @@ import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
-from tokenlabel.data.batches import Batch
-from tokenlabel.data.erasing import Erased
-from tokenlabel.method.alignment import LogitsMode, ScoreMapBatch, align
-from tokenlabel.method.losses import TokenLabelLoss, sparse_cross_entropy, token_label_loss
-from tokenlabel.method.mixing import MixPlan, mix_targets
-from tokenlabel.method.outputs import Outputs
-from tokenlabel.method.pooling import (
+from tokenlabel.core.align import LogitsMode, ScoreMapBatch, align
+from tokenlabel.core.erase import Erased
+from tokenlabel.core.losses import TokenLabelLoss, sparse_cross_entropy, token_label_loss
+from tokenlabel.core.mix import MixPlan, mix_targets
+from tokenlabel.core.outputs import Outputs
+from tokenlabel.core.pooling import (
     corrected,
     every_class,
     image_labels,
@@ -30,7 +29,8 @@ from tokenlabel.method.pooling import (
     softened,
     whole_views,
 )
-from tokenlabel.method.targets import TokenTargets, class_targets
+from tokenlabel.core.targets import TokenTargets, class_targets
+from tokenlabel.data.batches import Batch
 from tokenlabel.runtime.coercion import Choice, coerced_fields
 from tokenlabel.runtime.ranges import NATURAL, check_numbers
 

@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 import jsonargparse
 
+from tokenlabel.core.erase import ErasingConfig
+from tokenlabel.core.mix import Mixing
 from tokenlabel.data.augment import AugmentConfig
-from tokenlabel.data.erasing import ErasingConfig
 from tokenlabel.data.images import ImageCheck
-from tokenlabel.method.mixing import Mixing
 from tokenlabel.models import Inference
 from tokenlabel.runtime.coercion import coerced_fields
 from tokenlabel.runtime.configuration import (

@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tokenlabel.method.alignment import LogitsMode, ScoreMapBatch, align
-from tokenlabel.method.targets import TokenTargets
+from tokenlabel.core.align import LogitsMode, ScoreMapBatch, align
+from tokenlabel.core.targets import TokenTargets
 
 
 def whole_views(num_images: int, device: torch.device) -> Float[Tensor, "B 1 2 3"]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tokenlabel.method.mixing import MixPlan
+from tokenlabel.core.mix import MixPlan
 from tokenlabel.runtime.coercion import Choice, Size
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenlabel.method.geometry import WHOLE_IMAGE, Box, turned, turned_box
+from tokenlabel.core.geometry import WHOLE_IMAGE, Box, turned, turned_box
 from tokenlabel.runtime.coercion import Choice
 
 # Sums of half precision probabilities miss 1 by this much at the most.

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from tokenlabel.method.targets import TokenTargets
+from tokenlabel.core.targets import TokenTargets
 from tokenlabel.runtime.coercion import Choice, Size, pair
 
 

@@ -13,11 +13,11 @@ from jaxtyping import Float, Integer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from tokenlabel.method.blocks import blocks
-from tokenlabel.method.linear import Linear, linear
-from tokenlabel.method.outputs import Outputs
-from tokenlabel.method.targets import TokenTargets
-from tokenlabel.method.targets import class_targets as targets_of
+from tokenlabel.core.blocks import blocks
+from tokenlabel.core.linear import Linear, linear
+from tokenlabel.core.outputs import Outputs
+from tokenlabel.core.targets import TokenTargets
+from tokenlabel.core.targets import class_targets as targets_of
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.ops import roi_align
 
-from tokenlabel.method.blocks import blocks
-from tokenlabel.method.geometry import TOLERANCE
-from tokenlabel.method.scores import Kind, ScoreMap
-from tokenlabel.method.targets import TokenTargets
+from tokenlabel.core.blocks import blocks
+from tokenlabel.core.geometry import TOLERANCE
+from tokenlabel.core.scores import Kind, ScoreMap
+from tokenlabel.core.targets import TokenTargets
 from tokenlabel.runtime.coercion import Choice, Size, pair
 
 

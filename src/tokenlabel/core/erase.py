@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from tokenlabel.method.targets import TokenTargets
+from tokenlabel.core.targets import TokenTargets
 from tokenlabel.runtime.coercion import Choice, coerced_fields
 
 _NUM_ATTEMPTS = 10  # boxes drawn until one fits into the image
