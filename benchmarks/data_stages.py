@@ -20,8 +20,8 @@ from PIL import Image, ImageEnhance
 
 from benchmarks.data_speed import write_photos
 from benchmarks.measure import Row, Settings, interleave, ratios
+from tokenlabel.core.batch import normalize_images
 from tokenlabel.core.geometry import View
-from tokenlabel.data.batches import normalize_images
 from tokenlabel.data.colours import brightened, contrasted, sharpened
 from tokenlabel.data.images import decode_pixels
 from tokenlabel.data.resampling import MEAN_COLOUR, RESAMPLING, Interpolation, resize, warp

@@ -28,13 +28,13 @@ from benchmarks.label_path import draw_boxes, draw_score_map
 from benchmarks.measure import Row, Settings, interleave, ratios
 from benchmarks.synthetic_maps import NUM_CLASSES, TOPK, synthetic_maps
 from tokenlabel.classification.task import ClassifierTask
-from tokenlabel.core.align import collate_score_maps
+from tokenlabel.core.batch import Batch, collate_score_maps
 from tokenlabel.core.geometry import View, stack_views
 from tokenlabel.core.losses import linear_cross_entropy
 from tokenlabel.core.mix import Mixing
 from tokenlabel.core.scores import ScoreMap
 from tokenlabel.data.augment import AugmentConfig, TrainTransform
-from tokenlabel.data.batches import Batch, TokenLabelDataset, collate
+from tokenlabel.data.batches import TokenLabelDataset, collate
 from tokenlabel.data.sources import open_images
 from tokenlabel.labels.encoding import Encoding
 from tokenlabel.labels.store import LabelStore, LabelStoreWriter, Manifest

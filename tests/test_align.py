@@ -18,7 +18,8 @@ from PIL import Image
 from torchvision.ops import roi_align
 
 from tokenlabel.core import blocks
-from tokenlabel.core.align import align, collate_score_maps, enough_samples
+from tokenlabel.core.align import align, enough_samples
+from tokenlabel.core.batch import collate_score_maps
 from tokenlabel.core.geometry import Box, View, stack_views
 from tokenlabel.core.pooling import image_labels, whole_views
 from tokenlabel.core.scores import Kind, ScoreMap, from_mask, from_probabilities, from_top

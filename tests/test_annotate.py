@@ -26,7 +26,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tokenlabel.cli import main
-from tokenlabel.core.align import align, collate_score_maps
+from tokenlabel.core.align import align
+from tokenlabel.core.batch import collate_score_maps
 from tokenlabel.core.geometry import WHOLE_IMAGE, Box, View, stack_views
 from tokenlabel.core.scores import ScoreError
 from tokenlabel.data.images import ImageError, ImageFolder

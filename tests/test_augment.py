@@ -13,7 +13,8 @@ from timm.data.transforms_factory import transforms_imagenet_eval
 from torch.nn import functional as F
 from torchvision.transforms import functional as vision
 
-from tokenlabel.core.align import align, collate_score_maps
+from tokenlabel.core.align import align
+from tokenlabel.core.batch import collate_score_maps
 from tokenlabel.core.geometry import View, stack_views
 from tokenlabel.core.scores import from_mask
 from tokenlabel.data import images

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokenlabel.cli import main
-from tokenlabel.data.batches import normalize_images
+from tokenlabel.core.batch import normalize_images
 from tokenlabel.data.scenes import write_scenes
 from tokenlabel.evaluation.observation import evaluation_set
 from tokenlabel.report.contrast import class_accuracies, contrast_sections, place_maps

@@ -19,20 +19,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from tokenlabel.core.batch import normalize_images
 from tokenlabel.core.geometry import Box, View
 from tokenlabel.core.scores import from_mask
 from tokenlabel.data import images
-from tokenlabel.data.batches import (
-    BatchSampler,
-    EvalBatchSampler,
-    LabelsError,
-    TokenLabelDataset,
-    check_labels,
-    collate,
-    make_loader,
-    normalize_images,
-    shard_order,
-)
+from tokenlabel.data.batches import LabelsError, TokenLabelDataset, check_labels, collate, make_loader
 from tokenlabel.data.images import (
     DataError,
     ImageCheck,
@@ -43,6 +34,7 @@ from tokenlabel.data.images import (
     decode_image,
     decode_pixels,
 )
+from tokenlabel.data.samplers import BatchSampler, EvalBatchSampler, shard_order
 from tokenlabel.data.sources import open_images
 from tokenlabel.data.workers import process_context
 

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from label_cases import dense_map, draw_box, draw_score_map
 
 from tokenlabel.comparison.defects import DEFECTS, nearest, shifted, stretched, swapped
-from tokenlabel.core.align import align, collate_score_maps
+from tokenlabel.core.align import align
+from tokenlabel.core.batch import Sample, collate_score_maps
 from tokenlabel.core.geometry import Box, View, stack_views
-from tokenlabel.data.batches import Sample
 
 
 def sample_of(view, score_map=None):

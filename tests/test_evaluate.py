@@ -5,14 +5,15 @@ import pytest
 import torch
 from PIL import Image
 
-from tokenlabel.core.align import align, collate_score_maps
+from tokenlabel.core.align import align
+from tokenlabel.core.batch import Batch, collate_score_maps
 from tokenlabel.core.geometry import Box, View, stack_views
 from tokenlabel.core.scores import from_mask
-from tokenlabel.data.batches import Batch
 from tokenlabel.evaluation.evaluators import object_tokens
 from tokenlabel.evaluation.observation import MaskFolder, agreement, evaluate, mask_agreement
 from tokenlabel.labels.store import LabelStore, LabelStoreWriter, Manifest
 from tokenlabel.models import Inference, Outputs, TokenModel
+from tokenlabel.runtime.coercion import pair
 
 CPU = torch.device("cpu")
 
@@ -30,7 +31,8 @@ class Oracle(TokenModel):
         return Outputs(tokens[:, 0], tokens, torch.nn.Identity(), (ids.shape[1], ids.shape[2]))
 
     def grid_for(self, size_px):
-        return size_px[0] // 4, size_px[1] // 4
+        height_px, width_px = pair(size_px)
+        return height_px // 4, width_px // 4
 
     def no_weight_decay(self):
         return set()

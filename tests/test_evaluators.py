@@ -6,9 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tokenlabel.core.batch import Batch
 from tokenlabel.core.geometry import View, stack_views
 from tokenlabel.core.targets import TokenTargets
-from tokenlabel.data.batches import Batch
 from tokenlabel.evaluation.evaluators import (
     NUM_BINS,
     Accuracy,

@@ -9,7 +9,8 @@ from torch import nn
 from benchmarks.label_path import GRID, dense_targets, draw_boxes, draw_score_map, make_case
 from benchmarks.measure import Settings, peak_bytes
 from tokenlabel.core import blocks
-from tokenlabel.core.align import align, collate_score_maps
+from tokenlabel.core.align import align
+from tokenlabel.core.batch import collate_score_maps
 from tokenlabel.core.geometry import View, stack_views
 from tokenlabel.core.losses import linear_cross_entropy, sparse_cross_entropy, token_label_loss
 from tokenlabel.core.mix import Mixing, mix_targets, sample_mix

@@ -10,7 +10,8 @@ from torch import distributed as dist
 from torch import nn
 
 from tokenlabel.core import blocks
-from tokenlabel.core.align import align, collate_score_maps
+from tokenlabel.core.align import align
+from tokenlabel.core.batch import collate_score_maps
 from tokenlabel.core.geometry import stack_views
 from tokenlabel.core.losses import linear_cross_entropy, sparse_cross_entropy, token_label_loss
 from tokenlabel.core.mix import Mixing, mix_targets, sample_mix

@@ -11,16 +11,17 @@ from hypothesis import strategies as st
 from label_cases import aligned_point_by_point, dense_targets, draw_box, draw_view
 from torch import nn
 
-from tokenlabel.core.align import LogitsMode, align, collate_score_maps, enough_samples
+from tokenlabel.core.align import align, enough_samples
+from tokenlabel.core.batch import Batch, collate_score_maps
 from tokenlabel.core.erase import Erased
 from tokenlabel.core.geometry import View, stack_views
 from tokenlabel.core.losses import token_label_loss
 from tokenlabel.core.mix import MixPlan
 from tokenlabel.core.outputs import Outputs
 from tokenlabel.core.pooling import image_labels, softened
+from tokenlabel.core.published import LogitsMode
 from tokenlabel.core.scores import Kind, from_probabilities, from_top
 from tokenlabel.core.targets import class_targets
-from tokenlabel.data.batches import Batch
 from tokenlabel.training.objectives import (
     ClassTarget,
     Extent,

@@ -30,7 +30,7 @@ ROOMS = {
     "evaluation": "runtime core data models labels training",
     "teachers": "runtime core data models labels training evaluation",
     "classification": "runtime core drawing data models labels training evaluation teachers",
-    "segmentation": "runtime drawing data models training",
+    "segmentation": "runtime core drawing data models training",
     "comparison": "runtime core drawing data models labels training evaluation classification",
     "report": "runtime core drawing data labels training evaluation teachers classification segmentation",
 }

@@ -11,8 +11,10 @@ from PIL import Image
 from torchvision.ops import roi_align
 
 from tokenlabel.cli import main
-from tokenlabel.core.align import LogitsMode, align, collate_score_maps
+from tokenlabel.core.align import align
+from tokenlabel.core.batch import collate_score_maps
 from tokenlabel.core.geometry import Box, View, stack_views
+from tokenlabel.core.published import LogitsMode
 from tokenlabel.core.scores import Kind, ScoreError, ScoreMap, from_probabilities, from_top
 from tokenlabel.labels.published import (
     ImportConfig,

@@ -14,8 +14,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from tokenlabel.classification.task import build, draw_plan, train
-from tokenlabel.core.align import LogitsMode, align
+from tokenlabel.core.align import align
 from tokenlabel.core.mix import Mixing, join_plans
+from tokenlabel.core.published import LogitsMode
 from tokenlabel.core.scores import from_mask
 from tokenlabel.data.scenes import write_scenes
 from tokenlabel.labels.published import ImportConfig, import_labels

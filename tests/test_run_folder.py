@@ -18,10 +18,12 @@ from test_train import CPU, nested_recipe, scenes, weights_of  # noqa: F401  (sc
 
 from tokenlabel.classification.task import build, train
 from tokenlabel.cli import main
-from tokenlabel.core.align import LogitsMode, align, collate_score_maps
+from tokenlabel.core.align import align
+from tokenlabel.core.batch import collate_score_maps, normalize_images
 from tokenlabel.core.losses import sparse_cross_entropy
+from tokenlabel.core.published import LogitsMode
 from tokenlabel.core.scores import Kind, from_top, unknown_map
-from tokenlabel.data.batches import collate, normalize_images
+from tokenlabel.data.batches import collate
 from tokenlabel.data.images import DataError, ImageFiles
 from tokenlabel.evaluation.observation import evaluation_set
 from tokenlabel.labels.store import LabelStore, LabelStoreWriter

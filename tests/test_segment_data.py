@@ -27,6 +27,7 @@ from tokenlabel.segmentation.data import SegmentDataset, collate
 from tokenlabel.segmentation.pairs import (
     Layout,
     SegmentDataConfig,
+    Split,
     classes_of,
     decode_mask,
     open_pairs,
@@ -34,7 +35,7 @@ from tokenlabel.segmentation.pairs import (
 )
 
 
-def pairs_of(split: str = "train", **config: Any):
+def pairs_of(split: Split = "train", **config: Any):
     pairs = open_pairs(SegmentDataConfig(**config), split)
     assert pairs is not None
     return pairs

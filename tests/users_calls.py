@@ -20,8 +20,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, DistributedSampler
 
 import tokenlabel as tl
+from tokenlabel.core.batch import Batch
 from tokenlabel.core.scores import from_mask, from_top
-from tokenlabel.data.batches import Batch
 from tokenlabel.evaluation.assessment import EvalOptions
 from tokenlabel.evaluation.observation import evaluate, observe
 from tokenlabel.labels.encoding import pack

@@ -13,24 +13,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tokenlabel.core.align import LogitsMode, align, collate_score_maps
+    from tokenlabel.core.align import align
+    from tokenlabel.core.batch import collate_score_maps, normalize_images
     from tokenlabel.core.erase import ErasingConfig, ErasingMode
     from tokenlabel.core.geometry import Box, View, stack_views
     from tokenlabel.core.losses import sparse_cross_entropy, token_label_loss
     from tokenlabel.core.mix import Mixing, MixPlan, mix_images, mix_targets, sample_mix
     from tokenlabel.core.outputs import Inference, Outputs
+    from tokenlabel.core.published import LogitsMode
     from tokenlabel.core.scores import Kind, ScoreMap
     from tokenlabel.core.targets import TokenTargets, class_targets
     from tokenlabel.data.augment import AugmentConfig, EvalTransform, Order, TrainTransform
-    from tokenlabel.data.batches import (
-        BatchSampler,
-        TokenLabelDataset,
-        collate,
-        make_loader,
-        normalize_images,
-    )
+    from tokenlabel.data.batches import TokenLabelDataset, collate, make_loader
     from tokenlabel.data.images import ImageCheck, check_images
     from tokenlabel.data.resampling import Interpolation
+    from tokenlabel.data.samplers import BatchSampler
     from tokenlabel.data.sources import open_images
     from tokenlabel.labels.encoding import Encoding
     from tokenlabel.labels.manifest import Manifest
@@ -44,7 +41,8 @@ if TYPE_CHECKING:
 # Public names and where they live: imported when first asked for, so that reading a store takes no torch.
 _HOMES = {
     "data.augment": ("AugmentConfig", "EvalTransform", "Order", "TrainTransform"),
-    "data.batches": ("BatchSampler", "TokenLabelDataset", "collate", "make_loader", "normalize_images"),
+    "data.samplers": ("BatchSampler",),
+    "data.batches": ("TokenLabelDataset", "collate", "make_loader"),
     "core.erase": ("ErasingConfig", "ErasingMode"),
     "data.images": ("ImageCheck", "check_images"),
     "data.resampling": ("Interpolation",),
@@ -52,7 +50,9 @@ _HOMES = {
     "labels.encoding": ("Encoding",),
     "labels.manifest": ("Manifest",),
     "labels.store": ("LabelStore", "LabelStoreWriter", "merge_stores"),
-    "core.align": ("LogitsMode", "align", "collate_score_maps"),
+    "core.align": ("align",),
+    "core.batch": ("collate_score_maps", "normalize_images"),
+    "core.published": ("LogitsMode",),
     "core.geometry": ("Box", "View", "stack_views"),
     "core.losses": ("sparse_cross_entropy", "token_label_loss"),
     "core.mix": ("MixPlan", "Mixing", "mix_images", "mix_targets", "sample_mix"),

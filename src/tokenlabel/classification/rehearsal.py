@@ -15,9 +15,11 @@ from PIL import Image
 from torch.profiler import ProfilerActivity
 
 from tokenlabel.classification.task import ClassifierTask, build
+from tokenlabel.core.batch import Batch, normalize_images
 from tokenlabel.core.erase import ErasingConfig
 from tokenlabel.data.augment import EvalTransform
-from tokenlabel.data.batches import Batch, ImageSubset, TokenLabelDataset, collate, normalize_images
+from tokenlabel.data.batches import TokenLabelDataset, collate
+from tokenlabel.data.images import ImageSubset
 from tokenlabel.drawing.pictures import enlarged, with_cells
 from tokenlabel.runtime.configuration import ConfigError
 from tokenlabel.runtime.distributed import joined_ranks

@@ -16,21 +16,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from tokenlabel.core.batch import Batch, normalize_images
 from tokenlabel.core.erase import Erased, erase
 from tokenlabel.core.mix import Mixing, MixPlan, join_plans, sample_mix
 from tokenlabel.data.augment import TrainTransform
-from tokenlabel.data.batches import (
-    Batch,
-    BatchSampler,
-    EvalBatchSampler,
-    TokenLabelDataset,
-    check_labels,
-    make_loader,
-    normalize_images,
-    shard_order,
-)
+from tokenlabel.data.batches import TokenLabelDataset, check_labels, make_loader
 from tokenlabel.data.classes import difference, same_classes
 from tokenlabel.data.images import ImageCheck, ImageError, ImageSource, describe, find_broken
+from tokenlabel.data.samplers import BatchSampler, EvalBatchSampler, shard_order
 from tokenlabel.data.sources import open_aloud, refuse_single_class
 from tokenlabel.data.tars import TarImages
 from tokenlabel.evaluation.observation import evaluate, evaluation_set

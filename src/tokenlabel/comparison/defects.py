@@ -11,9 +11,10 @@ from dataclasses import replace
 
 import numpy as np
 
+from tokenlabel.core.batch import Sample
 from tokenlabel.core.geometry import Box, View
 from tokenlabel.core.scores import ScoreMap
-from tokenlabel.data.batches import Sample, SampleIndex, TokenLabelDataset
+from tokenlabel.data.batches import SampleIndex, TokenLabelDataset
 
 # How far `shifted` moves labels, in cells of the map along both axes: half a cell is what a reader of maps loses
 # who takes a cell's corner for its centre, a whole one what two such errors make.

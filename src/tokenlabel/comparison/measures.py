@@ -13,8 +13,9 @@ import torch
 
 from tokenlabel.comparison.defects import DefectiveDataset
 from tokenlabel.core.align import align
+from tokenlabel.core.batch import Batch
 from tokenlabel.data.augment import TrainTransform
-from tokenlabel.data.batches import Batch, ScoreMaps, TokenLabelDataset, collate
+from tokenlabel.data.batches import ScoreMaps, TokenLabelDataset, collate
 from tokenlabel.data.sources import open_images
 from tokenlabel.evaluation.evaluators import Accuracy, Calibration, TokenTruth
 from tokenlabel.evaluation.observation import MaskFolder, agreement, evaluation_set, observe

@@ -6,7 +6,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tokenlabel.core.align import LogitsMode, ScoreMapBatch, align
+from tokenlabel.core.align import align
+from tokenlabel.core.batch import ScoreMapBatch
+from tokenlabel.core.published import LogitsMode
 from tokenlabel.core.targets import TokenTargets
 
 

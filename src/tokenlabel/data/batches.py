@@ -8,62 +8,27 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, Protocol, SupportsIndex, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, UInt8
 from numpy.typing import NDArray
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data._utils.collate import default_collate_fn_map  # where PyTorch wants new types entered
 
-from tokenlabel.core.align import ScoreMapBatch, collate_score_maps
+from tokenlabel.core.batch import Batch, Sample, collate_score_maps
 from tokenlabel.core.geometry import View, stack_views
 from tokenlabel.core.scores import Kind, Orientation, ScoreMap, turned_map, unknown_map
 from tokenlabel.data.classes import difference, same_classes, say_order
 from tokenlabel.data.images import (
-    DataError,
-    ImageCheck,
-    ImageError,
-    ImageFolder,
     ImageSource,
-    ImageSubset,
-    check_images,
-    decode_image,
     decode_pixels,
     orientation_of,
 )
-from tokenlabel.data.samplers import FOR_SAMPLE, BatchSampler, EvalBatchSampler, shard_order
+from tokenlabel.data.samplers import FOR_SAMPLE, BatchSampler, EvalBatchSampler
 from tokenlabel.data.workers import prepare_worker, process_context, stack
 from tokenlabel.runtime.notices import listed, say
-
-__all__ = [
-    "Batch",
-    "BatchSampler",
-    "DataError",
-    "EvalBatchSampler",
-    "ImageCheck",
-    "ImageError",
-    "ImageFolder",
-    "ImageSource",
-    "ImageSubset",
-    "LabelsError",
-    "Sample",
-    "SampleIndex",
-    "TokenLabelDataset",
-    "Transform",
-    "check_images",
-    "check_labels",
-    "collate",
-    "decode_image",
-    "decode_pixels",
-    "make_loader",
-    "normalize_images",
-    "shard_order",
-]
 
 Transform = Callable[[NDArray[np.uint8], np.random.Generator], tuple[NDArray[np.uint8], View]]
 """From RGB pixels [h, w, 3] and a source of randomness to pixels [height, width, 3] and the view that they show."""
@@ -100,85 +65,6 @@ class CheckableLabels(ScoreMaps, Protocol):
     def __contains__(self, key: str, /) -> bool:
         """Say whether there is a score map for an image."""
         ...
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Sample:
-    """One augmented image.
-
-    `image`: [3, height, width] uint8. `view`: what of the upright source image it shows. `score_map`: that of the
-    whole upright source image, or None without a store. `key`: the image's key in its source.
-    """
-
-    image: UInt8[Tensor, "3 height width"]
-    class_id: int
-    num_classes: int
-    view: View
-    score_map: ScoreMap | None
-    key: str
-
-
-@dataclass(frozen=True, eq=False)
-class Batch:
-    """B augmented images; `score_maps` and `views` make the labels of their tokens (`align`).
-
-    `images` are laid out channels last in memory.
-    """
-
-    images: UInt8[Tensor, "B 3 height width"]
-    class_ids: Int[Tensor, " B"]
-    num_classes: int
-    views: Float[Tensor, "B F 2 3"]
-    score_maps: ScoreMapBatch | None
-    keys: list[str]
-
-    def to(self, device: torch.device | str) -> Batch:
-        """Return the batch on another device."""
-        return Batch(
-            images=self.images.to(device, non_blocking=True),
-            class_ids=self.class_ids.to(device, non_blocking=True),
-            num_classes=self.num_classes,
-            views=self.views.to(device, non_blocking=True),
-            score_maps=self.score_maps and self.score_maps.to(device),
-            keys=self.keys,
-        )
-
-    def pin_memory(self) -> Batch:
-        """Return the batch in page-locked memory (the data loader calls this)."""
-        return Batch(
-            images=self.images.pin_memory(),
-            class_ids=self.class_ids.pin_memory(),
-            num_classes=self.num_classes,
-            views=self.views.pin_memory(),
-            score_maps=self.score_maps and self.score_maps.pin_memory(),
-            keys=self.keys,
-        )
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Send all but the images by value: a tensor in shared memory costs a worker and its reader 0.1 ms each."""
-        maps = self.score_maps
-        names = [field.name for field in fields(maps)] if maps is not None else []
-        return {
-            **{name: _by_value(value) for name, value in vars(self).items()},
-            "images": self.images,
-            "score_maps": {name: _by_value(getattr(maps, name)) for name in names} or None,
-        }
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        sent = {name: _as_tensor(value) for name, value in state.items()}
-        if state["images"].is_shared():  # the worker will write there again (`workers.Slabs`)
-            sent["images"] = state["images"].clone()
-        if maps := state["score_maps"]:
-            sent["score_maps"] = ScoreMapBatch(**{name: _as_tensor(value) for name, value in maps.items()})
-        self.__dict__.update(sent)
-
-
-def _by_value(value: Any) -> Any:
-    return value.numpy() if isinstance(value, Tensor) and value.device.type == "cpu" else value
-
-
-def _as_tensor(value: Any) -> Any:
-    return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
 
 
 class TokenLabelDataset(Dataset[Sample]):
@@ -301,31 +187,6 @@ def collate(samples: Sequence[Sample]) -> Batch:
 
 # A plain DataLoader, without a `collate_fn`, makes batches of samples, too.
 default_collate_fn_map[Sample] = lambda samples, **_: collate(samples)
-
-
-def normalize_images(
-    images: UInt8[Tensor, "B 3 height width"],
-    *,
-    mean: Sequence[float],
-    std: Sequence[float],
-    dtype: torch.dtype = torch.float32,
-) -> Float[Tensor, "B 3 height width"]:
-    """Return (pixels / 255 - mean) / std, channel by channel, on the images' device and laid out channels last.
-
-    `mean` and `std` are for pixels in [0, 1]. Computed in float32 whatever the `dtype` of the result.
-    Raises ValueError for images that are not of whole pixels from 0 to 255 (uint8).
-    """
-    if images.dtype != torch.uint8:
-        raise ValueError(
-            f"expected pixels from 0 to 255 as uint8, got {images.dtype}; pass a batch's images as they are"
-        )
-    width_px = images.shape[3]
-    # The channels of a whole row side by side: broadcasting three numbers at a time is ten times as slow.
-    scale = torch.tensor([1 / (255 * s) for s in std], device=images.device).repeat(width_px)
-    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=images.device)
-    rows = images.permute(0, 2, 3, 1).flatten(2).float()  # [B, height, width * 3]
-    rows = rows.mul_(scale).add_(shift.repeat(width_px)).to(dtype)
-    return rows.unflatten(2, (width_px, 3)).permute(0, 3, 1, 2)
 
 
 def check_labels(source: ImageSource, store: CheckableLabels, *, max_missing: float = 0.1) -> int:

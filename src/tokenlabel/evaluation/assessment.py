@@ -12,14 +12,7 @@ import numpy as np
 import torch
 
 from tokenlabel.data.augment import EvalTransform
-from tokenlabel.data.batches import (
-    EvalBatchSampler,
-    ImageSource,
-    ScoreMaps,
-    TokenLabelDataset,
-    check_labels,
-    make_loader,
-)
+from tokenlabel.data.batches import ScoreMaps, TokenLabelDataset, check_labels, make_loader
 from tokenlabel.data.classes import class_order, say_imagenet, say_order
 from tokenlabel.data.imagenet import (
     SETS,
@@ -31,7 +24,8 @@ from tokenlabel.data.imagenet import (
     read_multi_labels,
     read_real_labels,
 )
-from tokenlabel.data.images import ImageCheck, ImageFiles
+from tokenlabel.data.images import ImageCheck, ImageFiles, ImageSource
+from tokenlabel.data.samplers import EvalBatchSampler
 from tokenlabel.evaluation.evaluators import (
     Accuracy,
     Calibration,

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tokenlabel.core.align import align
+from tokenlabel.core.batch import Batch
 from tokenlabel.core.targets import TokenTargets
-from tokenlabel.data.batches import Batch
 from tokenlabel.runtime.distributed import Ranks
 
 # A token shows an object, and can be right or wrong about it, if its mask covers this much of the token's cell.

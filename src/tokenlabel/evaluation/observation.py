@@ -16,12 +16,13 @@ from jaxtyping import Bool
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tokenlabel.core.align import align, collate_score_maps
+from tokenlabel.core.align import align
+from tokenlabel.core.batch import Batch, collate_score_maps, normalize_images
 from tokenlabel.core.geometry import View, stack_views
 from tokenlabel.core.scores import Orientation, ScoreMap, from_mask, turned_map
 from tokenlabel.core.targets import TokenTargets
 from tokenlabel.data.augment import EvalTransform
-from tokenlabel.data.batches import Batch, TokenLabelDataset, normalize_images
+from tokenlabel.data.batches import TokenLabelDataset
 from tokenlabel.data.imagenet import as_classes_of
 from tokenlabel.data.images import ImageSource, orientation_of
 from tokenlabel.data.masks import MaskError, check_upright, decode_mask, mask_names

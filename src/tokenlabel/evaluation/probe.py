@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tokenlabel.core.align import align
+from tokenlabel.core.batch import Batch, normalize_images
 from tokenlabel.core.targets import TokenTargets
-from tokenlabel.data.batches import Batch, normalize_images
 from tokenlabel.evaluation.evaluators import TokenTruth, object_tokens
 from tokenlabel.models import TokenModel
 

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from tokenlabel.data.batches import collate, normalize_images
+from tokenlabel.core.batch import normalize_images
+from tokenlabel.data.batches import collate
 from tokenlabel.drawing.page import gallery, section, table
 from tokenlabel.drawing.pictures import enlarged, with_cells
 from tokenlabel.evaluation.observation import evaluation_set

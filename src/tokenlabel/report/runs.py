@@ -14,9 +14,11 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from tokenlabel.classification.task import build, draw_plan
+from tokenlabel.core.batch import Batch
 from tokenlabel.core.mix import MixPlan, mix_images
 from tokenlabel.core.targets import TokenTargets
-from tokenlabel.data.batches import Batch, collate, decode_image
+from tokenlabel.data.batches import collate
+from tokenlabel.data.images import decode_image
 from tokenlabel.drawing.charts import Points, curve_chart
 from tokenlabel.drawing.page import gallery, section, settings_table, svg, table, write_page
 from tokenlabel.drawing.pictures import enlarged, mask_picture, with_cells

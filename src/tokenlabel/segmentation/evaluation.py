@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from tokenlabel.data.batches import EvalBatchSampler, make_loader
+from tokenlabel.data.batches import make_loader
+from tokenlabel.data.samplers import EvalBatchSampler
 from tokenlabel.runtime.distributed import Ranks
 from tokenlabel.segmentation.confusion import confusion, figures_of
 from tokenlabel.segmentation.data import SegmentDataset, SegmentSample

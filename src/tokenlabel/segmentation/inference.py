@@ -11,7 +11,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
-from tokenlabel.data.batches import normalize_images
+from tokenlabel.core.batch import normalize_images
 from tokenlabel.data.resampling import Interpolation, resize
 from tokenlabel.runtime.coercion import Size, coerced_fields, pair
 from tokenlabel.runtime.ranges import NATURAL, POSITIVE, check_numbers

@@ -13,8 +13,10 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tokenlabel.data.batches import BatchSampler, make_loader, normalize_images
+from tokenlabel.core.batch import normalize_images
+from tokenlabel.data.batches import make_loader
 from tokenlabel.data.images import DataError
+from tokenlabel.data.samplers import BatchSampler
 from tokenlabel.models import WeightsError
 from tokenlabel.runtime.configuration import ConfigError, config_from_dict, read_yaml
 from tokenlabel.runtime.distributed import Ranks, joined_ranks

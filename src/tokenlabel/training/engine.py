@@ -25,7 +25,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from tokenlabel.data.batches import BatchSampler
+from tokenlabel.data.samplers import BatchSampler
 from tokenlabel.runtime.configuration import ConfigError
 from tokenlabel.runtime.distributed import Ranks, shard
 from tokenlabel.runtime.interruption import Interrupted, caught_signals

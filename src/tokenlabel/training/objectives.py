@@ -14,7 +14,8 @@ import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
-from tokenlabel.core.align import LogitsMode, ScoreMapBatch, align
+from tokenlabel.core.align import align
+from tokenlabel.core.batch import Batch, ScoreMapBatch
 from tokenlabel.core.erase import Erased
 from tokenlabel.core.losses import TokenLabelLoss, sparse_cross_entropy, token_label_loss
 from tokenlabel.core.mix import MixPlan, mix_targets
@@ -29,8 +30,8 @@ from tokenlabel.core.pooling import (
     softened,
     whole_views,
 )
+from tokenlabel.core.published import LogitsMode
 from tokenlabel.core.targets import TokenTargets, class_targets
-from tokenlabel.data.batches import Batch
 from tokenlabel.runtime.coercion import Choice, coerced_fields
 from tokenlabel.runtime.ranges import NATURAL, check_numbers
 

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from tokenlabel.data.batches import BatchSampler
+from tokenlabel.data.samplers import BatchSampler
 from tokenlabel.models import TokenModel
 from tokenlabel.runtime.distributed import Ranks
 from tokenlabel.runtime.runlog import Stopwatch
