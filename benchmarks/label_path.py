@@ -19,9 +19,10 @@ from torchvision.ops import roi_align
 from benchmarks.measure import Row, Settings, interleave, peak_bytes, ratios
 from tokenlabel.core.align import align
 from tokenlabel.core.batch import ScoreMapBatch, collate_score_maps
+from tokenlabel.core.config import Mixing
 from tokenlabel.core.geometry import Box, View, stack_views
 from tokenlabel.core.losses import sparse_cross_entropy
-from tokenlabel.core.mix import Mixing, mix_targets, sample_mix
+from tokenlabel.core.mix import mix_targets, sample_mix
 from tokenlabel.core.scores import ScoreMap, from_top
 from tokenlabel.core.targets import TokenTargets
 

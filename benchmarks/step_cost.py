@@ -29,10 +29,11 @@ from benchmarks.measure import Row, Settings, interleave, ratios
 from benchmarks.synthetic_maps import NUM_CLASSES, TOPK, synthetic_maps
 from tokenlabel.classification.task import ClassifierTask
 from tokenlabel.core.batch import Batch, collate_score_maps
+from tokenlabel.core.config import LossConfig, MixConfig, Mixing
 from tokenlabel.core.geometry import View, stack_views
 from tokenlabel.core.losses import linear_cross_entropy
-from tokenlabel.core.mix import Mixing
 from tokenlabel.core.scores import ScoreMap
+from tokenlabel.core.step import Supervision, make_targets
 from tokenlabel.data.augment import AugmentConfig, TrainTransform
 from tokenlabel.data.batches import TokenLabelDataset, collate
 from tokenlabel.data.sources import open_images
@@ -42,9 +43,9 @@ from tokenlabel.models import create_model
 from tokenlabel.runtime.distributed import Ranks
 from tokenlabel.runtime.runlog import Stopwatch
 from tokenlabel.training.engine import Training, prepare, train_step
-from tokenlabel.training.objectives import LossConfig, Objective
 from tokenlabel.training.optim import OptimConfig
-from tokenlabel.training.recipe import DataConfig, MixConfig, ModelConfig, Recipe
+from tokenlabel.training.recipe import DataConfig, ModelConfig, Recipe
+from tokenlabel.training.tasks import autocast
 
 SIZE_PX = (224, 224)
 POLICY = "rand-m9-inc1"
@@ -148,16 +149,13 @@ def _training(case: Case, settings: Settings, beta: float) -> Training:
     torch.manual_seed(0)
     model = create_model(case.model, num_classes=case.num_classes, size_px=SIZE_PX).to(settings.device)
     model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    objective = Objective(recipe.loss, labelled=beta > 0)
-    if not objective.labels_tokens:
-        model.freeze_token_head()
     source = Unread(case.num_images, case.num_classes)
     task = ClassifierTask(
         recipe=recipe,
         model=model,
         train_set=TokenLabelDataset(source, TrainTransform(recipe.augment, SIZE_PX), seed=0),
         val_set=None,
-        objective=objective,
+        supervision=Supervision(loss=recipe.loss, stored=beta > 0),
         device=settings.device,
     )
     return prepare(task, Ranks())
@@ -202,7 +200,7 @@ def _added(training: Training, batch: Batch) -> Callable[[], None]:
     """Return a function that makes targets, and runs the token head with its loss, on random features."""
     task = training.task
     assert isinstance(task, ClassifierTask)
-    head = task.model.get_submodule(task.model.token_head_name)
+    head = task.model.token_head
     assert isinstance(head, torch.nn.Linear)
     num_tokens = task.grid[0] * task.grid[1]
     dtype = torch.bfloat16 if task.recipe.precision == "bf16" else torch.float32
@@ -210,9 +208,9 @@ def _added(training: Training, batch: Batch) -> Callable[[], None]:
     tokens = tokens.to(dtype).requires_grad_()
 
     def added() -> None:
-        targets = task.objective.targets(batch, None, grid=task.grid).tokens
+        targets = make_targets(batch, task.supervision, task.grid).tokens
         assert targets is not None
-        with task.autocast():
+        with autocast(task.device, task.recipe.precision):
             loss = linear_cross_entropy(tokens, head, targets)
         torch.autograd.grad(loss, [tokens, *head.parameters()])
 
@@ -232,6 +230,7 @@ def _batch(case: Case, settings: Settings) -> Batch:
         views=torch.from_numpy(views),
         score_maps=collate_score_maps(score_maps),
         keys=[str(i) for i in range(case.num_images)],
+        has_class=torch.ones(case.num_images, dtype=torch.bool),
     )
     return batch.to(settings.device)
 

@@ -17,6 +17,7 @@ from timm.data.imagenet_info import ImageNetInfo
 from timm.models import save_for_hf
 
 from tokenlabel.cli import main
+from tokenlabel.core.config import OnlineTeacherConfig
 from tokenlabel.core.scores import from_mask
 from tokenlabel.data.batches import LabelsError, check_labels
 from tokenlabel.data.classes import ClassMapError, ids_among
@@ -30,7 +31,6 @@ from tokenlabel.teachers.ensemble import name_classes
 from tokenlabel.teachers.networks import TeacherConfig, load_teacher
 from tokenlabel.teachers.online import load_online_teacher
 from tokenlabel.training.checkpoint import Trained, load_model, save_checkpoint
-from tokenlabel.training.objectives import OnlineTeacherConfig
 from tokenlabel.training.optim import OptimConfig
 from tokenlabel.training.recipe import DataConfig, EvalConfig, ModelConfig, Recipe
 

@@ -148,7 +148,7 @@ def test_a_gradient_that_is_not_a_number_is_no_checkpoint(scenes, tmp_path, monk
     """The loss of that step was still a number; the weights that it moved are not."""
     recipe = recipe_in_groups(scenes, checkpoint={"every_epochs": 0.4, "keep": 1})  # every 2 steps
     task = build(recipe, device=CPU)
-    losses, calls = task.losses, itertools.count(1)
+    losses, calls = task.step.forward, itertools.count(1)
 
     def failing(*arguments):
         found = losses(*arguments)
@@ -156,7 +156,7 @@ def test_a_gradient_that_is_not_a_number_is_no_checkpoint(scenes, tmp_path, monk
             found["loss"] = found["loss"] + (found["loss"] * 0).sqrt()  # 0, of infinite slope
         return found
 
-    monkeypatch.setattr(task, "losses", failing)
+    monkeypatch.setattr(task.step, "forward", failing)
     with pytest.raises(DivergedError, match="norm of the gradient was nan at step 3"):
         run_task(task, tmp_path / "run", ranks=Ranks(), eval_every_epochs=100)
     (folder,) = list_checkpoints(tmp_path / "run")

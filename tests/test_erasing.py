@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.data.random_erasing import RandomErasing
 
-from tokenlabel.core.erase import Erased, ErasingConfig, ErasingMode, box_masks, draw_boxes, erase
+from tokenlabel.core.config import ErasingConfig, ErasingMode
+from tokenlabel.core.erase import box_masks, draw_boxes, erase, erased_share
 from tokenlabel.core.targets import TokenTargets
 
 fast = settings(max_examples=30, deadline=None)
@@ -35,7 +36,7 @@ def test_pixels_change_in_boxes_that_lie_in_the_image_and_nowhere_else(
 ):
     config = ErasingConfig(probability=0.7, mode=mode, max_boxes=max_boxes)
     before = images(num_images, (height, width))
-    after = erase(before, config, generator=generator(seed))
+    after, gone = erase(before, config, generator=generator(seed))
     boxes = draw_boxes(num_images, (height, width), config, generator(seed))
     expected = torch.zeros(num_images, height, width, dtype=torch.bool)
     for box in boxes.reshape(-1, num_images, 4):
@@ -45,22 +46,22 @@ def test_pixels_change_in_boxes_that_lie_in_the_image_and_nowhere_else(
             for y in range(top, top + box_height):
                 for x in range(left, left + box_width):
                     expected[image, y, x] = True
-    assert torch.equal(after.mask, expected)
-    changed = (after.images != before).any(dim=1)
+    assert torch.equal(gone, expected)
+    changed = (after != before).any(dim=1)
     assert torch.equal(changed, expected)
 
 
 def test_it_is_a_function_of_its_generator_alone():
     config = ErasingConfig(probability=1, max_boxes=2)
-    first, again, other = (erase(images(), config, generator=generator(seed)).images for seed in (1, 1, 2))
+    first, again, other = (erase(images(), config, generator=generator(seed))[0] for seed in (1, 1, 2))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
 
 def test_the_modes_fill_with_noise_a_colour_or_the_mean():
     def inside(mode):
-        erased = erase(images(), ErasingConfig(probability=1, mode=mode), generator=generator(5))
-        return [image[:, mask] for image, mask in zip(erased.images, erased.mask, strict=True)]  # [3, pixels]
+        erased, gone = erase(images(), ErasingConfig(probability=1, mode=mode), generator=generator(5))
+        return [image[:, mask] for image, mask in zip(erased, gone, strict=True)]  # [3, pixels]
 
     assert all((pixels == 0).all() for pixels in inside(ErasingMode.CONST))
     for pixels in inside(ErasingMode.RAND):
@@ -90,14 +91,13 @@ def test_boxes_are_like_timms():
 def test_tokens_lose_weight_by_their_erased_share():
     mask = torch.zeros(1, 4, 8, dtype=torch.bool)
     mask[0, :2, :3] = True
-    erased = Erased(torch.zeros(1, 3, 4, 8), mask)
     targets = TokenTargets(
         classes=torch.tensor([[1]]),
         excess=torch.full((1, 4, 1), 0.6),
         floor=torch.full((1, 4), 0.1),
         weight=torch.full((1, 4), 0.8),
     )
-    reweighted = erased.reweight(targets, (2, 2))
+    reweighted = targets.scaled(1 - erased_share(mask, (2, 2)))
     kept = np.array([1 - 6 / 8, 1, 1, 1])
     np.testing.assert_allclose(reweighted.weight[0], 0.8 * kept, rtol=1e-6)
     np.testing.assert_allclose(reweighted.dense(4), targets.dense(4).numpy() * kept[None, :, None], rtol=1e-6)

@@ -7,12 +7,13 @@ from PIL import Image
 
 from tokenlabel.core.align import align
 from tokenlabel.core.batch import Batch, collate_score_maps
+from tokenlabel.core.config import Inference
 from tokenlabel.core.geometry import Box, View, stack_views
 from tokenlabel.core.scores import from_mask
 from tokenlabel.evaluation.evaluators import object_tokens
 from tokenlabel.evaluation.observation import MaskFolder, agreement, evaluate, mask_agreement
 from tokenlabel.labels.store import LabelStore, LabelStoreWriter, Manifest
-from tokenlabel.models import Inference, Outputs, TokenModel
+from tokenlabel.models import Outputs, TokenModel
 from tokenlabel.runtime.coercion import pair
 
 CPU = torch.device("cpu")
@@ -57,6 +58,7 @@ def batch_of(masks, class_ids, score_maps=None):
         views=views,
         keys=[str(i) for i in range(len(masks))],
         num_classes=10,
+        has_class=torch.ones(len(masks), dtype=torch.bool),
     )
 
 

@@ -32,6 +32,7 @@ def seen(logits, class_ids, keys=None):
         views=torch.from_numpy(stack_views([View.identity()] * len(logits))),
         score_maps=None,
         keys=keys or [str(i) for i in range(len(logits))],
+        has_class=torch.ones(len(logits), dtype=torch.bool),
     )
     return Seen(batch, (1, 1), torch.as_tensor(logits, dtype=torch.float32), None)
 

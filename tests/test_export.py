@@ -12,7 +12,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from tokenlabel.models import Inference, create_model, load_published
+from tokenlabel.core.config import Inference
+from tokenlabel.models import create_model, load_published
 from tokenlabel.models.weights import adapter_name
 from tokenlabel.runtime.configuration import config_from_dict
 from tokenlabel.training.checkpoint import Trained, TrainedModel, load_model, save_checkpoint

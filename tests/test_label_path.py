@@ -11,9 +11,10 @@ from benchmarks.measure import Settings, peak_bytes
 from tokenlabel.core import blocks
 from tokenlabel.core.align import align
 from tokenlabel.core.batch import collate_score_maps
+from tokenlabel.core.config import Mixing
 from tokenlabel.core.geometry import View, stack_views
 from tokenlabel.core.losses import linear_cross_entropy, sparse_cross_entropy, token_label_loss
-from tokenlabel.core.mix import Mixing, mix_targets, sample_mix
+from tokenlabel.core.mix import mix_targets, sample_mix
 from tokenlabel.core.outputs import Outputs
 from tokenlabel.core.targets import class_targets
 

@@ -12,9 +12,10 @@ from torch import nn
 from tokenlabel.core import blocks
 from tokenlabel.core.align import align
 from tokenlabel.core.batch import collate_score_maps
+from tokenlabel.core.config import Mixing
 from tokenlabel.core.geometry import stack_views
 from tokenlabel.core.losses import linear_cross_entropy, sparse_cross_entropy, token_label_loss
-from tokenlabel.core.mix import Mixing, mix_targets, sample_mix
+from tokenlabel.core.mix import mix_targets, sample_mix
 from tokenlabel.core.outputs import Outputs
 from tokenlabel.core.targets import TokenTargets, class_targets
 from tokenlabel.models import create_model

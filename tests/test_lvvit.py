@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tokenlabel.core.config import Inference
 from tokenlabel.core.linear import Linear, linear, product
 from tokenlabel.core.losses import token_label_loss
 from tokenlabel.core.mix import MixPlan, mix_images
 from tokenlabel.core.targets import class_targets
-from tokenlabel.models import Inference, LVViT, LVViTConfig, Outputs, TimmAdapter, TokenModel, create_model
+from tokenlabel.models import LVViT, LVViTConfig, Outputs, TimmAdapter, TokenModel, create_model
 from tokenlabel.models.lvvit import CONFIGS
 from tokenlabel.models.vision_transformer import resize_positions
 

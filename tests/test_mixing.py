@@ -6,15 +6,8 @@ from hypothesis import strategies as st
 from label_cases import dense_targets, draw_targets
 from torch.nn import functional as F
 
-from tokenlabel.core.mix import (
-    Mixing,
-    MixPlan,
-    join_plans,
-    mix_images,
-    mix_targets,
-    mix_tokens,
-    sample_mix,
-)
+from tokenlabel.core.config import Mixing
+from tokenlabel.core.mix import MixPlan, join_plans, mix_images, mix_targets, mix_tokens, sample_mix
 from tokenlabel.core.targets import class_targets
 
 MIXES = [Mixing.MIXTOKEN, Mixing.CUTMIX, Mixing.MIXUP]

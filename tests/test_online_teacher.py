@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from timm.data.config import resolve_data_config
 from torch.nn import functional as F
 
+from tokenlabel.core.config import OnlineTeacherConfig
 from tokenlabel.data.augment import Interpolation
 from tokenlabel.evaluation.pretrained import PretrainedError
 from tokenlabel.teachers.classmap import ClassMap, ClassMapError
@@ -17,7 +18,6 @@ from tokenlabel.teachers.dense import ClassifierNetwork
 from tokenlabel.teachers.networks import NetworkTeacher
 from tokenlabel.teachers.online import NetworkOnlineTeacher, load_online_teacher
 from tokenlabel.teachers.sight import Sight
-from tokenlabel.training.objectives import OnlineTeacherConfig
 
 CPU = torch.device("cpu")
 MEAN, STD = (0.2, 0.4, 0.6), (0.3, 0.2, 0.1)

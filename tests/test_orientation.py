@@ -11,8 +11,8 @@ from PIL import Image, ImageOps, features
 
 from tokenlabel.cli import main
 from tokenlabel.core.align import align
+from tokenlabel.core.config import LogitsMode
 from tokenlabel.core.geometry import OPPOSITE, Box, turned, turned_box
-from tokenlabel.core.published import LogitsMode
 from tokenlabel.core.scores import Kind, Orientation, from_top, turned_map
 from tokenlabel.data import images
 from tokenlabel.data.augment import AugmentConfig, EvalTransform, TrainTransform

@@ -13,8 +13,8 @@ from torchvision.ops import roi_align
 from tokenlabel.cli import main
 from tokenlabel.core.align import align
 from tokenlabel.core.batch import collate_score_maps
+from tokenlabel.core.config import LogitsMode
 from tokenlabel.core.geometry import Box, View, stack_views
-from tokenlabel.core.published import LogitsMode
 from tokenlabel.core.scores import Kind, ScoreError, ScoreMap, from_probabilities, from_top
 from tokenlabel.labels.published import (
     ImportConfig,

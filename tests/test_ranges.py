@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from tokenlabel.cli import main
+from tokenlabel.core.config import LossConfig, MixConfig, OnlineTeacherConfig
 from tokenlabel.data.augment import AugmentConfig, ColourJitter, WarpConfig
 from tokenlabel.evaluation.assessment import EvalOptions
 from tokenlabel.labels.inspection import InspectConfig
@@ -18,16 +19,8 @@ from tokenlabel.segmentation.model import SegmentModelConfig
 from tokenlabel.segmentation.pairs import Layout, SegmentDataConfig
 from tokenlabel.segmentation.recipe import SegmentLossConfig
 from tokenlabel.teachers.annotation import AnnotateConfig
-from tokenlabel.training.objectives import LossConfig, OnlineTeacherConfig
 from tokenlabel.training.optim import OptimConfig
-from tokenlabel.training.recipe import (
-    CheckpointConfig,
-    DataConfig,
-    EvalConfig,
-    MixConfig,
-    ModelConfig,
-    TrainingConfig,
-)
+from tokenlabel.training.recipe import CheckpointConfig, DataConfig, EvalConfig, ModelConfig, TrainingConfig
 
 NAN, INF = math.nan, math.inf
 OPTIM: dict[str, Any] = {"lr": 1e-3, "lr_batch_size": 8}

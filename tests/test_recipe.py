@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 import yaml
 
-from tokenlabel.core.mix import Mixing
+from tokenlabel.core.config import Mixing
 from tokenlabel.runtime.configuration import ConfigError, config_as_dict, read_config, settings, write_config
 from tokenlabel.training.recipe import Recipe, find_recipe, recipe_names
 

@@ -13,11 +13,12 @@ from jsonargparse import ArgumentParser
 from PIL import Image
 from safetensors.torch import save_file
 
-from tokenlabel.classification.task import build, draw_plan, train
+from tokenlabel.classification.task import build, train
 from tokenlabel.core.align import align
-from tokenlabel.core.mix import Mixing, join_plans
-from tokenlabel.core.published import LogitsMode
+from tokenlabel.core.config import LogitsMode, MixConfig, Mixing
+from tokenlabel.core.mix import join_plans
 from tokenlabel.core.scores import from_mask
+from tokenlabel.core.step import draw_mix, make_targets
 from tokenlabel.data.scenes import write_scenes
 from tokenlabel.labels.published import ImportConfig, import_labels
 from tokenlabel.labels.store import LabelStoreWriter, Manifest
@@ -28,14 +29,7 @@ from tokenlabel.runtime.runlog import Stopwatch, read_metrics
 from tokenlabel.teachers.annotation import AnnotateConfig, annotate
 from tokenlabel.training.checkpoint import load_checkpoint
 from tokenlabel.training.engine import prepare, train_step
-from tokenlabel.training.recipe import (
-    MixConfig,
-    ModelConfig,
-    Recipe,
-    add_recipe_arguments,
-    find_recipe,
-    recipe_names,
-)
+from tokenlabel.training.recipe import ModelConfig, Recipe, add_recipe_arguments, find_recipe, recipe_names
 
 CPU = torch.device("cpu")
 NAMES = [name for name in recipe_names() if not name.startswith("segment_")]
@@ -170,7 +164,7 @@ def test_fine_tuning_at_another_size_begins_with_the_average_of_the_first_run(da
 def test_mixup_takes_turns_with_cutmix(data):
     recipe = small("deit_s", data, labels=False)
     plans = [
-        draw_plan(recipe, 5, grid=(2, 2), generator=torch.Generator().manual_seed(seed))
+        draw_mix(recipe.mix, 5, (2, 2), (32, 32), generator=torch.Generator().manual_seed(seed))
         for seed in range(200)
     ]
     num_mixups = sum(plan is not None and plan.mask.shape[1:] == (1, 1) for plan in plans)
@@ -215,7 +209,7 @@ def test_relabel_takes_the_published_files_as_they_are(data, tmp_path):
     )
     task = build(recipe, device=CPU)
     (batch, *_) = task.batches(prepare(task, Ranks()).sampler(0))
-    label = task.objective.targets(batch, None, grid=task.grid).class_token.dense(10)[:, 0]
+    label = make_targets(batch, task.supervision, task.grid).class_token.dense(10)[:, 0]
     assert batch.score_maps is not None
     expected = align(batch.score_maps, batch.views, (1, 1), logits=LogitsMode.PUBLISHED).dense(10)[:, 0]
     torch.testing.assert_close(label, expected)

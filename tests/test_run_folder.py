@@ -20,9 +20,10 @@ from tokenlabel.classification.task import build, train
 from tokenlabel.cli import main
 from tokenlabel.core.align import align
 from tokenlabel.core.batch import collate_score_maps, normalize_images
+from tokenlabel.core.config import LogitsMode
 from tokenlabel.core.losses import sparse_cross_entropy
-from tokenlabel.core.published import LogitsMode
 from tokenlabel.core.scores import Kind, from_top, unknown_map
+from tokenlabel.core.step import make_targets, student_loss
 from tokenlabel.data.batches import collate
 from tokenlabel.data.images import DataError, ImageFiles
 from tokenlabel.evaluation.observation import evaluation_set
@@ -315,7 +316,7 @@ class TestImagesWithoutALabel:
         assert torch.equal(batch.images, other.images)
         outputs = task.model(normalize_images(batch.images, mean=task.model.mean, std=task.model.std))
         targets, others = (
-            of.objective.targets(b, None, grid=task.grid) for of, b in ((task, batch), (whole, other))
+            make_targets(b, of.supervision, task.grid) for of, b in ((task, batch), (whole, other))
         )
         assert targets.tokens is not None
         assert others.tokens is not None
@@ -324,10 +325,10 @@ class TestImagesWithoutALabel:
         assert torch.equal(targets.tokens.weight, others.tokens.weight * known[:, None])
         losses = sparse_cross_entropy(outputs.token_logits, others.tokens)
         expected = float(losses[known].sum().detach()) / losses.numel() * 40 / 36
-        loss = task.objective.loss(outputs, targets)
+        loss = student_loss(outputs, targets, task.supervision)
         assert float(loss.token_part) == pytest.approx(expected, rel=1e-6)
         assert float(loss.total.detach()) == pytest.approx(float(loss.class_part) + 0.5 * expected, rel=1e-6)
-        assert float(loss.class_part) == float(whole.objective.loss(outputs, others).class_part)
+        assert float(loss.class_part) == float(student_loss(outputs, others, whole.supervision).class_part)
 
     @pytest.mark.parametrize(("target", "share"), [("teacher", 1.0), ("both", 0.3)])
     def test_what_the_teacher_tells_the_class_token_counts_alike(self, here, target, share):
@@ -336,7 +337,7 @@ class TestImagesWithoutALabel:
         task, whole = build(config, device=CPU), build(recipe(Path("data"), loss=loss), device=CPU)
         batch, other = (collate([of.train_set[0, i] for i in range(0, 40, 3)]) for of in (task, whole))
         dense, others = (
-            of.objective.targets(b, None, grid=task.grid).class_token.dense(10)[:, 0]
+            make_targets(b, of.supervision, task.grid).class_token.dense(10)[:, 0]
             for of, b in ((task, batch), (whole, other))
         )
         known = torch.tensor([key not in lacking for key in batch.keys])[:, None]

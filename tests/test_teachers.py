@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from timm.models import get_pretrained_cfg
 
 from tokenlabel.cli import main
+from tokenlabel.core.config import OnlineTeacherConfig
 from tokenlabel.core.geometry import WHOLE_IMAGE
 from tokenlabel.core.scores import from_top
 from tokenlabel.data.augment import EvalTransform, Interpolation
@@ -23,7 +24,6 @@ from tokenlabel.teachers.ensemble import Ensemble, load_teachers
 from tokenlabel.teachers.networks import NetworkTeacher, Teacher, TeacherConfig, TeacherError, load_teacher
 from tokenlabel.teachers.online import load_online_teacher
 from tokenlabel.teachers.sight import Sight
-from tokenlabel.training.objectives import OnlineTeacherConfig
 
 CPU = torch.device("cpu")
 

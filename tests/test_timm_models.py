@@ -15,8 +15,9 @@ from timm.models import save_for_hf
 from timm.optim._param_groups import param_groups_layer_decay
 from torch import nn
 
+from tokenlabel.core.config import Inference
 from tokenlabel.core.mix import MixPlan
-from tokenlabel.models import Inference, TimmAdapter, create_model, register_with_timm
+from tokenlabel.models import TimmAdapter, create_model, register_with_timm
 from tokenlabel.models.weights import adapter_name
 
 SMALL = {"depth": 3, "width": 32, "num_heads": 4, "stem_width": 8}

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 import tokenlabel as tl
 from tokenlabel.core.batch import Batch
+from tokenlabel.core.config import LossConfig, MixConfig
 from tokenlabel.core.scores import from_mask, from_top
 from tokenlabel.evaluation.assessment import EvalOptions
 from tokenlabel.evaluation.observation import evaluate, observe
@@ -31,9 +32,8 @@ from tokenlabel.models import TokenModel
 from tokenlabel.segmentation.inference import SegmentEvalConfig
 from tokenlabel.segmentation.model import SegmentModelConfig
 from tokenlabel.segmentation.pairs import SegmentDataConfig, open_pairs
-from tokenlabel.training.objectives import LossConfig, tokens_that_count
 from tokenlabel.training.optim import OptimConfig
-from tokenlabel.training.recipe import DataConfig, EvalConfig, MixConfig, ModelConfig, Recipe
+from tokenlabel.training.recipe import DataConfig, EvalConfig, ModelConfig, Recipe
 
 CLASSES = ["ant", "bee"]
 README = Path(__file__).parents[1] / "README.md"
@@ -213,7 +213,7 @@ def configurations_refuse_what_means_nothing():
         (lambda: MixConfig(kind="mixtokens"), "MixConfig.kind", "mixtoken"),
         (lambda: EvalConfig(inference="all"), "EvalConfig.inference", "combined", "all"),
         (lambda: LossConfig(class_target="label"), "LossConfig.class_target", "truth, teacher, both"),
-        (lambda: LossConfig(tokens="some"), "LossConfig.tokens", "object"),
+        (lambda: LossConfig(tokens="some"), "LossConfig.tokens", "confident"),
         (lambda: LossConfig(extent="all"), "LossConfig.extent", "crop, image"),
         (lambda: LossConfig(map_mode="nil"), "LossConfig.map_mode", "zero"),
         (lambda: LossConfig(teacher={"head": "both"}), "LossConfig.teacher", "classifier", "both"),
@@ -282,9 +282,7 @@ def predictions_and_choices_of_tokens_go_by_name():
     for inference in tl.Inference:
         assert torch.equal(outputs.logits(inference.value), outputs.logits(inference))
     refuses(lambda: outputs.logits("mean"), "Inference", "class, tokens, combined", "mean")
-    targets = tl.class_targets([0, 1])
-    assert tokens_that_count(targets, torch.tensor([0, 0]), "object", 0.5).tolist() == [[True], [False]]
-    refuses(lambda: tokens_that_count(targets, torch.tensor([0, 0]), "some", 0.5), "TokenChoice", "some")
+    refuses(lambda: LossConfig(tokens="some"), "LossConfig.tokens", "some")
     model = tl.create_model("lvvit_t", num_classes=2, size_px=16, depth=1, width=16, num_heads=2)
     batches = [next(iter(DataLoader(dataset(), batch_size=8)))]
     with contextlib.redirect_stderr(io.StringIO()):

@@ -15,12 +15,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tokenlabel.core.align import align
     from tokenlabel.core.batch import collate_score_maps, normalize_images
-    from tokenlabel.core.erase import ErasingConfig, ErasingMode
+    from tokenlabel.core.config import (
+        ClassTarget,
+        ErasingConfig,
+        ErasingMode,
+        Extent,
+        Inference,
+        LogitsMode,
+        Mixing,
+        TokenChoice,
+    )
     from tokenlabel.core.geometry import Box, View, stack_views
     from tokenlabel.core.losses import sparse_cross_entropy, token_label_loss
-    from tokenlabel.core.mix import Mixing, MixPlan, mix_images, mix_targets, sample_mix
-    from tokenlabel.core.outputs import Inference, Outputs
-    from tokenlabel.core.published import LogitsMode
+    from tokenlabel.core.mix import MixPlan, mix_images, mix_targets, sample_mix
+    from tokenlabel.core.outputs import Outputs
     from tokenlabel.core.scores import Kind, ScoreMap
     from tokenlabel.core.targets import TokenTargets, class_targets
     from tokenlabel.data.augment import AugmentConfig, EvalTransform, Order, TrainTransform
@@ -34,7 +42,6 @@ if TYPE_CHECKING:
     from tokenlabel.labels.store import LabelStore, LabelStoreWriter, merge_stores
     from tokenlabel.models import create_model
     from tokenlabel.teachers.annotation import AnnotateConfig, annotate
-    from tokenlabel.training.objectives import ClassTarget, Extent, TokenChoice
 
     __version__: str
 
@@ -43,7 +50,6 @@ _HOMES = {
     "data.augment": ("AugmentConfig", "EvalTransform", "Order", "TrainTransform"),
     "data.samplers": ("BatchSampler",),
     "data.batches": ("TokenLabelDataset", "collate", "make_loader"),
-    "core.erase": ("ErasingConfig", "ErasingMode"),
     "data.images": ("ImageCheck", "check_images"),
     "data.resampling": ("Interpolation",),
     "data.sources": ("open_images",),
@@ -52,16 +58,24 @@ _HOMES = {
     "labels.store": ("LabelStore", "LabelStoreWriter", "merge_stores"),
     "core.align": ("align",),
     "core.batch": ("collate_score_maps", "normalize_images"),
-    "core.published": ("LogitsMode",),
     "core.geometry": ("Box", "View", "stack_views"),
     "core.losses": ("sparse_cross_entropy", "token_label_loss"),
-    "core.mix": ("MixPlan", "Mixing", "mix_images", "mix_targets", "sample_mix"),
-    "core.outputs": ("Inference", "Outputs"),
+    "core.mix": ("MixPlan", "mix_images", "mix_targets", "sample_mix"),
+    "core.outputs": ("Outputs",),
     "core.scores": ("Kind", "ScoreMap"),
     "core.targets": ("TokenTargets", "class_targets"),
     "models": ("create_model",),
     "teachers.annotation": ("AnnotateConfig", "annotate"),
-    "training.objectives": ("ClassTarget", "Extent", "TokenChoice"),
+    "core.config": (
+        "ClassTarget",
+        "ErasingConfig",
+        "ErasingMode",
+        "Extent",
+        "Inference",
+        "LogitsMode",
+        "Mixing",
+        "TokenChoice",
+    ),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -364,7 +364,7 @@ def export(arguments: list[str]) -> int:
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
     options = parse(parser, arguments)
 
-    from tokenlabel.models import Inference
+    from tokenlabel.core.config import Inference
     from tokenlabel.training.export import export_run
 
     inference = Inference(options.inference) if options.inference else None

@@ -16,7 +16,8 @@ from torch.profiler import ProfilerActivity
 
 from tokenlabel.classification.task import ClassifierTask, build
 from tokenlabel.core.batch import Batch, normalize_images
-from tokenlabel.core.erase import ErasingConfig
+from tokenlabel.core.config import ErasingConfig, MixConfig
+from tokenlabel.core.step import make_targets
 from tokenlabel.data.augment import EvalTransform
 from tokenlabel.data.batches import TokenLabelDataset, collate
 from tokenlabel.data.images import ImageSubset
@@ -26,7 +27,8 @@ from tokenlabel.runtime.distributed import joined_ranks
 from tokenlabel.runtime.runlog import Stopwatch
 from tokenlabel.training.engine import Training, prepare, train_step
 from tokenlabel.training.progress import peak_memory_bytes
-from tokenlabel.training.recipe import MixConfig, Recipe
+from tokenlabel.training.recipe import Recipe
+from tokenlabel.training.tasks import autocast
 
 PICTURE_NAME, TRACE_NAME = "first_batch.png", "trace.json"
 
@@ -135,8 +137,8 @@ def _sizes(training: Training, task: ClassifierTask) -> list[tuple[str, str]]:
     part = recipe.batch_size // ranks.world_size // training.num_parts
     rows, columns = task.grid
     folders = " + ".join(recipe.data.label_folders)
-    labels = folders if task.objective.labelled else recipe.loss.teacher.name
-    told = f"tokens are told by {labels}" if task.objective.labels_tokens else "tokens are told nothing"
+    labels = folders if task.supervision.stored else recipe.loss.teacher.name
+    told = f"tokens are told by {labels}" if task.supervision.labels_tokens else "tokens are told nothing"
     return [
         (
             "model",
@@ -191,7 +193,7 @@ def _first_pictures(training: Training, task: ClassifierTask) -> Image.Image:
     """Return the first augmented images of a run, each beside the labels of its tokens."""
     first = next(iter(training.sampler(0)))[:_NUM_PICTURES]
     batch = collate([task.train_set[place] for place in first])
-    targets = task.objective.targets(batch.to(task.device), None, grid=task.grid).tokens
+    targets = make_targets(batch.to(task.device), task.supervision, task.grid).tokens
     pairs = []
     for i in range(len(first)):
         pixels = batch.images[i].permute(1, 2, 0).numpy()
@@ -258,10 +260,10 @@ def _learnt(task: ClassifierTask) -> tuple[float, float | None]:
     """Return the shares of the images, and of their tokens that are told one class, whose class the model names."""
     batch: Batch = collate([task.train_set[0, i] for i in range(task.num_images)]).to(task.device)
     model = task.model.eval()
-    with torch.inference_mode(), task.autocast():
+    with torch.inference_mode(), autocast(task.device, task.recipe.precision):
         outputs = model(normalize_images(batch.images, mean=model.mean, std=model.std))
         top1 = (outputs.class_logits.argmax(dim=1) == batch.class_ids).float().mean()
-        targets = task.objective.targets(batch, None, grid=task.grid).tokens
+        targets = make_targets(batch, task.supervision, task.grid).tokens
         if targets is None:
             return float(top1), None
         certainty, told = targets.dense(batch.num_classes).max(dim=2)  # [B, N]

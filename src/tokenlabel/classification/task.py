@@ -1,6 +1,6 @@
 """Training a classifier with token labels: what its images, its step and its evaluation are.
 
-The engine does the rest; `ClassifierTask.losses` is the path from a batch to the loss.
+What a step does is in `core/step.py`; the engine does the rest.
 """
 
 from __future__ import annotations
@@ -14,11 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
-from tokenlabel.core.batch import Batch, normalize_images
-from tokenlabel.core.erase import Erased, erase
-from tokenlabel.core.mix import Mixing, MixPlan, join_plans, sample_mix
+from tokenlabel.core.batch import Batch
+from tokenlabel.core.step import Supervision, TrainStep
 from tokenlabel.data.augment import TrainTransform
 from tokenlabel.data.batches import TokenLabelDataset, check_labels, make_loader
 from tokenlabel.data.classes import difference, same_classes
@@ -33,14 +32,12 @@ from tokenlabel.models.weights import read_class_names
 from tokenlabel.runtime.configuration import ConfigError
 from tokenlabel.runtime.distributed import Ranks, current_ranks, joined_ranks
 from tokenlabel.runtime.notices import say
-from tokenlabel.runtime.runlog import Stopwatch
 from tokenlabel.runtime.trackers import Tracker
 from tokenlabel.teachers.online import load_online_teacher
 from tokenlabel.training.engine import run_task
-from tokenlabel.training.objectives import Objective
 from tokenlabel.training.recipe import ModelConfig, Recipe
 from tokenlabel.training.run_folder import RunImages, locked, sound_images
-from tokenlabel.training.tasks import Part, Task
+from tokenlabel.training.tasks import Task, autocast
 
 # Starting processes takes seconds: below this many images evaluation decodes them itself.
 _MANY_IMAGES = 5000
@@ -88,7 +85,7 @@ class ClassifierTask(Task[Recipe]):
     model: TokenModel
     train_set: TokenLabelDataset
     val_set: TokenLabelDataset | None
-    objective: Objective
+    supervision: Supervision
     device: torch.device
     images: RunImages | None = None
     metric = "top1"
@@ -97,6 +94,13 @@ class ClassifierTask(Task[Recipe]):
         self.class_names = self.train_set.source.class_names
         self.num_images = len(self.train_set)
         self.grid = self.model.grid_for(self.recipe.model.size_px)
+        self.step = TrainStep(
+            self.model,
+            self.supervision,
+            erase=self.recipe.erase,
+            mix=self.recipe.mix,
+            autocast=autocast(self.device, self.recipe.precision),
+        )
 
     def batches(self, sampler: BatchSampler) -> Iterable[Batch]:
         """Return the augmented batches of a sampler."""
@@ -118,35 +122,6 @@ class ClassifierTask(Task[Recipe]):
                 f"data.tar_window is for images in tar files; {self.recipe.data.train} is none, leave it out"
             )
         return lambda epoch: shard_order(groups, seed=seed, epoch=epoch, window=window)
-
-    def losses(self, model: nn.Module, batch: Batch, part: Part, watch: Stopwatch) -> dict[str, Tensor]:
-        """Return the loss of a batch and its class and token parts."""
-        images = normalize_images(batch.images, mean=self.model.mean, std=self.model.std)
-        with watch.part("targets"):
-            erased, plan = self._draw(images, part)
-            targets = self.objective.targets(batch, plan, grid=self.grid, erased=erased)
-        with self.autocast():
-            outputs = model(erased.images if erased else images, plan)
-            loss = self.objective.loss(outputs, targets)
-        return {"loss": loss.total, "class_loss": loss.class_part, "token_loss": loss.token_part}
-
-    def _draw(self, images: Tensor, part: Part) -> tuple[Erased | None, MixPlan | None]:
-        """Erase images and draw how they are mixed, group by group."""
-        recipe, group_size = self.recipe, self.recipe.mix.group_size or len(images)
-        if len(images) % group_size:
-            raise ValueError(
-                f"mix.group_size {group_size} does not divide the {len(images)} images that go through "
-                "the model at once"
-            )
-        erased, plans = [], []
-        for place in range(0, len(images), group_size):
-            generator = part.generator(place)
-            if recipe.erase.probability > 0:
-                group = images[place : place + group_size]
-                erased.append(erase(group, recipe.erase, generator=generator))
-            plans.append(draw_plan(recipe, group_size, grid=self.grid, generator=generator))
-        plan = join_plans(plans, group_size)
-        return _join(erased), plan and plan.to(images.device)
 
     def evaluate(self, model: nn.Module, ranks: Ranks) -> dict[str, Any]:
         """Return the figures of a model on the val images of the recipe."""
@@ -175,7 +150,7 @@ class ClassifierTask(Task[Recipe]):
 
 
 def build(recipe: Recipe, *, device: torch.device, run: Path | None = None) -> ClassifierTask:
-    """Build the data, the model and the objective of a recipe, and check that they fit together.
+    """Build the data, the model and the supervision of a recipe, and check that they fit together.
 
     `run`: the folder of the run, where an earlier start may have written down which images decode. Of several ranks the
     first one looks at images and labels.
@@ -196,15 +171,12 @@ def build(recipe: Recipe, *, device: torch.device, run: Path | None = None) -> C
         images.entries["labels"] = {"num_missing": num_missing, **store.manifest.origin()}
     torch.manual_seed(recipe.seed)
     model = _begin(recipe.model, class_names=source.class_names).to(device)
-    objective = Objective(
-        recipe.loss,
-        labelled=store is not None,
+    supervision = Supervision(
+        loss=recipe.loss,
+        stored=store is not None,
         teacher=load_online_teacher(recipe.loss.teacher, source.class_names, device),
-        ignore_erased=recipe.erase.ignore_erased,
         map_weight=len(source) / (len(source) - num_missing),
     )
-    if not objective.labels_tokens:
-        model.freeze_token_head()
     val_set = None
     if recipe.data.val:
         sound = partial(_sound, recipe, images, "val")
@@ -216,7 +188,7 @@ def build(recipe: Recipe, *, device: torch.device, run: Path | None = None) -> C
         model=model,
         train_set=TokenLabelDataset(source, transform, seed=recipe.seed, store=store),
         val_set=val_set,
-        objective=objective,
+        supervision=supervision,
         device=device,
         images=images,
     )
@@ -266,29 +238,3 @@ def _begin(config: ModelConfig, *, class_names: list[str]) -> TokenModel:
         if parameter.ndim == 4:
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
     return model
-
-
-def draw_plan(
-    recipe: Recipe, num_images: int, *, grid: tuple[int, int], generator: torch.Generator
-) -> MixPlan | None:
-    """Draw how images are mixed; None if they are not."""
-    if torch.rand((), generator=generator) >= recipe.mix.probability:
-        return None
-    kind, alpha, mixup_share = recipe.mix.kind, recipe.mix.alpha, recipe.mix.mixup_share
-    if mixup_share > 0 and torch.rand((), generator=generator) < mixup_share:
-        kind, alpha = Mixing.MIXUP, recipe.mix.mixup_alpha
-    return sample_mix(
-        kind,
-        num_images,
-        grid=grid,
-        size_px=recipe.model.size_px,
-        alpha=alpha,
-        per_sample=recipe.mix.per_sample,
-        generator=generator,
-    )
-
-
-def _join(groups: list[Erased]) -> Erased | None:
-    if len(groups) < 2:
-        return groups[0] if groups else None
-    return Erased(torch.cat([g.images for g in groups]), torch.cat([g.mask for g in groups]))

@@ -14,6 +14,7 @@ import torch
 from tokenlabel.comparison.defects import DefectiveDataset
 from tokenlabel.core.align import align
 from tokenlabel.core.batch import Batch
+from tokenlabel.core.config import Inference
 from tokenlabel.data.augment import TrainTransform
 from tokenlabel.data.batches import ScoreMaps, TokenLabelDataset, collate
 from tokenlabel.data.sources import open_images
@@ -21,7 +22,6 @@ from tokenlabel.evaluation.evaluators import Accuracy, Calibration, TokenTruth
 from tokenlabel.evaluation.observation import MaskFolder, agreement, evaluation_set, observe
 from tokenlabel.evaluation.probe import probe_figures
 from tokenlabel.labels.store import LabelStore
-from tokenlabel.models import Inference
 from tokenlabel.runtime.files import write_whole
 from tokenlabel.runtime.runlog import read_metrics
 from tokenlabel.training.checkpoint import TrainedModel, load_model

@@ -18,8 +18,9 @@ from torch.nn import functional as F
 
 from tokenlabel.core.batch import ScoreMapBatch
 from tokenlabel.core.blocks import blocks
+from tokenlabel.core.config import LogitsMode
 from tokenlabel.core.geometry import TOLERANCE
-from tokenlabel.core.published import LogitsMode, align_as_published, probabilities_of_cells
+from tokenlabel.core.published import align_as_published, probabilities_of_cells
 from tokenlabel.core.scores import Kind
 from tokenlabel.core.targets import TokenTargets
 from tokenlabel.runtime.coercion import Size, pair

@@ -104,7 +104,8 @@ class Sample:
     """One augmented image.
 
     `image`: [3, height, width] uint8. `view`: what of the upright source image it shows. `score_map`: that of the
-    whole upright source image, or None without a store. `key`: the image's key in its source.
+    whole upright source image, or None without a store. `key`: the image's key in its source. `has_class`: whether
+    its class is known; `class_id` is 0 where it is not.
     """
 
     image: UInt8[Tensor, "3 height width"]
@@ -113,13 +114,15 @@ class Sample:
     view: View
     score_map: ScoreMap | None
     key: str
+    has_class: bool = True
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
     """B augmented images; `score_maps` and `views` make the labels of their tokens (`align`).
 
-    `images` are laid out channels last in memory.
+    `images` are laid out channels last in memory. `has_class`: of which the class is known; the class target of the
+    others has weight 0.
     """
 
     images: UInt8[Tensor, "B 3 height width"]
@@ -128,12 +131,14 @@ class Batch:
     views: Float[Tensor, "B F 2 3"]
     score_maps: ScoreMapBatch | None
     keys: list[str]
+    has_class: Bool[Tensor, " B"]
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch on another device."""
         return Batch(
             images=self.images.to(device, non_blocking=True),
             class_ids=self.class_ids.to(device, non_blocking=True),
+            has_class=self.has_class.to(device, non_blocking=True),
             num_classes=self.num_classes,
             views=self.views.to(device, non_blocking=True),
             score_maps=self.score_maps and self.score_maps.to(device),
@@ -145,6 +150,7 @@ class Batch:
         return Batch(
             images=self.images.pin_memory(),
             class_ids=self.class_ids.pin_memory(),
+            has_class=self.has_class.pin_memory(),
             num_classes=self.num_classes,
             views=self.views.pin_memory(),
             score_maps=self.score_maps and self.score_maps.pin_memory(),

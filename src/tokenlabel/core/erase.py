@@ -6,74 +6,23 @@ Source: Zhong et al., "Random Erasing Data Augmentation", AAAI 2020; ranges and 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from tokenlabel.core.targets import TokenTargets
-from tokenlabel.runtime.coercion import Choice, coerced_fields
+from tokenlabel.core.config import ErasingConfig, ErasingMode
 
 _NUM_ATTEMPTS = 10  # boxes drawn until one fits into the image
 
 
-class ErasingMode(Choice):
-    """What fills a box: CONST the mean colour, RAND one random colour, PIXEL a random colour for each pixel."""
-
-    CONST = "const"
-    RAND = "rand"
-    PIXEL = "pixel"
-
-
-@dataclass(frozen=True, kw_only=True)
-@coerced_fields
-class ErasingConfig:
-    """Whether and how parts of images are erased."""
-
-    probability: float = 0.0
-    """Share of the images of which something is erased."""
-    mode: ErasingMode = ErasingMode.PIXEL
-    """const (the mean colour), rand (one random colour a box) or pixel (one a pixel)."""
-    area: tuple[float, float] = (0.02, 1 / 3)
-    """Range of the share of the image that is erased."""
-    min_aspect: float = 0.3
-    """Least height / width of a box; the largest is 1 / min_aspect."""
-    max_boxes: int = 1
-    """The number of boxes is drawn from 1 to this; they share the area."""
-    ignore_erased: bool = False
-    """Take erased tokens out of the loss by their erased share; by default they keep their label."""
-
-    def __post_init__(self) -> None:
-        low, high = self.area
-        if not (0 <= self.probability <= 1 and 0 < low <= high < 1):
-            raise ValueError(
-                f"erasing needs a probability of 0 to 1 and an area range inside 0 to 1, got {self}"
-            )
-        if not 0 < self.min_aspect <= 1 or self.max_boxes < 1:
-            raise ValueError(
-                f"erasing needs a min_aspect above 0 and up to 1 and at least one box, got {self}"
-            )
-
-
-@dataclass(frozen=True, eq=False)
-class Erased:
-    """Images after erasing, and which pixels show nothing of the image any more."""
-
-    images: Float[Tensor, "B c height width"]
-    mask: Bool[Tensor, "B height width"]
-
-    def reweight(self, targets: TokenTargets, grid: tuple[int, int]) -> TokenTargets:
-        """Return the targets of a token grid (h, w) with each token's weight lowered by its erased share."""
-        share = F.adaptive_avg_pool2d(self.mask[:, None].to(targets.weight.dtype), grid).flatten(1)  # [B, N]
-        return targets.scaled(1 - share)
-
-
 def erase(
     images: Float[Tensor, "B c height width"], config: ErasingConfig, *, generator: torch.Generator
-) -> Erased:
-    """Fill random boxes of normalised images with (normal) noise, a pure function of its arguments.
+) -> tuple[Float[Tensor, "B c height width"], Bool[Tensor, "B height width"]]:
+    """Fill random boxes of normalised images with (normal) noise; return them, and which pixels are gone.
+
+    A pure function of its arguments.
 
     `generator` is on the CPU; the noise itself is drawn on the images' device, from a seed that it gives.
     """
@@ -86,7 +35,12 @@ def erase(
     for mask in masks:
         fill = _fill(images, config.mode, noise)
         images = torch.where(mask[:, None], fill, images)
-    return Erased(images, masks.any(dim=0))
+    return images, masks.any(dim=0)
+
+
+def erased_share(gone: Bool[Tensor, "B height width"], grid: tuple[int, int]) -> Float[Tensor, "B N"]:
+    """Return the share of each token's cell on a grid (h, w) that was erased."""
+    return F.adaptive_avg_pool2d(gone[:, None].float(), grid).flatten(1)
 
 
 def draw_boxes(

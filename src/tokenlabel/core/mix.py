@@ -17,20 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from tokenlabel.core.config import Mixing
 from tokenlabel.core.targets import TokenTargets
-from tokenlabel.runtime.coercion import Choice, Size, pair
-
-
-class Mixing(Choice):
-    """Which mix to draw.
-
-    MixToken: Jiang et al. 2021, section 3.2. CutMix: Yun et al. 2019. Mixup: Zhang et al. 2018.
-    """
-
-    NONE = "none"
-    MIXTOKEN = "mixtoken"
-    CUTMIX = "cutmix"
-    MIXUP = "mixup"
+from tokenlabel.runtime.coercion import Size, pair
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,20 +9,9 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tokenlabel.core.config import Inference
 from tokenlabel.core.mix import MixPlan
-from tokenlabel.runtime.coercion import Choice, Size
-
-
-class Inference(Choice):
-    """How class logits and token logits become one prediction an image.
-
-    CLASS: the class token (or pooled features) alone. TOKENS: the mean of the token logits.
-    COMBINED: class logits + 0.5 * max over tokens of the token logits, as the LV-ViT authors publish it.
-    """
-
-    CLASS = "class"
-    TOKENS = "tokens"
-    COMBINED = "combined"
+from tokenlabel.runtime.coercion import Size
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,24 +33,30 @@ class Outputs:
         return self.token_head(self.tokens)
 
     def logits(self, inference: Inference | str) -> Float[Tensor, "B C"]:
-        """Return one row of logits an image."""
-        match Inference(inference):
-            case Inference.CLASS:
-                return self.class_logits
-            case Inference.TOKENS:
-                return self.token_logits.mean(dim=1)
-            case Inference.COMBINED:
-                return self.class_logits + 0.5 * self.token_logits.amax(dim=1)
+        """Return one row of logits an image. Raises ValueError for tokens that are about other classes."""
+        inference = Inference(inference)
+        if inference is Inference.CLASS:
+            return self.class_logits
+        of_tokens = self.token_logits  # [B, N, C]
+        if of_tokens.shape[2] != self.class_logits.shape[1]:
+            raise ValueError(
+                f"tokens are about {of_tokens.shape[2]:,} classes, the class token about "
+                f"{self.class_logits.shape[1]:,}; predict by the class token alone"
+            )
+        if inference is Inference.TOKENS:
+            return of_tokens.mean(dim=1)
+        return self.class_logits + 0.5 * of_tokens.amax(dim=1)
 
 
 class TokenModel(nn.Module, ABC):
-    """A classifier that gives every token its own logits.
+    """A classifier that gives every token its own logits, over `num_token_classes`, perhaps others than its own.
 
     `grid`: the tokens (h, w) of the images that it was made for. `mean` and `std`: what to normalise pixels in
     [0, 1] with, one number a channel (RGB).
     """
 
     num_classes: int
+    num_token_classes: int
     grid: tuple[int, int]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tokenlabel.core.align import align
 from tokenlabel.core.batch import ScoreMapBatch
-from tokenlabel.core.published import LogitsMode
+from tokenlabel.core.config import LogitsMode
 from tokenlabel.core.targets import TokenTargets
 
 
@@ -23,14 +23,15 @@ def image_labels(
     class_ids: Int[Tensor, " B"],
     *,
     map_mode: LogitsMode | str = LogitsMode.ZERO,
-) -> Float[Tensor, "B C"]:
+) -> tuple[Float[Tensor, "B C"], Bool[Tensor, " B"]]:
     """Return one soft label an image: the mean of its map over what the view shows of the teacher's region.
 
-    The ground truth where it shows nothing of it. Source: Yun et al., "Re-labeling ImageNet", CVPR 2021.
+    And of which images it shows any; of the others the label is the ground truth. Source: Yun et al., "Re-labeling
+    ImageNet", CVPR 2021.
     """
     pooled = align(score_maps, views, (1, 1), logits=map_mode)
     labels = pooled.dense(score_maps.num_classes)[:, 0] / pooled.weight.clamp_min(1e-12)
-    return torch.where(pooled.weight > 0, labels, one_hot(class_ids, labels))
+    return torch.where(pooled.weight > 0, labels, one_hot(class_ids, labels)), pooled.weight[:, 0] > 0
 
 
 def softened(probs: Float[Tensor, "B C"], temperature: float) -> Float[Tensor, "B C"]:
@@ -53,21 +54,3 @@ def every_class(probs: Float[Tensor, "B C"]) -> TokenTargets:
     ones = probs.new_ones(len(probs), 1)
     classes = torch.arange(probs.shape[1], device=probs.device).expand(len(probs), -1)
     return TokenTargets(classes, excess=probs[:, None], floor=torch.zeros_like(ones), weight=ones)
-
-
-def is_wrong(labels: Float[Tensor, "B C"], class_ids: Int[Tensor, " B"]) -> Bool[Tensor, " B"]:
-    """Say of which images the ground truth is not (among) the most probable class."""
-    return labels.gather(1, class_ids[:, None])[:, 0] < labels.amax(dim=1)
-
-
-def corrected(
-    targets: TokenTargets, class_ids: Int[Tensor, " B"], share: Float[Tensor, " B"]
-) -> TokenTargets:
-    """Return targets with a share of the ground truth mixed in, image by image; their weights stay."""
-    truth = TokenTargets(
-        classes=class_ids[:, None],
-        excess=targets.weight[..., None],
-        floor=torch.zeros_like(targets.floor),
-        weight=targets.weight,
-    )
-    return targets.blended(truth, share[:, None].expand_as(targets.weight))

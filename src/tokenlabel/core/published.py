@@ -13,22 +13,9 @@ from torch import Tensor
 from torchvision.ops import roi_align
 
 from tokenlabel.core.batch import ScoreMapBatch
+from tokenlabel.core.config import LogitsMode
 from tokenlabel.core.scores import Kind
 from tokenlabel.core.targets import TokenTargets
-from tokenlabel.runtime.coercion import Choice
-
-
-class LogitsMode(Choice):
-    """What maps of logits mean; maps of probabilities don't ask.
-
-    ZERO: each cell's softmax, classes that it did not keep counting as logit 0. KEPT: each cell's softmax
-    over the classes that it kept. PUBLISHED: as in the published toolboxes, the softmax comes last, after
-    logits were sampled as `roi_align` does it; for crops and flips only.
-    """
-
-    ZERO = "zero"
-    KEPT = "kept"
-    PUBLISHED = "published"
 
 
 def probabilities_of_cells(score_maps: ScoreMapBatch, mode: LogitsMode) -> ScoreMapBatch:

@@ -143,6 +143,7 @@ class TokenLabelDataset(Dataset[Sample]):
                 view=view,
                 score_map=self._score_map(self.source.keys[index], orientation),
                 key=self.source.keys[index],
+                has_class=self.num_classes > 0,
             )
             for (_, index), (pixels, view, orientation) in zip(epochs_and_indices, images, strict=True)
         ]
@@ -178,6 +179,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
     return Batch(
         images=pixels.permute(0, 3, 1, 2),
         class_ids=torch.tensor([sample.class_id for sample in samples]),
+        has_class=torch.tensor([sample.has_class for sample in samples]),
         num_classes=samples[0].num_classes,
         views=torch.from_numpy(stack_views([sample.view for sample in samples])),
         score_maps=collate_score_maps(score_maps) if score_maps else None,

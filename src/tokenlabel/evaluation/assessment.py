@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from tokenlabel.core.config import Inference
 from tokenlabel.data.augment import EvalTransform
 from tokenlabel.data.batches import ScoreMaps, TokenLabelDataset, check_labels, make_loader
 from tokenlabel.data.classes import class_order, say_imagenet, say_order
@@ -38,7 +39,6 @@ from tokenlabel.evaluation.evaluators import (
 from tokenlabel.evaluation.networks import Network, NetworkError, find_network, move
 from tokenlabel.evaluation.observation import MaskFolder, observe
 from tokenlabel.labels.store import LabelStore
-from tokenlabel.models import Inference
 from tokenlabel.runtime.coercion import coerced_fields
 from tokenlabel.runtime.distributed import Ranks, joined_ranks
 from tokenlabel.runtime.notices import listed, say

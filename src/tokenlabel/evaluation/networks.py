@@ -10,9 +10,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tokenlabel.core.config import Inference
 from tokenlabel.data.augment import Interpolation
 from tokenlabel.evaluation.pretrained import load_pretrained
-from tokenlabel.models import Inference, Outputs, TokenModel, create_model
+from tokenlabel.models import Outputs, TokenModel, create_model
 from tokenlabel.models.weights import resize_all_positions
 from tokenlabel.training.checkpoint import is_run, load_model, options_without_weights
 from tokenlabel.training.recipe import Recipe

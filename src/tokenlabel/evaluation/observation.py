@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tokenlabel.core.align import align
 from tokenlabel.core.batch import Batch, collate_score_maps, normalize_images
+from tokenlabel.core.config import Inference
 from tokenlabel.core.geometry import View, stack_views
 from tokenlabel.core.scores import Orientation, ScoreMap, from_mask, turned_map
 from tokenlabel.core.targets import TokenTargets
@@ -29,7 +30,7 @@ from tokenlabel.data.masks import MaskError, check_upright, decode_mask, mask_na
 from tokenlabel.data.sources import open_images
 from tokenlabel.evaluation.evaluators import Accuracy, Calibration, Evaluator, Seen, TokenTruth, object_tokens
 from tokenlabel.labels.store import LabelStore
-from tokenlabel.models import Inference, Outputs, TokenModel
+from tokenlabel.models import Outputs, TokenModel
 from tokenlabel.runtime.coercion import coerced
 from tokenlabel.runtime.distributed import Ranks
 from tokenlabel.runtime.notices import listed, say

@@ -30,10 +30,13 @@ __all__ = [
 ]
 
 
-def create_model(name: str, *, num_classes: int, size_px: Size, **options: Any) -> TokenModel:
+def create_model(
+    name: str, *, num_classes: int, size_px: Size, num_token_classes: int | None = None, **options: Any
+) -> TokenModel:
     """Return a new model; docs/models.md lists what there is.
 
     `name`: `lvvit_t|s|m|l`, `t2t_vit_14|19|24`, or any that timm knows. `size_px`: (height, width) of the images.
+    `num_token_classes`: what the tokens are about, where these are other classes than the images'.
     `options`: `stage` (see `TimmAdapter`), the fields of `LVViTConfig` or `T2TViTConfig`, for timm's models whatever
     `timm.create_model` takes. Raises ValueError for unknown names and options, and for sizes that the model
     cannot take.
@@ -43,4 +46,6 @@ def create_model(name: str, *, num_classes: int, size_px: Size, **options: Any) 
     reason = why_unknown(name, OUR_MODELS, weights_option="--model.weights")
     if reason is not None:
         raise ValueError(f"there is no model {name!r}; {reason or 'see docs/models.md for what there is'}")
-    return create_timm_adapter(name, num_classes=num_classes, size_px=size_px, **options)
+    return create_timm_adapter(
+        name, num_classes=num_classes, size_px=size_px, num_token_classes=num_token_classes, **options
+    )

@@ -71,7 +71,7 @@ class TimmAdapter(TokenModel):
     `name`: what errors call it. `size_px`: (height, width) of the images to begin with; other sizes are taken
     where the backbone allows. `stage`: take the tokens from an earlier stage, for a finer grid; an index of
     timm's `forward_intermediates`, counted from 0. Their head begins with a LayerNorm, since the backbone's
-    last norm has not seen them.
+    last norm has not seen them. `num_token_classes`: what the tokens are about; the classes of the images if None.
 
     Class logits are the backbone's own. A backbone that has a token head (VOLO, LV-ViT) hands it over. Plans mix
     pixels, or, in these two, whose stems overlap, patch embeddings.
@@ -86,11 +86,12 @@ class TimmAdapter(TokenModel):
         num_classes: int,
         size_px: Size,
         stage: int | None = None,
+        num_token_classes: int | None = None,
     ) -> None:
         super().__init__()
         self.backbone: Any = backbone
         self.name = name
-        self.num_classes = num_classes
+        self.num_classes, self.num_token_classes = num_classes, num_token_classes or num_classes
         self.stage = stage
         self._features_of: dict[tuple[int, int], Features] = {}
         preprocessing: dict[str, Any] = getattr(backbone, "pretrained_cfg", {})
@@ -102,12 +103,14 @@ class TimmAdapter(TokenModel):
         features = self._features(pair(size_px))
         self.grid = features.grid
         own_token_head = _take_own_token_head(backbone)
+        if self.num_token_classes != num_classes:
+            own_token_head = None
         if features.from_stage is None:
             self._pooled_norm = _pooled_norm(backbone, features.width)
-            self.token_head = own_token_head or _new_token_head(features, num_classes)
+            self.token_head = own_token_head or _new_token_head(features, self.num_token_classes)
         else:
             self._pooled_norm = None
-            self.token_head = _new_token_head(features, num_classes)
+            self.token_head = _new_token_head(features, self.num_token_classes)
 
     def grid_for(self, size_px: Size) -> tuple[int, int]:
         """Return the token grid (h, w) of images of `size_px` (height, width), measured at the first call."""
@@ -240,7 +243,13 @@ class TimmAdapter(TokenModel):
 
 
 def create_timm_adapter(
-    name: str, *, num_classes: int, size_px: tuple[int, int], stage: int | None = None, **options: Any
+    name: str,
+    *,
+    num_classes: int,
+    size_px: tuple[int, int],
+    stage: int | None = None,
+    num_token_classes: int | None = None,
+    **options: Any,
 ) -> TimmAdapter:
     """Return a timm model with a token head; `options` go to `timm.create_model` (pretrained, for example).
 
@@ -260,7 +269,14 @@ def create_timm_adapter(
             backbone = timm.create_model(name, num_classes=num_classes, **options)
     except (*REFUSALS, OSError) as error:
         raise ValueError(f"{name} cannot be made with the options {options}: {first_line(error)}") from error
-    return TimmAdapter(backbone, name=name, num_classes=num_classes, size_px=size_px, stage=stage)
+    return TimmAdapter(
+        backbone,
+        name=name,
+        num_classes=num_classes,
+        size_px=size_px,
+        stage=stage,
+        num_token_classes=num_token_classes,
+    )
 
 
 def classifier_features(seen: Any, grid: tuple[int, int]) -> Features | None:

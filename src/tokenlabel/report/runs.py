@@ -13,9 +13,10 @@ import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from tokenlabel.classification.task import build, draw_plan
+from tokenlabel.classification.task import build
 from tokenlabel.core.batch import Batch
 from tokenlabel.core.mix import MixPlan, mix_images
+from tokenlabel.core.step import Part, Supervision, draw_mix, make_targets
 from tokenlabel.core.targets import TokenTargets
 from tokenlabel.data.batches import collate
 from tokenlabel.data.images import decode_image
@@ -28,8 +29,6 @@ from tokenlabel.report.names import short_names
 from tokenlabel.report.segmentation import is_segmentation_run, segmentation_sections
 from tokenlabel.runtime.configuration import read_config
 from tokenlabel.runtime.runlog import read_metrics
-from tokenlabel.training.engine import Part
-from tokenlabel.training.objectives import Objective
 from tokenlabel.training.recipe import RECIPE_FILE, Recipe
 
 NUM_PICTURES = 6
@@ -175,8 +174,8 @@ def _label_sections(recipe: Recipe) -> list[str]:
     maps, augmented = [], []
     samples = [dataset[0, index] for index in chosen]
     batch = collate(samples)
-    plain = Objective(replace(recipe.loss, label_smoothing=0.0), labelled=True)
-    targets = plain.targets(batch, None, grid=grid).tokens
+    plain = Supervision(loss=replace(recipe.loss, label_smoothing=0.0), stored=True)
+    targets = make_targets(batch, plain, grid).tokens
     assert targets is not None
     labels = _cells(targets, grid, len(names))
     for i, index in enumerate(chosen):
@@ -191,8 +190,13 @@ def _label_sections(recipe: Recipe) -> list[str]:
         section("Training images and their score maps", gallery(maps)),
         section("Augmented images and the labels of their tokens", gallery(augmented)),
     ]
-    always = replace(recipe, mix=replace(recipe.mix, probability=1.0))
-    plan = draw_plan(always, len(batch.images), grid=grid, generator=Part(recipe.seed, 0, 0).generator())
+    plan = draw_mix(
+        replace(recipe.mix, probability=1.0),
+        len(batch.images),
+        grid,
+        recipe.model.size_px,
+        generator=Part(recipe.seed, 0, 0).generator(),
+    )
     if plan is not None:
         mixed = _mixed_pairs(plain, batch, plan, grid=grid, class_names=names)
         sections.append(section(f"Mixed pairs ({recipe.mix.kind})", mixed))
@@ -200,9 +204,9 @@ def _label_sections(recipe: Recipe) -> list[str]:
 
 
 def _mixed_pairs(
-    objective: Objective, batch: Batch, plan: MixPlan, *, grid: tuple[int, int], class_names: list[str]
+    supervision: Supervision, batch: Batch, plan: MixPlan, *, grid: tuple[int, int], class_names: list[str]
 ) -> str:
-    targets = objective.targets(batch, plan, grid=grid)
+    targets = make_targets(batch, supervision, grid, mix=plan)
     assert targets.tokens is not None
     labels = _cells(targets.tokens, grid, len(class_names))
     images = mix_images(batch.images.float(), plan).round().to(torch.uint8)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tokenlabel.core.batch import normalize_images
+from tokenlabel.core.step import Part
 from tokenlabel.data.batches import make_loader
 from tokenlabel.data.images import DataError
 from tokenlabel.data.samplers import BatchSampler
@@ -45,7 +46,7 @@ from tokenlabel.training.checkpoint import (
 from tokenlabel.training.engine import run_task
 from tokenlabel.training.recipe import find_recipe
 from tokenlabel.training.run_folder import RunImages, locked
-from tokenlabel.training.tasks import Part, Task
+from tokenlabel.training.tasks import Task, autocast
 
 
 def train_segmentation(
@@ -90,6 +91,7 @@ class SegmentTask(Task):
     def __post_init__(self) -> None:
         self.class_names = self.train_set.pairs.classes.names
         self.num_images = len(self.train_set)
+        self.step = SegmentStep(self.model, self.recipe, self.device)
 
     def batches(self, sampler: BatchSampler) -> Iterable[SegmentBatch]:
         """Return the augmented batches of a sampler."""
@@ -101,29 +103,6 @@ class SegmentTask(Task):
             collate_fn=collate,
         )
 
-    def losses(
-        self, model: nn.Module, batch: SegmentBatch, part: Part, watch: Stopwatch
-    ) -> dict[str, Tensor]:
-        """Return the loss of a batch, and those of its two heads."""
-        if (
-            len(batch.images) == 1
-            and self.recipe.model.head is HeadKind.UPERNET
-            and not self.recipe.sync_batchnorm
-        ):
-            raise ConfigError(
-                "UPerNet pools an image to one place, of which BatchNorm needs two: take at least 2 images at once "
-                "in each process (batch_size, micro_batch_size), or sync_batchnorm on several GPUs"
-            )
-        images = normalize_images(batch.images, mean=self.model.mean, std=self.model.std)
-        with self.autocast():
-            outputs: SegmentOutputs = model(images)
-        decode_loss = pixel_loss(outputs.logits, batch.masks)
-        if outputs.auxiliary is None:
-            return {"loss": decode_loss, "decode_loss": decode_loss}
-        auxiliary_loss = pixel_loss(outputs.auxiliary, batch.masks)
-        loss = decode_loss + self.recipe.loss.auxiliary_weight * auxiliary_loss
-        return {"loss": loss, "decode_loss": decode_loss, "auxiliary_loss": auxiliary_loss}
-
     def evaluate(self, model: nn.Module, ranks: Ranks) -> dict[str, Any]:
         """Return the figures of a model on the val images of the recipe."""
         if self.val_pairs is None:
@@ -133,10 +112,37 @@ class SegmentTask(Task):
             Segmenter(model, self.recipe.eval, window_px=self.recipe.model.size_px),
             self.val_pairs,
             device=self.device,
-            autocast=self.autocast(),
+            autocast=autocast(self.device, self.recipe.precision),
             ranks=ranks,
         )
         return {name: value for name, value in figures.items() if not name.startswith("class_")}
+
+
+class SegmentStep(nn.Module):
+    """The losses of one part of a batch; a module, as `core.step.TrainStep`."""
+
+    def __init__(self, model: SegmentationModel, recipe: SegmentRecipe, device: torch.device) -> None:
+        super().__init__()
+        self.model, self.recipe = model, recipe
+        self.autocast = autocast(device, recipe.precision)
+
+    def forward(self, batch: SegmentBatch, part: Part, watch: Stopwatch) -> dict[str, Tensor]:
+        """Return the loss of a batch, and those of its two heads, all of shape []."""
+        recipe = self.recipe
+        if len(batch.images) == 1 and recipe.model.head is HeadKind.UPERNET and not recipe.sync_batchnorm:
+            raise ConfigError(
+                "UPerNet pools an image to one place, of which BatchNorm needs two: take at least 2 images at once "
+                "in each process (batch_size, micro_batch_size), or sync_batchnorm on several GPUs"
+            )
+        images = normalize_images(batch.images, mean=self.model.mean, std=self.model.std)
+        with self.autocast:
+            outputs: SegmentOutputs = self.model(images)
+        decode_loss = pixel_loss(outputs.logits, batch.masks)
+        if outputs.auxiliary is None:
+            return {"loss": decode_loss, "decode_loss": decode_loss}
+        auxiliary_loss = pixel_loss(outputs.auxiliary, batch.masks)
+        loss = decode_loss + recipe.loss.auxiliary_weight * auxiliary_loss
+        return {"loss": loss, "decode_loss": decode_loss, "auxiliary_loss": auxiliary_loss}
 
 
 def pixel_loss(logits: Float[Tensor, "B C h w"], masks: UInt8[Tensor, "B height width"]) -> Float[Tensor, ""]:

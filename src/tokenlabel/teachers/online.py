@@ -10,10 +10,10 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
+from tokenlabel.core.config import OnlineTeacherConfig
 from tokenlabel.teachers.classmap import ClassMap, class_map_for
 from tokenlabel.teachers.ensemble import name_classes
 from tokenlabel.teachers.networks import NetworkTeacher, TeacherConfig, load_teacher
-from tokenlabel.training.objectives import OnlineTeacherConfig
 
 
 class NetworkOnlineTeacher:

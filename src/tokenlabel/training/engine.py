@@ -25,6 +25,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from tokenlabel.core.step import Part
 from tokenlabel.data.samplers import BatchSampler
 from tokenlabel.runtime.configuration import ConfigError
 from tokenlabel.runtime.distributed import Ranks, shard
@@ -49,7 +50,7 @@ from tokenlabel.training.optim import (
 from tokenlabel.training.progress import DivergedError, Divergence, StepResult, Window, peak_memory_bytes
 from tokenlabel.training.recipe import TrainingConfig
 from tokenlabel.training.run_folder import changes_figures, check_run_folder, numerics
-from tokenlabel.training.tasks import Part, Task
+from tokenlabel.training.tasks import Task
 
 LOG_EVERY_STEPS = 10
 
@@ -190,7 +191,7 @@ def prepare(task: Task[Any], ranks: Ranks) -> Training:
             shard(module, module.fsdp_blocks(), task.device)
     if recipe.compile != "no":
         model.compile(backend=recipe.compile)
-    forward: nn.Module = _Forward(task)
+    forward: nn.Module = task.step
     if ranks.world_size > 1 and not recipe.sharded:
         forward = DistributedDataParallel(forward)
     optimizer = create_optimizer(model, recipe.optim)
@@ -208,17 +209,6 @@ def _num_parts(recipe: TrainingConfig, ranks: Ranks) -> int:
             "rest; choose batch_size as a multiple of processes x micro_batch_size"
         )
     return share // min(most, share)
-
-
-class _Forward(nn.Module):
-    """A task's losses as the one module whose forward pass processes meet in."""
-
-    def __init__(self, task: Task[Any]) -> None:
-        super().__init__()
-        self.model, self._losses = task.model, task.losses
-
-    def forward(self, batch: Any, part: Part, watch: Stopwatch) -> dict[str, Tensor]:
-        return self._losses(self.model, batch, part, watch)
 
 
 def train_step(training: Training, batches: Iterator[Any], step: int, watch: Stopwatch) -> StepResult:

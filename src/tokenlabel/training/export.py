@@ -18,7 +18,8 @@ from safetensors.torch import save
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
-from tokenlabel.models import Inference, TimmAdapter, TokenModel
+from tokenlabel.core.config import Inference
+from tokenlabel.models import TimmAdapter, TokenModel
 from tokenlabel.models.registration import OUR_MODELS
 from tokenlabel.training.checkpoint import TrainedModel, load_model, options_without_weights
 

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from importlib.resources import files
-from math import inf
 from pathlib import Path
 from typing import Any, Literal
 
 import jsonargparse
 
-from tokenlabel.core.erase import ErasingConfig
-from tokenlabel.core.mix import Mixing
+from tokenlabel.core.config import ErasingConfig, Inference, LossConfig, MixConfig
 from tokenlabel.data.augment import AugmentConfig
 from tokenlabel.data.images import ImageCheck
-from tokenlabel.models import Inference
 from tokenlabel.runtime.coercion import coerced_fields
 from tokenlabel.runtime.configuration import (
     ConfigError,
@@ -22,7 +19,6 @@ from tokenlabel.runtime.configuration import (
     near_names,
 )
 from tokenlabel.runtime.ranges import COUNT, NATURAL, PART, POSITIVE, check_numbers
-from tokenlabel.training.objectives import LossConfig
 from tokenlabel.training.optim import OptimConfig
 
 RECIPE_FILE = "recipe.yaml"
@@ -86,43 +82,6 @@ class ModelConfig:
         if taken:
             raise ConfigError(
                 f"model.options names {', '.join(sorted(taken))}, which model and images decide; leave it out there"
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-@coerced_fields
-class MixConfig:
-    """How pairs of images are mixed."""
-
-    kind: Mixing = Mixing.NONE
-    """none, mixtoken, cutmix or mixup."""
-    alpha: float = 1.0
-    """Both parameters of the Beta distribution of the share that an image keeps."""
-    mixup_share: float = 0.0
-    """Share of the mixes that are Mixup in place of cutmix: .5 for DeiT's taking turns."""
-    mixup_alpha: float = 0.8
-    """As alpha, for these."""
-    per_sample: bool = False
-    """Draw a mix for each image, with random partners; by default one for the batch, as published."""
-    group_size: int | None = None
-    """Erase and mix within groups of this many images, so that nothing depends on the number of processes or on
-    the micro batch; none for as many as go through the model at once."""
-    probability: float = 1.0
-    """Share of the batches that are mixed."""
-
-    def __post_init__(self) -> None:
-        if not (0 <= self.probability <= 1 and 0 <= self.mixup_share <= 1):
-            raise ConfigError(
-                f"mix.probability and mix.mixup_share are shares, got {self.probability} and {self.mixup_share}"
-            )
-        if not (0 < self.alpha < inf and 0 < self.mixup_alpha < inf):
-            raise ConfigError(
-                f"mix.alpha and mix.mixup_alpha must be above 0, got {self.alpha} and {self.mixup_alpha}"
-            )
-        check_numbers(self, "mix.", group_size=NATURAL)
-        if self.mixup_share > 0 and self.kind is not Mixing.CUTMIX:
-            raise ConfigError(
-                f"mix.mixup_share is for mix.kind cutmix, got {self.kind.value}; take kind mixup for Mixup alone"
             )
 
 

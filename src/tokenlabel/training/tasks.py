@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from tokenlabel.data.samplers import BatchSampler
 from tokenlabel.models import TokenModel
 from tokenlabel.runtime.distributed import Ranks
-from tokenlabel.runtime.runlog import Stopwatch
 from tokenlabel.training.recipe import TrainingConfig
 from tokenlabel.training.run_folder import RunImages
 
@@ -23,33 +21,17 @@ RecipeT = TypeVar("RecipeT", bound=TrainingConfig)
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
-    """The images that a process takes through the model at once: those from place `start` on of a step's batch."""
-
-    seed: int
-    step: int
-    start: int
-
-    def random_seed(self, place: int = 0) -> int:
-        """Return the seed of everything random about the images from the given place within the part on."""
-        entropy = np.random.SeedSequence([self.seed, self.step, self.start + place])
-        return int(entropy.generate_state(1, np.uint64)[0] >> 1)
-
-    def generator(self, place: int = 0) -> torch.Generator:
-        """Return a source of random numbers on the CPU with that seed."""
-        return torch.Generator().manual_seed(self.random_seed(place))
-
-
 class Task(ABC, Generic[RecipeT]):
     """What a run trains.
 
-    `model` lies on `device`. `metric` names the figure of `evaluate` that is better the higher it is. `images`: what
-    is known of the images, for the run folder.
+    `model` lies on `device`. `step` is called as `step(batch, part, watch)` (see `core.step.TrainStep`) and returns
+    `loss`, the mean over the images that is to be lowered, and its parts under names of their own. `metric` names the
+    figure of `evaluate` that is better the higher it is. `images`: what is known of the images, for the run folder.
     """
 
     recipe: RecipeT
     model: TokenModel
+    step: nn.Module
     class_names: list[str]
     num_images: int
     device: torch.device
@@ -65,17 +47,11 @@ class Task(ABC, Generic[RecipeT]):
         return None
 
     @abstractmethod
-    def losses(self, model: nn.Module, batch: Any, part: Part, watch: Stopwatch) -> dict[str, Tensor]:
-        """Return `loss`, the mean over the images that is to be lowered, and its parts under names of their own.
-
-        `model` is the task's model. Everything random follows from the part; the model's own draws are seeded.
-        """
-
-    @abstractmethod
     def evaluate(self, model: nn.Module, ranks: Ranks) -> dict[str, Any]:
         """Return the figures of a model (the averaged one) over all ranks; none where there is nothing to ask."""
 
-    def autocast(self) -> torch.autocast:
-        """Return the context of the forward pass in the recipe's precision."""
-        dtype = _DTYPES[self.recipe.precision]
-        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Return the context of the forward pass in a recipe's precision."""
+    dtype = _DTYPES[precision]
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)

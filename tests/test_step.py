@@ -1,4 +1,4 @@
-"""Objectives against the same targets worked out image by image, class by class, in float64."""
+"""A step's targets and loss against the same worked out image by image, class by class, in float64."""
 
 import dataclasses
 import math
@@ -12,27 +12,40 @@ from label_cases import aligned_point_by_point, dense_targets, draw_box, draw_vi
 from torch import nn
 
 from tokenlabel.core.align import align, enough_samples
-from tokenlabel.core.batch import Batch, collate_score_maps
-from tokenlabel.core.erase import Erased
+from tokenlabel.core.batch import Batch, collate_score_maps, normalize_images
+from tokenlabel.core.config import (
+    ClassTarget,
+    ErasingConfig,
+    Extent,
+    Inference,
+    LogitsMode,
+    LossConfig,
+    MixConfig,
+    Mixing,
+    OnlineTeacherConfig,
+    TokenChoice,
+)
+from tokenlabel.core.erase import erase
 from tokenlabel.core.geometry import View, stack_views
-from tokenlabel.core.losses import token_label_loss
+from tokenlabel.core.losses import sparse_cross_entropy, token_label_loss
 from tokenlabel.core.mix import MixPlan
 from tokenlabel.core.outputs import Outputs
 from tokenlabel.core.pooling import image_labels, softened
-from tokenlabel.core.published import LogitsMode
 from tokenlabel.core.scores import Kind, from_probabilities, from_top
-from tokenlabel.core.targets import class_targets
-from tokenlabel.training.objectives import (
-    ClassTarget,
-    Extent,
-    LossConfig,
-    Objective,
-    ObjectiveError,
-    OnlineTeacherConfig,
+from tokenlabel.core.step import (
+    Part,
+    Supervision,
     Targets,
-    TokenChoice,
+    TrainStep,
+    make_targets,
+    student_loss,
     top_score_maps,
 )
+from tokenlabel.core.step import draw_mix as draw_mix_plan
+from tokenlabel.core.targets import class_targets
+from tokenlabel.models import create_model
+from tokenlabel.runtime.errors import ConfigError
+from tokenlabel.runtime.runlog import Stopwatch
 
 NUM_IMAGES, GRID = 3, (2, 3)
 seeds = st.integers(0, 2**32 - 1)
@@ -49,7 +62,6 @@ def configs(draw, extents=tuple(Extent)):
         teacher_share=draw(shares),
         extent=draw(st.sampled_from(extents)),
         temperature=draw(st.sampled_from([1.0, 3.0])) if taught else 1.0,
-        correct_teacher=draw(st.sampled_from([0.0, 0.7])),
         tokens=draw(st.sampled_from(TokenChoice)),
         token_threshold=draw(shares),
     )
@@ -70,6 +82,7 @@ def draw_batch(rng, num_classes=6, *, stored=True):
         views=torch.from_numpy(stack_views(views)),
         score_maps=collate_score_maps(maps) if stored else None,
         keys=[str(i) for i in range(NUM_IMAGES)],
+        has_class=torch.ones(NUM_IMAGES, dtype=torch.bool),
     ), maps
 
 
@@ -92,7 +105,7 @@ class FixedTeacher:
 # The oracle: one image after the other.
 
 
-def plain_tokens(config, maps, batch, labels):
+def plain_tokens(config, maps, batch):
     """Targets [B, N, C] and weights [B, N] of the tokens before smoothing and mixing."""
     samples = max(
         2,
@@ -100,7 +113,6 @@ def plain_tokens(config, maps, batch, labels):
     )
     all_targets, all_weights = [], []
     for i, score_map in enumerate(maps):
-        truth = int(batch.class_ids[i])
         frames = batch.views[i].numpy().astype(float)
         targets, weights = aligned_point_by_point(score_map, frames, GRID, samples)
         for n in range(len(weights)):
@@ -110,9 +122,7 @@ def plain_tokens(config, maps, batch, labels):
             counts = {
                 TokenChoice.ALL: True,
                 TokenChoice.CONFIDENT: probs.max() >= config.token_threshold,
-                TokenChoice.OBJECT: probs[truth] >= config.token_threshold,
             }[config.tokens]
-            probs = correct(probs, truth, labels[i], config.correct_teacher)
             weights[n] *= counts
             targets[n] = probs * weights[n]
         all_targets.append(targets)
@@ -134,13 +144,6 @@ def plain_labels(config, maps, batch):
     return labels
 
 
-def correct(probs, truth, label, share):
-    """A label in which the ground truth has a share if the teacher does not name it first."""
-    if label[truth] < label.max():
-        return (1 - share) * probs + share * np.eye(len(probs))[truth]
-    return probs
-
-
 def plain_class_targets(config, batch, labels):
     """What the class token learns [B, C], and at the temperature [B, C]; each times its weight."""
     share = {ClassTarget.TRUTH: 0.0, ClassTarget.TEACHER: 1.0, ClassTarget.BOTH: config.teacher_share}
@@ -149,7 +152,7 @@ def plain_class_targets(config, batch, labels):
     for i, label in enumerate(labels):
         truth = int(batch.class_ids[i])
         said = label ** (1 / config.temperature)
-        said = correct(said / said.sum(), truth, label, config.correct_teacher)
+        said = said / said.sum()
         truths.append((1 - share) * np.eye(batch.num_classes)[truth])
         lessons.append(share * said)
     plain, warm = np.stack(truths), np.stack(lessons)
@@ -195,9 +198,9 @@ def test_targets_of_stored_maps_agree_image_by_image(seed, config):
     rng = np.random.default_rng(seed)
     batch, maps = draw_batch(rng)
     plan = draw_mix(rng)
-    got = Objective(config, labelled=True).targets(batch, plan, grid=GRID)
+    got = make_targets(batch, Supervision(loss=config, stored=True), GRID, mix=plan)
     labels = plain_labels(config, maps, batch)
-    tokens, weights = plain_tokens(config, maps, batch, labels)
+    tokens, weights = plain_tokens(config, maps, batch)
     shares = plan.mask.double().flatten(1).numpy()
     tokens = smooth_and_mix(tokens, weights, shares, plan, config.label_smoothing)
     check(got, [*expected_class_targets(config, batch, labels, plan), tokens], batch.num_classes)
@@ -211,11 +214,11 @@ def test_targets_of_a_teacher_in_the_step_agree_image_by_image(seed, config, top
     rng = np.random.default_rng(seed)
     batch, _ = draw_batch(rng, stored=False)
     teacher, plan = FixedTeacher(rng), draw_mix(rng)
-    got = Objective(config, labelled=False, teacher=teacher).targets(batch, plan, grid=GRID)
+    got = make_targets(batch, Supervision(loss=config, stored=False, teacher=teacher), GRID, mix=plan)
     maps = [map_of_best_classes(probs, topk) for probs in teacher.of_places]
     labels = list(teacher.of_images)
     whole = dataclasses.replace(batch, views=torch.from_numpy(stack_views([View.identity()] * NUM_IMAGES)))
-    tokens, weights = plain_tokens(config, maps, whole, labels)
+    tokens, weights = plain_tokens(config, maps, whole)
     shares = plan.mask.double().flatten(1).numpy()
     tokens = smooth_and_mix(tokens, weights, shares, plan, config.label_smoothing)
     check(got, [*expected_class_targets(config, batch, labels, plan), tokens], batch.num_classes)
@@ -244,7 +247,7 @@ def test_what_a_teacher_in_the_step_says_nothing_of():
     config = LossConfig(
         label_smoothing=0, class_target=ClassTarget.TEACHER, teacher=OnlineTeacherConfig(name="a", topk=6)
     )
-    targets = Objective(config, labelled=False, teacher=teacher).targets(batch, None, grid=GRID)
+    targets = make_targets(batch, Supervision(loss=config, stored=False, teacher=teacher), GRID)
     said = targets.class_token.dense(6)[:, 0]
     assert said[0].tolist() == np.eye(6)[batch.class_ids[0]].tolist()
     np.testing.assert_allclose(said[1:], teacher.of_images[1:], atol=1e-6)
@@ -262,32 +265,15 @@ def one_image(label, *, class_id=0, num_classes=3):
         views=torch.from_numpy(stack_views([View.identity()])),
         score_maps=collate_score_maps([score_map]),
         keys=["a"],
+        has_class=torch.tensor([True]),
     )
 
 
 def targets_of(batch, **options):
-    made = Objective(LossConfig(label_smoothing=0.0, **options), labelled=True).targets(
-        batch, None, grid=(1, 2)
-    )
+    supervision = Supervision(loss=LossConfig(label_smoothing=0.0, **options), stored=True)
+    made = make_targets(batch, supervision, (1, 2))
     assert made.tokens is not None
     return made.class_token.dense(3)[0, 0].tolist(), made.tokens.dense(3)[0, 0].tolist()
-
-
-def test_a_wrong_teacher_is_corrected_and_a_right_one_is_left_alone():
-    """Published code gives the truth .1 where the teacher is wrong and .5 where it is right."""
-    wrong, right = one_image([0.2, 0.5, 0.3]), one_image([0.6, 0.3, 0.1])
-    corrected = [0.8 * 0.2 + 0.2, 0.8 * 0.5, 0.8 * 0.3]
-    for targets in targets_of(wrong, class_target=ClassTarget.TEACHER, correct_teacher=0.2):
-        assert targets == pytest.approx(corrected, abs=1e-3)
-    for targets in targets_of(right, class_target=ClassTarget.TEACHER, correct_teacher=0.2):
-        assert targets == pytest.approx([0.6, 0.3, 0.1], abs=1e-3)
-
-
-def test_a_teacher_whose_truth_ties_for_first_place_is_right():
-    for targets in targets_of(one_image([0.4, 0.4, 0.2]), correct_teacher=1.0, class_target=ClassTarget.BOTH)[
-        1:
-    ]:
-        assert targets == pytest.approx([0.4, 0.4, 0.2], abs=1e-3)
 
 
 def test_hard_labels_are_the_most_probable_class():
@@ -313,9 +299,9 @@ def test_published_labels_of_logits_are_the_softmax_of_pooled_logits():
     logits = np.array([[[4.0], [6.0]]], np.float32)  # [1, 2, 1]
     score_map = from_top(np.array([[[0], [1]]]), logits, num_classes=3, kind=Kind.LOGITS)
     maps, view = collate_score_maps([score_map]), torch.eye(2, 3).expand(1, 1, 2, 3)
-    said = image_labels(maps, view, torch.tensor([0]), map_mode=LogitsMode.PUBLISHED)[0]
+    said = image_labels(maps, view, torch.tensor([0]), map_mode=LogitsMode.PUBLISHED)[0][0]
     torch.testing.assert_close(said, torch.tensor([4 / 2, 6 / 2, 0.0]).softmax(dim=0))
-    other = image_labels(maps, view, torch.tensor([0]), map_mode=LogitsMode.KEPT)[0]
+    other = image_labels(maps, view, torch.tensor([0]), map_mode=LogitsMode.KEPT)[0][0]
     torch.testing.assert_close(other, torch.tensor([0.5, 0.5, 0.0]))
 
 
@@ -350,8 +336,8 @@ def test_distillation_at_a_temperature_is_hintons_up_to_a_constant(seed, tempera
         temperature=temperature,
         teacher=OnlineTeacherConfig(name="a"),
     )
-    objective, outputs = Objective(config, labelled=False, teacher=teacher), outputs_for(rng)
-    loss = objective.loss(outputs, objective.targets(batch, None, grid=GRID))
+    supervision, outputs = Supervision(loss=config, stored=False, teacher=teacher), outputs_for(rng)
+    loss = student_loss(outputs, make_targets(batch, supervision, GRID), supervision)
     (got,) = torch.autograd.grad(loss.total, outputs.class_logits)
     z = outputs.class_logits
     teach = (torch.from_numpy(teacher.of_images).float().log() / temperature).softmax(dim=1)
@@ -362,12 +348,12 @@ def test_distillation_at_a_temperature_is_hintons_up_to_a_constant(seed, tempera
     assert float(loss.total.detach()) == pytest.approx(float(loss.class_part), rel=1e-5)
 
 
-def test_the_default_objective_is_the_papers():
+def test_the_default_is_the_papers_objective():
     """Ground truth for the class token, the aligned map for the others, beta .5."""
     rng = np.random.default_rng(0)
     batch, _ = draw_batch(rng)
-    outputs, objective = outputs_for(rng), Objective(LossConfig(), labelled=True)
-    loss = objective.loss(outputs, objective.targets(batch, None, grid=GRID))
+    outputs, supervision = outputs_for(rng), Supervision(loss=LossConfig(), stored=True)
+    loss = student_loss(outputs, make_targets(batch, supervision, GRID), supervision)
     assert batch.score_maps is not None
     expected = token_label_loss(
         outputs,
@@ -381,24 +367,80 @@ def test_the_default_objective_is_the_papers():
 def test_without_beta_the_tokens_have_no_targets():
     batch, _ = draw_batch(np.random.default_rng(0))
     config = LossConfig(beta=0.0, class_target=ClassTarget.TEACHER)
-    assert Objective(config, labelled=True).targets(batch, None, grid=GRID).tokens is None
+    assert make_targets(batch, Supervision(loss=config, stored=True), GRID).tokens is None
 
 
-def test_erased_tokens_lose_their_weight_by_option():
-    rng = np.random.default_rng(0)
-    batch, _ = draw_batch(rng)
-    mask = torch.zeros(NUM_IMAGES, 12, 18, dtype=torch.bool)
-    mask[:, :6, :6] = True  # the first of 2 x 3 tokens
-    erased = Erased(torch.zeros(NUM_IMAGES, 3, 12, 18), mask)
+def test_erased_tokens_lose_their_weight():
+    batch, _ = draw_batch(np.random.default_rng(0))
+    gone = torch.zeros(NUM_IMAGES, 12, 18, dtype=torch.bool)
+    gone[:, :6, :6] = True  # the first of 2 x 3 tokens
+    supervision = Supervision(loss=LossConfig(), stored=True)
+    kept, whole = (make_targets(batch, supervision, GRID, gone=mask).tokens for mask in (gone, None))
+    assert kept is not None
+    assert whole is not None
+    expected = whole.weight.clone()
+    expected[:, 0] = 0
+    torch.testing.assert_close(kept.weight, expected)
+
+
+def test_a_step_is_its_stages_in_order():
+    """Normalise, erase and draw, make targets, run the model, weigh the losses."""
+    torch.manual_seed(0)
+    batch, _ = draw_batch(np.random.default_rng(3))
+    options = {"patch_size": 6, "depth": 1, "width": 16, "num_heads": 2, "stem_width": 4}
+    model = create_model("lvvit_t", num_classes=6, size_px=(12, 18), **options).eval()
+    supervision = Supervision(loss=LossConfig(), stored=True)
+    mix_by = MixConfig(kind=Mixing.MIXTOKEN)
     for ignore in (False, True):
-        objective = Objective(LossConfig(), labelled=True, ignore_erased=ignore)
-        kept = objective.targets(batch, None, grid=GRID, erased=erased).tokens
-        whole = objective.targets(batch, None, grid=GRID).tokens
-        assert kept is not None
-        assert whole is not None
-        expected = whole.weight.clone()
-        expected[:, 0] *= not ignore
-        torch.testing.assert_close(kept.weight, expected)
+        erase_by = ErasingConfig(probability=1.0, area=(0.2, 0.3), ignore_erased=ignore)
+        part, no_autocast = Part(0, 5, 0), torch.autocast("cpu", enabled=False)
+        step = TrainStep(model, supervision, erase=erase_by, mix=mix_by, autocast=no_autocast)
+        got = step(batch, part, Stopwatch())
+        generator = part.generator()
+        images, gone = erase(
+            normalize_images(batch.images, mean=model.mean, std=model.std), erase_by, generator=generator
+        )
+        plan = draw_mix_plan(mix_by, NUM_IMAGES, GRID, (12, 18), generator=generator)
+        targets = make_targets(batch, supervision, GRID, mix=plan, gone=gone if ignore else None)
+        expected = student_loss(model(images, plan), targets, supervision)
+        assert torch.equal(got["loss"], expected.total)
+        assert torch.equal(got["token_loss"], expected.token_part)
+
+
+def test_an_image_without_a_class_has_no_class_target_and_the_others_count_more():
+    batch, _ = draw_batch(np.random.default_rng(0))
+    half = dataclasses.replace(batch, has_class=torch.tensor([True, False, True]))
+    supervision = Supervision(loss=LossConfig(), stored=True, class_weight=1.5)
+    got, whole = make_targets(half, supervision, GRID), make_targets(batch, supervision, GRID)
+    assert got.class_token.weight[:, 0].tolist() == [1.5, 0, 1.5]
+    assert not got.class_token.dense(6)[1].any()
+    assert got.tokens is not None
+    assert whole.tokens is not None
+    assert torch.equal(got.tokens.dense(6), whole.tokens.dense(6))
+    outputs = outputs_for(np.random.default_rng(1))
+    known = class_targets(batch.class_ids[[0, 2]]).smoothed(0.1, 6)
+    expected = sparse_cross_entropy(outputs.class_logits[[0, 2]][:, None], known).mean()  # = 1.5 * sum / 3
+    torch.testing.assert_close(student_loss(outputs, got, supervision).class_part, expected.detach())
+
+
+def test_tokens_may_be_about_other_classes_than_the_class_token():
+    """Each part is smoothed over its own classes, and trains its own head."""
+    batch, _ = draw_batch(np.random.default_rng(0), num_classes=40)
+    batch = dataclasses.replace(batch, class_ids=torch.tensor([0, 1, 2]), num_classes=3)
+    supervision = Supervision(loss=LossConfig(), stored=True)
+    targets = make_targets(batch, supervision, GRID)
+    assert targets.tokens is not None
+    assert batch.score_maps is not None
+    plain = align(batch.score_maps, batch.views, GRID)
+    torch.testing.assert_close(targets.tokens.dense(40), plain.smoothed(0.1, 40).dense(40))
+    torch.testing.assert_close(targets.class_token.dense(3).sum(dim=2), torch.ones(3, 1))
+    model = create_model("resnet10t", num_classes=3, num_token_classes=40, size_px=(64, 96))
+    outputs = model(torch.randn(NUM_IMAGES, 3, 64, 96))
+    assert (outputs.class_logits.shape[1], outputs.token_logits.shape[2]) == (3, 40)
+    assert outputs.grid == GRID
+    student_loss(outputs, targets, supervision).total.backward()
+    with pytest.raises(ValueError, match="tokens are about 40 classes, the class token about 3"):
+        outputs.logits(Inference.COMBINED)
 
 
 def test_a_teacher_sees_images_before_they_are_erased_and_mixed():
@@ -411,10 +453,14 @@ def test_a_teacher_sees_images_before_they_are_erased_and_mixed():
 
     rng = np.random.default_rng(0)
     batch, _ = draw_batch(rng, stored=False)
-    erased = Erased(torch.ones(NUM_IMAGES, 3, 12, 18), torch.ones(NUM_IMAGES, 12, 18, dtype=torch.bool))
+    gone = torch.ones(NUM_IMAGES, 12, 18, dtype=torch.bool)
     config = LossConfig(teacher=OnlineTeacherConfig(name="a"))
-    Objective(config, labelled=False, teacher=Watching(rng)).targets(
-        batch, draw_mix(rng), grid=GRID, erased=erased
+    make_targets(
+        batch,
+        Supervision(loss=config, stored=False, teacher=Watching(rng)),
+        GRID,
+        mix=draw_mix(rng),
+        gone=gone,
     )
     assert len(seen) == 1
     assert torch.equal(seen[0], batch.images)
@@ -427,7 +473,7 @@ def test_stored_labels_label_the_tokens_beside_a_teacher_for_the_class():
     config = LossConfig(
         label_smoothing=0.0, class_target=ClassTarget.TEACHER, teacher=OnlineTeacherConfig(name="a")
     )
-    got = Objective(config, labelled=True, teacher=teacher).targets(batch, None, grid=GRID)
+    got = make_targets(batch, Supervision(loss=config, stored=True, teacher=teacher), GRID)
     np.testing.assert_allclose(got.class_token.dense(6)[:, 0], teacher.of_images, atol=1e-6)
     assert batch.score_maps is not None
     assert got.tokens is not None
@@ -435,18 +481,16 @@ def test_stored_labels_label_the_tokens_beside_a_teacher_for_the_class():
 
 
 def test_targets_that_nobody_can_give_are_refused():
-    with pytest.raises(ObjectiveError, match=r"class_target teacher needs a teacher.*data\.labels"):
-        Objective(LossConfig(class_target=ClassTarget.TEACHER), labelled=False)
+    with pytest.raises(ConfigError, match=r"class_target teacher needs a teacher.*data\.labels"):
+        Supervision(loss=LossConfig(class_target=ClassTarget.TEACHER), stored=False)
     teacher = FixedTeacher(np.random.default_rng(0))
-    with pytest.raises(ObjectiveError, match=r"correct_teacher 0\.5 needs a teacher"):
-        Objective(LossConfig(correct_teacher=0.5), labelled=False)
     of_images = LossConfig(class_target=ClassTarget.BOTH, extent=Extent.IMAGE)
-    with pytest.raises(ObjectiveError, match="sees the crop only"):
-        Objective(of_images, labelled=True, teacher=teacher)
-    with pytest.raises(ObjectiveError, match="nothing to say"):
-        Objective(LossConfig(), labelled=True, teacher=teacher)
-    with pytest.raises(ObjectiveError, match="nothing to say"):
-        Objective(LossConfig(beta=0.0), labelled=False, teacher=teacher)
+    with pytest.raises(ConfigError, match="sees the crop only"):
+        Supervision(loss=of_images, stored=True, teacher=teacher)
+    with pytest.raises(ConfigError, match="nothing to say"):
+        Supervision(loss=LossConfig(), stored=True, teacher=teacher)
+    with pytest.raises(ConfigError, match="nothing to say"):
+        Supervision(loss=LossConfig(beta=0.0), stored=False, teacher=teacher)
 
 
 @pytest.mark.parametrize(
@@ -463,7 +507,7 @@ def test_targets_that_nobody_can_give_are_refused():
     ],
 )
 def test_options_that_make_no_sense_are_refused(options, named):
-    with pytest.raises(ObjectiveError, match=named):
+    with pytest.raises(ConfigError, match=named):
         LossConfig(**options)
 
 
