@@ -2,9 +2,11 @@
 
 import ast
 import importlib
+import inspect
 import re
 import subprocess
 import sys
+import textwrap
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,6 +16,7 @@ import pytest
 
 import tokenlabel
 from tokenlabel.core.scores import from_mask
+from tokenlabel.core.step import TrainStep
 from tokenlabel.labels.store import LabelStoreWriter, Manifest
 from tokenlabel.runtime.configuration import _enums
 from tokenlabel.training.recipe import Recipe
@@ -161,3 +164,10 @@ def imports(path: Path) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             names = [f"{node.module}.{alias.name}" for alias in node.names]
         yield from (name.split(".")[1] for name in names if name.startswith("tokenlabel."))
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/architecture.md"])
+def test_pages_show_the_step_as_it_is(page):
+    step = textwrap.dedent(inspect.getsource(TrainStep.__dict__["forward"]))
+    text = (Path(__file__).parents[1] / page).read_text(encoding="utf-8")
+    assert f"```python\n{step}```" in text

@@ -66,18 +66,15 @@ class TrainStep(nn.Module):
 
     def forward(self, batch: Batch, part: Part, watch: Stopwatch) -> dict[str, Tensor]:
         """Return the loss, a mean over the images of the batch, and its class and token parts, all of shape []."""
-        images = normalize_images(
-            batch.images, mean=self.model.mean, std=self.model.std
-        )  # [B, 3, height, width]
-        grid = self.model.grid_for((images.shape[2], images.shape[3]))
+        model, supervision = self.model, self.supervision
+        images = normalize_images(batch.images, mean=model.mean, std=model.std)  # [B, 3, height, width]
+        grid = model.grid_for((images.shape[2], images.shape[3]))
         with watch.part("targets"):
             images, gone, mix = erase_and_draw(images, grid, part, erase_by=self.erase, mix_by=self.mix)
-            targets = make_targets(
-                batch, self.supervision, grid, mix=mix, gone=gone if self.erase.ignore_erased else None
-            )
+            targets = make_targets(batch, supervision, grid, mix=mix, gone=gone)
         with self.autocast:
-            outputs = self.model(images, mix)  # mixes pixels, or (MixToken) the embeddings of patches
-            loss = student_loss(outputs, targets, self.supervision)
+            outputs = model(images, mix)  # mixes pixels, or (MixToken) the embeddings of patches
+            loss = student_loss(outputs, targets, supervision)
         return {"loss": loss.total, "class_loss": loss.class_part, "token_loss": loss.token_part}
 
 
@@ -107,8 +104,9 @@ def erase_and_draw(
     erase_by: ErasingConfig,
     mix_by: MixConfig,
 ) -> tuple[Float[Tensor, "B 3 height width"], Bool[Tensor, "B height width"] | None, MixPlan | None]:
-    """Return normalised images after erasing, which of their pixels are gone, and how they are to be mixed.
+    """Return normalised images after erasing, and how they are to be mixed.
 
+    Between them: which pixels are gone, where tokens are to lose weight by it (`ignore_erased`), else None.
     Each group of `mix_by.group_size` images draws for itself, from a seed of its place in the batch: so nothing depends
     on how a batch is divided among parts and processes. Raises ConfigError for a part that is not made of groups.
     """
@@ -129,7 +127,8 @@ def erase_and_draw(
     plan = join_plans(plans, size)
     if gone:
         images = kept[0] if len(kept) == 1 else torch.cat(kept)
-    return images, torch.cat(gone) if gone else None, plan and plan.to(images.device)
+    counted = torch.cat(gone) if gone and erase_by.ignore_erased else None
+    return images, counted, plan and plan.to(images.device)
 
 
 def draw_mix(
