@@ -24,7 +24,7 @@ from torch import Tensor
 
 from benchmarks.measure import Row, Settings, interleave, ratios
 from tokenlabel.core.geometry import WHOLE_IMAGE
-from tokenlabel.data.augment import Interpolation
+from tokenlabel.data.config import Interpolation
 from tokenlabel.labels.store import LabelStoreWriter, Manifest
 from tokenlabel.teachers.dense import ClassifierNetwork
 from tokenlabel.teachers.labelling import Seen, label_batches

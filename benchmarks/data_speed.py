@@ -20,8 +20,9 @@ from timm.data.loader import create_loader
 
 from benchmarks.measure import Row, Settings, interleave, ratios
 from tokenlabel.core.batch import normalize_images
-from tokenlabel.data.augment import AugmentConfig, TrainTransform
+from tokenlabel.data.augment import TrainTransform
 from tokenlabel.data.batches import TokenLabelDataset, make_loader
+from tokenlabel.data.config import AugmentConfig
 from tokenlabel.data.samplers import BatchSampler
 from tokenlabel.data.scenes import write_scenes
 from tokenlabel.data.sources import open_images

@@ -23,8 +23,9 @@ from benchmarks.measure import Row, Settings, interleave, ratios
 from tokenlabel.core.batch import normalize_images
 from tokenlabel.core.geometry import View
 from tokenlabel.data.colours import brightened, contrasted, sharpened
+from tokenlabel.data.config import Interpolation
 from tokenlabel.data.images import decode_pixels
-from tokenlabel.data.resampling import MEAN_COLOUR, RESAMPLING, Interpolation, resize, warp
+from tokenlabel.data.resampling import MEAN_COLOUR, RESAMPLING, resize, warp
 from tokenlabel.data.tars import read_index, scan_tars, write_index
 
 NUM_IMAGES, SIDE_PX, NUM_IN_TAR = 32, 224, 5000

@@ -34,8 +34,9 @@ from tokenlabel.core.geometry import View, stack_views
 from tokenlabel.core.losses import linear_cross_entropy
 from tokenlabel.core.scores import ScoreMap
 from tokenlabel.core.step import Supervision, make_targets
-from tokenlabel.data.augment import AugmentConfig, TrainTransform
+from tokenlabel.data.augment import TrainTransform
 from tokenlabel.data.batches import TokenLabelDataset, collate
+from tokenlabel.data.config import AugmentConfig
 from tokenlabel.data.sources import open_images
 from tokenlabel.labels.encoding import Encoding
 from tokenlabel.labels.store import LabelStore, LabelStoreWriter, Manifest
@@ -43,8 +44,7 @@ from tokenlabel.models import create_model
 from tokenlabel.runtime.distributed import Ranks
 from tokenlabel.runtime.runlog import Stopwatch
 from tokenlabel.training.engine import Training, prepare, train_step
-from tokenlabel.training.optim import OptimConfig
-from tokenlabel.training.recipe import DataConfig, ModelConfig, Recipe
+from tokenlabel.training.recipe import DataConfig, ModelConfig, OptimConfig, Recipe
 from tokenlabel.training.tasks import autocast
 
 SIZE_PX = (224, 224)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from tokenlabel.data.augment import Interpolation
+from tokenlabel.data.config import Interpolation
 from tokenlabel.data.images import ImageFolder
 from tokenlabel.teachers.annotation import AnnotateConfig, annotate_by
 from tokenlabel.teachers.networks import Teacher

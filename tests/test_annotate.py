@@ -44,8 +44,7 @@ from tokenlabel.teachers.labelling import Seen, _by_shape
 from tokenlabel.teachers.masks import MaskTeacher
 from tokenlabel.teachers.networks import TeacherError, load_teacher
 from tokenlabel.training.checkpoint import Trained, save_checkpoint
-from tokenlabel.training.optim import OptimConfig
-from tokenlabel.training.recipe import DataConfig, ModelConfig, Recipe
+from tokenlabel.training.recipe import DataConfig, ModelConfig, OptimConfig, Recipe
 
 COLOURS = {"blue": (0, 0, 255), "green": (0, 255, 0), "red": (255, 0, 0)}
 

@@ -18,18 +18,10 @@ from tokenlabel.core.batch import collate_score_maps
 from tokenlabel.core.geometry import View, stack_views
 from tokenlabel.core.scores import from_mask
 from tokenlabel.data import images
-from tokenlabel.data.augment import (
-    AugmentConfig,
-    ColourJitter,
-    EvalTransform,
-    Order,
-    TrainTransform,
-    WarpConfig,
-    draw_crop,
-    one_view,
-)
+from tokenlabel.data.augment import EvalTransform, TrainTransform, draw_crop, one_view
+from tokenlabel.data.config import AugmentConfig, ColourJitter, Interpolation, Order, WarpConfig
 from tokenlabel.data.randaugment import COLOURS, WARPS, PolicyError, RandAugment, parse_randaugment
-from tokenlabel.data.resampling import MEAN_COLOUR, Interpolation, resize, warp
+from tokenlabel.data.resampling import MEAN_COLOUR, resize, warp
 
 fast = settings(max_examples=40, deadline=None)
 

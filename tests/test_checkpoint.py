@@ -17,8 +17,8 @@ from tokenlabel.training.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
-from tokenlabel.training.optim import OptimConfig, create_ema, create_optimizer
-from tokenlabel.training.recipe import Recipe
+from tokenlabel.training.optim import create_ema, create_optimizer
+from tokenlabel.training.recipe import OptimConfig, Recipe
 
 OPTIONS = {"patch_size": 8, "depth": 1, "width": 16, "num_heads": 2, "stem_width": 8}
 RECIPE = config_from_dict(

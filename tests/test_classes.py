@@ -31,8 +31,7 @@ from tokenlabel.teachers.ensemble import name_classes
 from tokenlabel.teachers.networks import TeacherConfig, load_teacher
 from tokenlabel.teachers.online import load_online_teacher
 from tokenlabel.training.checkpoint import Trained, load_model, save_checkpoint
-from tokenlabel.training.optim import OptimConfig
-from tokenlabel.training.recipe import DataConfig, EvalConfig, ModelConfig, Recipe
+from tokenlabel.training.recipe import DataConfig, EvalConfig, ModelConfig, OptimConfig, Recipe
 
 CPU = torch.device("cpu")
 NAME = "test_resnet"

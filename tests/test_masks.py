@@ -26,8 +26,7 @@ from tokenlabel.segmentation.pairs import ImageMaskPairs, Layout, SegmentDataCon
 from tokenlabel.teachers.annotation import AnnotateConfig, annotate
 from tokenlabel.teachers.networks import TeacherError
 from tokenlabel.training.checkpoint import Trained, save_checkpoint
-from tokenlabel.training.optim import OptimConfig
-from tokenlabel.training.recipe import DataConfig, ModelConfig, Recipe
+from tokenlabel.training.recipe import DataConfig, ModelConfig, OptimConfig, Recipe
 
 
 def write_mask(path: Path, values: Any, dtype: Any = np.uint8) -> None:

@@ -11,7 +11,7 @@ from timm.data.config import resolve_data_config
 from torch.nn import functional as F
 
 from tokenlabel.core.config import OnlineTeacherConfig
-from tokenlabel.data.augment import Interpolation
+from tokenlabel.data.config import Interpolation
 from tokenlabel.evaluation.pretrained import PretrainedError
 from tokenlabel.teachers.classmap import ClassMap, ClassMapError
 from tokenlabel.teachers.dense import ClassifierNetwork

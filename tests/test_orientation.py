@@ -15,8 +15,9 @@ from tokenlabel.core.config import LogitsMode
 from tokenlabel.core.geometry import OPPOSITE, Box, turned, turned_box
 from tokenlabel.core.scores import Kind, Orientation, from_top, turned_map
 from tokenlabel.data import images
-from tokenlabel.data.augment import AugmentConfig, EvalTransform, TrainTransform
+from tokenlabel.data.augment import EvalTransform, TrainTransform
 from tokenlabel.data.batches import TokenLabelDataset, collate
+from tokenlabel.data.config import AugmentConfig
 from tokenlabel.data.images import ImageFolder, decode_image, decode_pixels, orientation_of
 from tokenlabel.evaluation.observation import MaskFolder, mask_agreement
 from tokenlabel.labels.store import LabelStore, LabelStoreWriter, Manifest, StoreError

@@ -80,6 +80,7 @@ def test_an_unknown_name_is_an_attribute_error():
         ("import tokenlabel", ["torch", "timm", "matplotlib", "numpy"]),
         ("from tokenlabel import LabelStore, ScoreMap", ["torch", "timm", "matplotlib"]),
         ("import tokenlabel.cli", ["torch", "timm", "matplotlib", "jsonargparse"]),
+        ("import tokenlabel.training.recipe", ["torch", "timm", "matplotlib"]),  # for `train --help`
         ("import tokenlabel.classification.task", ["matplotlib"]),
     ],
 )

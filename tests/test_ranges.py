@@ -8,7 +8,7 @@ import pytest
 
 from tokenlabel.cli import main
 from tokenlabel.core.config import LossConfig, MixConfig, OnlineTeacherConfig
-from tokenlabel.data.augment import AugmentConfig, ColourJitter, WarpConfig
+from tokenlabel.data.config import AugmentConfig, ColourJitter, WarpConfig
 from tokenlabel.evaluation.assessment import EvalOptions
 from tokenlabel.labels.inspection import InspectConfig
 from tokenlabel.labels.published import ImportConfig
@@ -19,8 +19,14 @@ from tokenlabel.segmentation.model import SegmentModelConfig
 from tokenlabel.segmentation.pairs import Layout, SegmentDataConfig
 from tokenlabel.segmentation.recipe import SegmentLossConfig
 from tokenlabel.teachers.annotation import AnnotateConfig
-from tokenlabel.training.optim import OptimConfig
-from tokenlabel.training.recipe import CheckpointConfig, DataConfig, EvalConfig, ModelConfig, TrainingConfig
+from tokenlabel.training.recipe import (
+    CheckpointConfig,
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainingConfig,
+)
 
 NAN, INF = math.nan, math.inf
 OPTIM: dict[str, Any] = {"lr": 1e-3, "lr_batch_size": 8}

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tokenlabel.core.geometry import View
-from tokenlabel.data.resampling import MEAN_COLOUR, RESAMPLING, Interpolation, slid_rows, warp
+from tokenlabel.data.config import Interpolation
+from tokenlabel.data.resampling import MEAN_COLOUR, RESAMPLING, slid_rows, warp
 
 BOTH = pytest.mark.parametrize("interpolation", [Interpolation.BILINEAR, Interpolation.BICUBIC])
 SIZES = st.tuples(st.integers(1, 30), st.integers(1, 30))  # (width, height)

@@ -15,7 +15,8 @@ from tokenlabel.cli import main
 from tokenlabel.core.config import OnlineTeacherConfig
 from tokenlabel.core.geometry import WHOLE_IMAGE
 from tokenlabel.core.scores import from_top
-from tokenlabel.data.augment import EvalTransform, Interpolation
+from tokenlabel.data.augment import EvalTransform
+from tokenlabel.data.config import Interpolation
 from tokenlabel.evaluation.pretrained import PretrainedError, check_classes
 from tokenlabel.models import TimmAdapter, create_model
 from tokenlabel.teachers.classmap import ClassMap, ClassMapError, class_map_for

@@ -32,8 +32,7 @@ from tokenlabel.models import TokenModel
 from tokenlabel.segmentation.inference import SegmentEvalConfig
 from tokenlabel.segmentation.model import SegmentModelConfig
 from tokenlabel.segmentation.pairs import SegmentDataConfig, open_pairs
-from tokenlabel.training.optim import OptimConfig
-from tokenlabel.training.recipe import DataConfig, EvalConfig, ModelConfig, Recipe
+from tokenlabel.training.recipe import DataConfig, EvalConfig, ModelConfig, OptimConfig, Recipe
 
 CLASSES = ["ant", "bee"]
 README = Path(__file__).parents[1] / "README.md"

@@ -31,10 +31,10 @@ if TYPE_CHECKING:
     from tokenlabel.core.outputs import Outputs
     from tokenlabel.core.scores import Kind, ScoreMap
     from tokenlabel.core.targets import TokenTargets, class_targets
-    from tokenlabel.data.augment import AugmentConfig, EvalTransform, Order, TrainTransform
+    from tokenlabel.data.augment import EvalTransform, TrainTransform
     from tokenlabel.data.batches import TokenLabelDataset, collate, make_loader
+    from tokenlabel.data.config import AugmentConfig, Interpolation, Order
     from tokenlabel.data.images import ImageCheck, check_images
-    from tokenlabel.data.resampling import Interpolation
     from tokenlabel.data.samplers import BatchSampler
     from tokenlabel.data.sources import open_images
     from tokenlabel.labels.encoding import Encoding
@@ -47,11 +47,11 @@ if TYPE_CHECKING:
 
 # Public names and where they live: imported when first asked for, so that reading a store takes no torch.
 _HOMES = {
-    "data.augment": ("AugmentConfig", "EvalTransform", "Order", "TrainTransform"),
+    "data.augment": ("EvalTransform", "TrainTransform"),
+    "data.config": ("AugmentConfig", "Interpolation", "Order"),
     "data.samplers": ("BatchSampler",),
     "data.batches": ("TokenLabelDataset", "collate", "make_loader"),
     "data.images": ("ImageCheck", "check_images"),
-    "data.resampling": ("Interpolation",),
     "data.sources": ("open_images",),
     "labels.encoding": ("Encoding",),
     "labels.manifest": ("Manifest",),

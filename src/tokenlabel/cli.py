@@ -28,6 +28,7 @@ from tokenlabel.runtime.arguments import (
     parse,
     write_json,
 )
+from tokenlabel.runtime.environment import is_main_process
 from tokenlabel.runtime.interruption import Interrupted
 
 if TYPE_CHECKING:
@@ -134,10 +135,6 @@ def train(arguments: list[str]) -> int:
         "train", "Train a model by a recipe. The same command continues a run that was stopped."
     )
 
-    from tokenlabel.classification.task import train as train_by_recipe
-    from tokenlabel.runtime.distributed import launched_ranks
-    from tokenlabel.runtime.runlog import read_metrics
-    from tokenlabel.runtime.trackers import tensorboard
     from tokenlabel.training.recipe import Recipe, add_recipe_arguments, find_recipe
 
     parser.add_argument(
@@ -149,7 +146,13 @@ def train(arguments: list[str]) -> int:
     _add_rehearsals(parser)
     add_recipe_arguments(parser)
     options = parse(parser, arguments, find_recipe=find_recipe)
-    recipe, device = configured(parser, options, Recipe), device_of(options.device)
+    recipe = configured(parser, options, Recipe)
+
+    from tokenlabel.classification.task import train as train_by_recipe
+    from tokenlabel.runtime.runlog import read_metrics
+    from tokenlabel.runtime.trackers import tensorboard
+
+    device = device_of(options.device)
     if options.dry_run or options.profile or options.overfit is not None:
         return _rehearse(recipe, options, device)
     with tensorboard(options.out, wanted=options.tensorboard) as trackers:
@@ -160,7 +163,7 @@ def train(arguments: list[str]) -> int:
             trackers=trackers,
             changed_numerics=options.changed_numerics,
         )
-    if launched_ranks().is_first:
+    if is_main_process():
         print(
             json.dumps(figures or read_metrics(options.out)[-1])
         )  # without val images what the last steps said

@@ -12,7 +12,8 @@ from PIL import Image
 from torch.nn import functional as F
 
 from tokenlabel.core.geometry import View
-from tokenlabel.runtime.coercion import Choice, Size, pair
+from tokenlabel.data.config import Interpolation
+from tokenlabel.runtime.coercion import Size, pair
 
 # The mean of ImageNet's pixels, which timm fills with, too.
 MEAN_COLOUR = (124, 116, 104)
@@ -21,14 +22,6 @@ _FILL = np.array(MEAN_COLOUR, np.uint8)
 _ROUNDING = np.float32(
     1e-3
 )  # keeps a whole number that float32 takes for a little less from being rounded down
-
-
-class Interpolation(Choice):
-    """How pixels are resampled; RANDOM draws one of the other two for each image."""
-
-    BILINEAR = "bilinear"
-    BICUBIC = "bicubic"
-    RANDOM = "random"
 
 
 RESAMPLING = {

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tokenlabel.core.config import Inference
-from tokenlabel.data.augment import Interpolation
+from tokenlabel.data.config import Interpolation
 from tokenlabel.evaluation.pretrained import load_pretrained
 from tokenlabel.models import Outputs, TokenModel, create_model
 from tokenlabel.models.weights import resize_all_positions

@@ -12,8 +12,8 @@ import timm
 from timm.data.config import resolve_data_config
 from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg
 
-from tokenlabel.data.augment import Interpolation
 from tokenlabel.data.classes import imagenet_names
+from tokenlabel.data.config import Interpolation
 from tokenlabel.models import create_model, register_with_timm
 from tokenlabel.models.hub import hub_or_cache, why_unknown
 from tokenlabel.models.registration import OUR_MODELS

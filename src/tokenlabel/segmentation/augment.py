@@ -9,7 +9,8 @@ from jaxtyping import UInt8
 from numpy.typing import NDArray
 from PIL import Image
 
-from tokenlabel.data.resampling import MEAN_COLOUR, Interpolation, resize
+from tokenlabel.data.config import Interpolation
+from tokenlabel.data.resampling import MEAN_COLOUR, resize
 from tokenlabel.runtime.coercion import Size, coerced_fields, pair
 from tokenlabel.runtime.ranges import NATURAL, POSITIVE, check_numbers
 from tokenlabel.segmentation.classes import IGNORED

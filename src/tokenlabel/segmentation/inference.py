@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tokenlabel.core.batch import normalize_images
-from tokenlabel.data.resampling import Interpolation, resize
+from tokenlabel.data.config import Interpolation
+from tokenlabel.data.resampling import resize
 from tokenlabel.runtime.coercion import Size, coerced_fields, pair
 from tokenlabel.runtime.ranges import NATURAL, POSITIVE, check_numbers
 from tokenlabel.segmentation.augment import fitted_size

@@ -14,7 +14,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from tokenlabel.core.batch import normalize_images
-from tokenlabel.data.augment import Interpolation
+from tokenlabel.data.config import Interpolation
 from tokenlabel.evaluation.pretrained import Pretrained, load_pretrained
 from tokenlabel.models import TimmAdapter, TokenModel
 from tokenlabel.runtime.coercion import coerced, coerced_fields

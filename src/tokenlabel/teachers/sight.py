@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tokenlabel.core.geometry import WHOLE_IMAGE, Box, View
-from tokenlabel.data.augment import EvalTransform, Interpolation
+from tokenlabel.data.augment import EvalTransform
+from tokenlabel.data.config import Interpolation
 from tokenlabel.runtime.coercion import coerced_fields
 
 RESAMPLING = {

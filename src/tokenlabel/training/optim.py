@@ -4,67 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from timm.utils.model_ema import ModelEmaV3
 from torch import nn
 
-from tokenlabel.runtime.coercion import coerced_fields
-from tokenlabel.runtime.ranges import COUNT, NATURAL, PART, POSITIVE, check_numbers
-
-
-@dataclass(frozen=True, kw_only=True)
-@coerced_fields
-class OptimConfig:
-    """How weights move: AdamW under a warm-up and a schedule."""
-
-    lr: float
-    """Peak learning rate at `lr_batch_size`; it scales linearly with the batch size."""
-    lr_batch_size: int
-    """The batch size that `lr` and the other rates are stated for."""
-    schedule: Literal["cosine", "poly", "constant"] = "cosine"
-    """How the rate falls after the warm-up: as half a cosine, in a straight line (poly of power 1), or not before the
-    cool-down."""
-    min_lr: float = 1e-5
-    """Where the schedule ends; held during the cool-down. Scaled like `lr`."""
-    warmup_lr: float = 1e-6
-    """Where the warm-up starts. Scaled like `lr`."""
-    warmup_epochs: float = 5.0
-    """Epochs of linear warm-up, counted within the recipe's epochs."""
-    warmup_steps: int | None = None
-    """Steps of linear warm-up, in place of epochs."""
-    cooldown_epochs: float = 0.0
-    """Epochs at `min_lr` at the end, counted within the recipe's epochs."""
-    weight_decay: float = 0.05
-    """Decay of weights; biases, norms and what the model names (position embedding, class token) take none."""
-    layer_decay: float = 1.0
-    """Each layer learns at this times the rate of the layer above it; 1 for all alike, .65-.9 to fine-tune."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's averages."""
-    eps: float = 1e-8
-    """AdamW's epsilon."""
-    clip_grad_norm: float | None = None
-    """Scale gradients down to this norm; none by default, as in the paper."""
-    ema_decay: float | None = 0.99992
-    """Average of the weights for evaluation; none to evaluate the weights themselves."""
-    ema_warmup: bool = True
-    """Let the average's decay grow from 0 as 1 - (1 + step) ** -2/3: in a short run .99992 alone is useless."""
-
-    def __post_init__(self) -> None:
-        check_numbers(self, "optim.", lr=POSITIVE, lr_batch_size=NATURAL, clip_grad_norm=POSITIVE)
-        at_least_0 = (
-            "min_lr",
-            "warmup_lr",
-            "warmup_epochs",
-            "warmup_steps",
-            "cooldown_epochs",
-            "weight_decay",
-            "eps",
-        )
-        check_numbers(self, "optim.", **dict.fromkeys(at_least_0, COUNT))
-        check_numbers(self, "optim.", layer_decay=PART, betas="[0, 1)", ema_decay="[0, 1)")
+from tokenlabel.training.recipe import OptimConfig
 
 
 @runtime_checkable

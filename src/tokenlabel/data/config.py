@@ -1,0 +1,101 @@
+"""How images are augmented, as data. No torch: a recipe is read, and explained, without it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from tokenlabel.data.randaugment import parse_randaugment
+from tokenlabel.runtime.coercion import Choice, coerced_fields
+from tokenlabel.runtime.ranges import COUNT, POSITIVE, check_numbers
+
+
+class Interpolation(Choice):
+    """How pixels are resampled; RANDOM draws one of the other two for each image."""
+
+    BILINEAR = "bilinear"
+    BICUBIC = "bicubic"
+    RANDOM = "random"
+
+
+class Order(Choice):
+    """Whether warps and RandAugment change the crop (fast) or the whole image before it (published)."""
+
+    AFTER_CROP = "after_crop"
+    BEFORE_CROP = "before_crop"
+
+
+@dataclass(frozen=True, kw_only=True)
+@coerced_fields
+class ColourJitter:
+    """Random changes of colour, in random order; each factor is drawn evenly from 1 - range to 1 + range."""
+
+    brightness: float = 0.0
+    """Range of the factor of brightness."""
+    contrast: float = 0.0
+    """Range of the factor of contrast."""
+    saturation: float = 0.0
+    """Range of the factor of saturation."""
+    hue: float = 0.0
+    """Range of the turn of the hue, as a fraction of the colour circle; at most 0.5."""
+    probability: float = 1.0
+    """Share of the images that are changed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+@coerced_fields
+class WarpConfig:
+    """A random affine warp: rotation, then shear, then translation, in one resampling."""
+
+    probability: float = 0.0
+    """Share of the images that are warped."""
+    degrees: float = 0.0
+    """Rotation about the centre is drawn evenly from minus to plus this."""
+    shear: float = 0.0
+    """Shear along both axes is drawn evenly from minus to plus this: 0.3 moves a point 0.3 px for each px."""
+    translate: float = 0.0
+    """Translation along both axes is drawn evenly from minus to plus this, a fraction of width and height."""
+
+
+@dataclass(frozen=True, kw_only=True)
+@coerced_fields
+class AugmentConfig:
+    """How training images are augmented."""
+
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    """Range of the share of the image's area that the crop keeps."""
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Range of the crop's width / height, before it is resized to the model's input."""
+    interpolation: Interpolation = Interpolation.RANDOM
+    """bilinear, bicubic, or random: one of the two for each image."""
+    horizontal_flip: float = 0.5
+    """Probability that left and right change places."""
+    vertical_flip: float = 0.0
+    """Probability that top and bottom change places."""
+    warp: WarpConfig = field(default_factory=WarpConfig)
+    """Random rotation, shear and translation beside RandAugment's."""
+    randaugment: str | None = None
+    """RandAugment by timm's name, such as rand-m9-mstd0.5-inc1; none by default."""
+    three_augment: bool = False
+    """Turn each image grey, solarize or blur it (3-Augment of DeiT III; give it a jitter of 0.3 as well)."""
+    jitter: ColourJitter = field(default_factory=ColourJitter)
+    """Random changes of brightness, contrast, saturation and hue, after everything else."""
+    order: Order = Order.AFTER_CROP
+    """Whether warp and RandAugment work on the crop (after_crop) or on the whole image (before_crop)."""
+
+    def __post_init__(self) -> None:
+        for name in ("crop_scale", "crop_ratio"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high:
+                raise ValueError(f"{name} must be two numbers with 0 < first <= second, got {low} and {high}")
+        shares = (self.horizontal_flip, self.vertical_flip, self.warp.probability, self.jitter.probability)
+        if self.crop_scale[1] > 1 or not all(0 <= share <= 1 for share in shares):
+            raise ValueError(
+                f"crop_scale and probabilities end at 1, got {list(self.crop_scale)} and {list(shares)}"
+            )
+        if not 0 <= self.jitter.hue <= 0.5:
+            raise ValueError(f"jitter.hue must lie in 0 to 0.5, got {self.jitter.hue}")
+        check_numbers(self, crop_ratio=POSITIVE)
+        check_numbers(self.warp, "warp.", degrees=COUNT, shear=COUNT, translate=COUNT)
+        check_numbers(self.jitter, "jitter.", brightness=COUNT, contrast=COUNT, saturation=COUNT)
+        if self.randaugment is not None:
+            parse_randaugment(self.randaugment)
