@@ -252,7 +252,7 @@ def test_files_that_name_no_order_are_refused(numbered, weights, capsys, name, t
 
 
 @pytest.mark.parametrize(
-    "place", ["label_names", "pretrained_cfg", "ids", "by_name", "safetensors", "beside", "pth"]
+    "place", ["label_names", "pretrained_cfg", "ids", "by_name", "safetensors", "beside", "pth", "id2label"]
 )
 def test_names_that_come_with_the_weights_count(tmp_path, weights, capsys, monkeypatch, place):
     """The network knows the colours as cat, ant, bee; the folders sort as ant, bee, cat."""
@@ -272,8 +272,10 @@ def test_names_that_come_with_the_weights_count(tmp_path, weights, capsys, monke
     elif place == "safetensors":
         save_file(model.state_dict(), "file.safetensors", metadata={"class_names": json.dumps(names)})
         words, teacher = ["--weights", "file.safetensors"], NAME
-    elif place == "pth":
-        content = {"state_dict": model.state_dict(), "class_to_idx": {"ant": 1, "bee": 2, "cat": 0}}
+    elif place in ("pth", "id2label"):
+        by_id, by_name = dict(enumerate(names)), {"ant": 1, "bee": 2, "cat": 0}
+        stated = {"class_to_idx": by_name} if place == "pth" else {"id2label": by_id}
+        content = {"state_dict": model.state_dict(), **stated}
         torch.save(content, "file.pth")
         words, teacher = ["--weights", "file.pth"], NAME
     elif place == "beside":

@@ -18,8 +18,10 @@ from tokenlabel.runtime.notices import listed, say
 
 SORTED, NATURAL = "sorted", "natural"
 
-# Where configurations of models keep their classes: timm's, those of transformers and ultralytics, scripts'.
-_NAMES_KEYS = ("label_names", "id2label", "names", "class_names", "classes", "class_to_idx", "label2id")
+# Where models keep their classes: ours and timm's, those of transformers and ultralytics, those of people's scripts.
+_CONFIG_KEYS = (
+    "class_names", "label_names", "classes", "class_to_idx", "idx_to_class", "id2label", "label2id", "names",
+)  # fmt: skip
 
 _WORDNET_ID = re.compile(r"n\d{8}")
 
@@ -212,7 +214,7 @@ def imagenet_names(count: int) -> tuple[str, ...]:
 
 def _in_json_order(content: object) -> list[str]:
     if isinstance(content, dict):
-        inside = (content[key] for key in _NAMES_KEYS if isinstance(content.get(key), (dict, list)))
+        inside = (content[key] for key in _CONFIG_KEYS if isinstance(content.get(key), (dict, list)))
         content = next(inside, content)
     if isinstance(content, dict) and all(type(place) is int for place in content.values()):
         content = {place: name for name, place in content.items()}

@@ -221,7 +221,7 @@ class ImageMaskPairs:
         return pixels, values
 
     def _look(self, index: int) -> tuple[dict[int, int], dict[int, bytes], bool] | ValueError:
-        """Return the pixels of each value of a mask, its colour, and whether a tag turns the image; or what is wrong."""
+        """Return the pixels of each value of a mask, its colour, and whether a tag turns the image; or an error."""
         try:
             _, values = self._decoded(index)
             is_turned = orientation_of(_bytes(self._images / self.keys[index])) != 1
