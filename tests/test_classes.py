@@ -20,7 +20,7 @@ from tokenlabel.cli import main
 from tokenlabel.core.config import OnlineTeacherConfig
 from tokenlabel.core.scores import from_mask
 from tokenlabel.data.batches import LabelsError, check_labels
-from tokenlabel.data.classes import ClassMapError, ids_among
+from tokenlabel.data.classes import ClassMapError, class_order, ids_among
 from tokenlabel.data.imagenet import SETS, read_real_labels
 from tokenlabel.data.images import ImageFolder
 from tokenlabel.evaluation.observation import evaluation_set
@@ -176,6 +176,15 @@ ORDER_FILES = {
     "order.tsv": "\n".join(f"{name}\tnumber {name}" for name in NUMBERS),
     "list.json": json.dumps(NUMBERS),
     "class_to_idx.json": json.dumps({name: int(name) for name in sorted(NUMBERS)}),
+    "ids.txt": "\n".join(f"{i} class {i}" for i in range(12)),
+    "ids.csv": "id,name\n" + "\n".join(f"{i},class {i}" for i in range(12)),
+    "behind.txt": "\n".join(f"class {i}:{i}" for i in reversed(range(12))),
+    "from_1.tsv": "# made by hand\n" + "\n".join(f"{i + 1}\tclass {i}" for i in range(12)),
+    "data.yaml": "names:\n" + "\n".join(f"  {i}: class {i}" for i in range(12)),
+    "plain.txt": "\n".join(f"class {i}" for i in range(12)),
+    "config.json": json.dumps({"id2label": {i: f"class {i}" for i in range(12)}}),
+    "labels.json": json.dumps({"label_names": [f"class {i}" for i in range(12)], "num_classes": 12}),
+    "keras.json": json.dumps({i: [f"class {i}", "x"] for i in range(12)}),
     "idx_to_class.json": json.dumps({int(name): name for name in NUMBERS}),
 }
 
@@ -183,6 +192,11 @@ ORDER_FILES = {
 def test_files_say_the_order_of_a_network_for_eval_and_the_online_teacher(numbered, weights, capsys):
     for name, text in ORDER_FILES.items():
         Path(name).write_text(text, encoding="utf-8", newline="")
+        if "class " in text:
+            ours = sorted(f"class {i}" for i in range(12))
+            assert class_order(name, ours, (), count=12) == [f"class {i}" for i in range(12)], name
+            assert class_order(name, (), (), count=12)[11] == "class 11"
+            continue
         done = run(capsys, *eval_words(numbered, "--weights", weights[12], "--class-order", name))
         assert (name, done.top1, "assuming" in done.said) == (name, 1.0, False)
     images = torch.from_numpy(colours(12))[:, :, None, None].expand(-1, -1, SIZE_PX, SIZE_PX).contiguous()
@@ -199,6 +213,23 @@ def test_files_say_the_order_of_a_network_for_eval_and_the_online_teacher(number
     said = capsys.readouterr().err
     assert "WARNING: assuming the teacher's 12 classes" in said
     assert "overrule with --loss.teacher.class-order" in said
+
+
+def test_lines_of_imagenets_words_begin_with_the_class(tmp_path):
+    path = tmp_path / "synsets.txt"
+    path.write_text("".join(f"{wnid} some, words\n" for wnid in WNIDS[:3]))
+    assert class_order(str(path), ["x"], (), count=3) == WNIDS[:3]
+
+
+def test_a_class_map_may_be_json(tmp_path):
+    path = tmp_path / "map.json"
+    path.write_text(json.dumps({"0": "bee", "wasp": "bee", "2": "ant"}))
+    found = class_map_for(str(path), ["a", "wasp", "c"], ["ant", "bee"], num_theirs=3)
+    assert found is not None
+    assert found.targets.tolist() == [1, 1, 0]
+    path.with_suffix(".txt").write_text("x" * 5000)
+    with pytest.raises(ClassMapError, match=r"map.txt, line 1: expected the teacher's class.{,140}$"):
+        class_map_for(str(path.with_suffix(".txt")), ["a"], ["ant"], num_theirs=1)
 
 
 @pytest.mark.parametrize(
@@ -220,7 +251,7 @@ def test_files_that_name_no_order_are_refused(numbered, weights, capsys, name, t
 
 
 @pytest.mark.parametrize(
-    "place", ["label_names", "pretrained_cfg", "ids", "by_name", "safetensors", "beside", "pth"]
+    "place", ["label_names", "pretrained_cfg", "ids", "by_name", "safetensors", "beside", "pth", "id2label"]
 )
 def test_names_that_come_with_the_weights_count(tmp_path, weights, capsys, monkeypatch, place):
     """The network knows the colours as cat, ant, bee; the folders sort as ant, bee, cat."""
@@ -240,8 +271,10 @@ def test_names_that_come_with_the_weights_count(tmp_path, weights, capsys, monke
     elif place == "safetensors":
         save_file(model.state_dict(), "file.safetensors", metadata={"class_names": json.dumps(names)})
         words, teacher = ["--weights", "file.safetensors"], NAME
-    elif place == "pth":
-        content = {"state_dict": model.state_dict(), "class_to_idx": {"ant": 1, "bee": 2, "cat": 0}}
+    elif place in ("pth", "id2label"):
+        by_id, by_name = dict(enumerate(names)), {"ant": 1, "bee": 2, "cat": 0}
+        stated = {"class_to_idx": by_name} if place == "pth" else {"id2label": by_id}
+        content = {"state_dict": model.state_dict(), **stated}
         torch.save(content, "file.pth")
         words, teacher = ["--weights", "file.pth"], NAME
     elif place == "beside":

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from tokenlabel.core.config import Inference
+from tokenlabel.evaluation.pretrained import load_pretrained
 from tokenlabel.models import create_model, load_published
 from tokenlabel.models.weights import adapter_name
 from tokenlabel.runtime.configuration import config_from_dict
@@ -106,6 +107,12 @@ def test_timm_opens_the_folder(tmp_path: Path, case: tuple[str, tuple[int, int],
         again(images), outputs.logits(Inference.COMBINED if combined else Inference.CLASS)
     )
     assert json.loads((folder / "config.json").read_text())["label_names"] == CLASS_NAMES
+    evaluated = load_pretrained(f"local-dir:{folder}", at_test_size=True)  # as `tokenlabel eval` opens it
+    assert (evaluated.size_px, evaluated.class_names) == (case[1], tuple(CLASS_NAMES))
+    assert (evaluated.crop_fraction, evaluated.interpolation.value) == (
+        trained.recipe.eval.crop_fraction,
+        "bicubic",
+    )
     assert ("register_with_timm" in (folder / "README.md").read_text()) == combined
     if not combined:
         token_head = load_file(folder / "token_head.safetensors")

@@ -127,16 +127,17 @@ class TestWhatIsPassedOver:
             "images/ant/._1.png", "images/bee/deep/@eaDir/2.png/SYNOPHOTO_THUMB_M.jpg", "images/__MACOSX/ant/1.png",
             "images/bee/deep/.thumbnails/2.png", "images/lost+found/3.png", "images/ant/.ipynb_checkpoints/1.png",
             "images/ant/$RECYCLE.BIN/1.png", "images/ant/#recycle/1.png", "images/.hidden/1.png",
+            "images/ant/Thumbnails/1.png", "images/bee/#snapshot/1.png",
         )  # fmt: skip
         source = open_images("images")
         assert list(source.keys) == ["ant/1.png", "bee/deep/2.png"]
         assert passed_over(source) == {
             "hidden": 1, "@eaDir/": 1, "__MACOSX/": 1, ".thumbnails/": 1, "lost+found/": 1, ".ipynb_checkpoints/": 1,
-            "$RECYCLE.BIN/": 1, "#recycle/": 1, ".hidden/": 1,
+            "$RECYCLE.BIN/": 1, "#recycle/": 1, ".hidden/": 1, "Thumbnails/": 1, "#snapshot/": 1,
         }  # fmt: skip
-        assert "; passed over 1 file and 8 folders: 1 #recycle/, 1 $RECYCLE.BIN/" in describe(
-            source, "images"
-        )
+        assert "; passed over 1 file and 10 folders: 1 #recycle/, 1 #snapshot/" in describe(source, "images")
+        lay("classes/thumbs/1.png", "classes/fists/1.png")
+        assert open_images("classes").class_names == ["fists", "thumbs"]
 
     def test_links_are_followed_and_nothing_is_read_twice(self):
         lay(*(f"images/{name}/{i}.png" for name in ("ant", "bee") for i in range(6)))
@@ -172,6 +173,7 @@ class TestWhatIsPassedOver:
 
     def test_masks_beside_their_images(self):
         lay("images/benign/a (1).png", "images/benign/a (1)_mask.png", "images/benign/a (1)_mask_1.png")
+        lay("images/benign/b.jpg", "images/benign/b_thumb.jpg", "images/benign/b_superpixels.png")
         lay(
             "images/normal/x.jpg",
             "images/normal/x.seg.png",
@@ -181,11 +183,12 @@ class TestWhatIsPassedOver:
         source = open_images("images")
         assert list(source.keys) == [
             "benign/a (1).png",
+            "benign/b.jpg",
             "normal/x.jpg",
             "normal/y.b.png",
             "normal/z_mask.png",
         ]
-        assert passed_over(source) == {"named as masks of images beside them": 3}
+        assert passed_over(source) == {"named as masks or thumbnails of images beside them": 5}
 
     def test_what_a_class_folder_holds_instead_of_images_is_said(self, capsys):
         lay("images/ant/1.png")
@@ -215,6 +218,12 @@ class TestFoldersThatAreNoClasses:
                 "pets",
                 "pets/pets",
             ),
+            (("d/imagenet_train/ant/1.png", "d/imagenet_val/ant/1.png"), "d", "d/imagenet_train"),
+            (("d/cifar-test/ant/1.png", "d/cifar-train/ant/1.png"), "d", "d/cifar-train"),
+            (("d/training/ant/1.png", "d/evaluation/ant/1.png"), "d", "d/training"),
+            (("d/trainval/ant/1.png", "d/test/ant/1.png"), "d", "d/trainval"),
+            (("d/labeled/ant/1.png", "d/unlabeled/2.png"), "d", "d/labeled"),
+            (("d/nette/train/ant/1.png", "d/nette/val/ant/1.png"), "d", "d/nette/train"),
         ],
     )
     def test_the_path_that_was_meant(self, paths, given, meant, capsys):
@@ -229,6 +238,18 @@ class TestFoldersThatAreNoClasses:
         assert "i: val: parts of a data set, no classes; move it out from among" in train_complaint(
             capsys, "i"
         )
+
+    def test_masks_among_the_classes(self, capsys):
+        lay("i/ant/1.png", "i/bee/1.png", "i/masks/ant/1.png", "i/masks/bee/1.png")
+        assert "i: masks holds ant, bee, as the folder beside it is called" in train_complaint(capsys, "i")
+
+    def test_names_that_classes_seldom_have_are_said(self):
+        lay("i/ant/1.png", "i/bee/1.png", "i/test/1.png")
+        line = describe(open_images("i"), "i")
+        assert line.endswith("taken for classes, as any folder: test; move away what is none")
+        lay("one/ants/ant/1.png", "one/ants/bee/1.png")
+        line = describe(open_images("one"), "one")
+        assert line.endswith("this folder holds ant, bee: if these are the classes, name one/ants")
 
     def test_parts_without_class_folders(self, capsys):
         lay("images/train/1.png", "images/val/1.png")
@@ -431,7 +452,8 @@ class TestLists:
             (b"0,a.png,cat\n", "line 1: .*more columns need a first line"),
             (b"path,label\na.png,cat\nb,dog\n", r"line 3: expected the path of an image .*got 'b,dog'"),
             (b'a.png,cat\n"b.png,dog\n', "cannot be read as CSV"),
-            (b"id,label\n0001,cat\n", "which columns are path and class"),
+            (b"id,label\n0001,cat\n", r"line 1: no column \(id,label\) holds paths of images, which end in"),
+            (b"path,label\na.png,cat\na.png,dog\n", r"a.png is listed with 2 classes \(cat, dog\)"),
             (b"a.heic,cat\nb.heic,dog\n", "lists no images .*2 .heic"),
         ],
     )
@@ -439,6 +461,24 @@ class TestLists:
         with pytest.raises(DataError, match=message) as error:
             self.keys_and_classes(data)
         assert "\n" not in str(error.value)
+
+    @pytest.mark.parametrize(
+        ("data", "expected"),
+        [
+            (b"path,label\na.png,caf\xe9\nb.png,dog\n", {"a.png": "caf\u00e9", "b.png": "dog"}),
+            (b"img.path,cls\na.png,cat\nb.png,dog\n", {"a.png": "cat", "b.png": "dog"}),
+            (b"path,label\na.heic,cat\nb.png,dog\n", {"b.png": "dog"}),
+            (b"path,label,x\na.png,cat,1\na.png,cat,2\nb.png,dog,3\n", {"a.png": "cat", "b.png": "dog"}),
+        ],
+    )
+    def test_other_letters_headings_and_lines_for_each_object(self, data, expected):
+        assert self.keys_and_classes(data) == expected
+
+    def test_what_was_assumed_of_letters_is_said(self):
+        lay("b\udce9.png")
+        data = "a\u00e9.png,ant\n".encode("cp1252") + b"b\xe9.png,bee\n"
+        assert self.keys_and_classes(data) == {"a\u00e9.png": "ant", "b\udce9.png": "bee"}
+        assert "not UTF-8, read as Windows-1252: a\u00e9.png" in describe(open_images("list.csv"), "list.csv")
 
     def test_files_that_are_not_there(self, capsys):
         lay("lists/list.csv", data=b"path,label\nimages/a.png,cat\nimages/b.png,dog\n")

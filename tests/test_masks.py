@@ -96,6 +96,7 @@ class TestFiles:
             "c.jpg",
             "d.jpg",
             "deep/e.f.jpg",
+            "deep/h.jpg",
             "twice.jpg",
             "twice.webp",
             "._a.jpg",
@@ -103,17 +104,41 @@ class TestFiles:
             write_image(tmp_path / "images" / name, (2, 2))
         for name in ("@eaDir/a.jpg", "__MACOSX/a.png", ".trash/a.png"):
             write_image(tmp_path / "images" / name, (2, 2))
-        names = ["a.png", "b.PNG", "c.tif", "d.jpg.png", "deep/e.f.png", "twice.png", "old/g.png", "._a.png"]
+        names = ["a.png", "b.PNG", "c.tif", "d.jpg.png", "deep/e.f.png", "deep/h_mask.png"]
+        names += ["twice.png", "old/g.png", "._a.png"]
         for name in names:
             write_mask(tmp_path / "masks" / name, [[0, 1], [1, 0]])
         pairs = two_folders(tmp_path, ["road", "tree"])
-        assert list(pairs.mask_names) == [*names[:5], "twice.png", "twice.png"]
+        assert list(pairs.mask_names) == [*names[:6], "twice.png", "twice.png"]
         said = capsys.readouterr().err
         assert "several images have the same mask, and count each: twice.png" in said
         assert "masks: 1 masks belong to no image and are passed over (old/g.png)" in said
         pairs.check()
-        for name in ("c.jpg", "d.jpg", "deep/e.f.jpg"):
+        for name in ("c.jpg", "d.jpg", "deep/e.f.jpg", "deep/h.jpg"):
             assert MaskFolder(tmp_path / "masks", num_classes=2)[name].codes.shape == (2, 2, 1)
+
+    def test_masks_beside_their_images(self, tmp_path):
+        for number in range(2):
+            write_image(tmp_path / f"both/{number}.jpg", (2, 2))
+            write_mask(tmp_path / f"both/{number}_seg.png", [[0, 1], [1, 0]])
+        config = SegmentDataConfig(
+            layout=Layout.FOLDERS,
+            train_images=str(tmp_path / "both"),
+            train_masks=str(tmp_path / "both"),
+            class_names=("road", "tree"),
+        )
+        pairs = open_pairs(config, "train")
+        assert pairs is not None
+        assert list(zip(pairs.keys, pairs.mask_names, strict=True)) == [
+            ("0.jpg", "0_seg.png"),
+            ("1.jpg", "1_seg.png"),
+        ]
+
+    @pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA"])
+    def test_equal_channels_are_those_of_a_grey_mask(self, mode):
+        grey = Image.fromarray(np.array([[0, 1, 255]], np.uint8))
+        grey.convert(mode).save(buffer := io.BytesIO(), "PNG")
+        assert decode_mask(buffer.getvalue(), "mask").tolist() == [[0, 1, 255]]
 
     def test_what_does_not_fit_is_counted(self, tmp_path):
         write_pairs(tmp_path, *[[[0, 1]]] * 5)
@@ -123,14 +148,14 @@ class TestFiles:
         with pytest.raises(MaskError, match=message):
             two_folders(tmp_path, ["road", "tree"]).check()
         for number in range(4):
-            (tmp_path / f"masks/{number}/a.png").rename(tmp_path / f"masks/{number}/a_mask.png")
+            (tmp_path / f"masks/{number}/a.png").rename(tmp_path / f"masks/{number}/a_other.png")
         message = (
-            r"4 of 5 images have no mask there \(0/a.jpg, .*, \.\.\.\); expected 0/a.png .*, found 0/a_mask"
+            r"4 of 5 images have no mask there \(0/a.jpg, .*, \.\.\.\); expected 0/a.png .*, found 0/a_other"
         )
         with pytest.raises(DataError, match=message):
             two_folders(tmp_path, ["road", "tree"])
 
-    def test_photographs_that_a_tag_turns_have_upright_masks(self, tmp_path):
+    def test_photographs_that_a_tag_turns_have_upright_masks(self, tmp_path, capsys):
         exif = Image.Exif()
         exif[0x0112] = 6
         (tmp_path / "images").mkdir()
@@ -139,6 +164,10 @@ class TestFiles:
         write_mask(tmp_path / "masks/a.png", (np.arange(8)[:, None] > 3).repeat(4, axis=1))
         pairs = two_folders(tmp_path, ["dark", "light"])
         pairs.check()
+        assert (
+            "tag turns 1 of 1 images looked at; their masks are taken to lie upright"
+            in capsys.readouterr().err
+        )
         pixels, ids = pairs.read(0)
         assert ((pixels[..., 0] > 100) == ids).all()
         write_mask(tmp_path / "masks/a.png", np.arange(8)[None].repeat(4, axis=0) > 3)
@@ -170,6 +199,8 @@ class TestValues:
              {"class_values": (1, 2), "ignore_index": 0}),
             ([0, 1, 2, 255], ["a", "b"], "holds the value 2, which is no class",
              {"class_values": (1, 2), "ignore_index": (0, 255)}),
+            ([0, 1, 65535], ["a", "b"], "holds the value 65535, which is no class; 2 classes have the values 0-1, 255; "
+             "if 65535 is none, say --data.ignore-index 65535", {"ignore_index": 65535}),
             ([0, 5000], ["a", "b"], "holds the value 5000, which is no class", {"class_values": (0, 5000)}),
         ],
     )  # fmt: skip
@@ -203,7 +234,7 @@ class TestValues:
         assert message in said
         assert "2 masks" in said
         for word in words:
-            assert word.replace("_", "-") in said.replace("--data.ignore-index 0", "--data.ignore-index=0")
+            assert word.replace("_", "-") in said.replace("--data.ignore-index ", "--data.ignore-index=")
         pairs = two_folders(tmp_path, names, **mended)
         capsys.readouterr()
         pairs.check()
@@ -311,6 +342,13 @@ class TestTeacherAndTruth:
             main(["inspect", "labels", "--images", "images", "--masks", "masks", "--ignore-index", "255"])
             == 0
         )
+
+    def test_ids_of_no_class_are_refused_with_what_to_say(self, capsys):
+        self.masks([[0, 7], [7, 0]], [[1, 1], [7, 1]])
+        assert main(["annotate", "images", "labels", "--teacher", "masks:masks", "--device", "cpu"]) == 2
+        said = capsys.readouterr().err
+        assert "1.png: holds 7, which is no id of 2 classes (0 = cat to 1 = dog) nor of none (255)" in said
+        assert "--ignore-index says another id of none" in said
 
     def test_another_id_stands_for_nothing(self):
         self.masks([[0, 11], [11, 0]], [[1, 1], [11, 1]])

@@ -223,7 +223,7 @@ def test_lists(tmp_path, text, keys, class_names, class_ids):
     ("text", "message"),
     [
         ("", "lists no images"),
-        ("a.png 1\na.png 2\n", r"a\.png is listed twice"),
+        ("a.png 1\na.png 2\n", r"a\.png is listed with 2 classes \(1, 2\)"),
         ("a.png 1\nb.png\n", "1 of 2 images have no class"),
         ("a.png 1\n\t2\n", r"line 2: expected the path"),
         ("a.png great white shark\n", r"line 1: expected .*a tab between"),

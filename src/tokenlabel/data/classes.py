@@ -18,6 +18,11 @@ from tokenlabel.runtime.notices import listed, say
 
 SORTED, NATURAL = "sorted", "natural"
 
+# Where models keep their classes: ours and timm's, those of transformers and ultralytics, those of people's scripts.
+_CONFIG_KEYS = (
+    "class_names", "label_names", "classes", "class_to_idx", "idx_to_class", "id2label", "label2id", "names",
+)  # fmt: skip
+
 _WORDNET_ID = re.compile(r"n\d{8}")
 
 
@@ -137,12 +142,13 @@ def class_order(
 ) -> list[str]:
     """Return the names of a network's `count` classes in its order, as the user says it.
 
-    `order`: "sorted" or "natural", of the images' classes; else a file of one name a line (what follows a tab is
-    passed over), or a `.json` of a list of names or of a mapping between names and ids. `known`: what the network says
+    `order`: "sorted" or "natural", of the images' classes; else a file of one name a line, alone, with its id (from 0
+    or 1) or with a description behind a tab; or a `.json` of a list of names or of a mapping between names and ids,
+    also inside a model's configuration (`label_names`, `id2label`). `known`: what the network says
     itself; it must be no other. Raises ClassMapError.
     """
     if order not in (SORTED, NATURAL):
-        names = _read_order(order, option)
+        names = _read_order(order, ours, option)
     elif ours:
         names = sorted(ours, key=_natural if order == NATURAL else None)
     else:
@@ -160,19 +166,41 @@ def class_order(
     return names
 
 
-def _read_order(path: str, option: str) -> list[str]:
+def _read_order(path: str, ours: Sequence[str], option: str) -> list[str]:
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
         if Path(path).suffix.lower() == ".json":
             names = _in_json_order(json.loads(text))
         else:
-            names = [name for line in text.split("\n") if (name := line.partition("\t")[0].strip())]
+            lines = [line.strip() for line in text.split("\n") if not line.startswith("#")]
+            names = _in_line_order([line for line in lines if line], ours)
     except (OSError, ValueError) as error:
         raise ClassMapError(
             f"{option} {path}: neither `natural` nor `sorted`, nor a file of class names ({error})"
         ) from error
     if repeated := [name for name, times in Counter(map(composed, names)).items() if times > 1]:
         raise ClassMapError(f"{option} {path}: names several classes {listed(list(map(repr, repeated)))}")
+    return names
+
+
+def _in_line_order(lines: list[str], ours: Sequence[str]) -> list[str]:
+    """Return the names that lines hold, in the order of their ids if they have such: in front or behind, all different.
+
+    A first line may be headings. Names that the images have count as they are: "class 1" is no class of id 1 then.
+    """
+    names = [line.partition("\t")[0].strip() for line in lines]
+    if max(ids_among(names, ours), default=-1) >= 0:
+        return names
+    for pattern in (r"(?P<id>\d+)[\s,;:=]+(?P<name>.+)", r"(?P<name>.+?)[\s,;:=]+(?P<id>\d+)"):
+        for rows in (lines, lines[1:]):
+            found = [match for line in rows if (match := re.fullmatch(pattern, line))]
+            by_id = {int(match["id"]): match["name"].strip("\"', ") for match in found}
+            first = min(by_id, default=-1)
+            is_counted = first in (0, 1) and sorted(by_id) == list(range(first, first + len(rows)))
+            if is_counted and len(set(by_id.values())) == len(rows):
+                return [by_id[i] for i in sorted(by_id)]
+    if all(re.match(rf"{_WORDNET_ID.pattern}[\s,:]", line) for line in lines):  # n01440764 tench, Tinca tinca
+        return [line[:9] for line in lines]
     return names
 
 
@@ -185,11 +213,16 @@ def imagenet_names(count: int) -> tuple[str, ...]:
 
 
 def _in_json_order(content: object) -> list[str]:
+    if isinstance(content, dict):
+        inside = (content[key] for key in _CONFIG_KEYS if isinstance(content.get(key), (dict, list)))
+        content = next(inside, content)
     if isinstance(content, dict) and all(type(place) is int for place in content.values()):
         content = {place: name for name, place in content.items()}
     if isinstance(content, dict):
-        by_id = {int(place): name for place, name in content.items()}
+        by_id = {int(place) if str(place).isdecimal() else -1: name for place, name in content.items()}
         content = [by_id[i] for i in sorted(by_id)] if sorted(by_id) == list(range(len(by_id))) else None
+    if isinstance(content, list):  # Keras has ["n01440764", "tench"] for each
+        content = [name[0] if isinstance(name, list) and name else name for name in content]
     if not isinstance(content, list) or not all(isinstance(name, str) for name in content):
         raise ValueError("expected a list of names, or a mapping between names and all ids from 0")
     return [name for name in content if isinstance(name, str)]
@@ -200,7 +233,8 @@ def _assumed_order(ours: Sequence[str], them: str) -> str:
     natural = sorted(ours, key=_natural)
     is_sorted = list(ours) == sorted(ours)
     other = next((i for i in range(len(ours)) if is_sorted and natural[i] != ours[i]), None)
-    shown = sorted({*range(min(2, len(ours))), other if other is not None else min(2, len(ours) - 1)})
+    telling = [] if other is None else [other]
+    shown = sorted([*dict.fromkeys([*telling, *range(len(ours))])][:3])
     whose = them if them.endswith("'") else f"{them}'s"
     line = (
         f"assuming {whose} {len(ours):,} classes are the images' in {'sorted' if is_sorted else 'their'} order: "

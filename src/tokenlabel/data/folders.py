@@ -23,21 +23,31 @@ UNREAD_PICTURES = (
     ".raf", ".orf", ".rw2", ".raw", ".psd", ".svg", ".eps", ".exr", ".hdr",
 )  # fmt: skip
 
+_ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
+
 # Folders that file systems, disk stations and archivers leave behind, with thumbnails or with files of their own.
 _LEAVINGS = (
     "__macosx", "__pycache__", "@eadir", "@tmp", "#recycle", "@recycle", "$recycle.bin", "lost+found",
-    "system volume information", "network trash folder", "temporary items",
+    "system volume information", "network trash folder", "temporary items", "#snapshot", "~snapshot", "recycler",
+    "found.000", "@__thumb", "@sharebin", "@recently-snapshot", "cvs", "_vti_cnf",
 )  # fmt: skip
 
-_MASK_WORDS = "seg|segmentation|semseg|instances?|panoptic|masks?|gt|depth|disparity|trimap|matte|labelids"
+# Below a class; beside other classes one may be called so.
+_THUMBNAILS = ("thumbnails", "thumbnail", "thumbs", "thumb", "_thumbs", "_thumbnails")
+
+# Pictures that tools draw or shrink of an image, and put beside it.
+_MASK_WORDS = (
+    "seg|segmentation|semseg|instances?|panoptic|(?:colou?r[_-])?masks?|gt|depth|disparity|trimap|matte|labelids|"
+    "annotations?|superpixels?|thumb(?:nail)?s?"
+)
 _MASK = re.compile(
     rf"(?:[._-](?:{_MASK_WORDS})|\.(?:labels?|targets?|output|alpha|normals?|edges?))(?:[._-]?\d+)?\.\w+$",
     re.IGNORECASE,
 )
 
 _PARTS = {
-    **dict.fromkeys(("train", "training", "trainset"), "train"),
-    **dict.fromkeys(("val", "valid", "validation", "valset", "dev", "devset"), "val"),
+    **dict.fromkeys(("train", "training", "trainset", "trainval", "labeled", "labelled"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "valset", "dev", "devset", "eval", "evaluation"), "val"),
     **dict.fromkeys(("test", "testing", "testset", "pred", "holdout", "unlabeled", "unlabelled", "extra"), "test"),
 }  # fmt: skip
 _BESIDE_PARTS = {
@@ -54,6 +64,7 @@ _IMAGE_FOLDERS = {"images", "image", "imgs", "img", "jpegimages", "leftimg8bit",
 _TRUTH_FOLDERS = {
     "masks", "mask", "annotations", "annotation", "labels", "segmentationclass", "gtfine", "gt", "segmentation",
 }  # fmt: skip
+_NO_CLASSES = {*_IMAGE_FOLDERS, *_TRUTH_FOLDERS}
 _CONTAINERS = {*_IMAGE_FOLDERS, "dataset", "datasets", "data", "classes", "categories", "imagefolder"}
 
 NEED_CLASSES = "put each into a folder named after its class, or list paths and classes in a .csv file"
@@ -100,7 +111,7 @@ def list_images(root: Path) -> Listing:
             name = f"{path}/{entry.name}" if path else entry.name
             if entry.is_dir():
                 target = os.path.realpath(entry.path) if entry.is_symlink() else f"{real}/{entry.name}"
-                if _passed_over_folder(entry.name):
+                if _passed_over_folder(name):
                     found.passed_over[f"{entry.name}/"] += 1
                 elif any(f"{folder}/".startswith(f"{target}/") for folder in (*above, real)):
                     found.passed_over["linked to a folder above"] += 1
@@ -142,10 +153,10 @@ def _passed_over_file(name: str) -> str | None:
 
 @lru_cache(1024)
 def _passed_over_folder(path: str) -> str | None:
-    for name in path.split("/"):
+    for depth, name in enumerate(path.split("/")):
         if name.startswith("."):
             return "hidden"
-        if name.lower() in _LEAVINGS:
+        if name.lower() in _LEAVINGS or (depth and name.lower() in _THUMBNAILS):
             return f"in {name}"
     return None
 
@@ -153,8 +164,9 @@ def _passed_over_folder(path: str) -> str | None:
 def passed_over_text(passed_over: Mapping[str, int]) -> str:
     """Return "passed over 15 files and 1 folder: 12 .heic (not read: convert them), 3 hidden, 1 @eaDir/"."""
     kinds = sorted(passed_over.items(), key=lambda kind: (-kind[1], kind[0]))
+    remedies = {**dict.fromkeys(UNREAD_PICTURES, "convert"), **dict.fromkeys(_ARCHIVES, "unpack")}
     notes = [
-        f"{count:,} {kind}{' (not read: convert them)' if kind in UNREAD_PICTURES else ''}"
+        f"{count:,} {kind}" + (f" (not read: {remedies[kind]} them)" if kind in remedies else "")
         for kind, count in kinds
     ]
     num_folders = sum(count for kind, count in kinds if kind.endswith("/"))
@@ -178,22 +190,35 @@ def is_named_as_mask(path: str) -> bool:
     return _MASK.search(path) is not None
 
 
-def part_of(name: str) -> str | None:
-    """Return which part of a data set (train, val, test) a folder is by its name; None if it may as well be a class."""
-    words = [word for word in re.findall(r"[a-z]+", name.lower()) if word not in _BESIDE_PARTS]
+def part_of(name: str, beside: Iterable[str] = ()) -> str | None:
+    """Return which part of a data set (train, val, test) a folder is by its name; None if it may as well be a class.
+
+    `beside`: words that say nothing, since all folders have them (imagenet_train, imagenet_val).
+    """
+    words = [word for word in _words(name) if word not in _BESIDE_PARTS and word not in beside]
     return _PARTS.get(words[0]) if len(words) == 1 else None
 
 
+def _words(name: str) -> list[str]:
+    return re.findall(r"[a-z]+", name.lower())
+
+
 def mistaken_layout(
-    place: str | Path, folders: Sequence[str], images: Sequence[str], *, packed: bool = False
+    place: str | Path,
+    folders: Sequence[str],
+    images: Sequence[str],
+    *,
+    packed: bool = False,
+    within: str = "",
 ) -> str | None:
     """Say what is wrong if `folders`, the first ones of all paths, are clearly no classes, and what was meant.
 
-    `packed`: they lie in tar files, which cannot be opened in part.
+    `packed`: they lie in tar files, which cannot be opened in part. `within`: the folder below `place` where they lie.
     """
-    how = "pack what lies in it: tar -C {0} -cf NAME.tar ." if packed else "name {1}/{0}"
+    how = "pack what lies in it: tar -C {1}{0} -cf NAME.tar ." if packed else "name {2}/{1}{0}"
     overrule = "if they are classes, rename them or write a list of images with their classes"
-    parts = {name: part for name in folders if (part := part_of(name))}
+    common = set[str].intersection(*(set(_words(name)) for name in folders)) - {*_PARTS} if folders else set()
+    parts = {name: part for name in folders if (part := part_of(name, common))}
     in_parts = [path.split("/") for path in images if path.split("/", 1)[0] in parts] if parts else []
     inside = {names[1] for names in in_parts if len(names) > 2}
     if len(set(parts.values())) > 1 or (parts and len(parts) == len(folders)) or inside & set(folders):
@@ -201,8 +226,19 @@ def mistaken_layout(
         bare = any(names[0] == meant and len(names) == 2 for names in in_parts)
         advice = f"; its images lie in no class folders: {NEED_CLASSES}" if bare else ""
         amid = len(parts) < len(folders) and len(set(parts.values())) == 1  # ant, bee, val
-        remedy = "move it out from among the classes" if amid else f"{how.format(meant, place)}{advice}"
+        remedy = (
+            "move it out from among the classes" if amid else f"{how.format(meant, within, place)}{advice}"
+        )
         return f"{place}: {listed(sorted(parts))}: parts of a data set, no classes; {remedy} ({overrule})"
+    for name in (name for name in folders if name.lower() in _NO_CLASSES):
+        inner = {
+            path.split("/", 2)[1] for path in images if path.startswith(f"{name}/") and path.count("/") > 1
+        }
+        if both := sorted(inner & {*folders}):
+            return (
+                f"{place}: {name} holds {listed(both)}, as the folder beside it is called, so it is no class; move it "
+                f"away ({overrule})"
+            )
     kinds = {name.lower() for name in folders}
     if kinds & _IMAGE_FOLDERS and kinds & _TRUTH_FOLDERS:
         return (
@@ -211,25 +247,36 @@ def mistaken_layout(
         )
     if len(folders) == 1 and all(path.count("/") > 1 for path in images):
         (only,) = folders
+        inner = sorted({path.split("/")[1] for path in images})
+        below = [path.split("/", 1)[1] for path in images]
+        if deeper := mistaken_layout(place, inner, below, packed=packed, within=f"{within}{only}/"):
+            return deeper
         if only.lower() in {*_CONTAINERS, Path(place).name.lower()}:
-            inner = sorted({path.split("/")[1] for path in images})
-            return f"{place}: all lies in {only}, which holds {listed(inner)}; {how.format(only, place)} ({overrule})"
+            meant = how.format(only, within, place)
+            return f"{place}: all lies in {within}{only}, which holds {listed(inner)}; {meant} ({overrule})"
     return None
 
 
 def doubtful_layout(place: str | Path, folders: Sequence[str], images: Sequence[str]) -> list[str]:
-    """Say what else may be the classes if all folders hold the same folders and no image besides (art/ant, ink/ant)."""
-    if len(folders) < 2 or any(path.count("/") == 1 for path in images):
-        return []
+    """Say what may be no class by its name, and what else may be the classes.
+
+    These are the folders in the only one, or those that all hold, without an image besides (art/ant, ink/ant).
+    """
+    odd = [name for name in folders if part_of(name) or name.lower() in _NO_CLASSES]
+    remarks = [f"taken for classes, as any folder: {listed(odd)}; move away what is none"] if odd else []
+    if any(path.count("/") == 1 for path in images):
+        return remarks
     inner: dict[str, set[str]] = {name: set() for name in folders}
     for path in images:
         outer, name, _ = path.split("/", 2)
         inner[outer].add(name)
     first, *others = inner.values()
     if len(first) < 2 or any(names != first for names in others) or all(map(str.isdecimal, first)):
-        return []
+        return remarks
+    each = "each of these folders" if others else "this folder"
     return [
-        f"each of these folders holds {listed(sorted(first))}: if these are the classes, name {place}/{folders[0]}"
+        *remarks,
+        f"{each} holds {listed(sorted(first))}: if these are the classes, name {place}/{folders[0]}",
     ]
 
 

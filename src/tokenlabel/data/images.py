@@ -192,7 +192,7 @@ class ImageFolder(ImageFiles):
         refuse_equal_looking(class_names, root)
         images, num_masks = without_masks(listing.images)
         if num_masks:
-            listing.passed_over["named as masks of images beside them"] = num_masks
+            listing.passed_over["named as masks or thumbnails of images beside them"] = num_masks
         of_class: dict[str, list[str]] = {name: [] for name in class_names}
         for path in images:
             of_class[path.split("/", 1)[0]].append(path)
@@ -424,7 +424,7 @@ def named_classes(names: Sequence[str]) -> tuple[list[str], NDArray[np.int64]]:
 def sorted_classes(names: Sequence[str]) -> tuple[list[str], NDArray[np.int64]]:
     """Return class names and ids in the order of the names, as those of class folders are."""
     distinct = sorted(set(names))
-    refuse_equal_looking(distinct, "images")
+    refuse_equal_looking(distinct, "the images")
     ids = {name: class_id for class_id, name in enumerate(distinct)}
     return distinct, np.array([ids[name] for name in names], np.int64)
 

@@ -14,6 +14,8 @@ from tokenlabel.core.geometry import turned
 from tokenlabel.data.images import orientation_of
 
 SUFFIXES = (".png", ".PNG", ".tif", ".tiff", ".bmp", ".gif", ".pgm")  # formats that keep numbers as they are
+# What tools put between the name of an image and that of its mask.
+_ENDINGS = ("_mask", "_seg", "_segmentation", "_gt", "_label", "_labels", "_L", ".mask", ".seg")
 _LOSSY = ("JPEG", "MPO", "WEBP", "AVIF")
 
 
@@ -22,16 +24,19 @@ class MaskError(ValueError):
 
 
 def mask_names(key: str) -> Iterator[str]:
-    """Yield what the mask of an image may be called: first `a/1.png` for `a/1.jpg`, last `a/1.jpg.png`."""
+    """Yield what the mask of `a/1.jpg` may be called: first `a/1.png`, then `a/1.jpg.png`, last `a/1_mask.png`."""
     path = PurePosixPath(key)
     yield from (path.with_suffix(suffix).as_posix() for suffix in SUFFIXES)
     yield f"{key}.png"
+    for ending in _ENDINGS:
+        yield path.with_name(f"{path.stem}{ending}.png").as_posix()
 
 
 def decode_mask(data: bytes, name: str) -> NDArray[np.integer]:
     """Return the values [height, width] of an encoded mask; of one with a palette, the numbers of its colours.
 
-    A mask with an orientation tag is turned upright, as images are. Raises MaskError for anything else.
+    Channels of red, green and blue that are equal are the values of a grey one, as many tools save it. A mask with an
+    orientation tag is turned upright, as images are. Raises MaskError for anything else.
     """
     try:
         image = Image.open(io.BytesIO(data))
@@ -43,6 +48,8 @@ def decode_mask(data: bytes, name: str) -> NDArray[np.integer]:
         raise MaskError(
             f"{name}: is a {image.format}, which rounds the numbers of classes; save masks as PNG"
         )
+    if values.ndim == 3 and _is_grey(values):
+        values = values[:, :, 0]
     if values.ndim == 3:
         num_colours = len(np.unique(values.reshape(-1, values.shape[2]), axis=0))
         raise MaskError(
@@ -52,6 +59,13 @@ def decode_mask(data: bytes, name: str) -> NDArray[np.integer]:
     if values.dtype.kind == "f" and not (np.isfinite(values) & (values == np.rint(values))).all():
         raise MaskError(f"{name}: holds fractions; a mask holds whole numbers of classes")
     return turned(values if values.dtype.kind in "iu" else values.astype(np.int64), orientation)
+
+
+def _is_grey(values: NDArray[np.integer]) -> bool:
+    """Say whether channels show one grey, opaque: only then do they hold class numbers."""
+    num_colours = 1 if values.shape[2] == 2 else 3
+    colours, alpha = values[:, :, :num_colours], values[:, :, num_colours:]
+    return bool((colours == colours[:, :, :1]).all() and (alpha == 255).all())
 
 
 def palette_of(data: bytes) -> list[bytes]:

@@ -118,9 +118,17 @@ class ListedImages(ImageFiles):
         if strange is not None and not (path.parent / strange).exists():  # written on Windows
             keys = [key.replace("\\", "/") for key in keys]
         keys = [key.removeprefix("./") for key in keys]
+        entries = [(key, name) for key, (_, name) in zip(keys, entries, strict=True)]
+        entries, num_entries = _in_utf8([*dict.fromkeys(entries)], path, self.remarks), len(entries)
+        keys = [key for key, _ in entries]
+        if num_entries > len(entries):  # a line for each object, say
+            passed_over["listed again"] += num_entries - len(entries)
         if len(set(keys)) < len(keys):
             twice = Counter(keys).most_common(1)[0][0]
-            raise DataError(f"{path}: {twice} is listed twice")
+            classes = sorted({str(name) for key, name in entries if key == twice})
+            raise DataError(
+                f"{path}: {twice} is listed with {len(classes)} classes ({listed(classes)}); an image has one"
+            )
         named = [name for _, name in entries if name is not None]
         if named and len(named) < len(entries):
             bare = [key for key, (_, name) in zip(keys, entries, strict=True) if name is None]
@@ -144,7 +152,7 @@ def _entries(path: Path, remarks: list[str], passed_over: Counter[str]) -> Itera
     lines = _lines(path)
     rows = list(_rows(path, lines))
     columns = None
-    if len(rows) > 1 and not any("." in cell for cell in rows[0][1]):
+    if len(rows) > 1 and _are_headings(rows[0][1]):
         columns = _columns(path, rows, remarks)
         rows = rows[1:]
     for number, cells in rows:
@@ -214,16 +222,49 @@ def _rows(path: Path, lines: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
 
 def _splits(line: str, mark: str) -> bool:
     cells = next(csv.reader([line], delimiter=mark, skipinitialspace=True))
-    return len(cells) > 1 and any(
-        cell.strip().lower().endswith(EXTENSIONS + UNREAD_PICTURES) for cell in cells
+    return len(cells) > 1 and any(_is_picture(cell.strip()) for cell in cells)
+
+
+def _are_headings(cells: Sequence[str]) -> bool:
+    """Say whether the first row of a list names its columns."""
+    if any(_is_picture(cell) for cell in cells):
+        return False
+    words = {re.sub(r"[^a-z]", "", cell.lower()) for cell in cells}
+    return bool(words & (_PATH_HEADINGS | _CLASS_HEADINGS)) or not any(
+        "." in cell or "/" in cell for cell in cells
     )
+
+
+def _in_utf8(
+    entries: list[tuple[str, str | None]], path: Path, remarks: list[str]
+) -> list[tuple[str, str | None]]:
+    """Return entries with what is not UTF-8 read as spreadsheets of Windows write it, unless a path is a file so."""
+
+    def decoded(text: str) -> str:
+        return text.encode("utf-8", "surrogateescape").decode("cp1252", "replace")
+
+    strange = {text for entry in entries for text in entry if text and _is_escaped(text)}
+    read = {text: decoded(text) for text in strange if not (path.parent / text).is_file()}
+    if read:
+        remarks.append(f"not UTF-8, read as Windows-1252: {listed(sorted(read.values()))}")
+    return [(read.get(key, key), name and read.get(name, name)) for key, name in entries]
+
+
+def _is_escaped(text: str) -> bool:
+    """Say whether a text has bytes that are not UTF-8."""
+    return any("\udc80" <= sign <= "\udcff" for sign in text)
 
 
 def _columns(path: Path, rows: Sequence[tuple[int, list[str]]], remarks: list[str]) -> list[int]:
     """Return which columns hold path and class, by the headings in the first row; the path alone without a class."""
     (number, headings), (_, first) = rows[0], rows[1]
     words = [re.sub(r"[^a-z]", "", heading.lower()) for heading in headings]
-    paths = [i for i, cell in enumerate(first) if i < len(words) and _is_image(cell)]
+    paths = [i for i, cell in enumerate(first) if i < len(words) and _is_picture(cell)]
+    if not paths:
+        raise DataError(
+            f"{path}, line {number}: no column ({', '.join(headings)}) holds paths of images, which end in "
+            f"{', '.join(EXTENSIONS)}; the next line is {', '.join(first)}"
+        )
     if len(paths) > 1:
         paths = [i for i in paths if words[i] in _PATH_HEADINGS]
     others = [i for i, word in enumerate(words) if word and i not in paths]
@@ -258,3 +299,7 @@ _CLASS_HEADINGS = {
 
 def _is_image(path: str) -> bool:
     return path.lower().endswith(EXTENSIONS)
+
+
+def _is_picture(path: str) -> bool:
+    return path.lower().endswith(EXTENSIONS + UNREAD_PICTURES)

@@ -194,19 +194,20 @@ def scan_tars(paths: Sequence[Path]) -> TarIndex:
     folders = sorted({key.split("/", 1)[0] for key in images if "/" in key})
     mistake = mistaken_layout(where, folders, [*images], packed=True)
     if mistake and (not numbers or len({part_of(name) for name in folders} - {None}) > 1):
-        raise DataError(
-            f"{mistake}: pack the folder that you mean, such as `tar -C {folders[-1]} -cf NAME.tar .`"
-        )
+        raise DataError(mistake)
     if numbers:
         keys = _images_of_samples(images, passed_over, where=where)
     else:
         keys, num_masks = without_masks(sorted(images))
         if num_masks:
-            passed_over["named as masks of images beside them"] = num_masks
+            passed_over["named as masks or thumbnails of images beside them"] = num_masks
         if bare := [key for key in keys if "/" not in key]:
+            advice = (
+                "; if each tar file is a class, unpack it into a folder of its name" if len(paths) > 1 else ""
+            )
             raise DataError(
                 f"{where}: {len(bare):,} of {len(keys):,} images have neither a .cls file nor a folder that names "
-                f"their class ({listed(bare)}){beside}"
+                f"their class ({listed(bare)}){advice}{beside}"
             )
     places = np.array([images[key] for key in keys], np.int64)
     if numbers:
@@ -340,7 +341,7 @@ def _members(path: Path) -> Iterator[tuple[str, str | None, int, int, bytes | No
                 text = content.read(32) if content else None
                 yield name, kind, member.offset_data, member.size, text
     except (OSError, tarfile.TarError) as error:
-        raise DataError(f"{path}: cannot be read as a tar file ({error})") from error
+        raise DataError(f"{path}: cannot be read as a tar file, uncompressed ({error})") from error
 
 
 def _stem(name: str) -> str:

@@ -90,7 +90,8 @@ class MaskFolder:
         self._ignored = ignore_index if ignore_index is not None else 255 if num_classes <= 255 else 65535
         if 0 <= self._ignored < num_classes:
             raise ValueError(
-                f"{folder}: --ignore-index {self._ignored} is one of the {num_classes:,} classes"
+                f"{folder}: --ignore-index {self._ignored} is one of the {num_classes:,} classes, which have the ids 0 "
+                f"to {num_classes - 1:,}; write other ids into the masks (or give `annotate` a --class-map FILE)"
             )
         self.folder, self.num_classes, self._source = folder, num_classes, source
 
@@ -115,15 +116,22 @@ class MaskFolder:
         if not self.is_assumed:
             return
         drawn = np.linspace(0, len(self._source) - 1, min(len(self._source), NUM_CHECKED)).astype(int)
-        held: set[int] = set()
+        held: dict[int, str] = {}
         for index in drawn.tolist():
             with suppress(ValueError):  # when it is its turn, it is named
-                held |= set(np.unique(self._read(self._source.keys[int(index)])[1]).tolist())
+                path, values = self._read(self._source.keys[int(index)])
+                held |= dict.fromkeys(np.unique(values).tolist(), str(path))
+        if strange := sorted({*held} - {*range(self.num_classes), self._ignored}):
+            raise MaskError(
+                f"{held[strange[0]]}: holds {listed(list(map(str, strange)))}, which is no id of {self.num_classes:,} "
+                f"classes (0 = {class_names[0]} to {self.num_classes - 1} = {class_names[-1]}) nor of none "
+                f"({self._ignored}): --ignore-index says another id of none, --class-map FILE of `annotate` all others"
+            )
         if self.num_classes > 255 and max(held, default=0) == 255:
             say(
                 f"{self.folder}: 255 is the class {class_names[255]!r} of {self.num_classes:,}, nothing is 65535"
             )
-        elif held == {0, 255} and len(np.unique(self._source.class_ids[drawn])) > 1:
+        elif {*held} == {0, 255} and len(np.unique(self._source.class_ids[drawn])) > 1:
             raise MaskError(
                 f"{self.folder}: masks hold 0 and 255 alone, and 255 stands for no class: only {class_names[0]!r} (0) "
                 f"would be seen, never {listed(list(class_names[1:]))}; write class ids into the masks, or say "

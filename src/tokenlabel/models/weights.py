@@ -114,11 +114,14 @@ def read_checkpoint(path: str | Path, *, average: bool = False) -> dict[str, Ten
     return tensors
 
 
+_NAMES_KEYS = ("class_names", "classes", "class_to_idx", "idx_to_class", "id2label", "label2id")
+
+
 def read_class_names(path: str | Path) -> tuple[str, ...]:
     """Return the class names that come with a file of weights; none if nobody says them.
 
     They are in the metadata of our exports, beside our checkpoints, in the config.json of a folder for timm, and where
-    people put them in a .pth: `class_names`, `classes`, or the mapping `class_to_idx`.
+    people put them in a .pth: `class_names`, `classes`, or a mapping such as `class_to_idx`.
     """
     path = Path(path)
     folder = path if path.is_dir() else path.parent
@@ -129,9 +132,10 @@ def read_class_names(path: str | Path) -> tuple[str, ...]:
                 found = json.loads((file.metadata() or {}).get("class_names", "null"))
         elif path.is_file() and path.suffix != ".npz":  # of the original ViTs
             contents = _read_pickle(path)
-            found = next(
-                (contents[key] for key in ("class_names", "classes", "class_to_idx") if key in contents), None
+            stated = (
+                contents[key] for key in _NAMES_KEYS if isinstance(contents.get(key), (list, tuple, dict))
             )
+            found = next(stated, None)
         if found is None and (path.is_dir() or path.name in ("model.safetensors", "ema.safetensors")):
             state = folder / "state.json"
             beside = json.loads((state if state.exists() else folder / "config.json").read_text("utf-8"))

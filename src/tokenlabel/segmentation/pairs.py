@@ -15,8 +15,15 @@ from jaxtyping import Integer, UInt8
 from numpy.typing import NDArray
 
 from tokenlabel.data.classes import difference, same_classes
-from tokenlabel.data.folders import list_images, passed_over_text
-from tokenlabel.data.images import DECODE_ALL_UP_TO, EXTENSIONS, DataError, Strings, decode_pixels
+from tokenlabel.data.folders import list_images, passed_over_text, without_masks
+from tokenlabel.data.images import (
+    DECODE_ALL_UP_TO,
+    EXTENSIONS,
+    DataError,
+    Strings,
+    decode_pixels,
+    orientation_of,
+)
 from tokenlabel.data.masks import MaskError, check_upright, decode_mask, mask_names, palette_of
 from tokenlabel.runtime.coercion import Choice, coerced, coerced_fields
 from tokenlabel.runtime.notices import listed, say
@@ -146,11 +153,16 @@ class ImageMaskPairs:
         masks = {
             self.mask_names[index]: look for index, look in looks.items() if not isinstance(look, ValueError)
         }
+        if num_turned := sum(is_turned for *_, is_turned in masks.values()):
+            say(
+                f"{self._images}: an orientation tag turns {num_turned:,} of {len(looks):,} images looked at; their "
+                "masks are taken to lie upright, as people see the images"
+            )
         self._check_values(
-            {name: counts for name, (counts, _) in masks.items()}, is_all=is_all, to_train=to_train
+            {name: counts for name, (counts, *_) in masks.items()}, is_all=is_all, to_train=to_train
         )
         colour_of: dict[int, tuple[bytes, str]] = {}
-        for name, (_, colours) in masks.items():
+        for name, (_, colours, _) in masks.items():
             for value, colour in colours.items():
                 first_colour, first_name = colour_of.setdefault(value, (colour, name))
                 if colour != first_colour:
@@ -208,16 +220,17 @@ class ImageMaskPairs:
             )
         return pixels, values
 
-    def _look(self, index: int) -> tuple[dict[int, int], dict[int, bytes]] | ValueError:
-        """Return the pixels of each value of a mask, and its colour; or what is wrong with the mask or its image."""
+    def _look(self, index: int) -> tuple[dict[int, int], dict[int, bytes], bool] | ValueError:
+        """Return the pixels of each value of a mask, its colour, and whether a tag turns the image; or an error."""
         try:
             _, values = self._decoded(index)
+            is_turned = orientation_of(_bytes(self._images / self.keys[index])) != 1
         except ValueError as error:
             return error
         found, counts = np.unique(values, return_counts=True)
         colours = palette_of(_bytes(self._masks / self.mask_names[index]))
         counts = dict(zip(found.tolist(), counts.tolist(), strict=True))
-        return counts, {value: colours[value] for value in counts if value < len(colours)}
+        return counts, {value: colours[value] for value in counts if value < len(colours)}, is_turned
 
 
 def _advice(classes: Classes, found: list[int]) -> str:
@@ -225,6 +238,8 @@ def _advice(classes: Classes, found: list[int]) -> str:
     if not classes.is_assumed:
         return ""
     names, of_classes = len(classes.names), [value for value in found if value]
+    if found == [*range(names), found[-1]] and found[-1] >= 255:
+        return f"; if {found[-1]} is none, say --data.ignore-index {found[-1]}"
     if len(found) == names:
         return f"; if these are the classes in order, say --data.class-values={_plain(found)}"
     if len(of_classes) == names:
@@ -339,6 +354,8 @@ def _checked(
             )
     there = {path.relative_to(masks).as_posix() for path in masks.rglob("*") if path.is_file()}
     listing = list_images(images)
+    if images.resolve() == masks.resolve():  # x_mask.png beside x.jpg
+        listing.images, _ = without_masks(listing.images)
     pairs, bare = [], {}
     for image in sorted(listing.images if names is None else names):
         expected = [*mask_of(image)]
@@ -354,9 +371,10 @@ def _checked(
     if bare:
         image, expected = next(iter(bare.items()))
         others = sorted(there - {mask for _, mask in pairs})
+        lossy = "; JPEG rounds the numbers of classes: save masks as PNG" if {*others} & {*bare} else ""
         raise DataError(
             f"{masks}: {len(bare):,} of {len(bare) + len(pairs):,} images have no mask there ({listed([*bare])}); "
-            f"expected {expected} for {image}{f', found {listed(others)}' if others else ''}"
+            f"expected {expected} for {image}{f', found {listed(others)}' if others else ''}{lossy}"
         )
     passed_over = f"; {passed_over_text(listing.passed_over)}" if listing.passed_over else ""
     if not pairs:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, Literal
 
 import numpy as np
@@ -169,14 +171,18 @@ def read_class_map(
     """Return for each of the teacher's classes the class that a file sends it to, -1 for none.
 
     A line of the file holds the teacher's class and the images' class, each by name or by id (counted from
-    0), with a tab or a comma between; lines that begin with # are passed over. Raises ClassMapError that
-    names the line.
+    0), with a tab or a comma between; lines that begin with # are passed over. A `.json` is a mapping from the
+    teacher's classes to those of the images. Raises ClassMapError that names the line.
     """
     targets = [-1] * num_theirs
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, ValueError) as error:
-        raise ClassMapError(f"{path}: no class map ({error})") from error
+        text = Path(path).read_text(encoding="utf-8-sig")
+        pairs = json.loads(text) if Path(path).suffix.lower() == ".json" else None
+        lines = text.splitlines() if pairs is None else [f"{a}\t{b}" for a, b in dict(pairs).items()]
+    except (OSError, ValueError, TypeError) as error:
+        raise ClassMapError(
+            f"{path}: no class map ({error}); expected a file of pairs, `{BY_NAME}` or `{BY_ORDER}`"
+        ) from error
     rows: list[tuple[str, str, str]] = []
     for number, line in enumerate(lines, start=1):
         if not line.strip() or line.startswith("#"):
@@ -187,7 +193,7 @@ def read_class_map(
         where = f"{path}, line {number}"
         if len(fields) != 2:
             raise ClassMapError(
-                f"{where}: expected the teacher's class, a tab or comma, and ours; got {line!r}"
+                f"{where}: expected the teacher's class, a tab or comma, and ours; got {shorten(line, 80)!r}"
             )
         rows.append((where, fields[0], fields[1]))
     named = zip(

@@ -159,8 +159,19 @@ def write_hub_folder(trained: TrainedModel, folder: Path) -> None:
     network = _backbone_with_token_head(model, trained=trained.recipe.uses_token_labels)
     if network is model.backbone:
         (folder / "token_head.safetensors").write_bytes(save(model.token_head.state_dict()))
-    if network.pretrained_cfg.get("fixed_input_size"):
+    fixed = network.pretrained_cfg.get("fixed_input_size")
+    if fixed:
         options["img_size"] = recipe.size_px
+    network = copy.copy(network)  # its configuration is that of timm's weights: they saw images their own way
+    network.pretrained_cfg = {
+        **{key: value for key, value in network.pretrained_cfg.items() if not key.startswith("test_")},
+        "input_size": (3, *recipe.size_px),
+        "crop_pct": trained.recipe.eval.crop_fraction,
+        "crop_mode": "center",
+        "interpolation": "bicubic",
+        "mean": model.mean,
+        "std": model.std,
+    }
     labels = {"label_names": trained.class_names}
     save_for_hf(network, str(folder), model_config=labels, model_args=options, safe_serialization=True)
     card = _model_card(recipe.name, needs_us=recipe.name in OUR_MODELS)
