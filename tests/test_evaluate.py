@@ -152,7 +152,7 @@ def test_what_is_wrong_with_masks_is_named(tmp_path):
     masks = MaskFolder(tmp_path, num_classes=4)
     with pytest.raises(ValueError, match=r"x\.png: the mask of x\.jpg cannot be read"):
         masks["x.jpg"]
-    Image.new("RGB", (4, 4)).save(tmp_path / "x.png")
+    Image.new("RGB", (4, 4), (200, 0, 0)).save(tmp_path / "x.png")
     with pytest.raises(ValueError, match="one channel"):
         masks["x.jpg"]
     Image.fromarray(np.full((2, 2), 7, np.uint8)).save(tmp_path / "x.png")
