@@ -290,6 +290,8 @@ def inspect(arguments: list[str]) -> int:
     options = parse(parser, arguments)
     if options.pictures and not options.images:
         raise ValueError("--pictures needs the images that the labels belong to; name them with --images")
+    if options.ignore_index is not None and not options.masks:
+        raise ValueError("--ignore-index is an id in masks; give --masks, or leave it out")
 
     config = configured(parser, options, InspectConfig)
     store, source = LabelStore(*options.store, duplicates=options.duplicates), None

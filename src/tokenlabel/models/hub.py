@@ -47,13 +47,14 @@ def why_unknown(name: str, ours: tuple[str, ...], *, weights_option: str) -> str
         )
     architecture, dot, tag = name.partition(".")
     if not timm.is_model(architecture):
-        near = get_close_matches(name, [*ours, *timm.list_models()]) or get_close_matches(
-            architecture, [*ours, *timm.list_models()]
-        )
+        known = sorted({*ours, *timm.list_models()})
+        near = get_close_matches(name.lower(), known) or get_close_matches(architecture.lower(), known)
         return f"did you mean {' or '.join(near)}?" if near else ""
-    known = [other.partition(".")[2] for other in get_arch_pretrained_cfgs(architecture)]
+    known = [name.partition(".")[2] for name in get_arch_pretrained_cfgs(architecture) if "." in name]
     if not dot or tag in known:
         return None
+    if not known:
+        return f"{architecture} comes without a tag"
     near = get_close_matches(tag, known) or known
     return f"Invalid pretrained tag ({tag}) for {architecture}, which has {listed(near)}"
 
@@ -61,6 +62,8 @@ def why_unknown(name: str, ours: tuple[str, ...], *, weights_option: str) -> str
 def _about_folder(folder: Path) -> str:
     if not any(folder.iterdir()):
         return "it is an empty folder"
+    if folder.name == "checkpoints":
+        return f"did you mean the run, {folder.parent}?"
     if (folder / "recipe.yaml").exists():
         return "it is a run that has no checkpoint yet"
     if (folder / "config.json").exists():

@@ -39,7 +39,7 @@ from tokenlabel.labels.store import (
     remove_leftovers,
     update_failures,
 )
-from tokenlabel.runtime.distributed import default_device, joined_ranks
+from tokenlabel.runtime.distributed import joined_ranks, usable_device
 from tokenlabel.runtime.notices import listed, say
 from tokenlabel.runtime.ranges import COUNT, NATURAL, POSITIVE, check_numbers
 from tokenlabel.teachers.classmap import MIN_MASS, class_map_for
@@ -110,7 +110,7 @@ def annotate(
     if `strict`.
     """
     source = open_aloud(images) if isinstance(images, (str, Path)) else images
-    device = default_device() if device is None else torch.device(device)
+    device = usable_device(device)
     return annotate_by(make_teacher(config, source, device), source, folder, config=config, device=device)
 
 

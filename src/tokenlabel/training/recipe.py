@@ -74,7 +74,7 @@ class ModelConfig:
     options: dict[str, Any] = field(default_factory=dict)
     """What else the model's constructor takes, such as `depth` or `drop_path`."""
     weights: str | None = None
-    """Checkpoint to begin with: a published file (.pth.tar, .safetensors) or one of our checkpoint folders."""
+    """Checkpoint to begin with: a published file (.pth.tar, .safetensors) or one of our run or checkpoint folders."""
     average: bool = False
     """Begin with the running average (EMA) of the weights in that checkpoint."""
     frozen_layers: int = 0
