@@ -39,6 +39,7 @@ from tokenlabel.labels.store import (
     remove_leftovers,
     update_failures,
 )
+from tokenlabel.runtime.coercion import coerced
 from tokenlabel.runtime.distributed import joined_ranks, usable_device
 from tokenlabel.runtime.notices import listed, say
 from tokenlabel.runtime.ranges import COUNT, NATURAL, POSITIVE, check_numbers
@@ -109,6 +110,7 @@ def annotate(
     ScoreError for scores that are not finite (naming the image), ImageError for an image that does not decode
     if `strict`.
     """
+    config = coerced(config, AnnotateConfig, name="config")
     source = open_aloud(images) if isinstance(images, (str, Path)) else images
     device = usable_device(device)
     return annotate_by(make_teacher(config, source, device), source, folder, config=config, device=device)
