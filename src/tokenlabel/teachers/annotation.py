@@ -133,6 +133,8 @@ def make_teacher(config: AnnotateConfig, source: ImageSource, device: torch.devi
         raise TeacherError(
             f"masks go with no other teacher and no network's options; leave {', '.join(given) or 'one'} out"
         )
+    if not folders[0]:
+        raise TeacherError("--teacher masks: names no folder; expected masks:DIR")
     class_map = None
     if config.class_map is None:
         overrule = "overrule with --class-map FILE, an id and a class a line"

@@ -223,7 +223,7 @@ def add_recipe_arguments(parser: jsonargparse.ArgumentParser, kind: type[Trainin
     """Let a parser take `--recipe NAME|FILE` and every field of a recipe as `--a.b value`."""
     names = ", ".join(recipe_names())
     parser.add_argument(
-        "--recipe", action="config", help=f"one of {names}, or a YAML file; options after it override it"
+        "--recipe", action="config", help=f"one of {names}, or a YAML file; options override it"
     )
     add_config_arguments(parser, kind)
 
