@@ -71,7 +71,6 @@ train --recipe demo_class_labels --out ./demo/scenes/train/run --data.train ./de
 train --recipe demo_class_labels --out ./x --data.train ./demo/scenes/train --model.name LVViT-S: did you mean lvvit_s
 eval ./mode: segmentation model
 eval ./out/checkpoints: did you mean the run, out?
-eval ./out --data ./demo/scenes/val --class-order natural: leave --class-order out
 eval ./out --data ./demo/scenes/val --ignore-index 3: give --masks
 inspect ./strict --ignore-index 3: give --masks
 segment eval ./mode --images ./demo/scenes/val --masks ./demo/scenes/masks/val --split val: leave one out

@@ -129,8 +129,6 @@ def assess(name: str | Path, options: EvalOptions, *, device: torch.device | str
     options.check()
     device = usable_device(device)
     network = find_network(str(name), weights=options.weights, size=options.size)
-    if network.recipe is not None and options.class_order is not None:
-        raise NetworkError(f"{name} is a run and knows its classes by name; leave --class-order out")
     if options.set != "folder" or options.multi_labels is not None:
         network = _named(network, options.class_order)
     heads = network.chosen_heads(options.inference)
