@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from tokenlabel.cli import VERBS, main
-from tokenlabel.runtime.arguments import configured, new_parser, parse
-from tokenlabel.runtime.configuration import add_config_arguments, config_of
+from tokenlabel.runtime.arguments import configured, device_of, new_parser, parse
+from tokenlabel.runtime.configuration import add_config_arguments, config_from_dict, config_of, read_yaml
 from tokenlabel.teachers.annotation import AnnotateConfig
 from tokenlabel.training.recipe import Recipe, add_recipe_arguments, find_recipe
 
@@ -65,7 +65,6 @@ VALUES = (
     "&a",
     "2024",
     "true",
-    "",
     "=",
 )
 
@@ -82,6 +81,46 @@ def test_an_option_is_no_value_but_behind_an_equals_sign():
     with pytest.raises(ValueError, match=r"--teacher: expected a value$"):
         read("images", "labels", "--teacher")
     assert read("images", "labels", "--teacher=--strict").teacher == "--strict"
+
+
+def test_an_empty_word_is_a_variable_that_is_not_set():
+    with pytest.raises(ValueError, match="--class-map: expected a value, got an empty word"):
+        read("images", "labels", "--teacher", "t", "--class-map", "")
+    with pytest.raises(ValueError, match="an empty word among the arguments"):
+        read("", "labels", "--teacher", "t")
+    assert read("images", "labels", "--teacher", "t", "--weights", "").weights == ""
+
+
+@pytest.mark.parametrize("written", ["-strict", "\u2013strict", "\u2014strict", "\u2013-strict"])
+def test_dashes_of_other_kinds_are_not_taken_for_values(written):
+    with pytest.raises(ValueError, match=f"unrecognized arguments: {written}; did you mean --strict"):
+        read("images", "labels", "--teacher", "t", written)
+
+
+@pytest.mark.parametrize(("word", "value"), [("yes", True), ("1", True), ("off", False), ("False", False)])
+def test_other_words_for_true_and_false(word, value):
+    for words in (["--strict", word], [f"--strict={word}"]):
+        assert read("images", "labels", "--teacher", "t", *words).strict is value
+    parser = new_parser("x", "")
+    parser.add_argument("--fast", action="store_true")
+    assert parse(parser, ["--fast", word]).fast is value
+    with pytest.raises(ValueError, match="--fast: expected true or false, got 'perhaps'"):
+        parse(parser, ["--fast=perhaps"])
+
+
+def test_a_home_folder_behind_an_equals_sign(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert read("images", "labels", "--teacher", "t", "--class-map=~/a.csv").class_map == "/home/me/a.csv"
+
+
+@pytest.mark.parametrize(("option", "is_file"), [("--out", True), ("--output", False)])
+def test_a_file_is_no_folder_and_a_folder_no_file(option, is_file, tmp_path):
+    parser = new_parser("x", "")
+    parser.add_argument(option, type=Path)
+    path = tmp_path / "there"
+    path.write_text("") if is_file else path.mkdir()
+    with pytest.raises(ValueError, match=f"{option} {path}: is a f"):
+        parse(parser, [option, str(path)])
 
 
 def test_options_that_take_several_words_or_none():
@@ -129,6 +168,69 @@ def test_every_spelling_of_a_recipes_options():
 
 
 @pytest.mark.parametrize(
+    ("words", "size_px"),
+    [
+        ("96", (96, 96)),
+        ("96x64", (96, 64)),
+        ("96,64", (96, 64)),
+        ("(96, 64)", (96, 64)),
+        ("[96, 64]", (96, 64)),
+    ],
+)
+def test_every_spelling_of_a_pair(words, size_px):
+    recipe = recipe_of(
+        "--out", "out", "--data.train", "a", "--model.size-px", words, "--optim.betas", ".8,.9"
+    )
+    assert (recipe.model.size_px, recipe.optim.betas) == (size_px, (0.8, 0.9))
+
+
+def test_options_override_a_recipe_wherever_they_stand():
+    recipe = recipe_of("--out", "out", "--epochs", "3", "--data.train", "a", "--recipe", "small_data")
+    assert recipe.epochs == 3
+    assert (
+        recipe.model.name
+        == recipe_of("--out", "out", "--data.train", "a", "--recipe", "small_data").model.name
+    )
+
+
+def test_a_recipe_as_editors_and_people_write_it(tmp_path):
+    path = tmp_path / "own.yaml"
+    path.write_text(
+        "model: {name: x, size_px: 96}\ncompile: no\noptim: {lr: 1e-3}\naugment:\n", encoding="utf-8-sig"
+    )
+    for recipe in (
+        recipe_of("--recipe", str(path), "--out", "out", "--data.train", "a"),
+        config_from_dict(
+            read_yaml(path) | {"data": {"train": "a"}, "optim": {"lr": 1e-3, "lr_batch_size": 8}}
+            | {"batch_size": 8, "epochs": 1}, Recipe, name="own",
+        ),
+    ):  # fmt: skip
+        assert (recipe.model.size_px, recipe.compile, recipe.optim.lr) == ((96, 96), "no", 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--model", "lvvit_s"), "--model: expected a mapping .* one value goes to --model.name"),
+        (("--data.labels", "a", "b"), "arguments: b; to name several, write --data.labels before each"),
+        (("--epochs", ""), "--epochs: expected a value"),
+    ],
+)
+def test_an_error_says_what_to_write(words, message):
+    with pytest.raises(ValueError, match=message):
+        recipe_of("--out", "out", "--data.train", "a", *words)
+
+
+@pytest.mark.parametrize("name", ["gpu", "CPU", "cuda:0:1", "meta", "mps"])
+def test_a_device_that_is_none(name):
+    with pytest.raises(
+        ValueError, match=f"--device {name}: expected cpu, cuda, cuda:1, ... or auto; "
+    ) as error:
+        device_of(name)
+    assert len(str(error.value)) < 160
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("a: [", "own.yaml: cannot be read as YAML"),
@@ -137,7 +239,8 @@ def test_every_spelling_of_a_recipes_options():
             "optim: {lr: 1, wieght_decay: 2}",
             "own.yaml: unknown key optim.wieght_decay; did you mean optim.weight_decay",
         ),
-        ("data:", "own.yaml: Unexpected config"),
+        ("data: a", "--data: expected a mapping of fields"),
+        ("data: {train: [a]}", "--data.train: expected str"),
     ],
 )
 def test_a_recipe_that_is_none_is_named_and_keeps_its_keys(text, message, tmp_path, monkeypatch):

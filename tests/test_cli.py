@@ -303,6 +303,15 @@ def test_a_run_of_another_recipe_is_not_touched(data, tmp_path, capsys):
     assert "seed: 0 there, 5 here" in message
 
 
+def test_help_of_a_verb_may_be_asked_for_in_two_orders(capsys):
+    shown = []
+    for words in (["help", "merge"], ["merge", "--help"]):
+        with pytest.raises(SystemExit):
+            main(words)
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1]
+
+
 def test_an_unknown_verb(capsys):
     assert "did you mean train?" in complaint(capsys, ["trian"])
 

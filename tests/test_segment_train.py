@@ -298,7 +298,7 @@ def test_a_file_without_a_trained_head_is_not_evaluated(scenes, tmp_path, capsys
         (["trai"], "no command 'trai'; known: train, eval, predict"),
         (["eval", "nowhere"], "nowhere: holds no checkpoint"),
         (["train", "--recipe", "segment_scenes", "--run", "r"], "layout scenes needs data.root"),
-        (["eval", "RUN", "--stride", "0"], "eval.stride_px must be at least 1 down and across, got [0, 0]"),
+        (["eval", "RUN", "--stride", "0"], "--stride must be at least 1 down and across, got [0, 0]"),
     ],
 )
 def test_mistakes_are_one_line(words, message, run, capsys, tmp_path, monkeypatch):

@@ -62,11 +62,26 @@ segment train --recipe segment_scenes --run ./mode --num-steps 2 \
  --model.options.stem-width=8
 segment eval ./mode --images ./demo/scenes/val --masks ./demo/scenes/masks/val --scales .5 1 --output ./s.json
 segment predict ./mode ./demo/scenes/val/0 --out ./flip --scales 1
+train --recipe demo_class_labels --out ./more --data.train ./demo/scenes/train --batch-size 10 --num-steps 2 \
+ --data.num-workers 0 --model.options.depth 1 --model.weights ./out
+"""
+
+REFUSED = """
+train --recipe demo_class_labels --out ./demo/scenes/train/run --data.train ./demo/scenes/train: lies in the images
+train --recipe demo_class_labels --out ./x --data.train ./demo/scenes/train --model.name LVViT-S: did you mean lvvit_s
+eval ./mode: segmentation model
+eval ./out/checkpoints: did you mean the run, out?
+eval ./out --data ./demo/scenes/val --ignore-index 3: give --masks
+inspect ./strict --ignore-index 3: give --masks
+segment eval ./mode --images ./demo/scenes/val --masks ./demo/scenes/masks/val --split val: leave one out
+segment eval ./mode --images ./demo/scenes/val --masks ./demo/scenes/masks/val --mode whole --stride 9: leave one out
+segment eval ./mode --images ./demo/scenes/val --masks ./demo/scenes/masks/val --scales 0: --scales must be above 0
 """
 
 LEFT_BEHIND = """
 demo/report.html out/checkpoints tars/tokenlabel-index.npz strict/manifest.json imported/manifest.json maps.html output
 encoding/manifest.json out.safetensors r.json output.html set results.md mode/checkpoints s.json flip/masks
+more/checkpoints
 """
 
 TABLE = """
@@ -90,6 +105,11 @@ def commands() -> list[list[str]]:
     return [line.split() for line in str(COMMANDS).replace("\\\n", "").strip().splitlines()]
 
 
+def refused() -> list[tuple[list[str], str]]:
+    pairs = [line.split(": ", 1) for line in str(REFUSED).strip().splitlines()]
+    return [(words.split(), message) for words, message in pairs]
+
+
 def test_every_verb_takes_paths_of_the_folder_it_runs_in(tmp_path: Path) -> None:
     for i, name in enumerate(("ant", "bee")):
         write_image(tmp_path / "images" / name / "0.png", (20, 20), seed=i)
@@ -106,13 +126,14 @@ def test_every_verb_takes_paths_of_the_folder_it_runs_in(tmp_path: Path) -> None
 
     process = subprocess.run(
         [sys.executable, "-c", DRIVER],
-        input=json.dumps(commands()),
+        input=json.dumps([*commands(), *(words for words, _ in refused())]),
         cwd=tmp_path,
         capture_output=True,
         text=True,
         check=True,
     )
     done = json.loads(process.stdout.splitlines()[-1])
+    done, wrong = done[: len(commands())], done[len(commands()) :]
     said = {" ".join(words[:2]): (out, err) for words, (_, out, err) in zip(commands(), done, strict=True)}
     failed = [(words, result) for words, result in zip(commands(), done, strict=True) if result[0] != 0]
     assert not failed, "\n".join(f"{words}: {status}\n{err[-2000:]}" for words, (status, _, err) in failed)
@@ -123,6 +144,10 @@ def test_every_verb_takes_paths_of_the_folder_it_runs_in(tmp_path: Path) -> None
         assert figures["step"] == 2
         assert figures["loss"] > 0
     assert json.loads((tmp_path / "r.json").read_text())["num_images"] == 10
+    for (words, message), (status, _, err) in zip(refused(), wrong, strict=True):
+        assert status == 2, (words, status)
+        assert message in err.splitlines()[-1], (words, err)
+    assert not (tmp_path / "demo/scenes/train/run").exists()
 
 
 @pytest.mark.parametrize("words", ["--help", "inspect ./labels"])

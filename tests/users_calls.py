@@ -387,6 +387,55 @@ def class_labels_are_given_as_to_cross_entropy():
     )
 
 
+def doors_refuse_what_would_be_wrong_in_silence():
+    images, pixels, ids = dataset(store=labels()), torch.zeros(2, 3, 16, 16, dtype=torch.uint8), [0, 1]
+    outputs = tl.Outputs(torch.randn(2, 3), torch.randn(2, 6, 4), torch.nn.Linear(4, 3), (2, 3))
+    model = tl.create_model("lvvit_t", num_classes=2, size_px=16, depth=1, width=16, num_heads=2)
+    transform, plan = (
+        tl.TrainTransform({"order": "before_crop"}, 16),
+        tl.sample_mix("cutmix", 4, grid=1, size_px=16),
+    )
+    rng, shape = np.random.default_rng(0), (20, 24, 3)
+    assert transform.config.order is tl.Order.BEFORE_CROP
+    assert transform(Image.new("L", (20, 24)), rng)[0].shape == (16, 16, 3)
+    assert tl.EvalTransform(16)(np.zeros(shape, np.uint8))[0].shape == (16, 16, 3)
+    for call, *words in (
+        (lambda: tl.normalize_images(pixels, mean=[123.0, 117.0, 104.0], std=[58.0, 57.0, 57.0]), "[0, 1]", "255"),
+        (lambda: tl.normalize_images(pixels, mean=[0] * 3, std=[0] * 3), "std"),
+        (lambda: tl.normalize_images(pixels, mean=[0.5], std=[0.5]), "three numbers"),
+        (lambda: tl.token_label_loss(outputs, ids, None, beta=-1), "beta", "-1"),
+        (lambda: tl.TokenLabelDataset("images/train", transform), "source", "open_images"),
+        (lambda: tl.TokenLabelDataset(images.source, transform, store="labels"), "store", "LabelStore"),
+        (lambda: tl.TokenLabelDataset(images.source, transform, seed=-1), "seed", "-1"),
+        (lambda: tl.TrainTransform("before_crop", 16), "config", "AugmentConfig"),
+        (lambda: transform(np.zeros((3, 20, 24), np.uint8), rng), "[height, width, 3]", "(3, 20, 24)"),
+        (lambda: transform(np.zeros(shape, np.float32), rng), "uint8", "float32"),
+        (lambda: transform(torch.zeros(shape, dtype=torch.uint8), rng), "NumPy"),
+        (lambda: tl.sample_mix("cutmix", -1, grid=1, size_px=16), "num_images", "-1"),
+        (lambda: tl.sample_mix("cutmix", 2.5, grid=1, size_px=16), "num_images", "2.5"),
+        (lambda: tl.sample_mix("cutmix", 4, grid=1, size_px=16, alpha=float("nan")), "alpha", "nan"),
+        (lambda: tl.mix_images(torch.rand(2, 3, 16, 16), plan), "4 images", "2"),
+        (lambda: tl.create_model("lvvit_t", num_classes=0, size_px=16), "num_classes", "0"),
+        (lambda: tl.create_model("lvvit_t", num_classes="3", size_px=16), "num_classes", "'3'"),
+        (lambda: tl.create_model("lvvit_t", num_classes=3, size_px=16, img_size=32), "img_size"),
+        (lambda: model(pixels), "torch.uint8", "normalize_images"),
+        (lambda: tl.merge_stores([], "merged none"), "folders"),
+        (lambda: tl.BatchSampler(num_images=8, batch_size=4, seed=0, num_steps=-1), "num_steps", "-1"),
+        (lambda: tl.annotate(data(), "anew", "masks:masks"), "config", "AnnotateConfig"),
+        (lambda: tl.annotate(data(), "anew", {"teacher": "masks:masks"}, device="gpu"), "gpu", "cuda:1"),
+    ):  # fmt: skip
+        refuses(call, *words)
+
+
+def stores_are_read_as_mappings_are():
+    store = labels()
+    assert sorted(store) == sorted(store.keys())
+    assert len(list(store)) == 8
+    assert Path("ant/0.png") in store  # pyright: ignore[reportOperatorIssue]
+    assert store[Path("ant/0.png")].num_classes == 2
+    assert len(tl.merge_stores("labels", "merged one")) == 8
+
+
 def the_lines_of_the_readme_run():
     labels()
     text = README.read_text(encoding="utf-8").split("## In Python")[1].split("\n## ")[0]

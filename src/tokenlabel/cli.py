@@ -73,6 +73,8 @@ def _nobody_reads(stream: TextIO) -> bool:
 
 
 def _run(arguments: list[str]) -> int:
+    if arguments[:1] == ["help"] and arguments[1:]:
+        arguments = [*arguments[1:], "--help"]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_overview())
         return 0
@@ -293,6 +295,8 @@ def inspect(arguments: list[str]) -> int:
     options = parse(parser, arguments)
     if options.pictures and not options.images:
         raise ValueError("--pictures needs the images that the labels belong to; name them with --images")
+    if options.ignore_index is not None and not options.masks:
+        raise ValueError("--ignore-index is an id in masks; give --masks, or leave it out")
 
     config = configured(parser, options, InspectConfig)
     store, source = LabelStore(*options.store, duplicates=options.duplicates), None

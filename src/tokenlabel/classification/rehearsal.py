@@ -28,6 +28,7 @@ from tokenlabel.runtime.runlog import Stopwatch
 from tokenlabel.training.engine import Training, prepare, train_step
 from tokenlabel.training.progress import peak_memory_bytes
 from tokenlabel.training.recipe import Recipe
+from tokenlabel.training.run_folder import check_apart
 from tokenlabel.training.tasks import autocast
 
 PICTURE_NAME, TRACE_NAME = "first_batch.png", "trace.json"
@@ -53,6 +54,7 @@ def dry_run(recipe: Recipe, out: Path, *, device: torch.device) -> str:
     erasing and mixing). Under torchrun all processes take part; the text is that of the first.
     """
     with joined_ranks(device) as ranks:
+        check_apart(out, recipe.data.train, recipe.data.val)
         task = build(recipe, device=device)
         training = prepare(task, ranks)
         pictures = _first_pictures(training, task)

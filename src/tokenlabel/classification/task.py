@@ -30,13 +30,14 @@ from tokenlabel.labels.store import LabelStore
 from tokenlabel.models import TokenModel, create_model, load_published
 from tokenlabel.models.weights import read_class_names
 from tokenlabel.runtime.configuration import ConfigError
-from tokenlabel.runtime.distributed import Ranks, current_ranks, joined_ranks
+from tokenlabel.runtime.distributed import Ranks, current_ranks, joined_ranks, usable_device
 from tokenlabel.runtime.notices import say
 from tokenlabel.runtime.trackers import Tracker
 from tokenlabel.teachers.online import load_online_teacher
+from tokenlabel.training.checkpoint import is_run, newest_checkpoint
 from tokenlabel.training.engine import run_task
 from tokenlabel.training.recipe import ModelConfig, Recipe
-from tokenlabel.training.run_folder import RunImages, locked, sound_images
+from tokenlabel.training.run_folder import RunImages, check_apart, locked, sound_images
 from tokenlabel.training.tasks import Task, autocast
 
 # Starting processes takes seconds: below this many images evaluation decodes them itself.
@@ -58,7 +59,8 @@ def train(
     Raises ConfigError if it holds a run of another recipe or another process trains there, ValueError for data that
     cannot be trained on, `Interrupted` after SIGINT or SIGTERM.
     """
-    device, run = torch.device(device), Path(run)
+    device, run = usable_device(device), Path(run)
+    check_apart(run, recipe.data.train, recipe.data.val)
     with joined_ranks(device) as ranks, locked(run, ranks):
         try:
             return run_task(
@@ -228,8 +230,10 @@ def _begin(config: ModelConfig, *, class_names: list[str]) -> TokenModel:
     num_classes = len(class_names)
     model = create_model(config.name, num_classes=num_classes, size_px=config.size_px, **config.options)
     if config.weights is not None:
-        load_published(model, config.weights, average=config.average)
-        theirs = read_class_names(config.weights)
+        weights = Path(config.weights)
+        weights = newest_checkpoint(weights) if is_run(weights) else weights
+        load_published(model, weights, average=config.average)
+        theirs = read_class_names(weights)
         if len(theirs) == num_classes and not same_classes(theirs, class_names):
             unlike = difference(theirs, class_names, count=num_classes, them="the file")
             say(f"{config.weights}: {unlike}: its heads begin with what they knew of the others")

@@ -194,11 +194,20 @@ def normalize_images(
     """Return (pixels / 255 - mean) / std, channel by channel, on the images' device and laid out channels last.
 
     `mean` and `std` are for pixels in [0, 1]. Computed in float32 whatever the `dtype` of the result.
-    Raises ValueError for images that are not of whole pixels from 0 to 255 (uint8).
+    Raises ValueError for images that are not of whole pixels from 0 to 255 (uint8), and for numbers that are for such.
     """
     if images.dtype != torch.uint8:
         raise ValueError(
             f"expected pixels from 0 to 255 as uint8, got {images.dtype}; pass a batch's images as they are"
+        )
+    if (
+        len(mean) != 3
+        or len(std) != 3
+        or not all(0 <= m <= 1 and 0 < s <= 1 for m, s in zip(mean, std, strict=True))
+    ):
+        raise ValueError(
+            f"mean and std: expected three numbers each, for pixels in [0, 1], got {mean} and {std}; divide those for "
+            "pixels from 0 to 255 by 255"
         )
     width_px = images.shape[3]
     # The channels of a whole row side by side: broadcasting three numbers at a time is ten times as slow.

@@ -5,6 +5,7 @@ The fused form (`linear_cross_entropy`) goes without B x N x C logits too.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +45,8 @@ def token_label_loss(
     Raises ValueError for what is neither, and for targets of other images or tokens.
     Source: Jiang et al., "All Tokens Matter", NeurIPS 2021, equation 4.
     """
+    if not 0 <= beta < math.inf:
+        raise ValueError(f"beta: expected a finite number of at least 0, got {beta}")
     if not isinstance(class_targets, TokenTargets):
         class_targets = targets_of(class_targets, num_classes=outputs.class_logits.shape[1])
     class_part = sparse_cross_entropy(outputs.class_logits[:, None], class_targets).mean()

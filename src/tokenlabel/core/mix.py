@@ -7,6 +7,7 @@ takes its partner's target by the part of its cell that shows the partner.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ from torch.nn import functional as F
 
 from tokenlabel.core.config import Mixing
 from tokenlabel.core.targets import TokenTargets
-from tokenlabel.runtime.coercion import Size, pair
+from tokenlabel.runtime.coercion import Size, coerced, pair
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +74,11 @@ def sample_mix(
     mixing, grid, size_px = Mixing(mixing), pair(grid, name="grid"), pair(size_px)
     if mixing is Mixing.NONE:
         return None
+    num_images = coerced(num_images, int, name="num_images")
+    if num_images < 1 or not 0 < alpha < math.inf:
+        raise ValueError(
+            f"expected num_images of at least 1 and alpha above 0, finite; got {num_images} and {alpha}"
+        )
     rng = np.random.default_rng(int(torch.randint(1 << 62, (), generator=generator)))
     draws = num_images if per_sample else 1
     lost = 1 - rng.beta(alpha, alpha, draws)  # [draws]
@@ -119,6 +125,8 @@ def mix_images(
     """
     if plan is None:
         return images
+    if len(images) != len(plan.partner):
+        raise ValueError(f"the plan is of {len(plan.partner)} images, got {len(images)}")
     mask = F.interpolate(plan.mask[:, None], size=images.shape[2:], mode="nearest-exact").to(images.dtype)
     return images.lerp(images[plan.partner], mask)
 

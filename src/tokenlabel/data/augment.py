@@ -30,13 +30,14 @@ from tokenlabel.data.colours import (
 from tokenlabel.data.config import AugmentConfig, ColourJitter, Interpolation, Order, WarpConfig
 from tokenlabel.data.randaugment import parse_randaugment
 from tokenlabel.data.resampling import RESAMPLING, flipped, resize, warp
-from tokenlabel.runtime.coercion import Size, pair
+from tokenlabel.runtime.coercion import Size, coerced, pair
 
 
 class TrainTransform:
     """The random transform of training images, to pixels of `size_px` (height, width)."""
 
     def __init__(self, config: AugmentConfig, size_px: Size) -> None:
+        config = coerced(config, AugmentConfig, name="config")
         self.config, self.size_px = config, pair(size_px)
         self._randaugment = None if config.randaugment is None else parse_randaugment(config.randaugment)
 
@@ -111,7 +112,7 @@ class EvalTransform:
         self.size_px, self.crop_fraction, self.interpolation = pair(size_px), crop_fraction, interpolation
 
     def __call__(
-        self, image: Image.Image | NDArray[np.uint8], rng: np.random.Generator
+        self, image: Image.Image | NDArray[np.uint8], rng: np.random.Generator | None = None
     ) -> tuple[NDArray[np.uint8], View]:
         """Return pixels [height, width, 3] and the view that they show; nothing is drawn."""
         pixels, (height, width) = _pixels(image), self.size_px
@@ -181,7 +182,13 @@ def recoloured(pixels: NDArray[np.uint8], changes: Sequence[ColourChange]) -> ND
 
 
 def _pixels(image: Image.Image | NDArray[np.uint8]) -> NDArray[np.uint8]:
-    return np.array(image) if isinstance(image, Image.Image) else image
+    pixels = np.array(image.convert("RGB")) if isinstance(image, Image.Image) else image
+    if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.shape[2:] != (3,):
+        what = f"{getattr(pixels, 'dtype', type(pixels).__name__)} of shape {tuple(getattr(pixels, 'shape', ()))}"
+        raise ValueError(
+            f"expected an image of Pillow or pixels [height, width, 3] as NumPy's uint8, got {what}"
+        )
+    return pixels
 
 
 def _draw_interpolation(interpolation: Interpolation, rng: np.random.Generator) -> Interpolation:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from functools import partial
+from os import PathLike
 from typing import Any, Protocol, SupportsIndex, runtime_checkable
 
 import numpy as np
@@ -81,6 +82,11 @@ class TokenLabelDataset(Dataset[Sample]):
     def __init__(
         self, source: ImageSource, transform: Transform, *, seed: int = 0, store: ScoreMaps | None = None
     ) -> None:
+        for name, value, opened_by in (("source", source, "open_images"), ("store", store, "LabelStore")):
+            if isinstance(value, (str, PathLike, list, tuple)):
+                raise ValueError(f"{name}: expected what tokenlabel.{opened_by}(...) returns, got {value!r}")
+        if (seed := operator.index(seed)) < 0:
+            raise ValueError(f"seed: expected at least 0, got {seed}")
         # In memory that data workers share, however they were started: the epoch, and how many samples were drawn by
         # their index alone while nobody had set one (-1: somebody has, or the line about it is out).
         self._clock = torch.zeros(2, dtype=torch.int64).share_memory_()

@@ -57,6 +57,10 @@ class BatchSampler:
     def __post_init__(self) -> None:
         if self.num_images < 1 or self.batch_size < 1:
             raise ValueError(f"need at least one image and a batch size of at least 1, got {self}")
+        if self.num_steps < 0 or self.seed < 0:
+            raise ValueError(
+                f"expected num_steps and seed of at least 0, got {self.num_steps} and {self.seed}"
+            )
         _check_rank(self.rank, self.world_size)
         if self.batch_size % (self.world_size * self.num_parts):
             raise ValueError(

@@ -40,7 +40,7 @@ from tokenlabel.evaluation.networks import Network, NetworkError, find_network, 
 from tokenlabel.evaluation.observation import MaskFolder, observe
 from tokenlabel.labels.store import LabelStore
 from tokenlabel.runtime.coercion import coerced_fields
-from tokenlabel.runtime.distributed import Ranks, joined_ranks
+from tokenlabel.runtime.distributed import Ranks, joined_ranks, usable_device
 from tokenlabel.runtime.notices import listed, say
 from tokenlabel.runtime.ranges import COUNT, NATURAL, check_numbers
 from tokenlabel.training.run_folder import sound_images
@@ -101,6 +101,8 @@ class EvalOptions:
                 raise NetworkError(
                     f"--multi-labels is of any images, --set {self.set} of images with one class each"
                 )
+        if self.masks is None and self.ignore_index is not None:
+            raise NetworkError("--ignore-index is an id in masks; give --masks, or leave it out")
         check_numbers(self, "--", batch_size=NATURAL, num_workers=COUNT)
         if self.size is not None and self.size < 1:
             raise NetworkError(f"--size {self.size}: images have at least one pixel")
@@ -119,7 +121,7 @@ def assess(name: str | Path, options: EvalOptions, *, device: torch.device | str
     `name`: a run, a checkpoint folder, or the name of a model. Raises ValueError for what does not fit together.
     """
     options.check()
-    device = torch.device(device)
+    device = usable_device(device)
     network = find_network(str(name), weights=options.weights, size=options.size)
     if options.set != "folder" or options.multi_labels is not None:
         network = _named(network, options.class_order)

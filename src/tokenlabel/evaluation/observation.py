@@ -32,7 +32,7 @@ from tokenlabel.evaluation.evaluators import Accuracy, Calibration, Evaluator, S
 from tokenlabel.labels.store import LabelStore
 from tokenlabel.models import Outputs, TokenModel
 from tokenlabel.runtime.coercion import coerced
-from tokenlabel.runtime.distributed import Ranks
+from tokenlabel.runtime.distributed import Ranks, usable_device
 from tokenlabel.runtime.notices import listed, say
 from tokenlabel.training.recipe import Recipe
 from tokenlabel.training.run_folder import sound_images
@@ -216,7 +216,7 @@ def observe(
     predictions choose; all if None.
     """
     model.eval()
-    device, dtype = torch.device(device), _DTYPES[coerced(precision, Precision, name="precision")]
+    device, dtype = usable_device(device), _DTYPES[coerced(precision, Precision, name="precision")]
     out = None if competing is None else ~competing.to(device)
     started, num_images = time.perf_counter(), 0
     for cpu_batch in batches:

@@ -77,7 +77,7 @@ UNKNOWN = Fingerprint()
 
 def key_bytes(key: str) -> bytes:
     """Return a key as it is stored; file names that are not valid UTF-8 keep their bytes."""
-    return key.encode("utf-8", "surrogateescape")
+    return os.fspath(key).encode("utf-8", "surrogateescape")
 
 
 def key_text(name: bytes) -> str:

@@ -9,6 +9,7 @@ the one in the first file by name.
 
 from __future__ import annotations
 
+import os
 import time
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -103,6 +104,7 @@ class LabelStoreWriter:
 
     def add_record(self, key: str, record: bytes, image: Fingerprint = UNKNOWN) -> None:
         """Add a label that `pack_for` has packed already; `image`: what it was made of."""
+        key = os.fspath(key)
         if key in self._keys:
             raise StoreError(f"{self.folder}: {key} was given twice")
         self._keys.add(key)
@@ -224,6 +226,9 @@ class LabelStore:
     def __len__(self) -> int:
         return len(self._hashes)
 
+    def __iter__(self) -> Iterator[str]:
+        return self.keys()
+
     def __getstate__(self) -> dict[str, Any]:
         """Name the files: the same are opened elsewhere, even if others have been added."""
         return {
@@ -338,6 +343,9 @@ def merge_stores(
     labels, and for an output that is the only store, lies in one, or has labels in another encoding than the one
     asked for.
     """
+    folders = [folders] if isinstance(folders, (str, Path)) else folders
+    if not folders:
+        raise ValueError("folders: expected at least one store to copy")
     whole = Path(output).resolve()
     if {Path(folder).resolve() for folder in folders} == {whole}:
         raise StoreError(f"{output}: is the store that is to be copied; choose another folder")

@@ -11,7 +11,7 @@ from tokenlabel.models.lvvit import LVViT, LVViTConfig
 from tokenlabel.models.registration import OUR_MODELS, register_with_timm
 from tokenlabel.models.t2t_vit import T2TViT, T2TViTConfig
 from tokenlabel.models.weights import WeightsError, load_published
-from tokenlabel.runtime.coercion import Size, pair
+from tokenlabel.runtime.coercion import Size, coerced, pair
 
 __all__ = [
     "Inference",
@@ -41,7 +41,14 @@ def create_model(
     `timm.create_model` takes. Raises ValueError for unknown names and options, and for sizes that the model
     cannot take.
     """
-    size_px = pair(size_px)
+    name, size_px = coerced(name, str, name="name"), pair(size_px)
+    num_classes = coerced(num_classes, int, name="num_classes")
+    if num_classes < 1:
+        raise ValueError(f"num_classes: expected at least 1, got {num_classes}")
+    if pair(options.get("img_size", size_px), name="img_size") != size_px:
+        raise ValueError(
+            f"size_px {size_px} says how large images are; leave img_size {options['img_size']} out"
+        )
     register_with_timm()
     reason = why_unknown(name, OUR_MODELS, weights_option="--model.weights")
     if reason is not None:

@@ -133,6 +133,8 @@ class TimmAdapter(TokenModel):
 
     def forward(self, images: Float[Tensor, "B 3 height width"], plan: MixPlan | None = None) -> Outputs:
         """Return class logits and tokens of normalised images, mixed by the plan."""
+        if not images.is_floating_point():
+            raise ValueError(f"expected normalised images, got {images.dtype}; normalize_images makes them")
         features = self._features((images.shape[2], images.shape[3]))
         seen, dense = self._run(images, plan, features.from_stage)
         return Outputs(

@@ -46,16 +46,20 @@ def why_unknown(name: str, ours: tuple[str, ...], *, weights_option: str) -> str
     if "/" in name or name.startswith((".", "~")):
         return "there is no such folder"
     if timm.is_model(architecture):
-        near = get_close_matches(tag, tags) or tags
+        if not any(tags):
+            return f"{architecture} comes without a tag"
+        near = get_close_matches(tag, tags) or [known for known in tags if known]
         return f"Invalid pretrained tag ({tag}) for {architecture}, which has {listed(near)}"
-    models = [*ours, *timm.list_models()]
-    near = get_close_matches(name, models) or get_close_matches(architecture, models)
+    models = sorted({*ours, *timm.list_models()})
+    near = get_close_matches(name.lower(), models) or get_close_matches(architecture.lower(), models)
     return f"did you mean {' or '.join(near)}?" if near else ""
 
 
 def _about_folder(folder: Path) -> str:
     if not any(folder.iterdir()):
         return "it is an empty folder"
+    if folder.name == "checkpoints":
+        return f"did you mean the run, {folder.parent}?"
     if (folder / "recipe.yaml").exists():
         return "it is a run that has no checkpoint yet"
     if (folder / "config.json").exists():

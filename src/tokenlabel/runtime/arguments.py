@@ -10,7 +10,8 @@ import re
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin
+from types import UnionType
+from typing import TYPE_CHECKING, Any, TypeVar, Union, get_args, get_origin
 
 import yaml
 
@@ -23,6 +24,11 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
 Config = TypeVar("Config")
+
+_TRUTH: dict[str, str] = {
+    **dict.fromkeys(("true", "yes", "on", "1"), "true"),
+    **dict.fromkeys(("false", "no", "off", "0"), "false"),
+}
 
 
 def new_parser(verb: str, description: str) -> ArgumentParser:
@@ -47,27 +53,60 @@ def parse(
     """
     from jsonargparse import ArgumentError
 
-    from tokenlabel.runtime.configuration import explain, read_yaml
+    from tokenlabel.runtime.configuration import explain, fitted, read_yaml
 
     words = spelled_out(parser, arguments)
-    recipes = ""
-    for i, word in enumerate(words):
+    recipes: dict[str, Path] = {}
+    for word in words:
         if find_recipe and word.startswith("--recipe="):
             path = find_recipe(word.partition("=")[2])
-            read_yaml(path)  # names the file if it is none
-            words[i], recipes = f"--recipe={path}", f"{path}: "
+            # Read here, so that the file is named if it is none; before all else, so that options override it.
+            recipes[f"--recipe={json.dumps(fitted(read_yaml(path), parser))}"] = path
+    if find_recipe:
+        words = [*recipes, *(word for word in words if not word.startswith("--recipe="))]
     try:
-        options = parser.parse_args(words)
+        namespace = parser.parse_args(words)
     except ArgumentError as error:
         message = explain(error, [action.dest for action in parser._actions], options=_options(parser))
-        of_file = message.startswith(("unknown key", "Unexpected config"))
-        raise ValueError(f"{recipes}{message}" if of_file else message) from error
+        if message.startswith(("unknown key", "Unexpected config")):
+            message = ", ".join(map(str, recipes.values())) + f": {message}"
+        raise ValueError(message + _advice(parser, message, words)) from error
     for option, _, value in (word.partition("=") for word in words):
         action = parser._option_string_actions.get(option)
         is_name = str in get_args(getattr(action, "_typehint", None)) and value.lower() not in ("null", "~")
-        if action and is_name and options.get(action.dest) is None:
-            options[action.dest] = value  # YAML reads #1 and &a as nothing
-    return options
+        if action and is_name and namespace.get(action.dest) is None:
+            namespace[action.dest] = value  # YAML reads #1 and &a as nothing
+    for name, is_wrong, what in (
+        ("out", Path.is_file, "is a file; name a folder"),
+        ("output", Path.is_dir, "is a folder; name a file, which may be in it"),
+        ("pictures", Path.is_dir, "is a folder; name a file, which may be in it"),
+    ):
+        if name in _options(parser) and (path := namespace.get(name)) and is_wrong(path):
+            raise ValueError(f"--{name} {path}: {what}")  # before the work, not after it
+    return namespace
+
+
+def _advice(parser: ArgumentParser, message: str, words: list[str]) -> str:
+    """Return what to do about an error of the parser, where it does not say that itself."""
+    options = _options(parser)
+    if message.startswith("the following") and "recipe" in options and not words[0].startswith("--recipe="):
+        return "; --recipe NAME has most that a run needs (--help lists the names)"
+    if "nrecognized arguments" in message:
+        given = [
+            action
+            for action in parser._actions
+            if any(word.startswith(f"--{action.dest}=") for word in words)
+        ]
+        several = [
+            options[action.dest]
+            for action in given
+            if list[str] in get_args(getattr(action, "_typehint", None))
+        ]
+        return f"; to name several, write {several[0]} before each" if several else ""
+    if group := re.match(r"(--[\w.-]+): expected a mapping", message):
+        inside = [option for option in options.values() if option.startswith(f"{group[1]}.")]
+        return f"; one value goes to {', '.join(inside)}"
+    return ""
 
 
 def configured(parser: ArgumentParser, options: Namespace, config: type[Config]) -> Config:
@@ -97,8 +136,9 @@ def spelled_out(parser: ArgumentParser, arguments: list[str]) -> list[str]:
     """Return arguments as the parser wants them: `--option=value`, so that no value is taken for an option.
 
     `--strict` alone is `--strict=true`; `--class_map` is `--class-map`; an option that takes one name or several
-    (`--teacher A --teacher B`) adds to what it was given before. A value is any word but an option's name; that it may
-    be behind a `=`. Raises ValueError for options that do not exist and for those without a value.
+    (`--teacher A --teacher B`) adds to what it was given before; numbers and names of a tuple may stand between commas,
+    one number for a pair. A value is any word but an option's name; that it may be behind a `=`. Raises ValueError for
+    options that do not exist, for those without a value, and for empty words.
     """
     words: list[str] = []
     given: set[str] = set()
@@ -110,14 +150,24 @@ def spelled_out(parser: ArgumentParser, arguments: list[str]) -> list[str]:
         written, equals, value = word.partition("=")
         found = _find_option(parser, written)
         if found is None:
-            if written.startswith("--"):
+            if not word:
+                raise ValueError("an empty word among the arguments; is a variable of the shell not set?")
+            dashed = "--" + written.lstrip("-\u2013\u2014")  # as word processors write two dashes
+            if written.startswith("--") or (written[:1] in "-\u2013\u2014" and _find_option(parser, dashed)):
                 raise ValueError(f"unrecognized arguments: {word}{_near_options(parser, written)}")
             words.append(word)
             continue
         option, action = found
         kind = getattr(action, "_typehint", None)
-        if kind is bool and not equals:
-            value = rest.pop(0) if rest and rest[0].lower() in ("true", "false") else "true"
+        if kind is bool or action.nargs == 0:
+            if not equals:
+                value = rest.pop(0) if rest and rest[0].lower() in _TRUTH else "true"
+            value = _TRUTH.get(value.lower(), value)
+            if value not in ("true", "false"):
+                raise ValueError(f"{option}: expected true or false, got {value!r}")
+            if action.nargs == 0:
+                words += [option] * (value == "true")
+                continue
         elif action.nargs is not None:
             words.append(f"{option}{equals}{value}")  # a flag, or several values, which argparse counts
             continue
@@ -127,6 +177,13 @@ def spelled_out(parser: ArgumentParser, arguments: list[str]) -> list[str]:
                     f"{option}: expected a value" + (f", got the option {rest[0]}" if rest else "")
                 )
             value = rest.pop(0)
+        if not value and option != "--weights":  # there it stands for a teacher's own
+            raise ValueError(
+                f"{option}: expected a value, got an empty word; is a variable of the shell not set? (null is none)"
+            )
+        if value.startswith("~/"):  # which shells leave alone behind a `=`
+            value = str(Path(value).expanduser())
+        value = _as_list(value, kind)
         if value.startswith("[") and (list[str] in get_args(kind) or get_args(kind) == (str, ...)):
             with suppress(yaml.YAMLError):  # names such as 0 and no, which YAML reads as something else
                 value = json.dumps(yaml.load(value, yaml.BaseLoader))
@@ -134,6 +191,18 @@ def spelled_out(parser: ArgumentParser, arguments: list[str]) -> list[str]:
         given.add(option)
         words.append(f"{option}{'+' if adds else ''}={value}")
     return words
+
+
+def _as_list(value: str, kind: Any) -> str:
+    """Return a tuple as YAML's list: from `a,b` and `(1,2)`, a pair of whole numbers from `96` and `96x64`, too."""
+    kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    tuples = [kind for kind in kinds if get_origin(kind) is tuple]
+    if not tuples or value.startswith("[") or value == "null" or (int in kinds and "," not in value):
+        return value
+    if tuples == [tuple[int, int]]:
+        value = re.sub(r"^(\d+)x(\d+)$", r"\1,\2", value)
+        value = f"{value},{value}" if value.isdecimal() else value
+    return f"[{value.removeprefix('(').removesuffix(')')}]"
 
 
 def _find_option(parser: ArgumentParser, written: str) -> tuple[str, Action] | None:
@@ -152,7 +221,7 @@ def _near_options(parser: ArgumentParser, written: str) -> str:
     from tokenlabel.runtime.configuration import near_names
 
     known = [option[2:] for option in _options(parser).values()]
-    return near_names(written[2:].replace("_", "-"), known, prefix="--")
+    return near_names(written.lstrip("-\u2013\u2014").replace("_", "-"), known, prefix="--")
 
 
 def write_json(path: Path | None, figures: dict[str, Any]) -> None:
@@ -187,15 +256,6 @@ def add_changed_numerics(parser: ArgumentParser) -> None:
 
 def device_of(name: str) -> torch.device:
     """Return the device that `--device` names. Raises ValueError if it cannot be used."""
-    import torch
+    from tokenlabel.runtime.distributed import usable_device
 
-    if name == "auto":
-        from tokenlabel.runtime.distributed import default_device
-
-        return default_device()
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except RuntimeError as error:
-        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
-    return device
+    return usable_device(name, option="--device")

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeGuard, TypeVar, get_type_hints
+from typing import Any, TypeGuard, TypeVar, get_args, get_type_hints
 
 import jsonargparse
 import yaml
@@ -63,8 +63,8 @@ def read_config(path: str | Path, config: type[Config]) -> Config:
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Return the mapping that a YAML file holds. Raises ConfigError that names the file."""
     try:
-        nested = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+        nested = yaml.safe_load(Path(path).read_text(encoding="utf-8-sig"))  # as some editors begin a file
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(nested, dict):
         raise ConfigError(f"{path}: expected a mapping of keys to values, got {type(nested).__name__}")
@@ -76,9 +76,29 @@ def config_from_dict(nested: dict[str, Any], config: type[Config], *, name: str)
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     add_config_arguments(parser, config)
     try:
-        return config_of(parser, parser.parse_object(nested), config)
+        return config_of(parser, parser.parse_object(fitted(nested, parser)), config)
     except (jsonargparse.ArgumentError, ValueError) as error:
         raise ConfigError(f"{name}: {explain(error, _field_names(config))}") from error
+
+
+def fitted(nested: dict[str, Any], parser: jsonargparse.ArgumentParser) -> dict[str, Any]:
+    """Return what a YAML file holds with what people write there in place of what fields take, as on the command line.
+
+    One number stands for a pair of them, a group without fields sets none, and YAML reads the word `no` as false.
+    """
+    for action in parser._actions:
+        kind, (*groups, name) = getattr(action, "_typehint", None), action.dest.split(".")
+        inner: Any = nested
+        for group in groups:
+            if isinstance(inner, dict) and inner.get(group, group) is None:
+                del inner[group]
+            inner = inner.get(group) if isinstance(inner, dict) else None
+        value = inner.get(name) if isinstance(inner, dict) else None
+        if kind == tuple[int, int] and type(value) is int:
+            inner[name] = [value, value]
+        elif value is False and "no" in get_args(kind):
+            inner[name] = "no"
+    return nested
 
 
 def write_config(config: Any, path: str | Path) -> None:
@@ -126,7 +146,7 @@ def explain(
     if required := re.search(r"arguments are required: (.+)", message):
         missing = [options.get(key, key) for key in required[1].split(", ")]
         return f"the following arguments are required: {', '.join(missing)}"
-    if wrong := re.fullmatch(r'Parser key "(.+?)": (?:Not of type \w+: )?(.+)', message):
+    if wrong := re.fullmatch(r'Parser key "(.+?)"(?: element \d+)?: (?:Not of type \w+: )?(.+)', message):
         key, reason = wrong.groups()
         if mismatch := re.search(
             r"Expected an? (.+?)\. Got value: (.*)|types: \[(.+?)\] Err.* value: (.*)", reason
@@ -135,6 +155,8 @@ def explain(
             kind = re.sub(r"<class '(.+?)'>|typing\.", r"\1", kind).replace("NoneType", "null")
             kind = re.sub(r"Literal\[(.+?)\]", lambda found: f"one of {found[1]}".replace("'", ""), kind)
             reason = f"expected {kind.replace(', ', ' or ') if mismatch[3] else kind}, got {value!r}"
+        if group := re.match(r"Unable to load config '(.*?)'", reason):
+            reason = f"expected a mapping of fields or a YAML file, got {group[1]!r}"
         return f"{options.get(key, key)}: {reason}"
     return message
 

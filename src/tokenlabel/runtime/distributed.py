@@ -141,6 +141,28 @@ def default_device() -> torch.device:
     return torch.device("cuda", launched_ranks().local_rank % torch.cuda.device_count())
 
 
+def usable_device(device: torch.device | str | None, *, option: str = "device") -> torch.device:
+    """Return a device that computes here; "auto" and None take this rank's GPU if there is one.
+
+    `option`: what the error calls it. Raises ValueError of one line for what is none.
+    """
+    if device is None or device == "auto":
+        return default_device()
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found).cpu()
+    except (
+        AssertionError,
+        RuntimeError,
+        TypeError,
+    ) as error:  # by name; without CUDA; `meta`; numbers of no device
+        reason = str(error).splitlines()[0].partition(". ")[0]
+        if "device type at start" in reason or "Invalid device" in reason:
+            reason = "no such device"
+        raise ValueError(f"{option} {device}: expected cpu, cuda, cuda:1, ... or auto; {reason}") from error
+    return found
+
+
 def shard(model: nn.Module, parts: Iterable[nn.Module], device: torch.device) -> None:
     """Divide a model's weights among all ranks (FSDP2): each part is put together only while it computes.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -104,6 +105,10 @@ def _evaluate(arguments: list[str]) -> int:
     parser.add_argument("--output", type=Path, help="also write the figures to this JSON file")
     options = parse(parser, arguments)
     check_numbers(options, "--", num_workers=COUNT)
+    if options.split and (options.images or options.masks):
+        raise ValueError(
+            "--split names a part of the data set, --images and --masks other folders; leave one out"
+        )
 
     from tokenlabel.runtime.distributed import joined_ranks
     from tokenlabel.runtime.notices import listed, say
@@ -218,9 +223,19 @@ def _network(options: Namespace) -> TrainedSegmenter:
         "flip": options.flip or None,
     }
     changes = {name: value for name, value in changes.items() if value is not None}
+    if options.stride is not None and (options.mode or recipe.eval.mode) == "whole":
+        raise ValueError(
+            "--stride is the distance of windows, and with mode whole there are none; leave one out"
+        )
     if options.short_side is not None:
         changes["short_side_px"] = options.short_side or None
-    return replace(trained, recipe=replace(recipe, eval=replace(recipe.eval, **changes)))
+    try:
+        return replace(trained, recipe=replace(recipe, eval=replace(recipe.eval, **changes)))
+    except ValueError as error:  # it names the recipe's fields
+        spelled = re.sub(
+            r"^eval\.(\w+?)(_px)?(?= must)", lambda field: f"--{field[1].replace('_', '-')}", str(error)
+        )
+        raise ValueError(spelled) from error
 
 
 def _autocast(trained: TrainedSegmenter, device: torch.device) -> torch.autocast:

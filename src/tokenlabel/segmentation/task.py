@@ -20,7 +20,7 @@ from tokenlabel.data.images import DataError
 from tokenlabel.data.samplers import BatchSampler
 from tokenlabel.models import WeightsError
 from tokenlabel.runtime.configuration import ConfigError, config_from_dict, read_yaml
-from tokenlabel.runtime.distributed import Ranks, joined_ranks
+from tokenlabel.runtime.distributed import Ranks, joined_ranks, usable_device
 from tokenlabel.runtime.runlog import Stopwatch
 from tokenlabel.runtime.trackers import Tracker
 from tokenlabel.segmentation.augment import SegmentTransform
@@ -64,7 +64,7 @@ def train_segmentation(
     Raises ConfigError if it holds a run of another recipe or another process trains there, ValueError for data that
     cannot be trained on, `Interrupted` after SIGINT or SIGTERM.
     """
-    device, run = torch.device(device), Path(run)
+    device, run = usable_device(device), Path(run)
     with joined_ranks(device) as ranks, locked(run, ranks):
         return run_task(
             build(recipe, device=device, run=run),

@@ -39,7 +39,8 @@ from tokenlabel.labels.store import (
     remove_leftovers,
     update_failures,
 )
-from tokenlabel.runtime.distributed import default_device, joined_ranks
+from tokenlabel.runtime.coercion import coerced
+from tokenlabel.runtime.distributed import joined_ranks, usable_device
 from tokenlabel.runtime.notices import listed, say
 from tokenlabel.runtime.ranges import COUNT, NATURAL, POSITIVE, check_numbers
 from tokenlabel.teachers.classmap import MIN_MASS, class_map_for
@@ -109,8 +110,9 @@ def annotate(
     ScoreError for scores that are not finite (naming the image), ImageError for an image that does not decode
     if `strict`.
     """
+    config = coerced(config, AnnotateConfig, name="config")
     source = open_aloud(images) if isinstance(images, (str, Path)) else images
-    device = default_device() if device is None else torch.device(device)
+    device = usable_device(device)
     return annotate_by(make_teacher(config, source, device), source, folder, config=config, device=device)
 
 
@@ -131,6 +133,8 @@ def make_teacher(config: AnnotateConfig, source: ImageSource, device: torch.devi
         raise TeacherError(
             f"masks go with no other teacher and no network's options; leave {', '.join(given) or 'one'} out"
         )
+    if not folders[0]:
+        raise TeacherError("--teacher masks: names no folder; expected masks:DIR")
     class_map = None
     if config.class_map is None:
         overrule = "overrule with --class-map FILE, an id and a class a line"

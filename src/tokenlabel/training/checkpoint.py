@@ -173,6 +173,10 @@ def load_model(path: str | Path) -> TrainedModel:
     """
     folder = newest_checkpoint(Path(path))
     state = read_state(folder)
+    if "head" in state["recipe"]["model"]:
+        raise CheckpointError(
+            f"{path}: holds a segmentation model; `tokenlabel segment eval` and `predict` take it, and --model.weights"
+        )
     recipe = config_from_dict(state["recipe"], Recipe, name=f"{folder}/state.json")
     model = create_model(
         recipe.model.name,

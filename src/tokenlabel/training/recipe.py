@@ -69,7 +69,7 @@ class ModelConfig:
     options: dict[str, Any] = field(default_factory=dict)
     """What else the model's constructor takes, such as `depth` or `drop_path`."""
     weights: str | None = None
-    """Checkpoint to begin with: a published file (.pth.tar, .safetensors) or one of our checkpoint folders."""
+    """Checkpoint to begin with: a published file (.pth.tar, .safetensors) or one of our run or checkpoint folders."""
     average: bool = False
     """Begin with the running average (EMA) of the weights in that checkpoint."""
     frozen_layers: int = 0
@@ -233,7 +233,7 @@ def add_recipe_arguments(parser: jsonargparse.ArgumentParser, kind: type[Trainin
     """Let a parser take `--recipe NAME|FILE` and every field of a recipe as `--a.b value`."""
     names = ", ".join(recipe_names())
     parser.add_argument(
-        "--recipe", action="config", help=f"one of {names}, or a YAML file; options after it override it"
+        "--recipe", action="config", help=f"one of {names}, or a YAML file; options override it"
     )
     add_config_arguments(parser, kind)
 

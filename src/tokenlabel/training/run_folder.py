@@ -53,6 +53,16 @@ Changes = dict[str, tuple[Any, Any]]
 """Values of fields that differ, before and now, by the field's name."""
 
 
+def check_apart(run: Path, *images: str | None) -> None:
+    """Raise ConfigError for a run folder in a folder of images, where its pictures would be images of a class."""
+    for folder in filter(None, images):
+        if run.resolve().is_relative_to(Path(folder).resolve()):
+            raise ConfigError(
+                f"--out {run}: lies in the images {folder}, and the pictures of a run would be taken for images of a "
+                "class; choose a folder outside of it"
+            )
+
+
 @contextmanager
 def locked(run: Path, ranks: Ranks) -> Iterator[None]:
     """Keep a run folder, which is made, to this job. Raises ConfigError where another process trains.
