@@ -130,8 +130,27 @@ def test_another_format_is_refused(tmp_path):
     folder = save(tmp_path, 1, trained_for(1))
     state = json.loads((folder / "state.json").read_text())
     (folder / "state.json").write_text(json.dumps(state | {"format": 99}))
-    with pytest.raises(CheckpointError, match="format 99"):
+    with pytest.raises(CheckpointError, match=r"format 99.*train anew in another folder"):
         load_model(folder)
+
+
+@pytest.mark.parametrize("content", ["[]", "null", '{"format": 2, "step": 1}'])
+def test_a_state_that_lacks_something_is_named(tmp_path, content):
+    folder = save(tmp_path, 1, trained_for(1))
+    (folder / "state.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"state\.json was altered.*remove this folder"):
+        load_model(folder)
+
+
+def test_a_segmentation_model_is_sent_to_its_verbs(tmp_path):
+    folder = save(tmp_path, 1, trained_for(1))
+    state = json.loads((folder / "state.json").read_text())
+    state["recipe"]["data"] = {"layout": "folders"}
+    (folder / "state.json").write_text(json.dumps(state))
+    with pytest.raises(
+        CheckpointError, match=f"{tmp_path}: holds a segmentation model; .*`tokenlabel segment`"
+    ):
+        load_model(tmp_path)
 
 
 def test_a_folder_without_a_run_says_what_to_give(tmp_path):

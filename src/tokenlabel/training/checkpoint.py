@@ -173,6 +173,10 @@ def load_model(path: str | Path) -> TrainedModel:
     """
     folder = newest_checkpoint(Path(path))
     state = read_state(folder)
+    if "layout" in state["recipe"]["data"]:
+        raise CheckpointError(
+            f"{path}: holds a segmentation model; the verbs of `tokenlabel segment` take it"
+        )
     recipe = config_from_dict(state["recipe"], Recipe, name=f"{folder}/state.json")
     model = create_model(
         recipe.model.name,
@@ -268,9 +272,15 @@ def read_state(folder: Path) -> dict[str, Any]:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder}/state.json cannot be read ({error}); {_ADVICE}") from error
-    if state.get("format") != FORMAT:
+    if (
+        not isinstance(state, dict)
+        or not {"format", "step", "recipe", "class_names", "sha256"} <= state.keys()
+    ):
+        raise CheckpointError(f"{folder}/state.json was altered: it lacks what a checkpoint says; {_ADVICE}")
+    if state["format"] != FORMAT:
         raise CheckpointError(
-            f"{folder}: checkpoint format {state.get('format')}, this version of tokenlabel reads {FORMAT}"
+            f"{folder}: checkpoint format {state['format']}, this version of tokenlabel reads {FORMAT}; train anew in "
+            "another folder, or go on with the version that wrote it"
         )
     return state
 
