@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from tokenlabel.data.classes import difference, same_classes
 from tokenlabel.data.folders import list_images, passed_over_text
-from tokenlabel.data.images import DECODE_ALL_UP_TO, EXTENSIONS, DataError, Strings, decode_pixels
+from tokenlabel.data.images import DECODE_ALL_UP_TO, EXTENSIONS, DataError, ImageError, Strings, decode_pixels
 from tokenlabel.data.masks import MaskError, check_upright, decode_mask, mask_names, palette_of
 from tokenlabel.runtime.coercion import Choice, coerced, coerced_fields
 from tokenlabel.runtime.notices import listed, say
@@ -199,7 +199,11 @@ class ImageMaskPairs:
         """Return RGB pixels and the values of their mask."""
         image, mask = self._images / self.keys[index], self._masks / self.mask_names[index]
         data = _bytes(image)
-        pixels, values = decode_pixels(data, str(image)), decode_mask(_bytes(mask), str(mask))
+        try:
+            pixels = decode_pixels(data, str(image))
+        except ImageError as error:
+            raise ImageError(f"{error}; repair it, or remove it and its mask") from error
+        values = decode_mask(_bytes(mask), str(mask))
         if values.shape != pixels.shape[:2]:
             check_upright(values.shape, data, mask=str(mask), image=str(image))
             raise MaskError(
