@@ -15,6 +15,8 @@ from tokenlabel.training.checkpoint import (
     load_checkpoint,
     load_model,
     prune_checkpoints,
+    read_state,
+    read_tensors,
     save_checkpoint,
 )
 from tokenlabel.training.optim import OptimConfig, create_ema, create_optimizer
@@ -117,6 +119,15 @@ def test_a_damaged_file_is_named(tmp_path, name, damage):
     (folder / name).write_bytes(damage(data))
     with pytest.raises(CheckpointError, match=f"{name}.*altered.*remove this folder"):
         load_checkpoint(folder, trained_for(0))
+
+
+def test_tensors_come_in_the_same_order_in_every_process(tmp_path):
+    """Ranks would wait for each other with different ones."""
+    folder = save(tmp_path, 1, trained_for(1))
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        names = [*read_tensors(folder, name, read_state(folder))]
+        assert names == sorted(names)
+        assert len(names) > 9
 
 
 def test_a_missing_file_is_named(tmp_path):
