@@ -228,6 +228,19 @@ def test_labelling_anew_goes_on_where_it_was_stopped(images, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "line",
+    ["images/red/square.png", "./red/square.png", "red/square.png ", '"red/square.png"', "{}/red/square.png"],
+)
+def test_lists_as_find_and_spreadsheets_write_them_are_taken(images, tmp_path, monkeypatch, line):
+    monkeypatch.chdir(images.parent)
+    assert images.name == "images"
+    run(images, tmp_path / "labels")
+    again = keys_file(tmp_path, line.format(images), "", "  ")
+    assert run(Path("images"), tmp_path / "labels", again=again).num_anew == 1
+    assert LabelStore(tmp_path / "labels").generation("red/square.png") == 1
+
+
+@pytest.mark.parametrize(
     ("lines", "message"),
     [
         (
@@ -384,7 +397,7 @@ def test_the_command_line_labels_anew_and_says_what_a_store_holds_twice(
     assert "2 images labelled (2 anew), 7 had been" in tell(
         *label, "--again", keys_file(tmp_path, "red/square.bmp", "blue/wide.bmp")
     )
-    assert "superseded              2 records, by newer ones or equal" in tell(
+    assert "superseded              2 records, by newer, equal or earlier ones" in tell(
         "inspect", "./labels", "--images", "images"
     )
     assert "2 are not (x, y)" in tell(*label, "--again", keys_file(tmp_path, "x", "y"), status=2)

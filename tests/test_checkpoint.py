@@ -15,6 +15,8 @@ from tokenlabel.training.checkpoint import (
     load_checkpoint,
     load_model,
     prune_checkpoints,
+    read_state,
+    read_tensors,
     save_checkpoint,
 )
 from tokenlabel.training.optim import create_ema, create_optimizer
@@ -119,6 +121,15 @@ def test_a_damaged_file_is_named(tmp_path, name, damage):
         load_checkpoint(folder, trained_for(0))
 
 
+def test_tensors_come_in_the_same_order_in_every_process(tmp_path):
+    """Ranks would wait for each other with different ones."""
+    folder = save(tmp_path, 1, trained_for(1))
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        names = [*read_tensors(folder, name, read_state(folder))]
+        assert names == sorted(names)
+        assert len(names) > 9
+
+
 def test_a_missing_file_is_named(tmp_path):
     folder = save(tmp_path, 1, trained_for(1))
     (folder / "model.safetensors").unlink()
@@ -130,8 +141,27 @@ def test_another_format_is_refused(tmp_path):
     folder = save(tmp_path, 1, trained_for(1))
     state = json.loads((folder / "state.json").read_text())
     (folder / "state.json").write_text(json.dumps(state | {"format": 99}))
-    with pytest.raises(CheckpointError, match="format 99"):
+    with pytest.raises(CheckpointError, match=r"format 99.*train anew in another folder"):
         load_model(folder)
+
+
+@pytest.mark.parametrize("content", ["[]", "null", '{"format": 2, "step": 1}'])
+def test_a_state_that_lacks_something_is_named(tmp_path, content):
+    folder = save(tmp_path, 1, trained_for(1))
+    (folder / "state.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"state\.json was altered.*remove this folder"):
+        load_model(folder)
+
+
+def test_a_segmentation_model_is_sent_to_its_verbs(tmp_path):
+    folder = save(tmp_path, 1, trained_for(1))
+    state = json.loads((folder / "state.json").read_text())
+    state["recipe"]["data"] = {"layout": "folders"}
+    (folder / "state.json").write_text(json.dumps(state))
+    with pytest.raises(
+        CheckpointError, match=f"{tmp_path}: holds a segmentation model; .*`tokenlabel segment`"
+    ):
+        load_model(tmp_path)
 
 
 def test_a_folder_without_a_run_says_what_to_give(tmp_path):

@@ -210,6 +210,10 @@ def test_two_processes_train_as_one(scenes, tmp_path):  # noqa: F811
     recipes[tmp_path / "few"] = recipe_in_groups(scenes, **changes, **few)
     train(recipes[tmp_path / "few"], tmp_path / "few alone", device=CPU)
     recipes[tmp_path / "bare"] = recipe_in_groups(scenes, epochs=1, data__labels=None)
+    continued = shutil.copytree(tmp_path / "alone", tmp_path / "continued")  # `best` becomes a folder
+    for folder in list_checkpoints(continued)[1:]:
+        shutil.rmtree(folder)
+    recipes[continued] = recipes[tmp_path / "sharded"]
     stopped = tmp_path / "stopped"
     recipes[stopped] = recipe_in_groups(scenes, epochs=10_000, checkpoint={"every_epochs": 10_000})
     (stops, reads), (other_stops, other_reads) = train_together(recipes, stopped=[stopped])
@@ -235,13 +239,14 @@ def test_two_processes_train_as_one(scenes, tmp_path):  # noqa: F811
 
     # The first rank looks once at images of which no teacher has said anything: 20 to evaluate on, 40 without labels.
     assert {run.name: len(keys) for run, keys in reads.items()} == {
-        **dict.fromkeys([*cases, "stopped"], 20),
+        **dict.fromkeys([*cases, "continued", "stopped"], 20),
         "few": 24,
         "bare": 60,
     }
     assert not any(other_reads.values())
 
-    # What two processes began, sharded or not, one process goes on with.
+    # What one process began, two go on with, the model divided among them; and the other way round.
+    assert weights_differ_by(continued, tmp_path / "alone") < 1e-4
     for name in ("together", "sharded"):
         for folder in list_checkpoints(tmp_path / name)[1:]:
             shutil.rmtree(folder)

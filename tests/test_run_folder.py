@@ -1,6 +1,7 @@
 """Whose a run folder is: what a run may go on with, what it reads at its start, and who else trains there."""
 
 import contextlib
+import errno
 import json
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ from segment_cases import nested_recipe as nested_segments
 from test_engine import VIT
 from test_train import CPU, nested_recipe, scenes, weights_of  # noqa: F401  (scenes is a fixture)
 
+from tokenlabel import cli
 from tokenlabel.classification.task import build, train
 from tokenlabel.cli import main
 from tokenlabel.core.align import align
@@ -25,19 +27,21 @@ from tokenlabel.core.losses import sparse_cross_entropy
 from tokenlabel.core.scores import Kind, from_top, unknown_map
 from tokenlabel.core.step import make_targets, student_loss
 from tokenlabel.data.batches import collate
-from tokenlabel.data.images import DataError, ImageFiles
+from tokenlabel.data.images import DataError, ImageCheck, ImageFiles
+from tokenlabel.data.sources import open_images
 from tokenlabel.evaluation.observation import evaluation_set
 from tokenlabel.labels.store import LabelStore, LabelStoreWriter
 from tokenlabel.runtime import distributed
 from tokenlabel.runtime.configuration import ConfigError, config_from_dict
 from tokenlabel.runtime.distributed import Ranks, current_ranks, joined_ranks
+from tokenlabel.runtime.errors import FirstRankError
 from tokenlabel.runtime.runlog import read_metrics
 from tokenlabel.segmentation.recipe import SegmentRecipe
 from tokenlabel.segmentation.task import train_segmentation
 from tokenlabel.training import engine
 from tokenlabel.training.checkpoint import list_checkpoints
 from tokenlabel.training.recipe import Recipe
-from tokenlabel.training.run_folder import LOCK_FILE, check_run_folder, locked
+from tokenlabel.training.run_folder import LOCK_FILE, check_run_folder, locked, sound_images
 
 
 def nested(data, **changes):
@@ -251,6 +255,27 @@ class TestWhoseClassesAndImages:
         relabelled("data/labels", "data/fewer", lambda key: key != "3/00003.png")
         assert continued("--data.labels", "data/fewer") == 2
         assert "labels.num_missing: 0 there, 1 here" in capsys.readouterr().err
+        with LabelStoreWriter("data/labels", LabelStore("data/labels").manifest, generation=1) as writer:
+            writer.add_record("3/00003.png", LabelStore("data/labels").packed("4/00004.png"))
+        assert continued() == 2
+        assert "labels.annotated_again: None there, 1 here" in capsys.readouterr().err
+
+    def test_files_of_the_run_that_are_damaged_are_named(self, here, capsys):
+        images = (here / "run/images.json").read_text()
+        (here / "run/images.json").write_text(images[:50])
+        assert continued() == 2
+        assert "run/images.json: is damaged" in capsys.readouterr().err
+        (here / "run/images.json").write_text(images)
+        (here / "run/images.gz").write_bytes(b"\0\0")
+        shutil.copy(here / "data/scenes/train/3/00003.png", here / "data/scenes/train/3/9.png")
+        assert continued("--data.labels=null", "--loss.beta=0") == 2
+        assert (
+            "other images or labels: the images, of which images.gz no longer says" in capsys.readouterr().err
+        )
+        (here / "data/scenes/train/3/9.png").unlink()
+        (here / "run/images.json").unlink()
+        assert continued() == 0
+        assert "run: holds no images.json; images and labels are taken to be" in capsys.readouterr().err
 
 
 def relabelled(folder, output, keeps, **changes):
@@ -303,6 +328,8 @@ class TestImagesWithoutALabel:
             "5 of 40 images have no label in the store (0/00000.png, 0/00010.png, 0/00020.png, ...)" in error
         )
         assert "--data.max-missing, now 0.1" in error
+        assert continued("--data.max-missing=2", run="new") == 2
+        assert "--data.max-missing must be at least 0 and at most 1" in capsys.readouterr().err
         words = ("--data.labels", "data/some", "--num_steps=1", "--epochs=null")
         assert continued(*words, "--data.max-missing", ".125", run="new") == 0
         self.some(40)
@@ -399,6 +426,23 @@ class TestOneAtATime:
         assert (here / "run" / LOCK_FILE).exists()
         assert continued() == 0
 
+    def test_a_file_system_without_locks_is_said_and_stops_nobody(self, tmp_path, monkeypatch, capsys):
+        def refuse(*_):
+            raise OSError(errno.ENOLCK, "No locks available")
+
+        monkeypatch.setattr("fcntl.flock", refuse)
+        with locked(tmp_path / "run", Ranks()):
+            assert "its file system has no locks (No locks available)" in capsys.readouterr().err
+
+    def test_a_folder_that_cannot_be_made_is_named(self, tmp_path):
+        (tmp_path / "file").touch()
+        for out in ("file", "file/run"):
+            with (
+                pytest.raises(ConfigError, match=f"{out}: cannot be made .*choose another --out"),
+                locked(tmp_path / out, Ranks()),
+            ):
+                pass
+
     def test_only_the_first_rank_takes_the_lock(self, tmp_path, monkeypatch):
         monkeypatch.setattr(Ranks, "of_first", lambda self, value: (None, None))
         with locked(tmp_path / "run", Ranks(1, 2)):
@@ -461,7 +505,10 @@ class TestWhatIsRead:
         assert "1 image (3/00003.png) that cannot be decoded, of 40" in error
         assert words[1] in error  # and this goes through:
         assert continued(*words, run="new") == 0
-        assert "1 of 40 images do not decode, and are left out: 3/00003.png" in capsys.readouterr().err
+        assert "\n1 of 40 images do not decode, and are left out: 3/00003.png\n" in (
+            said := capsys.readouterr().err
+        )
+        assert said.count("3/00003.png") == 2, "once for each split"
         assert json.loads((here / "new/images.json").read_text())["train"]["broken"] == ["3/00003.png"]
         shutil.copy(here / "data/scenes/train/3/00013.png", broken[0])
         assert continued(*words, run="new") == 0
@@ -480,7 +527,7 @@ class TestWhatIsRead:
         assert continued(f"--data.num_workers={num_workers}", run="new") == 2
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert error.startswith("tokenlabel train: error: 3/00003.png: does not decode as an image (")
-        assert "--data.skip-broken" in error
+        assert "restore it (of val images: or remove it), or begin a run with --data.skip-broken" in error
         if not num_workers:
             assert continued("--data.skip-broken", run="new") == 0
 
@@ -494,6 +541,28 @@ class TestWhatIsRead:
         capsys.readouterr()
         assert main(["eval", "./new", "--num-workers=0", "--device=cpu", "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["num_images"] == 19
+
+
+def test_a_class_of_which_no_image_is_left_is_said(here, capsys):
+    for path in (here / "data/scenes/train/3").iterdir():
+        path.write_bytes(b"not an image")
+    sound_images(open_images("data/scenes/train"), skip_broken=True, check=ImageCheck.DECODE, option=None)
+    said = capsys.readouterr().err
+    assert said.startswith("4 of 40 images do not decode, and are left out: 3/00003.png, ")
+    assert said.endswith(", ...; none is left of 1 class (3)\n")
+
+
+def test_what_stopped_the_first_rank_is_said_once_on_each_machine(monkeypatch, capsys):
+    def fail(_):
+        raise FirstRankError("disk full")
+
+    monkeypatch.setitem(cli.VERBS, "train", replace(cli.VERBS["train"], run=fail))
+    said = []
+    for local_rank in ("0", "1"):
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        assert main(["train"]) == 2
+        said.append(capsys.readouterr().err)
+    assert said == ["tokenlabel train: error: disk full\n", ""]
 
 
 class TestTimeouts:

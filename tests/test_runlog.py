@@ -1,6 +1,8 @@
 import json
 import time
 
+import pytest
+
 from tokenlabel.runtime.runlog import METRICS_FILE, RunLog, Stopwatch, read_metrics
 
 
@@ -25,6 +27,14 @@ def test_a_line_cut_short_by_a_kill_is_dropped(tmp_path):
     write_steps(tmp_path, [3], start_step=2)
     lines = (tmp_path / METRICS_FILE).read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("left", ["\0" * 9, "\n", '{"step": 3, "ki\n{"st', '{"step": 3}\n', "3\n"])
+def test_what_a_power_cut_leaves_is_dropped(tmp_path, left):
+    write_steps(tmp_path, [1, 2])
+    with (tmp_path / METRICS_FILE).open("a") as file:
+        file.write(left)
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2]
 
 
 def test_no_metrics_yet(tmp_path):

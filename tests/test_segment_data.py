@@ -166,12 +166,13 @@ def test_masks_that_are_none_are_named(tmp_path: Path) -> None:
     with pytest.raises(MaskError, match=r"has 3 channels; a mask has one"):
         pairs_of(**config).read(0)
     (tmp_path / "masks/a/1.png").write_bytes(b"no image")
-    with pytest.raises(MaskError, match="does not decode"):
+    with pytest.raises(MaskError, match=r"does not decode as an image \(it is of no known format\)"):
         pairs_of(**config).read(0)
     config = folders(tmp_path)
     (tmp_path / "images/a/1.jpg").write_bytes(b"no image")
-    with pytest.raises(ImageError, match="does not decode"):
-        pairs_of(**config).read(0)
+    for look in (lambda pairs: pairs.read(0), lambda pairs: pairs.check()):
+        with pytest.raises(ImageError, match=r"does not decode.*; repair it, or remove it and its mask"):
+            look(pairs_of(**config))
 
 
 def test_masks_of_16_bits_and_of_one_bit(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def _train_rank(rank, port, recipes, stopped, answers):
             task = build(recipe, device=CPU)
             ImageFiles.read = read
             try:
-                run_task(task, run, ranks=ranks, eval_every_epochs=1)
+                run_task(task, run, ranks=ranks, eval_every_epochs=1, changed_numerics=True)
             except Interrupted as stop:
                 stops[run] = str(stop)
     answers.put((rank, (stops, reads)))

@@ -28,7 +28,8 @@ from tokenlabel.runtime.arguments import (
     parse,
     write_json,
 )
-from tokenlabel.runtime.environment import is_main_process
+from tokenlabel.runtime.environment import environment_number, is_main_process
+from tokenlabel.runtime.errors import FirstRankError
 from tokenlabel.runtime.interruption import Interrupted
 
 if TYPE_CHECKING:
@@ -98,7 +99,8 @@ def _run(arguments: list[str]) -> int:
     except (ValueError, OSError) as error:
         if isinstance(error, BrokenPipeError) or os.environ.get("TOKENLABEL_TRACEBACK"):
             raise
-        print(f"tokenlabel {name}: error: {_own_message(error)}", file=sys.stderr)
+        if not isinstance(error, FirstRankError) or environment_number("LOCAL_RANK") == 0:  # once a machine
+            print(f"tokenlabel {name}: error: {_own_message(error)}", file=sys.stderr)
         return USAGE_ERROR
 
 

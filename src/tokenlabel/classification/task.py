@@ -75,7 +75,8 @@ def train(
             # Of an image that was trusted, or broke since; from a data worker it comes after its traceback.
             reason = str(error).rstrip().splitlines()[-1].rpartition("ImageError: ")[2]
             raise ImageError(
-                f"{reason}; restore it, or begin a run with --data.skip-broken, which leaves such images out"
+                f"{reason}; restore it (of val images: or remove it), or begin a run with --data.skip-broken, which "
+                "leaves such images out"
             ) from error
 
 
@@ -170,7 +171,9 @@ def build(recipe: Recipe, *, device: torch.device, run: Path | None = None) -> C
     if store is not None:
         check = partial(check_labels, source, store, max_missing=recipe.data.max_missing)
         num_missing = current_ranks().by_first(check)
-        images.entries["labels"] = {"num_missing": num_missing, **store.manifest.origin()}
+        newest = max((shard.generation for shard in store.shards), default=0)
+        told = {"num_missing": num_missing, "annotated_again": newest or None}  # those are other labels
+        images.entries["labels"] = {**told, **store.manifest.origin()}
     torch.manual_seed(recipe.seed)
     model = _begin(recipe.model, class_names=source.class_names).to(device)
     supervision = Supervision(

@@ -216,7 +216,7 @@ def check_labels(source: ImageSource, store: CheckableLabels, *, max_missing: fl
     said = f"{len(missing):,} of {len(source):,} images have no label in the store ({listed(missing)})"
     if len(missing) == len(source):
         raise LabelsError(
-            f"{said}; it is about others, so give the store that `tokenlabel annotate` made of these"
+            f"{said}; it is empty or about others, so give the store that `tokenlabel annotate` made of these"
         )
     if len(missing) > max_missing * len(source):
         raise LabelsError(

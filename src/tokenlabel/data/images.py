@@ -376,8 +376,12 @@ def leave_out(
         raise DataError(
             f"{_count(names, 'image')} that cannot be decoded, of {len(source):,}; repair or remove them{advice}"
         )
-    say(f"left out {len(names):,} of {len(source):,} images, which do not decode ({listed(names)})")
-    return ImageSubset(source, np.delete(np.arange(len(source)), broken))
+    rest = ImageSubset(source, np.delete(np.arange(len(source)), broken))
+    gone = np.setdiff1d(source.class_ids, rest.class_ids) if source.class_names else ()
+    more = _count([source.class_names[i] for i in gone], "class", "classes") if len(gone) else ""
+    more = more and f"; none is left of {more}"
+    say(f"{len(names):,} of {len(source):,} images do not decode, and are left out: {listed(names)}{more}")
+    return rest
 
 
 def describe(source: ImageSource, place: str | Path) -> str:

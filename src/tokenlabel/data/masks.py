@@ -8,7 +8,7 @@ from pathlib import PurePosixPath
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from tokenlabel.core.geometry import turned
 from tokenlabel.data.images import orientation_of
@@ -43,7 +43,8 @@ def decode_mask(data: bytes, name: str) -> NDArray[np.integer]:
         values = np.asarray(image)
         orientation = orientation_of(data, image)
     except Exception as error:  # Pillow's decoders raise whatever their parsing runs into
-        raise MaskError(f"{name}: does not decode as an image ({error or type(error).__name__})") from error
+        reason = "it is of no known format" if isinstance(error, UnidentifiedImageError) else error
+        raise MaskError(f"{name}: does not decode as an image ({reason or type(error).__name__})") from error
     if image.format in _LOSSY:
         raise MaskError(
             f"{name}: is a {image.format}, which rounds the numbers of classes; save masks as PNG"

@@ -387,7 +387,7 @@ def as_text(figures: Mapping[str, Any]) -> str:
 def _doubts(figures: Mapping[str, Any]) -> Iterator[str]:
     """Yield what people should know of the labels before they trust the figures."""
     if count := figures["num_superseded"]:
-        yield f"{'superseded':<24}{count:,} records, by newer ones or equal ones; merge leaves them out"
+        yield f"{'superseded':<24}{count:,} records, by newer, equal or earlier ones; merge leaves them out"
     if count := figures["num_replaced"]:
         names = listed(list(figures["replaced"]))
         yield f"{'replaced':<24}{count:,} of the images since labelling ({names}): annotate --again changed"

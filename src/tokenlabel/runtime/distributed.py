@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from tokenlabel.runtime.environment import environment_number
+from tokenlabel.runtime.errors import FirstRankError
 
 T = TypeVar("T")
 
@@ -22,10 +23,6 @@ T = TypeVar("T")
 # that took the slowest. In a step they work side by side: one that is late by this much hangs, and all should end.
 PATIENCE = timedelta(days=7)
 STEP_PATIENCE = timedelta(minutes=30)
-
-
-class FirstRankError(ValueError):
-    """What the first rank was to do for all failed there."""
 
 
 @dataclass(frozen=True, slots=True)

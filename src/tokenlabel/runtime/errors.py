@@ -10,3 +10,7 @@ class ConfigError(ValueError):
 def first_line(error: Exception) -> str:
     """Return the first line of an error's message, for a message of one line of our own."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+class FirstRankError(ValueError):
+    """What the first rank was to do for all failed there."""

@@ -75,12 +75,19 @@ class RunLog:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """Return the lines of a run's metrics, oldest first; a last line cut short by a kill is left out."""
+    """Return the lines of a run's metrics, oldest first, but for what a kill or a power cut left of the last ones."""
     path = run / METRICS_FILE
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    text, found = path.read_text(encoding="utf-8", errors="replace"), []
+    for line in text.splitlines():
+        try:
+            values = json.loads(line)
+        except ValueError:  # cut short, or zeros, which file systems put where nothing had reached the disk
+            continue
+        if isinstance(values, dict) and {"step", "kind"} <= values.keys():
+            found.append(values)
+    return found
 
 
 class Stopwatch:

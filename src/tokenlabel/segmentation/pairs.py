@@ -20,6 +20,7 @@ from tokenlabel.data.images import (
     DECODE_ALL_UP_TO,
     EXTENSIONS,
     DataError,
+    ImageError,
     Strings,
     decode_pixels,
     orientation_of,
@@ -211,7 +212,11 @@ class ImageMaskPairs:
         """Return RGB pixels and the values of their mask."""
         image, mask = self._images / self.keys[index], self._masks / self.mask_names[index]
         data = _bytes(image)
-        pixels, values = decode_pixels(data, str(image)), decode_mask(_bytes(mask), str(mask))
+        try:
+            pixels = decode_pixels(data, str(image))
+        except ImageError as error:
+            raise ImageError(f"{error}; repair it, or remove it and its mask") from error
+        values = decode_mask(_bytes(mask), str(mask))
         if values.shape != pixels.shape[:2]:
             check_upright(values.shape, data, mask=str(mask), image=str(image))
             raise MaskError(

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
@@ -320,12 +320,22 @@ def _request(path: Path, source: ImageSource) -> tuple[list[int], str]:
     lines = (
         content.decode("utf-8", "surrogateescape").removeprefix("\ufeff").replace("\r\n", "\n").split("\n")
     )
-    asked = [line for line in dict.fromkeys(lines) if line in indices or (line.strip() and line[0] != "#")]
+    lines = [line for line in lines if line in indices or (line.strip() and line[0] != "#")]
+    asked = [*dict.fromkeys(_key_of(line, indices, getattr(source, "root", None)) for line in lines)]
     unknown = [line for line in asked if line not in indices]
     if unknown or not asked:
         found = f"{len(unknown):,} are not ({listed(unknown)})" if unknown else "it lists none"
         raise ValueError(f"--again {path}: expected keys of the images, such as {source.keys[0]}; {found}")
     return [indices[key] for key in asked], blake2b(content, digest_size=8).hexdigest()
+
+
+def _key_of(line: str, keys: Container[str], root: Path | None) -> str:
+    """Return the key that a line names, as it is or as a path to the image; the line itself if it names none."""
+    if line in keys:
+        return line
+    text = line.strip().strip("\"'")
+    names = [text, os.path.normpath(text), *([os.path.relpath(text, root)] if root and text else [])]
+    return next((name for name in names if name in keys), line)
 
 
 def _images_were(count: int) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -15,13 +14,13 @@ import torch
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
 from tokenlabel.core.geometry import OPPOSITE, Box
 from tokenlabel.core.scores import Orientation, ScoreError, from_top, turned_map
 from tokenlabel.data.images import ImageError, ImageSource, decode_image, orientation_of
 from tokenlabel.labels.store import Failure, Manifest, pack_for
 from tokenlabel.runtime.background import ahead, thread_pool
+from tokenlabel.runtime.notices import say
 from tokenlabel.teachers.masks import MaskTeacher
 from tokenlabel.teachers.networks import Teacher
 from tokenlabel.teachers.sight import Sight
@@ -195,7 +194,7 @@ def _scored(
             images = torch.from_numpy(np.stack([item.pixels for item in seen])).permute(0, 3, 1, 2)
             images = (images.pin_memory() if device.type == "cuda" else images).to(device, non_blocking=True)
             if number == 0:
-                tqdm.write(teacher.check(images), file=sys.stderr)
+                say(teacher.check(images))
             top = teacher.probabilities(images).topk(topk, dim=3)  # [B, h, w, K]
             scored = _Scored(seen, *_on_cpu(top.indices, top.values))
         yield scored

@@ -132,6 +132,8 @@ def prune_checkpoints(run: Path, spared: Collection[int], *, best: int | None) -
         temporary = link.with_name(".best")
         temporary.unlink(missing_ok=True)
         temporary.symlink_to(f"{best:08d}", target_is_directory=True)
+        if link.is_dir() and not link.is_symlink():  # of a copied run: many tools copy what a link leads to
+            shutil.rmtree(link)
         temporary.replace(link)
 
 
@@ -272,9 +274,15 @@ def read_state(folder: Path) -> dict[str, Any]:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder}/state.json cannot be read ({error}); {_ADVICE}") from error
-    if state.get("format") != FORMAT:
+    if (
+        not isinstance(state, dict)
+        or not {"format", "step", "recipe", "class_names", "sha256"} <= state.keys()
+    ):
+        raise CheckpointError(f"{folder}/state.json was altered: it lacks what a checkpoint says; {_ADVICE}")
+    if state["format"] != FORMAT:
         raise CheckpointError(
-            f"{folder}: checkpoint format {state.get('format')}, this version of tokenlabel reads {FORMAT}"
+            f"{folder}: checkpoint format {state['format']}, this version of tokenlabel reads {FORMAT}; train anew in "
+            "another folder, or go on with the version that wrote it"
         )
     return state
 
@@ -288,7 +296,8 @@ def read_tensors(folder: Path, name: str, state: dict[str, Any]) -> dict[str, Te
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}); {_ADVICE}") from error
     if _sha256(data) != state["sha256"].get(name):
         raise CheckpointError(f"{path}: was cut short or altered (its checksum is another); {_ADVICE}")
-    return load(data)
+    # safetensors returns them in another order in each process; ranks meet once for each that is divided among them.
+    return dict(sorted(load(data).items()))
 
 
 _ADVICE = "remove this folder to continue from the checkpoint before it"

@@ -18,7 +18,7 @@ from tokenlabel.runtime.configuration import (
     add_config_arguments,
     near_names,
 )
-from tokenlabel.runtime.ranges import COUNT, NATURAL, PART, POSITIVE, check_numbers
+from tokenlabel.runtime.ranges import COUNT, NATURAL, PART, POSITIVE, SHARE, check_numbers
 
 RECIPE_FILE = "recipe.yaml"
 
@@ -49,7 +49,7 @@ class DataConfig:
     fits neither memory nor a fast disk. None for one random order over all images."""
 
     def __post_init__(self) -> None:
-        check_numbers(self, "data.", num_workers=COUNT, tar_window=NATURAL)
+        check_numbers(self, "data.", max_missing=SHARE, num_workers=COUNT, tar_window=NATURAL)
 
     @property
     def label_folders(self) -> list[str]:

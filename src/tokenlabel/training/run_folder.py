@@ -6,16 +6,17 @@ them do not decode), RUN/images.gz the list of the training images, from which a
 
 from __future__ import annotations
 
+import fcntl
 import gzip
 import hashlib
 import json
+import os
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import repeat
 from pathlib import Path
 from typing import Any
-
-from filelock import FileLock, Timeout
 
 from tokenlabel.data.images import ImageCheck, ImageSource, find_broken, leave_out
 from tokenlabel.runtime.configuration import (
@@ -69,22 +70,31 @@ def locked(run: Path, ranks: Ranks) -> Iterator[None]:
 
     The system lets go of the lock with the process, so a kill leaves nothing behind.
     """
-    lock = FileLock(run / LOCK_FILE)
+    descriptors: list[int] = []
 
     def take() -> None:
-        run.mkdir(parents=True, exist_ok=True)
         try:
-            lock.acquire(timeout=0)
-        except Timeout:
+            run.mkdir(parents=True, exist_ok=True)
+            descriptors.append(os.open(run / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666))
+        except OSError as error:
+            raise ConfigError(
+                f"{run}: cannot be made or written to ({error.strerror}); choose another --out"
+            ) from error
+        try:
+            fcntl.flock(descriptors[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
             raise ConfigError(
                 f"{run}: another process trains in this folder; wait until it has ended, or choose another --out"
             ) from None
+        except OSError as error:  # some network file systems cannot
+            say(f"{run}: its file system has no locks ({error.strerror}); let no other process train there")
 
-    ranks.by_first(take)
     try:
+        ranks.by_first(take)
         yield
     finally:
-        lock.release()
+        for descriptor in descriptors:
+            os.close(descriptor)
 
 
 class RunImages:
@@ -160,19 +170,20 @@ def sound_images(
     `find`: looks otherwise. Raises DataError for images that do not, unless `skip_broken`, which is spelt as `option`.
     """
     broken = find() if find else current_ranks().by_first(lambda: find_broken(source, check))
-    sound = leave_out(source, broken, skip_broken=skip_broken, option=option)
-    if broken:
-        names = listed([source.keys[number] for number in broken])
-        say(f"{len(broken):,} of {len(source):,} images do not decode, and are left out: {names}")
-    return sound
+    return leave_out(source, broken, skip_broken=skip_broken, option=option)
 
 
 def read_images(run: Path) -> dict[str, Any]:
-    """Return what images.json of a run holds; nothing where there is none."""
+    """Return what images.json of a run holds; nothing where there is none. Raises ConfigError if it is damaged."""
+    path = run / IMAGES_FILE
     try:
-        return json.loads((run / IMAGES_FILE).read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
+    except ValueError as error:
+        raise ConfigError(
+            f"{path}: is damaged ({error}); remove it, and the next start looks at the images anew"
+        ) from error
 
 
 def check_run_folder(
@@ -197,6 +208,10 @@ def check_run_folder(
         _refuse_fields(run, changes, changed_numerics)
         _refuse_classes(run, state["class_names"], class_names)
         if images is not None:
+            if not read_images(run):
+                say(
+                    f"{run}: holds no {IMAGES_FILE}; images and labels are taken to be those that it began with"
+                )
             _refuse_images(run, images)
     write_config(recipe, run / RECIPE_FILE)
     if images is not None:
@@ -273,7 +288,10 @@ def _refuse_images(run: Path, images: RunImages) -> None:
     before, now = read_images(run), images.entries
     unlike: list[str] = []
     if before and before["train"]["digest"] != now["train"]["digest"]:
-        unlike += _unlike_lists((run / LIST_FILE).read_bytes(), images.packed_list)
+        try:
+            unlike += _unlike_lists((run / LIST_FILE).read_bytes(), images.packed_list)
+        except (OSError, EOFError, zlib.error):
+            unlike.append(f"the images, of which {LIST_FILE} no longer says what they were")
     theirs, ours = (flattened(entries.get("labels", {})) for entries in (before, now))
     names = [name for name in theirs | ours if theirs.get(name) != ours.get(name)] if theirs and ours else []
     unlike += [
