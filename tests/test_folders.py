@@ -111,7 +111,7 @@ class TestTheLine:
     def test_broken_images_that_are_left_out_are_counted(self, capsys):
         lay("images/train/ant/9.png", data=b"")
         check_images(open_images("images/train"), skip_broken=True)
-        assert "left out 1 of 9 images, which do not decode (ant/9.png)" in capsys.readouterr().err
+        assert "1 of 9 images do not decode, and are left out: ant/9.png" in capsys.readouterr().err
 
 
 def mask_png():
