@@ -71,7 +71,8 @@ def test_cells_that_keep_nothing_carry_no_loss():
     nothing = from_mask(np.full((2, 2), 255), num_classes=3)
     assert not align_one(nothing, View.identity(), (2, 2)).weight.any()
     views = whole_views(2, torch.device("cpu"))
-    image = image_labels(collate_score_maps([score_map, nothing]), views, torch.tensor([2, 2]))
+    image, says = image_labels(collate_score_maps([score_map, nothing]), views, torch.tensor([2, 2]))
+    assert says.tolist() == [True, False]
     torch.testing.assert_close(image, torch.tensor([[0.6, 0.3, 0.1], [0, 0, 1]]))  # of what says something
 
 

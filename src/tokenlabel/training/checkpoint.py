@@ -175,9 +175,9 @@ def load_model(path: str | Path) -> TrainedModel:
     """
     folder = newest_checkpoint(Path(path))
     state = read_state(folder)
-    if "head" in state["recipe"]["model"]:
+    if "layout" in state["recipe"]["data"]:
         raise CheckpointError(
-            f"{path}: holds a segmentation model; `tokenlabel segment eval` and `predict` take it, and --model.weights"
+            f"{path}: holds a segmentation model; the verbs of `tokenlabel segment` take it, and --model.weights"
         )
     recipe = config_from_dict(state["recipe"], Recipe, name=f"{folder}/state.json")
     model = create_model(
