@@ -31,6 +31,7 @@ from tokenlabel.core.batch import collate_score_maps
 from tokenlabel.core.geometry import WHOLE_IMAGE, Box, View, stack_views
 from tokenlabel.core.scores import ScoreError
 from tokenlabel.data.images import ImageError, ImageFolder
+from tokenlabel.data.masks import MaskError
 from tokenlabel.data.sources import open_images
 from tokenlabel.data.tars import TarImages
 from tokenlabel.labels.fingerprints import find_replaced
@@ -588,7 +589,7 @@ def test_masks_of_unknown_ids_stop_and_class_maps_mend_them(images, tmp_path):
     for key in ImageFolder(images).keys:
         write_mask((tmp_path / "masks" / key).with_suffix(".png"), np.array([[7, 2], [9, 255]]))
     teacher = f"masks:{tmp_path / 'masks'}"
-    with pytest.raises(ScoreError, match="holds 7, 9, which is no id of 3 classes"):
+    with pytest.raises(MaskError, match="holds 7, 9, which is no id of 3 classes"):
         annotate(images, tmp_path / "labels", config(teacher=teacher), device=CPU)
     (tmp_path / "map.csv").write_text("7,red\n2,red\n3,blue\n4,green\n")
     with_map = config(teacher=teacher, class_map=str(tmp_path / "map.csv"))
