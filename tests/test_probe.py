@@ -5,8 +5,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional as F
 
-from tokenlabel.evaluation.probe import RIDGE, fit_probe
+from tokenlabel.evaluation.probe import RIDGE, fit_probe, nearest_classes
 
 
 @settings(max_examples=20, deadline=None)
@@ -54,3 +55,18 @@ def test_a_shift_of_all_features_changes_nothing():
     assert near.classes(x).tolist() == far.classes(x + 100).tolist()
     assert near.weight.shape == (3, 2)
     assert float(near.bias.sum() + (x @ near.weight).sum(dim=1).mean()) == pytest.approx(1)
+
+
+@settings(max_examples=20)
+@given(st.integers(0, 2**31), st.integers(1, 12))
+def test_neighbours_vote_as_in_loops(seed: int, k: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    features, queries = (torch.randn(n, 4, generator=generator) for n in (9, 5))
+    classes = torch.randint(3, (9,), generator=generator)
+    found = nearest_classes(features, classes, queries, num_classes=3, k=k)
+    centre = features.mean(dim=0)
+    for query, answer in zip(queries, found.tolist(), strict=True):
+        similar = [float(F.cosine_similarity(query - centre, f - centre, dim=0)) for f in features]
+        nearest = sorted(range(9), key=lambda i: -similar[i])[:k]
+        votes = [[similar[i] for i in nearest if classes[i] == c] for c in range(3)]
+        assert answer == max(range(3), key=lambda c: (len(votes[c]), sum(votes[c])))

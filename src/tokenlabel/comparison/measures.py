@@ -20,7 +20,7 @@ from tokenlabel.data.batches import ScoreMaps, TokenLabelDataset, collate
 from tokenlabel.data.sources import open_images
 from tokenlabel.evaluation.evaluators import Accuracy, Calibration, TokenTruth
 from tokenlabel.evaluation.observation import MaskFolder, agreement, evaluation_set, observe
-from tokenlabel.evaluation.probe import probe_figures
+from tokenlabel.evaluation.probe import image_figures, probe_figures
 from tokenlabel.labels.store import LabelStore
 from tokenlabel.runtime.files import write_whole
 from tokenlabel.runtime.runlog import read_metrics
@@ -49,7 +49,7 @@ class Finished:
         dataset.store = truth
         yield from _batches(dataset, self.device)
 
-    def train_batches(self, truth: ScoreMaps) -> Iterator[Batch]:
+    def train_batches(self, truth: ScoreMaps | None) -> Iterator[Batch]:
         """Yield the training images as evaluation sees them, with the score maps of `truth`."""
         recipe = self.trained.recipe
         folder = Path(recipe.data.train)
@@ -98,6 +98,11 @@ def probe(finished: Finished) -> Figures:
     train = finished.train_batches(finished.masks("masks_train"))
     val = finished.val_batches(finished.masks("masks_val"))
     return probe_figures(finished.trained.model, train, val)
+
+
+def of_images(finished: Finished) -> Figures:
+    """Return how well probes of the frozen mean token name the val images."""
+    return image_figures(finished.trained.model, finished.train_batches(None), finished.val_batches(None))
 
 
 def label_truth(finished: Finished) -> Figures:
@@ -165,6 +170,8 @@ _MEASURES: dict[str, Callable[[Finished], Figures]] = {
     "teacher_accuracy": teacher_agreement,
     "probe_accuracy": probe,
     "probe_miou": probe,
+    "image_probe": of_images,
+    "knn": of_images,
     "label_truth": label_truth,
     "label_bytes": label_bytes,
     "top1_halfway": halfway,

@@ -31,6 +31,8 @@ METRICS = {
     "teacher_accuracy": Metric("tokens as the teacher"),
     "probe_accuracy": Metric("linear probe of the tokens"),
     "probe_miou": Metric("linear probe, mIoU"),
+    "image_probe": Metric("linear probe of the mean token"),
+    "knn": Metric("nearest neighbours"),
     "label_truth": Metric("labels right"),
     "label_bytes": Metric("label bytes an image", scale=1, digits=0, unit=" B", lower=True),
     "step_s": Metric("time a step", scale=1000, digits=0, unit=" ms", lower=True),

