@@ -18,6 +18,7 @@ from benchmarks import (
     data_speed,
     data_stages,
     growth,
+    kernels,
     label_path,
     model_speed,
     segment_speed,
@@ -39,6 +40,7 @@ BENCHMARKS: dict[str, Callable[[Settings], list[Row]]] = {
     "data_speed": data_speed.run,
     "data_stages": data_stages.run,
     "model_speed": model_speed.run,
+    "kernels": kernels.run,
     "segment_speed": segment_speed.run,
 }
 
