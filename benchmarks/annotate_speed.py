@@ -27,9 +27,9 @@ from tokenlabel.core.geometry import WHOLE_IMAGE
 from tokenlabel.data.config import Interpolation
 from tokenlabel.labels.store import LabelStoreWriter, Manifest
 from tokenlabel.teachers.dense import ClassifierNetwork
+from tokenlabel.teachers.input import TeacherInput
 from tokenlabel.teachers.labelling import Seen, label_batches
 from tokenlabel.teachers.networks import NetworkTeacher
-from tokenlabel.teachers.sight import Sight
 
 
 def run(settings: Settings) -> list[Row]:
@@ -80,7 +80,7 @@ class Unchecked(NetworkTeacher):
 
 def _teacher(name: str, size: int, settings: Settings) -> NetworkTeacher:
     network = ClassifierNetwork(timm.create_model(name), name=name).eval().to(settings.device)
-    sight = Sight(
+    input = TeacherInput(
         size=size,
         stride_px=32,
         fixed_size_px=None,
@@ -91,7 +91,7 @@ def _teacher(name: str, size: int, settings: Settings) -> NetworkTeacher:
     )
     precision = "bf16" if settings.device.type == "cuda" else "fp32"
     network = network.to(memory_format=torch.channels_last)
-    return Unchecked(network, sight, description={"name": name}, precision=precision)
+    return Unchecked(network, input, description={"name": name}, precision=precision)
 
 
 @torch.inference_mode()

@@ -15,8 +15,8 @@ import torch
 from tokenlabel.data.config import Interpolation
 from tokenlabel.data.images import ImageFolder
 from tokenlabel.teachers.annotation import AnnotateConfig, annotate_by
+from tokenlabel.teachers.input import TeacherInput
 from tokenlabel.teachers.networks import Teacher
-from tokenlabel.teachers.sight import Sight
 
 CPU = torch.device("cpu")
 
@@ -27,8 +27,8 @@ class ByColour(Teacher):
     class_names = ("blue", "green", "red")
     num_classes = 3
 
-    def __init__(self, *, cell_px: int = 4, size: int = 16, seconds_a_batch: float = 0.0, **sight) -> None:
-        self.sight = Sight(
+    def __init__(self, *, cell_px: int = 4, size: int = 16, seconds_a_batch: float = 0.0, **input) -> None:
+        self.input = TeacherInput(
             **{
                 "size": size,
                 "stride_px": cell_px,
@@ -37,7 +37,7 @@ class ByColour(Teacher):
                 "interpolation": Interpolation.BILINEAR,
                 "mean": (0.0, 0.0, 0.0),
                 "std": (1.0, 1.0, 1.0),
-                **sight,
+                **input,
             }
         )
         self.cell_px = cell_px

@@ -44,12 +44,12 @@ def batch() -> tuple[Tensor, Tensor, TokenTargets]:
     return features, torch.tensor([1, 8, 0, 2]), targets
 
 
-def gradients(model: nn.Module, indices: Tensor, *, num_parts: int = 1) -> list[Tensor]:
+def gradients(model: nn.Module, indices: Tensor, *, grad_accum_steps: int = 1) -> list[Tensor]:
     """Return the gradients of some images' loss, accumulated over parts of equal size."""
     features, class_ids, targets = batch()
     model.zero_grad()
-    for part in indices.chunk(num_parts):
-        (model(features[part], class_ids[part], targets.of_images(part)) / num_parts).backward()
+    for part in indices.chunk(grad_accum_steps):
+        (model(features[part], class_ids[part], targets.of_images(part)) / grad_accum_steps).backward()
     return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
 
 
@@ -57,7 +57,7 @@ def _run_rank(rank: int, folder: Path) -> None:
     distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     model = nn.parallel.DistributedDataParallel(ModelWithLoss())
     mine = torch.tensor([0, 1]) + 2 * rank
-    torch.save([gradients(model, mine), gradients(model, mine, num_parts=2)], folder / f"{rank}.pt")
+    torch.save([gradients(model, mine), gradients(model, mine, grad_accum_steps=2)], folder / f"{rank}.pt")
     distributed.destroy_process_group()
 
 

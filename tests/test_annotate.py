@@ -460,10 +460,10 @@ def test_a_run_of_our_own_as_teacher(images, tmp_path):
     settings_ = config(teacher=str(tmp_path / "run"), size=64)
     teacher = load_teacher(str(tmp_path / "run"), settings_, CPU)
     assert teacher.class_names == tuple(COLOURS)
-    assert (teacher.sight.size, teacher.sight.stride_px) == (64, 8)
+    assert (teacher.input.size, teacher.input.stride_px) == (64, 8)
     annotate(images, tmp_path / "labels", settings_, device=CPU)
     score_map = LabelStore(tmp_path / "labels")["red/square.png"]
-    pixels, _ = teacher.sight.of(Image.open(images / "red" / "square.png"))
+    pixels, _ = teacher.input.of(Image.open(images / "red" / "square.png"))
     expected = teacher.probabilities(torch.from_numpy(pixels).permute(2, 0, 1)[None])[0].detach()
     assert np.abs(score_map.dense() - expected.numpy()).max() < 1 / 500
 
@@ -506,7 +506,7 @@ def test_what_a_class_map_leaves_out_is_renormalised_by_default(many_classes, ca
     teacher = load_teacher(
         "test_resnet", config(teacher="test_resnet", size=64), CPU, weights="teacher.safetensors"
     )
-    pixels, _ = teacher.sight.of(Image.open("images/red/wide.png"))
+    pixels, _ = teacher.input.of(Image.open("images/red/wide.png"))
     probs = teacher.probabilities(torch.from_numpy(pixels).permute(2, 0, 1)[None])[0].detach().numpy()
     ours = np.stack([probs[..., 2], probs[..., 3], probs[..., :2].sum(axis=2)], axis=2)
     expected = ours / ours.sum(axis=2, keepdims=True)

@@ -171,18 +171,18 @@ def test_a_run_that_is_all_warm_up_says_so(scenes, tmp_path, capsys):  # noqa: F
 
 def test_what_fails_on_the_first_rank_fails_on_all(monkeypatch):
     told: list = []
-    monkeypatch.setattr(Ranks, "of_first", lambda self, value: told.append(value) or told[0])
+    monkeypatch.setattr(Ranks, "broadcast", lambda self, value: told.append(value) or told[0])
 
     def fail():
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        Ranks(0, 2).by_first(fail)
+        Ranks(0, 2).on_main(fail)
     with pytest.raises(FirstRankError, match="disk full"):
-        Ranks(1, 2).by_first(fail)
+        Ranks(1, 2).on_main(fail)
     told.clear()
-    assert Ranks(0, 2).by_first(lambda: 3) == 3
-    assert Ranks(1, 2).by_first(fail) == 3
+    assert Ranks(0, 2).on_main(lambda: 3) == 3
+    assert Ranks(1, 2).on_main(fail) == 3
 
 
 def some_labels(scenes, folder):  # noqa: F811

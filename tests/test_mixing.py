@@ -37,7 +37,7 @@ def overlap(cell, num_cells, piece, num_pieces):
 @given(seeds, lengths, lengths, lengths, lengths)
 def test_shares_are_the_covered_parts_of_any_grid(seed, rows, columns, h, w):
     plan = draw_plan(np.random.default_rng(seed), 2, rows, columns)
-    share = plan.share((h, w)).view(2, h, w)
+    share = plan.partner_fraction((h, w)).view(2, h, w)
     for b in range(2):
         for i in range(h):
             for j in range(w):
@@ -47,12 +47,12 @@ def test_shares_are_the_covered_parts_of_any_grid(seed, rows, columns, h, w):
                     for c in range(columns)
                 )
                 assert float(share[b, i, j]) == pytest.approx(expected, abs=1e-5)
-    torch.testing.assert_close(share.mean(dim=(1, 2)), plan.share((1, 1))[:, 0])
+    torch.testing.assert_close(share.mean(dim=(1, 2)), plan.partner_fraction((1, 1))[:, 0])
 
 
 def test_shares_on_the_grid_of_the_plan_are_its_mask():
     plan = draw_plan(np.random.default_rng(0), 2, 7, 5)
-    assert torch.equal(plan.share((7, 5)), plan.mask.flatten(1))
+    assert torch.equal(plan.partner_fraction((7, 5)), plan.mask.flatten(1))
 
 
 def test_shares_keep_their_precision_under_autocast():
@@ -60,7 +60,7 @@ def test_shares_keep_their_precision_under_autocast():
     mask[0, :101, :77] = 1
     plan = MixPlan(mask, torch.zeros(1, dtype=torch.int64), on_tokens=False)
     with torch.autocast("cpu", torch.bfloat16):
-        share = plan.share((1, 1))
+        share = plan.partner_fraction((1, 1))
     assert share.dtype == torch.float32
     assert float(share) == pytest.approx(101 * 77 / 224**2, rel=1e-5)
 

@@ -15,9 +15,9 @@ from tokenlabel.data.config import Interpolation
 from tokenlabel.evaluation.pretrained import PretrainedError
 from tokenlabel.teachers.classmap import ClassMap, ClassMapError
 from tokenlabel.teachers.dense import ClassifierNetwork
+from tokenlabel.teachers.input import TeacherInput
 from tokenlabel.teachers.networks import NetworkTeacher
 from tokenlabel.teachers.online import NetworkOnlineTeacher, load_online_teacher
-from tokenlabel.teachers.sight import Sight
 
 CPU = torch.device("cpu")
 MEAN, STD = (0.2, 0.4, 0.6), (0.3, 0.2, 0.1)
@@ -33,7 +33,7 @@ def network():
 
 
 def teacher(network, *, fixed_size_px=None, precision: Literal["fp32", "bf16"] = "fp32"):
-    sight = Sight(
+    input = TeacherInput(
         size=64,
         stride_px=32,
         fixed_size_px=fixed_size_px,
@@ -43,7 +43,7 @@ def teacher(network, *, fixed_size_px=None, precision: Literal["fp32", "bf16"] =
         std=STD,
     )
     dense = ClassifierNetwork(network, name="test_resnet").eval()
-    return NetworkTeacher(dense, sight, description={"name": "test_resnet"}, precision=precision)
+    return NetworkTeacher(dense, input, description={"name": "test_resnet"}, precision=precision)
 
 
 def some_images(size_px=(64, 96)):

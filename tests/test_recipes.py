@@ -174,7 +174,7 @@ def test_mixup_takes_turns_with_cutmix(data):
     for number, plan in enumerate(plans):
         assert plan is not None
         group = slice(5 * number, 5 * number + 5)
-        torch.testing.assert_close(joined.share((2, 2))[group], plan.share((2, 2)))
+        torch.testing.assert_close(joined.partner_fraction((2, 2))[group], plan.partner_fraction((2, 2)))
         assert torch.equal(joined.partner[group], plan.partner + 5 * number)
 
 

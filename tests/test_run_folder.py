@@ -444,7 +444,7 @@ class TestOneAtATime:
                 pass
 
     def test_only_the_first_rank_takes_the_lock(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(Ranks, "of_first", lambda self, value: (None, None))
+        monkeypatch.setattr(Ranks, "broadcast", lambda self, value: (None, None))
         with locked(tmp_path / "run", Ranks(1, 2)):
             assert not (tmp_path / "run").exists()
 

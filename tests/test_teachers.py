@@ -22,9 +22,9 @@ from tokenlabel.models import TimmAdapter, create_model
 from tokenlabel.teachers.classmap import ClassMap, ClassMapError, class_map_for
 from tokenlabel.teachers.dense import ClassifierNetwork, NoDenseMapError, TokenNetwork
 from tokenlabel.teachers.ensemble import Ensemble, load_teachers
+from tokenlabel.teachers.input import TeacherInput
 from tokenlabel.teachers.networks import NetworkTeacher, Teacher, TeacherConfig, TeacherError, load_teacher
 from tokenlabel.teachers.online import load_online_teacher
-from tokenlabel.teachers.sight import Sight
 
 CPU = torch.device("cpu")
 
@@ -45,7 +45,7 @@ FAMILIES = [
 ]
 
 
-def sight(**changes) -> Sight:
+def input(**changes) -> TeacherInput:
     defaults = {
         "size": 64,
         "stride_px": 32,
@@ -55,7 +55,7 @@ def sight(**changes) -> Sight:
         "mean": (0.5, 0.5, 0.5),
         "std": (0.25, 0.25, 0.25),
     }
-    return Sight(**{**defaults, **changes})
+    return TeacherInput(**{**defaults, **changes})
 
 
 def timm_model(name: str, **options) -> Any:
@@ -169,9 +169,9 @@ def test_a_teacher_by_name_with_a_checkpoint_file(weights):
     teacher = load_teachers(config, [f"class {i}" for i in range(6)], CPU)
     assert isinstance(teacher, NetworkTeacher)
     assert teacher.num_classes == 6
-    assert (teacher.sight.stride_px, teacher.sight.fixed_size_px) == (32, None)
+    assert (teacher.input.stride_px, teacher.input.fixed_size_px) == (32, None)
     images = some_images((64, 96))
-    mean, std = (torch.tensor(v)[:, None, None] for v in (teacher.sight.mean, teacher.sight.std))
+    mean, std = (torch.tensor(v)[:, None, None] for v in (teacher.input.mean, teacher.input.std))
     own = model((images / 255 - mean) / std)
     torch.testing.assert_close(teacher.logits(images).places.mean(dim=(1, 2)), own, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(teacher.probabilities(images).sum(dim=3), torch.ones(2, 2, 3))
@@ -185,7 +185,7 @@ def test_a_teacher_of_fixed_size_sees_the_whole_image_squeezed(tmp_path):
     save_file(model.state_dict(), tmp_path / "vit.safetensors")
     name, weights = "vit_tiny_patch16_224", str(tmp_path / "vit.safetensors")
     teacher = load_teacher(name, TeacherConfig(teacher=name, size=64), CPU, weights=weights)
-    pixels, region = teacher.sight.of(Image.new("RGB", (100, 40)))
+    pixels, region = teacher.input.of(Image.new("RGB", (100, 40)))
     assert pixels.shape == (64, 64, 3)
     assert region == WHOLE_IMAGE
     assert teacher.probabilities(torch.from_numpy(pixels).permute(2, 0, 1)[None]).shape == (1, 4, 4, 4)
@@ -211,15 +211,15 @@ def test_teachers_that_do_not_exist(weights, changes, message):
 
 def test_sight_keeps_area_and_aspect():
     for size_px, expected in [((500, 375), (512, 672)), ((64, 64), (576, 576)), ((3000, 10), (32, 9984))]:
-        assert sight(size=576).size_px(size_px) == expected
-    pixels, region = sight().of(Image.new("RGB", (200, 50)))
+        assert input(size=576).size_px(size_px) == expected
+    pixels, region = input().of(Image.new("RGB", (200, 50)))
     assert pixels.shape == (32, 128, 3)
     assert region == WHOLE_IMAGE
 
 
 def test_a_centre_crop_reports_its_true_region():
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (75, 100, 3), dtype=np.uint8))
-    pixels, region = sight(crop_fraction=0.875).of(image)
+    pixels, region = input(crop_fraction=0.875).of(image)
     expected, view = EvalTransform((64, 64), crop_fraction=0.875)(image, np.random.default_rng(0))
     assert np.array_equal(pixels, expected)
     corners = view.to_source(np.array([[0.0, 0.0], [1.0, 1.0]]))
@@ -235,7 +235,7 @@ class ByColour(Teacher):
     class_names = ("red", "green", "blue")
 
     def __init__(self, *, cell_px: int = 8, name: str = "colour", **changes) -> None:
-        self.sight = sight(stride_px=cell_px, **changes)
+        self.input = input(stride_px=cell_px, **changes)
         self.cell_px = cell_px
         self.description = {"name": name}
 
@@ -250,7 +250,7 @@ class ByColour(Teacher):
 def test_an_ensemble_averages_over_the_finest_grid():
     coarse, fine = ByColour(cell_px=16), ByColour(cell_px=8)
     ensemble = Ensemble([coarse, fine])
-    assert ensemble.sight.stride_px == 16
+    assert ensemble.input.stride_px == 16
     images = some_images((32, 64))
     probs = ensemble.probabilities(images)
     upsampled = torch.nn.functional.interpolate(

@@ -147,7 +147,7 @@ def train(arguments: list[str]) -> int:
     add_device(parser)
     add_tensorboard(parser)
     add_changed_numerics(parser)
-    _add_rehearsals(parser)
+    _add_dry_runs(parser)
     add_recipe_arguments(parser)
     options = parse(parser, arguments, find_recipe=find_recipe)
     recipe = configured(parser, options, Recipe)
@@ -158,7 +158,7 @@ def train(arguments: list[str]) -> int:
 
     device = device_of(options.device)
     if options.dry_run or options.profile or options.overfit is not None:
-        return _rehearse(recipe, options, device)
+        return _dry_run(recipe, options, device)
     with tensorboard(options.out, wanted=options.tensorboard) as trackers:
         figures = train_by_recipe(
             recipe,
@@ -174,7 +174,7 @@ def train(arguments: list[str]) -> int:
     return 0
 
 
-def _add_rehearsals(parser: ArgumentParser) -> None:
+def _add_dry_runs(parser: ArgumentParser) -> None:
     """Let the train verb take what tries a run out before it is started."""
     only = parser.add_mutually_exclusive_group()
     only.add_argument(
@@ -186,8 +186,8 @@ def _add_rehearsals(parser: ArgumentParser) -> None:
     only.add_argument("--overfit", type=int, metavar="N", help="learn N images by heart; then stop")
 
 
-def _rehearse(recipe: Recipe, options: Namespace, device: torch.device) -> int:
-    from tokenlabel.classification.rehearsal import dry_run, overfit, profile
+def _dry_run(recipe: Recipe, options: Namespace, device: torch.device) -> int:
+    from tokenlabel.classification.dry_run import dry_run, overfit, profile
     from tokenlabel.runtime.distributed import launched_ranks
 
     if options.overfit is not None:

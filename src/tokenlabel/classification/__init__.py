@@ -1,1 +1,1 @@
-"""The task of training a classifier with token labels, and its rehearsal."""
+"""The task of training a classifier with token labels, and its dry run."""

@@ -164,13 +164,13 @@ def build(recipe: Recipe, *, device: torch.device, run: Path | None = None) -> C
         source = source.streamed()
     folders = recipe.data.label_folders if recipe.loss.reads_labels else []
     # Opened by the first rank for all, so that labels that are added meanwhile are seen by none.
-    store = current_ranks().by_first(lambda: LabelStore(*folders)) if folders else None
+    store = current_ranks().on_main(lambda: LabelStore(*folders)) if folders else None
     images = RunImages(run, source.class_names)
     source = _sound(recipe, images, "train", source, store)
     num_missing = 0
     if store is not None:
         check = partial(check_labels, source, store, max_missing=recipe.data.max_missing)
-        num_missing = current_ranks().by_first(check)
+        num_missing = current_ranks().on_main(check)
         newest = max((shard.generation for shard in store.shards), default=0)
         told = {"num_missing": num_missing, "annotated_again": newest or None}  # those are other labels
         images.entries["labels"] = {**told, **store.manifest.origin()}

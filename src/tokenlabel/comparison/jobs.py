@@ -196,11 +196,11 @@ def run_all(
     """
     jobs = [job for job in jobs_of(comparison) if not _is_done(comparison, job, records)]
     with joined_ranks() as ranks:
-        ranks.by_first(lambda: make_steps(comparison, steps_needed(comparison, jobs) if jobs else []))
+        ranks.on_main(lambda: make_steps(comparison, steps_needed(comparison, jobs) if jobs else []))
         mine = jobs[ranks.rank :: ranks.world_size]
         with ThreadPoolExecutor(num_jobs) as pool:
             failures = list(pool.map(lambda job: _run_apart(comparison, job, arguments), mine))
-        return [line for of_rank in ranks.all(failures) for line in of_rank if line]
+        return [line for of_rank in ranks.all_gather(failures) for line in of_rank if line]
 
 
 def _is_done(comparison: Comparison, job: Job, records: Records) -> bool:

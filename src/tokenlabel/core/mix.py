@@ -37,7 +37,7 @@ class MixPlan:
     partner: Int[Tensor, " B"]
     on_tokens: bool
 
-    def share(self, grid: Size) -> Float[Tensor, "B N"]:
+    def partner_fraction(self, grid: Size) -> Float[Tensor, "B N"]:
         """Return the fraction of each cell of another grid (h, w) that comes from the partner; (1, 1) for all.
 
         Exact for any two grids, so that the mean over cells is the share of the image.
@@ -145,7 +145,7 @@ def mix_targets(targets: TokenTargets, plan: MixPlan | None, grid: Size) -> Toke
     """Mix targets on a token grid (h, w) by place; (1, 1) mixes class targets by area."""
     if plan is None:
         return targets
-    return targets.blended(targets.of_images(plan.partner), plan.share(grid))
+    return targets.blended(targets.of_images(plan.partner), plan.partner_fraction(grid))
 
 
 def _boxes(area: NDArray[np.float64], size: tuple[int, int], rng: np.random.Generator) -> NDArray[np.bool_]:

@@ -38,7 +38,7 @@ class BatchSampler:
     An epoch is a permutation of the images drawn from (seed, epoch), without those that would not fill the
     last batch (others in each epoch). `batch_size` counts the images of all ranks together: each rank takes
     an equal part, in order, so that the ranks' parts side by side are the batch of a single rank, and yields it
-    in `num_parts` equal lists, to be taken through the model one after the other. `order` gives another permutation
+    in `grad_accum_steps` equal lists, one after the other through the model. `order` gives another permutation
     of each epoch's images, a function of its number (`shard_order`). Where the images are fewer
     than the batch, permutations follow on each other without a gap: a batch then holds images more than once,
     each time from another epoch and so augmented differently.
@@ -51,7 +51,7 @@ class BatchSampler:
     start_step: int = 0
     rank: int = 0
     world_size: int = 1
-    num_parts: int = 1
+    grad_accum_steps: int = 1
     order: Callable[[int], NDArray[np.int64]] | None = None
 
     def __post_init__(self) -> None:
@@ -62,10 +62,10 @@ class BatchSampler:
                 f"expected num_steps and seed of at least 0, got {self.num_steps} and {self.seed}"
             )
         _check_rank(self.rank, self.world_size)
-        if self.batch_size % (self.world_size * self.num_parts):
+        if self.batch_size % (self.world_size * self.grad_accum_steps):
             raise ValueError(
                 f"a batch of {self.batch_size} images does not divide among {self.world_size} processes in "
-                f"{self.num_parts} parts each; change batch_size to a multiple"
+                f"{self.grad_accum_steps} parts each; change batch_size to a multiple"
             )
 
     @property
@@ -74,13 +74,13 @@ class BatchSampler:
         return max(1, self.num_images // self.batch_size)
 
     def __len__(self) -> int:
-        return max(0, self.num_steps - self.start_step) * self.num_parts
+        return max(0, self.num_steps - self.start_step) * self.grad_accum_steps
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         orders: dict[int, NDArray[np.int64]] = {}
         for step in range(self.start_step, self.num_steps):
             epochs, places = self._places(step)
-            for part in range(self.num_parts):
+            for part in range(self.grad_accum_steps):
                 start = self.part_start(part)
                 mine = slice(start, start + self.part_size)
                 in_use = {int(epoch) for epoch in epochs[mine]}
@@ -93,11 +93,11 @@ class BatchSampler:
     @property
     def part_size(self) -> int:
         """How many images each list has."""
-        return self.batch_size // (self.world_size * self.num_parts)
+        return self.batch_size // (self.world_size * self.grad_accum_steps)
 
     def part_start(self, part: int) -> int:
         """Return the place within a step's batch of the first image of this rank's given part."""
-        return (self.rank * self.num_parts + part) * self.part_size
+        return (self.rank * self.grad_accum_steps + part) * self.part_size
 
     def _places(self, step: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return the epoch of each image of a step's batch and its place in the epoch's order."""

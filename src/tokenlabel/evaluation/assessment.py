@@ -288,7 +288,7 @@ class _Assessment:
             yield "token", truth
         if labels is not None:
             store = LabelStore(labels)
-            self.ranks.by_first(lambda: check_labels(source, store, max_missing=1.0))
+            self.ranks.on_main(lambda: check_labels(source, store, max_missing=1.0))
             yield "teacher", store
 
 

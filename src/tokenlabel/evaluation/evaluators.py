@@ -57,7 +57,7 @@ class Evaluator(ABC):
 
     def join(self, ranks: Ranks) -> None:
         """Add up the sums of all ranks. Each must have been given other images."""
-        of_ranks = ranks.all(self.sums)
+        of_ranks = ranks.all_gather(self.sums)
         names = dict.fromkeys(name for sums in of_ranks for name in sums)
         self.sums = {name: self._joined([sums[name] for sums in of_ranks if name in sums]) for name in names}
 

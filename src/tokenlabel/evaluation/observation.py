@@ -231,7 +231,7 @@ def observe(
             for evaluator in evaluators[inference]:
                 evaluator.add(Seen(batch, outputs.grid, chosen, said))
         num_images += len(batch.images)
-    spent = ranks.all((num_images, time.perf_counter() - started))
+    spent = ranks.all_gather((num_images, time.perf_counter() - started))
     speed = {"images_per_s": sum(n for n, _ in spent) / max(seconds for _, seconds in spent)}
     return {inference: _figures(of_one, ranks) | speed for inference, of_one in evaluators.items()}
 

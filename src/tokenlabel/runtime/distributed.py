@@ -42,7 +42,7 @@ class Ranks:
         """Whether this process speaks and writes for all."""
         return self.rank == 0
 
-    def of_first(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """Return the first rank's value on every rank; it must pickle."""
         if self.world_size == 1:
             return value
@@ -50,7 +50,7 @@ class Ranks:
         dist.broadcast_object_list(values, src=0, group=self.patient)
         return values[0]
 
-    def by_first(self, action: Callable[[], T]) -> T:
+    def on_main(self, action: Callable[[], T]) -> T:
         """Let the first rank do something; return its result on every rank, which must pickle.
 
         If it fails, so do all: the first rank raises its error, the others FirstRankError with its message.
@@ -63,7 +63,7 @@ class Ranks:
                 result = action()
             except Exception as raised:  # whatever it is: the others must not wait for ever
                 error = raised
-        result, message = self.of_first((result, str(error) if error else None))
+        result, message = self.broadcast((result, str(error) if error else None))
         if error is not None:
             raise error
         if message is not None:
@@ -76,7 +76,7 @@ class Ranks:
             for buffer in model.buffers():
                 dist.broadcast(buffer, src=0)
 
-    def all(self, value: T) -> list[T]:
+    def all_gather(self, value: T) -> list[T]:
         """Return the values of all ranks, in order, on every rank; they must pickle."""
         if self.world_size == 1:
             return [value]
@@ -84,7 +84,7 @@ class Ranks:
         dist.all_gather_object(values, value, group=self.patient)
         return values
 
-    def highest(self, number: int) -> int:
+    def all_reduce_max(self, number: int) -> int:
         """Return the highest of the ranks' numbers on every rank; cheap enough for every step."""
         if self.world_size == 1:
             return number

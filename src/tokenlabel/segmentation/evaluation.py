@@ -52,7 +52,7 @@ def evaluate_segmentation(
         for sample in (one for some in samples for one in some):
             said = segmenter(sample.image.to(device))
             matrix += confusion(said, sample.mask.to(device), len(names))
-    matrices = ranks.all(matrix.cpu())
+    matrices = ranks.all_gather(matrix.cpu())
     figures = asdict(figures_of(torch.stack(matrices).sum(dim=0)))
     by_class = {
         kind: dict(zip(names, figures.pop(kind), strict=True)) for kind in ("class_iou", "class_accuracy")

@@ -192,7 +192,7 @@ def annotate_by(
         strict=config.strict,
     )
     with joined_ranks() as ranks:
-        todo = ranks.by_first(lambda: _todo(source, Path(folder), job.manifest, config.again))
+        todo = ranks.on_main(lambda: _todo(source, Path(folder), job.manifest, config.again))
         mine = todo.indices[ranks.rank :: ranks.world_size]
         with (
             _sigterm_stops(),
@@ -208,12 +208,12 @@ def annotate_by(
             for key, record in job.labels(mine):
                 writer.add_record(key, record, images.take(key))
                 bar.update()
-        failures = [failure for of_rank in ranks.all(job.failures) for failure in of_rank]
-        cells = sum(ranks.all(job.cells), Counter())
+        failures = [failure for of_rank in ranks.all_gather(job.failures) for failure in of_rank]
+        cells = sum(ranks.all_gather(job.cells), Counter())
         if ranks.is_first:
             _note_failures(Path(folder), source, failures)
         if isinstance(teacher, MaskTeacher) and len(todo.indices) == len(source):
-            held = {class_id for of_rank in ranks.all(teacher.held) for class_id in of_rank}
+            held = {class_id for of_rank in ranks.all_gather(teacher.held) for class_id in of_rank}
             absent = [name for class_id, name in enumerate(source.class_names) if class_id not in held]
             if absent:
                 say(
@@ -246,7 +246,7 @@ def _manifest(teacher: Teacher | MaskTeacher, source: ImageSource, config: Annot
         topk=min(config.topk, teacher.num_classes),
         encoding=config.encoding,
         teacher=teacher.description,
-        preprocessing=teacher.sight.as_dict() if networks else teacher.preprocessing,
+        preprocessing=teacher.input.as_dict() if networks else teacher.preprocessing,
     )
 
 

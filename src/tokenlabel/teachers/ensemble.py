@@ -48,8 +48,8 @@ class Ensemble(Teacher):
         self.num_classes = class_map.num_classes if class_map else first.num_classes
         self.class_names = () if class_map else first.class_names
         self.names_assumed = class_map is None and first.names_assumed
-        self.sight = replace(
-            self.members[0].sight, stride_px=math.lcm(*(member.sight.stride_px for member in self.members))
+        self.input = replace(
+            self.members[0].input, stride_px=math.lcm(*(member.input.stride_px for member in self.members))
         )
         self.description = {
             "members": [member.description for member in self.members],
@@ -136,9 +136,9 @@ def name_classes(
 
 def _for_member(teacher: Teacher, images: UInt8[Tensor, "B 3 height width"]) -> UInt8[Tensor, "B 3 h w"]:
     """Return the images in a size that the teacher takes."""
-    sight, (height_px, width_px) = teacher.sight, images.shape[2:]
-    stride_px = sight.stride_px
-    size_px = sight.fixed_size_px or (
+    input, (height_px, width_px) = teacher.input, images.shape[2:]
+    stride_px = input.stride_px
+    size_px = input.fixed_size_px or (
         max(1, round(height_px / stride_px)) * stride_px,
         max(1, round(width_px / stride_px)) * stride_px,
     )

@@ -21,9 +21,9 @@ from tokenlabel.data.images import ImageError, ImageSource, decode_image, orient
 from tokenlabel.labels.store import Failure, Manifest, pack_for
 from tokenlabel.runtime.background import ahead, thread_pool
 from tokenlabel.runtime.notices import say
+from tokenlabel.teachers.input import TeacherInput
 from tokenlabel.teachers.masks import MaskTeacher
 from tokenlabel.teachers.networks import Teacher
-from tokenlabel.teachers.sight import Sight
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -73,7 +73,7 @@ class Labelling:
                 masks = partial(_from_mask, self.teacher, self.source, self.manifest, self.strict)
                 yield from self._labelled(ahead(pool, masks, indices, 2 * self.batch_size))
                 return
-            see = partial(_see, self.source, self.teacher.sight, self.strict)
+            see = partial(_see, self.source, self.teacher.input, self.strict)
             seen = self._labelled(ahead(pool, see, indices, 2 * self.batch_size))
             batches = _by_shape(seen, self.batch_size)
             yield from label_batches(
@@ -140,7 +140,7 @@ def _from_mask(
     return key, pack_for(manifest, key, score_map)
 
 
-def _see(source: ImageSource, sight: Sight, strict: bool, index: int) -> Seen | Failure:
+def _see(source: ImageSource, input: TeacherInput, strict: bool, index: int) -> Seen | Failure:
     """Decode an image and show it to a teacher. Raises ImageError if it does not decode, if `strict`."""
     key = source.keys[index]
     try:
@@ -150,7 +150,7 @@ def _see(source: ImageSource, sight: Sight, strict: bool, index: int) -> Seen | 
         if strict:
             raise
         return Failure(key, str(error))
-    return Seen(key, *sight.of(image), orientation_of(data))
+    return Seen(key, *input.of(image), orientation_of(data))
 
 
 def _by_shape(items: Iterable[Seen], batch_size: int) -> Iterator[list[Seen]]:

@@ -25,7 +25,7 @@ from tokenlabel.teachers.dense import (
     NoDenseMapError,
     TokenNetwork,
 )
-from tokenlabel.teachers.sight import Sight
+from tokenlabel.teachers.input import TeacherInput
 from tokenlabel.training.checkpoint import is_run, load_model
 
 
@@ -36,7 +36,7 @@ class TeacherError(ValueError):
 class Teacher(ABC):
     """Gives every place of an image a distribution over `num_classes` classes.
 
-    `sight`: what it has to be given of an image. `class_names`: empty if it does not know them; `names_assumed`: they
+    `input`: what it has to be given of an image. `class_names`: empty if it does not know them; `names_assumed`: they
     are ImageNet's, by their number alone.
     `description`: who it is, for the manifest of a store; labels of teachers with equal descriptions may
     share a store.
@@ -45,7 +45,7 @@ class Teacher(ABC):
     num_classes: int
     class_names: tuple[str, ...]
     names_assumed: bool = False
-    sight: Sight
+    input: TeacherInput
     description: dict[str, Any]
 
     @abstractmethod
@@ -57,7 +57,7 @@ class Teacher(ABC):
 
     @abstractmethod
     def probabilities(self, images: UInt8[Tensor, "B 3 height width"]) -> Float[Tensor, "B h w C"]:
-        """Return the distribution of each place of images that `sight` made, in float32."""
+        """Return the distribution of each place of images that `input` made, in float32."""
 
 
 class NetworkTeacher(Teacher):
@@ -66,7 +66,7 @@ class NetworkTeacher(Teacher):
     def __init__(
         self,
         dense: DenseNetwork,
-        sight: Sight,
+        input: TeacherInput,
         *,
         description: dict[str, Any],
         class_names: tuple[str, ...] = (),
@@ -74,7 +74,7 @@ class NetworkTeacher(Teacher):
         precision: Literal["fp32", "bf16"] = "fp32",
     ) -> None:
         self.dense = dense
-        self.sight = sight
+        self.input = input
         self.num_classes = dense.num_classes
         self.class_names, self.names_assumed = class_names, names_assumed
         self.description = description
@@ -87,7 +87,7 @@ class NetworkTeacher(Teacher):
 
     def normalised(self, images: UInt8[Tensor, "B 3 height width"]) -> Float[Tensor, "B 3 height width"]:
         """Return images as the network takes them, in float32, channels last in memory."""
-        normalised = normalize_images(images, mean=self.sight.mean, std=self.sight.std)
+        normalised = normalize_images(images, mean=self.input.mean, std=self.input.std)
         return normalised.contiguous(memory_format=torch.channels_last)
 
     def check(self, images: UInt8[Tensor, "B 3 height width"]) -> str:
@@ -112,7 +112,7 @@ class NetworkTeacher(Teacher):
         )
 
     def probabilities(self, images: UInt8[Tensor, "B 3 height width"]) -> Float[Tensor, "B h w C"]:
-        """Return the distribution of each place of images that `sight` made, in float32."""
+        """Return the distribution of each place of images that `input` made, in float32."""
         return self.logits(images).places.float().softmax(dim=3)
 
 
@@ -174,13 +174,13 @@ def load_teacher(
         )
     network = _dense_network(found, name, config.head).eval().to(device).requires_grad_(False)
     network = network.to(memory_format=torch.channels_last)
-    sight = _sight(found, network, config)
+    input = _input(found, network, config)
     description = {"name": name, "weights": _fingerprint(network), "answers_with": network.answers_with}
     if config.compile:
         network.compile()
     return NetworkTeacher(
         network,
-        sight,
+        input,
         description=description,
         class_names=found.class_names,
         names_assumed=found.names_assumed,
@@ -217,7 +217,7 @@ def _dense_network(found: Pretrained, name: str, head: str) -> DenseNetwork:
     return ClassifierNetwork(model.backbone if isinstance(model, TimmAdapter) else model, name=name)
 
 
-def _sight(found: Pretrained, network: DenseNetwork, config: TeacherConfig) -> Sight:
+def _input(found: Pretrained, network: DenseNetwork, config: TeacherConfig) -> TeacherInput:
     size = config.size or max(found.size_px)
     try:
         stride_px = _stride(found.size_px[1], network.grid_for(found.size_px)[1])
@@ -227,7 +227,7 @@ def _sight(found: Pretrained, network: DenseNetwork, config: TeacherConfig) -> S
         raise
     except ValueError as error:
         raise TeacherError(f"{error}; leave --size out") from error
-    return Sight(
+    return TeacherInput(
         size=size,
         stride_px=stride_px,
         fixed_size_px=(size, size) if fixed else None,

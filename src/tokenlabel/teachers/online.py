@@ -43,11 +43,11 @@ class NetworkOnlineTeacher:
         return self.class_map.apply(of_images), self.class_map.apply(of_places)
 
     def _seen(self, images: UInt8[Tensor, "B 3 height width"]) -> UInt8[Tensor, "B 3 h w"]:
-        sight, (height_px, width_px) = self.teacher.sight, images.shape[2:]
+        input, (height_px, width_px) = self.teacher.input, images.shape[2:]
         scale = 1.0 if self.size is None else self.size / (height_px * width_px) ** 0.5
-        size_px = sight.fixed_size_px or (
-            _rounded(height_px * scale, sight.stride_px),
-            _rounded(width_px * scale, sight.stride_px),
+        size_px = input.fixed_size_px or (
+            _rounded(height_px * scale, input.stride_px),
+            _rounded(width_px * scale, input.stride_px),
         )
         if size_px == (height_px, width_px):
             return images

@@ -72,7 +72,7 @@ def save_checkpoint(
     folder = run / "checkpoints" / f"{step:08d}"
     files = _tensors(trained, here=ranks.is_first)
     # None goes on, or ends, before it is written.
-    ranks.by_first(lambda: _write(folder, step, trained, files, recipe=recipe, class_names=class_names))
+    ranks.on_main(lambda: _write(folder, step, trained, files, recipe=recipe, class_names=class_names))
     return folder
 
 

@@ -63,7 +63,7 @@ class Training:
     ranks: Ranks
     trained: Trained
     forward: nn.Module
-    num_parts: int
+    grad_accum_steps: int
 
     @property
     def steps_per_epoch(self) -> int:
@@ -102,7 +102,7 @@ class Training:
             num_steps=self.num_steps,
             rank=self.ranks.rank,
             world_size=self.ranks.world_size,
-            num_parts=self.num_parts,
+            grad_accum_steps=self.grad_accum_steps,
             order=self.task.order(),
         )
 
@@ -139,14 +139,14 @@ def _train(
     changed_numerics: bool,
 ) -> dict[str, Any] | Interrupted:
     training = prepare(task, ranks)
-    changes = ranks.by_first(
+    changes = ranks.on_main(
         lambda: check_run_folder(
             run, task.recipe, task.class_names, task.images, changed_numerics=changed_numerics
         )
     )
     checkpoints = list_checkpoints(run)
     step = load_checkpoint(checkpoints[-1], training.trained) if checkpoints else 0
-    steps = ranks.all(step)
+    steps = ranks.all_gather(step)
     if len(set(steps)) > 1:
         raise CheckpointError(
             f"{run}: the processes find checkpoints of different steps ({', '.join(map(str, steps))}); "
@@ -160,7 +160,7 @@ def _train(
         active=ranks.is_first,
         trackers=trackers,
     )
-    figures = None if changes_figures(changes) else ranks.by_first(lambda: _evaluated(run, step))
+    figures = None if changes_figures(changes) else ranks.on_main(lambda: _evaluated(run, step))
     if changed := numerics(changes):
         log.write(step, kind="changed_numerics", **changed)
         said = ", ".join(f"{name} {now} in place of {before}" for name, (before, now) in changed.items())
@@ -174,7 +174,7 @@ def _train(
 def prepare(task: Task[Any], ranks: Ranks) -> Training:
     """Return a task with its optimizer and average, made ready for the processes and the precision of its recipe."""
     recipe, model = task.recipe, task.model
-    num_parts = _num_parts(recipe, ranks)
+    grad_accum_steps = _grad_accum_steps(recipe, ranks)
     if recipe.grad_checkpointing:
         model.set_grad_checkpointing()
     if recipe.sync_batchnorm:
@@ -196,10 +196,10 @@ def prepare(task: Task[Any], ranks: Ranks) -> Training:
         forward = DistributedDataParallel(forward)
     optimizer = create_optimizer(model, recipe.optim)
     scaler = torch.amp.GradScaler(task.device.type) if recipe.precision == "fp16" else None
-    return Training(task, ranks, Trained(model, optimizer, ema, scaler), forward, num_parts)
+    return Training(task, ranks, Trained(model, optimizer, ema, scaler), forward, grad_accum_steps)
 
 
-def _num_parts(recipe: TrainingConfig, ranks: Ranks) -> int:
+def _grad_accum_steps(recipe: TrainingConfig, ranks: Ranks) -> int:
     """Return in how many parts a process takes its share of a batch through the model."""
     share, rest = divmod(recipe.batch_size, ranks.world_size)
     most = recipe.micro_batch_size or share
@@ -213,20 +213,20 @@ def _num_parts(recipe: TrainingConfig, ranks: Ranks) -> int:
 
 def train_step(training: Training, batches: Iterator[Any], step: int, watch: Stopwatch) -> StepResult:
     """Move the weights by one batch; return what it said, not yet waited for."""
-    task, trained, num_parts = training.task, training.trained, training.num_parts
+    task, trained, grad_accum_steps = training.task, training.trained, training.grad_accum_steps
     recipe, sums, keys = task.recipe, {}, []
     trained.model.train()
     trained.optimizer.zero_grad()
-    for number in range(num_parts):
+    for number in range(grad_accum_steps):
         with watch.part("data"):
             batch = next(batches).to(task.device)
         part = Part(recipe.seed, step, training.sampler(step).part_start(number))
         torch.manual_seed(part.random_seed())  # drop path and dropout
-        with _gradients_meet(training, number == num_parts - 1):
+        with _gradients_meet(training, number == grad_accum_steps - 1):
             losses = training.forward(batch, part, watch)
-            loss = losses["loss"] / num_parts
+            loss = losses["loss"] / grad_accum_steps
             (trained.scaler.scale(loss) if trained.scaler else loss).backward()
-        sums = {name: sums.get(name, 0) + loss.detach() / num_parts for name, loss in losses.items()}
+        sums = {name: sums.get(name, 0) + loss.detach() / grad_accum_steps for name, loss in losses.items()}
         keys += batch.keys
     set_learning_rate(trained.optimizer, training.learning_rate(step))
     sums |= _move_weights(trained, recipe.optim.clip_grad_norm)
@@ -300,14 +300,14 @@ def _loop(
             if done % LOG_EVERY_STEPS == 0:
                 report(done)
             # Asked of all ranks at once, so that they agree.
-            stopping = ranks.highest(received[0] if received else 0)
+            stopping = ranks.all_reduce_max(received[0] if received else 0)
             saved = training.due(done, checkpoint.every_epochs) or stopping > 0
             if saved:  # before the evaluation, which may take longer than who stops the run will wait
                 save(done)
             if training.due(done, eval_every_epochs) and (is_last or not stopping):
                 figures = _evaluate(training, log, done)
                 watch.lap()
-                stopping = ranks.highest(received[0] if received else 0)
+                stopping = ranks.all_reduce_max(received[0] if received else 0)
             if stopping and not saved:
                 save(done)
             if (saved or stopping) and ranks.is_first:

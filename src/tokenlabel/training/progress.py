@@ -58,7 +58,7 @@ class Window:
             name: torch.stack([result.values[name].float() for result in results]).tolist()
             for name in results[0].values
         }
-        every = self.ranks.all(values)
+        every = self.ranks.all_gather(values)
         means = {name: float(np.mean([rank[name] for rank in every])) for name in values}
         for name, what in (("loss", "loss"), ("gradient_norm", "norm of the gradient")):
             if math.isfinite(means.get(name, 0.0)):
@@ -66,7 +66,7 @@ class Window:
             of_steps = np.array([rank[name] for rank in every])  # [ranks, steps]
             number = int(np.argmin(np.isfinite(of_steps).all(axis=0)))
             rank = int(np.argmin(np.isfinite(of_steps[:, number])))
-            keys = self.ranks.all(results[number].keys)[rank]
+            keys = self.ranks.all_gather(results[number].keys)[rank]
             return means, Divergence(done - len(results) + number, what, of_steps[rank, number], keys)
         return means, None
 

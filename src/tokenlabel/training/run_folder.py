@@ -90,7 +90,7 @@ def locked(run: Path, ranks: Ranks) -> Iterator[None]:
             say(f"{run}: its file system has no locks ({error.strerror}); let no other process train there")
 
     try:
-        ranks.by_first(take)
+        ranks.on_main(take)
         yield
     finally:
         for descriptor in descriptors:
@@ -125,7 +125,7 @@ class RunImages:
         checkpoint broken images may have been repaired, and are looked at again. Raises ConfigError for training images
         and classes that are not those of the run in the folder.
         """
-        return current_ranks().by_first(lambda: self._broken(split, keys, classes, check, find))
+        return current_ranks().on_main(lambda: self._broken(split, keys, classes, check, find))
 
     def _broken(
         self,
@@ -169,7 +169,7 @@ def sound_images(
 
     `find`: looks otherwise. Raises DataError for images that do not, unless `skip_broken`, which is spelt as `option`.
     """
-    broken = find() if find else current_ranks().by_first(lambda: find_broken(source, check))
+    broken = find() if find else current_ranks().on_main(lambda: find_broken(source, check))
     return leave_out(source, broken, skip_broken=skip_broken, option=option)
 
 

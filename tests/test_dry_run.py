@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from test_train import nested_recipe, write_labels
 
-from tokenlabel.classification.rehearsal import PICTURE_NAME, TRACE_NAME, dry_run, overfit, profile
+from tokenlabel.classification.dry_run import PICTURE_NAME, TRACE_NAME, dry_run, overfit, profile
 from tokenlabel.classification.task import build
 from tokenlabel.cli import main
 from tokenlabel.data.scenes import write_scenes
@@ -82,7 +82,7 @@ def test_it_needs_as_many_images_as_there_are(nested, number, message):
         list(overfit(recipe_of(nested), number, device=CPU))
 
 
-def test_the_command_line_rehearses_in_place_of_training(nested, tmp_path, capsys):
+def test_the_command_line_dry_runs_in_place_of_training(nested, tmp_path, capsys):
     path = tmp_path / "recipe.yaml"
     write_config(recipe_of(nested), path)
     arguments = ["train", "--recipe", str(path), "--out", str(tmp_path / "run"), "--device", "cpu"]

@@ -136,7 +136,7 @@ def _sizes(training: Training, task: ClassifierTask) -> list[tuple[str, str]]:
     recipe, ranks, parameters = task.recipe, training.ranks, list(task.model.parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     height_px, width_px = recipe.model.size_px
-    part = recipe.batch_size // ranks.world_size // training.num_parts
+    part = recipe.batch_size // ranks.world_size // training.grad_accum_steps
     rows, columns = task.grid
     folders = " + ".join(recipe.data.label_folders)
     labels = folders if task.supervision.stored else recipe.loss.teacher.name
@@ -151,7 +151,7 @@ def _sizes(training: Training, task: ClassifierTask) -> list[tuple[str, str]]:
         (
             "batch",
             f"{recipe.batch_size:,} images: {ranks.world_size} process{'es' * (ranks.world_size > 1)} x "
-            f"{training.num_parts} part{'s' * (training.num_parts > 1)} of {part:,}; {recipe.precision}",
+            f"{training.grad_accum_steps} part{'s' * (training.grad_accum_steps > 1)} of {part:,}; {recipe.precision}",
         ),
     ]
 

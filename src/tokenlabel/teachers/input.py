@@ -23,7 +23,7 @@ RESAMPLING = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 @coerced_fields
-class Sight:
+class TeacherInput:
     """How images become a teacher's input.
 
     The whole image, resized with antialiasing to an area of about `size` x `size` pixels at its own aspect,
