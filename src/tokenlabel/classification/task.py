@@ -20,7 +20,7 @@ from tokenlabel.core.batch import Batch
 from tokenlabel.core.step import Supervision, TrainStep
 from tokenlabel.data.augment import TrainTransform
 from tokenlabel.data.batches import TokenLabelDataset, check_labels, make_loader
-from tokenlabel.data.classes import difference, same_classes
+from tokenlabel.data.classes import difference, ids_among
 from tokenlabel.data.images import ImageCheck, ImageError, ImageSource, describe, find_broken
 from tokenlabel.data.samplers import BatchSampler, EvalBatchSampler, shard_order
 from tokenlabel.data.sources import open_aloud, refuse_single_class
@@ -228,9 +228,9 @@ def _begin(config: ModelConfig, *, class_names: list[str]) -> TokenModel:
     num_classes = len(class_names)
     model = create_model(config.name, num_classes=num_classes, size_px=config.size_px, **config.options)
     if config.weights is not None:
-        load_published(model, config.weights, average=config.average)
+        load_published(model, config.weights, average=config.average, class_names=class_names)
         theirs = read_class_names(config.weights)
-        if len(theirs) == num_classes and not same_classes(theirs, class_names):
+        if len(theirs) == num_classes and max(ids_among(class_names, theirs)) < 0:
             unlike = difference(theirs, class_names, count=num_classes, them="the file")
             say(f"{config.weights}: {unlike}: its heads begin with what they knew of the others")
     model.freeze(config.frozen_layers)
