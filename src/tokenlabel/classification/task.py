@@ -20,7 +20,7 @@ from tokenlabel.core.batch import Batch
 from tokenlabel.core.step import Supervision, TrainStep
 from tokenlabel.data.augment import TrainTransform
 from tokenlabel.data.batches import TokenLabelDataset, check_labels, make_loader
-from tokenlabel.data.classes import difference, ids_among
+from tokenlabel.data.classes import difference, ids_among, imagenet_names
 from tokenlabel.data.images import ImageCheck, ImageError, ImageSource, describe, find_broken
 from tokenlabel.data.samplers import BatchSampler, EvalBatchSampler, shard_order
 from tokenlabel.data.sources import open_aloud, refuse_single_class
@@ -228,13 +228,21 @@ def _begin(config: ModelConfig, *, class_names: list[str]) -> TokenModel:
     num_classes = len(class_names)
     model = create_model(config.name, num_classes=num_classes, size_px=config.size_px, **config.options)
     if config.weights is not None:
-        load_published(model, config.weights, average=config.average, class_names=class_names)
-        theirs = read_class_names(config.weights)
-        if len(theirs) == num_classes and max(ids_among(class_names, theirs)) < 0:
-            unlike = difference(theirs, class_names, count=num_classes, them="the file")
-            say(f"{config.weights}: {unlike}: its heads begin with what they knew of the others")
+        rows = partial(_rows, config.weights, class_names)
+        load_published(model, config.weights, average=config.average, rows=rows)
     model.freeze(config.frozen_layers)
     for parameter in model.parameters():  # convolutions run faster so
         if parameter.ndim == 4:
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
     return model
+
+
+def _rows(path: str, class_names: list[str], count: int) -> dict[int, int]:
+    """Return which row of the heads in a file each class has, by the names that it states, else by ImageNet's."""
+    stated = read_class_names(path)
+    theirs = stated if len(stated) == count else () if stated else imagenet_names(count)
+    rows = {row: i for row, i in enumerate(ids_among(class_names, theirs)) if i >= 0}
+    if stated and not rows and count == len(class_names):
+        unlike = difference(theirs, class_names, count=count, them="the file")
+        say(f"{path}: {unlike}: its heads begin with what they knew of the others")
+    return rows

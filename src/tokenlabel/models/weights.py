@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenlabel.data.classes import ids_among, imagenet_names
 from tokenlabel.models.hub import hub_or_cache
 from tokenlabel.models.vision_transformer import VisionTransformer, resize_positions
 from tokenlabel.models.weight_files import (
@@ -26,7 +26,7 @@ from tokenlabel.models.weight_files import (
     read_weights,
 )
 from tokenlabel.runtime.errors import first_line
-from tokenlabel.runtime.notices import listed, say
+from tokenlabel.runtime.notices import say
 
 __all__ = [
     "Loaded",
@@ -73,7 +73,7 @@ def load_published(
     *,
     average: bool = False,
     grid: tuple[int, int] | None = None,
-    class_names: Sequence[str] = (),
+    rows: Callable[[int], Mapping[int, int]] | None = None,
     spared: Collection[str] = (),
 ) -> Loaded:
     """Load a checkpoint, anybody's or our own, into a model of another image size or class count, too.
@@ -82,7 +82,7 @@ def load_published(
     checkpoint folders. `average`: take the running average (EMA) of the weights in the file. For the rest see `load`.
     """
     weights = read_weights(path, model.backbone.state_dict(), average=average)
-    return load(model, weights, grid=grid, class_names=class_names, spared=spared)
+    return load(model, weights, grid=grid, rows=rows, spared=spared)
 
 
 def load(
@@ -90,14 +90,15 @@ def load(
     weights: Weights,
     *,
     grid: tuple[int, int] | None = None,
-    class_names: Sequence[str] = (),
+    rows: Callable[[int], Mapping[int, int]] | None = None,
     spared: Collection[str] = (),
 ) -> Loaded:
     """Load the tensors of a file into a model; timm itself adapts those of other sizes and names.
 
     `grid`: the token grid (h, w) of the file's position embeddings; left out, it is the model's where the number
-    fits, else square. `class_names`: the model's classes; heads for others keep the rows of those that are among the
-    file's. Heads without any start anew, with a warning; a token head that the file lacks begins as the classifier.
+    fits, else square. `rows`: which row each class of the model has in a head of so many, for those that it knows by
+    name; heads of another class count without any start anew, with a warning. A token head that the file lacks begins
+    as the classifier.
     `spared`: what of the model need not fit. Raises WeightsError, and leaves the model alone, where anything else
     does not fit.
     """
@@ -105,7 +106,7 @@ def load(
     modules = ("token_head.", *(f"backbone.{name}." for name in classifiers(model.backbone)))
     heads = [name for name in wanted if name.startswith(modules)]
     found, old_shapes = _adapt(model, weights, grid=grid, spared={*heads, *spared})
-    new_heads = tuple(sorted(_fit_heads(found, wanted, heads, path, class_names) - {*spared}))
+    new_heads = tuple(sorted(_fit_heads(found, wanted, heads, path, rows) - {*spared}))
     as_classifier = _begin_as_classifier(model, found, new_heads)
     fitting = {
         name: found[name] for name in wanted if name in found and found[name].shape == wanted[name].shape
@@ -142,6 +143,10 @@ def _adapt(
         with suppress(WeightsError):  # what differs says more than what timm says of it
             network = build_with(model.rebuild, replace(weights, backbone=backbone), like=model.backbone)
             found = {adapter_name(key): tensor for key, tensor in network.state_dict().items()}
+            complaint = misfit(found, wanted, spared=spared, called=weights.name_in_file)
+    if complaint and not ours:  # VOLO, CaiT and others have no way to other sizes in timm
+        with suppress(WeightsError):
+            resize_all_positions(found, model, grid=grid, name=name)
             complaint = misfit(found, wanted, spared=spared, called=weights.name_in_file)
     if complaint:
         raise WeightsError(f"{name} is for another model or other options: {complaint}")
@@ -183,9 +188,10 @@ def _missing_in_timm() -> Iterator[list[str]]:
     logger = logging.getLogger("timm.models._builder")
 
     def collect(record: logging.LogRecord) -> bool:
-        if record.getMessage().startswith("Missing keys"):
-            found.append(record.getMessage())
-        return record.levelno >= level
+        message = record.getMessage()
+        if message.startswith("Missing keys"):
+            found.append(message)
+        return record.levelno >= level and not message.startswith("Unexpected keys")
 
     level = logger.getEffectiveLevel()
     before = logger.level
@@ -218,38 +224,33 @@ def _fit_heads(
     wanted: dict[str, Tensor],
     heads: list[str],
     path: Path,
-    class_names: Sequence[str],
+    rows: Callable[[int], Mapping[int, int]] | None,
 ) -> set[str]:
-    """Put the rows of our classes into the heads in `found`; return the names of those that start anew."""
-    new, kept = set(), {}
+    """Put the rows of the model's classes into the heads in `found`; return the names of those that start anew."""
+    new: set[str] = set()
+    kept: dict[tuple[int, int], Mapping[int, int]] = {}
     for name in heads:
         own, theirs = wanted[name], found.pop(name, None)
         if theirs is None or theirs.shape[1:] != own.shape[1:]:
             new.add(name)
             continue
-        rows = kept.setdefault(len(theirs), _rows(path, len(theirs), class_names))
-        if rows and len(own) == len(class_names):
+        counts = (len(own), len(theirs))
+        if counts not in kept:
+            kept[counts] = rows(len(theirs)) if rows else {}
+        taken = kept[counts]
+        if taken and max(taken) < len(own):
             found[name] = own.clone()
-            found[name][list(rows)] = theirs[list(rows.values())].to(own)
+            found[name][list(taken)] = theirs[list(taken.values())].to(own)
         elif len(theirs) == len(own):
             found[name] = theirs
         else:
             new.add(name)
-    for count, rows in kept.items():
-        if rows and (len(rows) < len(class_names) or count != len(class_names)):
-            some = listed([class_names[row] for row in rows])
+    for (ours, count), taken in kept.items():
+        if taken and not (ours == count == len(taken)):
             say(
-                f"{path}: its heads for {count:,} classes know {len(rows):,} of the images' {len(class_names):,} by "
-                f"name ({some}); these begin with their rows"
+                f"{path}: {len(taken):,} of {ours:,} classes begin with their rows of its heads for {count:,}, by name"
             )
     return new
-
-
-def _rows(path: Path, count: int, class_names: Sequence[str]) -> dict[int, int]:
-    """Return which row of a file's head each of our classes has, by the names that the file states, or ImageNet's."""
-    stated = read_class_names(path) if class_names else ()
-    theirs = stated if len(stated) == count else () if stated else imagenet_names(count)
-    return {row: i for row, i in enumerate(ids_among(class_names, theirs)) if i >= 0}
 
 
 def _begin_as_classifier(model: Any, found: dict[str, Tensor], new: Collection[str]) -> list[str]:
@@ -327,7 +328,12 @@ def resize_all_positions(
     resized = []
     for key, ours in model.state_dict().items():
         theirs = found.get(key)
-        if theirs is None or key.rpartition(".")[2] != "pos_embed" or theirs.ndim != 3:
+        if theirs is None or key.rpartition(".")[2] != "pos_embed" or theirs.ndim != ours.ndim:
+            continue
+        if ours.ndim == 4 and theirs.shape != ours.shape:  # a map: VOLO's channels last, PiT's channels first
+            found[key] = _resize_map(theirs, ours.shape)
+            resized.append(key)
+        if ours.ndim != 3:
             continue
         num_prefix = ours.shape[1] - model.grid[0] * model.grid[1]
         num_positions = theirs.shape[1] - num_prefix
@@ -338,6 +344,13 @@ def resize_all_positions(
             found[key] = resize_positions(theirs, old_grid, model.grid)
             resized.append(key)
     return tuple(resized)
+
+
+def _resize_map(positions: Tensor, shape: torch.Size) -> Tensor:
+    if positions.shape[1] == shape[1]:
+        return F.interpolate(positions.float(), size=tuple(shape[2:]), mode="bicubic")
+    planes = positions.permute(0, 3, 1, 2).float()
+    return F.interpolate(planes, size=tuple(shape[1:3]), mode="bicubic").permute(0, 2, 3, 1)
 
 
 def _guess_grid(num_positions: int, new_grid: tuple[int, int], *, name: str) -> tuple[int, int]:
