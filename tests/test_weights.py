@@ -20,6 +20,7 @@ from torch import Tensor
 
 from tokenlabel.cli import main
 from tokenlabel.evaluation.networks import find_network
+from tokenlabel.evaluation.pretrained import PretrainedError
 from tokenlabel.models import Inference, TokenModel, create_model, register_with_timm
 from tokenlabel.models.vision_transformer import resize_positions
 from tokenlabel.models.weights import WeightsError, load_published, read_checkpoint
@@ -430,6 +431,40 @@ def test_exports_label_evaluate_and_begin_runs(tmp_path: Path, monkeypatch: pyte
     network = find_network("vit_tiny_patch16_224", weights="y.safetensors")
     assert network.heads == (Inference.CLASS,)
     torch.testing.assert_close(network.model(images).class_logits, expected.class_logits)
+
+
+def test_heads_that_nobody_trained_say_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checkpoints have a token head in any case, timm's GoogLeNet another thing called aux."""
+    monkeypatch.chdir(tmp_path)
+    model = create_model("test_resnet", num_classes=5, size_px=(64, 64))
+    save_file(model.state_dict(), "model.safetensors")
+    recipe: dict[str, Any] = {
+        "model": {"name": "test_resnet", "size_px": [64, 64], "options": {}},
+        "data": {"labels": None},
+        "loss": {"beta": 0.5, "teacher": {"name": None}},
+        "eval": {"crop_fraction": 1.0},
+    }
+    Path("state.json").write_text(json.dumps({"recipe": recipe}))
+    for name in ("test_resnet", "test_resnet.r160_in1k"):
+        assert find_network(name, weights="model.safetensors").heads == (Inference.CLASS,)
+    recipe["data"]["labels"] = "labels"
+    Path("state.json").write_text(json.dumps({"recipe": recipe}))
+    assert len(find_network("test_resnet", weights="model.safetensors").heads) == 3
+    other = dict(BARE) | {"aux_head.conv.weight": torch.ones(3)}
+    torch.save(other, "other.pth")
+    assert find_network("test_resnet", weights="other.pth").heads == (Inference.CLASS,)
+
+
+def test_a_file_of_another_network_is_refused_by_its_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": below("module.", BARE)}, "a.pth")
+    with pytest.raises(
+        PretrainedError, match=r"cannot be loaded \(a.pth .*it lacks .*; it has module.conv1"
+    ) as error:
+        find_network("test_efficientnet", weights="a.pth")
+    assert "\n" not in str(error.value)
 
 
 def test_training_begins_with_the_rows_of_its_own_classes(

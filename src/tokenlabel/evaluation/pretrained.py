@@ -86,6 +86,7 @@ def _timm(name: str, weights: str | None, size: int | None, *, at_test_size: boo
         check_classes(name, asdict(preset))
     options: dict[str, Any] = {}
     said = read_description(weights) if weights is not None else {}
+    trained_head = said.get("uses_token_labels", True)
     if said.get("model") == name:  # an export of ours
         factory = ("pretrained", "checkpoint_path", "cache_dir")
         options = {key: value for key, value in said["options"].items() if key not in factory}
@@ -99,9 +100,7 @@ def _timm(name: str, weights: str | None, size: int | None, *, at_test_size: boo
         raise PretrainedError(f"{name} has no weights that could be downloaded; {advice}")
     try:
         if weights is not None:
-            model = _from_file(
-                name, weights, options, trained_head=said.get("uses_token_labels", True), size_px=size_px
-            )
+            model = _from_file(name, weights, options, trained_head=trained_head, size_px=size_px)
         else:
             with hub_or_cache(online=not name.startswith("local-dir:")):
                 model: Any = timm.create_model(name, pretrained=True, **options)
@@ -153,8 +152,8 @@ def _from_file(name: str, path: str, options: dict[str, Any], *, trained_head: b
         stage=stage,
         **options,
     )
-    load(model, weights)
-    return model
+    untrained = any(name.startswith("token_head.") for name in load(model, weights).new_heads)
+    return model.backbone if untrained else model
 
 
 def check_classes(name: str, preset: Mapping[str, Any]) -> None:

@@ -173,14 +173,22 @@ def _wrapper(tensors: Collection[str]) -> str:
 
 
 def read_description(path: str | Path) -> dict[str, Any]:
-    """Return what an exported file of ours says of its network: its name, options, image size, class names."""
+    """Return what a file or checkpoint of ours says of its network: name, options, image size, crop, trained heads."""
     path = Path(path)
-    if path.suffix != ".safetensors" or not path.is_file():
-        return {}
-    with suppress(SafetensorError), safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-        if metadata.keys() >= {"model", "options", "size_px"}:
-            return {key: json.loads(value) for key, value in metadata.items() if key != "format"}
+    state = (path if path.is_dir() else path.parent) / "state.json"
+    with suppress(OSError, ValueError, SafetensorError, KeyError, TypeError):
+        if state.exists() and (path.is_dir() or path.name in ("model.safetensors", "ema.safetensors")):
+            recipe = json.loads(state.read_text("utf-8"))["recipe"]
+            model, loss = recipe["model"], recipe["loss"]
+            taught = recipe["data"]["labels"] is not None or loss["teacher"]["name"] is not None
+            said = {"model": model["name"], "size_px": model["size_px"], "options": model["options"]}
+            said["crop_fraction"] = recipe["eval"]["crop_fraction"]
+            return {**said, "uses_token_labels": taught and loss["beta"] > 0}
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+            if metadata.keys() >= {"model", "options", "size_px"}:
+                return {key: json.loads(value) for key, value in metadata.items() if key != "format"}
     return {}
 
 

@@ -134,14 +134,15 @@ def _adapt(
     found = {f"backbone.{key}": tensor for key, tensor in weights.backbone.items()}
     token_head = {f"token_head.{key}": tensor for key, tensor in weights.token_head.items()}
     shapes = {key: tensor.shape for key, tensor in found.items()}
-    ours = isinstance(model.backbone, VisionTransformer) or model.rebuild is None
+    create: Callable[..., nn.Module] | None = model.rebuild
+    ours = isinstance(model.backbone, VisionTransformer) or create is None
     if ours or grid is not None:
         resize_all_positions(found, model, grid=grid, name=name)
     complaint = misfit(found, wanted, spared=spared, called=weights.name_in_file)
-    if complaint and not ours:
+    if complaint and not ours and create is not None:
         backbone = {key.removeprefix("backbone."): tensor for key, tensor in found.items()}
         with suppress(WeightsError):  # what differs says more than what timm says of it
-            network = build_with(model.rebuild, replace(weights, backbone=backbone), like=model.backbone)
+            network = build_with(create, replace(weights, backbone=backbone), like=model.backbone)
             found = {adapter_name(key): tensor for key, tensor in network.state_dict().items()}
             complaint = misfit(found, wanted, spared=spared, called=weights.name_in_file)
     if complaint and not ours:  # VOLO, CaiT and others have no way to other sizes in timm
@@ -169,15 +170,22 @@ def build_with(create: Callable[..., nn.Module], weights: Weights, *, like: nn.M
     with _missing_in_timm() as missing:
         try:
             with torch.random.fork_rng(devices=[]), hub_or_cache(online=False):
-                network = create(
+                network: Any = create(
                     num_classes=overlay["num_classes"], pretrained=True, pretrained_cfg_overlay=overlay
                 )
         except Exception as error:  # timm's loaders raise whatever they run into
-            raise WeightsError(f"{weights.path}: {first_line(error)}") from error
+            missing.append(first_line(error))
     if missing:
-        raise WeightsError(f"{weights.path}: {missing[0]}")
-    config: Any = network.pretrained_cfg
-    config.pop("state_dict", None)
+        wanted = like.state_dict()
+        heads = tuple(f"{name}." for name in ("aux_head", *classifiers(like)))
+        complaint = misfit(
+            weights.backbone,
+            wanted,
+            spared=[name for name in wanted if name.startswith(heads)],
+            called=lambda name: weights.name_in_file(f"backbone.{name}"),
+        )
+        raise WeightsError(f"{weights.path} is for another model or other options: {complaint or missing[0]}")
+    network.pretrained_cfg.pop("state_dict", None)
     return network
 
 
