@@ -295,6 +295,41 @@ def test_names_that_timm_knows_how_to_change(tmp_path: Path, capfd: pytest.Captu
         load_published(other, tmp_path / "a.pth")
 
 
+def test_arrays_of_the_original_vits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    block, attention = "Transformer/encoderblock_0", "MultiHeadDotProductAttention_1"
+    shapes: dict[str, tuple[int, ...]] = {
+        "cls": (1, 1, 32),
+        "embedding/kernel": (16, 16, 3, 32),
+        "embedding/bias": (32,),
+        "Transformer/posembed_input/pos_embedding": (1, 5, 32),
+        "head/kernel": (32, 7),
+        "head/bias": (7,),
+        f"{block}/{attention}/out/kernel": (2, 16, 32),
+        f"{block}/{attention}/out/bias": (32,),
+        f"{block}/MlpBlock_3/Dense_0/kernel": (32, 128),
+        f"{block}/MlpBlock_3/Dense_0/bias": (128,),
+        f"{block}/MlpBlock_3/Dense_1/kernel": (128, 32),
+        f"{block}/MlpBlock_3/Dense_1/bias": (32,),
+    }
+    for part in ("query", "key", "value"):
+        shapes |= {
+            f"{block}/{attention}/{part}/kernel": (32, 2, 16),
+            f"{block}/{attention}/{part}/bias": (2, 16),
+        }
+    for norm in ("Transformer/encoder_norm", f"{block}/LayerNorm_0", f"{block}/LayerNorm_2"):
+        shapes |= {f"{norm}/scale": (32,), f"{norm}/bias": (32,)}
+    generator = np.random.default_rng(0)
+    arrays: dict[str, Any] = {name: generator.random(shape, np.float32) for name, shape in shapes.items()}
+    np.savez("vit.npz", **arrays)
+    ours: Any = create_model("vit_tiny_patch16_224", num_classes=7, size_px=(48, 48), **VIT)
+    load_published(ours, "vit.npz")
+    assert torch.equal(ours.backbone.norm.weight, torch.from_numpy(arrays["Transformer/encoder_norm/scale"]))
+    assert torch.equal(ours.token_head.weight, torch.from_numpy(arrays["head/kernel"]).T)
+    fewer: Any = create_model("vit_tiny_patch16_224", num_classes=3, size_px=(32, 32), **VIT)
+    assert "backbone.head.weight" in load_published(fewer, "vit.npz").new_heads
+
+
 BARE = timm.create_model("test_resnet", num_classes=5).state_dict()
 AVERAGED = {name: tensor + 1 for name, tensor in BARE.items()}
 

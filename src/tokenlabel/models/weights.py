@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -167,10 +168,11 @@ def build_with(create: Callable[..., nn.Module], weights: Weights, *, like: nn.M
         if hasattr(like, "aux_head"):
             tensors |= {f"aux_head.{name}": tensor for name, tensor in weights.token_head.items()}
         overlay |= {"state_dict": tensors, "custom_load": False}
+    network: Any = None
     with _missing_in_timm() as missing:
         try:
             with torch.random.fork_rng(devices=[]), hub_or_cache(online=False):
-                network: Any = create(
+                network = create(
                     num_classes=overlay["num_classes"], pretrained=True, pretrained_cfg_overlay=overlay
                 )
         except Exception as error:  # timm's loaders raise whatever they run into
@@ -184,7 +186,8 @@ def build_with(create: Callable[..., nn.Module], weights: Weights, *, like: nn.M
             spared=[name for name in wanted if name.startswith(heads)],
             called=lambda name: weights.name_in_file(f"backbone.{name}"),
         )
-        raise WeightsError(f"{weights.path} is for another model or other options: {complaint or missing[0]}")
+        why = complaint if weights.backbone and complaint else missing[0]
+        raise WeightsError(f"{weights.path} is for another model or other options: {why}")
     network.pretrained_cfg.pop("state_dict", None)
     return network
 
@@ -220,6 +223,9 @@ def classifiers(network: Any) -> tuple[str, ...]:
 
 def count_classes(weights: Weights, network: nn.Module) -> int:
     """Return how many rows the classifier of such a network has in a file; 0 without one."""
+    if weights.path.suffix == ".npz":
+        with np.load(weights.path) as arrays:
+            return len(arrays["head/bias"]) if "head/bias" in arrays else 0
     for name in (*classifiers(network), *CLASSIFIERS):
         weight = weights.backbone.get(f"{name}.weight")
         if weight is not None and weight.ndim in (2, 4):
