@@ -284,14 +284,18 @@ def test_names_that_timm_knows_how_to_change(tmp_path: Path, capfd: pytest.Captu
     options = {"depths": (1, 1, 1, 1), "dims": (8, 8, 8, 16)}
     theirs: Any = timm.create_model("convnext_atto", num_classes=5, **options)
     published = {convnext_as_published(name): tensor for name, tensor in theirs.state_dict().items()}
-    torch.save({"model": published}, tmp_path / "a.pth")
+    wrapped = below("module.model.", published, **{"loss.weight": torch.ones(1)})
+    torch.save({"model": wrapped}, tmp_path / "a.pth")
     ours: Any = create_model("convnext_atto", num_classes=5, size_px=(64, 64), **options)
     load_published(ours, tmp_path / "a.pth")
     assert states_equal(ours.backbone.state_dict(), theirs.state_dict())
     assert torch.equal(ours.token_head.weight, theirs.head.fc.weight)  # the dense head of `annotate`
     assert "begins as the classifier" in capfd.readouterr().err
     other = create_model("dla46_c", num_classes=5, size_px=(64, 64))  # timm loads it without strictness
-    with pytest.raises(WeightsError, match=r"it lacks base_layer\.0\.weight, .* it has downsample_layers\.0"):
+    with pytest.raises(
+        WeightsError,
+        match=r"it lacks module\.model\.base_layer\.0\.weight, .* it has module\.model\.downsample_layers\.0",
+    ):
         load_published(other, tmp_path / "a.pth")
 
 

@@ -102,7 +102,7 @@ def read_checkpoint(path: str | Path, *, average: bool = False) -> dict[str, Ten
     """
     path, groups = _read(Path(path), average=average)
     group, prefix = _choose(groups, (), average=average, path=path)
-    return {name[len(prefix) :]: tensor for name, tensor in groups[group].items()}
+    return {name.removeprefix(prefix): tensor for name, tensor in groups[group].items()}
 
 
 def _read(path: Path, *, average: bool | None) -> tuple[Path, dict[str, dict[str, Tensor]]]:
@@ -116,7 +116,7 @@ def _read(path: Path, *, average: bool | None) -> tuple[Path, dict[str, dict[str
     contents = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
     groups = dict(_groups(contents))
     if path.name == "ema.safetensors":
-        groups = {"averaged": groups[""]}
+        groups = {f"averaged{name}": tensors for name, tensors in groups.items()}
     if not groups:
         raise WeightsError(f"{path} holds no tensors; it has {', '.join(map(str, contents)) or 'nothing'}")
     return path, groups
@@ -156,20 +156,18 @@ def _choose(
         raise WeightsError(f"{path} has no averaged weights; it has {there}; load it without (model.average)")
     if averaged and average is not True and (average is None or not plain):
         say(f"{path}: takes the averaged weights ({': '.join(filter(None, averaged[0]))})")
-    if averaged and plain and average is False:
-        say(
-            f"{path}: has averaged weights, too ({': '.join(filter(None, averaged[0]))}), which are not taken"
-        )
-    return (averaged if average or not plain or (average is None and averaged) else plain)[0]
+    return (averaged if averaged and average is not False else plain or averaged)[0]
 
 
 def _wrapper(tensors: Collection[str]) -> str:
-    prefix, first = "", next(iter(tensors))
-    while found := re.match(r"(module|model|net)\.", first[len(prefix) :]):
-        if not all(name.startswith(prefix + found[0]) for name in tensors):
-            break
-        prefix += found[0]
-    return prefix
+    """Return what most names begin with, if it is what people call a whole model."""
+    prefix = ""
+    while True:
+        inner = Counter(name[len(prefix) :].partition(".")[0] for name in tensors if name.startswith(prefix))
+        (first, count), *_ = inner.most_common(1)
+        if first not in ("module", "model", "net") or 2 * count < len(tensors):
+            return prefix
+        prefix += f"{first}."
 
 
 def read_description(path: str | Path) -> dict[str, Any]:

@@ -99,9 +99,8 @@ def load(
     `grid`: the token grid (h, w) of the file's position embeddings; left out, it is the model's where the number
     fits, else square. `rows`: which row each class of the model has in a head of so many, for those that it knows by
     name; heads of another class count without any start anew, with a warning. A token head that the file lacks begins
-    as the classifier.
-    `spared`: what of the model need not fit. Raises WeightsError, and leaves the model alone, where anything else
-    does not fit.
+    as the classifier. `spared`: what of the model need not fit.
+    Raises WeightsError, and leaves the model alone, where anything else does not fit.
     """
     path, wanted = weights.path, model.state_dict()
     modules = ("token_head.", *(f"backbone.{name}." for name in classifiers(model.backbone)))
