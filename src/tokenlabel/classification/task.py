@@ -20,7 +20,7 @@ from tokenlabel.core.batch import Batch
 from tokenlabel.core.step import Supervision, TrainStep
 from tokenlabel.data.augment import TrainTransform
 from tokenlabel.data.batches import TokenLabelDataset, check_labels, make_loader
-from tokenlabel.data.classes import difference, same_classes
+from tokenlabel.data.classes import difference, ids_among, imagenet_names
 from tokenlabel.data.images import ImageCheck, ImageError, ImageSource, describe, find_broken
 from tokenlabel.data.samplers import BatchSampler, EvalBatchSampler, shard_order
 from tokenlabel.data.sources import open_aloud, refuse_single_class
@@ -235,13 +235,21 @@ def _begin(config: ModelConfig, *, class_names: list[str]) -> TokenModel:
     if config.weights is not None:
         weights = Path(config.weights)
         weights = newest_checkpoint(weights) if is_run(weights) else weights
-        load_published(model, weights, average=config.average)
-        theirs = read_class_names(weights)
-        if len(theirs) == num_classes and not same_classes(theirs, class_names):
-            unlike = difference(theirs, class_names, count=num_classes, them="the file")
-            say(f"{config.weights}: {unlike}: its heads begin with what they knew of the others")
+        rows = partial(_rows, weights, class_names)
+        load_published(model, weights, average=config.average, rows=rows)
     model.freeze(config.frozen_layers)
     for parameter in model.parameters():  # convolutions run faster so
         if parameter.ndim == 4:
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
     return model
+
+
+def _rows(path: Path, class_names: list[str], count: int) -> dict[int, int]:
+    """Return which row of the heads in a file each class has, by the names that it states, else by ImageNet's."""
+    stated = read_class_names(path)
+    theirs = stated if len(stated) == count else () if stated else imagenet_names(count)
+    rows = {row: i for row, i in enumerate(ids_among(class_names, theirs)) if i >= 0}
+    if stated and not rows and count == len(class_names):
+        unlike = difference(theirs, class_names, count=count, them="the file")
+        say(f"{path}: {unlike}: its heads begin with what they knew of the others")
+    return rows

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import timm
@@ -14,10 +14,19 @@ from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg
 
 from tokenlabel.data.classes import imagenet_names
 from tokenlabel.data.config import Interpolation
-from tokenlabel.models import create_model, register_with_timm
+from tokenlabel.models import TimmAdapter, create_model, register_with_timm
 from tokenlabel.models.hub import hub_or_cache, why_unknown
 from tokenlabel.models.registration import OUR_MODELS
-from tokenlabel.models.weights import load_published, names_in_order, read_checkpoint, read_class_names
+from tokenlabel.models.weights import (
+    build_with,
+    count_classes,
+    load,
+    names_in_order,
+    read_class_names,
+    read_description,
+    read_weights,
+)
+from tokenlabel.runtime.coercion import pair
 from tokenlabel.runtime.errors import first_line
 from tokenlabel.runtime.notices import listed, say
 
@@ -61,8 +70,7 @@ def load_pretrained(
     for one size; their own if None. `at_test_size`: the size and crop that timm validates at where they differ from
     those of training. Raises PretrainedError.
     """
-    if name in OUR_MODELS:
-        return _own(name, weights, size or 224)
+    register_with_timm()
     reason = why_unknown(name, OUR_MODELS, weights_option="--weights")
     if reason is not None:
         raise PretrainedError(
@@ -72,78 +80,80 @@ def load_pretrained(
     return _timm(name, weights, size, at_test_size=at_test_size)
 
 
-def _own(name: str, weights: str | None, size: int) -> Pretrained:
-    if weights is None:
-        raise PretrainedError(
-            f"{name} has no weights that could be downloaded; give a checkpoint file by --weights"
-        )
-    classifier = read_checkpoint(weights).get("head.weight")
-    if classifier is None:
-        raise PretrainedError(f"{weights}: has no classifier (head.weight), so it is no {name}")
-    model = create_model(name, num_classes=len(classifier), size_px=(size, size))
-    loaded = load_published(model, weights)
-    class_names, names_assumed = _names(len(classifier), read_class_names(weights))
-    return Pretrained(
-        model=model,
-        num_classes=len(classifier),
-        class_names=class_names,
-        names_assumed=names_assumed,
-        size_px=(size, size),
-        fixed_size=True,
-        crop_fraction=0.9,
-        interpolation=Interpolation.BICUBIC,
-        mean=model.mean,
-        std=model.std,
-        has_token_head=hasattr(model, "aux_head") and not loaded.new_heads,
-    )
-
-
 def _timm(name: str, weights: str | None, size: int | None, *, at_test_size: bool) -> Pretrained:
-    register_with_timm()  # a folder may hold an LV-ViT
     preset = get_pretrained_cfg(name, allow_unregistered=True)
     if weights is None and preset is not None:  # before anything is downloaded
         check_classes(name, asdict(preset))
     options: dict[str, Any] = {}
-    if size is not None and preset is not None and preset.fixed_input_size:
-        options["img_size"] = size
-    if weights is not None:
-        options["pretrained_cfg_overlay"] = _file_overlay(weights, preset)
-    elif preset is not None and not preset.has_weights:
-        raise PretrainedError(
-            f"{name} has no weights that could be downloaded; give a checkpoint file by --weights"
-        )
+    said = read_description(weights) if weights is not None else {}
+    trained_head = said.get("uses_token_labels", True)
+    if said.get("model") == name:  # an export of ours
+        factory = ("pretrained", "checkpoint_path", "cache_dir")
+        options = {key: value for key, value in said["options"].items() if key not in factory}
+    else:
+        said = {}
+    size_px = (size, size) if size else said.get("size_px")
+    if size_px and preset is not None and preset.fixed_input_size:
+        options["img_size"] = size_px
+    advice = "give a checkpoint file by --weights" if weights is None else "is it of this model?"
+    if weights is None and preset is not None and not preset.has_weights:
+        raise PretrainedError(f"{name} has no weights that could be downloaded; {advice}")
     try:
-        with hub_or_cache(online=weights is None and not name.startswith("local-dir:")):
-            model: Any = timm.create_model(name, pretrained=True, **options)
+        if weights is not None:
+            model = _from_file(name, weights, options, trained_head=trained_head, size_px=size_px)
+        else:
+            with hub_or_cache(online=not name.startswith("local-dir:")):
+                model: Any = timm.create_model(name, pretrained=True, **options)
     except Exception as error:  # timm, the hub and its network library raise whatever they run into
-        advice = "give a checkpoint file by --weights" if weights is None else "is it of this model?"
         raise PretrainedError(
             f"the weights of {name} cannot be loaded ({first_line(error)}); {advice}"
         ) from error
-    check_classes(name, {**model.pretrained_cfg, "num_classes": model.num_classes})
-    fixed = bool(model.pretrained_cfg.get("fixed_input_size"))
-    data = resolve_data_config({}, model=model, use_test_size=at_test_size and not fixed)
-    _, height_px, width_px = data["input_size"]
+    network = model.backbone if isinstance(model, TimmAdapter) else model
+    check_classes(name, {**network.pretrained_cfg, "num_classes": model.num_classes})
+    fixed = bool(network.pretrained_cfg.get("fixed_input_size"))
+    data = resolve_data_config({}, model=network, use_test_size=at_test_size and not fixed)
     stated = read_class_names(weights) if weights is not None else ()
-    stated = stated or names_in_order(model.pretrained_cfg.get("label_names"))
+    stated = stated or names_in_order(network.pretrained_cfg.get("label_names"))
     class_names, names_assumed = _names(model.num_classes, stated)
-    given_px = options.get("img_size")
     return Pretrained(
         model=model,
         num_classes=model.num_classes,
         class_names=class_names,
         names_assumed=names_assumed
         and not (weights is None and preset is not None),  # timm's own are ImageNet's
-        size_px=(given_px or height_px, given_px or width_px),
+        size_px=pair(options.get("img_size") or said.get("size_px") or data["input_size"][1:]),
         fixed_size=fixed,
-        crop_fraction=data["crop_pct"],
+        crop_fraction=said.get("crop_fraction", data["crop_pct"]),
         interpolation=Interpolation.BILINEAR
-        if data["interpolation"] == "bilinear"
+        if data["interpolation"] == "bilinear" and not said  # runs see theirs bicubically
         else Interpolation.BICUBIC,
         mean=tuple(data["mean"]),  # lists where a folder's config.json says them
         std=tuple(data["std"]),
-        has_token_head=getattr(model, "aux_head", None) is not None,
+        has_token_head=isinstance(model, TimmAdapter) or getattr(model, "aux_head", None) is not None,
     )
+
+
+def _from_file(name: str, path: str, options: dict[str, Any], *, trained_head: bool, size_px: Any) -> Any:
+    """Return a network with a file's weights: an adapter where these have a trained token head, else timm's own."""
+    stage = options.pop("stage", None)
+    create = partial(timm.create_model, name, **options)
+    with hub_or_cache(online=False):
+        plain: Any = create()
+    weights = read_weights(path, plain.state_dict(), average=None)
+    if not (weights.token_head and trained_head):
+        network: Any = build_with(create, replace(weights, token_head={}), like=plain)
+        if hasattr(network, "aux_head"):
+            network.aux_head = None  # it would be one that says nothing
+        return network
+    model = create_model(
+        name,
+        num_classes=count_classes(weights, plain),
+        size_px=size_px or plain.pretrained_cfg["input_size"][1:],
+        stage=stage,
+        **options,
+    )
+    untrained = any(name.startswith("token_head.") for name in load(model, weights).new_heads)
+    return model.backbone if untrained else model
 
 
 def check_classes(name: str, preset: Mapping[str, Any]) -> None:
@@ -186,20 +196,3 @@ def _names(num_classes: int, stated: tuple[str, ...]) -> tuple[tuple[str, ...], 
         )
     names = imagenet_names(num_classes)
     return names, bool(names)
-
-
-def _file_overlay(path: str, preset: Any) -> dict[str, Any]:
-    """Return what timm has to be told so that it takes its pretrained weights from a file."""
-    if not Path(path).is_file():
-        raise PretrainedError(
-            f"{path}: no such file; expected weights as .safetensors, .pth, .pth.tar or .npz"
-        )
-    overlay: dict[str, Any] = {"file": path, "source": "file"}
-    if path.endswith(".npz"):  # of the original ViTs, which timm reads its own way
-        return overlay
-    classifier = preset.classifier if preset is not None else None
-    name = classifier if isinstance(classifier, str) else classifier[0] if classifier else ""
-    weight = read_checkpoint(path).get(f"{name}.weight")
-    if weight is not None:
-        overlay["num_classes"] = len(weight)
-    return {**overlay, "custom_load": False}

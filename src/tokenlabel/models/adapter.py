@@ -6,10 +6,11 @@ register tokens) is found out by running it once, not by knowing its name.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -90,6 +91,7 @@ class TimmAdapter(TokenModel):
     ) -> None:
         super().__init__()
         self.backbone: Any = backbone
+        self.rebuild: Callable[..., nn.Module] | None = None  # makes the backbone again, to fit weights to it
         self.name = name
         self.num_classes, self.num_token_classes = num_classes, num_token_classes or num_classes
         self.stage = stage
@@ -271,7 +273,7 @@ def create_timm_adapter(
             backbone = timm.create_model(name, num_classes=num_classes, **options)
     except (*REFUSALS, OSError) as error:
         raise ValueError(f"{name} cannot be made with the options {options}: {first_line(error)}") from error
-    return TimmAdapter(
+    adapter = TimmAdapter(
         backbone,
         name=name,
         num_classes=num_classes,
@@ -279,6 +281,9 @@ def create_timm_adapter(
         stage=stage,
         num_token_classes=num_token_classes,
     )
+    without_weights = {k: v for k, v in options.items() if k not in ("pretrained", "checkpoint_path")}
+    adapter.rebuild = partial(timm.create_model, name, **without_weights)
+    return adapter
 
 
 def classifier_features(seen: Any, grid: tuple[int, int]) -> Features | None:

@@ -1,47 +1,67 @@
-"""Weights from files: published checkpoints, other image sizes, other class counts.
-
-Files are never allowed to run code: pickles are read with `weights_only=True`.
-"""
+"""Weights from files into networks: of other image sizes and class counts, and under other names that timm knows."""
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-from argparse import Namespace
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
+import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from tokenlabel.models.vision_transformer import resize_positions
+from tokenlabel.models.hub import hub_or_cache
+from tokenlabel.models.vision_transformer import VisionTransformer, resize_positions
+from tokenlabel.models.weight_files import (
+    Weights,
+    WeightsError,
+    names_in_order,
+    read_checkpoint,
+    read_class_names,
+    read_description,
+    read_weights,
+)
+from tokenlabel.runtime.errors import first_line
+from tokenlabel.runtime.notices import say
+
+__all__ = [
+    "Loaded",
+    "Weights",
+    "WeightsError",
+    "adapter_name",
+    "build_with",
+    "count_classes",
+    "load",
+    "load_published",
+    "misfit",
+    "names_in_order",
+    "read_checkpoint",
+    "read_class_names",
+    "read_description",
+    "read_weights",
+    "resize_all_positions",
+]
 
 LOGGER = logging.getLogger(__name__)
 
-# Heads for tokens: a checkpoint of a model without token labels has none, and they start anew.
-TOKEN_HEADS = ("token_head.",)
+# Where the classifiers of files lie that timm renames; what its own are called, their configurations say.
+CLASSIFIERS = ("head", "head.fc", "fc", "classifier", "last_linear")
 
-# Names under which checkpoints keep their tensors, and their running average of them.
-WEIGHTS_KEYS = ("state_dict", "model")
-AVERAGE_KEYS = ("state_dict_ema", "model_ema")
-
-
-class WeightsError(ValueError):
-    """A file that holds no weights, or weights of another model."""
+# Where timm looks for weights, and how many rows of its own files it passes over.
+SOURCES = ("url", "file", "hf_hub_id", "hf_hub_filename", "source", "label_offset")
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
     """What became of a file's tensors, apart from those that were simply taken.
 
-    `new_heads`: parameters of the model that start anew, since the file's heads are for another number of
-    classes, or since it has none for tokens. `resized`: position embeddings that were resized to another grid.
+    `new_heads`: parameters that the file has nothing for: its heads are for other classes, or it has none for tokens.
+    `resized`: tensors that were resized, such as position embeddings to another grid.
     """
 
     new_heads: tuple[str, ...]
@@ -49,32 +69,258 @@ class Loaded:
 
 
 def load_published(
-    model: Any, path: str | Path, *, average: bool = False, grid: tuple[int, int] | None = None
+    model: Any,
+    path: str | Path,
+    *,
+    average: bool = False,
+    grid: tuple[int, int] | None = None,
+    rows: Callable[[int], Mapping[int, int]] | None = None,
+    spared: Collection[str] = (),
 ) -> Loaded:
-    """Load a checkpoint, published or our own, into a model of another image size or class count, too.
+    """Load a checkpoint, anybody's or our own, into a model of another image size or class count, too.
 
-    `model`: any of ours, with its `num_classes` and its `grid`. `path`: `.safetensors`, `.pth`, `.pth.tar`, or one
-    of our checkpoint folders. `average`: take the running average (EMA) of the weights in the file.
-    `grid`: the token grid (h, w) of the file's position embeddings; left out, it is the model's where the number
-    fits, else square. Position embeddings are resized bicubically. Heads for another number of classes are left
-    out and start anew, with a warning. Raises WeightsError, and leaves the model alone, where anything else does
-    not fit.
+    `model`: any of ours, a `TimmAdapter`. `path`: `.safetensors`, `.pth`, `.pth.tar` and the like, or one of our
+    checkpoint folders. `average`: take the running average (EMA) of the weights in the file. For the rest see `load`.
     """
-    path = Path(path)
-    found = {adapter_name(name): tensor for name, tensor in read_checkpoint(path, average=average).items()}
-    wanted = model.state_dict()
-    resized = resize_all_positions(found, model, grid=grid, name=str(path))
-    other_heads = _other_heads(found, wanted, num_classes=model.num_classes)
-    found = {name: tensor for name, tensor in found.items() if name not in other_heads}
-    token_head = {name for name in wanted.keys() - found.keys() if name.startswith(TOKEN_HEADS)}
-    _check_fit(found, wanted, new_heads=other_heads | token_head, path=path)
-    model.load_state_dict(found, strict=False)
-    new_heads = tuple(sorted(other_heads | token_head))
-    if new_heads:
-        LOGGER.warning("%s has nothing for %s: they start anew", path, ", ".join(new_heads))
+    weights = read_weights(path, model.backbone.state_dict(), average=average)
+    return load(model, weights, grid=grid, rows=rows, spared=spared)
+
+
+def load(
+    model: Any,
+    weights: Weights,
+    *,
+    grid: tuple[int, int] | None = None,
+    rows: Callable[[int], Mapping[int, int]] | None = None,
+    spared: Collection[str] = (),
+) -> Loaded:
+    """Load the tensors of a file into a model; timm itself adapts those of other sizes and names.
+
+    `grid`: the token grid (h, w) of the file's position embeddings; left out, it is the model's where the number
+    fits, else square. `rows`: which row each class of the model has in a head of so many, for those that it knows by
+    name; heads of another class count without any start anew, with a warning. A token head that the file lacks begins
+    as the classifier. `spared`: what of the model need not fit.
+    Raises WeightsError, and leaves the model alone, where anything else does not fit.
+    """
+    path, wanted = weights.path, model.state_dict()
+    modules = ("token_head.", *(f"backbone.{name}." for name in classifiers(model.backbone)))
+    heads = [name for name in wanted if name.startswith(modules)]
+    found, old_shapes = _adapt(model, weights, grid=grid, spared={*heads, *spared})
+    new_heads = tuple(sorted(_fit_heads(found, wanted, heads, path, rows) - {*spared}))
+    as_classifier = _begin_as_classifier(model, found, new_heads)
+    fitting = {
+        name: found[name] for name in wanted if name in found and found[name].shape == wanted[name].shape
+    }
+    model.load_state_dict(fitting, strict=False)
+    resized = tuple(
+        name
+        for name in fitting
+        if name not in heads and old_shapes.get(name) not in (None, wanted[name].shape)
+    )
+    if anew := [name for name in new_heads if name not in as_classifier]:
+        LOGGER.warning("%s has nothing for %s: they start anew", path, ", ".join(anew))
+    if as_classifier:
+        say(f"{path} has no token head: it begins as the classifier")
     if resized:
         LOGGER.info("%s: resized to other images: %s", path, ", ".join(resized))
     return Loaded(new_heads=new_heads, resized=resized)
+
+
+def _adapt(
+    model: Any, weights: Weights, *, grid: tuple[int, int] | None, spared: Collection[str]
+) -> tuple[dict[str, Tensor], dict[str, torch.Size]]:
+    """Return a file's tensors as the model has them, but for those spared; and the sizes that they had."""
+    wanted, name = model.state_dict(), str(weights.path)
+    found = {f"backbone.{key}": tensor for key, tensor in weights.backbone.items()}
+    token_head = {f"token_head.{key}": tensor for key, tensor in weights.token_head.items()}
+    shapes = {key: tensor.shape for key, tensor in found.items()}
+    create: Callable[..., nn.Module] | None = model.rebuild
+    ours = isinstance(model.backbone, VisionTransformer) or create is None
+    if ours or grid is not None:
+        resize_all_positions(found, model, grid=grid, name=name)
+    complaint = misfit(found, wanted, spared=spared, called=weights.name_in_file)
+    if complaint and not ours and create is not None:
+        backbone = {key.removeprefix("backbone."): tensor for key, tensor in found.items()}
+        with suppress(WeightsError):  # what differs says more than what timm says of it
+            network = build_with(create, replace(weights, backbone=backbone), like=model.backbone)
+            found = {adapter_name(key): tensor for key, tensor in network.state_dict().items()}
+            complaint = misfit(found, wanted, spared=spared, called=weights.name_in_file)
+    if complaint and not ours:  # VOLO, CaiT and others have no way to other sizes in timm
+        with suppress(WeightsError):
+            resize_all_positions(found, model, grid=grid, name=name)
+            complaint = misfit(found, wanted, spared=spared, called=weights.name_in_file)
+    if complaint:
+        raise WeightsError(f"{name} is for another model or other options: {complaint}")
+    return found | token_head, shapes
+
+
+def build_with(create: Callable[..., nn.Module], weights: Weights, *, like: nn.Module) -> nn.Module:
+    """Return a timm model with a file's weights and classes, which timm adapts: names, image size, patch size.
+
+    `create`: makes the model as `timm.create_model` does. `like`: one that it made. Raises WeightsError.
+    """
+    overlay: dict[str, Any] = dict.fromkeys(SOURCES) | {"num_classes": count_classes(weights, like)}
+    if weights.path.suffix == ".npz":  # of the original ViTs, which timm reads its own way
+        overlay |= {"file": str(weights.path), "custom_load": True}
+    else:
+        tensors = dict(weights.backbone)
+        if hasattr(like, "aux_head"):
+            tensors |= {f"aux_head.{name}": tensor for name, tensor in weights.token_head.items()}
+        overlay |= {"state_dict": tensors, "custom_load": False}
+    network: Any = None
+    with _missing_in_timm() as missing:
+        try:
+            with torch.random.fork_rng(devices=[]), hub_or_cache(online=False):
+                network = create(
+                    num_classes=overlay["num_classes"], pretrained=True, pretrained_cfg_overlay=overlay
+                )
+        except Exception as error:  # timm's loaders raise whatever they run into
+            missing.append(first_line(error))
+    if missing:
+        wanted = like.state_dict()
+        heads = tuple(f"{name}." for name in ("aux_head", *classifiers(like)))
+        complaint = misfit(
+            weights.backbone,
+            wanted,
+            spared=[name for name in wanted if name.startswith(heads)],
+            called=lambda name: weights.name_in_file(f"backbone.{name}"),
+        )
+        why = complaint if weights.backbone and complaint else missing[0]
+        raise WeightsError(f"{weights.path} is for another model or other options: {why}")
+    network.pretrained_cfg.pop("state_dict", None)
+    return network
+
+
+@contextmanager
+def _missing_in_timm() -> Iterator[list[str]]:
+    """Collect what timm logs of parameters without weights: it loads some models, such as dla, without strictness."""
+    found: list[str] = []
+    logger = logging.getLogger("timm.models._builder")
+
+    def collect(record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        if message.startswith("Missing keys"):
+            found.append(message)
+        return record.levelno >= level and not message.startswith("Unexpected keys")
+
+    level = logger.getEffectiveLevel()
+    before = logger.level
+    logger.setLevel(logging.INFO)
+    logger.addFilter(collect)
+    try:
+        yield found
+    finally:
+        logger.removeFilter(collect)
+        logger.setLevel(before)
+
+
+def classifiers(network: Any) -> tuple[str, ...]:
+    """Return what a timm model calls its classifiers."""
+    names = getattr(network, "pretrained_cfg", {}).get("classifier") or CLASSIFIERS
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def count_classes(weights: Weights, network: nn.Module) -> int:
+    """Return how many rows the classifier of such a network has in a file; 0 without one."""
+    if weights.path.suffix == ".npz":
+        with np.load(weights.path) as arrays:
+            return len(arrays["head/bias"]) if "head/bias" in arrays else 0
+    for name in (*classifiers(network), *CLASSIFIERS):
+        weight = weights.backbone.get(f"{name}.weight")
+        if weight is not None and weight.ndim in (2, 4):
+            return len(weight)
+    return 0
+
+
+def _fit_heads(
+    found: dict[str, Tensor],
+    wanted: dict[str, Tensor],
+    heads: list[str],
+    path: Path,
+    rows: Callable[[int], Mapping[int, int]] | None,
+) -> set[str]:
+    """Put the rows of the model's classes into the heads in `found`; return the names of those that start anew."""
+    new: set[str] = set()
+    kept: dict[tuple[int, int], Mapping[int, int]] = {}
+    for name in heads:
+        own, theirs = wanted[name], found.pop(name, None)
+        if theirs is None or theirs.shape[1:] != own.shape[1:]:
+            new.add(name)
+            continue
+        counts = (len(own), len(theirs))
+        if counts not in kept:
+            kept[counts] = rows(len(theirs)) if rows else {}
+        taken = kept[counts]
+        if taken and max(taken) < len(own):
+            found[name] = own.clone()
+            found[name][list(taken)] = theirs[list(taken.values())].to(own)
+        elif len(theirs) == len(own):
+            found[name] = theirs
+        else:
+            new.add(name)
+    for (ours, count), taken in kept.items():
+        if taken and taken != {row: row for row in range(max(ours, count))}:
+            say(
+                f"{path}: {len(taken):,} of {ours:,} classes begin with their rows of its heads for {count:,}, by name"
+            )
+    return new
+
+
+def _begin_as_classifier(model: Any, found: dict[str, Tensor], new: Collection[str]) -> list[str]:
+    """Let a linear token head that the file lacks begin as its classifier, which has seen the same features."""
+    if model.stage is not None or not isinstance(model.token_head, nn.Linear):
+        return []
+    names = {f"token_head.{name}": own for name, own in model.token_head.state_dict().items()}
+    head = f"backbone.{classifiers(model.backbone)[0]}"
+    for name, own in names.items():
+        classifier = found.get(name.replace("token_head", head))
+        if (
+            name not in new
+            or classifier is None
+            or classifier.flatten(1 if own.ndim > 1 else 0).shape != own.shape
+        ):
+            return []
+    found |= {name: found[name.replace("token_head", head)].reshape(own.shape) for name, own in names.items()}
+    return list(names)
+
+
+def misfit(
+    found: Mapping[str, Tensor],
+    wanted: Mapping[str, Tensor],
+    *,
+    spared: Collection[str],
+    called: Callable[[str], str] = str,
+) -> str:
+    """Return the first names in which tensors differ from those of a model, on both sides; "" where they fit.
+
+    `spared`: what need not be there, or fit. `called`: what the file calls a tensor of the model.
+    """
+    lacks = wanted.keys() - found.keys() - {*spared}
+    others = [
+        f"{called(name)} ({_size(found[name])}, not {_size(wanted[name])})"
+        for name in sorted(found.keys() & wanted.keys() - {*spared})
+        if found[name].shape != wanted[name].shape
+    ]
+    return "; ".join(
+        f"{what} {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        for what, names in (
+            ("it lacks", sorted(called(name) for name in lacks if not name.endswith("num_batches_tracked"))),
+            (
+                "it has",
+                sorted(
+                    called(name)
+                    for name in found.keys() - wanted.keys()
+                    if not name.startswith("token_head.")
+                ),
+            ),
+            ("sizes differ:", others),
+        )
+        if names
+    )
+
+
+def _size(tensor: Tensor) -> str:
+    return " x ".join(map(str, tensor.shape)) or "a number"
 
 
 def adapter_name(name: str) -> str:
@@ -83,100 +329,6 @@ def adapter_name(name: str) -> str:
         return name
     head, dot, rest = name.partition("aux_head.")
     return f"token_head.{rest}" if dot and not head else f"backbone.{name}"
-
-
-def read_checkpoint(path: str | Path, *, average: bool = False) -> dict[str, Tensor]:
-    """Return the tensors of a checkpoint by name, without the `module.` that parallel training puts before.
-
-    `path`: a file, or a folder with `model.safetensors` (the average: `ema.safetensors`), as our runs write.
-
-    Raises WeightsError for what cannot be read without running its code, and for a file without `average`.
-    """
-    path = Path(path)
-    if path.is_dir():
-        path, average = path / ("ema.safetensors" if average else "model.safetensors"), False
-    if not path.is_file():
-        raise WeightsError(f"{path}: no such file; expected weights as .safetensors, .pth or .pth.tar")
-    contents = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
-    keys = AVERAGE_KEYS if average else WEIGHTS_KEYS
-    inner = next((contents[key] for key in keys if key in contents), None)
-    if inner is None and average:
-        raise WeightsError(
-            f"{path} has no averaged weights (none of {', '.join(AVERAGE_KEYS)}); load it without"
-        )
-    tensors = {
-        name.removeprefix("module."): value
-        for name, value in (contents if inner is None else inner).items()
-        if isinstance(value, Tensor)
-    }
-    if not tensors:
-        raise WeightsError(f"{path} holds no tensors; it has {', '.join(map(str, contents)) or 'nothing'}")
-    return tensors
-
-
-_NAMES_KEYS = ("class_names", "classes", "class_to_idx", "idx_to_class", "id2label", "label2id")
-
-
-def read_class_names(path: str | Path) -> tuple[str, ...]:
-    """Return the class names that come with a file of weights; none if nobody says them.
-
-    They are in the metadata of our exports, beside our checkpoints, in the config.json of a folder for timm, and where
-    people put them in a .pth: `class_names`, `classes`, or a mapping such as `class_to_idx`.
-    """
-    path = Path(path)
-    folder = path if path.is_dir() else path.parent
-    found: Any = None
-    with suppress(OSError, ValueError, SafetensorError, AttributeError, TypeError):
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                found = json.loads((file.metadata() or {}).get("class_names", "null"))
-        elif path.is_file() and path.suffix != ".npz":  # of the original ViTs
-            contents = _read_pickle(path)
-            stated = (
-                contents[key] for key in _NAMES_KEYS if isinstance(contents.get(key), (list, tuple, dict))
-            )
-            found = next(stated, None)
-        if found is None and (path.is_dir() or path.name in ("model.safetensors", "ema.safetensors")):
-            state = folder / "state.json"
-            beside = json.loads((state if state.exists() else folder / "config.json").read_text("utf-8"))
-            beside = {**beside.get("pretrained_cfg", {}), **beside}
-            found = beside.get("class_names") or beside.get("label_names")
-    return names_in_order(found)
-
-
-def names_in_order(names: Any) -> tuple[str, ...]:
-    """Return class names as files state them: a list, names by id, which may have gaps, or ids by name."""
-    if isinstance(names, dict):
-        is_by_name = all(isinstance(place, int) for place in names.values())
-        pairs = [(place, name) if is_by_name else (name, place) for name, place in names.items()]
-        by_id = {int(place): name for place, name in pairs if str(place).isdecimal()}
-        names = [by_id.get(i, str(i)) for i in range(max(by_id, default=-1) + 1)]
-    return tuple(map(str, names)) if isinstance(names, (list, tuple)) else ()
-
-
-def _read_safetensors(path: Path) -> dict[str, Any]:
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise WeightsError(f"{path} is damaged or no safetensors file ({error}); get it again") from error
-
-
-def _read_pickle(path: Path) -> dict[str, Any]:
-    try:
-        with torch.serialization.safe_globals([Namespace]):  # the options of the run, beside the weights
-            contents = torch.load(path, map_location="cpu", weights_only=True)
-    except UnpicklingError as error:
-        raise WeightsError(
-            f"{path} holds more than tensors, and reading it could run any code. If you trust where it is from, "
-            f"convert it once: python -c \"import torch; f = torch.load('{path}', weights_only=False); "
-            f"keys = {WEIGHTS_KEYS + AVERAGE_KEYS}; torch.save({{k: v for k, v in f.items() "
-            f"if k in keys or torch.is_tensor(v)}}, '{path}.tensors.pth')\""
-        ) from error
-    except (RuntimeError, EOFError, OSError, LookupError, TypeError, ValueError) as error:
-        raise WeightsError(f"{path} is damaged or no checkpoint ({error}); get it again") from error
-    if not isinstance(contents, dict):
-        raise WeightsError(f"{path} holds a {type(contents).__name__}, expected a dictionary of tensors")
-    return contents
 
 
 def resize_all_positions(
@@ -189,7 +341,12 @@ def resize_all_positions(
     resized = []
     for key, ours in model.state_dict().items():
         theirs = found.get(key)
-        if theirs is None or key.rpartition(".")[2] != "pos_embed" or theirs.ndim != 3:
+        if theirs is None or key.rpartition(".")[2] != "pos_embed" or theirs.ndim != ours.ndim:
+            continue
+        if ours.ndim == 4 and theirs.shape != ours.shape:  # a map: VOLO's channels last, PiT's channels first
+            found[key] = _resize_map(theirs, ours.shape)
+            resized.append(key)
+        if ours.ndim != 3:
             continue
         num_prefix = ours.shape[1] - model.grid[0] * model.grid[1]
         num_positions = theirs.shape[1] - num_prefix
@@ -202,6 +359,13 @@ def resize_all_positions(
     return tuple(resized)
 
 
+def _resize_map(positions: Tensor, shape: torch.Size) -> Tensor:
+    if positions.shape[1] == shape[1]:
+        return F.interpolate(positions.float(), size=tuple(shape[2:]), mode="bicubic")
+    planes = positions.permute(0, 3, 1, 2).float()
+    return F.interpolate(planes, size=tuple(shape[1:3]), mode="bicubic").permute(0, 2, 3, 1)
+
+
 def _guess_grid(num_positions: int, new_grid: tuple[int, int], *, name: str) -> tuple[int, int]:
     if num_positions == new_grid[0] * new_grid[1]:
         return new_grid
@@ -211,37 +375,3 @@ def _guess_grid(num_positions: int, new_grid: tuple[int, int], *, name: str) -> 
             f"{name}: {num_positions} positions are no square; say their grid (h, w) by `grid`"
         )
     return side, side
-
-
-def _other_heads(found: dict[str, Tensor], wanted: dict[str, Tensor], *, num_classes: int) -> set[str]:
-    """Return the names of what differs in the number of classes and in nothing else."""
-    return {
-        name
-        for name in found.keys() & wanted.keys()
-        if wanted[name].shape[:1] == (num_classes,)
-        and found[name].shape[:1] != (num_classes,)
-        and found[name].shape[1:] == wanted[name].shape[1:]
-    }
-
-
-def _check_fit(
-    found: dict[str, Tensor], wanted: dict[str, Tensor], *, new_heads: set[str], path: Path
-) -> None:
-    lacks = [
-        name
-        for name in wanted
-        if name not in found and name not in new_heads and not name.endswith("num_batches_tracked")
-    ]
-    unknown = [name for name in found if name not in wanted]
-    others = [
-        f"{name} ({' x '.join(map(str, found[name].shape))}, not {' x '.join(map(str, wanted[name].shape))})"
-        for name in found.keys() & wanted.keys()
-        if found[name].shape != wanted[name].shape
-    ]
-    complaints = [
-        f"{what} {', '.join(sorted(names)[:3])}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        for what, names in (("it lacks", lacks), ("it has", unknown), ("sizes differ:", others))
-        if names
-    ]
-    if complaints:
-        raise WeightsError(f"{path} is for another model or other options: {'; '.join(complaints)}")

@@ -8,13 +8,18 @@ second head's `auxiliary_head.NAME`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Set
 from pathlib import Path
 
 from torch import Tensor
 
 from tokenlabel.models import WeightsError
-from tokenlabel.models.weights import adapter_name, read_checkpoint, resize_all_positions
+from tokenlabel.models.weights import (
+    adapter_name,
+    load_published,
+    misfit,
+    read_checkpoint,
+    resize_all_positions,
+)
 from tokenlabel.segmentation.model import SegmentationModel
 from tokenlabel.training.checkpoint import is_run, newest_checkpoint
 
@@ -33,18 +38,17 @@ def load_weights(model: SegmentationModel, path: str | Path, *, average: bool = 
     resized bicubically. Classifiers for other classes are left out and start anew, with a warning.
     Raises WeightsError, and leaves the model alone, where anything else does not fit: it lists the names.
     """
-    found, name = _read(Path(path), average=average)
-    if any(key.startswith(HEAD) for key in found):
-        return _load_all(model, found, name=name)
-    return _load_backbone(model, found, name=name)
-
-
-def _read(path: Path, *, average: bool) -> tuple[dict[str, Tensor], str]:
+    path = Path(path)
     if is_run(path):
         path = newest_checkpoint(path)
     if path.is_dir():
         average = (path / "ema.safetensors").exists()
-    return read_checkpoint(path, average=average), str(path)
+    found = read_checkpoint(path, average=average)
+    if any(key.startswith(HEAD) for key in found):
+        return _load_all(model, found, name=str(path))
+    spared = {key.removeprefix("backbone.") for key in model.unreached}
+    load_published(model.backbone, path, average=average, spared=spared)
+    return frozenset(name for name, _ in model.named_parameters() if not name.startswith("backbone."))
 
 
 def _load_all(model: SegmentationModel, found: dict[str, Tensor], *, name: str) -> frozenset[str]:
@@ -71,45 +75,9 @@ def _load_all(model: SegmentationModel, found: dict[str, Tensor], *, name: str) 
         and found[key].shape != wanted[key].shape
     }
     spared = model.unreached | other_classes
-    _check_fit(found, wanted, spared=spared, name=name)
+    if complaint := misfit(found, wanted, spared=spared):
+        raise WeightsError(f"{name} is for another model or other options: {complaint}")
     model.load_state_dict({key: found[key] for key in found if key not in spared}, strict=False)
     if other_classes:
         LOGGER.warning("%s is for other classes: %s start anew", name, ", ".join(sorted(other_classes)))
     return frozenset(other_classes)
-
-
-def _load_backbone(model: SegmentationModel, found: dict[str, Tensor], *, name: str) -> frozenset[str]:
-    backbone, found = model.backbone, {adapter_name(key): tensor for key, tensor in found.items()}
-    spared = {key.removeprefix("backbone.") for key in model.unreached if key.startswith("backbone.")}
-    resize_all_positions(found, backbone, name=name)
-    _check_fit(found, backbone.state_dict(), spared=spared, name=name)
-    backbone.load_state_dict({key: found[key] for key in found if key not in spared}, strict=False)
-    return frozenset(name for name, _ in model.named_parameters() if not name.startswith("backbone."))
-
-
-def _check_fit(found: dict[str, Tensor], wanted: dict[str, Tensor], *, spared: Set[str], name: str) -> None:
-    lacks = [
-        key
-        for key in wanted
-        if key not in found and key not in spared and not key.endswith("num_batches_tracked")
-    ]
-    others = [
-        f"{key} ({_size(found[key])}, not {_size(wanted[key])})"
-        for key in wanted.keys() & found.keys() - spared
-        if found[key].shape != wanted[key].shape
-    ]
-    complaints = [
-        f"{what} {', '.join(sorted(keys))}"
-        for what, keys in (
-            ("it lacks", lacks),
-            ("it has", [key for key in found if key not in wanted]),
-            ("sizes differ:", others),
-        )
-        if keys
-    ]
-    if complaints:
-        raise WeightsError(f"{name} is for another model or other options: {'; '.join(complaints)}")
-
-
-def _size(tensor: Tensor) -> str:
-    return " x ".join(map(str, tensor.shape)) or "a number"

@@ -223,6 +223,8 @@ def _description(trained: TrainedModel) -> dict[str, Any]:
         "mean": trained.model.mean,
         "std": trained.model.std,
         "class_names": trained.class_names,
+        "crop_fraction": trained.recipe.eval.crop_fraction,
+        "uses_token_labels": trained.recipe.uses_token_labels,
     }
 
 

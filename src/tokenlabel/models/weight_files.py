@@ -1,0 +1,260 @@
+"""Files of weights: which tensors of a network lie in a checkpoint of anybody's, under which key and prefix.
+
+Files are never allowed to run code: pickles are read with `weights_only=True`.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import re
+from argparse import Namespace
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import date, datetime, time, timedelta, timezone
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tokenlabel.runtime.errors import first_line
+from tokenlabel.runtime.notices import listed, say
+
+# How files and modules call a running average of the weights: state_dict_ema, model_ema.module., teacher. (DINO's).
+AVERAGE = re.compile(r"(^|[._/])(ema|swa|avg|averaged?|teacher)([._/]|$)")
+
+# What torch.compile and FSDP put into names, anywhere in them.
+WRAPPED = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+
+# Heads for tokens: ours, and what networks that were made with one call it.
+TOKEN_HEADS = ("token_head.", "aux_head.")
+
+# What people call the class names beside the weights.
+NAMES_KEYS = ("class_names", "classes", "class_to_idx", "idx_to_class", "id2label", "label2id")
+
+# Beside tensors, pickles may hold the options of the run and figures; none of these runs code.
+_PATHS = {"PosixPath": pathlib.PurePosixPath, "WindowsPath": pathlib.PureWindowsPath}
+_PATHS |= {f"Pure{name}": kind for name, kind in _PATHS.items()}
+_FIGURES = {"scalar": np.float32(0).__reduce__()[0], "_reconstruct": np.zeros(1).__reduce__()[0]}
+HARMLESS: list[Any] = [
+    *(Namespace, date, datetime, time, timedelta, timezone, np.dtype, np.ndarray),
+    *{type(np.dtype(code)) for code in "?bBhHiIlLqQefdgFDSUOM"},
+    *((kind, f"{room}.{name}") for name, kind in _PATHS.items() for room in ("pathlib", "pathlib._local")),
+    *((f, f"numpy.{room}.multiarray.{name}") for name, f in _FIGURES.items() for room in ("core", "_core")),
+]
+
+
+class WeightsError(ValueError):
+    """A file that holds no weights, or weights of another model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """The tensors of a network in a file, by the network's names; `prefix` is what the file has before them."""
+
+    path: Path
+    prefix: str
+    backbone: dict[str, Tensor]
+    token_head: dict[str, Tensor]
+
+    def name_in_file(self, name: str) -> str:
+        """Return what the file calls a tensor of an adapter, or would call it."""
+        if name.startswith("backbone."):
+            return self.prefix + name.removeprefix("backbone.")
+        return self.prefix.removesuffix("backbone.") + name
+
+
+def read_weights(path: str | Path, wanted: Collection[str], *, average: bool | None = False) -> Weights:
+    """Return the tensors of a network with the names `wanted`, wherever in a file they lie; say what is passed over.
+
+    `average`: see `load_published`; None takes the averaged ones where there are some.
+    """
+    path = Path(path)
+    if path.suffix == ".npz" and path.is_file():
+        return Weights(path, "", {}, {})
+    path, groups = _read(path, average=average)
+    group, prefix = _choose(groups, wanted, average=average, path=path)
+    outer, tensors = prefix.removesuffix("backbone."), groups[group]
+    backbone, token_head, outside = {}, {}, []
+    for name, tensor in tensors.items():
+        if (inner := name.removeprefix(outer)).startswith(TOKEN_HEADS):
+            token_head[inner.partition("head.")[2]] = tensor
+        elif name.startswith(prefix):
+            backbone[name[len(prefix) :]] = tensor
+        else:
+            outside.append(name)
+    if outside:
+        where = ": ".join(part for part in (group, prefix) if part)
+        say(f"{path}: takes {where}, and passes over {listed(outside)} ({len(outside):,} tensors)")
+    return Weights(path, prefix, backbone, token_head)
+
+
+def read_checkpoint(path: str | Path, *, average: bool = False) -> dict[str, Tensor]:
+    """Return the tensors of a checkpoint by name, without the `module.` that parallel training puts before.
+
+    `path`: a file, or a folder with `model.safetensors` (the average: `ema.safetensors`), as our runs write.
+
+    Raises WeightsError for what cannot be read without running its code, and for a file without `average`.
+    """
+    path, groups = _read(Path(path), average=average)
+    group, prefix = _choose(groups, (), average=average, path=path)
+    return {name.removeprefix(prefix): tensor for name, tensor in groups[group].items()}
+
+
+def _read(path: Path, *, average: bool | None) -> tuple[Path, dict[str, dict[str, Tensor]]]:
+    """Return the file, and the dictionaries of tensors in it by their keys ("" for the outermost)."""
+    if path.is_dir():
+        names = ("ema.safetensors", "model.safetensors")
+        name = names[not average] if average is not None else names[not (path / names[0]).exists()]
+        path = path / name
+    if not path.is_file():
+        raise WeightsError(f"{path}: no such file; expected weights as .safetensors, .pth or .pth.tar")
+    contents = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    groups = dict(_groups(contents))
+    if path.name == "ema.safetensors":
+        groups = {f"averaged{name}": tensors for name, tensors in groups.items()}
+    if not groups:
+        raise WeightsError(f"{path} holds no tensors; it has {', '.join(map(str, contents)) or 'nothing'}")
+    return path, groups
+
+
+def _groups(contents: Mapping[Any, Any], name: str = "") -> Iterator[tuple[str, dict[str, Tensor]]]:
+    named = {key: value for key, value in contents.items() if isinstance(key, str)}
+    tensors = {WRAPPED.sub("", key): value for key, value in named.items() if isinstance(value, Tensor)}
+    if tensors:
+        yield name, tensors
+    for key, value in named.items():
+        if isinstance(value, Mapping):
+            yield from _groups(value, f"{name}.{key}" if name else key)
+
+
+def _choose(
+    groups: dict[str, dict[str, Tensor]], wanted: Collection[str], *, average: bool | None, path: Path
+) -> tuple[str, str]:
+    """Return the key of a dictionary and the prefix in it under which most of the wanted names are.
+
+    Where few are, timm may know the names: then only what wraps a whole model is a prefix.
+    """
+    votes: Counter[tuple[str, str]] = Counter()
+    for group, tensors in groups.items():
+        for name in tensors:
+            starts = [0, *(match.end() for match in re.finditer(r"\.", name))]
+            votes.update((group, name[:start]) for start in starts if name[start:] in wanted)
+    most = max(votes.values(), default=0)
+    if 4 * most < len(wanted) or not wanted:
+        votes = Counter({(group, _wrapper(tensors)): len(tensors) for group, tensors in groups.items()})
+        most = max(votes.values())
+    places = [place for place, count in votes.most_common() if 2 * count >= most]
+    averaged = [place for place in places if AVERAGE.search(".".join(place))]
+    plain = [place for place in places if place not in averaged]
+    if average and not averaged:
+        there = listed([f"{group or 'tensors'} ({len(groups[group]):,} tensors)" for group in groups])
+        raise WeightsError(f"{path} has no averaged weights; it has {there}; load it without (model.average)")
+    if averaged and average is not True and (average is None or not plain):
+        say(f"{path}: takes the averaged weights ({': '.join(filter(None, averaged[0]))})")
+    return (averaged if averaged and average is not False else plain or averaged)[0]
+
+
+def _wrapper(tensors: Collection[str]) -> str:
+    """Return what most names begin with, if it is what people call a whole model."""
+    prefix = ""
+    while True:
+        inner = Counter(name[len(prefix) :].partition(".")[0] for name in tensors if name.startswith(prefix))
+        (first, count), *_ = inner.most_common(1)
+        if first not in ("module", "model", "net") or 2 * count < len(tensors):
+            return prefix
+        prefix += f"{first}."
+
+
+def read_description(path: str | Path) -> dict[str, Any]:
+    """Return what a file or checkpoint of ours says of its network: name, options, image size, crop, trained heads."""
+    path = Path(path)
+    state = (path if path.is_dir() else path.parent) / "state.json"
+    with suppress(OSError, ValueError, SafetensorError, KeyError, TypeError):
+        if state.exists() and (path.is_dir() or path.name in ("model.safetensors", "ema.safetensors")):
+            recipe = json.loads(state.read_text("utf-8"))["recipe"]
+            model, loss = recipe["model"], recipe["loss"]
+            taught = recipe["data"]["labels"] is not None or loss["teacher"]["name"] is not None
+            said = {"model": model["name"], "size_px": model["size_px"], "options": model["options"]}
+            said["crop_fraction"] = recipe["eval"]["crop_fraction"]
+            return {**said, "uses_token_labels": taught and loss["beta"] > 0}
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+            if metadata.keys() >= {"model", "options", "size_px"}:
+                return {key: json.loads(value) for key, value in metadata.items() if key != "format"}
+    return {}
+
+
+def read_class_names(path: str | Path) -> tuple[str, ...]:
+    """Return the class names that come with a file of weights; none if nobody says them.
+
+    They are in the metadata of our exports, beside our checkpoints, in the config.json of a folder for timm, and where
+    people put them in a .pth: `class_names`, `classes`, or a mapping such as `class_to_idx`.
+    """
+    path = Path(path)
+    folder = path if path.is_dir() else path.parent
+    found: Any = None
+    with suppress(OSError, ValueError, SafetensorError, AttributeError, TypeError):
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                found = json.loads((file.metadata() or {}).get("class_names", "null"))
+        elif path.is_file() and path.suffix != ".npz":  # of the original ViTs
+            contents = _read_pickle(path)
+            stated = (
+                contents[key] for key in NAMES_KEYS if isinstance(contents.get(key), (list, tuple, dict))
+            )
+            found = next(stated, None)
+        if found is None and (path.is_dir() or path.name in ("model.safetensors", "ema.safetensors")):
+            state = folder / "state.json"
+            beside = json.loads((state if state.exists() else folder / "config.json").read_text("utf-8"))
+            beside = {**beside.get("pretrained_cfg", {}), **beside}
+            found = beside.get("class_names") or beside.get("label_names")
+    return names_in_order(found)
+
+
+def names_in_order(names: Any) -> tuple[str, ...]:
+    """Return class names as files state them: a list, names by id, which may have gaps, or ids by name."""
+    if isinstance(names, dict):
+        is_by_name = all(isinstance(place, int) for place in names.values())
+        pairs = [(place, name) if is_by_name else (name, place) for name, place in names.items()]
+        by_id = {int(place): name for place, name in pairs if str(place).isdecimal()}
+        names = [by_id.get(i, str(i)) for i in range(max(by_id, default=-1) + 1)]
+    return tuple(map(str, names)) if isinstance(names, (list, tuple)) else ()
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise WeightsError(f"{path} is damaged or no safetensors file ({error}); get it again") from error
+
+
+def _read_pickle(path: Path) -> dict[str, Any]:
+    try:
+        with torch.serialization.safe_globals(HARMLESS):
+            contents = torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        stranger = re.search(r"GLOBAL (\S+)|global (\S+)", str(error))
+        what = f" ({stranger[1] or stranger[2]})" if stranger else ""
+        raise WeightsError(
+            f"{path} holds more than tensors{what}, and reading it could run any code. If you trust where it is from, "
+            f"convert it once: python -c \"import torch; f = torch.load('{path}', weights_only=False); "
+            "s = lambda v: v.state_dict() if hasattr(v, 'state_dict') else v; "
+            "t = lambda d: {k: t(s(v)) if isinstance(s(v), dict) else v for k, v in s(d).items() "
+            f"if torch.is_tensor(v) or isinstance(s(v), (dict, str, int))}}; torch.save(t(f), '{path}.tensors.pth')\""
+        ) from error
+    except (RuntimeError, EOFError, OSError, LookupError, TypeError, ValueError) as error:
+        raise WeightsError(
+            f"{path} is damaged or no checkpoint ({first_line(error)}); get it again"
+        ) from error
+    if not isinstance(contents, dict):
+        raise WeightsError(f"{path} holds a {type(contents).__name__}, expected a dictionary of tensors")
+    return contents
