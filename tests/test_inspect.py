@@ -334,7 +334,7 @@ def test_failures_are_counted(tmp_path):
     LabelStoreWriter(tmp_path, manifest(failures=(Failure("x", "y"),)))
     found = inspect_store(LabelStore(tmp_path))
     assert found.num_failures == 1
-    assert "1 images failed: manifest.json says why" in as_text(found.as_dict())
+    assert "1 image failed: manifest.json says why" in as_text(found.as_dict())
 
 
 def test_failures_of_all_folders_count_but_not_those_that_another_labelled(folder, tmp_path):
