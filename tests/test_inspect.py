@@ -150,8 +150,16 @@ def test_pictures_show_the_most_and_the_least_certain(folder, tmp_path):
     uncertain_ones = [("bee/2.png", "bee", "25"), ("bee/1.png", "bee", "50")]
     assert shown == [*certain_ones, *uncertain_ones, ("cat/1.png", "cat", "75")]
     assert page.count("data:image/png;base64") == 10
+    assert "4 labels; all of them were looked at. Left:" in page
     assert page.count("dog 75%") == 2, "the most probable class of the doubtful one"
     assert "http" not in page
+
+
+def test_pictures_of_some_of_the_images(folder, tmp_path):
+    (tmp_path / "images" / "ape").mkdir(parents=True)
+    Image.new("RGB", (4, 4)).save(tmp_path / "images" / "ape" / "1.png")
+    write_pictures(LabelStore(folder), ImageFolder(tmp_path / "images"), tmp_path / "x.html")
+    assert "4 labels; these are from 1. Left:" in (tmp_path / "x.html").read_text()
 
 
 def test_pictures_of_other_images(folder, tmp_path):
