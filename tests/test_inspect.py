@@ -150,8 +150,16 @@ def test_pictures_show_the_most_and_the_least_certain(folder, tmp_path):
     uncertain_ones = [("bee/2.png", "bee", "25"), ("bee/1.png", "bee", "50")]
     assert shown == [*certain_ones, *uncertain_ones, ("cat/1.png", "cat", "75")]
     assert page.count("data:image/png;base64") == 10
+    assert "4 labels; all of them were looked at. Left:" in page
     assert page.count("dog 75%") == 2, "the most probable class of the doubtful one"
     assert "http" not in page
+
+
+def test_pictures_of_some_of_the_images(folder, tmp_path):
+    (tmp_path / "images" / "ape").mkdir(parents=True)
+    Image.new("RGB", (4, 4)).save(tmp_path / "images" / "ape" / "1.png")
+    write_pictures(LabelStore(folder), ImageFolder(tmp_path / "images"), tmp_path / "x.html")
+    assert "4 labels; these are from 1. Left:" in (tmp_path / "x.html").read_text()
 
 
 def test_pictures_of_other_images(folder, tmp_path):
@@ -334,7 +342,7 @@ def test_failures_are_counted(tmp_path):
     LabelStoreWriter(tmp_path, manifest(failures=(Failure("x", "y"),)))
     found = inspect_store(LabelStore(tmp_path))
     assert found.num_failures == 1
-    assert "1 images failed: manifest.json says why" in as_text(found.as_dict())
+    assert "1 image failed: manifest.json says why" in as_text(found.as_dict())
 
 
 def test_failures_of_all_folders_count_but_not_those_that_another_labelled(folder, tmp_path):

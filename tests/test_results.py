@@ -125,6 +125,11 @@ def test_charts_show_every_row_and_are_the_same_for_the_same_figures():
     assert "<svg" in as_svg(curve_chart({"one": ("step", {"a": [(0, 1), (1, 2)], "b": []})}, columns=1))
 
 
+def test_a_line_of_a_single_point_is_a_dot():
+    figure = curve_chart({"one": ("step", {"short": [(2, 1)], "long": [(1, 1), (2, 3)]})})
+    assert [line.get_marker() for line in figure.axes[0].lines] == ["o", ""]
+
+
 def test_a_row_without_a_figure_leaves_its_place_in_the_chart_empty():
     found = found_of(a=[(0.8, None)], b=[(0.7, 1.0)])
     panels = interval_panels(found, ["top1", "loss"])

@@ -50,9 +50,17 @@ def curve_chart(panels: Mapping[str, tuple[str, Mapping[str, Points]]], *, colum
 
 
 def _draw_line(axis: Axes, points: Points, *, number: int) -> Line2D:
-    """Draw the line of a number: ten colours, then the same dashed."""
-    style = "-" if number < 10 else "--"
-    return axis.plot(*zip(*points, strict=True), linewidth=1.3, color=f"C{number % 10}", linestyle=style)[0]
+    """Draw the line of a number: ten colours, then the same dashed. A single point makes no line, and is a dot."""
+    style, marker = "-" if number < 10 else "--", "o" if len(points) == 1 else ""
+    (line,) = axis.plot(
+        *zip(*points, strict=True),
+        linewidth=1.3,
+        color=f"C{number % 10}",
+        linestyle=style,
+        marker=marker,
+        markersize=4,
+    )
+    return line
 
 
 def as_svg(figure: Figure) -> str:

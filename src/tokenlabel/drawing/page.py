@@ -82,6 +82,7 @@ th:first-child, td:first-child {{ text-align: left }} thead th {{ color: #5b6478
 .gallery {{ display: grid; grid-template-columns: repeat(4, 1fr); gap: .9rem }}
 figure {{ margin: 0 }} img {{ width: 100%; border-radius: 4px; display: block }}
 figcaption {{ font-size: 12px; color: #5b6478; overflow-wrap: anywhere }} svg {{ max-width: 100%; height: auto }}
+.gallery img {{ max-height: 20rem; object-fit: contain; object-position: left top }}
 </style></head><body><h1>{title}</h1>
 {body}
 </body></html>

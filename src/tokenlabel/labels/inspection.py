@@ -340,9 +340,10 @@ def _suspect(look: Look, class_id: int, store: LabelStore) -> Suspect:
 def as_text(figures: Mapping[str, Any]) -> str:
     """Return the figures of `Inspection.as_dict` for people; a figure more may be there, `mask_agreement`."""
     reasons = ": manifest.json says why" if figures["num_failures"] else ""
+    failed = "image" if figures["num_failures"] == 1 else "images"
     lines = [
         f"{figures['num_images']:,} labels ({figures['kind']}), top {figures['topk']} of {figures['num_classes']:,} "
-        f"classes; {figures['num_failures']:,} images failed{reasons}",
+        f"classes; {figures['num_failures']:,} {failed} failed{reasons}",
         *_doubts(figures),
         f"{'size':<24}{figures['bytes_per_image']:,.0f} bytes an image, files: {figures['num_files']:,}, "
         f"encoding {figures['encoding']}",

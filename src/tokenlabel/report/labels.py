@@ -63,11 +63,13 @@ def write_pictures(store: LabelStore, source: ImageSource, output: Path, *, coun
                 say(f"{error}: its picture is left out")
         if figures:
             sections.append(f"<h2>{title}</h2>\n<p>{SECTIONS[title]}</p>\n<div>{''.join(figures)}</div>")
+    whole = "all of them were looked at" if len(looks) == len(store) else f"these are from {len(looks):,}"
+    how = " drawn at random" if len(keys) > len(looks) else ""
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(
         _PAGE.format(
             title=html.escape(" + ".join(map(str, store.folders))),
-            about=f"{len(store):,} labels; these are from {len(looks):,} drawn at random.",
+            about=f"{len(store):,} labels; {whole}{how}.",
             body="\n".join(sections),
         ),
         encoding="utf-8",
@@ -117,7 +119,8 @@ body {{ font: 14px/1.4 system-ui, sans-serif; margin: 2em auto; padding: 0 1em; 
 h1 {{ font-size: 22px; }} h2 {{ font-size: 18px; margin: 1.6em 0 0; }} p {{ margin: .3em 0 .8em; color: #555; }}
 div {{ display: flex; flex-wrap: wrap; gap: 1.2em 2em; }}
 figure {{ margin: 0; width: 456px; overflow-wrap: anywhere; }}
-img {{ width: 224px; margin-right: 4px; vertical-align: top; }}
+img {{ width: 224px; max-height: 320px; object-fit: contain; object-position: left top; margin-right: 4px;
+      vertical-align: top; }}
 figcaption {{ font-size: 13px; margin-top: 3px; }}
 span {{ margin-right: .9em; white-space: nowrap; }}
 i {{ display: inline-block; width: 10px; height: 10px; border-radius: 2px; margin-right: 4px; }}
