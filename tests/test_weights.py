@@ -253,7 +253,7 @@ SWIN: dict[str, Any] = {"depths": (1, 1, 1, 1), "embed_dim": 16, "num_heads": (1
 def test_files_of_timm_fit_other_images_and_classes(
     tmp_path: Path, name: str, options: dict[str, Any], old_px: int | None
 ) -> None:
-    size = {} if old_px is None else {"img_size": old_px}
+    size: dict[str, Any] = {} if old_px is None else {"img_size": old_px}
     register_with_timm()
     theirs: Any = timm.create_model(name, num_classes=7, **options, **size)
     torch.save(theirs.state_dict(), tmp_path / "a.pth")
@@ -264,7 +264,8 @@ def test_files_of_timm_fit_other_images_and_classes(
     assert torch.equal(torch.get_rng_state(), before)
     assert "token_head.weight" in loaded.new_heads
     assert torch.equal(ours.token_head.weight, head)
-    same_px: Any = timm.create_model(name, num_classes=7, **options, **({"img_size": new_px} if size else {}))
+    same_size: dict[str, Any] = {"img_size": new_px} if size else {}
+    same_px: Any = timm.create_model(name, num_classes=7, **options, **same_size)
     wanted = same_px.state_dict()
     for key, value in ours.backbone.state_dict().items():
         if key in theirs.state_dict() and theirs.state_dict()[key].shape == wanted[key].shape == value.shape:
@@ -281,7 +282,7 @@ def convnext_as_published(name: str) -> str:
 
 
 def test_names_that_timm_knows_how_to_change(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    options = {"depths": (1, 1, 1, 1), "dims": (8, 8, 8, 16)}
+    options: dict[str, Any] = {"depths": (1, 1, 1, 1), "dims": (8, 8, 8, 16)}
     theirs: Any = timm.create_model("convnext_atto", num_classes=5, **options)
     published = {convnext_as_published(name): tensor for name, tensor in theirs.state_dict().items()}
     wrapped = below("module.model.", published, **{"loss.weight": torch.ones(1)})
@@ -426,7 +427,8 @@ def test_pickles_may_hold_what_is_harmless(tmp_path: Path) -> None:
 
 
 def test_what_differs_is_called_as_in_the_file(tmp_path: Path) -> None:
-    other = timm.create_model("vit_tiny_patch16_224", num_classes=5, **{**VIT, "depth": 2}).state_dict()
+    deeper: dict[str, Any] = VIT | {"depth": 2}
+    other = timm.create_model("vit_tiny_patch16_224", num_classes=5, **deeper).state_dict()
     model = create_model("vit_tiny_patch16_224", num_classes=5, size_px=(32, 32), **VIT)
     torch.save(other, tmp_path / "a.pth")
     with pytest.raises(
