@@ -39,6 +39,7 @@ from tokenlabel.labels.inspection import InspectConfig, as_text, inspect_store
 from tokenlabel.labels.store import LabelStore, LabelStoreWriter, StoreError
 from tokenlabel.models import create_model
 from tokenlabel.runtime.background import ahead, thread_pool
+from tokenlabel.teachers import labelling
 from tokenlabel.teachers.annotation import AnnotateConfig, annotate, annotate_by, make_teacher
 from tokenlabel.teachers.classmap import ClassMapError
 from tokenlabel.teachers.labelling import Seen, _by_shape
@@ -424,7 +425,9 @@ def test_scores_that_are_not_finite_are_refused_by_the_images_name(images, tmp_p
         run(images, tmp_path / "labels", Broken())
 
 
-def test_an_interruption_keeps_what_is_finished(images, tmp_path):
+def test_an_interruption_keeps_what_is_finished(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(labelling, "NUM_PACKED_AHEAD", 1)  # nothing that a slow thread has yet to finish
+
     class Stopped(ByColour):
         def probabilities(self, images):
             if self.num_seen >= 4:

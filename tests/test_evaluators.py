@@ -177,7 +177,7 @@ class TwoRanks(Ranks):
         super().__init__(rank=0, world_size=2)
         object.__setattr__(self, "other", other)
 
-    def all(self, value):
+    def all_gather(self, value):
         return [value, self.other]  # type: ignore[attr-defined]
 
 

@@ -20,11 +20,11 @@ from tokenlabel.models.registration import OUR_MODELS
 from tokenlabel.models.weights import (
     build_with,
     count_classes,
+    find_weights,
     load,
     names_in_order,
     read_class_names,
     read_description,
-    read_weights,
 )
 from tokenlabel.runtime.coercion import pair
 from tokenlabel.runtime.errors import first_line
@@ -139,7 +139,7 @@ def _from_file(name: str, path: str, options: dict[str, Any], *, trained_head: b
     create = partial(timm.create_model, name, **options)
     with hub_or_cache(online=False):
         plain: Any = create()
-    weights = read_weights(path, plain.state_dict(), average=None)
+    weights = find_weights(path, plain.state_dict(), average=None)
     if not (weights.token_head and trained_head):
         network: Any = build_with(create, replace(weights, token_head={}), like=plain)
         if hasattr(network, "aux_head"):

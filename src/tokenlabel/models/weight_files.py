@@ -71,7 +71,7 @@ class Weights:
         return self.prefix.removesuffix("backbone.") + name
 
 
-def read_weights(path: str | Path, wanted: Collection[str], *, average: bool | None = False) -> Weights:
+def find_weights(path: str | Path, wanted: Collection[str], *, average: bool | None = False) -> Weights:
     """Return the tensors of a network with the names `wanted`, wherever in a file they lie; say what is passed over.
 
     `average`: see `load_published`; None takes the averaged ones where there are some.

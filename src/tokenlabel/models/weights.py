@@ -20,11 +20,11 @@ from tokenlabel.models.vision_transformer import VisionTransformer, resize_posit
 from tokenlabel.models.weight_files import (
     Weights,
     WeightsError,
+    find_weights,
     names_in_order,
     read_checkpoint,
     read_class_names,
     read_description,
-    read_weights,
 )
 from tokenlabel.runtime.errors import first_line
 from tokenlabel.runtime.notices import say
@@ -36,6 +36,7 @@ __all__ = [
     "adapter_name",
     "build_with",
     "count_classes",
+    "find_weights",
     "load",
     "load_published",
     "misfit",
@@ -43,7 +44,6 @@ __all__ = [
     "read_checkpoint",
     "read_class_names",
     "read_description",
-    "read_weights",
     "resize_all_positions",
 ]
 
@@ -82,7 +82,7 @@ def load_published(
     `model`: any of ours, a `TimmAdapter`. `path`: `.safetensors`, `.pth`, `.pth.tar` and the like, or one of our
     checkpoint folders. `average`: take the running average (EMA) of the weights in the file. For the rest see `load`.
     """
-    weights = read_weights(path, model.backbone.state_dict(), average=average)
+    weights = find_weights(path, model.backbone.state_dict(), average=average)
     return load(model, weights, grid=grid, rows=rows, spared=spared)
 
 
