@@ -120,7 +120,7 @@ def test_without_a_network_weights_are_asked_for_once(name: str, cache: Path, as
 
 
 def test_a_student_that_begins_with_them_fails_as_fast(cache: Path, asked: list[str]) -> None:
-    with pytest.raises(ValueError, match="cannot be reached"):
+    with pytest.raises(ValueError, match=r"cannot be reached; give --model\.weights FILE"):
         create_model(TINY, num_classes=3, size_px=(160, 160), pretrained=True)
     assert len(asked) == 1
 

@@ -272,7 +272,11 @@ def create_timm_adapter(
         with hub_or_cache() if "hub:" in name or options.get("pretrained") else nullcontext():
             backbone = timm.create_model(name, num_classes=num_classes, **options)
     except (*REFUSALS, OSError) as error:
-        raise ValueError(f"{name} cannot be made with the options {options}: {first_line(error)}") from error
+        missing = options.get("pretrained") and isinstance(error, OSError)
+        remedy = "; give --model.weights FILE and --model.options.pretrained false" if missing else ""
+        raise ValueError(
+            f"{name} cannot be made with the options {options}: {first_line(error)}{remedy}"
+        ) from error
     adapter = TimmAdapter(
         backbone,
         name=name,
