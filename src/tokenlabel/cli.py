@@ -28,7 +28,7 @@ from tokenlabel.runtime.arguments import (
     parse,
     write_json,
 )
-from tokenlabel.runtime.environment import environment_number, is_main_process
+from tokenlabel.runtime.environment import environment_number
 from tokenlabel.runtime.errors import FirstRankError
 from tokenlabel.runtime.interruption import Interrupted
 
@@ -153,7 +153,7 @@ def train(arguments: list[str]) -> int:
     recipe = configured(parser, options, Recipe)
 
     from tokenlabel.classification.task import train as train_by_recipe
-    from tokenlabel.runtime.runlog import read_metrics
+    from tokenlabel.runtime.runlog import print_figures
     from tokenlabel.runtime.trackers import tensorboard
 
     device = device_of(options.device)
@@ -167,10 +167,7 @@ def train(arguments: list[str]) -> int:
             trackers=trackers,
             changed_numerics=options.changed_numerics,
         )
-    if is_main_process():
-        print(
-            json.dumps(figures or read_metrics(options.out)[-1])
-        )  # without val images what the last steps said
+    print_figures(figures, options.out)
     return 0
 
 

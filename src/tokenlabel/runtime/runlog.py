@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from tokenlabel.runtime.environment import is_main_process
 from tokenlabel.runtime.files import write_whole
 from tokenlabel.runtime.trackers import Tracker
 
@@ -72,6 +73,12 @@ class RunLog:
         self.bar.close()
         if self._file is not None:
             self._file.close()
+
+
+def print_figures(figures: Mapping[str, Any], run: Path) -> None:
+    """Print a finished run's figures as JSON, once a job; without val images what its last steps said."""
+    if is_main_process():
+        print(json.dumps(figures or read_metrics(run)[-1]))
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

@@ -19,7 +19,6 @@ from tokenlabel.runtime.arguments import (
     parse,
     write_json,
 )
-from tokenlabel.runtime.environment import is_main_process
 from tokenlabel.runtime.ranges import COUNT, check_numbers
 
 if TYPE_CHECKING:
@@ -60,7 +59,7 @@ def _train(arguments: list[str]) -> int:
         "Train a segmentation model by a recipe. The same command continues a run that was stopped.",
     )
 
-    from tokenlabel.runtime.runlog import read_metrics
+    from tokenlabel.runtime.runlog import print_figures
     from tokenlabel.runtime.trackers import tensorboard
     from tokenlabel.segmentation.recipe import SegmentRecipe
     from tokenlabel.segmentation.task import train_segmentation
@@ -84,10 +83,7 @@ def _train(arguments: list[str]) -> int:
             trackers=trackers,
             changed_numerics=options.changed_numerics,
         )
-    if is_main_process():
-        print(
-            json.dumps(figures or read_metrics(options.out)[-1])
-        )  # without val images what the last steps said
+    print_figures(figures, options.out)
     return 0
 
 
