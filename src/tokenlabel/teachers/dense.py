@@ -1,4 +1,4 @@
-"""Networks with logits for every place of an image.
+"""Networks with logits for every location of an image.
 
 The dense map of a classifier is its own head, whatever layers it has, applied at every position of its last
 features: the answer it would give for an image that shows this position's features everywhere. A network with
@@ -21,21 +21,21 @@ from tokenlabel.runtime.errors import first_line
 
 
 class NoDenseMapError(ValueError):
-    """A network whose head cannot answer for single places."""
+    """A network whose head cannot answer for single locations."""
 
 
 @dataclass(frozen=True, eq=False)
 class DenseLogits:
-    """What a network says of whole images [B, C], and of every place of them [B, h, w, C]."""
+    """What a network says of whole images [B, C], and of every location of them [B, h, w, C]."""
 
     image: Float[Tensor, "B C"]
-    places: Float[Tensor, "B h w C"]
+    locations: Float[Tensor, "B h w C"]
 
 
 class DenseNetwork(nn.Module, ABC):
-    """A network with logits for the image and for every place.
+    """A network with logits for the image and for every location.
 
-    `answers_with`: which of its heads answers for the places.
+    `answers_with`: which of its heads answers for the locations.
     """
 
     num_classes: int
@@ -47,15 +47,15 @@ class DenseNetwork(nn.Module, ABC):
 
     @abstractmethod
     def grid_for(self, img_size: tuple[int, int]) -> tuple[int, int]:
-        """Return rows and columns of the places of images of (height, width); ValueError if it can't take them."""
+        """Return rows and columns of the locations of images of (height, width); ValueError if it can't take them."""
 
     def averages_linearly(self, images: Float[Tensor, "B 3 height width"]) -> bool:
-        """Say whether the image's logits have to be the mean of its places' logits."""
+        """Say whether the image's logits have to be the mean of its locations' logits."""
         return False
 
 
 class TokenNetwork(DenseNetwork):
-    """A network with a head for its tokens, which answers for the places."""
+    """A network with a head for its tokens, which answers for the locations."""
 
     answers_with = "tokens"
 

@@ -67,7 +67,7 @@ class Ensemble(Teacher):
         return "; ".join(member.check(_for_member(member, images)) for member in self.members)
 
     def probabilities(self, images: UInt8[Tensor, "B 3 height width"]) -> Float[Tensor, "B h w C"]:
-        """Return the average distribution of each place of images, in float32."""
+        """Return the average distribution of each location of images, in float32."""
         maps = []
         for member in self.members:
             seen = _for_member(member, images)

@@ -1,4 +1,4 @@
-"""Teachers: what says of every place of an image which classes it shows, found by name."""
+"""Teachers: what says of every location of an image which classes it shows, found by name."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class TeacherError(ValueError):
 
 
 class Teacher(ABC):
-    """Gives every place of an image a distribution over `num_classes` classes.
+    """Gives every location of an image a distribution over `num_classes` classes.
 
     `input`: what it has to be given of an image. `class_names`: empty if it does not know them; `names_assumed`: they
     are ImageNet's, by their number alone.
@@ -50,14 +50,14 @@ class Teacher(ABC):
 
     @abstractmethod
     def check(self, images: UInt8[Tensor, "B 3 height width"]) -> str:
-        """Return in a sentence how the places agree with what is said of the whole images.
+        """Return in a sentence how the locations agree with what is said of the whole images.
 
         Raises TeacherError where they must agree and don't.
         """
 
     @abstractmethod
     def probabilities(self, images: UInt8[Tensor, "B 3 height width"]) -> Float[Tensor, "B h w C"]:
-        """Return the distribution of each place of images that `input` made, in float32."""
+        """Return the distribution of each location of images that `input` made, in float32."""
 
 
 class NetworkTeacher(Teacher):
@@ -81,7 +81,7 @@ class NetworkTeacher(Teacher):
         self.precision = coerced(precision, Literal["fp32", "bf16"], name="precision")
 
     def logits(self, images: UInt8[Tensor, "B 3 height width"]) -> DenseLogits:
-        """Return the logits of images and their places."""
+        """Return the logits of images and their locations."""
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             return self.dense(self.normalised(images))
 
@@ -91,12 +91,12 @@ class NetworkTeacher(Teacher):
         return normalised.contiguous(memory_format=torch.channels_last)
 
     def check(self, images: UInt8[Tensor, "B 3 height width"]) -> str:
-        """Hold the mean over places against the network's own output.
+        """Hold the mean over locations against the network's own output.
 
         They must be equal where the network averages features and its head is linear.
         """
         logits = self.logits(images)
-        own, mean = logits.image.float(), logits.places.float().mean(dim=(1, 2))
+        own, mean = logits.image.float(), logits.locations.float().mean(dim=(1, 2))
         tolerance = (1e-3 if self.precision == "fp32" else 5e-2) * float(own.abs().max())
         off = float((own - mean).abs().max())
         name = self.description["name"]
@@ -112,8 +112,8 @@ class NetworkTeacher(Teacher):
         )
 
     def probabilities(self, images: UInt8[Tensor, "B 3 height width"]) -> Float[Tensor, "B h w C"]:
-        """Return the distribution of each place of images that `input` made, in float32."""
-        return self.logits(images).places.float().softmax(dim=3)
+        """Return the distribution of each location of images that `input` made, in float32."""
+        return self.logits(images).locations.float().softmax(dim=3)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +133,7 @@ class TeacherConfig:
     crop: Literal["none", "center"] = "none"
     """none: the whole image at its own aspect; center: the square that it was evaluated on, as published."""
     head: Literal["auto", "classifier", "tokens"] = "auto"
-    """Which head answers for the places; auto: one for tokens where it was trained, else the classifier."""
+    """Which head answers for the locations; auto: one for tokens where it was trained, else the classifier."""
     flip: bool = False
     """Average with what the teacher says of the mirror image."""
     class_map: str | None = None
@@ -141,7 +141,7 @@ class TeacherConfig:
     match equal names; `order` if they are the same by another name. By default they must be the same."""
     outside: Literal["renormalise", "spread"] = "renormalise"
     """What becomes of the probability that a class map sends to no class. renormalise: the others are scaled to sum to
-    1, and a place with less than .001 of its probability on them keeps nothing; spread: all classes share it evenly."""
+    1, and a location with less than .001 of its probability on them keeps nothing; spread: all classes share it."""
     class_order: str | None = None
     """The classes of a teacher that does not say their names: `sorted` or `natural` (10 behind 9, as timm's scripts
     sort folders) for those of the images in this order; else a file with its class names, one a line, or `.json`."""
@@ -238,10 +238,12 @@ def _input(found: Pretrained, network: DenseNetwork, config: TeacherConfig) -> T
     )
 
 
-def _stride(length_px: int, num_places: int) -> int:
-    """Return the stride that makes so many places of a side; that of a convolutional net where it does not divide."""
+def _stride(length_px: int, num_locations: int) -> int:
+    """Return the stride that makes so many locations of a side; a convolutional net's where it does not divide."""
     return (
-        2 ** round(math.log2(length_px / num_places)) if length_px % num_places else length_px // num_places
+        2 ** round(math.log2(length_px / num_locations))
+        if length_px % num_locations
+        else length_px // num_locations
     )
 
 
