@@ -123,8 +123,8 @@ def _show_photographs(root: Path, command: Command) -> None:
     of_teacher = ("--teacher", TEACHER, "--weights", root / "teacher.safetensors", "--size", "288")
     _run(command, "annotate", images, labels, *of_teacher)
     _run(command, "inspect", labels, "--images", images, "--pictures", root / "labels.html")
-    draw_method(root, root / "method.png")
-    print(f"{root / 'method.png'} shows the teacher's maps, and the labels of crops and of MixToken pairs\n")
+    draw_method(root, root / "method.jpg")
+    print(f"{root / 'method.jpg'} shows the teacher's maps, and the labels of crops and of MixToken pairs\n")
 
 
 def _run(command: Command, *arguments: str | Path) -> None:
@@ -245,7 +245,7 @@ def draw_method(root: Path, output: Path) -> None:
     assert batch.score_maps is not None
     targets = align(batch.score_maps, batch.views, GRID)  # [B, N]
     mix = sample_mix(
-        "mixtoken", len(source), grid=GRID, size_px=IMG_SIZE, generator=torch.Generator().manual_seed(5)
+        "mixtoken", len(source), grid=GRID, img_size=IMG_SIZE, generator=torch.Generator().manual_seed(5)
     )
     mixed, mixed_targets = mix_images(batch.images.float(), mix).byte(), mix_targets(targets, mix, GRID)
 
