@@ -267,7 +267,7 @@ def draw_method(root: Path, output: Path) -> None:
     figure.savefig(output, dpi=100)
 
 
-def _colours(maps: Sequence[Float[NDArray[np.float32], "H W C"]]) -> dict[int, str]:
+def _colours(maps: Sequence[Float[NDArray[np.float32], "_ _ C"]]) -> dict[int, str]:
     """Return a colour for each of the classes that cover most of the maps, by their probability where they are best."""
     best = np.concatenate([m.argmax(axis=2).ravel() for m in maps])
     covered = np.bincount(best, weights=np.concatenate([m.max(axis=2).ravel() for m in maps]))
