@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, TextIO
 from tokenlabel.runtime.arguments import (
     add_changed_numerics,
     add_device,
-    add_tensorboard,
+    add_trackers,
     configured,
     device_of,
     new_parser,
@@ -145,7 +145,7 @@ def train(arguments: list[str]) -> int:
         "--out", "--run", type=Path, required=True, help="folder of the run: recipe, metrics, checkpoints"
     )
     add_device(parser)
-    add_tensorboard(parser)
+    add_trackers(parser)
     add_changed_numerics(parser)
     _add_dry_runs(parser)
     add_recipe_arguments(parser)
@@ -154,12 +154,12 @@ def train(arguments: list[str]) -> int:
 
     from tokenlabel.classification.task import train as train_by_recipe
     from tokenlabel.runtime.runlog import print_figures
-    from tokenlabel.runtime.trackers import tensorboard
+    from tokenlabel.runtime.trackers import trackers_of
 
     device = device_of(options.device)
     if options.dry_run or options.profile or options.overfit is not None:
         return _dry_run(recipe, options, device)
-    with tensorboard(options.out, wanted=options.tensorboard) as trackers:
+    with trackers_of(options.out, tensorboard=options.tensorboard, wandb=options.wandb) as trackers:
         figures = train_by_recipe(
             recipe,
             options.out,
