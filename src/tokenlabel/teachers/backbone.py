@@ -131,7 +131,7 @@ def find_network(
         model=model,
         num_classes=model.num_classes,
         class_names=tuple(trained.class_names),
-        size_px=recipe.model.size_px,
+        img_size=recipe.model.img_size,
         fixed_size=False,
         crop_fraction=recipe.eval.crop_fraction,
         interpolation=Interpolation.BICUBIC,
@@ -169,9 +169,9 @@ def input_of(
     found: Pretrained, network: DenseNetwork, *, size: int | None, crop: Literal["none", "center"]
 ) -> TeacherInput:
     """Return how images become a network's input. Raises TeacherError for a size that it cannot take."""
-    size = size or max(found.size_px)
+    size = size or max(found.img_size)
     try:
-        stride_px = _stride(found.size_px[1], network.grid_for(found.size_px)[1])
+        stride_px = _stride(found.img_size[1], network.grid_for(found.img_size)[1])
         fixed = found.fixed_size or not _takes(network, (size, size + stride_px))
         network.grid_for((size, size))
     except NoDenseMapError:
@@ -196,9 +196,9 @@ def _stride(length_px: int, num_places: int) -> int:
     )
 
 
-def _takes(network: DenseNetwork, size_px: tuple[int, int]) -> bool:
+def _takes(network: DenseNetwork, img_size: tuple[int, int]) -> bool:
     try:
-        network.grid_for(size_px)
+        network.grid_for(img_size)
     except ValueError:
         return False
     return True

@@ -200,7 +200,6 @@ def _by_head(
     backbone = backbone_of(head, name, device, weights=weights, size=config.size, crop=config.crop)
     network = HeadNetwork(backbone.network, head.to(device)).eval()
     fitted = {key: value for key, value in head.fitted.items() if key != "asked"}
-    about = {"kind": head.kind, "scale": head.scale, "hash": head.hash, "fitted": fitted}
     words = head.hash if head.kind == "words" else ""
     if config.compile:
         network.backbone.compile()
@@ -211,7 +210,8 @@ def _by_head(
             "name": name,
             "weights": head.backbone["weights"],
             "answers_with": network.answers_with,
-            "head": about,
+            "head": head.hash,
+            "head_fitted": {"from": head.kind, "scale": head.scale, **fitted},
             "backbone": {key: head.backbone[key] for key in ("name", "licence") if key in head.backbone},
             **({"words": words} if words else {}),
         },
@@ -227,7 +227,7 @@ def _dense_network(found: Pretrained, name: str, head: str) -> DenseNetwork:
     by_tokens = found.has_token_head and head != "classifier"
     model = found.model
     if by_tokens and not isinstance(model, TokenModel):
-        model = TimmAdapter(model, name=name, num_classes=model.num_classes, size_px=found.size_px)
+        model = TimmAdapter(model, name=name, num_classes=model.num_classes, img_size=found.img_size)
     if by_tokens:
         return TokenNetwork(model)
     return ClassifierNetwork(model.backbone if isinstance(model, TimmAdapter) else model, name=name)
