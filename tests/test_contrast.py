@@ -70,9 +70,9 @@ def test_runs_in_folders_of_one_name_are_told_apart(runs, tmp_path):
     assert "<th>row/0</th><th>other/0</th>" in page
 
 
-def test_runs_without_token_labels_show_what_their_classifier_says_of_places(runs, tmp_path):
+def test_runs_without_token_labels_show_what_their_classifier_says_of_locations(runs, tmp_path):
     write_report(runs, tmp_path / "report.html")
-    assert "What first says about the places of val images" in (tmp_path / "report.html").read_text()
+    assert "What first says about the locations of val images" in (tmp_path / "report.html").read_text()
     trained = load_model(runs[0])
     images = evaluation_set(trained.recipe, class_names=trained.class_names)
     image = images[0, 0].image[None]
