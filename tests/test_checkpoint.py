@@ -5,15 +5,15 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from tokenlabel.evaluation.networks import find_network
 from tokenlabel.models import create_model
+from tokenlabel.models.load import load_model
 from tokenlabel.runtime.configuration import config_from_dict
 from tokenlabel.training.checkpoint import (
     CheckpointError,
     TrainState,
     list_checkpoints,
     load_checkpoint,
-    load_model,
+    load_run,
     prune_checkpoints,
     read_state,
     read_tensors,
@@ -83,7 +83,7 @@ def test_a_loaded_state_goes_on_bit_by_bit(tmp_path):
 def test_a_model_comes_back_with_its_average_and_its_classes(tmp_path):
     trained = trained_for(2)
     save(tmp_path, 2, trained)
-    loaded = load_model(tmp_path)
+    loaded = load_run(tmp_path)
     assert (loaded.class_names, loaded.step, loaded.recipe) == (CLASS_NAMES, 2, RECIPE)
     assert not loaded.model.training
     assert trained.ema is not None
@@ -94,7 +94,7 @@ def test_without_an_average_the_weights_themselves_come_back(tmp_path):
     config = OptimConfig(lr=1e-2, lr_batch_size=4, ema_decay=None)
     trained = trained_for(0, config=config)
     save(tmp_path, 0, trained)
-    assert same_weights(load_model(tmp_path).model, trained.model)
+    assert same_weights(load_run(tmp_path).model, trained.model)
 
 
 def test_pruning_keeps_what_is_spared_and_leads_to_the_best(tmp_path):
@@ -104,7 +104,7 @@ def test_pruning_keeps_what_is_spared_and_leads_to_the_best(tmp_path):
     (tmp_path / "checkpoints" / ".writing-00000003").mkdir()
     for best in (10, 5):  # the link is made, then moved
         prune_checkpoints(tmp_path, {5, 10, 100_000_000}, best=best)
-        assert load_model(tmp_path / "checkpoints" / "best").step == best
+        assert load_run(tmp_path / "checkpoints" / "best").step == best
     assert [int(path.name) for path in list_checkpoints(tmp_path)] == [5, 10, 100_000_000]
     assert not list((tmp_path / "checkpoints").glob(".*"))
 
@@ -142,7 +142,7 @@ def test_another_format_is_refused(tmp_path):
     state = json.loads((folder / "state.json").read_text())
     (folder / "state.json").write_text(json.dumps(state | {"format": 99}))
     with pytest.raises(CheckpointError, match=r"format 99.*train anew in another folder"):
-        load_model(folder)
+        load_run(folder)
 
 
 @pytest.mark.parametrize("content", ["[]", "null", '{"format": 2, "step": 1}'])
@@ -150,7 +150,7 @@ def test_a_state_that_lacks_something_is_named(tmp_path, content):
     folder = save(tmp_path, 1, trained_for(1))
     (folder / "state.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"state\.json was altered.*remove this folder"):
-        load_model(folder)
+        load_run(folder)
 
 
 def test_a_segmentation_model_is_sent_to_its_verbs(tmp_path):
@@ -161,12 +161,12 @@ def test_a_segmentation_model_is_sent_to_its_verbs(tmp_path):
     with pytest.raises(
         CheckpointError, match=f"{tmp_path}: holds a segmentation model; .*`tokenlabel segment`"
     ):
-        load_model(tmp_path)
+        load_run(tmp_path)
 
 
 def test_a_folder_without_a_run_says_what_to_give(tmp_path):
     with pytest.raises(CheckpointError, match="run folder that `tokenlabel train` made"):
-        load_model(tmp_path)
+        load_run(tmp_path)
 
 
 @contextmanager
@@ -211,7 +211,7 @@ def test_a_run_from_pretrained_weights_is_loaded_without_fetching_them(tmp_path,
         tmp_path, 1, trained, recipe=config_from_dict(recipe, Recipe, name="test"), class_names=CLASS_NAMES
     )
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert same_weights(load_model(tmp_path).model, model)
-    larger = find_network(str(tmp_path), size=96)
+    assert same_weights(load_run(tmp_path).model, model)
+    larger = load_model(tmp_path, img_size=96)
     assert larger.img_size == (96, 96)
     assert same_weights(larger.model, model)

@@ -30,7 +30,7 @@ from tokenlabel.teachers.classmap import class_map_for
 from tokenlabel.teachers.ensemble import name_classes
 from tokenlabel.teachers.networks import TeacherConfig, load_teacher
 from tokenlabel.teachers.online import load_online_teacher
-from tokenlabel.training.checkpoint import TrainState, load_model, save_checkpoint
+from tokenlabel.training.checkpoint import TrainState, load_run, save_checkpoint
 from tokenlabel.training.recipe import DataConfig, EvalConfig, ModelConfig, OptimConfig, Recipe
 
 CPU = torch.device("cpu")
@@ -478,7 +478,7 @@ def test_val_images_may_hold_some_of_the_classes(tmp_path, capsys, monkeypatch):
     train = ["train", "--recipe", "recipe.yaml", "--device", "cpu"]
     done = run(capsys, *train, "--out", "runs/some", "--data.val", "val")
     assert done.status == 0
-    dataset = evaluation_set(load_model(Path("runs/some")).recipe, class_names=["ant", "bee", "cat"])
+    dataset = evaluation_set(load_run(Path("runs/some")).recipe, class_names=["ant", "bee", "cat"])
     assert [*dataset.source.keys] == ["bee/x.png", "cat/x.png"]
     assert dataset.source.class_ids.tolist() == [1, 2]
     done = run(capsys, *train, "--out", "runs/strange", "--data.val", "strange")

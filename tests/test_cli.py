@@ -18,7 +18,7 @@ from tokenlabel.data.scenes import write_scenes
 from tokenlabel.demo import DemoSize, run_demo
 from tokenlabel.labels.store import LabelStore, LabelStoreWriter, Manifest
 from tokenlabel.models.weights import adapter_name
-from tokenlabel.training.checkpoint import load_model
+from tokenlabel.training.checkpoint import load_run
 
 TINY = DemoSize(
     num_train=40,
@@ -151,7 +151,7 @@ def test_published_label_files_are_imported(data, tmp_path, capsys):
 def test_export_writes_weights_that_load(demo, tmp_path):
     assert main(["export", str(demo / "token-labels"), str(tmp_path / "model.safetensors")]) == 0
     found = {adapter_name(name) for name in load_file(tmp_path / "model.safetensors")}
-    assert found == load_model(demo / "token-labels").model.state_dict().keys()
+    assert found == load_run(demo / "token-labels").model.state_dict().keys()
 
 
 def test_help_explains_every_verb(capsys):

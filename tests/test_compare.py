@@ -31,7 +31,7 @@ from tokenlabel.comparison.tables import (
 )
 from tokenlabel.runtime.files import write_whole
 from tokenlabel.runtime.interruption import Interrupted
-from tokenlabel.training.checkpoint import load_model
+from tokenlabel.training.checkpoint import load_run
 from tokenlabel.training.recipe import find_recipe
 
 CPU = torch.device("cpu")
@@ -258,7 +258,7 @@ def test_labels_are_held_against_the_masks_of_other_crops_for_each_seed(tiny):
     ]
     assert 0.9 < figures[0]["label_truth"] <= 1
     ours = comparison_of(tiny)
-    trained = load_model(tiny / "out" / "runs" / "base" / "0")
+    trained = load_run(tiny / "out" / "runs" / "base" / "0")
     without = replace(trained.recipe, loss=replace(trained.recipe.loss, beta=0.0))
     finished = Finished(
         run=tiny / "out" / "runs" / "base" / "0",

@@ -14,7 +14,7 @@ from tokenlabel.evaluation.observation import evaluation_set
 from tokenlabel.report.contrast import class_accuracies, contrast_sections, location_maps
 from tokenlabel.report.names import short_names
 from tokenlabel.report.runs import read_run, write_report
-from tokenlabel.training.checkpoint import load_model
+from tokenlabel.training.checkpoint import load_run
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_runs_in_folders_of_one_name_are_told_apart(runs, tmp_path):
 def test_runs_without_token_labels_show_what_their_classifier_says_of_locations(runs, tmp_path):
     write_report(runs, tmp_path / "report.html")
     assert "What first says about the locations of val images" in (tmp_path / "report.html").read_text()
-    trained = load_model(runs[0])
+    trained = load_run(runs[0])
     images = evaluation_set(trained.recipe, class_names=trained.class_names)
     image = images[0, 0].image[None]
     outputs = trained.model(normalize_images(image, mean=trained.model.mean, std=trained.model.std))

@@ -14,7 +14,7 @@ from tokenlabel.labels.store import LabelStore, LabelStoreWriter
 from tokenlabel.runtime.configuration import ConfigError
 from tokenlabel.runtime.distributed import FirstRankError, Ranks
 from tokenlabel.runtime.runlog import Stopwatch, read_metrics
-from tokenlabel.training.checkpoint import list_checkpoints, load_model
+from tokenlabel.training.checkpoint import list_checkpoints, load_run
 from tokenlabel.training.engine import prepare, run_task, train_step
 from tokenlabel.training.progress import DivergedError
 
@@ -104,7 +104,7 @@ def test_a_scaled_loss_goes_on_where_it_was(scenes, tmp_path):  # noqa: F811
 
 def test_a_run_may_count_steps_in_place_of_epochs(scenes, tmp_path):  # noqa: F811
     train(recipe_in_groups(scenes, epochs=None, num_steps=7), tmp_path / "run", device=CPU)
-    assert load_model(tmp_path / "run").step == 7
+    assert load_run(tmp_path / "run").step == 7
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_the_newest_the_best_and_every_so_many_are_kept(scenes, tmp_path):  # no
     recipe = recipe_in_groups(scenes, epochs=9, checkpoint=keep, eval__every_epochs=1)
     train(recipe, tmp_path / "run", device=CPU)
     evals = {line["step"]: line["top1"] for line in read_metrics(tmp_path / "run") if line["kind"] == "eval"}
-    best = load_model(tmp_path / "run" / "checkpoints" / "best").step
+    best = load_run(tmp_path / "run" / "checkpoints" / "best").step
     assert evals[best] == max(evals.values())
     assert {int(folder.name) for folder in list_checkpoints(tmp_path / "run")} == {20, 40, 45, best}
 
@@ -141,7 +141,7 @@ def test_a_loss_that_is_not_a_number_names_the_step_and_its_images(scenes, tmp_p
         train(recipe, tmp_path / "run", device=CPU)
     assert "optim.lr" in str(stop.value)
     (folder,) = list_checkpoints(tmp_path / "run" / "diverged")
-    assert not all(torch.isfinite(w).all() for w in load_model(folder).model.state_dict().values())
+    assert not all(torch.isfinite(w).all() for w in load_run(folder).model.state_dict().values())
 
 
 def test_a_gradient_that_is_not_a_number_is_no_checkpoint(scenes, tmp_path, monkeypatch):  # noqa: F811
@@ -161,7 +161,7 @@ def test_a_gradient_that_is_not_a_number_is_no_checkpoint(scenes, tmp_path, monk
         run_task(task, tmp_path / "run", ranks=Ranks(), eval_every_epochs=100)
     (folder,) = list_checkpoints(tmp_path / "run")
     assert int(folder.name) == 2
-    assert all(torch.isfinite(w).all() for w in load_model(folder).model.state_dict().values())
+    assert all(torch.isfinite(w).all() for w in load_run(folder).model.state_dict().values())
 
 
 def test_a_run_that_is_all_warm_up_says_so(scenes, tmp_path, capsys):  # noqa: F811
@@ -235,7 +235,7 @@ def test_two_processes_train_as_one(scenes, tmp_path):  # noqa: F811
 
     # Asked to stop on one rank, both saved the same step.
     assert stops == other_stops
-    assert f"{load_model(stopped).step:,}" in stops[stopped]
+    assert f"{load_run(stopped).step:,}" in stops[stopped]
 
     # The first rank looks once at images of which no teacher has said anything: 20 to evaluate on, 40 without labels.
     assert {run.name: len(keys) for run, keys in reads.items()} == {

@@ -13,11 +13,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from tokenlabel.core.config import Inference
-from tokenlabel.evaluation.pretrained import load_pretrained
 from tokenlabel.models import create_model, load_published
+from tokenlabel.models.load import LoadedModel, load_model, of_run
 from tokenlabel.models.weights import adapter_name
-from tokenlabel.runtime.configuration import config_from_dict
-from tokenlabel.training.checkpoint import TrainedModel, TrainState, load_model, save_checkpoint
+from tokenlabel.runtime.configuration import config_as_dict, config_from_dict
+from tokenlabel.training.checkpoint import TrainState, load_run, save_checkpoint, with_recipe
 from tokenlabel.training.export import (
     ExportError,
     export_run,
@@ -37,7 +37,7 @@ T2T = ("t2t_vit_14", (32, 32), {"depth": 1, "width": 32, "num_heads": 4})
 
 def trained_model(
     name: str, img_size: tuple[int, int], options: dict[str, Any], *, labels: str | None = "labels"
-) -> TrainedModel:
+) -> LoadedModel:
     recipe = config_from_dict(
         {
             "data": {"train": "images", "labels": labels},
@@ -50,7 +50,7 @@ def trained_model(
         name="test",
     )
     model = create_model(name, num_classes=3, img_size=img_size, **options)
-    return TrainedModel(model.eval(), recipe, CLASS_NAMES, step=1)
+    return with_recipe(of_run(model, config_as_dict(recipe), CLASS_NAMES, step=1))
 
 
 def test_safetensors_hold_what_it_takes_to_build_the_model_again(tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_timm_opens_the_folder(tmp_path: Path, case: tuple[str, tuple[int, int],
         again(images), outputs.logits(Inference.COMBINED if combined else Inference.CLASS)
     )
     assert json.loads((folder / "config.json").read_text())["label_names"] == CLASS_NAMES
-    evaluated = load_pretrained(f"local-dir:{folder}", at_test_size=True)  # as `tokenlabel eval` opens it
+    evaluated = load_model(f"local-dir:{folder}", at_test_size=True)  # as `tokenlabel eval` opens it
     assert (evaluated.img_size, evaluated.class_names) == (case[1], tuple(CLASS_NAMES))
     assert (evaluated.crop_fraction, evaluated.interpolation.value) == (
         trained.recipe.eval.crop_fraction,
@@ -136,7 +136,7 @@ def test_volo_gets_its_token_head_back(tmp_path: Path) -> None:
     assert trained.model.get_submodule("backbone").aux_head is None
 
 
-def save_run(run: Path, case: tuple[str, tuple[int, int], dict[str, Any]]) -> TrainedModel:
+def save_run(run: Path, case: tuple[str, tuple[int, int], dict[str, Any]]) -> LoadedModel:
     trained = trained_model(*case)
     optim = trained.recipe.optim
     state = TrainState(
@@ -165,7 +165,7 @@ def test_no_run_is_replaced_by_an_export(tmp_path: Path) -> None:
     for out in (tmp_path / "runs" / "run", tmp_path / "runs"):
         with pytest.raises(ExportError, match="is no folder that an export made"):
             export_run(tmp_path / "runs" / "run", out, overwrite=True)
-    assert load_model(tmp_path / "runs" / "run").step == 1
+    assert load_run(tmp_path / "runs" / "run").step == 1
 
 
 def test_what_cannot_be_exported_is_refused_and_leaves_nothing(tmp_path: Path) -> None:

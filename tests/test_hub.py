@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from segment_cases import write_image
 
 from tokenlabel.cli import main
-from tokenlabel.evaluation.pretrained import PretrainedError, load_pretrained
 from tokenlabel.models import create_model, hub
+from tokenlabel.models.load import LoadError, load_model
 
 TINY = "test_vit"  # of timm, .4 million parameters
 
@@ -57,8 +57,8 @@ REASONS = {
 
 @pytest.mark.parametrize("name", REASONS)
 def test_a_name_that_means_no_network_is_refused_with_what_was_meant(name: str, folder: Path) -> None:
-    with pytest.raises(PretrainedError, match=r"^no network") as caught:
-        load_pretrained(name)
+    with pytest.raises(LoadError, match=r"^no network") as caught:
+        load_model(name)
     assert REASONS[name] in str(caught.value)
     with pytest.raises(ValueError, match=r"^there is no model") as caught:
         create_model(name, num_classes=2, img_size=(32, 32))
@@ -113,8 +113,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("name", [TINY, f"hf-hub:timm/{TINY}.r160_in1k"])
 def test_without_a_network_weights_are_asked_for_once(name: str, cache: Path, asked: list[str]) -> None:
-    with pytest.raises(PretrainedError, match=r"cannot be reached.*give a checkpoint file by --weights"):
-        load_pretrained(name)
+    with pytest.raises(LoadError, match=r"cannot be reached.*give a checkpoint file by --weights"):
+        load_model(name)
     assert len(asked) == 1, "each retry would wait longer than the one before"
     assert not constants.HF_HUB_OFFLINE, "for this load only"
 
@@ -132,7 +132,7 @@ def test_what_is_in_the_cache_needs_no_network(cache: Path, asked: list[str]) ->
     (stored / "refs" / "main").write_text("abc")
     network = timm.create_model(TINY)
     save_file(network.state_dict(), stored / "snapshots" / "abc" / "model.safetensors")
-    loaded = load_pretrained(TINY).model
+    loaded = load_model(TINY).model
     assert all(torch.equal(a, b) for a, b in zip(network.parameters(), loaded.parameters(), strict=True))
     assert len(asked) == 1
 
@@ -140,17 +140,17 @@ def test_what_is_in_the_cache_needs_no_network(cache: Path, asked: list[str]) ->
 def test_beside_a_file_of_weights_nobody_is_asked(tmp_path: Path, cache: Path, asked: list[str]) -> None:
     path = tmp_path / "weights.pth"
     torch.save(timm.create_model(TINY, num_classes=3).state_dict(), path)
-    assert load_pretrained(TINY, weights=str(path)).num_classes == 3
-    with pytest.raises(PretrainedError, match=r"not in the cache of the hub, and .* is not asked"):
-        load_pretrained(f"hf-hub:timm/{TINY}.r160_in1k", weights=str(path))
-    with pytest.raises(PretrainedError, match=r"nowhere\.npz: no such file"):
-        load_pretrained(TINY, weights="nowhere.npz")
+    assert load_model(TINY, weights=str(path)).num_classes == 3
+    with pytest.raises(LoadError, match=r"not in the cache of the hub, and .* is not asked"):
+        load_model(f"hf-hub:timm/{TINY}.r160_in1k", weights=str(path))
+    with pytest.raises(LoadError, match=r"nowhere\.npz: no such file"):
+        load_model(TINY, weights="nowhere.npz")
     assert asked == []
 
 
 def test_a_model_that_nobody_trained_is_no_teacher(asked: list[str]) -> None:
-    with pytest.raises(PretrainedError, match="regnetz_b16_evos has no weights that could be downloaded"):
-        load_pretrained("regnetz_b16_evos")
+    with pytest.raises(LoadError, match="regnetz_b16_evos has no weights that could be downloaded"):
+        load_model("regnetz_b16_evos")
     assert asked == []
 
 

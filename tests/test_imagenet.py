@@ -29,7 +29,7 @@ from tokenlabel.data.imagenet import (
     read_real_labels,
 )
 from tokenlabel.evaluation.assessment import EvalOptions, as_text, assess
-from tokenlabel.evaluation.networks import find_network
+from tokenlabel.models.load import load_model
 
 CPU = torch.device("cpu")
 WNIDS = ImageNetInfo("imagenet-1k").label_names()
@@ -252,7 +252,7 @@ def test_size_and_crop_change_what_is_seen(weights, own):
 
 def test_what_does_not_fit_is_named(weights, own, tmp_path):
     with pytest.raises(ValueError, match="no network 'resnet5O'"):
-        find_network("resnet5O")
+        load_model("resnet5O")
     with pytest.raises(ValueError, match="'class00' is no class of the model"):
         evaluate(weights[1000], own)
     write_folders(tmp_path, ["a", "b"], np.random.default_rng(0), count=1)

@@ -27,7 +27,7 @@ ROOMS = {
     "core": "runtime",
     "drawing": "runtime",
     "data": "runtime core",
-    "models": "runtime core",
+    "models": "runtime core data",
     "labels": "runtime core data",
     "training": "runtime core data models",
     "evaluation": "runtime core data models labels training",

@@ -17,8 +17,8 @@ from tokenlabel.core.geometry import WHOLE_IMAGE
 from tokenlabel.core.scores import from_top
 from tokenlabel.data.augment import EvalTransform
 from tokenlabel.data.config import Interpolation
-from tokenlabel.evaluation.pretrained import PretrainedError, check_classes
 from tokenlabel.models import TimmAdapter, create_model
+from tokenlabel.models.load import LoadError, check_classes
 from tokenlabel.teachers.classmap import ClassMap, ClassMapError, class_map_for
 from tokenlabel.teachers.dense import ClassifierNetwork, NoDenseMapError, TokenNetwork
 from tokenlabel.teachers.ensemble import Ensemble, load_teachers
@@ -369,7 +369,7 @@ def test_every_pretrained_tag_without_classes_is_refused():
     for name, preset in presets.items():
         try:
             check_classes(name, preset)
-        except PretrainedError:
+        except LoadError:
             refused.add(name)
     assert refused == {name for name, preset in presets.items() if preset["num_classes"] not in data_sets}
     assert {"vit_base_patch16_clip_224.openai", "vit_pe_core_tiny_patch16_384.fb"} < refused
@@ -379,12 +379,12 @@ def test_every_pretrained_tag_without_classes_is_refused():
 def test_networks_of_other_sources_that_were_trained_on_images_and_texts():
     """From a file, the hub or a folder there is no tag to know them by, but their width."""
     hub = {"architecture": "vit_base_patch16_clip_224", "num_classes": 512}
-    with pytest.raises(PretrainedError, match="its 512 outputs are an embedding, not classes"):
+    with pytest.raises(LoadError, match="its 512 outputs are an embedding, not classes"):
         check_classes("hf-hub:someone/clip", hub)
     check_classes("hf-hub:someone/pets", hub | {"num_classes": 37, "tag": "openai"})
     check_classes("local-dir:mine", hub | {"label_names": [str(i) for i in range(512)]})
     check_classes("convnext_base", {"architecture": "convnext_base", "tag": "fb_in1k", "num_classes": 640})
-    with pytest.raises(PretrainedError, match="its weights have no classifier"):
+    with pytest.raises(LoadError, match="its weights have no classifier"):
         check_classes("local-dir:backbone", {"architecture": "resnet18", "num_classes": 0})
 
 
@@ -409,7 +409,7 @@ def test_networks_without_classes_label_and_predict_nothing(name, what, tmp_path
         message = capsys.readouterr().err
         assert re.search(f"^tokenlabel {command[0]}: error: {name}: its {what}", message, re.MULTILINE)
     assert not (tmp_path / "labels").exists()
-    with pytest.raises(PretrainedError, match=what):
+    with pytest.raises(LoadError, match=what):
         load_online_teacher(OnlineTeacherConfig(name=name), list("ab"), CPU)
 
 

@@ -28,7 +28,7 @@ from tokenlabel.runtime.configuration import ConfigError, config_from_dict
 from tokenlabel.runtime.distributed import Ranks
 from tokenlabel.runtime.interruption import Interrupted
 from tokenlabel.runtime.runlog import Stopwatch, read_metrics
-from tokenlabel.training.checkpoint import list_checkpoints, load_model
+from tokenlabel.training.checkpoint import list_checkpoints, load_run
 from tokenlabel.training.engine import prepare, run_task, train_step
 from tokenlabel.training.progress import DivergedError
 from tokenlabel.training.recipe import Recipe
@@ -118,7 +118,7 @@ def test_a_run_leaves_its_recipe_metrics_and_model(scenes, tmp_path):
         "targets_share",
     } <= set(last)
     assert last["loss"] == pytest.approx(last["class_loss"] + 0.5 * last["token_loss"])
-    assert load_model(tmp_path / "run").class_names == [str(c) for c in range(10)]
+    assert load_run(tmp_path / "run").class_names == [str(c) for c in range(10)]
 
 
 @pytest.mark.parametrize(
@@ -257,9 +257,9 @@ def test_fine_tuning_begins_with_the_weights_of_another_run(scenes, tmp_path):
     train(frozen, tmp_path / "second", device=CPU)
     before, after = (
         load_file(folder / "model.safetensors"),
-        load_model(tmp_path / "second").model.state_dict(),
+        load_run(tmp_path / "second").model.state_dict(),
     )
-    layers = load_model(tmp_path / "second").model.layers()
+    layers = load_run(tmp_path / "second").model.layers()
     assert all(torch.equal(after[name], before[name]) == (layer == 0) for name, layer in layers.items())
 
 
@@ -268,7 +268,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_is_not_saved(scenes, tmp_
     with pytest.raises(DivergedError, match=r"optim\.lr"):
         train(recipe, tmp_path / "run", device=CPU)
     for folder in list_checkpoints(tmp_path / "run"):
-        assert all(torch.isfinite(w).all() for w in load_model(folder).model.state_dict().values())
+        assert all(torch.isfinite(w).all() for w in load_run(folder).model.state_dict().values())
 
 
 def kill_until_done(recipe, run, *, kills, rng):

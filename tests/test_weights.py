@@ -19,15 +19,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tokenlabel.cli import main
-from tokenlabel.evaluation.networks import find_network
-from tokenlabel.evaluation.pretrained import PretrainedError
 from tokenlabel.models import Inference, TokenModel, create_model, register_with_timm
+from tokenlabel.models.load import LoadError, load_model, of_run
 from tokenlabel.models.vision_transformer import resize_positions
 from tokenlabel.models.weights import WeightsError, load_published, read_checkpoint
-from tokenlabel.runtime.configuration import config_from_dict
+from tokenlabel.runtime.configuration import config_as_dict, config_from_dict
 from tokenlabel.teachers.dense import TokenNetwork
 from tokenlabel.teachers.networks import TeacherConfig, load_teacher
-from tokenlabel.training.checkpoint import TrainedModel, load_model
+from tokenlabel.training.checkpoint import load_run, with_recipe
 from tokenlabel.training.export import write_safetensors
 from tokenlabel.training.recipe import Recipe
 
@@ -446,7 +445,8 @@ def test_exports_label_evaluate_and_begin_runs(tmp_path: Path, monkeypatch: pyte
             "data": {"train": "images", "labels": "labels"},
             "model": {"name": "vit_tiny_patch16_224", "img_size": [32, 32], "options": VIT},
             "optim": {"lr": 1e-3, "lr_batch_size": 4},
-            "eval": {"crop_fraction": 0.9},
+            "eval": {"crop_fraction": 0.9, "inference": "tokens"},
+            "precision": "bf16",
             "epochs": 1,
             "batch_size": 4,
         },
@@ -455,9 +455,11 @@ def test_exports_label_evaluate_and_begin_runs(tmp_path: Path, monkeypatch: pyte
     )
     model = create_model("vit_tiny_patch16_224", num_classes=3, img_size=(32, 32), **VIT).eval()
     images = torch.randn(2, 3, 32, 32)
-    write_safetensors(TrainedModel(model, recipe, ["a", "b", "c"], step=1), Path("x.safetensors"))
-    network = find_network("vit_tiny_patch16_224", weights="x.safetensors")
-    assert network.heads[0] is Inference.COMBINED
+    write_safetensors(
+        with_recipe(of_run(model, config_as_dict(recipe), ["a", "b", "c"], step=1)), Path("x.safetensors")
+    )
+    network = load_model("vit_tiny_patch16_224", weights="x.safetensors")
+    assert (network.heads[0], network.precision) == (Inference.TOKENS, "bf16")  # as the run's recipe says
     assert (network.img_size, network.crop_fraction, network.class_names) == ((32, 32), 0.9, ("a", "b", "c"))
     expected = model(images)
     torch.testing.assert_close(network.model(images).token_logits, expected.token_logits)
@@ -468,8 +470,10 @@ def test_exports_label_evaluate_and_begin_runs(tmp_path: Path, monkeypatch: pyte
     load_published(again, "x.safetensors")
     assert states_equal(again.state_dict(), model.state_dict())
     untaught = replace(recipe, data=replace(recipe.data, labels=None))
-    write_safetensors(TrainedModel(model, untaught, ["a", "b", "c"], step=1), Path("y.safetensors"))
-    network = find_network("vit_tiny_patch16_224", weights="y.safetensors")
+    write_safetensors(
+        with_recipe(of_run(model, config_as_dict(untaught), ["a", "b", "c"], step=1)), Path("y.safetensors")
+    )
+    network = load_model("vit_tiny_patch16_224", weights="y.safetensors")
     assert network.heads == (Inference.CLASS,)
     torch.testing.assert_close(network.model(images).class_logits, expected.class_logits)
 
@@ -483,17 +487,18 @@ def test_heads_that_nobody_trained_say_nothing(tmp_path: Path, monkeypatch: pyte
         "model": {"name": "test_resnet", "img_size": [64, 64], "options": {}},
         "data": {"labels": None},
         "loss": {"beta": 0.5, "teacher": {"name": None}},
-        "eval": {"crop_fraction": 1.0},
+        "eval": {"crop_fraction": 1.0, "inference": "class"},
+        "precision": "fp32",
     }
     Path("state.json").write_text(json.dumps({"recipe": recipe}))
     for name in ("test_resnet", "test_resnet.r160_in1k"):
-        assert find_network(name, weights="model.safetensors").heads == (Inference.CLASS,)
+        assert load_model(name, weights="model.safetensors").heads == (Inference.CLASS,)
     recipe["data"]["labels"] = "labels"
     Path("state.json").write_text(json.dumps({"recipe": recipe}))
-    assert len(find_network("test_resnet", weights="model.safetensors").heads) == 3
+    assert len(load_model("test_resnet", weights="model.safetensors").heads) == 3
     other = dict(BARE) | {"aux_head.conv.weight": torch.ones(3)}
     torch.save(other, "other.pth")
-    assert find_network("test_resnet", weights="other.pth").heads == (Inference.CLASS,)
+    assert load_model("test_resnet", weights="other.pth").heads == (Inference.CLASS,)
 
 
 def test_a_file_of_another_network_is_refused_by_its_names(
@@ -502,9 +507,9 @@ def test_a_file_of_another_network_is_refused_by_its_names(
     monkeypatch.chdir(tmp_path)
     torch.save({"state_dict": below("module.", BARE)}, "a.pth")
     with pytest.raises(
-        PretrainedError, match=r"cannot be loaded \(a.pth .*it lacks .*; it has module.conv1"
+        LoadError, match=r"cannot be loaded \(a.pth .*it lacks .*; it has module.conv1"
     ) as error:
-        find_network("test_efficientnet", weights="a.pth")
+        load_model("test_efficientnet", weights="a.pth")
     assert "\n" not in str(error.value)
 
 
@@ -536,7 +541,7 @@ def test_training_begins_with_the_rows_of_its_own_classes(
     said = capfd.readouterr().err
     assert "imagenet.ckpt: 2 of 3 classes begin with their rows of its heads for 1,000, by name" in said
     assert "imagenet.ckpt has no token head: it begins as the classifier" in said
-    begun: Any = load_model("run").model
+    begun: Any = load_run("run").model
     classifier, published = begun.backbone.head.weight, theirs.head.weight
     for row, place in enumerate(ids.values()):
         is_theirs = place is not None and torch.allclose(classifier[row], published[place], atol=1e-6)

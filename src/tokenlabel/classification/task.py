@@ -34,7 +34,6 @@ from tokenlabel.runtime.distributed import Ranks, current_ranks, joined_ranks, u
 from tokenlabel.runtime.notices import say
 from tokenlabel.runtime.trackers import Tracker
 from tokenlabel.teachers.online import load_online_teacher
-from tokenlabel.training.checkpoint import is_run, newest_checkpoint
 from tokenlabel.training.engine import run_task
 from tokenlabel.training.recipe import ModelConfig, Recipe
 from tokenlabel.training.run_folder import RunImages, check_apart, locked, sound_images
@@ -231,10 +230,8 @@ def _begin(config: ModelConfig, *, class_names: list[str]) -> TokenModel:
     num_classes = len(class_names)
     model = create_model(config.name, num_classes=num_classes, img_size=config.img_size, **config.options)
     if config.weights is not None:
-        weights = Path(config.weights)
-        weights = newest_checkpoint(weights) if is_run(weights) else weights
-        rows = partial(_rows, weights, class_names)
-        load_published(model, weights, average=config.average, rows=rows)
+        rows = partial(_rows, config.weights, class_names)
+        load_published(model, config.weights, average=config.average, rows=rows)
     model.freeze(config.frozen_layers)
     for parameter in model.parameters():  # convolutions run faster so
         if parameter.ndim == 4:
@@ -242,7 +239,7 @@ def _begin(config: ModelConfig, *, class_names: list[str]) -> TokenModel:
     return model
 
 
-def _rows(path: Path, class_names: list[str], count: int) -> dict[int, int]:
+def _rows(path: str, class_names: list[str], count: int) -> dict[int, int]:
     """Return which row of the heads in a file each class has, by the names that it states, else by ImageNet's."""
     stated = read_class_names(path)
     theirs = stated if len(stated) == count else () if stated else imagenet_names(count)

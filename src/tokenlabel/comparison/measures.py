@@ -22,9 +22,10 @@ from tokenlabel.evaluation.evaluators import Accuracy, Calibration, TokenTruth
 from tokenlabel.evaluation.observation import MaskFolder, agreement, evaluation_set, observe
 from tokenlabel.evaluation.probe import image_figures, probe_figures
 from tokenlabel.labels.store import LabelStore
+from tokenlabel.models.load import LoadedModel
 from tokenlabel.runtime.files import write_whole
 from tokenlabel.runtime.runlog import read_metrics
-from tokenlabel.training.checkpoint import TrainedModel, load_model
+from tokenlabel.training.checkpoint import load_run
 
 MEASURES_FILE = "measures.json"
 COST_FILE = "cost.jsonl"
@@ -38,7 +39,7 @@ class Finished:
     """A run that has been trained. `folders`: `masks_train`, `masks_val`, `labels_val`, those that there are."""
 
     run: Path
-    trained: TrainedModel
+    trained: LoadedModel
     folders: Mapping[str, Path]
     defect: str | None
     device: torch.device
@@ -198,7 +199,7 @@ def measure_run(
         figures = json.loads(path.read_text(encoding="utf-8"))
     missing = [_MEASURES[name] for name in wanted if name not in figures]
     if missing:
-        trained = load_model(run)
+        trained = load_run(run)
         trained = replace(trained, model=trained.model.to(device))
         finished = Finished(run=run, trained=trained, folders=folders, defect=defect, device=device)
         for measure in dict.fromkeys(missing):

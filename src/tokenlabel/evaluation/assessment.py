@@ -36,16 +36,21 @@ from tokenlabel.evaluation.evaluators import (
     RealLabels,
     TokenTruth,
 )
-from tokenlabel.evaluation.networks import Network, NetworkError, find_network, move
 from tokenlabel.evaluation.observation import MaskFolder, observe
 from tokenlabel.labels.store import LabelStore
-from tokenlabel.runtime.coercion import coerced_fields
+from tokenlabel.models.load import LoadedModel, load_model
+from tokenlabel.runtime.coercion import coerced_fields, pair
 from tokenlabel.runtime.distributed import Ranks, joined_ranks, usable_device
 from tokenlabel.runtime.notices import listed, say
 from tokenlabel.runtime.ranges import COUNT, NATURAL, check_numbers
+from tokenlabel.training.checkpoint import with_recipe
 from tokenlabel.training.run_folder import sound_images
 
 Figures = dict[str, Any]
+
+
+class NetworkError(ValueError):
+    """A network that cannot do what is asked of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,11 +127,12 @@ def assess(name: str | Path, options: EvalOptions, *, device: torch.device | str
     """
     options.check()
     device = usable_device(device)
-    network = find_network(str(name), weights=options.weights, size=options.size)
+    loaded = load_model(name, weights=options.weights, img_size=options.size, at_test_size=True)
+    network = with_recipe(replace(loaded, img_size=pair(options.size)) if options.size else loaded)
     if options.set != "folder" or options.multi_labels is not None:
         network = _named(network, options.class_order)
-    heads = network.chosen_heads(options.inference)
-    move(network, device)
+    heads = chosen_heads(network, options.inference)
+    network.model.to(device, memory_format=torch.channels_last).requires_grad_(False)
     with joined_ranks(device) as ranks:
         assessment = _Assessment(network, options, heads, ranks, device)
         found = assessment.of_corruptions() if options.set == "imagenet-c" else assessment.of_images()
@@ -136,7 +142,24 @@ def assess(name: str | Path, options: EvalOptions, *, device: torch.device | str
     return labelled if options.inference == "all" else labelled[heads[0].value]
 
 
-def _named(network: Network, order: str | None) -> Network:
+def chosen_heads(network: LoadedModel, wanted: str | None) -> tuple[Inference, ...]:
+    """Return the ways to predict that `wanted` means: one by name, `all`, or the usual one.
+
+    Raises NetworkError for a head that was never trained.
+    """
+    if wanted is None:
+        return network.heads[:1]
+    if wanted == "all":
+        return tuple(head for head in Inference if head in network.heads)
+    if Inference(wanted) not in network.heads:
+        raise NetworkError(
+            f"{network.name} was trained without token labels, so its token head says nothing; "
+            "evaluate it with --inference class"
+        )
+    return (Inference(wanted),)
+
+
+def _named(network: LoadedModel, order: str | None) -> LoadedModel:
     """Return a network with the class names that the user gives it, or say that they are taken for ImageNet's."""
     if order is not None:
         known = () if network.names_assumed else network.class_names
@@ -151,7 +174,7 @@ def _named(network: Network, order: str | None) -> Network:
 class _Assessment:
     """A network about to be shown images, on its device."""
 
-    network: Network
+    network: LoadedModel
     options: EvalOptions
     heads: Sequence[Inference]
     ranks: Ranks
@@ -229,7 +252,7 @@ class _Assessment:
             make_loader(dataset, sampler, num_workers=options.num_workers),
             evaluators,
             device=self.device,
-            precision=options.precision or (network.recipe.precision if network.recipe else "fp32"),
+            precision=options.precision or network.precision,
             ranks=self.ranks,
             competing=None if images.competing is None else torch.from_numpy(images.competing),
         )

@@ -304,7 +304,7 @@ def mask_agreement(
 def evaluation_set(
     recipe: Recipe,
     *,
-    class_names: list[str],
+    class_names: Sequence[str],
     data: str | Path | None = None,
     masks: str | Path | None = None,
     sound: Callable[[ImageSource], ImageSource] | None = None,

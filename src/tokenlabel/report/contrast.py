@@ -18,9 +18,11 @@ from tokenlabel.data.batches import collate
 from tokenlabel.drawing.page import gallery, section, table
 from tokenlabel.drawing.pictures import enlarged, with_cells
 from tokenlabel.evaluation.observation import evaluation_set
+from tokenlabel.models.load import LoadedModel
+from tokenlabel.models.runs import CheckpointError
 from tokenlabel.teachers.dense import NoDenseMapError
 from tokenlabel.teachers.networks import TeacherConfig, load_teacher
-from tokenlabel.training.checkpoint import CheckpointError, TrainedModel, load_model
+from tokenlabel.training.checkpoint import load_run
 
 # The most images that are looked at, and that are shown of each kind.
 NUM_IMAGES = 2000
@@ -38,7 +40,7 @@ class Answers:
 
     name: str
     run: Path
-    trained: TrainedModel
+    trained: LoadedModel
     guesses: NDArray[np.int64]
 
 
@@ -82,17 +84,17 @@ def class_accuracies(
     return np.divide(right, totals, out=np.full(num_classes, np.nan), where=totals > 0)
 
 
-def load_for_pictures(run: Path) -> TrainedModel | None:
+def load_for_pictures(run: Path) -> LoadedModel | None:
     """Return the model of a run that has a checkpoint and val images; None of another."""
     try:
-        trained = load_model(run)
+        trained = load_run(run)
     except CheckpointError:
         return None  # a run that has not come to its first checkpoint has nothing to predict with
     return trained if trained.recipe.data.val else None
 
 
 @torch.inference_mode()
-def guesses_of(trained: TrainedModel, indices: Sequence[int]) -> NDArray[np.int64]:
+def guesses_of(trained: LoadedModel, indices: Sequence[int]) -> NDArray[np.int64]:
     """Return the class that a model finds in each of its val images of these indices."""
     dataset = evaluation_set(trained.recipe, class_names=trained.class_names)
     model, inference = trained.model, trained.recipe.eval.inference

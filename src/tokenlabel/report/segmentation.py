@@ -17,6 +17,7 @@ from PIL import Image
 from tokenlabel.data.images import DataError
 from tokenlabel.drawing.page import gallery, section, settings_table, svg, table
 from tokenlabel.drawing.pictures import enlarged
+from tokenlabel.models.runs import CheckpointError
 from tokenlabel.runtime.configuration import read_config
 from tokenlabel.runtime.notices import listed
 from tokenlabel.runtime.runlog import read_metrics
@@ -25,7 +26,6 @@ from tokenlabel.segmentation.pairs import open_pairs
 from tokenlabel.segmentation.predictions import overlay
 from tokenlabel.segmentation.recipe import SegmentRecipe
 from tokenlabel.segmentation.task import load_segmenter
-from tokenlabel.training.checkpoint import CheckpointError
 from tokenlabel.training.recipe import RECIPE_FILE
 
 NUM_PICTURES = 6

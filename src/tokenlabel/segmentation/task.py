@@ -19,6 +19,8 @@ from tokenlabel.data.batches import make_loader
 from tokenlabel.data.images import DataError
 from tokenlabel.data.samplers import BatchSampler
 from tokenlabel.models import WeightsError
+from tokenlabel.models.runs import newest_checkpoint, read_state, read_weights
+from tokenlabel.models.weight_files import options_without_weights
 from tokenlabel.runtime.configuration import ConfigError, config_from_dict
 from tokenlabel.runtime.distributed import Ranks, joined_ranks, usable_device
 from tokenlabel.runtime.runlog import Stopwatch
@@ -37,12 +39,6 @@ from tokenlabel.segmentation.model import (
 from tokenlabel.segmentation.pairs import ImageMaskPairs, classes_of, open_pairs
 from tokenlabel.segmentation.recipe import SegmentRecipe
 from tokenlabel.segmentation.weights import load_weights
-from tokenlabel.training.checkpoint import (
-    newest_checkpoint,
-    options_without_weights,
-    read_state,
-    read_weights,
-)
 from tokenlabel.training.engine import run_task
 from tokenlabel.training.recipe import recipe_content
 from tokenlabel.training.run_folder import RunImages, locked

@@ -13,6 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from tokenlabel.models import WeightsError
+from tokenlabel.models.runs import is_run, newest_checkpoint
 from tokenlabel.models.weights import (
     adapter_name,
     load_published,
@@ -21,7 +22,6 @@ from tokenlabel.models.weights import (
     resize_all_positions,
 )
 from tokenlabel.segmentation.model import SegmentationModel
-from tokenlabel.training.checkpoint import is_run, newest_checkpoint
 
 LOGGER = logging.getLogger(__name__)
 

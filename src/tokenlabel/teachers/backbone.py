@@ -13,13 +13,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tokenlabel.data.config import Interpolation
-from tokenlabel.evaluation.pretrained import Pretrained, load_pretrained
-from tokenlabel.models import TimmAdapter
+from tokenlabel.models.load import LoadedModel, load_model
+from tokenlabel.models.runs import is_run
 from tokenlabel.teachers.dense import ClassifierNetwork, DenseNetwork, NoDenseMapError
 from tokenlabel.teachers.heads import Head, HeadError
 from tokenlabel.teachers.input import TeacherInput
-from tokenlabel.training.checkpoint import is_run, load_model
 
 
 class TeacherError(ValueError):
@@ -56,11 +54,11 @@ def load_backbone(
 ) -> Backbone:
     """Return a network without its classifier, by the names that `--teacher` takes.
 
-    `size`: images are seen at an area of size x size px; the network's own if None. Raises PretrainedError if there is
+    `size`: images are seen at an area of size x size px; the network's own if None. Raises LoadError if there is
     none, TeacherError or NoDenseMapError for one that gives no vector for each location.
     """
-    found = find_network(name, weights=weights, size=size, as_backbone=True)
-    model = found.model.backbone if isinstance(found.model, TimmAdapter) else found.model
+    found = load_model(name, weights=weights, img_size=made_for(name, size), as_backbone=True)
+    model = found.model.backbone
     if not found.is_embedding:  # an image-text network's last layer leads to where the vectors of texts lie
         model.reset_classifier(0)
     network = ClassifierNetwork(model, name=name).eval().to(device).requires_grad_(False)
@@ -115,30 +113,9 @@ def backbone_of(
     return found
 
 
-def find_network(
-    name: str, *, weights: str | None = None, size: int | None = None, as_backbone: bool = False
-) -> Pretrained:
-    """Return a run's network, or one by its name (see `load_pretrained`)."""
-    if not is_run(Path(name)):
-        return load_pretrained(name, weights=weights, size=size, as_backbone=as_backbone)
-    if weights is not None:
-        raise TeacherError(
-            f"{name} is a run and has weights of its own; leave --weights out (one of several: '')"
-        )
-    trained = load_model(Path(name))
-    model, recipe = trained.model, trained.recipe
-    return Pretrained(
-        model=model,
-        num_classes=model.num_classes,
-        class_names=tuple(trained.class_names),
-        img_size=recipe.model.img_size,
-        fixed_size=False,
-        crop_fraction=recipe.eval.crop_fraction,
-        interpolation=Interpolation.BICUBIC,
-        mean=model.mean,
-        std=model.std,
-        has_token_head=recipe.uses_token_labels,
-    )
+def made_for(name: str, size: int | None) -> int | None:
+    """Return the size that a network shall be made for: a run's is its own, whatever its images' size."""
+    return None if is_run(Path(name)) else size
 
 
 def check_locations(
@@ -166,7 +143,7 @@ def check_locations(
 
 
 def input_of(
-    found: Pretrained, network: DenseNetwork, *, size: int | None, crop: Literal["none", "center"]
+    found: LoadedModel, network: DenseNetwork, *, size: int | None, crop: Literal["none", "center"]
 ) -> TeacherInput:
     """Return how images become a network's input. Raises TeacherError for a size that it cannot take."""
     size = size or max(found.img_size)
@@ -184,8 +161,8 @@ def input_of(
         fixed_size_px=(size, size) if fixed else None,
         crop_fraction=found.crop_fraction if crop == "center" else None,
         interpolation=found.interpolation,
-        mean=found.mean,
-        std=found.std,
+        mean=found.model.mean,
+        std=found.model.std,
     )
 
 

@@ -11,16 +11,15 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from tokenlabel.core.batch import normalize_images
-from tokenlabel.evaluation.pretrained import Pretrained
-from tokenlabel.models import TimmAdapter, TokenModel
+from tokenlabel.models.load import LoadedModel, load_model
 from tokenlabel.runtime.coercion import coerced, coerced_fields
 from tokenlabel.teachers.backbone import (
     TeacherError,
     backbone_of,
     check_locations,
-    find_network,
     fingerprint,
     input_of,
+    made_for,
 )
 from tokenlabel.teachers.dense import (
     ClassifierNetwork,
@@ -168,12 +167,12 @@ def load_teacher(
     """Return one network as teacher, by its name.
 
     `name`: a run folder that `tokenlabel train` made or one of its checkpoints, `lvvit_s` and the like (with
-    weights), whatever `timm.create_model` takes, or a head file. Raises PretrainedError if there is none, HeadError for
+    weights), whatever `timm.create_model` takes, or a head file. Raises LoadError if there is none, HeadError for
     a head that does not fit its backbone, TeacherError for a network that has no dense map.
     """
     if name.endswith(SUFFIX):
         return _by_head(name, config, device, weights=weights)
-    found = find_network(name, weights=weights, size=config.size)
+    found = load_model(name, weights=weights, img_size=made_for(name, config.size))
     network = _dense_network(found, name, config.head).eval().to(device).requires_grad_(False)
     network = network.to(memory_format=torch.channels_last)
     input = input_of(found, network, size=config.size, crop=config.crop)
@@ -221,13 +220,9 @@ def _by_head(
     )
 
 
-def _dense_network(found: Pretrained, name: str, head: str) -> DenseNetwork:
+def _dense_network(found: LoadedModel, name: str, head: str) -> DenseNetwork:
     if head == "tokens" and not found.has_token_head:
         raise TeacherError(f"{name} has no trained head for its tokens; leave --head out")
-    by_tokens = found.has_token_head and head != "classifier"
-    model = found.model
-    if by_tokens and not isinstance(model, TokenModel):
-        model = TimmAdapter(model, name=name, num_classes=model.num_classes, img_size=found.img_size)
-    if by_tokens:
-        return TokenNetwork(model)
-    return ClassifierNetwork(model.backbone if isinstance(model, TimmAdapter) else model, name=name)
+    if found.has_token_head and head != "classifier":
+        return TokenNetwork(found.model)
+    return ClassifierNetwork(found.model.backbone, name=name)

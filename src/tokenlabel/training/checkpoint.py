@@ -19,29 +19,31 @@ import os
 import platform
 import shutil
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save_file
+from safetensors.torch import save_file
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from tokenlabel.models import TokenModel, create_model
+from tokenlabel.models.load import LoadedModel, load_model
+from tokenlabel.models.runs import (
+    FORMAT,
+    CheckpointError,
+    list_checkpoints,
+    newest_checkpoint,
+    read_state,
+    read_tensors,
+)
 from tokenlabel.runtime.configuration import config_as_dict, config_from_dict
 from tokenlabel.runtime.distributed import Ranks
 from tokenlabel.training.recipe import Recipe, TrainingConfig
 
-FORMAT = 2
 PACKAGES = ("tokenlabel", "torch", "torchvision", "timm")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is missing, incomplete or altered."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +100,7 @@ def _write(
             "class_names": class_names,
             "loss_scale": state.scaler.state_dict() if state.scaler else {},
             "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
-            "sha256": {path.name: _sha256(path.read_bytes()) for path in sorted(temporary.iterdir())},
+            "sha256": {path.name: sha256(path) for path in sorted(temporary.iterdir())},
         }
         (temporary / "state.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         for path in (*temporary.iterdir(), temporary):
@@ -115,10 +117,9 @@ def _write(
     _flush(folder.parent)
 
 
-def list_checkpoints(run: Path) -> list[Path]:
-    """Return the checkpoints of a run, oldest first."""
-    folders = (run / "checkpoints").glob("[0-9]*")
-    return sorted(path for path in folders if path.is_dir() and path.name.isdecimal())  # not a copy of one
+def sha256(path: Path) -> str:
+    """Return the checksum of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def prune_checkpoints(run: Path, spared: Collection[int], *, best: int | None) -> None:
@@ -158,64 +159,19 @@ def load_checkpoint(folder: Path, state: TrainState) -> int:
     return saved["step"]
 
 
-@dataclass(frozen=True, eq=False)
-class TrainedModel:
-    """A model out of a run, with what it needs to be used."""
+def load_run(path: str | Path) -> LoadedModel:
+    """Return the model of a run folder (its newest checkpoint) or of one checkpoint folder, with its Recipe.
 
-    model: TokenModel
-    recipe: Recipe
-    class_names: list[str]
-    step: int
-
-
-def load_model(path: str | Path) -> TrainedModel:
-    """Return the model of a run folder (its newest checkpoint) or of one checkpoint folder, in evaluation mode.
-
-    Its weights are the averaged ones where the recipe made an average.
+    Its weights are the averaged ones where the recipe made an average. Raises CheckpointError.
     """
-    folder = newest_checkpoint(Path(path))
-    state = read_state(folder)
-    if "layout" in state["recipe"]["data"]:
-        raise CheckpointError(
-            f"{path}: holds a segmentation model; the verbs of `tokenlabel segment` take it, and --model.weights"
-        )
-    recipe = config_from_dict(state["recipe"], Recipe, name=f"{folder}/state.json")
-    model = create_model(
-        recipe.model.name,
-        num_classes=len(state["class_names"]),
-        img_size=recipe.model.img_size,
-        **options_without_weights(recipe.model.options),
-    )
-    model.load_state_dict(read_weights(folder, state))
-    return TrainedModel(model.eval(), recipe, state["class_names"], state["step"])
+    return with_recipe(load_model(newest_checkpoint(Path(path))))
 
 
-def options_without_weights(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a model's options for a model whose weights are at hand, so that timm fetches and reads none."""
-    return {k: v for k, v in options.items() if k not in ("pretrained", "checkpoint_path", "cache_dir")}
-
-
-def is_run(path: Path) -> bool:
-    """Say whether a path is a run folder with a checkpoint, or a checkpoint folder."""
-    return (path / "state.json").exists() or bool(list_checkpoints(path))
-
-
-def newest_checkpoint(path: Path) -> Path:
-    """Return the newest checkpoint of a run folder; a checkpoint folder itself is returned as it is."""
-    if (path / "state.json").exists():
-        return path
-    checkpoints = list_checkpoints(path)
-    if not checkpoints:
-        raise CheckpointError(
-            f"{path}: holds no checkpoint; give a run folder that `tokenlabel train` made, or one of its checkpoints"
-        )
-    return checkpoints[-1]
-
-
-def read_weights(folder: Path, state: dict[str, Any]) -> dict[str, Tensor]:
-    """Return the weights to use of a checkpoint: the averaged ones where there are some."""
-    name = "ema.safetensors" if "ema.safetensors" in state["sha256"] else "model.safetensors"
-    return read_tensors(folder, name, state)
+def with_recipe(loaded: LoadedModel) -> LoadedModel:
+    """Return a loaded model whose recipe, if it has one, is a Recipe."""
+    if loaded.recipe is None:
+        return loaded
+    return replace(loaded, recipe=config_from_dict(loaded.recipe, Recipe, name=f"recipe of {loaded.name}"))
 
 
 def _tensors(state: TrainState, *, here: bool) -> dict[str, dict[str, Tensor]]:
@@ -266,45 +222,6 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Tensor]) 
             tensor = torch.empty_like(like).copy_(_placed(tensor, like))
         state.setdefault(int(index), {})[entry] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def read_state(folder: Path) -> dict[str, Any]:
-    """Return the state.json of a checkpoint folder. Raises CheckpointError."""
-    try:
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder}/state.json cannot be read ({error}); {_ADVICE}") from error
-    if (
-        not isinstance(state, dict)
-        or not {"format", "step", "recipe", "class_names", "sha256"} <= state.keys()
-    ):
-        raise CheckpointError(f"{folder}/state.json was altered: it lacks what a checkpoint says; {_ADVICE}")
-    if state["format"] != FORMAT:
-        raise CheckpointError(
-            f"{folder}: checkpoint format {state['format']}, this version of tokenlabel reads {FORMAT}; train anew in "
-            "another folder, or go on with the version that wrote it"
-        )
-    return state
-
-
-def read_tensors(folder: Path, name: str, state: dict[str, Any]) -> dict[str, Tensor]:
-    """Return the tensors of a file of a checkpoint, its checksum checked. Raises CheckpointError."""
-    path = folder / name
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); {_ADVICE}") from error
-    if _sha256(data) != state["sha256"].get(name):
-        raise CheckpointError(f"{path}: was cut short or altered (its checksum is another); {_ADVICE}")
-    # safetensors returns them in another order in each process; ranks meet once for each that is divided among them.
-    return dict(sorted(load(data).items()))
-
-
-_ADVICE = "remove this folder to continue from the checkpoint before it"
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
 
 
 def _flush(path: Path) -> None:

@@ -20,8 +20,11 @@ from torch import Tensor, nn
 
 from tokenlabel.core.config import Inference
 from tokenlabel.models import TimmAdapter, TokenModel
+from tokenlabel.models.load import LoadedModel
 from tokenlabel.models.registration import OUR_MODELS
-from tokenlabel.training.checkpoint import TrainedModel, load_model, options_without_weights
+from tokenlabel.models.weight_files import description_of, options_without_weights
+from tokenlabel.runtime.configuration import config_as_dict
+from tokenlabel.training.checkpoint import load_run
 
 # How far an ONNX graph may be from PyTorch, as a share of the largest output.
 TOLERANCE = 1e-3
@@ -57,7 +60,7 @@ def export_run(
         raise ExportError(
             f"{out}: is no folder that an export made, so it is not replaced; give another name"
         )
-    trained = load_model(run)
+    trained = load_run(run)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".writing-{out.name}")
     _remove(temporary)
@@ -84,7 +87,7 @@ def _is_export(folder: Path) -> bool:
     return names <= {"config.json", "model.safetensors", "token_head.safetensors", "README.md"}
 
 
-def write_safetensors(trained: TrainedModel, path: Path) -> None:
+def write_safetensors(trained: LoadedModel, path: Path) -> None:
     """Write all tensors as the network itself names them (`head.weight`, `aux_head.weight`, ...).
 
     What it takes to build the model again is the file's metadata.
@@ -100,7 +103,7 @@ def write_safetensors(trained: TrainedModel, path: Path) -> None:
     path.write_bytes(save(tensors, metadata={"format": "pt", **description}))
 
 
-def write_onnx(trained: TrainedModel, path: Path, *, inference: Inference, dense: bool) -> None:
+def write_onnx(trained: LoadedModel, path: Path, *, inference: Inference, dense: bool) -> None:
     """Write an ONNX graph, and compare it with PyTorch in onnxruntime.
 
     Input: `pixels` [batch, 3, height, width], float32 in [0, 1], RGB, of the recipe's size; the graph normalises.
@@ -139,7 +142,7 @@ def write_onnx(trained: TrainedModel, path: Path, *, inference: Inference, dense
                 raise ExportError(f"{name} of the ONNX graph are {error:.1e} off; this model does not export")
 
 
-def write_hub_folder(trained: TrainedModel, folder: Path) -> None:
+def write_hub_folder(trained: LoadedModel, folder: Path) -> None:
     """Write a folder that `timm.create_model("local-dir:FOLDER", pretrained=True)` and the hub take.
 
     It gives class logits; those of LV-ViT, T2T-ViT and VOLO are combined with their token logits, as published, where
@@ -172,7 +175,7 @@ def write_hub_folder(trained: TrainedModel, folder: Path) -> None:
         "mean": model.mean,
         "std": model.std,
     }
-    labels = {"label_names": trained.class_names}
+    labels = {"label_names": list(trained.class_names)}
     save_for_hf(network, str(folder), model_config=labels, model_args=options, safe_serialization=True)
     card = _model_card(recipe.name, needs_us=recipe.name in OUR_MODELS)
     (folder / "README.md").write_text(card, encoding="utf-8")
@@ -214,17 +217,12 @@ class _PixelsToLogits(nn.Module):
         return (logits, outputs.token_logits.unflatten(1, outputs.grid)) if self.dense else (logits,)
 
 
-def _description(trained: TrainedModel) -> dict[str, Any]:
-    model = trained.recipe.model
+def _description(trained: LoadedModel) -> dict[str, Any]:
     return {
-        "model": model.name,
-        "img_size": model.img_size,
-        "options": model.options,
+        **description_of(config_as_dict(trained.recipe)),
         "mean": trained.model.mean,
         "std": trained.model.std,
         "class_names": trained.class_names,
-        "crop_fraction": trained.recipe.eval.crop_fraction,
-        "uses_token_labels": trained.recipe.uses_token_labels,
     }
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenlabel.data.images import ImageCheck, ImageSource, find_broken, leave_out
+from tokenlabel.models.runs import list_checkpoints, read_state
 from tokenlabel.runtime.configuration import (
     ConfigError,
     flattened,
@@ -29,7 +30,6 @@ from tokenlabel.runtime.configuration import (
 from tokenlabel.runtime.distributed import Ranks, current_ranks
 from tokenlabel.runtime.files import write_whole
 from tokenlabel.runtime.notices import listed, say
-from tokenlabel.training.checkpoint import list_checkpoints, read_state
 from tokenlabel.training.recipe import RECIPE_FILE, TrainingConfig
 
 IMAGES_FILE, LIST_FILE, LOCK_FILE = "images.json", "images.gz", ".lock"

@@ -1,0 +1,81 @@
+"""Run folders and their checkpoints, read; `training/checkpoint.py` says what is in them, and writes them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load
+from torch import Tensor
+
+FORMAT = 2
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, incomplete or altered."""
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """Return the checkpoints of a run, oldest first."""
+    folders = (run / "checkpoints").glob("[0-9]*")
+    return sorted(path for path in folders if path.is_dir() and path.name.isdecimal())  # not a copy of one
+
+
+def is_run(path: Path) -> bool:
+    """Say whether a path is a run folder with a checkpoint, or a checkpoint folder."""
+    return (path / "state.json").exists() or bool(list_checkpoints(path))
+
+
+def newest_checkpoint(path: Path) -> Path:
+    """Return the newest checkpoint of a run folder; a checkpoint folder itself is returned as it is."""
+    if (path / "state.json").exists():
+        return path
+    checkpoints = list_checkpoints(path)
+    if not checkpoints:
+        raise CheckpointError(
+            f"{path}: holds no checkpoint; give a run folder that `tokenlabel train` made, or one of its checkpoints"
+        )
+    return checkpoints[-1]
+
+
+def read_weights(folder: Path, state: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the weights to use of a checkpoint: the averaged ones where there are some."""
+    name = "ema.safetensors" if "ema.safetensors" in state["sha256"] else "model.safetensors"
+    return read_tensors(folder, name, state)
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """Return the state.json of a checkpoint folder. Raises CheckpointError."""
+    try:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder}/state.json cannot be read ({error}); {_ADVICE}") from error
+    if (
+        not isinstance(state, dict)
+        or not {"format", "step", "recipe", "class_names", "sha256"} <= state.keys()
+    ):
+        raise CheckpointError(f"{folder}/state.json was altered: it lacks what a checkpoint says; {_ADVICE}")
+    if state["format"] != FORMAT:
+        raise CheckpointError(
+            f"{folder}: checkpoint format {state['format']}, this version of tokenlabel reads {FORMAT}; train anew in "
+            "another folder, or go on with the version that wrote it"
+        )
+    return state
+
+
+def read_tensors(folder: Path, name: str, state: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the tensors of a file of a checkpoint, its checksum checked. Raises CheckpointError."""
+    path = folder / name
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); {_ADVICE}") from error
+    if hashlib.sha256(data).hexdigest() != state["sha256"].get(name):
+        raise CheckpointError(f"{path}: was cut short or altered (its checksum is another); {_ADVICE}")
+    # safetensors returns them in another order in each process; ranks meet once for each that is divided among them.
+    return dict(sorted(load(data).items()))
+
+
+_ADVICE = "remove this folder to continue from the checkpoint before it"
