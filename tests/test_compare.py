@@ -29,8 +29,7 @@ from tokenlabel.comparison.tables import (
     recipe_of,
     table_names,
 )
-from tokenlabel.runtime.files import write_whole
-from tokenlabel.runtime.interruption import Interrupted
+from tokenlabel.runtime.process import Interrupted, write_whole
 from tokenlabel.training.checkpoint import load_model
 from tokenlabel.training.recipe import find_recipe
 

@@ -28,9 +28,8 @@ from tokenlabel.runtime.arguments import (
     parse,
     write_json,
 )
-from tokenlabel.runtime.environment import environment_number
 from tokenlabel.runtime.errors import FirstRankError
-from tokenlabel.runtime.interruption import Interrupted
+from tokenlabel.runtime.process import Interrupted, environment_number
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -155,13 +154,12 @@ def train(arguments: list[str]) -> int:
     recipe = configured(parser, options, Recipe)
 
     from tokenlabel.classification.task import train as train_by_recipe
-    from tokenlabel.runtime.runlog import print_figures
-    from tokenlabel.runtime.trackers import trackers_of
+    from tokenlabel.runtime.runlog import print_figures, trackers_of
 
     device = device_of(options.device)
     if options.dry_run:
         from tokenlabel.classification.dry_run import dry_run
-        from tokenlabel.runtime.environment import is_main_process
+        from tokenlabel.runtime.process import is_main_process
 
         text = dry_run(recipe, options.out, device=device)
         if is_main_process():

@@ -46,10 +46,9 @@ from tokenlabel.comparison.tables import (
 )
 from tokenlabel.data.scenes import write_scenes
 from tokenlabel.runtime.arguments import add_device, device_of, new_parser, parse
+from tokenlabel.runtime.coercion import NATURAL, check_numbers
 from tokenlabel.runtime.distributed import Ranks, joined_ranks, launched_ranks
-from tokenlabel.runtime.files import write_whole
-from tokenlabel.runtime.interruption import Interrupted
-from tokenlabel.runtime.ranges import NATURAL, check_numbers
+from tokenlabel.runtime.process import Interrupted, write_whole
 from tokenlabel.training.checkpoint import list_checkpoints
 from tokenlabel.training.engine import run_task
 

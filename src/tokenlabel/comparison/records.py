@@ -14,7 +14,7 @@ from typing import Any
 
 from tokenlabel.comparison.measures import MEASURES_FILE
 from tokenlabel.comparison.tables import Comparison, RunPlan, TableError
-from tokenlabel.runtime.files import write_whole
+from tokenlabel.runtime.process import write_whole
 from tokenlabel.runtime.runlog import read_metrics
 
 

@@ -18,10 +18,9 @@ from tokenlabel.core.batch import normalize_images
 from tokenlabel.data.images import ImageSource
 from tokenlabel.data.sources import open_aloud
 from tokenlabel.labels.manifest import Failure
-from tokenlabel.runtime.coercion import coerced, coerced_fields
+from tokenlabel.runtime.coercion import COUNT, NATURAL, check_numbers, coerced, coerced_fields
 from tokenlabel.runtime.distributed import usable_device
-from tokenlabel.runtime.notices import listed, say
-from tokenlabel.runtime.ranges import COUNT, NATURAL, check_numbers
+from tokenlabel.runtime.process import listed, say
 from tokenlabel.teachers.backbone import Backbone, check_places, load_backbone
 from tokenlabel.teachers.dense import DenseLogits
 from tokenlabel.teachers.heads import SUFFIX, Head, HeadError, read_about
