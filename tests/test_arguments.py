@@ -275,7 +275,7 @@ def test_the_docs_show_one_spelling():
 def test_the_label_guide_names_options_that_exist(capsys):
     named = set(re.findall(r"--[a-z][a-z_.-]*", (Path(__file__).parents[1] / "docs/labels.md").read_text()))
     assert {"--strict", "--class-map", "--num-classes", "--region"} <= named
-    for verb in ("annotate", "inspect", "merge", "import-labels", "train", "compare"):
+    for verb in ("annotate", "inspect", "merge", "import-labels", "train"):
         with pytest.raises(SystemExit):
             main([verb, "--help"])
     known = capsys.readouterr().out.replace("_", "-")
