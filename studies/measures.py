@@ -104,13 +104,13 @@ def label_truth(finished: FinishedRun) -> Figures:
     recipe, model = finished.trained.recipe, finished.trained.model
     if recipe.data.labels is None or not recipe.loss.reads_labels:
         return {}
-    source, transform = open_images(recipe.data.train), TrainTransform(recipe.augment, recipe.model.size_px)
+    source, transform = open_images(recipe.data.train), TrainTransform(recipe.augment, recipe.model.img_size)
     stores = LabelStore(*recipe.data.label_folders), finished.masks("train")
     labelled, true = (TokenLabelDataset(source, transform, seed=recipe.seed, store=store) for store in stores)
     labelled = DefectiveDataset(labelled, finished.defect) if finished.defect else labelled
     count = min(len(source.keys), NUM_LABELLED)
     chosen = np.linspace(0, len(source.keys) - 1, count).astype(int).tolist()  # of all classes
-    grid, right, total = model.grid_for(recipe.model.size_px), 0, 0
+    grid, right, total = model.grid_for(recipe.model.img_size), 0, 0
     for both in zip(*(_batches(d, finished.device, chosen) for d in (labelled, true)), strict=True):
         guess, truth = (align(b.score_maps, b.views, grid) for b in both if b.score_maps is not None)
         counts = agreement(guess, truth, model.num_classes)

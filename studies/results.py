@@ -170,9 +170,9 @@ def _write_charts(found: Found, folder: Path, name: str) -> list[str]:
 def as_json(found: Found) -> dict[str, Any]:
     """Return everything that was found, for programs."""
 
-    def difference(row: str, against: str, metric: str, spread: Spread) -> dict[str, Any]:
+    def difference(ours: str, theirs: str, metric: str, spread: Spread) -> dict[str, Any]:
         half = spread.half if len(spread.values) > 1 else None
-        names = {"row": row, "against": against, "metric": metric}
+        names = {"row": ours, "against": theirs, "metric": metric}
         figures = {"mean": spread.mean, "half_interval": half, "each": spread.values}
         return names | figures | {"larger_than_spread": spread.is_resolved}
 
@@ -182,7 +182,9 @@ def as_json(found: Found) -> dict[str, Any]:
         for row, of in table.rows.items()
     }
     differences = [
-        difference(*rows, *one) for *rows, spreads in found.differences() for one in spreads.items()
+        difference(ours, theirs, name, spread)
+        for ours, theirs, spreads in found.differences()
+        for name, spread in spreads.items()
     ]
     return {
         "table": table.name,
