@@ -63,7 +63,8 @@ def parsed(arguments: Sequence[str]) -> Any:
         "spread. The same command continues; under torchrun each process trains whole runs.",
     )
     parser.prog = COMMAND
-    path, several = {"type": Path}, {"nargs": "*", "action": "append", "default": []}
+    path: dict[str, Any] = {"type": Path}
+    several: dict[str, Any] = {"nargs": "*", "action": "append", "default": []}
     for name, more, text in (
         ("tables", {"nargs": "+"}, f"{', '.join(names_in('tables'))}, all, or YAML files"),
         ("--on", {}, f"{', '.join(names_in('testbeds'))}, or a YAML file; what the table says by default"),

@@ -272,17 +272,6 @@ def test_the_docs_show_one_spelling():
         )
 
 
-def test_the_label_guide_names_options_that_exist(capsys):
-    named = set(re.findall(r"--[a-z][a-z_.-]*", (Path(__file__).parents[1] / "docs/labels.md").read_text()))
-    assert {"--strict", "--class-map", "--num-classes", "--region"} <= named
-    for verb in ("annotate", "inspect", "merge", "import-labels", "train"):
-        with pytest.raises(SystemExit):
-            main([verb, "--help"])
-    known = capsys.readouterr().out.replace("_", "-")
-    benchmarks = {"--device"}
-    assert [name for name in named - benchmarks if name.replace("_", "-") not in known] == []
-
-
 def test_a_gone_name_is_refused_by_its_new_one(tmp_path):
     with pytest.raises(ValueError, match=r"--model\.size-px; it is called --model\.img-size now"):
         recipe_of("--out", "out", "--data.train", "a", "--model.size-px", "96")

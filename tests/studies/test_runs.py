@@ -365,3 +365,27 @@ def test_unknown_names_have_their_neighbours():
         Study(tables=[table], testbed=read_testbed("embedded"), out=Path("out")).jobs()
     with pytest.raises(StudyError, match="name their folder with --data"):
         Study(tables=[table], testbed=read_testbed("imagenet"), out=Path("out"))
+
+
+def test_segmentation_begins_with_the_backbone_of_its_seed(tmp_path):
+    (tmp_path / "bed.yaml").write_text(
+        """
+segments: true
+recipe: segment_scenes
+set: {data.root: "{scenes}", model.weights: "{backbone}", num_steps: 2, eval.short_side_px: 24}
+steps:
+  scenes: {scenes: {num_train: 20, num_val: 10, seed: 0}}
+  backbone: >-
+    train --recipe demo_class_labels --out {here} --seed {seed} --data.train {scenes}/train --data.val {scenes}/val
+    --num_steps 1 --batch_size 2 --data.num_workers 0
+"""
+    )
+    table = "{title: A, question: B, metrics: [miou], rows: {a: {title: a}}, differences: []}"
+    (tmp_path / "tiny.yaml").write_text(table)
+    given = [str(tmp_path / "tiny.yaml"), "--on", str(tmp_path / "bed.yaml"), "--out", str(tmp_path / "out")]
+    assert main([*given, "--only", "tiny:a:1"]) == 0
+    assert (tmp_path / "out" / "backbone-1" / "checkpoints").is_dir()
+    assert main([*given, "--collect", "--seeds", "2"]) == 0
+    found = json.loads((tmp_path / "out" / "tiny.json").read_text())
+    assert found["rows"]["a"]["figures"]["miou"].keys() == {"1"}
+    assert found["not_run"] == {"a": [0]}
