@@ -21,7 +21,7 @@ from studies.defects import DEFECTS
 from studies.measures import METRICS
 from tokenlabel.runtime.configuration import config_from_dict, near_names, read_yaml
 from tokenlabel.segmentation.recipe import SegmentRecipe
-from tokenlabel.training.recipe import Recipe, find_recipe
+from tokenlabel.training.recipe import Recipe, recipe_content
 
 Kind = TypeVar("Kind")
 Settings = Mapping[str, Any]
@@ -235,7 +235,7 @@ class Study:
         settings |= self.overrides
         steps = self._steps([*testbed.measure.values(), *settings.values()])
         decided = {
-            "recipe": _with_settings(recipe, settings),
+            "recipe": _with_settings(recipe, settings, self.kind),
             "defect": row.defect,
             "steps": {name: asdict(testbed.steps[name]) for name in steps},
         }
@@ -282,9 +282,13 @@ class Study:
     def recipe(self, plan: RunPlan, seed: int) -> Recipe | SegmentRecipe:
         """Return the recipe of a run."""
         settings = {key: filled(value, self.folders(seed)) for key, value in plan.settings.items()}
-        nested = _with_settings(plan.recipe, {**settings, "seed": seed})
-        kind = SegmentRecipe if self.testbed.segments else Recipe
-        return config_from_dict(nested, kind, name=f"run {plan.name} (recipe {plan.recipe})")
+        nested = _with_settings(plan.recipe, {**settings, "seed": seed}, self.kind)
+        return config_from_dict(nested, self.kind, name=f"run {plan.name} (recipe {plan.recipe})")
+
+    @property
+    def kind(self) -> type[Recipe] | type[SegmentRecipe]:
+        """What its recipes are."""
+        return SegmentRecipe if self.testbed.segments else Recipe
 
     def folders(self, seed: int) -> dict[str, str]:
         """Return what placeholders stand for."""
@@ -300,9 +304,9 @@ class Study:
         return self.out / "runs" / plan.name / str(seed)
 
 
-def _with_settings(recipe: str, settings: Settings) -> dict[str, Any]:
-    """Return the content of a recipe's file with settings in it."""
-    nested = read_yaml(find_recipe(recipe))
+def _with_settings(recipe: str, settings: Settings, kind: Any) -> dict[str, Any]:
+    """Return the fields that a recipe sets with settings in them."""
+    nested = recipe_content(recipe, kind)
     for key, value in settings.items():
         *groups, last = key.split(".")
         inner = nested
