@@ -96,7 +96,7 @@ class ClassifierTask(Task[Recipe]):
     def __post_init__(self) -> None:
         self.class_names = self.train_set.source.class_names
         self.num_images = len(self.train_set)
-        self.grid = self.model.grid_for(self.recipe.model.size_px)
+        self.grid = self.model.grid_for(self.recipe.model.img_size)
         self.step = TrainStep(
             self.model,
             self.supervision,
@@ -187,7 +187,7 @@ def build(recipe: Recipe, *, device: torch.device, run: Path | None = None) -> C
         sound = partial(_sound, recipe, images, "val")
         val_set = evaluation_set(recipe, class_names=source.class_names, sound=sound)
         say(describe(val_set.source, recipe.data.val or ""))
-    transform = TrainTransform(recipe.augment, recipe.model.size_px)
+    transform = TrainTransform(recipe.augment, recipe.model.img_size)
     return ClassifierTask(
         recipe=recipe,
         model=model,
@@ -231,7 +231,7 @@ def _sound(
 def _begin(config: ModelConfig, *, class_names: list[str]) -> TokenModel:
     """Return the model as it is before the first step."""
     num_classes = len(class_names)
-    model = create_model(config.name, num_classes=num_classes, size_px=config.size_px, **config.options)
+    model = create_model(config.name, num_classes=num_classes, img_size=config.img_size, **config.options)
     if config.weights is not None:
         weights = Path(config.weights)
         weights = newest_checkpoint(weights) if is_run(weights) else weights
