@@ -646,14 +646,14 @@ def test_few_images_wait_for_others_of_their_shape():
 
     def shown():
         nonlocal waiting, max_waiting
-        for i in range(300):
+        for i in range(1000):
             waiting += 1
             max_waiting = max(max_waiting, waiting)
-            yield Seen(str(i), np.zeros((i % 50 + 1, 1, 3), np.uint8), WHOLE_IMAGE)
+            yield Seen(str(i), np.zeros((i % 300 + 1, 1, 3), np.uint8), WHOLE_IMAGE)
 
     for batch in _by_shape(shown(), 4):
         waiting -= len(batch)
-    assert max_waiting <= 16
+    assert max_waiting <= labelling.MAX_WAITING_IMAGES
 
 
 def test_working_ahead_keeps_the_order_and_passes_errors_on():

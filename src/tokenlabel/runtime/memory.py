@@ -16,7 +16,7 @@ def keep_freed_memory() -> bool:
 
     By default glibc gives blocks of more than 32 MiB back to the kernel as soon as they are free. The activations of a
     batch are such blocks, so a network on a CPU waits for new pages, filled with zeros, at every layer. The process
-    stays as large as it was at its largest. An allocator put in glibc's place (LD_PRELOAD) does as it is told elsewhere.
+    stays as large as it was at its largest. An allocator put in glibc's place (LD_PRELOAD) goes its own way.
     """
     if platform.system() != "Linux" or platform.libc_ver()[0] != "glibc":
         return False

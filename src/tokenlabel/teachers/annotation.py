@@ -64,8 +64,8 @@ class AnnotateConfig(TeacherConfig):
     tolerance: float | None = None
     """Of compact records: the least probability that is worth its bytes. Less is left out, what stays is in steps of
     1.25 times this; 0 keeps all in steps of 1/510. By default .008, and in a store that is there what it began with."""
-    batch_size: int = 64
-    """Images that the teacher sees at once."""
+    batch_size: int | None = None
+    """Images that the teacher sees at once; by default 64 on a GPU and 16 on a CPU."""
     num_workers: int = 2
     """Threads that decode images, and as many that pack score maps."""
     shard_s: float = 300.0
@@ -192,7 +192,7 @@ def annotate_by(
         source=images,
         manifest=manifest,
         device=device,
-        batch_size=config.batch_size,
+        batch_size=config.batch_size or (16 if device.type == "cpu" else 64),
         num_workers=config.num_workers,
         strict=config.strict,
     )
