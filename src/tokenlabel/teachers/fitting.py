@@ -237,7 +237,9 @@ def _from_labels(vectors: Vectors, config: FitConfig, _: None) -> Head:
     indices = labelled[spread(len(labelled), MAX_SAMPLE_BYTES // (of_an_image * (1 + VECTORS_PER_IMAGE)))]
     length = min(MAX_LOCATIONS, MAX_SAMPLE_BYTES // (of_an_image * len(indices)) - 1)
     bags, keys = vectors.bags(indices.tolist(), length)
-    class_of = dict(zip((source.keys[i] for i in indices.tolist()), source.class_ids[indices].tolist(), strict=True))
+    class_of = dict(
+        zip((source.keys[i] for i in indices.tolist()), source.class_ids[indices].tolist(), strict=True)
+    )
     truth = torch.tensor([class_of[key] for key in keys], device=bags.device)
     num_classes, weights = len(source.class_names), torch.ones(len(truth), device=bags.device)
     held_out = _held_out(truth.cpu(), seed=config.seed).to(bags.device)

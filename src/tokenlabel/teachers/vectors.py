@@ -19,10 +19,10 @@ from tokenlabel.data.images import ImageSource
 from tokenlabel.evaluation.observation import MaskFolder
 from tokenlabel.labels.manifest import Failure
 from tokenlabel.runtime.notices import listed, say
-from tokenlabel.teachers.backbone import Backbone, check_places
+from tokenlabel.teachers.backbone import Backbone, check_locations
 from tokenlabel.teachers.dense import DenseLogits
 from tokenlabel.teachers.heads import HeadError
-from tokenlabel.teachers.labelling import Seen, as_tensor, seen_batches
+from tokenlabel.teachers.labelling import TeacherImage, as_tensor, seen_batches
 from tokenlabel.teachers.masks import shares
 
 VECTORS_PER_IMAGE = 8
@@ -44,7 +44,7 @@ class Vectors:
     num_workers: int
     seed: int
 
-    def of(self, indices: Sequence[int]) -> Iterator[tuple[list[Seen], DenseLogits]]:
+    def of(self, indices: Sequence[int]) -> Iterator[tuple[list[TeacherImage], DenseLogits]]:
         """Yield images and the vectors of them and their locations, batch by batch; check the first batch.
 
         Images that do not decode are passed over, and said at the end. Raises HeadError where none does.
@@ -67,7 +67,7 @@ class Vectors:
                 images = images.contiguous(memory_format=torch.channels_last)
                 with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
                     if number == 0:
-                        say(check_places(network, images, name=name, precision=self.precision))
+                        say(check_locations(network, images, name=name, precision=self.precision))
                     vectors = network(images)
                 yield seen, vectors
                 bar.update(len(seen))
@@ -85,9 +85,11 @@ class Vectors:
         sample = self._empty(min(most, of_each * len(indices)))
         filled = num_images = 0
         for seen, vectors in self.of(indices.tolist()):
-            for item, places in zip(seen, vectors.places.flatten(1, 2), strict=True):
-                chosen = self._drawn(item.key, len(places), min(of_each, len(sample) - filled, len(places)))
-                sample[filled : filled + len(chosen)] = places[chosen]
+            for item, locations in zip(seen, vectors.locations.flatten(1, 2), strict=True):
+                chosen = self._drawn(
+                    item.key, len(locations), min(of_each, len(sample) - filled, len(locations))
+                )
+                sample[filled : filled + len(chosen)] = locations[chosen]
                 filled, num_images = filled + len(chosen), num_images + 1
         return sample[:filled], num_images
 
@@ -95,9 +97,9 @@ class Vectors:
         """Return the mean of each image's locations and `length` of them, and the keys of the images."""
         bags, keys = self._empty(len(indices), 1 + length), list[str]()
         for seen, vectors in self.of(indices):
-            for item, places in zip(seen, vectors.places.flatten(1, 2), strict=True):
-                bags[len(keys), 0] = places.float().mean(dim=0)
-                bags[len(keys), 1:] = places[self._drawn(item.key, len(places), length)]
+            for item, locations in zip(seen, vectors.locations.flatten(1, 2), strict=True):
+                bags[len(keys), 0] = locations.float().mean(dim=0)
+                bags[len(keys), 1:] = locations[self._drawn(item.key, len(locations), length)]
                 keys.append(item.key)
         return bags[: len(keys)], keys
 
@@ -107,17 +109,19 @@ class Vectors:
         """Return up to `most` locations of each image, the share of each class in their cells, and whose they are."""
         parts: list[tuple[Tensor, Tensor, Tensor]] = []
         for seen, vectors in self.of(indices):
-            grid = (vectors.places.shape[1], vectors.places.shape[2])
-            for item, places in zip(seen, vectors.places.flatten(1, 2), strict=True):
+            grid = (vectors.locations.shape[1], vectors.locations.shape[2])
+            for item, locations in zip(seen, vectors.locations.flatten(1, 2), strict=True):
                 mask = masks[item.key]
-                of_class = torch.zeros(len(places), masks.num_classes)
+                of_class = torch.zeros(len(locations), masks.num_classes)
                 of_class[:, mask.palette.astype(np.int64)] = torch.from_numpy(shares(mask, grid)).flatten(
                     0, 1
                 )
-                chosen = self._drawn(item.key, len(places), min(most, len(places)))
+                chosen = self._drawn(item.key, len(locations), min(most, len(locations)))
                 chosen = chosen[of_class[chosen].sum(dim=1).numpy() > 0]
                 owner = torch.full((len(chosen),), float(len(parts)))
-                parts.append((places[chosen].half(), of_class[chosen].to(self.device), owner.to(self.device)))
+                parts.append(
+                    (locations[chosen].half(), of_class[chosen].to(self.device), owner.to(self.device))
+                )
         vectors, of_class, owners = (torch.cat(part) for part in zip(*parts, strict=True))
         return vectors, of_class, owners
 
