@@ -145,7 +145,7 @@ def class_order(
     itself; it must be no other. Raises ConfigError.
     """
     if order not in (SORTED, NATURAL):
-        names = _read_order(order, ours, option)
+        names = read_class_names(order, ours, option=option)
     elif ours:
         names = sorted(ours, key=_natural if order == NATURAL else None)
     else:
@@ -163,7 +163,11 @@ def class_order(
     return names
 
 
-def _read_order(path: str, ours: Sequence[str], option: str) -> list[str]:
+def read_class_names(path: str | Path, ours: Sequence[str] = (), *, option: str = "") -> list[str]:
+    """Return the class names of a file in their order; see `class_order`. Raises ConfigError.
+
+    `option`: what the file was given to; none for an argument that has to be such a file.
+    """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
         if Path(path).suffix.lower() == ".json":
@@ -172,11 +176,12 @@ def _read_order(path: str, ours: Sequence[str], option: str) -> list[str]:
             lines = [line.strip() for line in text.split("\n") if not line.startswith("#")]
             names = _in_line_order([line for line in lines if line], ours)
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{option} {path}: neither `natural` nor `sorted`, nor a file of class names ({error})"
-        ) from error
+        kinds = "neither `natural` nor `sorted`, nor a file" if option.endswith("class-order") else "no file"
+        raise ConfigError(f"{option} {path}: {kinds} of class names ({error})".lstrip()) from error
     if repeated := [name for name, times in Counter(map(composed, names)).items() if times > 1]:
-        raise ConfigError(f"{option} {path}: names several classes {listed(list(map(repr, repeated)))}")
+        raise ConfigError(
+            f"{option} {path}: names several classes {listed(list(map(repr, repeated)))}".lstrip()
+        )
     return names
 
 
