@@ -28,9 +28,8 @@ from tokenlabel.runtime.arguments import (
     parse,
     write_json,
 )
-from tokenlabel.runtime.environment import environment_number
 from tokenlabel.runtime.errors import FirstRankError
-from tokenlabel.runtime.interruption import Interrupted
+from tokenlabel.runtime.process import Interrupted, environment_number
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -84,21 +83,28 @@ def _run(arguments: list[str]) -> int:
     if name not in VERBS:
         near = difflib.get_close_matches(name, VERBS, n=1)
         advice = f"did you mean {near[0]}?" if near else f"known: {', '.join(VERBS)}"
+        if name == "compare":
+            advice = "tables of recipes are `python -m studies` in the repository (docs/studies.md)"
         print(f"tokenlabel: no verb {name!r}; {advice}", file=sys.stderr)
         return USAGE_ERROR
+    return run_command(f"tokenlabel {name}", VERBS[name].run, rest)
+
+
+def run_command(command: str, run: Callable[[list[str]], int], arguments: list[str]) -> int:
+    """Run a function on its arguments; return the exit status, after one line of what stopped it."""
     try:
-        return VERBS[name].run(rest)
+        return run(arguments)
     except Interrupted as stop:
-        print(f"tokenlabel {name}: {stop}", file=sys.stderr)
+        print(f"{command}: {stop}", file=sys.stderr)
         return stop.exit_status
     except KeyboardInterrupt:
-        print(f"\ntokenlabel {name}: stopped; the same command continues", file=sys.stderr)
+        print(f"\n{command}: stopped; the same command continues", file=sys.stderr)
         return 130
     except (ValueError, OSError) as error:
         if isinstance(error, BrokenPipeError) or os.environ.get("TOKENLABEL_TRACEBACK"):
             raise
         if not isinstance(error, FirstRankError) or environment_number("LOCAL_RANK") == 0:  # once a machine
-            print(f"tokenlabel {name}: error: {_own_message(error)}", file=sys.stderr)
+            print(f"{command}: error: {_own_message(error)}", file=sys.stderr)
         return USAGE_ERROR
 
 
@@ -155,13 +161,12 @@ def train(arguments: list[str]) -> int:
     recipe = configured(parser, options, Recipe)
 
     from tokenlabel.classification.task import train as train_by_recipe
-    from tokenlabel.runtime.runlog import print_figures
-    from tokenlabel.runtime.trackers import trackers_of
+    from tokenlabel.runtime.runlog import print_figures, trackers_of
 
     device = device_of(options.device)
     if options.dry_run:
         from tokenlabel.classification.dry_run import dry_run
-        from tokenlabel.runtime.environment import is_main_process
+        from tokenlabel.runtime.process import is_main_process
 
         text = dry_run(recipe, options.out, device=device)
         if is_main_process():
@@ -351,13 +356,18 @@ def merge(arguments: list[str]) -> int:
         choices=[*map(str, Encoding)],
         help="write every record anew in this one; as it is if none",
     )
+    parser.add_argument(
+        "--tolerance", type=float, help="write every record anew, compact, as annotate with this tolerance"
+    )
     _add_duplicates(parser)
     options = parse(parser, arguments)
     *folders, output = options.stores
     if not folders:
         raise ValueError("merge takes at least one store to read and, as the last, the folder to write")
     encoding = Encoding(options.encoding) if options.encoding else None
-    merged = merge_stores(folders, output, encoding=encoding, duplicates=options.duplicates)
+    merged = merge_stores(
+        folders, output, encoding=encoding, tolerance=options.tolerance, duplicates=options.duplicates
+    )
     print(f"{output}: {len(merged):,} labels")
     return 0
 
@@ -459,13 +469,6 @@ def evaluate(arguments: list[str]) -> int:
     return 0
 
 
-def compare(arguments: list[str]) -> int:
-    """Train and measure the rows of tables, and set them side by side."""
-    from tokenlabel.comparison.jobs import main as compare_tables
-
-    return compare_tables(arguments)
-
-
 def report(arguments: list[str]) -> int:
     """Write an HTML report of runs."""
     parser = new_parser("report", "Write one self-contained HTML file about one or more runs.")
@@ -508,7 +511,6 @@ VERBS = {
     "train": Verb(train, "train a model by a recipe, with token labels or without"),
     "eval": Verb(evaluate, "accuracy of a run or a model, and of its tokens where masks are known"),
     "segment": Verb(segment, "train, eval or predict: a class for every pixel, from any backbone"),
-    "compare": Verb(compare, "tables of recipes, several seeds each: what makes a difference"),
     "export": Verb(export, "a trained model as safetensors, ONNX, or a folder for timm and the hub"),
     "report": Verb(report, "one HTML file with the curves, tables and pictures of runs"),
 }

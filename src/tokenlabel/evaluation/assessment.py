@@ -39,10 +39,9 @@ from tokenlabel.evaluation.evaluators import (
 from tokenlabel.evaluation.observation import MaskFolder, observe
 from tokenlabel.labels.store import LabelStore
 from tokenlabel.models.load import LoadedModel, load_model
-from tokenlabel.runtime.coercion import coerced_fields, pair
+from tokenlabel.runtime.coercion import COUNT, NATURAL, check_numbers, coerced_fields, pair
 from tokenlabel.runtime.distributed import Ranks, joined_ranks, usable_device
-from tokenlabel.runtime.notices import listed, say
-from tokenlabel.runtime.ranges import COUNT, NATURAL, check_numbers
+from tokenlabel.runtime.process import listed, say
 from tokenlabel.training.checkpoint import with_recipe
 from tokenlabel.training.run_folder import sound_images
 

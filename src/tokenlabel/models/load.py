@@ -39,7 +39,7 @@ from tokenlabel.models.weights import (
 )
 from tokenlabel.runtime.coercion import Size, pair
 from tokenlabel.runtime.errors import first_line
-from tokenlabel.runtime.notices import listed, say
+from tokenlabel.runtime.process import listed, say
 
 # In timm's names of networks trained on images and texts. Their head projects into the space of the texts, and timm
 # calls the width of that space num_classes; the same networks fine-tuned on ImageNet ("_ft_in1k") have classes.
@@ -165,7 +165,7 @@ def _model_of(recipe: Mapping[str, Any], class_names: Sequence[str], **changes: 
 
 
 def of_run(
-    model: TimmAdapter, recipe: Mapping[str, Any], class_names: Sequence[str], *, step: int, name: str = "run"
+    model: Any, recipe: Mapping[str, Any], class_names: Sequence[str], *, step: int, name: str = "run"
 ) -> LoadedModel:
     """Return the model of a run with what its recipe, as plain data, says of its use."""
     about = description_of(recipe)
