@@ -179,3 +179,14 @@ def test_what_lvvit_cannot_be_is_refused() -> None:
         make(in_chans=1)
     with pytest.raises(ValueError, match="output_fmt must be NCHW or NLC"):
         make().forward_intermediates(torch.randn(1, 3, 32, 48), output_fmt="NHWC")
+
+
+def test_a_new_token_head_begins_as_the_classifier_that_timm_keeps(tmp_path: Path) -> None:
+    network: Any = timm.create_model("test_resnet", num_classes=4)
+    save_for_hf(network, str(tmp_path), model_args={}, safe_serialization=True)
+    path = f"local-dir:{tmp_path}"
+    model: Any = create_model(path, num_classes=4, img_size=64, pretrained=True)
+    assert torch.equal(model.token_head.weight, network.get_classifier().weight)
+    assert torch.equal(model.token_head.bias, network.get_classifier().bias)
+    other: Any = create_model(path, num_classes=3, img_size=64, pretrained=True)  # timm keeps no classifier of these
+    assert not torch.equal(other.token_head.weight, other.backbone.get_classifier().weight)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from tokenlabel.core.mix import MixPlan, mix_images
 from tokenlabel.core.outputs import Outputs, TokenModel, check_ascending
 from tokenlabel.models.hub import hub_or_cache
+from tokenlabel.models.weights import begin_as_classifier
 from tokenlabel.runtime.coercion import Size, check_numbers, pair
 from tokenlabel.runtime.errors import first_line
 
@@ -284,6 +285,10 @@ def create_timm_adapter(
         stage=stage,
         num_token_classes=num_token_classes,
     )
+    # Where timm keeps the classifier of its weights, a head for the tokens begins as that classifier, too.
+    keeps = options.get("pretrained") and backbone.pretrained_cfg.get("num_classes") == num_classes
+    if keeps and not hasattr(backbone, "aux_head"):
+        begin_as_classifier(adapter)
     without_weights = {k: v for k, v in options.items() if k not in ("pretrained", "checkpoint_path")}
     adapter.rebuild = partial(timm.create_model, name, **without_weights)
     return adapter

@@ -284,6 +284,14 @@ def _begin_as_classifier(model: Any, found: dict[str, Tensor], new: Collection[s
     return list(names)
 
 
+def begin_as_classifier(model: Any) -> None:
+    """Let a new linear token head begin as the classifier of its model, where it is for as many classes."""
+    found = {f"backbone.{name}": tensor for name, tensor in model.backbone.state_dict().items()}
+    new = [f"token_head.{name}" for name in model.token_head.state_dict()]
+    names = _begin_as_classifier(model, found, new)
+    model.load_state_dict({name: found[name] for name in names}, strict=False)
+
+
 def misfit(
     found: Mapping[str, Tensor],
     wanted: Mapping[str, Tensor],
