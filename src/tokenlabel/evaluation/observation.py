@@ -229,7 +229,7 @@ def observe(
         for inference, logits in predictions.items():
             chosen = logits if out is None else logits.masked_fill(out, -torch.inf)
             for evaluator in evaluators[inference]:
-                evaluator.add(Seen(batch, outputs.grid, chosen, said))
+                evaluator.add(Seen(batch, outputs.grid, chosen, said, outputs))
         num_images += len(batch.images)
     spent = ranks.all_gather((num_images, time.perf_counter() - started))
     speed = {"images_per_s": sum(n for n, _ in spent) / max(seconds for _, seconds in spent)}

@@ -11,6 +11,7 @@ and the gradients of all parts of all processes are averaged before the weights 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -27,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tokenlabel.core.step import Part
 from tokenlabel.data.samplers import BatchSampler
+from tokenlabel.drawing.pictures import PICTURES_FOLDER
 from tokenlabel.runtime.configuration import ConfigError
 from tokenlabel.runtime.distributed import Ranks, shard
 from tokenlabel.runtime.interruption import Interrupted, caught_signals
@@ -281,7 +283,7 @@ def _loop(
     batches = iter(training.task.batches(training.sampler(start_step)))
     _say_learning_rate(training, log)
     if figures is None and start_step and training.due(start_step, eval_every_epochs):
-        figures = _evaluate(training, log, start_step)  # the run was stopped before it could
+        figures = _evaluate(training, run, log, start_step)  # the run was stopped before it could
     watch, window = Stopwatch(), Window(ranks)
 
     def report(done: int) -> None:
@@ -293,6 +295,7 @@ def _loop(
         _write_checkpoint(training, run, done)
 
     with caught_signals() as received:
+        batches = _pictured(training, run, batches, start_step, watch)
         for step in range(start_step, training.num_steps):
             window.add(train_step(training, batches, step, watch))
             done, is_last = step + 1, step + 1 == training.num_steps
@@ -305,7 +308,7 @@ def _loop(
             if saved:  # before the evaluation, which may take longer than who stops the run will wait
                 save(done)
             if training.due(done, eval_every_epochs) and (is_last or not stopping):
-                figures = _evaluate(training, log, done)
+                figures = _evaluate(training, run, log, done)
                 watch.lap()
                 stopping = ranks.all_reduce_max(received[0] if received else 0)
             if stopping and not saved:
@@ -315,6 +318,24 @@ def _loop(
             if stopping and not is_last:
                 return Interrupted(done, stopping)
     return figures or {}
+
+
+def _pictured(
+    training: Training, run: Path, batches: Iterator[Any], step: int, watch: Stopwatch
+) -> Iterator[Any]:
+    """Write pictures of the first batch that a run takes, unless it has some; return all batches, that one included."""
+    folder, task, sampler = run / PICTURES_FOLDER, training.task, training.sampler(step)
+    is_known = step > 0 and (folder / "train.json").exists()
+    if not training.ranks.is_first or is_known or step == training.num_steps:
+        return batches
+    with watch.part("data"):
+        first = next(batches)
+    with watch.paused():
+        part = Part(task.recipe.seed, step, sampler.part_start(0))
+        album = task.picture(first.to(task.device), part, next(iter(sampler)))
+        if album is not None:
+            album.write(folder, "train", step=step, num_steps=training.num_steps)
+    return itertools.chain([first], batches)
 
 
 def _evaluated(run: Path, step: int) -> dict[str, Any] | None:
@@ -391,12 +412,12 @@ def _prune(training: Training, run: Path, done: int) -> None:
     prune_checkpoints(run, spared | ({best} if best else set()), best=best)
 
 
-def _evaluate(training: Training, log: RunLog, done: int) -> dict[str, Any]:
+def _evaluate(training: Training, run: Path, log: RunLog, done: int) -> dict[str, Any]:
     """Evaluate the averaged weights where there are some, and write the figures down."""
     task, trained = training.task, training.trained
     model = trained.ema.module if trained.ema is not None else trained.model
     training.ranks.share_buffers(model)  # each has its own, the checkpoint the first one's
-    figures = task.evaluate(model, training.ranks)
+    figures = task.evaluate(model, training.ranks, run=run, step=done, num_steps=training.num_steps)
     if isinstance(model, FSDPModule):
         model.reshard()  # what the forward pass put together for this rank
     if figures:
