@@ -99,7 +99,7 @@ class ClassifierTask(Task[Recipe]):
     def __post_init__(self) -> None:
         self.class_names = self.train_set.source.class_names
         self.num_images = len(self.train_set)
-        self.grid = self.model.grid_for(self.recipe.model.size_px)
+        self.grid = self.model.grid_for(self.recipe.model.img_size)
         store, is_same = self.train_set.store, self.model.num_token_classes == len(self.class_names)
         manifest = store.manifest if isinstance(store, LabelStore) else None
         self.token_class_names = self.class_names if is_same or manifest is None else manifest.class_names
@@ -212,7 +212,7 @@ def build(recipe: Recipe, *, device: torch.device, run: Path | None = None) -> C
         sound = partial(_sound, recipe, images, "val")
         val_set = evaluation_set(recipe, class_names=source.class_names, sound=sound)
         say(describe(val_set.source, recipe.data.val or ""))
-    transform = TrainTransform(recipe.augment, recipe.model.size_px)
+    transform = TrainTransform(recipe.augment, recipe.model.img_size)
     return ClassifierTask(
         recipe=recipe,
         model=model,
@@ -256,7 +256,7 @@ def _sound(
 def _begin(config: ModelConfig, *, class_names: list[str]) -> TokenModel:
     """Return the model as it is before the first step."""
     num_classes = len(class_names)
-    model = create_model(config.name, num_classes=num_classes, size_px=config.size_px, **config.options)
+    model = create_model(config.name, num_classes=num_classes, img_size=config.img_size, **config.options)
     if config.weights is not None:
         weights = Path(config.weights)
         weights = newest_checkpoint(weights) if is_run(weights) else weights
