@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from tokenlabel.drawing.charts import as_svg
-from tokenlabel.drawing.page import Page, check_output, table
+from tokenlabel.drawing.page import Page, caption, check_output, shortened, table
 from tokenlabel.drawing.pictures import PICTURES_FOLDER, Album, read_album
 from tokenlabel.evaluation.answers import Answers, read_answers
 from tokenlabel.labels.wordnet import with_words
@@ -81,7 +82,9 @@ class RunRecord:
             figures = json.loads((self.folder / "eval.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return (self.of("eval") or [{}])[-1]
-        return figures.get(str(self.recipe.get("eval.inference")), figures)  # of one of several ways to predict
+        return figures.get(
+            str(self.recipe.get("eval.inference")), figures
+        )  # of one of several ways to predict
 
     @cached_property
     def answers(self) -> Answers | None:
@@ -160,11 +163,19 @@ def read_run(run: Path, name: str) -> RunRecord:
 
 def _results(records: Sequence[RunRecord]) -> str:
     numbers = [
-        {name: value for name, value in record.final.items() if isinstance(value, float) and name != "images_per_s"}
+        {
+            name: value
+            for name, value in record.final.items()
+            if isinstance(value, float) and name != "images_per_s"
+        }
         for record in records
     ]
-    others = {name: (name.replace("_", " "), "{:.3g}") for found in numbers for name in found if name not in COLUMNS}
-    columns = {name: column for name, column in {**COLUMNS, **others}.items() if any(name in n for n in numbers)}
+    others = {
+        name: (name.replace("_", " "), "{:.3g}") for found in numbers for name in found if name not in COLUMNS
+    }
+    columns = {
+        name: column for name, column in {**COLUMNS, **others}.items() if any(name in n for n in numbers)
+    }
     rows = []
     for record, found in zip(records, numbers, strict=True):
         train = record.of("train")
@@ -200,7 +211,9 @@ def _remarks(records: Sequence[RunRecord]) -> str:
 def _curves(records: Sequence[RunRecord]) -> Iterator[str]:
     """Yield charts of the losses and of accuracy against steps, and of accuracy against time."""
     for title, kind, name, factor in PANELS:
-        of_runs = [[(line["step"], factor * line[name]) for line in r.of(kind) if line.get(name)] for r in records]
+        of_runs = [
+            [(line["step"], factor * line[name]) for line in r.of(kind) if line.get(name)] for r in records
+        ]
         if name == "loss" and any("class_loss" in line for record in records for line in record.of(kind)):
             continue  # its parts tell more
         yield from _chart(title, "step", of_runs)
@@ -222,17 +235,30 @@ def _chart(title: str, x_name: str, of_runs: Sequence[Sequence[tuple[float, floa
     axis.patch.set_alpha(0)
     for number, points in enumerate(of_runs):
         if points:  # a single point makes no line, and is a dot
-            style = {"linestyle": "-" if number < 10 else "--", "marker": "o" if len(points) == 1 else ""}
-            axis.plot(*zip(*points, strict=True), linewidth=1.4, color=f"C{number % 10}", markersize=4, **style)
+            line, dot = "-" if number < 10 else "--", "o" if len(points) == 1 else ""
+            x, y = zip(*points, strict=True)
+            axis.plot(x, y, linewidth=1.4, color=f"C{number % 10}", linestyle=line, marker=dot, markersize=4)
     axis.set_title(title, fontsize=10)
     axis.set_xlabel(x_name, fontsize=9)
     axis.tick_params(labelsize=8)
+    axis.xaxis.set_major_locator(MaxNLocator(5, integer=x_name == "step"))
     axis.grid(alpha=0.3)
     yield as_svg(figure).replace("#000000", "currentColor")
 
 
 def _run_legend(records: Sequence[RunRecord]) -> str:
-    colours = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf")
+    colours = (
+        "#1f77b4",
+        "#ff7f0e",
+        "#2ca02c",
+        "#d62728",
+        "#9467bd",
+        "#8c564b",
+        "#e377c2",
+        "#7f7f7f",
+        "#bcbd22",
+        "#17becf",
+    )
     chips = (
         f'<span><i style="background: {colours[number % 10]}"></i>{html.escape(record.name)}'
         f"{' (dashed)' if number >= 10 else ''}</span>"
@@ -282,6 +308,7 @@ def _class_table(of_runs: Mapping[str, Mapping[str, float]]) -> str:
     names, (first, *rest) = [*of_runs], [*of_runs.values()]
     known = [name for name, value in first.items() if not np.isnan(value)]
     headings = ["class", *names]
+    change: dict[str, float] = {}
     if rest:
         change = {name: first[name] - rest[0].get(name, np.nan) for name in known}
         known.sort(key=lambda name: -abs(np.nan_to_num(change[name])))
@@ -292,7 +319,7 @@ def _class_table(of_runs: Mapping[str, Mapping[str, float]]) -> str:
     for name in known[:NUM_CLASSES]:
         values = [f"{shares.get(name, np.nan):.1%}" for shares in of_runs.values()]
         values += [f"{100 * change[name]:+.1f}"] if rest else []
-        rows.append([with_words(name), *("–" if "nan" in value else value for value in values)])
+        rows.append([shortened(with_words(name)), *("–" if "nan" in value else value for value in values)])
     if len(rows) == len(known):
         return table(headings, rows)
     which = "that change most" if rest else "with the lowest figures"
@@ -305,24 +332,30 @@ def _add_disagreements(page: Page, records: Sequence[RunRecord]) -> None:
     if len(both) < 2:
         return
     for (right, ours), (wrong, theirs) in (both, both[::-1]):
-        places = np.flatnonzero((ours.guesses == ours.truth) & (theirs.guesses != ours.truth) & (ours.truth >= 0))
+        places = np.flatnonzero(
+            (ours.guesses == ours.truth) & (theirs.guesses != ours.truth) & (ours.truth >= 0)
+        )
         title = f"Right by {right}, wrong by {wrong}: {len(places):,} of {len(ours.keys):,} images"
         rows = [
             [ours.keys[i], *(_answer(answers, i) for answers in (ours, theirs))]
-            for i in places[np.argsort(-theirs.probs[places].astype(float), kind="stable")][:NUM_DISAGREEMENTS].tolist()
+            for i in places[np.argsort(-theirs.probs[places].astype(float), kind="stable")][
+                :NUM_DISAGREEMENTS
+            ].tolist()
         ]
         if not rows:
             page.add(title, "<p>None.</p>")
             continue
         keys = {ours.keys[i] for i in places.tolist()}
-        pictures = _val_pictures(page, [r for r in records if r.name in (right, wrong)], keys)
+        pictures = _val_pictures(
+            page, [r for name in (right, wrong) for r in records if r.name == name], keys
+        )
         more = f" The {len(rows)} of which {wrong} is surest:" if len(rows) < len(places) else ""
         note = f'<p class="note">{html.escape(more)}</p>' if more else ""
         page.add(title, pictures, note, table(["image", f"{right} says", f"{wrong} says"], rows))
 
 
 def _answer(answers: Answers, i: int) -> str:
-    return f"{with_words(answers.class_names[answers.guesses[i]])}, {answers.probs[i]:.0%}"
+    return f"{shortened(with_words(answers.class_names[answers.guesses[i]]))}, {answers.probs[i]:.0%}"
 
 
 def _add_train_pictures(page: Page, records: Sequence[RunRecord]) -> None:
@@ -330,19 +363,18 @@ def _add_train_pictures(page: Page, records: Sequence[RunRecord]) -> None:
     albums = [(record, record.albums["train"]) for record in records if "train" in record.albums]
     labelled = [pair for pair in albums if page.legend((pair[1], p) for p in pair[1].about["pictures"])]
     for record, album in (labelled or albums)[:1]:
-        pictures = [(album, picture) for picture in album.about["pictures"]]
-        figures = [
-            page.figure([(album, tile) for tile in picture["tiles"]], _caption(picture)) for _, picture in pictures
-        ]
         step = album.about.get("step", 0)
         title = f"What {record.name} is trained on: its {'first batch' if not step else f'batch of step {step:,}'}"
-        page.add(title, page.legend(pictures), f'<div class="pictures broad">{"".join(figures)}</div>')
+        page.add_album(title, album)
 
 
 def _add_val_pictures(page: Page, records: Sequence[RunRecord]) -> None:
     names = [record.name for record in records if "val" in record.albums]
     if names:
-        page.add(f"What {listed(names)} say{'s' * (len(names) == 1)} about val images", _val_pictures(page, records))
+        page.add(
+            f"What {listed(names)} say{'s' * (len(names) == 1)} about val images",
+            _val_pictures(page, records),
+        )
 
 
 def _val_pictures(page: Page, records: Sequence[RunRecord], keys: set[str] | None = None) -> str:
@@ -359,20 +391,17 @@ def _val_pictures(page: Page, records: Sequence[RunRecord], keys: set[str] | Non
         tiles = [(album, tile) for tile in first["tiles"] if tile["text"] != "prediction"]
         for record, album, picture in found:
             said = picture["answer"] if len(records) == 1 else f"{record.name}: {picture['answer']}"
-            maps = [(album, {**tile, "text": said}) for tile in picture["tiles"] if tile["text"] == "prediction"]
+            maps = [
+                (album, {**tile, "text": said}) for tile in picture["tiles"] if tile["text"] == "prediction"
+            ]
             tiles += maps
             captions += [] if maps else [said]
-        figures.append(page.figure(tiles, "<br>".join([_caption(first), *map(html.escape, captions)])))
+        figures.append(page.figure(tiles, "<br>".join([caption(first), *map(html.escape, captions)])))
     if not figures:
         return ""
     legend = page.legend((album, picture) for found in of_keys.values() for _, album, picture in found)
     broad = " broad" if len(records) > 3 else ""
     return f'{legend}<div class="pictures{broad}">{"".join(figures)}</div>'
-
-
-def _caption(picture: Mapping[str, Any]) -> str:
-    text = f", {picture['caption']}" if picture.get("caption") else ""
-    return f"<b>{html.escape(picture['key'])}</b>{html.escape(text)}"
 
 
 def _settings(records: Sequence[RunRecord]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,9 @@ def batch_album(
             blend = _pixels(_mixed(images, mix, i), model)
             classes = mixed.tokens and map_of_targets(mixed.tokens, i, grid, len(token_class_names))
             tiles.append(Tile(blend, "mixed, as trained on", classes))
-        pictures.append((tiles, {"key": batch.keys[i], "caption": _class_target(mixed.class_token, i, class_names)}))
+        pictures.append(
+            (tiles, {"key": batch.keys[i], "caption": _class_target(mixed.class_token, i, class_names)})
+        )
     return make_album(pictures, [*map(with_words, token_class_names)])
 
 
@@ -100,13 +102,19 @@ class Answering(Evaluator):
         for i, key in enumerate(batch.keys):
             if key in self.shown:
                 self.pixels[key] = batch.images[i].permute(1, 2, 0).cpu().numpy()
-                if self.of_tokens:  # in float32, as the head is: autocast has ended
+                if (
+                    self.of_tokens and seen.outputs is not None
+                ):  # in float32, as the head is: autocast has ended
                     logits = seen.outputs.token_head(seen.outputs.tokens[i : i + 1].float())[0]
                     self.maps[key] = map_of_logits(logits.unflatten(0, seen.outputs.grid))
 
     def join(self, ranks: Ranks) -> None:
         """Put together what all ranks kept."""
-        for answers, pixels, maps in ranks.all_gather((self.answers, self.pixels, self.maps)):
+        self.merge(ranks.all_gather((self.answers, self.pixels, self.maps)))
+
+    def merge(self, kept: Iterable[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]) -> None:
+        """Add what others kept of other images."""
+        for answers, pixels, maps in kept:
             self.answers |= answers
             self.pixels |= pixels
             self.maps |= maps
@@ -129,10 +137,17 @@ class Answering(Evaluator):
         self.maps = {key: map_of_logits(logits) for key, logits in zip(self.pixels, found, strict=True)}
 
     def write(
-        self, run: Path, keys: Sequence[str], class_names: Sequence[str], token_class_names: Sequence[str], **more: Any
+        self,
+        run: Path,
+        keys: Sequence[str],
+        class_names: Sequence[str],
+        token_class_names: Sequence[str],
+        **more: Any,
     ) -> None:
         """Write the answers and the pictures into a run folder. `keys`: of all images, in order."""
-        truth, guesses, probs = (np.array(column) for column in zip(*(self.answers[key] for key in keys), strict=True))
+        truth, guesses, probs = (
+            np.array(column) for column in zip(*(self.answers[key] for key in keys), strict=True)
+        )
         Answers(tuple(keys), truth, guesses, probs, tuple(class_names)).write(run)
         names, pictures = [*map(with_words, class_names)], []
         for key in (key for key in keys if key in self.pixels):
@@ -141,8 +156,12 @@ class Answering(Evaluator):
             tiles = [Tile(self.pixels[key], "image")]
             tiles += [Tile(self.pixels[key], "prediction", self.maps[key])] if key in self.maps else []
             caption = "" if own < 0 else f"class {names[own]}"
-            pictures.append((tiles, {"key": key, "caption": caption, "answer": f"{names[guess]}, {prob:.0%}{verdict}"}))
-        make_album(pictures, [*map(with_words, token_class_names)]).write(run / PICTURES_FOLDER, "val", **more)
+            pictures.append(
+                (tiles, {"key": key, "caption": caption, "answer": f"{names[guess]}, {prob:.0%}{verdict}"})
+            )
+        make_album(pictures, [*map(with_words, token_class_names)]).write(
+            run / PICTURES_FOLDER, "val", **more
+        )
 
 
 def map_of_logits(logits: Float[Tensor, "h w C"]) -> ClassMap:
@@ -153,7 +172,8 @@ def map_of_logits(logits: Float[Tensor, "h w C"]) -> ClassMap:
 
 def shown_keys(keys: Sequence[str]) -> list[str]:
     """Return the keys of the val images that are drawn: spread over all, always the same ones."""
-    return [keys[i] for i in np.unique(np.linspace(0, len(keys) - 1, min(NUM_VAL, len(keys))).astype(int)).tolist()]
+    chosen = np.linspace(0, len(keys) - 1, min(NUM_VAL, len(keys))).astype(int)
+    return [str(keys[i]) for i in chosen.tolist()]
 
 
 def _most_probable(targets: TokenTargets, i: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
@@ -176,13 +196,17 @@ def _class_target(targets: TokenTargets, i: int, names: Sequence[str]) -> str:
     return f"target of the class token: {told}" if told else ""
 
 
-def _mixed(images: Float[Tensor, "B 3 height width"], mix: MixPlan, i: int) -> Float[Tensor, "3 height width"]:
+def _mixed(
+    images: Float[Tensor, "B 3 height width"], mix: MixPlan, i: int
+) -> Float[Tensor, "3 height width"]:
     pair, mask = images[[i, int(mix.partner[i])]], mix.mask[[i, i]]
     return mix_images(pair, MixPlan(mask, torch.tensor([1, 0], device=pair.device), mix.on_tokens))[0]
 
 
 def _pixels(image: Float[Tensor, "3 height width"], model: TokenModel) -> NDArray[np.uint8]:
-    mean, std = (torch.tensor(numbers, device=image.device)[:, None, None] for numbers in (model.mean, model.std))
+    mean, std = (
+        torch.tensor(numbers, device=image.device)[:, None, None] for numbers in (model.mean, model.std)
+    )
     pixels = ((image * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
     return pixels.permute(1, 2, 0).cpu().numpy()
 

@@ -136,6 +136,7 @@ class ClassifierTask(Task[Recipe]):
         """Return the first images of a batch as they are trained on."""
         source = self.train_set.source
         shown = [index for _, index in indices[:NUM_TRAIN]]
+        assert isinstance(self.step, TrainStep)
         return batch_album(
             self.step,
             batch,
@@ -145,7 +146,9 @@ class ClassifierTask(Task[Recipe]):
             token_class_names=self.token_class_names,
         )
 
-    def evaluate(self, model: nn.Module, ranks: Ranks, *, run: Path | None = None, **about: Any) -> dict[str, Any]:
+    def evaluate(
+        self, model: nn.Module, ranks: Ranks, *, run: Path | None = None, **about: Any
+    ) -> dict[str, Any]:
         """Return the figures of a model on the val images of the recipe; write answers and pictures into `run`."""
         recipe, dataset = self.recipe, self.val_set
         if dataset is None:

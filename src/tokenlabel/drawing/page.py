@@ -10,7 +10,6 @@ import base64
 import html
 import io
 import os
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,8 @@ OTHERS, _OTHER_COLOUR = "other classes", (128, 128, 128)
 _FAINTEST, _STRONGEST, _UNSAID = 70, 195, (0, 0, 0, 165)
 # Photographs this small are shown with their pixels sharp.
 _SMALL_PX = 128
+# Headings of so many letters are not broken; names longer than `_LONG` lose their middle.
+_SHORT, _LONG = 14, 64
 
 Picture = Mapping[str, Any]
 
@@ -41,13 +42,13 @@ class Page:
         self.sections: list[str] = []
         self._sheets: dict[str, bytes] = {}
         self._colours: dict[str, tuple[int, int, int]] = {}
-        counts: Counter[str] = Counter()
+        albums = list(albums)
         for album in albums:
             if album.about["colours"]:
                 own = zip(album.about["classes"], map(tuple, album.about["colours"]), strict=True)
                 self._colours |= dict(own)
-            counts += _counts((album, picture) for picture in album.about["pictures"])
-        free = (name for name, _ in counts.most_common() if name not in self._colours)
+        shown = _by_frequency((album, picture) for album in albums for picture in album.about["pictures"])
+        free = (name for name in shown if name not in self._colours)
         self._colours |= {name: class_colour(i) for i, name in zip(range(NUM_COLOURS), free, strict=False)}
 
     def add(self, title: str, *parts: str) -> None:
@@ -56,10 +57,10 @@ class Page:
 
     def legend(self, pictures: Iterable[tuple[Album, Picture]]) -> str:
         """Return the classes that the maps of pictures show, with their colours, the most frequent first."""
-        counts = _counts(pictures)
-        named = [name for name, _ in counts.most_common() if name in self._colours]
+        shown = _by_frequency(pictures)
+        named = [name for name in shown if name in self._colours]
         chips = [_chip(name, self._colours[name]) for name in named]
-        if num_others := len(counts) - len(named):
+        if num_others := len(shown) - len(named):
             chips.append(_chip(f"{num_others:,} {OTHERS}", _OTHER_COLOUR))
         if not chips:
             return ""
@@ -68,9 +69,19 @@ class Page:
     def figure(self, tiles: Iterable[tuple[Album, Mapping[str, Any]]], caption: str) -> str:
         """Return tiles side by side over one caption (HTML). Each tile's own text stands below it."""
         shown = "".join(
-            f"<div>{self._tile(album, tile)}<small>{html.escape(tile['text'])}</small></div>" for album, tile in tiles
+            f"<div>{self._tile(album, tile)}<small>{html.escape(tile['text'])}</small></div>"
+            for album, tile in tiles
         )
         return f'<figure><div class="tiles">{shown}</div><figcaption>{caption}</figcaption></figure>'
+
+    def add_album(self, title: str, album: Album) -> None:
+        """Add a section with all pictures of an album, each with all its tiles in a row."""
+        pictures = [(album, picture) for picture in album.about["pictures"]]
+        figures = [
+            self.figure([(album, tile) for tile in picture["tiles"]], caption(picture))
+            for _, picture in pictures
+        ]
+        self.add(title, self.legend(pictures), f'<div class="pictures broad">{"".join(figures)}</div>')
 
     def write(self, output: Path) -> None:
         """Write the page, which needs no other file and no network, in place of an older one.
@@ -84,7 +95,9 @@ class Page:
         )
         text = _PAGE.format(title=html.escape(self.title), sheets=sheets, body="\n".join(self.sections))
         try:
-            write_whole(output, [text.encode("utf-8", "backslashreplace")])  # names of files need not be UTF-8
+            write_whole(
+                output, [text.encode("utf-8", "backslashreplace")]
+            )  # names of files need not be UTF-8
         except OSError as error:
             raise _unwritable(output, error.strerror or str(error)) from error
 
@@ -110,7 +123,10 @@ class Page:
 
     def _map(self, classes: ClassMap, names: Sequence[str]) -> str:
         """Return a map as an image of one pixel a cell, laid over the part of the photograph that it is about."""
-        colours = [*(self._colours.get(name, _OTHER_COLOUR) for name in names), (0, 0, 0)]  # -1 takes the last
+        colours = [
+            *(self._colours.get(name, _OTHER_COLOUR) for name in names),
+            (0, 0, 0),
+        ]  # -1 takes the last
         strength = np.ones(classes.ids.shape) if classes.strength is None else classes.strength
         pixels = np.empty((*classes.ids.shape, 4), np.uint8)
         pixels[..., :3] = np.array(colours, np.uint8)[classes.ids]
@@ -120,7 +136,14 @@ class Page:
         style = f"left: {left:.3f}%; top: {top:.3f}%; width: {right - left:.3f}%; height: {bottom - top:.3f}%"
         buffer = io.BytesIO()
         Image.fromarray(pixels).save(buffer, "PNG", optimize=True)
-        return f'<img alt="" style="{style}" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+        source = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+        return f'<img alt="" style="{style}" src="{source}">'
+
+
+def caption(picture: Picture) -> str:
+    """Return as HTML which image a picture is of, and what its album says of it."""
+    text = f", {picture['caption']}" if picture.get("caption") else ""
+    return f"<b>{html.escape(picture['key'])}</b>{html.escape(text)}"
 
 
 def check_output(output: Path) -> None:
@@ -143,28 +166,39 @@ def check_output(output: Path) -> None:
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Return a table; the first column is set to the left, the others to the right."""
-    head = "".join(f"<th>{html.escape(heading)}</th>" for heading in headings)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    head = "".join(
+        f"<th{' class=short' if len(heading) <= _SHORT else ''}>{html.escape(heading)}</th>"
+        for heading in headings
+    )
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
+    )
     return (
         '<div class="wide" tabindex="0">'
         f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
 
-def _counts(pictures: Iterable[tuple[Album, Picture]]) -> Counter[str]:
-    """Return how much of all maps each class has: a map counts 1, whatever its number of cells."""
-    counts: Counter[str] = Counter()
+def shortened(name: str) -> str:
+    """Return a name; of a very long one its start and its end, by which it is told from others."""
+    return name if len(name) <= _LONG else f"{name[: _LONG // 2]}...{name[-_LONG // 3 :]}"
+
+
+def _by_frequency(pictures: Iterable[tuple[Album, Picture]]) -> list[str]:
+    """Return the classes in the maps of pictures, the most frequent first: each map counts 1, however fine it is."""
+    counts: dict[str, float] = {}
     for album, picture in pictures:
         for tile in picture["tiles"]:
             if (classes := album.class_map(tile)) is not None:
                 found, sizes = np.unique(classes.ids[classes.ids >= 0], return_counts=True)
                 for i, size in zip(found.tolist(), sizes.tolist(), strict=True):
-                    counts[album.about["classes"][i]] += size / classes.ids.size
-    return counts
+                    name = album.about["classes"][i]
+                    counts[name] = counts.get(name, 0) + size / classes.ids.size
+    return sorted(counts, key=lambda name: -counts[name])
 
 
 def _chip(name: str, colour: tuple[int, int, int]) -> str:
-    return f'<span><i style="background: rgb{colour}"></i>{html.escape(name)}</span>'
+    return f'<span><i style="background: rgb{colour}"></i>{html.escape(shortened(name))}</span>'
 
 
 def _unwritable(output: Path, reason: str) -> ConfigError:
@@ -178,7 +212,9 @@ _PAGE = (
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark"><title>{title}</title><style>
 :root {{ --text: #1d2330; --faint: #5b6478; --line: #dde1ea; --page: #fff }}
-@media (prefers-color-scheme: dark) {{ :root {{ --text: #dfe4ee; --faint: #9aa5ba; --line: #333b4b; --page: #13161d }} }}
+@media (prefers-color-scheme: dark) {{
+  :root {{ --text: #dfe4ee; --faint: #9aa5ba; --line: #333b4b; --page: #13161d }}
+}}
 * {{ box-sizing: border-box }}
 body {{ font: 15px/1.5 system-ui, sans-serif; color: var(--text); background: var(--page) }}
 body {{ max-width: 1100px; margin: 1.5rem auto; padding: 0 1rem; overflow-wrap: anywhere }}
@@ -188,13 +224,15 @@ h2 {{ border-bottom: 1px solid var(--line); padding-bottom: .3rem }} p {{ max-wi
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; overflow-wrap: break-word }}
 th, td {{ text-align: right; padding: .3rem .7rem; border-bottom: 1px solid var(--line); max-width: 22rem }}
 th {{ color: var(--faint); font-weight: 600 }} th:first-child, td:first-child {{ text-align: left; padding-left: 0 }}
+.short {{ white-space: nowrap }}
 td:first-child {{ overflow-wrap: anywhere; min-width: 7rem }}
 .curves {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1rem }}
 .curves figure, figure {{ margin: 0 }} .curves svg {{ width: 100%; height: auto; display: block; fill: currentColor }}
-.pictures {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); gap: 1.3rem 1.6rem }}
+.pictures {{ display: grid; gap: 1.3rem 1.6rem }}
+.pictures {{ grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)) }}
 .pictures.broad {{ grid-template-columns: 1fr }}
-.tiles {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(6.2rem, 1fr)); gap: .5rem }}
-.broad .tiles {{ grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)) }}
+.tiles {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(6.2rem, 1fr)); gap: .5rem }}
+.broad .tiles {{ grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)) }}
 .tile {{ position: relative; overflow: hidden; border-radius: 4px; background-repeat: no-repeat }}
 .tile img {{ position: absolute; image-rendering: pixelated; box-shadow: 0 0 0 100rem rgb(0 0 0 / .6) }}
 .small {{ image-rendering: pixelated }}

@@ -51,7 +51,9 @@ class ClassMap:
 
 
 def top_classes(
-    ids: Int[NDArray[np.integer[Any]], "h w"], probs: Float[NDArray[np.floating[Any]], "h w"], num_classes: int
+    ids: Int[NDArray[np.integer[Any]], "h w"],
+    probs: Float[NDArray[np.floating[Any]], "h w"],
+    num_classes: int,
 ) -> ClassMap:
     """Return the map of each cell's most probable class, the stronger the further its probability is above chance.
 
@@ -129,7 +131,9 @@ def make_album(
                 numbers[id(tile.photo)] = len(photos)
                 photos.append(fitted(tile.photo))
             number = numbers[id(tile.photo)]
-            packed.append({"photo": number, "text": tile.text, "map": _packed(tile.classes, found, photos[number])})
+            packed.append(
+                {"photo": number, "text": tile.text, "map": _packed(tile.classes, found, photos[number])}
+            )
         entries.append({**facts, "tiles": packed})
     sheet, boxes = _contact_sheet(photos)
     names = [class_names[i] if i < len(class_names) else str(i) for i in found]
@@ -167,7 +171,7 @@ def _ids(classes: ClassMap) -> list[int]:
 
 
 def _packed(classes: ClassMap | None, found: Sequence[int], photo: Image.Image) -> dict[str, Any] | None:
-    """Return a map as JSON: places among the classes that were found, from 1 on, 0 for none; no finer than its photo."""
+    """Return a map as JSON, no finer than its photo: places among the classes found, from 1 on, 0 for none."""
     if classes is None:
         return None
     rows, columns = (

@@ -35,7 +35,9 @@ def map_of_scores(score_map: ScoreMap) -> ClassMap:
     """Return the most probable class of each cell of a score map, over the part of the image that the teacher saw."""
     probs = as_probabilities(score_map).probs
     best = probs.argmax(axis=2, keepdims=True)
-    found = top_classes(score_map.top_class_ids, np.take_along_axis(probs, best, 2)[..., 0], score_map.num_classes)
+    found = top_classes(
+        score_map.top_class_ids, np.take_along_axis(probs, best, 2)[..., 0], score_map.num_classes
+    )
     region = score_map.region
     return replace(found, region=(region.left, region.top, region.right, region.bottom))
 
@@ -63,21 +65,30 @@ def write_pictures(store: LabelStore, source: ImageSource, output: Path, *, coun
         "Least certain": by_certainty[::-1][:count],
         "Least agreement": [look for look, _ in by_doubt(known)[:count]],
     }
-    names = [with_words(name) for name in store.manifest.class_names] or [*map(str, range(store.manifest.num_classes))]
+    names = [with_words(name) for name in store.manifest.class_names] or [
+        *map(str, range(store.manifest.num_classes))
+    ]
     pictures = {}
     for look in {look.key: look for shown in members.values() for look in shown}.values():
         try:
             tiles = _tiles(store, look.key, source.read(places[look.key]))
-            pictures[look.key] = tiles, {"key": look.key, "caption": _caption(look, names, class_of(look.key))}
+            pictures[look.key] = (
+                tiles,
+                {"key": look.key, "caption": _caption(look, names, class_of(look.key))},
+            )
         except ImageError as error:  # it was sound when the teacher saw it
             say(f"{error}: its picture is left out")
     album = make_album(pictures.values(), names)
     of_keys: dict[str, dict[str, Any]] = {picture["key"]: picture for picture in album.about["pictures"]}
     page = Page("Labels of " + " + ".join(map(str, store.folders)), [album])
-    page.sections.append(f"<p>{_about(store, len(looks), len(keys))}</p>{page.legend((album, p) for p in of_keys.values())}")
+    page.sections.append(
+        f"<p>{_about(store, len(looks), len(keys))}</p>{page.legend((album, p) for p in of_keys.values())}"
+    )
     for title, shown in members.items():
         found = [of_keys[look.key] for look in shown if look.key in of_keys]
-        figures = [page.figure([(album, tile) for tile in picture["tiles"]], picture["caption"]) for picture in found]
+        figures = [
+            page.figure([(album, tile) for tile in picture["tiles"]], picture["caption"]) for picture in found
+        ]
         if figures:
             page.add(title, f"<p>{SECTIONS[title]}</p>", f'<div class="pictures">{"".join(figures)}</div>')
     page.write(output)
@@ -87,9 +98,9 @@ def _about(store: LabelStore, num_looks: int, num_keys: int) -> str:
     whole = "all of them were looked at" if num_looks == len(store) else f"these are from {num_looks:,}"
     how = " drawn at random" if num_keys > num_looks else ""
     return (
-        f"{len(store):,} labels; {whole}{how}. Right of each image its map: each cell in the colour of its most probable "
-        "class, the stronger the more probable; dark where the teacher did not look or the cell keeps nothing. Below: the "
-        "classes with the highest probability over the whole map."
+        f"{len(store):,} labels; {whole}{how}. Right of each image its map: each cell in the colour of its most "
+        "probable class, the stronger the more probable; dark where the teacher did not look or the cell keeps "
+        "nothing. Below: the classes with the highest probability over the whole map."
     )
 
 
@@ -103,7 +114,9 @@ def _tiles(store: LabelStore, key: str, data: bytes) -> list[Tile]:
 def _caption(look: Look, names: Sequence[str], class_id: int | None) -> str:
     """Return as HTML which image it is, its class, and the classes that have most of its map."""
     best = np.argsort(-look.class_probs, kind="stable")[:NUM_NAMED].tolist()
-    shares = [(names[int(look.class_ids[i])], float(look.class_probs[i])) for i in best if look.class_probs[i] > 0]
+    shares = [
+        (names[int(look.class_ids[i])], float(look.class_probs[i])) for i in best if look.class_probs[i] > 0
+    ]
     own = "" if class_id is None else f", class {html.escape(names[class_id])}"
     said = " · ".join(f"{html.escape(name)} {share:.0%}" for name, share in shares)
     return f"<b>{html.escape(look.key)}</b>{own}, certainty {look.top1_prob:.0%}<br>{said}"

@@ -52,7 +52,6 @@ from tokenlabel.training.recipe import find_recipe
 from tokenlabel.training.run_folder import RunImages, locked
 from tokenlabel.training.tasks import Task, autocast
 
-
 NUM_TRAIN, NUM_VAL = 6, 12
 
 
@@ -116,16 +115,22 @@ class SegmentTask(Task):
         for i, key in enumerate(batch.keys[:NUM_TRAIN]):
             pixels = batch.images[i].permute(1, 2, 0).cpu().numpy()
             classes = _class_map(batch.masks[i].cpu().numpy(), pixels)
-            pictures.append(([Tile(pixels, "augmented image"), Tile(pixels, "its mask", classes)], {"key": key}))
+            pictures.append(
+                ([Tile(pixels, "augmented image"), Tile(pixels, "its mask", classes)], {"key": key})
+            )
         return make_album(pictures, self.class_names, colours=self.train_set.pairs.classes.colours)
 
-    def evaluate(self, model: nn.Module, ranks: Ranks, *, run: Path | None = None, **about: Any) -> dict[str, Any]:
+    def evaluate(
+        self, model: nn.Module, ranks: Ranks, *, run: Path | None = None, **about: Any
+    ) -> dict[str, Any]:
         """Return the figures of a model on the val images of the recipe; write pictures of some into `run`."""
         pairs = self.val_pairs
         if pairs is None:
             return {}
         assert isinstance(model, SegmentationModel)
-        shown = [pairs.keys[i] for i in np.unique(np.linspace(0, len(pairs) - 1, NUM_VAL).astype(int)).tolist()]
+        shown = [
+            pairs.keys[i] for i in np.unique(np.linspace(0, len(pairs) - 1, NUM_VAL).astype(int)).tolist()
+        ]
         pictures: dict[str, tuple[list[Tile], dict[str, str]]] = {}
 
         def keep(sample: SegmentSample, predicted: Int[Tensor, "height width"]) -> None:
@@ -157,7 +162,11 @@ def _val_picture(
     """Return a val image, with its mask and with what was predicted, and what is to be read below it."""
     truth, pixels = sample.mask.numpy(), np.asarray(fitted(sample.image.permute(1, 2, 0).numpy()))
     counted = truth != IGNORED
-    right = f"{(predicted == truth)[counted].mean():.0%} of the pixels right" if counted.any() else "no pixel counts"
+    right = (
+        f"{(predicted == truth)[counted].mean():.0%} of the pixels right"
+        if counted.any()
+        else "no pixel counts"
+    )
     tiles = [Tile(pixels, "image"), Tile(pixels, "the truth", _class_map(truth, pixels))]
     tiles.append(Tile(pixels, "prediction", _class_map(predicted, pixels)))
     return tiles, {"key": sample.key, "answer": right}
