@@ -45,8 +45,8 @@ class Failure:
 class Manifest:
     """What holds for all labels of a store.
 
-    `class_names`: of the labels, in the order of their ids; empty where they have none. `topk`: classes that
-    a cell keeps at the most. `kind`: see `scores.Kind`. `encoding`: of what is written from now on; each
+    `class_names`: of the labels, in the order of their ids; empty where they have none (see `words`). `topk`: what a
+    cell keeps at the most. `kind`: see `scores.Kind`. `encoding`: of what is written from now on; each
     record says its own. `teacher`, `preprocessing`: what made the labels and what it saw, for people and for
     comparison. `orientation`: how maps lie on images whose files have a tag. `failures`: the images that the last call
     could not label.
@@ -82,6 +82,14 @@ class Manifest:
     def saw_images(self) -> bool:
         """Whether the teacher decoded the images; masks and files of others were made without."""
         return self.teacher.get("name") not in ("masks", "published label files")
+
+    @property
+    def words(self) -> str:
+        """The hash of the head whose visual words the classes are, which tells them from those of any other head.
+
+        "" where they are classes with names, or without.
+        """
+        return str(self.teacher.get("words", ""))
 
     def origin(self) -> dict[str, Any]:
         """Return what made the labels, for people and for comparison."""

@@ -39,7 +39,9 @@ def add_config_arguments(parser: jsonargparse.ArgumentParser, config: type) -> N
             action.metavar = "{" + ",".join(member.value for member in kind) + "}"
             action.default = kind[action.default].value if isinstance(action.default, str) else action.default
     for name, action in list(parser._option_string_actions.items()):
-        dashed = name.replace("_", "-")
+        dashed = name.replace("_", "-").rstrip(
+            "-"
+        )  # a field that is a keyword ends in _, as PEP 8 says: from_
         parser._option_string_actions[dashed] = action
         if name == action.option_strings[0] and name != "-h":
             action.option_strings = [dashed]
@@ -78,6 +80,36 @@ def config_from_dict(nested: dict[str, Any], config: type[Config], *, name: str)
         return config_of(parser, parser.parse_object(fitted(nested, parser)), config)
     except (jsonargparse.ArgumentError, ValueError) as error:
         raise ConfigError(f"{name}: {explain(error, _field_names(config))}") from error
+
+
+def check_keys(nested: dict[str, Any], config: type, *, name: str) -> None:
+    """Raise ConfigError, which begins with `name`, for a key that a dataclass does not have, and for a group that is
+    no mapping.
+    """
+    known = _field_names(config)
+
+    def check(nested: dict[str, Any], kind: type, prefix: str) -> None:
+        hints = get_type_hints(kind)
+        for key, value in nested.items():
+            if key not in hints:
+                raise ConfigError(f"{name}: unknown key {prefix}{key}{near_names(f'{prefix}{key}', known)}")
+            if _is_config(hints[key]) and value is not None:
+                if not isinstance(value, dict):
+                    raise ConfigError(f"{name}: {prefix}{key}: expected a mapping of fields, got {value!r}")
+                check(value, hints[key], f"{prefix}{key}.")
+
+    check(nested, config, "")
+
+
+def overlaid(base: dict[str, Any], nested: dict[str, Any], config: type) -> dict[str, Any]:
+    """Return what `nested` says of a dataclass over what `base` says: groups field by field, values as a whole."""
+    hints, result = get_type_hints(config), dict(base)
+    for key, value in nested.items():
+        if not _is_config(hints[key]):
+            result[key] = value
+        elif value is not None or key not in base:
+            result[key] = overlaid(base.get(key) or {}, value or {}, hints[key])
+    return result
 
 
 def fitted(nested: dict[str, Any], parser: jsonargparse.ArgumentParser) -> dict[str, Any]:
