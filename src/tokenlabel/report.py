@@ -211,11 +211,15 @@ def _remarks(records: Sequence[RunRecord]) -> str:
 def _curves(records: Sequence[RunRecord]) -> Iterator[str]:
     """Yield charts of the losses and of accuracy against steps, and of accuracy against time."""
     for title, kind, name, factor in PANELS:
+        # Where a loss has parts, these tell more.
         of_runs = [
-            [(line["step"], factor * line[name]) for line in r.of(kind) if line.get(name)] for r in records
+            [
+                (line["step"], factor * line[name])
+                for line in record.of(kind)
+                if line.get(name) and not (name == "loss" and "class_loss" in line)
+            ]
+            for record in records
         ]
-        if name == "loss" and any("class_loss" in line for record in records for line in record.of(kind)):
-            continue  # its parts tell more
         yield from _chart(title, "step", of_runs)
         if kind == "eval":
             timed = [
@@ -241,7 +245,7 @@ def _chart(title: str, x_name: str, of_runs: Sequence[Sequence[tuple[float, floa
     axis.set_title(title, fontsize=10)
     axis.set_xlabel(x_name, fontsize=9)
     axis.tick_params(labelsize=8)
-    axis.xaxis.set_major_locator(MaxNLocator(5, integer=x_name == "step"))
+    axis.xaxis.set_major_locator(MaxNLocator(5, integer=x_name == "step", min_n_ticks=1))
     axis.grid(alpha=0.3)
     yield as_svg(figure).replace("#000000", "currentColor")
 
@@ -390,12 +394,13 @@ def _val_pictures(page: Page, records: Sequence[RunRecord], keys: set[str] | Non
         (_, album, first), captions = found[0], []
         tiles = [(album, tile) for tile in first["tiles"] if tile["text"] != "prediction"]
         for record, album, picture in found:
-            said = picture["answer"] if len(records) == 1 else f"{record.name}: {picture['answer']}"
+            names = [record.name] if len(records) > 1 else []
+            said = ": ".join([*names, *filter(None, [picture["answer"]])]) or "prediction"
             maps = [
                 (album, {**tile, "text": said}) for tile in picture["tiles"] if tile["text"] == "prediction"
             ]
             tiles += maps
-            captions += [] if maps else [said]
+            captions += [said] if picture["answer"] and not maps else []
         figures.append(page.figure(tiles, "<br>".join([caption(first), *map(html.escape, captions)])))
     if not figures:
         return ""

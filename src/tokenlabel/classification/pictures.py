@@ -94,19 +94,20 @@ class Answering(Evaluator):
 
     def add(self, seen: Seen) -> None:
         """Keep the answers to a batch."""
-        batch = seen.batch
-        probs, guesses = seen.logits.softmax(dim=1).max(dim=1)
-        truth = torch.where(batch.has_class, batch.class_ids, -1)
-        rows = zip(truth.tolist(), guesses.tolist(), probs.tolist(), strict=True)
-        self.answers |= dict(zip(batch.keys, rows, strict=True))
+        batch, outputs = seen.batch, seen.outputs
+        if seen.logits.shape[1]:  # else there are no classes to answer with
+            probs, guesses = seen.logits.softmax(dim=1).max(dim=1)
+            truth = torch.where(batch.has_class, batch.class_ids, -1)
+            rows = zip(truth.tolist(), guesses.tolist(), probs.tolist(), strict=True)
+            self.answers |= dict(zip(batch.keys, rows, strict=True))
         for i, key in enumerate(batch.keys):
-            if key in self.shown:
-                self.pixels[key] = batch.images[i].permute(1, 2, 0).cpu().numpy()
-                if (
-                    self.of_tokens and seen.outputs is not None
-                ):  # in float32, as the head is: autocast has ended
-                    logits = seen.outputs.token_head(seen.outputs.tokens[i : i + 1].float())[0]
-                    self.maps[key] = map_of_logits(logits.unflatten(0, seen.outputs.grid))
+            if key not in self.shown:
+                continue
+            self.pixels[key] = batch.images[i].permute(1, 2, 0).cpu().numpy()
+            if self.of_tokens and outputs is not None:
+                # In float32, as the head is: evaluators are called outside of autocast.
+                logits = outputs.token_head(outputs.tokens[i : i + 1].float())[0]
+                self.maps[key] = map_of_logits(logits.unflatten(0, outputs.grid))
 
     def join(self, ranks: Ranks) -> None:
         """Put together what all ranks kept."""
@@ -145,23 +146,23 @@ class Answering(Evaluator):
         **more: Any,
     ) -> None:
         """Write the answers and the pictures into a run folder. `keys`: of all images, in order."""
-        truth, guesses, probs = (
-            np.array(column) for column in zip(*(self.answers[key] for key in keys), strict=True)
-        )
-        Answers(tuple(keys), truth, guesses, probs, tuple(class_names)).write(run)
-        names, pictures = [*map(with_words, class_names)], []
+        names = [*map(with_words, class_names)]
+        if self.answers:
+            columns = zip(*(self.answers[key] for key in keys), strict=True)
+            Answers(tuple(keys), *map(np.array, columns), tuple(class_names)).write(run)
+        pictures = []
         for key in (key for key in keys if key in self.pixels):
-            own, guess, prob = self.answers[key]
-            verdict = "" if own < 0 else ": right" if own == guess else ": wrong"
+            facts = {"key": key, "caption": "", "answer": ""}
+            if key in self.answers:
+                own, guess, prob = self.answers[key]
+                verdict = "" if own < 0 else ": right" if own == guess else ": wrong"
+                facts["answer"] = f"{names[guess]}, {prob:.0%}{verdict}"
+                facts["caption"] = "" if own < 0 else f"class {names[own]}"
             tiles = [Tile(self.pixels[key], "image")]
             tiles += [Tile(self.pixels[key], "prediction", self.maps[key])] if key in self.maps else []
-            caption = "" if own < 0 else f"class {names[own]}"
-            pictures.append(
-                (tiles, {"key": key, "caption": caption, "answer": f"{names[guess]}, {prob:.0%}{verdict}"})
-            )
-        make_album(pictures, [*map(with_words, token_class_names)]).write(
-            run / PICTURES_FOLDER, "val", **more
-        )
+            pictures.append((tiles, facts))
+        album = make_album(pictures, [*map(with_words, token_class_names)])
+        album.write(run / PICTURES_FOLDER, "val", **more)
 
 
 def map_of_logits(logits: Float[Tensor, "h w C"]) -> ClassMap:

@@ -57,14 +57,18 @@ class Page:
 
     def legend(self, pictures: Iterable[tuple[Album, Picture]]) -> str:
         """Return the classes that the maps of pictures show, with their colours, the most frequent first."""
+        pictures = list(pictures)
         shown = _by_frequency(pictures)
         named = [name for name in shown if name in self._colours]
         chips = [_chip(name, self._colours[name]) for name in named]
         if num_others := len(shown) - len(named):
             chips.append(_chip(f"{num_others:,} {OTHERS}", _OTHER_COLOUR))
-        if not chips:
-            return ""
-        return f'<p class="legend">{"".join(chips)}<span><i class="unsaid"></i>no label</span></p>'
+        maps = (album.class_map(tile) for album, picture in pictures for tile in picture["tiles"])
+        if any(
+            found is not None and ((found.ids < 0).any() or found.region != (0, 0, 1, 1)) for found in maps
+        ):
+            chips.append('<span><i class="unsaid"></i>no label</span>')
+        return f'<p class="legend">{"".join(chips)}</p>' if chips else ""
 
     def figure(self, tiles: Iterable[tuple[Album, Mapping[str, Any]]], caption: str) -> str:
         """Return tiles side by side over one caption (HTML). Each tile's own text stands below it."""
@@ -232,7 +236,7 @@ td:first-child {{ overflow-wrap: anywhere; min-width: 7rem }}
 .pictures {{ grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)) }}
 .pictures.broad {{ grid-template-columns: 1fr }}
 .tiles {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(6.2rem, 1fr)); gap: .5rem }}
-.broad .tiles {{ grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)) }}
+.broad .tiles {{ grid-template-columns: repeat(auto-fill, minmax(max(6.2rem, 15%), 1fr)) }}
 .tile {{ position: relative; overflow: hidden; border-radius: 4px; background-repeat: no-repeat }}
 .tile img {{ position: absolute; image-rendering: pixelated; box-shadow: 0 0 0 100rem rgb(0 0 0 / .6) }}
 .small {{ image-rendering: pixelated }}
