@@ -24,7 +24,7 @@ from tokenlabel.data.sources import open_images
 from tokenlabel.drawing.page import Page
 from tokenlabel.drawing.pictures import ClassMap, Tile, make_album, read_album
 from tokenlabel.evaluation.answers import Answers, read_answers
-from tokenlabel.evaluation.evaluators import Seen
+from tokenlabel.evaluation.evaluators import Predictions
 from tokenlabel.evaluation.networks import find_network
 from tokenlabel.models import TokenModel
 from tokenlabel.report import class_accuracies, read_run, short_names
@@ -227,7 +227,7 @@ class TestWhatARunWrites:
                 keys=keys[rows],
                 has_class=torch.ones(len(logits[rows]), dtype=torch.bool),
             )
-            evaluator.add(Seen(batch, (1, 1), logits[rows], None))
+            evaluator.add(Predictions(batch, (1, 1), logits[rows], None))
             return evaluator
 
         whole, parts = asked(slice(None)), [asked(slice(0, 2)), asked(slice(2, 6))]
@@ -319,6 +319,7 @@ def test_maps_come_back_as_they_were_written(tmp_path_factory, seed, size):
     assert found.region == (0, 0.25, 1, 0.75)
     names = [[again.about["classes"][i] if i >= 0 else "" for i in row] for row in found.ids.tolist()]
     assert names == [["" if i < 0 else "a" if i < 50 else str(i) for i in row] for row in ids.tolist()]
+    assert found.strength is not None
     np.testing.assert_allclose(found.strength, strength, atol=1e-6)
 
 

@@ -20,7 +20,7 @@ from tokenlabel.core.step import Part, TrainStep, erase_and_draw, make_targets
 from tokenlabel.core.targets import TokenTargets
 from tokenlabel.drawing.pictures import PICTURES_FOLDER, Album, ClassMap, Tile, make_album, top_classes
 from tokenlabel.evaluation.answers import Answers
-from tokenlabel.evaluation.evaluators import Evaluator, Seen
+from tokenlabel.evaluation.evaluators import Evaluator, Predictions
 from tokenlabel.labels.pictures import map_of_scores
 from tokenlabel.labels.wordnet import with_words
 from tokenlabel.models import TimmAdapter, TokenModel
@@ -92,11 +92,11 @@ class Answering(Evaluator):
         self.pixels: dict[str, NDArray[np.uint8]] = {}
         self.maps: dict[str, ClassMap] = {}
 
-    def add(self, seen: Seen) -> None:
+    def add(self, predictions: Predictions) -> None:
         """Keep the answers to a batch."""
-        batch, outputs = seen.batch, seen.outputs
-        if seen.logits.shape[1]:  # else there are no classes to answer with
-            probs, guesses = seen.logits.softmax(dim=1).max(dim=1)
+        batch, outputs = predictions.batch, predictions.outputs
+        if predictions.logits.shape[1]:  # else there are no classes to answer with
+            probs, guesses = predictions.logits.softmax(dim=1).max(dim=1)
             truth = torch.where(batch.has_class, batch.class_ids, -1)
             rows = zip(truth.tolist(), guesses.tolist(), probs.tolist(), strict=True)
             self.answers |= dict(zip(batch.keys, rows, strict=True))

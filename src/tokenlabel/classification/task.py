@@ -160,9 +160,7 @@ class ClassifierTask(Task[Recipe]):
             rank=ranks.rank,
             world_size=ranks.world_size,
         )
-        num_workers = recipe.eval.num_workers
-        if num_workers is None:
-            num_workers = recipe.data.num_workers if len(dataset) >= _MANY_IMAGES else 0
+        num_workers = recipe.data.num_workers if len(dataset) >= _MANY_IMAGES else 0
         keys, inference = dataset.source.keys, recipe.eval.inference
         answering = Answering(shown_keys(keys), of_tokens=self.supervision.labels_tokens)
         figures = observe(

@@ -28,7 +28,14 @@ from tokenlabel.data.imagenet import as_classes_of
 from tokenlabel.data.images import ImageSource, orientation_of
 from tokenlabel.data.masks import MaskError, check_upright, decode_mask, mask_names
 from tokenlabel.data.sources import open_images
-from tokenlabel.evaluation.evaluators import Accuracy, Calibration, Evaluator, Seen, TokenTruth, object_tokens
+from tokenlabel.evaluation.evaluators import (
+    Accuracy,
+    Calibration,
+    Evaluator,
+    Predictions,
+    TokenTruth,
+    object_tokens,
+)
 from tokenlabel.labels.store import LabelStore
 from tokenlabel.models import Outputs, TokenModel
 from tokenlabel.runtime.coercion import coerced
@@ -224,12 +231,12 @@ def observe(
         images = normalize_images(batch.images, mean=model.mean, std=model.std)
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             outputs = model(images)
-            predictions = {inference: outputs.logits(inference).float() for inference in evaluators}
-            said = outputs.token_logits.argmax(dim=2) if batch.score_maps is not None else None
-        for inference, logits in predictions.items():
+            logits_of = {inference: outputs.logits(inference).float() for inference in evaluators}
+            token_classes = outputs.token_logits.argmax(dim=2) if batch.score_maps is not None else None
+        for inference, logits in logits_of.items():
             chosen = logits if out is None else logits.masked_fill(out, -torch.inf)
             for evaluator in evaluators[inference]:
-                evaluator.add(Seen(batch, outputs.grid, chosen, said, outputs))
+                evaluator.add(Predictions(batch, outputs.grid, chosen, token_classes, outputs))
         num_images += len(batch.images)
     spent = ranks.all_gather((num_images, time.perf_counter() - started))
     speed = {"images_per_s": sum(n for n, _ in spent) / max(seconds for _, seconds in spent)}
@@ -281,7 +288,9 @@ def mask_agreement(
         if source is not None and key in indices:
             score_map = turned_map(score_map, orientation_of(source.read(indices[key])))
         height, width, _ = score_map.codes.shape
-        seen = torch.from_numpy(stack_views([View.crop(score_map.region)]))  # places are then the map's cells
+        seen = torch.from_numpy(
+            stack_views([View.crop(score_map.region)])
+        )  # locations are then the map's cells
         guess, truth = (
             align(collate_score_maps([m]), seen, (height, width)) for m in (score_map, truth_of[key])
         )

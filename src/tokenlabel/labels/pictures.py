@@ -17,7 +17,7 @@ from tokenlabel.core.scores import Orientation, ScoreMap, turned_map
 from tokenlabel.data.images import ImageError, ImageSource, decode_pixels, orientation_of
 from tokenlabel.drawing.page import Page, check_output
 from tokenlabel.drawing.pictures import ClassMap, Tile, make_album, top_classes
-from tokenlabel.labels.inspection import Look, as_probabilities, by_doubt, class_finder, look_at
+from tokenlabel.labels.inspection import MapSummary, as_probabilities, by_doubt, class_finder, summarize
 from tokenlabel.labels.store import LabelStore, StoreError
 from tokenlabel.labels.wordnet import with_words
 from tokenlabel.runtime.notices import say
@@ -56,25 +56,25 @@ def write_pictures(store: LabelStore, source: ImageSource, output: Path, *, coun
             f"{output}: none of the {len(source):,} images has a label in this store; give its own images"
         )
     drawn = np.random.default_rng(0).permutation(len(keys))[:SAMPLE].tolist()
-    looks = [look_at(keys[i], store[keys[i]]) for i in drawn]
+    summaries = [summarize(keys[i], store[keys[i]]) for i in drawn]
     class_of = class_finder(store, source)
-    by_certainty = sorted(looks, key=lambda look: -look.top1_prob)
-    known = [(look, class_id) for look in looks if (class_id := class_of(look.key)) is not None]
+    by_certainty = sorted(summaries, key=lambda summary: -summary.top1_prob)
+    known = [(summary, class_id) for summary in summaries if (class_id := class_of(summary.key)) is not None]
     members = {
         "Most certain": by_certainty[:count],
         "Least certain": by_certainty[::-1][:count],
-        "Least agreement": [look for look, _ in by_doubt(known)[:count]],
+        "Least agreement": [summary for summary, _ in by_doubt(known)[:count]],
     }
     names = [with_words(name) for name in store.manifest.class_names] or [
         *map(str, range(store.manifest.num_classes))
     ]
     pictures = {}
-    for look in {look.key: look for shown in members.values() for look in shown}.values():
+    for summary in {summary.key: summary for shown in members.values() for summary in shown}.values():
         try:
-            tiles = _tiles(store, look.key, source.read(places[look.key]))
-            pictures[look.key] = (
+            tiles = _tiles(store, summary.key, source.read(places[summary.key]))
+            pictures[summary.key] = (
                 tiles,
-                {"key": look.key, "caption": _caption(look, names, class_of(look.key))},
+                {"key": summary.key, "caption": _caption(summary, names, class_of(summary.key))},
             )
         except ImageError as error:  # it was sound when the teacher saw it
             say(f"{error}: its picture is left out")
@@ -82,10 +82,10 @@ def write_pictures(store: LabelStore, source: ImageSource, output: Path, *, coun
     of_keys: dict[str, dict[str, Any]] = {picture["key"]: picture for picture in album.about["pictures"]}
     page = Page("Labels of " + " + ".join(map(str, store.folders)), [album])
     page.sections.append(
-        f"<p>{_about(store, len(looks), len(keys))}</p>{page.legend((album, p) for p in of_keys.values())}"
+        f"<p>{_about(store, len(summaries), len(keys))}</p>{page.legend((album, p) for p in of_keys.values())}"
     )
     for title, shown in members.items():
-        found = [of_keys[look.key] for look in shown if look.key in of_keys]
+        found = [of_keys[summary.key] for summary in shown if summary.key in of_keys]
         figures = [
             page.figure([(album, tile) for tile in picture["tiles"]], picture["caption"]) for picture in found
         ]
@@ -99,7 +99,7 @@ def _about(store: LabelStore, num_looks: int, num_keys: int) -> str:
     how = " drawn at random" if num_keys > num_looks else ""
     return (
         f"{len(store):,} labels; {whole}{how}. Right of each image its map: each cell in the colour of its most "
-        "probable class, the stronger the more probable; dark where the teacher did not look or the cell keeps "
+        "probable class, the stronger the more probable; dark where the teacher did not summary or the cell keeps "
         "nothing. Below: the classes with the highest probability over the whole map."
     )
 
@@ -111,12 +111,14 @@ def _tiles(store: LabelStore, key: str, data: bytes) -> list[Tile]:
     return [Tile(pixels, ""), Tile(pixels, "", map_of_scores(score_map))]
 
 
-def _caption(look: Look, names: Sequence[str], class_id: int | None) -> str:
+def _caption(summary: MapSummary, names: Sequence[str], class_id: int | None) -> str:
     """Return as HTML which image it is, its class, and the classes that have most of its map."""
-    best = np.argsort(-look.class_probs, kind="stable")[:NUM_NAMED].tolist()
+    best = np.argsort(-summary.class_probs, kind="stable")[:NUM_NAMED].tolist()
     shares = [
-        (names[int(look.class_ids[i])], float(look.class_probs[i])) for i in best if look.class_probs[i] > 0
+        (names[int(summary.class_ids[i])], float(summary.class_probs[i]))
+        for i in best
+        if summary.class_probs[i] > 0
     ]
     own = "" if class_id is None else f", class {html.escape(names[class_id])}"
     said = " · ".join(f"{html.escape(name)} {share:.0%}" for name, share in shares)
-    return f"<b>{html.escape(look.key)}</b>{own}, certainty {look.top1_prob:.0%}<br>{said}"
+    return f"<b>{html.escape(summary.key)}</b>{own}, certainty {summary.top1_prob:.0%}<br>{said}"
