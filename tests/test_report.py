@@ -290,13 +290,15 @@ def test_the_map_of_targets_is_that_of_dense_ones(seed, num_entries):
 )
 def test_answers_come_back_as_they_were_written(tmp_path_factory, keys, seed):
     rng, run = np.random.default_rng(seed), tmp_path_factory.mktemp("run")
+    keys = (*keys, "caf\udce9")
     truth, guesses = (rng.integers(-1, 70_000, len(keys)).astype(np.int32) for _ in range(2))
-    Answers((*keys, "caf\udce9"), *(np.append(ids, np.int32(3)) for ids in (truth, guesses)),
-            rng.random(len(keys) + 1).astype(np.float16), ("a", "b c")).write(run)  # fmt: skip
+    probs = rng.random(len(keys)).astype(np.float16)
+    Answers(keys, truth, guesses, probs, ("a", "b c")).write(run)
     found = read_answers(run)
     assert found is not None
-    assert (found.keys, found.class_names) == ((*keys, "caf\udce9"), ("a", "b c"))
-    assert (found.truth[:-1].tolist(), found.guesses[:-1].tolist()) == (truth.tolist(), guesses.tolist())
+    assert (found.keys, found.class_names) == (keys, ("a", "b c"))
+    for array, expected in ((found.truth, truth), (found.guesses, guesses), (found.probs, probs)):
+        np.testing.assert_array_equal(array, expected)
 
 
 @settings(max_examples=30, deadline=None)

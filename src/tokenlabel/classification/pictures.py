@@ -132,7 +132,7 @@ class Answering(Evaluator):
         network = ClassifierNetwork(model.backbone if isinstance(model, TimmAdapter) else model, name=name)
         try:
             with autocast:
-                found = network(normalize_images(images, mean=model.mean, std=model.std)).places
+                found = network(normalize_images(images, mean=model.mean, std=model.std)).locations
         except NoDenseMapError:
             return
         self.maps = {key: map_of_logits(logits) for key, logits in zip(self.pixels, found, strict=True)}
@@ -148,8 +148,8 @@ class Answering(Evaluator):
         """Write the answers and the pictures into a run folder. `keys`: of all images, in order."""
         names = [*map(with_words, class_names)]
         if self.answers:
-            columns = zip(*(self.answers[key] for key in keys), strict=True)
-            Answers(tuple(keys), *map(np.array, columns), tuple(class_names)).write(run)
+            truth, guesses, probs = map(np.array, zip(*(self.answers[key] for key in keys), strict=True))
+            Answers(tuple(keys), truth, guesses, probs, tuple(class_names)).write(run)
         pictures = []
         for key in (key for key in keys if key in self.pixels):
             facts = {"key": key, "caption": "", "answer": ""}

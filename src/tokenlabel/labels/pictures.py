@@ -25,8 +25,8 @@ from tokenlabel.runtime.notices import say
 SAMPLE = 2000
 NUM_NAMED = 4
 SECTIONS = {
-    "Most certain": "The best class of a place has the highest probability here, on average over the map.",
-    "Least certain": "The best class of a place has the lowest probability here.",
+    "Most certain": "The best class of a location has the highest probability here, on average over the map.",
+    "Least certain": "The best class of a location has the lowest probability here.",
     "Least agreement": "The map says another class than the image's: perhaps that class is wrong.",
 }
 
