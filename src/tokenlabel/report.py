@@ -28,7 +28,7 @@ from tokenlabel.evaluation.answers import Answers, read_answers
 from tokenlabel.labels.wordnet import with_words
 from tokenlabel.runtime.configuration import flattened, read_yaml
 from tokenlabel.runtime.errors import ConfigError
-from tokenlabel.runtime.notices import listed
+from tokenlabel.runtime.process import listed
 from tokenlabel.runtime.runlog import read_metrics
 
 RECIPE_FILE = "recipe.yaml"
