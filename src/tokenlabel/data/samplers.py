@@ -126,9 +126,8 @@ class EvalBatchSampler:
 
     def __post_init__(self) -> None:
         _check_rank(self.rank, self.world_size)
-        least = (
-            1 if self.world_size == 1 else 2
-        )  # with batches of one, a rank with one image more would need one batch more
+        # With batches of one, a rank with one image more would need one batch more.
+        least = 1 if self.world_size == 1 else 2
         if self.batch_size < least:
             raise ValueError(f"batch_size must be at least {least}, got {self.batch_size}")
         if self.num_images < self.world_size:
