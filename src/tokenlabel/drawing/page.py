@@ -19,7 +19,7 @@ from PIL import Image
 
 from tokenlabel.drawing.pictures import Album, ClassMap, class_colour
 from tokenlabel.runtime.errors import ConfigError
-from tokenlabel.runtime.files import write_whole
+from tokenlabel.runtime.process import write_whole
 
 # So many classes have a colour of their own; the others share one, or nobody could tell them apart.
 NUM_COLOURS = 20

@@ -27,7 +27,7 @@ from jaxtyping import Float, Int, UInt8
 from numpy.typing import NDArray
 from PIL import Image
 
-from tokenlabel.runtime.files import write_whole
+from tokenlabel.runtime.process import write_whole
 
 PICTURES_FOLDER = "pictures"
 # Photographs are drawn within these (width, height), and only ever made smaller.

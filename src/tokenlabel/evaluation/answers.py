@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
 
-from tokenlabel.runtime.files import write_whole
+from tokenlabel.runtime.process import write_whole
 
 ANSWERS_FILE = "answers.npz"
 
