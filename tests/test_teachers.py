@@ -417,7 +417,7 @@ def test_networks_without_classes_label_and_predict_nothing(name, what, tmp_path
 def test_weights_beside_a_run_and_sizes_below_one_are_refused(tmp_path):
     (tmp_path / "state.json").write_text("{}")
     config = TeacherConfig(teacher=str(tmp_path))
-    with pytest.raises(TeacherError, match="is a run and has weights of its own"):
+    with pytest.raises(LoadError, match="is a run and has weights of its own"):
         load_teacher(str(tmp_path), config, CPU, weights="some.safetensors")
     with pytest.raises(TeacherError, match="size must be at least 1, got 0"):
         TeacherConfig(teacher="resnet10t", size=0)

@@ -188,5 +188,7 @@ def test_a_new_token_head_begins_as_the_classifier_that_timm_keeps(tmp_path: Pat
     model: Any = create_model(path, num_classes=4, img_size=64, pretrained=True)
     assert torch.equal(model.token_head.weight, network.get_classifier().weight)
     assert torch.equal(model.token_head.bias, network.get_classifier().bias)
-    other: Any = create_model(path, num_classes=3, img_size=64, pretrained=True)  # timm keeps no classifier of these
+    other: Any = create_model(
+        path, num_classes=3, img_size=64, pretrained=True
+    )  # timm keeps no classifier of these
     assert not torch.equal(other.token_head.weight, other.backbone.get_classifier().weight)
