@@ -18,12 +18,14 @@ from safetensors.torch import load_file, save_file
 
 import tokenlabel as tl
 from tokenlabel.cli import main
+from tokenlabel.core.config import OnlineTeacherConfig
 from tokenlabel.teachers.annotation import AnnotateConfig, annotate
 from tokenlabel.teachers.backbone import load_backbone
 from tokenlabel.teachers.dense import ClassifierNetwork, HeadNetwork
 from tokenlabel.teachers.ensemble import load_teachers
 from tokenlabel.teachers.heads import Head, HeadError
 from tokenlabel.teachers.networks import TeacherConfig, TeacherError
+from tokenlabel.teachers.online import load_online_teacher
 from tokenlabel.teachers.regression import DECAYS, Examples, cross_entropy, fit_linear
 from tokenlabel.teachers.texts import PROMPTS, OpenClipTower, text_embeddings
 from tokenlabel.teachers.words import fit_words
@@ -643,3 +645,36 @@ def test_a_text_tower_of_open_clip():
     embeddings = text_embeddings(OpenClipTower(network, tokenizer, 100.0), ["cat", "dog"])
     assert embeddings.shape == (2, 24)
     torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(2))
+
+
+def test_a_head_teaches_in_the_step_and_words_do_not(colours, images, tmp_path):
+    head = tmp_path / "head.safetensors"
+    command = ["fit-head", str(colours / "images"), str(head), "--backbone", "resnet10t", "--from", "labels"]
+    weights = str(colours / "resnet10t.safetensors")
+    assert main([*command, "--weights", weights, "--size", "64"]) == 0
+    teacher = load_online_teacher(OnlineTeacherConfig(name=str(head)), ["blue", "red"], CPU)
+    assert teacher is not None
+    pixels = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    of_images, of_locations = teacher.probabilities(pixels)
+    assert (of_images.shape, of_locations.shape) == ((2, 2), (2, 2, 2, 2))
+    offline = load_teachers(TeacherConfig(teacher=str(head)), ["blue", "red"], CPU)
+    torch.testing.assert_close(of_locations, offline.probabilities(pixels))
+    assert fit(images, tmp_path / "words.safetensors", "--from", "words", "--words", "4") == 0
+    with pytest.raises(TeacherError, match="says visual words, not classes; label the images once"):
+        load_online_teacher(
+            OnlineTeacherConfig(name=str(tmp_path / "words.safetensors")), ["blue", "red"], CPU
+        )
+
+
+def test_a_fit_that_was_stopped_leaves_nothing(images, tmp_path, monkeypatch, capsys):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tokenlabel.teachers.fitting.fit_words", stop)
+    assert fit(images, tmp_path / "head.safetensors", "--from", "words", "--words", "4") == 130
+    assert "stopped; nothing was written" in capsys.readouterr().err
+    assert not [*tmp_path.iterdir()]
+    monkeypatch.undo()
+    monkeypatch.setattr("os.fsync", stop)  # while the file is being written
+    assert fit(images, tmp_path / "head.safetensors", "--from", "words", "--words", "4") == 130
+    assert not [*tmp_path.iterdir()]
