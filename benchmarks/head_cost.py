@@ -144,7 +144,7 @@ def _step() -> None:
 
         def step(model=model, tokens=tokens) -> None:
             with torch.autocast("cpu", torch.bfloat16):
-                loss = token_label_loss(model(images), class_targets(classes, 1000), tokens, beta=0.5)
+                loss = token_label_loss(model(images), class_targets(classes), tokens, beta=0.5)
             loss.total.backward()
             model.zero_grad(set_to_none=True)
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,6 @@ from safetensors.torch import load_file, save_file
 import tokenlabel as tl
 from tokenlabel.cli import main
 from tokenlabel.core.config import OnlineTeacherConfig
-from tokenlabel.teachers.annotation import AnnotateConfig, annotate
 from tokenlabel.teachers.backbone import load_backbone
 from tokenlabel.teachers.dense import ClassifierNetwork, HeadNetwork
 from tokenlabel.teachers.ensemble import load_teachers
@@ -404,16 +403,22 @@ def test_many_words_never_exist_as_one_dense_map(images, monkeypatch):
     assert sum(sizes) == 3 * 2 * 3 * 50
 
 
-def test_in_python_it_is_the_same(images, tmp_path):
-    weights = str(images / "resnet10t.safetensors")
-    config = tl.FitConfig(backbone="resnet10t", weights=weights, from_="words", words=4, size=64)
-    head = tl.fit_head(images / "images", tmp_path / "head.safetensors", config)
-    assert head.hash == tl.Head.load(tmp_path / "head.safetensors").hash
-    done = annotate(
-        images / "images", tmp_path / "labels", AnnotateConfig(teacher=str(tmp_path / "head.safetensors"))
+def test_in_python_it_is_what_the_page_shows(images, tmp_path, monkeypatch):
+    page = (Path(__file__).parents[1] / "docs" / "heads.md").read_text(encoding="utf-8")
+    code = page.split("```python\n")[1].split("```")[0]
+    small = 'backbone="resnet10t", weights="resnet10t.safetensors", size=64'
+    code = code.replace('backbone="vit_small_patch16_dinov3.lvd1689m"', small).replace(
+        "words=8192", "words=4"
     )
-    assert done.num_labelled == 12
-    assert json.loads((tmp_path / "labels" / "manifest.json").read_text())["teacher"]["words"] == head.hash
+    assert small in code
+    for name in ("images", "resnet10t.safetensors"):
+        (tmp_path / name).symlink_to(images / name)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"features": torch.randn(2, 3, 512)}
+    exec(code.replace("store.manifest.words == head.hash", "same = store.manifest.words == head.hash"), names)
+    assert names["same"] is True
+    assert names["logits"].shape == (2, 3, 4)
+    assert len(names["store"]) == 12
 
 
 @given(
