@@ -28,9 +28,8 @@ from tokenlabel.runtime.arguments import (
     parse,
     write_json,
 )
-from tokenlabel.runtime.environment import environment_number
 from tokenlabel.runtime.errors import FirstRankError
-from tokenlabel.runtime.interruption import Interrupted
+from tokenlabel.runtime.process import Interrupted, environment_number
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -162,13 +161,12 @@ def train(arguments: list[str]) -> int:
     recipe = configured(parser, options, Recipe)
 
     from tokenlabel.classification.task import train as train_by_recipe
-    from tokenlabel.runtime.runlog import print_figures
-    from tokenlabel.runtime.trackers import trackers_of
+    from tokenlabel.runtime.runlog import print_figures, trackers_of
 
     device = device_of(options.device)
     if options.dry_run:
         from tokenlabel.classification.dry_run import dry_run
-        from tokenlabel.runtime.environment import is_main_process
+        from tokenlabel.runtime.process import is_main_process
 
         text = dry_run(recipe, options.out, device=device)
         if is_main_process():
@@ -358,13 +356,18 @@ def merge(arguments: list[str]) -> int:
         choices=[*map(str, Encoding)],
         help="write every record anew in this one; as it is if none",
     )
+    parser.add_argument(
+        "--tolerance", type=float, help="write every record anew, compact, as annotate with this tolerance"
+    )
     _add_duplicates(parser)
     options = parse(parser, arguments)
     *folders, output = options.stores
     if not folders:
         raise ValueError("merge takes at least one store to read and, as the last, the folder to write")
     encoding = Encoding(options.encoding) if options.encoding else None
-    merged = merge_stores(folders, output, encoding=encoding, duplicates=options.duplicates)
+    merged = merge_stores(
+        folders, output, encoding=encoding, tolerance=options.tolerance, duplicates=options.duplicates
+    )
     print(f"{output}: {len(merged):,} labels")
     return 0
 

@@ -10,6 +10,7 @@ import sys
 import tarfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,19 +30,18 @@ from tokenlabel.cli import main
 from tokenlabel.core.align import align
 from tokenlabel.core.batch import collate_score_maps
 from tokenlabel.core.geometry import WHOLE_IMAGE, Box, View, stack_views
-from tokenlabel.core.scores import ScoreError
 from tokenlabel.data.images import ImageError, ImageFolder
-from tokenlabel.data.masks import MaskError
 from tokenlabel.data.sources import open_images
 from tokenlabel.data.tars import TarImages
+from tokenlabel.labels.encoding import DEFAULT_TOLERANCE
 from tokenlabel.labels.fingerprints import find_replaced
 from tokenlabel.labels.inspection import InspectConfig, as_text, inspect_store
 from tokenlabel.labels.store import LabelStore, LabelStoreWriter, StoreError
 from tokenlabel.models import create_model
-from tokenlabel.runtime.background import ahead, thread_pool
+from tokenlabel.runtime.errors import ConfigError, DataError
+from tokenlabel.runtime.process import ahead, thread_pool
 from tokenlabel.teachers import labelling
 from tokenlabel.teachers.annotation import AnnotateConfig, annotate, annotate_by, make_teacher
-from tokenlabel.teachers.classmap import ClassMapError
 from tokenlabel.teachers.labelling import TeacherImage, _by_shape
 from tokenlabel.teachers.masks import MaskTeacher
 from tokenlabel.teachers.networks import TeacherError, load_teacher
@@ -98,6 +98,26 @@ def test_every_place_of_images_of_any_shape_is_labelled(images, tmp_path):
     assert store.manifest.class_names == ("blue", "green", "red")
     assert store.manifest.teacher == {"name": "by colour"}
     assert store.manifest.preprocessing["size"] == 16
+
+
+def test_a_store_goes_on_with_the_tolerance_that_it_was_begun_with(images, tmp_path, capsys):
+    """Stores of the first version do not say any: they kept all entries."""
+    labels, manifest = tmp_path / "labels", tmp_path / "labels" / "manifest.json"
+    (images / "red" / "wide.png").rename(tmp_path / "later.png")
+    run(images, labels)
+    old = json.loads(manifest.read_text())
+    assert old.pop("tolerance") == DEFAULT_TOLERANCE
+    manifest.write_text(json.dumps(old))
+    (tmp_path / "later.png").rename(images / "red" / "wide.png")
+    capsys.readouterr()
+    with pytest.raises(StoreError, match=r"was begun with --tolerance 0, got 0\.02; leave --tolerance out"):
+        run(images, labels, tolerance=0.02)
+    assert run(images, labels).num_labelled == 1
+    assert "goes on with --tolerance 0, with which it was begun" in capsys.readouterr().err
+    store = LabelStore(labels)
+    assert store.manifest.tolerance == 0
+    run(images, tmp_path / "all", tolerance=0)
+    assert store.packed("red/wide.png") == LabelStore(tmp_path / "all").packed("red/wide.png")
 
 
 def test_a_second_call_labels_only_what_is_missing(images, tmp_path):
@@ -193,7 +213,7 @@ def test_images_that_are_listed_are_labelled_anew(bitmaps, tmp_path, capsys):
         data[i] ^= 1
     shard.path.write_bytes(data)
     assert run(bitmaps, tmp_path / "labels", again=again).num_anew == 1
-    assert len(LabelStore(tmp_path / "labels")["blue/wide.bmp"].palette) == 3
+    assert (LabelStore(tmp_path / "labels")["blue/wide.bmp"].top_class_ids[:, 0] == 0).all()
 
     # Another content of the file is another request, and another list labels the same images once more.
     assert (
@@ -421,7 +441,7 @@ def test_scores_that_are_not_finite_are_refused_by_the_images_name(images, tmp_p
                 probs[-1, 1, 3, 2] = value
             return probs
 
-    with pytest.raises(ScoreError, match=r"wide\.png: .* scores are not finite"):
+    with pytest.raises(ValueError, match=r"wide\.png: .* scores are not finite"):
         run(images, tmp_path / "labels", Broken())
 
 
@@ -464,7 +484,7 @@ def test_a_run_of_our_own_as_teacher(images, tmp_path):
     teacher = load_teacher(str(tmp_path / "run"), settings_, CPU)
     assert teacher.class_names == tuple(COLOURS)
     assert (teacher.input.size, teacher.input.stride_px) == (64, 8)
-    annotate(images, tmp_path / "labels", settings_, device=CPU)
+    annotate(images, tmp_path / "labels", replace(settings_, tolerance=0), device=CPU)
     score_map = LabelStore(tmp_path / "labels")["red/square.png"]
     pixels, _ = teacher.input.of(Image.open(images / "red" / "square.png"))
     expected = teacher.probabilities(torch.from_numpy(pixels).permute(2, 0, 1)[None])[0].detach()
@@ -473,7 +493,7 @@ def test_a_run_of_our_own_as_teacher(images, tmp_path):
 
 def test_a_teacher_of_other_classes_is_refused(images, tmp_path):
     (images / "green").rename(images / "grass")
-    with pytest.raises(ClassMapError, match="'green' to the teacher and 'grass' to the images"):
+    with pytest.raises(ConfigError, match="'green' to the teacher and 'grass' to the images"):
         run(images, tmp_path / "labels")
 
 
@@ -592,7 +612,7 @@ def test_masks_of_unknown_ids_stop_and_class_maps_mend_them(images, tmp_path):
     for key in ImageFolder(images).keys:
         write_mask((tmp_path / "masks" / key).with_suffix(".png"), np.array([[7, 2], [9, 255]]))
     teacher = f"masks:{tmp_path / 'masks'}"
-    with pytest.raises(MaskError, match="holds 7, 9, which is no id of 3 classes"):
+    with pytest.raises(DataError, match="holds 7, 9, which is no id of 3 classes"):
         annotate(images, tmp_path / "labels", config(teacher=teacher), device=CPU)
     (tmp_path / "map.csv").write_text("7,red\n2,red\n3,blue\n4,green\n")
     with_map = config(teacher=teacher, class_map=str(tmp_path / "map.csv"))
@@ -624,14 +644,14 @@ def test_few_images_wait_for_others_of_their_shape():
 
     def shown():
         nonlocal waiting, max_waiting
-        for i in range(300):
+        for i in range(1000):
             waiting += 1
             max_waiting = max(max_waiting, waiting)
-            yield TeacherImage(str(i), np.zeros((i % 50 + 1, 1, 3), np.uint8), WHOLE_IMAGE)
+            yield TeacherImage(str(i), np.zeros((i % 300 + 1, 1, 3), np.uint8), WHOLE_IMAGE)
 
     for batch in _by_shape(shown(), 4):
         waiting -= len(batch)
-    assert max_waiting <= 16
+    assert max_waiting <= labelling.MAX_WAITING_IMAGES
 
 
 def test_working_ahead_keeps_the_order_and_passes_errors_on():

@@ -31,8 +31,8 @@ from tokenlabel.models import TokenModel, create_model, load_published
 from tokenlabel.models.weights import read_class_names
 from tokenlabel.runtime.configuration import ConfigError
 from tokenlabel.runtime.distributed import Ranks, current_ranks, joined_ranks, usable_device
-from tokenlabel.runtime.notices import say
-from tokenlabel.runtime.trackers import Tracker
+from tokenlabel.runtime.process import say
+from tokenlabel.runtime.runlog import Tracker
 from tokenlabel.teachers.online import load_online_teacher
 from tokenlabel.training.checkpoint import is_run, newest_checkpoint
 from tokenlabel.training.engine import run_task

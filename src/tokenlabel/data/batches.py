@@ -29,17 +29,14 @@ from tokenlabel.data.images import (
 )
 from tokenlabel.data.samplers import FOR_SAMPLE, BatchSampler, EvalBatchSampler
 from tokenlabel.data.workers import prepare_worker, process_context, stack
-from tokenlabel.runtime.notices import listed, say
+from tokenlabel.runtime.errors import DataError
+from tokenlabel.runtime.process import listed, say
 
 Transform = Callable[[NDArray[np.uint8], np.random.Generator], tuple[NDArray[np.uint8], View]]
 """From RGB pixels [h, w, 3] and a source of randomness to pixels [height, width, 3] and the view that they show."""
 
 SampleIndex = SupportsIndex | tuple[SupportsIndex, SupportsIndex]
 """What names a sample: the index of an image, or an epoch and the index."""
-
-
-class LabelsError(ValueError):
-    """A label store that does not belong to the images."""
 
 
 @runtime_checkable
@@ -178,7 +175,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
     """Stack samples of one size. Either all have a score map or none has."""
     score_maps = [sample.score_map for sample in samples if sample.score_map is not None]
     if score_maps and len(score_maps) < len(samples):
-        raise LabelsError(
+        raise DataError(
             f"{len(samples) - len(score_maps)} of the {len(samples)} samples of a batch have no score map"
         )
     pixels = stack([sample.image.permute(1, 2, 0) for sample in samples])  # [B, height, width, 3]
@@ -200,13 +197,13 @@ default_collate_fn_map[Sample] = lambda samples, **_: collate(samples)
 def check_labels(source: ImageSource, store: CheckableLabels, *, max_missing: float = 0.1) -> int:
     """Return how many images have no label in a store, and say so.
 
-    Raises LabelsError unless the labels are over the same classes, and for more than `max_missing` of the images, or
+    Raises DataError unless the labels are over the same classes, and for more than `max_missing` of the images, or
     all, without one.
     """
     ours, theirs = source.class_names, store.manifest.class_names
     num_classes = store.manifest.num_classes
     if num_classes != len(ours) or (theirs and not same_classes(theirs, ours)):
-        raise LabelsError(
+        raise DataError(
             f"{difference(theirs or (), ours, count=num_classes, them='the labels')}; annotate these images, with "
             "their own classes"
         )
@@ -215,11 +212,11 @@ def check_labels(source: ImageSource, store: CheckableLabels, *, max_missing: fl
     missing = [key for key in source.keys if key not in store]
     said = f"{len(missing):,} of {len(source):,} images have no label in the store ({listed(missing)})"
     if len(missing) == len(source):
-        raise LabelsError(
+        raise DataError(
             f"{said}; it is empty or about others, so give the store that `tokenlabel annotate` made of these"
         )
     if len(missing) > max_missing * len(source):
-        raise LabelsError(
+        raise DataError(
             f"{said}; `tokenlabel annotate` labels what is missing and lists what it cannot label, and "
             f"--data.max-missing, now {max_missing:g}, is the share that may go without"
         )

@@ -27,7 +27,7 @@ from tokenlabel.data.classes import (
 )
 from tokenlabel.data.images import DataError, ImageSource
 from tokenlabel.data.sources import open_aloud
-from tokenlabel.runtime.notices import listed
+from tokenlabel.runtime.process import listed
 
 NUM_IMAGENET_CLASSES = 1000
 

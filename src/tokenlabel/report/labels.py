@@ -17,7 +17,7 @@ from tokenlabel.drawing.pictures import class_colour, with_cells
 from tokenlabel.labels.inspection import MapSummary, as_probabilities, by_doubt, class_finder, summarize
 from tokenlabel.labels.store import LabelStore, StoreError
 from tokenlabel.labels.wordnet import with_words
-from tokenlabel.runtime.notices import say
+from tokenlabel.runtime.process import say
 
 SAMPLE = 2000
 NUM_NAMED = 4

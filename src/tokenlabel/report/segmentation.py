@@ -18,7 +18,7 @@ from tokenlabel.data.images import DataError
 from tokenlabel.drawing.page import gallery, section, settings_table, svg, table
 from tokenlabel.drawing.pictures import enlarged
 from tokenlabel.runtime.configuration import read_config
-from tokenlabel.runtime.notices import listed
+from tokenlabel.runtime.process import listed
 from tokenlabel.runtime.runlog import read_metrics
 from tokenlabel.segmentation.inference import Segmenter
 from tokenlabel.segmentation.pairs import open_pairs

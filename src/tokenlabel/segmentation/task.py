@@ -21,8 +21,7 @@ from tokenlabel.data.samplers import BatchSampler
 from tokenlabel.models import WeightsError
 from tokenlabel.runtime.configuration import ConfigError, config_from_dict
 from tokenlabel.runtime.distributed import Ranks, joined_ranks, usable_device
-from tokenlabel.runtime.runlog import Stopwatch
-from tokenlabel.runtime.trackers import Tracker
+from tokenlabel.runtime.runlog import Stopwatch, Tracker
 from tokenlabel.segmentation.augment import SegmentTransform
 from tokenlabel.segmentation.classes import IGNORED
 from tokenlabel.segmentation.data import SegmentBatch, SegmentDataset, collate

@@ -29,9 +29,8 @@ from tokenlabel.core.step import Part
 from tokenlabel.data.samplers import BatchSampler
 from tokenlabel.runtime.configuration import ConfigError
 from tokenlabel.runtime.distributed import Ranks, shard
-from tokenlabel.runtime.interruption import Interrupted, caught_signals
-from tokenlabel.runtime.runlog import RunLog, Stopwatch, read_metrics
-from tokenlabel.runtime.trackers import Tracker
+from tokenlabel.runtime.process import Interrupted, caught_signals
+from tokenlabel.runtime.runlog import RunLog, Stopwatch, Tracker, read_metrics
 from tokenlabel.training.checkpoint import (
     CheckpointError,
     TrainState,
@@ -47,7 +46,7 @@ from tokenlabel.training.optim import (
     outer_steps,
     set_learning_rate,
 )
-from tokenlabel.training.progress import DivergedError, Divergence, StepResult, Window, peak_memory_bytes
+from tokenlabel.training.progress import Divergence, StepResult, Window, peak_memory_bytes
 from tokenlabel.training.recipe import TrainingConfig
 from tokenlabel.training.run_folder import changes_figures, check_run_folder, numerics
 from tokenlabel.training.tasks import Task
@@ -121,7 +120,7 @@ def run_task(
     `trackers` hear every line of metrics (on the first rank). `changed_numerics`: go on with another rounding (see
     `check_run_folder`).
     The folder receives recipe.yaml, metrics.jsonl and checkpoints/. Raises ConfigError if it holds a run of
-    another recipe or other images, `Interrupted` after SIGINT or SIGTERM on any rank, DivergedError.
+    another recipe or other images, `Interrupted` after SIGINT or SIGTERM on any rank, ValueError.
     """
     outcome = _train(task, run, ranks, eval_every_epochs, trackers, changed_numerics)
     if isinstance(outcome, Interrupted):
@@ -340,7 +339,7 @@ def _say_learning_rate(trainer: Trainer, log: RunLog) -> None:
 
 
 def _report(trainer: Trainer, run: Path, log: RunLog, done: int, window: Window, watch: Stopwatch) -> None:
-    """Write what the steps since the last report said. Raises DivergedError if the loss is not finite."""
+    """Write what the steps since the last report said. Raises ValueError if the loss is not finite."""
     num_steps, seconds = len(window.results), watch.lap()
     means, divergence = window.means(done)
     if divergence is not None:
@@ -362,10 +361,10 @@ def _report(trainer: Trainer, run: Path, log: RunLog, done: int, window: Window,
 
 
 def _stop(trainer: Trainer, run: Path, done: int, divergence: Divergence) -> None:
-    """Save what is left of a run that diverged, away from its checkpoints, and raise DivergedError."""
+    """Save what is left of a run that diverged, away from its checkpoints, and raise ValueError."""
     folder = _write_checkpoint(trainer, run / "diverged", done)
     keys = divergence.keys
-    raise DivergedError(
+    raise ValueError(
         f"the {divergence.what} was {divergence.value} at step {divergence.step} on the images {', '.join(keys[:4])}"
         f"{', ...' if len(keys) > 4 else ''}; the last good checkpoint is as it was, the state after step {done - 1} "
         f"lies in {folder}; in another run folder, try a lower optim.lr, optim.clip_grad_norm, or precision fp32"
