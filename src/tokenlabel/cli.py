@@ -334,9 +334,11 @@ def inspect(arguments: list[str]) -> int:
             store, options.masks, source=source, ignore_index=options.ignore_index
         )
     if source and options.pictures:
-        from tokenlabel.report.labels import write_pictures
+        from tokenlabel.labels.pictures import write_pictures
+        from tokenlabel.runtime.process import say
 
         write_pictures(store, source, options.pictures)
+        say(f"{options.pictures}: maps over their images")
     write_json(options.output, figures)
     print(json.dumps(figures) if options.json else as_text(figures))
     return 0
@@ -476,7 +478,7 @@ def report(arguments: list[str]) -> int:
     parser.add_argument("--output", type=Path, default=Path("report.html"), help="the file to write")
     options = parse(parser, arguments)
 
-    from tokenlabel.report.runs import write_report
+    from tokenlabel.report import write_report
 
     write_report(options.runs, options.output)
     print(options.output)

@@ -205,9 +205,9 @@ def test_a_signal_during_an_evaluation_is_obeyed_after_it(scenes, tmp_path, monk
     task = build(recipe_for(scenes, checkpoint__every_epochs=500), device=CPU)
     evaluate = task.evaluate
 
-    def stopped(*arguments):
+    def stopped(*arguments, **options):
         os.kill(os.getpid(), signal.SIGTERM)
-        return evaluate(*arguments)
+        return evaluate(*arguments, **options)
 
     monkeypatch.setattr(task, "evaluate", stopped)
     with pytest.raises(Interrupted) as stop:

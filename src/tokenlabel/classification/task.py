@@ -16,16 +16,19 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from tokenlabel.classification.pictures import NUM_TRAIN, Answering, batch_album, shown_keys
 from tokenlabel.core.batch import Batch
-from tokenlabel.core.step import Supervision, TrainStep
+from tokenlabel.core.step import Part, Supervision, TrainStep
 from tokenlabel.data.augment import TrainTransform
 from tokenlabel.data.batches import TokenLabelDataset, check_labels, make_loader
 from tokenlabel.data.classes import difference, ids_among, imagenet_names
-from tokenlabel.data.images import ImageCheck, ImageError, ImageSource, describe, find_broken
+from tokenlabel.data.images import ImageCheck, ImageError, ImageSource, decode_pixels, describe, find_broken
 from tokenlabel.data.samplers import BatchSampler, EvalBatchSampler, shard_order
 from tokenlabel.data.sources import open_aloud, refuse_single_class
 from tokenlabel.data.tars import TarImages
-from tokenlabel.evaluation.observation import evaluate, evaluation_set
+from tokenlabel.drawing.pictures import Album
+from tokenlabel.evaluation.evaluators import Accuracy, Calibration
+from tokenlabel.evaluation.observation import evaluation_set, observe
 from tokenlabel.labels.store import LabelStore
 from tokenlabel.models import TokenModel, create_model, load_published
 from tokenlabel.models.weights import read_class_names
@@ -97,6 +100,9 @@ class ClassifierTask(Task[Recipe]):
         self.class_names = self.train_set.source.class_names
         self.num_images = len(self.train_set)
         self.grid = self.model.grid_for(self.recipe.model.img_size)
+        store, is_same = self.train_set.store, self.model.num_token_classes == len(self.class_names)
+        manifest = store.manifest if isinstance(store, LabelStore) else None
+        self.token_class_names = self.class_names if is_same or manifest is None else manifest.class_names
         self.step = TrainStep(
             self.model,
             self.supervision,
@@ -126,8 +132,24 @@ class ClassifierTask(Task[Recipe]):
             )
         return lambda epoch: shard_order(groups, seed=seed, epoch=epoch, window=window)
 
-    def evaluate(self, model: nn.Module, ranks: Ranks) -> dict[str, Any]:
-        """Return the figures of a model on the val images of the recipe."""
+    def picture(self, batch: Batch, part: Part, indices: Sequence[tuple[int, int]]) -> Album:
+        """Return the first images of a batch as they are trained on."""
+        source = self.train_set.source
+        shown = [index for _, index in indices[:NUM_TRAIN]]
+        assert isinstance(self.step, TrainStep)
+        return batch_album(
+            self.step,
+            batch,
+            part,
+            [decode_pixels(source.read(index), source.keys[index]) for index in shown],
+            class_names=self.class_names,
+            token_class_names=self.token_class_names,
+        )
+
+    def evaluate(
+        self, model: nn.Module, ranks: Ranks, *, run: Path | None = None, **about: Any
+    ) -> dict[str, Any]:
+        """Return the figures of a model on the val images of the recipe; write answers and pictures into `run`."""
         recipe, dataset = self.recipe, self.val_set
         if dataset is None:
             return {}
@@ -139,15 +161,21 @@ class ClassifierTask(Task[Recipe]):
             world_size=ranks.world_size,
         )
         num_workers = recipe.data.num_workers if len(dataset) >= _MANY_IMAGES else 0
-        evaluation = evaluate(
+        keys, inference = dataset.source.keys, recipe.eval.inference
+        answering = Answering(shown_keys(keys), of_tokens=self.supervision.labels_tokens)
+        figures = observe(
             model,
             make_loader(dataset, sampler, num_workers=num_workers),
-            inference=recipe.eval.inference,
+            {inference: [Accuracy(), Calibration(), answering]},
             device=self.device,
             precision=recipe.precision,
             ranks=ranks,
-        )
-        return evaluation.as_dict()
+        )[inference]
+        if run is not None and ranks.is_first:
+            if not self.supervision.labels_tokens and not recipe.sharded:
+                answering.ask_classifier(model, recipe.model.name, autocast(self.device, recipe.precision))
+            answering.write(run, keys, self.class_names, self.token_class_names, **about)
+        return figures
 
 
 def build(recipe: Recipe, *, device: torch.device, run: Path | None = None) -> ClassifierTask:

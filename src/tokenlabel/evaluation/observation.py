@@ -241,7 +241,7 @@ def observe(
         for inference, logits in logits_of.items():
             chosen = logits if out is None else logits.masked_fill(out, -torch.inf)
             for evaluator in evaluators[inference]:
-                evaluator.add(Predictions(batch, outputs.grid, chosen, token_classes))
+                evaluator.add(Predictions(batch, outputs.grid, chosen, token_classes, outputs))
         num_images += len(batch.images)
     spent = ranks.all_gather((num_images, time.perf_counter() - started))
     speed = {"images_per_s": sum(n for n, _ in spent) / max(seconds for _, seconds in spent)}

@@ -224,6 +224,15 @@ class Stopwatch:
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Let the time inside the block count as nothing."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.started += time.perf_counter() - start
+
     def lap(self) -> dict[str, float]:
         """Return the seconds of each part and in `total` since the last lap, and start anew."""
         now = time.perf_counter()

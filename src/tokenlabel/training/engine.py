@@ -11,6 +11,7 @@ and the gradients of all parts of all processes are averaged before the weights 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -27,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tokenlabel.core.step import Part
 from tokenlabel.data.samplers import BatchSampler
+from tokenlabel.drawing.pictures import PICTURES_FOLDER
 from tokenlabel.runtime.configuration import ConfigError
 from tokenlabel.runtime.distributed import Ranks, shard
 from tokenlabel.runtime.process import Interrupted, caught_signals
@@ -280,7 +282,7 @@ def _loop(
     batches = iter(trainer.task.batches(trainer.sampler(start_step)))
     _say_learning_rate(trainer, log)
     if figures is None and start_step and trainer.due(start_step, eval_every_epochs):
-        figures = _evaluate(trainer, log, start_step)  # the run was stopped before it could
+        figures = _evaluate(trainer, run, log, start_step)  # the run was stopped before it could
     watch, window = Stopwatch(), Window(ranks)
 
     def report(done: int) -> None:
@@ -292,6 +294,7 @@ def _loop(
         _write_checkpoint(trainer, run, done)
 
     with caught_signals() as received:
+        batches = _pictured(trainer, run, batches, start_step, watch)
         for step in range(start_step, trainer.num_steps):
             window.add(train_step(trainer, batches, step, watch))
             done, is_last = step + 1, step + 1 == trainer.num_steps
@@ -304,7 +307,7 @@ def _loop(
             if saved:  # before the evaluation, which may take longer than who stops the run will wait
                 save(done)
             if trainer.due(done, eval_every_epochs) and (is_last or not stopping):
-                figures = _evaluate(trainer, log, done)
+                figures = _evaluate(trainer, run, log, done)
                 watch.lap()
                 stopping = ranks.all_reduce_max(received[0] if received else 0)
             if stopping and not saved:
@@ -314,6 +317,24 @@ def _loop(
             if stopping and not is_last:
                 return Interrupted(done, stopping)
     return figures or {}
+
+
+def _pictured(
+    trainer: Trainer, run: Path, batches: Iterator[Any], step: int, watch: Stopwatch
+) -> Iterator[Any]:
+    """Write pictures of the first batch that a run takes, unless it has some; return all batches, that one included."""
+    folder, task, sampler = run / PICTURES_FOLDER, trainer.task, trainer.sampler(step)
+    is_known = step > 0 and (folder / "train.json").exists()
+    if not trainer.ranks.is_first or is_known or step == trainer.num_steps:
+        return batches
+    with watch.part("data"):
+        first = next(batches)
+    with watch.paused():
+        part = Part(task.recipe.seed, step, sampler.part_start(0))
+        album = task.picture(first.to(task.device), part, next(iter(sampler)))
+        if album is not None:
+            album.write(folder, "train", step=step, num_steps=trainer.num_steps)
+    return itertools.chain([first], batches)
 
 
 def _evaluated(run: Path, step: int) -> dict[str, Any] | None:
@@ -390,12 +411,12 @@ def _prune(trainer: Trainer, run: Path, done: int) -> None:
     prune_checkpoints(run, spared | ({best} if best else set()), best=best)
 
 
-def _evaluate(trainer: Trainer, log: RunLog, done: int) -> dict[str, Any]:
+def _evaluate(trainer: Trainer, run: Path, log: RunLog, done: int) -> dict[str, Any]:
     """Evaluate the averaged weights where there are some, and write the figures down."""
     task, state = trainer.task, trainer.state
     model = state.ema.module if state.ema is not None else state.model
     trainer.ranks.share_buffers(model)  # each has its own, the checkpoint the first one's
-    figures = task.evaluate(model, trainer.ranks)
+    figures = task.evaluate(model, trainer.ranks, run=run, step=done, num_steps=trainer.num_steps)
     if isinstance(model, FSDPModule):
         model.reshard()  # what the forward pass put together for this rank
     if figures:
