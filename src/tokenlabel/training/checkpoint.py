@@ -71,7 +71,7 @@ def save_checkpoint(
     """
     folder = run / "checkpoints" / f"{step:08d}"
     files = _tensors(state, here=ranks.is_first)
-    # None goes on, or ends, before it is written.
+    # All ranks wait until the first has written it.
     ranks.on_main(lambda: _write(folder, step, state, files, recipe=recipe, class_names=class_names))
     return folder
 
