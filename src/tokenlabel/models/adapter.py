@@ -270,7 +270,7 @@ def create_timm_adapter(
         if config is not None and config.fixed_input_size:  # timm's sign that the model takes `img_size`
             options["img_size"] = img_size
         with hub_or_cache() if "hub:" in name or options.get("pretrained") else nullcontext():
-            backbone = timm.create_model(name, num_classes=num_classes, **options)
+            backbone: Any = timm.create_model(name, num_classes=num_classes, **options)
     except (*REFUSALS, OSError) as error:
         missing = options.get("pretrained") and isinstance(error, OSError)
         remedy = "; give --model.weights FILE and --model.options.pretrained false" if missing else ""
