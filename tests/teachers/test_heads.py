@@ -404,7 +404,7 @@ def test_many_words_never_exist_as_one_dense_map(images, monkeypatch):
 
 
 def test_in_python_it_is_what_the_page_shows(images, tmp_path, monkeypatch):
-    page = (Path(__file__).parents[1] / "docs" / "heads.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "heads.md").read_text(encoding="utf-8")
     code = page.split("```python\n")[1].split("```")[0]
     small = 'backbone="resnet10t", weights="resnet10t.safetensors", size=64'
     code = code.replace('backbone="vit_small_patch16_dinov3.lvd1689m"', small).replace(
