@@ -84,7 +84,7 @@ def test_a_model_comes_back_with_its_average_and_its_classes(tmp_path):
     trained = trained_for(2)
     save(tmp_path, 2, trained)
     loaded = load_run(tmp_path)
-    assert (loaded.class_names, loaded.step, loaded.recipe) == (CLASS_NAMES, 2, RECIPE)
+    assert (loaded.class_names, loaded.step, loaded.recipe) == (tuple(CLASS_NAMES), 2, RECIPE)
     assert not loaded.model.training
     assert trained.ema is not None
     assert same_weights(loaded.model, trained.ema.module)

@@ -164,7 +164,8 @@ def load_run(path: str | Path) -> LoadedModel:
 
     Its weights are the averaged ones where the recipe made an average. Raises CheckpointError.
     """
-    return with_recipe(load_model(newest_checkpoint(Path(path))))
+    newest_checkpoint(Path(path))  # or it is none, which is not to be looked up as the name of a network
+    return with_recipe(load_model(path))
 
 
 def with_recipe(loaded: LoadedModel) -> LoadedModel:
