@@ -54,7 +54,7 @@ def dry_run(recipe: Recipe, out: Path, *, device: torch.device) -> str:
     erasing and mixing). Under torchrun all processes take part; the text is that of the first.
     """
     with joined_ranks(device) as ranks:
-        check_apart(out, recipe.data.train, recipe.data.val)
+        check_apart(out, recipe.data.train, recipe.data.unlabelled, recipe.data.val)
         task = build(recipe, device=device)
         training = prepare(task, ranks)
         pictures = _first_pictures(training, task)

@@ -17,15 +17,27 @@ from numpy.typing import NDArray
 from torch import nn
 
 from tokenlabel.core.batch import Batch
+from tokenlabel.core.config import ClassTarget, Inference
 from tokenlabel.core.step import Supervision, TrainStep
 from tokenlabel.data.augment import TrainTransform
-from tokenlabel.data.batches import TokenLabelDataset, check_labels, make_loader
-from tokenlabel.data.classes import difference, ids_among, imagenet_names
-from tokenlabel.data.images import ImageCheck, ImageError, ImageSource, describe, find_broken
+from tokenlabel.data.batches import TokenLabelDataset, check_labels, classes_of_labels, make_loader
+from tokenlabel.data.classes import ClassList, difference, ids_among, imagenet_names
+from tokenlabel.data.folders import NEED_CLASSES, DataError
+from tokenlabel.data.images import (
+    ImageCheck,
+    ImageError,
+    ImageSource,
+    JoinedImages,
+    WithoutClasses,
+    describe,
+    find_broken,
+    has_classes,
+)
 from tokenlabel.data.samplers import BatchSampler, EvalBatchSampler, shard_order
 from tokenlabel.data.sources import open_aloud, refuse_single_class
-from tokenlabel.data.tars import TarImages
-from tokenlabel.evaluation.observation import evaluate, evaluation_set
+from tokenlabel.evaluation.evaluators import Accuracy, Calibration, Evaluator, TokenTruth
+from tokenlabel.evaluation.observation import evaluation_set, observe
+from tokenlabel.evaluation.probe import image_figures, probe_sets
 from tokenlabel.labels.store import LabelStore
 from tokenlabel.models import TokenModel, create_model, load_published
 from tokenlabel.models.weights import read_class_names
@@ -60,7 +72,7 @@ def train(
     cannot be trained on, `Interrupted` after SIGINT or SIGTERM.
     """
     device, run = usable_device(device), Path(run)
-    check_apart(run, recipe.data.train, recipe.data.val)
+    check_apart(run, recipe.data.train, recipe.data.unlabelled, recipe.data.val)
     with joined_ranks(device) as ranks, locked(run, ranks):
         try:
             return run_task(
@@ -80,9 +92,24 @@ def train(
             ) from error
 
 
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """How many training images there are, with a class of their own, and with a map of a label store."""
+
+    images: int
+    with_class: int
+    with_map: int
+
+    def __str__(self) -> str:
+        return f"{self.images:,} images, {self.with_class:,} with a class, {self.with_map:,} with a label map"
+
+
 @dataclass(eq=False)
 class ClassifierTask(Task[Recipe]):
-    """A classifier that learns from class labels and token labels."""
+    """A network that learns from class labels and token labels, or from one of them.
+
+    `probe_sets`: images with classes that probes of frozen features learn from, and that they are tested on.
+    """
 
     recipe: Recipe
     model: TokenModel
@@ -90,11 +117,15 @@ class ClassifierTask(Task[Recipe]):
     val_set: TokenLabelDataset | None
     supervision: Supervision
     device: torch.device
+    counts: Counts
+    token_classes: ClassList | None = None
+    probe_sets: tuple[TokenLabelDataset, TokenLabelDataset] | None = None
     images: RunImages | None = None
-    metric = "top1"
 
     def __post_init__(self) -> None:
         self.class_names = self.train_set.source.class_names
+        # What there is of: the accuracy, else what probes find in the features, else agreement with the teacher.
+        self.metric = "top1" if self._judges_classes else "knn" if self.probe_sets else "teacher_accuracy"
         self.num_images = len(self.train_set)
         self.grid = self.model.grid_for(self.recipe.model.size_px)
         self.step = TrainStep(
@@ -126,12 +157,38 @@ class ClassifierTask(Task[Recipe]):
             )
         return lambda epoch: shard_order(groups, seed=seed, epoch=epoch, window=window)
 
+    @property
+    def _judges_classes(self) -> bool:
+        """Whether there are val images with classes that the class head may name."""
+        val_set = self.val_set
+        return val_set is not None and bool(self.class_names) and bool(has_classes(val_set.source).any())
+
     def evaluate(self, model: nn.Module, ranks: Ranks) -> dict[str, Any]:
-        """Return the figures of a model on the val images of the recipe."""
-        recipe, dataset = self.recipe, self.val_set
-        if dataset is None:
-            return {}
+        """Return the figures of a model on the val images of the recipe, and of probes of its frozen features."""
         assert isinstance(model, TokenModel)
+        figures: dict[str, Any] = {}
+        if self.probe_sets is not None:
+            learn, test = (self._eval_batches(dataset, ranks) for dataset in self.probe_sets)
+            names = self.probe_sets[0].source.class_names
+            figures |= image_figures(model.eval(), learn, test, num_classes=len(names), ranks=ranks)
+        if self.val_set is not None:
+            evaluators: list[Evaluator] = [Accuracy(), Calibration()] if self._judges_classes else []
+            evaluators += [TokenTruth("teacher")] if self.val_set.store is not None else []
+            inference = self.recipe.eval.inference
+            observed = observe(
+                model,
+                self._eval_batches(self.val_set, ranks),
+                {inference: evaluators},
+                device=self.device,
+                precision=self.recipe.precision,
+                ranks=ranks,
+            )
+            figures |= observed[inference]
+        return figures
+
+    def _eval_batches(self, dataset: TokenLabelDataset, ranks: Ranks) -> Iterable[Batch]:
+        """Yield this rank's part of images that are evaluated on, on the device."""
+        recipe = self.recipe
         sampler = EvalBatchSampler(
             num_images=len(dataset),
             batch_size=recipe.eval.batch_size,
@@ -141,15 +198,8 @@ class ClassifierTask(Task[Recipe]):
         num_workers = recipe.eval.num_workers
         if num_workers is None:
             num_workers = recipe.data.num_workers if len(dataset) >= _MANY_IMAGES else 0
-        evaluation = evaluate(
-            model,
-            make_loader(dataset, sampler, num_workers=num_workers),
-            inference=recipe.eval.inference,
-            device=self.device,
-            precision=recipe.precision,
-            ranks=ranks,
-        )
-        return evaluation.as_dict()
+        for batch in make_loader(dataset, sampler, num_workers=num_workers):
+            yield batch.to(self.device)
 
 
 def build(recipe: Recipe, *, device: torch.device, run: Path | None = None) -> ClassifierTask:
@@ -158,35 +208,40 @@ def build(recipe: Recipe, *, device: torch.device, run: Path | None = None) -> C
     `run`: the folder of the run, where an earlier start may have written down which images decode. Of several ranks the
     first one looks at images and labels.
     """
-    source = open_aloud(recipe.data.train)
-    refuse_single_class(source, recipe.data.train)
-    if recipe.data.tar_window is not None and isinstance(source, TarImages):
-        source = source.streamed()
+    source = _open(recipe)
     folders = recipe.data.label_folders if recipe.loss.reads_labels else []
     # Opened by the first rank for all, so that labels that are added meanwhile are seen by none.
     store = current_ranks().on_main(lambda: LabelStore(*folders)) if folders else None
+    source, token_classes = _with_classes(recipe, source, store)
     images = RunImages(run, source.class_names)
     source = _sound(recipe, images, "train", source, store)
     num_missing = 0
     if store is not None:
-        check = partial(check_labels, source, store, max_missing=recipe.data.max_missing)
+        check = partial(
+            check_labels, source, store, max_missing=recipe.data.max_missing, classes=token_classes
+        )
         num_missing = current_ranks().on_main(check)
         newest = max((shard.generation for shard in store.shards), default=0)
         told = {"num_missing": num_missing, "annotated_again": newest or None}  # those are other labels
         images.entries["labels"] = {**told, **store.manifest.origin()}
+    num_images, num_with_class = len(source), int(has_classes(source).sum())
+    counts = Counts(num_images, num_with_class, num_images - num_missing if store is not None else 0)
+    say(f"training images: {counts}")
     torch.manual_seed(recipe.seed)
-    model = _begin(recipe.model, class_names=source.class_names).to(device)
+    model = _begin(recipe.model, class_names=source.class_names, token_classes=token_classes).to(device)
     supervision = Supervision(
         loss=recipe.loss,
         stored=store is not None,
         teacher=load_online_teacher(recipe.loss.teacher, source.class_names, device),
-        map_weight=len(source) / (len(source) - num_missing),
+        class_weight=num_images / max(1, num_with_class),
+        map_weight=num_images / (num_images - num_missing),
     )
     val_set = None
     if recipe.data.val:
         sound = partial(_sound, recipe, images, "val")
         val_set = evaluation_set(recipe, class_names=source.class_names, sound=sound)
         say(describe(val_set.source, recipe.data.val or ""))
+        val_set.store = _val_labels(recipe, val_set.source, token_classes)
     transform = TrainTransform(recipe.augment, recipe.model.size_px)
     return ClassifierTask(
         recipe=recipe,
@@ -195,8 +250,87 @@ def build(recipe: Recipe, *, device: torch.device, run: Path | None = None) -> C
         val_set=val_set,
         supervision=supervision,
         device=device,
+        counts=counts,
+        token_classes=None if token_classes.is_same(_list_of(source)) else token_classes,
+        probe_sets=probe_sets(recipe),
         images=images,
     )
+
+
+def _open(recipe: Recipe) -> ImageSource:
+    """Return the training images, those without classes last."""
+    data = recipe.data
+    source = open_aloud(data.train)
+    if data.unlabelled is not None:
+        source = JoinedImages(source, open_aloud(data.unlabelled, classes=False))
+    streamed = getattr(source, "streamed", None)
+    return source if data.tar_window is None or streamed is None else streamed()
+
+
+def _with_classes(
+    recipe: Recipe, source: ImageSource, store: LabelStore | None
+) -> tuple[ImageSource, ClassList]:
+    """Return images with the classes that the class head is for, and what the tokens are about.
+
+    Images without classes leave no class head, unless the teacher labels the class token: then it is for the classes of
+    the store. Raises DataError where there is nothing to learn from, and ConfigError for class targets out of labels
+    that are about something else.
+    """
+    place, loss = recipe.data.train, recipe.loss
+    from_maps = loss.class_target is not ClassTarget.TRUTH and not loss.has_online_teacher
+    if has_classes(source).any():
+        refuse_single_class(source, place)
+        ours = _list_of(source)
+        theirs = ours if store is None else classes_of_labels(source.class_names, store)
+        if from_maps and not theirs.is_same(ours):
+            raise ConfigError(
+                f"loss.class_target {loss.class_target} takes the classes of images from the labels, and these are "
+                f"about {theirs}, not the {ours} of the images; leave it at truth"
+            )
+    elif store is None:
+        beta = "" if recipe.data.labels is None else " and loss.beta above 0"
+        above = Path(place).absolute().name if Path(place).is_dir() else ""
+        folder = f", or name the folder above if {above} is a class" if above else ""
+        raise DataError(
+            f"{place}: its images have no classes, and without labels there is nothing to learn from; let `tokenlabel "
+            f"annotate` make labels and give --data.labels{beta}, or {NEED_CLASSES}{folder}"
+        )
+    else:
+        theirs, ours = store.manifest.classes, ClassList(0)
+        if from_maps:
+            if theirs.words:
+                raise ConfigError(
+                    f"loss.class_target {loss.class_target} takes the classes of images from the labels, and these are "
+                    "visual words, no classes; leave it at truth"
+                )
+            ours = theirs
+            source = WithoutClasses(source, theirs.names or [str(number) for number in range(theirs.count)])
+    if recipe.eval.inference is not Inference.CLASS and not theirs.is_same(ours):
+        raise ConfigError(
+            f"eval.inference {recipe.eval.inference} takes token and class token to be about one list of classes, and "
+            f"they are about {theirs} and {ours}; give --eval.inference class"
+        )
+    return source, theirs
+
+
+def _list_of(source: ImageSource) -> ClassList:
+    return ClassList(len(source.class_names), tuple(source.class_names))
+
+
+def _val_labels(recipe: Recipe, source: ImageSource, token_classes: ClassList) -> LabelStore | None:
+    """Return the labels of the val images. Raises ConfigError where nothing could be held against the model."""
+    folders = recipe.eval.label_folders
+    if folders:
+        store = current_ranks().on_main(lambda: LabelStore(*folders))
+        current_ranks().on_main(lambda: check_labels(source, store, max_missing=1.0, classes=token_classes))
+        return store
+    if not has_classes(source).any():
+        raise ConfigError(
+            f"{recipe.data.val}: without classes and without labels nothing can be said of these images; give "
+            "--eval.labels, made by the head that labelled the training images, or leave data.val out (--eval.probe "
+            "takes a few images with classes)"
+        )
+    return None
 
 
 def _sound(
@@ -215,12 +349,13 @@ def _sound(
             among = [number for number, key in enumerate(source.keys) if key not in labelled]
         return find_broken(source, check, among)
 
-    names = source.class_names
+    names, known = source.class_names, has_classes(source)
+    classes = [names[i] if has else "" for i, has in zip(source.class_ids, known, strict=True)]
     found = partial(
         images.broken,
         split,
         source.keys,
-        [names[class_id] for class_id in source.class_ids] if names else [],
+        classes if known.any() else [],
         check=f"{check}, but for images with labels" if labelled else check.value,
         find=find,
     )
@@ -228,10 +363,15 @@ def _sound(
     return sound_images(source, skip_broken=skip_broken, check=check, option=option, find=found)
 
 
-def _begin(config: ModelConfig, *, class_names: list[str]) -> TokenModel:
+def _begin(config: ModelConfig, *, class_names: list[str], token_classes: ClassList) -> TokenModel:
     """Return the model as it is before the first step."""
-    num_classes = len(class_names)
-    model = create_model(config.name, num_classes=num_classes, size_px=config.size_px, **config.options)
+    model = create_model(
+        config.name,
+        num_classes=len(class_names),
+        num_token_classes=token_classes.count,
+        size_px=config.size_px,
+        **config.options,
+    )
     if config.weights is not None:
         weights = Path(config.weights)
         weights = newest_checkpoint(weights) if is_run(weights) else weights

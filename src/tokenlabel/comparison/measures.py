@@ -102,7 +102,9 @@ def probe(finished: Finished) -> Figures:
 
 def of_images(finished: Finished) -> Figures:
     """Return how well probes of the frozen mean token name the val images."""
-    return image_figures(finished.trained.model, finished.train_batches(None), finished.val_batches(None))
+    model = finished.trained.model
+    train, val = finished.train_batches(None), finished.val_batches(None)
+    return image_figures(model, train, val, num_classes=model.num_classes)
 
 
 def label_truth(finished: Finished) -> Figures:

@@ -12,6 +12,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from tokenlabel.runtime.notices import listed, say
@@ -28,6 +29,34 @@ _WORDNET_ID = re.compile(r"n\d{8}")
 
 class ClassMapError(ValueError):
     """Classes of a teacher and of images that don't fit each other."""
+
+
+@dataclass(frozen=True)
+class ClassList:
+    """What logits are about: `count` classes, known by their names, or visual words, known by the hash of their head.
+
+    `names`: empty where nobody says them. `words`: the hash of the head that made the words; empty for classes.
+    """
+
+    count: int
+    names: tuple[str, ...] = ()
+    words: str = ""
+
+    def is_same(self, other: ClassList) -> bool:
+        """Say whether two lists are one, as far as they tell: without names their number has to do."""
+        if self.count != other.count or self.words != other.words:
+            return False
+        return not (self.names and other.names) or bool(self.words) or same_classes(self.names, other.names)
+
+    def described(self) -> str:
+        """Return the list in words, of visual words with what they are known by."""
+        return f"{self} of the head {self.words}" if self.words else str(self)
+
+    def __str__(self) -> str:
+        what = "visual words" if self.words else "classes"
+        return f"{self.count:,} {what}" + (
+            f" ({listed(list(self.names))})" if self.names and not self.words else ""
+        )
 
 
 def ids_among(names: Sequence[str], others: Sequence[str]) -> list[int]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tokenlabel.core.scores import Kind, Orientation
-from tokenlabel.data.classes import composed
+from tokenlabel.data.classes import ClassList, composed
 from tokenlabel.labels.encoding import Encoding
 from tokenlabel.labels.shards import SUFFIX, StoreError, write_atomically
 from tokenlabel.runtime.coercion import coerced_fields
@@ -71,6 +71,17 @@ class Manifest:
             )
         if self.class_names and len(self.class_names) != self.num_classes:
             raise StoreError(f"{self.num_classes} classes, but {len(self.class_names)} class names")
+
+    @property
+    def classes(self) -> ClassList:
+        """What the labels are about."""
+        return ClassList(self.num_classes, self.class_names, self.words)
+
+    @property
+    def words(self) -> str:
+        """The hash of the head that made visual words; empty for labels of classes."""
+        head = self.teacher.get("head")
+        return str(head["hash"]) if isinstance(head, dict) and head.get("fitted_on") == "words" else ""
 
     @property
     def empty_is_even(self) -> bool:

@@ -5,7 +5,7 @@ RUN/checkpoints/00001200/ holds the state after 1,200 steps:
     model.safetensors      weights and buffers
     ema.safetensors        the averaged ones, where the recipe wants them
     optimizer.safetensors  one tensor for each entry of the optimizer's state, named INDEX.ENTRY
-    state.json             the step, the recipe, the class names, versions, and the SHA-256 of the files above
+    state.json             the step, the recipe, what the heads are about, versions, and the SHA-256 of the files above
 
 The link RUN/checkpoints/best leads to the one that evaluated best. Tensors that are divided among processes are
 put together before they are written, so a run may continue on any number of them.
@@ -19,7 +19,7 @@ import os
 import platform
 import shutil
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from tokenlabel.data.classes import ClassList
 from tokenlabel.models import TokenModel, create_model
 from tokenlabel.runtime.configuration import config_as_dict, config_from_dict
 from tokenlabel.runtime.distributed import Ranks
@@ -62,6 +63,7 @@ def save_checkpoint(
     *,
     recipe: TrainingConfig,
     class_names: list[str],
+    token_classes: ClassList | None = None,
     ranks: Ranks = Ranks(),  # noqa: B008  (immutable)
 ) -> Path:
     """Write a checkpoint; return its folder. All ranks call this, the first one writes.
@@ -72,7 +74,8 @@ def save_checkpoint(
     folder = run / "checkpoints" / f"{step:08d}"
     files = _tensors(trained, here=ranks.is_first)
     # None goes on, or ends, before it is written.
-    ranks.on_main(lambda: _write(folder, step, trained, files, recipe=recipe, class_names=class_names))
+    about = {"class_names": class_names, "token_classes": token_classes and asdict(token_classes)}
+    ranks.on_main(lambda: _write(folder, step, trained, files, recipe=recipe, about=about))
     return folder
 
 
@@ -83,7 +86,7 @@ def _write(
     files: dict[str, dict[str, Tensor]],
     *,
     recipe: TrainingConfig,
-    class_names: list[str],
+    about: dict[str, Any],
 ) -> None:
     temporary = folder.with_name(f".writing-{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -95,7 +98,7 @@ def _write(
             "format": FORMAT,
             "step": step,
             "recipe": config_as_dict(recipe),
-            "class_names": class_names,
+            **about,
             "loss_scale": trained.scaler.state_dict() if trained.scaler else {},
             "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
             "sha256": {path.name: _sha256(path.read_bytes()) for path in sorted(temporary.iterdir())},
@@ -166,6 +169,26 @@ class TrainedModel:
     recipe: Recipe
     class_names: list[str]
     step: int
+    token_classes: ClassList | None = None
+    """What the tokens are about, where these are other classes."""
+
+    @property
+    def token_names(self) -> list[str]:
+        """The names of what the tokens are about; numbers where nobody says them."""
+        others = self.token_classes
+        return (
+            self.class_names
+            if others is None
+            else list(others.names) or [str(i) for i in range(others.count)]
+        )
+
+
+def token_classes_of(state: dict[str, Any]) -> ClassList:
+    """Return what the tokens of a checkpoint are about, by its state."""
+    others, names = state.get("token_classes"), state["class_names"]
+    if others is None:
+        return ClassList(len(names), tuple(names))
+    return ClassList(others["count"], tuple(others["names"]), others["words"])
 
 
 def load_model(path: str | Path) -> TrainedModel:
@@ -180,14 +203,16 @@ def load_model(path: str | Path) -> TrainedModel:
             f"{path}: holds a segmentation model; the verbs of `tokenlabel segment` take it, and --model.weights"
         )
     recipe = config_from_dict(state["recipe"], Recipe, name=f"{folder}/state.json")
+    others = None if state.get("token_classes") is None else token_classes_of(state)
     model = create_model(
         recipe.model.name,
         num_classes=len(state["class_names"]),
+        num_token_classes=None if others is None else others.count,
         size_px=recipe.model.size_px,
         **options_without_weights(recipe.model.options),
     )
     model.load_state_dict(read_weights(folder, state))
-    return TrainedModel(model.eval(), recipe, state["class_names"], state["step"])
+    return TrainedModel(model.eval(), recipe, state["class_names"], state["step"], others)
 
 
 def options_without_weights(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -29,7 +29,9 @@ class DataConfig:
     """What to train and evaluate on."""
 
     train: str
-    """Training images: a folder with one folder a class."""
+    """Training images: a folder with one folder a class, a list or tar files; with labels images without classes do."""
+    unlabelled: str | None = None
+    """More training images, in any layout, without classes: they are learnt from where they have token labels."""
     val: str | None = None
     """Images to evaluate on, of the classes of `train` by name, all or some; none to skip evaluation."""
     labels: str | list[str] | None = None
@@ -151,10 +153,25 @@ class EvalConfig:
     """Processes that decode the images; by default those of training from 5,000 images on, none below."""
     crop_fraction: float = 0.875
     """Share of the resized image's shorter side that the centre crop keeps."""
+    labels: str | list[str] | None = None
+    """Label store of the val images, made as that of the training images: how far the tokens agree with it."""
+    probe: str | None = None
+    """A few images with classes, any: how well a linear probe of frozen features and nearest neighbours name them."""
+    probe_test: str | None = None
+    """Images that the probes are tested on; by default every other image of `probe`, which learns from the rest."""
+
+    @property
+    def label_folders(self) -> list[str]:
+        """The folders of the val images' labels; empty without."""
+        return [self.labels] if isinstance(self.labels, str) else self.labels or []
 
     def __post_init__(self) -> None:
         positive = {"every_epochs": POSITIVE, "crop_fraction": PART}
         check_numbers(self, "eval.", **positive, batch_size=NATURAL, num_workers=COUNT)
+        if self.probe_test is not None and self.probe is None:
+            raise ConfigError(
+                "eval.probe_test tests probes that learn from eval.probe; name that folder, too"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,6 +203,8 @@ class TrainingConfig:
     """Passes over the training images."""
     num_steps: int | None = None
     """Steps of the run, in place of epochs."""
+    min_epoch_steps: int = 1
+    """The least steps of an epoch, however few images there are: they are then seen several times in one."""
     batch_size: int
     """Images a step: those of all processes, and of all parts that a process takes one after the other."""
     micro_batch_size: int | None = None
@@ -207,7 +226,8 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         if self.epochs is None and self.num_steps is None:
             raise ConfigError("a recipe needs epochs or num_steps")
-        check_numbers(self, epochs=NATURAL, num_steps=NATURAL, batch_size=NATURAL, micro_batch_size=NATURAL)
+        check_numbers(self, epochs=NATURAL, num_steps=NATURAL, min_epoch_steps=NATURAL)
+        check_numbers(self, batch_size=NATURAL, micro_batch_size=NATURAL)
         check_numbers(self, seed=f"[0, {2**63}]")
 
 
