@@ -38,7 +38,7 @@ def _compare(
     name: str, options: dict[str, Any], side: int, num_images: int, precision: str, settings: Settings
 ) -> list[Row]:
     torch.manual_seed(0)
-    model = create_model(name, num_classes=1000, size_px=(side, side), **options).to(settings.device)
+    model = create_model(name, num_classes=1000, img_size=(side, side), **options).to(settings.device)
     images = torch.randn(num_images, 3, side, side, device=settings.device)
     images = images.contiguous(memory_format=torch.channels_last)
 

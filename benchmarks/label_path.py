@@ -148,7 +148,7 @@ def _sparse_step(case: Case, logits: Tensor) -> None:
 def _mixed_targets(case: Case) -> TokenTargets:
     """Return the targets as a training step has them."""
     generator = torch.Generator().manual_seed(1)
-    plan = sample_mix(Mixing.MIXTOKEN, len(case.views), grid=GRID, size_px=(224, 224), generator=generator)
+    plan = sample_mix(Mixing.MIXTOKEN, len(case.views), grid=GRID, img_size=(224, 224), generator=generator)
     targets = align(case.score_maps, case.views, GRID).smoothed(0.1, case.num_classes)
     return mix_targets(targets, plan and plan.to(case.views.device), GRID)
 

@@ -156,7 +156,7 @@ class Ours(nn.Module):
             LVViT(config, num_classes=NUM_CLASSES, img_size=SIZE_PX),
             name="lvvit",
             num_classes=NUM_CLASSES,
-            size_px=SIZE_PX,
+            img_size=SIZE_PX,
         )
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:

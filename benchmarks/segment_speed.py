@@ -19,7 +19,7 @@ def run(settings: Settings) -> list[Row]:
     on_gpu = settings.device.type == "cuda"
     batch_size, precision = (16, "bf16") if on_gpu else (2, "fp32")
     side_px = 256 if settings.quick else 512
-    config = SegmentModelConfig(name="lvvit_s", size_px=(side_px, side_px), options={"drop_path": 0.1})
+    config = SegmentModelConfig(name="lvvit_s", img_size=(side_px, side_px), options={"drop_path": 0.1})
     model = create_segmentation_model(config, num_classes=NUM_CLASSES).to(settings.device).train()
     step = make_step(model, batch_size, side_px=side_px, device=settings.device)
     name = f"{batch_size} crops of {side_px} x {side_px}, {precision}"

@@ -137,7 +137,7 @@ def _training(case: Case, settings: Settings, beta: float) -> Training:
     """Return everything that a step needs, by the published recipe; `beta` 0 for class labels only."""
     recipe = Recipe(
         data=DataConfig(train="(in memory)"),
-        model=ModelConfig(name=case.model, size_px=SIZE_PX),
+        model=ModelConfig(name=case.model, img_size=SIZE_PX),
         optim=OptimConfig(lr=1.6e-3, lr_batch_size=1024),
         mix=MixConfig(kind=Mixing.MIXTOKEN),
         loss=LossConfig(beta=beta),
@@ -147,7 +147,7 @@ def _training(case: Case, settings: Settings, beta: float) -> Training:
         compile="inductor" if settings.device.type == "cuda" else "no",
     )
     torch.manual_seed(0)
-    model = create_model(case.model, num_classes=case.num_classes, size_px=SIZE_PX).to(settings.device)
+    model = create_model(case.model, num_classes=case.num_classes, img_size=SIZE_PX).to(settings.device)
     model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     source = Unread(case.num_images, case.num_classes)
     task = ClassifierTask(

@@ -65,11 +65,11 @@ def main() -> None:
     parser.set_defaults(remove_unused_columns=False, learning_rate=1e-3, weight_decay=0.05)
     args, ours = parser.parse_args_into_dataclasses()
     set_seed(args.seed)
-    size_px = (ours.img_size, ours.img_size)
+    img_size = (ours.img_size, ours.img_size)
     images = tl.open_images(ours.images)  # +
-    transform = tl.TrainTransform(tl.AugmentConfig(), size_px)  # +
+    transform = tl.TrainTransform(tl.AugmentConfig(), img_size)  # +
     dataset = tl.TokenLabelDataset(images, transform, seed=0, store=tl.LabelStore(ours.labels))  # +
-    network = tl.create_model(ours.model, num_classes=dataset.num_classes, size_px=size_px)  # +
+    network = tl.create_model(ours.model, num_classes=dataset.num_classes, img_size=img_size)  # +
     TokenLabelTrainer(model=Learner(network), args=args, train_dataset=dataset).train()
 
 

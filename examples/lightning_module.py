@@ -17,9 +17,9 @@ import tokenlabel as tl  # +
 class Classifier(lightning.LightningModule):
     """A classifier whose tokens learn from labels of their own."""
 
-    def __init__(self, name: str, *, num_classes: int, size_px: tuple[int, int], lr: float) -> None:
+    def __init__(self, name: str, *, num_classes: int, img_size: tuple[int, int], lr: float) -> None:
         super().__init__()
-        self.model = tl.create_model(name, num_classes=num_classes, size_px=size_px)  # +
+        self.model = tl.create_model(name, num_classes=num_classes, img_size=img_size)  # +
         self.lr = lr
 
     def training_step(self, batch: Any) -> torch.Tensor:
@@ -74,15 +74,15 @@ def main() -> None:
         enable_checkpointing=False,
         enable_progress_bar=False,
     )
-    size_px = (args.img_size, args.img_size)
+    img_size = (args.img_size, args.img_size)
     images = tl.open_images(args.images)  # +
-    transform = tl.TrainTransform(tl.AugmentConfig(), size_px)  # +
+    transform = tl.TrainTransform(tl.AugmentConfig(), img_size)  # +
     dataset = tl.TokenLabelDataset(images, transform, seed=0, store=tl.LabelStore(args.labels))  # +
     count: dict[str, Any] = {"num_images": len(dataset), "num_steps": args.steps, "seed": 0}
     ranks: dict[str, Any] = {"rank": trainer.global_rank, "world_size": trainer.world_size}
     order = tl.BatchSampler(batch_size=args.batch_size * trainer.world_size, **count, **ranks)  # +
     loader = tl.make_loader(dataset, order, num_workers=args.workers)  # +
-    model = Classifier(args.model, num_classes=dataset.num_classes, size_px=size_px, lr=args.lr)
+    model = Classifier(args.model, num_classes=dataset.num_classes, img_size=img_size, lr=args.lr)
     trainer.fit(model, loader)
 
 

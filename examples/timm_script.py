@@ -40,16 +40,16 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Train."""
     args = parse_args()
-    size_px, batch_size = (args.img_size, args.img_size), args.batch_size
+    img_size, batch_size = (args.img_size, args.img_size), args.batch_size
     images = tl.open_images(args.images)  # +
-    transform = tl.TrainTransform(tl.AugmentConfig(), size_px)  # +
+    transform = tl.TrainTransform(tl.AugmentConfig(), img_size)  # +
     dataset = tl.TokenLabelDataset(images, transform, seed=0, store=tl.LabelStore(args.labels))  # +
     num_steps = args.epochs * (len(dataset) // batch_size)
     order = tl.BatchSampler(num_images=len(dataset), batch_size=batch_size, seed=0, num_steps=num_steps)  # +
     loader = tl.make_loader(dataset, order, num_workers=args.workers)  # +
 
     torch.manual_seed(0)
-    options = {"size_px": size_px, "num_classes": dataset.num_classes, **args.model_kwargs}
+    options = {"img_size": img_size, "num_classes": dataset.num_classes, **args.model_kwargs}
     model = tl.create_model(args.model, **options).to(args.device)  # +
     optimizer = create_optimizer_v2(model, opt="adamw", lr=args.lr, weight_decay=0.05)
     scheduler = CosineLRScheduler(optimizer, t_initial=args.epochs)

@@ -20,7 +20,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def check(model: TokenModel, *, size_px: tuple[int, int]) -> None:
+def check(model: TokenModel, *, img_size: tuple[int, int]) -> None:
     """Compare the compiled model with itself under three mixes of one shape; it may be traced once."""
     num_graphs = 0
 
@@ -29,7 +29,7 @@ def check(model: TokenModel, *, size_px: tuple[int, int]) -> None:
         num_graphs += 1
         return graph.forward
 
-    plain, images = copy.deepcopy(model), torch.randn(2, 3, *size_px)
+    plain, images = copy.deepcopy(model), torch.randn(2, 3, *img_size)
     model.compile(backend=backend, fullgraph=True)
     for draw in range(3):
         mask = (torch.rand(2, *model.grid) < 0.5).float()
@@ -48,9 +48,9 @@ def check(model: TokenModel, *, size_px: tuple[int, int]) -> None:
 def main() -> None:
     """Check all cases."""
     torch.manual_seed(0)
-    size_px = (64, 96)
+    img_size = (64, 96)
     for name, (model_name, options) in CASES.items():
-        check(create_model(model_name, num_classes=5, size_px=size_px, **options), size_px=size_px)
+        check(create_model(model_name, num_classes=5, img_size=img_size, **options), img_size=img_size)
         print(name, flush=True)
 
 

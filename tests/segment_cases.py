@@ -19,10 +19,10 @@ BACKBONE = {
 }
 
 
-def write_image(path: Path, size_px: tuple[int, int], *, seed: int = 0) -> None:
+def write_image(path: Path, img_size: tuple[int, int], *, seed: int = 0) -> None:
     """Write random pixels of (height, width), as the suffix says."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(seed).integers(0, 256, (*size_px, 3), dtype=np.uint8)
+    pixels = np.random.default_rng(seed).integers(0, 256, (*img_size, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(path)
 
 
@@ -41,7 +41,7 @@ def nested_recipe(root: Path, **changes: Any) -> dict[str, Any]:
         "data": {"layout": "scenes", "root": str(root), "background": "background", "num_workers": 0},
         "model": {
             "name": "lvvit_t",
-            "size_px": [24, 24],
+            "img_size": [24, 24],
             "options": BACKBONE,
             "neck_width": 16,
             "head_width": 8,

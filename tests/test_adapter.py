@@ -57,15 +57,15 @@ FAMILIES: dict[str, Case] = {
 
 
 def create(name: str, **options: Any) -> TimmAdapter:
-    size_px, smaller = FAMILIES[name]
-    model = create_model(name, num_classes=NUM_CLASSES, size_px=size_px, **{**smaller, **options})
+    img_size, smaller = FAMILIES[name]
+    model = create_model(name, num_classes=NUM_CLASSES, img_size=img_size, **{**smaller, **options})
     assert isinstance(model, TimmAdapter)
     return model
 
 
-def small_vit(size_px: tuple[int, int] = (32, 48), **options: Any) -> TimmAdapter:
+def small_vit(img_size: tuple[int, int] = (32, 48), **options: Any) -> TimmAdapter:
     model = create_model(
-        "vit_tiny_patch16_224", num_classes=NUM_CLASSES, size_px=size_px, **{**VIT, **options}
+        "vit_tiny_patch16_224", num_classes=NUM_CLASSES, img_size=img_size, **{**VIT, **options}
     )
     assert isinstance(model, TimmAdapter)
     return model
@@ -105,16 +105,16 @@ def narrow_kernels(model: nn.Module) -> None:
             module.weight = nn.Parameter(kept)
 
 
-def check_that_tokens_are_in_place(model: TimmAdapter, size_px: tuple[int, int]) -> None:
+def check_that_tokens_are_in_place(model: TimmAdapter, img_size: tuple[int, int]) -> None:
     """Light up a cell and see its token change most, and see each token change most by its own cell.
 
     The upper left quarter of the cell: there the padded strides of CNNs put the centres of their tokens.
     """
     narrow_kernels(model)
-    h, w = model.grid_for(size_px)
-    cell_height, cell_width = size_px[0] // h, size_px[1] // w
+    h, w = model.grid_for(img_size)
+    cell_height, cell_width = img_size[0] // h, img_size[1] // w
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(3, *size_px, generator=generator).repeat(1 + h * w, 1, 1, 1)
+    images = torch.randn(3, *img_size, generator=generator).repeat(1 + h * w, 1, 1, 1)
     for cell in range(h * w):
         top, left = cell // w * cell_height, cell % w * cell_width
         images[1 + cell, :, top : top + cell_height // 2, left : left + cell_width // 2] += 10
@@ -128,13 +128,13 @@ def check_that_tokens_are_in_place(model: TimmAdapter, size_px: tuple[int, int])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_family(name: str) -> None:
     torch.manual_seed(0)
-    size_px, _ = FAMILIES[name]
+    img_size, _ = FAMILIES[name]
     model = create(name)
-    assert model.grid_for(size_px) == ((4, 6) if name.startswith("volo") else (2, 3))
-    check_that_both_heads_learn(model, torch.randn(2, 3, *size_px))
-    check_that_tokens_are_in_place(create(name), size_px)
+    assert model.grid_for(img_size) == ((4, 6) if name.startswith("volo") else (2, 3))
+    check_that_both_heads_learn(model, torch.randn(2, 3, *img_size))
+    check_that_tokens_are_in_place(create(name), img_size)
     with torch.no_grad():  # class logits are those of the model as timm runs it
-        images = torch.randn(2, 3, *size_px)
+        images = torch.randn(2, 3, *img_size)
         torch.testing.assert_close(model(images).class_logits, model.backbone(images), atol=1e-5, rtol=1e-5)
 
 
@@ -189,11 +189,11 @@ def test_tokens_take_the_norm_between_pooling_and_classifier(name: str) -> None:
     [("test_resnet", -2, (4, 6)), ("test_resnet", 2, (8, 12)), ("swin_tiny_patch4_window7_224", 1, (8, 12))],
 )
 def test_an_earlier_stage_gives_a_finer_grid(name: str, stage: int, grid: tuple[int, int]) -> None:
-    size_px = FAMILIES[name][0]
+    img_size = FAMILIES[name][0]
     model = create(name, stage=stage)
-    assert model.grid_for(size_px) == grid
-    check_that_both_heads_learn(model, torch.randn(2, 3, *size_px))
-    check_that_tokens_are_in_place(create(name, stage=stage), size_px)
+    assert model.grid_for(img_size) == grid
+    check_that_both_heads_learn(model, torch.randn(2, 3, *img_size))
+    check_that_tokens_are_in_place(create(name, stage=stage), img_size)
 
 
 def test_other_sizes_where_the_backbone_takes_them() -> None:
@@ -286,11 +286,11 @@ def test_a_model_without_token_grid_is_refused() -> None:
     with pytest.raises(
         NoTokenGridError, match="mine has no token grid: it lacks timm's forward_features and "
     ):
-        TimmAdapter(Pooled(), name="mine", num_classes=NUM_CLASSES, size_px=(32, 32))
+        TimmAdapter(Pooled(), name="mine", num_classes=NUM_CLASSES, img_size=(32, 32))
     with pytest.raises(
         NoTokenGridError, match=r"test_resnet has no token grid for images of 32 x 32 .* 1 x 1"
     ):
-        create_model("test_resnet", num_classes=NUM_CLASSES, size_px=(32, 32))
+        create_model("test_resnet", num_classes=NUM_CLASSES, img_size=(32, 32))
 
 
 @pytest.mark.parametrize(
@@ -309,4 +309,4 @@ def test_a_model_without_token_grid_is_refused() -> None:
 )
 def test_what_cannot_be_made_is_refused_with_a_hint(name: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        create_model(name, num_classes=NUM_CLASSES, size_px=(64, 64), **options)
+        create_model(name, num_classes=NUM_CLASSES, img_size=(64, 64), **options)

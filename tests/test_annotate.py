@@ -51,10 +51,10 @@ from tokenlabel.training.recipe import DataConfig, ModelConfig, OptimConfig, Rec
 COLOURS = {"blue": (0, 0, 255), "green": (0, 255, 0), "red": (255, 0, 0)}
 
 
-def write_image(path: Path, left: str, right: str, size_px=(16, 16)) -> None:
-    """Write an image whose halves have two colours; `size_px` is (width, height)."""
-    pixels = np.empty((size_px[1], size_px[0], 3), np.uint8)
-    pixels[:, : size_px[0] // 2], pixels[:, size_px[0] // 2 :] = COLOURS[left], COLOURS[right]
+def write_image(path: Path, left: str, right: str, img_size=(16, 16)) -> None:
+    """Write an image whose halves have two colours; `img_size` is (width, height)."""
+    pixels = np.empty((img_size[1], img_size[0], 3), np.uint8)
+    pixels[:, : img_size[0] // 2], pixels[:, img_size[0] // 2 :] = COLOURS[left], COLOURS[right]
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(path)
 
@@ -451,13 +451,13 @@ def test_a_centre_crop_says_what_the_teacher_saw(images, tmp_path):
 def test_a_run_of_our_own_as_teacher(images, tmp_path):
     recipe = Recipe(
         data=DataConfig(train="nowhere"),
-        model=ModelConfig(name="resnet10t", size_px=(32, 32), options={"output_stride": 8}),
+        model=ModelConfig(name="resnet10t", img_size=(32, 32), options={"output_stride": 8}),
         optim=OptimConfig(lr=0.1, lr_batch_size=1),
         epochs=1,
         batch_size=1,
     )
     torch.manual_seed(0)
-    model = create_model("resnet10t", num_classes=3, size_px=(32, 32), output_stride=8)
+    model = create_model("resnet10t", num_classes=3, img_size=(32, 32), output_stride=8)
     trained = Trained(model, torch.optim.SGD(model.parameters()), None)
     save_checkpoint(tmp_path / "run", 7, trained, recipe=recipe, class_names=list(COLOURS))
     settings_ = config(teacher=str(tmp_path / "run"), size=64)

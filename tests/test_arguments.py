@@ -168,7 +168,7 @@ def test_every_spelling_of_a_recipes_options():
 
 
 @pytest.mark.parametrize(
-    ("words", "size_px"),
+    ("words", "img_size"),
     [
         ("96", (96, 96)),
         ("96x64", (96, 64)),
@@ -177,11 +177,11 @@ def test_every_spelling_of_a_recipes_options():
         ("[96, 64]", (96, 64)),
     ],
 )
-def test_every_spelling_of_a_pair(words, size_px):
+def test_every_spelling_of_a_pair(words, img_size):
     recipe = recipe_of(
-        "--out", "out", "--data.train", "a", "--model.size-px", words, "--optim.betas", ".8,.9"
+        "--out", "out", "--data.train", "a", "--model.img-size", words, "--optim.betas", ".8,.9"
     )
-    assert (recipe.model.size_px, recipe.optim.betas) == (size_px, (0.8, 0.9))
+    assert (recipe.model.img_size, recipe.optim.betas) == (img_size, (0.8, 0.9))
 
 
 def test_options_override_a_recipe_wherever_they_stand():
@@ -196,7 +196,7 @@ def test_options_override_a_recipe_wherever_they_stand():
 def test_a_recipe_as_editors_and_people_write_it(tmp_path):
     path = tmp_path / "own.yaml"
     path.write_text(
-        "model: {name: x, size_px: 96}\ncompile: no\noptim: {lr: 1e-3}\naugment:\n", encoding="utf-8-sig"
+        "model: {name: x, img_size: 96}\ncompile: no\noptim: {lr: 1e-3}\naugment:\n", encoding="utf-8-sig"
     )
     for recipe in (
         recipe_of("--recipe", str(path), "--out", "out", "--data.train", "a"),
@@ -205,7 +205,7 @@ def test_a_recipe_as_editors_and_people_write_it(tmp_path):
             | {"batch_size": 8, "epochs": 1}, Recipe, name="own",
         ),
     ):  # fmt: skip
-        assert (recipe.model.size_px, recipe.compile, recipe.optim.lr) == ((96, 96), "no", 1e-3)
+        assert (recipe.model.img_size, recipe.compile, recipe.optim.lr) == ((96, 96), "no", 1e-3)
 
 
 @pytest.mark.parametrize(
@@ -281,3 +281,14 @@ def test_the_label_guide_names_options_that_exist(capsys):
     known = capsys.readouterr().out.replace("_", "-")
     benchmarks = {"--device"}
     assert [name for name in named - benchmarks if name.replace("_", "-") not in known] == []
+
+
+def test_a_gone_name_is_refused_by_its_new_one(tmp_path):
+    with pytest.raises(ValueError, match=r"--model\.size-px; it is called --model\.img-size now"):
+        recipe_of("--out", "out", "--data.train", "a", "--model.size-px", "96")
+    path = tmp_path / "own.yaml"
+    path.write_text("model: {name: x, size_px: 96}\n")
+    with pytest.raises(
+        ValueError, match=r"own\.yaml: unknown key model\.size_px; it is called model\.img_size now"
+    ):
+        recipe_of("--recipe", str(path), "--out", "out", "--data.train", "a")

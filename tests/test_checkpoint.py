@@ -26,7 +26,7 @@ OPTIONS = {"patch_size": 8, "depth": 1, "width": 16, "num_heads": 2, "stem_width
 RECIPE = config_from_dict(
     {
         "data": {"train": "images"},
-        "model": {"name": "lvvit_t", "size_px": [16, 16], "options": OPTIONS},
+        "model": {"name": "lvvit_t", "img_size": [16, 16], "options": OPTIONS},
         "optim": {"lr": 1e-3, "lr_batch_size": 4},
         "epochs": 1,
         "batch_size": 4,
@@ -40,7 +40,7 @@ CLASS_NAMES = ["ant", "bee", "cat"]
 def trained_for(steps, *, seed=0, config=None):
     config = config or OptimConfig(lr=1e-2, lr_batch_size=4)
     torch.manual_seed(seed)
-    model = create_model("lvvit_t", num_classes=3, size_px=(16, 16), **OPTIONS)
+    model = create_model("lvvit_t", num_classes=3, img_size=(16, 16), **OPTIONS)
     model.to(memory_format=torch.channels_last)
     trained = Trained(model, create_optimizer(model, config), create_ema(model, config))
     for step in range(steps):
@@ -200,12 +200,12 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, file):
 def test_a_run_from_pretrained_weights_is_loaded_without_fetching_them(tmp_path, monkeypatch):
     recipe = {
         "data": {"train": "images"},
-        "model": {"name": "resnet10t", "size_px": [64, 64], "options": {"pretrained": True}},
+        "model": {"name": "resnet10t", "img_size": [64, 64], "options": {"pretrained": True}},
         "optim": {"lr": 1e-3, "lr_batch_size": 4, "ema_decay": None},
         "epochs": 1,
         "batch_size": 4,
     }
-    model = create_model("resnet10t", num_classes=3, size_px=(64, 64))
+    model = create_model("resnet10t", num_classes=3, img_size=(64, 64))
     trained = Trained(model, torch.optim.SGD(model.parameters()), None)
     save_checkpoint(
         tmp_path, 1, trained, recipe=config_from_dict(recipe, Recipe, name="test"), class_names=CLASS_NAMES
@@ -213,5 +213,5 @@ def test_a_run_from_pretrained_weights_is_loaded_without_fetching_them(tmp_path,
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert same_weights(load_model(tmp_path).model, model)
     larger = find_network(str(tmp_path), size=96)
-    assert larger.size_px == (96, 96)
+    assert larger.img_size == (96, 96)
     assert same_weights(larger.model, model)

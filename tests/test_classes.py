@@ -411,13 +411,13 @@ def save_run(folder: str, class_names: list[str], val: str | None = None) -> Non
     """A run whose network knows the colours in the order of its classes."""
     recipe = Recipe(
         data=DataConfig(train="nowhere", val=val),
-        model=ModelConfig(name=NAME, size_px=(SIZE_PX, SIZE_PX)),
+        model=ModelConfig(name=NAME, img_size=(SIZE_PX, SIZE_PX)),
         optim=OptimConfig(lr=0.1, lr_batch_size=1),
         eval=EvalConfig(crop_fraction=1.0),
         epochs=1,
         batch_size=1,
     )
-    model = create_model(NAME, num_classes=len(class_names), size_px=(SIZE_PX, SIZE_PX))
+    model = create_model(NAME, num_classes=len(class_names), img_size=(SIZE_PX, SIZE_PX))
     assert isinstance(model, TimmAdapter)
     model.backbone.load_state_dict(network(len(class_names), list(range(len(class_names)))).state_dict())
     trained = Trained(model, torch.optim.SGD(model.parameters()), None)
@@ -472,7 +472,7 @@ def test_val_images_may_hold_some_of_the_classes(tmp_path, capsys, monkeypatch):
     write_images(Path("val"), ["bee", "cat"], colour_of={"bee": 1, "cat": 2})
     write_images(Path("strange"), ["bee", "cow", "dog", "elk", "fox"])
     Path("recipe.yaml").write_text(
-        f"model: {{name: {NAME}, size_px: [64, 64]}}\noptim: {{lr: 0.1, lr_batch_size: 2}}\nloss: {{beta: 0}}\n"
+        f"model: {{name: {NAME}, img_size: [64, 64]}}\noptim: {{lr: 0.1, lr_batch_size: 2}}\nloss: {{beta: 0}}\n"
         "data: {train: train, num_workers: 0}\nnum_steps: 1\nbatch_size: 2\n"
     )
     train = ["train", "--recipe", "recipe.yaml", "--device", "cpu"]

@@ -109,7 +109,7 @@ def test_eval_takes_another_size_and_a_teachers_labels(demo, tmp_path, capsys):
     options += ["--data", str(demo / "scenes" / "train"), "--labels", str(tmp_path / "labels")]
     assert main(["eval", str(demo / "token-labels"), *options]) == 0
     figures = json.loads(capsys.readouterr().out)
-    assert (figures["num_images"], figures["size_px"]) == (40, [72, 72])
+    assert (figures["num_images"], figures["img_size"]) == (40, [72, 72])
     assert 0 <= figures["teacher_accuracy"] <= 1
     assert len(figures["per_class"]) == 10
 
@@ -292,7 +292,7 @@ def test_mistakes_in_options(data, tmp_path, capsys, option, words):
 
 def test_a_model_without_a_token_grid(data, tmp_path, capsys):
     arguments = options_for(data, tmp_path / "run", model__name="resnet10t", model__options__depth=None)
-    message = complaint(capsys, [*arguments, "--model.options={}", "--model.size-px=[32,32]"])
+    message = complaint(capsys, [*arguments, "--model.options={}", "--model.img-size=[32,32]"])
     assert "resnet10t has no token grid" in message
 
 

@@ -21,7 +21,7 @@ from tokenlabel.training.progress import DivergedError
 # No BatchNorm, whose statistics are those of a part, and no drop path: so nothing depends on the parts.
 VIT = {
     "name": "vit_tiny_patch16_224",
-    "size_px": [24, 24],
+    "img_size": [24, 24],
     "options": {"patch_size": 6, "depth": 2, "embed_dim": 8, "num_heads": 2},
 }
 

@@ -14,8 +14,8 @@ from tokenlabel.core.targets import TokenTargets
 fast = settings(max_examples=30, deadline=None)
 
 
-def images(num_images=4, size_px=(24, 32), seed=0):
-    return torch.randn(num_images, 3, *size_px, generator=torch.Generator().manual_seed(seed))
+def images(num_images=4, img_size=(24, 32), seed=0):
+    return torch.randn(num_images, 3, *img_size, generator=torch.Generator().manual_seed(seed))
 
 
 def generator(seed=0):
@@ -72,12 +72,12 @@ def test_the_modes_fill_with_noise_a_colour_or_the_mean():
 
 
 def test_boxes_are_like_timms():
-    size_px, num_images = (40, 56), 1500
+    img_size, num_images = (40, 56), 1500
     config = ErasingConfig(probability=0.6, max_boxes=2)
-    ours = box_masks(draw_boxes(num_images, size_px, config, generator()), size_px).any(dim=0)
+    ours = box_masks(draw_boxes(num_images, img_size, config, generator()), img_size).any(dim=0)
     random.seed(0)  # timm draws from here
     timms_erasing = RandomErasing(0.6, mode="const", max_count=2, device="cpu")
-    timms = torch.stack([(timms_erasing(torch.ones(1, *size_px)) == 0)[0] for _ in range(num_images)])
+    timms = torch.stack([(timms_erasing(torch.ones(1, *img_size)) == 0)[0] for _ in range(num_images)])
     for measure in (
         lambda masks: masks.any(dim=(1, 2)).float().mean(),
         lambda masks: masks.float().mean() / masks.any(dim=(1, 2)).float().mean(),

@@ -31,8 +31,8 @@ class Oracle(TokenModel):
         tokens = torch.nn.functional.one_hot(ids.flatten(1), 10).float()
         return Outputs(tokens[:, 0], tokens, torch.nn.Identity(), (ids.shape[1], ids.shape[2]))
 
-    def grid_for(self, size_px):
-        height_px, width_px = pair(size_px)
+    def grid_for(self, img_size):
+        height_px, width_px = pair(img_size)
         return height_px // 4, width_px // 4
 
     def no_weight_decay(self):

@@ -25,7 +25,7 @@ CANNOT_RECOMPUTE = ("pit_ti_224", "pit_ti_distilled_224")
 
 
 def ours(name: str, **options: Any) -> TimmAdapter:
-    model = create_model(name, num_classes=NUM_CLASSES, size_px=(32, 48), **{**OURS[name], **options})
+    model = create_model(name, num_classes=NUM_CLASSES, img_size=(32, 48), **{**OURS[name], **options})
     assert isinstance(model, TimmAdapter)
     return model
 
@@ -127,8 +127,8 @@ def test_intermediates_are_what_blocks_give_at_any_size(
 ) -> None:
     model = ours(name).eval()
     backbone = model.backbone
-    size_px = (16 * grid[0], 16 * grid[1])
-    images = torch.randn(2, 3, *size_px, generator=torch.Generator().manual_seed(0))
+    img_size = (16 * grid[0], 16 * grid[1])
+    images = torch.randn(2, 3, *img_size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         found = model.intermediates(images, sorted(layers))
         patches = backbone.embed_patches(images)

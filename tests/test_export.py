@@ -36,12 +36,12 @@ T2T = ("t2t_vit_14", (32, 32), {"depth": 1, "width": 32, "num_heads": 4})
 
 
 def trained_model(
-    name: str, size_px: tuple[int, int], options: dict[str, Any], *, labels: str | None = "labels"
+    name: str, img_size: tuple[int, int], options: dict[str, Any], *, labels: str | None = "labels"
 ) -> TrainedModel:
     recipe = config_from_dict(
         {
             "data": {"train": "images", "labels": labels},
-            "model": {"name": name, "size_px": list(size_px), "options": options},
+            "model": {"name": name, "img_size": list(img_size), "options": options},
             "optim": {"lr": 1e-3, "lr_batch_size": 4},
             "epochs": 1,
             "batch_size": 4,
@@ -49,7 +49,7 @@ def trained_model(
         Recipe,
         name="test",
     )
-    model = create_model(name, num_classes=3, size_px=size_px, **options)
+    model = create_model(name, num_classes=3, img_size=img_size, **options)
     return TrainedModel(model.eval(), recipe, CLASS_NAMES, step=1)
 
 
@@ -62,7 +62,7 @@ def test_safetensors_hold_what_it_takes_to_build_the_model_again(tmp_path: Path)
     assert description["class_names"] == CLASS_NAMES
     assert description["mean"] == list(trained.model.mean)
     again = create_model(
-        description["model"], num_classes=3, size_px=tuple(description["size_px"]), **description["options"]
+        description["model"], num_classes=3, img_size=tuple(description["img_size"]), **description["options"]
     ).eval()
     load_published(again, path)
     images = torch.randn(1, 3, 24, 36)
@@ -108,7 +108,7 @@ def test_timm_opens_the_folder(tmp_path: Path, case: tuple[str, tuple[int, int],
     )
     assert json.loads((folder / "config.json").read_text())["label_names"] == CLASS_NAMES
     evaluated = load_pretrained(f"local-dir:{folder}", at_test_size=True)  # as `tokenlabel eval` opens it
-    assert (evaluated.size_px, evaluated.class_names) == (case[1], tuple(CLASS_NAMES))
+    assert (evaluated.img_size, evaluated.class_names) == (case[1], tuple(CLASS_NAMES))
     assert (evaluated.crop_fraction, evaluated.interpolation.value) == (
         trained.recipe.eval.crop_fraction,
         "bicubic",

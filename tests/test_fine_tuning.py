@@ -24,7 +24,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def create(name: str) -> TokenModel:
-    return create_model(name, num_classes=5, size_px=(64, 64), **CASES[name])
+    return create_model(name, num_classes=5, img_size=(64, 64), **CASES[name])
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -84,7 +84,7 @@ def test_freezing_everything_is_refused() -> None:
 
 
 def test_a_model_that_is_frozen_whole_stays_in_evaluation_mode():
-    model = create_model("lvvit_t", num_classes=3, size_px=(32, 32), depth=1)
+    model = create_model("lvvit_t", num_classes=3, img_size=(32, 32), depth=1)
     model.requires_grad_(False)
     model.freeze(1)
     model.train()

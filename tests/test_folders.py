@@ -531,7 +531,7 @@ def test_names_of_any_bytes_go_through_every_verb(capsys):
     model = "{patch_size: 4, depth: 2, width: 16, num_heads: 2, stem_width: 8}"
     train = {
         "data.train": "images", "data.val": "images", "data.labels": "labels", "data.num_workers": "0", "epochs": "1",
-        "batch_size": "4", "model.name": "lvvit_t", "model.size_px": "[8,8]", "model.options": model,
+        "batch_size": "4", "model.name": "lvvit_t", "model.img_size": "[8,8]", "model.options": model,
         "optim.warmup_epochs": "0", "optim.lr_batch_size": "4", "precision": "fp32",
     }  # fmt: skip
     for arguments in (

@@ -61,13 +61,13 @@ def test_a_name_that_means_no_network_is_refused_with_what_was_meant(name: str, 
         load_pretrained(name)
     assert REASONS[name] in str(caught.value)
     with pytest.raises(ValueError, match=r"^there is no model") as caught:
-        create_model(name, num_classes=2, size_px=(32, 32))
+        create_model(name, num_classes=2, img_size=(32, 32))
     assert REASONS[name] in str(caught.value)
 
 
 def test_a_folder_does_not_hide_the_model_of_its_name(folder: Path) -> None:
     (folder / TINY).mkdir()
-    assert create_model(TINY, num_classes=2, size_px=(160, 160)).num_classes == 2
+    assert create_model(TINY, num_classes=2, img_size=(160, 160)).num_classes == 2
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_without_a_network_weights_are_asked_for_once(name: str, cache: Path, as
 
 def test_a_student_that_begins_with_them_fails_as_fast(cache: Path, asked: list[str]) -> None:
     with pytest.raises(ValueError, match=r"cannot be reached; give --model\.weights FILE"):
-        create_model(TINY, num_classes=3, size_px=(160, 160), pretrained=True)
+        create_model(TINY, num_classes=3, img_size=(160, 160), pretrained=True)
     assert len(asked) == 1
 
 

@@ -247,7 +247,7 @@ def test_size_and_crop_change_what_is_seen(weights, own):
     usual = evaluate(weights[12], own)
     closer = evaluate(weights[12], own, crop_fraction=0.5)
     assert closer["loss"] != usual["loss"]
-    assert usual["size_px"] == [SIDE_PX, SIDE_PX]
+    assert usual["img_size"] == [SIDE_PX, SIDE_PX]
 
 
 def test_what_does_not_fit_is_named(weights, own, tmp_path):

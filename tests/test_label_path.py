@@ -35,7 +35,7 @@ def make_step(num_images, num_classes, grid):
             Mixing.MIXTOKEN,
             num_images,
             grid=grid,
-            size_px=(224, 224),
+            img_size=(224, 224),
             generator=torch.Generator().manual_seed(0),
         )
         on_tokens = mix_targets(align(maps, views, grid).smoothed(0.1, num_classes), plan, grid)

@@ -74,7 +74,7 @@ def test_equals_the_dense_form_on_the_whole_path(seed, num_classes, mixing, per_
         mixing,
         3,
         grid=grid,
-        size_px=(12, 16),
+        img_size=(12, 16),
         per_sample=per_sample,
         generator=torch.Generator().manual_seed(seed),
     )
@@ -429,7 +429,7 @@ def test_models_of_many_classes_are_trained_through_the_fused_head(monkeypatch, 
         return linear_cross_entropy(tokens, head, targets)
 
     monkeypatch.setattr("tokenlabel.core.losses.linear_cross_entropy", fused)
-    model = create_model(name, num_classes=1000, size_px=(64, 64), **options)
+    model = create_model(name, num_classes=1000, img_size=(64, 64), **options)
     outputs = model(torch.zeros(2, 3, 64, 64))
     num_tokens = outputs.tokens.shape[1]
     targets = draw_targets(np.random.default_rng(0), (2, num_tokens), 1000)

@@ -26,7 +26,7 @@ NUM_PARAMETERS = {"lvvit_t": 8_534_720, "lvvit_s": 26_151_824, "lvvit_m": 55_830
 
 def tiny_model(**options: object) -> TokenModel:
     shape = {"patch_size": 6, "depth": 3, "width": 32, "num_heads": 4, "stem_width": 8, "drop_path": 0.0}
-    return create_model("lvvit_t", num_classes=10, size_px=(48, 48), **{**shape, **options})
+    return create_model("lvvit_t", num_classes=10, img_size=(48, 48), **{**shape, **options})
 
 
 def tiny(**options: object) -> LVViT:
@@ -59,7 +59,7 @@ def test_outputs_equal_the_published_implementation(name: str) -> None:
     backbone = LVViT(CONFIGS[name])
     assert {key: list(value.shape) for key, value in backbone.state_dict().items()} == published_keys(name)
     backbone.load_state_dict(formula_weights(published_keys(name)))
-    model = TimmAdapter(backbone, name=name, num_classes=1000, size_px=(224, 224)).eval()
+    model = TimmAdapter(backbone, name=name, num_classes=1000, img_size=(224, 224)).eval()
     golden = golden_outputs(name)
     for autocast in (False, True):
         with torch.no_grad(), torch.autocast("cpu", enabled=autocast):
@@ -78,23 +78,24 @@ def test_outputs_equal_the_published_implementation(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("patch_size", "size_px", "grid"), [(6, (48, 48), (8, 8)), (4, (24, 40), (6, 10)), (10, (30, 20), (3, 2))]
+    ("patch_size", "img_size", "grid"),
+    [(6, (48, 48), (8, 8)), (4, (24, 40), (6, 10)), (10, (30, 20), (3, 2))],
 )
 def test_any_patch_size_and_input_the_patch_divides(
-    patch_size: int, size_px: tuple[int, int], grid: tuple[int, int]
+    patch_size: int, img_size: tuple[int, int], grid: tuple[int, int]
 ) -> None:
     model = create_model(
         "lvvit_s",
         num_classes=7,
-        size_px=size_px,
+        img_size=img_size,
         patch_size=patch_size,
         depth=1,
         width=16,
         num_heads=2,
         stem_width=4,
     )
-    outputs = model(torch.randn(2, 3, *size_px))
-    assert outputs.grid == model.grid_for(size_px) == grid
+    outputs = model(torch.randn(2, 3, *img_size))
+    assert outputs.grid == model.grid_for(img_size) == grid
     assert outputs.token_logits.shape == (2, grid[0] * grid[1], 7)
 
 

@@ -290,7 +290,7 @@ def test_figures_name_the_classes_that_no_mask_holds_and_predict_passes_over_lea
     folders = {"train_images": "images", "train_masks": "masks", "val_images": "images", "val_masks": "masks"}
     recipe = {
         "data": {"layout": "folders", "class_names": ["road", "dog"], "num_workers": 0, **folders},
-        "model": {"name": "lvvit_t", "size_px": [24, 24], "options": BACKBONE, "head": "fcn", "neck_width": 16,
+        "model": {"name": "lvvit_t", "img_size": [24, 24], "options": BACKBONE, "head": "fcn", "neck_width": 16,
                   "head_width": 8},
         "optim": {"lr": 1e-3, "lr_batch_size": 2},
         "num_steps": 1,
@@ -385,12 +385,12 @@ class TestTeacherAndTruth:
     def test_tokens_are_held_against_masks_of_any_id_for_nothing(self, capsys):
         recipe = Recipe(
             data=DataConfig(train="nowhere", val="images", labels="nowhere"),
-            model=ModelConfig(name="test_resnet", size_px=(64, 64)),
+            model=ModelConfig(name="test_resnet", img_size=(64, 64)),
             optim=OptimConfig(lr=0.1, lr_batch_size=1),
             epochs=1,
             batch_size=1,
         )
-        model = create_model("test_resnet", num_classes=2, size_px=(64, 64))
+        model = create_model("test_resnet", num_classes=2, img_size=(64, 64))
         trained = Trained(model, torch.optim.SGD(model.parameters()), None)
         save_checkpoint(Path("run"), 7, trained, recipe=recipe, class_names=["cat", "dog"])
         self.masks([[0, 9], [9, 0]], [[0, 9], [0, 0]])

@@ -71,7 +71,7 @@ def test_shares_keep_their_precision_under_autocast():
 def test_plans_of_any_batch(mixing, per_sample, num_images):
     """Batches of one and per-sample plans crash elsewhere."""
     plan = sample_mix(
-        mixing, num_images, grid=(3, 5), size_px=(24, 40), per_sample=per_sample, generator=generator()
+        mixing, num_images, grid=(3, 5), img_size=(24, 40), per_sample=per_sample, generator=generator()
     )
     assert plan is not None
     shape = {Mixing.MIXTOKEN: (3, 5), Mixing.CUTMIX: (24, 40), Mixing.MIXUP: (1, 1)}[mixing]
@@ -93,7 +93,7 @@ def test_plans_of_any_batch(mixing, per_sample, num_images):
 
 
 def test_no_mixing_is_no_plan():
-    assert sample_mix(Mixing.NONE, 4, grid=(2, 2), size_px=(8, 8), generator=generator()) is None
+    assert sample_mix(Mixing.NONE, 4, grid=(2, 2), img_size=(8, 8), generator=generator()) is None
     targets = class_targets(torch.tensor([1, 2]))
     assert mix_targets(targets, None, (1, 1)) is targets
 
@@ -104,7 +104,7 @@ def test_the_generator_alone_decides(mixing):
         torch.manual_seed(np.random.default_rng().integers(1000))  # the global state does not matter ...
         before = torch.random.get_rng_state()
         plan = sample_mix(
-            mixing, 6, grid=(14, 14), size_px=(56, 56), per_sample=True, generator=generator(seed)
+            mixing, 6, grid=(14, 14), img_size=(56, 56), per_sample=True, generator=generator(seed)
         )
         assert torch.equal(before, torch.random.get_rng_state())  # ... and is left alone
         assert plan is not None
@@ -118,14 +118,20 @@ def test_the_generator_alone_decides(mixing):
 
 def test_one_generator_draws_new_plans_each_time():
     source = generator(0)
-    plans = [sample_mix(Mixing.MIXUP, 1, grid=(2, 2), size_px=(4, 4), generator=source) for _ in range(3)]
+    plans = [sample_mix(Mixing.MIXUP, 1, grid=(2, 2), img_size=(4, 4), generator=source) for _ in range(3)]
     assert len({float(plan.mask) for plan in plans if plan}) == 3
 
 
 @pytest.mark.parametrize("alpha", [0.01, 0.2, 1.0, 4.0])
 def test_mixup_draws_from_the_beta_distribution(alpha):
     plan = sample_mix(
-        Mixing.MIXUP, 20_000, grid=(1, 1), size_px=(2, 2), alpha=alpha, per_sample=True, generator=generator()
+        Mixing.MIXUP,
+        20_000,
+        grid=(1, 1),
+        img_size=(2, 2),
+        alpha=alpha,
+        per_sample=True,
+        generator=generator(),
     )
     assert plan is not None
     assert float(plan.mask.mean()) == pytest.approx(0.5, abs=0.02)
@@ -137,7 +143,7 @@ def test_boxes_are_drawn_as_published(grid):
     """Sides in the image's aspect, any centre, cut at the edges: the same distribution of places and areas."""
     num_draws = 20_000
     plan = sample_mix(
-        Mixing.MIXTOKEN, num_draws, grid=grid, size_px=(8, 8), per_sample=True, generator=generator()
+        Mixing.MIXTOKEN, num_draws, grid=grid, img_size=(8, 8), per_sample=True, generator=generator()
     )
     assert plan is not None
     rng, expected = np.random.default_rng(1), np.zeros((num_draws, *grid))
@@ -161,7 +167,7 @@ def test_boxes_are_drawn_as_published(grid):
 @given(seeds, st.integers(1, 20), st.integers(1, 20))
 def test_masks_are_boxes(seed, rows, columns):
     plan = sample_mix(
-        Mixing.CUTMIX, 4, grid=(1, 1), size_px=(rows, columns), per_sample=True, generator=generator(seed)
+        Mixing.CUTMIX, 4, grid=(1, 1), img_size=(rows, columns), per_sample=True, generator=generator(seed)
     )
     assert plan is not None
     for mask in plan.mask.numpy():
@@ -177,7 +183,7 @@ def test_targets_mix_by_place_and_class_targets_by_area(seed, mixing, per_sample
     rng, num_classes, grid = np.random.default_rng(seed), 9, (4, 6)
     targets = draw_targets(rng, (3, 24), num_classes, weighted=True)
     plan = sample_mix(
-        mixing, 3, grid=grid, size_px=(20, 18), per_sample=per_sample, generator=generator(seed)
+        mixing, 3, grid=grid, img_size=(20, 18), per_sample=per_sample, generator=generator(seed)
     )
     assert plan is not None
     dense, mixed = dense_targets(targets, num_classes), mix_targets(targets, plan, grid)
@@ -208,7 +214,7 @@ def test_mixing_pixels_on_the_grid_is_mixtoken_where_patches_do_not_overlap(per_
         torch.rand(8, 3, 4, 4, dtype=torch.float64),
     )
     plan = sample_mix(
-        Mixing.MIXTOKEN, 4, grid=(5, 7), size_px=(20, 28), per_sample=per_sample, generator=generator(1)
+        Mixing.MIXTOKEN, 4, grid=(5, 7), img_size=(20, 28), per_sample=per_sample, generator=generator(1)
     )
     assert plan is not None
     assert 0 < plan.mask.mean() < 1
@@ -238,7 +244,7 @@ def test_mixup_blends_by_the_share():
 
 def test_channels_last_images_stay_so():
     images = torch.rand(2, 3, 8, 8).to(memory_format=torch.channels_last)
-    plan = sample_mix(Mixing.CUTMIX, 2, grid=(2, 2), size_px=(8, 8), generator=generator())
+    plan = sample_mix(Mixing.CUTMIX, 2, grid=(2, 2), img_size=(8, 8), generator=generator())
     assert plan is not None
     assert mix_images(images, plan).is_contiguous(memory_format=torch.channels_last)
 
@@ -291,7 +297,7 @@ def plan_of(mixing, *, num_images, seed):
         mixing,
         num_images,
         grid=(2, 2),
-        size_px=(4, 4),
+        img_size=(4, 4),
         per_sample=True,
         generator=torch.Generator().manual_seed(seed),
     )

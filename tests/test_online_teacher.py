@@ -46,9 +46,9 @@ def teacher(network, *, fixed_size_px=None, precision: Literal["fp32", "bf16"] =
     return NetworkTeacher(dense, input, description={"name": "test_resnet"}, precision=precision)
 
 
-def some_images(size_px=(64, 96)):
+def some_images(img_size=(64, 96)):
     return torch.randint(
-        0, 256, (2, 3, *size_px), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+        0, 256, (2, 3, *img_size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )
 
 

@@ -153,9 +153,9 @@ def test_one_sharp_logit_says_the_same_whatever_the_number_of_classes_in_kept_mo
 # --- the files ---
 
 
-def write_image(path, size_px=(4, 4)):
+def write_image(path, img_size=(4, 4)):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.zeros((size_px[1], size_px[0], 3), np.uint8)).save(path)
+    Image.fromarray(np.zeros((img_size[1], img_size[0], 3), np.uint8)).save(path)
 
 
 def write_file(path, content):

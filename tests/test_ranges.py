@@ -56,7 +56,7 @@ REFUSED: list[tuple[type, dict[str, Any], dict[str, list[Any]]]] = [
         },
     ),
     (DataConfig, {"train": "a"}, {"num_workers": [-1], "tar_window": [0]}),
-    (ModelConfig, {"name": "a"}, {"size_px": [(0, 32), (32, -1)], "frozen_layers": [-1]}),
+    (ModelConfig, {"name": "a"}, {"img_size": [(0, 32), (32, -1)], "frozen_layers": [-1]}),
     (MixConfig, {}, {"alpha": [0.0, NAN, INF], "probability": [-0.1, NAN], "group_size": [0]}),
     (
         EvalConfig,
@@ -98,7 +98,7 @@ REFUSED: list[tuple[type, dict[str, Any], dict[str, list[Any]]]] = [
         {"name": "a"},
         {
             **{key: [0] for key in ("neck_width", "head_width")},
-            "size_px": [(0, 8)],
+            "img_size": [(0, 8)],
             "layers": [(0, -1)],
             "norm_eps": [0.0],
             "dropout": [1.0, -0.1],

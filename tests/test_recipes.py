@@ -75,10 +75,10 @@ def head(name):
 def small(name, data, *, labels):
     """The recipe with a small model, ten images a step, on the scenes."""
     recipe = nested(name)
-    options, size_px = next(
+    options, img_size = next(
         small for prefix, small in SMALL.items() if recipe["model"]["name"].startswith(prefix)
     )
-    recipe["model"] |= {"size_px": [size_px, size_px], "options": options}
+    recipe["model"] |= {"img_size": [img_size, img_size], "options": options}
     recipe["model"]["name"] = recipe["model"]["name"].replace("mixer_b16", "mixer_s16")  # has no options
     recipe["data"] = {"train": str(data / "scenes" / "train"), "num_workers": 0}
     if labels:
@@ -109,7 +109,7 @@ def test_a_recipe_builds_its_model_at_full_size(name):
     model = nested(name)["model"]
     options = {key: value for key, value in model.get("options", {}).items() if key != "pretrained"}
     with torch.device("meta"):
-        made = create_model(model["name"], num_classes=1000, size_px=tuple(model["size_px"]), **options)
+        made = create_model(model["name"], num_classes=1000, img_size=tuple(model["img_size"]), **options)
     if name in PARAMETERS:
         assert sum(p.numel() for p in made.parameters()) == PARAMETERS[name]
 
@@ -145,7 +145,7 @@ def test_fine_tuning_at_another_size_begins_with_the_average_of_the_first_run(da
     train(small("lvvit_s", data, labels=True), tmp_path / "first", device=CPU)
     recipe = nested("lvvit_s_384")
     recipe["model"] |= {
-        "size_px": [48, 48],
+        "img_size": [48, 48],
         "options": SMALL["lvvit"][0],
         "weights": str(tmp_path / "first" / "checkpoints" / "00000002"),
     }

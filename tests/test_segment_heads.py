@@ -120,7 +120,7 @@ def test_a_map_of_the_right_size_is_left_alone() -> None:
 def small(name: str, **changes: Any) -> SegmentationModel:
     config = {
         "name": name,
-        "size_px": (64, 96),
+        "img_size": (64, 96),
         "options": BACKBONES[name],
         "neck_width": 24,
         "head_width": 8,
@@ -168,7 +168,7 @@ def test_what_no_head_reads_is_not_trained(changes: dict[str, Any]) -> None:
 def test_more_layers_than_a_neck_takes_are_refused() -> None:
     config = SegmentModelConfig(
         name="lvvit_t",
-        size_px=(64, 96),
+        img_size=(64, 96),
         layers=(0, 1, 2, 3, 4),
         options={"depth": 5, "width": 16, "num_heads": 2, "patch_size": 16},
     )
@@ -205,7 +205,7 @@ def test_the_published_models_have_their_layers_and_sizes(
     name: str, layers: tuple[int, ...], width: int, num_parameters: int
 ) -> None:
     with torch.device("meta"):
-        config = SegmentModelConfig(name=name, size_px=(32, 32), head_width=width)
+        config = SegmentModelConfig(name=name, img_size=(32, 32), head_width=width)
         model = create_segmentation_model(config, num_classes=150)
     assert model.levels.layers == layers
     used = sum(p.numel() for p in model.parameters() if p.requires_grad)

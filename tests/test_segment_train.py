@@ -136,7 +136,7 @@ def figures_of_run(run, ranks):
     pairs = build(trained.recipe, device=CPU).val_pairs
     assert pairs is not None
     figures = evaluate_segmentation(
-        Segmenter(trained.model, trained.recipe.eval, window_px=trained.recipe.model.size_px),
+        Segmenter(trained.model, trained.recipe.eval, window_px=trained.recipe.model.img_size),
         pairs,
         device=CPU,
         autocast=torch.autocast("cpu", enabled=False),
@@ -172,14 +172,14 @@ def test_two_processes_find_the_same_figures_as_one_and_train_together(run, scen
 
 
 def new_model(num_classes=11, **changes):
-    config = {"name": "lvvit_t", "size_px": (24, 24), "options": BACKBONE, "neck_width": 16, "head_width": 8}
+    config = {"name": "lvvit_t", "img_size": (24, 24), "options": BACKBONE, "neck_width": 16, "head_width": 8}
     return create_segmentation_model(SegmentModelConfig(**{**config, **changes}), num_classes=num_classes)
 
 
 def test_a_classifier_of_another_size_becomes_the_backbone(tmp_path):
-    classifier = create_model("lvvit_t", num_classes=7, size_px=(48, 48), **BACKBONE)
+    classifier = create_model("lvvit_t", num_classes=7, img_size=(48, 48), **BACKBONE)
     save_file(classifier.state_dict(), tmp_path / "classifier.safetensors")
-    model = new_model(size_px=(24, 36))
+    model = new_model(img_size=(24, 36))
     load_weights(model, tmp_path / "classifier.safetensors")
     ours, theirs = model.backbone.state_dict(), classifier.state_dict()
     assert all(
@@ -333,7 +333,7 @@ def test_the_recipes_of_the_package_can_be_read(name):
     nested = yaml.safe_load(find_recipe(name).read_text())
     nested["data"]["root"] = "somewhere"
     recipe = config_from_dict(nested, SegmentRecipe, name=name)
-    nested["model"] |= {"size_px": [32, 32]}
+    nested["model"] |= {"img_size": [32, 32]}
     with torch.device("meta"):
         create_segmentation_model(recipe.model, num_classes=150)
     if "ade20k" in name:

@@ -388,7 +388,7 @@ def test_a_step_is_its_stages_in_order():
     torch.manual_seed(0)
     batch, _ = draw_batch(np.random.default_rng(3))
     options = {"patch_size": 6, "depth": 1, "width": 16, "num_heads": 2, "stem_width": 4}
-    model = create_model("lvvit_t", num_classes=6, size_px=(12, 18), **options).eval()
+    model = create_model("lvvit_t", num_classes=6, img_size=(12, 18), **options).eval()
     supervision = Supervision(loss=LossConfig(), stored=True)
     mix_by = MixConfig(kind=Mixing.MIXTOKEN)
     for ignore in (False, True):
@@ -434,7 +434,7 @@ def test_tokens_may_be_about_other_classes_than_the_class_token():
     plain = align(batch.score_maps, batch.views, GRID)
     torch.testing.assert_close(targets.tokens.dense(40), plain.smoothed(0.1, 40).dense(40))
     torch.testing.assert_close(targets.class_token.dense(3).sum(dim=2), torch.ones(3, 1))
-    model = create_model("resnet10t", num_classes=3, num_token_classes=40, size_px=(64, 96))
+    model = create_model("resnet10t", num_classes=3, num_token_classes=40, img_size=(64, 96))
     outputs = model(torch.randn(NUM_IMAGES, 3, 64, 96))
     assert (outputs.class_logits.shape[1], outputs.token_logits.shape[2]) == (3, 40)
     assert outputs.grid == GRID

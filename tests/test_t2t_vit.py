@@ -22,7 +22,7 @@ NUM_PARAMETERS = {
 
 def tiny(**options: object) -> T2TViT:
     shape = {"depth": 2, "width": 32, "num_heads": 4, "drop_path": 0.0}
-    model = create_model("t2t_vit_14", num_classes=5, size_px=(32, 48), **{**shape, **options})
+    model = create_model("t2t_vit_14", num_classes=5, img_size=(32, 48), **{**shape, **options})
     backbone = model.get_submodule("backbone")
     assert isinstance(backbone, T2TViT)
     return backbone

@@ -62,21 +62,21 @@ def timm_model(name: str, **options) -> Any:
     return timm.create_model(name, **options)
 
 
-def some_images(size_px=(64, 64), num_images=2):
+def some_images(img_size=(64, 64), num_images=2):
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, 256, (num_images, 3, *size_px), dtype=torch.uint8, generator=generator)
+    return torch.randint(0, 256, (num_images, 3, *img_size), dtype=torch.uint8, generator=generator)
 
 
 @pytest.fixture(params=FAMILIES, ids=lambda family: "-".join([family[0], *map(str, family[2].values())]))
 def network(request):
-    name, size_px, options = request.param
+    name, img_size, options = request.param
     torch.manual_seed(0)
     backbone = timm_model(name, num_classes=7, **options).eval()
     classifier = backbone.get_classifier()
     for head in classifier if isinstance(classifier, tuple) else (classifier,):
         for parameter in head.parameters():
             torch.nn.init.normal_(parameter, std=0.5)  # many begin at zero
-    images = torch.randn(2, 3, *size_px, generator=torch.Generator().manual_seed(1))
+    images = torch.randn(2, 3, *img_size, generator=torch.Generator().manual_seed(1))
     return ClassifierNetwork(backbone, name=name).eval(), images
 
 
@@ -139,12 +139,12 @@ def test_volo_and_lv_vit_answer_by_their_token_heads(tmp_path):
     volo = timm_model("volo_d1_224", num_classes=5, img_size=64).eval()
     images = torch.randn(1, 3, 64, 64)
     expected = volo.aux_head(volo.forward_features(images)[:, 1:])
-    network = TokenNetwork(TimmAdapter(volo, name="volo", num_classes=5, size_px=(64, 64)).eval())
+    network = TokenNetwork(TimmAdapter(volo, name="volo", num_classes=5, img_size=(64, 64)).eval())
     with torch.no_grad():
         torch.testing.assert_close(network(images).places.flatten(1, 2), expected)
     assert network.answers_with == "tokens"
 
-    model = create_model("lvvit_t", num_classes=5, size_px=(64, 64), depth=1)
+    model = create_model("lvvit_t", num_classes=5, img_size=(64, 64), depth=1)
     with torch.no_grad():
         outputs = model.eval()(images)
         places = TokenNetwork(model)(images).places
@@ -210,8 +210,8 @@ def test_teachers_that_do_not_exist(weights, changes, message):
 
 
 def test_sight_keeps_area_and_aspect():
-    for size_px, expected in [((500, 375), (512, 672)), ((64, 64), (576, 576)), ((3000, 10), (32, 9984))]:
-        assert input(size=576).size_px(size_px) == expected
+    for img_size, expected in [((500, 375), (512, 672)), ((64, 64), (576, 576)), ((3000, 10), (32, 9984))]:
+        assert input(size=576).size_px(img_size) == expected
     pixels, region = input().of(Image.new("RGB", (200, 50)))
     assert pixels.shape == (32, 128, 3)
     assert region == WHOLE_IMAGE

@@ -48,7 +48,7 @@ def test_logits_are_the_published_ones() -> None:
 
 
 def test_logits_combine_both_heads() -> None:
-    model, ours = make(), create_model("lvvit_t", num_classes=7, size_px=(32, 48), **SMALL).eval()
+    model, ours = make(), create_model("lvvit_t", num_classes=7, img_size=(32, 48), **SMALL).eval()
     ours.load_state_dict({adapter_name(name): value for name, value in model.state_dict().items()})
     images = torch.randn(2, 3, 32, 48)
     torch.testing.assert_close(model(images), ours(images).logits(Inference.COMBINED))
@@ -142,7 +142,7 @@ def test_folders_for_the_hub_round_trip(tmp_path: Path) -> None:
     ).eval()
     assert finer(torch.randn(1, 3, 64, 64)).shape == (1, 3)
     torch.testing.assert_close(finer.norm.weight, model.norm.weight)
-    ours = create_model(f"local-dir:{tmp_path}", num_classes=7, size_px=(32, 48), pretrained=True).eval()
+    ours = create_model(f"local-dir:{tmp_path}", num_classes=7, img_size=(32, 48), pretrained=True).eval()
     assert isinstance(ours, TimmAdapter)
     torch.testing.assert_close(ours(images).logits(Inference.COMBINED), model(images))
     plan = MixPlan(torch.eye(2, 3).expand(2, 2, 3), torch.tensor([1, 0]), on_tokens=True)
@@ -156,7 +156,7 @@ def test_our_own_factory_needs_no_registration(tmp_path: Path) -> None:
     save_for_hf(make(), str(tmp_path), model_args=SMALL, safe_serialization=True)
     script = (
         "from tokenlabel.models import create_model\n"
-        f"model = create_model('local-dir:{tmp_path}', num_classes=7, size_px=(32, 48), pretrained=True)\n"
+        f"model = create_model('local-dir:{tmp_path}', num_classes=7, img_size=(32, 48), pretrained=True)\n"
         "print(type(model.backbone).__name__)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)

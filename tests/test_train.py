@@ -64,7 +64,7 @@ def nested_recipe(scenes, **changes):
         },
         "model": {
             "name": "lvvit_t",
-            "size_px": [24, 24],
+            "img_size": [24, 24],
             "options": {
                 "patch_size": 6,
                 "depth": 2,

@@ -17,7 +17,7 @@ from tokenlabel.labels.store import LabelStoreWriter, Manifest
 from tokenlabel.runtime.runlog import read_metrics
 
 NUM_WORDS = 12
-WORDS = {"teacher": {"head": {"fitted_on": "words", "hash": "abc"}}}
+WORDS = {"teacher": {"name": "words", "words": "abc"}}
 
 
 @pytest.fixture(scope="module")

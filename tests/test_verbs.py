@@ -56,7 +56,7 @@ compare ./table.yaml --on ./bed.yaml --out ./set --set model.options.depth=1 --r
 segment train --recipe segment_scenes --run ./mode --num-steps 2 \
  --data.layout folders --data.train-images ./demo/scenes/train --data.train-masks ./demo/scenes/masks/train \
  --data.class-names [0,1,2,3,4,5,6,7,8,9] \
- --batch-size 4 --data.num-workers 0 --model.name lvvit_t --model.size-px [24,24] --model.neck-width 16 \
+ --batch-size 4 --data.num-workers 0 --model.name lvvit_t --model.img-size [24,24] --model.neck-width 16 \
  --model.head-width 8 --eval.short-side-px 24 --eval.every-epochs 9 \
  --model.options.patch-size 6 --model.options.depth 2 --model.options.width 16 --model.options.num_heads 2 \
  --model.options.stem-width=8

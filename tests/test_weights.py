@@ -34,8 +34,8 @@ from tokenlabel.training.recipe import Recipe
 TINY = {"depth": 2, "width": 32, "num_heads": 4, "stem_width": 8, "patch_size": 4}
 
 
-def tiny(size_px: tuple[int, int] = (16, 16), num_classes: int = 7, **options: Any) -> TokenModel:
-    return create_model("lvvit_t", num_classes=num_classes, size_px=size_px, **{**TINY, **options})
+def tiny(img_size: tuple[int, int] = (16, 16), num_classes: int = 7, **options: Any) -> TokenModel:
+    return create_model("lvvit_t", num_classes=num_classes, img_size=img_size, **{**TINY, **options})
 
 
 def pickled(contents: Any) -> bytes:
@@ -92,14 +92,14 @@ def test_bare_tensors(tmp_path: Path) -> None:
     assert states_equal(other.state_dict(), one.state_dict())
 
 
-@pytest.mark.parametrize("size_px", [(24, 24), (8, 28)])
-def test_positions_follow_the_image_size(tmp_path: Path, size_px: tuple[int, int]) -> None:
-    one, other = tiny((16, 16)), tiny(size_px)
+@pytest.mark.parametrize("img_size", [(24, 24), (8, 28)])
+def test_positions_follow_the_image_size(tmp_path: Path, img_size: tuple[int, int]) -> None:
+    one, other = tiny((16, 16)), tiny(img_size)
     save_file(one.state_dict(), tmp_path / "model.safetensors")
     assert load_published(other, tmp_path).resized == ("backbone.pos_embed",)
     expected = resize_positions(one.state_dict()["backbone.pos_embed"], (4, 4), other.grid)
     torch.testing.assert_close(other.state_dict()["backbone.pos_embed"], expected)
-    image = torch.randn(1, 3, *size_px)  # the model of the other size had resized them on its way
+    image = torch.randn(1, 3, *img_size)  # the model of the other size had resized them on its way
     one.eval()
     other.eval()
     torch.testing.assert_close(other(image).class_logits, one(image).class_logits)
@@ -147,7 +147,7 @@ def test_another_class_count_drops_the_heads_and_says_so(
 
 def test_a_checkpoint_without_token_head_leaves_a_new_one(tmp_path: Path) -> None:
     options = {"depth": 1, "width": 32, "num_heads": 4}
-    one, other = (create_model("t2t_vit_14", num_classes=5, size_px=(32, 32), **options) for _ in range(2))
+    one, other = (create_model("t2t_vit_14", num_classes=5, img_size=(32, 32), **options) for _ in range(2))
     published = one.get_submodule("backbone").state_dict()
     torch.save({"state_dict_ema": published}, tmp_path / "t2t.pth.tar")
     loaded = load_published(other, tmp_path / "t2t.pth.tar", average=True)
@@ -156,8 +156,8 @@ def test_a_checkpoint_without_token_head_leaves_a_new_one(tmp_path: Path) -> Non
 
 def test_adapters_too(tmp_path: Path) -> None:
     options = {"depth": 1, "embed_dim": 32, "num_heads": 2}
-    one = create_model("vit_tiny_patch16_224", num_classes=5, size_px=(32, 32), **options)
-    other = create_model("vit_tiny_patch16_224", num_classes=3, size_px=(48, 64), **options)
+    one = create_model("vit_tiny_patch16_224", num_classes=5, img_size=(32, 32), **options)
+    other = create_model("vit_tiny_patch16_224", num_classes=3, img_size=(48, 64), **options)
     save_file(one.state_dict(), tmp_path / "model.safetensors")
     loaded = load_published(other, tmp_path)
     assert loaded.resized == ("backbone.pos_embed",)
@@ -258,7 +258,7 @@ def test_files_of_timm_fit_other_images_and_classes(
     theirs: Any = timm.create_model(name, num_classes=7, **options, **size)
     torch.save(theirs.state_dict(), tmp_path / "a.pth")
     new_px = 56 if "dinov2" in name else 64
-    ours: Any = create_model(name, num_classes=3, size_px=(new_px, new_px), **options)
+    ours: Any = create_model(name, num_classes=3, img_size=(new_px, new_px), **options)
     before, head = torch.get_rng_state(), ours.token_head.state_dict()["weight"].clone()
     loaded = load_published(ours, tmp_path / "a.pth")
     assert torch.equal(torch.get_rng_state(), before)
@@ -287,12 +287,12 @@ def test_names_that_timm_knows_how_to_change(tmp_path: Path, capfd: pytest.Captu
     published = {convnext_as_published(name): tensor for name, tensor in theirs.state_dict().items()}
     wrapped = below("module.model.", published, **{"loss.weight": torch.ones(1)})
     torch.save({"model": wrapped}, tmp_path / "a.pth")
-    ours: Any = create_model("convnext_atto", num_classes=5, size_px=(64, 64), **options)
+    ours: Any = create_model("convnext_atto", num_classes=5, img_size=(64, 64), **options)
     load_published(ours, tmp_path / "a.pth")
     assert states_equal(ours.backbone.state_dict(), theirs.state_dict())
     assert torch.equal(ours.token_head.weight, theirs.head.fc.weight)  # the dense head of `annotate`
     assert "begins as the classifier" in capfd.readouterr().err
-    other = create_model("dla46_c", num_classes=5, size_px=(64, 64))  # timm loads it without strictness
+    other = create_model("dla46_c", num_classes=5, img_size=(64, 64))  # timm loads it without strictness
     with pytest.raises(
         WeightsError,
         match=r"it lacks module\.model\.base_layer\.0\.weight, .* it has module\.model\.downsample_layers\.0",
@@ -327,11 +327,11 @@ def test_arrays_of_the_original_vits(tmp_path: Path, monkeypatch: pytest.MonkeyP
     generator = np.random.default_rng(0)
     arrays: dict[str, Any] = {name: generator.random(shape, np.float32) for name, shape in shapes.items()}
     np.savez("vit.npz", **arrays)
-    ours: Any = create_model("vit_tiny_patch16_224", num_classes=7, size_px=(48, 48), **VIT)
+    ours: Any = create_model("vit_tiny_patch16_224", num_classes=7, img_size=(48, 48), **VIT)
     load_published(ours, "vit.npz")
     assert torch.equal(ours.backbone.norm.weight, torch.from_numpy(arrays["Transformer/encoder_norm/scale"]))
     assert torch.equal(ours.token_head.weight, torch.from_numpy(arrays["head/kernel"]).T)
-    fewer: Any = create_model("vit_tiny_patch16_224", num_classes=3, size_px=(32, 32), **VIT)
+    fewer: Any = create_model("vit_tiny_patch16_224", num_classes=3, img_size=(32, 32), **VIT)
     assert "backbone.head.weight" in load_published(fewer, "vit.npz").new_heads
 
 
@@ -374,7 +374,7 @@ def test_networks_are_found_below_any_key_and_prefix(
     contents: dict[str, Any], passed_over: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     torch.save(contents, tmp_path / "a.ckpt")
-    model: Any = create_model("test_resnet", num_classes=5, size_px=(64, 64))
+    model: Any = create_model("test_resnet", num_classes=5, img_size=(64, 64))
     load_published(model, tmp_path / "a.ckpt")
     assert states_equal(model.backbone.state_dict(), BARE)
     said = capfd.readouterr().err
@@ -394,7 +394,7 @@ def test_networks_are_found_below_any_key_and_prefix(
 )
 def test_averages_are_taken_wherever_they_are(contents: dict[str, Any], tmp_path: Path) -> None:
     torch.save(contents, tmp_path / "a.pth")
-    model: Any = create_model("test_resnet", num_classes=5, size_px=(64, 64))
+    model: Any = create_model("test_resnet", num_classes=5, img_size=(64, 64))
     load_published(model, tmp_path / "a.pth", average=True)
     assert states_equal(model.backbone.state_dict(), AVERAGED)
     load_published(model, tmp_path / "a.pth")
@@ -403,7 +403,7 @@ def test_averages_are_taken_wherever_they_are(contents: dict[str, Any], tmp_path
 
 def test_a_missing_average_names_what_there_is(tmp_path: Path) -> None:
     torch.save({"state_dict": BARE, "epoch": 1}, tmp_path / "a.pth")
-    model = create_model("test_resnet", num_classes=5, size_px=(64, 64))
+    model = create_model("test_resnet", num_classes=5, img_size=(64, 64))
     with pytest.raises(
         WeightsError, match=r"a.pth has no averaged weights; it has state_dict \(92 tensors\)"
     ):
@@ -429,7 +429,7 @@ def test_pickles_may_hold_what_is_harmless(tmp_path: Path) -> None:
 def test_what_differs_is_called_as_in_the_file(tmp_path: Path) -> None:
     deeper: dict[str, Any] = VIT | {"depth": 2}
     other = timm.create_model("vit_tiny_patch16_224", num_classes=5, **deeper).state_dict()
-    model = create_model("vit_tiny_patch16_224", num_classes=5, size_px=(32, 32), **VIT)
+    model = create_model("vit_tiny_patch16_224", num_classes=5, img_size=(32, 32), **VIT)
     torch.save(other, tmp_path / "a.pth")
     with pytest.raises(
         WeightsError, match=r"options: it has blocks\.1\.attn\.proj\.bias, .* and \d+ more"
@@ -444,7 +444,7 @@ def test_exports_label_evaluate_and_begin_runs(tmp_path: Path, monkeypatch: pyte
     recipe = config_from_dict(
         {
             "data": {"train": "images", "labels": "labels"},
-            "model": {"name": "vit_tiny_patch16_224", "size_px": [32, 32], "options": VIT},
+            "model": {"name": "vit_tiny_patch16_224", "img_size": [32, 32], "options": VIT},
             "optim": {"lr": 1e-3, "lr_batch_size": 4},
             "eval": {"crop_fraction": 0.9},
             "epochs": 1,
@@ -453,18 +453,18 @@ def test_exports_label_evaluate_and_begin_runs(tmp_path: Path, monkeypatch: pyte
         Recipe,
         name="test",
     )
-    model = create_model("vit_tiny_patch16_224", num_classes=3, size_px=(32, 32), **VIT).eval()
+    model = create_model("vit_tiny_patch16_224", num_classes=3, img_size=(32, 32), **VIT).eval()
     images = torch.randn(2, 3, 32, 32)
     write_safetensors(TrainedModel(model, recipe, ["a", "b", "c"], step=1), Path("x.safetensors"))
     network = find_network("vit_tiny_patch16_224", weights="x.safetensors")
     assert network.heads[0] is Inference.COMBINED
-    assert (network.size_px, network.crop_fraction, network.class_names) == ((32, 32), 0.9, ("a", "b", "c"))
+    assert (network.img_size, network.crop_fraction, network.class_names) == ((32, 32), 0.9, ("a", "b", "c"))
     expected = model(images)
     torch.testing.assert_close(network.model(images).token_logits, expected.token_logits)
     config = TeacherConfig(teacher="vit_tiny_patch16_224")
     teacher = load_teacher("vit_tiny_patch16_224", config, torch.device("cpu"), weights="x.safetensors")
     assert isinstance(teacher.dense, TokenNetwork)
-    again = create_model("vit_tiny_patch16_224", num_classes=3, size_px=(32, 32), **VIT).eval()
+    again = create_model("vit_tiny_patch16_224", num_classes=3, img_size=(32, 32), **VIT).eval()
     load_published(again, "x.safetensors")
     assert states_equal(again.state_dict(), model.state_dict())
     untaught = replace(recipe, data=replace(recipe.data, labels=None))
@@ -477,10 +477,10 @@ def test_exports_label_evaluate_and_begin_runs(tmp_path: Path, monkeypatch: pyte
 def test_heads_that_nobody_trained_say_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Checkpoints have a token head in any case, timm's GoogLeNet another thing called aux."""
     monkeypatch.chdir(tmp_path)
-    model = create_model("test_resnet", num_classes=5, size_px=(64, 64))
+    model = create_model("test_resnet", num_classes=5, img_size=(64, 64))
     save_file(model.state_dict(), "model.safetensors")
     recipe: dict[str, Any] = {
-        "model": {"name": "test_resnet", "size_px": [64, 64], "options": {}},
+        "model": {"name": "test_resnet", "img_size": [64, 64], "options": {}},
         "data": {"labels": None},
         "loss": {"beta": 0.5, "teacher": {"name": None}},
         "eval": {"crop_fraction": 1.0},
@@ -522,7 +522,7 @@ def test_training_begins_with_the_rows_of_its_own_classes(
         "data": {"train": "images", "num_workers": 0},
         "model": {
             "name": "vit_tiny_patch16_224",
-            "size_px": [32, 32],
+            "img_size": [32, 32],
             "options": VIT,
             "weights": "imagenet.ckpt",
         },

@@ -85,26 +85,28 @@ def batch_of_logits():
 
 
 def mixes_go_by_name():
-    assert tl.sample_mix("none", 4, grid=14, size_px=224) is None
+    assert tl.sample_mix("none", 4, grid=14, img_size=224) is None
     generator = torch.Generator().manual_seed(0)
     for name, shape, on_tokens in (
         ("mixtoken", (7, 7), True), ("cutmix", (16, 24), False), ("mixup", (1, 1), False)
     ):  # fmt: skip
-        plan = tl.sample_mix(name, 4, grid=np.int64(7), size_px=[16, 24], generator=generator)
+        plan = tl.sample_mix(name, 4, grid=np.int64(7), img_size=[16, 24], generator=generator)
         assert (*plan.mask.shape[1:],) == shape
         assert plan.on_tokens == on_tokens
     assert tl.mix_images(images := torch.rand(4, 3, 16, 24), None) is images
     by_member = tl.sample_mix(
-        tl.Mixing.CUTMIX, 4, grid=(7, 7), size_px=(16, 24), generator=torch.Generator().manual_seed(3)
+        tl.Mixing.CUTMIX, 4, grid=(7, 7), img_size=(16, 24), generator=torch.Generator().manual_seed(3)
     )
-    by_name = tl.sample_mix("cutmix", 4, grid=7, size_px=(16, 24), generator=torch.Generator().manual_seed(3))
+    by_name = tl.sample_mix(
+        "cutmix", 4, grid=7, img_size=(16, 24), generator=torch.Generator().manual_seed(3)
+    )
     assert torch.equal(by_name.mask, by_member.mask)
     refuses(
-        lambda: tl.sample_mix("mixtokens", 4, grid=7, size_px=16), "Mixing", "mixtokens", "mixtoken, cutmix"
+        lambda: tl.sample_mix("mixtokens", 4, grid=7, img_size=16), "Mixing", "mixtokens", "mixtoken, cutmix"
     )
-    refuses(lambda: tl.sample_mix("cutmix", 4, grid=7, size_px=(1, 2, 3)), "size_px", "(1, 2, 3)")
-    refuses(lambda: tl.sample_mix("cutmix", 4, grid=7, size_px=16.5), "size_px", "16.5")
-    refuses(lambda: tl.sample_mix("cutmix", 4, grid=0, size_px=16), "grid", "at least 1")
+    refuses(lambda: tl.sample_mix("cutmix", 4, grid=7, img_size=(1, 2, 3)), "img_size", "(1, 2, 3)")
+    refuses(lambda: tl.sample_mix("cutmix", 4, grid=7, img_size=16.5), "img_size", "16.5")
+    refuses(lambda: tl.sample_mix("cutmix", 4, grid=0, img_size=16), "grid", "at least 1")
 
 
 def maps_of_logits_go_by_the_name_of_a_mode():
@@ -161,20 +163,20 @@ def sizes_are_numbers_or_pairs():
     np.testing.assert_array_equal(
         tl.View.shear(1, 0, size_px=5).frames, tl.View.shear(1, 0, size_px=(5, 5)).frames
     )
-    model = tl.create_model("lvvit_t", num_classes=2, size_px=32, depth=1)
+    model = tl.create_model("lvvit_t", num_classes=2, img_size=32, depth=1)
     assert model.grid == (2, 2)
     assert model.grid_for(64) == model.grid_for([64, 64]) == model.grid_for(np.int64(64)) == (4, 4)
-    assert tl.create_model("test_vit", num_classes=np.int64(2), size_px=64).grid_for(64) == (4, 4)
-    assert ModelConfig(name="x", size_px=96).size_px == (96, 96)
-    assert SegmentModelConfig(name="x", size_px=[96, 64], layers=[1, 2]).layers == (1, 2)
-    refuses(lambda: tl.create_model("lvvit_t", num_classes=2, size_px="224"), "size_px", "'224'")
-    refuses(lambda: ModelConfig(name="x", size_px=(96.5, 96)), "ModelConfig.size_px", "96.5")
+    assert tl.create_model("test_vit", num_classes=np.int64(2), img_size=64).grid_for(64) == (4, 4)
+    assert ModelConfig(name="x", img_size=96).img_size == (96, 96)
+    assert SegmentModelConfig(name="x", img_size=[96, 64], layers=[1, 2]).layers == (1, 2)
+    refuses(lambda: tl.create_model("lvvit_t", num_classes=2, img_size="224"), "img_size", "'224'")
+    refuses(lambda: ModelConfig(name="x", img_size=(96.5, 96)), "ModelConfig.img_size", "96.5")
 
 
 def recipes_are_built_of_dicts_lists_and_paths():
     recipe = Recipe(
         data={"train": Path("images"), "labels": [Path("a"), "b"], "check": "none"},
-        model={"name": "lvvit_t", "size_px": 32},
+        model={"name": "lvvit_t", "img_size": 32},
         optim={"lr": 1, "lr_batch_size": np.int64(32), "betas": [0.9, 0.99]},
         mix={"kind": "cutmix"},
         loss={"class_target": "teacher", "teacher": {"name": "x", "precision": "bf16"}},
@@ -198,6 +200,7 @@ def configurations_refuse_what_means_nothing():
     for call, *words in (
         (lambda: Recipe(**needed, precision="fp8"), "Recipe.precision", "fp32, bf16, fp16", "fp8"),
         (lambda: Recipe(**needed, compile="yes"), "Recipe.compile", "yes"),
+        (lambda: Recipe(**{**needed, "model": {"name": "x", "size_px": 9}}), "size_px; it is called img_size"),
         (lambda: Recipe(**needed, sharded="false"), "Recipe.sharded", "bool"),
         (lambda: Recipe(**needed | {"epochs": 1.5}), "Recipe.epochs", "1.5"),
         (lambda: Recipe(**needed | {"epochs": "3"}), "Recipe.epochs", "'3'"),
@@ -235,8 +238,8 @@ def configurations_refuse_what_means_nothing():
         (lambda: open_pairs(SegmentDataConfig(layout="ade20k", root="x"), "test"), "split", "train, val"),
         (lambda: tl.Manifest(num_classes=2, topk=1, kind="odds"), "Manifest.kind", "odds"),
         (lambda: tl.Manifest(num_classes=2.5, topk=1), "Manifest.num_classes", "2.5"),
-        (lambda: tl.create_model("lvvit_t", num_classes=2, size_px=32, depth="2"), "LVViTConfig.depth", "'2'"),
-        (lambda: tl.create_model("lvvit_t", num_classes=2, size_px=32, conv_stem="no"), "conv_stem"),
+        (lambda: tl.create_model("lvvit_t", num_classes=2, img_size=32, depth="2"), "LVViTConfig.depth", "'2'"),
+        (lambda: tl.create_model("lvvit_t", num_classes=2, img_size=32, conv_stem="no"), "conv_stem"),
     ):  # fmt: skip
         refuses(call, *words)
 
@@ -282,7 +285,7 @@ def predictions_and_choices_of_tokens_go_by_name():
         assert torch.equal(outputs.logits(inference.value), outputs.logits(inference))
     refuses(lambda: outputs.logits("mean"), "Inference", "class, tokens, combined", "mean")
     refuses(lambda: LossConfig(tokens="some"), "LossConfig.tokens", "some")
-    model = tl.create_model("lvvit_t", num_classes=2, size_px=16, depth=1, width=16, num_heads=2)
+    model = tl.create_model("lvvit_t", num_classes=2, img_size=16, depth=1, width=16, num_heads=2)
     batches = [next(iter(DataLoader(dataset(), batch_size=8)))]
     with contextlib.redirect_stderr(io.StringIO()):
         figures = evaluate(model, batches, inference="class", device="cpu", precision="fp32")
@@ -390,10 +393,10 @@ def class_labels_are_given_as_to_cross_entropy():
 def doors_refuse_what_would_be_wrong_in_silence():
     images, pixels, ids = dataset(store=labels()), torch.zeros(2, 3, 16, 16, dtype=torch.uint8), [0, 1]
     outputs = tl.Outputs(torch.randn(2, 3), torch.randn(2, 6, 4), torch.nn.Linear(4, 3), (2, 3))
-    model = tl.create_model("lvvit_t", num_classes=2, size_px=16, depth=1, width=16, num_heads=2)
+    model = tl.create_model("lvvit_t", num_classes=2, img_size=16, depth=1, width=16, num_heads=2)
     transform, plan = (
         tl.TrainTransform({"order": "before_crop"}, 16),
-        tl.sample_mix("cutmix", 4, grid=1, size_px=16),
+        tl.sample_mix("cutmix", 4, grid=1, img_size=16),
     )
     rng, shape = np.random.default_rng(0), (20, 24, 3)
     assert transform.config.order is tl.Order.BEFORE_CROP
@@ -411,13 +414,12 @@ def doors_refuse_what_would_be_wrong_in_silence():
         (lambda: transform(np.zeros((3, 20, 24), np.uint8), rng), "[height, width, 3]", "(3, 20, 24)"),
         (lambda: transform(np.zeros(shape, np.float32), rng), "uint8", "float32"),
         (lambda: transform(torch.zeros(shape, dtype=torch.uint8), rng), "NumPy"),
-        (lambda: tl.sample_mix("cutmix", -1, grid=1, size_px=16), "num_images", "-1"),
-        (lambda: tl.sample_mix("cutmix", 2.5, grid=1, size_px=16), "num_images", "2.5"),
-        (lambda: tl.sample_mix("cutmix", 4, grid=1, size_px=16, alpha=float("nan")), "alpha", "nan"),
+        (lambda: tl.sample_mix("cutmix", -1, grid=1, img_size=16), "num_images", "-1"),
+        (lambda: tl.sample_mix("cutmix", 2.5, grid=1, img_size=16), "num_images", "2.5"),
+        (lambda: tl.sample_mix("cutmix", 4, grid=1, img_size=16, alpha=float("nan")), "alpha", "nan"),
         (lambda: tl.mix_images(torch.rand(2, 3, 16, 16), plan), "4 images", "2"),
-        (lambda: tl.create_model("lvvit_t", num_classes=0, size_px=16), "num_classes", "0"),
-        (lambda: tl.create_model("lvvit_t", num_classes="3", size_px=16), "num_classes", "'3'"),
-        (lambda: tl.create_model("lvvit_t", num_classes=3, size_px=16, img_size=32), "img_size"),
+        (lambda: tl.create_model("lvvit_t", num_classes=0, img_size=16), "num_classes", "0"),
+        (lambda: tl.create_model("lvvit_t", num_classes="3", img_size=16), "num_classes", "'3'"),
         (lambda: model(pixels), "torch.uint8", "normalize_images"),
         (lambda: tl.merge_stores([], "merged none"), "folders"),
         (lambda: tl.BatchSampler(num_images=8, batch_size=4, seed=0, num_steps=-1), "num_steps", "-1"),

@@ -135,7 +135,7 @@ def _take_steps(training: Training, after_step: Callable[[], Any]) -> _Steps:
 def _sizes(training: Training, task: ClassifierTask) -> list[tuple[str, str]]:
     recipe, ranks, parameters = task.recipe, training.ranks, list(task.model.parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)
-    height_px, width_px = recipe.model.size_px
+    height_px, width_px = recipe.model.img_size
     part = recipe.batch_size // ranks.world_size // training.grad_accum_steps
     rows, columns = task.grid
     folders = " + ".join(recipe.data.label_folders)
@@ -251,7 +251,7 @@ def _on_few_images(recipe: Recipe, num_images: int, num_steps: int, device: torc
     chosen = (
         np.linspace(0, len(source) - 1, num_images).round().astype(np.int64)
     )  # images are sorted by class
-    plain = EvalTransform(recipe.model.size_px, crop_fraction=1.0)
+    plain = EvalTransform(recipe.model.img_size, crop_fraction=1.0)
     images = TokenLabelDataset(
         ImageSubset(source, chosen), plain, seed=recipe.seed, store=task.train_set.store
     )

@@ -127,7 +127,7 @@ class ClassifierTask(Task[Recipe]):
         # What there is of: the accuracy, else what probes find in the features, else agreement with the teacher.
         self.metric = "top1" if self._judges_classes else "knn" if self.probe_sets else "teacher_accuracy"
         self.num_images = len(self.train_set)
-        self.grid = self.model.grid_for(self.recipe.model.size_px)
+        self.grid = self.model.grid_for(self.recipe.model.img_size)
         self.step = TrainStep(
             self.model,
             self.supervision,
@@ -242,7 +242,7 @@ def build(recipe: Recipe, *, device: torch.device, run: Path | None = None) -> C
         val_set = evaluation_set(recipe, class_names=source.class_names, sound=sound)
         say(describe(val_set.source, recipe.data.val or ""))
         val_set.store = _val_labels(recipe, val_set.source, token_classes)
-    transform = TrainTransform(recipe.augment, recipe.model.size_px)
+    transform = TrainTransform(recipe.augment, recipe.model.img_size)
     return ClassifierTask(
         recipe=recipe,
         model=model,
@@ -369,7 +369,7 @@ def _begin(config: ModelConfig, *, class_names: list[str], token_classes: ClassL
         config.name,
         num_classes=len(class_names),
         num_token_classes=token_classes.count,
-        size_px=config.size_px,
+        img_size=config.img_size,
         **config.options,
     )
     if config.weights is not None:

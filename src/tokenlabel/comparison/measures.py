@@ -112,15 +112,15 @@ def label_truth(finished: Finished) -> Figures:
     recipe, model = finished.trained.recipe, finished.trained.model
     if recipe.data.labels is None or not recipe.loss.reads_labels:
         return {}
-    size_px, source = recipe.model.size_px, open_images(recipe.data.train)
-    transform = TrainTransform(recipe.augment, size_px)
+    img_size, source = recipe.model.img_size, open_images(recipe.data.train)
+    transform = TrainTransform(recipe.augment, img_size)
     seed, store = recipe.seed, LabelStore(*recipe.data.label_folders)
     labelled = TokenLabelDataset(source, transform, seed=seed, store=store)
     labelled = DefectiveDataset(labelled, finished.defect) if finished.defect else labelled
     true = TokenLabelDataset(source, transform, seed=seed, store=finished.masks("masks_train"))
     count = min(len(source.keys), NUM_LABELLED)
     chosen = np.linspace(0, len(source.keys) - 1, count).astype(int).tolist()  # of all classes
-    grid, right, total = model.grid_for(size_px), 0, 0
+    grid, right, total = model.grid_for(img_size), 0, 0
     for batch, true_batch in zip(
         _batches(labelled, finished.device, chosen), _batches(true, finished.device, chosen), strict=True
     ):

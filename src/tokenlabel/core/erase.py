@@ -44,10 +44,10 @@ def erased_share(gone: Bool[Tensor, "B height width"], grid: tuple[int, int]) ->
 
 
 def draw_boxes(
-    num_images: int, size_px: tuple[int, int], config: ErasingConfig, generator: torch.Generator
+    num_images: int, img_size: tuple[int, int], config: ErasingConfig, generator: torch.Generator
 ) -> Int[Tensor, "boxes B 4"]:
     """Return top, left, height and width of each box in pixels of images of (height, width); 0 high is none."""
-    height_px, width_px = size_px
+    height_px, width_px = img_size
     shape = (config.max_boxes, num_images, _NUM_ATTEMPTS)
     count = torch.randint(1, config.max_boxes + 1, (num_images,), generator=generator)
     area = _uniform(shape, *config.area, generator) * (height_px * width_px) / count[:, None]
@@ -65,11 +65,11 @@ def draw_boxes(
 
 
 def box_masks(
-    boxes: Int[Tensor, "boxes B 4"], size_px: tuple[int, int]
+    boxes: Int[Tensor, "boxes B 4"], img_size: tuple[int, int]
 ) -> Bool[Tensor, "boxes B height width"]:
     """Return which pixels of images of (height, width) lie in each box."""
     top, left, height, width = boxes.unbind(dim=2)  # each [boxes, B]
-    y, x = (torch.arange(side, device=boxes.device) for side in size_px)
+    y, x = (torch.arange(side, device=boxes.device) for side in img_size)
     rows = (y >= top[..., None]) & (y < (top + height)[..., None])  # [boxes, B, height]
     columns = (x >= left[..., None]) & (x < (left + width)[..., None])  # [boxes, B, width]
     return rows[..., :, None] & columns[..., None, :]

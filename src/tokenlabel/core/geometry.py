@@ -154,7 +154,7 @@ class View:
 
         [height, width]; rows and columns are computed apart, which is tens of times as fast.
         """
-        size_px = pair(size_px)
+        size_px = pair(size_px, name="size_px")
         y, x = ((np.arange(side) + 0.5) / side for side in size_px)
         covered = np.ones(size_px, np.bool_)
         for along_x, along_y, shift in self.frames.reshape(-1, 3):
@@ -190,7 +190,7 @@ class View:
     @classmethod
     def rotation(cls, degrees: float, *, size_px: Size) -> View:
         """Return the view of an image of `size_px` (width, height) turned counter-clockwise about its centre."""
-        width_px, height_px = pair(size_px)
+        width_px, height_px = pair(size_px, name="size_px")
         sine, cosine = math.sin(math.radians(degrees)), math.cos(math.radians(degrees))
         # Pixels are square, fractions are not: the turn happens in pixels.
         to_y, to_x = sine * width_px / height_px, -sine * height_px / width_px
@@ -204,7 +204,7 @@ class View:
 
         Source x = x + shear_x * y and source y = y + shear_y * x, in pixels.
         """
-        width_px, height_px = pair(size_px)
+        width_px, height_px = pair(size_px, name="size_px")
         return cls(_matrix(1, x * height_px / width_px, 0, y * width_px / height_px, 1, 0)[None])
 
 

@@ -59,19 +59,19 @@ def sample_mix(
     num_images: int,
     *,
     grid: Size,
-    size_px: Size,
+    img_size: Size,
     alpha: float = 1.0,
     per_sample: bool = False,
     generator: torch.Generator | None = None,
 ) -> MixPlan | None:
     """Draw a plan for a batch; None for `Mixing.NONE`.
 
-    `mixing`: none, mixtoken, cutmix or mixup. `grid` (h, w) counts tokens, `size_px` (height, width) pixels.
+    `mixing`: none, mixtoken, cutmix or mixup. `grid` (h, w) counts tokens, `img_size` (height, width) pixels.
     lambda ~ Beta(alpha, alpha) is the share that an image keeps; the box that it loses has its aspect, any centre, and
     is cut at the edges. As published, one draw serves the whole batch and its reverse is the partner; `per_sample`
     draws both anew for each image. `generator`: PyTorch's own by default.
     """
-    mixing, grid, size_px = Mixing(mixing), pair(grid, name="grid"), pair(size_px)
+    mixing, grid, img_size = Mixing(mixing), pair(grid, name="grid"), pair(img_size)
     if mixing is Mixing.NONE:
         return None
     num_images = coerced(num_images, int, name="num_images")
@@ -88,7 +88,7 @@ def sample_mix(
         case Mixing.MIXTOKEN:
             mask = _boxes(lost, grid, rng)
         case Mixing.CUTMIX:
-            mask = _boxes(lost, size_px, rng)
+            mask = _boxes(lost, img_size, rng)
     partner = rng.permutation(num_images) if per_sample else np.arange(num_images)[::-1].copy()
     return MixPlan(
         mask=torch.from_numpy(mask.astype(np.float32)).expand(num_images, -1, -1),

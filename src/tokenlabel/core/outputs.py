@@ -70,8 +70,8 @@ class TokenModel(nn.Module, ABC):
         """Return the outputs of normalised images, mixed by the plan."""
 
     @abstractmethod
-    def grid_for(self, size_px: Size) -> tuple[int, int]:
-        """Return the token grid (h, w) of images of `size_px` (height, width).
+    def grid_for(self, img_size: Size) -> tuple[int, int]:
+        """Return the token grid (h, w) of images of `img_size` (height, width).
 
         Raises ValueError for a size that the model cannot take.
         """

@@ -135,7 +135,7 @@ def draw_mix(
     config: MixConfig,
     num_images: int,
     grid: tuple[int, int],
-    size_px: tuple[int, int],
+    img_size: tuple[int, int],
     *,
     generator: torch.Generator,
 ) -> MixPlan | None:
@@ -149,7 +149,7 @@ def draw_mix(
         kind,
         num_images,
         grid=grid,
-        size_px=size_px,
+        img_size=img_size,
         alpha=alpha,
         per_sample=config.per_sample,
         generator=generator,

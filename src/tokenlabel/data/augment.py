@@ -34,11 +34,11 @@ from tokenlabel.runtime.coercion import Size, coerced, pair
 
 
 class TrainTransform:
-    """The random transform of training images, to pixels of `size_px` (height, width)."""
+    """The random transform of training images, to pixels of `img_size` (height, width)."""
 
-    def __init__(self, config: AugmentConfig, size_px: Size) -> None:
+    def __init__(self, config: AugmentConfig, img_size: Size) -> None:
         config = coerced(config, AugmentConfig, name="config")
-        self.config, self.size_px = config, pair(size_px)
+        self.config, self.img_size = config, pair(img_size)
         self._randaugment = None if config.randaugment is None else parse_randaugment(config.randaugment)
 
     def __call__(
@@ -69,7 +69,7 @@ class TrainTransform:
             left_px=left, top_px=top, width_px=width, height_px=height, image_size_px=(width_px, height_px)
         )
         view = View.crop(box)
-        resized = resize(pixels[top : top + height, left : left + width], self.size_px, interpolation)
+        resized = resize(pixels[top : top + height, left : left + width], self.img_size, interpolation)
         if rng.random() < config.horizontal_flip:
             resized, view = flipped(resized, axis=1), view.then(View.flip_horizontal())
         if rng.random() < config.vertical_flip:
@@ -92,14 +92,14 @@ class TrainTransform:
 
 
 class EvalTransform:
-    """The transform of evaluation to pixels of `size_px` (height, width): resized, the centre cut out.
+    """The transform of evaluation to pixels of `img_size` (height, width): resized, the centre cut out.
 
     The crop keeps `crop_fraction` of the resized image's shorter side, as timm does it.
     """
 
     def __init__(
         self,
-        size_px: Size,
+        img_size: Size,
         *,
         crop_fraction: float = 0.875,
         interpolation: Interpolation | str = Interpolation.BICUBIC,
@@ -109,13 +109,13 @@ class EvalTransform:
             raise ValueError(f"crop_fraction must lie above 0 and not above 1, got {crop_fraction}")
         if interpolation is Interpolation.RANDOM:
             raise ValueError("evaluation needs one interpolation: bilinear or bicubic, not random")
-        self.size_px, self.crop_fraction, self.interpolation = pair(size_px), crop_fraction, interpolation
+        self.img_size, self.crop_fraction, self.interpolation = pair(img_size), crop_fraction, interpolation
 
     def __call__(
         self, image: Image.Image | NDArray[np.uint8], rng: np.random.Generator | None = None
     ) -> tuple[NDArray[np.uint8], View]:
         """Return pixels [height, width, 3] and the view that they show; nothing is drawn."""
-        pixels, (height, width) = _pixels(image), self.size_px
+        pixels, (height, width) = _pixels(image), self.img_size
         resized_width, resized_height = self._resized_px(pixels.shape[1], pixels.shape[0])
         # By Pillow, to the last level: figures agree with those that timm finds.
         resized = np.array(
@@ -133,7 +133,7 @@ class EvalTransform:
 
     def _resized_px(self, width_px: int, height_px: int) -> tuple[int, int]:
         """Return the size (width, height) that an image is resized to before the crop, its aspect kept."""
-        least_height, least_width = (math.floor(side / self.crop_fraction) for side in self.size_px)
+        least_height, least_width = (math.floor(side / self.crop_fraction) for side in self.img_size)
         if width_px * least_height <= height_px * least_width:
             return least_width, int(least_width * height_px / width_px)
         return int(least_height * width_px / height_px), least_height

@@ -39,7 +39,7 @@ def resize(pixels: NDArray[np.uint8], size_px: Size, interpolation: Interpolatio
     # Torch's fast path wants one image, channels last, without gaps between its rows.
     image = torch.from_numpy(pixels).permute(2, 0, 1)[None].contiguous(memory_format=torch.channels_last)
     mode = Interpolation(interpolation).value
-    resized = F.interpolate(image, size=pair(size_px), mode=mode, antialias=True)
+    resized = F.interpolate(image, size=pair(size_px, name="size_px"), mode=mode, antialias=True)
     return resized[0].permute(1, 2, 0).contiguous().numpy()
 
 

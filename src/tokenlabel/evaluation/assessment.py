@@ -130,7 +130,7 @@ def assess(name: str | Path, options: EvalOptions, *, device: torch.device | str
     with joined_ranks(device) as ranks:
         assessment = _Assessment(network, options, heads, ranks, device)
         found = assessment.of_corruptions() if options.set == "imagenet-c" else assessment.of_images()
-    about: Figures = {"network": network.name, "size_px": list(network.size_px)}
+    about: Figures = {"network": network.name, "img_size": list(network.img_size)}
     about |= {} if network.step is None else {"step": network.step}
     labelled = {head.value: {**about, "inference": head.value, **_nested(found[head])} for head in heads}
     return labelled if options.inference == "all" else labelled[heads[0].value]
@@ -213,7 +213,7 @@ class _Assessment:
         """Show all images to the network once."""
         network, options = self.network, self.options
         transform = EvalTransform(
-            network.size_px,
+            network.img_size,
             crop_fraction=options.crop_fraction or network.crop_fraction,
             interpolation=network.interpolation,
         )

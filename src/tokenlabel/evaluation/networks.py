@@ -25,7 +25,7 @@ class NetworkError(ValueError):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Network:
-    """A network with what its evaluation needs. `size_px`: (height, width) of the images that it is given.
+    """A network with what its evaluation needs. `img_size`: (height, width) of the images that it is given.
 
     `class_names`: empty if nobody knows them; `names_assumed`: they are ImageNet's, by their number alone. `heads`:
     the ways to predict that were trained, the usual one first. `recipe`, `step`: of the run that it comes from.
@@ -35,7 +35,7 @@ class Network:
     model: TokenModel | PlainClassifier
     num_classes: int
     class_names: tuple[str, ...]
-    size_px: tuple[int, int]
+    img_size: tuple[int, int]
     crop_fraction: float
     interpolation: Interpolation
     heads: tuple[Inference, ...]
@@ -93,13 +93,13 @@ def find_network(name: str, *, weights: str | None = None, size: int | None = No
 def _from_run(path: Path, size: int | None) -> Network:
     trained = load_model(path)
     recipe, model = trained.recipe, trained.model
-    size_px = (size, size) if size else recipe.model.size_px
-    if size_px != recipe.model.size_px:
+    img_size = (size, size) if size else recipe.model.img_size
+    if img_size != recipe.model.img_size:
         tensors = model.state_dict()
         other = create_model(
             recipe.model.name,
             num_classes=model.num_classes,
-            size_px=size_px,
+            img_size=img_size,
             **options_without_weights(recipe.model.options),
         )
         resize_all_positions(tensors, other, grid=model.grid, name=str(path))
@@ -112,7 +112,7 @@ def _from_run(path: Path, size: int | None) -> Network:
         model=model.eval(),
         num_classes=model.num_classes,
         class_names=tuple(trained.class_names),
-        size_px=size_px,
+        img_size=img_size,
         crop_fraction=recipe.eval.crop_fraction,
         interpolation=Interpolation.BICUBIC,
         heads=tuple(heads),
@@ -135,7 +135,7 @@ def _from_name(name: str, weights: str | None, size: int | None) -> Network:
         num_classes=found.num_classes,
         class_names=found.class_names,
         names_assumed=found.names_assumed,
-        size_px=(size, size) if size else found.size_px,
+        img_size=(size, size) if size else found.img_size,
         crop_fraction=found.crop_fraction,
         interpolation=found.interpolation,
         heads=tuple(heads),

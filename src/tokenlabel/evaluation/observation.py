@@ -325,6 +325,6 @@ def evaluation_set(
     source = sound(open_images(folder, classes=bool(class_names)))
     if class_names and (has_classes(source).any() or not recipe.eval.labels):
         source = as_classes_of(source, class_names, len(class_names), folder)
-    transform = EvalTransform(recipe.model.size_px, crop_fraction=recipe.eval.crop_fraction)
+    transform = EvalTransform(recipe.model.img_size, crop_fraction=recipe.eval.crop_fraction)
     truth = MaskFolder(masks, num_classes=len(class_names)) if masks else None
     return TokenLabelDataset(source, transform, seed=recipe.seed, store=truth)

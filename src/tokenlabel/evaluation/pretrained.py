@@ -44,14 +44,14 @@ class Pretrained:
     """A trained network and how it was evaluated.
 
     `model`: a TokenModel, or timm's own. `class_names`: empty where nobody says them; `names_assumed`: they are
-    ImageNet's, by their number alone. `size_px`: (height, width) of the images that it is for; `fixed_size`: it takes
+    ImageNet's, by their number alone. `img_size`: (height, width) of the images that it is for; `fixed_size`: it takes
     no others. `mean`, `std`: of its images, scaled to 0..1. `has_token_head`: one for tokens that was trained.
     """
 
     model: Any
     num_classes: int
     class_names: tuple[str, ...]
-    size_px: tuple[int, int]
+    img_size: tuple[int, int]
     fixed_size: bool
     crop_fraction: float
     interpolation: Interpolation
@@ -92,15 +92,15 @@ def _timm(name: str, weights: str | None, size: int | None, *, at_test_size: boo
         options = {key: value for key, value in said["options"].items() if key not in factory}
     else:
         said = {}
-    size_px = (size, size) if size else said.get("size_px")
-    if size_px and preset is not None and preset.fixed_input_size:
-        options["img_size"] = size_px
+    img_size = (size, size) if size else said.get("img_size")
+    if img_size and preset is not None and preset.fixed_input_size:
+        options["img_size"] = img_size
     advice = "give a checkpoint file by --weights" if weights is None else "is it of this model?"
     if weights is None and preset is not None and not preset.has_weights:
         raise PretrainedError(f"{name} has no weights that could be downloaded; {advice}")
     try:
         if weights is not None:
-            model = _from_file(name, weights, options, trained_head=trained_head, size_px=size_px)
+            model = _from_file(name, weights, options, trained_head=trained_head, img_size=img_size)
         else:
             with hub_or_cache(online=not name.startswith("local-dir:")):
                 model: Any = timm.create_model(name, pretrained=True, **options)
@@ -121,7 +121,7 @@ def _timm(name: str, weights: str | None, size: int | None, *, at_test_size: boo
         class_names=class_names,
         names_assumed=names_assumed
         and not (weights is None and preset is not None),  # timm's own are ImageNet's
-        size_px=pair(options.get("img_size") or said.get("size_px") or data["input_size"][1:]),
+        img_size=pair(options.get("img_size") or said.get("img_size") or data["input_size"][1:]),
         fixed_size=fixed,
         crop_fraction=said.get("crop_fraction", data["crop_pct"]),
         interpolation=Interpolation.BILINEAR
@@ -133,7 +133,7 @@ def _timm(name: str, weights: str | None, size: int | None, *, at_test_size: boo
     )
 
 
-def _from_file(name: str, path: str, options: dict[str, Any], *, trained_head: bool, size_px: Any) -> Any:
+def _from_file(name: str, path: str, options: dict[str, Any], *, trained_head: bool, img_size: Any) -> Any:
     """Return a network with a file's weights: an adapter where these have a trained token head, else timm's own."""
     stage = options.pop("stage", None)
     create = partial(timm.create_model, name, **options)
@@ -145,13 +145,8 @@ def _from_file(name: str, path: str, options: dict[str, Any], *, trained_head: b
         if hasattr(network, "aux_head"):
             network.aux_head = None  # it would be one that says nothing
         return network
-    model = create_model(
-        name,
-        num_classes=count_classes(weights, plain),
-        size_px=size_px or plain.pretrained_cfg["input_size"][1:],
-        stage=stage,
-        **options,
-    )
+    options["img_size"] = img_size or plain.pretrained_cfg["input_size"][1:]
+    model = create_model(name, num_classes=count_classes(weights, plain), stage=stage, **options)
     untrained = any(name.startswith("token_head.") for name in load(model, weights).new_heads)
     return model.backbone if untrained else model
 

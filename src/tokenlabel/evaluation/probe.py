@@ -92,7 +92,7 @@ def probe_sets(recipe: Recipe) -> tuple[TokenLabelDataset, TokenLabelDataset] | 
     config = recipe.eval
     if config.probe is None:
         return None
-    transform = EvalTransform(recipe.model.size_px, crop_fraction=config.crop_fraction)
+    transform = EvalTransform(recipe.model.img_size, crop_fraction=config.crop_fraction)
     source = with_classes_only(open_images(config.probe), config.probe)
     if config.probe_test is not None:
         others = open_images(config.probe_test)

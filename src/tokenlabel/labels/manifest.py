@@ -78,12 +78,6 @@ class Manifest:
         return ClassList(self.num_classes, self.class_names, self.words)
 
     @property
-    def words(self) -> str:
-        """The hash of the head that made visual words; empty for labels of classes."""
-        head = self.teacher.get("head")
-        return str(head["hash"]) if isinstance(head, dict) and head.get("fitted_on") == "words" else ""
-
-    @property
     def empty_is_even(self) -> bool:
         """Whether cells that keep nothing are even distributions: unless a class map left out what they show."""
         class_map = self.teacher.get("class_map")
@@ -93,6 +87,14 @@ class Manifest:
     def saw_images(self) -> bool:
         """Whether the teacher decoded the images; masks and files of others were made without."""
         return self.teacher.get("name") not in ("masks", "published label files")
+
+    @property
+    def words(self) -> str:
+        """The hash of the head whose visual words the classes are, which tells them from those of any other head.
+
+        "" where they are classes with names, or without.
+        """
+        return str(self.teacher.get("words", ""))
 
     def origin(self) -> dict[str, Any]:
         """Return what made the labels, for people and for comparison."""

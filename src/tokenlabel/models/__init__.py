@@ -31,32 +31,28 @@ __all__ = [
 
 
 def create_model(
-    name: str, *, num_classes: int, size_px: Size, num_token_classes: int | None = None, **options: Any
+    name: str, *, num_classes: int, img_size: Size, num_token_classes: int | None = None, **options: Any
 ) -> TokenModel:
     """Return a new model; docs/models.md lists what there is.
 
-    `name`: `lvvit_t|s|m|l`, `t2t_vit_14|19|24`, or any that timm knows. `size_px`: (height, width) of the images.
+    `name`: `lvvit_t|s|m|l`, `t2t_vit_14|19|24`, or any that timm knows. `img_size`: (height, width) of the images.
     `num_classes`: 0 for no class head. `num_token_classes`: what the tokens are about, where these are other classes
     than the images'.
     `options`: `stage` (see `TimmAdapter`), the fields of `LVViTConfig` or `T2TViTConfig`, for timm's models whatever
     `timm.create_model` takes. Raises ValueError for unknown names and options, and for sizes that the model
     cannot take.
     """
-    name, size_px = coerced(name, str, name="name"), pair(size_px)
+    name, img_size = coerced(name, str, name="name"), pair(img_size)
     num_classes = coerced(num_classes, int, name="num_classes")
     if num_classes < 0 or (num_classes == 0 and not num_token_classes):
         raise ValueError(
             f"num_classes: expected at least 1, or 0 for a model without class head beside num_token_classes, got "
             f"{num_classes}"
         )
-    if pair(options.get("img_size", size_px), name="img_size") != size_px:
-        raise ValueError(
-            f"size_px {size_px} says how large images are; leave img_size {options['img_size']} out"
-        )
     register_with_timm()
     reason = why_unknown(name, OUR_MODELS, weights_option="--model.weights")
     if reason is not None:
         raise ValueError(f"there is no model {name!r}; {reason or 'see docs/models.md for what there is'}")
     return create_timm_adapter(
-        name, num_classes=num_classes, size_px=size_px, num_token_classes=num_token_classes, **options
+        name, num_classes=num_classes, img_size=img_size, num_token_classes=num_token_classes, **options
     )

@@ -69,7 +69,7 @@ class TimmAdapter(TokenModel):
     """A timm classifier with a linear head for its tokens.
 
     `backbone`: any classifier with timm's `forward_features`, `forward_intermediates` and `forward_head`.
-    `name`: what errors call it. `size_px`: (height, width) of the images to begin with; other sizes are taken
+    `name`: what errors call it. `img_size`: (height, width) of the images to begin with; other sizes are taken
     where the backbone allows. `stage`: take the tokens from an earlier stage, for a finer grid; an index of
     timm's `forward_intermediates`, counted from 0. Their head begins with a LayerNorm, since the backbone's
     last norm has not seen them. `num_classes`: 0 for a backbone without classifier (timm's meaning).
@@ -86,7 +86,7 @@ class TimmAdapter(TokenModel):
         *,
         name: str,
         num_classes: int,
-        size_px: Size,
+        img_size: Size,
         stage: int | None = None,
         num_token_classes: int | None = None,
     ) -> None:
@@ -103,7 +103,7 @@ class TimmAdapter(TokenModel):
         missing = [method for method in TIMM_METHODS if not hasattr(backbone, method)]
         if missing:
             raise NoTokenGridError(f"{name} has no token grid: it lacks timm's {' and '.join(missing)}")
-        features = self._features(pair(size_px))
+        features = self._features(pair(img_size))
         self.grid = features.grid
         own_token_head = _take_own_token_head(backbone)
         if self.num_token_classes != num_classes:
@@ -115,9 +115,9 @@ class TimmAdapter(TokenModel):
             self._pooled_norm = None
             self.token_head = _new_token_head(features, self.num_token_classes)
 
-    def grid_for(self, size_px: Size) -> tuple[int, int]:
-        """Return the token grid (h, w) of images of `size_px` (height, width), measured at the first call."""
-        return self._features(pair(size_px)).grid
+    def grid_for(self, img_size: Size) -> tuple[int, int]:
+        """Return the token grid (h, w) of images of `img_size` (height, width), measured at the first call."""
+        return self._features(pair(img_size)).grid
 
     def no_weight_decay(self) -> set[str]:
         """Return the names of the parameters that weight decay leaves alone, beside biases and norms."""
@@ -209,31 +209,31 @@ class TimmAdapter(TokenModel):
             case Layout.SEQUENCE:
                 return dense
 
-    def _features(self, size_px: tuple[int, int]) -> Features:
-        if size_px not in self._features_of:
-            self._features_of[size_px] = self._measure(size_px)
-        return self._features_of[size_px]
+    def _features(self, img_size: tuple[int, int]) -> Features:
+        if img_size not in self._features_of:
+            self._features_of[img_size] = self._measure(img_size)
+        return self._features_of[img_size]
 
-    def _measure(self, size_px: tuple[int, int]) -> Features:
+    def _measure(self, img_size: tuple[int, int]) -> Features:
         """Run one blank image of this size through the backbone and look at what comes out."""
-        image = next(self.backbone.parameters()).new_zeros(1, 3, *size_px)
+        image = next(self.backbone.parameters()).new_zeros(1, 3, *img_size)
         stage = -1 if self.stage is None else self.stage
         try:
             with _evaluating(self.backbone), torch.no_grad():
                 seen, (dense,) = self.backbone.forward_intermediates(image, indices=[stage])
         except REFUSALS as error:
             where = "" if self.stage is None else f" at stage {self.stage}"
-            size = f"{size_px[0]} x {size_px[1]} pixels{where}"
+            size = f"{img_size[0]} x {img_size[1]} pixels{where}"
             raise ValueError(f"{self.name} cannot take images of {size}: {first_line(error)}") from error
         grid = (dense.shape[2], dense.shape[3])
         found = Features(Layout.MAP, grid, width=dense.shape[1], from_stage=stage)
         if self.stage is None:
             found = classifier_features(seen, grid) or found
-        self._check_grid(found, size_px)
+        self._check_grid(found, img_size)
         return found
 
-    def _check_grid(self, features: Features, size_px: tuple[int, int]) -> None:
-        grid, (height_px, width_px) = features.grid, size_px
+    def _check_grid(self, features: Features, img_size: tuple[int, int]) -> None:
+        grid, (height_px, width_px) = features.grid, img_size
         size = f"{height_px} x {width_px} pixels"
         if grid == (1, 1) and features.layout is not Layout.SEQUENCE:  # a map may be what pooling left
             raise NoTokenGridError(
@@ -256,7 +256,7 @@ def create_timm_adapter(
     name: str,
     *,
     num_classes: int,
-    size_px: tuple[int, int],
+    img_size: tuple[int, int],
     stage: int | None = None,
     num_token_classes: int | None = None,
     **options: Any,
@@ -274,7 +274,7 @@ def create_timm_adapter(
     try:
         config = get_pretrained_cfg(name, allow_unregistered=True)
         if config is not None and config.fixed_input_size:  # timm's sign that the model takes `img_size`
-            options.setdefault("img_size", size_px)
+            options["img_size"] = img_size
         with hub_or_cache() if "hub:" in name or options.get("pretrained") else nullcontext():
             backbone = timm.create_model(name, num_classes=num_classes, **options)
     except (*REFUSALS, OSError) as error:
@@ -287,7 +287,7 @@ def create_timm_adapter(
         backbone,
         name=name,
         num_classes=num_classes,
-        size_px=size_px,
+        img_size=img_size,
         stage=stage,
         num_token_classes=num_token_classes,
     )

@@ -128,16 +128,16 @@ class VisionTransformer(nn.Module, ABC):
     def embed_patches(self, images: Float[Tensor, "B 3 height width"]) -> Float[Tensor, "B h w D"]:
         """Return one embedding a patch."""
 
-    def grid_for(self, size_px: Size) -> tuple[int, int]:
-        """Return the token grid (h, w) of images of `size_px` (height, width)."""
-        size_px = size_px if isinstance(size_px, tuple) else pair(size_px)  # no more: it is compiled
+    def grid_for(self, img_size: Size) -> tuple[int, int]:
+        """Return the token grid (h, w) of images of `img_size` (height, width)."""
+        img_size = img_size if isinstance(img_size, tuple) else pair(img_size)  # no more: it is compiled
         patch_size_px = self.patch_size_px
-        if any(length < patch_size_px or length % patch_size_px for length in size_px):
+        if any(length < patch_size_px or length % patch_size_px for length in img_size):
             raise ValueError(
-                f"images of {size_px[0]} x {size_px[1]} pixels (height x width) do not divide into patches "
+                f"images of {img_size[0]} x {img_size[1]} pixels (height x width) do not divide into patches "
                 f"of {patch_size_px}; choose multiples of {patch_size_px} or a model with other patches"
             )
-        return size_px[0] // patch_size_px, size_px[1] // patch_size_px
+        return img_size[0] // patch_size_px, img_size[1] // patch_size_px
 
     def forward(self, x: Float[Tensor, "B 3 height width"]) -> Float[Tensor, "B C"]:
         """Return one row of logits an image."""

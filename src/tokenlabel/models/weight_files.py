@@ -182,13 +182,13 @@ def read_description(path: str | Path) -> dict[str, Any]:
             recipe = json.loads(state.read_text("utf-8"))["recipe"]
             model, loss = recipe["model"], recipe["loss"]
             taught = recipe["data"]["labels"] is not None or loss["teacher"]["name"] is not None
-            said = {"model": model["name"], "size_px": model["size_px"], "options": model["options"]}
+            said = {"model": model["name"], "img_size": model["img_size"], "options": model["options"]}
             said["crop_fraction"] = recipe["eval"]["crop_fraction"]
             return {**said, "uses_token_labels": taught and loss["beta"] > 0}
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
-            if metadata.keys() >= {"model", "options", "size_px"}:
+            if metadata.keys() >= {"model", "options", "img_size"}:
                 return {key: json.loads(value) for key, value in metadata.items() if key != "format"}
     return {}
 

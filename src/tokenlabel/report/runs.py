@@ -194,7 +194,7 @@ def _label_sections(recipe: Recipe) -> list[str]:
         replace(recipe.mix, probability=1.0),
         len(batch.images),
         grid,
-        recipe.model.size_px,
+        recipe.model.img_size,
         generator=Part(recipe.seed, 0, 0).generator(),
     )
     if plan is not None:

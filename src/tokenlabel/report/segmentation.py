@@ -125,7 +125,7 @@ def _pictures(record: SegmentRecord) -> list[tuple[Image.Image, str]]:
         return []
     if pairs is None:
         return []
-    segmenter = Segmenter(trained.model, record.recipe.eval, window_px=record.recipe.model.size_px)
+    segmenter = Segmenter(trained.model, record.recipe.eval, window_px=record.recipe.model.img_size)
     pictures = []
     for index in np.linspace(0, len(pairs) - 1, min(NUM_PICTURES, len(pairs))).astype(int).tolist():
         pixels, mask = pairs.read(index)

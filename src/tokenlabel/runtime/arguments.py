@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, Union, get_args, get_origin
 
 import yaml
 
+from tokenlabel.runtime.errors import near_names
 from tokenlabel.runtime.files import write_whole
 
 if TYPE_CHECKING:
@@ -218,8 +219,6 @@ def _find_option(parser: ArgumentParser, written: str) -> tuple[str, Action] | N
 
 
 def _near_options(parser: ArgumentParser, written: str) -> str:
-    from tokenlabel.runtime.configuration import near_names
-
     known = [option[2:] for option in _options(parser).values()]
     return near_names(written.lstrip("-\u2013\u2014").replace("_", "-"), known, prefix="--")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from enum import StrEnum
 from functools import cache
 from numbers import Real
@@ -18,6 +18,8 @@ from types import UnionType
 from typing import Any, Literal, SupportsIndex, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
+
+from tokenlabel.runtime.errors import near_names
 
 T = TypeVar("T")
 
@@ -79,7 +81,7 @@ def coerced(value: Any, kind: Any, *, name: str) -> Any:
     return _plain(value, kind, name=name) if isinstance(kind, type) else value
 
 
-def pair(size: Size, *, name: str = "size_px") -> tuple[int, int]:
+def pair(size: Size, *, name: str = "img_size") -> tuple[int, int]:
     """Return a size as two numbers of at least 1; one number stands for both."""
     first, second = coerced(size, tuple[int, int], name=name)
     if first < 1 or second < 1:
@@ -108,9 +110,13 @@ def _plain(value: Any, kind: type, *, name: str) -> Any:
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
     if is_dataclass(kind) and isinstance(value, Mapping):
+        known = [field.name for field in fields(kind)]
+        for key in value:
+            if key not in known:
+                raise ValueError(f"{name}: unknown key {key}{near_names(key, known)}")
         try:
             return kind(**value)
-        except (TypeError, ValueError) as error:  # an unknown key, or a value that means nothing
+        except (TypeError, ValueError) as error:  # a key is missing, or a value means nothing
             raise ValueError(f"{name}: {error}") from error
     if is_dataclass(kind) and not isinstance(value, kind):
         raise _unlike(value, kind, name=name)

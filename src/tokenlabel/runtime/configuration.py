@@ -6,7 +6,6 @@ An unknown key or a value of a wrong type is an error that names the key and the
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 from enum import Enum
@@ -18,7 +17,7 @@ import jsonargparse
 import yaml
 from jsonargparse.typing import register_type
 
-from tokenlabel.runtime.errors import ConfigError
+from tokenlabel.runtime.errors import ConfigError, near_names
 from tokenlabel.runtime.files import write_whole
 
 Config = TypeVar("Config")
@@ -159,19 +158,6 @@ def explain(
             reason = f"expected a mapping of fields or a YAML file, got {group[1]!r}"
         return f"{options.get(key, key)}: {reason}"
     return message
-
-
-def near_names(word: str, known: Sequence[str], *, prefix: str = "") -> str:
-    """Return a clause that names the known words nearest to `word`, or those beside it, each after `prefix`."""
-    by_last_part = {name.split(".")[-1]: name for name in known}
-    near = difflib.get_close_matches(word, known, n=2) or [
-        by_last_part[part] for part in difflib.get_close_matches(word.split(".")[-1], by_last_part, n=2)
-    ]
-    if near:
-        return f"; did you mean {' or '.join(prefix + name for name in near)}?"
-    group = word.rpartition(".")[0]
-    beside = [prefix + name for name in known if name.rpartition(".")[0] == group]
-    return f"; known there: {', '.join(beside)}" if beside else ""
 
 
 def _is_config(kind: Any) -> TypeGuard[type]:

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Sequence
+
+RENAMED = {"size_px": "img_size", "size-px": "img-size"}
+"""Fields and options that are called otherwise now."""
+
 
 class ConfigError(ValueError):
     """A configuration that cannot be read, or that means nothing."""
@@ -10,6 +16,22 @@ class ConfigError(ValueError):
 def first_line(error: Exception) -> str:
     """Return the first line of an error's message, for a message of one line of our own."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def near_names(word: str, known: Sequence[str], *, prefix: str = "") -> str:
+    """Return a clause that names the known words nearest to `word`, or those beside it, each after `prefix`."""
+    by_last_part = {name.split(".")[-1]: name for name in known}
+    now = by_last_part.get(RENAMED.get(word.split(".")[-1], ""))
+    if now:
+        return f"; it is called {prefix}{now} now"
+    near = difflib.get_close_matches(word, known, n=2) or [
+        by_last_part[part] for part in difflib.get_close_matches(word.split(".")[-1], by_last_part, n=2)
+    ]
+    if near:
+        return f"; did you mean {' or '.join(prefix + name for name in near)}?"
+    group = word.rpartition(".")[0]
+    beside = [prefix + name for name in known if name.rpartition(".")[0] == group]
+    return f"; known there: {', '.join(beside)}" if beside else ""
 
 
 class FirstRankError(ValueError):

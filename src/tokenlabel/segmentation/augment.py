@@ -61,10 +61,10 @@ class SegmentAugmentConfig:
 
 
 class SegmentTransform:
-    """The random transform of training images and masks, to `size_px` (height, width)."""
+    """The random transform of training images and masks, to `img_size` (height, width)."""
 
-    def __init__(self, config: SegmentAugmentConfig, size_px: Size) -> None:
-        self.config, self.size_px = config, pair(size_px)
+    def __init__(self, config: SegmentAugmentConfig, img_size: Size) -> None:
+        self.config, self.img_size = config, pair(img_size)
 
     def __call__(self, pixels: Pixels, mask: Mask, rng: np.random.Generator) -> tuple[NewPixels, NewMask]:
         """Return pixels and class ids of one size; what lies outside of the image has the mean colour and no class."""
@@ -72,15 +72,15 @@ class SegmentTransform:
         factor = rng.uniform(*config.scale)
         size_px = fitted_size(mask.shape, config.short_side_px, max_aspect=config.max_aspect, factor=factor)
         mask = resize_mask(mask, size_px)
-        top, left = draw_crop(mask, self.size_px, max_ratio=config.category_max_ratio, rng=rng)
+        top, left = draw_crop(mask, self.img_size, max_ratio=config.category_max_ratio, rng=rng)
         pixels = resize(pixels, size_px, Interpolation.BILINEAR)
-        window = (slice(top, top + self.size_px[0]), slice(left, left + self.size_px[1]))
+        window = (slice(top, top + self.img_size[0]), slice(left, left + self.img_size[1]))
         pixels, mask = pixels[window], mask[window]
         if rng.random() < config.horizontal_flip:
             pixels, mask = pixels[:, ::-1], mask[:, ::-1]
         if config.photometric:
             pixels = distorted(pixels, rng)
-        return padded(pixels, mask, self.size_px)
+        return padded(pixels, mask, self.img_size)
 
 
 def fitted_size(

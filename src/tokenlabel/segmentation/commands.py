@@ -123,7 +123,7 @@ def _evaluate(arguments: list[str]) -> int:
             masks=options.masks,
         )
         figures = evaluate_segmentation(
-            Segmenter(trained.model.to(device), trained.recipe.eval, window_px=trained.recipe.model.size_px),
+            Segmenter(trained.model.to(device), trained.recipe.eval, window_px=trained.recipe.model.img_size),
             pairs,
             device=device,
             autocast=_autocast(trained, device),
@@ -161,7 +161,7 @@ def _predict(arguments: list[str]) -> int:
     device = device_of(options.device)
     trained = _network(options)
     segmenter = Segmenter(
-        trained.model.to(device), trained.recipe.eval, window_px=trained.recipe.model.size_px
+        trained.model.to(device), trained.recipe.eval, window_px=trained.recipe.model.img_size
     )
     with _autocast(trained, device):
         num_images = predict_files(

@@ -31,7 +31,7 @@ class SegmentModelConfig:
 
     name: str
     """Backbone: `lvvit_t`, `lvvit_s`, `lvvit_m`, `lvvit_l`, `t2t_vit_14`, ..., or the name of any timm model."""
-    size_px: tuple[int, int] = (512, 512)
+    img_size: tuple[int, int] = (512, 512)
     """Height and width of the crops that it is trained on."""
     options: dict[str, Any] = field(default_factory=dict)
     """What else the backbone's constructor takes, such as `drop_path`, or `pretrained` for timm's."""
@@ -59,7 +59,7 @@ class SegmentModelConfig:
     """Train a second, small FCN head on the last map but one; it is not used afterwards."""
 
     def __post_init__(self) -> None:
-        check_numbers(self, "model.", size_px=NATURAL, neck_width=NATURAL, head_width=NATURAL)
+        check_numbers(self, "model.", img_size=NATURAL, neck_width=NATURAL, head_width=NATURAL)
         check_numbers(self, "model.", layers=COUNT, norm_eps=POSITIVE, dropout="[0, 1)")
 
 
@@ -148,7 +148,7 @@ def create_segmentation_model(config: SegmentModelConfig, *, num_classes: int) -
     Raises ValueError for names, options, sizes and layers that do not exist or do not go together.
     """
     backbone = _create_backbone(config)
-    levels = find_levels(backbone, config.size_px, layers=config.layers)
+    levels = find_levels(backbone, config.img_size, layers=config.layers)
     neck_kind = _neck_kind(config, levels)
     neck = None
     if neck_kind is not NeckKind.NONE:
@@ -177,7 +177,7 @@ def create_segmentation_model(config: SegmentModelConfig, *, num_classes: int) -
         decode_head=_create_head(config, widths, num_classes),
         auxiliary_head=auxiliary_head,
     )
-    model.unreached = _leave_unreached(model, config.size_px)
+    model.unreached = _leave_unreached(model, config.img_size)
     if config.freeze_backbone:
         model.freeze_backbone()
     return model
@@ -187,10 +187,13 @@ def _create_backbone(config: SegmentModelConfig) -> TokenModel:
     # One class: what is not used should be small.
     try:  # timm's ViTs take images of other sizes only if told so
         backbone = create_model(
-            config.name, num_classes=1, size_px=config.size_px, **{"dynamic_img_size": True, **config.options}
+            config.name,
+            num_classes=1,
+            img_size=config.img_size,
+            **{"dynamic_img_size": True, **config.options},
         )
     except ValueError:
-        backbone = create_model(config.name, num_classes=1, size_px=config.size_px, **config.options)
+        backbone = create_model(config.name, num_classes=1, img_size=config.img_size, **config.options)
     if config.norm_eps is not None:
         for module in backbone.modules():
             if isinstance(module, nn.LayerNorm):
@@ -224,12 +227,12 @@ def _create_head(config: SegmentModelConfig, widths: Sequence[int], num_classes:
             return LinearHead(widths, num_classes)
 
 
-def _leave_unreached(model: SegmentationModel, size_px: tuple[int, int]) -> frozenset[str]:
+def _leave_unreached(model: SegmentationModel, img_size: tuple[int, int]) -> frozenset[str]:
     """Stop the parameters from training that no head depends on: parallel training waits for the gradient of each.
 
     Return the entries of the model's state that belong to such parts.
     """
-    image = next(model.parameters()).new_zeros(1, 3, *size_px)
+    image = next(model.parameters()).new_zeros(1, 3, *img_size)
     was_training = model.training
     maps = model.eval().maps(image)
     heads = [head for head in (model.decode_head, model.auxiliary_head) if head is not None]

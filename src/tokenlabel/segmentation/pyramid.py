@@ -77,7 +77,7 @@ def spread(maps: Sequence[Tensor]) -> list[Tensor]:
 
 
 def find_levels(
-    backbone: TokenModel, size_px: tuple[int, int], *, layers: Sequence[int] | None = None
+    backbone: TokenModel, img_size: tuple[int, int], *, layers: Sequence[int] | None = None
 ) -> Levels:
     """Find out which layers of a backbone to read, by running it once on a blank image of (height, width).
 
@@ -87,7 +87,7 @@ def find_levels(
     """
     num_layers, multiple_px = _layers_of(backbone)
     asked = tuple(layers) if layers is not None else tuple(range(num_layers))
-    image = next(backbone.parameters()).new_zeros(1, 3, *size_px)
+    image = next(backbone.parameters()).new_zeros(1, 3, *img_size)
     was_training = backbone.training
     with torch.no_grad():
         shapes = [tuple(features.shape[1:]) for features in backbone.eval().intermediates(image, asked)]

@@ -109,7 +109,7 @@ class SegmentTask(Task):
             return {}
         assert isinstance(model, SegmentationModel)
         figures = evaluate_segmentation(
-            Segmenter(model, self.recipe.eval, window_px=self.recipe.model.size_px),
+            Segmenter(model, self.recipe.eval, window_px=self.recipe.model.img_size),
             self.val_pairs,
             device=self.device,
             autocast=autocast(self.device, self.recipe.precision),
@@ -177,7 +177,7 @@ def build(recipe: SegmentRecipe, *, device: torch.device, run: Path | None = Non
     for parameter in model.parameters():  # convolutions run faster so
         if parameter.ndim == 4:
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
-    transform = SegmentTransform(recipe.augment, recipe.model.size_px)
+    transform = SegmentTransform(recipe.augment, recipe.model.img_size)
     return SegmentTask(
         recipe=recipe,
         model=model.to(device),

@@ -46,7 +46,7 @@ class DenseNetwork(nn.Module, ABC):
         """Return the logits of normalised images."""
 
     @abstractmethod
-    def grid_for(self, size_px: tuple[int, int]) -> tuple[int, int]:
+    def grid_for(self, img_size: tuple[int, int]) -> tuple[int, int]:
         """Return rows and columns of the places of images of (height, width); ValueError if it can't take them."""
 
     def averages_linearly(self, images: Float[Tensor, "B 3 height width"]) -> bool:
@@ -69,9 +69,9 @@ class TokenNetwork(DenseNetwork):
         outputs = self.model(images)
         return DenseLogits(outputs.class_logits, outputs.token_logits.unflatten(1, outputs.grid))
 
-    def grid_for(self, size_px: tuple[int, int]) -> tuple[int, int]:
+    def grid_for(self, img_size: tuple[int, int]) -> tuple[int, int]:
         """Return rows and columns of the tokens of images of (height, width)."""
-        return self.model.grid_for(size_px)
+        return self.model.grid_for(img_size)
 
 
 class ClassifierNetwork(DenseNetwork):
@@ -96,9 +96,9 @@ class ClassifierNetwork(DenseNetwork):
         logits = self.backbone.forward_head(_one_position_each(seen, features))  # [B * h * w, C]
         return DenseLogits(self.backbone.forward_head(seen), logits.view(len(images), *features.grid, -1))
 
-    def grid_for(self, size_px: tuple[int, int]) -> tuple[int, int]:
+    def grid_for(self, img_size: tuple[int, int]) -> tuple[int, int]:
         """Return rows and columns of the features of images of (height, width), measured at the first call."""
-        return self._features(size_px).grid
+        return self._features(img_size).grid
 
     def averages_linearly(self, images: Float[Tensor, "B 3 height width"]) -> bool:
         """Say whether the head is linear in the features and blind to prefix tokens, tried out on images."""
@@ -111,15 +111,15 @@ class ClassifierNetwork(DenseNetwork):
                 return False
         return torch.allclose(head((seen + other) / 2), (head(seen) + head(other)) / 2, rtol=1e-3, atol=1e-4)
 
-    def _features(self, size_px: tuple[int, int]) -> Features:
-        if size_px not in self._features_of:
-            self._features_of[size_px] = self._measure(size_px)
-        return self._features_of[size_px]
+    def _features(self, img_size: tuple[int, int]) -> Features:
+        if img_size not in self._features_of:
+            self._features_of[img_size] = self._measure(img_size)
+        return self._features_of[img_size]
 
     @torch.no_grad()
-    def _measure(self, size_px: tuple[int, int]) -> Features:
+    def _measure(self, img_size: tuple[int, int]) -> Features:
         """Run one blank image of this size and see whether the head can answer for its positions."""
-        image = next(self.backbone.parameters()).new_zeros(1, 3, *size_px)
+        image = next(self.backbone.parameters()).new_zeros(1, 3, *img_size)
         try:
             seen, (last,) = self.backbone.forward_intermediates(image, indices=[-1])
         except AttributeError as error:
@@ -128,7 +128,7 @@ class ClassifierNetwork(DenseNetwork):
             ) from error
         except REFUSALS as error:
             raise ValueError(
-                f"{self.name} cannot take {size_px[0]} x {size_px[1]} pixels: {first_line(error)}"
+                f"{self.name} cannot take {img_size[0]} x {img_size[1]} pixels: {first_line(error)}"
             ) from error
         grid = (last.shape[2], last.shape[3])
         features = classifier_features(seen, grid)

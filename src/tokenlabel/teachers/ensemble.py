@@ -138,14 +138,14 @@ def _for_member(teacher: Teacher, images: UInt8[Tensor, "B 3 height width"]) -> 
     """Return the images in a size that the teacher takes."""
     input, (height_px, width_px) = teacher.input, images.shape[2:]
     stride_px = input.stride_px
-    size_px = input.fixed_size_px or (
+    img_size = input.fixed_size_px or (
         max(1, round(height_px / stride_px)) * stride_px,
         max(1, round(width_px / stride_px)) * stride_px,
     )
-    if size_px == (height_px, width_px):
+    if img_size == (height_px, width_px):
         return images
     resized = F.interpolate(
-        images.float(), size=size_px, mode="bilinear", antialias=True, align_corners=False
+        images.float(), size=img_size, mode="bilinear", antialias=True, align_corners=False
     )
     return resized.round().clamp(0, 255).to(torch.uint8)
 

@@ -195,7 +195,7 @@ def _from_run(path: Path) -> Pretrained:
         model=model,
         num_classes=model.num_classes,
         class_names=tuple(trained.class_names),
-        size_px=recipe.model.size_px,
+        img_size=recipe.model.img_size,
         fixed_size=False,
         crop_fraction=recipe.eval.crop_fraction,
         interpolation=Interpolation.BICUBIC,
@@ -211,16 +211,16 @@ def _dense_network(found: Pretrained, name: str, head: str) -> DenseNetwork:
     by_tokens = found.has_token_head and head != "classifier"
     model = found.model
     if by_tokens and not isinstance(model, TokenModel):
-        model = TimmAdapter(model, name=name, num_classes=model.num_classes, size_px=found.size_px)
+        model = TimmAdapter(model, name=name, num_classes=model.num_classes, img_size=found.img_size)
     if by_tokens:
         return TokenNetwork(model)
     return ClassifierNetwork(model.backbone if isinstance(model, TimmAdapter) else model, name=name)
 
 
 def _input(found: Pretrained, network: DenseNetwork, config: TeacherConfig) -> TeacherInput:
-    size = config.size or max(found.size_px)
+    size = config.size or max(found.img_size)
     try:
-        stride_px = _stride(found.size_px[1], network.grid_for(found.size_px)[1])
+        stride_px = _stride(found.img_size[1], network.grid_for(found.img_size)[1])
         fixed = found.fixed_size or not _takes(network, (size, size + stride_px))
         network.grid_for((size, size))
     except NoDenseMapError:
@@ -245,9 +245,9 @@ def _stride(length_px: int, num_places: int) -> int:
     )
 
 
-def _takes(network: DenseNetwork, size_px: tuple[int, int]) -> bool:
+def _takes(network: DenseNetwork, img_size: tuple[int, int]) -> bool:
     try:
-        network.grid_for(size_px)
+        network.grid_for(img_size)
     except ValueError:
         return False
     return True

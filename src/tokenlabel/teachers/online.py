@@ -45,13 +45,13 @@ class NetworkOnlineTeacher:
     def _seen(self, images: UInt8[Tensor, "B 3 height width"]) -> UInt8[Tensor, "B 3 h w"]:
         input, (height_px, width_px) = self.teacher.input, images.shape[2:]
         scale = 1.0 if self.size is None else self.size / (height_px * width_px) ** 0.5
-        size_px = input.fixed_size_px or (
+        img_size = input.fixed_size_px or (
             _rounded(height_px * scale, input.stride_px),
             _rounded(width_px * scale, input.stride_px),
         )
-        if size_px == (height_px, width_px):
+        if img_size == (height_px, width_px):
             return images
-        resized = F.interpolate(images.float(), size_px, mode="bicubic", antialias=True, align_corners=False)
+        resized = F.interpolate(images.float(), img_size, mode="bicubic", antialias=True, align_corners=False)
         return resized.round().clamp(0, 255).to(torch.uint8)
 
 

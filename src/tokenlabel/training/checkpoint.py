@@ -208,7 +208,7 @@ def load_model(path: str | Path) -> TrainedModel:
         recipe.model.name,
         num_classes=len(state["class_names"]),
         num_token_classes=None if others is None else others.count,
-        size_px=recipe.model.size_px,
+        img_size=recipe.model.img_size,
         **options_without_weights(recipe.model.options),
     )
     model.load_state_dict(read_weights(folder, state))

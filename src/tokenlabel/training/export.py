@@ -114,7 +114,7 @@ def write_onnx(trained: TrainedModel, path: Path, *, inference: Inference, dense
         raise ExportError(f"ONNX needs {error.name}: pip install 'tokenlabel[export]'") from error
     names = ["logits", "token_logits"] if dense else ["logits"]
     network = _PixelsToLogits(trained.model, inference=inference, dense=dense)
-    example = torch.rand(2, 3, *trained.recipe.model.size_px, generator=torch.Generator().manual_seed(0))
+    example = torch.rand(2, 3, *trained.recipe.model.img_size, generator=torch.Generator().manual_seed(0))
     program = torch.onnx.export(
         network,
         (example,),
@@ -161,11 +161,11 @@ def write_hub_folder(trained: TrainedModel, folder: Path) -> None:
         (folder / "token_head.safetensors").write_bytes(save(model.token_head.state_dict()))
     fixed = network.pretrained_cfg.get("fixed_input_size")
     if fixed:
-        options["img_size"] = recipe.size_px
+        options["img_size"] = recipe.img_size
     network = copy.copy(network)  # its configuration is that of timm's weights: they saw images their own way
     network.pretrained_cfg = {
         **{key: value for key, value in network.pretrained_cfg.items() if not key.startswith("test_")},
-        "input_size": (3, *recipe.size_px),
+        "input_size": (3, *recipe.img_size),
         "crop_pct": trained.recipe.eval.crop_fraction,
         "crop_mode": "center",
         "interpolation": "bicubic",
@@ -218,7 +218,7 @@ def _description(trained: TrainedModel) -> dict[str, Any]:
     model = trained.recipe.model
     return {
         "model": model.name,
-        "size_px": model.size_px,
+        "img_size": model.img_size,
         "options": model.options,
         "mean": trained.model.mean,
         "std": trained.model.std,

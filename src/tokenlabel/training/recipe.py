@@ -13,11 +13,8 @@ from tokenlabel.core.config import ErasingConfig, Inference, LossConfig, MixConf
 from tokenlabel.data.config import AugmentConfig
 from tokenlabel.data.images import ImageCheck
 from tokenlabel.runtime.coercion import coerced_fields
-from tokenlabel.runtime.configuration import (
-    ConfigError,
-    add_config_arguments,
-    near_names,
-)
+from tokenlabel.runtime.configuration import add_config_arguments
+from tokenlabel.runtime.errors import ConfigError, near_names
 from tokenlabel.runtime.ranges import COUNT, NATURAL, PART, POSITIVE, SHARE, check_numbers
 
 RECIPE_FILE = "recipe.yaml"
@@ -66,7 +63,7 @@ class ModelConfig:
 
     name: str
     """`lvvit_t`, `lvvit_s`, `lvvit_m`, `lvvit_l`, `t2t_vit_14`, ..., or the name of any timm model."""
-    size_px: tuple[int, int] = (224, 224)
+    img_size: tuple[int, int] = (224, 224)
     """Height and width of the images that it sees in training and evaluation."""
     options: dict[str, Any] = field(default_factory=dict)
     """What else the model's constructor takes, such as `depth` or `drop_path`."""
@@ -78,11 +75,12 @@ class ModelConfig:
     """How many layers, counted from the stem, keep the weights that they begin with."""
 
     def __post_init__(self) -> None:
-        check_numbers(self, "model.", size_px=NATURAL, frozen_layers=COUNT)
-        taken = self.options.keys() & {"name", "num_classes", "size_px"}
+        check_numbers(self, "model.", img_size=NATURAL, frozen_layers=COUNT)
+        taken = self.options.keys() & {"name", "num_classes", "img_size", "size_px"}
         if taken:
             raise ConfigError(
-                f"model.options names {', '.join(sorted(taken))}, which model and images decide; leave it out there"
+                f"model.options names {', '.join(sorted(taken))}, which images, model.name and model.img_size decide; "
+                "leave it out there"
             )
 
 
