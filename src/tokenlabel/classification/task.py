@@ -40,7 +40,7 @@ from tokenlabel.evaluation.observation import evaluation_set, observe
 from tokenlabel.evaluation.probe import image_figures, probe_sets
 from tokenlabel.labels.store import LabelStore
 from tokenlabel.models import TokenModel, create_model, load_published
-from tokenlabel.models.weights import read_class_names
+from tokenlabel.models.weights import read_class_names, read_description
 from tokenlabel.runtime.configuration import ConfigError
 from tokenlabel.runtime.distributed import Ranks, current_ranks, joined_ranks, usable_device
 from tokenlabel.runtime.notices import say
@@ -376,7 +376,15 @@ def _begin(config: ModelConfig, *, class_names: list[str], token_classes: ClassL
         weights = Path(config.weights)
         weights = newest_checkpoint(weights) if is_run(weights) else weights
         rows = partial(_rows, weights, class_names)
-        load_published(model, weights, average=config.average, rows=rows)
+        others = read_description(weights).get("token_classes")
+        ours = (
+            None if token_classes.is_same(ClassList(len(class_names), tuple(class_names))) else token_classes
+        )
+        theirs = others and ClassList.from_dict(others)
+        tokens = "classes" if ours is None and theirs is None else "other"
+        if ours is not None and theirs is not None and ours.is_same(theirs):
+            tokens = "same"
+        load_published(model, weights, average=config.average, rows=rows, tokens=tokens)
     model.freeze(config.frozen_layers)
     for parameter in model.parameters():  # convolutions run faster so
         if parameter.ndim == 4:

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tokenlabel.runtime.notices import listed, say
 
@@ -47,6 +48,11 @@ class ClassList:
         if self.count != other.count or self.words != other.words:
             return False
         return not (self.names and other.names) or bool(self.words) or same_classes(self.names, other.names)
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> ClassList:
+        """Return the list that `dataclasses.asdict` made these values of, perhaps by way of JSON."""
+        return ClassList(values["count"], tuple(values["names"]), values["words"])
 
     def described(self) -> str:
         """Return the list in words, of visual words with what they are known by."""

@@ -174,16 +174,21 @@ def _wrapper(tensors: Collection[str]) -> str:
 
 
 def read_description(path: str | Path) -> dict[str, Any]:
-    """Return what a file or checkpoint of ours says of its network: name, options, image size, crop, trained heads."""
+    """Return what a file or checkpoint of ours says of its network: name, options, image size, crop, trained heads.
+
+    `token_classes`: what the tokens are about, where it is something else than what the class token is about.
+    """
     path = Path(path)
     state = (path if path.is_dir() else path.parent) / "state.json"
     with suppress(OSError, ValueError, SafetensorError, KeyError, TypeError):
         if state.exists() and (path.is_dir() or path.name in ("model.safetensors", "ema.safetensors")):
-            recipe = json.loads(state.read_text("utf-8"))["recipe"]
+            about = json.loads(state.read_text("utf-8"))
+            recipe = about["recipe"]
             model, loss = recipe["model"], recipe["loss"]
             taught = recipe["data"]["labels"] is not None or loss["teacher"]["name"] is not None
             said = {"model": model["name"], "img_size": model["img_size"], "options": model["options"]}
             said["crop_fraction"] = recipe["eval"]["crop_fraction"]
+            said["token_classes"] = about.get("token_classes")
             return {**said, "uses_token_labels": taught and loss["beta"] > 0}
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:

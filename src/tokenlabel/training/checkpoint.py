@@ -186,9 +186,7 @@ class TrainedModel:
 def token_classes_of(state: dict[str, Any]) -> ClassList:
     """Return what the tokens of a checkpoint are about, by its state."""
     others, names = state.get("token_classes"), state["class_names"]
-    if others is None:
-        return ClassList(len(names), tuple(names))
-    return ClassList(others["count"], tuple(others["names"]), others["words"])
+    return ClassList(len(names), tuple(names)) if others is None else ClassList.from_dict(others)
 
 
 def load_model(path: str | Path) -> TrainedModel:

@@ -13,11 +13,12 @@ from tokenlabel.core.config import ErasingConfig, Inference, LossConfig, MixConf
 from tokenlabel.data.config import AugmentConfig
 from tokenlabel.data.images import ImageCheck
 from tokenlabel.runtime.coercion import coerced_fields
-from tokenlabel.runtime.configuration import add_config_arguments
+from tokenlabel.runtime.configuration import add_config_arguments, read_yaml
 from tokenlabel.runtime.errors import ConfigError, near_names
 from tokenlabel.runtime.ranges import COUNT, NATURAL, PART, POSITIVE, SHARE, check_numbers
 
 RECIPE_FILE = "recipe.yaml"
+_UNSAID = (0, 0)  # an image size that nobody gave
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,10 +62,11 @@ class DataConfig:
 class ModelConfig:
     """Which network to train."""
 
-    name: str
-    """`lvvit_t`, `lvvit_s`, `lvvit_m`, `lvvit_l`, `t2t_vit_14`, ..., or the name of any timm model."""
-    img_size: tuple[int, int] = (224, 224)
-    """Height and width of the images that it sees in training and evaluation."""
+    name: str = ""
+    """`lvvit_t`, `lvvit_s`, `lvvit_m`, `lvvit_l`, `t2t_vit_14`, ..., or the name of any timm model. Left out, it is
+    that of the run in `weights`, with its image size and its options, as far as these say nothing else."""
+    img_size: tuple[int, int] = _UNSAID
+    """Height and width of the images that it sees in training and evaluation; (224, 224) by default."""
     options: dict[str, Any] = field(default_factory=dict)
     """What else the model's constructor takes, such as `depth` or `drop_path`."""
     weights: str | None = None
@@ -75,6 +77,12 @@ class ModelConfig:
     """How many layers, counted from the stem, keep the weights that they begin with."""
 
     def __post_init__(self) -> None:
+        of_run = {} if self.name else _model_of_run(self.weights)
+        if self.img_size == _UNSAID:
+            object.__setattr__(self, "img_size", tuple(of_run.get("img_size", (224, 224))))
+        if of_run:
+            object.__setattr__(self, "name", of_run["name"])
+            object.__setattr__(self, "options", {**of_run.get("options", {}), **self.options})
         check_numbers(self, "model.", img_size=NATURAL, frozen_layers=COUNT)
         taken = self.options.keys() & {"name", "num_classes", "img_size", "size_px"}
         if taken:
@@ -82,6 +90,22 @@ class ModelConfig:
                 f"model.options names {', '.join(sorted(taken))}, which images, model.name and model.img_size decide; "
                 "leave it out there"
             )
+
+
+def _model_of_run(weights: str | None) -> dict[str, Any]:
+    """Return which network a run trained, or a checkpoint holds. Raises ConfigError for anything else."""
+    for path in (Path(weights) / "state.json", Path(weights) / RECIPE_FILE) if weights else ():
+        if path.is_file():
+            said = read_yaml(path)
+            model = dict(said.get("recipe", said)["model"])
+            sources = ("pretrained", "checkpoint_path", "cache_dir")  # the weights are at hand
+            options = {key: value for key, value in model.get("options", {}).items() if key not in sources}
+            return {**model, "options": options}
+    found = f"model.weights {weights} is no run" if weights else "there is no model.weights"
+    raise ConfigError(
+        f"model.name is missing, and {found} that would say which network it trained; name a model "
+        "(docs/models.md), or give model.weights a run folder"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
