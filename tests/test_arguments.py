@@ -9,7 +9,7 @@ from tokenlabel.cli import VERBS, main
 from tokenlabel.runtime.arguments import configured, device_of, new_parser, parse
 from tokenlabel.runtime.configuration import add_config_arguments, config_from_dict, config_of, read_yaml
 from tokenlabel.teachers.annotation import AnnotateConfig
-from tokenlabel.training.recipe import Recipe, add_recipe_arguments, find_recipe
+from tokenlabel.training.recipe import Recipe, add_recipe_arguments, recipe_content
 
 
 def read(*arguments: str) -> AnnotateConfig:
@@ -148,7 +148,11 @@ def recipe_of(*arguments: str) -> Recipe:
     parser = new_parser("train", "")
     parser.add_argument("--out", "--run", type=Path, required=True)
     add_recipe_arguments(parser)
-    options = parse(parser, ["--recipe", "demo_teacher", *arguments], find_recipe=find_recipe)
+    options = parse(
+        parser,
+        ["--recipe", "demo_teacher", *arguments],
+        read_recipe=lambda name: recipe_content(name, Recipe),
+    )
     assert options.out == Path("out")
     return configured(parser, options, Recipe)
 
@@ -239,7 +243,7 @@ def test_a_device_that_is_none(name):
             "optim: {lr: 1, wieght_decay: 2}",
             "own.yaml: unknown key optim.wieght_decay; did you mean optim.weight_decay",
         ),
-        ("data: a", "--data: expected a mapping of fields"),
+        ("data: a", "own.yaml: data: expected a mapping of fields, got 'a'"),
         ("data: {train: [a]}", "--data.train: expected str"),
     ],
 )

@@ -1,11 +1,20 @@
 import dataclasses
+import re
 
 import pytest
 import yaml
 
+from tokenlabel.cli import main
 from tokenlabel.core.config import Mixing
-from tokenlabel.runtime.configuration import ConfigError, config_as_dict, read_config, settings, write_config
-from tokenlabel.training.recipe import Recipe, find_recipe, recipe_names
+from tokenlabel.runtime.configuration import (
+    ConfigError,
+    config_as_dict,
+    config_from_dict,
+    read_config,
+    settings,
+    write_config,
+)
+from tokenlabel.training.recipe import Recipe, find_recipe, read_recipe, recipe_content, recipe_names
 
 MINIMAL = {
     "data": {"train": "images"},
@@ -87,8 +96,78 @@ def test_an_unknown_recipe_is_answered_with_the_near_name():
 
 
 @pytest.mark.parametrize("name", [name for name in recipe_names() if not name.startswith("segment_")])
-def test_every_recipe_of_the_package_is_read(name, write):
+def test_every_recipe_of_the_package_is_read(name):
     text = find_recipe(name).read_text()
     assert text.startswith("#"), "a recipe's head says what it does and what it costs"
-    nested = yaml.safe_load(text)
-    read(write(nested | {"data": {"train": "images"} | nested.get("data", {})}))
+    nested = recipe_content(name, Recipe)
+    nested["data"] = {"train": "images"} | nested.get("data", {})
+    config_from_dict(nested, Recipe, name=name)
+
+
+# A recipe of one's own, in a folder of its own, that extends another of one's own, which extends one of the package.
+FAMILY = {
+    "base.yaml": "extends: lvvit_s\ndata: {train: images}\nmodel: {name: t2t_vit_14, options: {}}\nepochs: 9\n",
+    "trials/one.yaml": "extends: ../base.yaml\noptim: {lr: 2.0e-3}\nmix:\n",
+}
+
+
+@pytest.fixture
+def family(tmp_path, monkeypatch):
+    for name, text in FAMILY.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_recipe_says_only_in_what_it_differs_from_another(family):
+    recipe = read_recipe("trials/one.yaml", Recipe)
+    content = recipe_content("lvvit_s", Recipe)
+    s = config_from_dict(content | {"data": content["data"] | {"train": "images"}}, Recipe, name="lvvit_s")
+    assert recipe.epochs == 9
+    assert recipe.optim == dataclasses.replace(s.optim, lr=2e-3)  # a group field by field
+    assert recipe.model.options == {}  # a value as a whole
+    assert recipe.mix == s.mix  # a group that says nothing changes nothing
+    assert recipe.data == s.data
+
+
+def test_options_override_a_recipe_that_extends_another_and_what_is_printed_is_whole(family, capsys):
+    words = ["--recipe", "trials/one.yaml", "--out", "out", "--epochs", "3", "--print-config"]
+    with pytest.raises(SystemExit):
+        main(["train", *words])
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert (printed["epochs"], printed["optim"]["lr"], printed["model"]["name"]) == (3, 2e-3, "t2t_vit_14")
+    assert "extends" not in printed
+
+
+@pytest.mark.parametrize(
+    ("base", "words"),
+    [
+        ("lvvit_x", ["one.yaml: extends: no recipe 'lvvit_x'", "did you mean lvvit_"]),
+        ("one.yaml", ["one.yaml, which extends", "no beginning"]),
+        ("two.yaml", ["one.yaml, which extends", "two.yaml, which extends", "no beginning"]),
+        ("bad.yaml", ["bad.yaml: unknown key optim.wieght_decay", "did you mean optim.weight_decay"]),
+        ("[deit_s, deit_b]", ["one.yaml: extends takes the name of one recipe", "['deit_s', 'deit_b']"]),
+        ("flat.yaml", ["flat.yaml: optim: expected a mapping of fields, got 3"]),
+        (
+            "segment_scenes",
+            ["segment_scenes.yaml: unknown key", "is it a recipe of tokenlabel segment train?"],
+        ),
+    ],
+)
+def test_a_recipe_that_cannot_be_extended_is_named_in_one_line(base, words, tmp_path, capsys):
+    (tmp_path / "one.yaml").write_text(f"extends: {base}\n")
+    (tmp_path / "two.yaml").write_text("extends: one.yaml\n")
+    (tmp_path / "bad.yaml").write_text("optim: {wieght_decay: 1}\n")
+    (tmp_path / "flat.yaml").write_text("optim: 3\n")
+    status = main(["train", "--recipe", str(tmp_path / "one.yaml"), "--out", str(tmp_path / "run")])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert status == 2
+    assert all(word in line for word in words), line
+
+
+def test_a_command_in_a_head_is_not_wrapped_through():
+    """An option and its value stand on one line, so that they can be copied."""
+    for name in recipe_names():
+        for line in find_recipe(name).read_text().splitlines():
+            assert not re.search(r"^#.*--[a-z.-]+$", line), f"{name}: {line}"

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-import yaml
 from jsonargparse import ArgumentParser
 from PIL import Image
 from safetensors.torch import save_file
@@ -29,7 +28,14 @@ from tokenlabel.runtime.runlog import Stopwatch, read_metrics
 from tokenlabel.teachers.annotation import AnnotateConfig, annotate
 from tokenlabel.training.checkpoint import load_checkpoint
 from tokenlabel.training.engine import prepare, train_step
-from tokenlabel.training.recipe import ModelConfig, Recipe, add_recipe_arguments, find_recipe, recipe_names
+from tokenlabel.training.recipe import (
+    ModelConfig,
+    Recipe,
+    add_recipe_arguments,
+    find_recipe,
+    recipe_content,
+    recipe_names,
+)
 
 CPU = torch.device("cpu")
 NAMES = [name for name in recipe_names() if not name.startswith("segment_")]
@@ -64,7 +70,7 @@ def data(tmp_path_factory):
 
 
 def nested(name):
-    return yaml.safe_load(find_recipe(name).read_text())
+    return recipe_content(name, Recipe)
 
 
 def head(name):

@@ -32,7 +32,7 @@ from tokenlabel.segmentation.task import build, load_segmenter, pixel_loss, trai
 from tokenlabel.segmentation.weights import load_weights
 from tokenlabel.training.checkpoint import list_checkpoints
 from tokenlabel.training.engine import run_task
-from tokenlabel.training.recipe import find_recipe, recipe_names
+from tokenlabel.training.recipe import recipe_content, recipe_names
 
 CPU = torch.device("cpu")
 
@@ -289,7 +289,7 @@ def test_a_file_without_a_trained_head_is_not_evaluated(scenes, tmp_path, capsys
     assert "is no whole model of" in error
     assert "it has nothing for auxiliary_head" in error
     assert main([*words, "small_data"]) == 2
-    assert "is no recipe of segmentation" in capsys.readouterr().err
+    assert "(is it a recipe of tokenlabel train?)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -330,7 +330,7 @@ def test_sharded_training_is_refused(scenes):
 
 @pytest.mark.parametrize("name", [name for name in recipe_names() if name.startswith("segment_")])
 def test_the_recipes_of_the_package_can_be_read(name):
-    nested = yaml.safe_load(find_recipe(name).read_text())
+    nested = recipe_content(name, SegmentRecipe)
     nested["data"]["root"] = "somewhere"
     recipe = config_from_dict(nested, SegmentRecipe, name=name)
     nested["model"] |= {"img_size": [32, 32]}

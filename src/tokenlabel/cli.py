@@ -139,7 +139,7 @@ def train(arguments: list[str]) -> int:
         "train", "Train a model by a recipe. The same command continues a run that was stopped."
     )
 
-    from tokenlabel.training.recipe import Recipe, add_recipe_arguments, find_recipe
+    from tokenlabel.training.recipe import Recipe, add_recipe_arguments, recipe_content
 
     parser.add_argument(
         "--out", "--run", type=Path, required=True, help="folder of the run: recipe, metrics, checkpoints"
@@ -149,7 +149,7 @@ def train(arguments: list[str]) -> int:
     add_changed_numerics(parser)
     _add_dry_runs(parser)
     add_recipe_arguments(parser)
-    options = parse(parser, arguments, find_recipe=find_recipe)
+    options = parse(parser, arguments, read_recipe=lambda name: recipe_content(name, Recipe))
     recipe = configured(parser, options, Recipe)
 
     from tokenlabel.classification.task import train as train_by_recipe

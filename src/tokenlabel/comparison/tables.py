@@ -21,8 +21,8 @@ import yaml
 
 from tokenlabel.comparison.defects import DEFECTS
 from tokenlabel.comparison.metrics import METRICS
-from tokenlabel.runtime.configuration import config_from_dict, read_yaml
-from tokenlabel.training.recipe import Recipe, find_recipe
+from tokenlabel.runtime.configuration import config_from_dict
+from tokenlabel.training.recipe import Recipe, recipe_content
 
 Kind = TypeVar("Kind")
 
@@ -194,7 +194,7 @@ def recipe_of(plan: RunPlan, seed: int, folders: Mapping[str, str]) -> Recipe:
 
 def _with_settings(recipe: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the content of a recipe's file with settings by dotted names in it."""
-    nested = read_yaml(find_recipe(recipe))
+    nested = recipe_content(recipe, Recipe)
     for key, value in settings.items():
         *groups, last = key.split(".")
         inner = nested

@@ -20,6 +20,11 @@ def with_words(name: str) -> str:
     return f"{name} ({shorten(words, _MAX_WORDS, placeholder='...')})" if words else name
 
 
+def words_of(name: str) -> str:
+    """Return the first of the words of a WordNet id (`n01440764`: tench); any other class name as it is."""
+    return _words_of_ids().get(name, name).partition(",")[0]
+
+
 @cache
 def imagenet_ids() -> tuple[str, ...]:
     """Return the ids of ImageNet-1k's classes in the order that its teachers and label files use."""

@@ -46,31 +46,29 @@ def new_parser(verb: str, description: str) -> ArgumentParser:
 
 
 def parse(
-    parser: ArgumentParser, arguments: list[str], *, find_recipe: Callable[[str], Path] | None = None
+    parser: ArgumentParser,
+    arguments: list[str],
+    *,
+    read_recipe: Callable[[str], dict[str, Any]] | None = None,
 ) -> Namespace:
     """Return parsed arguments. Raises ValueError of one line, with the near names of an unknown one.
 
-    `find_recipe`: the file of a `--recipe` that is given by its name.
+    `read_recipe`: what the recipe that `--recipe` names sets, as nested dicts.
     """
     from jsonargparse import ArgumentError
 
-    from tokenlabel.runtime.configuration import explain, fitted, read_yaml
+    from tokenlabel.runtime.configuration import explain, fitted
 
     words = spelled_out(parser, arguments)
-    recipes: dict[str, Path] = {}
-    for word in words:
-        if find_recipe and word.startswith("--recipe="):
-            path = find_recipe(word.partition("=")[2])
-            # Read here, so that the file is named if it is none; before all else, so that options override it.
-            recipes[f"--recipe={json.dumps(fitted(read_yaml(path), parser))}"] = path
-    if find_recipe:
+    if read_recipe:
+        names = [word.partition("=")[2] for word in words if word.startswith("--recipe=")]
+        # Read here, so that errors name the file; before all else, so that options override it.
+        recipes = [f"--recipe={json.dumps(fitted(read_recipe(name), parser))}" for name in names]
         words = [*recipes, *(word for word in words if not word.startswith("--recipe="))]
     try:
         namespace = parser.parse_args(words)
     except ArgumentError as error:
         message = explain(error, [action.dest for action in parser._actions], options=_options(parser))
-        if message.startswith(("unknown key", "Unexpected config")):
-            message = ", ".join(map(str, recipes.values())) + f": {message}"
         raise ValueError(message + _advice(parser, message, words)) from error
     for option, _, value in (word.partition("=") for word in words):
         action = parser._option_string_actions.get(option)

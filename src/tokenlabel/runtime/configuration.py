@@ -80,6 +80,36 @@ def config_from_dict(nested: dict[str, Any], config: type[Config], *, name: str)
         raise ConfigError(f"{name}: {explain(error, _field_names(config))}") from error
 
 
+def check_keys(nested: dict[str, Any], config: type, *, name: str) -> None:
+    """Raise ConfigError, which begins with `name`, for a key that a dataclass does not have, and for a group that is
+    no mapping.
+    """
+    known = _field_names(config)
+
+    def check(nested: dict[str, Any], kind: type, prefix: str) -> None:
+        hints = get_type_hints(kind)
+        for key, value in nested.items():
+            if key not in hints:
+                raise ConfigError(f"{name}: unknown key {prefix}{key}{near_names(f'{prefix}{key}', known)}")
+            if _is_config(hints[key]) and value is not None:
+                if not isinstance(value, dict):
+                    raise ConfigError(f"{name}: {prefix}{key}: expected a mapping of fields, got {value!r}")
+                check(value, hints[key], f"{prefix}{key}.")
+
+    check(nested, config, "")
+
+
+def overlaid(base: dict[str, Any], nested: dict[str, Any], config: type) -> dict[str, Any]:
+    """Return what `nested` says of a dataclass over what `base` says: groups field by field, values as a whole."""
+    hints, result = get_type_hints(config), dict(base)
+    for key, value in nested.items():
+        if not _is_config(hints[key]):
+            result[key] = value
+        elif value is not None or key not in base:
+            result[key] = overlaid(base.get(key) or {}, value or {}, hints[key])
+    return result
+
+
 def fitted(nested: dict[str, Any], parser: jsonargparse.ArgumentParser) -> dict[str, Any]:
     """Return what a YAML file holds with what people write there in place of what fields take, as on the command line.
 

@@ -63,7 +63,7 @@ def _train(arguments: list[str]) -> int:
     from tokenlabel.runtime.trackers import tensorboard
     from tokenlabel.segmentation.recipe import SegmentRecipe
     from tokenlabel.segmentation.task import train_segmentation
-    from tokenlabel.training.recipe import add_recipe_arguments, find_recipe
+    from tokenlabel.training.recipe import add_recipe_arguments, recipe_content
 
     parser.add_argument(
         "--out", "--run", type=Path, required=True, help="folder of the run: recipe, metrics, checkpoints"
@@ -72,7 +72,7 @@ def _train(arguments: list[str]) -> int:
     add_tensorboard(parser)
     add_changed_numerics(parser)
     add_recipe_arguments(parser, SegmentRecipe)
-    options = parse(parser, arguments, find_recipe=find_recipe)
+    options = parse(parser, arguments, read_recipe=lambda name: recipe_content(name, SegmentRecipe))
     recipe = configured(parser, options, SegmentRecipe)
     device = device_of(options.device)
     with tensorboard(options.out, wanted=options.tensorboard) as trackers:

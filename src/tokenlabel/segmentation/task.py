@@ -19,7 +19,7 @@ from tokenlabel.data.batches import make_loader
 from tokenlabel.data.images import DataError
 from tokenlabel.data.samplers import BatchSampler
 from tokenlabel.models import WeightsError
-from tokenlabel.runtime.configuration import ConfigError, config_from_dict, read_yaml
+from tokenlabel.runtime.configuration import ConfigError, config_from_dict
 from tokenlabel.runtime.distributed import Ranks, joined_ranks, usable_device
 from tokenlabel.runtime.runlog import Stopwatch
 from tokenlabel.runtime.trackers import Tracker
@@ -44,7 +44,7 @@ from tokenlabel.training.checkpoint import (
     read_weights,
 )
 from tokenlabel.training.engine import run_task
-from tokenlabel.training.recipe import find_recipe
+from tokenlabel.training.recipe import recipe_content
 from tokenlabel.training.run_folder import RunImages, locked
 from tokenlabel.training.tasks import Task, autocast
 
@@ -227,12 +227,10 @@ def load_published_segmenter(
     `root`: folder of the data set. Its classes are those of the recipe's data. Raises WeightsError for a file that does
     not fill all of the model, such as a backbone.
     """
-    recipe_path = find_recipe(recipe_name)
-    nested = read_yaml(recipe_path)
-    if "layout" not in (nested.get("data") or {}):
-        raise ConfigError(f"{recipe_path}: is no recipe of segmentation; it says no data.layout")
+    nested = recipe_content(recipe_name, SegmentRecipe)
+    nested.setdefault("data", {})
     nested["data"]["root"] = root or nested["data"].get("root", ".")
-    recipe = config_from_dict(nested, SegmentRecipe, name=str(recipe_path))
+    recipe = config_from_dict(nested, SegmentRecipe, name=recipe_name)
     names = classes_of(recipe.data, list(recipe.data.class_names)).names
     model = create_segmentation_model(recipe.model, num_classes=len(names))
     new = load_weights(model, path, average=recipe.model.average)

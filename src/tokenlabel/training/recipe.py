@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import jsonargparse
 
@@ -13,7 +13,13 @@ from tokenlabel.core.config import ErasingConfig, Inference, LossConfig, MixConf
 from tokenlabel.data.config import AugmentConfig
 from tokenlabel.data.images import ImageCheck
 from tokenlabel.runtime.coercion import coerced_fields
-from tokenlabel.runtime.configuration import add_config_arguments, read_yaml
+from tokenlabel.runtime.configuration import (
+    add_config_arguments,
+    check_keys,
+    config_from_dict,
+    overlaid,
+    read_yaml,
+)
 from tokenlabel.runtime.errors import ConfigError, near_names
 from tokenlabel.runtime.ranges import COUNT, NATURAL, PART, POSITIVE, SHARE, check_numbers
 
@@ -271,6 +277,9 @@ class Recipe(TrainingConfig):
         return self.loss.beta > 0 and (self.data.labels is not None or self.loss.has_online_teacher)
 
 
+RecipeKind = TypeVar("RecipeKind", bound=TrainingConfig)
+
+
 def add_recipe_arguments(parser: jsonargparse.ArgumentParser, kind: type[TrainingConfig] = Recipe) -> None:
     """Let a parser take `--recipe NAME|FILE` and every field of a recipe as `--a.b value`."""
     names = ", ".join(recipe_names())
@@ -287,16 +296,59 @@ def recipe_names() -> list[str]:
     )
 
 
-def find_recipe(name: str | Path) -> Path:
-    """Return the file of a recipe given by name or as a path. Raises ConfigError with the near names."""
-    if Path(name).is_file():
-        return Path(name)
-    name = str(name)
-    if name in recipe_names():
+def find_recipe(name: str | Path, *, beside: Path | None = None) -> Path:
+    """Return the file of a recipe given by name or as a path. Raises ConfigError with the near names.
+
+    `beside`: the recipe that names it, from whose folder its path leads; that of the process if None.
+    """
+    path = Path(name) if beside is None else beside.parent / name
+    if path.is_file():
+        return path
+    if str(name) in recipe_names():
         return Path(str(_folder() / f"{name}.yaml"))
-    raise ConfigError(
-        f"no recipe {name!r}, neither a file nor one of the package{near_names(name, recipe_names())}"
-    )
+    where = "" if beside is None else f"{beside}: extends: "
+    near = near_names(str(name), recipe_names())
+    raise ConfigError(f"{where}no recipe {str(name)!r}, neither a file nor one of the package{near}")
+
+
+def read_recipe(name: str | Path, kind: type[RecipeKind]) -> RecipeKind:
+    """Return a recipe of the package by its name, or that of a YAML file. Raises ConfigError that names the file."""
+    return config_from_dict(recipe_content(name, kind), kind, name=str(name))
+
+
+def recipe_content(name: str | Path, kind: type[TrainingConfig]) -> dict[str, Any]:
+    """Return the fields that a recipe sets, as nested dicts, those of the recipes that it extends included.
+
+    `extends: lvvit_s` in a file (a recipe of the package, or a path from the file's folder) takes what that recipe
+    says and changes what is said here: a group (`optim`) field by field, anything else, `model.options` too, as a
+    whole. Raises ConfigError that names the file for one that cannot be read, for keys that `kind` does not have, and
+    for recipes that extend each other.
+    """
+    chain: dict[Path, dict[str, Any]] = {}
+    path: Path | None = find_recipe(name)
+    while path is not None:
+        if path.resolve() in {file.resolve() for file in chain}:
+            files = ", which extends ".join(map(str, [*chain, path]))
+            raise ConfigError(
+                f"{files}: recipes that extend each other have no beginning; leave one extends out"
+            )
+        chain[path] = nested = read_yaml(path)
+        base = nested.pop("extends", None)
+        if base is not None and not isinstance(base, str):
+            raise ConfigError(f"{path}: extends takes the name of one recipe or a file, got {base!r}")
+        path = None if base is None else find_recipe(base, beside=path)
+    content: dict[str, Any] = {}
+    for path, nested in reversed(chain.items()):
+        try:
+            check_keys(nested, kind, name=str(path))
+        except ConfigError as error:
+            segments = any("layout" in (each.get("data") or {}) for each in chain.values())
+            if segments != issubclass(kind, Recipe):
+                raise
+            verb = "segment train" if segments else "train"
+            raise ConfigError(f"{error} (is it a recipe of tokenlabel {verb}?)") from error
+        content = overlaid(content, nested, kind)
+    return content
 
 
 def _folder() -> Any:
