@@ -6,15 +6,28 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
+import torch
 import yaml
 from PIL import Image
 from test_train import nested_recipe
+from torch.nn import functional as F
+from training_ranks import train_together
 
+from tokenlabel.classification.task import build
+from tokenlabel.classification.task import train as train_by_recipe
 from tokenlabel.cli import main
+from tokenlabel.core.batch import normalize_images
 from tokenlabel.core.scores import ScoreMap
+from tokenlabel.core.step import make_targets, student_loss
 from tokenlabel.data.scenes import write_scenes
 from tokenlabel.labels.store import LabelStoreWriter, Manifest
+from tokenlabel.models import register_with_timm
+from tokenlabel.runtime.configuration import config_from_dict
+from tokenlabel.runtime.distributed import Ranks
 from tokenlabel.runtime.runlog import read_metrics
+from tokenlabel.training.engine import prepare
+from tokenlabel.training.recipe import Recipe
 
 NUM_WORDS = 12
 WORDS = {"teacher": {"name": "words", "words": "abc"}}
@@ -119,3 +132,181 @@ def test_class_labels_beside_words_are_one_run(here, capsys):
     status, said = train(capsys, *labelled, "--out", "combined", "--eval.inference", "combined")
     assert status == 2
     assert "give --eval.inference class" in said
+
+
+def test_a_network_without_classes_is_evaluated_by_its_tokens_and_its_features(here, capsys):
+    assert train(capsys, *FLAT, "--out", "run", "--epochs", "1")[0] == 0
+    asked = ("--labels", "flat_words_val", "--probe", "scenes/val", "--num-workers", "0", "--json")
+    status, said = run(capsys, "eval", "run", "--data", "flat_val", *asked)
+    assert status == 0, said
+    found = json.loads(said.splitlines()[-1])
+    assert found.keys() >= {"teacher_accuracy", "teacher_miou", "knn", "image_probe"}
+    status, said = run(
+        capsys, "eval", "run", "--probe", "scenes/train", "--probe-test", "scenes/val", "--num-workers=0"
+    )
+    assert status == 0, said
+    assert "learn from 40 images, and are tested on 20 others" in said
+    status, said = run(capsys, "eval", "run", "--data", "scenes/val")
+    assert status == 2
+    assert "has no class head and cannot be held against the classes of scenes/val; give --probe DIR" in said
+
+
+def test_a_classifier_begins_with_the_network_of_a_run_and_new_heads(here, capsys):
+    assert train(capsys, *FLAT, "--out", "run", "--epochs", "1")[0] == 0
+    few = (
+        "--data.train",
+        "scenes/some.csv",
+        "--data.val",
+        "scenes/val",
+        "--model.weights",
+        "run",
+        "--out",
+        "few",
+    )
+    small = ("--epochs", "2", "--min_epoch_steps", "3", "--precision", "fp32", "--device", "cpu")
+    status, said = run(capsys, "train", "--recipe", "finetune", *few, *small, "--data.num_workers", "0")
+    assert status == 0, said
+    made = yaml.safe_load(Path("few/recipe.yaml").read_text())["model"]
+    before = yaml.safe_load(Path("run/recipe.yaml").read_text())["model"]
+    assert (made["name"], made["img_size"], made["options"]) == (
+        before["name"],
+        before["img_size"],
+        before["options"],
+    )
+    state = json.loads(
+        next(Path("few/checkpoints").glob("0*6/state.json")).read_text()
+    )  # 2 epochs of 3 steps
+    assert (len(state["class_names"]), state["token_classes"]) == (10, None)
+    assert "top1" in figures("few")
+
+
+def test_weights_that_are_no_run_do_not_say_which_network_is_meant(here, capsys):
+    few = ("--data.train", "scenes/train", "--model.weights", "some.pth", "--out", "few")
+    status, said = run(capsys, "train", "--recipe", "finetune", *few)
+    assert status == 2
+    assert "model.name is missing, and model.weights some.pth is no run" in said
+
+
+@pytest.mark.parametrize("name", ["run.safetensors", "run_hub"])
+def test_a_network_without_classes_is_exported(here, capsys, name):
+    assert train(capsys, *FLAT, "--out", "run", "--epochs", "1")[0] == 0
+    status, said = run(capsys, "export", "run", name)
+    assert status == 0, said
+    if name == "run_hub":
+        register_with_timm()
+        model = timm.create_model("local-dir:run_hub", pretrained=True)
+        assert model(torch.zeros(1, 3, 24, 24)).shape == (1, 16)  # features, as timm does without classes
+        assert Path("run_hub/token_head.safetensors").is_file()
+
+
+def test_some_images_have_a_class_and_some_a_label(here, capsys):
+    data = ("--data.train", "scenes/some.csv", "--data.labels", "words_some", "--data.max-missing", ".5")
+    status, said = train(capsys, *data, "--data.val", "scenes/val", "--out", "run")
+    assert status == 0, said
+    assert "40 images, 10 of them of" in said
+    assert "training images: 40 images, 10 with a class, 20 with a label map" in said
+    status, said = train(capsys, *data, "--out", "dry", "--dry-run")
+    assert status == 0, said
+    assert (
+        "40 images, 10 with a class, 20 with a label map; 10 classes and 12 visual words for the tokens"
+        in said
+    )
+
+
+def test_images_of_another_folder_have_no_classes_whatever_its_layout(here, capsys):
+    Path("more/album/2024").mkdir(parents=True)
+    for number, path in enumerate(sorted(Path("flat_val").iterdir())):
+        shutil.copy(path, f"more/album/2024/{path.name}" if number % 2 else f"more/{path.name}")
+    keys = [path.relative_to("more").as_posix() for path in sorted(Path("more").rglob("*.png"))]
+    write_words(Path("more_words"), keys, Path("more"))
+    data = ("--data.train", "scenes/train", "--data.unlabelled", "more", "--data.labels+=words_train")
+    status, said = train(capsys, *data, "--data.labels+=more_words", "--out", "run", "--epochs", "1")
+    assert status == 0, said
+    assert "training images: 60 images, 40 with a class, 60 with a label map" in said
+
+
+def test_the_loss_is_a_mean_over_what_is_known(here):
+    """Each part is multiplied by images / images that have it: a batch of all images has the mean of these."""
+    recipe = recipe_of("scenes/some.csv", "words_some", batch_size=40)
+    task = build(recipe, device=torch.device("cpu"))
+    batch = next(iter(task.batches(prepare(task, Ranks()).sampler(0))))
+    targets = make_targets(batch, task.supervision, task.grid)
+    assert targets.class_token.weight.sum() == pytest.approx(40)
+    assert targets.tokens is not None
+    weight = targets.tokens.weight.mean(dim=1)
+    assert (weight > 0).sum() == 20
+    outputs = task.model.eval()(normalize_images(batch.images, mean=task.model.mean, std=task.model.std))
+    loss = student_loss(outputs, targets, task.supervision)
+    known = batch.has_class
+    of_known = F.cross_entropy(outputs.class_logits[known], batch.class_ids[known], label_smoothing=0.1)
+    assert float(loss.class_part) == pytest.approx(float(of_known), rel=1e-5)
+
+
+def recipe_of(train, labels, **changes):
+    data = {"train": train, "labels": labels, "num_workers": 0, "max_missing": 0.5}
+    changes = {"mix": {"kind": "none"}, "eval": {"every_epochs": 9}, **changes}
+    return config_from_dict({**nested_recipe(Path("scenes")), "data": data, **changes}, Recipe, name="test")
+
+
+def test_two_processes_have_the_loss_of_one_where_classes_and_labels_are_missing(here):
+    recipes = {
+        "some": recipe_of("scenes/some.csv", "words_some", epochs=1),
+        "none": recipe_of("flat_train", "flat_words_train", epochs=1),
+    }
+    train_together({Path(f"two_{name}"): recipe for name, recipe in recipes.items()})
+    for name, recipe in recipes.items():
+        train_by_recipe(recipe, Path(f"one_{name}"), device="cpu")
+        one, two = (read_metrics(Path(f"{count}_{name}")) for count in ("one", "two"))
+        for alone, together in zip(one, two, strict=True):
+            for part in ("loss", "class_loss", "token_loss"):
+                assert together[part] == pytest.approx(alone[part], rel=1e-4, abs=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--data.train", "flat_train"), "without labels there is nothing to learn from"),
+        ((*FLAT, "--loss.beta", "0"), "and loss.beta above 0"),
+        ((*FLAT, "--loss.class-target", "teacher"), "visual words, no classes; leave it at truth"),
+        (
+            ("--data.train=scenes/train", "--data.labels=words_train", "--loss.class-target=both"),
+            "these are about 12 visual words, not the 10 classes",
+        ),
+        ((*FLAT, "--data.val", "flat_val"), "give --eval.labels"),
+        ((*FLAT, "--eval.probe", "one"), "has classes: 3; eval.probe needs images of at least two classes"),
+        ((*FLAT, "--eval.probe-test", "one"), "name that folder, too"),
+        ((*FLAT, "--eval.inference", "combined"), "give --eval.inference class"),
+        (
+            ("--data.train", "torn.csv", "--data.labels", "words_some"),
+            "torn.csv, line 3: expected the path of an image",
+        ),
+        (
+            ("--data.train=scenes/train", "--data.unlabelled=scenes/train", "--data.labels=words_train"),
+            "is the name of two images, one with classes and one without",
+        ),
+    ],
+)
+def test_what_cannot_be_learnt_from_is_said_in_one_line(here, capsys, words, said):
+    Path("one/3").mkdir(parents=True)
+    shutil.copytree("scenes/train/3", "one/3", dirs_exist_ok=True)
+    Path("torn.csv").write_text("path,label\nscenes/train/3/0003.png,3\n,,3\n3\n")
+    status, told = train(capsys, *words, "--out", "run")
+    assert status == 2
+    assert said in told
+    assert len([line for line in told.splitlines() if "error" in line]) == 1
+    assert not Path("run/checkpoints").exists()
+
+
+def test_a_run_goes_on_with_the_words_that_it_began_with_alone(here, capsys):
+    assert train(capsys, *FLAT, "--out", "run", "--epochs", "1")[0] == 0
+    other = {"teacher": {"name": "words", "words": "another"}}
+    write_words(
+        Path("other"),
+        [path.name for path in sorted(Path("flat_train").iterdir())],
+        Path("flat_train"),
+        **other,
+    )
+    again = ("--data.train", "flat_train", "--data.labels", "other", "--out", "run", "--epochs", "1")
+    status, said = train(capsys, *again)
+    assert status == 2
+    assert "run was trained on other images or labels: labels.teacher.words: abc there, another here" in said

@@ -111,9 +111,10 @@ def overfit(recipe: Recipe, num_images: int, *, device: torch.device, num_steps:
             if (step + 1) % (num_steps // 10) == 0:
                 yield f"step {step + 1:>4}  {_spelled({name: float(value) for name, value in values.items()})}"
         top1, tokens = _learnt(task)
-    told = "" if tokens is None else f", {tokens:.1%} of the tokens that are told a class name it"
-    yield f"{num_images} images, {num_steps} steps: {top1:.1%} of the images are learnt{told}"
-    if top1 < 1:
+    learnt = [f"{top1:.1%} of the images are learnt"] if top1 is not None else []
+    learnt += [f"{tokens:.1%} of the tokens that are told a class name it"] if tokens is not None else []
+    yield f"{num_images} images, {num_steps} steps: {', '.join(learnt) or 'nothing that could be told'}"
+    if top1 is not None and top1 < 1:
         yield "Too few: look at the pictures of --dry-run, at optim.lr, and at whether the classes can be told apart."
 
 
@@ -140,13 +141,15 @@ def _sizes(training: Training, task: ClassifierTask) -> list[tuple[str, str]]:
     rows, columns = task.grid
     folders = " + ".join(recipe.data.label_folders)
     labels = folders if task.supervision.stored else recipe.loss.teacher.name
+    others = f" and {task.token_classes} for the tokens" if task.token_classes is not None else ""
+    about = f"{len(task.class_names):,} classes{others}" if task.class_names else f"no classes{others}"
     told = f"tokens are told by {labels}" if task.supervision.labels_tokens else "tokens are told nothing"
     return [
         (
             "model",
             f"{recipe.model.name}: {sum(p.numel() for p in parameters):,} parameters, {trained:,} trained",
         ),
-        ("images", f"{task.num_images:,} of {len(task.class_names):,} classes, {width_px} x {height_px} px"),
+        ("images", f"{task.counts}; {about}, {width_px} x {height_px} px"),
         ("targets", f"{rows} x {columns} tokens; {told}"),
         (
             "batch",
@@ -201,8 +204,8 @@ def _first_pictures(training: Training, task: ClassifierTask) -> Image.Image:
         pixels = batch.images[i].permute(1, 2, 0).numpy()
         pictures = [enlarged(pixels)]
         if targets is not None:
-            probs = targets.dense(batch.num_classes)[i].reshape(*task.grid, -1).cpu().numpy()
-            pictures.append(with_cells(pixels, probs, task.class_names))
+            probs = targets.dense(task.model.num_token_classes)[i].reshape(*task.grid, -1).cpu().numpy()
+            pictures.append(with_cells(pixels, probs, task.token_names))
         pairs.append(pictures)
     return _sheet(pairs)
 
@@ -258,16 +261,22 @@ def _on_few_images(recipe: Recipe, num_images: int, num_steps: int, device: torc
     return replace(task, train_set=images)
 
 
-def _learnt(task: ClassifierTask) -> tuple[float, float | None]:
-    """Return the shares of the images, and of their tokens that are told one class, whose class the model names."""
+def _learnt(task: ClassifierTask) -> tuple[float | None, float | None]:
+    """Return the shares of the images, and of their tokens that are told one class, whose class the model names.
+
+    None where nothing is known.
+    """
     batch: Batch = collate([task.train_set[0, i] for i in range(task.num_images)]).to(task.device)
     model = task.model.eval()
     with torch.inference_mode(), autocast(task.device, task.recipe.precision):
         outputs = model(normalize_images(batch.images, mean=model.mean, std=model.std))
-        top1 = (outputs.class_logits.argmax(dim=1) == batch.class_ids).float().mean()
+        known, top1 = batch.has_class, None
+        if known.any():
+            right = outputs.class_logits[known].argmax(dim=1) == batch.class_ids[known]
+            top1 = float(right.float().mean())
         targets = make_targets(batch, task.supervision, task.grid).tokens
         if targets is None:
-            return float(top1), None
-        certainty, told = targets.dense(batch.num_classes).max(dim=2)  # [B, N]
+            return top1, None
+        certainty, told = targets.dense(task.model.num_token_classes).max(dim=2)  # [B, N]
         named = (outputs.token_logits.argmax(dim=2) == told)[certainty >= _CERTAIN]
-        return float(top1), float(named.float().mean()) if len(named) else None
+        return top1, float(named.float().mean()) if len(named) else None

@@ -19,7 +19,7 @@ from torch import nn
 from tokenlabel.core.batch import Batch
 from tokenlabel.core.config import ClassTarget, Inference
 from tokenlabel.core.step import Supervision, TrainStep
-from tokenlabel.data.augment import TrainTransform
+from tokenlabel.data.augment import EvalTransform, TrainTransform
 from tokenlabel.data.batches import TokenLabelDataset, check_labels, classes_of_labels, make_loader
 from tokenlabel.data.classes import ClassList, difference, ids_among, imagenet_names
 from tokenlabel.data.folders import NEED_CLASSES, DataError
@@ -158,6 +158,11 @@ class ClassifierTask(Task[Recipe]):
         return lambda epoch: shard_order(groups, seed=seed, epoch=epoch, window=window)
 
     @property
+    def token_names(self) -> list[str]:
+        """The names of what the tokens are about; numbers where nobody says them."""
+        return self.class_names if self.token_classes is None else self.token_classes.labels
+
+    @property
     def _judges_classes(self) -> bool:
         """Whether there are val images with classes that the class head may name."""
         val_set = self.val_set
@@ -242,6 +247,10 @@ def build(recipe: Recipe, *, device: torch.device, run: Path | None = None) -> C
         val_set = evaluation_set(recipe, class_names=source.class_names, sound=sound)
         say(describe(val_set.source, recipe.data.val or ""))
         val_set.store = _val_labels(recipe, val_set.source, token_classes)
+    probes = None
+    if recipe.eval.probe is not None:
+        plain = EvalTransform(recipe.model.img_size, crop_fraction=recipe.eval.crop_fraction)
+        probes = probe_sets(recipe.eval.probe, recipe.eval.probe_test, plain)
     transform = TrainTransform(recipe.augment, recipe.model.img_size)
     return ClassifierTask(
         recipe=recipe,
@@ -252,7 +261,7 @@ def build(recipe: Recipe, *, device: torch.device, run: Path | None = None) -> C
         device=device,
         counts=counts,
         token_classes=None if token_classes.is_same(_list_of(source)) else token_classes,
-        probe_sets=probe_sets(recipe),
+        probe_sets=probes,
         images=images,
     )
 
@@ -304,7 +313,7 @@ def _with_classes(
                     "visual words, no classes; leave it at truth"
                 )
             ours = theirs
-            source = WithoutClasses(source, theirs.names or [str(number) for number in range(theirs.count)])
+            source = WithoutClasses(source, theirs.labels)
     if recipe.eval.inference is not Inference.CLASS and not theirs.is_same(ours):
         raise ConfigError(
             f"eval.inference {recipe.eval.inference} takes token and class token to be about one list of classes, and "

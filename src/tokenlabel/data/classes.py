@@ -49,6 +49,11 @@ class ClassList:
             return False
         return not (self.names and other.names) or bool(self.words) or same_classes(self.names, other.names)
 
+    @property
+    def labels(self) -> list[str]:
+        """What to call the classes: their names, else their numbers."""
+        return list(self.names) or [str(number) for number in range(self.count)]
+
     @staticmethod
     def from_dict(values: dict[str, Any]) -> ClassList:
         """Return the list that `dataclasses.asdict` made these values of, perhaps by way of JSON."""

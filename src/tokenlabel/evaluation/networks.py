@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tokenlabel.core.config import Inference
+from tokenlabel.data.classes import ClassList
 from tokenlabel.data.config import Interpolation
 from tokenlabel.evaluation.pretrained import load_pretrained
 from tokenlabel.models import Outputs, TokenModel, create_model
@@ -29,6 +30,7 @@ class Network:
 
     `class_names`: empty if nobody knows them; `names_assumed`: they are ImageNet's, by their number alone. `heads`:
     the ways to predict that were trained, the usual one first. `recipe`, `step`: of the run that it comes from.
+    `tokens_trained`: whether its head for tokens was. `token_classes`: what the tokens are about, if not these.
     """
 
     name: str
@@ -42,6 +44,8 @@ class Network:
     names_assumed: bool = False
     recipe: Recipe | None = None
     step: int | None = None
+    token_classes: ClassList | None = None
+    tokens_trained: bool = False
 
     def chosen_heads(self, wanted: str | None) -> tuple[Inference, ...]:
         """Return the ways to predict that `wanted` means: one by name, `all`, or the usual one.
@@ -53,6 +57,11 @@ class Network:
         if wanted == "all":
             return tuple(head for head in Inference if head in self.heads)
         wanted = Inference(wanted)
+        if wanted not in self.heads and self.token_classes is not None:
+            raise NetworkError(
+                f"{self.name}: its tokens are about {self.token_classes}, not its {self.num_classes:,} classes; "
+                "evaluate it with --inference class"
+            )
         if wanted not in self.heads:
             raise NetworkError(
                 f"{self.name} was trained without token labels, so its token head says nothing; "
@@ -99,6 +108,7 @@ def _from_run(path: Path, size: int | None) -> Network:
         other = create_model(
             recipe.model.name,
             num_classes=model.num_classes,
+            num_token_classes=model.num_token_classes,
             img_size=img_size,
             **options_without_weights(recipe.model.options),
         )
@@ -106,7 +116,8 @@ def _from_run(path: Path, size: int | None) -> Network:
         other.load_state_dict(tensors)
         model = other
     usual = recipe.eval.inference
-    heads = dict.fromkeys([usual, *Inference] if recipe.uses_token_labels else [Inference.CLASS])
+    predicts = recipe.uses_token_labels and trained.token_classes is None
+    heads = dict.fromkeys([usual, *Inference] if predicts else [Inference.CLASS])
     return Network(
         name=str(path),
         model=model.eval(),
@@ -118,6 +129,8 @@ def _from_run(path: Path, size: int | None) -> Network:
         heads=tuple(heads),
         recipe=recipe,
         step=trained.step,
+        token_classes=trained.token_classes,
+        tokens_trained=recipe.uses_token_labels,
     )
 
 
@@ -139,6 +152,7 @@ def _from_name(name: str, weights: str | None, size: int | None) -> Network:
         crop_fraction=found.crop_fraction,
         interpolation=found.interpolation,
         heads=tuple(heads),
+        tokens_trained=Inference.TOKENS in heads,
     )
 
 

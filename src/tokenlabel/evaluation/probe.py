@@ -25,7 +25,6 @@ from tokenlabel.models import TokenModel
 from tokenlabel.runtime.configuration import ConfigError
 from tokenlabel.runtime.distributed import Ranks
 from tokenlabel.runtime.notices import listed, say
-from tokenlabel.training.recipe import Recipe
 
 # Ridge, relative to the mean of the features' variances: enough to make the solution exist, too little to shrink it.
 RIDGE = 1e-3
@@ -83,28 +82,24 @@ def probe_figures(model: TokenModel, train: Iterable[Batch], val: Iterable[Batch
     return dict(judge.figures())
 
 
-def probe_sets(recipe: Recipe) -> tuple[TokenLabelDataset, TokenLabelDataset] | None:
-    """Return the images of `eval.probe` that probes learn from, and those that they are tested on; None without any.
+def probe_sets(
+    probe: str | Path, test: str | Path | None, transform: EvalTransform
+) -> tuple[TokenLabelDataset, TokenLabelDataset]:
+    """Return the images that probes learn from, of the folder `probe`, and those that they are tested on.
 
-    Without `eval.probe_test` every other image of a class is for the test. Raises ConfigError for images of fewer than
-    two classes, or too few of them.
+    Without `test` every other image of a class is for the test. Raises ConfigError for images of fewer than two
+    classes, or of one image of a class.
     """
-    config = recipe.eval
-    if config.probe is None:
-        return None
-    transform = EvalTransform(recipe.model.img_size, crop_fraction=config.crop_fraction)
-    source = with_classes_only(open_images(config.probe), config.probe)
-    if config.probe_test is not None:
-        others = open_images(config.probe_test)
-        test = as_classes_of(others, source.class_names, len(source.class_names), config.probe_test)
+    source = with_classes_only(open_images(probe), probe)
+    if test is not None:
+        others = as_classes_of(open_images(test), source.class_names, len(source.class_names), test)
     else:
-        # Sorted by class, so that every other image is every other one of each class.
-        order = np.argsort(source.class_ids, kind="stable")
-        source, test = ImageSubset(source, np.sort(order[::2])), ImageSubset(source, np.sort(order[1::2]))
+        order = np.argsort(source.class_ids, kind="stable")  # every other image of each class
+        source, others = (ImageSubset(source, np.sort(order[start::2])) for start in (0, 1))
     say(
-        f"probes of frozen features learn from {len(source):,} images, and are tested on {len(test):,} others"
+        f"probes of frozen features learn from {len(source):,} images, and are tested on {len(others):,} others"
     )
-    return TokenLabelDataset(source, transform), TokenLabelDataset(test, transform)
+    return TokenLabelDataset(source, transform), TokenLabelDataset(others, transform)
 
 
 def with_classes_only(source: ImageSource, place: str | Path) -> ImageSource:
