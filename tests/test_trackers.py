@@ -1,3 +1,5 @@
+import os
+import subprocess
 import sys
 from contextlib import closing
 
@@ -10,7 +12,7 @@ from tokenlabel.classification.task import train
 from tokenlabel.data.scenes import write_scenes
 from tokenlabel.runtime.configuration import config_from_dict
 from tokenlabel.runtime.runlog import RunLog, read_metrics
-from tokenlabel.runtime.trackers import TensorBoard, TrackerError
+from tokenlabel.runtime.trackers import TensorBoard, TrackerError, WandB
 from tokenlabel.training.recipe import Recipe
 
 
@@ -50,6 +52,61 @@ def test_tensorboard_that_is_not_installed_is_an_error_that_says_what_to_install
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(TrackerError, match=r"pip install 'tokenlabel\[tensorboard\]'"):
         TensorBoard(tmp_path)
+
+
+def test_wandb_that_is_not_installed_is_an_error_that_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(TrackerError, match=r"pip install 'tokenlabel\[wandb\]'"):
+        WandB(tmp_path)
+
+
+def test_wandb_offline_holds_the_figures_of_a_run_that_was_stopped_and_continued(tmp_path):
+    write_scenes(tmp_path / "scenes", num_train=20, num_val=10, seed=0)
+    command = [
+        sys.executable,
+        "-m",
+        "tokenlabel",
+        "train",
+        "--recipe",
+        "demo_class_labels",
+        "--out",
+        "runs/first",
+    ]
+    more = [
+        "--data.train",
+        "scenes/train",
+        "--data.val",
+        "scenes/val",
+        "--batch-size",
+        "10",
+        "--device",
+        "cpu",
+    ]
+    few = ["--epochs", "2", "--optim.warmup-epochs", "0", "--data.num-workers", "0", "--wandb"]
+    environment = os.environ | {"WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
+    for _ in range(2):
+        done = subprocess.run(
+            [*command, *more, *few], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+    (run_id,) = {path.name for path in (tmp_path / "runs" / "first" / "wandb").glob("offline-*/run-*.wandb")}
+    assert (tmp_path / "runs" / "first" / "wandb.id").read_text() in run_id
+    first, _ = sorted((tmp_path / "runs" / "first" / "wandb").glob("offline-*/run-*.wandb"))
+    logged = first.read_bytes()
+    assert all(name in logged for name in (b"train/loss", b"eval/top1", b"lr_batch_size"))
+
+
+def test_wandb_without_a_login_is_one_line(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    code = f"from pathlib import Path; from tokenlabel.runtime.trackers import WandB; WandB(Path({str(tmp_path)!r}))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment | {"HOME": str(tmp_path), "NETRC": str(tmp_path / "none")},
+        capture_output=True,
+        text=True,
+    )
+    assert "TrackerError: --wandb: No API key" in done.stderr.splitlines()[-1]
+    assert done.stderr.rstrip().endswith("log in by `wandb login`, or set WANDB_MODE=offline")
 
 
 def test_a_run_tells_its_trackers_what_it_writes(tmp_path):

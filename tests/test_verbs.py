@@ -46,6 +46,8 @@ train --recipe demo_class_labels --out ./out --data.train ./demo/scenes/train --
  --data.num-workers 0 --model.options.depth 1
 index ./tars
 annotate ./demo/scenes/train ./strict --teacher ./demo/teacher --batch-size 8
+fit-head ./demo/scenes/train ./head.safetensors --backbone ./demo/teacher --from words --words 8
+annotate ./demo/scenes/train ./words --teacher ./head.safetensors
 import-labels ./files ./imported --images ./images --num-classes 2
 inspect ./strict --images ./demo/scenes/train --pictures ./maps.html --output ./output
 merge ./strict ./encoding
@@ -73,6 +75,7 @@ eval ./mode: segmentation model
 eval ./out/checkpoints: did you mean the run, out?
 eval ./out --data ./demo/scenes/val --ignore-index 3: give --masks
 inspect ./strict --ignore-index 3: give --masks
+fit-head ./demo/scenes/train ./head.safetensors --backbone ./demo/teacher --from words --words 9: other options (words)
 segment eval ./mode --images ./demo/scenes/val --masks ./demo/scenes/masks/val --split val: leave one out
 segment eval ./mode --images ./demo/scenes/val --masks ./demo/scenes/masks/val --mode whole --stride 9: leave one out
 segment eval ./mode --images ./demo/scenes/val --masks ./demo/scenes/masks/val --scales 0: --scales must be above 0
@@ -80,6 +83,7 @@ segment eval ./mode --images ./demo/scenes/val --masks ./demo/scenes/masks/val -
 
 LEFT_BEHIND = """
 demo/report.html out/checkpoints tars/tokenlabel-index.npz strict/manifest.json imported/manifest.json maps.html output
+head.safetensors words/manifest.json
 encoding/manifest.json out.safetensors r.json output.html set results.md mode/checkpoints s.json flip/masks
 more/checkpoints
 """

@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from tokenlabel.labels.store import LabelStore, LabelStoreWriter, merge_stores
     from tokenlabel.models import create_model
     from tokenlabel.teachers.annotation import AnnotateConfig, annotate
+    from tokenlabel.teachers.fitting import FitConfig, fit_head
+    from tokenlabel.teachers.heads import Head
 
     __version__: str
 
@@ -66,6 +68,8 @@ _HOMES = {
     "core.targets": ("TokenTargets", "class_targets"),
     "models": ("create_model",),
     "teachers.annotation": ("AnnotateConfig", "annotate"),
+    "teachers.fitting": ("FitConfig", "fit_head"),
+    "teachers.heads": ("Head",),
     "core.config": (
         "ClassTarget",
         "ErasingConfig",
@@ -90,6 +94,8 @@ __all__ = [
     "ErasingMode",
     "EvalTransform",
     "Extent",
+    "FitConfig",
+    "Head",
     "ImageCheck",
     "Inference",
     "Interpolation",
@@ -115,6 +121,7 @@ __all__ = [
     "collate",
     "collate_score_maps",
     "create_model",
+    "fit_head",
     "make_loader",
     "merge_stores",
     "mix_images",

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, TextIO
 from tokenlabel.runtime.arguments import (
     add_changed_numerics,
     add_device,
-    add_tensorboard,
+    add_trackers,
     configured,
     device_of,
     new_parser,
@@ -145,7 +145,7 @@ def train(arguments: list[str]) -> int:
         "--out", "--run", type=Path, required=True, help="folder of the run: recipe, metrics, checkpoints"
     )
     add_device(parser)
-    add_tensorboard(parser)
+    add_trackers(parser)
     add_changed_numerics(parser)
     _add_dry_runs(parser)
     add_recipe_arguments(parser)
@@ -154,12 +154,12 @@ def train(arguments: list[str]) -> int:
 
     from tokenlabel.classification.task import train as train_by_recipe
     from tokenlabel.runtime.runlog import print_figures
-    from tokenlabel.runtime.trackers import tensorboard
+    from tokenlabel.runtime.trackers import trackers_of
 
     device = device_of(options.device)
     if options.dry_run or options.profile or options.overfit is not None:
         return _dry_run(recipe, options, device)
-    with tensorboard(options.out, wanted=options.tensorboard) as trackers:
+    with trackers_of(options.out, tensorboard=options.tensorboard, wandb=options.wandb) as trackers:
         figures = train_by_recipe(
             recipe,
             options.out,
@@ -237,6 +237,40 @@ def annotate(arguments: list[str]) -> int:
         f"{len(done.failures):,} failed; {done.images_per_s:,.0f} images/s"
     )
     _print_some([failure.reason for failure in done.failures])
+    return 0
+
+
+def fit_head(arguments: list[str]) -> int:
+    """Fit a head on a backbone."""
+    parser = new_parser(
+        "fit-head",
+        "Make a teacher of any backbone: fit a head on its features and write it to a small file, which "
+        "`annotate --teacher` takes. A fit that was stopped leaves nothing.",
+    )
+
+    from tokenlabel.runtime.configuration import add_config_arguments
+    from tokenlabel.teachers.fitting import FitConfig
+    from tokenlabel.teachers.fitting import fit_head as fit
+
+    parser.add_argument("images", type=Path, help=IMAGES_HELP)
+    parser.add_argument("head", type=Path, help="file of the head, HEAD.safetensors")
+    parser.add_argument("--overwrite", action="store_true", help="replace a head that is there")
+    add_device(parser)
+    add_config_arguments(parser, FitConfig)
+    options = parse(parser, arguments)
+    config = configured(parser, options, FitConfig)
+    try:
+        head = fit(
+            options.images,
+            options.head,
+            config,
+            device=device_of(options.device),
+            overwrite=options.overwrite,
+        )
+    except KeyboardInterrupt:
+        print("\ntokenlabel fit-head: stopped; nothing was written", file=sys.stderr)
+        return 130
+    print(f"{options.head}: {head.extra_repr()}")
     return 0
 
 
@@ -488,6 +522,9 @@ VERBS = {
     "demo": Verb(demo, "every stage on data that ships with a dependency: start here"),
     "index": Verb(index, "what is where in tar files, for data sets too large for folders"),
     "annotate": Verb(annotate, "a teacher writes a dense score map for every image"),
+    "fit-head": Verb(
+        fit_head, "make a teacher of any backbone: visual words, or a head from labels, masks or texts"
+    ),
     "inspect": Verb(inspect, "what is in a label store"),
     "import-labels": Verb(import_labels, "the label files published in 2021, into a store"),
     "merge": Verb(merge, "several stores into one"),

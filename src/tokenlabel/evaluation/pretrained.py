@@ -9,12 +9,14 @@ from functools import partial
 from typing import Any
 
 import timm
+import torch
 from timm.data.config import resolve_data_config
 from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg
 
 from tokenlabel.data.classes import imagenet_names
 from tokenlabel.data.config import Interpolation
 from tokenlabel.models import TimmAdapter, create_model, register_with_timm
+from tokenlabel.models.adapter import REFUSALS
 from tokenlabel.models.hub import hub_or_cache, why_unknown
 from tokenlabel.models.registration import OUR_MODELS
 from tokenlabel.models.weights import (
@@ -46,6 +48,7 @@ class Pretrained:
     `model`: a TokenModel, or timm's own. `class_names`: empty where nobody says them; `names_assumed`: they are
     ImageNet's, by their number alone. `img_size`: (height, width) of the images that it is for; `fixed_size`: it takes
     no others. `mean`, `std`: of its images, scaled to 0..1. `has_token_head`: one for tokens that was trained.
+    `is_embedding`: its outputs are a vector, as those of texts, not classes. `licence`: of its weights, says timm.
     """
 
     model: Any
@@ -59,16 +62,24 @@ class Pretrained:
     std: tuple[float, float, float]
     has_token_head: bool
     names_assumed: bool = False
+    is_embedding: bool = False
+    licence: str = ""
 
 
 def load_pretrained(
-    name: str, *, weights: str | None = None, size: int | None = None, at_test_size: bool = False
+    name: str,
+    *,
+    weights: str | None = None,
+    size: int | None = None,
+    at_test_size: bool = False,
+    as_backbone: bool = False,
 ) -> Pretrained:
     """Return a network by its name: `lvvit_s` and the like, or whatever `timm.create_model` takes.
 
     `weights`: a checkpoint file; timm's own if None. `size`: of the square images, in px, for networks that are made
     for one size; their own if None. `at_test_size`: the size and crop that timm validates at where they differ from
-    those of training. Raises PretrainedError.
+    those of training. `as_backbone`: take networks without classes as well, and let those that can (timm's
+    `dynamic_img_size`) take images of any size. Raises PretrainedError.
     """
     register_with_timm()
     reason = why_unknown(name, OUR_MODELS, weights_option="--weights")
@@ -77,12 +88,14 @@ def load_pretrained(
             f"no network {name!r}: neither a run folder with a checkpoint, nor a model that timm knows"
             + (f"; {reason}" if reason else "")
         )
-    return _timm(name, weights, size, at_test_size=at_test_size)
+    return _timm(name, weights, size, at_test_size=at_test_size, as_backbone=as_backbone)
 
 
-def _timm(name: str, weights: str | None, size: int | None, *, at_test_size: bool) -> Pretrained:
+def _timm(
+    name: str, weights: str | None, size: int | None, *, at_test_size: bool, as_backbone: bool
+) -> Pretrained:
     preset = get_pretrained_cfg(name, allow_unregistered=True)
-    if weights is None and preset is not None:  # before anything is downloaded
+    if weights is None and preset is not None and not as_backbone:  # before anything is downloaded
         check_classes(name, asdict(preset))
     options: dict[str, Any] = {}
     said = read_description(weights) if weights is not None else {}
@@ -93,8 +106,11 @@ def _timm(name: str, weights: str | None, size: int | None, *, at_test_size: boo
     else:
         said = {}
     img_size = (size, size) if size else said.get("img_size")
-    if img_size and preset is not None and preset.fixed_input_size:
-        options["img_size"] = img_size
+    if preset is not None and preset.fixed_input_size:
+        if as_backbone and _takes_any_size(name, options):
+            options["dynamic_img_size"] = True
+        elif img_size:
+            options["img_size"] = img_size
     advice = "give a checkpoint file by --weights" if weights is None else "is it of this model?"
     if weights is None and preset is not None and not preset.has_weights:
         raise PretrainedError(f"{name} has no weights that could be downloaded; {advice}")
@@ -109,8 +125,10 @@ def _timm(name: str, weights: str | None, size: int | None, *, at_test_size: boo
             f"the weights of {name} cannot be loaded ({first_line(error)}); {advice}"
         ) from error
     network = model.backbone if isinstance(model, TimmAdapter) else model
-    check_classes(name, {**network.pretrained_cfg, "num_classes": model.num_classes})
-    fixed = bool(network.pretrained_cfg.get("fixed_input_size"))
+    preset_now = {**network.pretrained_cfg, "num_classes": model.num_classes}
+    if not as_backbone:
+        check_classes(name, preset_now)
+    fixed = bool(network.pretrained_cfg.get("fixed_input_size")) and "dynamic_img_size" not in options
     data = resolve_data_config({}, model=network, use_test_size=at_test_size and not fixed)
     stated = read_class_names(weights) if weights is not None else ()
     stated = stated or names_in_order(network.pretrained_cfg.get("label_names"))
@@ -130,7 +148,19 @@ def _timm(name: str, weights: str | None, size: int | None, *, at_test_size: boo
         mean=tuple(data["mean"]),  # lists where a folder's config.json says them
         std=tuple(data["std"]),
         has_token_head=isinstance(model, TimmAdapter) or getattr(model, "aux_head", None) is not None,
+        is_embedding=_is_embedding(preset_now),
+        licence=network.pretrained_cfg.get("license") or "",
     )
+
+
+def _takes_any_size(name: str, options: Mapping[str, Any]) -> bool:
+    """Say whether timm can make the model so that it takes images of any size, resizing its position embeddings."""
+    try:
+        with torch.device("meta"):
+            timm.create_model(name, **{**options, "dynamic_img_size": True})
+    except REFUSALS:  # models without that option are not told apart otherwise
+        return False
+    return True
 
 
 def _from_file(name: str, path: str, options: dict[str, Any], *, trained_head: bool, img_size: Any) -> Any:
@@ -157,27 +187,35 @@ def check_classes(name: str, preset: Mapping[str, Any]) -> None:
     That is one without a classifier, or an image-text network as wide as its embeddings (unless its configuration
     names classes).
     """
-    architecture, num_classes = preset.get("architecture") or "", preset["num_classes"]
-    published = get_arch_pretrained_cfgs(architecture)
-    embeddings = {
-        config.num_classes
-        for full_name, config in published.items()
-        if IMAGE_TEXT.search(full_name) and FINE_TUNED not in full_name
-    }
-    is_image_text = IMAGE_TEXT.search(f"{architecture}.{preset.get('tag')}") and not preset.get("label_names")
-    if num_classes and not (is_image_text and num_classes in embeddings):
+    num_classes = preset["num_classes"]
+    is_embedding = _is_embedding(preset)
+    if num_classes and not is_embedding:
         return
     what = (
         f"{num_classes} outputs are an embedding, not classes"
-        if num_classes
+        if is_embedding
         else "weights have no classifier"
     )
-    others = [other for other, config in published.items() if config.num_classes not in {0, *embeddings}]
+    published = get_arch_pretrained_cfgs(preset.get("architecture") or "")
+    others = [o for o, config in published.items() if config.num_classes and not _is_embedding(vars(config))]
     raise PretrainedError(
-        f"{name}: its {what}, so it says nothing of classes; take weights that were trained to classify"
-        f"{f' ({listed(others)})' if others else ''}, or fine-tune it (`tokenlabel train --model.name {name} "
-        "--model.options.pretrained true`) and name that run"
+        f"{name}: its {what}, so it says nothing of classes; as a teacher it needs a head (`tokenlabel fit-head IMAGES "
+        f"head.safetensors --backbone {name} --from words`, then --teacher head.safetensors), to predict classes "
+        "it must be fine-tuned (`tokenlabel train --model.name ... --model.options.pretrained true`)"
+        + (f", or take weights that were trained to classify ({listed(others)})" if others else "")
     )
+
+
+def _is_embedding(preset: Mapping[str, Any]) -> bool:
+    """Say whether a network's outputs are an embedding, by its pretrained configuration in timm."""
+    architecture = preset.get("architecture") or ""
+    embeddings = {
+        config.num_classes
+        for full_name, config in get_arch_pretrained_cfgs(architecture).items()
+        if IMAGE_TEXT.search(full_name) and FINE_TUNED not in full_name
+    }
+    is_image_text = IMAGE_TEXT.search(f"{architecture}.{preset.get('tag')}") and not preset.get("label_names")
+    return bool(is_image_text) and preset["num_classes"] in embeddings - {0}
 
 
 def _names(num_classes: int, stated: tuple[str, ...]) -> tuple[tuple[str, ...], bool]:

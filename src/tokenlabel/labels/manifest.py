@@ -45,8 +45,8 @@ class Failure:
 class Manifest:
     """What holds for all labels of a store.
 
-    `class_names`: of the labels, in the order of their ids; empty where they have none. `topk`: classes that
-    a cell keeps at the most. `kind`: see `scores.Kind`. `encoding`: of what is written from now on; each
+    `class_names`: of the labels, in the order of their ids; empty where they have none (see `words`). `topk`: what a
+    cell keeps at the most. `kind`: see `scores.Kind`. `encoding`: of what is written from now on; each
     record says its own. `teacher`, `preprocessing`: what made the labels and what it saw, for people and for
     comparison. `orientation`: how maps lie on images whose files have a tag. `failures`: the images that the last call
     could not label.

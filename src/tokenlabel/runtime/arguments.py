@@ -234,10 +234,15 @@ def add_device(parser: ArgumentParser) -> None:
     )
 
 
-def add_tensorboard(parser: ArgumentParser) -> None:
-    """Let a parser take `--tensorboard`."""
+def add_trackers(parser: ArgumentParser) -> None:
+    """Let a parser take `--tensorboard` and `--wandb`."""
     parser.add_argument(
         "--tensorboard", action="store_true", help="write OUT/tensorboard as well (extra: tensorboard)"
+    )
+    parser.add_argument(
+        "--wandb",
+        action="store_true",
+        help="log to Weights & Biases as well (extra: wandb; WANDB_PROJECT, WANDB_MODE)",
     )
 
 

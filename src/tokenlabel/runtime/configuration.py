@@ -39,7 +39,9 @@ def add_config_arguments(parser: jsonargparse.ArgumentParser, config: type) -> N
             action.metavar = "{" + ",".join(member.value for member in kind) + "}"
             action.default = kind[action.default].value if isinstance(action.default, str) else action.default
     for name, action in list(parser._option_string_actions.items()):
-        dashed = name.replace("_", "-")
+        dashed = name.replace("_", "-").rstrip(
+            "-"
+        )  # a field that is a keyword ends in _, as PEP 8 says: from_
         parser._option_string_actions[dashed] = action
         if name == action.option_strings[0] and name != "-h":
             action.option_strings = [dashed]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tokenlabel.runtime.arguments import (
     add_changed_numerics,
     add_device,
-    add_tensorboard,
+    add_trackers,
     configured,
     device_of,
     new_parser,
@@ -60,7 +60,7 @@ def _train(arguments: list[str]) -> int:
     )
 
     from tokenlabel.runtime.runlog import print_figures
-    from tokenlabel.runtime.trackers import tensorboard
+    from tokenlabel.runtime.trackers import trackers_of
     from tokenlabel.segmentation.recipe import SegmentRecipe
     from tokenlabel.segmentation.task import train_segmentation
     from tokenlabel.training.recipe import add_recipe_arguments, recipe_content
@@ -69,13 +69,13 @@ def _train(arguments: list[str]) -> int:
         "--out", "--run", type=Path, required=True, help="folder of the run: recipe, metrics, checkpoints"
     )
     add_device(parser)
-    add_tensorboard(parser)
+    add_trackers(parser)
     add_changed_numerics(parser)
     add_recipe_arguments(parser, SegmentRecipe)
     options = parse(parser, arguments, read_recipe=lambda name: recipe_content(name, SegmentRecipe))
     recipe = configured(parser, options, SegmentRecipe)
     device = device_of(options.device)
-    with tensorboard(options.out, wanted=options.tensorboard) as trackers:
+    with trackers_of(options.out, tensorboard=options.tensorboard, wandb=options.wandb) as trackers:
         figures = train_segmentation(
             recipe,
             options.out,

@@ -169,7 +169,7 @@ def annotate_by(
     started = time.perf_counter()
     if device.type == "cuda":
         torch.cuda.set_device(device)  # pinned memory would open the first GPU otherwise
-    if isinstance(teacher, Teacher) and config.class_map is None and source.class_names:
+    if isinstance(teacher, Teacher) and not teacher.words and config.class_map is None and source.class_names:
         class_map = class_map_for(
             None,
             teacher.class_names,
@@ -240,9 +240,10 @@ def annotate_by(
 
 def _manifest(teacher: Teacher | MaskTeacher, source: ImageSource, config: AnnotateConfig) -> Manifest:
     networks = isinstance(teacher, Teacher)
+    names = tuple(source.class_names) or (teacher.class_names if networks else ())
     return Manifest(
         num_classes=teacher.num_classes,
-        class_names=tuple(source.class_names) or (teacher.class_names if networks else ()),
+        class_names=() if networks and teacher.words else names,
         topk=min(config.topk, teacher.num_classes),
         encoding=config.encoding,
         teacher=teacher.description,

@@ -1,8 +1,9 @@
-"""Networks with logits for every place of an image.
+"""Networks with logits, or vectors, for every place of an image.
 
-The dense map of a classifier is its own head, whatever layers it has, applied at every position of its last
-features: the answer it would give for an image that shows this position's features everywhere. A network with
-a head for its tokens (LV-ViT, VOLO) answers with that.
+The dense map of a network is its own head, whatever layers it has, applied at every position of its last features:
+what it would give for an image that shows this position's features everywhere. That is logits of a classifier and a
+vector of a backbone, for which a head in a file answers (heads.py). A network with a head for its tokens (LV-ViT,
+VOLO) answers with that.
 """
 
 from __future__ import annotations
@@ -12,12 +13,16 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from tokenlabel.models import TokenModel
 from tokenlabel.models.adapter import REFUSALS, Features, Layout, classifier_features
 from tokenlabel.runtime.errors import first_line
+from tokenlabel.teachers.heads import Head
+
+# So many logits of a head exist at once, 128 MiB of float32: those of 64 images and 65,536 words would be 4 GB.
+MAX_LOGITS = 1 << 25
 
 
 class NoDenseMapError(ValueError):
@@ -26,7 +31,7 @@ class NoDenseMapError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class DenseLogits:
-    """What a network says of whole images [B, C], and of every place of them [B, h, w, C]."""
+    """What a network says of whole images [B, C], and of every place of them [B, h, w, C]: logits, or vectors."""
 
     image: Float[Tensor, "B C"]
     places: Float[Tensor, "B h w C"]
@@ -39,7 +44,7 @@ class DenseNetwork(nn.Module, ABC):
     """
 
     num_classes: int
-    answers_with: Literal["classifier", "tokens"]
+    answers_with: Literal["classifier", "tokens", "head"]
 
     @abstractmethod
     def forward(self, images: Float[Tensor, "B 3 height width"]) -> DenseLogits:
@@ -50,8 +55,19 @@ class DenseNetwork(nn.Module, ABC):
         """Return rows and columns of the places of images of (height, width); ValueError if it can't take them."""
 
     def averages_linearly(self, images: Float[Tensor, "B 3 height width"]) -> bool:
-        """Say whether the image's logits have to be the mean of its places' logits."""
+        """Say whether what `evidence` says of images has to be the mean of what it says of their places."""
         return False
+
+    def evidence(self, images: Float[Tensor, "B 3 height width"]) -> DenseLogits:
+        """Return what the network itself says of images and places: its logits, or the vectors that a head gets."""
+        return self(images)
+
+    def top(
+        self, images: Float[Tensor, "B 3 height width"], k: int
+    ) -> tuple[Int[Tensor, "B h w K"], Float[Tensor, "B h w K"]]:
+        """Return the k most probable classes of every place and their probabilities, the most probable first."""
+        top = self(images).places.float().softmax(dim=3).topk(k, dim=3)
+        return top.indices, top.values
 
 
 class TokenNetwork(DenseNetwork):
@@ -74,10 +90,50 @@ class TokenNetwork(DenseNetwork):
         return self.model.grid_for(img_size)
 
 
-class ClassifierNetwork(DenseNetwork):
-    """A timm classifier whose head is applied at every position.
+class HeadNetwork(DenseNetwork):
+    """A backbone, for whose places a head answers."""
 
-    `name` is what errors call it. Raises NoDenseMapError where the head cannot be moved.
+    answers_with = "head"
+
+    def __init__(self, backbone: ClassifierNetwork, head: Head) -> None:
+        super().__init__()
+        self.backbone, self.head = backbone, head
+        self.num_classes = head.num_classes
+
+    def forward(self, images: Float[Tensor, "B 3 height width"]) -> DenseLogits:
+        """Return the logits of normalised images."""
+        vectors = self.backbone(images)
+        return DenseLogits(self.head(vectors.image), self.head(vectors.places))
+
+    def evidence(self, images: Float[Tensor, "B 3 height width"]) -> DenseLogits:
+        """Return the vectors of images and places."""
+        return self.backbone(images)
+
+    def top(
+        self, images: Float[Tensor, "B 3 height width"], k: int
+    ) -> tuple[Int[Tensor, "B h w K"], Float[Tensor, "B h w K"]]:
+        """Return the k most probable classes of every place, by blocks of places: see MAX_LOGITS."""
+        vectors = self.backbone(images).places
+        blocks = vectors.flatten(0, 2).split(max(1, MAX_LOGITS // self.num_classes))
+        class_ids, probs = zip(*(self.head.top(block, k) for block in blocks), strict=True)
+        grid = vectors.shape[:3]
+        return torch.cat(class_ids).unflatten(0, grid), torch.cat(probs).unflatten(0, grid)
+
+    def grid_for(self, img_size: tuple[int, int]) -> tuple[int, int]:
+        """Return rows and columns of the backbone's places of images of (height, width)."""
+        return self.backbone.grid_for(img_size)
+
+    def averages_linearly(self, images: Float[Tensor, "B 3 height width"]) -> bool:
+        """Say whether an image's vector has to be the mean of its places' vectors."""
+        return self.backbone.averages_linearly(images)
+
+
+class ClassifierNetwork(DenseNetwork):
+    """A timm network whose head is applied at every position.
+
+    `num_classes`: how many numbers the head gives: of a network whose classifier was taken away, the width of its
+    vectors, known after the first `grid_for`. `name` is what errors call it. Raises NoDenseMapError where the head
+    cannot be moved.
     """
 
     answers_with = "classifier"
@@ -134,7 +190,7 @@ class ClassifierNetwork(DenseNetwork):
         features = classifier_features(seen, grid)
         if features is None:
             raise NoDenseMapError(
-                f"{self.name} has no dense map: its classifier is given {_shapes(seen)}, not one vector for each of "
+                f"{self.name} has no dense map: its head is given {_shapes(seen)}, not one vector for each of "
                 f"{grid[0]} x {grid[1]} positions"
             )
         try:
@@ -143,6 +199,8 @@ class ClassifierNetwork(DenseNetwork):
             raise NoDenseMapError(
                 f"{self.name} has no dense map: its head does not work at one position ({first_line(error)})"
             ) from error
+        if self.num_classes == 0 and logits.ndim == 2:
+            self.num_classes = logits.shape[1]
         if logits.shape != (grid[0] * grid[1], self.num_classes):
             raise NoDenseMapError(
                 f"{self.name} has no dense map: its head gives {tuple(logits.shape)} for {grid[0] * grid[1]} positions "

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
 from tokenlabel.data.classes import class_order, same_classes
 from tokenlabel.runtime.notices import listed, say
 from tokenlabel.teachers.classmap import ClassMap, class_map_for
+from tokenlabel.teachers.dense import MAX_LOGITS
 from tokenlabel.teachers.networks import Teacher, TeacherConfig, TeacherError, load_teacher
 
 
@@ -45,7 +46,12 @@ class Ensemble(Teacher):
                     "teachers whose classes have different names or orders cannot be averaged: "
                     f"{listed(list(first.class_names))} against {listed(list(other.class_names))}"
                 )
+            if other.words != first.words:
+                raise TeacherError(
+                    "visual words of one head mean nothing to another teacher; average heads of one class list"
+                )
         self.num_classes = class_map.num_classes if class_map else first.num_classes
+        self.words = "" if class_map else first.words
         self.class_names = () if class_map else first.class_names
         self.names_assumed = class_map is None and first.names_assumed
         self.input = replace(
@@ -55,6 +61,7 @@ class Ensemble(Teacher):
             "members": [member.description for member in self.members],
             "flip": flip,
             "class_map": class_map and class_map.description,
+            **({"words": self.words} if self.words else {}),
         }
 
     @property
@@ -65,6 +72,17 @@ class Ensemble(Teacher):
     def check(self, images: UInt8[Tensor, "B 3 height width"]) -> str:
         """Check each member."""
         return "; ".join(member.check(_for_member(member, images)) for member in self.members)
+
+    def top(
+        self, images: UInt8[Tensor, "B 3 height width"], k: int
+    ) -> tuple[Int[Tensor, "B h w K"], Float[Tensor, "B h w K"]]:
+        """Return the k most probable classes of each place, by blocks of images where the classes are very many."""
+        num_places = images[0, 0].numel() // min(member.input.stride_px for member in self.members) ** 2
+        size = max(1, MAX_LOGITS // (num_places * max(member.num_classes for member in self.members)))
+        class_ids, probs = zip(
+            *(super(Ensemble, self).top(block, k) for block in images.split(size)), strict=True
+        )
+        return torch.cat(class_ids), torch.cat(probs)
 
     def probabilities(self, images: UInt8[Tensor, "B 3 height width"]) -> Float[Tensor, "B h w C"]:
         """Return the average distribution of each place of images, in float32."""
@@ -110,6 +128,8 @@ def load_teachers(config: TeacherConfig, class_names: Sequence[str], device: tor
                 f"assuming {member.description['name']}'s {member.num_classes:,} classes are the other teacher's in "
                 f"its order: {listed(pairs)}; overrule with --class-order natural, sorted or FILE"
             )
+    if teacher.words and config.class_map is None:  # the classes of a store of words are the words
+        return teacher
     class_map = class_map_for(
         config.class_map,
         teacher.class_names,

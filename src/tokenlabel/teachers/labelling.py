@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -68,30 +68,59 @@ class Labelling:
 
     def labels(self, indices: Sequence[int]) -> Iterator[tuple[str, bytes]]:
         """Yield the key and the record of each image that has a label, in no particular order."""
-        with thread_pool(self.num_workers) as pool:
-            if isinstance(self.teacher, MaskTeacher):
+        if isinstance(self.teacher, MaskTeacher):
+            with thread_pool(self.num_workers) as pool:
                 masks = partial(_from_mask, self.teacher, self.source, self.manifest, self.strict)
-                yield from self._labelled(ahead(pool, masks, indices, 2 * self.batch_size))
-                return
-            see = partial(_see, self.source, self.teacher.input, self.strict)
-            seen = self._labelled(ahead(pool, see, indices, 2 * self.batch_size))
-            batches = _by_shape(seen, self.batch_size)
-            yield from label_batches(
-                self.teacher,
-                batches,
-                self.manifest,
-                device=self.device,
-                num_workers=self.num_workers,
-                cells=self.cells,
-            )
+                yield from _sound(ahead(pool, masks, indices, 2 * self.batch_size), self.failures)
+            return
+        batches = seen_batches(
+            self.source,
+            self.teacher.input,
+            indices,
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+            strict=self.strict,
+            failures=self.failures,
+        )
+        yield from label_batches(
+            self.teacher,
+            batches,
+            self.manifest,
+            device=self.device,
+            num_workers=self.num_workers,
+            cells=self.cells,
+        )
 
-    def _labelled(self, items: Iterable[T | Failure]) -> Iterator[T]:
-        """Yield what is no failure, and remember the failures."""
-        for item in items:
-            if isinstance(item, Failure):
-                self.failures.append(item)
-            else:
-                yield item
+
+def seen_batches(
+    source: ImageSource,
+    input: TeacherInput,
+    indices: Sequence[int],
+    *,
+    batch_size: int,
+    num_workers: int,
+    strict: bool,
+    failures: list[Failure],
+) -> Iterator[list[Seen]]:
+    """Yield images as a teacher sees them in batches of one shape, decoded ahead by threads; add to the failures."""
+    with thread_pool(num_workers) as pool:
+        seen = ahead(pool, partial(_see, source, input, strict), indices, 2 * batch_size)
+        yield from _by_shape(_sound(seen, failures), batch_size)
+
+
+def as_tensor(seen: Sequence[Seen], device: torch.device) -> UInt8[Tensor, "B 3 height width"]:
+    """Return images of one shape on a device, without waiting for a GPU."""
+    images = torch.from_numpy(np.stack([item.pixels for item in seen])).permute(0, 3, 1, 2)
+    return (images.pin_memory() if device.type == "cuda" else images).to(device, non_blocking=True)
+
+
+def _sound(items: Iterable[T | Failure], failures: list[Failure]) -> Iterator[T]:
+    """Yield what is no failure, and add the others to the failures."""
+    for item in items:
+        if isinstance(item, Failure):
+            failures.append(item)
+        else:
+            yield item
 
 
 def label_batches(
@@ -191,12 +220,10 @@ def _scored(
     """Yield what the teacher says of each batch, without waiting for a GPU; say how well it is placed at first."""
     for number, seen in enumerate(batches):
         with torch.inference_mode():
-            images = torch.from_numpy(np.stack([item.pixels for item in seen])).permute(0, 3, 1, 2)
-            images = (images.pin_memory() if device.type == "cuda" else images).to(device, non_blocking=True)
+            images = as_tensor(seen, device)
             if number == 0:
                 say(teacher.check(images))
-            top = teacher.probabilities(images).topk(topk, dim=3)  # [B, h, w, K]
-            scored = _Scored(seen, *_on_cpu(top.indices, top.values))
+            scored = _Scored(seen, *_on_cpu(*teacher.top(images, topk)))
         yield scored
 
 

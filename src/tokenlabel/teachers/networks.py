@@ -2,42 +2,43 @@
 
 from __future__ import annotations
 
-import hashlib
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, UInt8
-from torch import Tensor, nn
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
 
 from tokenlabel.core.batch import normalize_images
-from tokenlabel.data.config import Interpolation
-from tokenlabel.evaluation.pretrained import Pretrained, load_pretrained
+from tokenlabel.evaluation.pretrained import Pretrained
 from tokenlabel.models import TimmAdapter, TokenModel
 from tokenlabel.runtime.coercion import coerced, coerced_fields
+from tokenlabel.teachers.backbone import (
+    TeacherError,
+    backbone_of,
+    check_places,
+    find_network,
+    fingerprint,
+    input_of,
+)
 from tokenlabel.teachers.dense import (
     ClassifierNetwork,
     DenseLogits,
     DenseNetwork,
-    NoDenseMapError,
+    HeadNetwork,
     TokenNetwork,
 )
+from tokenlabel.teachers.heads import SUFFIX, Head
 from tokenlabel.teachers.input import TeacherInput
-from tokenlabel.training.checkpoint import is_run, load_model
-
-
-class TeacherError(ValueError):
-    """A teacher that does not exist, has no dense map, or does not fit the images' classes."""
 
 
 class Teacher(ABC):
     """Gives every place of an image a distribution over `num_classes` classes.
 
     `input`: what it has to be given of an image. `class_names`: empty if it does not know them; `names_assumed`: they
-    are ImageNet's, by their number alone.
+    are ImageNet's, by their number alone. `words`: the hash of the head whose visual words the classes are, "" where
+    they are classes with names.
     `description`: who it is, for the manifest of a store; labels of teachers with equal descriptions may
     share a store.
     """
@@ -45,6 +46,7 @@ class Teacher(ABC):
     num_classes: int
     class_names: tuple[str, ...]
     names_assumed: bool = False
+    words: str = ""
     input: TeacherInput
     description: dict[str, Any]
 
@@ -59,6 +61,13 @@ class Teacher(ABC):
     def probabilities(self, images: UInt8[Tensor, "B 3 height width"]) -> Float[Tensor, "B h w C"]:
         """Return the distribution of each place of images that `input` made, in float32."""
 
+    def top(
+        self, images: UInt8[Tensor, "B 3 height width"], k: int
+    ) -> tuple[Int[Tensor, "B h w K"], Float[Tensor, "B h w K"]]:
+        """Return the k most probable classes of each place and their probabilities, the most probable first."""
+        top = self.probabilities(images).topk(k, dim=3)
+        return top.indices, top.values
+
 
 class NetworkTeacher(Teacher):
     """A network as teacher; `dense` is what makes it one."""
@@ -71,19 +80,23 @@ class NetworkTeacher(Teacher):
         description: dict[str, Any],
         class_names: tuple[str, ...] = (),
         names_assumed: bool = False,
+        words: str = "",
         precision: Literal["fp32", "bf16"] = "fp32",
     ) -> None:
         self.dense = dense
         self.input = input
         self.num_classes = dense.num_classes
-        self.class_names, self.names_assumed = class_names, names_assumed
+        self.class_names, self.names_assumed, self.words = class_names, names_assumed, words
         self.description = description
         self.precision = coerced(precision, Literal["fp32", "bf16"], name="precision")
 
     def logits(self, images: UInt8[Tensor, "B 3 height width"]) -> DenseLogits:
         """Return the logits of images and their places."""
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+        with self._autocast(images):
             return self.dense(self.normalised(images))
+
+    def _autocast(self, images: Tensor) -> torch.autocast:
+        return torch.autocast(images.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def normalised(self, images: UInt8[Tensor, "B 3 height width"]) -> Float[Tensor, "B 3 height width"]:
         """Return images as the network takes them, in float32, channels last in memory."""
@@ -91,25 +104,18 @@ class NetworkTeacher(Teacher):
         return normalised.contiguous(memory_format=torch.channels_last)
 
     def check(self, images: UInt8[Tensor, "B 3 height width"]) -> str:
-        """Hold the mean over places against the network's own output.
+        """Hold the mean over places against the network's own output; see `check_places`."""
+        with self._autocast(images):
+            return check_places(
+                self.dense, self.normalised(images), name=self.description["name"], precision=self.precision
+            )
 
-        They must be equal where the network averages features and its head is linear.
-        """
-        logits = self.logits(images)
-        own, mean = logits.image.float(), logits.places.float().mean(dim=(1, 2))
-        tolerance = (1e-3 if self.precision == "fp32" else 5e-2) * float(own.abs().max())
-        off = float((own - mean).abs().max())
-        name = self.description["name"]
-        if self.dense.averages_linearly(self.normalised(images)):
-            if not off <= tolerance:
-                raise TeacherError(
-                    f"{name}: averages its features, yet the mean of its map's logits is {off:.3g} off its own output"
-                )
-            return f"{name}: the mean of the map's logits is its own output (off by {off:.1g} at most)"
-        share = float((own.argmax(dim=1) == mean.argmax(dim=1)).float().mean())
-        return (
-            f"{name}: the mean of the map's logits has its own top-1 for {share:.0%} of {len(images)} images"
-        )
+    def top(
+        self, images: UInt8[Tensor, "B 3 height width"], k: int
+    ) -> tuple[Int[Tensor, "B h w K"], Float[Tensor, "B h w K"]]:
+        """Return the k most probable classes of each place and their probabilities, the most probable first."""
+        with self._autocast(images):
+            return self.dense.top(self.normalised(images), k)
 
     def probabilities(self, images: UInt8[Tensor, "B 3 height width"]) -> Float[Tensor, "B h w C"]:
         """Return the distribution of each place of images that `input` made, in float32."""
@@ -122,8 +128,9 @@ class TeacherConfig:
     """Which network labels the images, and what it sees of them."""
 
     teacher: str | list[str]
-    """A run folder, or the name of a model (timm's, lvvit_s and the like); several are averaged. masks:DIR takes
-    segmentation masks (PNG ids, laid out like the images) in place of a network."""
+    """A run folder, the name of a model (timm's, lvvit_s and the like), or a head that `fit-head` made
+    (HEAD.safetensors, which knows its backbone); several are averaged. masks:DIR takes segmentation masks (PNG ids,
+    laid out like the images) in place of a network."""
     weights: str | list[str] | None = None
     """Checkpoint file (.safetensors, or .pth without code in it), one for each teacher ("" for one that needs none);
     timm's pretrained weights if none."""
@@ -161,21 +168,16 @@ def load_teacher(
     """Return one network as teacher, by its name.
 
     `name`: a run folder that `tokenlabel train` made or one of its checkpoints, `lvvit_s` and the like (with
-    weights), or whatever `timm.create_model` takes. Raises PretrainedError if there is none, TeacherError if it has
-    no dense map.
+    weights), whatever `timm.create_model` takes, or a head file. Raises PretrainedError if there is none, HeadError for
+    a head that does not fit its backbone, TeacherError for a network that has no dense map.
     """
-    if not is_run(Path(name)):
-        found = load_pretrained(name, weights=weights, size=config.size)
-    elif weights is None:
-        found = _from_run(Path(name))
-    else:
-        raise TeacherError(
-            f"{name} is a run and has weights of its own; leave --weights out (one of several: '')"
-        )
+    if name.endswith(SUFFIX):
+        return _by_head(name, config, device, weights=weights)
+    found = find_network(name, weights=weights, size=config.size)
     network = _dense_network(found, name, config.head).eval().to(device).requires_grad_(False)
     network = network.to(memory_format=torch.channels_last)
-    input = _input(found, network, config)
-    description = {"name": name, "weights": _fingerprint(network), "answers_with": network.answers_with}
+    input = input_of(found, network, size=config.size, crop=config.crop)
+    description = {"name": name, "weights": fingerprint(network), "answers_with": network.answers_with}
     if config.compile:
         network.compile()
     return NetworkTeacher(
@@ -188,20 +190,34 @@ def load_teacher(
     )
 
 
-def _from_run(path: Path) -> Pretrained:
-    trained = load_model(path)
-    model, recipe = trained.model, trained.recipe
-    return Pretrained(
-        model=model,
-        num_classes=model.num_classes,
-        class_names=tuple(trained.class_names),
-        img_size=recipe.model.img_size,
-        fixed_size=False,
-        crop_fraction=recipe.eval.crop_fraction,
-        interpolation=Interpolation.BICUBIC,
-        mean=model.mean,
-        std=model.std,
-        has_token_head=recipe.uses_token_labels,
+def _by_head(
+    name: str, config: TeacherConfig, device: torch.device, *, weights: str | None
+) -> NetworkTeacher:
+    """Return a head and its backbone as a teacher: everything but the weights is in the head's file."""
+    if config.head != "auto":
+        raise TeacherError(f"{name} is a head itself; leave --head out")
+    head = Head.load(name)
+    backbone = backbone_of(head, name, device, weights=weights, size=config.size, crop=config.crop)
+    network = HeadNetwork(backbone.network, head.to(device)).eval()
+    fitted = {key: value for key, value in head.fitted.items() if key != "asked"}
+    words = head.hash if head.kind == "words" else ""
+    if config.compile:
+        network.backbone.compile()
+    return NetworkTeacher(
+        network,
+        backbone.input,
+        description={
+            "name": name,
+            "weights": head.backbone["weights"],
+            "answers_with": network.answers_with,
+            "head": head.hash,
+            "head_fitted": {"from": head.kind, "scale": head.scale, **fitted},
+            "backbone": {key: head.backbone[key] for key in ("name", "licence") if key in head.backbone},
+            **({"words": words} if words else {}),
+        },
+        class_names=head.class_names,
+        words=words,
+        precision=config.precision,
     )
 
 
@@ -215,48 +231,3 @@ def _dense_network(found: Pretrained, name: str, head: str) -> DenseNetwork:
     if by_tokens:
         return TokenNetwork(model)
     return ClassifierNetwork(model.backbone if isinstance(model, TimmAdapter) else model, name=name)
-
-
-def _input(found: Pretrained, network: DenseNetwork, config: TeacherConfig) -> TeacherInput:
-    size = config.size or max(found.img_size)
-    try:
-        stride_px = _stride(found.img_size[1], network.grid_for(found.img_size)[1])
-        fixed = found.fixed_size or not _takes(network, (size, size + stride_px))
-        network.grid_for((size, size))
-    except NoDenseMapError:
-        raise
-    except ValueError as error:
-        raise TeacherError(f"{error}; leave --size out") from error
-    return TeacherInput(
-        size=size,
-        stride_px=stride_px,
-        fixed_size_px=(size, size) if fixed else None,
-        crop_fraction=found.crop_fraction if config.crop == "center" else None,
-        interpolation=found.interpolation,
-        mean=found.mean,
-        std=found.std,
-    )
-
-
-def _stride(length_px: int, num_places: int) -> int:
-    """Return the stride that makes so many places of a side; that of a convolutional net where it does not divide."""
-    return (
-        2 ** round(math.log2(length_px / num_places)) if length_px % num_places else length_px // num_places
-    )
-
-
-def _takes(network: DenseNetwork, img_size: tuple[int, int]) -> bool:
-    try:
-        network.grid_for(img_size)
-    except ValueError:
-        return False
-    return True
-
-
-def _fingerprint(network: nn.Module) -> str:
-    """Return a hash of all weights, by which labels of another training of the same network are told apart."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(network.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return f"blake2b:{digest.hexdigest()}"

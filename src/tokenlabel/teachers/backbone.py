@@ -1,0 +1,213 @@
+"""Backbones: networks without their classifier, found by name, that give a vector for every location of an image."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from tokenlabel.data.config import Interpolation
+from tokenlabel.evaluation.pretrained import Pretrained, load_pretrained
+from tokenlabel.models import TimmAdapter
+from tokenlabel.teachers.dense import ClassifierNetwork, DenseNetwork, NoDenseMapError
+from tokenlabel.teachers.heads import Head, HeadError
+from tokenlabel.teachers.input import TeacherInput
+from tokenlabel.training.checkpoint import is_run, load_model
+
+
+class TeacherError(ValueError):
+    """A teacher that does not exist, has no dense map, or does not fit the images' classes."""
+
+
+@dataclass(frozen=True, eq=False)
+class Backbone:
+    """A network that gives vectors [B, D] of images and [B, h, w, D] of their locations, frozen, on its device.
+
+    The vector of a location is what the network's own `forward_head` gives for an image that shows this location
+    everywhere: before the last linear layer of a classifier, after the projection of image-text networks, where the
+    vectors of texts lie. `description`: name, hash of the weights without the classifier, preprocessing and licence,
+    as head files keep them.
+    """
+
+    network: ClassifierNetwork
+    input: TeacherInput
+    description: dict[str, Any]
+
+    @property
+    def width(self) -> int:
+        """D, the numbers of a vector."""
+        return self.network.num_classes
+
+
+def load_backbone(
+    name: str,
+    device: torch.device,
+    *,
+    weights: str | None = None,
+    size: int | None = None,
+    crop: Literal["none", "center"] = "none",
+) -> Backbone:
+    """Return a network without its classifier, by the names that `--teacher` takes.
+
+    `size`: images are seen at an area of size x size px; the network's own if None. Raises PretrainedError if there is
+    none, TeacherError or NoDenseMapError for one that gives no vector for each location.
+    """
+    found = find_network(name, weights=weights, size=size, as_backbone=True)
+    model = found.model.backbone if isinstance(found.model, TimmAdapter) else found.model
+    if not found.is_embedding:  # an image-text network's last layer leads to where the vectors of texts lie
+        model.reset_classifier(0)
+    network = ClassifierNetwork(model, name=name).eval().to(device).requires_grad_(False)
+    network = network.to(memory_format=torch.channels_last)
+    input = input_of(found, network, size=size, crop=crop)
+    description = {
+        "name": name,
+        "weights": fingerprint(model),
+        "weights_file": weights,
+        "licence": found.licence,
+        "preprocessing": input.as_dict(),
+    }
+    return Backbone(network, input, description)
+
+
+def backbone_of(
+    head: Head,
+    name: str,
+    device: torch.device,
+    *,
+    weights: str | None = None,
+    size: int | None = None,
+    crop: Literal["none", "center"] = "none",
+) -> Backbone:
+    """Return the backbone that a head was fitted on, at the head's image size unless another is given.
+
+    `name`: the head's file. `weights`: the backbone's file of weights, or its run folder if that was moved; what was
+    given when the head was fitted if None. Raises HeadError for a backbone with other weights.
+    """
+    about: Mapping[str, Any] = head.backbone
+    if not about:
+        raise HeadError(
+            f"{name}: does not say what backbone it belongs to; `tokenlabel fit-head` makes heads"
+        )
+    fitted = about["preprocessing"]
+    backbone_name, file = about["name"], weights or about["weights_file"]
+    if weights is not None and is_run(Path(weights)):
+        backbone_name, file = weights, None
+    if fitted["fixed_size_px"] and size not in (None, fitted["size"]):
+        raise HeadError(
+            f"{name}: was fitted at --size {fitted['size']}, and its backbone has other weights at each size; leave "
+            "--size out"
+        )
+    found = load_backbone(backbone_name, device, weights=file, size=size or fitted["size"], crop=crop)
+    if found.description["weights"] != about["weights"]:
+        raise HeadError(
+            f"{name}: was fitted on {about['name']} with other weights ({about['weights']}; these are "
+            f"{found.description['weights']}); give its own by --weights, or fit a head on these"
+        )
+    if found.width != head.width:
+        raise HeadError(f"{name}: takes vectors of {head.width}, {backbone_name} gives {found.width}")
+    return found
+
+
+def find_network(
+    name: str, *, weights: str | None = None, size: int | None = None, as_backbone: bool = False
+) -> Pretrained:
+    """Return a run's network, or one by its name (see `load_pretrained`)."""
+    if not is_run(Path(name)):
+        return load_pretrained(name, weights=weights, size=size, as_backbone=as_backbone)
+    if weights is not None:
+        raise TeacherError(
+            f"{name} is a run and has weights of its own; leave --weights out (one of several: '')"
+        )
+    trained = load_model(Path(name))
+    model, recipe = trained.model, trained.recipe
+    return Pretrained(
+        model=model,
+        num_classes=model.num_classes,
+        class_names=tuple(trained.class_names),
+        img_size=recipe.model.img_size,
+        fixed_size=False,
+        crop_fraction=recipe.eval.crop_fraction,
+        interpolation=Interpolation.BICUBIC,
+        mean=model.mean,
+        std=model.std,
+        has_token_head=recipe.uses_token_labels,
+    )
+
+
+def check_places(
+    dense: DenseNetwork, images: Float[Tensor, "B 3 height width"], *, name: str, precision: str
+) -> str:
+    """Return in a sentence how a network's places agree with what it says of whole normalised images.
+
+    Where it averages features and its head is linear, the mean over places must be its own output; raises TeacherError
+    where it is not.
+    """
+    if dense.averages_linearly(images):
+        own_and_places = dense.evidence(images)
+        own, mean = own_and_places.image.float(), own_and_places.places.float().mean(dim=(1, 2))
+        tolerance = (1e-3 if precision == "fp32" else 5e-2) * float(own.abs().max())
+        off = float((own - mean).abs().max())
+        if not off <= tolerance:
+            raise TeacherError(
+                f"{name}: averages its features, yet the mean over its places is {off:.3g} off its own output"
+            )
+        return f"{name}: the mean over places is its own output (off by {off:.1g} at most)"
+    logits = dense(images)
+    own, mean = logits.image.float(), logits.places.float().mean(dim=(1, 2))
+    share = float((own.argmax(dim=1) == mean.argmax(dim=1)).float().mean())
+    return f"{name}: the mean of the map's logits has its own top-1 for {share:.0%} of {len(images)} images"
+
+
+def input_of(
+    found: Pretrained, network: DenseNetwork, *, size: int | None, crop: Literal["none", "center"]
+) -> TeacherInput:
+    """Return how images become a network's input. Raises TeacherError for a size that it cannot take."""
+    size = size or max(found.img_size)
+    try:
+        stride_px = _stride(found.img_size[1], network.grid_for(found.img_size)[1])
+        fixed = found.fixed_size or not _takes(network, (size, size + stride_px))
+        network.grid_for((size, size))
+    except NoDenseMapError:
+        raise
+    except ValueError as error:
+        raise TeacherError(f"{error}; leave --size out") from error
+    return TeacherInput(
+        size=size,
+        stride_px=stride_px,
+        fixed_size_px=(size, size) if fixed else None,
+        crop_fraction=found.crop_fraction if crop == "center" else None,
+        interpolation=found.interpolation,
+        mean=found.mean,
+        std=found.std,
+    )
+
+
+def _stride(length_px: int, num_places: int) -> int:
+    """Return the stride that makes so many places of a side; that of a convolutional net where it does not divide."""
+    return (
+        2 ** round(math.log2(length_px / num_places)) if length_px % num_places else length_px // num_places
+    )
+
+
+def _takes(network: DenseNetwork, img_size: tuple[int, int]) -> bool:
+    try:
+        network.grid_for(img_size)
+    except ValueError:
+        return False
+    return True
+
+
+def fingerprint(network: nn.Module) -> str:
+    """Return a hash of all weights, by which another training of the same network is told apart."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return f"blake2b:{digest.hexdigest()}"

@@ -1,0 +1,405 @@
+"""Heads on backbones: the vectors of locations, the file, visual words, and labels that they make."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import tokenlabel as tl
+from tokenlabel.cli import main
+from tokenlabel.teachers.annotation import AnnotateConfig, annotate
+from tokenlabel.teachers.backbone import load_backbone
+from tokenlabel.teachers.dense import ClassifierNetwork, HeadNetwork
+from tokenlabel.teachers.ensemble import load_teachers
+from tokenlabel.teachers.heads import Head, HeadError
+from tokenlabel.teachers.networks import TeacherConfig, TeacherError
+from tokenlabel.teachers.words import fit_words
+
+CPU = torch.device("cpu")
+CLIP, EUPE = "vit_xsmall_patch16_clip_224.tinyclip_yfcc15m", "vit_tiny_patch16_dinov3_qkvb.eupe_lvd1689m"
+SMALL = {"depth": 1, "embed_dim": 48, "num_heads": 2}
+
+# name, options, width of a vector: prefix tokens, kinds of pooling, projections to where texts lie
+FAMILIES = [
+    ("vit_tiny_patch16_224", {"depth": 1, "class_token": False, "global_pool": "avg"}, 192),
+    ("vit_tiny_patch16_224", {"depth": 1}, 192),
+    ("deit_tiny_distilled_patch16_224", {"depth": 1}, 192),
+    ("vit_tiny_patch16_224", {"depth": 1, "reg_tokens": 4}, 192),
+    ("vit_base_patch32_clip_224.openai", SMALL, 512),
+    ("vit_base_patch16_siglip_224.webli", SMALL, 48),
+    ("vit_pe_core_tiny_patch16_384.fb", {"depth": 1}, 512),
+    ("vit_pe_spatial_tiny_patch16_512.fb", {"depth": 1}, 192),
+    ("vit_small_patch14_dinov2.lvd142m", {"depth": 1}, 384),
+    ("vit_small_patch14_reg4_dinov2.lvd142m", {"depth": 1}, 384),
+    ("vit_small_patch16_dinov3.lvd1689m", {"depth": 1}, 384),
+    ("vit_tiny_patch16_dinov3_qkvb.eupe_lvd1689m", {"depth": 1}, 192),
+    ("vit_base_patch14_reg1_tipsv2.webli", SMALL, 48),
+    ("vit_base_patch16_radio_v3.c_radio", SMALL, 48),
+    ("vit_base_patch16_224.mae", SMALL, 48),
+    ("convnext_tiny.dinov3_lvd1689m", {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32)}, 32),
+    ("resnet10t.c3_in1k", {}, 512),
+    ("tf_efficientnet_lite0.in1k", {}, 1280),
+    ("mobilenetv3_small_050.lamb_in1k", {}, 1024),
+    ("swin_tiny_patch4_window7_224.ms_in1k", {"depths": (1, 1, 1, 1)}, 768),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "width"), FAMILIES, ids=lambda part: part if isinstance(part, str) else ""
+)
+@torch.no_grad()
+def test_the_vector_of_a_location_is_that_of_an_image_that_shows_it_everywhere(name, options, width):
+    """Oracle: one location after the other, put everywhere, through the network's own `forward_head`."""
+    torch.manual_seed(0)
+    try:
+        model: Any = timm.create_model(name, **options, dynamic_img_size=True).eval()
+    except TypeError:  # no transformer
+        model = timm.create_model(name, **options).eval()
+    if width not in (512, model.num_classes) or "resnet" in name:
+        model.reset_classifier(0)
+    stride = 14 if "patch14" in name else 32
+    images = torch.randn(2, 3, 3 * stride, 4 * stride)
+    network = ClassifierNetwork(model, name=name)
+    grid = network.grid_for((3 * stride, 4 * stride))
+    found = network(images)
+    features = model.forward_features(images)
+    assert found.places.shape == (2, *grid, width)
+    torch.testing.assert_close(found.image, model(images))
+    for row in range(grid[0]):
+        for column in range(grid[1]):
+            if features.ndim == 3:
+                at = features.shape[1] - grid[0] * grid[1] + row * grid[1] + column
+                everywhere = features[:, at : at + 1].expand_as(features)
+            elif features.shape[1:3] == grid:
+                everywhere = features[:, row : row + 1, column : column + 1].expand_as(features)
+            else:
+                everywhere = features[:, :, row : row + 1, column : column + 1].expand_as(features)
+            expected = model.forward_head(everywhere)
+            torch.testing.assert_close(found.places[:, row, column], expected, atol=1e-4, rtol=1e-4)
+
+
+def random_head(num_classes: int, width: int, *, kind: Any = "words", **changes: Any) -> Any:
+    generator = torch.Generator().manual_seed(num_classes)
+    options = {"normalised": True, "scale": 9.0, "center": torch.randn(width, generator=generator), **changes}
+    return Head(torch.randn(num_classes, width, generator=generator), kind=kind, **options)
+
+
+@given(
+    num_classes=st.integers(2, 9),
+    width=st.integers(1, 6),
+    normalised=st.booleans(),
+    centred=st.booleans(),
+    biased=st.booleans(),
+    k=st.integers(1, 9),
+)
+@settings(max_examples=40, deadline=None)
+def test_logits_are_scaled_products_with_the_rows(num_classes, width, normalised, centred, biased, k):
+    head = random_head(
+        num_classes,
+        width,
+        normalised=normalised,
+        center=torch.randn(width) if centred else None,
+        bias=torch.randn(num_classes) if biased else None,
+    )
+    vectors = torch.randn(2, 3, width)
+    logits = head(vectors)
+    for i in range(2):
+        for j in range(3):
+            x = vectors[i, j].numpy() - (head.center.numpy() if centred else 0)
+            x = x / max(float(np.linalg.norm(x)), 1e-12) if normalised else x
+            expected = [head.scale * float(x @ row) for row in head.matrix.numpy()]
+            expected = np.array(expected) + (head.bias.numpy() if biased else 0)
+            np.testing.assert_allclose(logits[i, j].numpy(), expected, atol=1e-4, rtol=1e-4)
+    k = min(k, num_classes)
+    class_ids, probs = head.top(vectors.flatten(0, 1), k)
+    expected = logits.flatten(0, 1).softmax(dim=1).topk(k, dim=1)
+    torch.testing.assert_close(probs, expected.values)
+    assert class_ids.equal(expected.indices)
+
+
+def test_a_head_comes_back_from_its_file(tmp_path):
+    labels = random_head(3, 4, kind="labels", bias=torch.zeros(3), class_names=["a", "b", "c"])
+    words = random_head(5, 4)
+    for head in (labels, words):
+        head.save(tmp_path / "head.safetensors")
+        again = tl.Head.load(str(tmp_path / "head.safetensors"))
+        assert again.hash == head.hash
+        assert again.class_names == head.class_names
+        vectors = torch.randn(7, 4)
+        assert again(vectors).equal(head(vectors))
+    assert labels.class_names == ("a", "b", "c")
+    assert words.class_names[4] == "word 4"
+    assert labels.hash != words.hash
+
+
+def test_files_that_hold_no_head(tmp_path):
+    file = tmp_path / "head.safetensors"
+    with pytest.raises(HeadError, match="no such file; `tokenlabel fit-head` makes heads"):
+        Head.load(file)
+    random_head(5, 4).save(file)
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(HeadError, match="damaged"):
+        Head.load(file)
+    file.write_bytes(whole[:-3] + b"\x00\x01\x02")
+    with pytest.raises(HeadError, match="damaged"):
+        Head.load(file)
+    save_file({"weight": torch.zeros(2)}, file)
+    with pytest.raises(HeadError, match=r"holds no head, but other tensors; .* --teacher NAME --weights"):
+        Head.load(file)
+    with pytest.raises(ValueError, match="needs the names"):
+        random_head(3, 4, kind="labels")
+
+
+@pytest.mark.parametrize("num_words", [2, 8, 24])
+def test_words_find_clusters_and_their_scale_keeps_nine_tenths(num_words):
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.nn.functional.normalize(torch.randn(8, 16, generator=generator), dim=1)
+    members = torch.randint(8, (2000,), generator=generator)
+    noise = torch.randn(2000, 16, generator=generator)
+    vectors = (5 * directions[members] + 0.3 * noise + 2).half()
+    words = fit_words(vectors, num_words, topk=3, seed=0)
+    again = fit_words(vectors, num_words, topk=3, seed=0)
+    assert words.matrix.equal(again.matrix)
+    torch.testing.assert_close(words.center, vectors.float().mean(dim=0))
+    torch.testing.assert_close(words.matrix.norm(dim=1), torch.ones(num_words))
+    cosines = torch.nn.functional.normalize(vectors.float() - words.center, dim=1) @ words.matrix.T
+    if num_words > 8:  # each cluster has words of its own
+        for word in range(num_words):
+            inside = members[cosines.argmax(dim=1) == word]
+            assert len(inside) == 0 or (inside == inside[0]).all()
+        assert cosines.amax(dim=1).mean() > 0.95
+    k = min(3, max(1, num_words // 4))
+    kept = (cosines * words.scale).softmax(dim=1).topk(k, dim=1).values.sum(dim=1).mean()
+    assert float(kept) == pytest.approx(0.9, abs=0.01)
+
+
+def test_words_that_nothing_takes_start_anew():
+    """Most vectors are one and the same, so most first words are, too; the others still get words of their own."""
+    rare = torch.eye(8)
+    vectors = torch.cat([torch.ones(500, 8) * torch.tensor([1.0, *[0.0] * 7]), rare.repeat(4, 1)])
+    words = fit_words(vectors, 8, topk=2, seed=0)
+    cosines = torch.nn.functional.normalize(rare - words.center, dim=1) @ words.matrix.T
+    assert cosines.amax(dim=1).min() > 0.99
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Two shapes of images in two class folders."""
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        folder = root / "images" / "ab"[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 256, (64, 64 if i % 3 else 96, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    torch.manual_seed(0)
+    for name in (
+        "resnet10t",
+        "vit_xsmall_patch16_clip_224.tinyclip_yfcc15m",
+        "vit_tiny_patch16_dinov3_qkvb.eupe_lvd1689m",
+    ):
+        save_file(timm.create_model(name).state_dict(), root / f"{name}.safetensors")
+    return root
+
+
+def fit(images, head, *options, backbone="resnet10t"):
+    weights = [] if "--weights" in options else ["--weights", str(images / f"{backbone}.safetensors")]
+    words = ["fit-head", str(images / "images"), str(head), "--backbone", backbone, *weights]
+    return main([*words, "--size", "64", "--num-workers", "1", *options])
+
+
+def test_words_of_a_backbone_label_images_that_have_other_classes(images, tmp_path, monkeypatch, capsys):
+    """As users run it: processes, relative paths; a store of words knows its words by the head's hash."""
+    monkeypatch.chdir(images)
+    head, store = str(tmp_path / "words.safetensors"), str(tmp_path / "labels")
+    options = [
+        "--backbone",
+        "resnet10t",
+        "--weights",
+        "resnet10t.safetensors",
+        "--from",
+        "words",
+        "--words",
+        "6",
+    ]
+    run = [sys.executable, "-m", "tokenlabel"]
+    subprocess.run([*run, "fit-head", "images", head, *options, "--size", "64"], check=True)
+    subprocess.run([*run, "annotate", "images", store, "--teacher", head, "--topk", "2"], check=True)
+    words = Head.load(head)
+    labels = tl.LabelStore(store)
+    assert len(labels) == 12
+    assert (labels.manifest.num_classes, labels.manifest.class_names) == (6, ())
+    assert labels.manifest.words == words.hash
+    assert labels.manifest.teacher["head_fitted"]["from"] == "words"
+    assert labels.manifest.teacher["backbone"]["name"] == "resnet10t"
+    backbone = load_backbone("resnet10t", CPU, weights="resnet10t.safetensors", size=64)
+    pixels, _ = backbone.input.of(Image.open("images/b/1.png"))
+    mean, std = (torch.tensor(v)[:, None, None] for v in (backbone.input.mean, backbone.input.std))
+    normalised = (torch.from_numpy(pixels).permute(2, 0, 1) / 255 - mean) / std
+    with torch.no_grad():
+        expected = words(backbone.network(normalised[None]).places)[0].softmax(dim=2)
+    score_map = labels["b/1.png"]
+    kept = expected.gather(2, torch.from_numpy(score_map.class_ids.astype(np.int64))).numpy()
+    np.testing.assert_allclose(score_map.probs, np.where(score_map.probs > 0, kept, 0), atol=0.01)
+    assert (score_map.top_class_ids == expected.argmax(dim=2).numpy()).all()
+    assert score_map.codes.shape[2] <= 2
+
+    again = ["annotate", "images", store, "--topk", "2", "--teacher"]
+    assert main([*again, head]) == 0
+    assert "12 had been" in capsys.readouterr().out
+    other = str(tmp_path / "other.safetensors")
+    assert main(["fit-head", "images", other, *options, "--size", "64", "--seed", "1"]) == 0
+    assert main([*again, other]) == 2  # other words do not go into this store
+    assert "teacher.head is" in capsys.readouterr().err
+
+
+def test_the_same_command_finds_its_head_and_another_does_not_write_over_it(images, tmp_path, capsys):
+    head = tmp_path / "head.safetensors"
+    assert fit(images, head, "--from", "words", "--words", "4") == 0
+    first = head.read_bytes()
+    capsys.readouterr()
+    assert fit(images, head, "--from", "words", "--words", "4") == 0
+    assert "is there, fitted by the same command" in capsys.readouterr().err
+    assert fit(images, head, "--from", "words", "--words", "5") == 2
+    assert (
+        "was fitted with other options (words); name another file, or --overwrite" in capsys.readouterr().err
+    )
+    assert head.read_bytes() == first
+    assert fit(images, head, "--from", "words", "--words", "5", "--overwrite") == 0
+    assert Head.load(head).num_classes == 5
+    save_file({"weight": torch.zeros(2)}, head)
+    assert fit(images, head, "--from", "words", "--overwrite") == 2
+    assert "is in the way and no head" in capsys.readouterr().err
+    assert fit(images, tmp_path / "head.pth", "--from", "words") == 2
+    assert "a head is a .safetensors file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ("--from", "words"),
+            "too few for 8,192 words; give more images, a larger --size, or --words of at most",
+        ),
+        (("--from", "wrods"), "--from is words"),
+        (("--from", "words", "--words", "1"), "--words must be at least 2"),
+        (("--from", "words", "--weights", "nowhere.safetensors"), "nowhere.safetensors"),
+    ],
+)
+def test_what_cannot_be_fitted_says_so_in_one_line_and_leaves_nothing(
+    images, tmp_path, capsys, options, message
+):
+    assert fit(images, tmp_path / "head.safetensors", *options) == 2
+    assert message in [*filter(None, capsys.readouterr().err.splitlines())][-1]
+    assert not [*tmp_path.iterdir()]
+
+
+def test_images_that_do_not_decode_are_passed_over(images, tmp_path, capsys):
+    (tmp_path / "images" / "a").mkdir(parents=True)
+    for path in (images / "images" / "a").iterdir():
+        (tmp_path / "images" / "a" / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "images" / "a" / "broken.png").write_bytes(b"no image")
+    weights = ["--weights", str(images / "resnet10t.safetensors"), "--size", "64"]
+    command = [
+        "fit-head",
+        str(tmp_path / "images"),
+        str(tmp_path / "head.safetensors"),
+        "--backbone",
+        "resnet10t",
+    ]
+    assert main([*command, *weights, "--from", "words", "--words", "3"]) == 0
+    assert "1 images were passed over (a/broken.png" in capsys.readouterr().err
+
+
+def test_a_head_belongs_to_the_weights_that_it_was_fitted_on(images, tmp_path, capsys):
+    head = tmp_path / "head.safetensors"
+    assert fit(images, head, "--from", "words", "--words", "4") == 0
+    torch.manual_seed(1)
+    model = timm.create_model("resnet10t", num_classes=3)
+    save_file(model.state_dict(), tmp_path / "other.safetensors")
+    command = [
+        "annotate",
+        str(images / "images"),
+        str(tmp_path / "labels"),
+        "--teacher",
+        str(head),
+        "--weights",
+    ]
+    assert main([*command, str(tmp_path / "other.safetensors")]) == 2
+    assert "was fitted on resnet10t with other weights" in capsys.readouterr().err
+    # The classifier is no part of the backbone: another one, or none, changes nothing.
+    weights = load_file(images / "resnet10t.safetensors")
+    bare = {name: tensor for name, tensor in weights.items() if not name.startswith("fc.")}
+    save_file(bare, tmp_path / "bare.safetensors")
+    assert main([*command, str(tmp_path / "bare.safetensors")]) == 0
+
+
+def test_embeddings_of_image_text_networks_are_vectors_and_transformers_keep_the_aspect(images):
+    clip = load_backbone(CLIP, CPU, weights=str(images / f"{CLIP}.safetensors"), size=64)
+    assert clip.width == timm.create_model(CLIP).num_classes
+    assert clip.input.size_px((96, 64)) == (48, 80)
+    eupe = load_backbone(EUPE, CPU, weights=str(images / f"{EUPE}.safetensors"), size=64)
+    assert (eupe.width, eupe.input.fixed_size_px) == (192, None)
+    assert eupe.description["licence"] == "fair-noncommercial-research-license"
+    resnet = load_backbone("resnet10t", CPU, weights=str(images / "resnet10t.safetensors"), size=64)
+    assert resnet.width == 512
+
+
+def test_words_of_two_heads_are_not_averaged_and_mirror_images_are(images, tmp_path):
+    for seed in "01":
+        assert (
+            fit(images, tmp_path / f"{seed}.safetensors", "--from", "words", "--words", "4", "--seed", seed)
+            == 0
+        )
+    files = [str(tmp_path / f"{seed}.safetensors") for seed in "01"]
+    with pytest.raises(TeacherError, match="visual words of one head mean nothing to another"):
+        load_teachers(TeacherConfig(teacher=files), [], CPU)
+    flipped = load_teachers(TeacherConfig(teacher=files[0], flip=True), ["a", "b"], CPU)
+    plain = load_teachers(TeacherConfig(teacher=files[0]), ["a", "b"], CPU)
+    assert flipped.words == plain.words == flipped.description["words"] == Head.load(files[0]).hash
+    pixels = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    expected = (plain.probabilities(pixels) + plain.probabilities(pixels.flip(3)).flip(2)) / 2
+    class_ids, probs = flipped.top(pixels, 2)
+    torch.testing.assert_close(probs, expected.topk(2, dim=3).values)
+    assert class_ids.shape == (2, 2, 2, 2)
+
+
+@torch.no_grad()
+def test_many_words_never_exist_as_one_dense_map(images, monkeypatch):
+    """65,536 words at once would be 4 GB for 64 images: the blocks give the same, and none is larger than is said."""
+    backbone = load_backbone("resnet10t", CPU, weights=str(images / "resnet10t.safetensors"), size=64)
+    head = random_head(50, backbone.width)
+    network, pixels = HeadNetwork(backbone.network, head), torch.randn(3, 3, 64, 96)
+    expected = network(pixels).places.softmax(dim=3).topk(5, dim=3)
+    sizes = []
+    head.register_forward_hook(lambda module, inputs, output: sizes.append(output.numel()))
+    monkeypatch.setattr("tokenlabel.teachers.dense.MAX_LOGITS", 200)
+    class_ids, probs = network.top(pixels, 5)
+    torch.testing.assert_close(probs, expected.values)
+    assert class_ids.equal(expected.indices)
+    assert max(sizes) == 200
+    assert sum(sizes) == 3 * 2 * 3 * 50
+
+
+def test_in_python_it_is_the_same(images, tmp_path):
+    weights = str(images / "resnet10t.safetensors")
+    config = tl.FitConfig(backbone="resnet10t", weights=weights, from_="words", words=4, size=64)
+    head = tl.fit_head(images / "images", tmp_path / "head.safetensors", config)
+    assert head.hash == tl.Head.load(tmp_path / "head.safetensors").hash
+    done = annotate(
+        images / "images", tmp_path / "labels", AnnotateConfig(teacher=str(tmp_path / "head.safetensors"))
+    )
+    assert done.num_labelled == 12
+    assert json.loads((tmp_path / "labels" / "manifest.json").read_text())["teacher"]["words"] == head.hash
