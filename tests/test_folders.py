@@ -298,12 +298,15 @@ class TestFoldersThatAreNoClasses:
             "(art, photo); each of these folders holds cat, dog: if these are the classes, name pacs/art"
         )
 
-    def test_images_in_no_class_folder_name_the_folder_above(self):
-        lay("images/ant/1.png")
-        with pytest.raises(
-            DataError, match=r"outside of any class folder.*if ant is a class, name the folder above"
-        ):
+    def test_images_in_no_class_folder_name_the_folder_above(self, capsys):
+        lay("images/ant/1.png", "images/ant/2.png")
+        source = open_images("images/ant")
+        assert (source.class_names, list(source.keys)) == ([], ["1.png", "2.png"])
+        assert "or name the folder above if ant is a class" in train_complaint(capsys, "images/ant")
+        lay("images/ant/old/3.png")
+        with pytest.raises(DataError, match="2 images outside of any class folder"):
             open_images("images/ant")
+        assert list(open_images("images/ant", classes=False).keys) == ["1.png", "2.png", "old/3.png"]
 
     def test_classes_that_look_the_same(self):
         lay("images/caf\u00e9/1.png", "images/cafe\u0301/1.png")

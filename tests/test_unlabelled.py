@@ -21,7 +21,7 @@ from tokenlabel.core.batch import normalize_images
 from tokenlabel.core.scores import ScoreMap
 from tokenlabel.core.step import make_targets, student_loss
 from tokenlabel.data.scenes import write_scenes
-from tokenlabel.labels.store import LabelStoreWriter, Manifest
+from tokenlabel.labels.store import LabelStore, LabelStoreWriter, Manifest
 from tokenlabel.models import register_with_timm
 from tokenlabel.runtime.configuration import config_from_dict
 from tokenlabel.runtime.distributed import Ranks
@@ -139,7 +139,7 @@ def test_a_network_without_classes_is_evaluated_by_its_tokens_and_its_features(h
     asked = ("--labels", "flat_words_val", "--probe", "scenes/val", "--num-workers", "0", "--json")
     status, said = run(capsys, "eval", "run", "--data", "flat_val", *asked)
     assert status == 0, said
-    found = json.loads(said.splitlines()[-1])
+    found = json.loads(next(line for line in said.splitlines() if line.startswith("{")))
     assert found.keys() >= {"teacher_accuracy", "teacher_miou", "knn", "image_probe"}
     status, said = run(
         capsys, "eval", "run", "--probe", "scenes/train", "--probe-test", "scenes/val", "--num-workers=0"
@@ -309,4 +309,36 @@ def test_a_run_goes_on_with_the_words_that_it_began_with_alone(here, capsys):
     again = ("--data.train", "flat_train", "--data.labels", "other", "--out", "run", "--epochs", "1")
     status, said = train(capsys, *again)
     assert status == 2
-    assert "run was trained on other images or labels: labels.teacher.words: abc there, another here" in said
+    assert (
+        "12 visual words of the head abc, these labels are about 12 visual words of the head another" in said
+    )
+
+
+def test_a_run_that_speaks_words_teaches_is_a_backbone_and_is_reported(here, capsys):
+    val = ("--data.val", "flat_val", "--eval.labels", "flat_words_val")
+    assert train(capsys, *FLAT, *val, "--out", "run", "--epochs", "1")[0] == 0
+    status, said = run(capsys, "annotate", "scenes/train", "own", "--teacher", "run", "--device", "cpu")
+    assert status == 0, said
+    manifest = LabelStore("own").manifest
+    assert (manifest.num_classes, manifest.class_names, manifest.words) == (NUM_WORDS, (), "abc")
+    # The same words, so the successor of a run may learn from it where the run itself learnt from the head.
+    labelled = ("--data.train", "scenes/train", "--data.labels", "own", "--out", "next", "--epochs", "1")
+    status, said = train(capsys, *labelled, "--model.weights", "run")
+    assert status == 0, said
+    assert "token_head" not in said  # which goes on with what it knows
+    head = (
+        "fit-head",
+        "scenes/train",
+        "head.safetensors",
+        "--backbone",
+        "run",
+        "--from",
+        "words",
+        "--words",
+        "8",
+    )
+    status, said = run(capsys, *head, "--device", "cpu")
+    assert status == 0, said
+    status, said = run(capsys, "report", "run", "next", "--output", "report.html")
+    assert status == 0, said
+    assert "teacher" in Path("report.html").read_text()

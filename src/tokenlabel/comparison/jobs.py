@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from filelock import FileLock
@@ -45,6 +46,7 @@ from tokenlabel.comparison.tables import (
     testbed_names,
 )
 from tokenlabel.data.scenes import write_scenes
+from tokenlabel.data.sources import open_images
 from tokenlabel.runtime.arguments import add_device, device_of, new_parser, parse
 from tokenlabel.runtime.distributed import Ranks, joined_ranks, launched_ranks
 from tokenlabel.runtime.files import write_whole
@@ -112,7 +114,10 @@ def _made(step: Step) -> str:
 
 def _make_step(comparison: Comparison, step: Step, folder: Path, *, log: Path) -> None:
     if step.scenes is not None:
-        write_scenes(folder, **step.scenes)
+        lists = step.scenes.get("lists", {})
+        write_scenes(folder, **{name: value for name, value in step.scenes.items() if name != "lists"})
+        for name, (num_labelled, others) in lists.items():
+            write_list(folder / "train", name, num_labelled=num_labelled, others=others)
         return
     words = shlex.split(filled(step.command or "", comparison.folders | {"here": str(folder)}))
     status = _tokenlabel(words, log=log, environment=_environment(None))
@@ -120,6 +125,22 @@ def _make_step(comparison: Comparison, step: Step, folder: Path, *, log: Path) -
         raise CompareError(
             f"step {folder.name} failed with exit status {status}: {_last_line(log)} (see {log})"
         )
+
+
+def write_list(folder: Path, name: str, *, num_labelled: int, others: bool) -> None:
+    """Write FOLDER/NAME.csv: so many images with their class, as many of each; with the `others` those without."""
+    source = open_images(folder)
+    place = np.zeros(len(source), np.int64)  # of each image within its class
+    for class_id in np.unique(source.class_ids):
+        of_class = np.flatnonzero(source.class_ids == class_id)
+        place[of_class] = np.random.default_rng(int(class_id)).permutation(len(of_class))
+    chosen = {*np.lexsort((source.class_ids, place))[:num_labelled].tolist()}
+    rows = [
+        f"{key},{source.class_names[source.class_ids[i]] if i in chosen else ''}"
+        for i, key in enumerate(source.keys)
+        if i in chosen or others
+    ]
+    write_whole(folder / f"{name}.csv", "path,label\n" + "\n".join(rows) + "\n")
 
 
 def run_job(comparison: Comparison, job: Job, *, device: torch.device) -> dict[str, Any]:

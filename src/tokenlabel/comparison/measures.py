@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,11 @@ NUM_LABELLED = 1000
 
 @dataclass(frozen=True, kw_only=True)
 class Finished:
-    """A run that has been trained. `folders`: `masks_train`, `masks_val`, `labels_val`, those that there are."""
+    """A run that has been trained.
+
+    `folders`: those that there are of `masks_train`, `masks_val`, `labels_val`, and of `images_train`, `images_val`,
+    the images with their classes, where a run may have been trained without.
+    """
 
     run: Path
     trained: TrainedModel
@@ -45,21 +50,25 @@ class Finished:
 
     def val_batches(self, truth: ScoreMaps | None) -> Iterator[Batch]:
         """Yield the val images, with the score maps of `truth`."""
-        dataset = evaluation_set(self.trained.recipe, class_names=self.trained.class_names)
-        dataset.store = truth
-        yield from _batches(dataset, self.device)
+        yield from self._batches(self.folders.get("images_val", self.trained.recipe.data.val), truth)
 
     def train_batches(self, truth: ScoreMaps | None) -> Iterator[Batch]:
         """Yield the training images as evaluation sees them, with the score maps of `truth`."""
-        recipe = self.trained.recipe
-        folder = Path(recipe.data.train)
-        dataset = evaluation_set(recipe, class_names=self.trained.class_names, data=folder)
+        yield from self._batches(self.folders.get("images_train", self.trained.recipe.data.train), truth)
+
+    def _batches(self, folder: Any, truth: ScoreMaps | None) -> Iterator[Batch]:
+        dataset = evaluation_set(self.trained.recipe, class_names=self.class_names, data=folder)
         dataset.store = truth
         yield from _batches(dataset, self.device)
 
+    @cached_property
+    def class_names(self) -> list[str]:
+        """The classes of the images, also of a run that was trained without."""
+        return self.trained.class_names or open_images(self.folders["images_train"]).class_names
+
     def masks(self, name: str) -> MaskFolder:
         """Return true masks by the name of their folder."""
-        return MaskFolder(self.folders[name], num_classes=self.trained.model.num_classes)
+        return MaskFolder(self.folders[name], num_classes=len(self.class_names))
 
 
 Figures = dict[str, float]
@@ -71,7 +80,10 @@ def predictions(finished: Finished) -> Figures:
     Without token labels the tokens' head was never trained: it has nothing to get right.
     """
     recipe, model = finished.trained.recipe, finished.trained.model
-    tells_tokens = recipe.uses_token_labels and "masks_val" in finished.folders
+    if not model.num_classes:
+        return {}
+    speaks_classes = recipe.uses_token_labels and finished.trained.token_classes is None
+    tells_tokens = speaks_classes and "masks_val" in finished.folders
     truth = finished.masks("masks_val") if tells_tokens else None
     evaluators = {recipe.eval.inference: [Accuracy(), Calibration(), TokenTruth()]}
     found = observe(
@@ -83,7 +95,7 @@ def predictions(finished: Finished) -> Figures:
 def teacher_agreement(finished: Finished) -> Figures:
     """Return how far the tokens agree with the teacher's labels of the val images."""
     recipe, model = finished.trained.recipe, finished.trained.model
-    if not recipe.uses_token_labels:
+    if not recipe.uses_token_labels or finished.trained.token_classes is not None:
         return {}
     store = LabelStore(finished.folders["labels_val"])
     evaluators = {Inference.CLASS: [TokenTruth("teacher")]}
@@ -97,20 +109,24 @@ def probe(finished: Finished) -> Figures:
     """Return how well a linear probe of the frozen tokens finds the true masks."""
     train = finished.train_batches(finished.masks("masks_train"))
     val = finished.val_batches(finished.masks("masks_val"))
-    return probe_figures(finished.trained.model, train, val)
+    return probe_figures(finished.trained.model, train, val, num_classes=len(finished.class_names))
 
 
 def of_images(finished: Finished) -> Figures:
     """Return how well probes of the frozen mean token name the val images."""
     model = finished.trained.model
     train, val = finished.train_batches(None), finished.val_batches(None)
-    return image_figures(model, train, val, num_classes=model.num_classes)
+    return image_figures(model, train, val, num_classes=len(finished.class_names))
 
 
 def label_truth(finished: Finished) -> Figures:
     """Return how often the aligned labels of augmented training images name the object that a token shows."""
     recipe, model = finished.trained.recipe, finished.trained.model
-    if recipe.data.labels is None or not recipe.loss.reads_labels:
+    if (
+        recipe.data.labels is None
+        or not recipe.loss.reads_labels
+        or finished.trained.token_classes is not None
+    ):
         return {}
     img_size, source = recipe.model.img_size, open_images(recipe.data.train)
     transform = TrainTransform(recipe.augment, img_size)
@@ -145,7 +161,9 @@ def label_bytes(finished: Finished) -> Figures:
 
 def halfway(finished: Finished) -> Figures:
     """Return the accuracy at the evaluation nearest to the middle of the run."""
-    lines = [line for line in read_metrics(finished.run) if line["kind"] == "eval"]
+    lines = [line for line in read_metrics(finished.run) if line["kind"] == "eval" and "top1" in line]
+    if not lines:
+        return {}
     middle = lines[-1]["step"] / 2
     return {"top1_halfway": min(lines, key=lambda line: abs(line["step"] - middle))["top1"]}
 

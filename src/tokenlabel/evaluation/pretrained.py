@@ -13,7 +13,7 @@ import torch
 from timm.data.config import resolve_data_config
 from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg
 
-from tokenlabel.data.classes import imagenet_names
+from tokenlabel.data.classes import ClassList, imagenet_names
 from tokenlabel.data.config import Interpolation
 from tokenlabel.models import TimmAdapter, create_model, register_with_timm
 from tokenlabel.models.adapter import REFUSALS
@@ -49,6 +49,7 @@ class Pretrained:
     ImageNet's, by their number alone. `img_size`: (height, width) of the images that it is for; `fixed_size`: it takes
     no others. `mean`, `std`: of its images, scaled to 0..1. `has_token_head`: one for tokens that was trained.
     `is_embedding`: its outputs are a vector, as those of texts, not classes. `licence`: of its weights, says timm.
+    `token_classes`: what its tokens are about, where these are others than its classes.
     """
 
     model: Any
@@ -63,6 +64,7 @@ class Pretrained:
     has_token_head: bool
     names_assumed: bool = False
     is_embedding: bool = False
+    token_classes: ClassList | None = None
     licence: str = ""
 
 

@@ -62,12 +62,13 @@ def fit_probe(
 
 
 @torch.inference_mode()
-def probe_figures(model: TokenModel, train: Iterable[Batch], val: Iterable[Batch]) -> dict[str, float]:
+def probe_figures(
+    model: TokenModel, train: Iterable[Batch], val: Iterable[Batch], *, num_classes: int
+) -> dict[str, float]:
     """Return probe_accuracy and probe_miou on val batches of a probe fitted to train batches; both carry true masks.
 
     Tokens that show an object take part, and are judged as those of `TokenTruth`.
     """
-    num_classes = model.num_classes
     features, classes = [], []
     for batch in train:
         tokens, truth = _tokens_and_truth(model, batch)

@@ -138,6 +138,7 @@ def find_network(
         mean=model.mean,
         std=model.std,
         has_token_head=recipe.uses_token_labels,
+        token_classes=trained.token_classes,
     )
 
 

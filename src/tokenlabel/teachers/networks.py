@@ -180,12 +180,15 @@ def load_teacher(
     description = {"name": name, "weights": fingerprint(network), "answers_with": network.answers_with}
     if config.compile:
         network.compile()
+    others = found.token_classes if isinstance(network, TokenNetwork) else None
+    words = others.words if others is not None else ""
     return NetworkTeacher(
         network,
         input,
-        description=description,
-        class_names=found.class_names,
+        description={**description, **({"words": words} if words else {})},
+        class_names=found.class_names if others is None else others.names,
         names_assumed=found.names_assumed,
+        words=words,
         precision=config.precision,
     )
 
@@ -225,9 +228,11 @@ def _dense_network(found: Pretrained, name: str, head: str) -> DenseNetwork:
     if head == "tokens" and not found.has_token_head:
         raise TeacherError(f"{name} has no trained head for its tokens; leave --head out")
     by_tokens = found.has_token_head and head != "classifier"
+    if not by_tokens and not found.num_classes:
+        raise TeacherError(f"{name} has no classifier; leave --head out, and its tokens answer")
     model = found.model
     if by_tokens and not isinstance(model, TokenModel):
         model = TimmAdapter(model, name=name, num_classes=model.num_classes, img_size=found.img_size)
     if by_tokens:
-        return TokenNetwork(model)
+        return TokenNetwork(model, has_one_list=found.token_classes is None)
     return ClassifierNetwork(model.backbone if isinstance(model, TimmAdapter) else model, name=name)
