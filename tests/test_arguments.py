@@ -183,9 +183,9 @@ def test_every_spelling_of_a_recipes_options():
 )
 def test_every_spelling_of_a_pair(words, img_size):
     recipe = recipe_of(
-        "--out", "out", "--data.train", "a", "--model.img-size", words, "--optim.betas", ".8,.9"
+        "--out", "out", "--data.train", "a", "--model.img-size", words, "--augment.crop-scale", ".8,.9"
     )
-    assert (recipe.model.img_size, recipe.optim.betas) == (img_size, (0.8, 0.9))
+    assert (recipe.model.img_size, recipe.augment.crop_scale) == (img_size, (0.8, 0.9))
 
 
 def test_options_override_a_recipe_wherever_they_stand():
@@ -254,6 +254,45 @@ def test_a_recipe_that_is_none_is_named_and_keeps_its_keys(text, message, tmp_pa
         recipe_of("--recipe", "./own.yaml", "--out", "out", "--data.train", "a")
 
 
+@pytest.mark.parametrize("verb", ["train", "segment train"])
+def test_help_lists_what_can_be_read_and_every_field(verb, capsys):
+    with pytest.raises(SystemExit):
+        main([*verb.split(), "--help"])
+    shown = capsys.readouterr().out
+    assert len(re.findall("^  --", shown, re.MULTILINE)) <= 75
+    assert "keep_every_epochs (null): Keep one every so many epochs" in " ".join(shown.split())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--mix.kind", "cutmix", "--mix.alpha", ".5"),
+        ("--mix", "{kind: cutmix, alpha: 0.5}"),
+        ("--mix={alpha: 0.5}", "--mix.kind=cutmix"),
+    ],
+)
+def test_a_group_is_given_as_a_whole_or_by_its_fields(words):
+    """Over a recipe: what an option does not name stays."""
+    mix = recipe_of("--out", "out", "--data.train", "a", *words).mix
+    assert (mix.kind, mix.alpha, mix.probability) == ("cutmix", 0.5, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("words", "instead"),
+    [
+        (("--overfit", "8"), "--overfit; it is gone: for a few images by heart"),
+        (("--profile",), "--profile; it is gone: --dry-run says"),
+        (("--optim.eps", "1e-6"), "--optim.eps; it is gone: AdamW's is PyTorch's"),
+        (("--optim", "{betas: [0.9, 0.95]}"), "optim.betas; it is gone: AdamW's are PyTorch's"),
+        (("--eval.num_workers", "3"), "--eval.num_workers; it is gone: evaluation takes data.num_workers"),
+        (("--erase.min-aspect", ".5"), "--erase.min-aspect; it is gone: boxes are"),
+    ],
+)
+def test_an_option_that_is_gone_is_named_with_what_to_do_instead(words, instead):
+    with pytest.raises(ValueError, match=re.escape(instead)):
+        recipe_of("--out", "out", "--data.train", "a", *words)
+
+
 def test_help_shows_one_spelling(capsys):
     verbs = [name for name in VERBS if name != "segment"] + [
         "segment train",
@@ -284,7 +323,10 @@ def test_the_label_guide_names_options_that_exist(capsys):
             main([verb, "--help"])
     known = capsys.readouterr().out.replace("_", "-")
     benchmarks = {"--device"}
-    assert [name for name in named - benchmarks if name.replace("_", "-") not in known] == []
+    # A field of a group that help lists as one option is named below it: --loss.teacher, then class_order.
+    wrong = [name for name in named - benchmarks if name.replace("_", "-") not in known]
+    assert [name for name in wrong if f"{name.rpartition('.')[0]}.FIELD" not in known] == []
+    assert all(f"{name.rpartition('.')[2]} (" in known for name in wrong)
 
 
 def test_a_gone_name_is_refused_by_its_new_one(tmp_path):

@@ -1,18 +1,16 @@
 """What is tried out before a run: that it says what is true, and leaves nothing that a run would continue from."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from test_train import nested_recipe, write_labels
 
-from tokenlabel.classification.dry_run import PICTURE_NAME, TRACE_NAME, dry_run, overfit, profile
+from tokenlabel.classification.dry_run import PICTURE_NAME, dry_run
 from tokenlabel.classification.task import build
 from tokenlabel.cli import main
 from tokenlabel.data.scenes import write_scenes
-from tokenlabel.runtime.configuration import ConfigError, config_from_dict, write_config
+from tokenlabel.runtime.configuration import config_from_dict, write_config
 from tokenlabel.training.recipe import Recipe
 
 CPU = torch.device("cpu")
@@ -55,33 +53,6 @@ def test_a_dry_run_without_token_labels(nested, tmp_path):
     assert "tokens are told nothing" in told
 
 
-def test_a_profile_is_a_trace_of_three_steps(nested, tmp_path):
-    told = profile(recipe_of(nested), tmp_path, device=CPU)
-    assert "aten::" in told
-    events = json.loads((tmp_path / TRACE_NAME).read_text())["traceEvents"]
-    steps = [event for event in events if event.get("name", "").startswith("ProfilerStep#")]
-    assert len({event["name"] for event in steps}) == 3
-
-
-def test_a_model_that_can_learn_learns_a_few_images_by_heart(nested):
-    *_, last = overfit(recipe_of(nested), 4, device=CPU, num_steps=100)
-    assert "4 images, 100 steps: 100.0% of the images are learnt, " in last
-
-
-def test_one_that_cannot_is_told_of(nested):
-    optim = {**nested["optim"], "lr": 1e-7, "min_lr": 1e-7, "warmup_lr": 1e-8}
-    *_, last = overfit(recipe_of(nested, optim=optim), 8, device=CPU, num_steps=10)
-    assert last.startswith("Too few: look at")
-
-
-@pytest.mark.parametrize(
-    ("number", "message"), [(41, "at most the 40 images"), (0, "at least 1 image, got 0")]
-)
-def test_it_needs_as_many_images_as_there_are(nested, number, message):
-    with pytest.raises(ConfigError, match=f"--overfit takes {message}"):
-        list(overfit(recipe_of(nested), number, device=CPU))
-
-
 def test_the_command_line_dry_runs_in_place_of_training(nested, tmp_path, capsys):
     path = tmp_path / "recipe.yaml"
     write_config(recipe_of(nested), path)
@@ -89,5 +60,3 @@ def test_the_command_line_dry_runs_in_place_of_training(nested, tmp_path, capsys
     assert main([*arguments, "--dry-run"]) == 0
     assert "learning rate" in capsys.readouterr().out
     assert not (tmp_path / "run" / "checkpoints").exists()
-    assert main([*arguments, "--dry-run", "--profile"]) == 2
-    assert "not allowed with" in capsys.readouterr().err

@@ -46,11 +46,10 @@ REFUSED: list[tuple[type, dict[str, Any], dict[str, list[Any]]]] = [
         {
             "lr": [0.0, -1.0, NAN, INF],
             "lr_batch_size": [0],
-            **{key: [-1.0, NAN, INF] for key in ("min_lr", "warmup_lr", "weight_decay", "eps")},
+            **{key: [-1.0, NAN, INF] for key in ("min_lr", "warmup_lr", "weight_decay")},
             **{key: [-1.0, NAN, INF] for key in ("warmup_epochs", "cooldown_epochs")},
             "warmup_steps": [-1],
             "layer_decay": [0.0, 1.5, NAN],
-            "betas": [(0.9, 1.0), (-0.1, 0.9), (0.9, NAN)],
             "ema_decay": [-0.1, 1.0, NAN],
             "clip_grad_norm": [0.0, -1.0, NAN],
         },
@@ -63,7 +62,6 @@ REFUSED: list[tuple[type, dict[str, Any], dict[str, list[Any]]]] = [
         {},
         {
             "batch_size": [0],
-            "num_workers": [-1],
             "every_epochs": [0.0, NAN, INF],
             "crop_fraction": [0.0, 1.5, NAN],
         },

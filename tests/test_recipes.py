@@ -242,8 +242,6 @@ def test_the_training_guide_and_the_heads_name_options_that_exist():
     known |= {
         "--out",
         "--dry-run",
-        "--overfit",
-        "--profile",
         "--tensorboard",
         "--changed-numerics",
         "--output",

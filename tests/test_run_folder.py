@@ -116,7 +116,7 @@ class TestWhatMayChange:
         (here / "data").rename(here / "moved")
         words = ["--data.train", "./moved/scenes/train", "--data.val", "./moved/scenes/val"]
         words += ["--data.labels", "./moved/labels", "--checkpoint.keep", "1", "--eval.crop_fraction", "0.9"]
-        words += ["--eval.num_workers", "0", "--data.max-missing", "0", "--data.check", "none"]
+        words += ["--eval.batch-size", "8", "--data.max-missing", "0", "--data.check", "none"]
         assert continued(*words) == 0
         assert weights_of(here / "run") == weights_of(unbroken)
         assert "crop_fraction: 0.9" in (here / "run/recipe.yaml").read_text()

@@ -33,10 +33,8 @@ from tokenlabel.runtime.errors import FirstRankError
 from tokenlabel.runtime.interruption import Interrupted
 
 if TYPE_CHECKING:
-    import torch
-    from jsonargparse import ArgumentParser, Namespace
+    from jsonargparse import ArgumentParser
 
-    from tokenlabel.training.recipe import Recipe
 
 USAGE_ERROR = 2
 IMAGES_HELP = "a folder with one folder a class, .tar files (WebDataset) or a folder of them, or a list file"
@@ -147,7 +145,11 @@ def train(arguments: list[str]) -> int:
     add_device(parser)
     add_trackers(parser)
     add_changed_numerics(parser)
-    _add_dry_runs(parser)
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="take three steps, say sizes, schedule, time and memory, draw the first images; then stop",
+    )
     add_recipe_arguments(parser)
     options = parse(parser, arguments, read_recipe=lambda name: recipe_content(name, Recipe))
     recipe = configured(parser, options, Recipe)
@@ -157,8 +159,14 @@ def train(arguments: list[str]) -> int:
     from tokenlabel.runtime.trackers import trackers_of
 
     device = device_of(options.device)
-    if options.dry_run or options.profile or options.overfit is not None:
-        return _dry_run(recipe, options, device)
+    if options.dry_run:
+        from tokenlabel.classification.dry_run import dry_run
+        from tokenlabel.runtime.environment import is_main_process
+
+        text = dry_run(recipe, options.out, device=device)
+        if is_main_process():
+            print(text, flush=True)
+        return 0
     with trackers_of(options.out, tensorboard=options.tensorboard, wandb=options.wandb) as trackers:
         figures = train_by_recipe(
             recipe,
@@ -168,32 +176,6 @@ def train(arguments: list[str]) -> int:
             changed_numerics=options.changed_numerics,
         )
     print_figures(figures, options.out)
-    return 0
-
-
-def _add_dry_runs(parser: ArgumentParser) -> None:
-    """Let the train verb take what tries a run out before it is started."""
-    only = parser.add_mutually_exclusive_group()
-    only.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="take three steps, say sizes, schedule, time and memory, draw the first images; then stop",
-    )
-    only.add_argument("--profile", action="store_true", help="write a trace of three steps; then stop")
-    only.add_argument("--overfit", type=int, metavar="N", help="learn N images by heart; then stop")
-
-
-def _dry_run(recipe: Recipe, options: Namespace, device: torch.device) -> int:
-    from tokenlabel.classification.dry_run import dry_run, overfit, profile
-    from tokenlabel.runtime.distributed import launched_ranks
-
-    if options.overfit is not None:
-        lines = overfit(recipe, options.overfit, device=device)
-    else:
-        lines = [(dry_run if options.dry_run else profile)(recipe, options.out, device=device)]
-    for line in lines:
-        if launched_ranks().is_first:
-            print(line, flush=True)
     return 0
 
 

@@ -1,42 +1,29 @@
-"""Rehearsals: what can be known of a long run before it starts. Nothing is saved that a run would continue from."""
+"""The dry run: what can be known of a long run before it starts. It saves nothing that a run would continue from."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
-from torch.profiler import ProfilerActivity
 
 from tokenlabel.classification.task import ClassifierTask, build
-from tokenlabel.core.batch import Batch, normalize_images
-from tokenlabel.core.config import ErasingConfig, MixConfig
 from tokenlabel.core.step import make_targets
-from tokenlabel.data.augment import EvalTransform
-from tokenlabel.data.batches import TokenLabelDataset, collate
-from tokenlabel.data.images import ImageSubset
+from tokenlabel.data.batches import collate
 from tokenlabel.drawing.pictures import enlarged, with_cells
-from tokenlabel.runtime.configuration import ConfigError
 from tokenlabel.runtime.distributed import joined_ranks
 from tokenlabel.runtime.runlog import Stopwatch
 from tokenlabel.training.engine import Training, prepare, train_step
 from tokenlabel.training.progress import peak_memory_bytes
 from tokenlabel.training.recipe import Recipe
 from tokenlabel.training.run_folder import check_apart
-from tokenlabel.training.tasks import autocast
 
-PICTURE_NAME, TRACE_NAME = "first_batch.png", "trace.json"
+PICTURE_NAME = "first_batch.png"
 
-_NUM_STEPS = 3  # of a dry run and a profile, after one that is not counted
+_NUM_STEPS = 3  # of a dry run, after one that is not counted
 _NUM_PICTURES, _NUM_COLUMNS, _GAP_PX = 12, 3, 8
-_NUM_OPERATIONS = 15  # that a profile lists
-_CERTAIN = 0.5  # what a token's label gives to one class where it names one
 
 
 @dataclass(frozen=True)
@@ -58,7 +45,7 @@ def dry_run(recipe: Recipe, out: Path, *, device: torch.device) -> str:
         task = build(recipe, device=device)
         training = prepare(task, ranks)
         pictures = _first_pictures(training, task)
-        steps = _take_steps(training, lambda: None)
+        steps = _take_steps(training)
         if ranks.is_first:
             out.mkdir(parents=True, exist_ok=True)
             pictures.save(out / PICTURE_NAME)
@@ -68,57 +55,7 @@ def dry_run(recipe: Recipe, out: Path, *, device: torch.device) -> str:
         return "\n".join(f"{name:<14} {text}" for name, text in lines)
 
 
-def profile(recipe: Recipe, out: Path, *, device: torch.device) -> str:
-    """Take a few steps of a run under PyTorch's profiler; write OUT/trace.json, return the costliest operations.
-
-    The trace opens in Chrome (chrome://tracing) and at ui.perfetto.dev. Of several processes the first is
-    profiled.
-    """
-    with joined_ranks(device) as ranks:
-        training = prepare(build(recipe, device=device), ranks)
-        on_gpu = device.type == "cuda"
-        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler writes of its own accord otherwise
-        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-        timetable = torch.profiler.schedule(wait=0, warmup=1, active=_NUM_STEPS, repeat=1)
-        with torch.profiler.profile(activities=activities, schedule=timetable) as profiler:
-            _take_steps(training, profiler.step)
-        if ranks.is_first:
-            out.mkdir(parents=True, exist_ok=True)
-            profiler.export_chrome_trace(str(out / TRACE_NAME))
-        costliest = profiler.key_averages().table(
-            sort_by=f"self_{'device' if on_gpu else 'cpu'}_time_total",
-            row_limit=_NUM_OPERATIONS,
-            max_name_column_width=40,
-        )
-        return f"{costliest}\n{_NUM_STEPS} steps in {out / TRACE_NAME}: open it at ui.perfetto.dev"
-
-
-def overfit(recipe: Recipe, num_images: int, *, device: torch.device, num_steps: int = 200) -> Iterator[str]:
-    """Train on a few images again and again, without augmentation, and yield lines that say how it goes.
-
-    Data, labels, model, loss and optimizer are those of the recipe; its regularisation is left out (augmentation,
-    mixing, erasing, label smoothing, weight decay), and the learning rate is its peak, unscaled. A model that
-    cannot learn a few images by heart will not learn many.
-    """
-    if num_images < 1:
-        raise ConfigError(f"--overfit takes at least 1 image, got {num_images}")
-    with joined_ranks(device) as ranks:
-        task = _on_few_images(recipe, num_images, num_steps, device)
-        training = prepare(task, ranks)
-        batches = iter(task.batches(training.sampler(0)))
-        for step in range(num_steps):
-            values = train_step(training, batches, step, Stopwatch()).values
-            if (step + 1) % (num_steps // 10) == 0:
-                yield f"step {step + 1:>4}  {_spelled({name: float(value) for name, value in values.items()})}"
-        top1, tokens = _learnt(task)
-    learnt = [f"{top1:.1%} of the images are learnt"] if top1 is not None else []
-    learnt += [f"{tokens:.1%} of the tokens that are told a class name it"] if tokens is not None else []
-    yield f"{num_images} images, {num_steps} steps: {', '.join(learnt) or 'nothing that could be told'}"
-    if top1 is not None and top1 < 1:
-        yield "Too few: look at the pictures of --dry-run, at optim.lr, and at whether the classes can be told apart."
-
-
-def _take_steps(training: Training, after_step: Callable[[], Any]) -> _Steps:
+def _take_steps(training: Training) -> _Steps:
     """Take one step to warm up and `_NUM_STEPS` that are timed."""
     batches, watch = iter(training.task.batches(training.sampler(0))), Stopwatch()
     num_steps = min(1 + _NUM_STEPS, training.num_steps)
@@ -128,7 +65,6 @@ def _take_steps(training: Training, after_step: Callable[[], Any]) -> _Steps:
             watch.lap()
         result = train_step(training, batches, step, watch)
         values = {name: float(value) for name, value in result.values.items()}  # waits for the device
-        after_step()
     num_timed = max(1, num_steps - 1)
     return _Steps({name: part_s / num_timed for name, part_s in watch.lap().items()}, values)
 
@@ -221,62 +157,3 @@ def _sheet(rows_of_pictures: list[list[Image.Image]]) -> Image.Image:
         for place, picture in enumerate(pictures):
             sheet.paste(picture, (group_width * column + width * place, (height + _GAP_PX) * row))
     return sheet
-
-
-def _on_few_images(recipe: Recipe, num_images: int, num_steps: int, device: torch.device) -> ClassifierTask:
-    """Return a task of a recipe that learns a few of its images by heart."""
-    few = replace(
-        recipe,
-        data=replace(recipe.data, num_workers=0, val=None, tar_window=None),
-        optim=replace(
-            recipe.optim,
-            lr_batch_size=num_images,
-            schedule="constant",
-            warmup_steps=num_steps // 10,
-            cooldown_epochs=0.0,
-            weight_decay=0.0,
-            ema_decay=None,
-        ),
-        mix=MixConfig(),
-        erase=ErasingConfig(),
-        loss=replace(recipe.loss, label_smoothing=0.0),
-        batch_size=num_images,
-        micro_batch_size=None,
-        epochs=None,
-        num_steps=num_steps,
-    )
-    task = build(few, device=device)
-    if num_images > task.num_images:
-        raise ConfigError(
-            f"--overfit takes at most the {task.num_images:,} images that there are, got {num_images}"
-        )
-    source = task.train_set.source
-    chosen = (
-        np.linspace(0, len(source) - 1, num_images).round().astype(np.int64)
-    )  # images are sorted by class
-    plain = EvalTransform(recipe.model.img_size, crop_fraction=1.0)
-    images = TokenLabelDataset(
-        ImageSubset(source, chosen), plain, seed=recipe.seed, store=task.train_set.store
-    )
-    return replace(task, train_set=images)
-
-
-def _learnt(task: ClassifierTask) -> tuple[float | None, float | None]:
-    """Return the shares of the images, and of their tokens that are told one class, whose class the model names.
-
-    None where nothing is known.
-    """
-    batch: Batch = collate([task.train_set[0, i] for i in range(task.num_images)]).to(task.device)
-    model = task.model.eval()
-    with torch.inference_mode(), autocast(task.device, task.recipe.precision):
-        outputs = model(normalize_images(batch.images, mean=model.mean, std=model.std))
-        known, top1 = batch.has_class, None
-        if known.any():
-            right = outputs.class_logits[known].argmax(dim=1) == batch.class_ids[known]
-            top1 = float(right.float().mean())
-        targets = make_targets(batch, task.supervision, task.grid).tokens
-        if targets is None:
-            return top1, None
-        certainty, told = targets.dense(task.model.num_token_classes).max(dim=2)  # [B, N]
-        named = (outputs.token_logits.argmax(dim=2) == told)[certainty >= _CERTAIN]
-        return top1, float(named.float().mean()) if len(named) else None

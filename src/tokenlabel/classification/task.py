@@ -200,9 +200,7 @@ class ClassifierTask(Task[Recipe]):
             rank=ranks.rank,
             world_size=ranks.world_size,
         )
-        num_workers = recipe.eval.num_workers
-        if num_workers is None:
-            num_workers = recipe.data.num_workers if len(dataset) >= _MANY_IMAGES else 0
+        num_workers = recipe.data.num_workers if len(dataset) >= _MANY_IMAGES else 0
         for batch in make_loader(dataset, sampler, num_workers=num_workers):
             yield batch.to(self.device)
 

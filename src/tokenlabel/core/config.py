@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import Literal
 
-from tokenlabel.runtime.coercion import Choice, coerced_fields
+from tokenlabel.runtime.coercion import ONE_OPTION, Choice, coerced_fields
 from tokenlabel.runtime.errors import ConfigError
 from tokenlabel.runtime.ranges import NATURAL, check_numbers
 
@@ -91,8 +91,6 @@ class ErasingConfig:
     """const (the mean colour), rand (one random colour a box) or pixel (one a pixel)."""
     area: tuple[float, float] = (0.02, 1 / 3)
     """Range of the share of the image that is erased."""
-    min_aspect: float = 0.3
-    """Least height / width of a box; the largest is 1 / min_aspect."""
     max_boxes: int = 1
     """The number of boxes is drawn from 1 to this; they share the area."""
     ignore_erased: bool = False
@@ -104,10 +102,7 @@ class ErasingConfig:
             raise ValueError(
                 f"erasing needs a probability of 0 to 1 and an area range inside 0 to 1, got {self}"
             )
-        if not 0 < self.min_aspect <= 1 or self.max_boxes < 1:
-            raise ValueError(
-                f"erasing needs a min_aspect above 0 and up to 1 and at least one box, got {self}"
-            )
+        check_numbers(self, "erase.", max_boxes=NATURAL)
 
 
 class LogitsMode(Choice):
@@ -201,7 +196,7 @@ class LossConfig:
     """Least probability of tokens that count, see tokens."""
     map_mode: LogitsMode = LogitsMode.ZERO
     """What imported maps of logits mean: zero, kept, or published (see docs/labels.md)."""
-    teacher: OnlineTeacherConfig = field(default_factory=OnlineTeacherConfig)
+    teacher: OnlineTeacherConfig = field(default_factory=OnlineTeacherConfig, metadata=ONE_OPTION)
     """A teacher in the step: it labels the class token if class_target wants it, the tokens if there is no store."""
 
     def __post_init__(self) -> None:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from tokenlabel.core.config import ErasingConfig, ErasingMode
 
 _NUM_ATTEMPTS = 10  # boxes drawn until one fits into the image
+_MIN_ASPECT = 0.3  # least height / width of a box; the largest is its inverse
 
 
 def erase(
@@ -51,7 +52,7 @@ def draw_boxes(
     shape = (config.max_boxes, num_images, _NUM_ATTEMPTS)
     count = torch.randint(1, config.max_boxes + 1, (num_images,), generator=generator)
     area = _uniform(shape, *config.area, generator) * (height_px * width_px) / count[:, None]
-    extent = -math.log(config.min_aspect)
+    extent = -math.log(_MIN_ASPECT)
     aspect = _uniform(shape, -extent, extent, generator).exp()
     heights, widths = (area * aspect).sqrt().round().long(), (area / aspect).sqrt().round().long()
     fits = (heights < height_px) & (widths < width_px)  # [boxes, B, attempts]

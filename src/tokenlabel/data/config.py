@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from tokenlabel.data.randaugment import parse_randaugment
-from tokenlabel.runtime.coercion import Choice, coerced_fields
+from tokenlabel.runtime.coercion import ONE_OPTION, Choice, coerced_fields
 from tokenlabel.runtime.ranges import COUNT, POSITIVE, check_numbers
 
 
@@ -71,13 +71,13 @@ class AugmentConfig:
     """Probability that left and right change places."""
     vertical_flip: float = 0.0
     """Probability that top and bottom change places."""
-    warp: WarpConfig = field(default_factory=WarpConfig)
+    warp: WarpConfig = field(default_factory=WarpConfig, metadata=ONE_OPTION)
     """Random rotation, shear and translation beside RandAugment's."""
     randaugment: str | None = None
     """RandAugment by timm's name, such as rand-m9-mstd0.5-inc1; none by default."""
     three_augment: bool = False
     """Turn each image grey, solarize or blur it (3-Augment of DeiT III; give it a jitter of 0.3 as well)."""
-    jitter: ColourJitter = field(default_factory=ColourJitter)
+    jitter: ColourJitter = field(default_factory=ColourJitter, metadata=ONE_OPTION)
     """Random changes of brightness, contrast, saturation and hue, after everything else."""
     order: Order = Order.AFTER_CROP
     """Whether warp and RandAugment work on the crop (after_crop) or on the whole image (before_crop)."""

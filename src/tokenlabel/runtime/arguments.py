@@ -36,8 +36,27 @@ def new_parser(verb: str, description: str) -> ArgumentParser:
     """Return a parser that raises instead of ending the process."""
     import jsonargparse
 
+    from tokenlabel.runtime.configuration import HIDDEN
+
+    class Formatter(jsonargparse.DefaultHelpFormatter):
+        """Lists what is not hidden, and keeps the line breaks of help texts: one field of a group a line."""
+
+        def add_usage(self, usage: Any, actions: Any, *others: Any, **options: Any) -> None:
+            listed = [action for action in actions if not hasattr(action, HIDDEN)]
+            super().add_usage(usage, listed, *others, **options)
+
+        def add_argument(self, action: Action) -> None:
+            if not hasattr(action, HIDDEN):
+                super().add_argument(action)
+
+        def _split_lines(self, text: str, width: int) -> list[str]:
+            return [
+                line for part in text.split("\n") for line in super(Formatter, self)._split_lines(part, width)
+            ]
+
     return jsonargparse.ArgumentParser(
         prog=f"tokenlabel {verb}",
+        formatter_class=Formatter,
         description=description,
         exit_on_error=False,
         allow_abbrev=False,

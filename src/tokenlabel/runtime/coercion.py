@@ -27,6 +27,10 @@ Size = SupportsIndex | Sequence[Any]
 """What functions take for a size: a pair, or one number for both sides."""
 
 
+ONE_OPTION = {"one_option": True}
+"""Metadata of a field whose type is a dataclass: help lists it as one option, `--erase`, not each of its fields."""
+
+
 class Choice(StrEnum):
     """An enum that a door calls with a member or its value: `Mixing("cutmix")`. Anything else is a ValueError."""
 

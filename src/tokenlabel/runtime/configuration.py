@@ -22,6 +22,9 @@ from tokenlabel.runtime.files import write_whole
 
 Config = TypeVar("Config")
 
+HIDDEN = "_hidden"
+"""Attribute of an option that help does not list (`help=SUPPRESS` would leave it out of --print-config as well)."""
+
 
 def add_config_arguments(parser: jsonargparse.ArgumentParser, config: type) -> None:
     """Let a parser take every field of a dataclass, nested ones as `--a.b value`; enums go by their values.
@@ -38,6 +41,7 @@ def add_config_arguments(parser: jsonargparse.ArgumentParser, config: type) -> N
         if isinstance(kind, type) and issubclass(kind, Enum):
             action.metavar = "{" + ",".join(member.value for member in kind) + "}"
             action.default = kind[action.default].value if isinstance(action.default, str) else action.default
+    _list_groups(parser, config)
     for name, action in list(parser._option_string_actions.items()):
         dashed = name.replace("_", "-").rstrip(
             "-"
@@ -45,6 +49,31 @@ def add_config_arguments(parser: jsonargparse.ArgumentParser, config: type) -> N
         parser._option_string_actions[dashed] = action
         if name == action.option_strings[0] and name != "-h":
             action.option_strings = [dashed]
+
+
+def _list_groups(parser: jsonargparse.ArgumentParser, config: type, prefix: str = "") -> None:
+    """Let help list the fields of each nested dataclass, or, of one that is ONE_OPTION, the dataclass with its fields.
+
+    Whatever help lists, the parser takes both: `--erase '{probability: .25, mode: pixel}'` and `--erase.mode pixel`.
+    """
+    hints = get_type_hints(config)
+    for field in (field for field in dataclasses.fields(config) if _is_config(hints[field.name])):
+        name = prefix + field.name
+        (group,) = (action for action in parser._actions if action.dest == name)
+        inside = [action for action in parser._actions if action.dest.startswith(f"{name}.")]
+        if not field.metadata.get("one_option"):
+            setattr(group, HIDDEN, True)
+            _list_groups(parser, hints[field.name], f"{name}.")
+            continue
+        texts = [f"as '{{FIELD: VALUE, ...}}', or each as --{name}.FIELD VALUE:"]
+        for action in inside:
+            shown = str(action.metavar or "")
+            of_choices = f" {shown}" if shown.startswith("{") and action.type is not bool else ""
+            default = "null" if action.default is None else str(action.default).lower()
+            written = " ".join((action.help or "").split())
+            texts.append(f"{action.dest.removeprefix(f'{name}.')}{of_choices} ({default}): {written}")
+            setattr(action, HIDDEN, True)
+        group.metavar, group.help = "FIELDS", "\n".join(texts)
 
 
 def config_of(

@@ -8,6 +8,16 @@ from collections.abc import Sequence
 RENAMED = {"size_px": "img_size", "size-px": "img-size"}
 """Fields and options that are called otherwise now."""
 
+GONE = {
+    "overfit": "for a few images by heart, train on a list file of them: --data.train FEW.txt --loss.label-smoothing 0",
+    "profile": "--dry-run says what part of a step takes how long, torch.profiler which operations do",
+    "optim.betas": "AdamW's are PyTorch's, 0.9 and 0.999; leave it out",
+    "optim.eps": "AdamW's is PyTorch's, 1e-8; leave it out",
+    "erase.min_aspect": "boxes are up to 1 / 0.3 times as high as wide, and as wide as high; leave it out",
+    "eval.num_workers": "evaluation takes data.num_workers processes, from 5,000 images on",
+}
+"""What fields and options that there are no longer are replaced by."""
+
 
 class ConfigError(ValueError):
     """A configuration that cannot be read, or that means nothing."""
@@ -19,8 +29,15 @@ def first_line(error: Exception) -> str:
 
 
 def near_names(word: str, known: Sequence[str], *, prefix: str = "") -> str:
-    """Return a clause that names the known words nearest to `word`, or those beside it, each after `prefix`."""
+    """Return a clause that says what became of `word`, or names the known words nearest to it, or those beside it.
+
+    `prefix`: what stands before each name.
+    """
     by_last_part = {name.split(".")[-1]: name for name in known}
+    written = word.replace("-", "_")
+    for name, instead in GONE.items():
+        if written in (name, name.split(".")[-1]):
+            return f"; it is gone: {instead}"
     now = by_last_part.get(RENAMED.get(word.split(".")[-1], ""))
     if now:
         return f"; it is called {prefix}{now} now"

@@ -54,9 +54,7 @@ def create_optimizer(model: Layered, config: OptimConfig) -> torch.optim.AdamW:
     ordered = [groups[key] for key in sorted(groups, reverse=True)]
     on_gpu = next(model.parameters()).is_cuda
     # One kernel for all weights on a GPU; None leaves the choice, and so each bit of the CPU's results, to PyTorch.
-    return torch.optim.AdamW(
-        ordered, lr=config.lr, betas=config.betas, eps=config.eps, fused=True if on_gpu else None
-    )
+    return torch.optim.AdamW(ordered, lr=config.lr, fused=True if on_gpu else None)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -12,7 +12,7 @@ import jsonargparse
 from tokenlabel.core.config import ErasingConfig, Inference, LossConfig, MixConfig
 from tokenlabel.data.config import AugmentConfig
 from tokenlabel.data.images import ImageCheck
-from tokenlabel.runtime.coercion import coerced_fields
+from tokenlabel.runtime.coercion import ONE_OPTION, coerced_fields
 from tokenlabel.runtime.configuration import (
     add_config_arguments,
     check_keys,
@@ -49,7 +49,7 @@ class DataConfig:
     max_missing: float = 0.1
     """Share of the images that may have no label in the store; their tokens learn from nothing."""
     num_workers: int = 2
-    """Processes that decode and augment images."""
+    """Processes that decode and augment images; those of evaluation, too, from 5,000 images on."""
     tar_window: int | None = None
     """Read tar files whole and one after the other, images of this many at a time in random order: for data that
     fits neither memory nor a fast disk. None for one random order over all images."""
@@ -140,10 +140,6 @@ class OptimConfig:
     """Decay of weights; biases, norms and what the model names (position embedding, class token) take none."""
     layer_decay: float = 1.0
     """Each layer learns at this times the rate of the layer above it; 1 for all alike, .65-.9 to fine-tune."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's averages."""
-    eps: float = 1e-8
-    """AdamW's epsilon."""
     clip_grad_norm: float | None = None
     """Scale gradients down to this norm; none by default, as in the paper."""
     ema_decay: float | None = 0.99992
@@ -160,10 +156,9 @@ class OptimConfig:
             "warmup_steps",
             "cooldown_epochs",
             "weight_decay",
-            "eps",
         )
         check_numbers(self, "optim.", **dict.fromkeys(at_least_0, COUNT))
-        check_numbers(self, "optim.", layer_decay=PART, betas="[0, 1)", ema_decay="[0, 1)")
+        check_numbers(self, "optim.", layer_decay=PART, ema_decay="[0, 1)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,8 +172,6 @@ class EvalConfig:
     """Images a step of evaluation."""
     inference: Inference = Inference.CLASS
     """Which prediction counts: class, tokens, or combined (class + 0.5 max over tokens, as published)."""
-    num_workers: int | None = None
-    """Processes that decode the images; by default those of training from 5,000 images on, none below."""
     crop_fraction: float = 0.875
     """Share of the resized image's shorter side that the centre crop keeps."""
     labels: str | list[str] | None = None
@@ -195,7 +188,7 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         positive = {"every_epochs": POSITIVE, "crop_fraction": PART}
-        check_numbers(self, "eval.", **positive, batch_size=NATURAL, num_workers=COUNT)
+        check_numbers(self, "eval.", **positive, batch_size=NATURAL)
         if self.probe_test is not None and self.probe is None:
             raise ConfigError(
                 "eval.probe_test tests probes that learn from eval.probe; name that folder, too"
@@ -226,7 +219,7 @@ class TrainingConfig:
     """What the engine needs to know of a run, whatever it trains."""
 
     optim: OptimConfig
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig, metadata=ONE_OPTION)
     epochs: int | None = None
     """Passes over the training images."""
     num_steps: int | None = None
@@ -266,8 +259,8 @@ class Recipe(TrainingConfig):
     data: DataConfig
     model: ModelConfig
     augment: AugmentConfig = field(default_factory=AugmentConfig)
-    erase: ErasingConfig = field(default_factory=ErasingConfig)
-    mix: MixConfig = field(default_factory=MixConfig)
+    erase: ErasingConfig = field(default_factory=ErasingConfig, metadata=ONE_OPTION)
+    mix: MixConfig = field(default_factory=MixConfig, metadata=ONE_OPTION)
     loss: LossConfig = field(default_factory=LossConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
 

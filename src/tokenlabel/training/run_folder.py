@@ -49,7 +49,7 @@ _NUMERICS = (
 )  # fmt: skip
 # Of the free ones, those that change the figures of an evaluation.
 _FIGURES = ("eval.", "data.val", "data.root")
-_NO_FIGURES = ("eval.every_epochs", "eval.num_workers", "eval.batch_size")
+_NO_FIGURES = ("eval.every_epochs", "eval.batch_size")
 
 Changes = dict[str, tuple[Any, Any]]
 """Values of fields that differ, before and now, by the field's name."""
