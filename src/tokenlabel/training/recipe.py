@@ -262,7 +262,7 @@ class Recipe(TrainingConfig):
     erase: ErasingConfig = field(default_factory=ErasingConfig, metadata=ONE_OPTION)
     mix: MixConfig = field(default_factory=MixConfig, metadata=ONE_OPTION)
     loss: LossConfig = field(default_factory=LossConfig)
-    eval: EvalConfig = field(default_factory=EvalConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig, metadata=ONE_OPTION)
 
     @property
     def uses_token_labels(self) -> bool:
