@@ -38,6 +38,9 @@ COLUMNS = {
     "loss": ("loss", "{:.3f}"),
     "ece": ("ECE", "{:.1%}"),
     "token_accuracy": ("tokens right", "{:.1%}"),
+    "teacher_accuracy": ("tokens as the teacher", "{:.1%}"),
+    "knn": ("nearest neighbours", "{:.1%}"),
+    "image_probe": ("linear probe", "{:.1%}"),
     "images_per_s": ("train images/s", "{:,.0f}"),
     "data_share": ("waiting for data", "{:.1%}"),
     "targets_share": ("making targets", "{:.1%}"),
@@ -134,7 +137,9 @@ def _curves(records: Sequence[RunRecord]) -> Figure:
         }
 
     against_time = {
-        record.name: [(record.minutes_at(line["step"]), 100 * line["top1"]) for line in record.eval_lines]
+        record.name: [
+            (record.minutes_at(line["step"]), 100 * line["top1"]) for line in record.eval_lines if "top1" in line
+        ]
         for record in records
     }
     return curve_chart(
