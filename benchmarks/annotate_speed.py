@@ -28,7 +28,7 @@ from tokenlabel.data.config import Interpolation
 from tokenlabel.labels.store import LabelStoreWriter, Manifest
 from tokenlabel.teachers.dense import ClassifierNetwork
 from tokenlabel.teachers.input import TeacherInput
-from tokenlabel.teachers.labelling import Seen, label_batches
+from tokenlabel.teachers.labelling import TeacherImage, label_batches
 from tokenlabel.teachers.networks import NetworkTeacher
 
 
@@ -50,7 +50,7 @@ def _rows(settings: Settings) -> list[Row]:
     rng = np.random.default_rng(0)
     pixels = [rng.integers(0, 256, (batch_size, size, size, 3), dtype=np.uint8) for _ in range(num_batches)]
     batches = [
-        [Seen(f"{b}/{i}.jpg", image, WHOLE_IMAGE) for i, image in enumerate(batch)]
+        [TeacherImage(f"{b}/{i}.jpg", image, WHOLE_IMAGE) for i, image in enumerate(batch)]
         for b, batch in enumerate(pixels)
     ]
     _sharpen(teacher, torch.from_numpy(pixels[0]).permute(0, 3, 1, 2).to(settings.device))
@@ -97,7 +97,7 @@ def _teacher(name: str, size: int, settings: Settings) -> NetworkTeacher:
 @torch.inference_mode()
 def _sharpen(teacher: NetworkTeacher, images: Tensor) -> None:
     """Scale the classifier so that the best class of a place has a probability of 0.5 on average."""
-    logits = teacher.logits(images).places.float()
+    logits = teacher.logits(images).locations.float()
     low, high = 1.0, 1e6
     for _ in range(30):
         middle = math.sqrt(low * high)
@@ -109,14 +109,16 @@ def _sharpen(teacher: NetworkTeacher, images: Tensor) -> None:
 
 
 @torch.inference_mode()
-def _bare(teacher: NetworkTeacher, batches: list[list[Seen]], settings: Settings) -> None:
+def _bare(teacher: NetworkTeacher, batches: list[list[TeacherImage]], settings: Settings) -> None:
     for batch in batches:
         images = torch.from_numpy(np.stack([seen.pixels for seen in batch])).permute(0, 3, 1, 2)
         images = (images.pin_memory() if settings.device.type == "cuda" else images).to(settings.device)
         teacher.probabilities(images)
 
 
-def _annotate(teacher: NetworkTeacher, batches: list[list[Seen]], folder: Path, settings: Settings) -> None:
+def _annotate(
+    teacher: NetworkTeacher, batches: list[list[TeacherImage]], folder: Path, settings: Settings
+) -> None:
     manifest = Manifest(num_classes=teacher.num_classes, topk=5, teacher=teacher.description)
     labels = label_batches(teacher, batches, manifest, device=settings.device, num_workers=2, cells=Counter())
     with LabelStoreWriter(folder, manifest) as writer:

@@ -43,7 +43,7 @@ from tokenlabel.labels.store import LabelStore, LabelStoreWriter, Manifest
 from tokenlabel.models import create_model
 from tokenlabel.runtime.distributed import Ranks
 from tokenlabel.runtime.runlog import Stopwatch
-from tokenlabel.training.engine import Training, prepare, train_step
+from tokenlabel.training.engine import Trainer, prepare, train_step
 from tokenlabel.training.recipe import DataConfig, ModelConfig, OptimConfig, Recipe
 from tokenlabel.training.tasks import autocast
 
@@ -87,7 +87,7 @@ def step_rows(case: Case, settings: Settings) -> list[Row]:
         "token labels": _training(case, settings, 0.5),
     }
     ways: dict[str, Callable[[], object]] = {
-        name: _stepper(training, batch) for name, training in trainings.items()
+        name: _stepper(trainer, batch) for name, trainer in trainings.items()
     }
     ways["added"] = _added(trainings["token labels"], batch)
     seconds = interleave(ways, settings, rounds=5 if settings.quick else 11)
@@ -133,7 +133,7 @@ def loader_rows(settings: Settings) -> list[Row]:
     return rows
 
 
-def _training(case: Case, settings: Settings, beta: float) -> Training:
+def _training(case: Case, settings: Settings, beta: float) -> Trainer:
     """Return everything that a step needs, by the published recipe; `beta` 0 for class labels only."""
     recipe = Recipe(
         data=DataConfig(train="(in memory)"),
@@ -192,13 +192,13 @@ class Unread:
         return self.num_images
 
 
-def _stepper(training: Training, batch: Batch) -> Callable[[], object]:
-    return partial(train_step, training, itertools.repeat(batch), 0, Stopwatch())
+def _stepper(trainer: Trainer, batch: Batch) -> Callable[[], object]:
+    return partial(train_step, trainer, itertools.repeat(batch), 0, Stopwatch())
 
 
-def _added(training: Training, batch: Batch) -> Callable[[], None]:
+def _added(trainer: Trainer, batch: Batch) -> Callable[[], None]:
     """Return a function that makes targets, and runs the token head with its loss, on random features."""
-    task = training.task
+    task = trainer.task
     assert isinstance(task, ClassifierTask)
     head = task.model.token_head
     assert isinstance(head, torch.nn.Linear)

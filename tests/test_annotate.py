@@ -42,10 +42,10 @@ from tokenlabel.runtime.background import ahead, thread_pool
 from tokenlabel.teachers import labelling
 from tokenlabel.teachers.annotation import AnnotateConfig, annotate, annotate_by, make_teacher
 from tokenlabel.teachers.classmap import ClassMapError
-from tokenlabel.teachers.labelling import Seen, _by_shape
+from tokenlabel.teachers.labelling import TeacherImage, _by_shape
 from tokenlabel.teachers.masks import MaskTeacher
 from tokenlabel.teachers.networks import TeacherError, load_teacher
-from tokenlabel.training.checkpoint import Trained, save_checkpoint
+from tokenlabel.training.checkpoint import TrainState, save_checkpoint
 from tokenlabel.training.recipe import DataConfig, ModelConfig, OptimConfig, Recipe
 
 COLOURS = {"blue": (0, 0, 255), "green": (0, 255, 0), "red": (255, 0, 0)}
@@ -458,7 +458,7 @@ def test_a_run_of_our_own_as_teacher(images, tmp_path):
     )
     torch.manual_seed(0)
     model = create_model("resnet10t", num_classes=3, img_size=(32, 32), output_stride=8)
-    trained = Trained(model, torch.optim.SGD(model.parameters()), None)
+    trained = TrainState(model, torch.optim.SGD(model.parameters()), None)
     save_checkpoint(tmp_path / "run", 7, trained, recipe=recipe, class_names=list(COLOURS))
     settings_ = config(teacher=str(tmp_path / "run"), size=64)
     teacher = load_teacher(str(tmp_path / "run"), settings_, CPU)
@@ -612,7 +612,7 @@ def test_masks_go_with_no_other_teacher(images):
     shapes=st.lists(st.sampled_from([(4, 4, 3), (2, 8, 3), (8, 2, 3)]), max_size=40), size=st.integers(1, 5)
 )
 def test_batches_have_one_shape_and_hold_every_image_once(shapes, size):
-    images = [Seen(str(i), np.zeros(shape, np.uint8), WHOLE_IMAGE) for i, shape in enumerate(shapes)]
+    images = [TeacherImage(str(i), np.zeros(shape, np.uint8), WHOLE_IMAGE) for i, shape in enumerate(shapes)]
     batches = list(_by_shape(images, size))
     assert sorted(int(item.key) for batch in batches for item in batch) == list(range(len(shapes)))
     assert all(len({item.pixels.shape for item in batch}) == 1 for batch in batches)
@@ -627,7 +627,7 @@ def test_few_images_wait_for_others_of_their_shape():
         for i in range(300):
             waiting += 1
             max_waiting = max(max_waiting, waiting)
-            yield Seen(str(i), np.zeros((i % 50 + 1, 1, 3), np.uint8), WHOLE_IMAGE)
+            yield TeacherImage(str(i), np.zeros((i % 50 + 1, 1, 3), np.uint8), WHOLE_IMAGE)
 
     for batch in _by_shape(shown(), 4):
         waiting -= len(batch)

@@ -10,7 +10,7 @@ from tokenlabel.models import create_model
 from tokenlabel.runtime.configuration import config_from_dict
 from tokenlabel.training.checkpoint import (
     CheckpointError,
-    Trained,
+    TrainState,
     list_checkpoints,
     load_checkpoint,
     load_model,
@@ -42,7 +42,7 @@ def trained_for(steps, *, seed=0, config=None):
     torch.manual_seed(seed)
     model = create_model("lvvit_t", num_classes=3, img_size=(16, 16), **OPTIONS)
     model.to(memory_format=torch.channels_last)
-    trained = Trained(model, create_optimizer(model, config), create_ema(model, config))
+    trained = TrainState(model, create_optimizer(model, config), create_ema(model, config))
     for step in range(steps):
         take_step(trained, step)
     return trained
@@ -186,7 +186,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, file):
     first = save(tmp_path, 1, trained)
     room = 1000  # less than either file
     if file == "state.json":  # smaller than the tensors: these must not be what fails
-        trained = Trained(torch.nn.Identity(), torch.optim.SGD([torch.nn.Parameter(torch.ones(1))]), None)
+        trained = TrainState(torch.nn.Identity(), torch.optim.SGD([torch.nn.Parameter(torch.ones(1))]), None)
     with (
         files_of_at_most(room),
         pytest.raises(CheckpointError, match=r"(?i)too large.*earlier checkpoints are intact"),
@@ -206,7 +206,7 @@ def test_a_run_from_pretrained_weights_is_loaded_without_fetching_them(tmp_path,
         "batch_size": 4,
     }
     model = create_model("resnet10t", num_classes=3, img_size=(64, 64))
-    trained = Trained(model, torch.optim.SGD(model.parameters()), None)
+    trained = TrainState(model, torch.optim.SGD(model.parameters()), None)
     save_checkpoint(
         tmp_path, 1, trained, recipe=config_from_dict(recipe, Recipe, name="test"), class_names=CLASS_NAMES
     )

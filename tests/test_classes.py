@@ -30,7 +30,7 @@ from tokenlabel.teachers.classmap import class_map_for
 from tokenlabel.teachers.ensemble import name_classes
 from tokenlabel.teachers.networks import TeacherConfig, load_teacher
 from tokenlabel.teachers.online import load_online_teacher
-from tokenlabel.training.checkpoint import Trained, load_model, save_checkpoint
+from tokenlabel.training.checkpoint import TrainState, load_model, save_checkpoint
 from tokenlabel.training.recipe import DataConfig, EvalConfig, ModelConfig, OptimConfig, Recipe
 
 CPU = torch.device("cpu")
@@ -420,7 +420,7 @@ def save_run(folder: str, class_names: list[str], val: str | None = None) -> Non
     model = create_model(NAME, num_classes=len(class_names), img_size=(SIZE_PX, SIZE_PX))
     assert isinstance(model, TimmAdapter)
     model.backbone.load_state_dict(network(len(class_names), list(range(len(class_names)))).state_dict())
-    trained = Trained(model, torch.optim.SGD(model.parameters()), None)
+    trained = TrainState(model, torch.optim.SGD(model.parameters()), None)
     save_checkpoint(Path(folder), 1, trained, recipe=recipe, class_names=class_names)
 
 

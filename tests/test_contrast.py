@@ -11,7 +11,7 @@ from tokenlabel.cli import main
 from tokenlabel.core.batch import normalize_images
 from tokenlabel.data.scenes import write_scenes
 from tokenlabel.evaluation.observation import evaluation_set
-from tokenlabel.report.contrast import class_accuracies, contrast_sections, place_maps
+from tokenlabel.report.contrast import class_accuracies, contrast_sections, location_maps
 from tokenlabel.report.names import short_names
 from tokenlabel.report.runs import read_run, write_report
 from tokenlabel.training.checkpoint import load_model
@@ -70,9 +70,9 @@ def test_runs_in_folders_of_one_name_are_told_apart(runs, tmp_path):
     assert "<th>row/0</th><th>other/0</th>" in page
 
 
-def test_runs_without_token_labels_show_what_their_classifier_says_of_places(runs, tmp_path):
+def test_runs_without_token_labels_show_what_their_classifier_says_of_locations(runs, tmp_path):
     write_report(runs, tmp_path / "report.html")
-    assert "What first says about the places of val images" in (tmp_path / "report.html").read_text()
+    assert "What first says about the locations of val images" in (tmp_path / "report.html").read_text()
     trained = load_model(runs[0])
     images = evaluation_set(trained.recipe, class_names=trained.class_names)
     image = images[0, 0].image[None]
@@ -80,7 +80,7 @@ def test_runs_without_token_labels_show_what_their_classifier_says_of_places(run
     expected = (
         trained.model.get_submodule("backbone.head")(outputs.tokens).softmax(dim=2).unflatten(1, outputs.grid)
     )
-    found = place_maps(runs[0], image)
+    found = location_maps(runs[0], image)
     assert found is not None
     np.testing.assert_allclose(found, expected.detach(), atol=1e-5)
 

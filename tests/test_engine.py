@@ -81,7 +81,7 @@ def test_half_precision_gives_about_the_same_losses(scenes, plain_losses, precis
 def test_a_scaled_loss_that_overflows_skips_the_step_and_says_so(scenes):  # noqa: F811
     training = prepare(build(recipe_in_groups(scenes, precision="fp16"), device=CPU), Ranks())
     batches = iter(training.task.batches(training.sampler(0)))
-    scaler = training.trained.scaler
+    scaler = training.state.scaler
     assert scaler is not None
     for scale, skipped in ((1e30, 1), (1.0, 0)):
         scaler.load_state_dict(scaler.state_dict() | {"scale": scale})

@@ -15,8 +15,8 @@ from tokenlabel.evaluation.evaluators import (
     Calibration,
     MultiLabel,
     PerClass,
+    Predictions,
     RealLabels,
-    Seen,
     TokenTruth,
     average_precision,
     rank_of_class,
@@ -34,7 +34,7 @@ def seen(logits, class_ids, keys=None):
         keys=keys or [str(i) for i in range(len(logits))],
         has_class=torch.ones(len(logits), dtype=torch.bool),
     )
-    return Seen(batch, (1, 1), torch.as_tensor(logits, dtype=torch.float32), None)
+    return Predictions(batch, (1, 1), torch.as_tensor(logits, dtype=torch.float32), None)
 
 
 def figures(evaluator, *batches):

@@ -17,7 +17,7 @@ from tokenlabel.evaluation.pretrained import load_pretrained
 from tokenlabel.models import create_model, load_published
 from tokenlabel.models.weights import adapter_name
 from tokenlabel.runtime.configuration import config_from_dict
-from tokenlabel.training.checkpoint import Trained, TrainedModel, load_model, save_checkpoint
+from tokenlabel.training.checkpoint import TrainedModel, TrainState, load_model, save_checkpoint
 from tokenlabel.training.export import (
     ExportError,
     export_run,
@@ -139,7 +139,9 @@ def test_volo_gets_its_token_head_back(tmp_path: Path) -> None:
 def save_run(run: Path, case: tuple[str, tuple[int, int], dict[str, Any]]) -> TrainedModel:
     trained = trained_model(*case)
     optim = trained.recipe.optim
-    state = Trained(trained.model, create_optimizer(trained.model, optim), create_ema(trained.model, optim))
+    state = TrainState(
+        trained.model, create_optimizer(trained.model, optim), create_ema(trained.model, optim)
+    )
     save_checkpoint(run, 1, state, recipe=trained.recipe, class_names=CLASS_NAMES)
     return trained
 

@@ -74,7 +74,7 @@ def test_the_vector_of_a_location_is_that_of_an_image_that_shows_it_everywhere(n
     grid = network.grid_for((3 * stride, 4 * stride))
     found = network(images)
     features = model.forward_features(images)
-    assert found.places.shape == (2, *grid, width)
+    assert found.locations.shape == (2, *grid, width)
     torch.testing.assert_close(found.image, model(images))
     for row in range(grid[0]):
         for column in range(grid[1]):
@@ -86,7 +86,7 @@ def test_the_vector_of_a_location_is_that_of_an_image_that_shows_it_everywhere(n
             else:
                 everywhere = features[:, :, row : row + 1, column : column + 1].expand_as(features)
             expected = model.forward_head(everywhere)
-            torch.testing.assert_close(found.places[:, row, column], expected, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(found.locations[:, row, column], expected, atol=1e-4, rtol=1e-4)
 
 
 def random_head(num_classes: int, width: int, *, kind: Any = "words", **changes: Any) -> Any:
@@ -249,7 +249,7 @@ def test_words_of_a_backbone_label_images_that_have_other_classes(images, tmp_pa
     mean, std = (torch.tensor(v)[:, None, None] for v in (backbone.input.mean, backbone.input.std))
     normalised = (torch.from_numpy(pixels).permute(2, 0, 1) / 255 - mean) / std
     with torch.no_grad():
-        expected = words(backbone.network(normalised[None]).places)[0].softmax(dim=2)
+        expected = words(backbone.network(normalised[None]).locations)[0].softmax(dim=2)
     score_map = labels["b/1.png"]
     kept = expected.gather(2, torch.from_numpy(score_map.class_ids.astype(np.int64))).numpy()
     np.testing.assert_allclose(score_map.probs, np.where(score_map.probs > 0, kept, 0), atol=0.01)
@@ -382,7 +382,7 @@ def test_many_words_never_exist_as_one_dense_map(images, monkeypatch):
     backbone = load_backbone("resnet10t", CPU, weights=str(images / "resnet10t.safetensors"), size=64)
     head = random_head(50, backbone.width)
     network, pixels = HeadNetwork(backbone.network, head), torch.randn(3, 3, 64, 96)
-    expected = network(pixels).places.softmax(dim=3).topk(5, dim=3)
+    expected = network(pixels).locations.softmax(dim=3).topk(5, dim=3)
     sizes = []
     head.register_forward_hook(lambda module, inputs, output: sizes.append(output.numel()))
     monkeypatch.setattr("tokenlabel.teachers.dense.MAX_LOGITS", 200)

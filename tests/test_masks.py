@@ -25,7 +25,7 @@ from tokenlabel.segmentation.classes import IGNORED, numbered_classes
 from tokenlabel.segmentation.pairs import ImageMaskPairs, Layout, SegmentDataConfig, open_pairs
 from tokenlabel.teachers.annotation import AnnotateConfig, annotate
 from tokenlabel.teachers.networks import TeacherError
-from tokenlabel.training.checkpoint import Trained, save_checkpoint
+from tokenlabel.training.checkpoint import TrainState, save_checkpoint
 from tokenlabel.training.recipe import DataConfig, ModelConfig, OptimConfig, Recipe
 
 
@@ -391,7 +391,7 @@ class TestTeacherAndTruth:
             batch_size=1,
         )
         model = create_model("test_resnet", num_classes=2, img_size=(64, 64))
-        trained = Trained(model, torch.optim.SGD(model.parameters()), None)
+        trained = TrainState(model, torch.optim.SGD(model.parameters()), None)
         save_checkpoint(Path("run"), 7, trained, recipe=recipe, class_names=["cat", "dog"])
         self.masks([[0, 9], [9, 0]], [[0, 9], [0, 0]])
         words = ["eval", "run", "--masks", "masks", "--device", "cpu", "--num-workers", "0"]

@@ -55,15 +55,15 @@ def some_images(img_size=(64, 96)):
 @torch.no_grad()
 def test_it_says_what_the_network_says_of_normalised_images(network):
     images = some_images()
-    of_images, of_places = NetworkOnlineTeacher(teacher(network)).probabilities(images)
+    of_images, of_locations = NetworkOnlineTeacher(teacher(network)).probabilities(images)
     seen = (images / 255 - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
     torch.testing.assert_close(of_images, network(seen).softmax(dim=1), atol=1e-5, rtol=1e-4)
     features = network.forward_features(seen)  # [2, D, 2, 3]
     for b in range(2):
-        for i in range(of_places.shape[1]):
-            for j in range(of_places.shape[2]):
+        for i in range(of_locations.shape[1]):
+            for j in range(of_locations.shape[2]):
                 expected = network.fc(features[b, :, i, j]).softmax(dim=0)
-                torch.testing.assert_close(of_places[b, i, j], expected, atol=1e-5, rtol=1e-4)
+                torch.testing.assert_close(of_locations[b, i, j], expected, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

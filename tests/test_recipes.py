@@ -163,9 +163,9 @@ def test_fine_tuning_at_another_size_begins_with_the_average_of_the_first_run(da
     task = build(config_from_dict(recipe, Recipe, name="fine"), device=CPU)
     first = build(small("lvvit_s", data, labels=True), device=CPU)
     averaged = prepare(first, Ranks())
-    load_checkpoint(tmp_path / "first" / "checkpoints" / "00000002", averaged.trained)
-    assert averaged.trained.ema is not None
-    expected = averaged.trained.ema.module.state_dict()
+    load_checkpoint(tmp_path / "first" / "checkpoints" / "00000002", averaged.state)
+    assert averaged.state.ema is not None
+    expected = averaged.state.ema.module.state_dict()
     assert torch.equal(task.model.state_dict()["backbone.norm.weight"], expected["backbone.norm.weight"])
     assert task.model.state_dict()["backbone.pos_embed"].shape[1] == 9 + 1
 

@@ -96,10 +96,10 @@ class FixedTeacher:
 
     def __init__(self, rng, num_classes=6, grid=(3, 2)):
         self.of_images = rng.dirichlet(np.ones(num_classes), NUM_IMAGES)
-        self.of_places = rng.dirichlet(np.full(num_classes, 0.5), (NUM_IMAGES, *grid))
+        self.of_locations = rng.dirichlet(np.full(num_classes, 0.5), (NUM_IMAGES, *grid))
 
     def probabilities(self, images):
-        return torch.from_numpy(self.of_images).float(), torch.from_numpy(self.of_places).float()
+        return torch.from_numpy(self.of_images).float(), torch.from_numpy(self.of_locations).float()
 
 
 # The oracle: one image after the other.
@@ -215,7 +215,7 @@ def test_targets_of_a_teacher_in_the_step_agree_image_by_image(seed, config, top
     batch, _ = draw_batch(rng, stored=False)
     teacher, plan = FixedTeacher(rng), draw_mix(rng)
     got = make_targets(batch, Supervision(loss=config, stored=False, teacher=teacher), GRID, mix=plan)
-    maps = [map_of_best_classes(probs, topk) for probs in teacher.of_places]
+    maps = [map_of_best_classes(probs, topk) for probs in teacher.of_locations]
     labels = list(teacher.of_images)
     whole = dataclasses.replace(batch, views=torch.from_numpy(stack_views([View.identity()] * NUM_IMAGES)))
     tokens, weights = plain_tokens(config, maps, whole)
@@ -225,7 +225,7 @@ def test_targets_of_a_teacher_in_the_step_agree_image_by_image(seed, config, top
 
 
 def map_of_best_classes(probs, topk):
-    """The map [h, w, C] of one image in which every place keeps the classes that are best on average."""
+    """The map [h, w, C] of one image in which every location keeps the classes that are best on average."""
     best = sorted(range(probs.shape[2]), key=lambda c: -probs[..., c].mean())[:topk]
     class_ids = np.broadcast_to(np.array(best), (*probs.shape[:2], len(best)))
     return from_top(class_ids, probs[..., best], num_classes=probs.shape[2])
@@ -243,7 +243,7 @@ def test_what_a_teacher_in_the_step_says_nothing_of():
     """Such an image keeps its class as label of its class token; its tokens have none."""
     rng = np.random.default_rng(0)
     teacher, (batch, _) = FixedTeacher(rng, grid=GRID), draw_batch(rng, stored=False)
-    teacher.of_images[0], teacher.of_places[0] = 0, 0
+    teacher.of_images[0], teacher.of_locations[0] = 0, 0
     config = LossConfig(
         label_smoothing=0, class_target=ClassTarget.TEACHER, teacher=OnlineTeacherConfig(name="a", topk=6)
     )

@@ -88,7 +88,7 @@ def test_the_head_answers_for_every_position(network):
     seen = dense.backbone.forward_features(images)
     torch.testing.assert_close(logits.image, dense.backbone(images))
     h, w = dense.grid_for((images.shape[2], images.shape[3]))
-    assert logits.places.shape == (2, h, w, 7)
+    assert logits.locations.shape == (2, h, w, 7)
     for row in range(h):
         for column in range(w):
             if seen.ndim == 3:
@@ -99,9 +99,9 @@ def test_the_head_answers_for_every_position(network):
             else:
                 everywhere = seen[:, :, row, column][:, :, None, None].expand_as(seen)
             expected = dense.backbone.forward_head(everywhere)
-            torch.testing.assert_close(logits.places[:, row, column], expected, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(logits.locations[:, row, column], expected, atol=1e-4, rtol=1e-4)
     if dense.averages_linearly(images):
-        torch.testing.assert_close(logits.places.mean(dim=(1, 2)), logits.image, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(logits.locations.mean(dim=(1, 2)), logits.image, atol=1e-4, rtol=1e-4)
 
 
 AVERAGE = {"resnet10t", "resnest14d", "test_nfnet", "mixer_s32_224", "swin_tiny_patch4_window7_224"}
@@ -141,15 +141,15 @@ def test_volo_and_lv_vit_answer_by_their_token_heads(tmp_path):
     expected = volo.aux_head(volo.forward_features(images)[:, 1:])
     network = TokenNetwork(TimmAdapter(volo, name="volo", num_classes=5, img_size=(64, 64)).eval())
     with torch.no_grad():
-        torch.testing.assert_close(network(images).places.flatten(1, 2), expected)
+        torch.testing.assert_close(network(images).locations.flatten(1, 2), expected)
     assert network.answers_with == "tokens"
 
     model = create_model("lvvit_t", num_classes=5, img_size=(64, 64), depth=1)
     with torch.no_grad():
         outputs = model.eval()(images)
-        places = TokenNetwork(model)(images).places
-        by_classifier = ClassifierNetwork(model.get_submodule("backbone"), name="lvvit_t")(images).places
-    torch.testing.assert_close(places.flatten(1, 2), outputs.token_logits)
+        locations = TokenNetwork(model)(images).locations
+        by_classifier = ClassifierNetwork(model.get_submodule("backbone"), name="lvvit_t")(images).locations
+    torch.testing.assert_close(locations.flatten(1, 2), outputs.token_logits)
     expected = model.get_submodule("backbone.head")(outputs.tokens).detach()
     torch.testing.assert_close(by_classifier.flatten(1, 2), expected)
 
@@ -173,7 +173,7 @@ def test_a_teacher_by_name_with_a_checkpoint_file(weights):
     images = some_images((64, 96))
     mean, std = (torch.tensor(v)[:, None, None] for v in (teacher.input.mean, teacher.input.std))
     own = model((images / 255 - mean) / std)
-    torch.testing.assert_close(teacher.logits(images).places.mean(dim=(1, 2)), own, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(teacher.logits(images).locations.mean(dim=(1, 2)), own, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(teacher.probabilities(images).sum(dim=3), torch.ones(2, 2, 3))
     assert "is its own output" in teacher.check(images)
     other = load_teacher("resnet10t", config, CPU, weights=str(path))

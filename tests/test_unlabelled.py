@@ -245,7 +245,10 @@ def test_the_loss_is_a_mean_over_what_is_known(here):
 def recipe_of(train, labels, **changes):
     data = {"train": train, "labels": labels, "num_workers": 0, "max_missing": 0.5}
     nested = nested_recipe(Path("scenes"), mix__kind="none", eval__every_epochs=9)
-    nested["model"]["options"] |= {"conv_stem": False, "drop_path": 0.0}  # without BatchNorm, over a process's images
+    nested["model"]["options"] |= {
+        "conv_stem": False,
+        "drop_path": 0.0,
+    }  # without BatchNorm, over a process's images
     return config_from_dict({**nested, "data": data, **changes}, Recipe, name="test")
 
 

@@ -196,7 +196,7 @@ def index(arguments: list[str]) -> int:
 def annotate(arguments: list[str]) -> int:
     """Let a teacher label images."""
     parser = new_parser(
-        "annotate", "Let a teacher look at every image once and store what it says of every place of it."
+        "annotate", "Let a teacher look at every image once and store what it says of every location of it."
     )
 
     from tokenlabel.runtime.configuration import add_config_arguments

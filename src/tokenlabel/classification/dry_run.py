@@ -15,7 +15,7 @@ from tokenlabel.data.batches import collate
 from tokenlabel.drawing.pictures import enlarged, with_cells
 from tokenlabel.runtime.distributed import joined_ranks
 from tokenlabel.runtime.runlog import Stopwatch
-from tokenlabel.training.engine import Training, prepare, train_step
+from tokenlabel.training.engine import Trainer, prepare, train_step
 from tokenlabel.training.progress import peak_memory_bytes
 from tokenlabel.training.recipe import Recipe
 from tokenlabel.training.run_folder import check_apart
@@ -43,37 +43,37 @@ def dry_run(recipe: Recipe, out: Path, *, device: torch.device) -> str:
     with joined_ranks(device) as ranks:
         check_apart(out, recipe.data.train, recipe.data.unlabelled, recipe.data.val)
         task = build(recipe, device=device)
-        training = prepare(task, ranks)
-        pictures = _first_pictures(training, task)
-        steps = _take_steps(training)
+        trainer = prepare(task, ranks)
+        pictures = _first_pictures(trainer, task)
+        steps = _take_steps(trainer)
         if ranks.is_first:
             out.mkdir(parents=True, exist_ok=True)
             pictures.save(out / PICTURE_NAME)
-        lines = [*_sizes(training, task), *_schedule(training), *_costs(training, steps)]
+        lines = [*_sizes(trainer, task), *_schedule(trainer), *_costs(trainer, steps)]
         where = f"{out / PICTURE_NAME}: augmented images, each beside what its tokens are told"
         lines.append(("pictures", where))
         return "\n".join(f"{name:<14} {text}" for name, text in lines)
 
 
-def _take_steps(training: Training) -> _Steps:
+def _take_steps(trainer: Trainer) -> _Steps:
     """Take one step to warm up and `_NUM_STEPS` that are timed."""
-    batches, watch = iter(training.task.batches(training.sampler(0))), Stopwatch()
-    num_steps = min(1 + _NUM_STEPS, training.num_steps)
+    batches, watch = iter(trainer.task.batches(trainer.sampler(0))), Stopwatch()
+    num_steps = min(1 + _NUM_STEPS, trainer.num_steps)
     values: dict[str, float] = {}
     for step in range(num_steps):
         if step == 1:
             watch.lap()
-        result = train_step(training, batches, step, watch)
+        result = train_step(trainer, batches, step, watch)
         values = {name: float(value) for name, value in result.values.items()}  # waits for the device
     num_timed = max(1, num_steps - 1)
     return _Steps({name: part_s / num_timed for name, part_s in watch.lap().items()}, values)
 
 
-def _sizes(training: Training, task: ClassifierTask) -> list[tuple[str, str]]:
-    recipe, ranks, parameters = task.recipe, training.ranks, list(task.model.parameters())
+def _sizes(trainer: Trainer, task: ClassifierTask) -> list[tuple[str, str]]:
+    recipe, ranks, parameters = task.recipe, trainer.ranks, list(task.model.parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     height_px, width_px = recipe.model.img_size
-    part = recipe.batch_size // ranks.world_size // training.grad_accum_steps
+    part = recipe.batch_size // ranks.world_size // trainer.grad_accum_steps
     rows, columns = task.grid
     folders = " + ".join(recipe.data.label_folders)
     labels = folders if task.supervision.stored else recipe.loss.teacher.name
@@ -90,38 +90,38 @@ def _sizes(training: Training, task: ClassifierTask) -> list[tuple[str, str]]:
         (
             "batch",
             f"{recipe.batch_size:,} images: {ranks.world_size} process{'es' * (ranks.world_size > 1)} x "
-            f"{training.grad_accum_steps} part{'s' * (training.grad_accum_steps > 1)} of {part:,}; {recipe.precision}",
+            f"{trainer.grad_accum_steps} part{'s' * (trainer.grad_accum_steps > 1)} of {part:,}; {recipe.precision}",
         ),
     ]
 
 
-def _schedule(training: Training) -> list[tuple[str, str]]:
-    num_steps, optim = training.num_steps, training.task.recipe.optim
+def _schedule(trainer: Trainer) -> list[tuple[str, str]]:
+    num_steps, optim = trainer.num_steps, trainer.task.recipe.optim
     warmup = optim.warmup_steps
     if warmup is None:
-        warmup = round(optim.warmup_epochs * training.steps_per_epoch)
+        warmup = round(optim.warmup_epochs * trainer.steps_per_epoch)
     quarters = [num_steps * quarter // 4 for quarter in (1, 2, 3)]
     places = sorted({0, min(warmup, num_steps - 1), *quarters, num_steps - 1})
-    rates = ", ".join(f"{training.learning_rate(step):.3g} at {step:,}" for step in places)
+    rates = ", ".join(f"{trainer.learning_rate(step):.3g} at {step:,}" for step in places)
     return [
-        ("steps", f"{num_steps:,}, {training.steps_per_epoch:,} an epoch"),
+        ("steps", f"{num_steps:,}, {trainer.steps_per_epoch:,} an epoch"),
         ("learning rate", rates),
     ]
 
 
-def _costs(training: Training, steps: _Steps) -> list[tuple[str, str]]:
+def _costs(trainer: Trainer, steps: _Steps) -> list[tuple[str, str]]:
     seconds = dict(steps.seconds)
     total_s = seconds.pop("total")
     shares = {**seconds, "model": total_s - sum(seconds.values())}
     told = ", ".join(f"{name} {part_s / total_s:.0%}" for name, part_s in shares.items())
-    where = "of the GPU" if training.task.device.type == "cuda" else "of this process"
+    where = "of the GPU" if trainer.task.device.type == "cuda" else "of this process"
     return [
         ("a step", f"{total_s:.3g} s: {told}"),
         (
             "the run",
-            f"{timedelta(seconds=round(total_s * training.num_steps))} on this machine, without evaluation",
+            f"{timedelta(seconds=round(total_s * trainer.num_steps))} on this machine, without evaluation",
         ),
-        ("memory", f"{peak_memory_bytes(training.task.device) / 1e9:.3g} GB at most, {where}"),
+        ("memory", f"{peak_memory_bytes(trainer.task.device) / 1e9:.3g} GB at most, {where}"),
         ("says", _spelled(steps.values)),
     ]
 
@@ -130,9 +130,9 @@ def _spelled(values: dict[str, float]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in values.items())
 
 
-def _first_pictures(training: Training, task: ClassifierTask) -> Image.Image:
+def _first_pictures(trainer: Trainer, task: ClassifierTask) -> Image.Image:
     """Return the first augmented images of a run, each beside the labels of its tokens."""
-    first = next(iter(training.sampler(0)))[:_NUM_PICTURES]
+    first = next(iter(trainer.sampler(0)))[:_NUM_PICTURES]
     batch = collate([task.train_set[place] for place in first])
     targets = make_targets(batch.to(task.device), task.supervision, task.grid).tokens
     pairs = []

@@ -116,9 +116,9 @@ def _cells_of_tokens(
     """
     height, width = score_maps.codes.shape[1:3]
     num_images, (num_samples, num_tokens) = len(frames), points.shape[1:]
-    places, covered = _sample_places(score_maps, frames, points)
-    before = places.floor()  # [B, 2, S, N]
-    fraction = places.sub_(before)
+    locations, covered = _sample_locations(score_maps, frames, points)
+    before = locations.floor()  # [B, 2, S, N]
+    fraction = locations.sub_(before)
     after = (before + 1).minimum(score_maps.sizes[:, :, None, None] - 1)
     x, y = torch.stack([before, after], dim=2).int().unbind(dim=1)  # each [B, 2, S, N]
     share_x, share_y = torch.stack([1 - fraction, fraction], dim=2).unbind(dim=1)
@@ -154,12 +154,12 @@ def _with_region(
     return torch.cat([views, (in_region / (end - start)[..., None])[:, None]], dim=1)
 
 
-def _sample_places(
+def _sample_locations(
     score_maps: ScoreMapBatch, frames: Float[Tensor, "B F 2 3"], points: Float[Tensor, "2 S N"]
 ) -> tuple[Float[Tensor, "B 2 S N"], Bool[Tensor, "B S N"]]:
     """Return where points of the augmented images fall on the maps, and which of them lie inside all frames.
 
-    Places (x, y) are in map cells, (0, 0) in the middle of the top left one.
+    Locations (x, y) are in map cells, (0, 0) in the middle of the top left one.
     """
     x, y = points
     by_x, by_y, origin = frames[..., None, None].unbind(dim=3)  # each [B, F, 2, 1, 1]
@@ -167,6 +167,6 @@ def _sample_places(
         torch.addcmul(origin, by_x, x), by_y, y
     )  # [B, F, 2, S, N], fractions of frames
     sizes = score_maps.sizes[:, :, None, None]
-    places = (on_the_way[:, -1] * sizes).sub_(0.5).clamp_min_(0)
+    locations = (on_the_way[:, -1] * sizes).sub_(0.5).clamp_min_(0)
     covered = on_the_way.sub_(0.5).abs_().amax(dim=(1, 2)) <= 0.5 + TOLERANCE
-    return places.minimum(sizes - 1), covered
+    return locations.minimum(sizes - 1), covered

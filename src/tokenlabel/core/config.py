@@ -152,7 +152,7 @@ class OnlineTeacherConfig:
     size: int | None = None
     """The teacher sees images at about size x size pixels; at the size of the model's own input if none."""
     head: Literal["auto", "classifier", "tokens"] = "auto"
-    """Which head answers for the places; auto: one for tokens where it was trained, else the classifier."""
+    """Which head answers for the locations; auto: one for tokens where it was trained, else the classifier."""
     class_map: str | None = None
     """How the teacher's classes become those of the images, as for `tokenlabel annotate`."""
     outside: Literal["renormalise", "spread"] = "renormalise"

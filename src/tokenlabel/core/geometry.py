@@ -158,8 +158,8 @@ class View:
         y, x = ((np.arange(side) + 0.5) / side for side in size_px)
         covered = np.ones(size_px, np.bool_)
         for along_x, along_y, shift in self.frames.reshape(-1, 3):
-            place = along_x * x + (along_y * y + shift)[:, None]  # [height, width]
-            covered &= (place >= -TOLERANCE) & (place <= 1 + TOLERANCE)
+            point = along_x * x + (along_y * y + shift)[:, None]  # [height, width]
+            covered &= (point >= -TOLERANCE) & (point <= 1 + TOLERANCE)
         return covered
 
     @classmethod

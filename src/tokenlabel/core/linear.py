@@ -19,14 +19,14 @@ HAS_ONEDNN = torch.backends.mkldnn.is_available()
 class Linear(nn.Linear):
     """One linear map of every token, PyTorch's own but for the library that computes it."""
 
-    def forward(self, input: Float[Tensor, "*places D"]) -> Float[Tensor, "*places D2"]:
+    def forward(self, input: Float[Tensor, "*dims D"]) -> Float[Tensor, "*dims D2"]:
         """Return the mapped tokens."""
         return linear(input, self.weight, self.bias)
 
 
 def linear(
-    input: Float[Tensor, "*places D"], weight: Float[Tensor, "D2 D"], bias: Float[Tensor, " D2"] | None
-) -> Float[Tensor, "*places D2"]:
+    input: Float[Tensor, "*dims D"], weight: Float[Tensor, "D2 D"], bias: Float[Tensor, " D2"] | None
+) -> Float[Tensor, "*dims D2"]:
     """Return `input @ weight.T + bias`, in float32 on the CPU by oneDNN, else as PyTorch does it."""
     if not _wants_onednn(input):
         return F.linear(input, weight, bias)

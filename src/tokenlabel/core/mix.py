@@ -1,7 +1,7 @@
 """Mixing two images: MixToken on the token grid, CutMix on pixels, Mixup by one number.
 
 A plan is made outside the model. Whoever mixes inputs (the model for MixToken with an overlapping patch
-embedding, `mix_images` for everything else) and whoever mixes targets follow the same plan, by place: a token
+embedding, `mix_images` for everything else) and whoever mixes targets follow the same plan, by location: a token
 takes its partner's target by the part of its cell that shows the partner.
 """
 
@@ -142,7 +142,7 @@ def mix_tokens(tokens: Float[Tensor, "B h w D"], plan: MixPlan) -> Float[Tensor,
 
 
 def mix_targets(targets: TokenTargets, plan: MixPlan | None, grid: Size) -> TokenTargets:
-    """Mix targets on a token grid (h, w) by place; (1, 1) mixes class targets by area."""
+    """Mix targets on a token grid (h, w) by location; (1, 1) mixes class targets by area."""
     if plan is None:
         return targets
     return targets.blended(targets.of_images(plan.partner), plan.partner_fraction(grid))
@@ -154,8 +154,8 @@ def _boxes(area: NDArray[np.float64], size: tuple[int, int], rng: np.random.Gene
     for length in size:  # rows, then columns
         half = (np.sqrt(area) * length).astype(int) // 2
         centre = rng.integers(length, size=len(area))
-        place = np.arange(length)
-        inside.append((place >= (centre - half)[:, None]) & (place < (centre + half)[:, None]))
+        index = np.arange(length)
+        inside.append((index >= (centre - half)[:, None]) & (index < (centre + half)[:, None]))
     rows, columns = inside
     return rows[:, :, None] & columns[:, None, :]
 

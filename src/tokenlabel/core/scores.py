@@ -1,4 +1,4 @@
-"""Score maps: what a teacher says about every place of one image. NumPy only.
+"""Score maps: what a teacher says about every location of one image. NumPy only.
 
 A score map keeps the K most probable classes of each cell. What is missing to 1 (the *rest*) is spread evenly
 over the classes that the cell did not keep, so a map of any K is a proper distribution over all C classes.

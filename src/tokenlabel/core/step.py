@@ -8,7 +8,7 @@
 
 `TrainStep.forward` is these five lines. The engine (training/engine.py) calls it for each part of a batch, adds up
 gradients over parts and processes, and lets the optimizer move. A step is a function of the weights, the recipe and its
-number: everything random is seeded by (seed, step, place in the batch).
+number: everything random is seeded by (seed, step, index in the batch).
 """
 
 from __future__ import annotations
@@ -80,20 +80,20 @@ class TrainStep(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """The images that a process takes through the model at once: those from place `start` on of a step's batch."""
+    """The images that a process takes through the model at once: those from index `start` on of a step's batch."""
 
     seed: int
     step: int
     start: int
 
-    def random_seed(self, place: int = 0) -> int:
-        """Return the seed of everything random about the images from the given place within the part on."""
-        entropy = np.random.SeedSequence([self.seed, self.step, self.start + place])
+    def random_seed(self, index: int = 0) -> int:
+        """Return the seed of everything random about the images from the given index within the part on."""
+        entropy = np.random.SeedSequence([self.seed, self.step, self.start + index])
         return int(entropy.generate_state(1, np.uint64)[0] >> 1)
 
-    def generator(self, place: int = 0) -> torch.Generator:
+    def generator(self, index: int = 0) -> torch.Generator:
         """Return a source of random numbers on the CPU with that seed."""
-        return torch.Generator().manual_seed(self.random_seed(place))
+        return torch.Generator().manual_seed(self.random_seed(index))
 
 
 def erase_and_draw(
@@ -107,7 +107,7 @@ def erase_and_draw(
     """Return normalised images after erasing, and how they are to be mixed.
 
     Between them: which pixels are gone, where tokens are to lose weight by it (`ignore_erased`), else None.
-    Each group of `mix_by.group_size` images draws for itself, from a seed of its place in the batch: so nothing depends
+    Each group of `mix_by.group_size` images draws for itself, from a seed of its index in the batch: so nothing depends
     on how a batch is divided among parts and processes. Raises ConfigError for a part that is not made of groups.
     """
     size = mix_by.group_size or len(images)
@@ -116,9 +116,9 @@ def erase_and_draw(
             f"mix.group_size {size} does not divide the {len(images)} images that go through the model at once"
         )
     kept, gone, plans = [], [], []
-    for place in range(0, len(images), size):
-        generator = part.generator(place)
-        group = images[place : place + size]
+    for index in range(0, len(images), size):
+        generator = part.generator(index)
+        group = images[index : index + size]
         if erase_by.probability > 0:
             group, mask = erase(group, erase_by, generator=generator)
             gone.append(mask)
@@ -163,7 +163,7 @@ class OnlineTeacher(Protocol):
     def probabilities(
         self, images: UInt8[Tensor, "B 3 height width"]
     ) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B h w C"]]:
-        """Return those of whole images and of every place of them, in float32 and without gradients."""
+        """Return those of whole images and of every location of them, in float32 and without gradients."""
         ...
 
 
@@ -296,13 +296,13 @@ def _ask(
     loss, maps, views, of_image = supervision.loss, batch.score_maps, batch.views, None
     known = batch.class_ids.new_ones(len(batch.class_ids), dtype=torch.float32)
     if supervision.teacher is not None:
-        of_images, of_places = supervision.teacher.probabilities(batch.images)
+        of_images, of_locations = supervision.teacher.probabilities(batch.images)
         says = of_images.amax(dim=1, keepdim=True) > 0
         of_image = torch.where(says, of_images, one_hot(batch.class_ids, of_images))
         known = (says[:, 0] | batch.has_class).to(known.dtype)
         if supervision.labels_tokens and not supervision.stored:
-            maps = top_score_maps(of_places, loss.teacher.topk)
-            views = whole_views(len(of_places), of_places.device)
+            maps = top_score_maps(of_locations, loss.teacher.topk)
+            views = whole_views(len(of_locations), of_locations.device)
     elif loss.class_target is not ClassTarget.TRUTH and maps is not None:
         seen = views if loss.extent is Extent.CROP else whole_views(len(views), views.device)
         of_image, says = image_labels(maps, seen, batch.class_ids, map_mode=loss.map_mode)
@@ -311,9 +311,9 @@ def _ask(
 
 
 def top_score_maps(probs: Float[Tensor, "B h w C"], topk: int) -> ScoreMapBatch:
-    """Return maps that keep the `topk` classes of each image which are most probable on average over its places.
+    """Return maps that keep the `topk` classes of each image which are most probable on average over its locations.
 
-    `probs`: a distribution at each place. Every place keeps the same classes; the others share its rest.
+    `probs`: a distribution at each location. Every location keeps the same classes; the others share its rest.
     """
     num_images, height, width, num_classes = probs.shape
     classes = probs.mean(dim=(1, 2)).topk(min(topk, num_classes), dim=1).indices  # [B, U]

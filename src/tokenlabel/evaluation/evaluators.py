@@ -28,7 +28,7 @@ NUM_BINS = 15
 
 
 @dataclass(frozen=True, eq=False)
-class Seen:
+class Predictions:
     """A batch, on the device, and what a model says of it.
 
     `logits`: of one way to predict, in float32. `token_classes`: the most probable class of each token of the `grid`
@@ -48,7 +48,7 @@ class Evaluator(ABC):
         self.sums: dict[str, Tensor] = {}
 
     @abstractmethod
-    def add(self, seen: Seen) -> None:
+    def add(self, predictions: Predictions) -> None:
         """Count a batch."""
 
     @abstractmethod
@@ -76,15 +76,15 @@ class Evaluator(ABC):
 class Accuracy(Evaluator):
     """Top-1, top-5 and the mean cross entropy against the images' classes; ties count against a model."""
 
-    def add(self, seen: Seen) -> None:
+    def add(self, predictions: Predictions) -> None:
         """Count a batch."""
-        class_ids = seen.batch.class_ids
-        ranks = rank_of_class(seen.logits, class_ids)
+        class_ids = predictions.batch.class_ids
+        ranks = rank_of_class(predictions.logits, class_ids)
         self._count(
             images=torch.tensor(len(ranks)),
             top1=(ranks < 1).sum(),
             top5=(ranks < 5).sum(),
-            loss=F.cross_entropy(seen.logits, class_ids, reduction="sum"),
+            loss=F.cross_entropy(predictions.logits, class_ids, reduction="sum"),
         )
 
     def figures(self) -> Iterator[tuple[str, float]]:
@@ -104,10 +104,10 @@ class Calibration(Evaluator):
     bin i of n holds confidences in (i/n, (i+1)/n].
     """
 
-    def add(self, seen: Seen) -> None:
+    def add(self, predictions: Predictions) -> None:
         """Count a batch."""
-        confidence, guess = seen.logits.double().softmax(dim=1).max(dim=1)
-        right = (guess == seen.batch.class_ids).double()
+        confidence, guess = predictions.logits.double().softmax(dim=1).max(dim=1)
+        right = (guess == predictions.batch.class_ids).double()
         bins = (confidence * NUM_BINS).ceil().long().clamp(1, NUM_BINS) - 1
         one_hot = F.one_hot(bins, NUM_BINS).double()  # [B, bins]
         self._count(
@@ -127,10 +127,10 @@ class PerClass(Evaluator):
         super().__init__()
         self.class_names = list(class_names)
 
-    def add(self, seen: Seen) -> None:
+    def add(self, predictions: Predictions) -> None:
         """Count a batch."""
-        class_ids = seen.batch.class_ids
-        right = rank_of_class(seen.logits, class_ids) < 1
+        class_ids = predictions.batch.class_ids
+        right = rank_of_class(predictions.logits, class_ids) < 1
         num_classes = len(self.class_names)
         self._count(
             images=class_ids.bincount(minlength=num_classes),
@@ -158,18 +158,18 @@ class TokenTruth(Evaluator):
         super().__init__()
         self.name = name
 
-    def add(self, seen: Seen) -> None:
+    def add(self, predictions: Predictions) -> None:
         """Count a batch."""
-        batch = seen.batch
-        if batch.score_maps is None or seen.token_classes is None:
+        batch = predictions.batch
+        if batch.score_maps is None or predictions.token_classes is None:
             return
-        truth = align(batch.score_maps, batch.views, seen.grid)
-        self.add_tokens(seen.token_classes, truth, num_classes=batch.score_maps.num_classes)
+        truth = align(batch.score_maps, batch.views, predictions.grid)
+        self.add_tokens(predictions.token_classes, truth, num_classes=batch.score_maps.num_classes)
 
-    def add_tokens(self, said: Int[Tensor, "B N"], truth: TokenTargets, *, num_classes: int) -> None:
+    def add_tokens(self, predicted: Int[Tensor, "B N"], truth: TokenTargets, *, num_classes: int) -> None:
         """Count tokens that say a class each, against targets aligned from true masks."""
         objects, classes = object_tokens(truth)
-        shown, said = classes[objects], said[objects]
+        shown, said = classes[objects], predicted[objects]
         of_class = {"shown": shown, "said": said, "hits": shown[shown == said]}  # three rows of C, not C x C
         self._count(**{name: ids.bincount(minlength=num_classes) for name, ids in of_class.items()})
 
@@ -200,15 +200,15 @@ class RealLabels(Evaluator):
         super().__init__()
         self.labels = labels
 
-    def add(self, seen: Seen) -> None:
+    def add(self, predictions: Predictions) -> None:
         """Count a batch. Raises ValueError for an image that the labels don't know."""
-        names = [key.rpartition("/")[2] for key in seen.batch.keys]
+        names = [key.rpartition("/")[2] for key in predictions.batch.keys]
         unknown = [name for name in names if name not in self.labels]
         if unknown:
             raise ValueError(
                 f"the ReaL labels know no image {unknown[0]}; they belong to ImageNet's val images"
             )
-        guesses = seen.logits.argmax(dim=1).tolist()
+        guesses = predictions.logits.argmax(dim=1).tolist()
         judged = [(guess, self.labels[name]) for guess, name in zip(guesses, names, strict=True)]
         self._count(
             images=torch.tensor(sum(bool(labels) for _, labels in judged)),
@@ -233,12 +233,12 @@ class MultiLabel(Evaluator):
         self.labels = labels
         self.sums = {}
 
-    def add(self, seen: Seen) -> None:
+    def add(self, predictions: Predictions) -> None:
         """Keep the scores of a batch."""
-        truth = torch.zeros_like(seen.logits, dtype=torch.bool)
-        for row, key in enumerate(seen.batch.keys):
+        truth = torch.zeros_like(predictions.logits, dtype=torch.bool)
+        for row, key in enumerate(predictions.batch.keys):
             truth[row, list(self.labels[key])] = True
-        for name, part in (("scores", seen.logits), ("truth", truth)):
+        for name, part in (("scores", predictions.logits), ("truth", truth)):
             kept = part.cpu()
             self.sums[name] = torch.cat([self.sums[name], kept]) if name in self.sums else kept
 
@@ -254,11 +254,11 @@ class MultiLabel(Evaluator):
 
 
 def average_precision(scores: Float[Tensor, " n"], truth: Bool[Tensor, " n"]) -> float:
-    """Return the mean precision at the places of the true ones, in order of falling scores; ties count together."""
+    """Return the mean precision at the ranks of the true ones, in order of falling scores; ties count together."""
     order = scores.argsort(descending=True)
     ranked, right = scores[order], truth[order]
     hits = right.cumsum(dim=0)
-    # The last place of each group of equal scores is where all of the group has been seen.
+    # The last rank of each group of equal scores is where all of the group has been seen.
     last = torch.searchsorted(-ranked, -ranked, right=True) - 1
     return float((hits[last] / (last + 1))[right].double().mean())
 

@@ -29,7 +29,14 @@ from tokenlabel.data.imagenet import as_classes_of
 from tokenlabel.data.images import ImageSource, has_classes, orientation_of
 from tokenlabel.data.masks import MaskError, check_upright, decode_mask, mask_names
 from tokenlabel.data.sources import open_images
-from tokenlabel.evaluation.evaluators import Accuracy, Calibration, Evaluator, Seen, TokenTruth, object_tokens
+from tokenlabel.evaluation.evaluators import (
+    Accuracy,
+    Calibration,
+    Evaluator,
+    Predictions,
+    TokenTruth,
+    object_tokens,
+)
 from tokenlabel.labels.store import LabelStore
 from tokenlabel.models import Outputs, TokenModel
 from tokenlabel.runtime.coercion import coerced
@@ -225,19 +232,19 @@ def observe(
         images = normalize_images(batch.images, mean=model.mean, std=model.std)
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             outputs = model(images)
-            predictions = {inference: outputs.logits(inference).float() for inference in evaluators}
-            said = token_classes(outputs) if batch.score_maps is not None else None
-        for inference, logits in predictions.items():
+            logits_of = {inference: outputs.logits(inference).float() for inference in evaluators}
+            token_classes = classes_of_tokens(outputs) if batch.score_maps is not None else None
+        for inference, logits in logits_of.items():
             chosen = logits if out is None else logits.masked_fill(out, -torch.inf)
             for evaluator in evaluators[inference]:
-                evaluator.add(Seen(batch, outputs.grid, chosen, said))
+                evaluator.add(Predictions(batch, outputs.grid, chosen, token_classes))
         num_images += len(batch.images)
     spent = ranks.all_gather((num_images, time.perf_counter() - started))
     speed = {"images_per_s": sum(n for n, _ in spent) / max(seconds for _, seconds in spent)}
     return {inference: _figures(of_one, ranks) | speed for inference, of_one in evaluators.items()}
 
 
-def token_classes(outputs: Outputs) -> Int[Tensor, "B N"]:
+def classes_of_tokens(outputs: Outputs) -> Int[Tensor, "B N"]:
     """Return the most probable class of each token, without the logits of all of them: of 65,536 words they are GBs."""
     tokens, head = outputs.tokens, outputs.token_head
     num_numbers = tokens.shape[1] * head(tokens[:1, :1]).shape[2]
@@ -290,7 +297,9 @@ def mask_agreement(
         if source is not None and key in indices:
             score_map = turned_map(score_map, orientation_of(source.read(indices[key])))
         height, width, _ = score_map.codes.shape
-        seen = torch.from_numpy(stack_views([View.crop(score_map.region)]))  # places are then the map's cells
+        seen = torch.from_numpy(
+            stack_views([View.crop(score_map.region)])
+        )  # locations are then the map's cells
         guess, truth = (
             align(collate_score_maps([m]), seen, (height, width)) for m in (score_map, truth_of[key])
         )

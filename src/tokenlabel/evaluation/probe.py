@@ -1,4 +1,4 @@
-"""How much a network's frozen features know: of places, by a linear probe on true masks; of images, by two probes."""
+"""What a network's frozen features know: of locations, by a linear probe on true masks; of images, by two probes."""
 
 from __future__ import annotations
 

@@ -109,7 +109,7 @@ class Inspection:
 
 
 @dataclass(frozen=True, eq=False)
-class Look:
+class MapSummary:
     """The figures of one map.
 
     `class_ids` [U]: its classes. `class_probs` [U]: their mean over its places, as far as these kept them.
@@ -143,13 +143,13 @@ def inspect_store(
     found = find_replaced(store, source, read_all=config.verify) if source else None
     encodings = dict.fromkeys(read_manifest(folder).encoding.value for folder in store.folders)
     broken = dict(verify(store)) if config.verify else {}
-    looks = [look_at(key, store[key]) for key in _sampled(store, config.sample) if key not in broken]
+    summaries = [summarize(key, store[key]) for key in _sampled(store, config.sample) if key not in broken]
     class_of = class_finder(store, source)
     if source is not None and source.class_names:
         _say_what_differs(manifest, source.class_names)
-    classes = ((look, class_of(look.key)) for look in looks)
-    known = [(look, class_id) for look, class_id in classes if class_id is not None]
-    suspects = [_suspect(look, class_id, store) for look, class_id in by_doubt(known)]
+    classes = ((summary, class_of(summary.key)) for summary in summaries)
+    known = [(summary, class_id) for summary, class_id in classes if class_id is not None]
+    suspects = [_suspect(summary, class_id, store) for summary, class_id in by_doubt(known)]
     return Inspection(
         num_images=len(store),
         num_classes=manifest.num_classes,
@@ -167,17 +167,21 @@ def inspect_store(
         num_unsure=found.num_unsure if found else None,
         num_files=len(store.shards),
         bytes_per_image=store.num_bytes() / max(1, len(store)),
-        num_sampled=len(looks),
-        map_sizes=dict(Counter(look.size for look in looks).most_common(10)),
-        classes_per_map=_mean([look.num_classes for look in looks]),
-        top1_prob=_mean([look.top1_prob for look in looks]),
-        rest=_mean([look.rest for look in looks]),
-        entropy_bits=_mean([look.entropy_bits for look in looks]),
-        empty=_mean([look.empty for look in looks]),
-        class_agreement=_mean([best_class(look) == own for look, own in known]) if known else None,
-        place_agreement=_mean([(look.top_class_ids == own).mean() for look, own in known]) if known else None,
+        num_sampled=len(summaries),
+        map_sizes=dict(Counter(summary.size for summary in summaries).most_common(10)),
+        classes_per_map=_mean([summary.num_classes for summary in summaries]),
+        top1_prob=_mean([summary.top1_prob for summary in summaries]),
+        rest=_mean([summary.rest for summary in summaries]),
+        entropy_bits=_mean([summary.entropy_bits for summary in summaries]),
+        empty=_mean([summary.empty for summary in summaries]),
+        class_agreement=_mean([best_class(summary) == own for summary, own in known]) if known else None,
+        place_agreement=_mean([(summary.top_class_ids == own).mean() for summary, own in known])
+        if known
+        else None,
         num_judged=len(known),
-        agreement_missing=None if known else _why_unknown(store, source, [look.key for look in looks]),
+        agreement_missing=None
+        if known
+        else _why_unknown(store, source, [summary.key for summary in summaries]),
         suspects=tuple(suspects[: config.num_suspects]),
         num_verified=len(store) if config.verify else None,
         broken=tuple(broken.values()),
@@ -201,7 +205,7 @@ def verify(store: LabelStore) -> Iterator[tuple[str, str]]:
             yield key, f"{key}: a cell names the same class twice"
 
 
-def look_at(key: str, score_map: ScoreMap) -> Look:
+def summarize(key: str, score_map: ScoreMap) -> MapSummary:
     """Return the figures of an image's map."""
     score_map = as_probabilities(score_map)
     probs = score_map.probs.astype(np.float64)
@@ -218,7 +222,7 @@ def look_at(key: str, score_map: ScoreMap) -> Look:
         return sums / (height * width)
 
     class_probs, even_share = mean_by_class(probs), float(even_shares.mean())
-    return Look(
+    return MapSummary(
         key=key,
         size=f"{height} x {width}",
         num_classes=len(np.unique(score_map.codes[kept])),
@@ -285,21 +289,21 @@ def _why_unknown(store: LabelStore, source: ImageSource | None, keys: Sequence[s
     return f"the labels' classes ({listed(list(names))}) are not those of the images ({listed(source.class_names)})"
 
 
-def by_doubt(known: Sequence[tuple[Look, int]]) -> list[tuple[Look, int]]:
+def by_doubt(known: Sequence[tuple[MapSummary, int]]) -> list[tuple[MapSummary, int]]:
     """Return those maps with the classes of their images that say another class, the most doubtful first.
 
     Doubtful is a class whose mean probability is small beside the best one's: their quotient finds more of the wrong
     classes than their difference, which puts maps that are sure of everything first.
     """
 
-    def doubt(pair: tuple[Look, int]) -> tuple[float, float]:
-        look, class_id = pair
-        own = look.class_shares[look.class_ids == class_id].sum() or look.even_share
+    def doubt(pair: tuple[MapSummary, int]) -> tuple[float, float]:
+        summary, class_id = pair
+        own = summary.class_shares[summary.class_ids == class_id].sum() or summary.even_share
         # To more digits than records have; what is equal then goes by the certainty of the other class.
-        return round(float(own / look.class_shares.max()), 4), -float(look.class_probs.max())
+        return round(float(own / summary.class_shares.max()), 4), -float(summary.class_probs.max())
 
-    def says_another(look: Look, class_id: int) -> bool:
-        return bool(look.class_probs[look.class_ids == class_id].sum() < look.class_probs.max())
+    def says_another(summary: MapSummary, class_id: int) -> bool:
+        return bool(summary.class_probs[summary.class_ids == class_id].sum() < summary.class_probs.max())
 
     return sorted((pair for pair in known if says_another(*pair)), key=doubt)
 
@@ -317,23 +321,23 @@ def _say_what_differs(manifest: Manifest, ours: Sequence[str]) -> None:
         say(f"{unknown}; agreement is that of the images of other classes")
 
 
-def best_class(look: Look) -> int:
+def best_class(summary: MapSummary) -> int:
     """Return the most probable class of a map, over all places; -1 of one that says nothing."""
-    if not look.class_probs.max() > 0:
+    if not summary.class_probs.max() > 0:
         return -1
-    return int(look.class_ids[look.class_probs.argmax()])
+    return int(summary.class_ids[summary.class_probs.argmax()])
 
 
-def _suspect(look: Look, class_id: int, store: LabelStore) -> Suspect:
+def _suspect(summary: MapSummary, class_id: int, store: LabelStore) -> Suspect:
     names = store.manifest.class_names
-    own = look.class_probs[look.class_ids == class_id]
-    best = best_class(look)
+    own = summary.class_probs[summary.class_ids == class_id]
+    best = best_class(summary)
     return Suspect(
-        key=look.key,
+        key=summary.key,
         class_name=names[class_id] if names else str(class_id),
         prob=float(own.sum()),
         top_class_name=names[best] if names else str(best),
-        top_prob=float(look.class_probs.max()),
+        top_prob=float(summary.class_probs.max()),
     )
 
 

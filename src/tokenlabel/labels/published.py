@@ -25,7 +25,7 @@ from tokenlabel.core.scores import Kind, Orientation, ScoreError, ScoreMap, from
 from tokenlabel.data.images import ImageError, ImageSource
 from tokenlabel.data.sources import open_aloud
 from tokenlabel.labels.encoding import Encoding
-from tokenlabel.labels.inspection import best_class, look_at
+from tokenlabel.labels.inspection import best_class, summarize
 from tokenlabel.labels.store import (
     Failure,
     LabelStore,
@@ -246,7 +246,7 @@ class _Job:
             )
             if len(self.agreements) < NUM_COMPARED and self.manifest.class_names:
                 own = self.source.class_names[int(self.source.class_ids[index])]
-                best = best_class(look_at(key, score_map))
+                best = best_class(summarize(key, score_map))
                 self.agreements.append(own == self.manifest.class_names[best])
             return key, pack_for(self.manifest, key, score_map)
         except (PublishedError, ScoreError, StoreError, ImageError, OSError) as error:

@@ -39,7 +39,7 @@ REFUSALS = (RuntimeError, AssertionError, TypeError, ValueError, IndexError)
 
 
 class NoTokenGridError(ValueError):
-    """A model whose features are not one vector for each place of the image."""
+    """A model whose features are not one vector for each location of the image."""
 
 
 class Layout(StrEnum):

@@ -84,7 +84,7 @@ class T2TViT(VisionTransformer):
 
 
 class TokensToToken(nn.Module):
-    """Three steps that each gather the neighbours of a place into one token; Performers between them."""
+    """Three steps that each gather the neighbours of a location into one token; Performers between them."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

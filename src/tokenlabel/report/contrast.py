@@ -121,7 +121,7 @@ def _class_table(answers: Sequence[Answers], truth: NDArray[np.int64], class_nam
 def _disagreements(
     ours: Answers, theirs: Answers, chosen: NDArray[np.int64], truth: NDArray[np.int64]
 ) -> list[str]:
-    """Return the images that one of two runs gets right and the other wrong, with what both say of every place."""
+    """Return the images that one of two runs gets right and the other wrong, with what both say of every location."""
     sections = []
     for right, wrong in ((ours, theirs), (theirs, ours)):
         places = np.flatnonzero((right.guesses == truth) & (wrong.guesses != truth))
@@ -150,12 +150,12 @@ def _pictures(right: Answers, wrong: Answers, indices: Sequence[int], places: ND
 
 def _maps(answers: Answers, indices: Sequence[int]) -> NDArray[np.float32] | None:
     dataset = evaluation_set(answers.trained.recipe, class_names=answers.trained.class_names)
-    return place_maps(answers.run, collate([dataset[0, index] for index in indices]).images)
+    return location_maps(answers.run, collate([dataset[0, index] for index in indices]).images)
 
 
-def place_maps(run: Path, images: UInt8[Tensor, "n 3 height width"]) -> NDArray[np.float32] | None:
-    """Return what a run says of every place of images [n, h, w, C]: by the head for tokens where it was trained, else
-    by its classifier; None where that cannot answer for single places.
+def location_maps(run: Path, images: UInt8[Tensor, "n 3 height width"]) -> NDArray[np.float32] | None:
+    """Return what a run says of all locations of images [n, h, w, C]: by the head for tokens where it was trained,
+    else by its classifier; None where that cannot answer for single locations.
     """
     try:
         teacher = load_teacher(str(run), TeacherConfig(teacher=str(run)), torch.device("cpu"))

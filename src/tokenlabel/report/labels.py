@@ -14,7 +14,7 @@ from PIL import Image
 from tokenlabel.core.scores import Orientation, ScoreMap, turned_map
 from tokenlabel.data.images import ImageError, ImageSource, decode_image, orientation_of
 from tokenlabel.drawing.pictures import class_colour, with_cells
-from tokenlabel.labels.inspection import Look, as_probabilities, by_doubt, class_finder, look_at
+from tokenlabel.labels.inspection import MapSummary, as_probabilities, by_doubt, class_finder, summarize
 from tokenlabel.labels.store import LabelStore, StoreError
 from tokenlabel.labels.wordnet import with_words
 from tokenlabel.runtime.notices import say
@@ -40,31 +40,33 @@ def write_pictures(store: LabelStore, source: ImageSource, output: Path, *, coun
             f"{output}: none of the {len(source):,} images has a label in this store; give its own images"
         )
     drawn = np.random.default_rng(0).permutation(len(keys))[:SAMPLE].tolist()
-    looks = [look_at(keys[i], store[keys[i]]) for i in drawn]
+    summaries = [summarize(keys[i], store[keys[i]]) for i in drawn]
     class_of = class_finder(store, source)
-    by_certainty = sorted(looks, key=lambda look: -look.top1_prob)
-    known = [(look, class_id) for look in looks if (class_id := class_of(look.key)) is not None]
+    by_certainty = sorted(summaries, key=lambda summary: -summary.top1_prob)
+    known = [(summary, class_id) for summary in summaries if (class_id := class_of(summary.key)) is not None]
     members = {
         "Most certain": by_certainty[:count],
         "Least certain": by_certainty[::-1][:count],
-        "Least agreement": [look for look, _ in by_doubt(known)[:count]],
+        "Least agreement": [summary for summary, _ in by_doubt(known)[:count]],
     }
     names = store.manifest.class_names or tuple(map(str, range(store.manifest.num_classes)))
     sections = []
     for title, shown in members.items():
         figures = []
-        for look in shown:
+        for summary in shown:
             try:
-                data, score_map = source.read(places[look.key]), store[look.key]
+                data, score_map = source.read(places[summary.key]), store[summary.key]
                 if store.manifest.orientation == Orientation.STORED:
                     score_map = turned_map(score_map, orientation_of(data))
-                figures.append(_figure(look, score_map, data, names, class_of(look.key)))
+                figures.append(_figure(summary, score_map, data, names, class_of(summary.key)))
             except ImageError as error:  # it was sound when the teacher saw it
                 say(f"{error}: its picture is left out")
         if figures:
             sections.append(f"<h2>{title}</h2>\n<p>{SECTIONS[title]}</p>\n<div>{''.join(figures)}</div>")
-    whole = "all of them were looked at" if len(looks) == len(store) else f"these are from {len(looks):,}"
-    how = " drawn at random" if len(keys) > len(looks) else ""
+    whole = (
+        "all of them were looked at" if len(summaries) == len(store) else f"these are from {len(summaries):,}"
+    )
+    how = " drawn at random" if len(keys) > len(summaries) else ""
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(
         _PAGE.format(
@@ -77,8 +79,10 @@ def write_pictures(store: LabelStore, source: ImageSource, output: Path, *, coun
     )
 
 
-def _figure(look: Look, score_map: ScoreMap, data: bytes, names: Sequence[str], class_id: int | None) -> str:
-    image = decode_image(data, look.key)
+def _figure(
+    summary: MapSummary, score_map: ScoreMap, data: bytes, names: Sequence[str], class_id: int | None
+) -> str:
+    image = decode_image(data, summary.key)
     region = score_map.region
     part_px = (
         round(region.left * image.width),
@@ -90,8 +94,8 @@ def _figure(look: Look, score_map: ScoreMap, data: bytes, names: Sequence[str], 
     probs = as_probabilities(score_map)
     says_something = (probs.probs.max(axis=2, keepdims=True) > 0) | probs.empty_is_even
     over_image = with_cells(seen, probs.dense() * says_something, names)
-    best = np.argsort(-look.class_probs, kind="stable")[:NUM_NAMED]
-    shares = [(int(look.class_ids[entry]), float(look.class_probs[entry])) for entry in best]
+    best = np.argsort(-summary.class_probs, kind="stable")[:NUM_NAMED]
+    shares = [(int(summary.class_ids[entry]), float(summary.class_probs[entry])) for entry in best]
     chips = "".join(
         f'<span><i style="background: rgb{class_colour(found)}"></i>{html.escape(with_words(names[found]))} '
         f"{share:.0%}</span>"
@@ -101,7 +105,7 @@ def _figure(look: Look, score_map: ScoreMap, data: bytes, names: Sequence[str], 
     own = "" if class_id is None else f", class {html.escape(with_words(names[class_id]))}"
     return (
         f"<figure>{_img(Image.fromarray(seen).resize(over_image.size))}{_img(over_image)}"
-        f"<figcaption><b>{html.escape(look.key)}</b>{own}, certainty {look.top1_prob:.0%}<br>{chips}</figcaption>"
+        f"<figcaption><b>{html.escape(summary.key)}</b>{own}, certainty {summary.top1_prob:.0%}<br>{chips}</figcaption>"
         "</figure>"
     )
 

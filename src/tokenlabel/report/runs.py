@@ -24,7 +24,7 @@ from tokenlabel.drawing.charts import Points, curve_chart
 from tokenlabel.drawing.page import gallery, section, settings_table, svg, table, write_page
 from tokenlabel.drawing.pictures import enlarged, mask_picture, with_cells
 from tokenlabel.evaluation.observation import evaluation_set
-from tokenlabel.report.contrast import contrast_sections, guesses_of, load_for_pictures, place_maps
+from tokenlabel.report.contrast import contrast_sections, guesses_of, load_for_pictures, location_maps
 from tokenlabel.report.names import short_names
 from tokenlabel.report.segmentation import is_segmentation_run, segmentation_sections
 from tokenlabel.runtime.configuration import read_config
@@ -138,7 +138,9 @@ def _curves(records: Sequence[RunRecord]) -> Figure:
 
     against_time = {
         record.name: [
-            (record.minutes_at(line["step"]), 100 * line["top1"]) for line in record.eval_lines if "top1" in line
+            (record.minutes_at(line["step"]), 100 * line["top1"])
+            for line in record.eval_lines
+            if "top1" in line
         ]
         for record in records
     }
@@ -236,14 +238,14 @@ def _mixed_pairs(
 
 
 def _prediction_section(record: RunRecord) -> str | None:
-    """Return what a run says of places of val images; None if it has no checkpoint yet, or no val images."""
+    """Return what a run says of locations of val images; None if it has no checkpoint yet, or no val images."""
     trained = load_for_pictures(record.folder)
     if trained is None:
         return None
     dataset = evaluation_set(trained.recipe, class_names=trained.class_names)
     chosen = np.linspace(0, len(dataset) - 1, 2 * NUM_PICTURES).astype(int).tolist()
     batch = collate([dataset[0, index] for index in chosen])
-    guesses, maps = guesses_of(trained, chosen).tolist(), place_maps(record.folder, batch.images)
+    guesses, maps = guesses_of(trained, chosen).tolist(), location_maps(record.folder, batch.images)
     pictures = []
     for i, (guess, truth) in enumerate(zip(guesses, batch.class_ids.tolist(), strict=True)):
         verdict = "right" if guess == truth else f"wrong, it is {trained.class_names[truth]}"
@@ -253,7 +255,7 @@ def _prediction_section(record: RunRecord) -> str | None:
             pictures.append((enlarged(pixels), f"{key}: {said}"))
         else:
             pictures += [(enlarged(pixels), key), (with_cells(pixels, maps[i], trained.class_names), said)]
-    title = "val images" if maps is None else "the places of val images"
+    title = "val images" if maps is None else "the locations of val images"
     return section(f"What {record.name} says about {title}", gallery(pictures))
 
 

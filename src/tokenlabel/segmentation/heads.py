@@ -1,4 +1,4 @@
-"""Heads that turn feature maps into a class for every place: UPerNet, FCN and one linear map.
+"""Heads that turn feature maps into a class for every location: UPerNet, FCN and one linear map.
 
 Parameters are named as in the published checkpoints: `conv` and `bn` in each block, `conv_seg` for the classifier.
 """
@@ -17,7 +17,7 @@ POOL_SCALES = (1, 2, 3, 6)
 
 
 class Head(nn.Module, ABC):
-    """Logits of every place from feature maps of one image at several scales, the finest first."""
+    """Logits of every location from feature maps of one image at several scales, the finest first."""
 
     def __init__(self, width: int, num_classes: int, *, dropout: float) -> None:
         super().__init__()

@@ -17,7 +17,7 @@ from tokenlabel.segmentation.pyramid import NUM_LEVELS, Levels, Neck, NeckKind, 
 
 
 class HeadKind(Choice):
-    """UPERNET: pooling pyramid and feature pyramid. FCN: two convolutions. LINEAR: one linear map of each place."""
+    """UPERNET: pooling pyramid and feature pyramid. FCN: two convolutions. LINEAR: one linear map of each location."""
 
     UPERNET = "upernet"
     FCN = "fcn"

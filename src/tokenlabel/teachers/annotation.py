@@ -58,7 +58,7 @@ class AnnotateConfig(TeacherConfig):
     """Which labels to make, and how."""
 
     topk: int = 5
-    """Classes that each place keeps; the probability of the others is kept as one number."""
+    """Classes that each location keeps; the probability of the others is kept as one number."""
     encoding: Encoding = Encoding.COMPACT
     """How records are written: compact is a third of the size of raw, which is finer and faster to read."""
     batch_size: int = 64

@@ -142,26 +142,26 @@ def find_network(
     )
 
 
-def check_places(
+def check_locations(
     dense: DenseNetwork, images: Float[Tensor, "B 3 height width"], *, name: str, precision: str
 ) -> str:
-    """Return in a sentence how a network's places agree with what it says of whole normalised images.
+    """Return in a sentence how a network's locations agree with what it says of whole normalised images.
 
-    Where it averages features and its head is linear, the mean over places must be its own output; raises TeacherError
-    where it is not.
+    Where it averages features and its head is linear, the mean over locations must be its own output; raises
+    TeacherError where it is not.
     """
     if dense.averages_linearly(images):
-        own_and_places = dense.evidence(images)
-        own, mean = own_and_places.image.float(), own_and_places.places.float().mean(dim=(1, 2))
+        own_and_locations = dense.evidence(images)
+        own, mean = own_and_locations.image.float(), own_and_locations.locations.float().mean(dim=(1, 2))
         tolerance = (1e-3 if precision == "fp32" else 5e-2) * float(own.abs().max())
         off = float((own - mean).abs().max())
         if not off <= tolerance:
             raise TeacherError(
-                f"{name}: averages its features, yet the mean over its places is {off:.3g} off its own output"
+                f"{name}: averages its features, yet the mean over its locations is {off:.3g} off its own output"
             )
-        return f"{name}: the mean over places is its own output (off by {off:.1g} at most)"
+        return f"{name}: the mean over locations is its own output (off by {off:.1g} at most)"
     logits = dense(images)
-    own, mean = logits.image.float(), logits.places.float().mean(dim=(1, 2))
+    own, mean = logits.image.float(), logits.locations.float().mean(dim=(1, 2))
     share = float((own.argmax(dim=1) == mean.argmax(dim=1)).float().mean())
     return f"{name}: the mean of the map's logits has its own top-1 for {share:.0%} of {len(images)} images"
 
@@ -190,10 +190,12 @@ def input_of(
     )
 
 
-def _stride(length_px: int, num_places: int) -> int:
-    """Return the stride that makes so many places of a side; that of a convolutional net where it does not divide."""
+def _stride(length_px: int, num_locations: int) -> int:
+    """Return the stride that makes so many locations of a side; a convolutional net's where it does not divide."""
     return (
-        2 ** round(math.log2(length_px / num_places)) if length_px % num_places else length_px // num_places
+        2 ** round(math.log2(length_px / num_locations))
+        if length_px % num_locations
+        else length_px // num_locations
     )
 
 

@@ -29,7 +29,7 @@ from tokenlabel.runtime.notices import listed, say
 
 BY_ORDER, BY_NAME = "order", "names"
 
-# Below this much on classes of ours, a place shows something else: what is left of it is no evidence.
+# Below this much on classes of ours, a location shows something else: what is left of it is no evidence.
 MIN_MASS = 1e-3
 
 
@@ -63,7 +63,7 @@ class ClassMap:
             "nowhere": "renormalise" if self.renormalises else "spread evenly",
         }
 
-    def apply(self, probs: Float[Tensor, "*places T"]) -> Float[Tensor, "*places C"]:
+    def apply(self, probs: Float[Tensor, "*dims T"]) -> Float[Tensor, "*dims C"]:
         """Return the probabilities of the data set's classes.
 
         Averages over members and mirror images come before: the mean of renormalised ones is another one.
@@ -110,7 +110,7 @@ def class_map_for(
             say_imagenet(theirs, them="the teacher", option=f"{options}class-order")
         if ours:
             pairs = [f"{theirs[i] if theirs else i} = {name}" for i, name in enumerate(ours)]
-            turned = any(place not in (-1, i) for i, place in enumerate(ids_among(ours, theirs)))
+            turned = any(j not in (-1, i) for i, j in enumerate(ids_among(ours, theirs)))
             say(
                 f"{'WARNING: ' if turned else ''}{option} order: the teacher's class is the images', {listed(pairs)}"
             )
@@ -118,7 +118,7 @@ def class_map_for(
     if spec not in (None, BY_NAME):
         targets = read_class_map(spec, theirs, ours, num_theirs=num_theirs)
         reached = set(targets)
-        lacking = [name for place, name in enumerate(ours) if place not in reached]
+        lacking = [name for i, name in enumerate(ours) if i not in reached]
         if lacking:
             raise ClassMapError(
                 f"{option} {spec}: no class of the teacher goes to {len(lacking):,} of {len(ours):,} classes "
@@ -151,7 +151,7 @@ def _refusal(
     option = f"{options}class-map"
     if -1 not in ids and len(set(ids)) < len(ids):
         times = Counter(ids)
-        same = [name for name, place in zip(ours, ids, strict=True) if times[place] > 1]
+        same = [name for name, i in zip(ours, ids, strict=True) if times[i] > 1]
         return f"classes of the images have one name to the teacher: {listed(list(map(ascii, same)))}; merge them"
     if spec == BY_NAME:
         advice = "" if theirs else f"; name its classes with {options}class-order FILE"

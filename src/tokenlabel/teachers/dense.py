@@ -1,4 +1,4 @@
-"""Networks with logits, or vectors, for every place of an image.
+"""Networks with logits, or vectors, for every location of an image.
 
 The dense map of a network is its own head, whatever layers it has, applied at every position of its last features:
 what it would give for an image that shows this position's features everywhere. That is logits of a classifier and a
@@ -26,21 +26,21 @@ MAX_LOGITS = 1 << 25
 
 
 class NoDenseMapError(ValueError):
-    """A network whose head cannot answer for single places."""
+    """A network whose head cannot answer for single locations."""
 
 
 @dataclass(frozen=True, eq=False)
 class DenseLogits:
-    """What a network says of whole images [B, C], and of every place of them [B, h, w, C]: logits, or vectors."""
+    """What a network says of whole images [B, C], and of every location of them [B, h, w, C]: logits, or vectors."""
 
     image: Float[Tensor, "B C"]
-    places: Float[Tensor, "B h w C"]
+    locations: Float[Tensor, "B h w C"]
 
 
 class DenseNetwork(nn.Module, ABC):
-    """A network with logits for the image and for every place.
+    """A network with logits for the image and for every location.
 
-    `answers_with`: which of its heads answers for the places.
+    `answers_with`: which of its heads answers for the locations.
     """
 
     num_classes: int
@@ -52,26 +52,26 @@ class DenseNetwork(nn.Module, ABC):
 
     @abstractmethod
     def grid_for(self, img_size: tuple[int, int]) -> tuple[int, int]:
-        """Return rows and columns of the places of images of (height, width); ValueError if it can't take them."""
+        """Return rows and columns of the locations of images of (height, width); ValueError if it can't take them."""
 
     def averages_linearly(self, images: Float[Tensor, "B 3 height width"]) -> bool:
-        """Say whether what `evidence` says of images has to be the mean of what it says of their places."""
+        """Say whether what `evidence` says of images has to be the mean of what it says of their locations."""
         return False
 
     def evidence(self, images: Float[Tensor, "B 3 height width"]) -> DenseLogits:
-        """Return what the network itself says of images and places: its logits, or the vectors that a head gets."""
+        """Return what the network itself says of images and locations: its logits, or the vectors that a head gets."""
         return self(images)
 
     def top(
         self, images: Float[Tensor, "B 3 height width"], k: int
     ) -> tuple[Int[Tensor, "B h w K"], Float[Tensor, "B h w K"]]:
-        """Return the k most probable classes of every place and their probabilities, the most probable first."""
-        top = self(images).places.float().softmax(dim=3).topk(k, dim=3)
+        """Return the k most probable classes of every location and their probabilities, the most probable first."""
+        top = self(images).locations.float().softmax(dim=3).topk(k, dim=3)
         return top.indices, top.values
 
 
 class TokenNetwork(DenseNetwork):
-    """A network with a head for its tokens, which answers for the places.
+    """A network with a head for its tokens, which answers for the locations.
 
     `has_one_list`: whether its class token is about the same classes; else the mean token answers for the image.
     """
@@ -96,7 +96,7 @@ class TokenNetwork(DenseNetwork):
 
 
 class HeadNetwork(DenseNetwork):
-    """A backbone, for whose places a head answers."""
+    """A backbone, for whose locations a head answers."""
 
     answers_with = "head"
 
@@ -108,28 +108,28 @@ class HeadNetwork(DenseNetwork):
     def forward(self, images: Float[Tensor, "B 3 height width"]) -> DenseLogits:
         """Return the logits of normalised images."""
         vectors = self.backbone(images)
-        return DenseLogits(self.head(vectors.image), self.head(vectors.places))
+        return DenseLogits(self.head(vectors.image), self.head(vectors.locations))
 
     def evidence(self, images: Float[Tensor, "B 3 height width"]) -> DenseLogits:
-        """Return the vectors of images and places."""
+        """Return the vectors of images and locations."""
         return self.backbone(images)
 
     def top(
         self, images: Float[Tensor, "B 3 height width"], k: int
     ) -> tuple[Int[Tensor, "B h w K"], Float[Tensor, "B h w K"]]:
-        """Return the k most probable classes of every place, by blocks of places: see MAX_LOGITS."""
-        vectors = self.backbone(images).places
+        """Return the k most probable classes of every location, by blocks of locations: see MAX_LOGITS."""
+        vectors = self.backbone(images).locations
         blocks = vectors.flatten(0, 2).split(max(1, MAX_LOGITS // self.num_classes))
         class_ids, probs = zip(*(self.head.top(block, k) for block in blocks), strict=True)
         grid = vectors.shape[:3]
         return torch.cat(class_ids).unflatten(0, grid), torch.cat(probs).unflatten(0, grid)
 
     def grid_for(self, img_size: tuple[int, int]) -> tuple[int, int]:
-        """Return rows and columns of the backbone's places of images of (height, width)."""
+        """Return rows and columns of the backbone's locations of images of (height, width)."""
         return self.backbone.grid_for(img_size)
 
     def averages_linearly(self, images: Float[Tensor, "B 3 height width"]) -> bool:
-        """Say whether an image's vector has to be the mean of its places' vectors."""
+        """Say whether an image's vector has to be the mean of its locations' vectors."""
         return self.backbone.averages_linearly(images)
 
 

@@ -76,16 +76,16 @@ class Ensemble(Teacher):
     def top(
         self, images: UInt8[Tensor, "B 3 height width"], k: int
     ) -> tuple[Int[Tensor, "B h w K"], Float[Tensor, "B h w K"]]:
-        """Return the k most probable classes of each place, by blocks of images where the classes are very many."""
-        num_places = images[0, 0].numel() // min(member.input.stride_px for member in self.members) ** 2
-        size = max(1, MAX_LOGITS // (num_places * max(member.num_classes for member in self.members)))
+        """Return the k most probable classes of each location, by blocks of images where the classes are very many."""
+        num_locations = images[0, 0].numel() // min(member.input.stride_px for member in self.members) ** 2
+        size = max(1, MAX_LOGITS // (num_locations * max(member.num_classes for member in self.members)))
         class_ids, probs = zip(
             *(super(Ensemble, self).top(block, k) for block in images.split(size)), strict=True
         )
         return torch.cat(class_ids), torch.cat(probs)
 
     def probabilities(self, images: UInt8[Tensor, "B 3 height width"]) -> Float[Tensor, "B h w C"]:
-        """Return the average distribution of each place of images, in float32."""
+        """Return the average distribution of each location of images, in float32."""
         maps = []
         for member in self.members:
             seen = _for_member(member, images)

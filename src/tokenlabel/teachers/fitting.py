@@ -22,10 +22,10 @@ from tokenlabel.runtime.coercion import coerced, coerced_fields
 from tokenlabel.runtime.distributed import usable_device
 from tokenlabel.runtime.notices import listed, say
 from tokenlabel.runtime.ranges import COUNT, NATURAL, check_numbers
-from tokenlabel.teachers.backbone import Backbone, check_places, load_backbone
+from tokenlabel.teachers.backbone import Backbone, check_locations, load_backbone
 from tokenlabel.teachers.dense import DenseLogits
 from tokenlabel.teachers.heads import SUFFIX, Head, HeadError, read_about
-from tokenlabel.teachers.labelling import Seen, as_tensor, seen_batches
+from tokenlabel.teachers.labelling import TeacherImage, as_tensor, seen_batches
 from tokenlabel.teachers.words import KEPT_MASS, fit_words
 
 VECTORS_PER_WORD, LEAST_VECTORS = 32, 1 << 16
@@ -127,7 +127,9 @@ class Vectors:
     config: FitConfig
     device: torch.device
 
-    def of(self, indices: Sequence[int], failures: list[Failure]) -> Iterator[tuple[list[Seen], DenseLogits]]:
+    def of(
+        self, indices: Sequence[int], failures: list[Failure]
+    ) -> Iterator[tuple[list[TeacherImage], DenseLogits]]:
         """Yield images and the vectors of them and their locations, batch by batch; check the first batch."""
         config, input = self.config, self.backbone.input
         batches = seen_batches(
@@ -147,7 +149,7 @@ class Vectors:
                 with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
                     if number == 0:
                         say(
-                            check_places(
+                            check_locations(
                                 self.backbone.network,
                                 images,
                                 name=config.backbone,
@@ -173,10 +175,12 @@ class Vectors:
         sample = torch.empty(size, self.backbone.width, dtype=torch.half, device=self.device)
         filled = num_images = 0
         for seen, vectors in self.of(indices.tolist(), []):
-            for item, places in zip(seen, vectors.places.flatten(1, 2), strict=True):
+            for item, locations in zip(seen, vectors.locations.flatten(1, 2), strict=True):
                 rng = np.random.default_rng((self.config.seed, *item.key.encode("utf-8", "surrogateescape")))
-                chosen = rng.permutation(len(places))[: min(of_each, size - filled)]
-                sample[filled : filled + len(chosen)] = places[torch.from_numpy(chosen).to(places.device)]
+                chosen = rng.permutation(len(locations))[: min(of_each, size - filled)]
+                sample[filled : filled + len(chosen)] = locations[
+                    torch.from_numpy(chosen).to(locations.device)
+                ]
                 filled, num_images = filled + len(chosen), num_images + 1
         return sample[:filled], num_images
 

@@ -36,7 +36,7 @@ NUM_PACKED_AHEAD = 1024
 
 
 @dataclass(frozen=True, eq=False)
-class Seen:
+class TeacherImage:
     """An image as its teacher sees it: pixels [height, width, 3], and the part of the image that they show.
 
     `orientation`: the tag of its file.
@@ -101,14 +101,14 @@ def seen_batches(
     num_workers: int,
     strict: bool,
     failures: list[Failure],
-) -> Iterator[list[Seen]]:
+) -> Iterator[list[TeacherImage]]:
     """Yield images as a teacher sees them in batches of one shape, decoded ahead by threads; add to the failures."""
     with thread_pool(num_workers) as pool:
         seen = ahead(pool, partial(_see, source, input, strict), indices, 2 * batch_size)
         yield from _by_shape(_sound(seen, failures), batch_size)
 
 
-def as_tensor(seen: Sequence[Seen], device: torch.device) -> UInt8[Tensor, "B 3 height width"]:
+def as_tensor(seen: Sequence[TeacherImage], device: torch.device) -> UInt8[Tensor, "B 3 height width"]:
     """Return images of one shape on a device, without waiting for a GPU."""
     images = torch.from_numpy(np.stack([item.pixels for item in seen])).permute(0, 3, 1, 2)
     return (images.pin_memory() if device.type == "cuda" else images).to(device, non_blocking=True)
@@ -125,7 +125,7 @@ def _sound(items: Iterable[T | Failure], failures: list[Failure]) -> Iterator[T]
 
 def label_batches(
     teacher: Teacher,
-    batches: Iterable[list[Seen]],
+    batches: Iterable[list[TeacherImage]],
     manifest: Manifest,
     *,
     device: torch.device,
@@ -137,7 +137,7 @@ def label_batches(
     Adds to `cells`, see `Labelling`.
     """
 
-    def counted(batch: _Scored) -> Iterator[tuple[Seen, NDArray[np.int64], NDArray[np.float32]]]:
+    def counted(batch: _Scored) -> Iterator[tuple[TeacherImage, NDArray[np.int64], NDArray[np.float32]]]:
         for seen, class_ids, probs in batch.images():
             highest = probs[:, :, 0]  # the most probable class comes first
             cells.update({"all": highest.size, "empty": int((highest == 0).sum())})
@@ -145,8 +145,8 @@ def label_batches(
 
     with thread_pool(num_workers) as pool:
         scored = _one_behind(_scored(teacher, batches, manifest.topk, device))
-        places = (item for batch in scored for item in counted(batch))
-        yield from ahead(pool, partial(_packed, manifest), places, NUM_PACKED_AHEAD)
+        images = (item for batch in scored for item in counted(batch))
+        yield from ahead(pool, partial(_packed, manifest), images, NUM_PACKED_AHEAD)
 
 
 def _from_mask(
@@ -169,7 +169,7 @@ def _from_mask(
     return key, pack_for(manifest, key, score_map)
 
 
-def _see(source: ImageSource, input: TeacherInput, strict: bool, index: int) -> Seen | Failure:
+def _see(source: ImageSource, input: TeacherInput, strict: bool, index: int) -> TeacherImage | Failure:
     """Decode an image and show it to a teacher. Raises ImageError if it does not decode, if `strict`."""
     key = source.keys[index]
     try:
@@ -179,12 +179,12 @@ def _see(source: ImageSource, input: TeacherInput, strict: bool, index: int) -> 
         if strict:
             raise
         return Failure(key, str(error))
-    return Seen(key, *input.of(image), orientation_of(data))
+    return TeacherImage(key, *input.of(image), orientation_of(data))
 
 
-def _by_shape(items: Iterable[Seen], batch_size: int) -> Iterator[list[Seen]]:
+def _by_shape(items: Iterable[TeacherImage], batch_size: int) -> Iterator[list[TeacherImage]]:
     """Yield batches of images of one shape; smaller ones at the end, and where many shapes wait for company."""
-    waiting: dict[tuple[int, ...], list[Seen]] = {}
+    waiting: dict[tuple[int, ...], list[TeacherImage]] = {}
     num_waiting = 0
     for item in items:
         batch = waiting.setdefault(item.pixels.shape, [])
@@ -200,14 +200,14 @@ def _by_shape(items: Iterable[Seen], batch_size: int) -> Iterator[list[Seen]]:
 
 @dataclass(frozen=True, eq=False)
 class _Scored:
-    """The most probable classes of the places of a batch, perhaps still on their way from the device."""
+    """The most probable classes of the locations of a batch, perhaps still on their way from the device."""
 
-    seen: list[Seen]
+    seen: list[TeacherImage]
     class_ids: Int[Tensor, "B h w K"]
     probs: Float[Tensor, "B h w K"]
     arrived: torch.cuda.Event | None
 
-    def images(self) -> Iterator[tuple[Seen, NDArray[np.int64], NDArray[np.float32]]]:
+    def images(self) -> Iterator[tuple[TeacherImage, NDArray[np.int64], NDArray[np.float32]]]:
         """Wait for the numbers; yield each image with its class ids and probabilities [h, w, K]."""
         if self.arrived is not None:
             self.arrived.synchronize()
@@ -215,7 +215,7 @@ class _Scored:
 
 
 def _scored(
-    teacher: Teacher, batches: Iterable[list[Seen]], topk: int, device: torch.device
+    teacher: Teacher, batches: Iterable[list[TeacherImage]], topk: int, device: torch.device
 ) -> Iterator[_Scored]:
     """Yield what the teacher says of each batch, without waiting for a GPU; say how well it is placed at first."""
     for number, seen in enumerate(batches):
@@ -241,7 +241,7 @@ def _on_cpu(class_ids: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, torch.cud
 
 
 def _packed(
-    manifest: Manifest, scored: tuple[Seen, NDArray[np.int64], NDArray[np.float32]]
+    manifest: Manifest, scored: tuple[TeacherImage, NDArray[np.int64], NDArray[np.float32]]
 ) -> tuple[str, bytes]:
     """Return the record of an image. Raises ScoreError, naming the image, for scores that are not finite."""
     seen, class_ids, probs = scored

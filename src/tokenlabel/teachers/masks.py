@@ -1,4 +1,4 @@
-"""Segmentation masks in place of a teacher: what each place shows is known."""
+"""Segmentation masks in place of a teacher: what each location shows is known."""
 
 from __future__ import annotations
 

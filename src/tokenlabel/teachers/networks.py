@@ -1,4 +1,4 @@
-"""Teachers: what says of every place of an image which classes it shows, found by name."""
+"""Teachers: what says of every location of an image which classes it shows, found by name."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tokenlabel.runtime.coercion import coerced, coerced_fields
 from tokenlabel.teachers.backbone import (
     TeacherError,
     backbone_of,
-    check_places,
+    check_locations,
     find_network,
     fingerprint,
     input_of,
@@ -34,7 +34,7 @@ from tokenlabel.teachers.input import TeacherInput
 
 
 class Teacher(ABC):
-    """Gives every place of an image a distribution over `num_classes` classes.
+    """Gives every location of an image a distribution over `num_classes` classes.
 
     `input`: what it has to be given of an image. `class_names`: empty if it does not know them; `names_assumed`: they
     are ImageNet's, by their number alone. `words`: the hash of the head whose visual words the classes are, "" where
@@ -52,19 +52,19 @@ class Teacher(ABC):
 
     @abstractmethod
     def check(self, images: UInt8[Tensor, "B 3 height width"]) -> str:
-        """Return in a sentence how the places agree with what is said of the whole images.
+        """Return in a sentence how the locations agree with what is said of the whole images.
 
         Raises TeacherError where they must agree and don't.
         """
 
     @abstractmethod
     def probabilities(self, images: UInt8[Tensor, "B 3 height width"]) -> Float[Tensor, "B h w C"]:
-        """Return the distribution of each place of images that `input` made, in float32."""
+        """Return the distribution of each location of images that `input` made, in float32."""
 
     def top(
         self, images: UInt8[Tensor, "B 3 height width"], k: int
     ) -> tuple[Int[Tensor, "B h w K"], Float[Tensor, "B h w K"]]:
-        """Return the k most probable classes of each place and their probabilities, the most probable first."""
+        """Return the k most probable classes of each location and their probabilities, the most probable first."""
         top = self.probabilities(images).topk(k, dim=3)
         return top.indices, top.values
 
@@ -91,7 +91,7 @@ class NetworkTeacher(Teacher):
         self.precision = coerced(precision, Literal["fp32", "bf16"], name="precision")
 
     def logits(self, images: UInt8[Tensor, "B 3 height width"]) -> DenseLogits:
-        """Return the logits of images and their places."""
+        """Return the logits of images and their locations."""
         with self._autocast(images):
             return self.dense(self.normalised(images))
 
@@ -104,22 +104,22 @@ class NetworkTeacher(Teacher):
         return normalised.contiguous(memory_format=torch.channels_last)
 
     def check(self, images: UInt8[Tensor, "B 3 height width"]) -> str:
-        """Hold the mean over places against the network's own output; see `check_places`."""
+        """Hold the mean over locations against the network's own output; see `check_locations`."""
         with self._autocast(images):
-            return check_places(
+            return check_locations(
                 self.dense, self.normalised(images), name=self.description["name"], precision=self.precision
             )
 
     def top(
         self, images: UInt8[Tensor, "B 3 height width"], k: int
     ) -> tuple[Int[Tensor, "B h w K"], Float[Tensor, "B h w K"]]:
-        """Return the k most probable classes of each place and their probabilities, the most probable first."""
+        """Return the k most probable classes of each location and their probabilities, the most probable first."""
         with self._autocast(images):
             return self.dense.top(self.normalised(images), k)
 
     def probabilities(self, images: UInt8[Tensor, "B 3 height width"]) -> Float[Tensor, "B h w C"]:
-        """Return the distribution of each place of images that `input` made, in float32."""
-        return self.logits(images).places.float().softmax(dim=3)
+        """Return the distribution of each location of images that `input` made, in float32."""
+        return self.logits(images).locations.float().softmax(dim=3)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +140,7 @@ class TeacherConfig:
     crop: Literal["none", "center"] = "none"
     """none: the whole image at its own aspect; center: the square that it was evaluated on, as published."""
     head: Literal["auto", "classifier", "tokens"] = "auto"
-    """Which head answers for the places; auto: one for tokens where it was trained, else the classifier."""
+    """Which head answers for the locations; auto: one for tokens where it was trained, else the classifier."""
     flip: bool = False
     """Average with what the teacher says of the mirror image."""
     class_map: str | None = None
@@ -148,7 +148,7 @@ class TeacherConfig:
     match equal names; `order` if they are the same by another name. By default they must be the same."""
     outside: Literal["renormalise", "spread"] = "renormalise"
     """What becomes of the probability that a class map sends to no class. renormalise: the others are scaled to sum to
-    1, and a place with less than .001 of its probability on them keeps nothing; spread: all classes share it evenly."""
+    1, and a location with less than .001 of its probability on them keeps nothing; spread: all classes share it."""
     class_order: str | None = None
     """The classes of a teacher that does not say their names: `sorted` or `natural` (10 behind 9, as timm's scripts
     sort folders) for those of the images in this order; else a file with its class names, one a line, or `.json`."""

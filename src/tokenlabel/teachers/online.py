@@ -32,15 +32,15 @@ class NetworkOnlineTeacher:
     def probabilities(
         self, images: UInt8[Tensor, "B 3 height width"]
     ) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B h w C"]]:
-        """Return the distributions of whole images and of every place of them, in float32.
+        """Return the distributions of whole images and of every location of them, in float32.
 
         All 0 where a class map leaves out what is shown.
         """
         logits = self.teacher.logits(self._seen(images))
-        of_images, of_places = logits.image.float().softmax(dim=1), logits.places.float().softmax(dim=3)
+        of_images, of_locations = logits.image.float().softmax(dim=1), logits.locations.float().softmax(dim=3)
         if self.class_map is None:
-            return of_images, of_places
-        return self.class_map.apply(of_images), self.class_map.apply(of_places)
+            return of_images, of_locations
+        return self.class_map.apply(of_images), self.class_map.apply(of_locations)
 
     def _seen(self, images: UInt8[Tensor, "B 3 height width"]) -> UInt8[Tensor, "B 3 h w"]:
         input, (height_px, width_px) = self.teacher.input, images.shape[2:]

@@ -46,7 +46,7 @@ class CheckpointError(ValueError):
 
 
 @dataclass(frozen=True, eq=False)
-class Trained:
+class TrainState:
     """What a checkpoint holds: everything about a run that is not a function of its recipe and step."""
 
     model: nn.Module
@@ -59,7 +59,7 @@ class Trained:
 def save_checkpoint(
     run: Path,
     step: int,
-    trained: Trained,
+    state: TrainState,
     *,
     recipe: TrainingConfig,
     class_names: list[str],
@@ -72,17 +72,17 @@ def save_checkpoint(
     moment leaves the earlier ones as they are.
     """
     folder = run / "checkpoints" / f"{step:08d}"
-    files = _tensors(trained, here=ranks.is_first)
+    files = _tensors(state, here=ranks.is_first)
     # None goes on, or ends, before it is written.
     about = {"class_names": class_names, "token_classes": token_classes and asdict(token_classes)}
-    ranks.on_main(lambda: _write(folder, step, trained, files, recipe=recipe, about=about))
+    ranks.on_main(lambda: _write(folder, step, state, files, recipe=recipe, about=about))
     return folder
 
 
 def _write(
     folder: Path,
     step: int,
-    trained: Trained,
+    state: TrainState,
     files: dict[str, dict[str, Tensor]],
     *,
     recipe: TrainingConfig,
@@ -94,16 +94,16 @@ def _write(
     try:
         for name, tensors in files.items():
             save_file(tensors, temporary / name)
-        state = {
+        content = {
             "format": FORMAT,
             "step": step,
             "recipe": config_as_dict(recipe),
             **about,
-            "loss_scale": trained.scaler.state_dict() if trained.scaler else {},
+            "loss_scale": state.scaler.state_dict() if state.scaler else {},
             "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
             "sha256": {path.name: _sha256(path.read_bytes()) for path in sorted(temporary.iterdir())},
         }
-        (temporary / "state.json").write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+        (temporary / "state.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         for path in (*temporary.iterdir(), temporary):
             _flush(path)
     except (OSError, SafetensorError) as error:  # the library's own error hides that of the system
@@ -140,25 +140,25 @@ def prune_checkpoints(run: Path, spared: Collection[int], *, best: int | None) -
         temporary.replace(link)
 
 
-def load_checkpoint(folder: Path, trained: Trained) -> int:
+def load_checkpoint(folder: Path, state: TrainState) -> int:
     """Load a checkpoint into a model, its optimizer and its average; return its step.
 
     Raises CheckpointError if a file is missing, was cut short or altered, or does not fit the model.
     """
-    state = read_state(folder)
-    _load_module(trained.model, read_tensors(folder, "model.safetensors", state))
-    if trained.ema is not None:
-        _load_module(trained.ema.module, read_tensors(folder, "ema.safetensors", state))
+    saved = read_state(folder)
+    _load_module(state.model, read_tensors(folder, "model.safetensors", saved))
+    if state.ema is not None:
+        _load_module(state.ema.module, read_tensors(folder, "ema.safetensors", saved))
     try:
-        _load_optimizer(trained.optimizer, read_tensors(folder, "optimizer.safetensors", state))
+        _load_optimizer(state.optimizer, read_tensors(folder, "optimizer.safetensors", saved))
     except IndexError as error:
         raise CheckpointError(
             f"{folder}/optimizer.safetensors is of more parameters than are trained here; start a run of your own "
             "with model.weights set to this checkpoint"
         ) from error
-    if trained.scaler is not None and state["loss_scale"]:  # none where the precision was another
-        trained.scaler.load_state_dict(state["loss_scale"])
-    return state["step"]
+    if state.scaler is not None and saved["loss_scale"]:  # none where the precision was another
+        state.scaler.load_state_dict(saved["loss_scale"])
+    return saved["step"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -241,22 +241,22 @@ def read_weights(folder: Path, state: dict[str, Any]) -> dict[str, Tensor]:
     return read_tensors(folder, name, state)
 
 
-def _tensors(trained: Trained, *, here: bool) -> dict[str, dict[str, Tensor]]:
+def _tensors(state: TrainState, *, here: bool) -> dict[str, dict[str, Tensor]]:
     """Return the tensors of each file of a checkpoint, on the CPU and contiguous as safetensors wants them.
 
     `here`: whether this rank needs them. All ranks must call this where tensors are divided among them.
     """
     optimizer = {
         f"{index}.{entry}": value
-        for index, entries in trained.optimizer.state_dict()["state"].items()
+        for index, entries in state.optimizer.state_dict()["state"].items()
         for entry, value in entries.items()
     }
     files: dict[str, Mapping[str, Tensor]] = {
-        "model.safetensors": trained.model.state_dict(),
+        "model.safetensors": state.model.state_dict(),
         "optimizer.safetensors": optimizer,
     }
-    if trained.ema is not None:
-        files["ema.safetensors"] = trained.ema.module.state_dict()
+    if state.ema is not None:
+        files["ema.safetensors"] = state.ema.module.state_dict()
     whole: dict[str, dict[str, Tensor]] = {name: {} for name in files}
     for name, tensors in files.items():
         for key, tensor in tensors.items():

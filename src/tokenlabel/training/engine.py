@@ -34,7 +34,7 @@ from tokenlabel.runtime.runlog import RunLog, Stopwatch, read_metrics
 from tokenlabel.runtime.trackers import Tracker
 from tokenlabel.training.checkpoint import (
     CheckpointError,
-    Trained,
+    TrainState,
     list_checkpoints,
     load_checkpoint,
     prune_checkpoints,
@@ -58,12 +58,12 @@ _SAID = ("knn", "image_probe", "teacher_accuracy")
 
 
 @dataclass(frozen=True, eq=False)
-class Training:
+class Trainer:
     """A task with everything that moves its weights."""
 
     task: Task[Any]
     ranks: Ranks
-    trained: Trained
+    state: TrainState
     forward: nn.Module
     grad_accum_steps: int
 
@@ -141,7 +141,7 @@ def _train(
     trackers: Sequence[Tracker],
     changed_numerics: bool,
 ) -> dict[str, Any] | Interrupted:
-    training = prepare(task, ranks)
+    trainer = prepare(task, ranks)
     changes = ranks.on_main(
         lambda: check_run_folder(
             run,
@@ -153,7 +153,7 @@ def _train(
         )
     )
     checkpoints = list_checkpoints(run)
-    step = load_checkpoint(checkpoints[-1], training.trained) if checkpoints else 0
+    step = load_checkpoint(checkpoints[-1], trainer.state) if checkpoints else 0
     steps = ranks.all_gather(step)
     if len(set(steps)) > 1:
         raise CheckpointError(
@@ -163,7 +163,7 @@ def _train(
     log = RunLog(
         run,
         start_step=step,
-        num_steps=training.num_steps,
+        num_steps=trainer.num_steps,
         title=run.name,
         active=ranks.is_first,
         trackers=trackers,
@@ -174,12 +174,12 @@ def _train(
         said = ", ".join(f"{name} {now} in place of {before}" for name, (before, now) in changed.items())
         log.say(f"from step {step:,} on with {said}")
     try:
-        return _loop(training, run, log, figures, start_step=step, eval_every_epochs=eval_every_epochs)
+        return _loop(trainer, run, log, figures, start_step=step, eval_every_epochs=eval_every_epochs)
     finally:
         log.close()
 
 
-def prepare(task: Task[Any], ranks: Ranks) -> Training:
+def prepare(task: Task[Any], ranks: Ranks) -> Trainer:
     """Return a task with its optimizer and average, made ready for the processes and the precision of its recipe."""
     recipe, model = task.recipe, task.model
     grad_accum_steps = _grad_accum_steps(recipe, ranks)
@@ -204,7 +204,7 @@ def prepare(task: Task[Any], ranks: Ranks) -> Training:
         forward = DistributedDataParallel(forward)
     optimizer = create_optimizer(model, recipe.optim)
     scaler = torch.amp.GradScaler(task.device.type) if recipe.precision == "fp16" else None
-    return Training(task, ranks, Trained(model, optimizer, ema, scaler), forward, grad_accum_steps)
+    return Trainer(task, ranks, TrainState(model, optimizer, ema, scaler), forward, grad_accum_steps)
 
 
 def _grad_accum_steps(recipe: TrainingConfig, ranks: Ranks) -> int:
@@ -219,52 +219,52 @@ def _grad_accum_steps(recipe: TrainingConfig, ranks: Ranks) -> int:
     return share // min(most, share)
 
 
-def train_step(training: Training, batches: Iterator[Any], step: int, watch: Stopwatch) -> StepResult:
-    """Move the weights by one batch; return what it said, not yet waited for."""
-    task, trained, grad_accum_steps = training.task, training.trained, training.grad_accum_steps
+def train_step(trainer: Trainer, batches: Iterator[Any], step: int, watch: Stopwatch) -> StepResult:
+    """Run one optimizer step; return the losses as tensors, without a device sync."""
+    task, state, grad_accum_steps = trainer.task, trainer.state, trainer.grad_accum_steps
     recipe, sums, keys = task.recipe, {}, []
-    trained.model.train()
-    trained.optimizer.zero_grad()
+    state.model.train()
+    state.optimizer.zero_grad()
     for number in range(grad_accum_steps):
         with watch.part("data"):
             batch = next(batches).to(task.device)
-        part = Part(recipe.seed, step, training.sampler(step).part_start(number))
+        part = Part(recipe.seed, step, trainer.sampler(step).part_start(number))
         torch.manual_seed(part.random_seed())  # drop path and dropout
-        with _gradients_meet(training, number == grad_accum_steps - 1):
-            losses = training.forward(batch, part, watch)
+        with _gradients_meet(trainer, number == grad_accum_steps - 1):
+            losses = trainer.forward(batch, part, watch)
             loss = losses["loss"] / grad_accum_steps
-            (trained.scaler.scale(loss) if trained.scaler else loss).backward()
+            (state.scaler.scale(loss) if state.scaler else loss).backward()
         sums = {name: sums.get(name, 0) + loss.detach() / grad_accum_steps for name, loss in losses.items()}
         keys += batch.keys
-    set_learning_rate(trained.optimizer, training.learning_rate(step))
-    sums |= _move_weights(trained, recipe.optim.clip_grad_norm)
-    if trained.ema is not None:
-        trained.ema.update(trained.model, step=step)
+    set_learning_rate(state.optimizer, trainer.learning_rate(step))
+    sums |= _move_weights(state, recipe.optim.clip_grad_norm)
+    if state.ema is not None:
+        state.ema.update(state.model, step=step)
     return StepResult(sums, keys)
 
 
-def _move_weights(trained: Trained, clip_norm: float | None) -> dict[str, Tensor]:
+def _move_weights(state: TrainState, clip_norm: float | None) -> dict[str, Tensor]:
     """Let the optimizer take a step; return the norm of the gradient.
 
     With a scaled loss that overflowed there is no step and the norm counts as 0; `skipped` says so.
     """
-    if trained.scaler is not None:
-        trained.scaler.unscale_(trained.optimizer)
-    norm = nn.utils.clip_grad_norm_(trained.model.parameters(), clip_norm or math.inf)
-    if trained.scaler is not None:
-        trained.scaler.step(trained.optimizer)
-        trained.scaler.update()
+    if state.scaler is not None:
+        state.scaler.unscale_(state.optimizer)
+    norm = nn.utils.clip_grad_norm_(state.model.parameters(), clip_norm or math.inf)
+    if state.scaler is not None:
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
     else:
-        trained.optimizer.step()
+        state.optimizer.step()
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-    if trained.scaler is None:
+    if state.scaler is None:
         return {"gradient_norm": norm}
     return {"gradient_norm": norm.nan_to_num(0, 0, 0), "skipped": (~norm.isfinite()).float()}
 
 
-def _gradients_meet(training: Training, last: bool) -> AbstractContextManager[None]:
+def _gradients_meet(trainer: Trainer, last: bool) -> AbstractContextManager[None]:
     """Return a context in which backward() averages gradients over processes only if it is a step's last."""
-    model, forward = training.trained.model, training.forward
+    model, forward = trainer.state.model, trainer.forward
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last)
     if isinstance(forward, DistributedDataParallel) and not last:
@@ -273,7 +273,7 @@ def _gradients_meet(training: Training, last: bool) -> AbstractContextManager[No
 
 
 def _loop(
-    training: Training,
+    trainer: Trainer,
     run: Path,
     log: RunLog,
     figures: dict[str, Any] | None,
@@ -285,41 +285,41 @@ def _loop(
 
     `figures`: of an evaluation at the first step, if it counts.
     """
-    ranks, checkpoint = training.ranks, training.task.recipe.checkpoint
-    batches = iter(training.task.batches(training.sampler(start_step)))
-    _say_learning_rate(training, log)
-    if figures is None and start_step and training.due(start_step, eval_every_epochs):
-        figures = _evaluate(training, log, start_step)  # the run was stopped before it could
+    ranks, checkpoint = trainer.ranks, trainer.task.recipe.checkpoint
+    batches = iter(trainer.task.batches(trainer.sampler(start_step)))
+    _say_learning_rate(trainer, log)
+    if figures is None and start_step and trainer.due(start_step, eval_every_epochs):
+        figures = _evaluate(trainer, log, start_step)  # the run was stopped before it could
     watch, window = Stopwatch(), Window(ranks)
 
     def report(done: int) -> None:
         if window.results:
-            _report(training, run, log, done, window, watch)
+            _report(trainer, run, log, done, window, watch)
 
     def save(done: int) -> None:
         report(done)  # a state that diverged is never saved
-        _write_checkpoint(training, run, done)
+        _write_checkpoint(trainer, run, done)
 
     with caught_signals() as received:
-        for step in range(start_step, training.num_steps):
-            window.add(train_step(training, batches, step, watch))
-            done, is_last = step + 1, step + 1 == training.num_steps
+        for step in range(start_step, trainer.num_steps):
+            window.add(train_step(trainer, batches, step, watch))
+            done, is_last = step + 1, step + 1 == trainer.num_steps
             log.bar.update()
             if done % LOG_EVERY_STEPS == 0:
                 report(done)
             # Asked of all ranks at once, so that they agree.
             stopping = ranks.all_reduce_max(received[0] if received else 0)
-            saved = training.due(done, checkpoint.every_epochs) or stopping > 0
+            saved = trainer.due(done, checkpoint.every_epochs) or stopping > 0
             if saved:  # before the evaluation, which may take longer than who stops the run will wait
                 save(done)
-            if training.due(done, eval_every_epochs) and (is_last or not stopping):
-                figures = _evaluate(training, log, done)
+            if trainer.due(done, eval_every_epochs) and (is_last or not stopping):
+                figures = _evaluate(trainer, log, done)
                 watch.lap()
                 stopping = ranks.all_reduce_max(received[0] if received else 0)
             if stopping and not saved:
                 save(done)
             if (saved or stopping) and ranks.is_first:
-                _prune(training, run, done)
+                _prune(trainer, run, done)
             if stopping and not is_last:
                 return Interrupted(done, stopping)
     return figures or {}
@@ -331,37 +331,37 @@ def _evaluated(run: Path, step: int) -> dict[str, Any] | None:
     return {k: v for k, v in lines[-1].items() if k not in ("step", "kind")} if lines else None
 
 
-def _say_learning_rate(training: Training, log: RunLog) -> None:
-    recipe = training.task.recipe
+def _say_learning_rate(trainer: Trainer, log: RunLog) -> None:
+    recipe = trainer.task.recipe
     if recipe.batch_size != recipe.optim.lr_batch_size:
         scaled = recipe.optim.lr * recipe.batch_size / recipe.optim.lr_batch_size
         log.say(
             f"learning rate {scaled:.3g} for batches of {recipe.batch_size} "
             f"({recipe.optim.lr:.3g} for {recipe.optim.lr_batch_size})"
         )
-    warmup, cooldown = outer_steps(recipe.optim, training.steps_per_epoch)
-    if warmup + cooldown >= training.num_steps:
+    warmup, cooldown = outer_steps(recipe.optim, trainer.steps_per_epoch)
+    if warmup + cooldown >= trainer.num_steps:
         log.say(
             f"warm-up ({warmup:,} steps) and cool-down ({cooldown:,}) leave the schedule nothing of the "
-            f"{training.num_steps:,} steps: good for trying things out, not for learning much"
+            f"{trainer.num_steps:,} steps: good for trying things out, not for learning much"
         )
 
 
-def _report(training: Training, run: Path, log: RunLog, done: int, window: Window, watch: Stopwatch) -> None:
+def _report(trainer: Trainer, run: Path, log: RunLog, done: int, window: Window, watch: Stopwatch) -> None:
     """Write what the steps since the last report said. Raises DivergedError if the loss is not finite."""
     num_steps, seconds = len(window.results), watch.lap()
     means, divergence = window.means(done)
     if divergence is not None:
-        _stop(training, run, done, divergence)
+        _stop(trainer, run, done, divergence)
     total_s = seconds.pop("total")
     shares = {f"{name}_share": part_s / total_s for name, part_s in seconds.items()}
-    images_per_s = training.task.recipe.batch_size * num_steps / total_s
+    images_per_s = trainer.task.recipe.batch_size * num_steps / total_s
     log.write(
         done,
         kind="train",
-        lr=training.learning_rate(done - 1),
+        lr=trainer.learning_rate(done - 1),
         images_per_s=images_per_s,
-        memory_bytes=peak_memory_bytes(training.task.device),
+        memory_bytes=peak_memory_bytes(trainer.task.device),
         **shares,
         model_share=1 - sum(shares.values()),
         **means,
@@ -369,9 +369,9 @@ def _report(training: Training, run: Path, log: RunLog, done: int, window: Windo
     log.bar.set_postfix(loss=f"{means['loss']:.3f}", images_per_s=f"{images_per_s:.0f}")
 
 
-def _stop(training: Training, run: Path, done: int, divergence: Divergence) -> None:
+def _stop(trainer: Trainer, run: Path, done: int, divergence: Divergence) -> None:
     """Save what is left of a run that diverged, away from its checkpoints, and raise DivergedError."""
-    folder = _write_checkpoint(training, run / "diverged", done)
+    folder = _write_checkpoint(trainer, run / "diverged", done)
     keys = divergence.keys
     raise DivergedError(
         f"the {divergence.what} was {divergence.value} at step {divergence.step} on the images {', '.join(keys[:4])}"
@@ -380,26 +380,26 @@ def _stop(training: Training, run: Path, done: int, divergence: Divergence) -> N
     )
 
 
-def _write_checkpoint(training: Training, run: Path, done: int) -> Path:
-    task = training.task
+def _write_checkpoint(trainer: Trainer, run: Path, done: int) -> Path:
+    task = trainer.task
     return save_checkpoint(
         run,
         done,
-        training.trained,
+        trainer.state,
         recipe=task.recipe,
         class_names=task.class_names,
         token_classes=task.token_classes,
-        ranks=training.ranks,
+        ranks=trainer.ranks,
     )
 
 
-def _prune(training: Training, run: Path, done: int) -> None:
+def _prune(trainer: Trainer, run: Path, done: int) -> None:
     """Drop the states that are not to be kept, and let the link `best` lead to the one that evaluated best."""
-    task, config = training.task, training.task.recipe.checkpoint
+    task, config = trainer.task, trainer.task.recipe.checkpoint
     steps = [int(folder.name) for folder in list_checkpoints(run)]
     spared = set(steps[-config.keep :]) | {done}
     if config.keep_every_epochs is not None:
-        spared |= {step for step in steps if training.due(step, config.keep_every_epochs)}
+        spared |= {step for step in steps if trainer.due(step, config.keep_every_epochs)}
     lines = read_metrics(run) if config.keep_best else []
     evals = [
         line for line in lines if line["kind"] == "eval" and line["step"] in steps and task.metric in line
@@ -408,12 +408,12 @@ def _prune(training: Training, run: Path, done: int) -> None:
     prune_checkpoints(run, spared | ({best} if best else set()), best=best)
 
 
-def _evaluate(training: Training, log: RunLog, done: int) -> dict[str, Any]:
+def _evaluate(trainer: Trainer, log: RunLog, done: int) -> dict[str, Any]:
     """Evaluate the averaged weights where there are some, and write the figures down."""
-    task, trained = training.task, training.trained
-    model = trained.ema.module if trained.ema is not None else trained.model
-    training.ranks.share_buffers(model)  # each has its own, the checkpoint the first one's
-    figures = task.evaluate(model, training.ranks)
+    task, state = trainer.task, trainer.state
+    model = state.ema.module if state.ema is not None else state.model
+    trainer.ranks.share_buffers(model)  # each has its own, the checkpoint the first one's
+    figures = task.evaluate(model, trainer.ranks)
     if isinstance(model, FSDPModule):
         model.reshard()  # what the forward pass put together for this rank
     if figures:
