@@ -315,20 +315,6 @@ def test_the_docs_show_one_spelling():
         )
 
 
-def test_the_label_guide_names_options_that_exist(capsys):
-    named = set(re.findall(r"--[a-z][a-z_.-]*", (Path(__file__).parents[1] / "docs/labels.md").read_text()))
-    assert {"--strict", "--class-map", "--num-classes", "--region"} <= named
-    for verb in ("annotate", "inspect", "merge", "import-labels", "train", "compare"):
-        with pytest.raises(SystemExit):
-            main([verb, "--help"])
-    known = capsys.readouterr().out.replace("_", "-")
-    benchmarks = {"--device"}
-    # A field of a group that help lists as one option is named below it: --loss.teacher, then class_order.
-    wrong = [name for name in named - benchmarks if name.replace("_", "-") not in known]
-    assert [name for name in wrong if f"{name.rpartition('.')[0]}.FIELD" not in known] == []
-    assert all(f"{name.rpartition('.')[2]} (" in known for name in wrong)
-
-
 def test_a_gone_name_is_refused_by_its_new_one(tmp_path):
     with pytest.raises(ValueError, match=r"--model\.size-px; it is called --model\.img-size now"):
         recipe_of("--out", "out", "--data.train", "a", "--model.size-px", "96")

@@ -1,12 +1,11 @@
 import json
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
 
 from benchmarks import __main__ as runner
-from benchmarks import growth, segment_study
+from benchmarks import growth
 from benchmarks.measure import Row, Settings, interleave, peak_bytes, ratios
 
 SETTINGS = Settings(torch.device("cpu"), quick=True)
@@ -84,26 +83,3 @@ def test_growth_is_reported_and_drawn_from_one_end_of_an_axis_to_the_other(tmp_p
     assert rows["classes x 100 (100 to 10,000): memory of targets + head + loss"] == 100**2
     growth.draw(costs, tmp_path / "growth.png")
     assert 10_000 < (tmp_path / "growth.png").stat().st_size < 100_000
-
-
-def test_the_segmentation_study_makes_no_run_that_its_record_has(monkeypatch, tmp_path, capsys):
-    made = []
-
-    def segment(out, backbones, head, start, seed):
-        made.append((head, start, seed))
-        return 0.1 * seed + {"scratch": 0.0, "class": 0.1, "token": 0.3}[start]
-
-    for name in ("write_scenes", "prepare_labels", "train_backbones"):
-        monkeypatch.setattr(segment_study, name, lambda *args, **options: None)
-    monkeypatch.setattr(segment_study, "segment", segment)
-    record = tmp_path / "record.json"
-    words = ["segment_study", "--heads", "fcn", "--seeds", "2", "--jobs", "1", "--record", str(record)]
-    monkeypatch.setattr(sys, "argv", [*words, "--out", str(tmp_path / "here")])
-    segment_study.main()
-    assert sorted(made) == [
-        ("fcn", start, seed) for start in ("class", "scratch", "token") for seed in (0, 1)
-    ]
-    monkeypatch.setattr(sys, "argv", [*words, "--out", str(tmp_path / "elsewhere"), "--seeds", "3"])
-    segment_study.main()
-    assert sorted(made[6:]) == [("fcn", start, 2) for start in ("class", "scratch", "token")]
-    assert "+20.0 ± 0.0 (+20.0, +20.0, +20.0)" in capsys.readouterr().out

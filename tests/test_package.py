@@ -34,7 +34,6 @@ ROOMS = {
     "teachers": "runtime core data models labels training evaluation",
     "classification": "runtime core drawing data models labels training evaluation teachers",
     "segmentation": "runtime core drawing data models training",
-    "comparison": "runtime core drawing data models labels training evaluation classification",
     "report": "runtime core drawing data labels training evaluation teachers classification segmentation",
 }
 ON_TOP = {"__init__", "__main__", "cli", "demo"}

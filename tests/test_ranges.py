@@ -180,7 +180,6 @@ TRAIN = "train --recipe demo_teacher --out ./out --data.train ./images"
         ("inspect ./labels --sample -1", "--sample must be at least 0, got -1"),
         ("import-labels ./a ./b --images ./c --num-classes 0", "--num-classes must be at least 2, got 0"),
         ("eval ./out --batch-size 0", "--batch-size must be at least 1, got 0"),
-        ("compare all --out ./out --jobs 0", "--jobs must be at least 1, got 0"),
         ("segment eval ./out --num-workers -1", "--num-workers must be at least 0, got -1"),
     ],
 )

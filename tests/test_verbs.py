@@ -54,7 +54,6 @@ merge ./strict ./encoding
 export ./out ./out.safetensors
 eval ./out --data ./demo/scenes/val --output r.json --num_workers 0 --json
 report ./out --output ./output.html
-compare ./table.yaml --on ./bed.yaml --out ./set --set model.options.depth=1 --results ./results.md --collect
 segment train --recipe segment_scenes --run ./mode --num-steps 2 \
  --data.layout folders --data.train-images ./demo/scenes/train --data.train-masks ./demo/scenes/masks/train \
  --data.class-names [0,1,2,3,4,5,6,7,8,9] \
@@ -84,24 +83,8 @@ segment eval ./mode --images ./demo/scenes/val --masks ./demo/scenes/masks/val -
 LEFT_BEHIND = """
 demo/report.html out/checkpoints tars/tokenlabel-index.npz strict/manifest.json imported/manifest.json maps.html output
 head.safetensors words/manifest.json
-encoding/manifest.json out.safetensors r.json output.html set results.md mode/checkpoints s.json flip/masks
+encoding/manifest.json out.safetensors r.json output.html mode/checkpoints s.json flip/masks
 more/checkpoints
-"""
-
-TABLE = """
-title: Tiny
-question: Does it run?
-seeds: 1
-metrics: [top1]
-rows: {token: {title: token labels}}
-"""
-
-TESTBED = """
-title: tiny scenes
-about: Tiny scenes.
-recipe: demo_token_labels
-set: {data.train: "{scenes}/train"}
-steps: {scenes: {scenes: {num_train: 20, num_val: 10, seed: 0}}}
 """
 
 
@@ -124,8 +107,6 @@ def test_every_verb_takes_paths_of_the_folder_it_runs_in(tmp_path: Path) -> None
     with tarfile.open(tmp_path / "tars" / "0.tar", "w") as tar:
         for name in ("ant", "bee"):
             tar.add(tmp_path / "images" / name / "0.png", f"{name}/0.png")
-    (tmp_path / "table.yaml").write_text(TABLE)
-    (tmp_path / "bed.yaml").write_text(TESTBED)
     assert {words[0] for words in commands()} == set(VERBS)
 
     process = subprocess.run(

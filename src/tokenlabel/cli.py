@@ -84,21 +84,28 @@ def _run(arguments: list[str]) -> int:
     if name not in VERBS:
         near = difflib.get_close_matches(name, VERBS, n=1)
         advice = f"did you mean {near[0]}?" if near else f"known: {', '.join(VERBS)}"
+        if name == "compare":
+            advice = "tables of recipes are `python -m studies` in the repository (docs/studies.md)"
         print(f"tokenlabel: no verb {name!r}; {advice}", file=sys.stderr)
         return USAGE_ERROR
+    return run_command(f"tokenlabel {name}", VERBS[name].run, rest)
+
+
+def run_command(command: str, run: Callable[[list[str]], int], arguments: list[str]) -> int:
+    """Run a function on its arguments; return the exit status, after one line of what stopped it."""
     try:
-        return VERBS[name].run(rest)
+        return run(arguments)
     except Interrupted as stop:
-        print(f"tokenlabel {name}: {stop}", file=sys.stderr)
+        print(f"{command}: {stop}", file=sys.stderr)
         return stop.exit_status
     except KeyboardInterrupt:
-        print(f"\ntokenlabel {name}: stopped; the same command continues", file=sys.stderr)
+        print(f"\n{command}: stopped; the same command continues", file=sys.stderr)
         return 130
     except (ValueError, OSError) as error:
         if isinstance(error, BrokenPipeError) or os.environ.get("TOKENLABEL_TRACEBACK"):
             raise
         if not isinstance(error, FirstRankError) or environment_number("LOCAL_RANK") == 0:  # once a machine
-            print(f"tokenlabel {name}: error: {_own_message(error)}", file=sys.stderr)
+            print(f"{command}: error: {_own_message(error)}", file=sys.stderr)
         return USAGE_ERROR
 
 
@@ -464,13 +471,6 @@ def evaluate(arguments: list[str]) -> int:
     return 0
 
 
-def compare(arguments: list[str]) -> int:
-    """Train and measure the rows of tables, and set them side by side."""
-    from tokenlabel.comparison.jobs import main as compare_tables
-
-    return compare_tables(arguments)
-
-
 def report(arguments: list[str]) -> int:
     """Write an HTML report of runs."""
     parser = new_parser("report", "Write one self-contained HTML file about one or more runs.")
@@ -513,7 +513,6 @@ VERBS = {
     "train": Verb(train, "train a model by a recipe, with token labels or without"),
     "eval": Verb(evaluate, "accuracy of a run or a model, and of its tokens where masks are known"),
     "segment": Verb(segment, "train, eval or predict: a class for every pixel, from any backbone"),
-    "compare": Verb(compare, "tables of recipes, several seeds each: what makes a difference"),
     "export": Verb(export, "a trained model as safetensors, ONNX, or a folder for timm and the hub"),
     "report": Verb(report, "one HTML file with the curves, tables and pictures of runs"),
 }

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from label_cases import dense_map, draw_box, draw_score_map
 
-from tokenlabel.comparison.defects import DEFECTS, nearest, shifted, stretched, swapped
+from studies.defects import DEFECTS, nearest, shifted, stretched, swapped
 from tokenlabel.core.align import align
 from tokenlabel.core.batch import Sample, collate_score_maps
 from tokenlabel.core.geometry import Box, View, stack_views

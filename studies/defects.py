@@ -1,6 +1,6 @@
 """The ways in which published toolboxes put labels on the wrong places, for comparisons only.
 
-No recipe names a defect and no option of training makes one: `tokenlabel compare` wraps a run's training set.
+No recipe names a defect and no option of training makes one: a study wraps a run's training set.
 Each defect is a function from a correct sample to a sample that is labelled as the published code would have it.
 """
 

@@ -1,4 +1,4 @@
-"""`tokenlabel compare`: tables and testbeds of the package, runs that are shared and continue, and what is written."""
+"""`python -m studies`: its tables and testbeds, runs that are shared and continue, and what is written."""
 
 import json
 from dataclasses import replace
@@ -8,28 +8,19 @@ import pytest
 import torch
 import yaml
 
-from tokenlabel.comparison import tables
-from tokenlabel.comparison.jobs import _counted_cost as counted_cost
-from tokenlabel.comparison.jobs import _environment as environment_of
-from tokenlabel.comparison.jobs import _options as options_of
-from tokenlabel.comparison.jobs import _settings as settings_of
-from tokenlabel.comparison.jobs import finished_runs, jobs_of, main, run_job, steps_needed
-from tokenlabel.comparison.measures import Finished, label_truth, predictions
-from tokenlabel.comparison.metrics import METRICS
-from tokenlabel.comparison.records import RunRecord, read_records, write_records
-from tokenlabel.comparison.tables import (
-    Comparison,
-    Job,
+from studies.__main__ import main, parsed, study_of
+from studies.measures import FinishedRun, label_truth, predictions
+from studies.records import RunRecord, read_records, write_records
+from studies.runs import counted_cost, environment_of_one, finished_runs, run_job
+from studies.tables import (
     Step,
-    TableError,
+    Study,
+    StudyError,
     filled,
-    plan_row,
+    names_in,
     read_table,
     read_testbed,
-    recipe_of,
-    table_names,
 )
-from tokenlabel.runtime.files import write_whole
 from tokenlabel.runtime.interruption import Interrupted
 from tokenlabel.training.checkpoint import load_model
 from tokenlabel.training.recipe import find_recipe
@@ -48,7 +39,6 @@ differences: [[swapped, token]]
 """
 
 TESTBED = """
-title: tiny scenes
 about: Tiny scenes.
 recipe: demo_token_labels
 set:
@@ -81,8 +71,8 @@ def words(folder):
     return [str(folder / "tiny.yaml"), "--on", str(folder / "bed.yaml"), "--out", str(folder / "out")]
 
 
-def comparison_of(folder):
-    return Comparison(
+def study_in(folder):
+    return Study(
         tables=[read_table(str(folder / "tiny.yaml"))],
         testbed=read_testbed(str(folder / "bed.yaml")),
         out=folder / "out",
@@ -140,15 +130,30 @@ def test_a_study_goes_on_from_its_record_on_another_machine(tiny, tmp_path, caps
 
 
 def test_a_record_is_of_a_plan_with_its_steps_and_knows_no_folder(tiny):
-    ours = comparison_of(tiny)
-    plan = ours.plan(ours.tables[0], "token")
-    assert replace(ours, out=Path("elsewhere")).digest(plan) == ours.digest(plan)
+    ours = study_in(tiny)
+    plan = ours.plans["tiny"]["token"]
+    assert replace(ours, out=Path("elsewhere")).plans["tiny"]["token"].digest == plan.digest
     steps = {
         **ours.testbed.steps,
         "labels": Step(command="annotate {scenes}/train {here} --teacher resnet18"),
     }
-    assert replace(ours, testbed=replace(ours.testbed, steps=steps)).digest(plan) != ours.digest(plan)
-    assert ours.digest(ours.plan(ours.tables[0], "swapped")) != ours.digest(plan)
+    other = replace(ours, testbed=replace(ours.testbed, steps=steps))
+    assert other.plans["tiny"]["token"].digest != plan.digest
+    assert ours.plans["tiny"]["swapped"].digest != plan.digest
+
+
+def test_records_in_the_repository_are_of_the_plans_of_today():
+    """A change of a recipe, a table or a testbed that trains a published run anew is seen here."""
+    docs = Path(__file__).parents[2] / "docs"
+    for words, name in (
+        (["all"], "results"),
+        (["segmentation"], "segmentation"),
+        (["worth", "--data", "d"], "photographs"),
+    ):
+        study = study_of(parsed([*words, "--out", "out"]))
+        known = {(job.plan.digest, job.plan.name, job.seed) for job in study.jobs()}
+        kept = {(r.plan, r.name, r.seed) for r in read_records(docs / f"{name}.jsonl").values()}
+        assert len(kept & known) >= {"results": 150, "segmentation": 45, "photographs": 4}[name]
 
 
 def test_records_are_written_as_they_were_read_and_a_broken_line_is_named(tmp_path):
@@ -160,50 +165,45 @@ def test_records_are_written_as_they_were_read_and_a_broken_line_is_named(tmp_pa
     write_records(path, {("ab12", 3): record})
     assert read_records(path) == {("ab12", 3): record}
     path.write_text(path.read_text() + '{"plan": "ab12"}\n')
-    with pytest.raises(TableError, match=r"study\.jsonl, line 2: .*'name'"):
+    with pytest.raises(StudyError, match=r"study\.jsonl, line 2: .*'figures'"):
         read_records(path)
 
 
 def test_a_run_is_measured_by_what_all_of_its_tables_ask():
-    both = Comparison(
-        tables=[read_table("architecture"), read_table("defects")],
-        testbed=read_testbed("embedded"),
-        out=Path("out"),
-    )
-    plan = both.plan(both.tables[0], "lvvit")
-    assert plan == both.plan(both.tables[1], "aligned")
-    assert both.metrics(plan) == list(dict.fromkeys([*both.tables[0].metrics, *both.tables[1].metrics]))
-    assert both.metrics(both.plan(both.tables[0], "linear")) == both.tables[0].metrics
+    both = study_of(parsed(["architecture", "defects", "--out", "out"]))
+    architecture, defects = both.tables
+    plan = both.plans["architecture"]["lvvit"]
+    assert plan == both.plans["defects"]["aligned"]
+    assert both.metrics(plan) == list(dict.fromkeys([*architecture.metrics, *defects.metrics]))
+    assert both.metrics(both.plans["architecture"]["linear"]) == architecture.metrics
 
 
 def test_what_has_not_run_is_named(tiny):
     assert main([*words(tiny), "--seeds", "3", "--collect"]) == 0
     assert "Not run: token labels (seed 2); x and y swapped (seed" in (tiny / "out" / "tiny.md").read_text()
-    assert len(jobs_of(replace(comparison_of(tiny), seeds=3))) == 6
+    assert len(replace(study_in(tiny), seeds=3).jobs()) == 6
 
 
 def test_a_run_of_something_else_is_not_taken(tiny):
-    ours = comparison_of(tiny)
+    ours = study_in(tiny)
     other = replace(ours, testbed=replace(ours.testbed, set={**ours.testbed.set, "epochs": 3}))
     with pytest.raises(ValueError, match="was made by another table, testbed or recipe"):
-        run_job(other, Job(other.tables[0], "token", 0), device=CPU)
+        run_job(other, other.jobs()[0], device=CPU)
 
 
-def test_a_run_by_an_edited_recipe_is_not_taken(tiny, tmp_path):
+def test_a_run_by_an_edited_recipe_is_another(tiny, tmp_path):
     """A recipe of one's own has the same name before and after; what it says decides."""
     recipe = tmp_path / "mine.yaml"
     recipe.write_text(find_recipe("demo_token_labels").read_text())
-    ours = comparison_of(tiny)
+    ours = study_in(tiny)
     ours = replace(ours, testbed=replace(ours.testbed, recipe=str(recipe)))
-    plan, folder = ours.plan(ours.tables[0], "token"), tmp_path / "run"
-    write_whole(folder / "plan.json", ours.described(plan))
-    assert ours.is_of(plan, folder)
+    before = ours.plans["tiny"]["token"].digest
     recipe.write_text(recipe.read_text().replace("lr: 2.0e-3", "lr: 3.0e-3"))
-    assert not ours.is_of(plan, folder)
+    assert replace(ours).plans["tiny"]["token"].digest != before
 
 
 def test_what_was_kept_stands_where_the_folder_holds_the_same_run(tiny):
-    ours = comparison_of(tiny)
+    ours = study_in(tiny)
     found = finished_runs(ours, {})
     key, record = next(iter(found.items()))
     kept = replace(record, figures={**record.figures, "top1": 0.123, "label_bytes": 5.0})
@@ -215,13 +215,8 @@ def test_what_was_kept_stands_where_the_folder_holds_the_same_run(tiny):
 def test_settings_for_all_rows_come_after_those_of_a_preset(tiny):
     """A preset may set all of `model.options`; --set may be given more than once."""
     given = ["--set", "model.options.depth=2", "epochs=1", "--set", "batch_size=7"]
-    ours = Comparison(
-        tables=[read_table("models")],
-        testbed=read_testbed("embedded"),
-        out=Path("out"),
-        overrides=settings_of(options_of(["models", "--out", "x", *given]).set),
-    )
-    recipe = recipe_of(ours.plan(ours.tables[0], "t2t"), 0, {"data": "d", **ours.folders})
+    ours = study_of(parsed(["models", "--out", "x", *given]))
+    recipe = ours.recipe(ours.plans["models"]["t2t"], 0)
     assert (recipe.model.options["depth"], recipe.model.options["width"]) == (2, 64)
     assert (recipe.epochs, recipe.batch_size) == (1, 7)
 
@@ -229,7 +224,7 @@ def test_settings_for_all_rows_come_after_those_of_a_preset(tiny):
 def test_a_job_on_its_own_writes_no_results(tiny):
     with pytest.raises(ValueError, match="leave --record, --results and --collect out"):
         main([*words(tiny), "--only", "tiny:token:0", "--collect"])
-    with pytest.raises(TableError, match="--seeds 0"):
+    with pytest.raises(StudyError, match="--seeds 0"):
         main([*words(tiny), "--seeds", "0"])
 
 
@@ -246,9 +241,9 @@ def test_a_process_gets_one_of_the_gpus_that_this_one_may_use(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert environment_of(1)["CUDA_VISIBLE_DEVICES"] == "1"
+    assert environment_of_one(1)["CUDA_VISIBLE_DEVICES"] == "1"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
-    assert environment_of(1)["CUDA_VISIBLE_DEVICES"] == "5"
+    assert environment_of_one(1)["CUDA_VISIBLE_DEVICES"] == "5"
 
 
 def test_labels_are_held_against_the_masks_of_other_crops_for_each_seed(tiny):
@@ -257,23 +252,19 @@ def test_labels_are_held_against_the_masks_of_other_crops_for_each_seed(tiny):
         json.loads((tiny / "out" / "runs" / "base" / seed / "measures.json").read_text()) for seed in "01"
     ]
     assert 0.9 < figures[0]["label_truth"] <= 1
-    ours = comparison_of(tiny)
     trained = load_model(tiny / "out" / "runs" / "base" / "0")
     without = replace(trained.recipe, loss=replace(trained.recipe.loss, beta=0.0))
-    finished = Finished(
-        run=tiny / "out" / "runs" / "base" / "0",
-        trained=replace(trained, recipe=without),
-        folders=ours.measure_folders(),
-        defect=None,
-        device=CPU,
-    )
+    run = tiny / "out" / "runs" / "base" / "0"
+    folders = {f"masks_{split}": tiny / "out" / "scenes" / "masks" / split for split in ("train", "val")}
+    finished = FinishedRun(run=run, folders=folders, defect=None, device=CPU)
+    assert "token_accuracy" in predictions(finished)
+    finished.__dict__["trained"] = replace(trained, recipe=without)
     assert "token_accuracy" not in predictions(finished)
-    assert "token_accuracy" in predictions(replace(finished, trained=trained))
     assert label_truth(finished) == {}
 
 
 def test_a_step_by_another_command_is_not_taken(tiny):
-    ours = comparison_of(tiny)
+    ours = study_in(tiny)
     steps = {**ours.testbed.steps, "labels": replace(ours.testbed.steps["labels"], command="x")}
     other = replace(ours, testbed=replace(ours.testbed, steps=steps))
     with pytest.raises(ValueError, match="made by another command"):
@@ -290,44 +281,58 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(tiny, tmp_path, capsys):
     assert "depht" in error
 
 
-@pytest.mark.parametrize("testbed_name", tables.testbed_names())
-def test_every_row_of_the_package_is_a_recipe_on_every_testbed(testbed_name):
+@pytest.mark.parametrize("testbed_name", names_in("testbeds"))
+def test_every_row_is_a_recipe_on_every_testbed(testbed_name):
     """Each run once; ImageNet has no masks, and labels in one encoding."""
-    testbed = read_testbed(testbed_name)
-    folders = {name: f"out/{name}" for name in (*testbed.steps, "data")}
-    plans = {}
-    for table in map(read_table, table_names()):
-        assert set(table.metrics) <= METRICS.keys()
-        for name, row in table.rows.items():
-            if testbed_name == "embedded" or not {"truth_labels", "raw_labels"} & {*row.use}:
-                plan = plan_row(table, name, testbed, {})
-                plans[plan.name] = plan
-    for plan in plans.values():
-        assert find_recipe(plan.recipe).is_file()
-        for key, text in plan.settings.items():
-            assert "{" not in str(filled(text, folders)) or key == "model.options"
-    chosen = list(plans.values())[::4]
-    for plan in chosen:  # each takes a while to parse
-        assert recipe_of(plan, 3, folders).seed == 3
+    study = study_of(parsed(["all", "--on", testbed_name, "--data", "images", "--out", "out"]))
+    lacking = () if testbed_name == "embedded" else ("truth", "truth_swapped", "exact")
+    tables = [t for t in study.tables if t.testbed == testbed_name] or study.tables
+    tables = [
+        replace(
+            table, differences=[], rows={name: row for name, row in table.rows.items() if name not in lacking}
+        )
+        for table in tables
+    ]
+    study = replace(study, tables=tables)
+    jobs = {job.plan.name: job for job in study.jobs() if job.seed == 0}
+    for job in jobs.values():
+        for key, text in job.plan.settings.items():
+            assert "{" not in str(filled(text, study.folders(0))) or key == "model.options"
+    for job in list(jobs.values())[::4]:  # each takes a while to parse
+        assert study.recipe(job.plan, 3).seed == 3
 
 
 def test_rows_that_are_the_same_run_once():
     """MixToken with token labels is a row of `mixing`, `defects`, `labels` and `distillation`."""
-    tables = [read_table(name) for name in ("mixing", "defects", "labels", "distillation")]
-    four = Comparison(tables=tables, testbed=read_testbed("embedded"), out=Path("out"), seeds=1)
-    rows = [(0, "token_mixtoken"), (1, "aligned"), (2, "token"), (3, "token")]
-    assert {four.plan(tables[i], row).name for i, row in rows} == {"base"}
-    assert len(jobs_of(four)) < sum(len(table.rows) for table in tables)
-    assert [job.seed for job in jobs_of(four, shared=False)] == [0] * sum(len(t.rows) for t in tables)
+    four = study_of(parsed(["mixing", "defects", "labels", "distillation", "--seeds", "1", "--out", "out"]))
+    rows = [
+        ("mixing", "token_mixtoken"),
+        ("defects", "aligned"),
+        ("labels", "token"),
+        ("distillation", "token"),
+    ]
+    assert {four.plans[table][row].name for table, row in rows} == {"base"}
+    assert [job.seed for job in four.jobs()] == [0] * sum(len(t.rows) for t in four.tables)
 
 
 def test_steps_are_made_in_the_order_of_their_needs():
-    table, testbed = read_table("labels"), read_testbed("embedded")
-    ours = Comparison(tables=[table], testbed=testbed, out=Path("out"))
-    steps = steps_needed(ours, [Job(table, "own", 0)])
+    steps = study_of(parsed(["labels", "--out", "out"])).plans["labels"]["own"].steps
     assert steps.index("scenes") < steps.index("teacher") < steps.index("labels") < steps.index("student")
     assert steps[-1] == "labels_own"
     assert "labels_coarse" not in steps
+
+
+def test_each_seed_of_segmentation_begins_with_a_backbone_of_its_own():
+    """And the tables that `all` names leave it out, as its testbed is another."""
+    study = study_of(parsed(["segmentation", "--out", "out"]))
+    assert study.testbed.name == "masks"
+    plan = study.plans["segmentation"]["fcn_token"]
+    assert [str(study.step_folder(step, 3)) for step in plan.steps] == [
+        "out/scenes", "out/teacher", "out/labels", "out/token_labels-3"
+    ]  # fmt: skip
+    recipe = study.recipe(plan, 3)
+    assert (recipe.seed, recipe.model.weights) == (3, "out/token_labels-3")
+    assert "segmentation" not in {table.name for table in study_of(parsed(["all", "--out", "out"])).tables}
 
 
 @pytest.mark.parametrize(
@@ -348,15 +353,39 @@ def test_steps_are_made_in_the_order_of_their_needs():
 )
 def test_mistakes_in_a_table_are_named(change, message, tmp_path):
     (tmp_path / "t.yaml").write_text(TABLE.replace(*change))
-    with pytest.raises(TableError, match=message):
+    with pytest.raises(StudyError, match=message):
         read_table(str(tmp_path / "t.yaml"))
 
 
 def test_unknown_names_have_their_neighbours():
-    with pytest.raises(TableError, match="did you mean mixing"):
+    with pytest.raises(StudyError, match="did you mean mixing"):
         read_table("mixin")
     table = replace(read_table("mixing"), use=["no_such"])
-    with pytest.raises(TableError, match="testbed embedded has no preset 'no_such'"):
-        plan_row(table, "class_none", read_testbed("embedded"), {})
-    with pytest.raises(TableError, match="name their folder with --data"):
-        Comparison(tables=[table], testbed=read_testbed("imagenet"), out=Path("out"))
+    with pytest.raises(StudyError, match="testbed embedded has no preset 'no_such'"):
+        Study(tables=[table], testbed=read_testbed("embedded"), out=Path("out")).jobs()
+    with pytest.raises(StudyError, match="name their folder with --data"):
+        Study(tables=[table], testbed=read_testbed("imagenet"), out=Path("out"))
+
+
+def test_segmentation_begins_with_the_backbone_of_its_seed(tmp_path):
+    (tmp_path / "bed.yaml").write_text(
+        """
+segments: true
+recipe: segment_scenes
+set: {data.root: "{scenes}", model.weights: "{backbone}", num_steps: 2, eval.short_side_px: 24}
+steps:
+  scenes: {scenes: {num_train: 20, num_val: 10, seed: 0}}
+  backbone: >-
+    train --recipe demo_class_labels --out {here} --seed {seed} --data.train {scenes}/train --data.val {scenes}/val
+    --num_steps 1 --batch_size 2 --data.num_workers 0
+"""
+    )
+    table = "{title: A, question: B, metrics: [miou], rows: {a: {title: a}}, differences: []}"
+    (tmp_path / "tiny.yaml").write_text(table)
+    given = [str(tmp_path / "tiny.yaml"), "--on", str(tmp_path / "bed.yaml"), "--out", str(tmp_path / "out")]
+    assert main([*given, "--only", "tiny:a:1"]) == 0
+    assert (tmp_path / "out" / "backbone-1" / "checkpoints").is_dir()
+    assert main([*given, "--collect", "--seeds", "2"]) == 0
+    found = json.loads((tmp_path / "out" / "tiny.json").read_text())
+    assert found["rows"]["a"]["figures"]["miou"].keys() == {"1"}
+    assert found["not_run"] == {"a": [0]}

@@ -6,18 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from tokenlabel.comparison.intervals import interval_chart
-from tokenlabel.comparison.records import RunRecord
-from tokenlabel.comparison.results import (
-    as_json,
-    as_markdown,
-    found_in,
-    interval_panels,
-    learning_curves,
-    summary,
-)
-from tokenlabel.comparison.spread import spread_of
-from tokenlabel.comparison.tables import Row, Table
+from studies.records import RunRecord
+from studies.results import Found, as_json, as_markdown, interval_chart, learning_curves, spread_of, summary
+from studies.tables import Row, Table
 from tokenlabel.drawing.charts import as_svg, curve_chart
 
 TABLE = Table(
@@ -44,7 +35,7 @@ def found_of(**rows):
         }
         for row in TABLE.rows
     }
-    return found_in(TABLE, 5, runs)
+    return Found(table=TABLE, num_seeds=5, runs=runs)
 
 
 CLEAR = found_of(
@@ -116,12 +107,17 @@ def test_learning_curves_are_means_over_seeds():
     assert lines["row a"] == [(10.0, pytest.approx(0.5)), (20.0, pytest.approx(20.0))]
 
 
+def names_of_rows(figure):
+    return [label.get_text() for label in figure.axes[0].get_yticklabels()]
+
+
 def test_charts_show_every_row_and_are_the_same_for_the_same_figures():
-    panels = interval_panels(CLEAR, ["top1", "loss"])
-    assert list(panels["top-1 (%)"]) == ["row a", "row b", "row c"]
-    svg = as_svg(interval_chart(panels))
+    figure = interval_chart(CLEAR, ["top1", "loss"])
+    assert names_of_rows(figure) == ["row a", "row b", "row c"]
+    assert [axis.get_title() for axis in figure.axes] == ["top-1 (%)", "val loss"]
+    svg = as_svg(figure)
     assert svg.startswith("<svg")
-    assert svg == as_svg(interval_chart(panels))
+    assert svg == as_svg(interval_chart(CLEAR, ["top1", "loss"]))
     assert "<svg" in as_svg(curve_chart({"one": ("step", {"a": [(0, 1), (1, 2)], "b": []})}, columns=1))
 
 
@@ -132,11 +128,8 @@ def test_a_line_of_a_single_point_is_a_dot():
 
 def test_a_row_without_a_figure_leaves_its_place_in_the_chart_empty():
     found = found_of(a=[(0.8, None)], b=[(0.7, 1.0)])
-    panels = interval_panels(found, ["top1", "loss"])
-    assert list(panels["val loss"]) == ["row a", "row b"]
-    assert panels["val loss"]["row a"] is None
-    figure = interval_chart(panels)
-    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["row a", "row b"]
+    figure = interval_chart(found, ["top1", "loss"])
+    assert names_of_rows(figure) == ["row a", "row b"]
     places = [float(y) for line in figure.axes[1].lines for y in np.asarray(line.get_ydata())]
     assert set(places) == {1.0}
 
@@ -145,5 +138,5 @@ def test_charts_show_the_probe_before_what_stands_first_in_the_table():
     names = ["top1", "loss", "ece", "probe_accuracy"]
     table = replace(TABLE, metrics=names)
     record = RunRecord(plan="a", name="a", seed=0, figures=dict.fromkeys(names, 0.5), curve=())
-    found = found_in(table, 1, {"a": {0: record}})
+    found = Found(table=table, num_seeds=1, runs={"a": {0: record}, "b": {}, "c": {}})
     assert found.charted() == ["top1", "loss", "probe_accuracy"]

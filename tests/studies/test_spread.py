@@ -7,20 +7,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokenlabel.comparison.spread import paired, spread_of, student_t
+from studies.results import paired, spread_of
 
 
-@pytest.mark.parametrize(
-    ("degrees", "quantile"), [(1, 12.706), (4, 2.776), (10, 2.228), (11, 2.201), (20, 2.086), (100, 1.984)]
-)
-def test_quantiles_are_those_of_printed_tables(degrees, quantile):
-    assert student_t(degrees) == pytest.approx(quantile, abs=1.5e-3)
+def test_an_interval_covers_the_mean_of_normal_draws_as_often_as_it_says():
+    draws = np.random.default_rng(0).standard_normal((20_000, 5))
+    covered = sum(abs(spread.mean) <= spread.half for spread in map(spread_of, draws.tolist()))
+    assert covered / len(draws) == pytest.approx(0.95, abs=0.005)
 
 
-def test_quantiles_are_those_of_draws():
-    """Half of a 95% interval: 97.5% of t-distributed draws lie below it."""
-    draws = np.random.default_rng(0).standard_t(4, 400_000)
-    assert (draws < student_t(4)).mean() == pytest.approx(0.975, abs=1e-3)
+@pytest.mark.parametrize(("count", "quantile"), [(2, 12.706), (5, 2.776), (11, 2.228), (21, 2.086)])
+def test_quantiles_are_those_of_printed_tables(count, quantile):
+    """Values of standard deviation 1."""
+    values = np.arange(count) / np.std(np.arange(count), ddof=1)
+    assert spread_of(values.tolist()).half * math.sqrt(count) == pytest.approx(quantile)
 
 
 def test_an_interval_over_few_seeds():
