@@ -271,7 +271,7 @@ def test_two_processes_have_the_loss_of_one_where_classes_and_labels_are_missing
     [
         (("--data.train", "flat_train"), "without labels there is nothing to learn from"),
         ((*FLAT, "--loss.beta", "0"), "and loss.beta above 0"),
-        ((*FLAT, "--loss.class-target", "teacher"), "visual words, no classes; leave it at truth"),
+        ((*FLAT, "--loss.class-target", "teacher"), "12 visual words, no classes; leave it at truth"),
         (
             ("--data.train=scenes/train", "--data.labels=words_train", "--loss.class-target=both"),
             "these are about 12 visual words, not the 10 classes",
@@ -345,4 +345,4 @@ def test_a_run_that_speaks_words_teaches_is_a_backbone_and_is_reported(here, cap
     assert status == 0, said
     status, said = run(capsys, "report", "run", "next", "--output", "report.html")
     assert status == 0, said
-    assert "teacher" in Path("report.html").read_text()
+    assert "tokens as the teacher" in Path("report.html").read_text()

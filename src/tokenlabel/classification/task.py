@@ -215,10 +215,10 @@ def build(recipe: Recipe, *, device: torch.device, run: Path | None = None) -> C
     folders = recipe.data.label_folders if recipe.loss.reads_labels else []
     # Opened by the first rank for all, so that labels that are added meanwhile are seen by none.
     store = current_ranks().on_main(lambda: LabelStore(*folders)) if folders else None
-    source, token_classes = _with_classes(recipe, source, store)
+    source = _with_classes(recipe, source, store)
     images = RunImages(run, source.class_names)
     source = _sound(recipe, images, "train", source, store)
-    num_missing = 0
+    token_classes, num_missing = _token_classes(recipe, source, store), 0
     if store is not None:
         check = partial(
             check_labels, source, store, max_missing=recipe.data.max_missing, classes=token_classes
@@ -274,27 +274,17 @@ def _open(recipe: Recipe) -> ImageSource:
     return source if data.tar_window is None or streamed is None else streamed()
 
 
-def _with_classes(
-    recipe: Recipe, source: ImageSource, store: LabelStore | None
-) -> tuple[ImageSource, ClassList]:
-    """Return images with the classes that the class head is for, and what the tokens are about.
+def _with_classes(recipe: Recipe, source: ImageSource, store: LabelStore | None) -> ImageSource:
+    """Return images with the classes that the class head is for.
 
     Images without classes leave no class head, unless the teacher labels the class token: then it is for the classes of
-    the store. Raises DataError where there is nothing to learn from, and ConfigError for class targets out of labels
-    that are about something else.
+    the store. Raises DataError where there is nothing to learn from.
     """
-    place, loss = recipe.data.train, recipe.loss
-    from_maps = loss.class_target is not ClassTarget.TRUTH and not loss.has_online_teacher
+    place = recipe.data.train
     if has_classes(source).any():
         refuse_single_class(source, place)
-        ours = _list_of(source)
-        theirs = ours if store is None else classes_of_labels(source.class_names, store)
-        if from_maps and not theirs.is_same(ours):
-            raise ConfigError(
-                f"loss.class_target {loss.class_target} takes the classes of images from the labels, and these are "
-                f"about {theirs}, not the {ours} of the images; leave it at truth"
-            )
-    elif store is None:
+        return source
+    if store is None:
         beta = "" if recipe.data.labels is None else " and loss.beta above 0"
         above = Path(place).absolute().name if Path(place).is_dir() else ""
         folder = f", or name the folder above if {above} is a class" if above else ""
@@ -302,22 +292,41 @@ def _with_classes(
             f"{place}: its images have no classes, and without labels there is nothing to learn from; let `tokenlabel "
             f"annotate` make labels and give --data.labels{beta}, or {NEED_CLASSES}{folder}"
         )
-    else:
-        theirs, ours = store.manifest.classes, ClassList(0)
-        if from_maps:
-            if theirs.words:
-                raise ConfigError(
-                    f"loss.class_target {loss.class_target} takes the classes of images from the labels, and these are "
-                    "visual words, no classes; leave it at truth"
-                )
-            ours = theirs
-            source = WithoutClasses(source, theirs.labels)
-    if recipe.eval.inference is not Inference.CLASS and not theirs.is_same(ours):
+    classes = store.manifest.classes
+    return (
+        WithoutClasses(source, classes.labels)
+        if _takes_classes_of_maps(recipe) and not classes.words
+        else source
+    )
+
+
+def _token_classes(recipe: Recipe, source: ImageSource, store: LabelStore | None) -> ClassList:
+    """Return what the tokens are about: the classes of the images, or others in the store.
+
+    Raises LabelsError for labels of a list that was meant to be that of the images and is not, ConfigError for class
+    targets out of labels that are about something else, and for predictions that add up logits of two lists.
+    """
+    ours, loss = _list_of(source), recipe.loss
+    theirs = ours if store is None else classes_of_labels(source.class_names, store)
+    if theirs.is_same(ours):
+        return theirs
+    if _takes_classes_of_maps(recipe):
+        unlike = f"not the {ours} of the images" if ours.count else "no classes"
+        raise ConfigError(
+            f"loss.class_target {loss.class_target} takes the classes of images from the labels, and these are about "
+            f"{theirs}, {unlike}; leave it at truth"
+        )
+    if recipe.eval.inference is not Inference.CLASS:
         raise ConfigError(
             f"eval.inference {recipe.eval.inference} takes token and class token to be about one list of classes, and "
             f"they are about {theirs} and {ours}; give --eval.inference class"
         )
-    return source, theirs
+    return theirs
+
+
+def _takes_classes_of_maps(recipe: Recipe) -> bool:
+    """Say whether the class token learns what a store's maps say of the images."""
+    return recipe.loss.class_target is not ClassTarget.TRUTH and not recipe.loss.has_online_teacher
 
 
 def _list_of(source: ImageSource) -> ClassList:

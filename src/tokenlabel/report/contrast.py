@@ -83,12 +83,12 @@ def class_accuracies(
 
 
 def load_for_pictures(run: Path) -> TrainedModel | None:
-    """Return the model of a run that has a checkpoint and val images; None of another."""
+    """Return the model of a run that has a checkpoint, a class head and val images; None of another."""
     try:
         trained = load_model(run)
     except CheckpointError:
         return None  # a run that has not come to its first checkpoint has nothing to predict with
-    return trained if trained.recipe.data.val else None
+    return trained if trained.recipe.data.val and trained.class_names else None
 
 
 @torch.inference_mode()

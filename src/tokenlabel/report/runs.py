@@ -176,7 +176,7 @@ def _label_sections(recipe: Recipe) -> list[str]:
     training = build(recipe, device=torch.device("cpu"))
     dataset, grid = training.train_set, training.grid
     assert dataset.store is not None
-    names = dataset.source.class_names
+    names = training.token_names
     chosen = np.linspace(0, len(dataset) - 1, NUM_PICTURES).astype(int).tolist()
     maps, augmented = [], []
     samples = [dataset[0, index] for index in chosen]
@@ -205,34 +205,42 @@ def _label_sections(recipe: Recipe) -> list[str]:
         generator=Part(recipe.seed, 0, 0).generator(),
     )
     if plan is not None:
-        mixed = _mixed_pairs(plain, batch, plan, grid=grid, class_names=names)
+        mixed = _mixed_pairs(
+            plain, batch, plan, grid=grid, class_names=training.class_names, token_names=names
+        )
         sections.append(section(f"Mixed pairs ({recipe.mix.kind})", mixed))
     return sections
 
 
 def _mixed_pairs(
-    supervision: Supervision, batch: Batch, plan: MixPlan, *, grid: tuple[int, int], class_names: list[str]
+    supervision: Supervision,
+    batch: Batch,
+    plan: MixPlan,
+    *,
+    grid: tuple[int, int],
+    class_names: list[str],
+    token_names: list[str],
 ) -> str:
     targets = make_targets(batch, supervision, grid, mix=plan)
     assert targets.tokens is not None
-    labels = _cells(targets.tokens, grid, len(class_names))
+    labels = _cells(targets.tokens, grid, len(token_names))
     images = mix_images(batch.images.float(), plan).round().to(torch.uint8)
     aspect = images.shape[2] / images.shape[3]
     pictures = []
     for i in range(len(images) // 2):
         partner = int(plan.partner[i])
-        classes = targets.class_token.dense(len(class_names))[i, 0]
+        classes = targets.class_token.dense(max(1, len(class_names)))[i, 0]
         said = ", ".join(
             f"{class_names[c]}: {classes[c]:.2f}"
             for c in classes.argsort(descending=True)[:2]
-            if classes[c] > 0
+            if class_names and classes[c] > 0
         )
         mixed = images[i].permute(1, 2, 0).numpy()
         pictures += [
             (enlarged(_pixels(batch, i)), batch.keys[i]),
             (enlarged(_pixels(batch, partner)), f"partner {batch.keys[partner]}"),
             (mask_picture(plan.mask[i].numpy(), aspect=aspect), "mask: white from the partner"),
-            (with_cells(mixed, labels[i], class_names), f"mixed targets; class {said}"),
+            (with_cells(mixed, labels[i], token_names), f"mixed targets; class {said or 'unknown'}"),
         ]
     return gallery(pictures)
 
@@ -254,7 +262,7 @@ def _prediction_section(record: RunRecord) -> str | None:
         if maps is None:
             pictures.append((enlarged(pixels), f"{key}: {said}"))
         else:
-            pictures += [(enlarged(pixels), key), (with_cells(pixels, maps[i], trained.class_names), said)]
+            pictures += [(enlarged(pixels), key), (with_cells(pixels, maps[i], trained.token_names), said)]
     title = "val images" if maps is None else "the locations of val images"
     return section(f"What {record.name} says about {title}", gallery(pictures))
 
