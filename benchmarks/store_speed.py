@@ -1,10 +1,9 @@
-"""The label store: bytes an image and error of each encoding, and a store of the size of ImageNet.
+"""The label store: one of the size of ImageNet, opened and read by processes of their own.
 
-Records are packed from synthetic maps (see `synthetic_maps`); the large store repeats 200 of them under 1.28
-million keys of ImageNet's form (100,000 with --quick), in the uncompressed encoding. It is opened and read by
-processes of their own. The first pass over the keys maps the pages of the files into the process (they are in
-the page cache already, having just been written); the others show what reading itself costs. Memory is what
-a process takes for itself beyond its imports: pages of files are the page cache's, and exist once.
+It repeats 200 synthetic maps (see `synthetic_maps`) under 1.28 million keys of ImageNet's form (100,000 with
+--quick), in the uncompressed encoding. The first pass over the keys maps the pages of the files into the process (they
+are in the page cache already, having just been written); the others show what reading itself costs. Memory is what a
+process takes for itself beyond its imports: pages of files are the page cache's, and exist once.
 """
 
 from __future__ import annotations
@@ -16,17 +15,14 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
-
 from benchmarks.measure import Row, Settings
 from benchmarks.synthetic_maps import NUM_CLASSES, TOPK, synthetic_maps
 from tokenlabel.core.scores import ScoreMap
-from tokenlabel.labels.encoding import Encoding, pack, unpack
-from tokenlabel.labels.store import LabelStore, LabelStoreWriter, Manifest
+from tokenlabel.labels.encoding import Encoding, pack
+from tokenlabel.labels.store import LabelStoreWriter, Manifest
 
 NUM_IMAGES = 1_281_167
 NUM_READS = 100_000
-PUBLISHED_BYTES = 8041
 
 READER = """
 import json, os, random, sys, time
@@ -53,50 +49,12 @@ print(json.dumps({"open_s": open_s, "worker_bytes": worker_bytes, "reads_per_s":
 
 
 def run(settings: Settings) -> list[Row]:
-    """Measure the encodings, then a store of the size of ImageNet."""
+    """Measure a store of the size of ImageNet."""
     maps = list(synthetic_maps(40 if settings.quick else 200))
-    rows = [row for encoding in Encoding for row in _encoding_rows(encoding, maps)]
     num_images = 100_000 if settings.quick else NUM_IMAGES
     with tempfile.TemporaryDirectory() as folder:
         _write_large(Path(folder) / "labels", maps, num_images)
-        return rows + _large_rows(Path(folder) / "labels", num_images)
-
-
-def _encoding_rows(encoding: Encoding, maps: list[ScoreMap]) -> list[Row]:
-    """Return size, error and speed of one encoding."""
-    pack_ms, unpack_us, errors, mass_errors, divergences = [], [], [], [], []
-    records = []
-    for score_map in maps:
-        started = time.perf_counter()
-        records.append(pack(score_map, encoding))
-        pack_ms.append(1e3 * (time.perf_counter() - started))
-    for score_map, record in zip(maps, records, strict=True):
-        started = time.perf_counter()
-        reads = [unpack(record, num_classes=NUM_CLASSES) for _ in range(10)]
-        unpack_us.append(1e5 * (time.perf_counter() - started))
-        read = reads[0]
-        errors.append(float(np.abs(_kept(read) - _kept(score_map)).max()))
-        mass = (m.probs.sum(axis=2, dtype=np.float64) for m in (read, score_map))
-        mass_errors.append(float(np.abs(np.subtract(*mass)).max()))
-        divergences.append(_divergence(score_map.dense(), read.dense()))
-    with tempfile.TemporaryDirectory() as folder:
-        with LabelStoreWriter(folder, _manifest(encoding)) as writer:
-            for i, record in enumerate(records):
-                writer.add_record(_key(i), record)
-        bytes_each = LabelStore(folder).num_bytes() / len(maps)
-    aim = (
-        f"at most {PUBLISHED_BYTES / 5:.0f} (a fifth of {PUBLISHED_BYTES})"
-        if encoding is Encoding.COMPACT
-        else ""
-    )
-    return [
-        Row(f"{encoding}: bytes an image, index and key included", [bytes_each], "B", aim),
-        Row(f"{encoding}: largest error of a probability", [max(errors)], "", "at most 0.002"),
-        Row(f"{encoding}: largest error of a cell's mass", [max(mass_errors)], "", "at most 0.002"),
-        Row(f"{encoding}: mean KL divergence of a cell", [float(np.mean(divergences))], "nat"),
-        Row(f"{encoding}: pack", pack_ms, "ms"),
-        Row(f"{encoding}: unpack", unpack_us, "µs"),
-    ]
+        return _large_rows(Path(folder) / "labels", num_images)
 
 
 def _large_rows(folder: Path, num_images: int) -> list[Row]:
@@ -149,18 +107,3 @@ def _manifest(encoding: Encoding) -> Manifest:
 
 def _key(i: int) -> str:
     return f"train/n{i % 1000:08d}/n{i % 1000:08d}_{i}.JPEG"
-
-
-def _divergence(true: np.ndarray, read: np.ndarray) -> float:
-    """Return the mean Kullback-Leibler divergence of cells, from distributions [H, W, C]."""
-    terms = true * np.log(np.maximum(true, 1e-30) / np.maximum(read, 1e-30))
-    return float(terms.sum(axis=2).mean())
-
-
-def _kept(score_map: ScoreMap) -> np.ndarray:
-    """Return the kept probability of each class [H, W, C]."""
-    height, width, _ = score_map.codes.shape
-    full = np.zeros((height, width, score_map.num_classes))
-    rows, columns = np.ogrid[:height, :width]
-    np.add.at(full, (rows[..., None], columns[..., None], score_map.class_ids), score_map.probs)
-    return full

@@ -10,6 +10,7 @@ import sys
 import tarfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from tokenlabel.data.images import ImageError, ImageFolder
 from tokenlabel.data.masks import MaskError
 from tokenlabel.data.sources import open_images
 from tokenlabel.data.tars import TarImages
+from tokenlabel.labels.encoding import DEFAULT_TOLERANCE
 from tokenlabel.labels.fingerprints import find_replaced
 from tokenlabel.labels.inspection import InspectConfig, as_text, inspect_store
 from tokenlabel.labels.store import LabelStore, LabelStoreWriter, StoreError
@@ -98,6 +100,26 @@ def test_every_place_of_images_of_any_shape_is_labelled(images, tmp_path):
     assert store.manifest.class_names == ("blue", "green", "red")
     assert store.manifest.teacher == {"name": "by colour"}
     assert store.manifest.preprocessing["size"] == 16
+
+
+def test_a_store_goes_on_with_the_tolerance_that_it_was_begun_with(images, tmp_path, capsys):
+    """Stores of the first version do not say any: they kept all entries."""
+    labels, manifest = tmp_path / "labels", tmp_path / "labels" / "manifest.json"
+    (images / "red" / "wide.png").rename(tmp_path / "later.png")
+    run(images, labels)
+    old = json.loads(manifest.read_text())
+    assert old.pop("tolerance") == DEFAULT_TOLERANCE
+    manifest.write_text(json.dumps(old))
+    (tmp_path / "later.png").rename(images / "red" / "wide.png")
+    capsys.readouterr()
+    with pytest.raises(StoreError, match=r"was begun with --tolerance 0, got 0\.02; leave --tolerance out"):
+        run(images, labels, tolerance=0.02)
+    assert run(images, labels).num_labelled == 1
+    assert "goes on with --tolerance 0, with which it was begun" in capsys.readouterr().err
+    store = LabelStore(labels)
+    assert store.manifest.tolerance == 0
+    run(images, tmp_path / "all", tolerance=0)
+    assert store.packed("red/wide.png") == LabelStore(tmp_path / "all").packed("red/wide.png")
 
 
 def test_a_second_call_labels_only_what_is_missing(images, tmp_path):
@@ -193,7 +215,7 @@ def test_images_that_are_listed_are_labelled_anew(bitmaps, tmp_path, capsys):
         data[i] ^= 1
     shard.path.write_bytes(data)
     assert run(bitmaps, tmp_path / "labels", again=again).num_anew == 1
-    assert len(LabelStore(tmp_path / "labels")["blue/wide.bmp"].palette) == 3
+    assert (LabelStore(tmp_path / "labels")["blue/wide.bmp"].top_class_ids[:, 0] == 0).all()
 
     # Another content of the file is another request, and another list labels the same images once more.
     assert (
@@ -464,7 +486,7 @@ def test_a_run_of_our_own_as_teacher(images, tmp_path):
     teacher = load_teacher(str(tmp_path / "run"), settings_, CPU)
     assert teacher.class_names == tuple(COLOURS)
     assert (teacher.input.size, teacher.input.stride_px) == (64, 8)
-    annotate(images, tmp_path / "labels", settings_, device=CPU)
+    annotate(images, tmp_path / "labels", replace(settings_, tolerance=0), device=CPU)
     score_map = LabelStore(tmp_path / "labels")["red/square.png"]
     pixels, _ = teacher.input.of(Image.open(images / "red" / "square.png"))
     expected = teacher.probabilities(torch.from_numpy(pixels).permute(2, 0, 1)[None])[0].detach()
@@ -624,14 +646,14 @@ def test_few_images_wait_for_others_of_their_shape():
 
     def shown():
         nonlocal waiting, max_waiting
-        for i in range(300):
+        for i in range(1000):
             waiting += 1
             max_waiting = max(max_waiting, waiting)
-            yield TeacherImage(str(i), np.zeros((i % 50 + 1, 1, 3), np.uint8), WHOLE_IMAGE)
+            yield TeacherImage(str(i), np.zeros((i % 300 + 1, 1, 3), np.uint8), WHOLE_IMAGE)
 
     for batch in _by_shape(shown(), 4):
         waiting -= len(batch)
-    assert max_waiting <= 16
+    assert max_waiting <= labelling.MAX_WAITING_IMAGES
 
 
 def test_working_ahead_keeps_the_order_and_passes_errors_on():

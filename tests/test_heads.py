@@ -24,6 +24,8 @@ from tokenlabel.teachers.dense import ClassifierNetwork, HeadNetwork
 from tokenlabel.teachers.ensemble import load_teachers
 from tokenlabel.teachers.heads import Head, HeadError
 from tokenlabel.teachers.networks import TeacherConfig, TeacherError
+from tokenlabel.teachers.regression import DECAYS, Examples, cross_entropy, fit_linear
+from tokenlabel.teachers.texts import PROMPTS, OpenClipTower, text_embeddings
 from tokenlabel.teachers.words import fit_words
 
 CPU = torch.device("cpu")
@@ -293,7 +295,14 @@ def test_the_same_command_finds_its_head_and_another_does_not_write_over_it(imag
             ("--from", "words"),
             "too few for 8,192 words; give more images, a larger --size, or --words of at most",
         ),
-        (("--from", "wrods"), "--from is words"),
+        (("--from", "wrods"), "--from is labels, words, text, masks:DIR, or a file of embeddings"),
+        (("--from", "masks:nowhere"), "nowhere: no such folder of masks"),
+        (
+            ("--from", "labels", "--words", "9"),
+            "--words: means nothing for a head --from labels; leave it out",
+        ),
+        (("--from", "text"), "no file of class names"),
+        (("--from", "nowhere.npy"), "no file of class names"),
         (("--from", "words", "--words", "1"), "--words must be at least 2"),
         (("--from", "words", "--weights", "nowhere.safetensors"), "nowhere.safetensors"),
     ],
@@ -320,7 +329,7 @@ def test_images_that_do_not_decode_are_passed_over(images, tmp_path, capsys):
         "resnet10t",
     ]
     assert main([*command, *weights, "--from", "words", "--words", "3"]) == 0
-    assert "1 images were passed over (a/broken.png" in capsys.readouterr().err
+    assert "1 of 7 images were passed over (a/broken.png" in capsys.readouterr().err
 
 
 def test_a_head_belongs_to_the_weights_that_it_was_fitted_on(images, tmp_path, capsys):
@@ -403,3 +412,234 @@ def test_in_python_it_is_the_same(images, tmp_path):
     )
     assert done.num_labelled == 12
     assert json.loads((tmp_path / "labels" / "manifest.json").read_text())["teacher"]["words"] == head.hash
+
+
+@given(
+    seed=st.integers(0, 99), length=st.integers(1, 3), soft=st.booleans(), decay=st.sampled_from(DECAYS[:3])
+)
+@settings(max_examples=15, deadline=None)
+def test_linear_heads_are_at_the_least_of_their_loss(seed, length, soft, decay):
+    """Oracle: the loss bag by bag in a loop; around what is fitted it is larger in every direction."""
+    generator = torch.Generator().manual_seed(seed)
+    vectors = 2 + 3 * torch.randn(12, length, 4, generator=generator)
+    shares = torch.rand(12, 3, generator=generator)
+    targets = shares / shares.sum(dim=1, keepdim=True) if soft else shares.argmax(dim=1)
+    weights = 0.5 + torch.rand(12, generator=generator)
+    examples = Examples(vectors, targets, weights, 3)
+    fit = fit_linear(examples, decay)
+    flat = vectors.flatten(0, 1)
+    std = flat.std(dim=0, correction=0)
+
+    def loss(matrix, bias):
+        total = torch.zeros(())
+        for bag, target, weight in zip(vectors, targets, weights, strict=True):
+            pooled = (bag @ matrix.T + bias).exp().mean(dim=0).log().log_softmax(dim=0)
+            total = total - weight * ((target * pooled).sum() if soft else pooled[target])
+        return total / weights.sum()
+
+    found = loss(fit.matrix, fit.bias)
+    assert cross_entropy(fit, examples) == pytest.approx(float(found), abs=1e-4)
+    penalised = found + decay / 2 * (fit.matrix * std).square().sum()
+    for step in torch.randn(20, 3, 5, generator=generator) * 0.02:
+        matrix, bias = fit.matrix + step[:, :4] / std, fit.bias + step[:, 4]
+        assert loss(matrix, bias) + decay / 2 * (matrix * std).square().sum() > penalised - 1e-5
+
+
+@pytest.fixture(scope="module")
+def colours(tmp_path_factory):
+    """Left half of a class's colour, red or blue, right half grey; masks of that, and the classes' names."""
+    root = tmp_path_factory.mktemp("colours")
+    rng = np.random.default_rng(0)
+    for i in range(20):
+        name, channel = ("blue", 2) if i % 2 else ("red", 0)
+        for kind in ("images", "masks"):
+            (root / kind / name).mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(100, 156, (64, 128, 3), dtype=np.uint8)
+        pixels[:, :64, channel] = 255
+        Image.fromarray(pixels).save(root / "images" / name / f"{i}.png")
+        mask = np.full((64, 128), 255, np.uint8)
+        mask[:, :64] = i % 2 == 0  # blue is class 0, red class 1, as class folders are sorted
+        Image.fromarray(mask).save(root / "masks" / name / f"{i}.png")
+    torch.manual_seed(0)
+    save_file(timm.create_model("resnet10t").state_dict(), root / "resnet10t.safetensors")
+    (root / "classes.txt").write_text("blue\nred\n")
+    return root
+
+
+@pytest.mark.parametrize("source", ["labels", "masks:masks"])
+def test_heads_from_labels_and_masks_find_the_classes_where_they_are(
+    colours, tmp_path, monkeypatch, capsys, source
+):
+    monkeypatch.chdir(colours)
+    head, store = str(tmp_path / "head.safetensors"), str(tmp_path / "labels")
+    command = ["--backbone", "resnet10t", "--weights", "resnet10t.safetensors", "--size", "64"]
+    assert main(["fit-head", "images", head, *command, "--from", source, "--num-workers", "1"]) == 0
+    fitted = Head.load(head).fitted
+    assert fitted["held_out_accuracy"] > 0.9
+    assert fitted["held_out_images"] == 4
+    assert "held-out" in capsys.readouterr().err
+    assert Head.load(head).class_names == ("blue", "red")
+    assert main(["annotate", "images", store, "--teacher", head]) == 0
+    labels = tl.LabelStore(store)
+    assert labels.manifest.words == ""
+    assert labels.manifest.teacher["head_fitted"]["held_out_accuracy"] == fitted["held_out_accuracy"]
+    right = [(labels[key].top_class_ids[:, 0] == key.startswith("red")).mean() for key in labels]
+    assert np.mean(right) > 0.9
+
+
+def test_few_masks_are_enough_and_their_classes_may_have_names_of_their_own(colours, tmp_path, capsys):
+    for number in (0, 1, 2):
+        name = "blue" if number % 2 else "red"
+        (tmp_path / "masks" / name).mkdir(parents=True, exist_ok=True)
+        mask = np.full((64, 128), 2, np.uint8)
+        mask[:, 64:] = number % 2
+        Image.fromarray(mask).save(tmp_path / "masks" / name / f"{number}.png")
+    (tmp_path / "names.txt").write_text("a\nb\nc\n")
+    weights = ["--weights", str(colours / "resnet10t.safetensors"), "--size", "64"]
+    command = [
+        "fit-head",
+        str(colours / "images"),
+        str(tmp_path / "head.safetensors"),
+        "--backbone",
+        "resnet10t",
+        *weights,
+    ]
+    assert main([*command, "--from", f"masks:{tmp_path / 'masks'}"]) == 2
+    assert "holds 2, which is no id of 2 classes" in capsys.readouterr().err
+    assert (
+        main(
+            [*command, "--from", f"masks:{tmp_path / 'masks'}", "--class-names", str(tmp_path / "names.txt")]
+        )
+        == 0
+    )
+    head = Head.load(tmp_path / "head.safetensors")
+    assert (head.class_names, head.fitted["images"]) == (("a", "b", "c"), 3)
+    # Its classes are not those of the images.
+    assert (
+        main(
+            [
+                "annotate",
+                str(colours / "images"),
+                str(tmp_path / "l"),
+                "--teacher",
+                str(tmp_path / "head.safetensors"),
+            ]
+        )
+        == 2
+    )
+    assert "the images have 2" in capsys.readouterr().err
+
+
+def test_labels_of_one_class_or_of_one_image_each_are_refused(colours, tmp_path, capsys):
+    weights = ["--weights", str(colours / "resnet10t.safetensors"), "--size", "64", "--from", "labels"]
+    for lines, message in (
+        ("images/red/0.png\tred\nimages/red/2.png\tred\n", "one class only (red)"),
+        ("images/red/0.png\tred\nimages/blue/1.png\tblue\n", "none of 2 classes has two images"),
+    ):
+        (colours / "list.txt").write_text(lines)
+        command = [
+            "fit-head",
+            str(colours / "list.txt"),
+            str(tmp_path / "head.safetensors"),
+            "--backbone",
+            "resnet10t",
+        ]
+        assert main([*command, *weights]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_embeddings_from_a_file_are_scaled_cosines(colours, tmp_path, capsys):
+    rows = np.random.default_rng(0).normal(size=(2, 512)).astype(np.float32)
+    np.save(tmp_path / "two.npy", rows)
+    np.save(tmp_path / "narrow.npy", rows[:, :100])
+    save_file(
+        {"embeddings": torch.from_numpy(rows), "other": torch.zeros(3, 3)}, tmp_path / "two.safetensors"
+    )
+    weights = ["--weights", str(colours / "resnet10t.safetensors"), "--size", "64"]
+    command = [
+        "fit-head",
+        str(colours / "classes.txt"),
+        str(tmp_path / "head.safetensors"),
+        "--backbone",
+        "resnet10t",
+    ]
+    for file in ("two.npy", "two.safetensors"):
+        assert (
+            main([*command, *weights, "--from", str(tmp_path / file), "--temperature", "0.05", "--overwrite"])
+            == 0
+        )
+        head = Head.load(tmp_path / "head.safetensors")
+        assert (head.kind, head.class_names, head.scale) == ("file", ("blue", "red"), pytest.approx(20))
+        vector = torch.randn(512)
+        expected = 20 * torch.nn.functional.cosine_similarity(vector, torch.from_numpy(rows))
+        torch.testing.assert_close(head(vector), expected)
+    assert main([*command, *weights, "--from", str(tmp_path / "narrow.npy"), "--overwrite"]) == 2
+    message = "expected an embedding of 512 numbers, the width of resnet10t, for each of 2 class names"
+    assert message in capsys.readouterr().err
+    (tmp_path / "two.npy").write_bytes(b"no array")
+    assert main([*command, *weights, "--from", str(tmp_path / "two.npy"), "--overwrite"]) == 2
+    assert "cannot be read as embeddings" in capsys.readouterr().err
+
+
+class OneHotTower:
+    """Says of a text at which places which letters are."""
+
+    scale = 100.0
+
+    def encode(self, texts):
+        return torch.stack(
+            [torch.bincount(torch.tensor(list(text.encode())) % 512, minlength=512).float() for text in texts]
+        )
+
+
+def test_texts_are_the_mean_of_their_prompts_and_other_backbones_are_refused(
+    colours, images, tmp_path, monkeypatch, capsys
+):
+    asked = []
+    monkeypatch.setattr(
+        "tokenlabel.teachers.fitting.load_tower", lambda name: asked.append(name) or OneHotTower()
+    )
+    command = [
+        "fit-head",
+        str(colours / "classes.txt"),
+        str(tmp_path / "head.safetensors"),
+        "--from",
+        "text",
+        "--size",
+        "64",
+    ]
+    assert main([*command, "--backbone", CLIP, "--weights", str(images / f"{CLIP}.safetensors")]) == 0
+    head = Head.load(tmp_path / "head.safetensors")
+    assert (asked, head.kind, head.scale, head.class_names) == (
+        [CLIP],
+        "text",
+        pytest.approx(100),
+        ("blue", "red"),
+    )
+    for row, name in zip(head.matrix, head.class_names, strict=True):
+        vectors = [np.bincount([*prompt.format(name).encode()], minlength=512) for prompt in PROMPTS]
+        mean = np.mean([vector / np.linalg.norm(vector) for vector in vectors], axis=0)
+        np.testing.assert_allclose(row.numpy(), mean / np.linalg.norm(mean), atol=1e-5)
+    monkeypatch.undo()
+    weights = ["--weights", str(images / "resnet10t.safetensors"), "--overwrite"]
+    assert main([*command, "--backbone", "resnet10t", *weights]) == 2
+    assert (
+        "resnet10t: its text tower is not known, if it has one; known are those of" in capsys.readouterr().err
+    )
+
+
+def test_a_text_tower_of_open_clip():
+    """With random weights, and a tokenizer of letters."""
+    open_clip = pytest.importorskip("open_clip")
+    vision = open_clip.CLIPVisionCfg(layers=1, width=64, head_width=32, patch_size=16, image_size=32)
+    text = open_clip.CLIPTextCfg(context_length=40, vocab_size=300, width=32, heads=2, layers=1)
+    network = open_clip.CLIP(embed_dim=24, vision_cfg=vision, text_cfg=text).eval()
+
+    def tokenizer(texts):
+        return torch.tensor(
+            [[1, *(byte % 256 for byte in text.encode()[:38]), 299, *[0] * 40][:40] for text in texts]
+        )
+
+    embeddings = text_embeddings(OpenClipTower(network, tokenizer, 100.0), ["cat", "dog"])
+    assert embeddings.shape == (2, 24)
+    torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(2))

@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from tokenlabel.core.scores import ScoreMap, from_probabilities
+from tokenlabel.core.scores import ScoreMap, from_probabilities, from_top
 from tokenlabel.labels.encoding import Encoding
 from tokenlabel.labels.manifest import write_manifest
 from tokenlabel.labels.shards import Fingerprint, key_hash, open_shard, write_shard
@@ -724,11 +724,26 @@ def test_stores_are_merged_into_one(tmp_path):
     assert merged.manifest.failures == (Failure("x", "broken"),)
     again = merge_stores([tmp_path / "a", tmp_path / "b"], tmp_path / "c")
     assert len(again.shards) == 1
-    compact = merge_stores([tmp_path / "c"], tmp_path / "d", encoding=Encoding.COMPACT)
+    compact = merge_stores([tmp_path / "c"], tmp_path / "d", tolerance=0)
     assert compact.manifest.encoding is Encoding.COMPACT
     assert all(np.abs(compact[key].dense() - merged[key].dense()).max() < 1 / 500 for key in merged.keys())  # noqa: SIM118
     with pytest.raises(StoreError, match="holds labels in encoding compact"):
         merge_stores([tmp_path / "c"], tmp_path / "d", encoding=Encoding.RAW)
+    with pytest.raises(StoreError, match="holds labels of tolerance 0; choose another folder"):
+        merge_stores([tmp_path / "c"], tmp_path / "d", tolerance=0.1)
+    with pytest.raises(ValueError, match="--tolerance is of compact records; leave --encoding out"):
+        merge_stores([tmp_path / "c"], tmp_path / "e", encoding=Encoding.RAW, tolerance=0.1)
+    assert merge_stores([tmp_path / "c"], tmp_path / "e", tolerance=0.1).num_bytes() < compact.num_bytes()
+
+
+def test_cells_keep_their_best_entry_where_an_empty_one_would_say_nothing(tmp_path):
+    """Classes of .004 each are not worth their bytes; in a store whose empty cells are even they go."""
+    ids, probs = np.arange(3)[None, None], np.full((1, 1, 3), 0.004)
+    for nowhere, num_kept in (("spread evenly", 0), ("renormalise", 1)):
+        manifest = a_manifest(encoding=Encoding.COMPACT, teacher={"class_map": {"nowhere": nowhere}})
+        with LabelStoreWriter(tmp_path / nowhere, manifest) as writer:
+            writer.add("a", from_top(ids, probs, num_classes=10))
+        assert np.count_nonzero(LabelStore(tmp_path / nowhere)["a"].probs) == num_kept
 
 
 def test_a_network_is_known_by_its_weights_however_its_path_is_spelt(tmp_path):

@@ -246,8 +246,8 @@ def configurations_refuse_what_means_nothing():
 
 
 def encodings_go_by_name():
-    assert labels().packed("ant/0.png")[0] == 1  # a compact record, as `AnnotateConfig` has it by default
-    for name, number in (("compact", 1), ("raw", 0)):
+    assert labels().packed("ant/0.png")[0] == 2  # a compact record, as `AnnotateConfig` has it by default
+    for name, number in (("compact", 2), ("raw", 0)):
         config = tl.AnnotateConfig(teacher="masks:masks", encoding=name, size=np.int64(8))
         tl.annotate(data(), Path(name), config, device="cpu")
         assert tl.LabelStore(name).packed("ant/0.png")[0] == number

@@ -358,13 +358,18 @@ def merge(arguments: list[str]) -> int:
         choices=[*map(str, Encoding)],
         help="write every record anew in this one; as it is if none",
     )
+    parser.add_argument(
+        "--tolerance", type=float, help="write every record anew, compact, as annotate with this tolerance"
+    )
     _add_duplicates(parser)
     options = parse(parser, arguments)
     *folders, output = options.stores
     if not folders:
         raise ValueError("merge takes at least one store to read and, as the last, the folder to write")
     encoding = Encoding(options.encoding) if options.encoding else None
-    merged = merge_stores(folders, output, encoding=encoding, duplicates=options.duplicates)
+    merged = merge_stores(
+        folders, output, encoding=encoding, tolerance=options.tolerance, duplicates=options.duplicates
+    )
     print(f"{output}: {len(merged):,} labels")
     return 0
 

@@ -188,7 +188,7 @@ def class_order(
     itself; it must be no other. Raises ClassMapError.
     """
     if order not in (SORTED, NATURAL):
-        names = _read_order(order, ours, option)
+        names = read_class_names(order, ours, option=option)
     elif ours:
         names = sorted(ours, key=_natural if order == NATURAL else None)
     else:
@@ -206,7 +206,11 @@ def class_order(
     return names
 
 
-def _read_order(path: str, ours: Sequence[str], option: str) -> list[str]:
+def read_class_names(path: str | Path, ours: Sequence[str] = (), *, option: str = "") -> list[str]:
+    """Return the class names of a file in their order; see `class_order`. Raises ClassMapError.
+
+    `option`: what the file was given to; none for an argument that has to be such a file.
+    """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
         if Path(path).suffix.lower() == ".json":
@@ -215,11 +219,12 @@ def _read_order(path: str, ours: Sequence[str], option: str) -> list[str]:
             lines = [line.strip() for line in text.split("\n") if not line.startswith("#")]
             names = _in_line_order([line for line in lines if line], ours)
     except (OSError, ValueError) as error:
-        raise ClassMapError(
-            f"{option} {path}: neither `natural` nor `sorted`, nor a file of class names ({error})"
-        ) from error
+        kinds = "neither `natural` nor `sorted`, nor a file" if option.endswith("class-order") else "no file"
+        raise ClassMapError(f"{option} {path}: {kinds} of class names ({error})".lstrip()) from error
     if repeated := [name for name, times in Counter(map(composed, names)).items() if times > 1]:
-        raise ClassMapError(f"{option} {path}: names several classes {listed(list(map(repr, repeated)))}")
+        raise ClassMapError(
+            f"{option} {path}: names several classes {listed(list(map(repr, repeated)))}".lstrip()
+        )
     return names
 
 

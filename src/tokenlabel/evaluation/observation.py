@@ -108,6 +108,10 @@ class MaskFolder:
         path, values = self._read(key)
         return from_mask(values, num_classes=self.num_classes, unlabelled=self._ignored, name=str(path))
 
+    def __contains__(self, key: str) -> bool:
+        """Say whether an image has a mask."""
+        return self._path(key).exists()
+
     def check(self, class_names: Sequence[str], *, all_needed: bool = True) -> None:
         """Raise MaskError if images of the source have no mask, or if a class seems to be written as the id of none.
 

@@ -1,11 +1,11 @@
 """The bytes of one score map: pure functions from a map to a record and back. NumPy and zstandard only.
 
-A record is a head and a body. `Encoding.RAW` keeps the entries as they are; `Encoding.COMPACT` orders them so
-that zstd finds what repeats: neighbouring cells keep the same classes, and one class's probabilities change
-little from cell to cell. docs/labels.md describes every byte.
+A record is a head and a body. `Encoding.RAW` keeps the entries as they are. `Encoding.COMPACT` leaves out those that
+are not worth their bytes and lists the others class by class, so that zstd finds what repeats: a class lies on
+neighbouring cells. docs/labels.md describes every byte.
 
-Probabilities are stored as whole steps of 1/32768 (raw) or 1/510 (compact), so no probability is off by as
-much as one step. A cell's kept mass is rounded to the nearest step first and shared by largest remainder, so
+Probabilities are stored as whole steps of 1/32768 (raw) or of what a compact record says, so none that is kept is off
+by as much as one step. A cell's kept mass is rounded to the nearest step first and shared by largest remainder, so
 entries never add up to another mass, and a cell that was certain stays certain.
 """
 
@@ -35,41 +35,51 @@ class EncodingError(ValueError):
     """A map that a record cannot hold, or bytes that are no record."""
 
 
-# Encoding and flags, H and W, two bytes of 0, K, U; little endian, like everything here.
-_HEAD = struct.Struct("<BBHHxxII")
+# Encoding and flags, H and W, steps of probability 1 (compact), K, U; little endian, like everything here.
+_HEAD = struct.Struct("<BBHHHII")
 _REGION = struct.Struct("<4d")
 _HAS_REGION, _IS_LOGITS = 1, 2
-_NUMBERS = {Encoding.RAW: 0, Encoding.COMPACT: 1}
+_RAW, _BY_CELL, _BY_CLASS = 0, 1, 2  # encodings of records; by cell is how compact ones were written at first
 
 RAW_STEPS = 32768
-COMPACT_STEPS = 510
+FINEST_STEPS = 510  # of compact records
+# Where a real map of 18 x 18 cells, 5 of 1,000 classes, takes a kilobyte: see the curve in docs/labels.md.
+DEFAULT_TOLERANCE = 0.008
+# On real maps, steps and dropping cost equally much for what they save where a step is this much of the tolerance.
+_STEP_OF_TOLERANCE = 1.25
+# What a class costs at its first place, beyond the place itself, in places: a gap of the palette and a far jump.
+_PLACES_OF_A_CLASS = 2
 _LOW_BITS = 3
-# A map whose compact body would be larger is stored raw, and no reader unpacks more.
+# A map whose compact body or number of entries would be larger is stored raw, and no reader unpacks more.
 MAX_BODY_BYTES = 1 << 22
+MAX_COMPACT_ENTRIES = 1 << 20
 _UINT8, _UINT16, _UINT32 = np.dtype("<u1"), np.dtype("<u2"), np.dtype("<u4")
 _INT32, _FLOAT16 = np.dtype("<i4"), np.dtype("<f2")
 _ZSTD_LEVEL = 19  # 12 takes 2% more space
 _RAW_SCALE = np.float32(1 / RAW_STEPS)
 
 
-def pack(score_map: ScoreMap, encoding: Encoding | str) -> bytes:
+def pack(score_map: ScoreMap, encoding: Encoding | str, *, tolerance: float = DEFAULT_TOLERANCE) -> bytes:
     """Return the record of a score map.
 
-    Compact records hold probabilities only and drop entries that round to nothing; a map of logits (kept as
-    float16) and a map whose body would pass MAX_BODY_BYTES are written raw whatever `encoding` says. Raises
+    `tolerance`: compact records leave out entries of less probability, and classes whose entries exceed it by too
+    little in sum; what they keep is in steps of 1.25 times the tolerance, at the finest 1/510. Their mass joins the
+    rest. A cell that keeps something keeps its best entry, unless `score_map.empty_is_even`. A map of logits (kept as
+    float16), and one beyond MAX_BODY_BYTES or MAX_COMPACT_ENTRIES, is written raw whatever `encoding` says. Raises
     EncodingError for maps of more than 65,535 rows or columns, and for logits beyond float16.
     """
-    height, width, _ = score_map.codes.shape
+    height, width, topk = score_map.codes.shape
     if max(height, width) > 0xFFFF:
         raise EncodingError(f"a record holds at most 65535 rows and columns, this map has {height} x {width}")
     if Encoding(encoding) is Encoding.COMPACT and score_map.kind is Kind.PROBABILITIES:
-        palette, codes, steps = _kept_entries(score_map)
-        repeating, noise = _compact_body(palette, codes, steps)
-        if len(repeating) + len(noise) <= MAX_BODY_BYTES:
-            head = _head(score_map, Encoding.COMPACT, topk=codes.shape[1], num_named=len(palette))
-            return head + _compress(repeating, noise)
-    topk, num_named = score_map.codes.shape[2], len(score_map.palette)
-    return _head(score_map, Encoding.RAW, topk=topk, num_named=num_named) + _raw_body(score_map)
+        num_steps = FINEST_STEPS
+        if tolerance * _STEP_OF_TOLERANCE * FINEST_STEPS > 1:
+            num_steps = max(1, round(1 / (tolerance * _STEP_OF_TOLERANCE)))
+        steps = _worthy_steps(score_map, tolerance, num_steps)
+        if (record := _compact(score_map, steps, num_steps)) is not None:
+            return record
+    head = _head(score_map, _RAW, num_steps=0, topk=topk, num_named=len(score_map.palette))
+    return head + _raw_body(score_map)
 
 
 def unpack(record: bytes, *, num_classes: int, empty_is_even: bool = False) -> ScoreMap:
@@ -80,7 +90,7 @@ def unpack(record: bytes, *, num_classes: int, empty_is_even: bool = False) -> S
     """
     if len(record) < _HEAD.size:
         raise EncodingError(f"a record has at least {_HEAD.size} bytes, this one {len(record)}")
-    number, flags, height, width, topk, num_named = _HEAD.unpack_from(record)
+    number, flags, height, width, num_steps, topk, num_named = _HEAD.unpack_from(record)
     start = _HEAD.size
     region, kind = WHOLE_IMAGE, Kind.PROBABILITIES
     if flags:
@@ -93,13 +103,16 @@ def unpack(record: bytes, *, num_classes: int, empty_is_even: bool = False) -> S
         raise EncodingError(
             f"a map of {height} x {width} cells, {topk} entries, {num_named} classes holds nothing"
         )
-    if number == 0:
-        palette, codes, probs = _read_raw(record, start, (height, width, topk), num_named, kind)
-    elif number == 1:
-        palette, codes, probs = _read_compact(record, start, (height, width, topk), num_named)
+    shape = (height, width, topk)
+    if number == _RAW:
+        palette, codes, probs = _read_raw(record, start, shape, num_named, kind)
+    elif number == _BY_CLASS:
+        palette, codes, probs = _read_by_class(record, start, shape, num_named, num_steps)
+    elif number == _BY_CELL:
+        palette, codes, probs = _read_by_cell(record, start, shape, num_named)
     else:
         raise EncodingError(
-            f"a record of encoding {number}, known are {sorted(_NUMBERS.values())}: a newer tokenlabel?"
+            f"a record of encoding {number}, known are {_RAW} to {_BY_CLASS}: a newer tokenlabel?"
         )
     # Codes and ids index into tensors later on, where a wrong one could end the program.
     if _largest(codes) >= num_named:
@@ -131,10 +144,10 @@ def _largest(numbers: NDArray[np.unsignedinteger[Any]]) -> int:
     return numbers.item(numbers.argmax())
 
 
-def _head(score_map: ScoreMap, encoding: Encoding, *, topk: int, num_named: int) -> bytes:
+def _head(score_map: ScoreMap, number: int, *, num_steps: int, topk: int, num_named: int) -> bytes:
     whole = score_map.region == WHOLE_IMAGE
     flags = (0 if whole else _HAS_REGION) | (_IS_LOGITS if score_map.kind is Kind.LOGITS else 0)
-    head = _HEAD.pack(_NUMBERS[encoding], flags, *score_map.codes.shape[:2], topk, num_named)
+    head = _HEAD.pack(number, flags, *score_map.codes.shape[:2], num_steps, topk, num_named)
     region = score_map.region
     return head if whole else head + _REGION.pack(region.left, region.top, region.right, region.bottom)
 
@@ -189,43 +202,92 @@ def _read_raw(
     return palette, codes, (steps * _RAW_SCALE).reshape(shape)
 
 
-# --- compact: gaps of the palette as uint32 in byte order [4, U], codes [H, W, K] (U: nothing kept), then the
-# kept entries' steps, class by class: their upper bits as uint8 [n], their lower bits as bits [3, n] ---
+# --- compact: numbers, each in bytes of 255 that add up with the byte below 255 that ends it: the gaps between the
+# palette's ids [U]; the gaps between the places (code * H * W + cell) of the kept entries [n]; their steps [n] ---
 
 
-def _kept_entries(
-    score_map: ScoreMap,
-) -> tuple[NDArray[np.integer[Any]], NDArray[np.integer[Any]], NDArray[np.int32]]:
-    """Return the class ids that still carry something [U], and codes and steps [cells, K], codes ascending.
-
-    A cell that keeps fewer than K has entries of code U and 0 steps at its end.
-    """
+def _worthy_steps(score_map: ScoreMap, tolerance: float, num_steps: int) -> NDArray[np.int32]:
+    """Return the steps [cells, K] of the entries that are worth their bytes, 0 for the others."""
     topk = score_map.codes.shape[2]
-    steps = on_grid(score_map.probs, COMPACT_STEPS).reshape(-1, topk)
-    codes = score_map.codes.reshape(-1, topk)
-    kept = steps > 0
-    used = np.unique(codes[kept]) if kept.any() else codes[0, :1]  # a map that keeps nothing names a class
-    codes = np.where(kept, np.searchsorted(used, codes), len(used))
-    order = np.argsort(codes, axis=1, kind="stable")[:, : max(1, kept.sum(axis=1).max())]
-    codes, steps = np.take_along_axis(codes, order, axis=1), np.take_along_axis(steps, order, axis=1)
-    return score_map.palette[used], codes, steps
+    probs, codes = score_map.probs.reshape(-1, topk), score_map.codes.reshape(-1, topk)
+    kept = (probs >= tolerance) & (probs > 0)
+    surplus = np.bincount(codes[kept], probs[kept] - tolerance, minlength=len(score_map.palette))
+    kept &= (surplus >= _PLACES_OF_A_CLASS * tolerance)[codes]
+    steps = on_grid(np.where(kept, probs, 0), num_steps)
+    if not score_map.empty_is_even:  # a cell that keeps nothing would carry no loss any more
+        lost = np.flatnonzero(~steps.any(axis=1) & (probs > 0).any(axis=1))
+        best = probs[lost].argmax(axis=1)
+        steps[lost, best] = np.maximum(1, np.rint(probs[lost, best] * num_steps))
+    return steps
 
 
-def _compact_body(
-    palette: NDArray[np.integer[Any]], codes: NDArray[np.integer[Any]], steps: NDArray[np.int32]
-) -> tuple[bytes, bytes]:
-    """Return what compresses and what hardly does, which a table of its own would only lengthen."""
-    gaps = np.diff(palette.astype(_UINT32), prepend=np.uint32(0)).astype(_UINT32)
-    by_byte = gaps.view(np.uint8).reshape(-1, 4).T  # [4, U]: the high bytes are nearly all 0
-    codes = codes.astype(_code_type(len(palette) + 1)).ravel()
-    by_class = steps.ravel()[codes.argsort(kind="stable")[: np.count_nonzero(steps)]]
-    upper = (by_class >> _LOW_BITS).astype(np.uint8)
-    lower = [by_class >> bit & 1 for bit in reversed(range(_LOW_BITS))]
-    noise = np.packbits(np.stack(lower).astype(np.uint8))
-    return by_byte.tobytes() + codes.tobytes() + upper.tobytes(), noise.tobytes()
+def _compact(score_map: ScoreMap, steps: NDArray[np.int32], num_steps: int) -> bytes | None:
+    """Return the record of the entries of which there are steps [cells, K]; None where it would be too large."""
+    codes = score_map.codes.reshape(steps.shape)
+    cells, entries = np.nonzero(steps)
+    codes_kept, topk = codes[cells, entries], max(1, int(np.bincount(cells, minlength=1).max()))
+    # A map that keeps nothing names a class.
+    used, codes_kept = np.unique(codes_kept, return_inverse=True) if len(cells) else (codes[0, :1], cells)
+    places = codes_kept.astype(np.int64) * len(steps) + cells
+    order = places.argsort()
+    palette, places = score_map.palette[used].astype(np.int64), places[order]
+    gaps = (np.diff(ascending, prepend=-1) - 1 for ascending in (palette, places))
+    where = b"".join(map(_number_bytes, gaps))
+    values = _number_bytes(steps[cells, entries][order].astype(np.int64))
+    if len(where) + len(values) > MAX_BODY_BYTES or len(steps) * topk > MAX_COMPACT_ENTRIES:
+        return None
+    head = _head(score_map, _BY_CLASS, num_steps=num_steps, topk=topk, num_named=len(palette))
+    return head + _compress(where, values)
 
 
-def _read_compact(
+def _number_bytes(numbers: NDArray[np.int64]) -> bytes:
+    """Return whole numbers as bytes: of each as many of 255 as fit into it, then the remainder."""
+    num_full = numbers // 255
+    coded = np.full(len(numbers) + int(num_full.sum()), 255, np.uint8)
+    coded[(num_full + 1).cumsum() - 1] = numbers % 255
+    return coded.tobytes()
+
+
+def _read_by_class(
+    record: bytes, start: int, shape: tuple[int, int, int], num_named: int, num_steps: int
+) -> tuple[NDArray[np.int32], NDArray[np.unsignedinteger[Any]], NDArray[np.float32]]:
+    num_cells, topk = shape[0] * shape[1], shape[2]
+    if num_cells * topk > MAX_COMPACT_ENTRIES or not num_steps:
+        raise EncodingError(
+            f"a compact map of {shape} in {num_steps} steps, more than is written so, or none"
+        )
+    body = np.frombuffer(_decompress(record[start:], num_named, MAX_BODY_BYTES), np.uint8)
+    ends = body < 255
+    num_kept, odd = divmod(int(np.count_nonzero(ends)) - num_named, 2)
+    if num_kept < 0 or num_kept > num_cells * topk or odd or not ends[-1]:
+        raise EncodingError(f"its numbers do not fit {num_named} classes in a map of {shape}")
+    sums = body.cumsum(dtype=np.int32)[ends]  # what numbers add up to; no more than 2^30
+    palette = sums[:num_named] + np.arange(num_named, dtype=np.int32)
+    sums = sums[num_named - 1 :] - sums[num_named - 1]
+    places = sums[1 : num_kept + 1] + np.arange(num_kept, dtype=np.int32)  # ascending
+    if num_kept and places[-1] >= num_named * num_cells:
+        raise EncodingError(f"an entry of a class that is not one of the {num_named} of the palette")
+    named, cells = np.divmod(places, np.int32(num_cells))
+    order = cells.astype(np.min_scalar_type(num_cells)).argsort(kind="stable")
+    counts = np.bincount(cells, minlength=num_cells)
+    if counts.max() > topk:
+        raise EncodingError(f"a cell of {counts.max()} entries, where {topk} are the most")
+    # Entries of a cell fill its row from the left.
+    rows = np.arange(num_cells) * topk - counts.cumsum() + counts
+    targets = rows.repeat(counts) + np.arange(num_kept)
+    codes = np.zeros(num_cells * topk, _code_type(num_named))
+    probs = np.zeros(num_cells * topk, np.float32)
+    codes[targets] = named[order]
+    probs[targets] = np.diff(sums[num_kept:])[order] * np.float32(1 / num_steps)
+    return palette, codes.reshape(shape), probs.reshape(shape)
+
+
+# --- by cell, as compact records were written at first: gaps of the palette as uint32 in byte order [4, U], codes
+# [H, W, K] (U: nothing kept), then the kept entries' steps, class by class: their upper bits as uint8 [n], their lower
+# bits as bits [3, n] ---
+
+
+def _read_by_cell(
     record: bytes, start: int, shape: tuple[int, int, int], num_named: int
 ) -> tuple[NDArray[np.int32], NDArray[np.unsignedinteger[Any]], NDArray[np.float32]]:
     num_entries = shape[0] * shape[1] * shape[2]
@@ -246,7 +308,7 @@ def _read_compact(
     bits = np.unpackbits(lower, count=_LOW_BITS * num_kept).reshape(_LOW_BITS, num_kept)
     steps = upper.astype(np.uint16) << _LOW_BITS | (bits[0] << 2 | bits[1] << 1 | bits[2])
     probs = np.zeros(num_entries, np.float32)
-    probs[codes.argsort(kind="stable")[:num_kept]] = np.divide(steps, COMPACT_STEPS, dtype=np.float32)
+    probs[codes.argsort(kind="stable")[:num_kept]] = np.divide(steps, FINEST_STEPS, dtype=np.float32)
     # Entries that are not kept may name any class, but one that exists.
     return palette, np.minimum(codes, num_named - 1).reshape(shape), probs.reshape(shape)
 
@@ -266,11 +328,11 @@ class _Zstd(threading.local):
 _zstd = _Zstd()
 
 
-def _compress(repeating: bytes, noise: bytes) -> bytes:
-    """Return one frame that says its length; what is noise has a block of its own."""
-    stream = _zstd.compressor.compressobj(size=len(repeating) + len(noise))
-    first = stream.compress(repeating) + stream.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
-    return first + stream.compress(noise) + stream.flush()
+def _compress(where: bytes, values: bytes) -> bytes:
+    """Return one frame that says its length; each part has a block, and so a table of symbols, of its own."""
+    stream = _zstd.compressor.compressobj(size=len(where) + len(values))
+    first = stream.compress(where) + stream.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
+    return first + stream.compress(values) + stream.flush()
 
 
 def _decompress(frame: bytes, min_bytes: int, max_bytes: int) -> bytes:

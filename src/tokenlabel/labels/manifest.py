@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from tokenlabel.core.scores import Kind, Orientation
 from tokenlabel.data.classes import ClassList, composed
-from tokenlabel.labels.encoding import Encoding
+from tokenlabel.labels.encoding import DEFAULT_TOLERANCE, Encoding
 from tokenlabel.labels.shards import SUFFIX, StoreError, write_atomically
 from tokenlabel.runtime.coercion import coerced_fields
 from tokenlabel.runtime.notices import listed
@@ -48,8 +48,8 @@ class Manifest:
     `class_names`: of the labels, in the order of their ids; empty where they have none (see `words`). `topk`: what a
     cell keeps at the most. `kind`: see `scores.Kind`. `encoding`: of what is written from now on; each
     record says its own. `teacher`, `preprocessing`: what made the labels and what it saw, for people and for
-    comparison. `orientation`: how maps lie on images whose files have a tag. `failures`: the images that the last call
-    could not label.
+    comparison. `tolerance`: of new compact records, see `encoding.pack`. `orientation`: how maps lie on images whose
+    files have a tag. `failures`: the images that the last call could not label.
     """
 
     num_classes: int
@@ -57,6 +57,7 @@ class Manifest:
     topk: int
     kind: Kind = Kind.PROBABILITIES
     encoding: Encoding = Encoding.COMPACT
+    tolerance: float = DEFAULT_TOLERANCE
     teacher: dict[str, Any] = field(default_factory=dict)
     preprocessing: dict[str, Any] = field(default_factory=dict)
     orientation: Orientation = Orientation.UPRIGHT
@@ -69,6 +70,8 @@ class Manifest:
             raise StoreError(
                 f"labels need 2 classes and 1 kept a cell at least; got {self.num_classes} and {self.topk}"
             )
+        if not 0 <= self.tolerance < 1:
+            raise StoreError(f"the tolerance of labels must be at least 0 and below 1, got {self.tolerance}")
         if self.class_names and len(self.class_names) != self.num_classes:
             raise StoreError(f"{self.num_classes} classes, but {len(self.class_names)} class names")
 
@@ -220,6 +223,7 @@ def _manifest(content: dict[str, Any]) -> Manifest:
         topk=_of_type(content["topk"], int),
         kind=Kind(content["kind"]),
         encoding=_encoding(content["encoding"]),
+        tolerance=float(content.get("tolerance", 0)),  # the first stores kept every entry
         teacher=_of_type(content["teacher"], dict),
         preprocessing=_of_type(content["preprocessing"], dict),
         orientation=Orientation(

@@ -150,7 +150,8 @@ def pack_for(manifest: Manifest, key: str, score_map: ScoreMap) -> bytes:
     if got[:2] != expected[:2] or topk > manifest.topk:
         raise StoreError(f"{key}: a map of (classes, kind, topk) {got} in a store of {expected}")
     try:
-        return pack(score_map, manifest.encoding)
+        score_map = replace(score_map, empty_is_even=manifest.empty_is_even)
+        return pack(score_map, manifest.encoding, tolerance=manifest.tolerance)
     except EncodingError as error:
         raise StoreError(f"{key}: {error}") from error
 
@@ -333,15 +334,16 @@ def merge_stores(
     output: str | Path,
     *,
     encoding: Encoding | str | None = None,
+    tolerance: float | None = None,
     duplicates: str = "first",
 ) -> LabelStore:
     """Copy the labels of several stores into a new one with few files, each record checked; return it.
 
     Only records that count are copied, with their generations. `encoding`: write all records anew in this one; by
-    default they stay as they are. `duplicates`: as for LabelStore. An output that is there already is continued:
-    its labels stay where the stores have none of a higher generation. Raises StoreError for stores of different
-    labels, and for an output that is the only store, lies in one, or has labels in another encoding than the one
-    asked for.
+    default they stay as they are. `tolerance`: write them anew as compact records of this tolerance. `duplicates`: as
+    for LabelStore. An output that is there already is continued: its labels stay where the stores have none of a higher
+    generation. Raises StoreError for stores of different labels, and for an output that is the only store, lies in one,
+    or has labels in another encoding, or of another tolerance, than what was asked for.
     """
     folders = [folders] if isinstance(folders, (str, Path)) else folders
     if not folders:
@@ -353,12 +355,24 @@ def merge_stores(
         if Path(folder).resolve() in whole.parents:
             raise StoreError(f"{output}: lies in the store {folder}; choose a folder outside of it")
     store = LabelStore(*folders, duplicates=duplicates)
-    manifest = replace(store.manifest, encoding=encoding or store.manifest.encoding)
+    if tolerance is not None:
+        encoding = Encoding(encoding or Encoding.COMPACT)
+        if encoding is not Encoding.COMPACT:
+            raise ValueError("--tolerance is of compact records; leave --encoding out")
+    manifest = replace(
+        store.manifest,
+        encoding=encoding or store.manifest.encoding,
+        tolerance=store.manifest.tolerance if tolerance is None else tolerance,
+    )
     with LabelStoreWriter(output, manifest):
         present = LabelStore(output)
     if encoding is not None and present.manifest.encoding != encoding:
         raise StoreError(
             f"{output}: holds labels in encoding {present.manifest.encoding}; choose another folder"
+        )
+    if tolerance is not None and present.manifest.tolerance != tolerance:
+        raise StoreError(
+            f"{output}: holds labels of tolerance {present.manifest.tolerance:g}; choose another folder"
         )
 
     for generation, keys in groupby(store.keys(), key=store.generation):  # files come in this order

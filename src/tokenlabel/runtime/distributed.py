@@ -16,6 +16,7 @@ from torch.distributed.fsdp import fully_shard
 
 from tokenlabel.runtime.environment import environment_number
 from tokenlabel.runtime.errors import FirstRankError
+from tokenlabel.runtime.memory import keep_freed_memory
 
 T = TypeVar("T")
 
@@ -141,10 +142,16 @@ def default_device() -> torch.device:
 def usable_device(device: torch.device | str | None, *, option: str = "device") -> torch.device:
     """Return a device that computes here; "auto" and None take this rank's GPU if there is one.
 
-    `option`: what the error calls it. Raises ValueError of one line for what is none.
+    Where that is the CPU, this process keeps the memory that it frees (`keep_freed_memory`). `option`: what the error
+    calls it. Raises ValueError of one line for what is none.
     """
-    if device is None or device == "auto":
-        return default_device()
+    found = default_device() if device in (None, "auto") else _named_device(device, option)
+    if found.type == "cpu":
+        keep_freed_memory()
+    return found
+
+
+def _named_device(device: torch.device | str, option: str) -> torch.device:
     try:
         found = torch.device(device)
         torch.empty(0, device=found).cpu()

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from tokenlabel.data.classes import say_order
 from tokenlabel.data.images import ImageSource
 from tokenlabel.data.sources import open_aloud
-from tokenlabel.labels.encoding import Encoding
+from tokenlabel.labels.encoding import DEFAULT_TOLERANCE, Encoding
 from tokenlabel.labels.fingerprints import MAX_READ, FingerprintedImages, find_replaced
 from tokenlabel.labels.manifest import MANIFEST_FILE
 from tokenlabel.labels.store import (
@@ -60,9 +60,12 @@ class AnnotateConfig(TeacherConfig):
     topk: int = 5
     """Classes that each location keeps; the probability of the others is kept as one number."""
     encoding: Encoding = Encoding.COMPACT
-    """How records are written: compact is a third of the size of raw, which is finer and faster to read."""
-    batch_size: int = 64
-    """Images that the teacher sees at once."""
+    """How records are written: compact is a fifth of the size of raw, which is finer and faster to read."""
+    tolerance: float | None = None
+    """Of compact records: the least probability that is worth its bytes. Less is left out, what stays is in steps of
+    1.25 times this; 0 keeps all in steps of 1/510. By default .008, and in a store that is there what it began with."""
+    batch_size: int | None = None
+    """Images that the teacher sees at once; by default 64 on a GPU and 16 on a CPU."""
     num_workers: int = 2
     """Threads that decode images, and as many that pack score maps."""
     shard_s: float = 300.0
@@ -77,7 +80,9 @@ class AnnotateConfig(TeacherConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_numbers(self, topk=NATURAL, batch_size=NATURAL, num_workers=COUNT, shard_s=POSITIVE)
+        check_numbers(
+            self, topk=NATURAL, batch_size=NATURAL, num_workers=COUNT, shard_s=POSITIVE, tolerance="[0, 1)"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,14 +185,14 @@ def annotate_by(
         if class_map is not None:
             teacher = Ensemble([teacher], class_map=replace(class_map, outside=config.outside))
     images, manifest = FingerprintedImages(source), _manifest(teacher, source, config)
-    if (Path(folder) / MANIFEST_FILE).exists():  # what a store began with, it goes on with
-        manifest = replace(manifest, orientation=read_manifest(folder).orientation)
+    if (Path(folder) / MANIFEST_FILE).exists():
+        manifest = _going_on(manifest, Path(folder), config.tolerance)
     job = Labelling(
         teacher=teacher,
         source=images,
         manifest=manifest,
         device=device,
-        batch_size=config.batch_size,
+        batch_size=config.batch_size or (16 if device.type == "cpu" else 64),
         num_workers=config.num_workers,
         strict=config.strict,
     )
@@ -246,9 +251,26 @@ def _manifest(teacher: Teacher | MaskTeacher, source: ImageSource, config: Annot
         class_names=() if networks and teacher.words else names,
         topk=min(config.topk, teacher.num_classes),
         encoding=config.encoding,
+        tolerance=DEFAULT_TOLERANCE if config.tolerance is None else config.tolerance,
         teacher=teacher.description,
         preprocessing=teacher.input.as_dict() if networks else teacher.preprocessing,
     )
+
+
+def _going_on(manifest: Manifest, folder: Path, tolerance: float | None) -> Manifest:
+    """Return a manifest with what the store in a folder began with, and say so where it is not the default."""
+    began = read_manifest(folder)
+    if tolerance not in (None, began.tolerance):
+        raise StoreError(
+            f"{folder}: was begun with --tolerance {began.tolerance:g}, got {tolerance:g}; leave --tolerance out, or "
+            "choose another folder"
+        )
+    if tolerance is None and began.tolerance != DEFAULT_TOLERANCE and manifest.encoding is Encoding.COMPACT:
+        say(
+            f"{folder}: goes on with --tolerance {began.tolerance:g}, with which it was begun (the default is "
+            f"{DEFAULT_TOLERANCE:g})"
+        )
+    return replace(manifest, orientation=began.orientation, tolerance=began.tolerance)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,38 +1,66 @@
-"""Fit a head on a backbone: from class labels, from masks, from class names, from nothing, or from a file."""
+"""Fit a head on a backbone: from class labels, from masks, from class names, from a file, or from images alone.
+
+The backbone sees each image once and is the expensive part; of its vectors a sample of bounded size is kept, in half
+precision (MAX_SAMPLE_BYTES, or in proportion to the words), and the head is fitted on that.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
-from tqdm import tqdm
 
-from tokenlabel.core.batch import normalize_images
+from tokenlabel.data.classes import read_class_names
 from tokenlabel.data.images import ImageSource
-from tokenlabel.data.sources import open_aloud
-from tokenlabel.labels.manifest import Failure
+from tokenlabel.data.masks import mask_names
+from tokenlabel.data.sources import open_aloud, refuse_single_class
+from tokenlabel.evaluation.observation import MaskFolder
 from tokenlabel.runtime.coercion import coerced, coerced_fields
 from tokenlabel.runtime.distributed import usable_device
+from tokenlabel.runtime.errors import first_line
 from tokenlabel.runtime.notices import listed, say
-from tokenlabel.runtime.ranges import COUNT, NATURAL, check_numbers
-from tokenlabel.teachers.backbone import Backbone, check_locations, load_backbone
-from tokenlabel.teachers.dense import DenseLogits
-from tokenlabel.teachers.heads import SUFFIX, Head, HeadError, read_about
-from tokenlabel.teachers.labelling import TeacherImage, as_tensor, seen_batches
+from tokenlabel.runtime.ranges import COUNT, NATURAL, POSITIVE, check_numbers
+from tokenlabel.teachers.backbone import Backbone, load_backbone
+from tokenlabel.teachers.heads import SUFFIX, Head, HeadError, Kind, read_about
+from tokenlabel.teachers.regression import Examples, Linear, choose_decay, cross_entropy, fit_linear
+from tokenlabel.teachers.texts import PROMPTS, load_tower, text_embeddings
+from tokenlabel.teachers.vectors import VECTORS_PER_IMAGE, Vectors, spread
 from tokenlabel.teachers.words import KEPT_MASS, fit_words
 
 VECTORS_PER_WORD, LEAST_VECTORS = 32, 1 << 16
 """Size of the sample that words are fitted on. In half precision: 64 bytes x words x width, or 131 kB x width."""
 
-VECTORS_PER_IMAGE = 8
-"""The least that is taken of an image, where there are more than enough images."""
+MAX_SAMPLE_BYTES = 2 << 30
+"""Size of the sample that heads from labels and masks are fitted on; of very many images some are left out."""
+
+MAX_LOCATIONS = 64
+"""The most that is taken of an image with a class label."""
+
+HELD_OUT = 0.2
+"""Share of the images by which the weight decay is chosen, and how locations learn from the labels of images."""
+
+FILE_TEMPERATURE = 0.01
+SOURCES = "labels, words, text, masks:DIR, or a file of embeddings (.npy, .safetensors)"
+
+
+MASKS = "masks:"
+OPTIONS_OF = {
+    "words": ("words",),
+    "topk": ("words",),
+    "temperature": ("words", "text", "file"),
+    "pooling": ("labels",),
+    "class_names": ("masks",),
+    "ignore_index": ("masks",),
+}
+"""Which options mean something for which kinds of heads only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +71,9 @@ class FitConfig:
     backbone: str
     """A run folder, or the name of a model (timm's, lvvit_s and the like), with or without a classifier of its own."""
     from_: str
-    """What the head is fitted on. words: nothing but the images (visual words)."""
+    """labels: class labels of the images. masks:DIR: masks of (some of) the images, PNG class ids laid out like them.
+    words: the images alone (visual words). text: class names; IMAGES is a file of them, one a line. A file: embeddings
+    [C, D] of class names (.npy, .safetensors), which IMAGES lists."""
     weights: str | None = None
     """Checkpoint file of the backbone (.safetensors, or .pth without code in it); timm's pretrained weights if none."""
     size: int | None = None
@@ -53,6 +83,15 @@ class FitConfig:
     topk: int = 5
     """The temperature of words lets the topk most probable ones of a location hold .9 of its mass: as many as
     `annotate` is going to keep."""
+    temperature: float | None = None
+    """Of the cosines of words, texts and embeddings, in place of the fitted one, the text tower's own, and .01."""
+    pooling: Literal["auto", "mean", "instances"] = "auto"
+    """How locations learn from the class label of their image. mean: the mean of their vectors has to show the class;
+    instances: one of them has to; auto: whichever does better on held-out images."""
+    class_names: str | None = None
+    """Names of the masks' classes by their ids, a file of one a line; by default the images' classes in their order."""
+    ignore_index: int | None = None
+    """Of masks: the id of pixels without a class; by default 255, with more than 255 classes 65535."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 runs the backbone under autocast."""
     batch_size: int = 64
@@ -66,6 +105,18 @@ class FitConfig:
         check_numbers(
             self, "--", size=NATURAL, words="[2, inf)", topk=NATURAL, batch_size=NATURAL, num_workers=COUNT
         )
+        check_numbers(self, "--", temperature=POSITIVE)
+        kind = kind_of(self.from_)
+        plain = {field.name: field.default for field in fields(self)}
+        misplaced = [
+            f"--{name.replace('_', '-')}"
+            for name, kinds in OPTIONS_OF.items()
+            if kind not in kinds and getattr(self, name) != plain[name]
+        ]
+        if misplaced:
+            raise HeadError(
+                f"{listed(misplaced)}: means nothing for a head --from {self.from_}; leave it out"
+            )
 
 
 def fit_head(
@@ -85,15 +136,44 @@ def fit_head(
     asked = {**asdict(config), "images": str(images) if isinstance(images, (str, Path)) else None}
     if (there := _there(file, asked, overwrite=overwrite)) is not None:
         return there
-    if config.from_ != "words":
-        raise HeadError(f"--from is words, got {config.from_!r}")
-    device = usable_device(device)
-    source = open_aloud(images) if isinstance(images, (str, Path)) else images
-    backbone = load_backbone(config.backbone, device, weights=config.weights, size=config.size)
-    head = _from_words(Vectors(backbone, source, config, device))
+    kind, device = kind_of(config.from_), usable_device(device)
+    if kind in ("text", "file"):
+        if not isinstance(images, (str, Path)):
+            raise HeadError(f"--from {config.from_}: takes a file of class names in place of images")
+        names = read_class_names(images)
+        backbone = load_backbone(config.backbone, device, weights=config.weights, size=config.size)
+        head = _from_embeddings(kind, names, backbone, config)
+    else:
+        source = open_aloud(images) if isinstance(images, (str, Path)) else images
+        check = {"labels": _check_labels, "masks": _check_masks, "words": lambda source, config: None}[kind]
+        asked_of_source = check(source, config)  # before anything is downloaded
+        backbone = load_backbone(config.backbone, device, weights=config.weights, size=config.size)
+        vectors = Vectors(
+            backbone=backbone,
+            source=source,
+            device=device,
+            precision=config.precision,
+            batch_size=config.batch_size,
+            num_workers=config.num_workers,
+            seed=config.seed,
+        )
+        fit = {"labels": _from_labels, "masks": _from_masks, "words": _from_words}[kind]
+        head = fit(vectors, config, asked_of_source)
     head.fitted["asked"] = asked
     head.save(file)
     return head
+
+
+def kind_of(from_: str) -> Kind:
+    """Return what kind of head `--from` asks for."""
+    if from_.startswith(MASKS) and from_ != MASKS:
+        return "masks"
+    if Path(from_).suffix in (".npy", SUFFIX):
+        return "file"
+    for kind in ("labels", "words", "text"):
+        if from_ == kind:
+            return kind
+    raise HeadError(f"--from is {SOURCES}; got {from_!r}")
 
 
 def _there(file: Path, asked: dict[str, Any], *, overwrite: bool) -> Head | None:
@@ -118,76 +198,8 @@ def _there(file: Path, asked: dict[str, Any], *, overwrite: bool) -> Head | None
     return Head.load(file)
 
 
-@dataclass(frozen=True, eq=False)
-class Vectors:
-    """The vectors of images, streamed through a backbone: never more than a batch of them at once."""
-
-    backbone: Backbone
-    source: ImageSource
-    config: FitConfig
-    device: torch.device
-
-    def of(
-        self, indices: Sequence[int], failures: list[Failure]
-    ) -> Iterator[tuple[list[TeacherImage], DenseLogits]]:
-        """Yield images and the vectors of them and their locations, batch by batch; check the first batch."""
-        config, input = self.config, self.backbone.input
-        batches = seen_batches(
-            self.source,
-            input,
-            indices,
-            batch_size=config.batch_size,
-            num_workers=config.num_workers,
-            strict=False,
-            failures=failures,
-        )
-        with tqdm(total=len(indices), desc=f"fit-head {config.from_}", unit="img") as bar:
-            for number, seen in enumerate(batches):
-                images = normalize_images(as_tensor(seen, self.device), mean=input.mean, std=input.std)
-                images = images.contiguous(memory_format=torch.channels_last)
-                bf16 = config.precision == "bf16"
-                with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
-                    if number == 0:
-                        say(
-                            check_locations(
-                                self.backbone.network,
-                                images,
-                                name=config.backbone,
-                                precision=config.precision,
-                            )
-                        )
-                    vectors = self.backbone.network(images)
-                yield seen, vectors
-                bar.update(len(seen))
-        if len(failures) == len(indices):
-            raise HeadError(f"none of {len(indices):,} images decodes ({failures[0].reason})")
-        if failures:
-            say(
-                f"{len(failures):,} images were passed over ({listed([failure.reason for failure in failures])})"
-            )
-
-    def sample(self, most: int) -> tuple[Float[Tensor, "n D"], int]:
-        """Return up to `most` vectors of locations in half precision, drawn evenly from images, and of how many."""
-        count = len(self.source)
-        of_each = max(VECTORS_PER_IMAGE, math.ceil(most / count))
-        indices = np.unique(np.linspace(0, count - 1, min(count, math.ceil(most / of_each))).astype(int))
-        size = min(most, of_each * len(indices))
-        sample = torch.empty(size, self.backbone.width, dtype=torch.half, device=self.device)
-        filled = num_images = 0
-        for seen, vectors in self.of(indices.tolist(), []):
-            for item, locations in zip(seen, vectors.locations.flatten(1, 2), strict=True):
-                rng = np.random.default_rng((self.config.seed, *item.key.encode("utf-8", "surrogateescape")))
-                chosen = rng.permutation(len(locations))[: min(of_each, size - filled)]
-                sample[filled : filled + len(chosen)] = locations[
-                    torch.from_numpy(chosen).to(locations.device)
-                ]
-                filled, num_images = filled + len(chosen), num_images + 1
-        return sample[:filled], num_images
-
-
-def _from_words(vectors: Vectors) -> Head:
-    config = vectors.config
-    sample, num_images = vectors.sample(max(LEAST_VECTORS, VECTORS_PER_WORD * config.words))
+def _from_words(vectors: Vectors, config: FitConfig, _: None) -> Head:
+    sample, num_images = vectors.locations(max(LEAST_VECTORS, VECTORS_PER_WORD * config.words))
     if len(sample) < config.words:
         raise HeadError(
             f"{num_images:,} images have {len(sample):,} locations, too few for {config.words:,} words; give more "
@@ -200,15 +212,174 @@ def _from_words(vectors: Vectors) -> Head:
         words.matrix,
         kind="words",
         center=words.center,
-        scale=words.scale,
+        scale=1 / config.temperature if config.temperature else words.scale,
         normalised=True,
         fitted={
             "images": num_images,
             "locations": len(sample),
             "topk": config.topk,
-            "kept_mass": KEPT_MASS,
+            "kept_mass": None if config.temperature else KEPT_MASS,
             "mean_cosine": round(words.cosine, 4),
             "unused_words": words.num_unused,
         },
         backbone=vectors.backbone.description,
     )
+
+
+def _check_labels(source: ImageSource, config: FitConfig) -> None:
+    refuse_single_class(source, "--from labels")
+
+
+def _from_labels(vectors: Vectors, config: FitConfig, _: None) -> Head:
+    """Fit on means of locations, and on locations of which one has to show the class; take what maps better."""
+    source, of_an_image = vectors.source, 2 * vectors.backbone.width  # bytes
+    labelled = np.flatnonzero(getattr(source, "has_class", np.ones(len(source), bool)))
+    indices = labelled[spread(len(labelled), MAX_SAMPLE_BYTES // (of_an_image * (1 + VECTORS_PER_IMAGE)))]
+    length = min(MAX_LOCATIONS, MAX_SAMPLE_BYTES // (of_an_image * len(indices)) - 1)
+    bags, keys = vectors.bags(indices.tolist(), length)
+    class_of = dict(
+        zip((source.keys[i] for i in indices.tolist()), source.class_ids[indices].tolist(), strict=True)
+    )
+    truth = torch.tensor([class_of[key] for key in keys], device=bags.device)
+    num_classes, weights = len(source.class_names), torch.ones(len(truth), device=bags.device)
+    held_out = _held_out(truth.cpu(), seed=config.seed).to(bags.device)
+    if not held_out.any():
+        raise HeadError(
+            f"--from labels: none of {num_classes:,} classes has two images, so none can be held out"
+        )
+    accuracy_of = partial(_map_accuracy, bags=bags[held_out, 1:], truth=truth[held_out])
+    tried: dict[str, tuple[float, float, Examples]] = {}
+    for pooling in ("mean", "instances") if config.pooling == "auto" else (config.pooling,):
+        examples = Examples(bags[:, :1] if pooling == "mean" else bags[:, 1:], truth, weights, num_classes)
+        # By how often the map is right, not by cross entropy: that wants decays so weak that single locations, which
+        # are farther apart than the means that were fitted, are too sure of themselves.
+        fit = choose_decay(examples.of(~held_out), lambda fit: -accuracy_of(fit))
+        tried[pooling] = (accuracy_of(fit), fit.decay, examples)
+    best = max(tried, key=lambda pooling: tried[pooling][0])
+    measured = " and ".join(f"{accuracy:.1%} ({pooling})" for pooling, (accuracy, *_) in tried.items())
+    say(
+        f"the mean of the map is right for {measured} of {int(held_out.sum()):,} held-out images; takes {best}"
+    )
+    accuracy, decay, examples = tried[best]
+    fit = fit_linear(examples, decay)
+    return Head(
+        fit.matrix,
+        kind="labels",
+        bias=fit.bias,
+        class_names=source.class_names,
+        fitted={
+            "images": len(truth),
+            "held_out_images": int(held_out.sum()),
+            "held_out_accuracy": round(accuracy, 4),
+            "pooling": best,
+            "weight_decay": decay,
+        },
+        backbone=vectors.backbone.description,
+    )
+
+
+def _map_accuracy(fit: Linear, bags: Float[Tensor, "n L D"], truth: Int[Tensor, " n"]) -> float:
+    """Return for how many images the mean distribution of their locations has the right class first."""
+    guesses = [fit.logits(block).softmax(dim=2).mean(dim=1).argmax(dim=1) for block in bags.split(256)]
+    return float((torch.cat(guesses) == truth).float().mean())
+
+
+def _held_out(class_ids: Tensor, *, seed: int) -> Bool[Tensor, " n"]:
+    """Draw a fifth of each class, one at least, of classes with two images at least."""
+    held_out = torch.zeros(len(class_ids), dtype=torch.bool)
+    generator = torch.Generator().manual_seed(seed)
+    for class_id in class_ids.unique():
+        rows = (class_ids == class_id).nonzero()[:, 0]
+        count = max(1, round(HELD_OUT * len(rows))) if len(rows) > 1 else 0
+        held_out[rows[torch.randperm(len(rows), generator=generator)[:count]]] = True
+    return held_out
+
+
+def _check_masks(source: ImageSource, config: FitConfig) -> tuple[MaskFolder, list[str], list[int]]:
+    names = list(source.class_names)
+    if config.class_names is not None:
+        names = read_class_names(config.class_names, option="--class-names")
+    if len(names) < 2:
+        raise HeadError("masks need the names of their classes by id: give --class-names FILE, one a line")
+    folder = Path(config.from_.removeprefix(MASKS))
+    masks = MaskFolder(folder, num_classes=len(names), ignore_index=config.ignore_index, source=source)
+    masks.check(names, all_needed=False)
+    indices = [index for index, key in enumerate(source.keys) if key in masks]
+    if len(indices) < 2:
+        raise HeadError(
+            f"--from {config.from_}: has masks of {len(indices)} of {len(source):,} images; two at least are needed, "
+            f"to hold some out, laid out like the images ({next(mask_names(source.keys[0]))} for {source.keys[0]})"
+        )
+    return masks, names, indices
+
+
+def _from_masks(vectors: Vectors, config: FitConfig, found: tuple[MaskFolder, list[str], list[int]]) -> Head:
+    """Fit on locations, whose targets are the shares of the classes in their cells."""
+    masks, names, indices = found
+    of_a_location = 2 * vectors.backbone.width + 4 * len(names)  # bytes
+    most = max(1, MAX_SAMPLE_BYTES // (of_a_location * len(indices)))
+    sample, cells, owners = vectors.cells(masks, indices, most)
+    areas = cells.sum(dim=1)
+    examples = Examples(sample[:, None], cells / areas[:, None], areas, len(names))
+    num_images = int(owners.max()) + 1
+    held_out = _held_out(torch.zeros(num_images), seed=config.seed).to(owners.device)[owners.long()]
+    fit = choose_decay(examples.of(~held_out), partial(cross_entropy, examples=examples.of(held_out)))
+    guesses = fit.logits(sample[held_out]).argmax(dim=1, keepdim=True)
+    right = float(cells[held_out].gather(1, guesses).sum() / areas[held_out].sum())
+    say(f"{right:.1%} of the area of held-out masks is right")
+    fit = fit_linear(examples, fit.decay)
+    return Head(
+        fit.matrix,
+        kind="masks",
+        bias=fit.bias,
+        class_names=names,
+        fitted={
+            "images": num_images,
+            "locations": len(examples),
+            "held_out_images": int(owners[held_out].unique().numel()),
+            "held_out_accuracy": round(right, 4),
+            "weight_decay": fit.decay,
+        },
+        backbone=vectors.backbone.description,
+    )
+
+
+def _from_embeddings(kind: Kind, names: list[str], backbone: Backbone, config: FitConfig) -> Head:
+    """Make a head of the embeddings of class names, of a text tower or of a file: scaled cosines."""
+    if kind == "text":
+        tower = load_tower(config.backbone)
+        matrix, temperature = text_embeddings(tower, names), 1 / tower.scale
+    else:
+        matrix, temperature = _read_embeddings(Path(config.from_)), FILE_TEMPERATURE
+    if len(names) < 2 or matrix.shape != (len(names), backbone.width):
+        raise HeadError(
+            f"--from {config.from_}: expected an embedding of {backbone.width} numbers, the width of "
+            f"{config.backbone}, for each of {len(names):,} class names (two at least); got {tuple(matrix.shape)}"
+        )
+    return Head(
+        torch.nn.functional.normalize(matrix.float(), dim=1),
+        kind=kind,
+        scale=1 / (config.temperature or temperature),
+        normalised=True,
+        class_names=names,
+        fitted={"prompts": len(PROMPTS)} if kind == "text" else {"file": Path(config.from_).name},
+        backbone=backbone.description,
+    )
+
+
+def _read_embeddings(path: Path) -> Float[Tensor, "C D"]:
+    """Return the one matrix of a file, or that called `embeddings`."""
+    try:
+        if path.suffix == ".npy":
+            return torch.from_numpy(np.load(path, allow_pickle=False).astype(np.float32))
+        tensors = load_file(path)
+        matrices = (
+            [tensors["embeddings"]]
+            if "embeddings" in tensors
+            else [t for t in tensors.values() if t.ndim == 2]
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise HeadError(f"--from {path}: cannot be read as embeddings ({first_line(error)})") from error
+    if len(matrices) != 1 or matrices[0].ndim != 2:
+        raise HeadError(f"--from {path}: expected one tensor [classes, width], or one called `embeddings`")
+    return matrices[0].float()

@@ -28,8 +28,8 @@ from tokenlabel.teachers.networks import Teacher
 S = TypeVar("S")
 T = TypeVar("T")
 
-# Images that wait for others of their shape fill this many batches at the most.
-MAX_WAITING_BATCHES = 4
+# Images that wait for others of their shape at the most, or four batches: photographs have a few dozen shapes.
+MAX_WAITING_IMAGES = 256
 
 # Score maps that may wait to be packed while the teacher goes on.
 NUM_PACKED_AHEAD = 1024
@@ -185,14 +185,14 @@ def _see(source: ImageSource, input: TeacherInput, strict: bool, index: int) -> 
 def _by_shape(items: Iterable[TeacherImage], batch_size: int) -> Iterator[list[TeacherImage]]:
     """Yield batches of images of one shape; smaller ones at the end, and where many shapes wait for company."""
     waiting: dict[tuple[int, ...], list[TeacherImage]] = {}
-    num_waiting = 0
+    num_waiting, max_waiting = 0, max(MAX_WAITING_IMAGES, 4 * batch_size)
     for item in items:
         batch = waiting.setdefault(item.pixels.shape, [])
         batch.append(item)
         num_waiting += 1
-        if num_waiting >= MAX_WAITING_BATCHES * batch_size:
+        if num_waiting >= max_waiting:
             batch = max(waiting.values(), key=len)
-        if len(batch) >= batch_size or num_waiting >= MAX_WAITING_BATCHES * batch_size:
+        if len(batch) >= batch_size or num_waiting >= max_waiting:
             num_waiting -= len(batch)
             yield waiting.pop(batch[0].pixels.shape)
     yield from waiting.values()

@@ -1,0 +1,126 @@
+"""Class names as vectors: the text tower that was trained beside a backbone (open_clip; the extra `text`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from tokenlabel.models.hub import hub_or_cache
+from tokenlabel.runtime.errors import first_line
+from tokenlabel.runtime.notices import listed
+from tokenlabel.teachers.heads import HeadError
+
+# What a class is embedded in; a location shows a part of a photograph as often as a whole thing.
+PROMPTS = (
+    "{}",
+    "a photo of a {}.",
+    "a photo of the {}.",
+    "a close-up of a {}.",
+    "a part of a {}.",
+    "a picture in which there is a {}.",
+    "a blurry photo of a {}.",
+    "many {}.",
+)
+
+_SIGLIP = {
+    "base_patch16_siglip_224": "B-16-SigLIP",
+    "base_patch16_siglip_256": "B-16-SigLIP-256",
+    "base_patch16_siglip_384": "B-16-SigLIP-384",
+    "base_patch16_siglip_512": "B-16-SigLIP-512",
+    "large_patch16_siglip_256": "L-16-SigLIP-256",
+    "large_patch16_siglip_384": "L-16-SigLIP-384",
+    "so400m_patch14_siglip_224": "SO400M-14-SigLIP",
+    "so400m_patch14_siglip_378": "SO400M-14-SigLIP-378",
+}
+
+# timm's name of a backbone, and open_clip's name and weights of the network that it is the image tower of.
+PAIRS: dict[str, tuple[str, str]] = {
+    "vit_base_patch32_clip_224.openai": ("ViT-B-32-quickgelu", "openai"),
+    "vit_base_patch16_clip_224.openai": ("ViT-B-16-quickgelu", "openai"),
+    "vit_large_patch14_clip_224.openai": ("ViT-L-14-quickgelu", "openai"),
+    "vit_large_patch14_clip_336.openai": ("ViT-L-14-336-quickgelu", "openai"),
+    "vit_base_patch32_clip_224.laion2b": ("ViT-B-32", "laion2b_s34b_b79k"),
+    "vit_base_patch16_clip_224.laion2b": ("ViT-B-16", "laion2b_s34b_b88k"),
+    "vit_large_patch14_clip_224.laion2b": ("ViT-L-14", "laion2b_s32b_b82k"),
+    "vit_huge_patch14_clip_224.laion2b": ("ViT-H-14", "laion2b_s32b_b79k"),
+    "vit_base_patch32_clip_224.datacompxl": ("ViT-B-32", "datacomp_xl_s13b_b90k"),
+    "vit_base_patch16_clip_224.datacompxl": ("ViT-B-16", "datacomp_xl_s13b_b90k"),
+    "vit_large_patch14_clip_224.datacompxl": ("ViT-L-14", "datacomp_xl_s13b_b90k"),
+    "vit_pe_core_tiny_patch16_384.fb": ("PE-Core-T-16-384", "meta"),
+    "vit_pe_core_small_patch16_384.fb": ("PE-Core-S-16-384", "meta"),
+    "vit_pe_core_base_patch16_224.fb": ("PE-Core-B-16", "meta"),
+    "vit_pe_core_large_patch14_336.fb": ("PE-Core-L-14-336", "meta"),
+    **{f"vit_{timm}.webli": (f"ViT-{clip}", "webli") for timm, clip in _SIGLIP.items()},
+    **{
+        f"vit_{timm}.v2_webli": (f"ViT-{clip}".replace("LIP", "LIP2"), "webli")
+        for timm, clip in _SIGLIP.items()
+    },
+}
+
+
+@runtime_checkable
+class TextTower(Protocol):
+    """What makes vectors of texts that may be compared with those of images. `scale`: of their cosines."""
+
+    @property
+    def scale(self) -> float:
+        """The inverse temperature that it was trained with."""
+        ...
+
+    def encode(self, texts: Sequence[str]) -> Float[Tensor, "n D"]:
+        """Return the vector of each text."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class OpenClipTower:
+    """The text tower of an open_clip network, with its tokenizer."""
+
+    network: Any
+    tokenizer: Any
+    scale: float
+
+    @torch.inference_mode()
+    def encode(self, texts: Sequence[str]) -> Float[Tensor, "n D"]:
+        """Return the vector of each text."""
+        return self.network.encode_text(self.tokenizer(list(texts))).float()
+
+
+def load_tower(backbone: str) -> TextTower:
+    """Return the text tower of a backbone by timm's name. Raises HeadError for one that has none, or is unknown."""
+    if backbone not in PAIRS:
+        raise HeadError(
+            f"{backbone}: its text tower is not known, if it has one; known are those of {listed(sorted(PAIRS), 5)}. "
+            "Make embeddings of the names yourself and give them by --from FILE, or fit a head --from labels"
+        )
+    try:
+        import open_clip  # pyright: ignore[reportMissingImports]  (the extra `text`)
+    except ImportError:
+        raise HeadError(
+            "--from text needs open_clip, which is not installed: pip install tokenlabel[text]"
+        ) from None
+    name, pretrained = PAIRS[backbone]
+    try:
+        with hub_or_cache():
+            network = open_clip.create_model(name, pretrained=pretrained).eval()
+            tokenizer = open_clip.get_tokenizer(name)
+    except Exception as error:  # open_clip, the hub and tokenizers raise whatever they run into
+        raise HeadError(
+            f"the text tower of {backbone} ({name}, {pretrained}) cannot be loaded ({first_line(error)})"
+        ) from error
+    return OpenClipTower(network, tokenizer, float(network.logit_scale.exp()))
+
+
+def text_embeddings(tower: TextTower, class_names: Sequence[str]) -> Float[Tensor, "C D"]:
+    """Return the mean direction of each class's name in all PROMPTS, of length 1."""
+    rows = []
+    for name in class_names:
+        vectors = tower.encode([prompt.format(name.replace("_", " ")) for prompt in PROMPTS])
+        rows.append(normalize(normalize(vectors, dim=1).mean(dim=0), dim=0))
+    return torch.stack(rows)

@@ -1,0 +1,139 @@
+"""The vectors of images, streamed through a backbone; what is kept of them is a sample of bounded size."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from tokenlabel.core.batch import normalize_images
+from tokenlabel.data.images import ImageSource
+from tokenlabel.evaluation.observation import MaskFolder
+from tokenlabel.labels.manifest import Failure
+from tokenlabel.runtime.notices import listed, say
+from tokenlabel.teachers.backbone import Backbone, check_locations
+from tokenlabel.teachers.dense import DenseLogits
+from tokenlabel.teachers.heads import HeadError
+from tokenlabel.teachers.labelling import TeacherImage, as_tensor, seen_batches
+from tokenlabel.teachers.masks import shares
+
+VECTORS_PER_IMAGE = 8
+"""The least that is taken of an image, where there are more than enough images."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Vectors:
+    """The vectors of images by a backbone: never more than a batch of them at once, but for the samples below.
+
+    Samples are in half precision, on the backbone's device, and drawn by `seed` and the images' keys.
+    """
+
+    backbone: Backbone
+    source: ImageSource
+    device: torch.device
+    precision: Literal["fp32", "bf16"]
+    batch_size: int
+    num_workers: int
+    seed: int
+
+    def of(self, indices: Sequence[int]) -> Iterator[tuple[list[TeacherImage], DenseLogits]]:
+        """Yield images and the vectors of them and their locations, batch by batch; check the first batch.
+
+        Images that do not decode are passed over, and said at the end. Raises HeadError where none does.
+        """
+        input, network, failures = self.backbone.input, self.backbone.network, list[Failure]()
+        name = self.backbone.description["name"]
+        batches = seen_batches(
+            self.source,
+            input,
+            indices,
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+            strict=False,
+            failures=failures,
+        )
+        bf16 = self.precision == "bf16"
+        with tqdm(total=len(indices), desc=f"vectors of {name}", unit="img") as bar:
+            for number, seen in enumerate(batches):
+                images = normalize_images(as_tensor(seen, self.device), mean=input.mean, std=input.std)
+                images = images.contiguous(memory_format=torch.channels_last)
+                with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+                    if number == 0:
+                        say(check_locations(network, images, name=name, precision=self.precision))
+                    vectors = network(images)
+                yield seen, vectors
+                bar.update(len(seen))
+        if len(failures) == len(indices):
+            raise HeadError(f"none of {len(indices):,} images decodes ({failures[0].reason})")
+        if failures:
+            reasons = listed([failure.reason for failure in failures])
+            say(f"{len(failures):,} of {len(indices):,} images were passed over ({reasons})")
+
+    def locations(self, most: int) -> tuple[Float[Tensor, "n D"], int]:
+        """Return up to `most` vectors of locations, drawn evenly from the images, and of how many images they are."""
+        count = len(self.source)
+        of_each = max(VECTORS_PER_IMAGE, math.ceil(most / count))
+        indices = spread(count, math.ceil(most / of_each))
+        sample = self._empty(min(most, of_each * len(indices)))
+        filled = num_images = 0
+        for seen, vectors in self.of(indices.tolist()):
+            for item, locations in zip(seen, vectors.locations.flatten(1, 2), strict=True):
+                chosen = self._drawn(
+                    item.key, len(locations), min(of_each, len(sample) - filled, len(locations))
+                )
+                sample[filled : filled + len(chosen)] = locations[chosen]
+                filled, num_images = filled + len(chosen), num_images + 1
+        return sample[:filled], num_images
+
+    def bags(self, indices: Sequence[int], length: int) -> tuple[Float[Tensor, "n L D"], list[str]]:
+        """Return the mean of each image's locations and `length` of them, and the keys of the images."""
+        bags, keys = self._empty(len(indices), 1 + length), list[str]()
+        for seen, vectors in self.of(indices):
+            for item, locations in zip(seen, vectors.locations.flatten(1, 2), strict=True):
+                bags[len(keys), 0] = locations.float().mean(dim=0)
+                bags[len(keys), 1:] = locations[self._drawn(item.key, len(locations), length)]
+                keys.append(item.key)
+        return bags[: len(keys)], keys
+
+    def cells(
+        self, masks: MaskFolder, indices: Sequence[int], most: int
+    ) -> tuple[Float[Tensor, "n D"], Float[Tensor, "n C"], Float[Tensor, " n"]]:
+        """Return up to `most` locations of each image, the share of each class in their cells, and whose they are."""
+        parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        for seen, vectors in self.of(indices):
+            grid = (vectors.locations.shape[1], vectors.locations.shape[2])
+            for item, locations in zip(seen, vectors.locations.flatten(1, 2), strict=True):
+                mask = masks[item.key]
+                of_class = torch.zeros(len(locations), masks.num_classes)
+                of_class[:, mask.palette.astype(np.int64)] = torch.from_numpy(shares(mask, grid)).flatten(
+                    0, 1
+                )
+                chosen = self._drawn(item.key, len(locations), min(most, len(locations)))
+                chosen = chosen[of_class[chosen].sum(dim=1).numpy() > 0]
+                owner = torch.full((len(chosen),), float(len(parts)))
+                parts.append(
+                    (locations[chosen].half(), of_class[chosen].to(self.device), owner.to(self.device))
+                )
+        vectors, of_class, owners = (torch.cat(part) for part in zip(*parts, strict=True))
+        return vectors, of_class, owners
+
+    def _empty(self, *size: int) -> Tensor:
+        return torch.empty(*size, self.backbone.width, dtype=torch.half, device=self.device)
+
+    def _drawn(self, key: str, count: int, most: int) -> NDArray[np.int64]:
+        """Draw `most` of `count` locations of an image, with repetition only where there are fewer."""
+        rng = np.random.default_rng((self.seed, *key.encode("utf-8", "surrogateescape")))
+        return np.resize(rng.permutation(count), most)
+
+
+def spread(count: int, most: int) -> NDArray[np.int64]:
+    """Return at most so many of the numbers below `count`, evenly spread."""
+    return np.unique(np.linspace(0, count - 1, min(count, most)).astype(np.int64))
