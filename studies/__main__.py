@@ -17,8 +17,8 @@ from studies.runs import finished_runs, run_all, run_job
 from studies.tables import Study, StudyError, names_in, read_table, read_testbed
 from tokenlabel.cli import run_command
 from tokenlabel.runtime.arguments import add_device, device_of, new_parser, parse
+from tokenlabel.runtime.coercion import NATURAL, check_numbers
 from tokenlabel.runtime.distributed import launched_ranks
-from tokenlabel.runtime.ranges import NATURAL, check_numbers
 
 COMMAND = "python -m studies"
 

@@ -23,7 +23,7 @@ from tokenlabel.evaluation.evaluators import Accuracy, Calibration, TokenTruth
 from tokenlabel.evaluation.observation import MaskFolder, agreement, evaluation_set, observe
 from tokenlabel.evaluation.probe import image_figures, probe_figures
 from tokenlabel.labels.store import LabelStore
-from tokenlabel.runtime.files import write_whole
+from tokenlabel.runtime.process import write_whole
 from tokenlabel.runtime.runlog import read_metrics
 from tokenlabel.training.checkpoint import TrainedModel, load_model
 

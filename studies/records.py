@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from studies.tables import StudyError
-from tokenlabel.runtime.files import write_whole
+from tokenlabel.runtime.process import write_whole
 
 
 @dataclass(frozen=True, kw_only=True)

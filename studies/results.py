@@ -22,7 +22,7 @@ from studies.measures import METRICS
 from studies.records import Records, RunRecord
 from studies.tables import Study, Table
 from tokenlabel.drawing.charts import as_svg, curve_chart
-from tokenlabel.runtime.files import write_whole
+from tokenlabel.runtime.process import write_whole
 
 # A claim needs so many seeds.
 SEEDS_OF_A_CLAIM = 5

@@ -33,8 +33,7 @@ from tokenlabel.classification import task as classification
 from tokenlabel.data.scenes import write_scenes
 from tokenlabel.data.sources import open_images
 from tokenlabel.runtime.distributed import Ranks, joined_ranks, launched_ranks
-from tokenlabel.runtime.files import write_whole
-from tokenlabel.runtime.interruption import Interrupted
+from tokenlabel.runtime.process import Interrupted, write_whole
 from tokenlabel.runtime.runlog import read_metrics
 from tokenlabel.segmentation import task as segmentation
 from tokenlabel.segmentation.recipe import SegmentRecipe

@@ -30,9 +30,7 @@ from tokenlabel.cli import main
 from tokenlabel.core.align import align
 from tokenlabel.core.batch import collate_score_maps
 from tokenlabel.core.geometry import WHOLE_IMAGE, Box, View, stack_views
-from tokenlabel.core.scores import ScoreError
 from tokenlabel.data.images import ImageError, ImageFolder
-from tokenlabel.data.masks import MaskError
 from tokenlabel.data.sources import open_images
 from tokenlabel.data.tars import TarImages
 from tokenlabel.labels.encoding import DEFAULT_TOLERANCE
@@ -40,10 +38,10 @@ from tokenlabel.labels.fingerprints import find_replaced
 from tokenlabel.labels.inspection import InspectConfig, as_text, inspect_store
 from tokenlabel.labels.store import LabelStore, LabelStoreWriter, StoreError
 from tokenlabel.models import create_model
-from tokenlabel.runtime.background import ahead, thread_pool
+from tokenlabel.runtime.errors import ConfigError, DataError
+from tokenlabel.runtime.process import ahead, thread_pool
 from tokenlabel.teachers import labelling
 from tokenlabel.teachers.annotation import AnnotateConfig, annotate, annotate_by, make_teacher
-from tokenlabel.teachers.classmap import ClassMapError
 from tokenlabel.teachers.labelling import TeacherImage, _by_shape
 from tokenlabel.teachers.masks import MaskTeacher
 from tokenlabel.teachers.networks import TeacherError, load_teacher
@@ -443,7 +441,7 @@ def test_scores_that_are_not_finite_are_refused_by_the_images_name(images, tmp_p
                 probs[-1, 1, 3, 2] = value
             return probs
 
-    with pytest.raises(ScoreError, match=r"wide\.png: .* scores are not finite"):
+    with pytest.raises(ValueError, match=r"wide\.png: .* scores are not finite"):
         run(images, tmp_path / "labels", Broken())
 
 
@@ -495,7 +493,7 @@ def test_a_run_of_our_own_as_teacher(images, tmp_path):
 
 def test_a_teacher_of_other_classes_is_refused(images, tmp_path):
     (images / "green").rename(images / "grass")
-    with pytest.raises(ClassMapError, match="'green' to the teacher and 'grass' to the images"):
+    with pytest.raises(ConfigError, match="'green' to the teacher and 'grass' to the images"):
         run(images, tmp_path / "labels")
 
 
@@ -614,7 +612,7 @@ def test_masks_of_unknown_ids_stop_and_class_maps_mend_them(images, tmp_path):
     for key in ImageFolder(images).keys:
         write_mask((tmp_path / "masks" / key).with_suffix(".png"), np.array([[7, 2], [9, 255]]))
     teacher = f"masks:{tmp_path / 'masks'}"
-    with pytest.raises(MaskError, match="holds 7, 9, which is no id of 3 classes"):
+    with pytest.raises(DataError, match="holds 7, 9, which is no id of 3 classes"):
         annotate(images, tmp_path / "labels", config(teacher=teacher), device=CPU)
     (tmp_path / "map.csv").write_text("7,red\n2,red\n3,blue\n4,green\n")
     with_map = config(teacher=teacher, class_map=str(tmp_path / "map.csv"))

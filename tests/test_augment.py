@@ -20,8 +20,9 @@ from tokenlabel.core.scores import from_mask
 from tokenlabel.data import images
 from tokenlabel.data.augment import EvalTransform, TrainTransform, draw_crop, one_view
 from tokenlabel.data.config import AugmentConfig, ColourJitter, Interpolation, Order, WarpConfig
-from tokenlabel.data.randaugment import COLOURS, WARPS, PolicyError, RandAugment, parse_randaugment
+from tokenlabel.data.randaugment import COLOURS, WARPS, RandAugment, parse_randaugment
 from tokenlabel.data.resampling import MEAN_COLOUR, resize, warp
+from tokenlabel.runtime.errors import ConfigError
 
 fast = settings(max_examples=40, deadline=None)
 
@@ -353,7 +354,7 @@ class TestRandAugment:
         ],
     )
     def test_other_names_are_refused_with_the_near_one(self, name, message):
-        with pytest.raises(PolicyError, match=message):
+        with pytest.raises(ConfigError, match=message):
             AugmentConfig(randaugment=name)
 
     def test_operations_are_drawn_as_often_as_asked(self):

@@ -19,13 +19,14 @@ from timm.models import save_for_hf
 from tokenlabel.cli import main
 from tokenlabel.core.config import OnlineTeacherConfig
 from tokenlabel.core.scores import from_mask
-from tokenlabel.data.batches import LabelsError, check_labels
-from tokenlabel.data.classes import ClassMapError, class_order, ids_among
+from tokenlabel.data.batches import check_labels
+from tokenlabel.data.classes import class_order, ids_among
 from tokenlabel.data.imagenet import SETS, read_real_labels
 from tokenlabel.data.images import ImageFolder
 from tokenlabel.evaluation.observation import evaluation_set
 from tokenlabel.labels.store import LabelStore, LabelStoreWriter, Manifest
 from tokenlabel.models import TimmAdapter, create_model
+from tokenlabel.runtime.errors import ConfigError, DataError
 from tokenlabel.teachers.classmap import class_map_for
 from tokenlabel.teachers.ensemble import name_classes
 from tokenlabel.teachers.networks import TeacherConfig, load_teacher
@@ -228,7 +229,7 @@ def test_a_class_map_may_be_json(tmp_path):
     assert found is not None
     assert found.targets.tolist() == [1, 1, 0]
     path.with_suffix(".txt").write_text("x" * 5000)
-    with pytest.raises(ClassMapError, match=r"map.txt, line 1: expected the teacher's class.{,140}$"):
+    with pytest.raises(ConfigError, match=r"map.txt, line 1: expected the teacher's class.{,140}$"):
         class_map_for(str(path.with_suffix(".txt")), ["a"], ["ant"], num_theirs=1)
 
 
@@ -340,7 +341,7 @@ def test_other_classes_as_many_as_imagenets_are_refused(weights, capsys):
     )  # shards of `.cls`
     others = [f"class{i:03d}" for i in range(1000)]
     with pytest.raises(
-        ClassMapError, match=r"'n01440764' to the teacher and 'class000' .*`order` if .*--class-order"
+        ConfigError, match=r"'n01440764' to the teacher and 'class000' .*`order` if .*--class-order"
     ):
         class_map_for(None, WNIDS, others, num_theirs=1000, assumed=True)
     assert class_map_for("order", WNIDS, others, num_theirs=1000, assumed=True) is None
@@ -516,7 +517,7 @@ def test_labels_without_names_are_said_to_be_taken_in_order(tmp_path, capsys, mo
     done = run(capsys, "inspect", "named", "--images", "others")
     assert "'cow' is no class of the labels; the labels know ant, bee, cat (3 classes)" in done.said
     write_labels("turned", ("cat", "bee", "ant"), names)
-    with pytest.raises(LabelsError, match="class 0 is 'cat' to the labels and 'ant' to the images"):
+    with pytest.raises(DataError, match="class 0 is 'cat' to the labels and 'ant' to the images"):
         check_labels(source, LabelStore("turned"))
     assert "the images have 3" not in run(capsys, "merge", "named", "turned", "both").said
 

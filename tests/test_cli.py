@@ -64,10 +64,11 @@ def test_the_report_is_one_file_with_pictures_and_curves(demo):
     assert page.count("data:image/png;base64,") >= 30
     assert "<svg" in page
     for title in (
-        "score maps",
-        "labels of their tokens",
-        "Mixed pairs (mixtoken)",
-        "token-labels says about the places",
+        "What token-labels is trained on: its first batch",
+        "the teacher&#x27;s map",
+        "targets of its tokens",
+        "mixed, as trained on",
+        "What token-labels, class-labels, teacher say about val images",
     ):
         assert title in page
     links = re.findall(r'(?:src|href)="(?!data:)([^"#]+)"', page)

@@ -23,7 +23,7 @@ from tokenlabel.core.batch import normalize_images
 from tokenlabel.core.geometry import Box, View
 from tokenlabel.core.scores import from_mask
 from tokenlabel.data import images
-from tokenlabel.data.batches import LabelsError, TokenLabelDataset, check_labels, collate, make_loader
+from tokenlabel.data.batches import TokenLabelDataset, check_labels, collate, make_loader
 from tokenlabel.data.images import (
     DataError,
     ImageCheck,
@@ -279,17 +279,17 @@ class TestCheckLabels:
 
     def test_images_without_label_are_counted_and_named(self):
         source = ImagesInMemory()
-        with pytest.raises(LabelsError, match=r"8 of 10 images .*cat/2.png, dog/3.png, cat/4.png, \.\.\."):
+        with pytest.raises(DataError, match=r"8 of 10 images .*cat/2.png, dog/3.png, cat/4.png, \.\.\."):
             check_labels(source, LabelsInMemory(source.keys[:2]))
 
     def test_another_number_of_classes_is_an_error(self):
         source = ImagesInMemory()
-        with pytest.raises(LabelsError, match="1,000 classes, the images have 2"):
+        with pytest.raises(DataError, match="1,000 classes, the images have 2"):
             check_labels(source, LabelsInMemory(source.keys, num_classes=1000))
 
     def test_other_class_names_are_an_error(self):
         source = ImagesInMemory()
-        with pytest.raises(LabelsError, match="class 1 is 'cow' to the labels and 'dog' to the images"):
+        with pytest.raises(DataError, match="class 1 is 'cow' to the labels and 'dog' to the images"):
             check_labels(source, LabelsInMemory(source.keys, class_names=("cat", "cow")))
 
 
@@ -360,7 +360,7 @@ class TestCollate:
 
     def test_a_batch_of_which_only_some_have_score_maps_is_refused(self):
         store = LabelsInMemory(ImagesInMemory().keys)
-        with pytest.raises(LabelsError, match="1 of the 2 samples"):
+        with pytest.raises(DataError, match="1 of the 2 samples"):
             collate([dataset(store=store)[0, 0], dataset()[0, 1]])
 
     def test_moving_a_batch_keeps_everything(self):

@@ -17,9 +17,9 @@ from tokenlabel.evaluation.pretrained import load_pretrained
 from tokenlabel.models import create_model, load_published
 from tokenlabel.models.weights import adapter_name
 from tokenlabel.runtime.configuration import config_from_dict
+from tokenlabel.runtime.errors import ConfigError
 from tokenlabel.training.checkpoint import TrainedModel, TrainState, load_model, save_checkpoint
 from tokenlabel.training.export import (
-    ExportError,
     export_run,
     write_hub_folder,
     write_onnx,
@@ -151,7 +151,7 @@ def test_runs_are_exported_by_the_suffix_and_nothing_is_lost(tmp_path: Path) -> 
     out = tmp_path / "deep" / "model.safetensors"
     export_run(tmp_path / "run", out)
     assert {adapter_name(name) for name in load_file(out)} == trained.model.state_dict().keys()
-    with pytest.raises(ExportError, match=r"model.safetensors is there already"):
+    with pytest.raises(ConfigError, match=r"model.safetensors is there already"):
         export_run(tmp_path / "run", out)
     export_run(tmp_path / "run", out, overwrite=True)
     folder = tmp_path / "hub"
@@ -163,21 +163,21 @@ def test_runs_are_exported_by_the_suffix_and_nothing_is_lost(tmp_path: Path) -> 
 def test_no_run_is_replaced_by_an_export(tmp_path: Path) -> None:
     save_run(tmp_path / "runs" / "run", LVVIT)
     for out in (tmp_path / "runs" / "run", tmp_path / "runs"):
-        with pytest.raises(ExportError, match="is no folder that an export made"):
+        with pytest.raises(ConfigError, match="is no folder that an export made"):
             export_run(tmp_path / "runs" / "run", out, overwrite=True)
     assert load_model(tmp_path / "runs" / "run").step == 1
 
 
 def test_what_cannot_be_exported_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
     save_run(tmp_path / "run", T2T)
-    with pytest.raises(ExportError, match=r"model.pt: expected a name in .safetensors or .onnx"):
+    with pytest.raises(ConfigError, match=r"model.pt: expected a name in .safetensors or .onnx"):
         export_run(tmp_path / "run", tmp_path / "model.pt")
-    with pytest.raises(ExportError, match=r"only .onnx has outputs"):
+    with pytest.raises(ConfigError, match=r"only .onnx has outputs"):
         export_run(tmp_path / "run", tmp_path / "hub", dense=True)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_a_graph_that_says_something_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tokenlabel.training.export.TOLERANCE", -1.0)
-    with pytest.raises(ExportError, match=r"logits of the ONNX graph are .* off"):
+    with pytest.raises(ConfigError, match=r"logits of the ONNX graph are .* off"):
         write_onnx(trained_model(*VIT), tmp_path / "model.onnx", inference=Inference.CLASS, dense=False)

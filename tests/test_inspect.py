@@ -23,8 +23,8 @@ from tokenlabel.labels.inspection import (
     inspect_store,
     verify,
 )
+from tokenlabel.labels.pictures import write_pictures
 from tokenlabel.labels.store import Failure, LabelStore, LabelStoreWriter, Manifest, StoreError
-from tokenlabel.report.labels import write_pictures
 
 NAMES = ("ape", "bee", "cat", "dog")
 
@@ -149,8 +149,10 @@ def test_pictures_show_the_most_and_the_least_certain(folder, tmp_path):
     certain_ones = [("ape/1.png", "ape", "100"), ("cat/1.png", "cat", "75")]
     uncertain_ones = [("bee/2.png", "bee", "25"), ("bee/1.png", "bee", "50")]
     assert shown == [*certain_ones, *uncertain_ones, ("cat/1.png", "cat", "75")]
-    assert page.count("data:image/png;base64") == 10
-    assert "4 labels; all of them were looked at. Left:" in page
+    assert page.count("data:image/png;base64") == 5
+    assert page.count("data:image/jpeg;base64") == 1
+    assert re.findall(r"</i>([^<]*)</span>", page) == ["bee", "ape", "dog"]
+    assert "4 labels; all of them were looked at. Right of each image its map:" in page
     assert page.count("dog 75%") == 2, "the most probable class of the doubtful one"
     assert "http" not in page
 
@@ -159,7 +161,7 @@ def test_pictures_of_some_of_the_images(folder, tmp_path):
     (tmp_path / "images" / "ape").mkdir(parents=True)
     Image.new("RGB", (4, 4)).save(tmp_path / "images" / "ape" / "1.png")
     write_pictures(LabelStore(folder), ImageFolder(tmp_path / "images"), tmp_path / "x.html")
-    assert "4 labels; these are from 1. Left:" in (tmp_path / "x.html").read_text()
+    assert "4 labels; these are from 1. Right of each image" in (tmp_path / "x.html").read_text()
 
 
 def test_pictures_of_other_images(folder, tmp_path):
@@ -169,7 +171,7 @@ def test_pictures_of_other_images(folder, tmp_path):
         write_pictures(LabelStore(folder), ImageFolder(tmp_path / "images"), tmp_path / "x.html")
 
 
-def test_pictures_show_only_what_the_teacher_saw(tmp_path):
+def test_maps_lie_on_the_part_of_the_image_that_the_teacher_saw(tmp_path):
     (tmp_path / "images" / "ape").mkdir(parents=True)
     Image.new("RGB", (40, 10)).save(tmp_path / "images" / "ape" / "1.png")
     mask = from_mask(np.zeros((2, 2), int), num_classes=4)
@@ -179,6 +181,7 @@ def test_pictures_show_only_what_the_teacher_saw(tmp_path):
     output = tmp_path / "x.html"
     write_pictures(LabelStore(tmp_path / "labels"), ImageFolder(tmp_path / "images"), output, count=1)
     assert "ape 100%" in output.read_text()
+    assert "left: 37.500%; top: 0.000%; width: 25.000%; height: 100.000%" in output.read_text()
 
 
 def test_suspects_are_ranked_by_the_quotient_of_their_own_and_the_best_class(tmp_path):

@@ -15,7 +15,7 @@ from segment_cases import BACKBONE, write_image
 
 from tokenlabel.cli import main
 from tokenlabel.data.images import DataError
-from tokenlabel.data.masks import MaskError, decode_mask
+from tokenlabel.data.masks import decode_mask
 from tokenlabel.data.sources import open_images
 from tokenlabel.evaluation.observation import MaskFolder
 from tokenlabel.labels.store import LabelStore
@@ -80,7 +80,7 @@ class TestFiles:
     )
     def test_what_holds_no_class_numbers_is_refused(self, mode, kind, message):
         Image.new(mode, (3, 2), 0.5 if mode == "F" else 1).save(buffer := io.BytesIO(), kind)
-        with pytest.raises(MaskError, match=f"m.png: {message}"):
+        with pytest.raises(DataError, match=f"m.png: {message}"):
             decode_mask(buffer.getvalue(), "m.png")
 
     def test_a_mask_with_a_tag_of_its_own_is_turned_as_images_are(self):
@@ -145,7 +145,7 @@ class TestFiles:
         for number in range(1, 5):
             write_mask(tmp_path / f"masks/{number}/a.png", [[0, 1, 0]])
         message = r"1/a.png: has 1 x 3 .*, its image .* 1 x 2; .* \(and 3 more of 5 pairs: 2/a.jpg, 3/a.jpg, 4/a.jpg\)"
-        with pytest.raises(MaskError, match=message):
+        with pytest.raises(DataError, match=message):
             two_folders(tmp_path, ["road", "tree"]).check()
         for number in range(4):
             (tmp_path / f"masks/{number}/a.png").rename(tmp_path / f"masks/{number}/a_other.png")
@@ -172,7 +172,7 @@ class TestFiles:
         assert ((pixels[..., 0] > 100) == ids).all()
         write_mask(tmp_path / "masks/a.png", np.arange(8)[None].repeat(4, axis=0) > 3)
         with pytest.raises(
-            MaskError, match=r"a\.png stores its pixels \(4 x 8.* turned to 8 x 4 by .*EXIF 6"
+            DataError, match=r"a\.png stores its pixels \(4 x 8.* turned to 8 x 4 by .*EXIF 6"
         ):
             pairs.check()
 
@@ -261,7 +261,7 @@ class TestValues:
 
     def test_masks_without_any_class_are_refused(self, tmp_path):
         write_pairs(tmp_path, [[255, 255]])
-        with pytest.raises(MaskError, match="no pixel of 1 masks counts: all are 255"):
+        with pytest.raises(DataError, match="no pixel of 1 masks counts: all are 255"):
             two_folders(tmp_path, ["road"]).check(to_train=False)
 
     def test_settings_that_contradict_themselves_are_refused(self):
@@ -273,7 +273,7 @@ class TestValues:
             ({"values": (0, 255), "background": "sky"}, "expected different values"),
         ]
         for changes, message in contradictions:
-            with pytest.raises(MaskError, match=message):
+            with pytest.raises(DataError, match=message):
                 numbered_classes(["a", "b"], **changes)
         with pytest.raises(ValueError, match=r"data\.layout voc has its own values"):
             SegmentDataConfig(layout=Layout.VOC, root="x", ignore_index=3)

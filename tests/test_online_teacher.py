@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from tokenlabel.core.config import OnlineTeacherConfig
 from tokenlabel.data.config import Interpolation
 from tokenlabel.evaluation.pretrained import PretrainedError
-from tokenlabel.teachers.classmap import ClassMap, ClassMapError
+from tokenlabel.runtime.errors import ConfigError
+from tokenlabel.teachers.classmap import ClassMap
 from tokenlabel.teachers.dense import ClassifierNetwork
 from tokenlabel.teachers.input import TeacherInput
 from tokenlabel.teachers.networks import NetworkTeacher
@@ -150,7 +151,7 @@ def test_it_is_loaded_by_name_with_weights_from_a_file(network, tmp_path):
 def test_a_teacher_of_other_classes_or_none_at_all_is_refused(network, tmp_path):
     path = tmp_path / "teacher.safetensors"
     save_file(network.state_dict(), path)
-    with pytest.raises(ClassMapError, match="7 classes, the images have 3"):
+    with pytest.raises(ConfigError, match="7 classes, the images have 3"):
         load_online_teacher(OnlineTeacherConfig(name="test_resnet", weights=str(path)), list("abc"), CPU)
     with pytest.raises(PretrainedError, match="no network 'test_resnext_'"):
         load_online_teacher(OnlineTeacherConfig(name="test_resnext_"), list("abc"), CPU)

@@ -28,15 +28,14 @@ ROOMS = {
     "drawing": "runtime",
     "data": "runtime core",
     "models": "runtime core",
-    "labels": "runtime core data",
-    "training": "runtime core data models",
+    "labels": "runtime core drawing data",
+    "training": "runtime core drawing data models",
     "evaluation": "runtime core data models labels training",
     "teachers": "runtime core data models labels training evaluation",
     "classification": "runtime core drawing data models labels training evaluation teachers",
     "segmentation": "runtime core drawing data models training",
-    "report": "runtime core drawing data labels training evaluation teachers classification segmentation",
 }
-ON_TOP = {"__init__", "__main__", "cli", "demo"}
+ON_TOP = {"__init__", "__main__", "cli", "demo", "report"}
 SOURCES = Path(tokenlabel.__file__).parent
 
 

@@ -12,7 +12,7 @@ from tokenlabel.data.config import AugmentConfig, ColourJitter, WarpConfig
 from tokenlabel.evaluation.assessment import EvalOptions
 from tokenlabel.labels.inspection import InspectConfig
 from tokenlabel.labels.published import ImportConfig
-from tokenlabel.runtime.ranges import check_numbers
+from tokenlabel.runtime.coercion import check_numbers
 from tokenlabel.segmentation.augment import SegmentAugmentConfig
 from tokenlabel.segmentation.inference import SegmentEvalConfig
 from tokenlabel.segmentation.model import SegmentModelConfig

@@ -9,11 +9,11 @@ from PIL import Image
 from tokenlabel.data.scenes import (
     BACKGROUND,
     NUM_CLASSES,
-    ScenesError,
     _load_digits,
     draw_scene,
     write_scenes,
 )
+from tokenlabel.runtime.errors import DataError
 
 
 @pytest.fixture(scope="module")
@@ -117,14 +117,14 @@ def test_writing_the_same_scenes_again_changes_nothing(root):
 
 def test_other_parameters_over_existing_scenes_are_refused(root):
     before = contents(root)
-    with pytest.raises(ScenesError, match=r"'seed': 3.*asked for.*'seed': 5"):
+    with pytest.raises(DataError, match=r"'seed': 3.*asked for.*'seed': 5"):
         write_scenes(root, num_train=60, num_val=20, seed=5)
     assert contents(root) == before
 
 
 def test_a_folder_with_other_data_is_refused_and_left_alone(tmp_path):
     (tmp_path / "thesis.txt").write_text("words")
-    with pytest.raises(ScenesError, match="expected a new folder"):
+    with pytest.raises(DataError, match="expected a new folder"):
         write_scenes(tmp_path, num_train=10, num_val=10, seed=0)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 

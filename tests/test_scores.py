@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from label_cases import dense_map, draw_score_map
 
 from tokenlabel.core.geometry import Box
-from tokenlabel.core.scores import Kind, ScoreError, from_mask, from_probabilities, from_top
+from tokenlabel.core.scores import Kind, from_mask, from_probabilities, from_top
 
 CERTAIN = np.ones((2, 3, 1), np.float32)
 
@@ -98,43 +98,43 @@ def test_scores_that_are_not_finite_are_refused_with_the_name(bad, where):
     probs = draw_distributions(0, 2, 2, 6)
     place = probs[1, 0].argmax() if where == "kept" else probs[1, 0].argmin()
     probs[1, 0, place] = bad
-    with pytest.raises(ScoreError, match=r"dogs/rex\.png: 1 of 24 scores are not finite"):
+    with pytest.raises(ValueError, match=r"dogs/rex\.png: 1 of 24 scores are not finite"):
         from_probabilities(probs, 2, name="dogs/rex.png")
 
 
 def test_scores_that_are_no_distributions_are_refused():
     logits = np.random.default_rng(0).normal(0, 3, (2, 2, 6))
-    with pytest.raises(ScoreError, match=r"rex: .* at least 0 and sum to 1"):
+    with pytest.raises(ValueError, match=r"rex: .* at least 0 and sum to 1"):
         from_probabilities(logits, 2, name="rex")
-    with pytest.raises(ScoreError, match=r"sums from 0\.5 to 0\.5"):
+    with pytest.raises(ValueError, match=r"sums from 0\.5 to 0\.5"):
         from_probabilities(np.full((2, 2, 5), 0.1), 2)
-    with pytest.raises(ScoreError, match=r"largest sum of 1\.2"):
+    with pytest.raises(ValueError, match=r"largest sum of 1\.2"):
         from_top(np.array([[[0, 1]]]), np.array([[[0.6, 0.6]]]), num_classes=3)
-    with pytest.raises(ScoreError, match=r"smallest of -0\.1"):
+    with pytest.raises(ValueError, match=r"smallest of -0\.1"):
         from_top(np.array([[[0, 1]]]), np.array([[[0.6, -0.1]]]), num_classes=3)
 
 
 @pytest.mark.parametrize("class_id", [-1, 10])
 def test_classes_that_do_not_exist_are_refused(class_id):
-    with pytest.raises(ScoreError, match=r"rex: class ids run from .* expected 0 to 9"):
+    with pytest.raises(ValueError, match=r"rex: class ids run from .* expected 0 to 9"):
         from_top(np.array([[[0], [class_id]]]), np.ones((1, 2, 1)), num_classes=10, name="rex")
 
 
 def test_a_class_named_twice_is_refused():
-    with pytest.raises(ScoreError, match="rex: a cell names the same class twice"):
+    with pytest.raises(ValueError, match="rex: a cell names the same class twice"):
         from_top(np.array([[[2, 1, 2]]]), np.full((1, 1, 3), 0.2), num_classes=3, name="rex")
 
 
 def test_maps_of_the_wrong_shape_are_refused():
-    with pytest.raises(ScoreError, match=r"rex: .*\(2, 3\) and \(2, 3\)"):
+    with pytest.raises(ValueError, match=r"rex: .*\(2, 3\) and \(2, 3\)"):
         from_top(np.zeros((2, 3), int), np.ones((2, 3)), num_classes=3, name="rex")
-    with pytest.raises(ScoreError, match=r"\(2, 3, 1\) and \(2, 3, 2\)"):
+    with pytest.raises(ValueError, match=r"\(2, 3, 1\) and \(2, 3, 2\)"):
         from_top(np.zeros((2, 3, 1), int), np.ones((2, 3, 2)), num_classes=3)
-    with pytest.raises(ScoreError, match="not empty"):
+    with pytest.raises(ValueError, match="not empty"):
         from_top(np.zeros((0, 3, 1), int), np.ones((0, 3, 1)), num_classes=3)
-    with pytest.raises(ScoreError, match=r"rex: probabilities must be \[H, W, C\]"):
+    with pytest.raises(ValueError, match=r"rex: probabilities must be \[H, W, C\]"):
         from_probabilities(np.ones((4, 4)), 1, name="rex")
-    with pytest.raises(ScoreError, match="topk 0"):
+    with pytest.raises(ValueError, match="topk 0"):
         from_probabilities(CERTAIN, 0)
 
 
@@ -159,7 +159,7 @@ def test_masks_become_certainties():
     score_map = from_mask(mask, num_classes=10)
     assert np.where(score_map.probs[..., 0] > 0, score_map.top_class_ids, 255).tolist() == mask.tolist()
     np.testing.assert_allclose(score_map.dense()[0, 2], 0.1)
-    with pytest.raises(ScoreError, match="scene: class ids run from 0 to 255"):
+    with pytest.raises(ValueError, match="scene: class ids run from 0 to 255"):
         from_mask(mask, num_classes=10, unlabelled=-1, name="scene")
-    with pytest.raises(ScoreError, match="scene: 255 stands for unlabelled pixels"):
+    with pytest.raises(ValueError, match="scene: 255 stands for unlabelled pixels"):
         from_mask(mask, num_classes=1000, name="scene")

@@ -22,7 +22,7 @@ from tokenlabel.segmentation.augment import (
     padded,
     resize_mask,
 )
-from tokenlabel.segmentation.classes import IGNORED, MaskError, known_classes, numbered_classes
+from tokenlabel.segmentation.classes import IGNORED, known_classes, numbered_classes
 from tokenlabel.segmentation.data import SegmentDataset, collate
 from tokenlabel.segmentation.pairs import (
     Layout,
@@ -156,17 +156,17 @@ def test_what_is_wrong_is_said_before_training(tmp_path: Path) -> None:
 
 def test_masks_that_are_none_are_named(tmp_path: Path) -> None:
     with pytest.raises(
-        MaskError, match=r"1\.png: holds the values 7, 9, .* 2 classes have the values 0-1, 255"
+        DataError, match=r"1\.png: holds the values 7, 9, .* 2 classes have the values 0-1, 255"
     ):
         pairs_of(**folders(tmp_path, ((7, 1), (1, 9)))).read(0)
-    with pytest.raises(MaskError, match=r"has 1 x 4 pixels \(height x width\), its image .* 2 x 2"):
+    with pytest.raises(DataError, match=r"has 1 x 4 pixels \(height x width\), its image .* 2 x 2"):
         pairs_of(**folders(tmp_path, ((0, 0, 0, 0),))).check()
     config = folders(tmp_path)
     write_image(tmp_path / "masks/a/1.png", (2, 2))
-    with pytest.raises(MaskError, match=r"has 3 channels; a mask has one"):
+    with pytest.raises(DataError, match=r"has 3 channels; a mask has one"):
         pairs_of(**config).read(0)
     (tmp_path / "masks/a/1.png").write_bytes(b"no image")
-    with pytest.raises(MaskError, match=r"does not decode as an image \(it is of no known format\)"):
+    with pytest.raises(DataError, match=r"does not decode as an image \(it is of no known format\)"):
         pairs_of(**config).read(0)
     config = folders(tmp_path)
     (tmp_path / "images/a/1.jpg").write_bytes(b"no image")
@@ -182,7 +182,7 @@ def test_masks_of_16_bits_and_of_one_bit(tmp_path: Path) -> None:
         assert numbered_classes(["a", "b"]).ids(values, name="mask").tolist() == [[0, 1]]
     Image.fromarray(np.array([[300]], np.uint16)).save(tmp_path / "mask.png")
     values = decode_mask((tmp_path / "mask.png").read_bytes(), "mask")
-    with pytest.raises(MaskError, match="value 300"):
+    with pytest.raises(DataError, match="value 300"):
         numbered_classes(["a"]).ids(values, name="mask")
 
 

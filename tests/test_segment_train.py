@@ -352,5 +352,7 @@ def test_a_report_shows_figures_classes_and_pictures(run, tmp_path, capsys):
     figures = json.loads((tmp_path / "eval.json").read_text())
     assert f"<td>{figures['miou']:.1%}</td>" in page
     assert "<td>background</td>" in page
-    assert page.count("the truth") == 2 * 6  # caption and alternative text of six pictures
+    assert (
+        page.count("the truth") == 2 * 12
+    )  # caption and alternative text of each val image, once for both runs
     capsys.readouterr()

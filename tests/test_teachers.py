@@ -19,7 +19,8 @@ from tokenlabel.data.augment import EvalTransform
 from tokenlabel.data.config import Interpolation
 from tokenlabel.evaluation.pretrained import PretrainedError, check_classes
 from tokenlabel.models import TimmAdapter, create_model
-from tokenlabel.teachers.classmap import ClassMap, ClassMapError, class_map_for
+from tokenlabel.runtime.errors import ConfigError
+from tokenlabel.teachers.classmap import ClassMap, class_map_for
 from tokenlabel.teachers.dense import ClassifierNetwork, NoDenseMapError, TokenNetwork
 from tokenlabel.teachers.ensemble import Ensemble, load_teachers
 from tokenlabel.teachers.input import TeacherInput
@@ -423,7 +424,7 @@ def test_weights_beside_a_run_and_sizes_below_one_are_refused(tmp_path):
 
 
 def test_a_class_map_to_no_classes_is_refused():
-    with pytest.raises(ClassMapError, match="the images have no classes"):
+    with pytest.raises(ConfigError, match="the images have no classes"):
         class_map_for("nowhere.csv", ["a", "b"], [], num_theirs=2)
 
 
@@ -447,7 +448,7 @@ def test_a_class_map_file(tmp_path):
 def test_class_map_files_that_are_wrong(tmp_path, text, message):
     path = tmp_path / "map.csv"
     path.write_text(text)
-    with pytest.raises(ClassMapError, match=message):
+    with pytest.raises(ConfigError, match=message):
         class_map_for(str(path), ["cat", "hound"], ["cat", "dog"], num_theirs=2)
 
 
@@ -463,10 +464,10 @@ def test_classes_are_compared_by_name():
     assert in_another_order is not None
     assert in_another_order.targets.tolist() == [1, 0]
     with pytest.raises(
-        ClassMapError, match="class 0 is 'dog' to the teacher and 'cat' to the images; 1 names are common"
+        ConfigError, match="class 0 is 'dog' to the teacher and 'cat' to the images; 1 names are common"
     ):
         class_map_for(None, ["dog", "cow"], ours, num_theirs=2)
-    with pytest.raises(ClassMapError, match="knows 1,000 classes, the images have 2"):
+    with pytest.raises(ConfigError, match="knows 1,000 classes, the images have 2"):
         class_map_for(None, [], ours, num_theirs=1000)
-    with pytest.raises(ClassMapError, match="no common order"):
+    with pytest.raises(ConfigError, match="no common order"):
         class_map_for("order", [], ours, num_theirs=1000)

@@ -11,8 +11,8 @@ from test_train import nested_recipe, write_labels
 from tokenlabel.classification.task import train
 from tokenlabel.data.scenes import write_scenes
 from tokenlabel.runtime.configuration import config_from_dict
-from tokenlabel.runtime.runlog import RunLog, read_metrics
-from tokenlabel.runtime.trackers import TensorBoard, TrackerError, WandB
+from tokenlabel.runtime.errors import ConfigError
+from tokenlabel.runtime.runlog import RunLog, TensorBoard, WandB, read_metrics
 from tokenlabel.training.recipe import Recipe
 
 
@@ -50,13 +50,13 @@ def test_tensorboard_reads_the_figures_of_a_run_that_was_stopped_and_continued(t
 
 def test_tensorboard_that_is_not_installed_is_an_error_that_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(TrackerError, match=r"pip install 'tokenlabel\[tensorboard\]'"):
+    with pytest.raises(ConfigError, match=r"pip install 'tokenlabel\[tensorboard\]'"):
         TensorBoard(tmp_path)
 
 
 def test_wandb_that_is_not_installed_is_an_error_that_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(TrackerError, match=r"pip install 'tokenlabel\[wandb\]'"):
+    with pytest.raises(ConfigError, match=r"pip install 'tokenlabel\[wandb\]'"):
         WandB(tmp_path)
 
 
@@ -98,14 +98,14 @@ def test_wandb_offline_holds_the_figures_of_a_run_that_was_stopped_and_continued
 
 def test_wandb_without_a_login_is_one_line(tmp_path):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
-    code = f"from pathlib import Path; from tokenlabel.runtime.trackers import WandB; WandB(Path({str(tmp_path)!r}))"
+    code = f"from pathlib import Path; from tokenlabel.runtime.runlog import WandB; WandB(Path({str(tmp_path)!r}))"
     done = subprocess.run(
         [sys.executable, "-c", code],
         env=environment | {"HOME": str(tmp_path), "NETRC": str(tmp_path / "none")},
         capture_output=True,
         text=True,
     )
-    assert "TrackerError: --wandb: No API key" in done.stderr.splitlines()[-1]
+    assert "ConfigError: --wandb: No API key" in done.stderr.splitlines()[-1]
     assert done.stderr.rstrip().endswith("log in by `wandb login`, or set WANDB_MODE=offline")
 
 

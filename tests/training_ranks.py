@@ -11,7 +11,7 @@ import torch
 from tokenlabel.classification.task import build
 from tokenlabel.data.images import ImageFiles
 from tokenlabel.runtime.distributed import joined_ranks
-from tokenlabel.runtime.interruption import Interrupted
+from tokenlabel.runtime.process import Interrupted
 from tokenlabel.training.engine import run_task
 
 CPU = torch.device("cpu")

@@ -28,9 +28,8 @@ from tokenlabel.runtime.arguments import (
     parse,
     write_json,
 )
-from tokenlabel.runtime.environment import environment_number
 from tokenlabel.runtime.errors import FirstRankError
-from tokenlabel.runtime.interruption import Interrupted
+from tokenlabel.runtime.process import Interrupted, environment_number
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -162,13 +161,12 @@ def train(arguments: list[str]) -> int:
     recipe = configured(parser, options, Recipe)
 
     from tokenlabel.classification.task import train as train_by_recipe
-    from tokenlabel.runtime.runlog import print_figures
-    from tokenlabel.runtime.trackers import trackers_of
+    from tokenlabel.runtime.runlog import print_figures, trackers_of
 
     device = device_of(options.device)
     if options.dry_run:
         from tokenlabel.classification.dry_run import dry_run
-        from tokenlabel.runtime.environment import is_main_process
+        from tokenlabel.runtime.process import is_main_process
 
         text = dry_run(recipe, options.out, device=device)
         if is_main_process():
@@ -336,9 +334,11 @@ def inspect(arguments: list[str]) -> int:
             store, options.masks, source=source, ignore_index=options.ignore_index
         )
     if source and options.pictures:
-        from tokenlabel.report.labels import write_pictures
+        from tokenlabel.labels.pictures import write_pictures
+        from tokenlabel.runtime.process import say
 
         write_pictures(store, source, options.pictures)
+        say(f"{options.pictures}: maps over their images")
     write_json(options.output, figures)
     print(json.dumps(figures) if options.json else as_text(figures))
     return 0
@@ -483,7 +483,7 @@ def report(arguments: list[str]) -> int:
     parser.add_argument("--output", type=Path, default=Path("report.html"), help="the file to write")
     options = parse(parser, arguments)
 
-    from tokenlabel.report.runs import write_report
+    from tokenlabel.report import write_report
 
     write_report(options.runs, options.output)
     print(options.output)

@@ -21,7 +21,7 @@ from studies.tables import (
     read_table,
     read_testbed,
 )
-from tokenlabel.runtime.interruption import Interrupted
+from tokenlabel.runtime.process import Interrupted
 from tokenlabel.training.checkpoint import load_model
 from tokenlabel.training.recipe import find_recipe
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import chain
 from pathlib import Path
 
 import torch
-from PIL import Image
 
 from tokenlabel.classification.task import ClassifierTask, build
-from tokenlabel.core.step import make_targets
-from tokenlabel.data.batches import collate
-from tokenlabel.drawing.pictures import enlarged, with_cells
+from tokenlabel.core.batch import Batch
+from tokenlabel.core.step import Part
+from tokenlabel.drawing.page import Page
 from tokenlabel.runtime.distributed import joined_ranks
 from tokenlabel.runtime.runlog import Stopwatch
 from tokenlabel.training.engine import Trainer, prepare, train_step
@@ -20,10 +21,9 @@ from tokenlabel.training.progress import peak_memory_bytes
 from tokenlabel.training.recipe import Recipe
 from tokenlabel.training.run_folder import check_apart
 
-PICTURE_NAME = "first_batch.png"
+PICTURES_NAME = "first_batch.html"
 
 _NUM_STEPS = 3  # of a dry run, after one that is not counted
-_NUM_PICTURES, _NUM_COLUMNS, _GAP_PX = 12, 3, 8
 
 
 @dataclass(frozen=True)
@@ -37,27 +37,32 @@ class _Steps:
 def dry_run(recipe: Recipe, out: Path, *, device: torch.device) -> str:
     """Take a few steps of a run and return, as text, all that follows: sizes, schedule, time, memory, loss.
 
-    Also draws the first augmented images beside the labels of their tokens into OUT/first_batch.png (before
-    erasing and mixing). Under torchrun all processes take part; the text is that of the first.
+    Also draws the first images of the first batch, as they are trained on, into OUT/first_batch.html. Under torchrun
+    all processes take part; the text is that of the first.
     """
     with joined_ranks(device) as ranks:
         check_apart(out, recipe.data.train, recipe.data.unlabelled, recipe.data.val)
         task = build(recipe, device=device)
         trainer = prepare(task, ranks)
-        pictures = _first_pictures(trainer, task)
-        steps = _take_steps(trainer)
+        sampler = trainer.sampler(0)
+        batches = iter(task.batches(sampler))
+        first = next(batches)
         if ranks.is_first:
-            out.mkdir(parents=True, exist_ok=True)
-            pictures.save(out / PICTURE_NAME)
+            part = Part(recipe.seed, 0, sampler.part_start(0))
+            album = task.picture(first.to(device), part, next(iter(sampler)))
+            page = Page(f"Dry run of {out}", [album])
+            page.add_album("The first batch, with the targets of its tokens", album)
+            page.write(out / PICTURES_NAME)
+        steps = _take_steps(trainer, chain([first], batches))
         lines = [*_sizes(trainer, task), *_schedule(trainer), *_costs(trainer, steps)]
-        where = f"{out / PICTURE_NAME}: augmented images, each beside what its tokens are told"
+        where = f"{out / PICTURES_NAME}: augmented images, with the targets of their tokens"
         lines.append(("pictures", where))
         return "\n".join(f"{name:<14} {text}" for name, text in lines)
 
 
-def _take_steps(trainer: Trainer) -> _Steps:
+def _take_steps(trainer: Trainer, batches: Iterator[Batch]) -> _Steps:
     """Take one step to warm up and `_NUM_STEPS` that are timed."""
-    batches, watch = iter(trainer.task.batches(trainer.sampler(0))), Stopwatch()
+    watch = Stopwatch()
     num_steps = min(1 + _NUM_STEPS, trainer.num_steps)
     values: dict[str, float] = {}
     for step in range(num_steps):
@@ -128,32 +133,3 @@ def _costs(trainer: Trainer, steps: _Steps) -> list[tuple[str, str]]:
 
 def _spelled(values: dict[str, float]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in values.items())
-
-
-def _first_pictures(trainer: Trainer, task: ClassifierTask) -> Image.Image:
-    """Return the first augmented images of a run, each beside the labels of its tokens."""
-    first = next(iter(trainer.sampler(0)))[:_NUM_PICTURES]
-    batch = collate([task.train_set[place] for place in first])
-    targets = make_targets(batch.to(task.device), task.supervision, task.grid).tokens
-    pairs = []
-    for i in range(len(first)):
-        pixels = batch.images[i].permute(1, 2, 0).numpy()
-        pictures = [enlarged(pixels)]
-        if targets is not None:
-            probs = targets.dense(task.model.num_token_classes)[i].reshape(*task.grid, -1).cpu().numpy()
-            pictures.append(with_cells(pixels, probs, task.token_names))
-        pairs.append(pictures)
-    return _sheet(pairs)
-
-
-def _sheet(rows_of_pictures: list[list[Image.Image]]) -> Image.Image:
-    """Return groups of pictures of one size on one sheet, `_NUM_COLUMNS` groups a row."""
-    width, height = rows_of_pictures[0][0].size
-    group_width = width * len(rows_of_pictures[0]) + _GAP_PX
-    num_rows = -(-len(rows_of_pictures) // _NUM_COLUMNS)
-    sheet = Image.new("RGB", (group_width * _NUM_COLUMNS, (height + _GAP_PX) * num_rows), "white")
-    for number, pictures in enumerate(rows_of_pictures):
-        row, column = divmod(number, _NUM_COLUMNS)
-        for place, picture in enumerate(pictures):
-            sheet.paste(picture, (group_width * column + width * place, (height + _GAP_PX) * row))
-    return sheet

@@ -16,9 +16,10 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from tokenlabel.classification.pictures import NUM_TRAIN, Answering, batch_album, shown_keys
 from tokenlabel.core.batch import Batch
 from tokenlabel.core.config import ClassTarget, Inference
-from tokenlabel.core.step import Supervision, TrainStep
+from tokenlabel.core.step import Part, Supervision, TrainStep
 from tokenlabel.data.augment import EvalTransform, TrainTransform
 from tokenlabel.data.batches import TokenLabelDataset, check_labels, classes_of_labels, make_loader
 from tokenlabel.data.classes import ClassList, difference, ids_among, imagenet_names
@@ -29,12 +30,14 @@ from tokenlabel.data.images import (
     ImageSource,
     JoinedImages,
     WithoutClasses,
+    decode_pixels,
     describe,
     find_broken,
     has_classes,
 )
 from tokenlabel.data.samplers import BatchSampler, EvalBatchSampler, shard_order
 from tokenlabel.data.sources import open_aloud, refuse_single_class
+from tokenlabel.drawing.pictures import Album
 from tokenlabel.evaluation.evaluators import Accuracy, Calibration, Evaluator, TokenTruth
 from tokenlabel.evaluation.observation import evaluation_set, observe
 from tokenlabel.evaluation.probe import image_figures, probe_sets
@@ -43,8 +46,8 @@ from tokenlabel.models import TokenModel, create_model, load_published
 from tokenlabel.models.weights import read_class_names, read_description
 from tokenlabel.runtime.configuration import ConfigError
 from tokenlabel.runtime.distributed import Ranks, current_ranks, joined_ranks, usable_device
-from tokenlabel.runtime.notices import say
-from tokenlabel.runtime.trackers import Tracker
+from tokenlabel.runtime.process import say
+from tokenlabel.runtime.runlog import Tracker
 from tokenlabel.teachers.online import load_online_teacher
 from tokenlabel.training.checkpoint import is_run, newest_checkpoint
 from tokenlabel.training.engine import run_task
@@ -158,7 +161,7 @@ class ClassifierTask(Task[Recipe]):
         return lambda epoch: shard_order(groups, seed=seed, epoch=epoch, window=window)
 
     @property
-    def token_names(self) -> list[str]:
+    def token_class_names(self) -> list[str]:
         """The names of what the tokens are about; numbers where nobody says them."""
         return self.class_names if self.token_classes is None else self.token_classes.labels
 
@@ -168,8 +171,24 @@ class ClassifierTask(Task[Recipe]):
         val_set = self.val_set
         return val_set is not None and bool(self.class_names) and bool(has_classes(val_set.source).any())
 
-    def evaluate(self, model: nn.Module, ranks: Ranks) -> dict[str, Any]:
-        """Return the figures of a model on the val images of the recipe, and of probes of its frozen features."""
+    def picture(self, batch: Batch, part: Part, indices: Sequence[tuple[int, int]]) -> Album:
+        """Return the first images of a batch as they are trained on."""
+        source = self.train_set.source
+        shown = [index for _, index in indices[:NUM_TRAIN]]
+        assert isinstance(self.step, TrainStep)
+        return batch_album(
+            self.step,
+            batch,
+            part,
+            [decode_pixels(source.read(index), source.keys[index]) for index in shown],
+            class_names=self.class_names,
+            token_class_names=self.token_class_names,
+        )
+
+    def evaluate(
+        self, model: nn.Module, ranks: Ranks, *, run: Path | None = None, **about: Any
+    ) -> dict[str, Any]:
+        """Return the figures of a model on the val images, and of probes; write answers and pictures into `run`."""
         assert isinstance(model, TokenModel)
         figures: dict[str, Any] = {}
         if self.probe_sets is not None:
@@ -179,17 +198,28 @@ class ClassifierTask(Task[Recipe]):
         if self.val_set is not None:
             evaluators: list[Evaluator] = [Accuracy(), Calibration()] if self._judges_classes else []
             evaluators += [TokenTruth("teacher")] if self.val_set.store is not None else []
-            inference = self.recipe.eval.inference
+            keys, inference = self.val_set.source.keys, self.recipe.eval.inference
+            answering = Answering(shown_keys(keys), of_tokens=self.supervision.labels_tokens)
             observed = observe(
                 model,
                 self._eval_batches(self.val_set, ranks),
-                {inference: evaluators},
+                {inference: [*evaluators, answering]},
                 device=self.device,
                 precision=self.recipe.precision,
                 ranks=ranks,
             )
             figures |= observed[inference]
+            if run is not None and ranks.is_first:
+                self._write_answers(answering, model, run, **about)
         return figures
+
+    def _write_answers(self, answering: Answering, model: TokenModel, run: Path, **about: Any) -> None:
+        assert self.val_set is not None
+        recipe = self.recipe
+        if not self.supervision.labels_tokens and not recipe.sharded:
+            answering.ask_classifier(model, recipe.model.name, autocast(self.device, recipe.precision))
+        keys = self.val_set.source.keys
+        answering.write(run, keys, self.class_names, self.token_class_names, **about)
 
     def _eval_batches(self, dataset: TokenLabelDataset, ranks: Ranks) -> Iterable[Batch]:
         """Yield this rank's part of images that are evaluated on, on the device."""
@@ -303,7 +333,7 @@ def _with_classes(recipe: Recipe, source: ImageSource, store: LabelStore | None)
 def _token_classes(recipe: Recipe, source: ImageSource, store: LabelStore | None) -> ClassList:
     """Return what the tokens are about: the classes of the images, or others in the store.
 
-    Raises LabelsError for labels of a list that was meant to be that of the images and is not, ConfigError for class
+    Raises DataError for labels of a list that was meant to be that of the images and is not, ConfigError for class
     targets out of labels that are about something else, and for predictions that add up logits of two lists.
     """
     ours, loss = _list_of(source), recipe.loss

@@ -6,9 +6,8 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import Literal
 
-from tokenlabel.runtime.coercion import ONE_OPTION, Choice, coerced_fields
+from tokenlabel.runtime.coercion import NATURAL, ONE_OPTION, Choice, check_numbers, coerced_fields
 from tokenlabel.runtime.errors import ConfigError
-from tokenlabel.runtime.ranges import NATURAL, check_numbers
 
 
 class Inference(Choice):

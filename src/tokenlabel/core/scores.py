@@ -33,10 +33,6 @@ class Orientation(Choice):
     STORED = "stored"
 
 
-class ScoreError(ValueError):
-    """Scores that cannot be a score map: not finite, of the wrong shape, or of classes that don't exist."""
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class ScoreMap:
     """One image's dense scores, sparse in the classes.
@@ -118,17 +114,17 @@ def from_top(
     `class_ids` [H, W, K] ints in [0, num_classes), distinct within a cell where the score is not 0;
     `scores` [H, W, K]: probabilities (a cell's sum at most 1) or logits, as `kind` says.
     `name` is what error messages call the map: give the image's key.
-    Raises ScoreError for what `ScoreMap` cannot hold.
+    Raises ValueError for what `ScoreMap` cannot hold.
     """
     kind = Kind(kind)
     if class_ids.ndim != 3 or class_ids.shape != scores.shape or 0 in class_ids.shape:
-        raise ScoreError(
+        raise ValueError(
             f"{name}: class ids and scores must both be [H, W, K] and not empty; "
             f"got {class_ids.shape} and {scores.shape}"
         )
     _check_finite(scores, name=name)
     if class_ids.min() < 0 or class_ids.max() >= num_classes:
-        raise ScoreError(
+        raise ValueError(
             f"{name}: class ids run from {class_ids.min()} to {class_ids.max()}, "
             f"expected 0 to {num_classes - 1}"
         )
@@ -157,18 +153,18 @@ def from_probabilities(
 ) -> ScoreMap:
     """Build a score map from full distributions [H, W, C], keeping the `topk` most probable classes a cell.
 
-    Raises ScoreError for numbers that are not finite, also among those that would be dropped, and for cells
+    Raises ValueError for numbers that are not finite, also among those that would be dropped, and for cells
     that are not distributions (logits, for example).
     """
     if probs.ndim != 3 or 0 in probs.shape or topk < 1:
-        raise ScoreError(
+        raise ValueError(
             f"{name}: probabilities must be [H, W, C] and not empty, and at least 1 class a cell kept; "
             f"got {probs.shape} and topk {topk}"
         )
     _check_finite(probs, name=name)  # before classes are dropped
     sums = probs.sum(axis=2, dtype=np.float64)
     if probs.min() < 0 or abs(sums - 1).max() > SUM_TOLERANCE:
-        raise ScoreError(
+        raise ValueError(
             f"{name}: the probabilities of all classes must be at least 0 and sum to 1 a cell; "
             f"got a smallest of {probs.min():.3g} and sums from {sums.min():.3g} to {sums.max():.3g}"
         )
@@ -185,10 +181,10 @@ def from_mask(
     """Build a score map of certainties from a mask [H, W] of class ids.
 
     A pixel of the id `unlabelled` keeps no class. With more than 255 classes say
-    which id that is (-1 if none). Raises ScoreError where it is the id of a class.
+    which id that is (-1 if none). Raises ValueError where it is the id of a class.
     """
     if 0 <= unlabelled < num_classes:
-        raise ScoreError(
+        raise ValueError(
             f"{name}: {unlabelled} stands for unlabelled pixels, but it is one of the {num_classes} class "
             "ids; give another number, or -1 if all pixels are labelled"
         )
@@ -210,7 +206,7 @@ def unknown_map(num_classes: int, *, kind: Kind = Kind.PROBABILITIES) -> ScoreMa
 def _check_finite(scores: NDArray[np.floating[Any]], *, name: str) -> None:
     num_finite = np.count_nonzero(np.isfinite(scores))
     if num_finite < scores.size:
-        raise ScoreError(f"{name}: {scores.size - num_finite} of {scores.size} scores are not finite")
+        raise ValueError(f"{name}: {scores.size - num_finite} of {scores.size} scores are not finite")
 
 
 def _checked_probabilities(
@@ -219,13 +215,13 @@ def _checked_probabilities(
     """Return the probabilities with sums that rounding moved scaled back; refuse anything further off."""
     sums = probs.sum(axis=2, dtype=np.float64)
     if probs.min() < 0 or sums.max() > 1 + SUM_TOLERANCE:
-        raise ScoreError(
+        raise ValueError(
             f"{name}: probabilities must be at least 0 and sum to at most 1 a cell; "
             f"got a smallest of {probs.min():.3g} and a largest sum of {sums.max():.3g}"
         )
     kept = probs > 0
     in_order = np.sort(np.where(kept, class_ids, -1 - np.arange(class_ids.shape[2])), axis=2)
     if (np.diff(in_order, axis=2) == 0).any():
-        raise ScoreError(f"{name}: a cell names the same class twice")
+        raise ValueError(f"{name}: a cell names the same class twice")
     complete = kept.sum(axis=2) == num_classes  # nobody is left to take a rest
     return (probs / np.where(complete, sums, np.maximum(sums, 1))[..., None]).astype(np.float32)

@@ -30,17 +30,14 @@ from tokenlabel.data.images import (
 )
 from tokenlabel.data.samplers import FOR_SAMPLE, BatchSampler, EvalBatchSampler
 from tokenlabel.data.workers import prepare_worker, process_context, stack
-from tokenlabel.runtime.notices import listed, say
+from tokenlabel.runtime.errors import DataError
+from tokenlabel.runtime.process import listed, say
 
 Transform = Callable[[NDArray[np.uint8], np.random.Generator], tuple[NDArray[np.uint8], View]]
 """From RGB pixels [h, w, 3] and a source of randomness to pixels [height, width, 3] and the view that they show."""
 
 SampleIndex = SupportsIndex | tuple[SupportsIndex, SupportsIndex]
 """What names a sample: the index of an image, or an epoch and the index."""
-
-
-class LabelsError(ValueError):
-    """A label store that does not belong to the images."""
 
 
 @runtime_checkable
@@ -180,7 +177,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
     """Stack samples of one size. Either all have a score map or none has."""
     score_maps = [sample.score_map for sample in samples if sample.score_map is not None]
     if score_maps and len(score_maps) < len(samples):
-        raise LabelsError(
+        raise DataError(
             f"{len(samples) - len(score_maps)} of the {len(samples)} samples of a batch have no score map"
         )
     pixels = stack([sample.image.permute(1, 2, 0) for sample in samples])  # [B, height, width, 3]
@@ -202,7 +199,7 @@ default_collate_fn_map[Sample] = lambda samples, **_: collate(samples)
 def classes_of_labels(class_names: Sequence[str], store: CheckableLabels) -> ClassList:
     """Return what the labels in a store are about: the images' classes, or others, which is said.
 
-    Raises LabelsError for a list that was meant to be that of the images, and is not: one that names some of them, or
+    Raises DataError for a list that was meant to be that of the images, and is not: one that names some of them, or
     all in another order.
     """
     ours, theirs = ClassList(len(class_names), tuple(class_names)), _classes_of(store)
@@ -214,7 +211,7 @@ def classes_of_labels(class_names: Sequence[str], store: CheckableLabels) -> Cla
         return ours
     common = sum(place >= 0 for place in ids_among(ours.names, theirs.names)) if not theirs.words else 0
     if common and (common < ours.count or theirs.count == ours.count):
-        raise LabelsError(
+        raise DataError(
             f"{difference(theirs.names, ours.names, count=theirs.count, them='the labels')}; annotate these images, "
             "with their own classes"
         )
@@ -239,17 +236,17 @@ def check_labels(
 ) -> int:
     """Return how many images have no label in a store, and say so.
 
-    `classes`: what the labels have to be about; the images' classes if None. Raises LabelsError for labels of other
+    `classes`: what the labels have to be about; the images' classes if None. Raises DataError for labels of other
     classes, and for more than `max_missing` of the images, or all, without one.
     """
     ours = classes or ClassList(len(source.class_names), tuple(source.class_names))
     theirs = _classes_of(store)
     if not theirs.is_same(ours):
         if theirs.words or ours.words:
-            raise LabelsError(
+            raise DataError(
                 f"the labels are about {theirs.described()}, not {ours.described()}; give labels by the same head"
             )
-        raise LabelsError(
+        raise DataError(
             f"{difference(theirs.names, ours.names, count=theirs.count, them='the labels')}; annotate these images, "
             "with their own classes"
         )
@@ -262,11 +259,11 @@ def check_labels(
     missing = [key for key in source.keys if key not in store]
     said = f"{len(missing):,} of {len(source):,} images have no label in the store ({listed(missing)})"
     if len(missing) == len(source):
-        raise LabelsError(
+        raise DataError(
             f"{said}; it is empty or about others, so give the store that `tokenlabel annotate` made of these"
         )
     if len(missing) > max_missing * len(source):
-        raise LabelsError(
+        raise DataError(
             f"{said}; `tokenlabel annotate` labels what is missing and lists what it cannot label, and "
             f"--data.max-missing, now {max_missing:g}, is the share that may go without"
         )

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenlabel.runtime.notices import listed, say
+from tokenlabel.runtime.errors import ConfigError
+from tokenlabel.runtime.process import listed, say
 
 SORTED, NATURAL = "sorted", "natural"
 
@@ -26,10 +27,6 @@ _CONFIG_KEYS = (
 )  # fmt: skip
 
 _WORDNET_ID = re.compile(r"n\d{8}")
-
-
-class ClassMapError(ValueError):
-    """Classes of a teacher and of images that don't fit each other."""
 
 
 @dataclass(frozen=True)
@@ -185,21 +182,21 @@ def class_order(
     `order`: "sorted" or "natural", of the images' classes; else a file of one name a line, alone, with its id (from 0
     or 1) or with a description behind a tab; or a `.json` of a list of names or of a mapping between names and ids,
     also inside a model's configuration (`label_names`, `id2label`). `known`: what the network says
-    itself; it must be no other. Raises ClassMapError.
+    itself; it must be no other. Raises ConfigError.
     """
     if order not in (SORTED, NATURAL):
         names = read_class_names(order, ours, option=option)
     elif ours:
         names = sorted(ours, key=_natural if order == NATURAL else None)
     else:
-        raise ClassMapError(f"{option} {order}: the images have no classes; give a file of names")
+        raise ConfigError(f"{option} {order}: the images have no classes; give a file of names")
     if not are_numbers(known) and not same_classes(known, names):
-        raise ClassMapError(
+        raise ConfigError(
             f"{option} {order}: the network says itself that its classes are {listed(list(known))}, not "
             f"{listed(names)}; leave the option out, or map them"
         )
     if len(names) != count:
-        raise ClassMapError(
+        raise ConfigError(
             f"{option} {order}: that is {len(names):,} classes, the network knows {count:,}; give a file with the name "
             "of each of them, in its order"
         )
@@ -207,7 +204,7 @@ def class_order(
 
 
 def read_class_names(path: str | Path, ours: Sequence[str] = (), *, option: str = "") -> list[str]:
-    """Return the class names of a file in their order; see `class_order`. Raises ClassMapError.
+    """Return the class names of a file in their order; see `class_order`. Raises ConfigError.
 
     `option`: what the file was given to; none for an argument that has to be such a file.
     """
@@ -220,9 +217,9 @@ def read_class_names(path: str | Path, ours: Sequence[str] = (), *, option: str 
             names = _in_line_order([line for line in lines if line], ours)
     except (OSError, ValueError) as error:
         kinds = "neither `natural` nor `sorted`, nor a file" if option.endswith("class-order") else "no file"
-        raise ClassMapError(f"{option} {path}: {kinds} of class names ({error})".lstrip()) from error
+        raise ConfigError(f"{option} {path}: {kinds} of class names ({error})".lstrip()) from error
     if repeated := [name for name, times in Counter(map(composed, names)).items() if times > 1]:
-        raise ClassMapError(
+        raise ConfigError(
             f"{option} {path}: names several classes {listed(list(map(repr, repeated)))}".lstrip()
         )
     return names

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from tokenlabel.data.randaugment import parse_randaugment
-from tokenlabel.runtime.coercion import ONE_OPTION, Choice, coerced_fields
-from tokenlabel.runtime.ranges import COUNT, POSITIVE, check_numbers
+from tokenlabel.runtime.coercion import COUNT, ONE_OPTION, POSITIVE, Choice, check_numbers, coerced_fields
 
 
 class Interpolation(Choice):

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
-from tokenlabel.runtime.notices import listed
+from tokenlabel.runtime.errors import DataError
+from tokenlabel.runtime.process import listed
 
 EXTENSIONS = (
     ".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp",
@@ -68,10 +69,6 @@ _NO_CLASSES = {*_IMAGE_FOLDERS, *_TRUTH_FOLDERS}
 _CONTAINERS = {*_IMAGE_FOLDERS, "dataset", "datasets", "data", "classes", "categories", "imagefolder"}
 
 NEED_CLASSES = "put each into a folder named after its class, or list paths and classes in a .csv file"
-
-
-class DataError(ValueError):
-    """A folder of images that can't be used as it is."""
 
 
 @dataclass

@@ -27,7 +27,7 @@ from tokenlabel.data.classes import (
 )
 from tokenlabel.data.images import DataError, ImageSource, ImageSubset, has_classes
 from tokenlabel.data.sources import open_aloud
-from tokenlabel.runtime.notices import listed, say
+from tokenlabel.runtime.process import listed, say
 
 NUM_IMAGENET_CLASSES = 1000
 

@@ -30,7 +30,8 @@ from tokenlabel.data.folders import (
     without_masks,
 )
 from tokenlabel.runtime.coercion import Choice
-from tokenlabel.runtime.notices import listed, say
+from tokenlabel.runtime.errors import ImageError
+from tokenlabel.runtime.process import listed, say
 
 try:
     import simplejpeg
@@ -46,10 +47,6 @@ _XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([1-8])')
 
 # More classes than this, numbers in a list or in .cls files are something else: 21,841 are in all of ImageNet.
 _MAX_CLASSES = 1_000_000
-
-
-class ImageError(ValueError):
-    """An image that does not decode. The message names it."""
 
 
 @runtime_checkable

@@ -12,15 +12,12 @@ from PIL import Image, UnidentifiedImageError
 
 from tokenlabel.core.geometry import turned
 from tokenlabel.data.images import orientation_of
+from tokenlabel.runtime.errors import DataError
 
 SUFFIXES = (".png", ".PNG", ".tif", ".tiff", ".bmp", ".gif", ".pgm")  # formats that keep numbers as they are
 # What tools put between the name of an image and that of its mask.
 _ENDINGS = ("_mask", "_seg", "_segmentation", "_gt", "_label", "_labels", "_L", ".mask", ".seg")
 _LOSSY = ("JPEG", "MPO", "WEBP", "AVIF")
-
-
-class MaskError(ValueError):
-    """A mask that cannot be read as classes. The message names it."""
 
 
 def mask_names(key: str) -> Iterator[str]:
@@ -36,7 +33,7 @@ def decode_mask(data: bytes, name: str) -> NDArray[np.integer]:
     """Return the values [height, width] of an encoded mask; of one with a palette, the numbers of its colours.
 
     Channels of red, green and blue that are equal are the values of a grey one, as many tools save it. A mask with an
-    orientation tag is turned upright, as images are. Raises MaskError for anything else.
+    orientation tag is turned upright, as images are. Raises DataError for anything else.
     """
     try:
         image = Image.open(io.BytesIO(data))
@@ -44,21 +41,21 @@ def decode_mask(data: bytes, name: str) -> NDArray[np.integer]:
         orientation = orientation_of(data, image)
     except Exception as error:  # Pillow's decoders raise whatever their parsing runs into
         reason = "it is of no known format" if isinstance(error, UnidentifiedImageError) else error
-        raise MaskError(f"{name}: does not decode as an image ({reason or type(error).__name__})") from error
+        raise DataError(f"{name}: does not decode as an image ({reason or type(error).__name__})") from error
     if image.format in _LOSSY:
-        raise MaskError(
+        raise DataError(
             f"{name}: is a {image.format}, which rounds the numbers of classes; save masks as PNG"
         )
     if values.ndim == 3 and _is_grey(values):
         values = values[:, :, 0]
     if values.ndim == 3:
         num_colours = len(np.unique(values.reshape(-1, values.shape[2]), axis=0))
-        raise MaskError(
+        raise DataError(
             f"{name}: has {values.shape[2]} channels; a mask has one channel of class numbers: turn its "
             f"{num_colours:,} colours ({image.mode}) into numbers first"
         )
     if values.dtype.kind == "f" and not (np.isfinite(values) & (values == np.rint(values))).all():
-        raise MaskError(f"{name}: holds fractions; a mask holds whole numbers of classes")
+        raise DataError(f"{name}: holds fractions; a mask holds whole numbers of classes")
     return turned(values if values.dtype.kind in "iu" else values.astype(np.int64), orientation)
 
 
@@ -77,7 +74,7 @@ def palette_of(data: bytes) -> list[bytes]:
 
 
 def check_upright(size_px: tuple[int, ...], data: bytes, *, mask: str, image: str) -> None:
-    """Raise MaskError for a mask of (height, width) that has the sides of its image as stored, not as people see it.
+    """Raise DataError for a mask of (height, width) that has the sides of its image as stored, not as people see it.
 
     `data`: the encoded image. Half turns and mirror images have the same sides: nothing tells them apart.
     """
@@ -86,7 +83,7 @@ def check_upright(size_px: tuple[int, ...], data: bytes, *, mask: str, image: st
         return
     width, height = Image.open(io.BytesIO(data)).size
     if _fits(size_px, (height, width)) and not _fits(size_px, (width, height)):
-        raise MaskError(
+        raise DataError(
             f"{mask}: lies as {image} stores its pixels ({height} x {width}, height x width), but people see the "
             f"photograph turned to {width} x {height} by its orientation tag (EXIF {orientation}); turn the mask "
             "likewise, or remove the tag if the stored pixels are upright"

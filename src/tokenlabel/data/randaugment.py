@@ -28,14 +28,11 @@ from tokenlabel.data.colours import (
     solarize_added,
     solarized,
 )
+from tokenlabel.runtime.errors import ConfigError
 
 # An operation's strength is a level: 1 is the end of its range (timm's magnitude 10), and the sign is drawn
 # for all alike; those that have only one direction ignore it.
 _FULL_MAGNITUDE = 10.0
-
-
-class PolicyError(ValueError):
-    """A name of an augmentation policy that can't be read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,20 +90,20 @@ def parse_randaugment(name: str) -> RandAugment:
 
     `m9` magnitude, `n2` operations an image, `p0.5` probability of each, `mstd0.5` noise of the magnitude (above
     100 or `inf`: even from 0), `mmax10` its bound, `inc1` stronger colours with more magnitude, `t3a` which set of
-    operations (weights, 3a, 3aw), `w0` the weights of timm's early versions. Raises PolicyError for anything else.
+    operations (weights, 3a, 3aw), `w0` the weights of timm's early versions. Raises ConfigError for anything else.
     """
     start, *options = name.split("-")
     if start != "rand":
-        raise PolicyError(
+        raise ConfigError(
             f"randaugment {name!r}: expected a name that begins with 'rand-', as rand-m9-mstd0.5-inc1"
         )
     given = dict(_parse_option(option, name) for option in options)
     if len(given) < len(options):
-        raise PolicyError(f"randaugment {name!r}: names an option twice")
+        raise ConfigError(f"randaugment {name!r}: names an option twice")
     weights, replace = _choose_operations(name, given)
     num_ops = int(given.get("n", 2))
     if not replace and num_ops > len(weights):
-        raise PolicyError(
+        raise ConfigError(
             f"randaugment {name!r}: draws {num_ops} different operations of only {len(weights)}"
         )
     magnitude_std = float(given.get("mstd", 0))
@@ -126,10 +123,10 @@ def _parse_option(option: str, name: str) -> tuple[str, str]:
     key = "t" if option.startswith("t") else re.sub(r"(\d.*|inf)$", "", option)
     value = option[len(key) :]
     if key not in _OPTIONS:
-        raise PolicyError(f"randaugment {name!r}: no option {option!r}{_near(key, _OPTIONS)}")
+        raise ConfigError(f"randaugment {name!r}: no option {option!r}{_near(key, _OPTIONS)}")
     if not re.fullmatch(_OPTIONS[key], value):
         hint = _near(value, _OPERATION_SETS) if key == "t" else f"; expected {key} followed by a number"
-        raise PolicyError(f"randaugment {name!r}: {option!r} has no value that is known{hint}")
+        raise ConfigError(f"randaugment {name!r}: {option!r} has no value that is known{hint}")
     return key, value
 
 
@@ -137,7 +134,7 @@ def _choose_operations(name: str, given: Mapping[str, str]) -> tuple[Mapping[str
     """Return the weighted operations of a policy, and whether one may be drawn twice for an image."""
     operations = _INCREASING if given.get("inc", "0") != "0" else _PLAIN
     if "t" in given and "w" in given:
-        raise PolicyError(f"randaugment {name!r}: t and w both choose the operations; give one of them")
+        raise ConfigError(f"randaugment {name!r}: t and w both choose the operations; give one of them")
     if "w" in given:
         return {operation: weight for operation, weight in operations.items() if weight > 0}, False
     if "t" in given:

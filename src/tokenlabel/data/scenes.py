@@ -17,6 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from tokenlabel.runtime.errors import DataError
+
 SIZE_PX = 48
 NUM_CLASSES = 10
 BACKGROUND = 255  # the id of a mask's pixels that show no digit
@@ -31,17 +33,13 @@ _SMALLEST_PX = 10
 _MARGIN = 1.25  # the largest digit is at least this many times as high as any other
 
 
-class ScenesError(ValueError):
-    """Scenes that can't be written: something else is in the way, or scikit-learn is missing."""
-
-
 def write_scenes(root: str | Path, *, num_train: int, num_val: int, seed: int) -> None:
     """Write scenes under the folder `root`, and their true masks beside them.
 
     Images are `train/CLASS/NAME.png` and `val/CLASS/NAME.png` (48 x 48 RGB), masks
     `masks/train/CLASS/NAME.png` and so on (class ids, 255 for background). Classes are balanced; no digit of
     a val scene occurs in a train scene. The folder appears at once and whole; if it already holds these very
-    scenes, nothing happens. Raises ScenesError if it holds anything else or scikit-learn is not installed.
+    scenes, nothing happens. Raises DataError if it holds anything else or scikit-learn is not installed.
     """
     root = Path(root)
     description = {"format": _FORMAT, "num_train": num_train, "num_val": num_val, "seed": seed}
@@ -136,7 +134,7 @@ def _load_digits(seed: int) -> tuple[list[list[Image.Image]], list[list[Image.Im
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise ScenesError(
+        raise DataError(
             "the embedded data needs scikit-learn, which is not installed: pip install tokenlabel[demo]"
         ) from None
     images, class_ids = load_digits(return_X_y=True)
@@ -164,7 +162,7 @@ def _holds(root: Path, description: dict[str, int]) -> bool:
     try:
         found = json.loads((root / DESCRIPTION_NAME).read_text())
     except (OSError, ValueError):
-        raise ScenesError(f"{root}: expected a new folder or one with scenes in it; {remedy}") from None
+        raise DataError(f"{root}: expected a new folder or one with scenes in it; {remedy}") from None
     if found != description:
-        raise ScenesError(f"{root}: holds scenes made with {found}, asked for {description}; {remedy}")
+        raise DataError(f"{root}: holds scenes made with {found}, asked for {description}; {remedy}")
     return True

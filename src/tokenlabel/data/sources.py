@@ -30,7 +30,7 @@ from tokenlabel.data.images import (
     named_classes,
 )
 from tokenlabel.data.tars import INDEX_NAME, TarImages, read_index, tar_files
-from tokenlabel.runtime.notices import listed, say
+from tokenlabel.runtime.process import listed, say
 
 LIST_SUFFIXES = (".txt", ".tsv", ".csv", ".lst")
 

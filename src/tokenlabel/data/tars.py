@@ -27,7 +27,7 @@ from tokenlabel.data.folders import (
     without_masks,
 )
 from tokenlabel.data.images import ImageError, Strings, describe, named_classes, sorted_classes
-from tokenlabel.runtime.notices import listed, say
+from tokenlabel.runtime.process import listed, say
 
 INDEX_NAME = "tokenlabel-index.npz"
 

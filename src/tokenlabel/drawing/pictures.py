@@ -1,78 +1,218 @@
-"""Pictures of what tokens are told and what they say: images with a coloured cell for each soft label."""
+"""Albums: photographs with maps of classes over them, as runs write them down and pages show them.
+
+A run writes an album of a kind (`train`, `val`) while it has its data at hand, so that a report needs neither the
+images nor the network:
+
+    RUN/pictures/KIND-CHECKSUM.jpg    a contact sheet of all photographs of the album
+    RUN/pictures/KIND.json            what they are, and which class each cell of a grid over them has
+
+The sheet is written first and the JSON names it: a run that is killed in between leaves the album that was there. No
+torch.
+"""
 
 from __future__ import annotations
 
+import base64
 import colorsys
-from collections.abc import Sequence
+import io
+import json
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
+from PIL import Image
 
-WIDTH_PX = 224
-# Cells that carry a name are drawn at least this large; names longer than this don't fit in one.
-_NAME_CELL_PX, _NAME_LENGTH = 18, 3
+from tokenlabel.runtime.process import write_whole
+
+PICTURES_FOLDER = "pictures"
+# Photographs are drawn within these (width, height), and only ever made smaller.
+PHOTO_PX = (224, 320)
+_COLUMNS, _QUALITY = 6, 88
+# Photographs begin at multiples of a block of JPEG's, so that none runs into its neighbour.
+_BLOCK_PX = 16
 
 
-def class_colour(class_id: int) -> tuple[int, int, int]:
+@dataclass(frozen=True, eq=False)
+class ClassMap:
+    """The class of each cell of a grid over a part of an image.
+
+    `ids` [h, w]: class ids, -1 where nothing is said. `strength` [h, w] in [0, 1]: how strongly a cell is tinted; all
+    alike if None. `region`: left, top, right and bottom of the part, as fractions of the image.
+    """
+
+    ids: Int[NDArray[np.integer[Any]], "h w"]
+    strength: Float[NDArray[np.floating[Any]], "h w"] | None = None
+    region: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)
+
+
+def top_classes(
+    ids: Int[NDArray[np.integer[Any]], "h w"],
+    probs: Float[NDArray[np.floating[Any]], "h w"],
+    num_classes: int,
+) -> ClassMap:
+    """Return the map of each cell's most probable class, the stronger the further its probability is above chance.
+
+    A cell of probability 0 says nothing.
+    """
+    above = (probs * num_classes - 1) / max(1, num_classes - 1)
+    return ClassMap(np.where(probs > 0, ids, -1), above.clip(0, 1))
+
+
+@dataclass(frozen=True, eq=False)
+class Tile:
+    """A photograph, perhaps with a map over it. Tiles of one array show one photograph of the sheet."""
+
+    photo: UInt8[NDArray[np.uint8], "height width 3"]
+    text: str
+    classes: ClassMap | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Album:
+    """Pictures as they are written down.
+
+    `sheet`: a JPEG of all photographs. `about`: what KIND.json holds: `size` of the sheet and `photos`, the left, top,
+    width and height of each on it; `classes`, the names of those that occur, and `colours`, theirs where they have
+    their own; `pictures`: dicts with the `tiles` of each picture, and whatever else was said of it.
+    """
+
+    sheet: bytes
+    about: dict[str, Any] = field(repr=False)
+
+    @property
+    def name(self) -> str:
+        """A name of the sheet: those of equal sheets are equal."""
+        return f"{zlib.crc32(self.sheet):08x}"
+
+    def write(self, folder: Path, kind: str, **more: Any) -> None:
+        """Write the album into a folder in place of another of its kind; `more` goes into the JSON."""
+        sheet = f"{kind}-{self.name}.jpg"
+        write_whole(folder / sheet, [self.sheet])
+        write_whole(folder / f"{kind}.json", json.dumps({**more, "sheet": sheet, **self.about}) + "\n")
+        for older in folder.glob(f"{kind}-*.jpg"):
+            if older.name != sheet:
+                older.unlink(missing_ok=True)
+
+    def class_map(self, tile: Mapping[str, Any]) -> ClassMap | None:
+        """Return the map of a tile, of ids into `about["classes"]`; None if it has none."""
+        packed = tile.get("map")
+        if packed is None:
+            return None
+        height, width = packed["size"]
+        ids, strength = (_unpacked(packed[part]).reshape(height, width) for part in ("ids", "strength"))
+        return ClassMap(ids.astype(np.int64) - 1, strength / np.float32(255), tuple(packed["region"]))
+
+
+def make_album(
+    pictures: Iterable[tuple[Sequence[Tile], Mapping[str, Any]]],
+    class_names: Sequence[str],
+    *,
+    colours: UInt8[NDArray[np.uint8], "C 3"] | None = None,
+    **more: Any,
+) -> Album:
+    """Return an album of pictures: the tiles of each, and what else is to be known of it.
+
+    `class_names`: of the ids in the maps; ids beyond them are called by their number. `more`: entries of the album.
+    """
+    photos: list[Image.Image] = []
+    numbers: dict[int, int] = {}
+    pictures = list(pictures)  # arrays are told apart by their address, so all of them have to live on
+    found = sorted({i for tiles, _ in pictures for tile in tiles if tile.classes for i in _ids(tile.classes)})
+    entries = []
+    for tiles, facts in pictures:
+        packed = []
+        for tile in tiles:
+            if id(tile.photo) not in numbers:
+                numbers[id(tile.photo)] = len(photos)
+                photos.append(fitted(tile.photo))
+            number = numbers[id(tile.photo)]
+            packed.append(
+                {"photo": number, "text": tile.text, "map": _packed(tile.classes, found, photos[number])}
+            )
+        entries.append({**facts, "tiles": packed})
+    sheet, boxes = _contact_sheet(photos)
+    names = [class_names[i] if i < len(class_names) else str(i) for i in found]
+    about: dict[str, Any] = {**more, "size": sheet.size, "photos": boxes, "classes": names}
+    about["colours"] = None if colours is None else colours[found].tolist()
+    return Album(_jpeg(sheet), {**about, "pictures": entries})
+
+
+def read_album(folder: Path, kind: str) -> Album | None:
+    """Return what `Album.write` left in a folder; None where nothing is whole there."""
+    try:
+        about = json.loads((folder / f"{kind}.json").read_text(encoding="utf-8"))
+        return Album((folder / about["sheet"]).read_bytes(), about)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def fitted(pixels: UInt8[NDArray[np.uint8], "height width 3"]) -> Image.Image:
+    """Return an image no larger than photographs are drawn, at its own aspect."""
+    image = Image.fromarray(np.ascontiguousarray(pixels))
+    image.thumbnail(PHOTO_PX, Image.Resampling.BICUBIC)
+    return image
+
+
+def class_colour(number: int) -> tuple[int, int, int]:
     """Return a colour for a class; classes that are near in number get colours that are far apart."""
-    hue = (class_id * 0.381966) % 1  # the golden angle
-    lightness = (0.5, 0.62, 0.4)[class_id // 8 % 3]
+    hue = (number * 0.381966) % 1  # the golden angle
+    lightness = (0.5, 0.62, 0.4)[number // 8 % 3]
     red, green, blue = colorsys.hls_to_rgb(hue, lightness, 0.85)
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
-def enlarged(pixels: UInt8[NDArray[np.uint8], "height width 3"]) -> Image.Image:
-    """Return an image at the width of all pictures, its pixels kept square and sharp."""
-    image = Image.fromarray(pixels)
-    return image.resize((WIDTH_PX, round(WIDTH_PX * image.height / image.width)), Image.Resampling.NEAREST)
+def _ids(classes: ClassMap) -> list[int]:
+    return np.unique(classes.ids[classes.ids >= 0]).tolist()
 
 
-def with_cells(
-    pixels: UInt8[NDArray[np.uint8], "height width 3"],
-    probs: Float[NDArray[np.float32], "h w C"],
-    class_names: Sequence[str],
-) -> Image.Image:
-    """Return the image with each cell of a grid tinted by its most probable class.
-
-    `probs`: soft labels of a grid over the whole image, top row first. A cell's tint is as strong as its top
-    probability stands out from an even guess; a cell without any label (all zeros) is dark.
-    """
-    picture = enlarged(pixels).convert("RGB")
-    rows, columns, num_classes = probs.shape
-    tint = Image.new("RGBA", picture.size)
-    draw = ImageDraw.Draw(tint)
-    named = picture.width / columns >= _NAME_CELL_PX and all(
-        len(name) <= _NAME_LENGTH for name in class_names
+def _packed(classes: ClassMap | None, found: Sequence[int], photo: Image.Image) -> dict[str, Any] | None:
+    """Return a map as JSON, no finer than its photo: places among the classes found, from 1 on, 0 for none."""
+    if classes is None:
+        return None
+    rows, columns = (
+        np.arange(min(length, most)) * length // min(length, most)
+        for length, most in zip(classes.ids.shape, (photo.height, photo.width), strict=True)
     )
-    for row in range(rows):
-        for column in range(columns):
-            corners = [
-                (picture.width * column // columns, picture.height * row // rows),
-                (picture.width * (column + 1) // columns - 1, picture.height * (row + 1) // rows - 1),
-            ]
-            cell = probs[row, column]
-            if cell.sum() <= 0:
-                draw.rectangle(corners, fill=(0, 0, 0, 170))
-                continue
-            best = int(cell.argmax())
-            certainty = max(0.0, float(cell[best]) * num_classes - 1) / max(1, num_classes - 1)
-            draw.rectangle(corners, fill=(*class_colour(best), round(30 + 150 * certainty)))
-            if named and certainty > 0.1:
-                centre = ((corners[0][0] + corners[1][0]) / 2, (corners[0][1] + corners[1][1]) / 2)
-                draw.text(
-                    centre,
-                    class_names[best],
-                    anchor="mm",
-                    fill=(255, 255, 255, 235),
-                    stroke_width=1,
-                    stroke_fill=(0, 0, 0, 200),
-                )
-    return Image.alpha_composite(picture.convert("RGBA"), tint).convert("RGB")
+    ids = classes.ids[np.ix_(rows, columns)]
+    strength = np.ones(ids.shape) if classes.strength is None else classes.strength[np.ix_(rows, columns)]
+    places = np.where(ids >= 0, np.searchsorted(found, ids) + 1, 0)
+    return {
+        "size": ids.shape,
+        "region": [round(float(edge), 5) for edge in classes.region],
+        "ids": _text(places.astype("<u4")),
+        "strength": _text((strength * 255).round().astype("<u4")),
+    }
 
 
-def mask_picture(mask: Float[NDArray[np.float32], "rows columns"], *, aspect: float) -> Image.Image:
-    """Return a mask in [0, 1] in grey, white where it is 1; `aspect` is the height of the image over its width."""
-    grey = Image.fromarray((mask * 255).round().astype(np.uint8))
-    return grey.resize((WIDTH_PX, round(WIDTH_PX * aspect)), Image.Resampling.NEAREST).convert("RGB")
+def _text(numbers: NDArray[np.unsignedinteger[Any]]) -> str:
+    return base64.b64encode(zlib.compress(numbers.tobytes(), 9)).decode()
+
+
+def _unpacked(text: str) -> NDArray[np.unsignedinteger[Any]]:
+    return np.frombuffer(zlib.decompress(base64.b64decode(text)), "<u4")
+
+
+def _contact_sheet(photos: Sequence[Image.Image]) -> tuple[Image.Image, list[list[int]]]:
+    """Return all photographs on one, row by row, and the left, top, width and height of each."""
+    widest, highest = (
+        -(-max((photo.size[axis] for photo in photos), default=1) // _BLOCK_PX) * _BLOCK_PX for axis in (0, 1)
+    )
+    columns = max(1, min(_COLUMNS, len(photos)))
+    sheet = Image.new("RGB", (widest * columns, highest * max(1, -(-len(photos) // columns))), "white")
+    boxes = []
+    for number, photo in enumerate(photos):
+        row, column = divmod(number, columns)
+        sheet.paste(photo, (column * widest, row * highest))
+        boxes.append([column * widest, row * highest, *photo.size])
+    return sheet, boxes
+
+
+def _jpeg(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=_QUALITY, subsampling=0)
+    return buffer.getvalue()

@@ -43,10 +43,9 @@ from tokenlabel.evaluation.observation import MaskFolder, observe
 from tokenlabel.evaluation.probe import image_figures, probe_sets
 from tokenlabel.labels.store import LabelStore
 from tokenlabel.models import TokenModel
-from tokenlabel.runtime.coercion import coerced_fields
+from tokenlabel.runtime.coercion import COUNT, NATURAL, check_numbers, coerced_fields
 from tokenlabel.runtime.distributed import Ranks, joined_ranks, usable_device
-from tokenlabel.runtime.notices import listed, say
-from tokenlabel.runtime.ranges import COUNT, NATURAL, check_numbers
+from tokenlabel.runtime.process import listed, say
 from tokenlabel.training.run_folder import sound_images
 
 Figures = dict[str, Any]

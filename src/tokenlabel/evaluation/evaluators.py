@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from tokenlabel.core.align import align
 from tokenlabel.core.batch import Batch
+from tokenlabel.core.outputs import Outputs
 from tokenlabel.core.targets import TokenTargets
 from tokenlabel.runtime.distributed import Ranks
 
@@ -32,13 +33,14 @@ class Predictions:
     """A batch, on the device, and what a model says of it.
 
     `logits`: of one way to predict, in float32. `token_classes`: the most probable class of each token of the `grid`
-    (h, w), where the batch has score maps to hold it against.
+    (h, w), where the batch has score maps to hold it against. `outputs`: all that the model said.
     """
 
     batch: Batch
     grid: tuple[int, int]
     logits: Float[Tensor, "B C"]
     token_classes: Int[Tensor, "B N"] | None
+    outputs: Outputs | None = None
 
 
 class Evaluator(ABC):

@@ -27,7 +27,7 @@ from tokenlabel.data.augment import EvalTransform
 from tokenlabel.data.batches import TokenLabelDataset
 from tokenlabel.data.imagenet import as_classes_of
 from tokenlabel.data.images import ImageSource, has_classes, orientation_of
-from tokenlabel.data.masks import MaskError, check_upright, decode_mask, mask_names
+from tokenlabel.data.masks import check_upright, decode_mask, mask_names
 from tokenlabel.data.sources import open_images
 from tokenlabel.evaluation.evaluators import (
     Accuracy,
@@ -41,7 +41,8 @@ from tokenlabel.labels.store import LabelStore
 from tokenlabel.models import Outputs, TokenModel
 from tokenlabel.runtime.coercion import coerced
 from tokenlabel.runtime.distributed import Ranks, usable_device
-from tokenlabel.runtime.notices import listed, say
+from tokenlabel.runtime.errors import DataError
+from tokenlabel.runtime.process import listed, say
 from tokenlabel.training.recipe import Recipe
 from tokenlabel.training.run_folder import sound_images
 
@@ -113,7 +114,7 @@ class MaskFolder:
         return self._path(key).exists()
 
     def check(self, class_names: Sequence[str], *, all_needed: bool = True) -> None:
-        """Raise MaskError if images of the source have no mask, or if a class seems to be written as the id of none.
+        """Raise DataError if images of the source have no mask, or if a class seems to be written as the id of none.
 
         Masks of 0 and 255 of images of several classes: 255 must be one of them. `all_needed`: no mask may be missing.
         """
@@ -121,7 +122,7 @@ class MaskFolder:
             return
         missing = [key for key in self._source.keys if not self._path(key).exists()] if all_needed else []
         if missing:
-            raise MaskError(
+            raise DataError(
                 f"{self.folder}: {len(missing):,} of {len(self._source):,} images have no mask there "
                 f"({listed(missing)}); expected {next(mask_names(missing[0]))} for {missing[0]}"
             )
@@ -134,7 +135,7 @@ class MaskFolder:
                 path, values = self._read(self._source.keys[int(index)])
                 held |= dict.fromkeys(np.unique(values).tolist(), str(path))
         if strange := sorted({*held} - {*range(self.num_classes), self._ignored}):
-            raise MaskError(
+            raise DataError(
                 f"{held[strange[0]]}: holds {listed(list(map(str, strange)))}, which is no id of {self.num_classes:,} "
                 f"classes (0 = {class_names[0]} to {self.num_classes - 1} = {class_names[-1]}) nor of none "
                 f"({self._ignored}): --ignore-index says another id of none, --class-map FILE of `annotate` all others"
@@ -144,7 +145,7 @@ class MaskFolder:
                 f"{self.folder}: 255 is the class {class_names[255]!r} of {self.num_classes:,}, nothing is 65535"
             )
         elif {*held} == {0, 255} and len(np.unique(self._source.class_ids[drawn])) > 1:
-            raise MaskError(
+            raise DataError(
                 f"{self.folder}: masks hold 0 and 255 alone, and 255 stands for no class: only {class_names[0]!r} (0) "
                 f"would be seen, never {listed(list(class_names[1:]))}; write class ids into the masks, or say "
                 "--ignore-index 255 if this is what they mean"
@@ -156,7 +157,7 @@ class MaskFolder:
         try:
             data = path.read_bytes()
         except OSError as error:
-            raise MaskError(f"{path}: the mask of {key} cannot be read ({error.strerror})") from error
+            raise DataError(f"{path}: the mask of {key} cannot be read ({error.strerror})") from error
         values = decode_mask(data, str(path))
         if self._source is not None and (index := self._indices.get(key)) is not None:
             check_upright(values.shape, self._source.read(index), mask=str(path), image=key)
@@ -241,7 +242,7 @@ def observe(
         for inference, logits in logits_of.items():
             chosen = logits if out is None else logits.masked_fill(out, -torch.inf)
             for evaluator in evaluators[inference]:
-                evaluator.add(Predictions(batch, outputs.grid, chosen, token_classes))
+                evaluator.add(Predictions(batch, outputs.grid, chosen, token_classes, outputs))
         num_images += len(batch.images)
     spent = ranks.all_gather((num_images, time.perf_counter() - started))
     speed = {"images_per_s": sum(n for n, _ in spent) / max(seconds for _, seconds in spent)}

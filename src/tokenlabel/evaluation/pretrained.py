@@ -30,7 +30,7 @@ from tokenlabel.models.weights import (
 )
 from tokenlabel.runtime.coercion import pair
 from tokenlabel.runtime.errors import first_line
-from tokenlabel.runtime.notices import listed, say
+from tokenlabel.runtime.process import listed, say
 
 # In timm's names of networks trained on images and texts. Their head projects into the space of the texts, and timm
 # calls the width of that space num_classes; the same networks fine-tuned on ImageNet ("_ft_in1k") have classes.

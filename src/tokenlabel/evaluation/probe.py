@@ -24,7 +24,7 @@ from tokenlabel.evaluation.evaluators import TokenTruth, object_tokens
 from tokenlabel.models import TokenModel
 from tokenlabel.runtime.configuration import ConfigError
 from tokenlabel.runtime.distributed import Ranks
-from tokenlabel.runtime.notices import listed, say
+from tokenlabel.runtime.process import listed, say
 
 # Ridge, relative to the mean of the features' variances: enough to make the solution exist, too little to shrink it.
 RIDGE = 1e-3

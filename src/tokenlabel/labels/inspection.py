@@ -18,9 +18,8 @@ from tokenlabel.data.images import ImageSource, has_classes
 from tokenlabel.labels.fingerprints import find_replaced
 from tokenlabel.labels.store import LabelStore, Manifest, StoreError, read_manifest
 from tokenlabel.labels.wordnet import with_words
-from tokenlabel.runtime.coercion import coerced_fields
-from tokenlabel.runtime.notices import listed, say
-from tokenlabel.runtime.ranges import COUNT, check_numbers
+from tokenlabel.runtime.coercion import COUNT, check_numbers, coerced_fields
+from tokenlabel.runtime.process import listed, say
 
 MAX_SUM = 1.001
 # Longer texts are cut where people read them.

@@ -17,7 +17,7 @@ from tokenlabel.data.classes import ClassList, composed
 from tokenlabel.labels.encoding import DEFAULT_TOLERANCE, Encoding
 from tokenlabel.labels.shards import SUFFIX, StoreError, write_atomically
 from tokenlabel.runtime.coercion import coerced_fields
-from tokenlabel.runtime.notices import listed
+from tokenlabel.runtime.process import listed
 
 MANIFEST_FILE = "manifest.json"
 FORMAT_VERSION = 1

@@ -21,8 +21,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from tokenlabel.core.geometry import WHOLE_IMAGE, Box
-from tokenlabel.core.scores import Kind, Orientation, ScoreError, ScoreMap, from_top
-from tokenlabel.data.images import ImageError, ImageSource
+from tokenlabel.core.scores import Kind, Orientation, ScoreMap, from_top
+from tokenlabel.data.images import ImageSource
 from tokenlabel.data.sources import open_aloud
 from tokenlabel.labels.encoding import Encoding
 from tokenlabel.labels.inspection import best_class, summarize
@@ -36,11 +36,9 @@ from tokenlabel.labels.store import (
     update_failures,
 )
 from tokenlabel.labels.wordnet import imagenet_ids
-from tokenlabel.runtime.background import ahead, thread_pool
-from tokenlabel.runtime.coercion import Choice, coerced_fields
+from tokenlabel.runtime.coercion import COUNT, Choice, check_numbers, coerced_fields
 from tokenlabel.runtime.errors import first_line
-from tokenlabel.runtime.notices import listed, say
-from tokenlabel.runtime.ranges import COUNT, check_numbers
+from tokenlabel.runtime.process import ahead, listed, say, thread_pool
 
 # From here on float16 cannot tell neighbouring integers apart.
 FIRST_UNCERTAIN_ID = 2048
@@ -51,10 +49,6 @@ NUM_PROBED = 10
 # Maps whose best class is compared with their image's, and the least share that should agree: teachers of ImageNet
 # reach four fifths, another order of its classes a thousandth.
 NUM_COMPARED, MIN_AGREEMENT = 1000, 0.3
-
-
-class PublishedError(ValueError):
-    """A label file that cannot be used, or options that say nothing about it."""
 
 
 class Layout(Choice):
@@ -101,7 +95,7 @@ def import_labels(
     `files`: the folder of class folders of `.pt` files; the images may be of some of their classes only. Says which
     class each id is taken for where names leave that open, and how often map and class of an image agree. Images
     without a file, with a broken one, or whose names are the same up to the first dot are listed in the store's
-    manifest. Raises PublishedError if there is no file for any image, and StoreError if the folder holds other labels.
+    manifest. Raises StoreError if there is no file for any image, and StoreError if the folder holds other labels.
     """
     source = open_aloud(images) if isinstance(images, (str, Path)) else images
     class_names = _class_names(source.class_names, config.num_classes)
@@ -151,10 +145,10 @@ def _class_names(ours: Sequence[str], num_classes: int) -> tuple[str, ...]:
     """Return the names of the files' classes by those of the images, which may be of some of them; () if unknown.
 
     WordNet ids and numbers say which class they are. Other names do not; as many as there are classes are taken in
-    order. Raises PublishedError for more.
+    order. Raises StoreError for more.
     """
     if len(ours) > num_classes:
-        raise PublishedError(
+        raise StoreError(
             f"--num-classes {num_classes:,}, but the images have {len(ours):,} classes ({listed(list(ours))})"
         )
     if num_classes == len(imagenet_ids()) and set(ours) <= set(imagenet_ids()):
@@ -191,8 +185,8 @@ def read_label_file(
 ) -> ScoreMap:
     """Return a published label file as a map of logits.
 
-    Nothing in the file is run. Raises PublishedError for what is no such file, or names class ids that
-    float16 cannot hold, and ScoreError for ids beyond `num_classes` and for logits that are not finite.
+    Nothing in the file is run. Raises StoreError for what is no such file, or names class ids that
+    float16 cannot hold, and ValueError for ids beyond `num_classes` and for logits that are not finite.
     """
     path = Path(path)
     logits, ids = _read_file(path)
@@ -200,11 +194,11 @@ def read_label_file(
         logits, ids = logits.swapaxes(1, 2), ids.swapaxes(1, 2)
     class_ids = np.moveaxis(ids, 0, 2)  # [H, W, K]
     if not (class_ids == np.floor(class_ids)).all() or class_ids.min() < 0:
-        raise PublishedError(
+        raise StoreError(
             f"{path}: its second half should be class ids, got {class_ids.min()} to {class_ids.max()}"
         )
     if class_ids.max() >= FIRST_UNCERTAIN_ID:
-        raise PublishedError(
+        raise StoreError(
             f"{path}: names class {class_ids.max():.0f}, but float16 tells ids apart only below {FIRST_UNCERTAIN_ID}; "
             "annotate anew instead"
         )
@@ -249,7 +243,7 @@ class _Job:
                 best = best_class(summarize(key, score_map))
                 self.agreements.append(own == self.manifest.class_names[best])
             return key, pack_for(self.manifest, key, score_map)
-        except (PublishedError, ScoreError, StoreError, ImageError, OSError) as error:
+        except (ValueError, OSError) as error:
             return key, Failure(key, str(error))
 
 
@@ -260,27 +254,27 @@ def _topk_of(paths: Sequence[Path], *, folder: str | Path) -> int:
     for path in (path for path in paths if path.exists()):
         try:
             found.append(len(_read_file(path)[0]))
-        except (PublishedError, OSError) as error:
+        except (StoreError, OSError) as error:
             problem = problem or error
         if len(found) == NUM_PROBED:
             break
     if found:
         return max(found)
     if problem is None:
-        raise PublishedError(f"{folder}: no label file of any image; expected, for example, {paths[0]}")
-    raise PublishedError(f"{folder}: no label file can be read; the first: {problem}") from problem
+        raise StoreError(f"{folder}: no label file of any image; expected, for example, {paths[0]}")
+    raise StoreError(f"{folder}: no label file can be read; the first: {problem}") from problem
 
 
 def _read_file(path: Path) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Return logits and class ids [K, H, W] as they are in the file."""
     if not path.is_file():
-        raise PublishedError(f"{path}: no such label file")
+        raise StoreError(f"{path}: no such label file")
     if path.stat().st_size > MAX_FILE_BYTES:
-        raise PublishedError(f"{path}: {path.stat().st_size:,} bytes are too many for a label file")
+        raise StoreError(f"{path}: {path.stat().st_size:,} bytes are too many for a label file")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever torch's reader runs into in a broken file
-        raise PublishedError(f"{path}: cannot be read as a label file ({first_line(error)})") from error
+        raise StoreError(f"{path}: cannot be read as a label file ({first_line(error)})") from error
     if (
         not isinstance(content, torch.Tensor)
         or content.ndim != 4
@@ -288,7 +282,7 @@ def _read_file(path: Path) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         or not content.numel()
     ):
         got = list(content.shape) if isinstance(content, torch.Tensor) else type(content).__name__
-        raise PublishedError(f"{path}: expected a tensor [2, K, H, W] of logits and class ids, got {got}")
+        raise StoreError(f"{path}: expected a tensor [2, K, H, W] of logits and class ids, got {got}")
     logits, ids = content.float().numpy()
     return logits, ids
 
@@ -298,7 +292,7 @@ def _crop_fraction(region: str) -> float | None:
         return None
     found = re.fullmatch(r"center:(\d+(?:\.\d+)?)", region)
     if found is None or not 0 < float(found[1]) <= 100:
-        raise PublishedError(f"--region {region}: expected full, or center:PCT such as center:95.6")
+        raise StoreError(f"--region {region}: expected full, or center:PCT such as center:95.6")
     return float(found[1]) / 100
 
 

@@ -29,7 +29,8 @@ from zlib import crc32
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenlabel.runtime.files import write_whole
+from tokenlabel.runtime.errors import StoreError
+from tokenlabel.runtime.process import write_whole
 
 SUFFIX = ".safetensors"
 FORMAT = "tokenlabel-labels"
@@ -54,10 +55,6 @@ _IMAGE = struct.Struct("<qII")  # a Fingerprint
 _HASH = _HEADER_BYTES = struct.Struct("<Q")
 _ALIGNMENT = 8
 _ADVICE = "remove the file and annotate again: only its images are done anew"
-
-
-class StoreError(ValueError):
-    """A label store that is missing, broken, or not for these images or classes."""
 
 
 class Fingerprint(NamedTuple):

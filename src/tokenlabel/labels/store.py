@@ -48,8 +48,7 @@ from tokenlabel.labels.shards import (
     open_shard,
     write_shard,
 )
-from tokenlabel.runtime.files import UNFINISHED
-from tokenlabel.runtime.notices import listed, say
+from tokenlabel.runtime.process import UNFINISHED, listed, say
 
 __all__ = [
     "Failure",

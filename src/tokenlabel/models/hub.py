@@ -15,7 +15,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import get_session
 from timm.models import get_arch_pretrained_cfgs
 
-from tokenlabel.runtime.notices import listed
+from tokenlabel.runtime.process import listed
 
 REACH_WITHIN_S = 5.0
 FILE_ENDINGS = (".pth", ".pt", ".tar", ".safetensors", ".npz", ".bin", ".onnx", ".ckpt")

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tokenlabel.runtime.errors import first_line
-from tokenlabel.runtime.notices import listed, say
+from tokenlabel.runtime.process import listed, say
 
 # How files and modules call a running average of the weights: state_dict_ema, model_ema.module., teacher. (DINO's).
 AVERAGE = re.compile(r"(^|[._/])(ema|swa|avg|averaged?|teacher)([._/]|$)")

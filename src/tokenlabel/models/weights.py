@@ -27,7 +27,7 @@ from tokenlabel.models.weight_files import (
     read_description,
 )
 from tokenlabel.runtime.errors import first_line
-from tokenlabel.runtime.notices import say
+from tokenlabel.runtime.process import say
 
 __all__ = [
     "Loaded",

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, Union, get_args, get_origin
 import yaml
 
 from tokenlabel.runtime.errors import near_names
-from tokenlabel.runtime.files import write_whole
+from tokenlabel.runtime.process import write_whole
 
 if TYPE_CHECKING:
     from argparse import Action

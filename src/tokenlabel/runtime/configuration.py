@@ -18,7 +18,7 @@ import yaml
 from jsonargparse.typing import register_type
 
 from tokenlabel.runtime.errors import ConfigError, near_names
-from tokenlabel.runtime.files import write_whole
+from tokenlabel.runtime.process import write_whole
 
 Config = TypeVar("Config")
 

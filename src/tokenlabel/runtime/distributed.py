@@ -14,9 +14,9 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from tokenlabel.runtime.environment import environment_number
 from tokenlabel.runtime.errors import FirstRankError
 from tokenlabel.runtime.memory import keep_freed_memory
+from tokenlabel.runtime.process import environment_number
 
 T = TypeVar("T")
 

@@ -1,4 +1,7 @@
-"""Errors in configurations, and those of other libraries in messages of our own."""
+"""The errors that somebody catches, what became of old names, and messages of other libraries on one line.
+
+What users can cause is a ValueError of one line; all others are plain ones.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,23 @@ GONE = {
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be read, or that means nothing."""
+    """What somebody asks for, in a recipe, an option or a call, that does not exist or does not fit."""
+
+
+class DataError(ValueError):
+    """Images, masks or lists of images that cannot be used as they are."""
+
+
+class ImageError(ValueError):
+    """An image that does not decode. The message names it."""
+
+
+class StoreError(ValueError):
+    """Labels on disk that cannot be used as they are."""
+
+
+class FirstRankError(ValueError):
+    """What the first rank does for all ranks failed there."""
 
 
 def first_line(error: Exception) -> str:
@@ -49,7 +68,3 @@ def near_names(word: str, known: Sequence[str], *, prefix: str = "") -> str:
     group = word.rpartition(".")[0]
     beside = [prefix + name for name in known if name.rpartition(".")[0] == group]
     return f"; known there: {', '.join(beside)}" if beside else ""
-
-
-class FirstRankError(ValueError):
-    """What the first rank was to do for all failed there."""

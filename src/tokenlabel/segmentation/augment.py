@@ -11,8 +11,7 @@ from PIL import Image
 
 from tokenlabel.data.config import Interpolation
 from tokenlabel.data.resampling import MEAN_COLOUR, resize
-from tokenlabel.runtime.coercion import Size, coerced_fields, pair
-from tokenlabel.runtime.ranges import NATURAL, POSITIVE, check_numbers
+from tokenlabel.runtime.coercion import NATURAL, POSITIVE, Size, check_numbers, coerced_fields, pair
 from tokenlabel.segmentation.classes import IGNORED
 
 Pixels = UInt8[NDArray[np.uint8], "height width 3"]

@@ -11,9 +11,9 @@ import yaml
 from jaxtyping import Int16, UInt8
 from numpy.typing import NDArray
 
-from tokenlabel.data.masks import MaskError
 from tokenlabel.drawing.pictures import class_colour
-from tokenlabel.runtime.notices import listed
+from tokenlabel.runtime.errors import DataError
+from tokenlabel.runtime.process import listed
 
 IGNORED = 255  # the class id of pixels that neither train nor count
 NUM_VALUES = 65_536  # of masks with 16 bits
@@ -39,7 +39,7 @@ class Classes:
         is_within = not values.size or (values.min() >= 0 and values.max() < NUM_VALUES)
         ids = self.ids_of_values[values] if is_within else None
         if ids is None or (ids == _UNKNOWN).any():
-            raise MaskError(f"{name}: {self.unknown(np.unique(values).tolist())}")
+            raise DataError(f"{name}: {self.unknown(np.unique(values).tolist())}")
         return ids.astype(np.uint8)
 
     def unknown(self, values: Sequence[int]) -> str:
@@ -86,24 +86,24 @@ def numbered_classes(
     """Return classes whose values in a mask are their numbers, or `values`; 255 is none of them.
 
     `background`: the name of one more class, that of the pixels of value 255. `ignored`: values of pixels that do not
-    count, in place of 255. Raises MaskError for no names, too many, or the same twice, and for values that cannot be.
+    count, in place of 255. Raises DataError for no names, too many, or the same twice, and for values that cannot be.
     """
     every = [*names, *([background] if background is not None else [])]
     if not every or len(every) > IGNORED or len(set(every)) < len(every):
-        raise MaskError(f"expected 1 to {IGNORED} different names of classes, got {len(every)}: {every[:5]}")
+        raise DataError(f"expected 1 to {IGNORED} different names of classes, got {len(every)}: {every[:5]}")
     if values and len(values) != len(names):
-        raise MaskError(
+        raise DataError(
             f"data.class_values holds {len(values)} values of {len(names)} classes; give one a class"
         )
     of_classes = [*(values or range(len(names))), *([255] if background is not None else [])]
     of_none = ignored if ignored is not None else {255} - {*of_classes}
     if len({*of_classes}) < len(of_classes) or not {*of_classes, *of_none} <= {*range(NUM_VALUES)}:
-        raise MaskError(
+        raise DataError(
             f"data.class_values {of_classes[:5]}: expected different values, and data.ignore_index with them from 0 "
             f"to {NUM_VALUES - 1:,}"
         )
     if both := {*of_classes} & {*of_none}:
-        raise MaskError(f"data.ignore_index {min(both)} is the value of a class; leave it out")
+        raise DataError(f"data.ignore_index {min(both)} is the value of a class; leave it out")
     ids_of_values = np.full(NUM_VALUES, _UNKNOWN, np.int16)
     ids_of_values[of_classes] = np.arange(len(every))
     ids_of_values[list(of_none)] = IGNORED

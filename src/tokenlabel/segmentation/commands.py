@@ -19,7 +19,7 @@ from tokenlabel.runtime.arguments import (
     parse,
     write_json,
 )
-from tokenlabel.runtime.ranges import COUNT, check_numbers
+from tokenlabel.runtime.coercion import COUNT, check_numbers
 
 if TYPE_CHECKING:
     import torch
@@ -59,8 +59,7 @@ def _train(arguments: list[str]) -> int:
         "Train a segmentation model by a recipe. The same command continues a run that was stopped.",
     )
 
-    from tokenlabel.runtime.runlog import print_figures
-    from tokenlabel.runtime.trackers import trackers_of
+    from tokenlabel.runtime.runlog import print_figures, trackers_of
     from tokenlabel.segmentation.recipe import SegmentRecipe
     from tokenlabel.segmentation.task import train_segmentation
     from tokenlabel.training.recipe import add_recipe_arguments, recipe_content
@@ -107,7 +106,7 @@ def _evaluate(arguments: list[str]) -> int:
         )
 
     from tokenlabel.runtime.distributed import joined_ranks
-    from tokenlabel.runtime.notices import listed, say
+    from tokenlabel.runtime.process import listed, say
     from tokenlabel.segmentation.evaluation import evaluate_segmentation
     from tokenlabel.segmentation.inference import Segmenter
     from tokenlabel.segmentation.pairs import other_pairs

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from typing import Any
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from tokenlabel.data.batches import make_loader
 from tokenlabel.data.samplers import EvalBatchSampler
@@ -30,13 +32,15 @@ def evaluate_segmentation(
     autocast: AbstractContextManager[Any],
     num_workers: int = 0,
     ranks: Ranks = Ranks(),  # noqa: B008  (immutable)
+    hear: Callable[[SegmentSample, Int[Tensor, "height width"]], None] = lambda sample, predicted: None,
 ) -> dict[str, Any]:
     """Return mIoU, mean accuracy and pixel accuracy over all pixels of all images, at the images' own sizes.
 
     Each rank looks at a share of the images; the counts of all are added, so the figures are those of one process.
     The result also has `num_images`, `images_per_s` (of all ranks together), `class_iou` and `class_accuracy`, by
     name, and `absent_classes`: those that no mask holds. mIoU leaves out those of them that were not predicted either,
-    mean accuracy all. The model is left in evaluation mode.
+    mean accuracy all. `hear` is told of each sample of this rank and the classes of its pixels. The model is left in
+    evaluation mode.
     """
     segmenter.model.eval()
     sampler = EvalBatchSampler(
@@ -52,6 +56,7 @@ def evaluate_segmentation(
         for sample in (one for some in samples for one in some):
             said = segmenter(sample.image.to(device))
             matrix += confusion(said, sample.mask.to(device), len(names))
+            hear(sample, said)
     matrices = ranks.all_gather(matrix.cpu())
     figures = asdict(figures_of(torch.stack(matrices).sum(dim=0)))
     by_class = {

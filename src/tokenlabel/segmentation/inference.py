@@ -14,8 +14,7 @@ from torch.nn import functional as F
 from tokenlabel.core.batch import normalize_images
 from tokenlabel.data.config import Interpolation
 from tokenlabel.data.resampling import resize
-from tokenlabel.runtime.coercion import Size, coerced_fields, pair
-from tokenlabel.runtime.ranges import NATURAL, POSITIVE, check_numbers
+from tokenlabel.runtime.coercion import NATURAL, POSITIVE, Size, check_numbers, coerced_fields, pair
 from tokenlabel.segmentation.augment import fitted_size
 from tokenlabel.segmentation.model import SegmentationModel
 

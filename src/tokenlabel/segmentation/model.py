@@ -10,8 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tokenlabel.models import TokenModel, create_model
-from tokenlabel.runtime.coercion import Choice, coerced_fields
-from tokenlabel.runtime.ranges import COUNT, NATURAL, POSITIVE, check_numbers
+from tokenlabel.runtime.coercion import COUNT, NATURAL, POSITIVE, Choice, check_numbers, coerced_fields
 from tokenlabel.segmentation.heads import FCNHead, Head, LinearHead, UPerNetHead
 from tokenlabel.segmentation.pyramid import NUM_LEVELS, Levels, Neck, NeckKind, find_levels
 

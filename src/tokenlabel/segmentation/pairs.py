@@ -25,10 +25,9 @@ from tokenlabel.data.images import (
     decode_pixels,
     orientation_of,
 )
-from tokenlabel.data.masks import MaskError, check_upright, decode_mask, mask_names, palette_of
-from tokenlabel.runtime.coercion import Choice, coerced, coerced_fields
-from tokenlabel.runtime.notices import listed, say
-from tokenlabel.runtime.ranges import COUNT, check_numbers
+from tokenlabel.data.masks import check_upright, decode_mask, mask_names, palette_of
+from tokenlabel.runtime.coercion import COUNT, Choice, check_numbers, coerced, coerced_fields
+from tokenlabel.runtime.process import listed, say
 from tokenlabel.segmentation.classes import IGNORED, Classes, known_classes, numbered_classes
 
 # Pairs of a larger set that are looked at before training.
@@ -131,14 +130,14 @@ class ImageMaskPairs:
     def read(
         self, index: int
     ) -> tuple[UInt8[NDArray[np.uint8], "height width 3"], UInt8[NDArray[np.uint8], "height width"]]:
-        """Return RGB pixels and class ids, 255 where none counts. Raises ImageError or MaskError, by name."""
+        """Return RGB pixels and class ids, 255 where none counts. Raises ImageError or DataError, by name."""
         pixels, values = self._decoded(index)
         return pixels, self.classes.ids(values, name=str(self._masks / self.mask_names[index]))
 
     def check(self, *, to_train: bool = True) -> None:
         """Look at every pair of up to `DECODE_ALL_UP_TO`, at some of more; say which classes no mask holds.
 
-        Raises what `read` would raise later, with the count, and MaskError where no pixel counts, or none that could
+        Raises what `read` would raise later, with the count, and DataError where no pixel counts, or none that could
         teach: masks of 0 and 255 with two class names, say.
         """
         is_all = len(self) <= DECODE_ALL_UP_TO
@@ -180,7 +179,7 @@ class ImageMaskPairs:
             values.update(counts)
         if unknown := classes.unknown(sorted(values)):
             names = [name for name, counts in masks.items() if classes.unknown([*counts])]
-            raise MaskError(
+            raise DataError(
                 f"{self._masks / names[0]}: {unknown}{_advice(classes, sorted(values))} ({len(names):,} of "
                 f"{len(masks):,} masks)"
             )
@@ -188,9 +187,9 @@ class ImageMaskPairs:
         ignored = sorted(value for value in values if classes.id_of(value) == IGNORED)
         of_none = listed([str(value) for value in ignored])
         if not held and is_all:
-            raise MaskError(f"{self._masks}: no pixel of {len(masks):,} masks counts: all are {of_none}")
+            raise DataError(f"{self._masks}: no pixel of {len(masks):,} masks counts: all are {of_none}")
         if to_train and classes.is_assumed and ignored and len(held) == 1 < len(classes.names):
-            raise MaskError(
+            raise DataError(
                 f"{self._masks}: {len(masks):,} masks hold {listed([str(v) for v in sorted(values)])} alone, of which "
                 f"255 does not count: only {classes.names[held.pop()]!r} would be learnt"
                 f"{_advice(classes, sorted(values))}; if it is meant, say --data.ignore-index 255"
@@ -219,7 +218,7 @@ class ImageMaskPairs:
         values = decode_mask(_bytes(mask), str(mask))
         if values.shape != pixels.shape[:2]:
             check_upright(values.shape, data, mask=str(mask), image=str(image))
-            raise MaskError(
+            raise DataError(
                 f"{mask}: has {values.shape[0]} x {values.shape[1]} pixels (height x width), its image {image} "
                 f"{pixels.shape[0]} x {pixels.shape[1]}; they must be the same"
             )

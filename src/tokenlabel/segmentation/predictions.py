@@ -14,7 +14,7 @@ from PIL import Image
 
 from tokenlabel.data.folders import list_images, passed_over_text
 from tokenlabel.data.images import EXTENSIONS, DataError, decode_pixels
-from tokenlabel.runtime.notices import say
+from tokenlabel.runtime.process import say
 from tokenlabel.segmentation.classes import Classes
 from tokenlabel.segmentation.inference import Segmenter
 

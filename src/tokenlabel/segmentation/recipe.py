@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from tokenlabel.runtime.coercion import coerced_fields
+from tokenlabel.runtime.coercion import COUNT, check_numbers, coerced_fields
 from tokenlabel.runtime.configuration import ConfigError
-from tokenlabel.runtime.ranges import COUNT, check_numbers
 from tokenlabel.segmentation.augment import SegmentAugmentConfig
 from tokenlabel.segmentation.inference import SegmentEvalConfig
 from tokenlabel.segmentation.model import SegmentModelConfig

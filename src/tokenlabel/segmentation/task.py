@@ -8,8 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
+from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -18,14 +21,14 @@ from tokenlabel.core.step import Part
 from tokenlabel.data.batches import make_loader
 from tokenlabel.data.images import DataError
 from tokenlabel.data.samplers import BatchSampler
+from tokenlabel.drawing.pictures import PICTURES_FOLDER, Album, ClassMap, Tile, fitted, make_album
 from tokenlabel.models import WeightsError
 from tokenlabel.runtime.configuration import ConfigError, config_from_dict
 from tokenlabel.runtime.distributed import Ranks, joined_ranks, usable_device
-from tokenlabel.runtime.runlog import Stopwatch
-from tokenlabel.runtime.trackers import Tracker
+from tokenlabel.runtime.runlog import Stopwatch, Tracker
 from tokenlabel.segmentation.augment import SegmentTransform
 from tokenlabel.segmentation.classes import IGNORED
-from tokenlabel.segmentation.data import SegmentBatch, SegmentDataset, collate
+from tokenlabel.segmentation.data import SegmentBatch, SegmentDataset, SegmentSample, collate
 from tokenlabel.segmentation.evaluation import evaluate_segmentation
 from tokenlabel.segmentation.inference import Segmenter
 from tokenlabel.segmentation.model import (
@@ -47,6 +50,8 @@ from tokenlabel.training.engine import run_task
 from tokenlabel.training.recipe import recipe_content
 from tokenlabel.training.run_folder import RunImages, locked
 from tokenlabel.training.tasks import Task, autocast
+
+NUM_TRAIN, NUM_VAL = 6, 12
 
 
 def train_segmentation(
@@ -103,19 +108,73 @@ class SegmentTask(Task):
             collate_fn=collate,
         )
 
-    def evaluate(self, model: nn.Module, ranks: Ranks) -> dict[str, Any]:
-        """Return the figures of a model on the val images of the recipe."""
-        if self.val_pairs is None:
+    def picture(self, batch: SegmentBatch, part: Part, indices: Sequence[tuple[int, int]]) -> Album:
+        """Return the first images of a batch with their masks."""
+        pictures = []
+        for i, key in enumerate(batch.keys[:NUM_TRAIN]):
+            pixels = batch.images[i].permute(1, 2, 0).cpu().numpy()
+            classes = _class_map(batch.masks[i].cpu().numpy(), pixels)
+            pictures.append(
+                ([Tile(pixels, "augmented image"), Tile(pixels, "its mask", classes)], {"key": key})
+            )
+        return make_album(pictures, self.class_names, colours=self.train_set.pairs.classes.colours)
+
+    def evaluate(
+        self, model: nn.Module, ranks: Ranks, *, run: Path | None = None, **about: Any
+    ) -> dict[str, Any]:
+        """Return the figures of a model on the val images of the recipe; write pictures of some into `run`."""
+        pairs = self.val_pairs
+        if pairs is None:
             return {}
         assert isinstance(model, SegmentationModel)
+        shown = [
+            pairs.keys[i] for i in np.unique(np.linspace(0, len(pairs) - 1, NUM_VAL).astype(int)).tolist()
+        ]
+        pictures: dict[str, tuple[list[Tile], dict[str, str]]] = {}
+
+        def keep(sample: SegmentSample, predicted: Int[Tensor, "height width"]) -> None:
+            if sample.key in shown:
+                pictures[sample.key] = _val_picture(sample, predicted.cpu().numpy().astype(np.uint8))
+
         figures = evaluate_segmentation(
             Segmenter(model, self.recipe.eval, window_px=self.recipe.model.img_size),
-            self.val_pairs,
+            pairs,
             device=self.device,
             autocast=autocast(self.device, self.recipe.precision),
             ranks=ranks,
+            hear=keep,
         )
+        of_ranks = ranks.all_gather(pictures)
+        if run is not None and ranks.is_first:
+            found = {key: picture for of_rank in of_ranks for key, picture in of_rank.items()}
+            about["class_iou"] = figures["class_iou"]
+            album = make_album(
+                [found[key] for key in shown], self.class_names, colours=pairs.classes.colours, **about
+            )
+            album.write(run / PICTURES_FOLDER, "val")
         return {name: value for name, value in figures.items() if not name.startswith("class_")}
+
+
+def _val_picture(
+    sample: SegmentSample, predicted: UInt8[NDArray[np.uint8], "height width"]
+) -> tuple[list[Tile], dict[str, str]]:
+    """Return a val image, with its mask and with what was predicted, and what is to be read below it."""
+    truth, pixels = sample.mask.numpy(), np.asarray(fitted(sample.image.permute(1, 2, 0).numpy()))
+    counted = truth != IGNORED
+    right = (
+        f"{(predicted == truth)[counted].mean():.0%} of the pixels right"
+        if counted.any()
+        else "no pixel counts"
+    )
+    tiles = [Tile(pixels, "image"), Tile(pixels, "the truth", _class_map(truth, pixels))]
+    tiles.append(Tile(pixels, "prediction", _class_map(predicted, pixels)))
+    return tiles, {"key": sample.key, "answer": right}
+
+
+def _class_map(ids: UInt8[NDArray[np.uint8], "_ _"], photo: UInt8[NDArray[np.uint8], "_ _ 3"]) -> ClassMap:
+    """Return classes in the size of the photograph that is shown: those of a large one would fill the memory."""
+    ids = np.asarray(Image.fromarray(ids).resize(photo.shape[1::-1], Image.Resampling.NEAREST))
+    return ClassMap(np.where(ids == IGNORED, -1, ids.astype(np.int64)), np.full(ids.shape, 0.6))
 
 
 class SegmentStep(nn.Module):

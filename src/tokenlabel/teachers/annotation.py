@@ -39,10 +39,9 @@ from tokenlabel.labels.store import (
     remove_leftovers,
     update_failures,
 )
-from tokenlabel.runtime.coercion import coerced
+from tokenlabel.runtime.coercion import COUNT, NATURAL, POSITIVE, check_numbers, coerced
 from tokenlabel.runtime.distributed import joined_ranks, usable_device
-from tokenlabel.runtime.notices import listed, say
-from tokenlabel.runtime.ranges import COUNT, NATURAL, POSITIVE, check_numbers
+from tokenlabel.runtime.process import listed, say
 from tokenlabel.teachers.classmap import MIN_MASS, class_map_for
 from tokenlabel.teachers.ensemble import Ensemble, load_teachers
 from tokenlabel.teachers.labelling import Labelling
@@ -112,7 +111,7 @@ def annotate(
 
     With `again`, label some images anew as well; a call that was stopped is continued by the same call there, too.
     Raises TeacherError for a teacher that cannot do it, StoreError if the folder holds other labels,
-    ScoreError for scores that are not finite (naming the image), ImageError for an image that does not decode
+    ValueError for scores that are not finite (naming the image), ImageError for an image that does not decode
     if `strict`.
     """
     config = coerced(config, AnnotateConfig, name="config")

@@ -18,14 +18,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tokenlabel.data.classes import (
-    ClassMapError,
     difference,
     ids_among,
     match_classes,
     say_imagenet,
     strangers,
 )
-from tokenlabel.runtime.notices import listed, say
+from tokenlabel.runtime.errors import ConfigError
+from tokenlabel.runtime.process import listed, say
 
 BY_ORDER, BY_NAME = "order", "names"
 
@@ -48,7 +48,7 @@ class ClassMap:
 
     def __post_init__(self) -> None:
         if self.outside not in ("renormalise", "spread"):
-            raise ClassMapError(f"--outside is renormalise or spread, got {self.outside!r}")
+            raise ConfigError(f"--outside is renormalise or spread, got {self.outside!r}")
 
     @property
     def renormalises(self) -> bool:
@@ -98,12 +98,10 @@ def class_map_for(
     """
     option = f"{options}class-map"
     if spec not in (None, BY_ORDER) and not ours:
-        raise ClassMapError(
-            f"{option} {spec}: the images have no classes that it could lead to; leave it out"
-        )
+        raise ConfigError(f"{option} {spec}: the images have no classes that it could lead to; leave it out")
     if spec == BY_ORDER or not ours:
         if ours and num_theirs != len(ours):
-            raise ClassMapError(
+            raise ConfigError(
                 f"{difference((), ours, count=num_theirs, them='the teacher')}: no common order"
             )
         if assumed and not ours:
@@ -120,7 +118,7 @@ def class_map_for(
         reached = set(targets)
         lacking = [name for i, name in enumerate(ours) if i not in reached]
         if lacking:
-            raise ClassMapError(
+            raise ConfigError(
                 f"{option} {spec}: no class of the teacher goes to {len(lacking):,} of {len(ours):,} classes "
                 f"({listed(lacking)})"
             )
@@ -129,7 +127,7 @@ def class_map_for(
         ours, theirs, count=num_theirs, assumed=assumed, them="the teacher", option=f"{options}class-order"
     )
     if len(set(ids)) < len(ids) or -1 in ids or (spec is None and num_theirs != len(ours)):
-        raise ClassMapError(
+        raise ConfigError(
             _refusal(spec, theirs, ours, ids, count=num_theirs, assumed=assumed, options=options)
         )
     targets = np.full(num_theirs, -1)
@@ -172,7 +170,7 @@ def read_class_map(
 
     A line of the file holds the teacher's class and the images' class, each by name or by id (counted from
     0), with a tab or a comma between; lines that begin with # are passed over. A `.json` is a mapping from the
-    teacher's classes to those of the images. Raises ClassMapError that names the line.
+    teacher's classes to those of the images. Raises ConfigError that names the line.
     """
     targets = [-1] * num_theirs
     try:
@@ -180,7 +178,7 @@ def read_class_map(
         pairs = json.loads(text) if Path(path).suffix.lower() == ".json" else None
         lines = text.splitlines() if pairs is None else [f"{a}\t{b}" for a, b in dict(pairs).items()]
     except (OSError, ValueError, TypeError) as error:
-        raise ClassMapError(
+        raise ConfigError(
             f"{path}: no class map ({error}); expected a file of pairs, `{BY_NAME}` or `{BY_ORDER}`"
         ) from error
     rows: list[tuple[str, str, str]] = []
@@ -192,7 +190,7 @@ def read_class_map(
         ]
         where = f"{path}, line {number}"
         if len(fields) != 2:
-            raise ClassMapError(
+            raise ConfigError(
                 f"{where}: expected the teacher's class, a tab or comma, and ours; got {shorten(line, 80)!r}"
             )
         rows.append((where, fields[0], fields[1]))
@@ -205,7 +203,7 @@ def read_class_map(
         if target < 0:
             target = _number(target_name, ours, len(ours), where=where, whose="images'")
         if targets[source] not in (-1, target):
-            raise ClassMapError(f"{where}: the teacher's class {source_name!r} goes to two classes")
+            raise ConfigError(f"{where}: the teacher's class {source_name!r} goes to two classes")
         targets[source] = target
     return targets
 
@@ -215,6 +213,4 @@ def _number(text: str, names: Sequence[str], count: int, *, where: str, whose: s
     if text.isdecimal() and int(text) < count:
         return int(text)
     known = f" ({listed(list(names))})" if names else ""
-    raise ClassMapError(
-        f"{where}: {text!r} is none of the {whose} {count:,} classes{known}, by name or by id"
-    )
+    raise ConfigError(f"{where}: {text!r} is none of the {whose} {count:,} classes{known}, by name or by id")

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tokenlabel.data.classes import class_order, same_classes
-from tokenlabel.runtime.notices import listed, say
+from tokenlabel.runtime.process import listed, say
 from tokenlabel.teachers.classmap import ClassMap, class_map_for
 from tokenlabel.teachers.dense import MAX_LOGITS
 from tokenlabel.teachers.networks import Teacher, TeacherConfig, TeacherError, load_teacher
@@ -100,7 +100,7 @@ class Ensemble(Teacher):
 def load_teachers(config: TeacherConfig, class_names: Sequence[str], device: torch.device) -> Teacher:
     """Return the teacher or teachers of a configuration as one, over the classes of the images.
 
-    `class_names`: of the images; empty if they have no classes. Raises TeacherError or ClassMapError for what
+    `class_names`: of the images; empty if they have no classes. Raises TeacherError or ConfigError for what
     does not exist or fit.
     """
     names = [config.teacher] if isinstance(config.teacher, str) else config.teacher

@@ -23,11 +23,10 @@ from tokenlabel.data.images import ImageSource
 from tokenlabel.data.masks import mask_names
 from tokenlabel.data.sources import open_aloud, refuse_single_class
 from tokenlabel.evaluation.observation import MaskFolder
-from tokenlabel.runtime.coercion import coerced, coerced_fields
+from tokenlabel.runtime.coercion import COUNT, NATURAL, POSITIVE, check_numbers, coerced, coerced_fields
 from tokenlabel.runtime.distributed import usable_device
 from tokenlabel.runtime.errors import first_line
-from tokenlabel.runtime.notices import listed, say
-from tokenlabel.runtime.ranges import COUNT, NATURAL, POSITIVE, check_numbers
+from tokenlabel.runtime.process import listed, say
 from tokenlabel.teachers.backbone import Backbone, load_backbone
 from tokenlabel.teachers.heads import SUFFIX, Head, HeadError, Kind, read_about
 from tokenlabel.teachers.regression import Examples, Linear, choose_decay, cross_entropy, fit_linear

@@ -19,7 +19,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from tokenlabel.runtime.errors import first_line
-from tokenlabel.runtime.files import write_whole
+from tokenlabel.runtime.process import write_whole
 
 SUFFIX = ".safetensors"
 Kind = Literal["labels", "masks", "words", "text", "file"]

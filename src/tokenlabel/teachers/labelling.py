@@ -16,11 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tokenlabel.core.geometry import OPPOSITE, Box
-from tokenlabel.core.scores import Orientation, ScoreError, from_top, turned_map
-from tokenlabel.data.images import ImageError, ImageSource, decode_image, orientation_of
+from tokenlabel.core.scores import Orientation, from_top, turned_map
+from tokenlabel.data.images import DataError, ImageError, ImageSource, decode_image, orientation_of
 from tokenlabel.labels.store import Failure, Manifest, pack_for
-from tokenlabel.runtime.background import ahead, thread_pool
-from tokenlabel.runtime.notices import say
+from tokenlabel.runtime.process import ahead, say, thread_pool
 from tokenlabel.teachers.input import TeacherInput
 from tokenlabel.teachers.masks import MaskTeacher
 from tokenlabel.teachers.networks import Teacher
@@ -160,9 +159,7 @@ def _from_mask(
         score_map = teacher.score_map(key, manifest.topk)
         if manifest.orientation == Orientation.STORED:
             score_map = turned_map(score_map, OPPOSITE[orientation_of(source.read(index))])
-    except ScoreError:
-        raise
-    except ValueError as error:
+    except (DataError, ImageError) as error:  # not for ids that are no class: then the class list is wrong
         if strict:
             raise
         return Failure(key, str(error))
@@ -243,7 +240,7 @@ def _on_cpu(class_ids: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, torch.cud
 def _packed(
     manifest: Manifest, scored: tuple[TeacherImage, NDArray[np.int64], NDArray[np.float32]]
 ) -> tuple[str, bytes]:
-    """Return the record of an image. Raises ScoreError, naming the image, for scores that are not finite."""
+    """Return the record of an image. Raises ValueError, naming the image, for scores that are not finite."""
     seen, class_ids, probs = scored
     score_map = from_top(
         class_ids, probs, num_classes=manifest.num_classes, region=seen.region, name=seen.key

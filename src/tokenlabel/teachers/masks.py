@@ -60,7 +60,7 @@ class MaskTeacher:
     def score_map(self, key: str, topk: int) -> ScoreMap:
         """Return the score map of an image, at most `topk` classes a cell.
 
-        Raises ScoreError for ids that are no class, another ValueError for a mask that cannot be read.
+        Raises DataError for a mask that cannot be read, another ValueError for ids that are no class.
         """
         mask = self.masks[key]
         planes = shares(mask, self._grid(mask.codes.shape[:2]))  # [h, w, U]

@@ -60,7 +60,7 @@ def load_online_teacher(
 ) -> NetworkOnlineTeacher | None:
     """Return the teacher of a configuration over the classes of the images; None if it names none.
 
-    Raises TeacherError or ClassMapError for what does not exist or fit.
+    Raises TeacherError or ConfigError for what does not exist or fit.
     """
     if config.name is None:
         return None

@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 
 from tokenlabel.models.hub import hub_or_cache
 from tokenlabel.runtime.errors import first_line
-from tokenlabel.runtime.notices import listed
+from tokenlabel.runtime.process import listed
 from tokenlabel.teachers.heads import HeadError
 
 # What a class is embedded in; a location shows a part of a photograph as often as a whole thing.

@@ -18,7 +18,7 @@ from tokenlabel.core.batch import normalize_images
 from tokenlabel.data.images import ImageSource
 from tokenlabel.evaluation.observation import MaskFolder
 from tokenlabel.labels.manifest import Failure
-from tokenlabel.runtime.notices import listed, say
+from tokenlabel.runtime.process import listed, say
 from tokenlabel.teachers.backbone import Backbone, check_locations
 from tokenlabel.teachers.dense import DenseLogits
 from tokenlabel.teachers.heads import HeadError

@@ -11,6 +11,7 @@ and the gradients of all parts of all processes are averaged before the weights 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -27,11 +28,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tokenlabel.core.step import Part
 from tokenlabel.data.samplers import BatchSampler
+from tokenlabel.drawing.pictures import PICTURES_FOLDER
 from tokenlabel.runtime.configuration import ConfigError
 from tokenlabel.runtime.distributed import Ranks, shard
-from tokenlabel.runtime.interruption import Interrupted, caught_signals
-from tokenlabel.runtime.runlog import RunLog, Stopwatch, read_metrics
-from tokenlabel.runtime.trackers import Tracker
+from tokenlabel.runtime.process import Interrupted, caught_signals
+from tokenlabel.runtime.runlog import RunLog, Stopwatch, Tracker, read_metrics
 from tokenlabel.training.checkpoint import (
     CheckpointError,
     TrainState,
@@ -47,7 +48,7 @@ from tokenlabel.training.optim import (
     outer_steps,
     set_learning_rate,
 )
-from tokenlabel.training.progress import DivergedError, Divergence, StepResult, Window, peak_memory_bytes
+from tokenlabel.training.progress import Divergence, StepResult, Window, peak_memory_bytes
 from tokenlabel.training.recipe import TrainingConfig
 from tokenlabel.training.run_folder import changes_figures, check_run_folder, numerics
 from tokenlabel.training.tasks import Task
@@ -124,7 +125,7 @@ def run_task(
     `trackers` hear every line of metrics (on the first rank). `changed_numerics`: go on with another rounding (see
     `check_run_folder`).
     The folder receives recipe.yaml, metrics.jsonl and checkpoints/. Raises ConfigError if it holds a run of
-    another recipe or other images, `Interrupted` after SIGINT or SIGTERM on any rank, DivergedError.
+    another recipe or other images, `Interrupted` after SIGINT or SIGTERM on any rank, ValueError.
     """
     outcome = _train(task, run, ranks, eval_every_epochs, trackers, changed_numerics)
     if isinstance(outcome, Interrupted):
@@ -289,7 +290,7 @@ def _loop(
     batches = iter(trainer.task.batches(trainer.sampler(start_step)))
     _say_learning_rate(trainer, log)
     if figures is None and start_step and trainer.due(start_step, eval_every_epochs):
-        figures = _evaluate(trainer, log, start_step)  # the run was stopped before it could
+        figures = _evaluate(trainer, run, log, start_step)  # the run was stopped before it could
     watch, window = Stopwatch(), Window(ranks)
 
     def report(done: int) -> None:
@@ -301,6 +302,7 @@ def _loop(
         _write_checkpoint(trainer, run, done)
 
     with caught_signals() as received:
+        batches = _pictured(trainer, run, batches, start_step, watch)
         for step in range(start_step, trainer.num_steps):
             window.add(train_step(trainer, batches, step, watch))
             done, is_last = step + 1, step + 1 == trainer.num_steps
@@ -313,7 +315,7 @@ def _loop(
             if saved:  # before the evaluation, which may take longer than who stops the run will wait
                 save(done)
             if trainer.due(done, eval_every_epochs) and (is_last or not stopping):
-                figures = _evaluate(trainer, log, done)
+                figures = _evaluate(trainer, run, log, done)
                 watch.lap()
                 stopping = ranks.all_reduce_max(received[0] if received else 0)
             if stopping and not saved:
@@ -323,6 +325,24 @@ def _loop(
             if stopping and not is_last:
                 return Interrupted(done, stopping)
     return figures or {}
+
+
+def _pictured(
+    trainer: Trainer, run: Path, batches: Iterator[Any], step: int, watch: Stopwatch
+) -> Iterator[Any]:
+    """Write pictures of the first batch that a run takes, unless it has some; return all batches, that one included."""
+    folder, task, sampler = run / PICTURES_FOLDER, trainer.task, trainer.sampler(step)
+    is_known = step > 0 and (folder / "train.json").exists()
+    if not trainer.ranks.is_first or is_known or step == trainer.num_steps:
+        return batches
+    with watch.part("data"):
+        first = next(batches)
+    with watch.paused():
+        part = Part(task.recipe.seed, step, sampler.part_start(0))
+        album = task.picture(first.to(task.device), part, next(iter(sampler)))
+        if album is not None:
+            album.write(folder, "train", step=step, num_steps=trainer.num_steps)
+    return itertools.chain([first], batches)
 
 
 def _evaluated(run: Path, step: int) -> dict[str, Any] | None:
@@ -348,7 +368,7 @@ def _say_learning_rate(trainer: Trainer, log: RunLog) -> None:
 
 
 def _report(trainer: Trainer, run: Path, log: RunLog, done: int, window: Window, watch: Stopwatch) -> None:
-    """Write what the steps since the last report said. Raises DivergedError if the loss is not finite."""
+    """Write what the steps since the last report said. Raises ValueError if the loss is not finite."""
     num_steps, seconds = len(window.results), watch.lap()
     means, divergence = window.means(done)
     if divergence is not None:
@@ -370,10 +390,10 @@ def _report(trainer: Trainer, run: Path, log: RunLog, done: int, window: Window,
 
 
 def _stop(trainer: Trainer, run: Path, done: int, divergence: Divergence) -> None:
-    """Save what is left of a run that diverged, away from its checkpoints, and raise DivergedError."""
+    """Save what is left of a run that diverged, away from its checkpoints, and raise ValueError."""
     folder = _write_checkpoint(trainer, run / "diverged", done)
     keys = divergence.keys
-    raise DivergedError(
+    raise ValueError(
         f"the {divergence.what} was {divergence.value} at step {divergence.step} on the images {', '.join(keys[:4])}"
         f"{', ...' if len(keys) > 4 else ''}; the last good checkpoint is as it was, the state after step {done - 1} "
         f"lies in {folder}; in another run folder, try a lower optim.lr, optim.clip_grad_norm, or precision fp32"
@@ -408,12 +428,12 @@ def _prune(trainer: Trainer, run: Path, done: int) -> None:
     prune_checkpoints(run, spared | ({best} if best else set()), best=best)
 
 
-def _evaluate(trainer: Trainer, log: RunLog, done: int) -> dict[str, Any]:
+def _evaluate(trainer: Trainer, run: Path, log: RunLog, done: int) -> dict[str, Any]:
     """Evaluate the averaged weights where there are some, and write the figures down."""
     task, state = trainer.task, trainer.state
     model = state.ema.module if state.ema is not None else state.model
     trainer.ranks.share_buffers(model)  # each has its own, the checkpoint the first one's
-    figures = task.evaluate(model, trainer.ranks)
+    figures = task.evaluate(model, trainer.ranks, run=run, step=done, num_steps=trainer.num_steps)
     if isinstance(model, FSDPModule):
         model.reshard()  # what the forward pass put together for this rank
     if figures:

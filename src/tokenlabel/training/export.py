@@ -22,14 +22,11 @@ from torch import Tensor, nn
 from tokenlabel.core.config import Inference
 from tokenlabel.models import TimmAdapter, TokenModel
 from tokenlabel.models.registration import OUR_MODELS
+from tokenlabel.runtime.errors import ConfigError
 from tokenlabel.training.checkpoint import TrainedModel, load_model, options_without_weights
 
 # How far an ONNX graph may be from PyTorch, as a share of the largest output.
 TOLERANCE = 1e-3
-
-
-class ExportError(ValueError):
-    """A model that cannot be exported as asked."""
 
 
 def export_run(
@@ -45,17 +42,17 @@ def export_run(
     `out`: a name in `.safetensors`, in `.onnx`, or without a suffix, for a folder that timm and the hub take.
     `inference`: how ONNX logits come about; the recipe's by default. `dense`: ONNX only, the token logits as a
     second output. What is there already is kept unless `overwrite`. Nothing half-written is left behind.
-    Raises ExportError.
+    Raises ConfigError.
     """
     run, out, inference = Path(run), Path(out), None if inference is None else Inference(inference)
     if out.suffix not in (".safetensors", ".onnx", ""):
-        raise ExportError(f"{out}: expected a name in .safetensors or .onnx, or a folder without a suffix")
+        raise ConfigError(f"{out}: expected a name in .safetensors or .onnx, or a folder without a suffix")
     if out.suffix != ".onnx" and (dense or inference is not None):
-        raise ExportError(f"{out}: only .onnx has outputs to choose; leave `dense` and `inference` out")
+        raise ConfigError(f"{out}: only .onnx has outputs to choose; leave `dense` and `inference` out")
     if out.exists() and not overwrite:
-        raise ExportError(f"{out} is there already; give another name, or allow to overwrite it")
+        raise ConfigError(f"{out} is there already; give another name, or allow to overwrite it")
     if out.is_dir() and not _is_export(out):
-        raise ExportError(
+        raise ConfigError(
             f"{out}: is no folder that an export made, so it is not replaced; give another name"
         )
     trained = load_model(run)
@@ -114,9 +111,9 @@ def write_onnx(trained: TrainedModel, path: Path, *, inference: Inference, dense
         import onnxruntime
         import onnxscript  # noqa: F401  PyTorch's exporter looks for it late, with a long traceback
     except ImportError as error:
-        raise ExportError(f"ONNX needs {error.name}: pip install 'tokenlabel[export]'") from error
+        raise ConfigError(f"ONNX needs {error.name}: pip install 'tokenlabel[export]'") from error
     if inference is not Inference.CLASS and trained.token_classes is not None:
-        raise ExportError(
+        raise ConfigError(
             f"tokens are about {trained.token_classes}, which say nothing of the classes; leave --inference "
             f"{inference} out (--dense gives the tokens' logits)"
         )
@@ -144,7 +141,7 @@ def write_onnx(trained: TrainedModel, path: Path, *, inference: Inference, dense
         for name, ours, theirs in zip(names, expected, found, strict=True):
             error = np.abs(ours.numpy() - theirs).max() / ours.abs().max().item()
             if not error <= TOLERANCE:
-                raise ExportError(f"{name} of the ONNX graph are {error:.1e} off; this model does not export")
+                raise ConfigError(f"{name} of the ONNX graph are {error:.1e} off; this model does not export")
 
 
 def write_hub_folder(trained: TrainedModel, folder: Path) -> None:

@@ -15,10 +15,6 @@ from torch import Tensor
 from tokenlabel.runtime.distributed import Ranks
 
 
-class DivergedError(ValueError):
-    """The loss, or the gradient that moves the weights, is no longer a number."""
-
-
 @dataclass(frozen=True, eq=False)
 class StepResult:
     """What a step said: its losses and the norm of its gradient, and the keys of this rank's images."""

@@ -12,7 +12,16 @@ import jsonargparse
 from tokenlabel.core.config import ErasingConfig, Inference, LossConfig, MixConfig
 from tokenlabel.data.config import AugmentConfig
 from tokenlabel.data.images import ImageCheck
-from tokenlabel.runtime.coercion import ONE_OPTION, coerced_fields
+from tokenlabel.runtime.coercion import (
+    COUNT,
+    NATURAL,
+    ONE_OPTION,
+    PART,
+    POSITIVE,
+    SHARE,
+    check_numbers,
+    coerced_fields,
+)
 from tokenlabel.runtime.configuration import (
     add_config_arguments,
     check_keys,
@@ -21,7 +30,6 @@ from tokenlabel.runtime.configuration import (
     read_yaml,
 )
 from tokenlabel.runtime.errors import ConfigError, near_names
-from tokenlabel.runtime.ranges import COUNT, NATURAL, PART, POSITIVE, SHARE, check_numbers
 
 RECIPE_FILE = "recipe.yaml"
 _UNSAID = (0, 0)  # an image size that nobody gave

@@ -28,8 +28,7 @@ from tokenlabel.runtime.configuration import (
     write_config,
 )
 from tokenlabel.runtime.distributed import Ranks, current_ranks
-from tokenlabel.runtime.files import write_whole
-from tokenlabel.runtime.notices import listed, say
+from tokenlabel.runtime.process import listed, say, write_whole
 from tokenlabel.training.checkpoint import list_checkpoints, read_state, token_classes_of
 from tokenlabel.training.recipe import RECIPE_FILE, TrainingConfig
 

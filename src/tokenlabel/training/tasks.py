@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -11,8 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from tokenlabel.core.step import Part
 from tokenlabel.data.classes import ClassList
 from tokenlabel.data.samplers import BatchSampler
+from tokenlabel.drawing.pictures import Album
 from tokenlabel.models import TokenModel
 from tokenlabel.runtime.distributed import Ranks
 from tokenlabel.training.recipe import TrainingConfig
@@ -49,9 +52,22 @@ class Task(ABC, Generic[RecipeT]):
         """Return the permutation of the images of each epoch by its number; None for a plain random one."""
         return None
 
+    def picture(self, batch: Any, part: Part, indices: Sequence[tuple[int, int]]) -> Album | None:
+        """Return pictures of a batch as the part of a step that it is trained on; None if there are none to show.
+
+        `indices`: epoch and index of each image. Must draw no random numbers but those of the part.
+        """
+        return None
+
     @abstractmethod
-    def evaluate(self, model: nn.Module, ranks: Ranks) -> dict[str, Any]:
-        """Return the figures of a model (the averaged one) over all ranks; none where there is nothing to ask."""
+    def evaluate(
+        self, model: nn.Module, ranks: Ranks, *, run: Path | None = None, **about: Any
+    ) -> dict[str, Any]:
+        """Return the figures of a model (the averaged one) over all ranks; none where there is nothing to ask.
+
+        The first rank writes what is to be seen of it into `run`, a run folder: pictures, to which `about` is added,
+        and the answers to all images.
+        """
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

@@ -1,0 +1,122 @@
+"""What any process does beside its work: lines for people, signals, files that are whole or not there, threads ahead.
+
+No torch, so that every command may ask at once.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+from tqdm import tqdm
+
+
+def environment_number(name: str) -> int:
+    """Return a number that torchrun sets (RANK, WORLD_SIZE, LOCAL_RANK); that of a single process without it."""
+    return int(os.environ.get(name, 1 if name == "WORLD_SIZE" else 0))
+
+
+def is_main_process() -> bool:
+    """Say whether this process speaks and writes for all."""
+    return environment_number("RANK") == 0
+
+
+def say(line: str) -> None:
+    """Print one line to stderr, from the main process of a job only; progress bars stay whole."""
+    if is_main_process():
+        tqdm.write(line, file=sys.stderr)
+
+
+def listed(names: list[str], most: int = 3) -> str:
+    """Return the first names, and ", ..." only where there are more: `a, b, c` of three, `a, b, c, ...` of four."""
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+
+
+class Interrupted(Exception):  # noqa: N818  (not an error: somebody asked the run to stop)
+    """The run was asked to stop, has saved its state, and will continue when started again."""
+
+    def __init__(self, step: int, signal_number: int) -> None:
+        super().__init__(f"stopped after step {step:,}; the same command continues from there")
+        self.exit_status = 128 + signal_number
+
+
+@contextmanager
+def caught_signals() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM in a list, so that a step is never cut in two; a second one ends at once."""
+    received: list[int] = []
+
+    def remember(number: int, _: object) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+UNFINISHED = ".*.tmp"
+"""What files that are being written, or were when their process was killed, are called."""
+
+_WRITE_BYTES = 1 << 20
+
+
+def write_whole(path: Path, content: str | Iterable[bytes]) -> None:
+    """Write a file, text (UTF-8) or bytes part by part, in place of what it held; its folder is made.
+
+    It appears under its name only when all of it is on the disk.
+    """
+    parts = [content.encode()] if isinstance(content, str) else content
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # No process number: processes of two machines may have the same, and threads do.
+    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
+    try:
+        with temporary.open("wb", buffering=_WRITE_BYTES) as file:
+            file.writelines(parts)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    descriptor = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+S = TypeVar("S")
+T = TypeVar("T")
+
+
+def ahead(
+    pool: ThreadPoolExecutor, function: Callable[[S], T], items: Iterable[S], depth: int
+) -> Iterator[T]:
+    """Yield the function of each item in order, working on up to `depth` of them in the background."""
+    waiting: deque[Future[T]] = deque()
+    for item in items:
+        waiting.append(pool.submit(function, item))
+        while waiting and (len(waiting) >= depth or waiting[0].done()):
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+@contextmanager
+def thread_pool(num_workers: int) -> Iterator[ThreadPoolExecutor]:
+    """Return a pool of threads that drops what it has not begun when it is left."""
+    pool = ThreadPoolExecutor(max(1, num_workers))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
