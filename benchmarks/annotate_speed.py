@@ -14,6 +14,7 @@ import math
 import os
 import tempfile
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +38,17 @@ def run(settings: Settings) -> list[Row]:
     num_threads = torch.get_num_threads()
     torch.set_num_threads(max(1, min(num_threads, (os.cpu_count() or 1) - 1)))
     try:
-        return _rows(settings)
+        if settings.device.type == "cuda":
+            return rows_of("dm_nfnet_f6", 576, 64, settings)
+        return rows_of("resnet50", 224, 8, settings)
     finally:
         torch.set_num_threads(num_threads)
 
 
-def _rows(settings: Settings) -> list[Row]:
-    on_gpu = settings.device.type == "cuda"
-    name, size, batch_size = ("dm_nfnet_f6", 576, 64) if on_gpu else ("resnet50", 224, 8)
+def rows_of(name: str, size: int, batch_size: int, settings: Settings, **options: Any) -> list[Row]:
+    """Measure one teacher at one size; `options` are timm's."""
     num_batches = 2 if settings.quick else 4
-    teacher = _teacher(name, size, settings)
+    teacher = _teacher(name, size, settings, options)
     rng = np.random.default_rng(0)
     pixels = [rng.integers(0, 256, (batch_size, size, size, 3), dtype=np.uint8) for _ in range(num_batches)]
     batches = [
@@ -78,8 +80,8 @@ class Unchecked(NetworkTeacher):
         return "random weights"
 
 
-def _teacher(name: str, size: int, settings: Settings) -> NetworkTeacher:
-    network = ClassifierNetwork(timm.create_model(name), name=name).eval().to(settings.device)
+def _teacher(name: str, size: int, settings: Settings, options: Mapping[str, Any]) -> NetworkTeacher:
+    network = ClassifierNetwork(timm.create_model(name, **options), name=name).eval().to(settings.device)
     input = TeacherInput(
         size=size,
         stride_px=32,

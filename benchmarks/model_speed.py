@@ -62,12 +62,18 @@ def run(settings: Settings) -> list[Row]:
     """Measure images/s of both forms, their ratio, and the share of the device's matrix product rate."""
     names = ("lvvit_t",) if settings.quick else ("lvvit_t", "lvvit_s")
     precisions = ("bf16",) if settings.quick else PRECISIONS
-    return [row for name in names for precision in precisions for row in _compare(name, precision, settings)]
+    num_images = 256 if settings.device.type == "cuda" else 8
+    return [
+        row
+        for name in names
+        for precision in precisions
+        for row in compare(name, precision, num_images, settings)
+    ]
 
 
-def _compare(name: str, precision: str, settings: Settings) -> list[Row]:
+def compare(name: str, precision: str, num_images: int, settings: Settings) -> list[Row]:
+    """Measure one model at one precision and batch size."""
     on_gpu = settings.device.type == "cuda"
-    num_images = 256 if on_gpu else 8
     steps = _steps(CONFIGS[name], PRECISIONS[precision], num_images, settings)
     with FlopCounterMode(display=False) as counter:
         steps["plain"]()

@@ -28,7 +28,7 @@ def run(settings: Settings) -> list[Row]:
     rows = []
     for precision in ("float32", "bfloat16"):
         name = f"{precision}, 1,000 classes, {num_images * NUM_TOKENS:,} tokens"
-        ways = _ways(num_images, 1000, precision, settings)
+        ways = make_ways(num_images, 1000, precision, settings)
         seconds = interleave(ways, settings)
         rows += [Row(f"{name}: {way}", [1e3 * s for s in values], "ms") for way, values in seconds.items()]
         speed = ratios(seconds["unfused"], seconds["fused"])
@@ -37,7 +37,7 @@ def run(settings: Settings) -> list[Row]:
     for precision in ("float32", "bfloat16"):
         name = f"{precision}, 21,841 classes, {num_images * NUM_TOKENS:,} tokens"
         aim = "" if settings.quick else "at least 10"
-        rows += _peaks(name, _ways(num_images, 21_841, precision, settings), settings, aim=aim)
+        rows += _peaks(name, make_ways(num_images, 21_841, precision, settings), settings, aim=aim)
     return rows
 
 
@@ -47,9 +47,10 @@ def _peaks(name: str, ways: dict[str, Callable[[], object]], settings: Settings,
     return [*rows, Row(f"{name}: unfused / fused peak", [mib["unfused"] / mib["fused"]], "x", aim)]
 
 
-def _ways(
+def make_ways(
     num_images: int, num_classes: int, precision: str, settings: Settings
 ) -> dict[str, Callable[[], object]]:
+    """Return the fused and the unfused form on the same tokens, forward and backward."""
     generator, device = torch.Generator().manual_seed(0), settings.device
     tokens = torch.randn(num_images, NUM_TOKENS, WIDTH, generator=generator).to(device).requires_grad_()
     head = nn.Linear(WIDTH, num_classes).to(device)

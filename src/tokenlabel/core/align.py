@@ -1,8 +1,8 @@
 """Score maps + views + a token grid -> the soft label of every token.
 
 The map of one image names few distinct classes, so it becomes one plane of excess per palette entry and one
-plane of floor. Each token reads these planes at a few points that the image's view leads to: its target is a
-weighted sum of map cells.
+plane of floor. Each token samples these planes at a few points, which the image's view takes back to the source image:
+its target is a weighted sum of map cells.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ def align(
 
     `views`: from `geometry.stack_views`, fractions of the image, (x, y). `grid`: the model's tokens (h, w).
     Each token's cell is sampled at `samples` x `samples` points (by default `enough_samples` of its image's own map,
-    whatever other maps are in the batch); each point reads the map bilinearly, like
-    `torchvision.ops.roi_align(aligned=True)`, the outermost cells reaching out to the map's edge. Points that
-    show nothing of the source, or nothing of the teacher's region, are not covered: they count in no target
-    and lower the token's weight, as cells that say nothing do. `logits`: what to make of maps of logits: zero, kept or
+    whatever other maps are in the batch). Each sample interpolates the map bilinearly, like
+    `torchvision.ops.roi_align(aligned=True)`; beyond the centres of the outermost cells their value is repeated.
+    Samples outside of the source image or of the teacher's region are not covered: they add nothing to the target
+    and lower the token's weight, as empty cells do. `logits`: how maps of logits become probabilities: zero, kept or
     published. Raises ValueError where there are no score maps, and for the published mode where there are no logits or
     where views are more than crops and flips.
     """
@@ -58,11 +58,13 @@ def align(
     pooled = score_maps.probs.new_empty(num_images, num_tokens, num_planes)  # [B, N, U + 1]
     weight = score_maps.probs.new_empty(num_images, num_tokens)
     of_counts: dict[int, list[int]] = {}
+    # Images that need the same number of samples go together. With the number of the finest map for all of them, an
+    # image's targets would depend on the rest of its batch.
     for number, shape in enumerate(score_maps.shapes):
         of_counts.setdefault(samples or enough_samples(shape, grid), []).append(number)
     for count, numbers in of_counts.items():
         points, num_reads = _sample_points(grid, count, views.device), 4 * count**2 * num_tokens
-        # Of each read, cell and share, as they are made and by token.
+        # Cell index and share of each read exist twice: in the order in which they are computed, and by token.
         numbers_each = (height * width + num_tokens) * num_planes + 4 * num_reads
         for block in blocks(len(numbers), numbers_each, pooled.device):
             images = block if len(of_counts) == 1 else numbers[block]  # a slice copies nothing
@@ -87,10 +89,11 @@ def _pooled(
     num_images, num_tokens = len(frames), points.shape[2]
     cells, shares = _cells_of_tokens(score_maps, frames, points)
     says_something = (score_maps.probs > 0).any(dim=3) | score_maps.empty_is_even[:, None, None]  # [B, H, W]
-    # By 1 where it does, which changes no bit. A selection of floats takes a sixth of the time of indexing booleans.
+    # Multiplying by 1 changes no bit, and index_select of floats takes a sixth of the time of boolean indexing.
     counts = says_something.float().flatten().index_select(0, cells.flatten()).view_as(shares)
     shares = shares * counts
     planes = _planes(score_maps).flatten(0, 2)  # [B * H * W, U + 1]
+    # A weighted sum of rows is what embedding_bag computes, without a copy of the rows: [B * N, reads, U + 1].
     sums = F.embedding_bag(cells, planes, per_sample_weights=shares, mode="sum")  # [B * N, U + 1]
     return sums.view(num_images, num_tokens, -1), shares.sum(dim=1).view(num_images, num_tokens)
 
@@ -122,6 +125,7 @@ def _cells_of_tokens(
     after = (before + 1).minimum(score_maps.sizes[:, :, None, None] - 1)
     x, y = torch.stack([before, after], dim=2).int().unbind(dim=1)  # each [B, 2, S, N]
     share_x, share_y = torch.stack([1 - fraction, fraction], dim=2).unbind(dim=1)
+    # int32 halves the memory of the indices, the largest tensors here.
     first = torch.arange(num_images, device=frames.device, dtype=torch.int32) * (height * width)
     rows = y * width + first[:, None, None, None]
     cells = rows[:, :, None] + x[:, None]  # [B, 2, 2, S, N]
@@ -148,6 +152,7 @@ def _with_region(
     views: Float[Tensor, "B F 2 3"], regions: Float[Tensor, "B 4"]
 ) -> Float[Tensor, "B frames 2 3"]:
     """Return the frames of the views and, as the last, the way to fractions of the teacher's region."""
+    # As one more frame, the region needs no code of its own: what lies outside of it is not covered.
     start, end = regions[:, :2], regions[:, 2:]
     in_region = views[:, -1].clone()  # [B, 2, 3]
     in_region[..., 2] -= start
@@ -157,9 +162,9 @@ def _with_region(
 def _sample_locations(
     score_maps: ScoreMapBatch, frames: Float[Tensor, "B F 2 3"], points: Float[Tensor, "2 S N"]
 ) -> tuple[Float[Tensor, "B 2 S N"], Bool[Tensor, "B S N"]]:
-    """Return where points of the augmented images fall on the maps, and which of them lie inside all frames.
+    """Return the locations of points of the augmented images on the maps, and which points lie inside all frames.
 
-    Locations (x, y) are in map cells, (0, 0) in the middle of the top left one.
+    Locations (x, y) are in map cells, (0, 0) the centre of the top left one.
     """
     x, y = points
     by_x, by_y, origin = frames[..., None, None].unbind(dim=3)  # each [B, F, 2, 1, 1]

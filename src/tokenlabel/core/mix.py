@@ -1,8 +1,8 @@
 """Mixing two images: MixToken on the token grid, CutMix on pixels, Mixup by one number.
 
-A plan is made outside the model. Whoever mixes inputs (the model for MixToken with an overlapping patch
-embedding, `mix_images` for everything else) and whoever mixes targets follow the same plan, by location: a token
-takes its partner's target by the part of its cell that shows the partner.
+The plan is drawn outside of the model. Inputs (mixed by the model for MixToken with an overlapping patch embedding, by
+`mix_images` otherwise) and targets follow the same plan by location: a token's target takes as much of the partner's
+as its cell shows of the partner.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tokenlabel.runtime.coercion import Size, coerced, pair
 class MixPlan:
     """Which part of each image comes from which other image of the batch.
 
-    `mask` [B, rows, columns]: the fraction that comes from the partner, in [0, 1], on a grid of any fineness laid
+    `mask` [B, rows, columns]: the fraction that comes from the partner, in [0, 1], on a grid of any resolution
     over the image: the token grid for MixToken, pixels for CutMix, 1 x 1 for Mixup.
     `partner` [B]: the index of each image's partner.
     `on_tokens`: the mask lies on the token grid, so a model may apply it to its token embeddings.
@@ -45,6 +45,7 @@ class MixPlan:
         num_rows, num_columns = pair(grid, name="grid")
         rows = _overlaps(num_rows, self.mask.shape[1], self.mask.device)
         columns = _overlaps(num_columns, self.mask.shape[2], self.mask.device)
+        # Autocast would round the shares of targets to half precision.
         with torch.autocast(self.mask.device.type, enabled=False):
             return (rows @ self.mask @ columns.T).flatten(1)
 
@@ -79,6 +80,7 @@ def sample_mix(
         raise ValueError(
             f"expected num_images of at least 1 and alpha above 0, finite; got {num_images} and {alpha}"
         )
+    # PyTorch samples no Beta distribution from a generator, so its generator seeds NumPy's.
     rng = np.random.default_rng(int(torch.randint(1 << 62, (), generator=generator)))
     draws = num_images if per_sample else 1
     lost = 1 - rng.beta(alpha, alpha, draws)  # [draws]

@@ -4,9 +4,9 @@ The probability of class c at token n is
 
     target[n, c] = floor[n] + sum over u with classes[u] == c of excess[n, u]
 
-so a target costs U numbers a token, not C. Everything that training does to targets (interpolation,
-coverage, label smoothing, mixing) is linear in (excess, floor, weight); excess and floor are kept already
-multiplied by the weight. The class token's target has the same form, with one token.
+so a target takes U numbers a token, not C. Everything that training does to targets (interpolation,
+coverage, label smoothing, mixing) is linear in (excess, floor, weight). Excess and floor are stored multiplied by the
+weight, so that a weight of 0 needs no case of its own. The class target has the same form, with one token.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
-# Sums of probabilities that somebody computed in half precision miss 1 by this much at the most.
+# Probabilities computed in half precision sum to 1 within this.
 _SUM_TOLERANCE = 0.01
 
 
@@ -49,9 +49,8 @@ class TokenTargets:
         """Return (1 - share) * self + share * other, token by token."""
         ours, num_ours = 1 - share, self.classes.shape[1]
         classes = torch.cat([self.classes, other.classes], dim=1)
-        excess = self.excess.new_empty(
-            *share.shape, classes.shape[1]
-        )  # written once, not joined from products
+        # Products are written where they end up; torch.cat of two products would copy both.
+        excess = self.excess.new_empty(*share.shape, classes.shape[1])
         torch.mul(self.excess, ours[..., None], out=excess[..., :num_ours])
         torch.mul(other.excess, share[..., None], out=excess[..., num_ours:])
         return TokenTargets(
@@ -91,8 +90,8 @@ def class_targets(
     """Return ground truth as the target of one token an image.
 
     `labels`: class ids, or probabilities of all classes (mixed or soft labels), as `F.cross_entropy` takes them.
-    Raises ValueError for tensors that are neither. Class ids are held against `num_classes`, and probabilities looked
-    at, on the CPU only: on a GPU it would have to be waited for.
+    Raises ValueError for tensors that are neither. Values are checked on the CPU only: on a GPU the check would wait
+    for the device.
     """
     labels = torch.as_tensor(labels)
     is_ids = labels.ndim == 1 and not (labels.is_floating_point() or labels.dtype == torch.bool)

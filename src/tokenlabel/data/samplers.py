@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Int
 from numpy.typing import NDArray
 
-# What a random draw is for, so that an order of images never shares its random numbers with a sample.
+# Part of each seed, so that the order of images and the augmentation of a sample draw independent numbers.
 FOR_ORDER, FOR_SAMPLE = 0, 1
 
 
@@ -18,10 +18,10 @@ def shard_order(
 ) -> Int[NDArray[np.int64], " images"]:
     """Return an order of an epoch's images that goes from group (tar file) to group, a few of them at a time.
 
-    `groups`: the group of each image. Groups lie on a circle in random order, and each image moves on by a
-    random part of `window` groups: at any place of the epoch images of `window` groups follow on each other in
-    random order, while one group after the other comes in and leaves. With a window of at least the number of
-    groups it is a plain permutation. A function of its arguments, the same for every rank.
+    `groups`: the group of each image. The groups lie on a circle in random order, and each image moves forward by a
+    random distance of up to `window` groups. So at any time images of about `window` groups are read in random order,
+    and each group is read once. With `window` >= the number of groups it is a plain permutation. A function of
+    its arguments, the same on every rank.
     """
     if window < 1:
         raise ValueError(f"window must be at least 1 group of images, got {window}")
@@ -35,13 +35,12 @@ def shard_order(
 class BatchSampler:
     """The images of each training step from `start_step` on, as lists of (epoch, index).
 
-    An epoch is a permutation of the images drawn from (seed, epoch), without those that would not fill the
-    last batch (others in each epoch). `batch_size` counts the images of all ranks together: each rank takes
-    an equal part, in order, so that the ranks' parts side by side are the batch of a single rank, and yields it
-    in `grad_accum_steps` equal lists, one after the other through the model. `order` gives another permutation
-    of each epoch's images, a function of its number (`shard_order`). Where the images are fewer
-    than the batch, permutations follow on each other without a gap: a batch then holds images more than once,
-    each time from another epoch and so augmented differently.
+    An epoch is a permutation of the images drawn from (seed, epoch), without the last incomplete batch (which holds
+    other images in each epoch). `batch_size` counts the images of all ranks together: each rank takes an equal part, in
+    order, so that the parts of all ranks side by side are the batch of a single rank, and yields it in
+    `grad_accum_steps` equal lists. `order` returns another permutation for each epoch (`shard_order`). With fewer
+    images than a batch, permutations follow one another without a gap: a batch then holds an image more than once,
+    each time with the augmentation of another epoch.
     """
 
     num_images: int
@@ -115,9 +114,9 @@ class BatchSampler:
 class EvalBatchSampler:
     """Every image once, in order, as lists of (0, index).
 
-    Each rank takes one stretch of the images; together they cover all of them, none twice. Ranks may differ
-    by one in their number of images, so sum over ranks, don't average; their number of batches is the same, as
-    a model that is divided among ranks needs it. `batch_size` is each rank's own, and the most a batch has.
+    Each rank takes one contiguous part of the images; together they cover every image once. Ranks may differ by one in
+    their number of images, so sum over ranks, don't average. All have the same number of batches, since each forward
+    pass of a sharded model is a collective operation. `batch_size`: the maximum, on each rank.
     """
 
     num_images: int
@@ -127,7 +126,8 @@ class EvalBatchSampler:
 
     def __post_init__(self) -> None:
         _check_rank(self.rank, self.world_size)
-        least = 1 if self.world_size == 1 else 2  # of one image each, ranks could not have as many batches
+        # With batches of one, a rank with one image more would need one batch more.
+        least = 1 if self.world_size == 1 else 2
         if self.batch_size < least:
             raise ValueError(f"batch_size must be at least {least}, got {self.batch_size}")
         if self.num_images < self.world_size:

@@ -1,7 +1,7 @@
-"""The processes that prepare data: where they are forked from, which signals they heed, and when they end.
+"""Data worker processes: how they start, which signals they handle, and when they end.
 
-A signal to a whole process group or job step, as Ctrl-C, `timeout` and Slurm send it, reaches these processes, too.
-They must outlive it: the trainer still needs them while it saves its state, and ends them itself.
+Ctrl-C, `timeout` and Slurm signal the whole process group, workers included. Workers ignore it: the main process needs
+them until it has saved its state, and then ends them itself.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ def process_context() -> Any:
 
 
 class Slabs:
-    """Shared memory in which a worker stacks one batch after the other, since fresh pages cost more than the copy.
+    """Shared memory that a worker reuses for its batches, since new pages cost more than the copy.
 
-    `count`: so many batches must have been received and copied elsewhere before memory is written again. PyTorch
-    asks a worker for a batch only while fewer than its prefetch factor are on their way, so one more than that will do.
+    `count` batches in turn share it: a batch must be copied out before the `count`-th after it is written. A DataLoader
+    has at most `prefetch_factor` batches of a worker in flight, so one more than that is enough.
     """
 
     def __init__(self, count: int) -> None:
@@ -61,9 +61,9 @@ def stack(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def prepare_worker(worker: int, *, prefetch: int) -> None:
-    """Heed no signal but SIGTERM of the main process (and SIGKILL), and die when the main process dies.
+    """Ignore SIGINT, and SIGTERM unless the main process sends it; exit when the main process dies.
 
-    `prefetch`: how many batches of this worker may be on their way.
+    `prefetch`: the number of batches of this worker in flight.
     """
     global _slabs
     _slabs = Slabs(prefetch + 1)

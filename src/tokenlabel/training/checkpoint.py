@@ -73,7 +73,7 @@ def save_checkpoint(
     """
     folder = run / "checkpoints" / f"{step:08d}"
     files = _tensors(state, here=ranks.is_first)
-    # None goes on, or ends, before it is written.
+    # All ranks wait until the first has written it.
     about = {"class_names": class_names, "token_classes": token_classes and asdict(token_classes)}
     ranks.on_main(lambda: _write(folder, step, state, files, recipe=recipe, about=about))
     return folder

@@ -35,7 +35,7 @@ from tokenlabel.segmentation.pairs import SegmentDataConfig, open_pairs
 from tokenlabel.training.recipe import DataConfig, EvalConfig, ModelConfig, OptimConfig, Recipe
 
 CLASSES = ["ant", "bee"]
-README = Path(__file__).parents[1] / "README.md"
+README = Path(__file__).parents[2] / "README.md"
 
 
 def refuses(call, *words, error=ValueError):

@@ -250,7 +250,7 @@ def test_the_training_guide_and_the_heads_name_options_that_exist():
     }
     known |= {"--class-map", "--images", "--num-classes", "--precision", "--model.options", "--recipe"}
     known |= {"--backbone", "--from"}
-    guide = (Path(__file__).parent.parent / "docs" / "training.md").read_text(encoding="utf-8")
+    guide = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
     text = re.sub(r"torchrun[^`]*?-m|#SBATCH.*", "", guide + "\n".join(head(name) for name in NAMES))
     named = set(re.findall(r"(?<![\w-])--[a-zA-Z][\w.-]*\w", text))
     wrong = {name for name in named - known if not name.startswith("--model.options.")}
@@ -261,7 +261,7 @@ def test_the_training_guide_and_the_heads_name_options_that_exist():
 
 
 def test_the_training_guide_lists_every_recipe():
-    guide = (Path(__file__).parent.parent / "docs" / "training.md").read_text(encoding="utf-8")
+    guide = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
     listed = set(re.findall(r"`(\w+)`", guide[guide.index("## Recipes") :]))
     assert {
         name for name in NAMES if name not in listed and name.removesuffix("_token") not in listed

@@ -307,7 +307,7 @@ def test_help_shows_one_spelling(capsys):
 
 
 def test_the_docs_show_one_spelling():
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     texts = [root / "README.md", *root.glob("docs/*.md"), *root.glob("src/tokenlabel/recipes/*.yaml")]
     for path in texts:
         assert re.findall(r"--(?!model\.options)[a-z][a-z.-]*_[a-z_.]*|--run\b", path.read_text()) == [], (

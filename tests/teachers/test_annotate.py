@@ -722,7 +722,7 @@ def test_torchrun_divides_the_work(images, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(code)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", str(script)]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     subprocess.run([*command, str(images), str(tmp_path / "labels")], check=True, env=environment)
     assert len(LabelStore(tmp_path / "labels")) == 9
     assert len(json.loads((tmp_path / "labels" / "manifest.json").read_text())["class_names"]) == 3

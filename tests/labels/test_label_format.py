@@ -20,7 +20,7 @@ REGION = Box(0.125, 0.0, 0.875, 1.0)
 @pytest.fixture(scope="module")
 def program() -> dict[str, Any]:
     """The names that the program in the page defines."""
-    page = (Path(__file__).parents[1] / "docs" / "labels.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "labels.md").read_text(encoding="utf-8")
     (code,) = (
         block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "read_record" in block
     )

@@ -633,7 +633,7 @@ def test_reading_from_many_threads(tmp_path):
 
 WRITE_FOREVER = """
 import sys
-from tests.test_store import a_manifest, a_map, key_of
+from test_store import a_manifest, a_map, key_of
 from tokenlabel.labels.store import LabelStoreWriter
 folder, start, step = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 with LabelStoreWriter(folder, a_manifest(), max_shard_bytes=800) as writer:
@@ -647,7 +647,7 @@ def start_writer(folder, start: int, step: int) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-c", WRITE_FOREVER, str(folder), str(start), str(step)],
         stdout=subprocess.PIPE,
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).parent,
     )
 
 
