@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,12 +18,13 @@ from safetensors.torch import load_file, save_file
 
 import tokenlabel as tl
 from tokenlabel.cli import main
-from tokenlabel.teachers.annotation import AnnotateConfig, annotate
+from tokenlabel.core.config import OnlineTeacherConfig
 from tokenlabel.teachers.backbone import load_backbone
 from tokenlabel.teachers.dense import ClassifierNetwork, HeadNetwork
 from tokenlabel.teachers.ensemble import load_teachers
 from tokenlabel.teachers.heads import Head, HeadError
 from tokenlabel.teachers.networks import TeacherConfig, TeacherError
+from tokenlabel.teachers.online import load_online_teacher
 from tokenlabel.teachers.regression import DECAYS, Examples, cross_entropy, fit_linear
 from tokenlabel.teachers.texts import PROMPTS, OpenClipTower, text_embeddings
 from tokenlabel.teachers.words import fit_words
@@ -402,16 +403,22 @@ def test_many_words_never_exist_as_one_dense_map(images, monkeypatch):
     assert sum(sizes) == 3 * 2 * 3 * 50
 
 
-def test_in_python_it_is_the_same(images, tmp_path):
-    weights = str(images / "resnet10t.safetensors")
-    config = tl.FitConfig(backbone="resnet10t", weights=weights, from_="words", words=4, size=64)
-    head = tl.fit_head(images / "images", tmp_path / "head.safetensors", config)
-    assert head.hash == tl.Head.load(tmp_path / "head.safetensors").hash
-    done = annotate(
-        images / "images", tmp_path / "labels", AnnotateConfig(teacher=str(tmp_path / "head.safetensors"))
+def test_in_python_it_is_what_the_page_shows(images, tmp_path, monkeypatch):
+    page = (Path(__file__).parents[2] / "docs" / "heads.md").read_text(encoding="utf-8")
+    code = page.split("```python\n")[1].split("```")[0]
+    small = 'backbone="resnet10t", weights="resnet10t.safetensors", size=64'
+    code = code.replace('backbone="vit_small_patch16_dinov3.lvd1689m"', small).replace(
+        "words=8192", "words=4"
     )
-    assert done.num_labelled == 12
-    assert json.loads((tmp_path / "labels" / "manifest.json").read_text())["teacher"]["words"] == head.hash
+    assert small in code
+    for name in ("images", "resnet10t.safetensors"):
+        (tmp_path / name).symlink_to(images / name)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"features": torch.randn(2, 3, 512)}
+    exec(code.replace("store.manifest.words == head.hash", "same = store.manifest.words == head.hash"), names)
+    assert names["same"] is True
+    assert names["logits"].shape == (2, 3, 4)
+    assert len(names["store"]) == 12
 
 
 @given(
@@ -643,3 +650,36 @@ def test_a_text_tower_of_open_clip():
     embeddings = text_embeddings(OpenClipTower(network, tokenizer, 100.0), ["cat", "dog"])
     assert embeddings.shape == (2, 24)
     torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(2))
+
+
+def test_a_head_teaches_in_the_step_and_words_do_not(colours, images, tmp_path):
+    head = tmp_path / "head.safetensors"
+    command = ["fit-head", str(colours / "images"), str(head), "--backbone", "resnet10t", "--from", "labels"]
+    weights = str(colours / "resnet10t.safetensors")
+    assert main([*command, "--weights", weights, "--size", "64"]) == 0
+    teacher = load_online_teacher(OnlineTeacherConfig(name=str(head)), ["blue", "red"], CPU)
+    assert teacher is not None
+    pixels = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    of_images, of_locations = teacher.probabilities(pixels)
+    assert (of_images.shape, of_locations.shape) == ((2, 2), (2, 2, 2, 2))
+    offline = load_teachers(TeacherConfig(teacher=str(head)), ["blue", "red"], CPU)
+    torch.testing.assert_close(of_locations, offline.probabilities(pixels))
+    assert fit(images, tmp_path / "words.safetensors", "--from", "words", "--words", "4") == 0
+    with pytest.raises(TeacherError, match="says visual words, not classes; label the images once"):
+        load_online_teacher(
+            OnlineTeacherConfig(name=str(tmp_path / "words.safetensors")), ["blue", "red"], CPU
+        )
+
+
+def test_a_fit_that_was_stopped_leaves_nothing(images, tmp_path, monkeypatch, capsys):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tokenlabel.teachers.fitting.fit_words", stop)
+    assert fit(images, tmp_path / "head.safetensors", "--from", "words", "--words", "4") == 130
+    assert "stopped; nothing was written" in capsys.readouterr().err
+    assert not [*tmp_path.iterdir()]
+    monkeypatch.undo()
+    monkeypatch.setattr("os.fsync", stop)  # while the file is being written
+    assert fit(images, tmp_path / "head.safetensors", "--from", "words", "--words", "4") == 130
+    assert not [*tmp_path.iterdir()]

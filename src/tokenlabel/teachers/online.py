@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from tokenlabel.core.config import OnlineTeacherConfig
 from tokenlabel.teachers.classmap import ClassMap, class_map_for
 from tokenlabel.teachers.ensemble import name_classes
-from tokenlabel.teachers.networks import NetworkTeacher, TeacherConfig, load_teacher
+from tokenlabel.teachers.networks import NetworkTeacher, TeacherConfig, TeacherError, load_teacher
 
 
 class NetworkOnlineTeacher:
@@ -76,6 +76,11 @@ def load_online_teacher(
         device,
         weights=config.weights,
     )
+    if teacher.words:
+        raise TeacherError(
+            f"loss.teacher.name {config.name}: says visual words, not classes; label the images once (`tokenlabel "
+            f"annotate IMAGES labels --teacher {config.name}`) and give data.labels"
+        )
     name_classes(teacher, config.class_order, class_names, option="--loss.teacher.class-order")
     class_map = class_map_for(
         config.class_map,
