@@ -18,10 +18,11 @@ from typing import Any
 from matplotlib.figure import Figure
 from scipy.special import stdtrit
 
+from studies.charts import curve_chart
 from studies.measures import METRICS
 from studies.records import Records, RunRecord
 from studies.tables import Study, Table
-from tokenlabel.drawing.charts import as_svg, curve_chart
+from tokenlabel.report import as_svg
 from tokenlabel.runtime.process import write_whole
 
 # A claim needs so many seeds.

@@ -18,7 +18,7 @@ import tokenlabel
 from tokenlabel.core.scores import from_mask
 from tokenlabel.core.step import TrainStep
 from tokenlabel.labels.store import LabelStoreWriter, Manifest
-from tokenlabel.runtime.configuration import _enums
+from tokenlabel.runtime.configuration import enums_of
 from tokenlabel.training.recipe import Recipe
 
 # The rooms of the package from the ground up, and which of those below them each may import (docs/architecture.md).
@@ -54,7 +54,7 @@ def test_every_enum_that_a_public_configuration_takes_is_public():
     taken = {
         kind.__name__
         for config in (tokenlabel.AnnotateConfig, tokenlabel.AugmentConfig, tokenlabel.ErasingConfig, Recipe)
-        for kind in _enums(config)
+        for kind in enums_of(config)
     }
     assert taken
     assert taken <= set(tokenlabel.__all__)

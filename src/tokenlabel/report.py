@@ -8,6 +8,7 @@ images and no label stores.
 from __future__ import annotations
 
 import html
+import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,13 +16,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 import numpy as np
 from jaxtyping import Float, Int
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from tokenlabel.drawing.charts import as_svg
 from tokenlabel.drawing.page import Page, caption, check_output, shortened, table
 from tokenlabel.drawing.pictures import PICTURES_FOLDER, Album, read_album
 from tokenlabel.evaluation.answers import Answers, read_answers
@@ -255,6 +256,15 @@ def _chart(title: str, x_name: str, of_runs: Sequence[Sequence[tuple[float, floa
     axis.xaxis.set_major_locator(MaxNLocator(5, integer=x_name == "step", min_n_ticks=1))
     axis.grid(alpha=0.3)
     yield as_svg(figure).replace("#000000", "currentColor")
+
+
+def as_svg(figure: Figure) -> str:
+    """Return a figure as an <svg> element, the same for the same figure."""
+    buffer = io.StringIO()
+    with mpl.rc_context({"svg.hashsalt": "tokenlabel"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    svg = buffer.getvalue()
+    return svg[svg.index("<svg") :]
 
 
 def _run_legend(records: Sequence[RunRecord]) -> str:

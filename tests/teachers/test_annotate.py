@@ -42,7 +42,7 @@ from tokenlabel.runtime.errors import ConfigError, DataError
 from tokenlabel.runtime.process import ahead, thread_pool
 from tokenlabel.teachers import labelling
 from tokenlabel.teachers.annotation import AnnotateConfig, annotate, annotate_by, make_teacher
-from tokenlabel.teachers.labelling import TeacherImage, _by_shape
+from tokenlabel.teachers.labelling import TeacherImage, by_shape
 from tokenlabel.teachers.masks import MaskTeacher
 from tokenlabel.teachers.networks import TeacherError, load_teacher
 from tokenlabel.training.checkpoint import TrainState, save_checkpoint
@@ -633,7 +633,7 @@ def test_masks_go_with_no_other_teacher(images):
 )
 def test_batches_have_one_shape_and_hold_every_image_once(shapes, size):
     images = [TeacherImage(str(i), np.zeros(shape, np.uint8), WHOLE_IMAGE) for i, shape in enumerate(shapes)]
-    batches = list(_by_shape(images, size))
+    batches = list(by_shape(images, size))
     assert sorted(int(item.key) for batch in batches for item in batch) == list(range(len(shapes)))
     assert all(len({item.pixels.shape for item in batch}) == 1 for batch in batches)
     assert all(len(batch) <= size for batch in batches)
@@ -649,7 +649,7 @@ def test_few_images_wait_for_others_of_their_shape():
             max_waiting = max(max_waiting, waiting)
             yield TeacherImage(str(i), np.zeros((i % 300 + 1, 1, 3), np.uint8), WHOLE_IMAGE)
 
-    for batch in _by_shape(shown(), 4):
+    for batch in by_shape(shown(), 4):
         waiting -= len(batch)
     assert max_waiting <= labelling.MAX_WAITING_IMAGES
 

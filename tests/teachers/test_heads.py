@@ -683,3 +683,15 @@ def test_a_fit_that_was_stopped_leaves_nothing(images, tmp_path, monkeypatch, ca
     monkeypatch.setattr("os.fsync", stop)  # while the file is being written
     assert fit(images, tmp_path / "head.safetensors", "--from", "words", "--words", "4") == 130
     assert not [*tmp_path.iterdir()]
+
+
+@torch.no_grad()
+def test_images_of_a_new_shape_cost_no_more_than_others(images, monkeypatch):
+    backbone = load_backbone("resnet10t", CPU, weights=str(images / "resnet10t.safetensors"), size=64)
+    network: Any = backbone.network.backbone
+    blank = []
+    monkeypatch.setattr(network, "forward_intermediates", lambda *_, **__: blank.append(1))
+    for img_size in ((96, 160), (32, 224)):
+        found = backbone.network(torch.randn(1, 3, *img_size)).locations
+        assert found.shape == (1, img_size[0] // 32, img_size[1] // 32, 512)
+    assert not blank

@@ -95,7 +95,9 @@ def test_a_scaled_loss_goes_on_where_it_was(scenes, tmp_path):  # noqa: F811
     recipe = recipe_in_groups(scenes, precision="fp16", checkpoint={"every_epochs": 1, "keep": 9})
     train(recipe, tmp_path / "run", device=CPU)
     unbroken = weights_of(tmp_path / "run")
-    for folder in list_checkpoints(tmp_path / "run")[1:]:
+    _, *later = list_checkpoints(tmp_path / "run")
+    assert later
+    for folder in later:
         shutil.rmtree(folder)
     train(recipe, tmp_path / "run", device=CPU)
     assert weights_of(tmp_path / "run") == unbroken
@@ -210,7 +212,9 @@ def test_two_processes_train_as_one(scenes, tmp_path):  # noqa: F811
     train(recipes[tmp_path / "few"], tmp_path / "few alone", device=CPU)
     recipes[tmp_path / "bare"] = recipe_in_groups(scenes, epochs=1, data__labels=None)
     continued = shutil.copytree(tmp_path / "alone", tmp_path / "continued")  # `best` becomes a folder
-    for folder in list_checkpoints(continued)[1:]:
+    _, *later = list_checkpoints(continued)
+    assert later
+    for folder in later:
         shutil.rmtree(folder)
     recipes[continued] = recipes[tmp_path / "sharded"]
     stopped = tmp_path / "stopped"

@@ -1,1 +1,1 @@
-"""How things are drawn: pictures with labels, charts, and the page that holds them."""
+"""Albums of pictures with maps of classes, as runs write and pages show them, and the page that holds them."""

@@ -33,7 +33,7 @@ def add_config_arguments(parser: jsonargparse.ArgumentParser, config: type) -> N
     working in silence: argparse looks names up in a table of its own, and shows those that the action lists.
     """
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    for kind in _enums(config):
+    for kind in enums_of(config):
         register_type(kind, serializer=lambda member: member.value, deserializer=kind)
     parser.add_class_arguments(config)
     for action in parser._actions:  # argparse keeps what `--help` shows nowhere else
@@ -233,12 +233,12 @@ def _field_names(config: type, prefix: str = "") -> list[str]:
     return names
 
 
-def _enums(config: type) -> set[type[Enum]]:
+def enums_of(config: type) -> set[type[Enum]]:
     """Return the enums among the fields of a dataclass and of those nested in it."""
     found: set[type[Enum]] = set()
     for kind in get_type_hints(config).values():
         if _is_config(kind):
-            found |= _enums(kind)
+            found |= enums_of(kind)
         elif isinstance(kind, type) and issubclass(kind, Enum):
             found.add(kind)
     return found

@@ -152,8 +152,8 @@ class ClassifierNetwork(DenseNetwork):
 
     def forward(self, images: Float[Tensor, "B 3 height width"]) -> DenseLogits:
         """Return the logits of normalised images."""
-        features = self._features((images.shape[2], images.shape[3]))
         seen = self.backbone.forward_features(images)
+        features = self._laid_out(seen, (images.shape[2], images.shape[3]))
         logits = self.backbone.forward_head(_one_position_each(seen, features))  # [B * h * w, C]
         return DenseLogits(self.backbone.forward_head(seen), logits.view(len(images), *features.grid, -1))
 
@@ -176,6 +176,24 @@ class ClassifierNetwork(DenseNetwork):
         if img_size not in self._features_of:
             self._features_of[img_size] = self._measure(img_size)
         return self._features_of[img_size]
+
+    def _laid_out(self, seen: Any, img_size: tuple[int, int]) -> Features:
+        """Return how features lie in what the head gets of images of a size.
+
+        A size that was not seen before is like another one: a blank image for each of the shapes that photographs have
+        would cost as much as they do.
+        """
+        if img_size not in self._features_of and self._features_of and isinstance(seen, Tensor):
+            (height_px, width_px), known = next(iter(self._features_of.items()))
+            grid = (img_size[0] * known.grid[0] // height_px, img_size[1] * known.grid[1] // width_px)
+            if known.layout is Layout.MAP:
+                grid = (seen.shape[-2], seen.shape[-1])
+            elif known.layout is Layout.CHANNELS_LAST_MAP:
+                grid = (seen.shape[1], seen.shape[2])
+            found = classifier_features(seen, grid)
+            if found is not None and (found.layout, found.num_prefix) == (known.layout, known.num_prefix):
+                self._features_of[img_size] = found
+        return self._features(img_size)
 
     @torch.no_grad()
     def _measure(self, img_size: tuple[int, int]) -> Features:

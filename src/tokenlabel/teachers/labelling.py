@@ -104,7 +104,7 @@ def seen_batches(
     """Yield images as a teacher sees them in batches of one shape, decoded ahead by threads; add to the failures."""
     with thread_pool(num_workers) as pool:
         seen = ahead(pool, partial(_see, source, input, strict), indices, 2 * batch_size)
-        yield from _by_shape(_sound(seen, failures), batch_size)
+        yield from by_shape(_sound(seen, failures), batch_size)
 
 
 def as_tensor(seen: Sequence[TeacherImage], device: torch.device) -> UInt8[Tensor, "B 3 height width"]:
@@ -179,7 +179,7 @@ def _see(source: ImageSource, input: TeacherInput, strict: bool, index: int) -> 
     return TeacherImage(key, *input.of(image), orientation_of(data))
 
 
-def _by_shape(items: Iterable[TeacherImage], batch_size: int) -> Iterator[list[TeacherImage]]:
+def by_shape(items: Iterable[TeacherImage], batch_size: int) -> Iterator[list[TeacherImage]]:
     """Yield batches of images of one shape; smaller ones at the end, and where many shapes wait for company."""
     waiting: dict[tuple[int, ...], list[TeacherImage]] = {}
     num_waiting, max_waiting = 0, max(MAX_WAITING_IMAGES, 4 * batch_size)

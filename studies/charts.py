@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 
-import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -61,12 +59,3 @@ def _draw_line(axis: Axes, points: Points, *, number: int) -> Line2D:
         markersize=4,
     )
     return line
-
-
-def as_svg(figure: Figure) -> str:
-    """Return a figure as an <svg> element, the same for the same figure."""
-    buffer = io.StringIO()
-    with mpl.rc_context({"svg.hashsalt": "tokenlabel"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    svg = buffer.getvalue()
-    return svg[svg.index("<svg") :]
