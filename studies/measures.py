@@ -39,7 +39,11 @@ Figures = dict[str, float]
 
 @dataclass(frozen=True, kw_only=True)
 class FinishedRun:
-    """A run that has been trained. `folders`: `masks_train`, `masks_val`, `labels_val`, those that there are."""
+    """A run that has been trained.
+
+    `folders`: those that there are of `masks_train`, `masks_val`, `labels_val`, and of `images_train`, `images_val`,
+    the images with their classes, where a run may have been trained without.
+    """
 
     run: Path
     folders: Mapping[str, Path]
@@ -56,14 +60,24 @@ class FinishedRun:
     def images(self, split: str, truth: ScoreMaps | None) -> Iterator[Batch]:
         """Yield the images of `train` or `val`, as evaluation sees them, with the score maps of `truth`."""
         recipe = self.trained.recipe
-        data = Path(recipe.data.train) if split == "train" else None
-        dataset = evaluation_set(recipe, class_names=self.trained.class_names, data=data)
+        data = self.folders.get(f"images_{split}", recipe.data.train if split == "train" else None)
+        dataset = evaluation_set(recipe, class_names=self.class_names, data=data)
         dataset.store = truth
         yield from _batches(dataset, self.device)
 
     def masks(self, split: str) -> MaskFolder:
         """Return the true masks of `train` or `val`."""
-        return MaskFolder(self.folders[f"masks_{split}"], num_classes=self.trained.model.num_classes)
+        return MaskFolder(self.folders[f"masks_{split}"], num_classes=len(self.class_names))
+
+    @cached_property
+    def class_names(self) -> Sequence[str]:
+        """The classes of the images, also of a run that was trained without."""
+        return self.trained.class_names or open_images(self.folders["images_train"]).class_names
+
+    @property
+    def speaks_classes(self) -> bool:
+        """Whether the head for tokens was trained, on the images' classes."""
+        return self.trained.recipe.uses_token_labels and self.trained.token_classes is None
 
     def evals(self) -> list[dict[str, Any]]:
         """Return the lines of its evaluations."""
@@ -76,14 +90,16 @@ def predictions(finished: FinishedRun) -> Figures:
     Without token labels the tokens' head was never trained: it has nothing to get right.
     """
     recipe = finished.trained.recipe
-    tells_tokens = recipe.uses_token_labels and "masks_val" in finished.folders
+    if not finished.trained.class_names:
+        return {}
+    tells_tokens = finished.speaks_classes and "masks_val" in finished.folders
     truth = finished.masks("val") if tells_tokens else None
     return _observed(finished, truth, recipe.eval.inference, [Accuracy(), Calibration(), TokenTruth()])
 
 
 def teacher_agreement(finished: FinishedRun) -> Figures:
     """Return how far the tokens agree with the teacher's labels of the val images."""
-    if not finished.trained.recipe.uses_token_labels:
+    if not finished.speaks_classes:
         return {}
     store = LabelStore(finished.folders["labels_val"])
     return _observed(finished, store, Inference.CLASS, [TokenTruth("teacher")])
@@ -92,18 +108,20 @@ def teacher_agreement(finished: FinishedRun) -> Figures:
 def probe(finished: FinishedRun) -> Figures:
     """Return how well a linear probe of the frozen tokens finds the true masks."""
     train, val = (finished.images(split, finished.masks(split)) for split in ("train", "val"))
-    return probe_figures(finished.trained.model, train, val)
+    return probe_figures(finished.trained.model, train, val, num_classes=len(finished.class_names))
 
 
 def of_images(finished: FinishedRun) -> Figures:
     """Return how well probes of the frozen mean token name the val images."""
-    return image_figures(finished.trained.model, finished.images("train", None), finished.images("val", None))
+    train, val = (finished.images(split, None) for split in ("train", "val"))
+    return image_figures(finished.trained.model, train, val, num_classes=len(finished.class_names))
 
 
 def label_truth(finished: FinishedRun) -> Figures:
     """Return how often the aligned labels of augmented training images name the object that a token shows."""
     recipe, model = finished.trained.recipe, finished.trained.model
-    if recipe.data.labels is None or not recipe.loss.reads_labels:
+    about_others = finished.trained.token_classes is not None
+    if recipe.data.labels is None or not recipe.loss.reads_labels or about_others:
         return {}
     source, transform = open_images(recipe.data.train), TrainTransform(recipe.augment, recipe.model.img_size)
     stores = LabelStore(*recipe.data.label_folders), finished.masks("train")
@@ -131,7 +149,9 @@ def label_bytes(finished: FinishedRun) -> Figures:
 
 def halfway(finished: FinishedRun) -> Figures:
     """Return the accuracy at the evaluation nearest to the middle of the run."""
-    lines = finished.evals()
+    lines = [line for line in finished.evals() if "top1" in line]
+    if not lines:
+        return {}
     middle = lines[-1]["step"] / 2
     return {"top1_halfway": min(lines, key=lambda line: abs(line["step"] - middle))["top1"]}
 

@@ -21,6 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from filelock import FileLock
 
@@ -30,6 +31,7 @@ from studies.records import Records, RunRecord
 from studies.tables import Job, RunPlan, Study, StudyError, filled
 from tokenlabel.classification import task as classification
 from tokenlabel.data.scenes import write_scenes
+from tokenlabel.data.sources import open_images
 from tokenlabel.runtime.distributed import Ranks, joined_ranks, launched_ranks
 from tokenlabel.runtime.process import Interrupted, write_whole
 from tokenlabel.runtime.runlog import read_metrics
@@ -187,7 +189,9 @@ def make_steps(study: Study, steps: Sequence[str], *, seed: int) -> None:
             if _is_made(study, name, seed):
                 continue
             if step.scenes is not None:
-                write_scenes(folder, **step.scenes)
+                write_scenes(folder, **{key: value for key, value in step.scenes.items() if key != "lists"})
+                for key, (num_labelled, others) in step.scenes.get("lists", {}).items():
+                    write_list(folder / "train", key, num_labelled=num_labelled, others=others)
             else:
                 words = shlex.split(filled(step.command, study.folders(seed) | {"here": str(folder)}))
                 environment = environment_of_one(None)
@@ -197,6 +201,22 @@ def make_steps(study: Study, steps: Sequence[str], *, seed: int) -> None:
                 if problem:
                     raise StudyError(f"step {folder.name} failed: {problem}")
             write_whole(marker, json.dumps(asdict(step)) + "\n")
+
+
+def write_list(folder: Path, name: str, *, num_labelled: int, others: bool) -> None:
+    """Write FOLDER/NAME.csv: so many images with their class, as many of each; with the `others` those without."""
+    source = open_images(folder)
+    place = np.zeros(len(source), np.int64)  # of each image within its class
+    for class_id in np.unique(source.class_ids):
+        of_class = np.flatnonzero(source.class_ids == class_id)
+        place[of_class] = np.random.default_rng(int(class_id)).permutation(len(of_class))
+    chosen = {*np.lexsort((source.class_ids, place))[:num_labelled].tolist()}
+    rows = [
+        f"{key},{source.class_names[source.class_ids[i]] if i in chosen else ''}"
+        for i, key in enumerate(source.keys)
+        if i in chosen or others
+    ]
+    write_whole(folder / f"{name}.csv", "path,label\n" + "\n".join(rows) + "\n")
 
 
 def _is_made(study: Study, name: str, seed: int) -> bool:

@@ -42,7 +42,7 @@ class Step:
     """
 
     command: str | None = None
-    scenes: Mapping[str, int] | None = None
+    scenes: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

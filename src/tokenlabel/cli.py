@@ -425,6 +425,11 @@ def evaluate(arguments: list[str]) -> int:
         ("data", "images; the run's own val images by default"),
         ("masks", "true dense labels of the images (PNG class ids): what the tokens get right"),
         ("labels", "a teacher's labels of the images: how far the tokens agree with it"),
+        (
+            "probe",
+            "a few images with classes, any: what a linear probe and nearest neighbours find in frozen features",
+        ),
+        ("probe-test", "images that the probes are tested on; every other image of --probe by default"),
         ("real", "real.json: the ReaL accuracy of ImageNet's val images as well"),
         ("multi-labels", 'JSON {"path below --data": [classes]}: mean average precision'),
     ):

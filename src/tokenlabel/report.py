@@ -43,6 +43,10 @@ COLUMNS = {
     "ece": ("ECE", "{:.1%}"),
     "token_accuracy": ("tokens right", "{:.1%}"),
     "token_miou": ("tokens' mIoU", "{:.1%}"),
+    "teacher_accuracy": ("tokens as the teacher", "{:.1%}"),
+    "teacher_miou": ("as the teacher, mIoU", "{:.1%}"),
+    "knn": ("nearest neighbours", "{:.1%}"),
+    "image_probe": ("linear probe", "{:.1%}"),
     "miou": ("mIoU", "{:.1%}"),
     "mean_accuracy": ("mean accuracy", "{:.1%}"),
     "pixel_accuracy": ("pixel accuracy", "{:.1%}"),
@@ -59,6 +63,9 @@ PANELS = (
     ("training loss, tokens", "train", "token_loss", 1),
     ("top-1 on val, %", "eval", "top1", 100),
     ("mIoU on val, %", "eval", "miou", 100),
+    ("tokens as the teacher on val, %", "eval", "teacher_accuracy", 100),
+    ("nearest neighbours, %", "eval", "knn", 100),
+    ("linear probe of the mean token, %", "eval", "image_probe", 100),
 )
 
 

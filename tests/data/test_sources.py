@@ -20,6 +20,8 @@ from tokenlabel.data.images import (
     ImageSubset,
     check_images,
     decode_image,
+    describe,
+    has_classes,
 )
 from tokenlabel.data.sources import ListedImages, open_images
 from tokenlabel.data.tars import INDEX_NAME, TarImages, write_index
@@ -88,12 +90,25 @@ def test_webdataset_tells_classes_by_number(tmp_path):
         ({"readme.md": b""}, "no images"),
         ({"a.jpg": b"", "b.jpg": b"", "b.cls": b"1"}, r"1 of 2 images have no \.cls file \(a\.jpg"),
         ({"a.jpg": b"", "a.cls": b"cat"}, r"x\.tar: a\.cls: expected the number of a class, got b'cat'"),
-        ({"a.jpg": b""}, "neither a .cls file nor a folder"),
+        ({"a.jpg": b"", "cat/b.jpg": b""}, "1 of 2 images have neither a .cls file nor a folder"),
     ],
 )
 def test_tar_files_that_cannot_be_used(tmp_path, files, message):
     with pytest.raises(DataError, match=message):
         open_images(write_tar(tmp_path / "x.tar", files))
+
+
+def test_tar_files_and_lists_need_no_classes(tmp_path):
+    source = open_images(write_tar(tmp_path / "x.tar", {"a.jpg": b"", "b.jpg": b""}))
+    assert (source.class_names, list(source.keys)) == ([], ["a.jpg", "b.jpg"])
+    (tmp_path / "list.csv").write_text("path,label\na.jpg,cat\nb.jpg,\nc.jpg,ant\n")
+    source = open_images(tmp_path / "list.csv")
+    assert (source.class_names, source.class_ids.tolist()) == (["ant", "cat"], [1, 0, 0])
+    assert has_classes(source).tolist() == [True, False, True]
+    assert describe(source, "list").startswith(
+        "list: 3 images, 2 of them of 2 classes (ant, cat), 1 without a class"
+    )
+    assert not has_classes(open_images(tmp_path / "list.csv", classes=False)).any()
 
 
 def test_damaged_tar_files(tmp_path, files):
@@ -224,7 +239,6 @@ def test_lists(tmp_path, text, keys, class_names, class_ids):
     [
         ("", "lists no images"),
         ("a.png 1\na.png 2\n", r"a\.png is listed with 2 classes \(1, 2\)"),
-        ("a.png 1\nb.png\n", "1 of 2 images have no class"),
         ("a.png 1\n\t2\n", r"line 2: expected the path"),
         ("a.png great white shark\n", r"line 1: expected .*a tab between"),
     ],

@@ -11,7 +11,7 @@ import yaml
 from studies.__main__ import main, parsed, study_of
 from studies.measures import FinishedRun, label_truth, predictions
 from studies.records import RunRecord, read_records, write_records
-from studies.runs import counted_cost, environment_of_one, finished_runs, run_job
+from studies.runs import counted_cost, environment_of_one, finished_runs, run_job, write_list
 from studies.tables import (
     Step,
     Study,
@@ -21,6 +21,9 @@ from studies.tables import (
     read_table,
     read_testbed,
 )
+from tokenlabel.data.images import has_classes
+from tokenlabel.data.scenes import write_scenes
+from tokenlabel.data.sources import open_images
 from tokenlabel.runtime.process import Interrupted
 from tokenlabel.training.checkpoint import load_run
 from tokenlabel.training.recipe import find_recipe
@@ -389,3 +392,15 @@ steps:
     found = json.loads((tmp_path / "out" / "tiny.json").read_text())
     assert found["rows"]["a"]["figures"]["miou"].keys() == {"1"}
     assert found["not_run"] == {"a": [0]}
+
+
+def test_lists_name_as_many_images_of_each_class(tmp_path):
+    write_scenes(tmp_path / "scenes", num_train=40, num_val=10, seed=0)
+    for name, others in (("some", True), ("few", False)):
+        write_list(tmp_path / "scenes/train", name, num_labelled=20, others=others)
+    some, few = (open_images(tmp_path / f"scenes/train/{name}.csv") for name in ("some", "few"))
+    assert (len(some), len(few)) == (40, 20)
+    assert few.class_names == [str(number) for number in range(10)]
+    assert [few.class_ids.tolist().count(number) for number in range(10)] == [2] * 10
+    named = [key for key, known in zip(some.keys, has_classes(some), strict=True) if known]
+    assert named == list(few.keys)

@@ -31,7 +31,7 @@ def test_a_dry_run_says_sizes_schedule_and_cost_and_draws_the_first_images(neste
     told = dry_run(recipe, tmp_path / "run", device=CPU)
     num_parameters = sum(p.numel() for p in build(recipe, device=CPU).model.parameters())
     assert f"lvvit_t: {num_parameters:,} parameters" in told
-    assert "40 of 10 classes, 24 x 24 px" in told
+    assert "40 with a label map; 10 classes, 24 x 24 px" in told
     assert f"4 x 4 tokens; tokens are told by {nested['data']['labels']}" in told
     assert "8 images: 1 process x 1 part of 8; fp32" in told
     assert "15, 5 an epoch" in told

@@ -101,6 +101,7 @@ def test_every_recipe_of_the_package_is_read(name):
     assert text.startswith("#"), "a recipe's head says what it does and what it costs"
     nested = recipe_content(name, Recipe)
     nested["data"] = {"train": "images"} | nested.get("data", {})
+    nested["model"] = {"name": "lvvit_t"} | nested.get("model", {})  # or that of the run in model.weights
     config_from_dict(nested, Recipe, name=name)
 
 

@@ -41,7 +41,7 @@ def dry_run(recipe: Recipe, out: Path, *, device: torch.device) -> str:
     all processes take part; the text is that of the first.
     """
     with joined_ranks(device) as ranks:
-        check_apart(out, recipe.data.train, recipe.data.val)
+        check_apart(out, recipe.data.train, recipe.data.unlabelled, recipe.data.val)
         task = build(recipe, device=device)
         trainer = prepare(task, ranks)
         sampler = trainer.sampler(0)
@@ -82,13 +82,15 @@ def _sizes(trainer: Trainer, task: ClassifierTask) -> list[tuple[str, str]]:
     rows, columns = task.grid
     folders = " + ".join(recipe.data.label_folders)
     labels = folders if task.supervision.stored else recipe.loss.teacher.name
+    others = f" and {task.token_classes} for the tokens" if task.token_classes is not None else ""
+    about = f"{len(task.class_names):,} classes{others}" if task.class_names else f"no classes{others}"
     told = f"tokens are told by {labels}" if task.supervision.labels_tokens else "tokens are told nothing"
     return [
         (
             "model",
             f"{recipe.model.name}: {sum(p.numel() for p in parameters):,} parameters, {trained:,} trained",
         ),
-        ("images", f"{task.num_images:,} of {len(task.class_names):,} classes, {width_px} x {height_px} px"),
+        ("images", f"{task.counts}; {about}, {width_px} x {height_px} px"),
         ("targets", f"{rows} x {columns} tokens; {told}"),
         (
             "batch",

@@ -18,20 +18,32 @@ from torch import nn
 
 from tokenlabel.classification.pictures import NUM_TRAIN, Answering, batch_album, shown_keys
 from tokenlabel.core.batch import Batch
+from tokenlabel.core.config import ClassTarget, Inference
 from tokenlabel.core.step import Part, Supervision, TrainStep
-from tokenlabel.data.augment import TrainTransform
-from tokenlabel.data.batches import TokenLabelDataset, check_labels, make_loader
-from tokenlabel.data.classes import difference, ids_among, imagenet_names
-from tokenlabel.data.images import ImageCheck, ImageError, ImageSource, decode_pixels, describe, find_broken
+from tokenlabel.data.augment import EvalTransform, TrainTransform
+from tokenlabel.data.batches import TokenLabelDataset, check_labels, classes_of_labels, make_loader
+from tokenlabel.data.classes import ClassList, difference, ids_among, imagenet_names
+from tokenlabel.data.folders import NEED_CLASSES, DataError
+from tokenlabel.data.images import (
+    ImageCheck,
+    ImageError,
+    ImageSource,
+    JoinedImages,
+    WithoutClasses,
+    decode_pixels,
+    describe,
+    find_broken,
+    has_classes,
+)
 from tokenlabel.data.samplers import BatchSampler, EvalBatchSampler, shard_order
 from tokenlabel.data.sources import open_aloud, refuse_single_class
-from tokenlabel.data.tars import TarImages
 from tokenlabel.drawing.pictures import Album
-from tokenlabel.evaluation.evaluators import Accuracy, Calibration
+from tokenlabel.evaluation.evaluators import Accuracy, Calibration, Evaluator, TokenTruth
 from tokenlabel.evaluation.observation import evaluation_set, observe
+from tokenlabel.evaluation.probe import image_figures, probe_sets
 from tokenlabel.labels.store import LabelStore
 from tokenlabel.models import TokenModel, create_model, load_published
-from tokenlabel.models.weights import read_class_names
+from tokenlabel.models.weights import read_class_names, read_description
 from tokenlabel.runtime.configuration import ConfigError
 from tokenlabel.runtime.distributed import Ranks, current_ranks, joined_ranks, usable_device
 from tokenlabel.runtime.process import say
@@ -62,7 +74,7 @@ def train(
     cannot be trained on, `Interrupted` after SIGINT or SIGTERM.
     """
     device, run = usable_device(device), Path(run)
-    check_apart(run, recipe.data.train, recipe.data.val)
+    check_apart(run, recipe.data.train, recipe.data.unlabelled, recipe.data.val)
     with joined_ranks(device) as ranks, locked(run, ranks):
         try:
             return run_task(
@@ -82,9 +94,24 @@ def train(
             ) from error
 
 
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """How many training images there are, with a class of their own, and with a map of a label store."""
+
+    images: int
+    with_class: int
+    with_map: int
+
+    def __str__(self) -> str:
+        return f"{self.images:,} images, {self.with_class:,} with a class, {self.with_map:,} with a label map"
+
+
 @dataclass(eq=False)
 class ClassifierTask(Task[Recipe]):
-    """A classifier that learns from class labels and token labels."""
+    """A network that learns from class labels and token labels, or from one of them.
+
+    `probe_sets`: images with classes that probes of frozen features learn from, and that they are tested on.
+    """
 
     recipe: Recipe
     model: TokenModel
@@ -92,16 +119,17 @@ class ClassifierTask(Task[Recipe]):
     val_set: TokenLabelDataset | None
     supervision: Supervision
     device: torch.device
+    counts: Counts
+    token_classes: ClassList | None = None
+    probe_sets: tuple[TokenLabelDataset, TokenLabelDataset] | None = None
     images: RunImages | None = None
-    metric = "top1"
 
     def __post_init__(self) -> None:
         self.class_names = self.train_set.source.class_names
+        # What there is of: the accuracy, else what probes find in the features, else agreement with the teacher.
+        self.metric = "top1" if self._judges_classes else "knn" if self.probe_sets else "teacher_accuracy"
         self.num_images = len(self.train_set)
         self.grid = self.model.grid_for(self.recipe.model.img_size)
-        store, is_same = self.train_set.store, self.model.num_token_classes == len(self.class_names)
-        manifest = store.manifest if isinstance(store, LabelStore) else None
-        self.token_class_names = self.class_names if is_same or manifest is None else manifest.class_names
         self.step = TrainStep(
             self.model,
             self.supervision,
@@ -131,6 +159,17 @@ class ClassifierTask(Task[Recipe]):
             )
         return lambda epoch: shard_order(groups, seed=seed, epoch=epoch, window=window)
 
+    @property
+    def token_class_names(self) -> list[str]:
+        """The names of what the tokens are about; numbers where nobody says them."""
+        return self.class_names if self.token_classes is None else self.token_classes.labels
+
+    @property
+    def _judges_classes(self) -> bool:
+        """Whether there are val images with classes that the class head may name."""
+        val_set = self.val_set
+        return val_set is not None and bool(self.class_names) and bool(has_classes(val_set.source).any())
+
     def picture(self, batch: Batch, part: Part, indices: Sequence[tuple[int, int]]) -> Album:
         """Return the first images of a batch as they are trained on."""
         source = self.train_set.source
@@ -148,11 +187,42 @@ class ClassifierTask(Task[Recipe]):
     def evaluate(
         self, model: nn.Module, ranks: Ranks, *, run: Path | None = None, **about: Any
     ) -> dict[str, Any]:
-        """Return the figures of a model on the val images of the recipe; write answers and pictures into `run`."""
-        recipe, dataset = self.recipe, self.val_set
-        if dataset is None:
-            return {}
+        """Return the figures of a model on the val images, and of probes; write answers and pictures into `run`."""
         assert isinstance(model, TokenModel)
+        figures: dict[str, Any] = {}
+        if self.probe_sets is not None:
+            learn, test = (self._eval_batches(dataset, ranks) for dataset in self.probe_sets)
+            names = self.probe_sets[0].source.class_names
+            figures |= image_figures(model.eval(), learn, test, num_classes=len(names), ranks=ranks)
+        if self.val_set is not None:
+            evaluators: list[Evaluator] = [Accuracy(), Calibration()] if self._judges_classes else []
+            evaluators += [TokenTruth("teacher")] if self.val_set.store is not None else []
+            keys, inference = self.val_set.source.keys, self.recipe.eval.inference
+            answering = Answering(shown_keys(keys), of_tokens=self.supervision.labels_tokens)
+            observed = observe(
+                model,
+                self._eval_batches(self.val_set, ranks),
+                {inference: [*evaluators, answering]},
+                device=self.device,
+                precision=self.recipe.precision,
+                ranks=ranks,
+            )
+            figures |= observed[inference]
+            if run is not None and ranks.is_first:
+                self._write_answers(answering, model, run, **about)
+        return figures
+
+    def _write_answers(self, answering: Answering, model: TokenModel, run: Path, **about: Any) -> None:
+        assert self.val_set is not None
+        recipe = self.recipe
+        if not self.supervision.labels_tokens and not recipe.sharded:
+            answering.ask_classifier(model, recipe.model.name, autocast(self.device, recipe.precision))
+        keys = self.val_set.source.keys
+        answering.write(run, keys, self.class_names, self.token_class_names, **about)
+
+    def _eval_batches(self, dataset: TokenLabelDataset, ranks: Ranks) -> Iterable[Batch]:
+        """Yield this rank's part of images that are evaluated on, on the device."""
+        recipe = self.recipe
         sampler = EvalBatchSampler(
             num_images=len(dataset),
             batch_size=recipe.eval.batch_size,
@@ -160,21 +230,8 @@ class ClassifierTask(Task[Recipe]):
             world_size=ranks.world_size,
         )
         num_workers = recipe.data.num_workers if len(dataset) >= _MANY_IMAGES else 0
-        keys, inference = dataset.source.keys, recipe.eval.inference
-        answering = Answering(shown_keys(keys), of_tokens=self.supervision.labels_tokens)
-        figures = observe(
-            model,
-            make_loader(dataset, sampler, num_workers=num_workers),
-            {inference: [Accuracy(), Calibration(), answering]},
-            device=self.device,
-            precision=recipe.precision,
-            ranks=ranks,
-        )[inference]
-        if run is not None and ranks.is_first:
-            if not self.supervision.labels_tokens and not recipe.sharded:
-                answering.ask_classifier(model, recipe.model.name, autocast(self.device, recipe.precision))
-            answering.write(run, keys, self.class_names, self.token_class_names, **about)
-        return figures
+        for batch in make_loader(dataset, sampler, num_workers=num_workers):
+            yield batch.to(self.device)
 
 
 def build(recipe: Recipe, *, device: torch.device, run: Path | None = None) -> ClassifierTask:
@@ -183,35 +240,44 @@ def build(recipe: Recipe, *, device: torch.device, run: Path | None = None) -> C
     `run`: the folder of the run, where an earlier start may have written down which images decode. Of several ranks the
     first one looks at images and labels.
     """
-    source = open_aloud(recipe.data.train)
-    refuse_single_class(source, recipe.data.train)
-    if recipe.data.tar_window is not None and isinstance(source, TarImages):
-        source = source.streamed()
+    source = _open(recipe)
     folders = recipe.data.label_folders if recipe.loss.reads_labels else []
     # Opened by the first rank for all, so that labels that are added meanwhile are seen by none.
     store = current_ranks().on_main(lambda: LabelStore(*folders)) if folders else None
+    source = _with_classes(recipe, source, store)
     images = RunImages(run, source.class_names)
     source = _sound(recipe, images, "train", source, store)
-    num_missing = 0
+    token_classes, num_missing = _token_classes(recipe, source, store), 0
     if store is not None:
-        check = partial(check_labels, source, store, max_missing=recipe.data.max_missing)
+        check = partial(
+            check_labels, source, store, max_missing=recipe.data.max_missing, classes=token_classes
+        )
         num_missing = current_ranks().on_main(check)
         newest = max((shard.generation for shard in store.shards), default=0)
         told = {"num_missing": num_missing, "annotated_again": newest or None}  # those are other labels
         images.entries["labels"] = {**told, **store.manifest.origin()}
+    num_images, num_with_class = len(source), int(has_classes(source).sum())
+    counts = Counts(num_images, num_with_class, num_images - num_missing if store is not None else 0)
+    say(f"training images: {counts}")
     torch.manual_seed(recipe.seed)
-    model = _begin(recipe.model, class_names=source.class_names).to(device)
+    model = _begin(recipe.model, class_names=source.class_names, token_classes=token_classes).to(device)
     supervision = Supervision(
         loss=recipe.loss,
         stored=store is not None,
         teacher=load_online_teacher(recipe.loss.teacher, source.class_names, device),
-        map_weight=len(source) / (len(source) - num_missing),
+        class_weight=num_images / max(1, num_with_class),
+        map_weight=num_images / (num_images - num_missing),
     )
     val_set = None
     if recipe.data.val:
         sound = partial(_sound, recipe, images, "val")
         val_set = evaluation_set(recipe, class_names=source.class_names, sound=sound)
         say(describe(val_set.source, recipe.data.val or ""))
+        val_set.store = _val_labels(recipe, val_set.source, token_classes)
+    probes = None
+    if recipe.eval.probe is not None:
+        plain = EvalTransform(recipe.model.img_size, crop_fraction=recipe.eval.crop_fraction)
+        probes = probe_sets(recipe.eval.probe, recipe.eval.probe_test, plain)
     transform = TrainTransform(recipe.augment, recipe.model.img_size)
     return ClassifierTask(
         recipe=recipe,
@@ -220,8 +286,96 @@ def build(recipe: Recipe, *, device: torch.device, run: Path | None = None) -> C
         val_set=val_set,
         supervision=supervision,
         device=device,
+        counts=counts,
+        token_classes=None if token_classes.is_same(_list_of(source)) else token_classes,
+        probe_sets=probes,
         images=images,
     )
+
+
+def _open(recipe: Recipe) -> ImageSource:
+    """Return the training images, those without classes last."""
+    data = recipe.data
+    source = open_aloud(data.train)
+    if data.unlabelled is not None:
+        source = JoinedImages(source, open_aloud(data.unlabelled, classes=False))
+    streamed = getattr(source, "streamed", None)
+    return source if data.tar_window is None or streamed is None else streamed()
+
+
+def _with_classes(recipe: Recipe, source: ImageSource, store: LabelStore | None) -> ImageSource:
+    """Return images with the classes that the class head is for.
+
+    Images without classes leave no class head, unless the teacher labels the class token: then it is for the classes of
+    the store. Raises DataError where there is nothing to learn from.
+    """
+    place = recipe.data.train
+    if has_classes(source).any():
+        refuse_single_class(source, place)
+        return source
+    if store is None:
+        beta = "" if recipe.data.labels is None else " and loss.beta above 0"
+        above = Path(place).absolute().name if Path(place).is_dir() else ""
+        folder = f", or name the folder above if {above} is a class" if above else ""
+        raise DataError(
+            f"{place}: its images have no classes, and without labels there is nothing to learn from; let `tokenlabel "
+            f"annotate` make labels and give --data.labels{beta}, or {NEED_CLASSES}{folder}"
+        )
+    classes = store.manifest.classes
+    return (
+        WithoutClasses(source, classes.labels)
+        if _takes_classes_of_maps(recipe) and not classes.words
+        else source
+    )
+
+
+def _token_classes(recipe: Recipe, source: ImageSource, store: LabelStore | None) -> ClassList:
+    """Return what the tokens are about: the classes of the images, or others in the store.
+
+    Raises DataError for labels of a list that was meant to be that of the images and is not, ConfigError for class
+    targets out of labels that are about something else, and for predictions that add up logits of two lists.
+    """
+    ours, loss = _list_of(source), recipe.loss
+    theirs = ours if store is None else classes_of_labels(source.class_names, store)
+    if theirs.is_same(ours):
+        return theirs
+    if _takes_classes_of_maps(recipe):
+        unlike = f"not the {ours} of the images" if ours.count else "no classes"
+        raise ConfigError(
+            f"loss.class_target {loss.class_target} takes the classes of images from the labels, and these are about "
+            f"{theirs}, {unlike}; leave it at truth"
+        )
+    if recipe.eval.inference is not Inference.CLASS:
+        raise ConfigError(
+            f"eval.inference {recipe.eval.inference} takes token and class token to be about one list of classes, and "
+            f"they are about {theirs} and {ours}; give --eval.inference class"
+        )
+    return theirs
+
+
+def _takes_classes_of_maps(recipe: Recipe) -> bool:
+    """Say whether the class token learns what a store's maps say of the images."""
+    return recipe.loss.class_target is not ClassTarget.TRUTH and not recipe.loss.has_online_teacher
+
+
+def _list_of(source: ImageSource) -> ClassList:
+    return ClassList(len(source.class_names), tuple(source.class_names))
+
+
+def _val_labels(recipe: Recipe, source: ImageSource, token_classes: ClassList) -> LabelStore | None:
+    """Return the labels of the val images. Raises ConfigError where nothing could be held against the model."""
+    folders = recipe.eval.label_folders
+    if folders:
+        store = current_ranks().on_main(lambda: LabelStore(*folders))
+        current_ranks().on_main(lambda: check_labels(source, store, max_missing=1.0, classes=token_classes))
+        return store
+    if not has_classes(source).any():
+        raise ConfigError(
+            f"{recipe.data.val}: without classes and without labels nothing can be said of these images; give "
+            "--eval.labels, made by the head that labelled the training images, or leave data.val out (--eval.probe "
+            "takes a few images with classes)"
+        )
+    return None
 
 
 def _sound(
@@ -240,12 +394,13 @@ def _sound(
             among = [number for number, key in enumerate(source.keys) if key not in labelled]
         return find_broken(source, check, among)
 
-    names = source.class_names
+    names, known = source.class_names, has_classes(source)
+    classes = [names[i] if has else "" for i, has in zip(source.class_ids, known, strict=True)]
     found = partial(
         images.broken,
         split,
         source.keys,
-        [names[class_id] for class_id in source.class_ids] if names else [],
+        classes if known.any() else [],
         check=f"{check}, but for images with labels" if labelled else check.value,
         find=find,
     )
@@ -253,13 +408,26 @@ def _sound(
     return sound_images(source, skip_broken=skip_broken, check=check, option=option, find=found)
 
 
-def _begin(config: ModelConfig, *, class_names: list[str]) -> TokenModel:
+def _begin(config: ModelConfig, *, class_names: list[str], token_classes: ClassList) -> TokenModel:
     """Return the model as it is before the first step."""
-    num_classes = len(class_names)
-    model = create_model(config.name, num_classes=num_classes, img_size=config.img_size, **config.options)
+    model = create_model(
+        config.name,
+        num_classes=len(class_names),
+        num_token_classes=token_classes.count,
+        img_size=config.img_size,
+        **config.options,
+    )
     if config.weights is not None:
         rows = partial(_rows, config.weights, class_names)
-        load_published(model, config.weights, average=config.average, rows=rows)
+        others = read_description(config.weights).get("token_classes")
+        ours = (
+            None if token_classes.is_same(ClassList(len(class_names), tuple(class_names))) else token_classes
+        )
+        theirs = others and ClassList.from_dict(others)
+        tokens = "classes" if ours is None and theirs is None else "other"
+        if ours is not None and theirs is not None and ours.is_same(theirs):
+            tokens = "same"
+        load_published(model, config.weights, average=config.average, rows=rows, tokens=tokens)
     model.freeze(config.frozen_layers)
     for parameter in model.parameters():  # convolutions run faster so
         if parameter.ndim == 4:

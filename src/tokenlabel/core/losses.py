@@ -40,7 +40,8 @@ def token_label_loss(
     """Return H(class token) + beta * mean over tokens of H(token), the token labeling objective.
 
     `class_targets`: class ids or probabilities, as `F.cross_entropy` takes them, or targets of one token an image.
-    `token_targets`: one for each output token (None: no token labels, the token part is 0). Tokens of weight 0 carry no
+    `token_targets`: one for each output token (None: no token labels, the token part is 0). A model without class head
+    (logits [B, 0]) has a class part of 0. Tokens of weight 0 carry no
     loss but count in the mean, so that the mean over two ranks is the mean over both batches.
     Raises ValueError for what is neither, and for targets of other images or tokens.
     Source: Jiang et al., "All Tokens Matter", NeurIPS 2021, equation 4.
@@ -49,7 +50,10 @@ def token_label_loss(
         raise ValueError(f"beta: expected a finite number of at least 0, got {beta}")
     if not isinstance(class_targets, TokenTargets):
         class_targets = targets_of(class_targets, num_classes=outputs.class_logits.shape[1])
-    class_part = sparse_cross_entropy(outputs.class_logits[:, None], class_targets).mean()
+    if outputs.class_logits.shape[1]:
+        class_part = sparse_cross_entropy(outputs.class_logits[:, None], class_targets).mean()
+    else:  # no class head: 0, yet with gradients of 0, as DDP waits for one of every parameter
+        class_part = outputs.class_logits.float().sum()
     if token_targets is None:
         return TokenLabelLoss(class_part, class_part.detach(), torch.zeros_like(class_part))
     head = outputs.token_head

@@ -49,7 +49,9 @@ class Outputs:
 
 
 class TokenModel(nn.Module, ABC):
-    """A classifier that gives every token its own logits, over `num_token_classes`, perhaps others than its own.
+    """A network that gives every token its own logits, over `num_token_classes`, perhaps others than `num_classes`.
+
+    With `num_classes` 0 it has no class head, and its class logits are [B, 0].
 
     `grid`: the tokens (h, w) of the images that it was made for. `mean` and `std`: what to normalise pixels in
     [0, 1] with, one number a channel (RGB).

@@ -231,7 +231,7 @@ def make_targets(
     """Return the targets of a batch: its labels aligned to the token grid (h, w), smoothed, and mixed by the plan.
 
     `gone`: pixels that were erased; each token's weight is lowered by its share of them. Class token and tokens may be
-    about different classes; each part is smoothed over its own.
+    about different classes; each part is smoothed over its own. Images without classes have class targets of weight 0.
     """
     loss = supervision.loss
     maps, views, of_image, known = _ask(batch, supervision)
@@ -256,7 +256,7 @@ def make_targets(
         else:
             class_token, soft = class_token.scaled(1 - shares), taught.scaled(shares)
     class_token, soft = (
-        part and mix_targets(part.smoothed(loss.label_smoothing, batch.num_classes), mix, (1, 1))
+        part and mix_targets(part.smoothed(loss.label_smoothing, max(1, batch.num_classes)), mix, (1, 1))
         for part in (class_token, soft)
     )
     assert class_token is not None

@@ -21,10 +21,11 @@ from torch.utils.data._utils.collate import default_collate_fn_map  # where PyTo
 from tokenlabel.core.batch import Batch, Sample, collate_score_maps
 from tokenlabel.core.geometry import View, stack_views
 from tokenlabel.core.scores import Kind, Orientation, ScoreMap, turned_map, unknown_map
-from tokenlabel.data.classes import difference, same_classes, say_order
+from tokenlabel.data.classes import ClassList, difference, ids_among, say_order
 from tokenlabel.data.images import (
     ImageSource,
     decode_pixels,
+    has_classes,
     orientation_of,
 )
 from tokenlabel.data.samplers import FOR_SAMPLE, BatchSampler, EvalBatchSampler
@@ -57,7 +58,7 @@ class CheckableLabels(ScoreMaps, Protocol):
 
     @property
     def manifest(self) -> Any:
-        """Describes the labels; has `num_classes` and `class_names`."""
+        """Describes the labels; has `num_classes` and `class_names`, and may have `classes` (a `ClassList`)."""
         ...
 
     def __contains__(self, key: str, /) -> bool:
@@ -89,6 +90,7 @@ class TokenLabelDataset(Dataset[Sample]):
         self._clock = torch.zeros(2, dtype=torch.int64).share_memory_()
         self.source, self.transform, self.seed, self.store = source, transform, seed, store
         self.num_classes = len(source.class_names)
+        self._has_class = has_classes(source)
         self._labels = store if isinstance(store, CheckableLabels) else None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -146,7 +148,7 @@ class TokenLabelDataset(Dataset[Sample]):
                 view=view,
                 score_map=self._score_map(self.source.keys[index], orientation),
                 key=self.source.keys[index],
-                has_class=self.num_classes > 0,
+                has_class=bool(self._has_class[index]),
             )
             for (_, index), (pixels, view, orientation) in zip(epochs_and_indices, images, strict=True)
         ]
@@ -162,8 +164,8 @@ class TokenLabelDataset(Dataset[Sample]):
     def _score_map(self, key: str, orientation: int) -> ScoreMap | None:
         """Return the upright score map of an image, of one without a label a map that says nothing."""
         if self._labels is not None and key not in self._labels:
-            kind = getattr(self._labels.manifest, "kind", Kind.PROBABILITIES)
-            return unknown_map(self.num_classes, kind=kind)
+            manifest = self._labels.manifest
+            return unknown_map(manifest.num_classes, kind=getattr(manifest, "kind", Kind.PROBABILITIES))
         return None if self.store is None else turned_map(self.store[key], orientation)
 
     def __len__(self) -> int:
@@ -194,21 +196,66 @@ def collate(samples: Sequence[Sample]) -> Batch:
 default_collate_fn_map[Sample] = lambda samples, **_: collate(samples)
 
 
-def check_labels(source: ImageSource, store: CheckableLabels, *, max_missing: float = 0.1) -> int:
+def classes_of_labels(class_names: Sequence[str], store: CheckableLabels) -> ClassList:
+    """Return what the labels in a store are about: the images' classes, or others, which is said.
+
+    Raises DataError for a list that was meant to be that of the images, and is not: one that names some of them, or
+    all in another order.
+    """
+    ours, theirs = ClassList(len(class_names), tuple(class_names)), _classes_of(store)
+    if theirs.is_same(ours):
+        if not theirs.names:
+            say_order(
+                class_names, them="the labels'", overrule="class_names in their manifest.json would settle it"
+            )
+        return ours
+    common = sum(place >= 0 for place in ids_among(ours.names, theirs.names)) if not theirs.words else 0
+    if common and (common < ours.count or theirs.count == ours.count):
+        raise DataError(
+            f"{difference(theirs.names, ours.names, count=theirs.count, them='the labels')}; annotate these images, "
+            "with their own classes"
+        )
+    if ours.count:
+        say(f"tokens learn the {theirs} of the labels, the class token the {ours} of the images")
+    return theirs
+
+
+def _classes_of(store: CheckableLabels) -> ClassList:
+    manifest = store.manifest
+    return getattr(manifest, "classes", None) or ClassList(
+        manifest.num_classes, tuple(manifest.class_names or ())
+    )
+
+
+def check_labels(
+    source: ImageSource,
+    store: CheckableLabels,
+    *,
+    max_missing: float = 0.1,
+    classes: ClassList | None = None,
+) -> int:
     """Return how many images have no label in a store, and say so.
 
-    Raises DataError unless the labels are over the same classes, and for more than `max_missing` of the images, or
-    all, without one.
+    `classes`: what the labels have to be about; the images' classes if None. Raises DataError for labels of other
+    classes, and for more than `max_missing` of the images, or all, without one.
     """
-    ours, theirs = source.class_names, store.manifest.class_names
-    num_classes = store.manifest.num_classes
-    if num_classes != len(ours) or (theirs and not same_classes(theirs, ours)):
+    ours = classes or ClassList(len(source.class_names), tuple(source.class_names))
+    theirs = _classes_of(store)
+    if not theirs.is_same(ours):
+        if theirs.words or ours.words:
+            raise DataError(
+                f"the labels are about {theirs.described()}, not {ours.described()}; give labels by the same head"
+            )
         raise DataError(
-            f"{difference(theirs or (), ours, count=num_classes, them='the labels')}; annotate these images, with "
-            "their own classes"
+            f"{difference(theirs.names, ours.names, count=theirs.count, them='the labels')}; annotate these images, "
+            "with their own classes"
         )
-    if not theirs:
-        say_order(ours, them="the labels'", overrule="class_names in their manifest.json would settle it")
+    if not theirs.names and not theirs.words:
+        say_order(
+            source.class_names,
+            them="the labels'",
+            overrule="class_names in their manifest.json would settle it",
+        )
     missing = [key for key in source.keys if key not in store]
     said = f"{len(missing):,} of {len(source):,} images have no label in the store ({listed(missing)})"
     if len(missing) == len(source):

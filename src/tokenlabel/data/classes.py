@@ -12,7 +12,9 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tokenlabel.runtime.errors import ConfigError
 from tokenlabel.runtime.process import listed, say
@@ -25,6 +27,44 @@ _CONFIG_KEYS = (
 )  # fmt: skip
 
 _WORDNET_ID = re.compile(r"n\d{8}")
+
+
+@dataclass(frozen=True)
+class ClassList:
+    """What logits are about: `count` classes, known by their names, or visual words, known by the hash of their head.
+
+    `names`: empty where nobody says them. `words`: the hash of the head that made the words; empty for classes.
+    """
+
+    count: int
+    names: tuple[str, ...] = ()
+    words: str = ""
+
+    def is_same(self, other: ClassList) -> bool:
+        """Say whether two lists are one, as far as they tell: without names their number has to do."""
+        if self.count != other.count or self.words != other.words:
+            return False
+        return not (self.names and other.names) or bool(self.words) or same_classes(self.names, other.names)
+
+    @property
+    def labels(self) -> list[str]:
+        """What to call the classes: their names, else their numbers."""
+        return list(self.names) or [str(number) for number in range(self.count)]
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> ClassList:
+        """Return the list that `dataclasses.asdict` made these values of, perhaps by way of JSON."""
+        return ClassList(values["count"], tuple(values["names"]), values["words"])
+
+    def described(self) -> str:
+        """Return the list in words, of visual words with what they are known by."""
+        return f"{self} of the head {self.words}" if self.words else str(self)
+
+    def __str__(self) -> str:
+        what = "visual words" if self.words else "classes"
+        return f"{self.count:,} {what}" + (
+            f" ({listed(list(self.names))})" if self.names and not self.words else ""
+        )
 
 
 def ids_among(names: Sequence[str], others: Sequence[str]) -> list[int]:

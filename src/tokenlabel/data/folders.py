@@ -128,6 +128,17 @@ def list_images(root: Path) -> Listing:
     return found
 
 
+def holds_images_alone(root: Path) -> bool:
+    """Say whether images lie in a folder itself, and no folder in it that is not passed over."""
+    found = False
+    with os.scandir(root) as entries:
+        for entry in entries:
+            if entry.is_dir() and not _passed_over_folder(entry.name):
+                return False
+            found = found or (not entry.is_dir() and _passed_over_file(entry.name) is None)
+    return found
+
+
 def _refuse_two_classes(root: Path, first: str, second: str) -> None:
     if first.split("/", 1)[0] != second.split("/", 1)[0]:
         raise DataError(

@@ -25,9 +25,9 @@ from tokenlabel.data.classes import (
     say_imagenet,
     strangers,
 )
-from tokenlabel.data.images import DataError, ImageSource
+from tokenlabel.data.images import DataError, ImageSource, ImageSubset, has_classes
 from tokenlabel.data.sources import open_aloud
-from tokenlabel.runtime.process import listed
+from tokenlabel.runtime.process import listed, say
 
 NUM_IMAGENET_CLASSES = 1000
 
@@ -246,9 +246,12 @@ def as_classes_of(
 
     Raises DataError for classes that the model does not have; `where`: what it calls the images.
     """
-    ours = source.class_names
-    if not ours:
+    ours, known = source.class_names, has_classes(source)
+    if not known.any():
         raise DataError(f"{where}: the images have no classes that answers could be held against")
+    if not known.all():
+        say(f"{where}: {(~known).sum():,} of {len(source):,} images have no class, and are left out")
+        source = ImageSubset(source, np.flatnonzero(known))
     ids = match_classes(ours, class_names, count=num_classes, assumed=assumed, option=option)
     if -1 in ids:
         if not class_names:

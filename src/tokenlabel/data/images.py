@@ -6,6 +6,7 @@ import io
 import os
 import re
 import struct
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -54,7 +55,8 @@ class ImageSource(Protocol):
 
     `keys` are unique and name the same image for ever: label stores file its scores under them. `class_ids`
     [n] index into `class_names`. A source is sent to data loader processes, so it must pickle, and cheaply.
-    `passed_over`, which a source may have, counts by kind the files beside the images that are none.
+    `passed_over`, which a source may have, counts by kind the files beside the images that are none. `has_class` [n],
+    which it may have, says of which images the class is known (see `has_classes`); the class id of others is 0.
     """
 
     @property
@@ -79,6 +81,12 @@ class ImageSource(Protocol):
     def __len__(self) -> int:
         """Return how many images there are."""
         ...
+
+
+def has_classes(source: ImageSource) -> NDArray[np.bool_]:
+    """Return of which images [n] of a source the class is known: of all or of none, where it does not say."""
+    known = getattr(source, "has_class", None)
+    return np.full(len(source), bool(source.class_names)) if known is None else known
 
 
 class Strings(Sequence[str]):
@@ -122,8 +130,9 @@ class ImageFiles:
         class_ids: NDArray[np.int64],
         class_names: Sequence[str],
         passed_over: Mapping[str, int] | None = None,
+        has_class: NDArray[np.bool_] | None = None,
     ) -> None:
-        self.root, self.passed_over = root, dict(passed_over or {})
+        self.root, self.passed_over, self.has_class = root, dict(passed_over or {}), has_class
         self._keys, self._class_ids, self._class_names = Strings(keys), class_ids, list(class_names)
 
     @property
@@ -133,7 +142,7 @@ class ImageFiles:
 
     @property
     def class_ids(self) -> NDArray[np.int64]:
-        """The class of each image; all 0 if they have none."""
+        """The class of each image; 0 if it has none."""
         return self._class_ids
 
     @property
@@ -205,12 +214,34 @@ class ImageFolder(ImageFiles):
         self.remarks = doubtful_layout(root, class_names, keys)
 
 
+class PlainImages(ImageFiles):
+    """All images of a folder, at any depth and whatever the folders in it are called: none has a class.
+
+    Keys are paths relative to the root, sorted, the same as those of class folders. Raises DataError for a root that is
+    missing or empty.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        root = Path(root)
+        if not root.is_dir():
+            raise DataError(f"{root}: no such folder of images")
+        listing = list_images(root)
+        images, num_masks = without_masks(sorted(listing.images))
+        if num_masks:
+            listing.passed_over["named as masks or thumbnails of images beside them"] = num_masks
+        if not images:
+            beside = f" ({passed_over_text(listing.passed_over)})" if listing.passed_over else ""
+            raise DataError(f"{root}: no images ({', '.join(EXTENSIONS)}) in it{beside}")
+        super().__init__(root, images, np.zeros(len(images), np.int64), [], listing.passed_over)
+
+
 class ImageSubset:
     """Some of the images of another source, with its classes."""
 
     def __init__(self, source: ImageSource, indices: NDArray[np.integer]) -> None:
         self._source, self._indices = source, indices
         self._class_ids = source.class_ids[indices]  # once: a million of them take milliseconds
+        self.has_class = has_classes(source)[indices]
         self._keys = Strings([source.keys[int(i)] for i in indices])
 
     @property
@@ -258,6 +289,86 @@ class ImageSubset:
     def __len__(self) -> int:
         """Return how many images there are."""
         return len(self._indices)
+
+
+class WithoutClasses(ImageSubset):
+    """The images of another source, none of which has a class; `class_names`: which it might have."""
+
+    def __init__(self, source: ImageSource, class_names: Sequence[str] = ()) -> None:
+        super().__init__(source, np.arange(len(source)))
+        self._names = list(class_names)
+        self._class_ids, self.has_class = np.zeros(len(source), np.int64), np.zeros(len(source), bool)
+
+    @property
+    def class_names(self) -> list[str]:
+        """The classes that the images might have."""
+        return self._names
+
+    def streamed(self) -> ImageSource:
+        """Return the same images, for reading group by group (see `TarImages.streamed`)."""
+        return WithoutClasses(super().streamed(), self._names)
+
+
+class JoinedImages:
+    """The images of several sources, one after the other; the classes are those of the first, the others have none.
+
+    Raises DataError for a key that two of them have: label stores file an image's labels under it.
+    """
+
+    def __init__(self, *sources: ImageSource) -> None:
+        first, *others = sources
+        self._sources = [first, *(WithoutClasses(other) for other in others)]
+        self._starts = np.cumsum([0, *map(len, sources)])
+        keys = [key for source in sources for key in source.keys]
+        if len(set(keys)) < len(keys):
+            twice, _ = Counter(keys).most_common(1)[0]
+            raise DataError(
+                f"{twice} is the name of two images, one with classes and one without, which their labels could not be "
+                "told apart by; move one kind into a folder of another name"
+            )
+        self._keys, self._class_names = Strings(keys), first.class_names
+        self._class_ids = np.concatenate([source.class_ids for source in self._sources])
+        self.has_class = np.concatenate([has_classes(source) for source in self._sources])
+
+    @property
+    def keys(self) -> Sequence[str]:
+        """The keys of all images."""
+        return self._keys
+
+    @property
+    def class_ids(self) -> NDArray[np.int64]:
+        """The class of each image; 0 of those without."""
+        return self._class_ids
+
+    @property
+    def class_names(self) -> list[str]:
+        """The names of the first source's classes."""
+        return self._class_names
+
+    @property
+    def groups(self) -> NDArray[np.int64] | None:
+        """The group (file) that each image lies in, if all sources say so."""
+        found, first = list[NDArray[np.int64]](), 0
+        for source in self._sources:
+            groups = getattr(source, "groups", None)
+            if groups is None:
+                return None
+            found.append(groups + first)
+            first += int(groups.max()) + 1
+        return np.concatenate(found)
+
+    def streamed(self) -> ImageSource:
+        """Return the same images, for reading group by group (see `TarImages.streamed`)."""
+        return JoinedImages(*(s.streamed() if hasattr(s, "streamed") else s for s in self._sources))
+
+    def read(self, index: int) -> bytes:
+        """Return the encoded image."""
+        place = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return self._sources[place].read(int(index - self._starts[place]))
+
+    def __len__(self) -> int:
+        """Return how many images there are."""
+        return int(self._starts[-1])
 
 
 class ImageCheck(Choice):
@@ -374,7 +485,8 @@ def leave_out(
             f"{_count(names, 'image')} that cannot be decoded, of {len(source):,}; repair or remove them{advice}"
         )
     rest = ImageSubset(source, np.delete(np.arange(len(source)), broken))
-    gone = np.setdiff1d(source.class_ids, rest.class_ids) if source.class_names else ()
+    before, after = (images.class_ids[has_classes(images)] for images in (source, rest))
+    gone = np.setdiff1d(before, after)
     more = _count([source.class_names[i] for i in gone], "class", "classes") if len(gone) else ""
     more = more and f"; none is left of {more}"
     say(f"{len(names):,} of {len(source):,} images do not decode, and are left out: {listed(names)}{more}")
@@ -384,9 +496,12 @@ def leave_out(
 def describe(source: ImageSource, place: str | Path) -> str:
     """Return how many images of which classes a source has, and what it passed over, in one line for people."""
     names, line = source.class_names, f"{place}: {_plural(len(source), 'image')}"
+    known = has_classes(source)
     if names:
-        there = np.bincount(source.class_ids, minlength=len(names)) > 0
+        there = np.bincount(source.class_ids[known], minlength=len(names)) > 0
+        line += "" if known.all() else f", {known.sum():,} of them"
         line += f" of {_count([names[i] for i in np.flatnonzero(there)], 'class', 'classes')}"
+        line += "" if known.all() else f", {(~known).sum():,} without a class"
         if not there.all():
             line += f"; no image of {_count([names[i] for i in np.flatnonzero(~there)], 'class', 'classes')}"
         if not there[0] and names[0] == "0":

@@ -14,6 +14,7 @@ from tokenlabel.data.folders import (
     EXTENSIONS,
     UNREAD_PICTURES,
     DataError,
+    holds_images_alone,
     list_images,
     part_of,
     passed_over_text,
@@ -22,7 +23,10 @@ from tokenlabel.data.images import (
     ImageFiles,
     ImageFolder,
     ImageSource,
+    PlainImages,
+    WithoutClasses,
     describe,
+    has_classes,
     named_classes,
 )
 from tokenlabel.data.tars import INDEX_NAME, TarImages, read_index, tar_files
@@ -33,14 +37,19 @@ LIST_SUFFIXES = (".txt", ".tsv", ".csv", ".lst")
 _NUM_LOOKED_FOR = 100  # files of a list whose presence is checked at the start
 
 
-def open_images(path: str | Path) -> ImageSource:
+def open_images(path: str | Path, *, classes: bool = True) -> ImageSource:
     """Return the images of a folder with one folder a class, of tar files, or of a list file.
 
-    `path`: an image folder (see `ImageFolder`), a `.tar` file or a folder of them (see `TarImages`; the index
-    that `tars.write_index` leaves there opens a million images in seconds), or a list (`.txt`, `.tsv`, `.csv`,
-    `.lst`; see `ListedImages`). Raises DataError for anything else.
+    `path`: an image folder (see `ImageFolder`), or one that holds images alone, which then have no classes, a `.tar`
+    file or a folder of them (see `TarImages`; the index that `tars.write_index` leaves there opens a million images in
+    seconds), or a list (`.txt`, `.tsv`, `.csv`, `.lst`; see `ListedImages`). `classes`: False for images of any layout,
+    whose classes, if any, are not looked at.
+    Raises DataError for anything else.
     """
     path = Path(path)
+    if not classes:
+        has_tars = path.is_file() or (path.is_dir() and tar_files(path))
+        return WithoutClasses(open_images(path)) if has_tars else PlainImages(path)
     if path.is_file():
         suffix = path.suffix.lower()
         if suffix == ".tar":
@@ -58,15 +67,17 @@ def open_images(path: str | Path) -> ImageSource:
                 "meant? Move one kind elsewhere"
             )
         return read_index(path, tars) if (path / INDEX_NAME).exists() else TarImages(tars)
+    if path.is_dir() and holds_images_alone(path):
+        return PlainImages(path)
     return ImageFolder(path)
 
 
-def open_aloud(path: str | Path) -> ImageSource:
+def open_aloud(path: str | Path, *, classes: bool = True) -> ImageSource:
     """Open images and say how many there are, of which classes, and what was passed over: the start of every command.
 
     Raises DataError as `open_images` does, and for a list of which no file is there.
     """
-    source = open_images(path)
+    source = open_images(path, classes=classes)
     say(describe(source, path))
     if isinstance(source, ListedImages):
         some = np.unique(np.linspace(0, len(source) - 1, _NUM_LOOKED_FOR).astype(int))
@@ -86,7 +97,8 @@ def open_aloud(path: str | Path) -> ImageSource:
 
 def refuse_single_class(source: ImageSource, place: str | Path) -> None:
     """Raise DataError for images to train a classifier on that are not of two classes at least."""
-    names = [source.class_names[i] for i in np.unique(source.class_ids)] if source.class_names else []
+    ids = np.unique(source.class_ids[has_classes(source)])
+    names = [source.class_names[i] for i in ids]
     if len(names) < 2:
         found = f"one class only ({names[0]})" if names else "no classes"
         raise DataError(
@@ -99,8 +111,8 @@ class ListedImages(ImageFiles):
     """Images that a text file lists, one a line: a path, and its class behind a tab, comma, semicolon or space.
 
     Paths are relative to the list's folder (or absolute) and are the keys, without "./" and with "/" for a backslash.
-    Classes are names, or numbers if all of them are; without any, the images have no classes, which is enough to
-    annotate them by a teacher's. What spreadsheets write is understood: quotes, a byte-order mark, UTF-16, and a first
+    Classes are names, or numbers if all of them are; images may have none, all or some of them: a teacher can label
+    them all the same. What spreadsheets write is understood: quotes, a byte-order mark, UTF-16, and a first
     line of headings, by which path and class are found among more columns. Lines that begin with # are passed over.
     Raises DataError that names the line. `remarks`: what was assumed.
     """
@@ -130,21 +142,21 @@ class ListedImages(ImageFiles):
                 f"{path}: {twice} is listed with {len(classes)} classes ({listed(classes)}); an image has one"
             )
         named = [name for _, name in entries if name is not None]
-        if named and len(named) < len(entries):
-            bare = [key for key, (_, name) in zip(keys, entries, strict=True) if name is None]
-            raise DataError(
-                f"{path}: {len(bare):,} of {len(entries):,} images have no class ({listed(bare)}); give all one or none"
-            )
         parts = {name: part_of(name) for name in set(named)}
         if len(set(parts.values())) > 1 and all(parts.values()):
             raise DataError(
                 f"{path}: {listed(sorted(parts))} are parts of a data set, no classes; list each apart"
             )
         try:
-            class_names, class_ids = named_classes(named) if named else ([], np.zeros(len(keys), np.int64))
+            class_names, ids = named_classes(named) if named else ([], np.zeros(0, np.int64))
         except DataError as error:
             raise DataError(f"{path}: {error}") from error
-        super().__init__(path.parent, keys, class_ids, class_names, passed_over)
+        has_class, class_ids = (
+            np.array([name is not None for _, name in entries]),
+            np.zeros(len(keys), np.int64),
+        )
+        class_ids[has_class] = ids
+        super().__init__(path.parent, keys, class_ids, class_names, passed_over, has_class)
 
 
 def _entries(path: Path, remarks: list[str], passed_over: Counter[str]) -> Iterator[tuple[str, str | None]]:

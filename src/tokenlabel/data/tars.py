@@ -201,7 +201,8 @@ def scan_tars(paths: Sequence[Path]) -> TarIndex:
         keys, num_masks = without_masks(sorted(images))
         if num_masks:
             passed_over["named as masks or thumbnails of images beside them"] = num_masks
-        if bare := [key for key in keys if "/" not in key]:
+        bare = [key for key in keys if "/" not in key]
+        if bare and len(bare) < len(keys):
             advice = (
                 "; if each tar file is a class, unpack it into a folder of its name" if len(paths) > 1 else ""
             )
@@ -220,6 +221,8 @@ def scan_tars(paths: Sequence[Path]) -> TarIndex:
                 f"{where}: {len(lacking):,} of {len(keys):,} images have no .cls file ({listed(lacking)})"
             )
         class_names, class_ids = named_classes(known)
+    elif "/" not in keys[0]:  # none lies in a folder: no classes
+        class_names, class_ids = [], np.zeros(len(keys), np.int64)
     else:
         class_names, class_ids = sorted_classes([key.split("/", 1)[0] for key in keys])
     return TarIndex(Strings(keys), places, class_names, class_ids, dict(passed_over))

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from tokenlabel.core.batch import Batch
 from tokenlabel.core.config import Inference
 from tokenlabel.data.augment import EvalTransform
 from tokenlabel.data.batches import ScoreMaps, TokenLabelDataset, check_labels, make_loader
@@ -27,6 +28,7 @@ from tokenlabel.data.imagenet import (
 )
 from tokenlabel.data.images import ImageCheck, ImageFiles, ImageSource
 from tokenlabel.data.samplers import EvalBatchSampler
+from tokenlabel.data.sources import open_aloud
 from tokenlabel.evaluation.evaluators import (
     Accuracy,
     Calibration,
@@ -37,7 +39,9 @@ from tokenlabel.evaluation.evaluators import (
     TokenTruth,
 )
 from tokenlabel.evaluation.observation import MaskFolder, observe
+from tokenlabel.evaluation.probe import image_figures, probe_sets
 from tokenlabel.labels.store import LabelStore
+from tokenlabel.models import TokenModel
 from tokenlabel.models.load import LoadedModel, load_model
 from tokenlabel.runtime.coercion import COUNT, NATURAL, check_numbers, coerced_fields, pair
 from tokenlabel.runtime.distributed import Ranks, joined_ranks, usable_device
@@ -71,7 +75,11 @@ class EvalOptions:
     ignore_index: int | None = None
     """The id in masks of pixels without a class; by default 255, with more than 255 classes 65535."""
     labels: Path | None = None
-    """A teacher's labels of the images: how far the tokens agree with it."""
+    """A teacher's labels of the images: how far the tokens agree with it; those of the run's val images by default."""
+    probe: Path | None = None
+    """A few images with classes, any: how well a linear probe of frozen features and nearest neighbours name them."""
+    probe_test: Path | None = None
+    """Images that the probes are tested on; by default every other image of `probe`, which learns from the rest."""
     weights: str | None = None
     """Checkpoint file, for a model's name; timm's pretrained weights by default."""
     class_order: str | None = None
@@ -98,13 +106,15 @@ class EvalOptions:
         """Raise NetworkError for options that do not go together, or mean nothing."""
         of_images = ("real", "masks", "labels", "per_class")
         if self.set == "imagenet-c":
-            self._leave_out("--set imagenet-c measures the top-1 alone", "multi_labels", *of_images)
+            self.leave_out("--set imagenet-c measures the top-1 alone", "multi_labels", *of_images)
         if self.multi_labels is not None:
-            self._leave_out("--multi-labels measures the average precision alone", *of_images)
+            self.leave_out("--multi-labels measures the average precision alone", *of_images)
             if self.set != "folder":
                 raise NetworkError(
                     f"--multi-labels is of any images, --set {self.set} of images with one class each"
                 )
+        if self.probe is None and self.probe_test is not None:
+            raise NetworkError("--probe-test tests probes that learn from --probe; name that folder, too")
         if self.masks is None and self.ignore_index is not None:
             raise NetworkError("--ignore-index is an id in masks; give --masks, or leave it out")
         check_numbers(self, "--", batch_size=NATURAL, num_workers=COUNT)
@@ -113,7 +123,8 @@ class EvalOptions:
         if self.crop_fraction is not None and not 0 < self.crop_fraction <= 1:
             raise NetworkError(f"--crop-fraction {self.crop_fraction}: a crop keeps a share in (0, 1]")
 
-    def _leave_out(self, reason: str, *names: str) -> None:
+    def leave_out(self, reason: str, *names: str) -> None:
+        """Raise NetworkError, for a reason, if any of some options is given."""
         given = [f"--{name.replace('_', '-')}" for name in names if getattr(self, name)]
         if given:
             raise NetworkError(f"{reason}; leave {', '.join(given)} out")
@@ -150,6 +161,11 @@ def chosen_heads(network: LoadedModel, wanted: str | None) -> tuple[Inference, .
         return network.heads[:1]
     if wanted == "all":
         return tuple(head for head in Inference if head in network.heads)
+    if Inference(wanted) not in network.heads and network.token_classes is not None:
+        raise NetworkError(
+            f"{network.name}: its tokens are about {network.token_classes}, not its {network.num_classes:,} classes; "
+            "evaluate it with --inference class"
+        )
     if Inference(wanted) not in network.heads:
         raise NetworkError(
             f"{network.name} was trained without token labels, so its token head says nothing; "
@@ -180,30 +196,79 @@ class _Assessment:
     device: torch.device
 
     def of_images(self) -> dict[Inference, Figures]:
-        """Return the figures of one set of images."""
+        """Return the figures of one set of images, and of probes."""
         names, options = self._class_names(), self.options
+        probes = self._probe_figures()
+        if not self.network.num_classes:
+            self._check_without_classes(probes)
+            if not self._labels():
+                return {head: dict(probes) for head in self.heads}
         if options.multi_labels is not None:
             of_image = read_multi_labels(options.multi_labels, names)
             none = np.zeros(len(of_image), np.int64)  # `MultiLabel` has the classes, any number an image
             source = ImageFiles(self._folder(), [*of_image], none, names)
             say(f"{self._folder()}: {len(of_image):,} images, each of any number of classes")
             images = self._sound(EvaluationSet(source))
-            return self._pass(images, {head: [MultiLabel(of_image)] for head in self.heads})
+            found = self._pass(images, {head: [MultiLabel(of_image)] for head in self.heads})
+            return {head: figures | probes for head, figures in found.items()}
         images = self._sound(self._open())
         found = self._pass(images, {head: self._evaluators(images) for head in self.heads})
         for name, store in self._token_truths(images.source):
-            truth = TokenTruth(name)
+            truth, others = TokenTruth(name), self.network.token_classes
             of_tokens = self._pass(images, {Inference.CLASS: [truth]}, store=store)
-            if absent := truth.absent(self._class_names()):
+            about = self._class_names() if others is None else others.labels
+            if (absent := truth.absent(about)) and not (others and others.words):
                 say(
                     f"no {name} shows {len(absent):,} classes ({listed(absent)}): {name}_miou leaves them out"
                 )
             of_tokens[Inference.CLASS].pop("images_per_s")
             found = {head: figures | of_tokens[Inference.CLASS] for head, figures in found.items()}
-        return found
+        return {head: figures | probes for head, figures in found.items()}
+
+    def _check_without_classes(self, probes: Figures) -> None:
+        """Raise NetworkError for what a network without class head cannot be asked."""
+        network, options = self.network, self.options
+        options.leave_out(
+            f"{network.name} has no class head, so it names no classes",
+            "real",
+            "masks",
+            "per_class",
+            "multi_labels",
+        )
+        asked = options.data or (network.recipe and network.recipe.data.val)
+        if (options.data is not None or not probes) and not self._labels():
+            at = f" and cannot be held against the classes of {asked}" if asked else ""
+            raise NetworkError(
+                f"{network.name} has no class head{at}; give --probe DIR, a few images with classes, for probes of its "
+                "features, or --labels STORE of --data, for how far its tokens agree with the teacher"
+            )
+
+    def _probe_figures(self) -> Figures:
+        """Return how well probes of the frozen features name the images of --probe, or of the run's own."""
+        network, options, recipe = self.network, self.options, self.network.recipe
+        probe, test = options.probe, options.probe_test
+        if probe is None and recipe is not None and recipe.eval.probe is not None and options.data is None:
+            probe, test = Path(recipe.eval.probe), recipe.eval.probe_test
+        if probe is None:
+            return {}
+        if not isinstance(network.model, TokenModel):
+            raise NetworkError(f"{network.name} has no tokens to probe; leave --probe out")
+        learn, judged = probe_sets(probe, test, self._transform())
+        batches = (self._batches(dataset) for dataset in (learn, judged))
+        num_classes = len(learn.source.class_names)
+        return image_figures(network.model.eval(), *batches, num_classes=num_classes, ranks=self.ranks)
+
+    def _labels(self) -> list[str]:
+        """Return the folders of a teacher's labels of the images; none where there are none."""
+        recipe, options = self.network.recipe, self.options
+        if options.labels is not None:
+            return [str(options.labels)]
+        return recipe.eval.label_folders if recipe is not None and options.data is None else []
 
     def _open(self) -> EvaluationSet:
         network, options = self.network, self.options
+        if not network.num_classes:
+            return EvaluationSet(open_aloud(self._folder(), classes=False))
         if options.set != "folder":
             return SETS[options.set](self._folder(), network.class_names, network.num_classes)
         return read_folder(
@@ -234,27 +299,34 @@ class _Assessment:
     ) -> dict[Inference, Figures]:
         """Show all images to the network once."""
         network, options = self.network, self.options
-        transform = EvalTransform(
-            network.img_size,
-            crop_fraction=options.crop_fraction or network.crop_fraction,
-            interpolation=network.interpolation,
-        )
-        dataset = TokenLabelDataset(images.source, transform, seed=0, store=store)
-        sampler = EvalBatchSampler(
-            num_images=len(dataset),
-            batch_size=options.batch_size,
-            rank=self.ranks.rank,
-            world_size=self.ranks.world_size,
-        )
+        dataset = TokenLabelDataset(images.source, self._transform(), seed=0, store=store)
         return observe(
             network.model,
-            make_loader(dataset, sampler, num_workers=options.num_workers),
+            self._batches(dataset),
             evaluators,
             device=self.device,
             precision=options.precision or network.precision,
             ranks=self.ranks,
             competing=None if images.competing is None else torch.from_numpy(images.competing),
         )
+
+    def _transform(self) -> EvalTransform:
+        return EvalTransform(
+            self.network.img_size,
+            crop_fraction=self.options.crop_fraction or self.network.crop_fraction,
+            interpolation=self.network.interpolation,
+        )
+
+    def _batches(self, dataset: TokenLabelDataset) -> Iterator[Batch]:
+        """Yield this rank's part of the images, on the device."""
+        sampler = EvalBatchSampler(
+            num_images=len(dataset),
+            batch_size=self.options.batch_size,
+            rank=self.ranks.rank,
+            world_size=self.ranks.world_size,
+        )
+        for batch in make_loader(dataset, sampler, num_workers=self.options.num_workers):
+            yield batch.to(self.device)
 
     def _folder(self) -> Path:
         recipe = self.network.recipe
@@ -278,6 +350,8 @@ class _Assessment:
         return self.network.class_names or [str(c) for c in range(self.network.num_classes)]
 
     def _evaluators(self, images: EvaluationSet) -> list[Evaluator]:
+        if not self.network.num_classes:
+            return []
         found: list[Evaluator] = [Accuracy(), Calibration()]
         if self.options.real is not None:
             ids = imagenet_ids(images.source.class_names, self.network.num_classes, self.options.real)
@@ -289,10 +363,14 @@ class _Assessment:
 
     def _token_truths(self, source: ImageSource) -> Iterator[tuple[str, ScoreMaps]]:
         """Yield what the tokens are held against, under the name of the figures."""
-        masks, labels = self.options.masks, self.options.labels
-        if (masks or labels) and Inference.TOKENS not in self.network.heads:
+        masks, labels, others = self.options.masks, self._labels(), self.network.token_classes
+        if (masks or self.options.labels) and not self.network.has_token_head:
             raise NetworkError(
                 f"{self.network.name} has no head for tokens that was trained; leave --masks and --labels out"
+            )
+        if masks and others is not None:
+            raise NetworkError(
+                f"{self.network.name}: its tokens are about {others}, no masks; leave --masks out"
             )
         if masks is not None:
             say_order(
@@ -308,9 +386,9 @@ class _Assessment:
             )
             truth.check(self._class_names())
             yield "token", truth
-        if labels is not None:
-            store = LabelStore(labels)
-            self.ranks.on_main(lambda: check_labels(source, store, max_missing=1.0))
+        if labels:
+            store = LabelStore(*labels)
+            self.ranks.on_main(lambda: check_labels(source, store, max_missing=1.0, classes=others))
             yield "teacher", store
 
 

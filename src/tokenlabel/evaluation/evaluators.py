@@ -166,29 +166,28 @@ class TokenTruth(Evaluator):
         if batch.score_maps is None or predictions.token_classes is None:
             return
         truth = align(batch.score_maps, batch.views, predictions.grid)
-        self.add_tokens(predictions.token_classes, truth, num_classes=batch.num_classes)
+        self.add_tokens(predictions.token_classes, truth, num_classes=batch.score_maps.num_classes)
 
     def add_tokens(self, predicted: Int[Tensor, "B N"], truth: TokenTargets, *, num_classes: int) -> None:
         """Count tokens that say a class each, against targets aligned from true masks."""
         objects, classes = object_tokens(truth)
-        pairs = classes[objects] * num_classes + predicted[objects]
-        self._count(pairs=pairs.bincount(minlength=num_classes**2).view(num_classes, num_classes))
+        shown, said = classes[objects], predicted[objects]
+        of_class = {"shown": shown, "said": said, "hits": shown[shown == said]}  # three rows of C, not C x C
+        self._count(**{name: ids.bincount(minlength=num_classes) for name, ids in of_class.items()})
 
     def absent(self, class_names: Sequence[str]) -> list[str]:
         """Return the classes that no token that was judged shows."""
-        shown = self.sums["pairs"].sum(dim=1) if "pairs" in self.sums else torch.zeros(len(class_names))
+        shown = self.sums["shown"] if "shown" in self.sums else torch.zeros(len(class_names))
         return [name for name, count in zip(class_names, shown.tolist(), strict=True) if not count]
 
     def figures(self) -> Iterator[tuple[str, float]]:
         """Yield num_object_tokens, NAME_accuracy and NAME_miou; nothing where no token was to be judged."""
-        pairs = self.sums.get("pairs")  # [C, C], rows the truth
-        if pairs is None or not pairs.sum():
+        if "shown" not in self.sums or not self.sums["shown"].sum():
             return
-        hits = pairs.diagonal()
-        unions = pairs.sum(dim=0) + pairs.sum(dim=1) - hits
-        there = pairs.sum(dim=1) > 0
-        yield f"num_{self.name}s_judged", int(pairs.sum())
-        yield f"{self.name}_accuracy", float(hits.sum() / pairs.sum())
+        hits, shown = self.sums["hits"], self.sums["shown"]  # [C]
+        unions, there = shown + self.sums["said"] - hits, shown > 0
+        yield f"num_{self.name}s_judged", int(shown.sum())
+        yield f"{self.name}_accuracy", float(hits.sum() / shown.sum())
         yield f"{self.name}_miou", float((hits[there] / unions[there]).mean())
 
 

@@ -12,12 +12,13 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
 from tokenlabel.core.align import align
 from tokenlabel.core.batch import Batch, collate_score_maps, normalize_images
+from tokenlabel.core.blocks import blocks
 from tokenlabel.core.config import Inference
 from tokenlabel.core.geometry import View, stack_views
 from tokenlabel.core.scores import Orientation, ScoreMap, from_mask, turned_map
@@ -25,7 +26,7 @@ from tokenlabel.core.targets import TokenTargets
 from tokenlabel.data.augment import EvalTransform
 from tokenlabel.data.batches import TokenLabelDataset
 from tokenlabel.data.imagenet import as_classes_of
-from tokenlabel.data.images import ImageSource, orientation_of
+from tokenlabel.data.images import ImageSource, has_classes, orientation_of
 from tokenlabel.data.masks import check_upright, decode_mask, mask_names
 from tokenlabel.data.sources import open_images
 from tokenlabel.evaluation.evaluators import (
@@ -237,7 +238,7 @@ def observe(
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             outputs = model(images)
             logits_of = {inference: outputs.logits(inference).float() for inference in evaluators}
-            token_classes = outputs.token_logits.argmax(dim=2) if batch.score_maps is not None else None
+            token_classes = classes_of_tokens(outputs) if batch.score_maps is not None else None
         for inference, logits in logits_of.items():
             chosen = logits if out is None else logits.masked_fill(out, -torch.inf)
             for evaluator in evaluators[inference]:
@@ -246,6 +247,14 @@ def observe(
     spent = ranks.all_gather((num_images, time.perf_counter() - started))
     speed = {"images_per_s": sum(n for n, _ in spent) / max(seconds for _, seconds in spent)}
     return {inference: _figures(of_one, ranks) | speed for inference, of_one in evaluators.items()}
+
+
+def classes_of_tokens(outputs: Outputs) -> Int[Tensor, "B N"]:
+    """Return the most probable class of each token, without the logits of all of them: of 65,536 words they are GBs."""
+    tokens, head = outputs.tokens, outputs.token_head
+    num_numbers = tokens.shape[1] * head(tokens[:1, :1]).shape[2]
+    slices = blocks(len(tokens), num_numbers, tokens.device)
+    return torch.cat([head(tokens[images]).argmax(dim=2) for images in slices])
 
 
 def _figures(evaluators: Sequence[Evaluator], ranks: Ranks) -> dict[str, Any]:
@@ -316,6 +325,7 @@ def evaluation_set(
 ) -> TokenLabelDataset:
     """Return the images that a recipe evaluates on, or those in the folder `data`, as the model sees them.
 
+    `class_names`: of the model; none where it has no class head, and images of any layout do.
     `masks`: a folder of true dense labels, laid out like the images, to hold the tokens against. `sound`: tells the
     images that decode; by default they are looked at as the recipe says.
     Raises ValueError if there are no images or one has a class that the model does not have.
@@ -326,8 +336,9 @@ def evaluation_set(
     if sound is None:
         skip_broken, check = recipe.data.skip_broken, recipe.data.check
         sound = partial(sound_images, skip_broken=skip_broken, check=check, option=None)
-    source = sound(open_images(folder))
-    source = as_classes_of(source, class_names, len(class_names), folder)
+    source = sound(open_images(folder, classes=bool(class_names)))
+    if class_names and (has_classes(source).any() or not recipe.eval.labels):
+        source = as_classes_of(source, class_names, len(class_names), folder)
     transform = EvalTransform(recipe.model.img_size, crop_fraction=recipe.eval.crop_fraction)
     truth = MaskFolder(masks, num_classes=len(class_names)) if masks else None
     return TokenLabelDataset(source, transform, seed=recipe.seed, store=truth)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -13,8 +15,16 @@ from torch.nn import functional as F
 from tokenlabel.core.align import align
 from tokenlabel.core.batch import Batch, normalize_images
 from tokenlabel.core.targets import TokenTargets
+from tokenlabel.data.augment import EvalTransform
+from tokenlabel.data.batches import TokenLabelDataset
+from tokenlabel.data.imagenet import as_classes_of
+from tokenlabel.data.images import ImageSource, ImageSubset, has_classes
+from tokenlabel.data.sources import open_images
 from tokenlabel.evaluation.evaluators import TokenTruth, object_tokens
 from tokenlabel.models import TokenModel
+from tokenlabel.runtime.configuration import ConfigError
+from tokenlabel.runtime.distributed import Ranks
+from tokenlabel.runtime.process import listed, say
 
 # Ridge, relative to the mean of the features' variances: enough to make the solution exist, too little to shrink it.
 RIDGE = 1e-3
@@ -52,12 +62,13 @@ def fit_probe(
 
 
 @torch.inference_mode()
-def probe_figures(model: TokenModel, train: Iterable[Batch], val: Iterable[Batch]) -> dict[str, float]:
+def probe_figures(
+    model: TokenModel, train: Iterable[Batch], val: Iterable[Batch], *, num_classes: int
+) -> dict[str, float]:
     """Return probe_accuracy and probe_miou on val batches of a probe fitted to train batches; both carry true masks.
 
     Tokens that show an object take part, and are judged as those of `TokenTruth`.
     """
-    num_classes = model.num_classes
     features, classes = [], []
     for batch in train:
         tokens, truth = _tokens_and_truth(model, batch)
@@ -72,16 +83,59 @@ def probe_figures(model: TokenModel, train: Iterable[Batch], val: Iterable[Batch
     return dict(judge.figures())
 
 
+def probe_sets(
+    probe: str | Path, test: str | Path | None, transform: EvalTransform
+) -> tuple[TokenLabelDataset, TokenLabelDataset]:
+    """Return the images that probes learn from, of the folder `probe`, and those that they are tested on.
+
+    Without `test` every other image of a class is for the test. Raises ConfigError for images of fewer than two
+    classes, or of one image of a class.
+    """
+    source = with_classes_only(open_images(probe), probe)
+    if test is not None:
+        others = as_classes_of(open_images(test), source.class_names, len(source.class_names), test)
+    else:
+        order = np.argsort(source.class_ids, kind="stable")  # every other image of each class
+        source, others = (ImageSubset(source, np.sort(order[start::2])) for start in (0, 1))
+    say(
+        f"probes of frozen features learn from {len(source):,} images, and are tested on {len(others):,} others"
+    )
+    return TokenLabelDataset(source, transform), TokenLabelDataset(others, transform)
+
+
+def with_classes_only(source: ImageSource, place: str | Path) -> ImageSource:
+    """Return the images of a source that have a class. Raises ConfigError unless two classes have two images each."""
+    known = has_classes(source)
+    counts = np.bincount(source.class_ids[known], minlength=1)
+    found = [source.class_names[i] for i in np.flatnonzero(counts)]
+    if len(found) < 2 or counts[counts > 0].min() < 2:
+        what = f"classes: {listed(found)}" if found else "no classes"
+        least = f", {counts[counts > 0].min()} image of one of them" if len(found) > 1 else ""
+        raise ConfigError(
+            f"{place}: has {what}{least}; eval.probe needs images of at least two classes, and two images of each"
+        )
+    return source if known.all() else ImageSubset(source, np.flatnonzero(known))
+
+
 @torch.inference_mode()
-def image_figures(model: TokenModel, train: Iterable[Batch], val: Iterable[Batch]) -> dict[str, float]:
+def image_figures(
+    model: TokenModel,
+    train: Iterable[Batch],
+    val: Iterable[Batch],
+    *,
+    num_classes: int,
+    ranks: Ranks = Ranks(),  # noqa: B008  (immutable)
+) -> dict[str, float]:
     """Return image_probe and knn: how often probes of the mean token, fitted to train batches, name val images right.
 
     image_probe is linear (`fit_probe`); knn is the vote of the `NUM_NEIGHBOURS` nearest by cosine, after the mean
-    of the training images is taken away.
+    of the training images is taken away. Batches are this rank's part of the images, in `num_classes` classes.
     """
-    (features, classes), (val_features, val_classes) = _mean_tokens(model, train), _mean_tokens(model, val)
-    probe = fit_probe(features, classes, num_classes=model.num_classes)
-    found = nearest_classes(features, classes, val_features, num_classes=model.num_classes)
+    (features, classes), (val_features, val_classes) = (
+        _of_all_ranks(_mean_tokens(model, batches), ranks) for batches in (train, val)
+    )
+    probe = fit_probe(features, classes, num_classes=num_classes)
+    found = nearest_classes(features, classes, val_features, num_classes=num_classes)
     return {
         "image_probe": float((probe.classes(val_features) == val_classes).float().mean()),
         "knn": float((found == val_classes).float().mean()),
@@ -104,6 +158,13 @@ def nearest_classes(
     # A vote counts 1, and less than a k-th more the nearer it is.
     votes.scatter_add_(1, classes[index], 1 + (similarity + 1) / (4 * k))
     return votes.argmax(dim=1)
+
+
+def _of_all_ranks(
+    of_rank: tuple[Float[Tensor, "n D"], Int[Tensor, " n"]], ranks: Ranks
+) -> tuple[Float[Tensor, "n D"], Int[Tensor, " n"]]:
+    features, classes = zip(*ranks.all_gather([part.cpu() for part in of_rank]), strict=True)
+    return torch.cat(features), torch.cat(classes)
 
 
 def _mean_tokens(

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from tokenlabel.core.scores import Kind, ScoreMap
 from tokenlabel.data.classes import composed, ids_among, say_order, strangers
-from tokenlabel.data.images import ImageSource
+from tokenlabel.data.images import ImageSource, has_classes
 from tokenlabel.labels.fingerprints import find_replaced
 from tokenlabel.labels.store import LabelStore, Manifest, StoreError, read_manifest
 from tokenlabel.labels.wordnet import with_words
@@ -262,8 +262,8 @@ def class_finder(store: LabelStore, source: ImageSource | None = None) -> Callab
     own_ids = ids_among(source.class_names, names)
     if not names:
         own_ids = list(range(num_classes)) if len(source.class_names) == num_classes else []
-    known = zip(source.keys, source.class_ids.tolist(), strict=True) if own_ids else ()
-    class_ids = {key: own_ids[class_id] for key, class_id in known}
+    entries = zip(source.keys, source.class_ids.tolist(), has_classes(source), strict=True) if own_ids else ()
+    class_ids = {key: own_ids[class_id] for key, class_id, known in entries if known}
     return lambda key: class_id if (class_id := class_ids.get(key, -1)) >= 0 else None
 
 

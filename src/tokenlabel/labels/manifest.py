@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tokenlabel.core.scores import Kind, Orientation
-from tokenlabel.data.classes import composed
+from tokenlabel.data.classes import ClassList, composed
 from tokenlabel.labels.encoding import DEFAULT_TOLERANCE, Encoding
 from tokenlabel.labels.shards import SUFFIX, StoreError, write_atomically
 from tokenlabel.runtime.coercion import coerced_fields
@@ -74,6 +74,11 @@ class Manifest:
             raise StoreError(f"the tolerance of labels must be at least 0 and below 1, got {self.tolerance}")
         if self.class_names and len(self.class_names) != self.num_classes:
             raise StoreError(f"{self.num_classes} classes, but {len(self.class_names)} class names")
+
+    @property
+    def classes(self) -> ClassList:
+        """What the labels are about."""
+        return ClassList(self.num_classes, self.class_names, self.words)
 
     @property
     def empty_is_even(self) -> bool:

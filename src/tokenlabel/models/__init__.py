@@ -36,15 +36,19 @@ def create_model(
     """Return a new model; docs/models.md lists what there is.
 
     `name`: `lvvit_t|s|m|l`, `t2t_vit_14|19|24`, or any that timm knows. `img_size`: (height, width) of the images.
-    `num_token_classes`: what the tokens are about, where these are other classes than the images'.
+    `num_classes`: 0 for no class head. `num_token_classes`: what the tokens are about, where these are other classes
+    than the images'.
     `options`: `stage` (see `TimmAdapter`), the fields of `LVViTConfig` or `T2TViTConfig`, for timm's models whatever
     `timm.create_model` takes. Raises ValueError for unknown names and options, and for sizes that the model
     cannot take.
     """
     name, img_size = coerced(name, str, name="name"), pair(img_size)
     num_classes = coerced(num_classes, int, name="num_classes")
-    if num_classes < 1:
-        raise ValueError(f"num_classes: expected at least 1, got {num_classes}")
+    if num_classes < 0 or (num_classes == 0 and not num_token_classes):
+        raise ValueError(
+            f"num_classes: expected at least 1, or 0 for a model without class head beside num_token_classes, got "
+            f"{num_classes}"
+        )
     register_with_timm()
     reason = why_unknown(name, OUR_MODELS, weights_option="--model.weights")
     if reason is not None:

@@ -72,7 +72,8 @@ class TimmAdapter(TokenModel):
     `name`: what errors call it. `img_size`: (height, width) of the images to begin with; other sizes are taken
     where the backbone allows. `stage`: take the tokens from an earlier stage, for a finer grid; an index of
     timm's `forward_intermediates`, counted from 0. Their head begins with a LayerNorm, since the backbone's
-    last norm has not seen them. `num_token_classes`: what the tokens are about; the classes of the images if None.
+    last norm has not seen them. `num_classes`: 0 for a backbone without classifier (timm's meaning).
+    `num_token_classes`: what the tokens are about; the classes of the images if None.
 
     Class logits are the backbone's own. A backbone that has a token head (VOLO, LV-ViT) hands it over. Plans mix
     pixels, or, in these two, whose stems overlap, patch embeddings.
@@ -106,7 +107,7 @@ class TimmAdapter(TokenModel):
         self.grid = features.grid
         own_token_head = _take_own_token_head(backbone)
         if self.num_token_classes != num_classes:
-            own_token_head = None
+            own_token_head = None  # it would be for the classes of the class head
         if features.from_stage is None:
             self._pooled_norm = _pooled_norm(backbone, features.width)
             self.token_head = own_token_head or _new_token_head(features, self.num_token_classes)
@@ -140,7 +141,7 @@ class TimmAdapter(TokenModel):
         features = self._features((images.shape[2], images.shape[3]))
         seen, dense = self._run(images, plan, features.from_stage)
         return Outputs(
-            class_logits=self.backbone.forward_head(seen),
+            class_logits=self._class_logits(seen),
             tokens=self._tokens(dense, features),
             token_head=self.token_head,
             grid=features.grid,
@@ -189,6 +190,11 @@ class TimmAdapter(TokenModel):
             return seen, seen
         seen, (dense,) = self.backbone.forward_intermediates(images, indices=[from_stage])
         return seen, dense
+
+    def _class_logits(self, seen: Any) -> Float[Tensor, "B C"]:
+        """Return the classifier's logits; [B, 0] of a backbone without one, which pools all the same (see losses)."""
+        logits = self.backbone.forward_head(seen)
+        return logits if self.num_classes else logits.flatten(1)[:, :0]
 
     def _tokens(self, dense: Tensor, features: Features) -> Float[Tensor, "B N D"]:
         if features.layout is Layout.SEQUENCE:

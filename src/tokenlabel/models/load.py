@@ -18,13 +18,20 @@ from torch import Tensor, nn
 
 from tokenlabel.core.config import Inference
 from tokenlabel.core.outputs import Outputs
-from tokenlabel.data.classes import imagenet_names
+from tokenlabel.data.classes import ClassList, imagenet_names
 from tokenlabel.data.config import Interpolation
 from tokenlabel.models import create_model, register_with_timm
 from tokenlabel.models.adapter import REFUSALS, TimmAdapter
 from tokenlabel.models.hub import hub_or_cache, why_unknown
 from tokenlabel.models.registration import OUR_MODELS
-from tokenlabel.models.runs import CheckpointError, is_run, newest_checkpoint, read_state, read_weights
+from tokenlabel.models.runs import (
+    CheckpointError,
+    is_run,
+    newest_checkpoint,
+    read_state,
+    read_weights,
+    token_classes_of,
+)
 from tokenlabel.models.weight_files import description_of, options_without_weights
 from tokenlabel.models.weights import (
     build_with,
@@ -72,6 +79,7 @@ class LoadedModel:
     timm's own module, and the `mean` and `std` of its images. `class_names`: empty where nobody says them;
     `names_assumed`: they are ImageNet's, by their number alone. `img_size`: (height, width) of the images that it is
     for; `fixed_size`: it takes no others. `heads`: the ways to predict that were trained, the usual one first.
+    `has_token_head`: whether its head for tokens was. `token_classes`: what the tokens are about, if not its classes.
     `is_embedding`: its outputs are a vector, as those of texts, not classes. `licence`: of its weights, says timm.
     `recipe`, `step`: of the run that it comes from, None of another; plain data (`training.checkpoint.load_run` makes
     it a Recipe).
@@ -84,6 +92,8 @@ class LoadedModel:
     crop_fraction: float
     interpolation: Interpolation
     heads: tuple[Inference, ...] = (Inference.CLASS,)
+    has_token_head: bool = False
+    token_classes: ClassList | None = None
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     names_assumed: bool = False
     fixed_size: bool = False
@@ -96,11 +106,6 @@ class LoadedModel:
     def num_classes(self) -> int:
         """How many classes it tells apart, or how wide its embedding is."""
         return self.model.num_classes
-
-    @property
-    def has_token_head(self) -> bool:
-        """Whether it has a head for its tokens that was trained."""
-        return Inference.TOKENS in self.heads
 
 
 def load_model(
@@ -148,24 +153,36 @@ def _load_run(path: Path, img_size: tuple[int, int] | None) -> LoadedModel:
         raise CheckpointError(
             f"{path}: holds a segmentation model; the verbs of `tokenlabel segment` take it, and --model.weights"
         )
-    model, tensors = _model_of(recipe, state["class_names"]), read_weights(folder, state)
+    others = None if state.get("token_classes") is None else token_classes_of(state)
+    create = partial(_model_of, recipe, len(state["class_names"]), others)
+    model, tensors = create(), read_weights(folder, state)
     if img_size not in (None, pair(recipe["model"]["img_size"])):
-        other = _model_of(recipe, state["class_names"], img_size=img_size)
+        other = create(img_size=img_size)
         resize_all_positions(tensors, other, grid=model.grid, name=str(path))
         model = other
     model.load_state_dict(tensors)
-    loaded = of_run(model, recipe, state["class_names"], step=state["step"], name=str(path))
+    loaded = of_run(
+        model, recipe, state["class_names"], step=state["step"], name=str(path), token_classes=others
+    )
     return replace(loaded, img_size=img_size or loaded.img_size)
 
 
-def _model_of(recipe: Mapping[str, Any], class_names: Sequence[str], **changes: Any) -> Any:
-    config = recipe["model"]
+def _model_of(
+    recipe: Mapping[str, Any], num_classes: int, token_classes: ClassList | None, **changes: Any
+) -> Any:
+    config, count = recipe["model"], None if token_classes is None else token_classes.count
     given = {"img_size": config["img_size"], **options_without_weights(config["options"]), **changes}
-    return create_model(config["name"], num_classes=len(class_names), **given)
+    return create_model(config["name"], num_classes=num_classes, num_token_classes=count, **given)
 
 
 def of_run(
-    model: Any, recipe: Mapping[str, Any], class_names: Sequence[str], *, step: int, name: str = "run"
+    model: Any,
+    recipe: Mapping[str, Any],
+    class_names: Sequence[str],
+    *,
+    step: int,
+    name: str = "run",
+    token_classes: ClassList | None = None,
 ) -> LoadedModel:
     """Return the model of a run with what its recipe, as plain data, says of its use."""
     about = description_of(recipe)
@@ -177,7 +194,9 @@ def of_run(
         img_size=pair(about["img_size"]),
         crop_fraction=about["crop_fraction"],
         interpolation=Interpolation(about["interpolation"]),
-        heads=_heads(usual) if about["uses_token_labels"] else (Inference.CLASS,),
+        heads=_heads(usual) if about["uses_token_labels"] and token_classes is None else (Inference.CLASS,),
+        has_token_head=about["uses_token_labels"],
+        token_classes=token_classes,
         precision=about["precision"],
         recipe=recipe,
         step=step,
@@ -216,9 +235,7 @@ def _load_by_name(
             options["img_size"] = pair(wanted)
     try:
         if weights is not None:
-            model = _from_file(
-                name, weights, options, img_size=wanted, trained_head=about["uses_token_labels"]
-            )
+            model = _from_file(name, weights, options, about, img_size=wanted)
         else:
             with hub_or_cache(online=not name.startswith("local-dir:")):
                 model: Any = timm.create_model(name, pretrained=True, **options)
@@ -227,7 +244,8 @@ def _load_by_name(
         raise LoadError(f"the weights of {name} cannot be loaded ({first_line(error)}); {advice}") from error
     network = model.backbone if isinstance(model, TimmAdapter) else model
     preset_now = {**network.pretrained_cfg, "num_classes": model.num_classes}
-    if not as_backbone:
+    others = about.get("token_classes") and ClassList.from_dict(about["token_classes"])
+    if not (as_backbone or others):
         check_classes(name, preset_now)
     fixed = bool(network.pretrained_cfg.get("fixed_input_size")) and "dynamic_img_size" not in options
     data = resolve_data_config({}, model=network, use_test_size=at_test_size and not fixed)
@@ -252,8 +270,10 @@ def _load_by_name(
         if about.get("interpolation", data["interpolation"]) == "bilinear"
         else Interpolation.BICUBIC,
         heads=_heads(Inference(about.get("inference", Inference.COMBINED)))
-        if isinstance(model, TimmAdapter)
+        if isinstance(model, TimmAdapter) and not others
         else (Inference.CLASS,),
+        has_token_head=isinstance(model, TimmAdapter),
+        token_classes=others or None,
         precision=about.get("precision", "fp32"),
         is_embedding=_is_embedding(preset_now),
         licence=network.pretrained_cfg.get("license") or "",
@@ -271,7 +291,7 @@ def _takes_any_size(name: str, options: Mapping[str, Any]) -> bool:
 
 
 def _from_file(
-    name: str, path: str | Path, options: dict[str, Any], *, img_size: Any, trained_head: bool
+    name: str, path: str | Path, options: dict[str, Any], about: Mapping[str, Any], *, img_size: Any
 ) -> Any:
     """Return a network with a file's weights: an adapter where these have a trained token head, else timm's own.
 
@@ -287,11 +307,14 @@ def _from_file(
     if num_classes != network.num_classes:
         with hub_or_cache(online=False):
             network = create(num_classes=num_classes)
-    if weights.token_head and trained_head:
+    if weights.token_head and about["uses_token_labels"]:
         size = pair(img_size or network.pretrained_cfg["input_size"][1:])
-        model = TimmAdapter(network, name=name, num_classes=num_classes, img_size=size, stage=stage)
+        others, sizes = about.get("token_classes"), {"img_size": size, "num_classes": num_classes}
+        count = others and others["count"]
+        model = TimmAdapter(network, name=name, stage=stage, num_token_classes=count, **sizes)
         model.rebuild = create
-        untrained = any(name.startswith("token_head.") for name in load(model, weights).new_heads)
+        new_heads = load(model, weights, tokens="same" if others else "classes").new_heads
+        untrained = any(name.startswith("token_head.") for name in new_heads)
         return network if untrained else model
     if hasattr(network, "aux_head"):
         network.aux_head = None  # it would be one that says nothing

@@ -76,6 +76,6 @@ def _fit_weights(tensors: dict[str, Any], model: VisionTransformer) -> dict[str,
     grid = (height_px // model.patch_size_px, width_px // model.patch_size_px)
     fits = found["pos_embed"].shape[1] == 1 + grid[0] * grid[1]
     resize_all_positions(found, model, grid=grid if fits else None, name="the pretrained weights")
-    for part in ("weight", "bias"):
+    for part in ("weight", "bias") if "head.weight" in found else ():  # one without classes has no heads
         found.setdefault(f"aux_head.{part}", torch.zeros_like(found[f"head.{part}"]))
     return found

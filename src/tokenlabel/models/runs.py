@@ -10,6 +10,8 @@ from typing import Any
 from safetensors.torch import load
 from torch import Tensor
 
+from tokenlabel.data.classes import ClassList
+
 FORMAT = 2
 
 
@@ -44,6 +46,12 @@ def read_weights(folder: Path, state: dict[str, Any]) -> dict[str, Tensor]:
     """Return the weights to use of a checkpoint: the averaged ones where there are some."""
     name = "ema.safetensors" if "ema.safetensors" in state["sha256"] else "model.safetensors"
     return read_tensors(folder, name, state)
+
+
+def token_classes_of(state: dict[str, Any]) -> ClassList:
+    """Return what the tokens of a checkpoint are about, by its state."""
+    others, names = state.get("token_classes"), state["class_names"]
+    return ClassList(len(names), tuple(names)) if others is None else ClassList.from_dict(others)
 
 
 def read_state(folder: Path) -> dict[str, Any]:

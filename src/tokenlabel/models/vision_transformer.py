@@ -121,8 +121,8 @@ class VisionTransformer(nn.Module, ABC):
             for index in range(config.depth)
         )
         self.norm: nn.Module = nn.LayerNorm(config.width)
-        self.head: nn.Module = nn.Linear(config.width, num_classes)
-        self.aux_head: nn.Module | None = Linear(config.width, num_classes)
+        self.head: nn.Module = nn.Linear(config.width, num_classes) if num_classes else nn.Identity()
+        self.aux_head: nn.Module | None = Linear(config.width, num_classes) if num_classes else None
 
     @abstractmethod
     def embed_patches(self, images: Float[Tensor, "B 3 height width"]) -> Float[Tensor, "B h w D"]:

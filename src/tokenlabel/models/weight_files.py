@@ -201,12 +201,16 @@ def description_of(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_description(path: str | Path) -> dict[str, Any]:
-    """Return what a file or checkpoint of ours says of its network, see `description_of`; nothing of another's."""
+    """Return what a file or checkpoint of ours says of its network, see `description_of`; nothing of another's.
+
+    `token_classes`: what the tokens are about, where it is something else than what the class token is about.
+    """
     path = _checkpoint(path)
     state = (path if path.is_dir() else path.parent) / "state.json"
     with suppress(OSError, ValueError, SafetensorError, KeyError, TypeError):
         if state.exists() and (path.is_dir() or path.name in ("model.safetensors", "ema.safetensors")):
-            return description_of(json.loads(state.read_text("utf-8"))["recipe"])
+            about = json.loads(state.read_text("utf-8"))
+            return {**description_of(about["recipe"]), "token_classes": about.get("token_classes")}
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -49,6 +49,8 @@ __all__ = [
 
 LOGGER = logging.getLogger(__name__)
 
+Tokens = Literal["classes", "same", "other"]
+
 # Where the classifiers of files lie that timm renames; what its own are called, their configurations say.
 CLASSIFIERS = ("head", "head.fc", "fc", "classifier", "last_linear")
 
@@ -75,6 +77,7 @@ def load_published(
     average: bool = False,
     grid: tuple[int, int] | None = None,
     rows: Callable[[int], Mapping[int, int]] | None = None,
+    tokens: Tokens = "classes",
     spared: Collection[str] = (),
 ) -> Loaded:
     """Load a checkpoint, anybody's or our own, into a model of another image size or class count, too.
@@ -83,7 +86,7 @@ def load_published(
     checkpoint folders. `average`: take the running average (EMA) of the weights in the file. For the rest see `load`.
     """
     weights = find_weights(path, model.backbone.state_dict(), average=average)
-    return load(model, weights, grid=grid, rows=rows, spared=spared)
+    return load(model, weights, grid=grid, rows=rows, tokens=tokens, spared=spared)
 
 
 def load(
@@ -92,6 +95,7 @@ def load(
     *,
     grid: tuple[int, int] | None = None,
     rows: Callable[[int], Mapping[int, int]] | None = None,
+    tokens: Tokens = "classes",
     spared: Collection[str] = (),
 ) -> Loaded:
     """Load the tensors of a file into a model; timm itself adapts those of other sizes and names.
@@ -99,15 +103,20 @@ def load(
     `grid`: the token grid (h, w) of the file's position embeddings; left out, it is the model's where the number
     fits, else square. `rows`: which row each class of the model has in a head of so many, for those that it knows by
     name; heads of another class count without any start anew, with a warning. A token head that the file lacks begins
-    as the classifier. `spared`: what of the model need not fit.
+    as the classifier. `tokens`: what the file's token head is about: the classes that its classifier is for, as the
+    model's is; something else, but the same as the model's; or other things, so that the model's starts anew.
+    `spared`: what of the model need not fit.
     Raises WeightsError, and leaves the model alone, where anything else does not fit.
     """
     path, wanted = weights.path, model.state_dict()
+    if tokens == "other":
+        weights = replace(weights, token_head={})
     modules = ("token_head.", *(f"backbone.{name}." for name in classifiers(model.backbone)))
     heads = [name for name in wanted if name.startswith(modules)]
     found, old_shapes = _adapt(model, weights, grid=grid, spared={*heads, *spared})
-    new_heads = tuple(sorted(_fit_heads(found, wanted, heads, path, rows) - {*spared}))
-    as_classifier = _begin_as_classifier(model, found, new_heads)
+    by_name = [name for name in heads if tokens == "classes" or not name.startswith("token_head.")]
+    new_heads = tuple(sorted(_fit_heads(found, wanted, heads, path, rows, by_name) - {*spared}))
+    as_classifier = _begin_as_classifier(model, found, new_heads) if tokens == "classes" else []
     fitting = {
         name: found[name] for name in wanted if name in found and found[name].shape == wanted[name].shape
     }
@@ -238,8 +247,12 @@ def _fit_heads(
     heads: list[str],
     path: Path,
     rows: Callable[[int], Mapping[int, int]] | None,
+    by_name: Collection[str],
 ) -> set[str]:
-    """Put the rows of the model's classes into the heads in `found`; return the names of those that start anew."""
+    """Put the rows of the model's classes into the heads in `found`; return the names of those that start anew.
+
+    `by_name`: those whose rows are classes that `rows` knows.
+    """
     new: set[str] = set()
     kept: dict[tuple[int, int], Mapping[int, int]] = {}
     for name in heads:
@@ -248,9 +261,9 @@ def _fit_heads(
             new.add(name)
             continue
         counts = (len(own), len(theirs))
-        if counts not in kept:
+        if counts not in kept and name in by_name:
             kept[counts] = rows(len(theirs)) if rows else {}
-        taken = kept[counts]
+        taken = kept[counts] if name in by_name else {}
         if taken and max(taken) < len(own):
             found[name] = own.clone()
             found[name][list(taken)] = theirs[list(taken.values())].to(own)

@@ -71,19 +71,24 @@ class DenseNetwork(nn.Module, ABC):
 
 
 class TokenNetwork(DenseNetwork):
-    """A network with a head for its tokens, which answers for the locations."""
+    """A network with a head for its tokens, which answers for the locations.
+
+    `has_one_list`: whether its class token is about the same classes; else the mean token answers for the image.
+    """
 
     answers_with = "tokens"
 
-    def __init__(self, model: TokenModel) -> None:
+    def __init__(self, model: TokenModel, *, has_one_list: bool = True) -> None:
         super().__init__()
-        self.model = model
-        self.num_classes = model.num_classes
+        self.model, self.has_one_list = model, has_one_list
+        self.num_classes = model.num_token_classes
 
     def forward(self, images: Float[Tensor, "B 3 height width"]) -> DenseLogits:
         """Return the logits of normalised images."""
         outputs = self.model(images)
-        return DenseLogits(outputs.class_logits, outputs.token_logits.unflatten(1, outputs.grid))
+        of_tokens = outputs.token_logits
+        of_image = outputs.class_logits if self.has_one_list else of_tokens.mean(dim=1)
+        return DenseLogits(of_image, of_tokens.unflatten(1, outputs.grid))
 
     def grid_for(self, img_size: tuple[int, int]) -> tuple[int, int]:
         """Return rows and columns of the tokens of images of (height, width)."""

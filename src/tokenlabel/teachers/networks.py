@@ -179,12 +179,15 @@ def load_teacher(
     description = {"name": name, "weights": fingerprint(network), "answers_with": network.answers_with}
     if config.compile:
         network.compile()
+    others = found.token_classes if isinstance(network, TokenNetwork) else None
+    words = others.words if others is not None else ""
     return NetworkTeacher(
         network,
         input,
-        description=description,
-        class_names=found.class_names,
+        description={**description, **({"words": words} if words else {})},
+        class_names=found.class_names if others is None else others.names,
         names_assumed=found.names_assumed,
+        words=words,
         precision=config.precision,
     )
 
@@ -224,5 +227,7 @@ def _dense_network(found: LoadedModel, name: str, head: str) -> DenseNetwork:
     if head == "tokens" and not found.has_token_head:
         raise TeacherError(f"{name} has no trained head for its tokens; leave --head out")
     if found.has_token_head and head != "classifier":
-        return TokenNetwork(found.model)
+        return TokenNetwork(found.model, has_one_list=found.token_classes is None)
+    if not found.num_classes:
+        raise TeacherError(f"{name} has no classifier; leave --head out, and its tokens answer")
     return ClassifierNetwork(found.model.backbone, name=name)

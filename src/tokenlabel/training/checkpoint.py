@@ -5,7 +5,7 @@ RUN/checkpoints/00001200/ holds the state after 1,200 steps:
     model.safetensors      weights and buffers
     ema.safetensors        the averaged ones, where the recipe wants them
     optimizer.safetensors  one tensor for each entry of the optimizer's state, named INDEX.ENTRY
-    state.json             the step, the recipe, the class names, versions, and the SHA-256 of the files above
+    state.json             the step, the recipe, what the heads are about, versions, and the SHA-256 of the files above
 
 The link RUN/checkpoints/best leads to the one that evaluated best. Tensors that are divided among processes are
 put together before they are written, so a run may continue on any number of them.
@@ -19,9 +19,10 @@ import os
 import platform
 import shutil
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -30,6 +31,7 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from tokenlabel.data.classes import ClassList
 from tokenlabel.models.load import LoadedModel, load_model
 from tokenlabel.models.runs import (
     FORMAT,
@@ -64,6 +66,7 @@ def save_checkpoint(
     *,
     recipe: TrainingConfig,
     class_names: list[str],
+    token_classes: ClassList | None = None,
     ranks: Ranks = Ranks(),  # noqa: B008  (immutable)
 ) -> Path:
     """Write a checkpoint; return its folder. All ranks call this, the first one writes.
@@ -74,7 +77,8 @@ def save_checkpoint(
     folder = run / "checkpoints" / f"{step:08d}"
     files = _tensors(state, here=ranks.is_first)
     # All ranks wait until the first has written it.
-    ranks.on_main(lambda: _write(folder, step, state, files, recipe=recipe, class_names=class_names))
+    about = {"class_names": class_names, "token_classes": token_classes and asdict(token_classes)}
+    ranks.on_main(lambda: _write(folder, step, state, files, recipe=recipe, about=about))
     return folder
 
 
@@ -85,7 +89,7 @@ def _write(
     files: dict[str, dict[str, Tensor]],
     *,
     recipe: TrainingConfig,
-    class_names: list[str],
+    about: dict[str, Any],
 ) -> None:
     temporary = folder.with_name(f".writing-{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -97,7 +101,7 @@ def _write(
             "format": FORMAT,
             "step": step,
             "recipe": config_as_dict(recipe),
-            "class_names": class_names,
+            **about,
             "loss_scale": state.scaler.state_dict() if state.scaler else {},
             "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
             "sha256": {path.name: sha256(path) for path in sorted(temporary.iterdir())},

@@ -54,6 +54,8 @@ from tokenlabel.training.run_folder import changes_figures, check_run_folder, nu
 from tokenlabel.training.tasks import Task
 
 LOG_EVERY_STEPS = 10
+# Figures of an evaluation that are printed beside the task's own.
+_SAID = ("knn", "image_probe", "teacher_accuracy")
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,8 +70,9 @@ class Trainer:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps in which every image is seen once."""
-        return max(1, self.task.num_images // self.task.recipe.batch_size)
+        """Steps in which every image is seen once, or more often where these were too few."""
+        recipe = self.task.recipe
+        return max(recipe.min_epoch_steps, self.task.num_images // recipe.batch_size)
 
     @property
     def num_steps(self) -> int:
@@ -142,7 +145,12 @@ def _train(
     trainer = prepare(task, ranks)
     changes = ranks.on_main(
         lambda: check_run_folder(
-            run, task.recipe, task.class_names, task.images, changed_numerics=changed_numerics
+            run,
+            task.recipe,
+            task.class_names,
+            task.images,
+            token_classes=task.token_classes,
+            changed_numerics=changed_numerics,
         )
     )
     checkpoints = list_checkpoints(run)
@@ -395,7 +403,13 @@ def _stop(trainer: Trainer, run: Path, done: int, divergence: Divergence) -> Non
 def _write_checkpoint(trainer: Trainer, run: Path, done: int) -> Path:
     task = trainer.task
     return save_checkpoint(
-        run, done, trainer.state, recipe=task.recipe, class_names=task.class_names, ranks=trainer.ranks
+        run,
+        done,
+        trainer.state,
+        recipe=task.recipe,
+        class_names=task.class_names,
+        token_classes=task.token_classes,
+        ranks=trainer.ranks,
     )
 
 
@@ -406,8 +420,11 @@ def _prune(trainer: Trainer, run: Path, done: int) -> None:
     spared = set(steps[-config.keep :]) | {done}
     if config.keep_every_epochs is not None:
         spared |= {step for step in steps if trainer.due(step, config.keep_every_epochs)}
-    evals = [line for line in read_metrics(run) if line["kind"] == "eval" and line["step"] in steps]
-    best = max(evals, key=lambda line: line[task.metric])["step"] if evals and config.keep_best else None
+    lines = read_metrics(run) if config.keep_best else []
+    evals = [
+        line for line in lines if line["kind"] == "eval" and line["step"] in steps and task.metric in line
+    ]
+    best = max(evals, key=lambda line: line[task.metric])["step"] if evals else None
     prune_checkpoints(run, spared | ({best} if best else set()), best=best)
 
 
@@ -421,5 +438,6 @@ def _evaluate(trainer: Trainer, run: Path, log: RunLog, done: int) -> dict[str, 
         model.reshard()  # what the forward pass put together for this rank
     if figures:
         log.write(done, kind="eval", **figures)
-        log.say(f"step {done:,}: {task.metric} {figures[task.metric]:.1%}")
+        said = [name for name in dict.fromkeys((task.metric, *_SAID)) if name in figures]
+        log.say(f"step {done:,}: {', '.join(f'{name} {figures[name]:.1%}' for name in said)}")
     return figures

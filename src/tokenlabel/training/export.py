@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,8 @@ def write_safetensors(trained: LoadedModel, path: Path) -> None:
     model = trained.model
     assert isinstance(model, TimmAdapter)
     tensors = {name: tensor.contiguous() for name, tensor in model.backbone.state_dict().items()}
-    token_head = "aux_head" if hasattr(model.backbone, "aux_head") else "token_head"
+    adds_up = hasattr(model.backbone, "aux_head") and trained.token_classes is None
+    token_head = "aux_head" if adds_up else "token_head"
     tensors |= {
         f"{token_head}.{name}": value.contiguous() for name, value in model.token_head.state_dict().items()
     }
@@ -104,15 +106,21 @@ def write_onnx(trained: LoadedModel, path: Path, *, inference: Inference, dense:
     """Write an ONNX graph, and compare it with PyTorch in onnxruntime.
 
     Input: `pixels` [batch, 3, height, width], float32 in [0, 1], RGB, of the recipe's size; the graph normalises.
-    Outputs: `logits` [batch, C], by `inference`; `token_logits` [batch, h, w, C] if `dense`. The batch is of any
-    size. Raises ConfigError without the packages for it, or if the graph says something else than the model.
+    Outputs: `logits` [batch, C], by `inference`, or `features` [batch, D], the mean token, of a model without class
+    head; `token_logits` [batch, h, w, C] if `dense`. The batch is of any size. Raises ExportError without the packages
+    for it, or if the graph says something else than the model.
     """
     try:
         import onnxruntime
         import onnxscript  # noqa: F401  PyTorch's exporter looks for it late, with a long traceback
     except ImportError as error:
         raise ConfigError(f"ONNX needs {error.name}: pip install 'tokenlabel[export]'") from error
-    names = ["logits", "token_logits"] if dense else ["logits"]
+    if inference is not Inference.CLASS and trained.token_classes is not None:
+        raise ConfigError(
+            f"tokens are about {trained.token_classes}, which say nothing of the classes; leave --inference "
+            f"{inference} out (--dense gives the tokens' logits)"
+        )
+    names = ["logits" if trained.model.num_classes else "features", *(["token_logits"] if dense else [])]
     network = _PixelsToLogits(trained.model, inference=inference, dense=dense)
     example = torch.rand(2, 3, *trained.recipe.model.img_size, generator=torch.Generator().manual_seed(0))
     program = torch.onnx.export(
@@ -156,8 +164,9 @@ def write_hub_folder(trained: LoadedModel, folder: Path) -> None:
     options = options_without_weights(recipe.options)
     options = {key: value for key, value in options.items() if key not in factory_only}
     assert isinstance(model, TimmAdapter)
-    network = _backbone_with_token_head(model, trained=trained.recipe.uses_token_labels)
-    if network is model.backbone:
+    adds_up = trained.recipe.uses_token_labels and trained.token_classes is None
+    network = _backbone_with_token_head(model, trained=adds_up)
+    if network is model.backbone or trained.token_classes is not None:
         (folder / "token_head.safetensors").write_bytes(save(model.token_head.state_dict()))
     fixed = network.pretrained_cfg.get("fixed_input_size")
     if fixed:
@@ -172,7 +181,7 @@ def write_hub_folder(trained: LoadedModel, folder: Path) -> None:
         "mean": model.mean,
         "std": model.std,
     }
-    labels = {"label_names": list(trained.class_names)}
+    labels = {"label_names": list(trained.class_names)} if trained.class_names else {}
     save_for_hf(network, str(folder), model_config=labels, model_args=options, safe_serialization=True)
     card = _model_card(recipe.name, needs_us=recipe.name in OUR_MODELS)
     (folder / "README.md").write_text(card, encoding="utf-8")
@@ -184,12 +193,14 @@ def write_hub_folder(trained: LoadedModel, folder: Path) -> None:
 def _backbone_with_token_head(model: TimmAdapter, *, trained: bool) -> Any:
     """Return the backbone as timm knows it: with its own token head, where it had handed one over (LV-ViT, VOLO).
 
-    A head that was not `trained` goes as zeros, which add nothing to the class logits.
+    A head that was not `trained` on the classes of the class head goes as zeros, which add nothing to its logits.
     """
-    if not (hasattr(model.backbone, "aux_head") and isinstance(model.token_head, nn.Linear)):
+    own = model.token_head
+    if not (hasattr(model.backbone, "aux_head") and isinstance(own, nn.Linear)) or model.num_classes == 0:
         return model.backbone
-    network, token_head = copy.copy(model.backbone), copy.deepcopy(model.token_head)
+    network, token_head = copy.copy(model.backbone), copy.deepcopy(own)
     if not trained:
+        token_head = nn.Linear(own.in_features, model.num_classes)
         for parameter in token_head.parameters():
             nn.init.zeros_(parameter)
     network._modules = {**network._modules, "aux_head": token_head}
@@ -210,7 +221,8 @@ class _PixelsToLogits(nn.Module):
 
     def forward(self, pixels: Float[Tensor, "B 3 height width"]) -> tuple[Tensor, ...]:
         outputs = self.model((pixels - self.channel_mean) / self.channel_std)
-        logits = outputs.logits(self.inference)
+        has_classes = outputs.class_logits.shape[1] > 0
+        logits = outputs.logits(self.inference) if has_classes else outputs.tokens.mean(dim=1)
         return (logits, outputs.token_logits.unflatten(1, outputs.grid)) if self.dense else (logits,)
 
 
@@ -220,6 +232,7 @@ def _description(trained: LoadedModel) -> dict[str, Any]:
         "mean": trained.model.mean,
         "std": trained.model.std,
         "class_names": trained.class_names,
+        "token_classes": trained.token_classes and asdict(trained.token_classes),
     }
 
 

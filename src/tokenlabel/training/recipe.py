@@ -32,6 +32,7 @@ from tokenlabel.runtime.configuration import (
 from tokenlabel.runtime.errors import ConfigError, near_names
 
 RECIPE_FILE = "recipe.yaml"
+_UNSAID = (0, 0)  # an image size that nobody gave
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +41,9 @@ class DataConfig:
     """What to train and evaluate on."""
 
     train: str
-    """Training images: a folder with one folder a class."""
+    """Training images: a folder with one folder a class, a list or tar files; with labels images without classes do."""
+    unlabelled: str | None = None
+    """More training images, in any layout, without classes: they are learnt from where they have token labels."""
     val: str | None = None
     """Images to evaluate on, of the classes of `train` by name, all or some; none to skip evaluation."""
     labels: str | list[str] | None = None
@@ -73,10 +76,11 @@ class DataConfig:
 class ModelConfig:
     """Which network to train."""
 
-    name: str
-    """`lvvit_t`, `lvvit_s`, `lvvit_m`, `lvvit_l`, `t2t_vit_14`, ..., or the name of any timm model."""
-    img_size: tuple[int, int] = (224, 224)
-    """Height and width of the images that it sees in training and evaluation."""
+    name: str = ""
+    """`lvvit_t`, `lvvit_s`, `lvvit_m`, `lvvit_l`, `t2t_vit_14`, ..., or the name of any timm model. Left out, it is
+    that of the run in `weights`, with its image size and its options, as far as these say nothing else."""
+    img_size: tuple[int, int] = _UNSAID
+    """Height and width of the images that it sees in training and evaluation; (224, 224) by default."""
     options: dict[str, Any] = field(default_factory=dict)
     """What else the model's constructor takes, such as `depth` or `drop_path`."""
     weights: str | None = None
@@ -87,6 +91,12 @@ class ModelConfig:
     """How many layers, counted from the stem, keep the weights that they begin with."""
 
     def __post_init__(self) -> None:
+        of_run = {} if self.name else _model_of_run(self.weights)
+        if self.img_size == _UNSAID:
+            object.__setattr__(self, "img_size", tuple(of_run.get("img_size", (224, 224))))
+        if of_run:
+            object.__setattr__(self, "name", of_run["name"])
+            object.__setattr__(self, "options", {**of_run.get("options", {}), **self.options})
         check_numbers(self, "model.", img_size=NATURAL, frozen_layers=COUNT)
         taken = self.options.keys() & {"name", "num_classes", "img_size", "size_px"}
         if taken:
@@ -94,6 +104,22 @@ class ModelConfig:
                 f"model.options names {', '.join(sorted(taken))}, which images, model.name and model.img_size decide; "
                 "leave it out there"
             )
+
+
+def _model_of_run(weights: str | None) -> dict[str, Any]:
+    """Return which network a run trained, or a checkpoint holds. Raises ConfigError for anything else."""
+    for path in (Path(weights) / "state.json", Path(weights) / RECIPE_FILE) if weights else ():
+        if path.is_file():
+            said = read_yaml(path)
+            model = dict(said.get("recipe", said)["model"])
+            sources = ("pretrained", "checkpoint_path", "cache_dir")  # the weights are at hand
+            options = {key: value for key, value in model.get("options", {}).items() if key not in sources}
+            return {**model, "options": options}
+    found = f"model.weights {weights} is no run" if weights else "there is no model.weights"
+    raise ConfigError(
+        f"model.name is missing, and {found} that would say which network it trained; name a model "
+        "(docs/models.md), or give model.weights a run folder"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,10 +182,25 @@ class EvalConfig:
     """Which prediction counts: class, tokens, or combined (class + 0.5 max over tokens, as published)."""
     crop_fraction: float = 0.875
     """Share of the resized image's shorter side that the centre crop keeps."""
+    labels: str | list[str] | None = None
+    """Label store of the val images, made as that of the training images: how far the tokens agree with it."""
+    probe: str | None = None
+    """A few images with classes, any: how well a linear probe of frozen features and nearest neighbours name them."""
+    probe_test: str | None = None
+    """Images that the probes are tested on; by default every other image of `probe`, which learns from the rest."""
+
+    @property
+    def label_folders(self) -> list[str]:
+        """The folders of the val images' labels; empty without."""
+        return [self.labels] if isinstance(self.labels, str) else self.labels or []
 
     def __post_init__(self) -> None:
         positive = {"every_epochs": POSITIVE, "crop_fraction": PART}
         check_numbers(self, "eval.", **positive, batch_size=NATURAL)
+        if self.probe_test is not None and self.probe is None:
+            raise ConfigError(
+                "eval.probe_test tests probes that learn from eval.probe; name that folder, too"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,6 +232,8 @@ class TrainingConfig:
     """Passes over the training images."""
     num_steps: int | None = None
     """Steps of the run, in place of epochs."""
+    min_epoch_steps: int = 1
+    """The least steps of an epoch, however few images there are: they are then seen several times in one."""
     batch_size: int
     """Images a step: those of all processes, and of all parts that a process takes one after the other."""
     micro_batch_size: int | None = None
@@ -212,7 +255,8 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         if self.epochs is None and self.num_steps is None:
             raise ConfigError("a recipe needs epochs or num_steps")
-        check_numbers(self, epochs=NATURAL, num_steps=NATURAL, batch_size=NATURAL, micro_batch_size=NATURAL)
+        check_numbers(self, epochs=NATURAL, num_steps=NATURAL, min_epoch_steps=NATURAL)
+        check_numbers(self, batch_size=NATURAL, micro_batch_size=NATURAL)
         check_numbers(self, seed=f"[0, {2**63}]")
 
 

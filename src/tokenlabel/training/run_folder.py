@@ -18,8 +18,9 @@ from itertools import repeat
 from pathlib import Path
 from typing import Any
 
+from tokenlabel.data.classes import ClassList
 from tokenlabel.data.images import ImageCheck, ImageSource, find_broken, leave_out
-from tokenlabel.models.runs import list_checkpoints, read_state
+from tokenlabel.models.runs import list_checkpoints, read_state, token_classes_of
 from tokenlabel.runtime.configuration import (
     ConfigError,
     flattened,
@@ -37,8 +38,8 @@ IMAGES_FILE, LIST_FILE, LOCK_FILE = "images.json", "images.gz", ".lock"
 # there, wherever that is.
 _FREE = (
     "checkpoint.", "eval.", "data.train", "data.train_images", "data.train_masks", "data.root", "data.val",
-    "data.val_images", "data.val_masks", "data.val_split", "data.labels", "data.check", "data.max_missing",
-    "data.num_workers",
+    "data.unlabelled", "data.val_images", "data.val_masks", "data.val_split", "data.labels", "data.check",
+    "data.max_missing", "data.num_workers",
 )  # fmt: skip
 # Fields that change the rounding, or which images share a mix or the statistics of BatchNorm.
 _NUMERICS = (
@@ -191,6 +192,7 @@ def check_run_folder(
     class_names: Sequence[str],
     images: RunImages | None,
     *,
+    token_classes: ClassList | None = None,
     changed_numerics: bool = False,
 ) -> Changes:
     """Make a folder that of a run, or make sure that the run that it holds may go on so; return what has changed.
@@ -206,6 +208,13 @@ def check_run_folder(
         changes = _changes(run, recipe, state["recipe"])
         _refuse_fields(run, changes, changed_numerics)
         _refuse_classes(run, state["class_names"], class_names)
+        before = token_classes_of(state)
+        now = token_classes or ClassList(len(class_names), tuple(class_names))
+        if not before.is_same(now):
+            raise ConfigError(
+                f"{run}: its tokens learnt {before.described()}, these labels are about {now.described()}; give labels "
+                "by the head that it had, or choose another --out"
+            )
         if images is not None:
             if not read_images(run):
                 say(

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from tokenlabel.core.step import Part
+from tokenlabel.data.classes import ClassList
 from tokenlabel.data.samplers import BatchSampler
 from tokenlabel.drawing.pictures import Album
 from tokenlabel.models import TokenModel
@@ -30,12 +31,14 @@ class Task(ABC, Generic[RecipeT]):
     `model` lies on `device`. `step` is called as `step(batch, part, watch)` (see `core.step.TrainStep`) and returns
     `loss`, the mean over the images that is to be lowered, and its parts under names of their own. `metric` names the
     figure of `evaluate` that is better the higher it is. `images`: what is known of the images, for the run folder.
+    `token_classes`: what the tokens are about where these are other classes than `class_names`.
     """
 
     recipe: RecipeT
     model: TokenModel
     step: nn.Module
     class_names: list[str]
+    token_classes: ClassList | None = None
     num_images: int
     device: torch.device
     metric: str
