@@ -234,11 +234,12 @@ def test_labels_of_other_images(data, tmp_path, capsys):
     assert "0/00000.png" in message
 
 
-def test_labels_of_another_class_count(data, tmp_path, capsys):
+def test_labels_about_other_classes_teach_the_tokens_and_that_is_said(data, tmp_path, capsys):
     write_labels(tmp_path / "labels", data / "scenes", num_classes=12)
-    message = complaint(capsys, options_for(data, tmp_path / "run", data__labels=tmp_path / "labels"))
-    assert "12" in message
-    assert "10" in message
+    assert main(options_for(data, tmp_path / "run", data__labels=tmp_path / "labels")) == 0
+    assert "tokens learn the 12 classes (0, 1, 2, ...) of the labels, the class token the 10 classes" in (
+        capsys.readouterr().err
+    )
 
 
 def test_labels_that_are_not_there(data, tmp_path, capsys):
