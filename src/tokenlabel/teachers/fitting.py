@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tokenlabel.data.classes import read_class_names
-from tokenlabel.data.images import ImageSource
+from tokenlabel.data.images import ImageSource, has_classes
 from tokenlabel.data.masks import mask_names
 from tokenlabel.data.sources import open_aloud, refuse_single_class
 from tokenlabel.evaluation.observation import MaskFolder
@@ -232,7 +232,7 @@ def _check_labels(source: ImageSource, config: FitConfig) -> None:
 def _from_labels(vectors: Vectors, config: FitConfig, _: None) -> Head:
     """Fit on means of locations, and on locations of which one has to show the class; take what maps better."""
     source, of_an_image = vectors.source, 2 * vectors.backbone.width  # bytes
-    labelled = np.flatnonzero(getattr(source, "has_class", np.ones(len(source), bool)))
+    labelled = np.flatnonzero(has_classes(source))
     indices = labelled[spread(len(labelled), MAX_SAMPLE_BYTES // (of_an_image * (1 + VECTORS_PER_IMAGE)))]
     length = min(MAX_LOCATIONS, MAX_SAMPLE_BYTES // (of_an_image * len(indices)) - 1)
     bags, keys = vectors.bags(indices.tolist(), length)
