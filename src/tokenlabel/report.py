@@ -165,7 +165,14 @@ def short_names(runs: Sequence[Path]) -> dict[Path, str]:
 def read_run(run: Path, name: str) -> RunRecord:
     """Return what a run folder holds, under a name. Raises ConfigError if it is none."""
     if not (run / RECIPE_FILE).is_file():
-        raise ConfigError(f"{run}: holds no {RECIPE_FILE}; give a run folder that `tokenlabel train` made")
+        inside = sorted(path.parent for path in run.glob(f"*/{RECIPE_FILE}"))
+        found = f"holds no {RECIPE_FILE}" if run.exists() else "no such folder"
+        meant = (
+            f"its runs {listed([str(path) for path in inside])}"
+            if inside
+            else "a run folder that `tokenlabel train` made"
+        )
+        raise ConfigError(f"{run}: {found}; give {meant}")
     return RunRecord(name, run, flattened(read_yaml(run / RECIPE_FILE)), read_metrics(run))
 
 

@@ -151,6 +151,22 @@ def test_images_that_do_not_decode_are_listed_and_passed_over(images, tmp_path):
     assert len(LabelStore(tmp_path / "labels")) == 10
 
 
+@pytest.mark.parametrize("folder", [".", "red"])
+def test_a_store_among_the_images_is_refused_before_it_counts_as_a_class(images, monkeypatch, folder):
+    monkeypatch.chdir(images / folder)
+    with pytest.raises(StoreError, match=r"labels: lies among the images of \., .* name a folder elsewhere"):
+        annotate(".", "labels", config())
+    assert not Path("labels").exists()
+
+
+def test_other_images_of_the_same_names_are_no_replaced_ones(images, tmp_path, capsys):
+    run(images, tmp_path / "labels")
+    for path in images.glob("*/*.png"):
+        write_image(path, "green", "red", (20, 20))
+    assert run(images, tmp_path / "labels").num_labelled == 0
+    assert "if these are other images of the same names, give them a folder" in capsys.readouterr().err
+
+
 def test_strict_stops_at_an_image_that_does_not_decode(images, tmp_path):
     (images / "red" / "broken.png").write_bytes(b"no image")
     with pytest.raises(ImageError, match=r"red/broken\.png"):

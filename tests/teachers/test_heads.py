@@ -354,6 +354,8 @@ def test_a_head_belongs_to_the_weights_that_it_was_fitted_on(images, tmp_path, c
     bare = {name: tensor for name, tensor in weights.items() if not name.startswith("fc.")}
     save_file(bare, tmp_path / "bare.safetensors")
     assert main([*command, str(tmp_path / "bare.safetensors")]) == 0
+    assert main([*command, str(tmp_path / "gone.safetensors")]) == 2
+    assert "gone.safetensors, the weights of its backbone resnet10t, is not there" in capsys.readouterr().err
 
 
 def test_embeddings_of_image_text_networks_are_vectors_and_transformers_keep_the_aspect(images):

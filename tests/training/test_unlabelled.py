@@ -184,7 +184,7 @@ def test_weights_that_are_no_run_do_not_say_which_network_is_meant(here, capsys)
     few = ("--data.train", "scenes/train", "--model.weights", "some.pth", "--out", "few")
     status, said = run(capsys, "train", "--recipe", "finetune", *few)
     assert status == 2
-    assert "model.name is missing, and model.weights some.pth is no run" in said
+    assert "model.name is missing, and model.weights some.pth is not there" in said
 
 
 @pytest.mark.parametrize("name", ["run.safetensors", "run_hub"])
@@ -277,7 +277,7 @@ def test_two_processes_have_the_loss_of_one_where_classes_and_labels_are_missing
             "these are about 12 visual words, not the 10 classes",
         ),
         ((*FLAT, "--data.val", "flat_val"), "give --eval.labels"),
-        ((*FLAT, "--eval.probe", "one"), "has classes: 3; eval.probe needs images of at least two classes"),
+        ((*FLAT, "--eval.probe", "one"), "one class only (3); probes need two classes at least"),
         ((*FLAT, "--eval.probe-test", "one"), "name that folder, too"),
         ((*FLAT, "--eval.inference", "combined"), "give --eval.inference class"),
         (

@@ -29,7 +29,7 @@ _FAINTEST, _STRONGEST, _UNSAID = 70, 195, (0, 0, 0, 165)
 # Photographs this small are shown with their pixels sharp.
 _SMALL_PX = 128
 # Headings of so many letters are not broken; names longer than `_LONG` lose their middle.
-_SHORT, _LONG = 14, 64
+_SHORT, _LONG = 12, 64
 
 Picture = Mapping[str, Any]
 

@@ -107,12 +107,14 @@ def with_classes_only(source: ImageSource, place: str | Path) -> ImageSource:
     """Return the images of a source that have a class. Raises ConfigError unless two classes have two images each."""
     known = has_classes(source)
     counts = np.bincount(source.class_ids[known], minlength=1)
-    found = [source.class_names[i] for i in np.flatnonzero(counts)]
-    if len(found) < 2 or counts[counts > 0].min() < 2:
-        what = f"classes: {listed(found)}" if found else "no classes"
-        least = f", {counts[counts > 0].min()} image of one of them" if len(found) > 1 else ""
+    found, single = (
+        [source.class_names[i] for i in np.flatnonzero(which)] for which in (counts, counts == 1)
+    )
+    if len(found) < 2 or single:
+        what = "no classes" if not found else f"one class only ({found[0]})"
+        what = what if len(found) < 2 else f"only one image of some classes ({listed(single)})"
         raise ConfigError(
-            f"{place}: has {what}{least}; eval.probe needs images of at least two classes, and two images of each"
+            f"{place}: its images have {what}; probes need two classes at least, and two images of each"
         )
     return source if known.all() else ImageSubset(source, np.flatnonzero(known))
 

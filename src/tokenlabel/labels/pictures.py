@@ -99,7 +99,7 @@ def _about(store: LabelStore, num_looks: int, num_keys: int) -> str:
     how = " drawn at random" if num_keys > num_looks else ""
     return (
         f"{len(store):,} labels; {whole}{how}. Right of each image its map: each cell in the colour of its most "
-        "probable class, the stronger the more probable; dark where the teacher did not summary or the cell keeps "
+        "probable class, the stronger the more probable; dark where the teacher did not look or the cell keeps "
         "nothing. Below: the classes with the highest probability over the whole map."
     )
 

@@ -121,6 +121,8 @@ def _advice(parser: ArgumentParser, message: str, words: list[str]) -> str:
             if list[str] in get_args(getattr(action, "_typehint", None))
         ]
         return f"; to name several, write {several[0]} before each" if several else ""
+    if re.match(r"--[\w.-]+: expected dict, got '\{", message):
+        return "; write '{NAME: VALUE, NAME: VALUE}', in quotes and with a space behind each colon"
     if group := re.match(r"(--[\w.-]+): expected a mapping", message):
         inside = [option for option in options.values() if option.startswith(f"{group[1]}.")]
         return f"; one value goes to {', '.join(inside)}"

@@ -24,7 +24,8 @@ import torch
 from tqdm import tqdm
 
 from tokenlabel.data.classes import say_order
-from tokenlabel.data.images import ImageSource
+from tokenlabel.data.folders import why_passed_over
+from tokenlabel.data.images import ImageFolder, ImageSource, PlainImages
 from tokenlabel.data.sources import open_aloud
 from tokenlabel.labels.encoding import DEFAULT_TOLERANCE, Encoding
 from tokenlabel.labels.fingerprints import MAX_READ, FingerprintedImages, find_replaced
@@ -116,8 +117,21 @@ def annotate(
     """
     config = coerced(config, AnnotateConfig, name="config")
     source = open_aloud(images) if isinstance(images, (str, Path)) else images
+    _refuse_amid_images(Path(folder), source)
     device = usable_device(device)
     return annotate_by(make_teacher(config, source, device), source, folder, config=config, device=device)
+
+
+def _refuse_amid_images(folder: Path, source: ImageSource) -> None:
+    """Raise StoreError for a folder among those of the images: whoever opens them next would take it for a class."""
+    if isinstance(source, (ImageFolder, PlainImages)):
+        root, folder_path = source.root.resolve(), folder.resolve()
+        inside = root in folder_path.parents and folder_path.relative_to(root).as_posix()
+        if inside and why_passed_over(f"{inside}/0.jpg") is None:
+            raise StoreError(
+                f"{folder}: lies among the images of {source.root}, where it would count as a class; name a folder "
+                "elsewhere"
+            )
 
 
 def make_teacher(config: AnnotateConfig, source: ImageSource, device: torch.device) -> Teacher | MaskTeacher:
@@ -308,9 +322,15 @@ def _todo(source: ImageSource, folder: Path, manifest: Manifest, again: str | No
             "line that begins with #"
         )
     if others := [source.keys[index] for index in replaced.indices if index not in anew]:
+        are_others = len(others) == len(source) - len(missing)
         say(
             f"{folder}: {_images_were(len(others))} replaced since labelling ({listed(others)}); "
             f"--again {CHANGED} labels anew what was"
+            + (
+                "; if these are other images of the same names, give them a folder of their own"
+                if are_others
+                else ""
+            )
         )
     if replaced.num_unsure:
         say(

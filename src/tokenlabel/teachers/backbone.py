@@ -102,6 +102,13 @@ def backbone_of(
             f"{name}: was fitted at --size {fitted['size']}, and its backbone has other weights at each size; leave "
             "--size out"
         )
+    is_path = "/" in backbone_name and ":" not in backbone_name  # of a run; the hub's names have a colon
+    place = file or (backbone_name if is_path else None)
+    if place is not None and not Path(place).exists():  # moved, or relative to another working directory
+        raise HeadError(
+            f"{name}: {place}, the weights of its backbone {about['name']}, is not there; give their file or run by "
+            "--weights"
+        )
     found = load_backbone(backbone_name, device, weights=file, size=size or fitted["size"], crop=crop)
     if found.description["weights"] != about["weights"]:
         raise HeadError(

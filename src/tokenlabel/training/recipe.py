@@ -115,10 +115,11 @@ def _model_of_run(weights: str | None) -> dict[str, Any]:
             sources = ("pretrained", "checkpoint_path", "cache_dir")  # the weights are at hand
             options = {key: value for key, value in model.get("options", {}).items() if key not in sources}
             return {**model, "options": options}
-    found = f"model.weights {weights} is no run" if weights else "there is no model.weights"
+    what = "is no run" if Path(weights or ".").exists() else "is not there"
+    found = f"model.weights {weights} {what}" if weights else "there is no model.weights"
     raise ConfigError(
-        f"model.name is missing, and {found} that would say which network it trained; name a model "
-        "(docs/models.md), or give model.weights a run folder"
+        f"model.name is missing, and {found} to say which network it is; give model.weights a run folder, or name a "
+        "model (docs/models.md)"
     )
 
 
