@@ -12,7 +12,6 @@ from tokenlabel.models.registration import OUR_MODELS, register_with_timm
 from tokenlabel.models.t2t_vit import T2TViT, T2TViTConfig
 from tokenlabel.models.weights import load_published
 from tokenlabel.runtime.coercion import Size, coerced, pair
-from tokenlabel.runtime.errors import ModelError
 
 __all__ = [
     "Inference",
