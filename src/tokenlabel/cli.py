@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from tokenlabel.runtime.arguments import (
-    add_changed_numerics,
     add_device,
-    add_trackers,
+    add_run_arguments,
     configured,
     device_of,
     new_parser,
     parse,
+    train_by_arguments,
     write_json,
 )
 from tokenlabel.runtime.errors import FirstRankError
@@ -145,12 +145,7 @@ def train(arguments: list[str]) -> int:
 
     from tokenlabel.training.recipe import Recipe, add_recipe_arguments, recipe_content
 
-    parser.add_argument(
-        "--out", "--run", type=Path, required=True, help="folder of the run: recipe, metrics, checkpoints"
-    )
-    add_device(parser)
-    add_trackers(parser)
-    add_changed_numerics(parser)
+    add_run_arguments(parser)
     parser.add_argument(
         "--dry-run",
         action="store_true",
@@ -160,28 +155,18 @@ def train(arguments: list[str]) -> int:
     options = parse(parser, arguments, read_recipe=lambda name: recipe_content(name, Recipe))
     recipe = configured(parser, options, Recipe)
 
-    from tokenlabel.classification.task import train as train_by_recipe
-    from tokenlabel.runtime.runlog import print_figures, trackers_of
-
-    device = device_of(options.device)
     if options.dry_run:
         from tokenlabel.classification.dry_run import dry_run
         from tokenlabel.runtime.process import is_main_process
 
-        text = dry_run(recipe, options.out, device=device)
+        text = dry_run(recipe, options.out, device=device_of(options.device))
         if is_main_process():
             print(text, flush=True)
         return 0
-    with trackers_of(options.out, tensorboard=options.tensorboard, wandb=options.wandb) as trackers:
-        figures = train_by_recipe(
-            recipe,
-            options.out,
-            device=device,
-            trackers=trackers,
-            changed_numerics=options.changed_numerics,
-        )
-    print_figures(figures, options.out)
-    return 0
+
+    from tokenlabel.classification.task import train as train_by_recipe
+
+    return train_by_arguments(train_by_recipe, recipe, options)
 
 
 def index(arguments: list[str]) -> int:

@@ -79,14 +79,6 @@ FAST = DemoSize(
 )
 
 
-class StageFailed(Exception):  # noqa: N818  (it carries the exit status of a command that has already explained itself)
-    """A command of the demo did not succeed."""
-
-    def __init__(self, status: int) -> None:
-        super().__init__(f"exit status {status}")
-        self.status = status
-
-
 def run_demo(out: Path, size: DemoSize, command: Command) -> int:
     """Run all stages in the folder `out` through `command` (the command line); return the exit status.
 
@@ -99,8 +91,8 @@ def run_demo(out: Path, size: DemoSize, command: Command) -> int:
         print(f"writing {size.num_train:,} + {size.num_val:,} scenes to {out / 'scenes'}")
         write_scenes(out / "scenes", num_train=size.num_train, num_val=size.num_val, seed=0)
         _run_stages(out, size, command)
-    except StageFailed as failure:
-        return failure.status
+    except SystemExit as stop:  # by a command that has already explained itself
+        return int(stop.code or 0)
     result = collect_result(out)
     result["last_call_s"] = round(time.perf_counter() - started, 1)
     write_json(out / "result.json", result)
@@ -132,7 +124,7 @@ def _run(command: Command, *arguments: str | Path) -> None:
     print(f"\n$ tokenlabel {shlex.join(words)}", flush=True)
     status = command(words)
     if status:
-        raise StageFailed(status)
+        raise SystemExit(status)
 
 
 def _run_stages(out: Path, size: DemoSize, command: Command) -> None:

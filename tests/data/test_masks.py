@@ -20,11 +20,11 @@ from tokenlabel.data.sources import open_images
 from tokenlabel.evaluation.observation import MaskFolder
 from tokenlabel.labels.store import LabelStore
 from tokenlabel.models import create_model
+from tokenlabel.runtime.errors import ModelError
 from tokenlabel.segmentation import pairs as pairs_module
 from tokenlabel.segmentation.classes import IGNORED, numbered_classes
 from tokenlabel.segmentation.pairs import ImageMaskPairs, Layout, SegmentDataConfig, open_pairs
 from tokenlabel.teachers.annotation import AnnotateConfig, annotate
-from tokenlabel.teachers.networks import TeacherError
 from tokenlabel.training.checkpoint import TrainState, save_checkpoint
 from tokenlabel.training.recipe import DataConfig, ModelConfig, OptimConfig, Recipe
 
@@ -354,7 +354,7 @@ class TestTeacherAndTruth:
         self.masks([[0, 11], [11, 0]], [[1, 1], [11, 1]])
         annotate("images", "labels", AnnotateConfig(teacher="masks:masks", ignore_index=11), device=CPU)
         assert LabelStore("labels")["dog/1.jpg"].probs[..., 0].tolist() == [[1, 1], [0, 1]]
-        with pytest.raises(TeacherError, match="--ignore-index is for masks"):
+        with pytest.raises(ModelError, match="--ignore-index is for masks"):
             annotate("images", "other", AnnotateConfig(teacher="resnet18", ignore_index=11), device=CPU)
         with pytest.raises(ValueError, match="--ignore-index 1 is one of the 2 classes"):
             annotate("images", "other", AnnotateConfig(teacher="masks:masks", ignore_index=1), device=CPU)

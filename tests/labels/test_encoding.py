@@ -20,11 +20,11 @@ from tokenlabel.labels.encoding import (
     MAX_COMPACT_ENTRIES,
     RAW_STEPS,
     Encoding,
-    EncodingError,
     on_grid,
     pack,
     unpack,
 )
+from tokenlabel.runtime.errors import StoreError
 
 STEPS = {Encoding.RAW: RAW_STEPS, Encoding.COMPACT: FINEST_STEPS}
 EVERY = list(Encoding)
@@ -141,7 +141,7 @@ def test_logits_are_kept_to_the_bit(encoding):
 
 def test_logits_beyond_float16_are_refused():
     huge = from_top(np.zeros((1, 1, 1), int), np.full((1, 1, 1), 1e6), num_classes=2, kind=Kind.LOGITS)
-    with pytest.raises(EncodingError, match="float16"):
+    with pytest.raises(StoreError, match="float16"):
         pack(huge, Encoding.RAW)
 
 
@@ -350,7 +350,7 @@ def test_any_bytes_give_a_map_or_a_clear_error(record):
         cut = rng.integers(len(mutated)) if rng.random() < 0.2 else len(mutated)
         try:
             read = unpack(bytes(mutated[:cut]), num_classes=num_classes)
-        except EncodingError:
+        except StoreError:
             continue
         num_read += 1
         assert read.codes.max() < len(read.palette)
@@ -374,7 +374,7 @@ def test_bytes_inside_the_frame_give_a_map_or_a_clear_error(record):
         cut = rng.integers(len(mutated)) if rng.random() < 0.2 else len(mutated)
         try:
             read = unpack(record[:start] + zstandard.compress(bytes(mutated[:cut])), num_classes=num_classes)
-        except EncodingError:
+        except StoreError:
             continue
         num_read += 1
         assert read.codes.max() < len(read.palette)
@@ -400,13 +400,13 @@ def test_bytes_inside_the_frame_give_a_map_or_a_clear_error(record):
 )
 def test_a_body_of_another_length_is_refused(change, message):
     record = pack(random_map(), Encoding.COMPACT)
-    with pytest.raises(EncodingError, match=message):
+    with pytest.raises(StoreError, match=message):
         unpack(record[:16] + change(zstandard.decompress(record[16:])), num_classes=30)
 
 
 def test_records_of_encodings_to_come_are_refused():
     record = pack(random_map(), Encoding.COMPACT)
-    with pytest.raises(EncodingError, match=r"encoding 3, known are 0 to 2"):
+    with pytest.raises(StoreError, match=r"encoding 3, known are 0 to 2"):
         unpack(b"\x03" + record[1:], num_classes=30)
 
 
@@ -415,14 +415,14 @@ def test_shapes_that_would_take_all_memory_are_refused():
     for frame in (bomb, zstandard.compress(bytes(100)), bytes(100)):
         for number in (1, 2):
             head = struct.pack("<BBHHHII", number, 0, 65535, 65535, 100, 2**32 - 1, 2**32 - 1)
-            with pytest.raises(EncodingError, match=r"body of|not a zstd frame|more than is written so"):
+            with pytest.raises(StoreError, match=r"body of|not a zstd frame|more than is written so"):
                 unpack(head + frame, num_classes=10)
     for number in (1, 2):
-        with pytest.raises(EncodingError, match=r"body of|more than is written so"):
+        with pytest.raises(StoreError, match=r"body of|more than is written so"):
             unpack(struct.pack("<BBHHHII", number, 0, 1 << 14, 1 << 14, 100, 1, 1) + bomb, num_classes=10)
-    with pytest.raises(EncodingError, match="body of"):
+    with pytest.raises(StoreError, match="body of"):
         unpack(struct.pack("<BBHHHII", 2, 0, 4, 4, 100, 1, 1) + bomb, num_classes=10)
-    with pytest.raises(EncodingError, match="takes"):
+    with pytest.raises(StoreError, match="takes"):
         unpack(struct.pack("<BBHHHII", 0, 0, 65535, 65535, 0, 2**32 - 1, 2**32 - 1), num_classes=10)
 
 

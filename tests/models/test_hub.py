@@ -15,7 +15,8 @@ from segment_cases import write_image
 
 from tokenlabel.cli import main
 from tokenlabel.models import create_model, hub
-from tokenlabel.models.load import LoadError, load_model
+from tokenlabel.models.load import load_model
+from tokenlabel.runtime.errors import ModelError
 
 TINY = "test_vit"  # of timm, .4 million parameters
 
@@ -57,7 +58,7 @@ REASONS = {
 
 @pytest.mark.parametrize("name", REASONS)
 def test_a_name_that_means_no_network_is_refused_with_what_was_meant(name: str, folder: Path) -> None:
-    with pytest.raises(LoadError, match=r"^no network") as caught:
+    with pytest.raises(ModelError, match=r"^no network") as caught:
         load_model(name)
     assert REASONS[name] in str(caught.value)
     with pytest.raises(ValueError, match=r"^there is no model") as caught:
@@ -113,7 +114,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("name", [TINY, f"hf-hub:timm/{TINY}.r160_in1k"])
 def test_without_a_network_weights_are_asked_for_once(name: str, cache: Path, asked: list[str]) -> None:
-    with pytest.raises(LoadError, match=r"cannot be reached.*give a checkpoint file by --weights"):
+    with pytest.raises(ModelError, match=r"cannot be reached.*give a checkpoint file by --weights"):
         load_model(name)
     assert len(asked) == 1, "each retry would wait longer than the one before"
     assert not constants.HF_HUB_OFFLINE, "for this load only"
@@ -141,15 +142,15 @@ def test_beside_a_file_of_weights_nobody_is_asked(tmp_path: Path, cache: Path, a
     path = tmp_path / "weights.pth"
     torch.save(timm.create_model(TINY, num_classes=3).state_dict(), path)
     assert load_model(TINY, weights=str(path)).num_classes == 3
-    with pytest.raises(LoadError, match=r"not in the cache of the hub, and .* is not asked"):
+    with pytest.raises(ModelError, match=r"not in the cache of the hub, and .* is not asked"):
         load_model(f"hf-hub:timm/{TINY}.r160_in1k", weights=str(path))
-    with pytest.raises(LoadError, match=r"nowhere\.npz: no such file"):
+    with pytest.raises(ModelError, match=r"nowhere\.npz: no such file"):
         load_model(TINY, weights="nowhere.npz")
     assert asked == []
 
 
 def test_a_model_that_nobody_trained_is_no_teacher(asked: list[str]) -> None:
-    with pytest.raises(LoadError, match="regnetz_b16_evos has no weights that could be downloaded"):
+    with pytest.raises(ModelError, match="regnetz_b16_evos has no weights that could be downloaded"):
         load_model("regnetz_b16_evos")
     assert asked == []
 

@@ -10,7 +10,8 @@ import torch
 
 from tokenlabel.core.config import Inference
 from tokenlabel.data.scenes import write_scenes
-from tokenlabel.models.load import LoadError, load_model
+from tokenlabel.models.load import load_model
+from tokenlabel.runtime.errors import ModelError
 
 TRAIN = """train --out run --data.train scenes/train --data.val scenes/val --data.labels labels --data.num-workers 0
  --recipe demo_token_labels --model.name lvvit_t --model.img-size 32,24 --num-steps 3 --batch-size 8 --precision bf16
@@ -74,5 +75,5 @@ def test_all_names_lead_to_one_type(folder, monkeypatch):
 
 def test_a_run_has_weights_of_its_own(folder, monkeypatch):
     monkeypatch.chdir(folder)
-    with pytest.raises(LoadError, match="run is a run and has weights of its own; leave --weights out"):
+    with pytest.raises(ModelError, match="run is a run and has weights of its own; leave --weights out"):
         load_model("run", weights="run.safetensors")

@@ -20,10 +20,11 @@ from torch import Tensor
 
 from tokenlabel.cli import main
 from tokenlabel.models import Inference, TokenModel, create_model, register_with_timm
-from tokenlabel.models.load import LoadError, load_model, of_run
+from tokenlabel.models.load import load_model, of_run
 from tokenlabel.models.vision_transformer import resize_positions
-from tokenlabel.models.weights import WeightsError, load_published, read_checkpoint
+from tokenlabel.models.weights import load_published, read_checkpoint
 from tokenlabel.runtime.configuration import config_as_dict, config_from_dict
+from tokenlabel.runtime.errors import ModelError
 from tokenlabel.teachers.dense import TokenNetwork
 from tokenlabel.teachers.networks import TeacherConfig, load_teacher
 from tokenlabel.training.checkpoint import load_run, with_recipe
@@ -59,7 +60,7 @@ def test_safetensors_round_trip(tmp_path: Path) -> None:
 def test_averages_in_our_own_folders(tmp_path: Path) -> None:
     plain, average, model = tiny(), tiny(), tiny()
     save_file(plain.state_dict(), tmp_path / "model.safetensors")
-    with pytest.raises(WeightsError, match=r"ema.safetensors: no such file"):
+    with pytest.raises(ModelError, match=r"ema.safetensors: no such file"):
         load_published(model, tmp_path, average=True)
     save_file(average.state_dict(), tmp_path / "ema.safetensors")
     load_published(model, tmp_path, average=True)
@@ -107,9 +108,9 @@ def test_positions_follow_the_image_size(tmp_path: Path, img_size: tuple[int, in
 def test_positions_that_are_no_square_need_their_grid(tmp_path: Path) -> None:
     one, other = tiny((8, 28)), tiny((16, 16))
     save_file(one.state_dict(), tmp_path / "model.safetensors")
-    with pytest.raises(WeightsError, match=r"14 positions are no square; say their grid"):
+    with pytest.raises(ModelError, match=r"14 positions are no square; say their grid"):
         load_published(other, tmp_path)
-    with pytest.raises(WeightsError, match=r"14 positions are not a grid of \(3, 5\)"):
+    with pytest.raises(ModelError, match=r"14 positions are not a grid of \(3, 5\)"):
         load_published(other, tmp_path, grid=(3, 5))
     load_published(other, tmp_path, grid=(2, 7))
     image = torch.randn(1, 3, 16, 16)
@@ -179,7 +180,7 @@ def test_weights_of_another_model_are_refused(tmp_path: Path, options: dict[str,
     model = tiny(**options)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     save_file(tiny().state_dict(), tmp_path / "model.safetensors")
-    with pytest.raises(WeightsError, match=message):
+    with pytest.raises(ModelError, match=message):
         load_published(model, tmp_path)
     assert states_equal(model.state_dict(), before)
 
@@ -198,7 +199,7 @@ def test_a_pickle_that_runs_code_is_refused_with_a_way_out(
     path, weights = tmp_path / "evil.pth", tiny().state_dict()
     torch.save({**({key: weights} if key else weights), "extra": Malicious()}, path)
     with pytest.raises(
-        WeightsError, match=r"evil.pth holds more than tensors.*convert it once: python -c"
+        ModelError, match=r"evil.pth holds more than tensors.*convert it once: python -c"
     ) as caught:
         read_checkpoint(path)
     assert "never run" not in capsys.readouterr().out
@@ -220,15 +221,15 @@ def test_a_pickle_that_runs_code_is_refused_with_a_way_out(
 )
 def test_damaged_files_are_refused(tmp_path: Path, name: str, contents: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(contents)
-    with pytest.raises(WeightsError, match=message):
+    with pytest.raises(ModelError, match=message):
         read_checkpoint(tmp_path / name)
 
 
 def test_missing_file_and_missing_average(tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match=r"nothing.pth: no such file"):
+    with pytest.raises(ModelError, match=r"nothing.pth: no such file"):
         read_checkpoint(tmp_path / "nothing.pth")
     torch.save({"state_dict": tiny().state_dict()}, tmp_path / "a.pth")
-    with pytest.raises(WeightsError, match=r"a.pth has no averaged weights"):
+    with pytest.raises(ModelError, match=r"a.pth has no averaged weights"):
         read_checkpoint(tmp_path / "a.pth", average=True)
 
 
@@ -293,7 +294,7 @@ def test_names_that_timm_knows_how_to_change(tmp_path: Path, capfd: pytest.Captu
     assert "begins as the classifier" in capfd.readouterr().err
     other = create_model("dla46_c", num_classes=5, img_size=(64, 64))  # timm loads it without strictness
     with pytest.raises(
-        WeightsError,
+        ModelError,
         match=r"it lacks module\.model\.base_layer\.0\.weight, .* it has module\.model\.downsample_layers\.0",
     ):
         load_published(other, tmp_path / "a.pth")
@@ -403,9 +404,7 @@ def test_averages_are_taken_wherever_they_are(contents: dict[str, Any], tmp_path
 def test_a_missing_average_names_what_there_is(tmp_path: Path) -> None:
     torch.save({"state_dict": BARE, "epoch": 1}, tmp_path / "a.pth")
     model = create_model("test_resnet", num_classes=5, img_size=(64, 64))
-    with pytest.raises(
-        WeightsError, match=r"a.pth has no averaged weights; it has state_dict \(92 tensors\)"
-    ):
+    with pytest.raises(ModelError, match=r"a.pth has no averaged weights; it has state_dict \(92 tensors\)"):
         load_published(model, tmp_path / "a.pth", average=True)
 
 
@@ -421,7 +420,7 @@ def test_pickles_may_hold_what_is_harmless(tmp_path: Path) -> None:
     torch.save({"state_dict": BARE, **beside}, tmp_path / "a.pth")
     assert read_checkpoint(tmp_path / "a.pth").keys() == BARE.keys()
     torch.save({"state_dict": BARE, "hook": Malicious()}, tmp_path / "b.pth")
-    with pytest.raises(WeightsError, match=r"b.pth holds more than tensors \(print\)"):
+    with pytest.raises(ModelError, match=r"b.pth holds more than tensors \(print\)"):
         read_checkpoint(tmp_path / "b.pth")
 
 
@@ -431,7 +430,7 @@ def test_what_differs_is_called_as_in_the_file(tmp_path: Path) -> None:
     model = create_model("vit_tiny_patch16_224", num_classes=5, img_size=(32, 32), **VIT)
     torch.save(other, tmp_path / "a.pth")
     with pytest.raises(
-        WeightsError, match=r"options: it has blocks\.1\.attn\.proj\.bias, .* and \d+ more"
+        ModelError, match=r"options: it has blocks\.1\.attn\.proj\.bias, .* and \d+ more"
     ) as error:
         load_published(model, tmp_path / "a.pth")
     assert "backbone." not in str(error.value)
@@ -507,7 +506,7 @@ def test_a_file_of_another_network_is_refused_by_its_names(
     monkeypatch.chdir(tmp_path)
     torch.save({"state_dict": below("module.", BARE)}, "a.pth")
     with pytest.raises(
-        LoadError, match=r"cannot be loaded \(a.pth .*it lacks .*; it has module.conv1"
+        ModelError, match=r"cannot be loaded \(a.pth .*it lacks .*; it has module.conv1"
     ) as error:
         load_model("test_efficientnet", weights="a.pth")
     assert "\n" not in str(error.value)

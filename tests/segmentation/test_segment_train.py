@@ -20,9 +20,10 @@ from segment_cases import BACKBONE, nested_recipe, recipe_for, write_image
 
 from tokenlabel.cli import main
 from tokenlabel.data.scenes import write_scenes
-from tokenlabel.models import WeightsError, create_model
+from tokenlabel.models import create_model
 from tokenlabel.runtime.configuration import ConfigError, config_from_dict
 from tokenlabel.runtime.distributed import Ranks, joined_ranks
+from tokenlabel.runtime.errors import ModelError
 from tokenlabel.runtime.runlog import read_metrics
 from tokenlabel.segmentation.evaluation import evaluate_segmentation
 from tokenlabel.segmentation.inference import Segmenter
@@ -226,7 +227,7 @@ def test_files_that_differ_are_refused_by_the_names(tmp_path):
     model = new_model()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(
-        WeightsError,
+        ModelError,
         match=r"it lacks decode_head\.fpn_convs\.0\.conv\.weight; it has decode_head\.more\.weight; "
         r"sizes differ: neck\.side_layer1\.0\.weight \(16 x 16 x 2 x 2, not 16 x 16 x 4 x 4\)",
     ):

@@ -38,13 +38,13 @@ from tokenlabel.labels.fingerprints import find_replaced
 from tokenlabel.labels.inspection import InspectConfig, as_text, inspect_store
 from tokenlabel.labels.store import LabelStore, LabelStoreWriter, StoreError
 from tokenlabel.models import create_model
-from tokenlabel.runtime.errors import ConfigError, DataError
+from tokenlabel.runtime.errors import ConfigError, DataError, ModelError
 from tokenlabel.runtime.process import ahead, thread_pool
 from tokenlabel.teachers import labelling
 from tokenlabel.teachers.annotation import AnnotateConfig, annotate, annotate_by, make_teacher
 from tokenlabel.teachers.labelling import TeacherImage, by_shape
 from tokenlabel.teachers.masks import MaskTeacher
-from tokenlabel.teachers.networks import TeacherError, load_teacher
+from tokenlabel.teachers.networks import load_teacher
 from tokenlabel.training.checkpoint import TrainState, save_checkpoint
 from tokenlabel.training.recipe import DataConfig, ModelConfig, OptimConfig, Recipe
 
@@ -639,7 +639,7 @@ def test_masks_of_unknown_ids_stop_and_class_maps_mend_them(images, tmp_path):
 
 
 def test_masks_go_with_no_other_teacher(images):
-    with pytest.raises(TeacherError, match="masks go with no other teacher"):
+    with pytest.raises(ModelError, match="masks go with no other teacher"):
         make_teacher(config(teacher=["masks:x", "resnet18"]), ImageFolder(images), CPU)
 
 

@@ -19,11 +19,12 @@ from safetensors.torch import load_file, save_file
 import tokenlabel as tl
 from tokenlabel.cli import main
 from tokenlabel.core.config import OnlineTeacherConfig
+from tokenlabel.runtime.errors import ModelError
 from tokenlabel.teachers.backbone import load_backbone
 from tokenlabel.teachers.dense import ClassifierNetwork, HeadNetwork
 from tokenlabel.teachers.ensemble import load_teachers
-from tokenlabel.teachers.heads import Head, HeadError
-from tokenlabel.teachers.networks import TeacherConfig, TeacherError
+from tokenlabel.teachers.heads import Head
+from tokenlabel.teachers.networks import TeacherConfig
 from tokenlabel.teachers.online import load_online_teacher
 from tokenlabel.teachers.regression import DECAYS, Examples, cross_entropy, fit_linear
 from tokenlabel.teachers.texts import PROMPTS, OpenClipTower, text_embeddings
@@ -148,18 +149,18 @@ def test_a_head_comes_back_from_its_file(tmp_path):
 
 def test_files_that_hold_no_head(tmp_path):
     file = tmp_path / "head.safetensors"
-    with pytest.raises(HeadError, match="no such file; `tokenlabel fit-head` makes heads"):
+    with pytest.raises(ModelError, match="no such file; `tokenlabel fit-head` makes heads"):
         Head.load(file)
     random_head(5, 4).save(file)
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(HeadError, match="damaged"):
+    with pytest.raises(ModelError, match="damaged"):
         Head.load(file)
     file.write_bytes(whole[:-3] + b"\x00\x01\x02")
-    with pytest.raises(HeadError, match="damaged"):
+    with pytest.raises(ModelError, match="damaged"):
         Head.load(file)
     save_file({"weight": torch.zeros(2)}, file)
-    with pytest.raises(HeadError, match=r"holds no head, but other tensors; .* --teacher NAME --weights"):
+    with pytest.raises(ModelError, match=r"holds no head, but other tensors; .* --teacher NAME --weights"):
         Head.load(file)
     with pytest.raises(ValueError, match="needs the names"):
         random_head(3, 4, kind="labels")
@@ -376,7 +377,7 @@ def test_words_of_two_heads_are_not_averaged_and_mirror_images_are(images, tmp_p
             == 0
         )
     files = [str(tmp_path / f"{seed}.safetensors") for seed in "01"]
-    with pytest.raises(TeacherError, match="visual words of one head mean nothing to another"):
+    with pytest.raises(ModelError, match="visual words of one head mean nothing to another"):
         load_teachers(TeacherConfig(teacher=files), [], CPU)
     flipped = load_teachers(TeacherConfig(teacher=files[0], flip=True), ["a", "b"], CPU)
     plain = load_teachers(TeacherConfig(teacher=files[0]), ["a", "b"], CPU)
@@ -667,7 +668,7 @@ def test_a_head_teaches_in_the_step_and_words_do_not(colours, images, tmp_path):
     offline = load_teachers(TeacherConfig(teacher=str(head)), ["blue", "red"], CPU)
     torch.testing.assert_close(of_locations, offline.probabilities(pixels))
     assert fit(images, tmp_path / "words.safetensors", "--from", "words", "--words", "4") == 0
-    with pytest.raises(TeacherError, match="says visual words, not classes; label the images once"):
+    with pytest.raises(ModelError, match="says visual words, not classes; label the images once"):
         load_online_teacher(
             OnlineTeacherConfig(name=str(tmp_path / "words.safetensors")), ["blue", "red"], CPU
         )

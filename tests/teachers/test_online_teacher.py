@@ -12,8 +12,7 @@ from torch.nn import functional as F
 
 from tokenlabel.core.config import OnlineTeacherConfig
 from tokenlabel.data.config import Interpolation
-from tokenlabel.models.load import LoadError
-from tokenlabel.runtime.errors import ConfigError
+from tokenlabel.runtime.errors import ConfigError, ModelError
 from tokenlabel.teachers.classmap import ClassMap
 from tokenlabel.teachers.dense import ClassifierNetwork
 from tokenlabel.teachers.input import TeacherInput
@@ -153,6 +152,6 @@ def test_a_teacher_of_other_classes_or_none_at_all_is_refused(network, tmp_path)
     save_file(network.state_dict(), path)
     with pytest.raises(ConfigError, match="7 classes, the images have 3"):
         load_online_teacher(OnlineTeacherConfig(name="test_resnet", weights=str(path)), list("abc"), CPU)
-    with pytest.raises(LoadError, match="no network 'test_resnext_'"):
+    with pytest.raises(ModelError, match="no network 'test_resnext_'"):
         load_online_teacher(OnlineTeacherConfig(name="test_resnext_"), list("abc"), CPU)
     assert load_online_teacher(OnlineTeacherConfig(), list("abc"), CPU) is None

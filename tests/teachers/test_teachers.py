@@ -18,13 +18,13 @@ from tokenlabel.core.scores import from_top
 from tokenlabel.data.augment import EvalTransform
 from tokenlabel.data.config import Interpolation
 from tokenlabel.models import TimmAdapter, create_model
-from tokenlabel.models.load import LoadError, check_classes
-from tokenlabel.runtime.errors import ConfigError
+from tokenlabel.models.load import check_classes
+from tokenlabel.runtime.errors import ConfigError, ModelError
 from tokenlabel.teachers.classmap import ClassMap, class_map_for
-from tokenlabel.teachers.dense import ClassifierNetwork, NoDenseMapError, TokenNetwork
+from tokenlabel.teachers.dense import ClassifierNetwork, TokenNetwork
 from tokenlabel.teachers.ensemble import Ensemble, load_teachers
 from tokenlabel.teachers.input import TeacherInput
-from tokenlabel.teachers.networks import NetworkTeacher, Teacher, TeacherConfig, TeacherError, load_teacher
+from tokenlabel.teachers.networks import NetworkTeacher, Teacher, TeacherConfig, load_teacher
 from tokenlabel.teachers.online import load_online_teacher
 
 CPU = torch.device("cpu")
@@ -131,7 +131,7 @@ def test_the_published_teacher_gives_18_by_18():
 def test_heads_that_cannot_be_moved_are_refused_by_name(name, reason):
     backbone = timm_model(name, num_classes=5).eval()
     side = backbone.default_cfg["input_size"][1]
-    with pytest.raises(NoDenseMapError, match=f"^{name} has no dense map: .*({reason})"):
+    with pytest.raises(ModelError, match=f"^{name} has no dense map: .*({reason})"):
         ClassifierNetwork(backbone, name=name).grid_for((side, side))
 
 
@@ -291,10 +291,10 @@ def test_flipping_turns_maps_back():
 def test_teachers_of_other_classes_are_not_averaged():
     other = ByColour()
     other.class_names = ("blue", "green", "red")
-    with pytest.raises(TeacherError, match="names or orders"):
+    with pytest.raises(ModelError, match="names or orders"):
         Ensemble([ByColour(), other])
     other.num_classes = 4
-    with pytest.raises(TeacherError, match="3 and of 4"):
+    with pytest.raises(ModelError, match="3 and of 4"):
         Ensemble([ByColour(), other])
 
 
@@ -370,7 +370,7 @@ def test_every_pretrained_tag_without_classes_is_refused():
     for name, preset in presets.items():
         try:
             check_classes(name, preset)
-        except LoadError:
+        except ModelError:
             refused.add(name)
     assert refused == {name for name, preset in presets.items() if preset["num_classes"] not in data_sets}
     assert {"vit_base_patch16_clip_224.openai", "vit_pe_core_tiny_patch16_384.fb"} < refused
@@ -380,12 +380,12 @@ def test_every_pretrained_tag_without_classes_is_refused():
 def test_networks_of_other_sources_that_were_trained_on_images_and_texts():
     """From a file, the hub or a folder there is no tag to know them by, but their width."""
     hub = {"architecture": "vit_base_patch16_clip_224", "num_classes": 512}
-    with pytest.raises(LoadError, match="its 512 outputs are an embedding, not classes"):
+    with pytest.raises(ModelError, match="its 512 outputs are an embedding, not classes"):
         check_classes("hf-hub:someone/clip", hub)
     check_classes("hf-hub:someone/pets", hub | {"num_classes": 37, "tag": "openai"})
     check_classes("local-dir:mine", hub | {"label_names": [str(i) for i in range(512)]})
     check_classes("convnext_base", {"architecture": "convnext_base", "tag": "fb_in1k", "num_classes": 640})
-    with pytest.raises(LoadError, match="its weights have no classifier"):
+    with pytest.raises(ModelError, match="its weights have no classifier"):
         check_classes("local-dir:backbone", {"architecture": "resnet18", "num_classes": 0})
 
 
@@ -410,16 +410,16 @@ def test_networks_without_classes_label_and_predict_nothing(name, what, tmp_path
         message = capsys.readouterr().err
         assert re.search(f"^tokenlabel {command[0]}: error: {name}: its {what}", message, re.MULTILINE)
     assert not (tmp_path / "labels").exists()
-    with pytest.raises(LoadError, match=what):
+    with pytest.raises(ModelError, match=what):
         load_online_teacher(OnlineTeacherConfig(name=name), list("ab"), CPU)
 
 
 def test_weights_beside_a_run_and_sizes_below_one_are_refused(tmp_path):
     (tmp_path / "state.json").write_text("{}")
     config = TeacherConfig(teacher=str(tmp_path))
-    with pytest.raises(LoadError, match="is a run and has weights of its own"):
+    with pytest.raises(ModelError, match="is a run and has weights of its own"):
         load_teacher(str(tmp_path), config, CPU, weights="some.safetensors")
-    with pytest.raises(TeacherError, match="size must be at least 1, got 0"):
+    with pytest.raises(ModelError, match="size must be at least 1, got 0"):
         TeacherConfig(teacher="resnet10t", size=0)
 
 

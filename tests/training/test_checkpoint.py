@@ -8,8 +8,8 @@ import torch
 from tokenlabel.models import create_model
 from tokenlabel.models.load import load_model
 from tokenlabel.runtime.configuration import config_from_dict
+from tokenlabel.runtime.errors import ModelError
 from tokenlabel.training.checkpoint import (
-    CheckpointError,
     TrainState,
     list_checkpoints,
     load_checkpoint,
@@ -117,7 +117,7 @@ def test_a_damaged_file_is_named(tmp_path, name, damage):
     folder = save(tmp_path, 1, trained_for(1))
     data = (folder / name).read_bytes()
     (folder / name).write_bytes(damage(data))
-    with pytest.raises(CheckpointError, match=f"{name}.*altered.*remove this folder"):
+    with pytest.raises(ModelError, match=f"{name}.*altered.*remove this folder"):
         load_checkpoint(folder, trained_for(0))
 
 
@@ -133,7 +133,7 @@ def test_tensors_come_in_the_same_order_in_every_process(tmp_path):
 def test_a_missing_file_is_named(tmp_path):
     folder = save(tmp_path, 1, trained_for(1))
     (folder / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"model\.safetensors: cannot be read"):
+    with pytest.raises(ModelError, match=r"model\.safetensors: cannot be read"):
         load_checkpoint(folder, trained_for(0))
 
 
@@ -141,7 +141,7 @@ def test_another_format_is_refused(tmp_path):
     folder = save(tmp_path, 1, trained_for(1))
     state = json.loads((folder / "state.json").read_text())
     (folder / "state.json").write_text(json.dumps(state | {"format": 99}))
-    with pytest.raises(CheckpointError, match=r"format 99.*train anew in another folder"):
+    with pytest.raises(ModelError, match=r"format 99.*train anew in another folder"):
         load_run(folder)
 
 
@@ -149,7 +149,7 @@ def test_another_format_is_refused(tmp_path):
 def test_a_state_that_lacks_something_is_named(tmp_path, content):
     folder = save(tmp_path, 1, trained_for(1))
     (folder / "state.json").write_text(content)
-    with pytest.raises(CheckpointError, match=r"state\.json was altered.*remove this folder"):
+    with pytest.raises(ModelError, match=r"state\.json was altered.*remove this folder"):
         load_run(folder)
 
 
@@ -158,14 +158,12 @@ def test_a_segmentation_model_is_sent_to_its_verbs(tmp_path):
     state = json.loads((folder / "state.json").read_text())
     state["recipe"]["data"] = {"layout": "folders"}
     (folder / "state.json").write_text(json.dumps(state))
-    with pytest.raises(
-        CheckpointError, match=f"{tmp_path}: holds a segmentation model; .*`tokenlabel segment`"
-    ):
+    with pytest.raises(ModelError, match=f"{tmp_path}: holds a segmentation model; .*`tokenlabel segment`"):
         load_run(tmp_path)
 
 
 def test_a_folder_without_a_run_says_what_to_give(tmp_path):
-    with pytest.raises(CheckpointError, match="run folder that `tokenlabel train` made"):
+    with pytest.raises(ModelError, match="run folder that `tokenlabel train` made"):
         load_run(tmp_path)
 
 
@@ -189,7 +187,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, file):
         trained = TrainState(torch.nn.Identity(), torch.optim.SGD([torch.nn.Parameter(torch.ones(1))]), None)
     with (
         files_of_at_most(room),
-        pytest.raises(CheckpointError, match=r"(?i)too large.*earlier checkpoints are intact"),
+        pytest.raises(ModelError, match=r"(?i)too large.*earlier checkpoints are intact"),
     ):
         save(tmp_path, 2, trained)
     assert [int(path.name) for path in list_checkpoints(tmp_path)] == [1]

@@ -25,7 +25,8 @@ from tokenlabel.labels.pictures import map_of_scores
 from tokenlabel.labels.wordnet import with_words
 from tokenlabel.models import TimmAdapter, TokenModel
 from tokenlabel.runtime.distributed import Ranks
-from tokenlabel.teachers.dense import ClassifierNetwork, NoDenseMapError
+from tokenlabel.runtime.errors import ModelError
+from tokenlabel.teachers.dense import ClassifierNetwork
 
 NUM_TRAIN, NUM_VAL = 6, 24
 
@@ -133,7 +134,7 @@ class Answering(Evaluator):
         try:
             with autocast:
                 found = network(normalize_images(images, mean=model.mean, std=model.std)).locations
-        except NoDenseMapError:
+        except ModelError:
             return
         self.maps = {key: map_of_logits(logits) for key, logits in zip(self.pixels, found, strict=True)}
 

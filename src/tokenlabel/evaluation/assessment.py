@@ -45,15 +45,12 @@ from tokenlabel.models import TokenModel
 from tokenlabel.models.load import LoadedModel, load_model
 from tokenlabel.runtime.coercion import COUNT, NATURAL, check_numbers, coerced_fields, pair
 from tokenlabel.runtime.distributed import Ranks, joined_ranks, usable_device
+from tokenlabel.runtime.errors import ConfigError
 from tokenlabel.runtime.process import listed, say
 from tokenlabel.training.checkpoint import with_recipe
 from tokenlabel.training.run_folder import sound_images
 
 Figures = dict[str, Any]
-
-
-class NetworkError(ValueError):
-    """A network that cannot do what is asked of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,31 +100,31 @@ class EvalOptions:
     """Leave out images that cannot be decoded; as the run did by default."""
 
     def check(self) -> None:
-        """Raise NetworkError for options that do not go together, or mean nothing."""
+        """Raise ConfigError for options that do not go together, or mean nothing."""
         of_images = ("real", "masks", "labels", "per_class")
         if self.set == "imagenet-c":
             self.leave_out("--set imagenet-c measures the top-1 alone", "multi_labels", *of_images)
         if self.multi_labels is not None:
             self.leave_out("--multi-labels measures the average precision alone", *of_images)
             if self.set != "folder":
-                raise NetworkError(
+                raise ConfigError(
                     f"--multi-labels is of any images, --set {self.set} of images with one class each"
                 )
         if self.probe is None and self.probe_test is not None:
-            raise NetworkError("--probe-test tests probes that learn from --probe; name that folder, too")
+            raise ConfigError("--probe-test tests probes that learn from --probe; name that folder, too")
         if self.masks is None and self.ignore_index is not None:
-            raise NetworkError("--ignore-index is an id in masks; give --masks, or leave it out")
+            raise ConfigError("--ignore-index is an id in masks; give --masks, or leave it out")
         check_numbers(self, "--", batch_size=NATURAL, num_workers=COUNT)
         if self.size is not None and self.size < 1:
-            raise NetworkError(f"--size {self.size}: images have at least one pixel")
+            raise ConfigError(f"--size {self.size}: images have at least one pixel")
         if self.crop_fraction is not None and not 0 < self.crop_fraction <= 1:
-            raise NetworkError(f"--crop-fraction {self.crop_fraction}: a crop keeps a share in (0, 1]")
+            raise ConfigError(f"--crop-fraction {self.crop_fraction}: a crop keeps a share in (0, 1]")
 
     def leave_out(self, reason: str, *names: str) -> None:
-        """Raise NetworkError, for a reason, if any of some options is given."""
+        """Raise ConfigError, for a reason, if any of some options is given."""
         given = [f"--{name.replace('_', '-')}" for name in names if getattr(self, name)]
         if given:
-            raise NetworkError(f"{reason}; leave {', '.join(given)} out")
+            raise ConfigError(f"{reason}; leave {', '.join(given)} out")
 
 
 def assess(name: str | Path, options: EvalOptions, *, device: torch.device | str) -> Figures:
@@ -155,19 +152,19 @@ def assess(name: str | Path, options: EvalOptions, *, device: torch.device | str
 def chosen_heads(network: LoadedModel, wanted: str | None) -> tuple[Inference, ...]:
     """Return the ways to predict that `wanted` means: one by name, `all`, or the usual one.
 
-    Raises NetworkError for a head that was never trained.
+    Raises ConfigError for a head that was never trained.
     """
     if wanted is None:
         return network.heads[:1]
     if wanted == "all":
         return tuple(head for head in Inference if head in network.heads)
     if Inference(wanted) not in network.heads and network.token_classes is not None:
-        raise NetworkError(
+        raise ConfigError(
             f"{network.name}: its tokens are about {network.token_classes}, not its {network.num_classes:,} classes; "
             "evaluate it with --inference class"
         )
     if Inference(wanted) not in network.heads:
-        raise NetworkError(
+        raise ConfigError(
             f"{network.name} was trained without token labels, so its token head says nothing; "
             "evaluate it with --inference class"
         )
@@ -226,7 +223,7 @@ class _Assessment:
         return {head: figures | probes for head, figures in found.items()}
 
     def _check_without_classes(self, probes: Figures) -> None:
-        """Raise NetworkError for what a network without class head cannot be asked."""
+        """Raise ConfigError for what a network without class head cannot be asked."""
         network, options = self.network, self.options
         options.leave_out(
             f"{network.name} has no class head, so it names no classes",
@@ -238,7 +235,7 @@ class _Assessment:
         asked = options.data or (network.recipe and network.recipe.data.val)
         if (options.data is not None or not probes) and not self._labels():
             at = f" and cannot be held against the classes of {asked}" if asked else ""
-            raise NetworkError(
+            raise ConfigError(
                 f"{network.name} has no class head{at}; give --probe DIR, a few images with classes, for probes of its "
                 "features, or --labels STORE of --data, for how far its tokens agree with the teacher"
             )
@@ -252,7 +249,7 @@ class _Assessment:
         if probe is None:
             return {}
         if not isinstance(network.model, TokenModel):
-            raise NetworkError(f"{network.name} has no tokens to probe; leave --probe out")
+            raise ConfigError(f"{network.name} has no tokens to probe; leave --probe out")
         learn, judged = probe_sets(probe, test, self._transform())
         batches = (self._batches(dataset) for dataset in (learn, judged))
         num_classes = len(learn.source.class_names)
@@ -332,7 +329,7 @@ class _Assessment:
         recipe = self.network.recipe
         folder = self.options.data or (Path(recipe.data.val) if recipe and recipe.data.val else None)
         if folder is None:
-            raise NetworkError(f"{self.network.name} has no val images of its own; name images with --data")
+            raise ConfigError(f"{self.network.name} has no val images of its own; name images with --data")
         return folder
 
     def _sound(self, images: EvaluationSet, *, when_skipping: bool = False) -> EvaluationSet:
@@ -365,11 +362,11 @@ class _Assessment:
         """Yield what the tokens are held against, under the name of the figures."""
         masks, labels, others = self.options.masks, self._labels(), self.network.token_classes
         if (masks or self.options.labels) and not self.network.has_token_head:
-            raise NetworkError(
+            raise ConfigError(
                 f"{self.network.name} has no head for tokens that was trained; leave --masks and --labels out"
             )
         if masks and others is not None:
-            raise NetworkError(
+            raise ConfigError(
                 f"{self.network.name}: its tokens are about {others}, no masks; leave --masks out"
             )
         if masks is not None:

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from tokenlabel.core.geometry import WHOLE_IMAGE, Box
 from tokenlabel.core.scores import Kind, ScoreMap
 from tokenlabel.runtime.coercion import Choice
+from tokenlabel.runtime.errors import StoreError
 
 
 class Encoding(Choice):
@@ -29,10 +30,6 @@ class Encoding(Choice):
 
     RAW = "raw"
     COMPACT = "compact"
-
-
-class EncodingError(ValueError):
-    """A map that a record cannot hold, or bytes that are no record."""
 
 
 # Encoding and flags, H and W, steps of probability 1 (compact), K, U; little endian, like everything here.
@@ -66,11 +63,11 @@ def pack(score_map: ScoreMap, encoding: Encoding | str, *, tolerance: float = DE
     little in sum; what they keep is in steps of 1.25 times the tolerance, at the finest 1/510. Their mass joins the
     rest. A cell that keeps something keeps its best entry, unless `score_map.empty_is_even`. A map of logits (kept as
     float16), and one beyond MAX_BODY_BYTES or MAX_COMPACT_ENTRIES, is written raw whatever `encoding` says. Raises
-    EncodingError for maps of more than 65,535 rows or columns, and for logits beyond float16.
+    StoreError for maps of more than 65,535 rows or columns, and for logits beyond float16.
     """
     height, width, topk = score_map.codes.shape
     if max(height, width) > 0xFFFF:
-        raise EncodingError(f"a record holds at most 65535 rows and columns, this map has {height} x {width}")
+        raise StoreError(f"a record holds at most 65535 rows and columns, this map has {height} x {width}")
     if Encoding(encoding) is Encoding.COMPACT and score_map.kind is Kind.PROBABILITIES:
         num_steps = FINEST_STEPS
         if tolerance * _STEP_OF_TOLERANCE * FINEST_STEPS > 1:
@@ -85,22 +82,22 @@ def pack(score_map: ScoreMap, encoding: Encoding | str, *, tolerance: float = DE
 def unpack(record: bytes, *, num_classes: int, empty_is_even: bool = False) -> ScoreMap:
     """Return the score map of a record; raw ones share the record's memory. `empty_is_even`: see `ScoreMap`.
 
-    Raises EncodingError for anything that is not a record of a map over `num_classes` classes, before it
+    Raises StoreError for anything that is not a record of a map over `num_classes` classes, before it
     takes more memory than the record itself and 16 times MAX_BODY_BYTES.
     """
     if len(record) < _HEAD.size:
-        raise EncodingError(f"a record has at least {_HEAD.size} bytes, this one {len(record)}")
+        raise StoreError(f"a record has at least {_HEAD.size} bytes, this one {len(record)}")
     number, flags, height, width, num_steps, topk, num_named = _HEAD.unpack_from(record)
     start = _HEAD.size
     region, kind = WHOLE_IMAGE, Kind.PROBABILITIES
     if flags:
         if flags > _HAS_REGION | _IS_LOGITS:
-            raise EncodingError(f"flags {flags:#x} are unknown: a newer tokenlabel?")
+            raise StoreError(f"flags {flags:#x} are unknown: a newer tokenlabel?")
         kind = Kind.LOGITS if flags & _IS_LOGITS else kind
         if flags & _HAS_REGION:
             region, start = _region(record, start), start + _REGION.size
     if not (height and width and topk and num_named):
-        raise EncodingError(
+        raise StoreError(
             f"a map of {height} x {width} cells, {topk} entries, {num_named} classes holds nothing"
         )
     shape = (height, width, topk)
@@ -111,14 +108,14 @@ def unpack(record: bytes, *, num_classes: int, empty_is_even: bool = False) -> S
     elif number == _BY_CELL:
         palette, codes, probs = _read_by_cell(record, start, shape, num_named)
     else:
-        raise EncodingError(
+        raise StoreError(
             f"a record of encoding {number}, known are {_RAW} to {_BY_CLASS}: a newer tokenlabel?"
         )
     # Codes and ids index into tensors later on, where a wrong one could end the program.
     if _largest(codes) >= num_named:
-        raise EncodingError(f"a code of {codes.max()} in a palette of {num_named}")
+        raise StoreError(f"a code of {codes.max()} in a palette of {num_named}")
     if _largest(palette.view(_UINT32)) >= num_classes:
-        raise EncodingError(
+        raise StoreError(
             f"class ids from {palette.min()} to {palette.max()}, expected 0 to {num_classes - 1}"
         )
     return ScoreMap(palette, codes, probs, num_classes, region, kind, empty_is_even)
@@ -154,11 +151,11 @@ def _head(score_map: ScoreMap, number: int, *, num_steps: int, topk: int, num_na
 
 def _region(record: bytes, start: int) -> Box:
     if len(record) < start + _REGION.size:
-        raise EncodingError("the record ends inside its region")
+        raise StoreError("the record ends inside its region")
     try:
         return Box(*_REGION.unpack_from(record, start))
     except ValueError as error:
-        raise EncodingError(str(error)) from error
+        raise StoreError(str(error)) from error
 
 
 # --- raw: palette int32 [U], values uint16 (steps) or float16 (logits) [H, W, K], codes [H, W, K] ---
@@ -173,7 +170,7 @@ def _raw_body(score_map: ScoreMap) -> bytes:
         with np.errstate(over="ignore"):
             values = score_map.probs.astype(_FLOAT16)
         if not np.isfinite(values).all():
-            raise EncodingError(
+            raise StoreError(
                 f"logits are kept as float16, at most 65504; got {np.abs(score_map.probs).max():.6g}"
             )
     else:
@@ -191,7 +188,7 @@ def _read_raw(
     codes_start = values_start + 2 * num_entries
     end = codes_start + num_entries * code_type.itemsize
     if len(record) != end:
-        raise EncodingError(
+        raise StoreError(
             f"a map of {shape} over {num_named} classes takes {end} bytes, the record has {len(record)}"
         )
     palette = np.ndarray(num_named, _INT32, record, start)
@@ -253,25 +250,23 @@ def _read_by_class(
 ) -> tuple[NDArray[np.int32], NDArray[np.unsignedinteger[Any]], NDArray[np.float32]]:
     num_cells, topk = shape[0] * shape[1], shape[2]
     if num_cells * topk > MAX_COMPACT_ENTRIES or not num_steps:
-        raise EncodingError(
-            f"a compact map of {shape} in {num_steps} steps, more than is written so, or none"
-        )
+        raise StoreError(f"a compact map of {shape} in {num_steps} steps, more than is written so, or none")
     body = np.frombuffer(_decompress(record[start:], num_named, MAX_BODY_BYTES), np.uint8)
     ends = body < 255
     num_kept, odd = divmod(int(np.count_nonzero(ends)) - num_named, 2)
     if num_kept < 0 or num_kept > num_cells * topk or odd or not ends[-1]:
-        raise EncodingError(f"its numbers do not fit {num_named} classes in a map of {shape}")
+        raise StoreError(f"its numbers do not fit {num_named} classes in a map of {shape}")
     sums = body.cumsum(dtype=np.int32)[ends]  # what numbers add up to; no more than 2^30
     palette = sums[:num_named] + np.arange(num_named, dtype=np.int32)
     sums = sums[num_named - 1 :] - sums[num_named - 1]
     places = sums[1 : num_kept + 1] + np.arange(num_kept, dtype=np.int32)  # ascending
     if num_kept and places[-1] >= num_named * num_cells:
-        raise EncodingError(f"an entry of a class that is not one of the {num_named} of the palette")
+        raise StoreError(f"an entry of a class that is not one of the {num_named} of the palette")
     named, cells = np.divmod(places, np.int32(num_cells))
     order = cells.astype(np.min_scalar_type(num_cells)).argsort(kind="stable")
     counts = np.bincount(cells, minlength=num_cells)
     if counts.max() > topk:
-        raise EncodingError(f"a cell of {counts.max()} entries, where {topk} are the most")
+        raise StoreError(f"a cell of {counts.max()} entries, where {topk} are the most")
     # Entries of a cell fill its row from the left.
     rows = np.arange(num_cells) * topk - counts.cumsum() + counts
     targets = rows.repeat(counts) + np.arange(num_kept)
@@ -299,7 +294,7 @@ def _read_by_cell(
     codes = np.frombuffer(body, code_type, num_entries, 4 * num_named)
     num_kept = int(np.count_nonzero(codes < num_named))
     if len(body) != codes_end + num_kept + _lower_bytes(num_kept):
-        raise EncodingError(
+        raise StoreError(
             f"{num_kept} kept entries ask for {num_kept + _lower_bytes(num_kept)} bytes of probabilities, "
             f"the body has {len(body) - codes_end}"
         )
@@ -340,10 +335,10 @@ def _decompress(frame: bytes, min_bytes: int, max_bytes: int) -> bytes:
     try:
         num_bytes = zstandard.frame_content_size(frame)
         if not min_bytes <= num_bytes <= min(max_bytes, MAX_BODY_BYTES):
-            raise EncodingError(
+            raise StoreError(
                 f"a body of {num_bytes} bytes, where the map's shape asks for {min_bytes} to {max_bytes} "
                 f"and {MAX_BODY_BYTES} are allowed"
             )
         return _zstd.decompressor.decompress(frame, allow_extra_data=False)
     except zstandard.ZstdError as error:
-        raise EncodingError(f"not a zstd frame ({error})") from error
+        raise StoreError(f"not a zstd frame ({error})") from error

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from tokenlabel.core.scores import ScoreMap
 from tokenlabel.labels.duplicates import find_duplicates
-from tokenlabel.labels.encoding import Encoding, EncodingError, pack, unpack
+from tokenlabel.labels.encoding import Encoding, pack, unpack
 from tokenlabel.labels.manifest import (
     MANIFEST_FILE,
     Failure,
@@ -151,7 +151,7 @@ def pack_for(manifest: Manifest, key: str, score_map: ScoreMap) -> bytes:
     try:
         score_map = replace(score_map, empty_is_even=manifest.empty_is_even)
         return pack(score_map, manifest.encoding, tolerance=manifest.tolerance)
-    except EncodingError as error:
+    except StoreError as error:
         raise StoreError(f"{key}: {error}") from error
 
 
@@ -217,7 +217,7 @@ class LabelStore:
             return unpack(
                 record, num_classes=self.manifest.num_classes, empty_is_even=self.manifest.empty_is_even
             )
-        except EncodingError as error:
+        except StoreError as error:
             raise StoreError(f"{self._where()}: the record of {key!r} cannot be used: {error}") from error
 
     def __contains__(self, key: str) -> bool:

@@ -5,25 +5,23 @@ from __future__ import annotations
 from typing import Any
 
 from tokenlabel.core.outputs import Inference, Outputs, TokenModel
-from tokenlabel.models.adapter import NoTokenGridError, TimmAdapter, create_timm_adapter
+from tokenlabel.models.adapter import TimmAdapter, create_timm_adapter
 from tokenlabel.models.hub import why_unknown
 from tokenlabel.models.lvvit import LVViT, LVViTConfig
 from tokenlabel.models.registration import OUR_MODELS, register_with_timm
 from tokenlabel.models.t2t_vit import T2TViT, T2TViTConfig
-from tokenlabel.models.weights import WeightsError, load_published
+from tokenlabel.models.weights import load_published
 from tokenlabel.runtime.coercion import Size, coerced, pair
 
 __all__ = [
     "Inference",
     "LVViT",
     "LVViTConfig",
-    "NoTokenGridError",
     "Outputs",
     "T2TViT",
     "T2TViTConfig",
     "TimmAdapter",
     "TokenModel",
-    "WeightsError",
     "create_model",
     "load_published",
     "register_with_timm",

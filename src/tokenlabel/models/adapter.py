@@ -26,7 +26,7 @@ from tokenlabel.core.outputs import Outputs, TokenModel, check_ascending
 from tokenlabel.models.hub import hub_or_cache
 from tokenlabel.models.weights import begin_as_classifier
 from tokenlabel.runtime.coercion import Size, check_numbers, pair
-from tokenlabel.runtime.errors import first_line
+from tokenlabel.runtime.errors import ModelError, first_line
 
 # Where timm's classifiers keep a norm that they apply to pooled features. Tokens take it too, so that the
 # token head sees what the classifier sees.
@@ -36,10 +36,6 @@ TIMM_METHODS = ("forward_features", "forward_intermediates", "forward_head")
 
 # What timm models raise for sizes and options that they cannot take.
 REFUSALS = (RuntimeError, AssertionError, TypeError, ValueError, IndexError)
-
-
-class NoTokenGridError(ValueError):
-    """A model whose features are not one vector for each location of the image."""
 
 
 class Layout(StrEnum):
@@ -77,7 +73,7 @@ class TimmAdapter(TokenModel):
 
     Class logits are the backbone's own. A backbone that has a token head (VOLO, LV-ViT) hands it over. Plans mix
     pixels, or, in these two, whose stems overlap, patch embeddings.
-    Raises NoTokenGridError for a backbone that has no token grid, ValueError for images that it cannot take.
+    Raises ModelError for a backbone that has no token grid, ValueError for images that it cannot take.
     """
 
     def __init__(
@@ -102,7 +98,7 @@ class TimmAdapter(TokenModel):
         self.std = _rgb(preprocessing.get("std", IMAGENET_DEFAULT_STD))
         missing = [method for method in TIMM_METHODS if not hasattr(backbone, method)]
         if missing:
-            raise NoTokenGridError(f"{name} has no token grid: it lacks timm's {' and '.join(missing)}")
+            raise ModelError(f"{name} has no token grid: it lacks timm's {' and '.join(missing)}")
         features = self._features(pair(img_size))
         self.grid = features.grid
         own_token_head = _take_own_token_head(backbone)
@@ -236,7 +232,7 @@ class TimmAdapter(TokenModel):
         grid, (height_px, width_px) = features.grid, img_size
         size = f"{height_px} x {width_px} pixels"
         if grid == (1, 1) and features.layout is not Layout.SEQUENCE:  # a map may be what pooling left
-            raise NoTokenGridError(
+            raise ModelError(
                 f"{self.name} has no token grid for images of {size}: its features are 1 x 1; take larger "
                 "images, or an earlier stage (the option `stage`)"
             )

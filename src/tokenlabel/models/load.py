@@ -25,7 +25,6 @@ from tokenlabel.models.adapter import REFUSALS, TimmAdapter
 from tokenlabel.models.hub import hub_or_cache, why_unknown
 from tokenlabel.models.registration import OUR_MODELS
 from tokenlabel.models.runs import (
-    CheckpointError,
     is_run,
     newest_checkpoint,
     read_state,
@@ -45,16 +44,12 @@ from tokenlabel.models.weights import (
     resize_all_positions,
 )
 from tokenlabel.runtime.coercion import Size, pair
-from tokenlabel.runtime.errors import first_line
+from tokenlabel.runtime.errors import ModelError, first_line
 from tokenlabel.runtime.process import listed, say
 
 # In timm's names of networks trained on images and texts. Their head projects into the space of the texts, and timm
 # calls the width of that space num_classes; the same networks fine-tuned on ImageNet ("_ft_in1k") have classes.
 IMAGE_TEXT, FINE_TUNED = re.compile("clip|pe_core"), "_ft_in"
-
-
-class LoadError(ValueError):
-    """A name that means no network, or weights that cannot be loaded."""
 
 
 class PlainClassifier(nn.Module):
@@ -124,13 +119,13 @@ def load_model(
     None. `at_test_size`: the size and crop that timm validates at where they differ from those of training.
     `as_backbone`: take networks without classes as well, and let those that can (timm's `dynamic_img_size`) take images
     of any size.
-    Raises LoadError for a name that means nothing and weights that cannot be loaded, CheckpointError for a run or
+    Raises ModelError for a name that means nothing, weights that cannot be loaded, and a run or
     checkpoint that is damaged, or of segmentation.
     """
     size = None if img_size is None else pair(img_size)
     if is_run(Path(name)):
         if weights is not None:
-            raise LoadError(
+            raise ModelError(
                 f"{name} is a run and has weights of its own; leave --weights out (one of several: '')"
             )
         return _load_run(Path(name), size)
@@ -138,7 +133,7 @@ def load_model(
     register_with_timm()
     reason = why_unknown(name, OUR_MODELS, weights_option="--weights")
     if reason is not None:
-        raise LoadError(
+        raise ModelError(
             f"no network {name!r}: neither a run folder with a checkpoint, nor a model that timm knows"
             + (f"; {reason}" if reason else "")
         )
@@ -150,7 +145,7 @@ def _load_run(path: Path, img_size: tuple[int, int] | None) -> LoadedModel:
     state = read_state(folder)
     recipe = state["recipe"]
     if "layout" in recipe["data"]:
-        raise CheckpointError(
+        raise ModelError(
             f"{path}: holds a segmentation model; the verbs of `tokenlabel segment` take it, and --model.weights"
         )
     others = None if state.get("token_classes") is None else token_classes_of(state)
@@ -219,7 +214,7 @@ def _load_by_name(
     if weights is None and preset is not None and not as_backbone:  # before anything is downloaded
         check_classes(name, asdict(preset))
     if weights is None and preset is not None and not preset.has_weights:
-        raise LoadError(
+        raise ModelError(
             f"{name} has no weights that could be downloaded; give a checkpoint file by --weights"
         )
     about = read_description(weights) if weights is not None else {}
@@ -241,7 +236,7 @@ def _load_by_name(
                 model: Any = timm.create_model(name, pretrained=True, **options)
     except Exception as error:  # timm, the hub and its network library raise whatever they run into
         advice = "give a checkpoint file by --weights" if weights is None else "is it of this model?"
-        raise LoadError(f"the weights of {name} cannot be loaded ({first_line(error)}); {advice}") from error
+        raise ModelError(f"the weights of {name} cannot be loaded ({first_line(error)}); {advice}") from error
     network = model.backbone if isinstance(model, TimmAdapter) else model
     preset_now = {**network.pretrained_cfg, "num_classes": model.num_classes}
     others = about.get("token_classes") and ClassList.from_dict(about["token_classes"])
@@ -328,7 +323,7 @@ def _from_file(
 
 
 def check_classes(name: str, preset: Mapping[str, Any]) -> None:
-    """Raise LoadError for a network without classes, by its pretrained configuration in timm.
+    """Raise ModelError for a network without classes, by its pretrained configuration in timm.
 
     That is one without a classifier, or an image-text network as wide as its embeddings (unless its configuration
     names classes).
@@ -344,7 +339,7 @@ def check_classes(name: str, preset: Mapping[str, Any]) -> None:
     )
     published = get_arch_pretrained_cfgs(preset.get("architecture") or "")
     others = [o for o, config in published.items() if config.num_classes and not _is_embedding(vars(config))]
-    raise LoadError(
+    raise ModelError(
         f"{name}: its {what}, so it says nothing of classes; as a teacher it needs a head (`tokenlabel fit-head IMAGES "
         f"head.safetensors --backbone {name} --from words`, then --teacher head.safetensors), to predict classes "
         "it must be fine-tuned (`tokenlabel train --model.name ... --model.options.pretrained true`)"

@@ -11,12 +11,9 @@ from safetensors.torch import load
 from torch import Tensor
 
 from tokenlabel.data.classes import ClassList
+from tokenlabel.runtime.errors import ModelError
 
 FORMAT = 2
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is missing, incomplete or altered."""
 
 
 def list_checkpoints(run: Path) -> list[Path]:
@@ -36,7 +33,7 @@ def newest_checkpoint(path: Path) -> Path:
         return path
     checkpoints = list_checkpoints(path)
     if not checkpoints:
-        raise CheckpointError(
+        raise ModelError(
             f"{path}: holds no checkpoint; give a run folder that `tokenlabel train` made, or one of its checkpoints"
         )
     return checkpoints[-1]
@@ -55,18 +52,18 @@ def token_classes_of(state: dict[str, Any]) -> ClassList:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """Return the state.json of a checkpoint folder. Raises CheckpointError."""
+    """Return the state.json of a checkpoint folder. Raises ModelError."""
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder}/state.json cannot be read ({error}); {_ADVICE}") from error
+        raise ModelError(f"{folder}/state.json cannot be read ({error}); {_ADVICE}") from error
     if (
         not isinstance(state, dict)
         or not {"format", "step", "recipe", "class_names", "sha256"} <= state.keys()
     ):
-        raise CheckpointError(f"{folder}/state.json was altered: it lacks what a checkpoint says; {_ADVICE}")
+        raise ModelError(f"{folder}/state.json was altered: it lacks what a checkpoint says; {_ADVICE}")
     if state["format"] != FORMAT:
-        raise CheckpointError(
+        raise ModelError(
             f"{folder}: checkpoint format {state['format']}, this version of tokenlabel reads {FORMAT}; train anew in "
             "another folder, or go on with the version that wrote it"
         )
@@ -74,14 +71,14 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def read_tensors(folder: Path, name: str, state: dict[str, Any]) -> dict[str, Tensor]:
-    """Return the tensors of a file of a checkpoint, its checksum checked. Raises CheckpointError."""
+    """Return the tensors of a file of a checkpoint, its checksum checked. Raises ModelError."""
     path = folder / name
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); {_ADVICE}") from error
+        raise ModelError(f"{path}: cannot be read ({error.strerror}); {_ADVICE}") from error
     if hashlib.sha256(data).hexdigest() != state["sha256"].get(name):
-        raise CheckpointError(f"{path}: was cut short or altered (its checksum is another); {_ADVICE}")
+        raise ModelError(f"{path}: was cut short or altered (its checksum is another); {_ADVICE}")
     # safetensors returns them in another order in each process; ranks meet once for each that is divided among them.
     return dict(sorted(load(data).items()))
 

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tokenlabel.models.runs import is_run, newest_checkpoint
-from tokenlabel.runtime.errors import first_line
+from tokenlabel.runtime.errors import ModelError, first_line
 from tokenlabel.runtime.process import listed, say
 
 # How files and modules call a running average of the weights: state_dict_ema, model_ema.module., teacher. (DINO's).
@@ -50,10 +50,6 @@ HARMLESS: list[Any] = [
     *((kind, f"{room}.{name}") for name, kind in _PATHS.items() for room in ("pathlib", "pathlib._local")),
     *((f, f"numpy.{room}.multiarray.{name}") for name, f in _FIGURES.items() for room in ("core", "_core")),
 ]
-
-
-class WeightsError(ValueError):
-    """A file that holds no weights, or weights of another model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +98,7 @@ def read_checkpoint(path: str | Path, *, average: bool = False) -> dict[str, Ten
 
     `path`: a file, or a folder with `model.safetensors` (the average: `ema.safetensors`), as our runs write.
 
-    Raises WeightsError for what cannot be read without running its code, and for a file without `average`.
+    Raises ModelError for what cannot be read without running its code, and for a file without `average`.
     """
     path, groups = _read(_checkpoint(path), average=average)
     group, prefix = _choose(groups, (), average=average, path=path)
@@ -121,13 +117,13 @@ def _read(path: Path, *, average: bool | None) -> tuple[Path, dict[str, dict[str
         name = names[not average] if average is not None else names[not (path / names[0]).exists()]
         path = path / name
     if not path.is_file():
-        raise WeightsError(f"{path}: no such file; expected weights as .safetensors, .pth or .pth.tar")
+        raise ModelError(f"{path}: no such file; expected weights as .safetensors, .pth or .pth.tar")
     contents = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
     groups = dict(_groups(contents))
     if path.name == "ema.safetensors":
         groups = {f"averaged{name}": tensors for name, tensors in groups.items()}
     if not groups:
-        raise WeightsError(f"{path} holds no tensors; it has {', '.join(map(str, contents)) or 'nothing'}")
+        raise ModelError(f"{path} holds no tensors; it has {', '.join(map(str, contents)) or 'nothing'}")
     return path, groups
 
 
@@ -162,7 +158,7 @@ def _choose(
     plain = [place for place in places if place not in averaged]
     if average and not averaged:
         there = listed([f"{group or 'tensors'} ({len(groups[group]):,} tensors)" for group in groups])
-        raise WeightsError(f"{path} has no averaged weights; it has {there}; load it without (model.average)")
+        raise ModelError(f"{path} has no averaged weights; it has {there}; load it without (model.average)")
     if averaged and average is not True and (average is None or not plain):
         say(f"{path}: takes the averaged weights ({': '.join(filter(None, averaged[0]))})")
     return (averaged if averaged and average is not False else plain or averaged)[0]
@@ -260,7 +256,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise WeightsError(f"{path} is damaged or no safetensors file ({error}); get it again") from error
+        raise ModelError(f"{path} is damaged or no safetensors file ({error}); get it again") from error
 
 
 def _read_pickle(path: Path) -> dict[str, Any]:
@@ -270,7 +266,7 @@ def _read_pickle(path: Path) -> dict[str, Any]:
     except UnpicklingError as error:
         stranger = re.search(r"GLOBAL (\S+)|global (\S+)", str(error))
         what = f" ({stranger[1] or stranger[2]})" if stranger else ""
-        raise WeightsError(
+        raise ModelError(
             f"{path} holds more than tensors{what}, and reading it could run any code. If you trust where it is from, "
             f"convert it once: python -c \"import torch; f = torch.load('{path}', weights_only=False); "
             "s = lambda v: v.state_dict() if hasattr(v, 'state_dict') else v; "
@@ -278,9 +274,7 @@ def _read_pickle(path: Path) -> dict[str, Any]:
             f"if torch.is_tensor(v) or isinstance(s(v), (dict, str, int))}}; torch.save(t(f), '{path}.tensors.pth')\""
         ) from error
     except (RuntimeError, EOFError, OSError, LookupError, TypeError, ValueError) as error:
-        raise WeightsError(
-            f"{path} is damaged or no checkpoint ({first_line(error)}); get it again"
-        ) from error
+        raise ModelError(f"{path} is damaged or no checkpoint ({first_line(error)}); get it again") from error
     if not isinstance(contents, dict):
-        raise WeightsError(f"{path} holds a {type(contents).__name__}, expected a dictionary of tensors")
+        raise ModelError(f"{path} holds a {type(contents).__name__}, expected a dictionary of tensors")
     return contents

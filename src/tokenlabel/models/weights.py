@@ -19,20 +19,18 @@ from tokenlabel.models.hub import hub_or_cache
 from tokenlabel.models.vision_transformer import VisionTransformer, resize_positions
 from tokenlabel.models.weight_files import (
     Weights,
-    WeightsError,
     find_weights,
     names_in_order,
     read_checkpoint,
     read_class_names,
     read_description,
 )
-from tokenlabel.runtime.errors import first_line
+from tokenlabel.runtime.errors import ModelError, first_line
 from tokenlabel.runtime.process import say
 
 __all__ = [
     "Loaded",
     "Weights",
-    "WeightsError",
     "adapter_name",
     "build_with",
     "count_classes",
@@ -106,7 +104,7 @@ def load(
     as the classifier. `tokens`: what the file's token head is about: the classes that its classifier is for, as the
     model's is; something else, but the same as the model's; or other things, so that the model's starts anew.
     `spared`: what of the model need not fit.
-    Raises WeightsError, and leaves the model alone, where anything else does not fit.
+    Raises ModelError, and leaves the model alone, where anything else does not fit.
     """
     path, wanted = weights.path, model.state_dict()
     if tokens == "other":
@@ -150,23 +148,23 @@ def _adapt(
     complaint = misfit(found, wanted, spared=spared, called=weights.name_in_file)
     if complaint and not ours and create is not None:
         backbone = {key.removeprefix("backbone."): tensor for key, tensor in found.items()}
-        with suppress(WeightsError):  # what differs says more than what timm says of it
+        with suppress(ModelError):  # what differs says more than what timm says of it
             network = build_with(create, replace(weights, backbone=backbone), like=model.backbone)
             found = {adapter_name(key): tensor for key, tensor in network.state_dict().items()}
             complaint = misfit(found, wanted, spared=spared, called=weights.name_in_file)
     if complaint and not ours:  # VOLO, CaiT and others have no way to other sizes in timm
-        with suppress(WeightsError):
+        with suppress(ModelError):
             resize_all_positions(found, model, grid=grid, name=name)
             complaint = misfit(found, wanted, spared=spared, called=weights.name_in_file)
     if complaint:
-        raise WeightsError(f"{name} is for another model or other options: {complaint}")
+        raise ModelError(f"{name} is for another model or other options: {complaint}")
     return found | token_head, shapes
 
 
 def build_with(create: Callable[..., nn.Module], weights: Weights, *, like: nn.Module) -> nn.Module:
     """Return a timm model with a file's weights and classes, which timm adapts: names, image size, patch size.
 
-    `create`: makes the model as `timm.create_model` does. `like`: one that it made. Raises WeightsError.
+    `create`: makes the model as `timm.create_model` does. `like`: one that it made. Raises ModelError.
     """
     overlay: dict[str, Any] = dict.fromkeys(SOURCES) | {"num_classes": count_classes(weights, like)}
     if weights.path.suffix == ".npz":  # of the original ViTs, which timm reads its own way
@@ -195,7 +193,7 @@ def build_with(create: Callable[..., nn.Module], weights: Weights, *, like: nn.M
             called=lambda name: weights.name_in_file(f"backbone.{name}"),
         )
         why = complaint if weights.backbone and complaint else missing[0]
-        raise WeightsError(f"{weights.path} is for another model or other options: {why}")
+        raise ModelError(f"{weights.path} is for another model or other options: {why}")
     network.pretrained_cfg.pop("state_dict", None)
     return network
 
@@ -373,7 +371,7 @@ def resize_all_positions(
         num_positions = theirs.shape[1] - num_prefix
         old_grid = grid or _guess_grid(num_positions, model.grid, name=name)
         if old_grid[0] * old_grid[1] != num_positions:
-            raise WeightsError(f"{name}: {num_positions} positions are not a grid of {old_grid}")
+            raise ModelError(f"{name}: {num_positions} positions are not a grid of {old_grid}")
         if old_grid != model.grid:
             found[key] = resize_positions(theirs, old_grid, model.grid)
             resized.append(key)
@@ -392,7 +390,5 @@ def _guess_grid(num_positions: int, new_grid: tuple[int, int], *, name: str) -> 
         return new_grid
     side = math.isqrt(max(0, num_positions))
     if side * side != num_positions or side == 0:
-        raise WeightsError(
-            f"{name}: {num_positions} positions are no square; say their grid (h, w) by `grid`"
-        )
+        raise ModelError(f"{name}: {num_positions} positions are no square; say their grid (h, w) by `grid`")
     return side, side

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, Union, get_args, get_origin
 import yaml
 
 from tokenlabel.runtime.errors import near_names
-from tokenlabel.runtime.process import write_whole
+from tokenlabel.runtime.process import is_main_process, write_whole
 
 if TYPE_CHECKING:
     from argparse import Action
@@ -255,8 +255,12 @@ def add_device(parser: ArgumentParser) -> None:
     )
 
 
-def add_trackers(parser: ArgumentParser) -> None:
-    """Let a parser take `--tensorboard` and `--wandb`."""
+def add_run_arguments(parser: ArgumentParser) -> None:
+    """Let a parser take where a run goes, on what device, who hears of it, and whether its numerics may change."""
+    parser.add_argument(
+        "--out", "--run", type=Path, required=True, help="folder of the run: recipe, metrics, checkpoints"
+    )
+    add_device(parser)
     parser.add_argument(
         "--tensorboard", action="store_true", help="write OUT/tensorboard as well (extra: tensorboard)"
     )
@@ -265,16 +269,29 @@ def add_trackers(parser: ArgumentParser) -> None:
         action="store_true",
         help="log to Weights & Biases as well (extra: wandb; WANDB_PROJECT, WANDB_MODE)",
     )
-
-
-def add_changed_numerics(parser: ArgumentParser) -> None:
-    """Let a parser take `--changed-numerics`."""
     parser.add_argument(
         "--changed-numerics",
         action="store_true",
         help="go on with another micro batch, precision, compile, ...: what changes rounding or which images go "
         "through the model together; noted in metrics.jsonl",
     )
+
+
+def train_by_arguments(train: Callable[..., dict[str, Any]], recipe: Any, options: Namespace) -> int:
+    """Train by the options of `add_run_arguments`, and print its figures as JSON, or else its last metrics."""
+    from tokenlabel.runtime.runlog import read_metrics, trackers_of
+
+    with trackers_of(options.out, tensorboard=options.tensorboard, wandb=options.wandb) as trackers:
+        figures = train(
+            recipe,
+            options.out,
+            device=device_of(options.device),
+            trackers=trackers,
+            changed_numerics=options.changed_numerics,
+        )
+    if is_main_process():
+        print(json.dumps(figures or read_metrics(options.out)[-1]))
+    return 0
 
 
 def device_of(name: str) -> torch.device:

@@ -38,6 +38,10 @@ class StoreError(ValueError):
     """Labels on disk that cannot be used as they are."""
 
 
+class ModelError(ValueError):
+    """Networks, their weights and heads that do not exist, cannot be read, or cannot do what they are to do."""
+
+
 class FirstRankError(ValueError):
     """What the first rank does for all ranks failed there."""
 

@@ -7,7 +7,7 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -180,12 +180,6 @@ class RunLog:
         self.bar.close()
         if self._file is not None:
             self._file.close()
-
-
-def print_figures(figures: Mapping[str, Any], run: Path) -> None:
-    """Print a finished run's figures as JSON, once a job; without val images what its last steps said."""
-    if is_main_process():
-        print(json.dumps(figures or read_metrics(run)[-1]))
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

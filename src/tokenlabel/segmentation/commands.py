@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenlabel.runtime.arguments import (
-    add_changed_numerics,
     add_device,
-    add_trackers,
+    add_run_arguments,
     configured,
     device_of,
     new_parser,
     parse,
+    train_by_arguments,
     write_json,
 )
 from tokenlabel.runtime.coercion import COUNT, check_numbers
@@ -59,31 +59,14 @@ def _train(arguments: list[str]) -> int:
         "Train a segmentation model by a recipe. The same command continues a run that was stopped.",
     )
 
-    from tokenlabel.runtime.runlog import print_figures, trackers_of
     from tokenlabel.segmentation.recipe import SegmentRecipe
     from tokenlabel.segmentation.task import train_segmentation
     from tokenlabel.training.recipe import add_recipe_arguments, recipe_content
 
-    parser.add_argument(
-        "--out", "--run", type=Path, required=True, help="folder of the run: recipe, metrics, checkpoints"
-    )
-    add_device(parser)
-    add_trackers(parser)
-    add_changed_numerics(parser)
+    add_run_arguments(parser)
     add_recipe_arguments(parser, SegmentRecipe)
     options = parse(parser, arguments, read_recipe=lambda name: recipe_content(name, SegmentRecipe))
-    recipe = configured(parser, options, SegmentRecipe)
-    device = device_of(options.device)
-    with trackers_of(options.out, tensorboard=options.tensorboard, wandb=options.wandb) as trackers:
-        figures = train_segmentation(
-            recipe,
-            options.out,
-            device=device,
-            trackers=trackers,
-            changed_numerics=options.changed_numerics,
-        )
-    print_figures(figures, options.out)
-    return 0
+    return train_by_arguments(train_segmentation, configured(parser, options, SegmentRecipe), options)
 
 
 def _evaluate(arguments: list[str]) -> int:

@@ -22,11 +22,11 @@ from tokenlabel.data.batches import make_loader
 from tokenlabel.data.images import DataError
 from tokenlabel.data.samplers import BatchSampler
 from tokenlabel.drawing.pictures import PICTURES_FOLDER, Album, ClassMap, Tile, fitted, make_album
-from tokenlabel.models import WeightsError
 from tokenlabel.models.runs import newest_checkpoint, read_state, read_weights
 from tokenlabel.models.weight_files import options_without_weights
 from tokenlabel.runtime.configuration import ConfigError, config_from_dict
 from tokenlabel.runtime.distributed import Ranks, joined_ranks, usable_device
+from tokenlabel.runtime.errors import ModelError
 from tokenlabel.runtime.runlog import Stopwatch, Tracker
 from tokenlabel.segmentation.augment import SegmentTransform
 from tokenlabel.segmentation.classes import IGNORED
@@ -279,7 +279,7 @@ def load_published_segmenter(
 ) -> TrainedSegmenter:
     """Return a model from a published file, with the recipe (a name, or a file) that it goes with.
 
-    `root`: folder of the data set. Its classes are those of the recipe's data. Raises WeightsError for a file that does
+    `root`: folder of the data set. Its classes are those of the recipe's data. Raises ModelError for a file that does
     not fill all of the model, such as a backbone.
     """
     nested = recipe_content(recipe_name, SegmentRecipe)
@@ -290,7 +290,7 @@ def load_published_segmenter(
     model = create_segmentation_model(recipe.model, num_classes=len(names))
     new = load_weights(model, path, average=recipe.model.average)
     if new:
-        raise WeightsError(
+        raise ModelError(
             f"{path}: is no whole model of {recipe_name}: it has nothing for {', '.join(sorted(new)[:3])}"
             f"{', ...' if len(new) > 3 else ''}; train one from it (tokenlabel segment train --model.weights)"
         )

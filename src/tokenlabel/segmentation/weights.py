@@ -12,7 +12,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from tokenlabel.models import WeightsError
 from tokenlabel.models.runs import is_run, newest_checkpoint
 from tokenlabel.models.weights import (
     adapter_name,
@@ -21,6 +20,7 @@ from tokenlabel.models.weights import (
     read_checkpoint,
     resize_all_positions,
 )
+from tokenlabel.runtime.errors import ModelError
 from tokenlabel.segmentation.model import SegmentationModel
 
 LOGGER = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ def load_weights(model: SegmentationModel, path: str | Path, *, average: bool = 
     `path`: a published file (`.pth`, `.safetensors`), a run folder or one of its checkpoints; of these the averaged
     weights, where there are some. `average`: take the average in a published file. Position embeddings are
     resized bicubically. Classifiers for other classes are left out and start anew, with a warning.
-    Raises WeightsError, and leaves the model alone, where anything else does not fit: it lists the names.
+    Raises ModelError, and leaves the model alone, where anything else does not fit: it lists the names.
     """
     path = Path(path)
     if is_run(path):
@@ -76,7 +76,7 @@ def _load_all(model: SegmentationModel, found: dict[str, Tensor], *, name: str) 
     }
     spared = model.unreached | other_classes
     if complaint := misfit(found, wanted, spared=spared):
-        raise WeightsError(f"{name} is for another model or other options: {complaint}")
+        raise ModelError(f"{name} is for another model or other options: {complaint}")
     model.load_state_dict({key: found[key] for key in found if key not in spared}, strict=False)
     if other_classes:
         LOGGER.warning("%s is for other classes: %s start anew", name, ", ".join(sorted(other_classes)))

@@ -42,12 +42,13 @@ from tokenlabel.labels.store import (
 )
 from tokenlabel.runtime.coercion import COUNT, NATURAL, POSITIVE, check_numbers, coerced
 from tokenlabel.runtime.distributed import joined_ranks, usable_device
+from tokenlabel.runtime.errors import ModelError
 from tokenlabel.runtime.process import listed, say
 from tokenlabel.teachers.classmap import MIN_MASS, class_map_for
 from tokenlabel.teachers.ensemble import Ensemble, load_teachers
 from tokenlabel.teachers.labelling import Labelling
 from tokenlabel.teachers.masks import MAX_IDS, MaskTeacher
-from tokenlabel.teachers.networks import Teacher, TeacherConfig, TeacherError
+from tokenlabel.teachers.networks import Teacher, TeacherConfig
 
 MASKS = "masks:"
 CHANGED = "changed"
@@ -111,7 +112,7 @@ def annotate(
     """Label every image that has no label yet in the store `folder`, which is made if there is none.
 
     With `again`, label some images anew as well; a call that was stopped is continued by the same call there, too.
-    Raises TeacherError for a teacher that cannot do it, StoreError if the folder holds other labels,
+    Raises ModelError for a teacher that cannot do it, StoreError if the folder holds other labels,
     ValueError for scores that are not finite (naming the image), ImageError for an image that does not decode
     if `strict`.
     """
@@ -140,7 +141,7 @@ def make_teacher(config: AnnotateConfig, source: ImageSource, device: torch.devi
     folders = [name.removeprefix(MASKS) for name in names if name.startswith(MASKS)]
     if not folders:
         if config.ignore_index is not None:
-            raise TeacherError("--ignore-index is for masks (--teacher masks:DIR); leave it out")
+            raise ModelError("--ignore-index is for masks (--teacher masks:DIR); leave it out")
         return load_teachers(config, source.class_names, device)
     plain = AnnotateConfig(teacher=config.teacher)
     of_networks = ("weights", "crop", "head", "flip", "class_order", "precision", "compile")
@@ -148,11 +149,11 @@ def make_teacher(config: AnnotateConfig, source: ImageSource, device: torch.devi
         f"--{name.replace('_', '-')}" for name in of_networks if getattr(config, name) != getattr(plain, name)
     ]
     if len(names) > 1 or given:
-        raise TeacherError(
+        raise ModelError(
             f"masks go with no other teacher and no network's options; leave {', '.join(given) or 'one'} out"
         )
     if not folders[0]:
-        raise TeacherError("--teacher masks: names no folder; expected masks:DIR")
+        raise ModelError("--teacher masks: names no folder; expected masks:DIR")
     class_map = None
     if config.class_map is None:
         overrule = "overrule with --class-map FILE, an id and a class a line"
@@ -160,9 +161,7 @@ def make_teacher(config: AnnotateConfig, source: ImageSource, device: torch.devi
     else:
         class_map = class_map_for(config.class_map, (), source.class_names, num_theirs=MAX_IDS)
     if class_map is not None and config.ignore_index is not None:
-        raise TeacherError(
-            "--class-map says which ids are classes, others are none; leave --ignore-index out"
-        )
+        raise ModelError("--class-map says which ids are classes, others are none; leave --ignore-index out")
     teacher = MaskTeacher(
         folders[0],
         num_classes=len(source.class_names),

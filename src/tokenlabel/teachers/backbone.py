@@ -15,13 +15,10 @@ from torch import Tensor, nn
 
 from tokenlabel.models.load import LoadedModel, load_model
 from tokenlabel.models.runs import is_run
-from tokenlabel.teachers.dense import ClassifierNetwork, DenseNetwork, NoDenseMapError
-from tokenlabel.teachers.heads import Head, HeadError
+from tokenlabel.runtime.errors import ModelError
+from tokenlabel.teachers.dense import ClassifierNetwork, DenseNetwork
+from tokenlabel.teachers.heads import Head
 from tokenlabel.teachers.input import TeacherInput
-
-
-class TeacherError(ValueError):
-    """A teacher that does not exist, has no dense map, or does not fit the images' classes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,8 +51,8 @@ def load_backbone(
 ) -> Backbone:
     """Return a network without its classifier, by the names that `--teacher` takes.
 
-    `size`: images are seen at an area of size x size px; the network's own if None. Raises LoadError if there is
-    none, TeacherError or NoDenseMapError for one that gives no vector for each location.
+    `size`: images are seen at an area of size x size px; the network's own if None. Raises ModelError if there is
+    none, and for one that gives no vector for each location.
     """
     found = load_model(name, weights=weights, img_size=made_for(name, size), as_backbone=True)
     model = found.model.backbone
@@ -86,11 +83,11 @@ def backbone_of(
     """Return the backbone that a head was fitted on, at the head's image size unless another is given.
 
     `name`: the head's file. `weights`: the backbone's file of weights, or its run folder if that was moved; what was
-    given when the head was fitted if None. Raises HeadError for a backbone with other weights.
+    given when the head was fitted if None. Raises ModelError for a backbone with other weights.
     """
     about: Mapping[str, Any] = head.backbone
     if not about:
-        raise HeadError(
+        raise ModelError(
             f"{name}: does not say what backbone it belongs to; `tokenlabel fit-head` makes heads"
         )
     fitted = about["preprocessing"]
@@ -98,7 +95,7 @@ def backbone_of(
     if weights is not None and is_run(Path(weights)):
         backbone_name, file = weights, None
     if fitted["fixed_size_px"] and size not in (None, fitted["size"]):
-        raise HeadError(
+        raise ModelError(
             f"{name}: was fitted at --size {fitted['size']}, and its backbone has other weights at each size; leave "
             "--size out"
         )
@@ -111,12 +108,12 @@ def backbone_of(
         )
     found = load_backbone(backbone_name, device, weights=file, size=size or fitted["size"], crop=crop)
     if found.description["weights"] != about["weights"]:
-        raise HeadError(
+        raise ModelError(
             f"{name}: was fitted on {about['name']} with other weights ({about['weights']}; these are "
             f"{found.description['weights']}); give its own by --weights, or fit a head on these"
         )
     if found.width != head.width:
-        raise HeadError(f"{name}: takes vectors of {head.width}, {backbone_name} gives {found.width}")
+        raise ModelError(f"{name}: takes vectors of {head.width}, {backbone_name} gives {found.width}")
     return found
 
 
@@ -131,7 +128,7 @@ def check_locations(
     """Return in a sentence how a network's locations agree with what it says of whole normalised images.
 
     Where it averages features and its head is linear, the mean over locations must be its own output; raises
-    TeacherError where it is not.
+    ModelError where it is not.
     """
     if dense.averages_linearly(images):
         own_and_locations = dense.evidence(images)
@@ -139,7 +136,7 @@ def check_locations(
         tolerance = (1e-3 if precision == "fp32" else 5e-2) * float(own.abs().max())
         off = float((own - mean).abs().max())
         if not off <= tolerance:
-            raise TeacherError(
+            raise ModelError(
                 f"{name}: averages its features, yet the mean over its locations is {off:.3g} off its own output"
             )
         return f"{name}: the mean over locations is its own output (off by {off:.1g} at most)"
@@ -152,16 +149,16 @@ def check_locations(
 def input_of(
     found: LoadedModel, network: DenseNetwork, *, size: int | None, crop: Literal["none", "center"]
 ) -> TeacherInput:
-    """Return how images become a network's input. Raises TeacherError for a size that it cannot take."""
+    """Return how images become a network's input. Raises ModelError for a size that it cannot take."""
     size = size or max(found.img_size)
     try:
         stride_px = _stride(found.img_size[1], network.grid_for(found.img_size)[1])
         fixed = found.fixed_size or not _takes(network, (size, size + stride_px))
         network.grid_for((size, size))
-    except NoDenseMapError:
+    except ModelError:
         raise
     except ValueError as error:
-        raise TeacherError(f"{error}; leave --size out") from error
+        raise ModelError(f"{error}; leave --size out") from error
     return TeacherInput(
         size=size,
         stride_px=stride_px,

@@ -18,15 +18,11 @@ from torch import Tensor, nn
 
 from tokenlabel.models import TokenModel
 from tokenlabel.models.adapter import REFUSALS, Features, Layout, classifier_features
-from tokenlabel.runtime.errors import first_line
+from tokenlabel.runtime.errors import ModelError, first_line
 from tokenlabel.teachers.heads import Head
 
 # So many logits of a head exist at once, 128 MiB of float32: those of 64 images and 65,536 words would be 4 GB.
 MAX_LOGITS = 1 << 25
-
-
-class NoDenseMapError(ValueError):
-    """A network whose head cannot answer for single locations."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,7 +133,7 @@ class ClassifierNetwork(DenseNetwork):
     """A timm network whose head is applied at every position.
 
     `num_classes`: how many numbers the head gives: of a network whose classifier was taken away, the width of its
-    vectors, known after the first `grid_for`. `name` is what errors call it. Raises NoDenseMapError where the head
+    vectors, known after the first `grid_for`. `name` is what errors call it. Raises ModelError where the head
     cannot be moved.
     """
 
@@ -202,7 +198,7 @@ class ClassifierNetwork(DenseNetwork):
         try:
             seen, (last,) = self.backbone.forward_intermediates(image, indices=[-1])
         except AttributeError as error:
-            raise NoDenseMapError(
+            raise ModelError(
                 f"{self.name} has no dense map: it lacks timm's forward_intermediates"
             ) from error
         except REFUSALS as error:
@@ -212,20 +208,20 @@ class ClassifierNetwork(DenseNetwork):
         grid = (last.shape[2], last.shape[3])
         features = classifier_features(seen, grid)
         if features is None:
-            raise NoDenseMapError(
+            raise ModelError(
                 f"{self.name} has no dense map: its head is given {_shapes(seen)}, not one vector for each of "
                 f"{grid[0]} x {grid[1]} positions"
             )
         try:
             logits = self.backbone.forward_head(_one_position_each(seen, features))
         except REFUSALS as error:
-            raise NoDenseMapError(
+            raise ModelError(
                 f"{self.name} has no dense map: its head does not work at one position ({first_line(error)})"
             ) from error
         if self.num_classes == 0 and logits.ndim == 2:
             self.num_classes = logits.shape[1]
         if logits.shape != (grid[0] * grid[1], self.num_classes):
-            raise NoDenseMapError(
+            raise ModelError(
                 f"{self.name} has no dense map: its head gives {tuple(logits.shape)} for {grid[0] * grid[1]} positions "
                 f"and {self.num_classes} classes"
             )

@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tokenlabel.data.classes import class_order, same_classes
+from tokenlabel.runtime.errors import ModelError
 from tokenlabel.runtime.process import listed, say
 from tokenlabel.teachers.classmap import ClassMap, class_map_for
 from tokenlabel.teachers.dense import MAX_LOGITS
-from tokenlabel.teachers.networks import Teacher, TeacherConfig, TeacherError, load_teacher
+from tokenlabel.teachers.networks import Teacher, TeacherConfig, load_teacher
 
 
 class Ensemble(Teacher):
@@ -24,7 +25,7 @@ class Ensemble(Teacher):
     Images are made for the first member; others get them resized where they need another size. Maps of
     different grids are resampled bilinearly to the finest. `flip`: members also see the mirror image, and
     their maps of it are turned back. `class_map`: where the members' classes go in the end. Raises
-    TeacherError for members of different classes.
+    ModelError for members of different classes.
     """
 
     def __init__(
@@ -37,17 +38,17 @@ class Ensemble(Teacher):
         first = min(self.members, key=lambda member: (not member.class_names, member.names_assumed))
         for other in self.members:
             if other.num_classes != first.num_classes:
-                raise TeacherError(
+                raise ModelError(
                     f"teachers of {first.num_classes:,} and of {other.num_classes:,} classes cannot be averaged"
                 )
             known = first.class_names and other.class_names
             if known and not same_classes(first.class_names, other.class_names):
-                raise TeacherError(
+                raise ModelError(
                     "teachers whose classes have different names or orders cannot be averaged: "
                     f"{listed(list(first.class_names))} against {listed(list(other.class_names))}"
                 )
             if other.words != first.words:
-                raise TeacherError(
+                raise ModelError(
                     "visual words of one head mean nothing to another teacher; average heads of one class list"
                 )
         self.num_classes = class_map.num_classes if class_map else first.num_classes
@@ -100,7 +101,7 @@ class Ensemble(Teacher):
 def load_teachers(config: TeacherConfig, class_names: Sequence[str], device: torch.device) -> Teacher:
     """Return the teacher or teachers of a configuration as one, over the classes of the images.
 
-    `class_names`: of the images; empty if they have no classes. Raises TeacherError or ConfigError for what
+    `class_names`: of the images; empty if they have no classes. Raises ModelError or ConfigError for what
     does not exist or fit.
     """
     names = [config.teacher] if isinstance(config.teacher, str) else config.teacher
@@ -111,7 +112,7 @@ def load_teachers(config: TeacherConfig, class_names: Sequence[str], device: tor
         weights = [None] * len(names)
     weights = [file or None for file in weights]
     if len(weights) != len(names):
-        raise TeacherError(
+        raise ModelError(
             f"{len(names)} teachers, but {len(weights)} files of weights; give one for each, in order"
         )
     members = [

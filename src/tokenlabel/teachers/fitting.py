@@ -25,10 +25,10 @@ from tokenlabel.data.sources import open_aloud, refuse_single_class
 from tokenlabel.evaluation.observation import MaskFolder
 from tokenlabel.runtime.coercion import COUNT, NATURAL, POSITIVE, check_numbers, coerced, coerced_fields
 from tokenlabel.runtime.distributed import usable_device
-from tokenlabel.runtime.errors import first_line
+from tokenlabel.runtime.errors import ModelError, first_line
 from tokenlabel.runtime.process import listed, say
 from tokenlabel.teachers.backbone import Backbone, load_backbone
-from tokenlabel.teachers.heads import SUFFIX, Head, HeadError, Kind, read_about
+from tokenlabel.teachers.heads import SUFFIX, Head, Kind, read_about
 from tokenlabel.teachers.regression import Examples, Linear, choose_decay, cross_entropy, fit_linear
 from tokenlabel.teachers.texts import PROMPTS, load_tower, text_embeddings
 from tokenlabel.teachers.vectors import VECTORS_PER_IMAGE, Vectors, spread
@@ -113,7 +113,7 @@ class FitConfig:
             if kind not in kinds and getattr(self, name) != plain[name]
         ]
         if misplaced:
-            raise HeadError(
+            raise ModelError(
                 f"{listed(misplaced)}: means nothing for a head --from {self.from_}; leave it out"
             )
 
@@ -128,7 +128,7 @@ def fit_head(
 ) -> Head:
     """Fit a head, write it to `file` (.safetensors) and return it; return what is there if it was fitted likewise.
 
-    Raises HeadError where there is another head, or where what it is to be fitted on does not do; errors of the
+    Raises ModelError where there is another head, or where what it is to be fitted on does not do; errors of the
     images and of the backbone as `annotate` does.
     """
     config, file = coerced(config, FitConfig, name="config"), Path(file)
@@ -138,7 +138,7 @@ def fit_head(
     kind, device = kind_of(config.from_), usable_device(device)
     if kind in ("text", "file"):
         if not isinstance(images, (str, Path)):
-            raise HeadError(f"--from {config.from_}: takes a file of class names in place of images")
+            raise ModelError(f"--from {config.from_}: takes a file of class names in place of images")
         names = read_class_names(images)
         backbone = load_backbone(config.backbone, device, weights=config.weights, size=config.size)
         head = _from_embeddings(kind, names, backbone, config)
@@ -172,24 +172,24 @@ def kind_of(from_: str) -> Kind:
     for kind in ("labels", "words", "text"):
         if from_ == kind:
             return kind
-    raise HeadError(f"--from is {SOURCES}; got {from_!r}")
+    raise ModelError(f"--from is {SOURCES}; got {from_!r}")
 
 
 def _there(file: Path, asked: dict[str, Any], *, overwrite: bool) -> Head | None:
     """Return the head that a file holds if it was fitted as is asked for; refuse to write over anything else."""
     if file.suffix != SUFFIX:
-        raise HeadError(f"{file}: a head is a {SUFFIX} file; name one")
+        raise ModelError(f"{file}: a head is a {SUFFIX} file; name one")
     if not file.exists():
         return None
     try:
         fitted = read_about(file)["fitted"]
-    except HeadError as error:
-        raise HeadError(f"{file}: is in the way and no head; move it, or name another file") from error
+    except ModelError as error:
+        raise ModelError(f"{file}: is in the way and no head; move it, or name another file") from error
     if overwrite:
         return None
     others = [key for key, value in asked.items() if fitted.get("asked", {}).get(key) != value]
     if others:
-        raise HeadError(
+        raise ModelError(
             f"{file}: holds a head that was fitted with other options ({listed(others)}); name another file, or "
             "--overwrite this one"
         )
@@ -200,7 +200,7 @@ def _there(file: Path, asked: dict[str, Any], *, overwrite: bool) -> Head | None
 def _from_words(vectors: Vectors, config: FitConfig, _: None) -> Head:
     sample, num_images = vectors.locations(max(LEAST_VECTORS, VECTORS_PER_WORD * config.words))
     if len(sample) < config.words:
-        raise HeadError(
+        raise ModelError(
             f"{num_images:,} images have {len(sample):,} locations, too few for {config.words:,} words; give more "
             f"images, a larger --size, or --words of at most {max(2, len(sample) // VECTORS_PER_WORD):,}"
         )
@@ -243,7 +243,7 @@ def _from_labels(vectors: Vectors, config: FitConfig, _: None) -> Head:
     num_classes, weights = len(source.class_names), torch.ones(len(truth), device=bags.device)
     held_out = _held_out(truth.cpu(), seed=config.seed).to(bags.device)
     if not held_out.any():
-        raise HeadError(
+        raise ModelError(
             f"--from labels: none of {num_classes:,} classes has two images, so none can be held out"
         )
     accuracy_of = partial(_map_accuracy, bags=bags[held_out, 1:], truth=truth[held_out])
@@ -299,13 +299,13 @@ def _check_masks(source: ImageSource, config: FitConfig) -> tuple[MaskFolder, li
     if config.class_names is not None:
         names = read_class_names(config.class_names, option="--class-names")
     if len(names) < 2:
-        raise HeadError("masks need the names of their classes by id: give --class-names FILE, one a line")
+        raise ModelError("masks need the names of their classes by id: give --class-names FILE, one a line")
     folder = Path(config.from_.removeprefix(MASKS))
     masks = MaskFolder(folder, num_classes=len(names), ignore_index=config.ignore_index, source=source)
     masks.check(names, all_needed=False)
     indices = [index for index, key in enumerate(source.keys) if key in masks]
     if len(indices) < 2:
-        raise HeadError(
+        raise ModelError(
             f"--from {config.from_}: has masks of {len(indices)} of {len(source):,} images; two at least are needed, "
             f"to hold some out, laid out like the images ({next(mask_names(source.keys[0]))} for {source.keys[0]})"
         )
@@ -351,7 +351,7 @@ def _from_embeddings(kind: Kind, names: list[str], backbone: Backbone, config: F
     else:
         matrix, temperature = _read_embeddings(Path(config.from_)), FILE_TEMPERATURE
     if len(names) < 2 or matrix.shape != (len(names), backbone.width):
-        raise HeadError(
+        raise ModelError(
             f"--from {config.from_}: expected an embedding of {backbone.width} numbers, the width of "
             f"{config.backbone}, for each of {len(names):,} class names (two at least); got {tuple(matrix.shape)}"
         )
@@ -378,7 +378,7 @@ def _read_embeddings(path: Path) -> Float[Tensor, "C D"]:
             else [t for t in tensors.values() if t.ndim == 2]
         )
     except (OSError, ValueError, SafetensorError) as error:
-        raise HeadError(f"--from {path}: cannot be read as embeddings ({first_line(error)})") from error
+        raise ModelError(f"--from {path}: cannot be read as embeddings ({first_line(error)})") from error
     if len(matrices) != 1 or matrices[0].ndim != 2:
-        raise HeadError(f"--from {path}: expected one tensor [classes, width], or one called `embeddings`")
+        raise ModelError(f"--from {path}: expected one tensor [classes, width], or one called `embeddings`")
     return matrices[0].float()

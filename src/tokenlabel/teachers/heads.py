@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from tokenlabel.runtime.errors import first_line
+from tokenlabel.runtime.errors import ModelError, first_line
 from tokenlabel.runtime.process import write_whole
 
 SUFFIX = ".safetensors"
@@ -26,10 +26,6 @@ Kind = Literal["labels", "masks", "words", "text", "file"]
 
 _FORMAT = 1
 _KEY = "head"  # of the metadata
-
-
-class HeadError(ValueError):
-    """A head that cannot be read, fitted, or used with this backbone."""
 
 
 class Head(nn.Module):
@@ -134,7 +130,7 @@ class Head(nn.Module):
 
     @staticmethod
     def load(path: str | Path) -> Head:
-        """Return the head of a file. Raises HeadError for one that is missing, damaged, or holds something else."""
+        """Return the head of a file. Raises ModelError for one that is missing, damaged, or holds something else."""
         about = read_about(path)
         try:
             with safe_open(path, framework="pt") as file:
@@ -151,23 +147,25 @@ class Head(nn.Module):
                 backbone=about["backbone"],
             )
         except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
-            raise HeadError(f"{path}: is damaged ({first_line(error)}); fit it again") from error
+            raise ModelError(f"{path}: is damaged ({first_line(error)}); fit it again") from error
         if head.hash != about.get("hash"):
-            raise HeadError(f"{path}: is damaged (its numbers are not those that were written); fit it again")
+            raise ModelError(
+                f"{path}: is damaged (its numbers are not those that were written); fit it again"
+            )
         return head
 
 
 def read_about(path: str | Path) -> dict[str, Any]:
-    """Return what a head file says of itself, without its tensors. Raises HeadError as `Head.load` does."""
+    """Return what a head file says of itself, without its tensors. Raises ModelError as `Head.load` does."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
     except FileNotFoundError:
-        raise HeadError(f"{path}: no such file; `tokenlabel fit-head` makes heads") from None
+        raise ModelError(f"{path}: no such file; `tokenlabel fit-head` makes heads") from None
     except (SafetensorError, OSError) as error:
-        raise HeadError(f"{path}: is damaged or no head file ({first_line(error)}); fit it again") from error
+        raise ModelError(f"{path}: is damaged or no head file ({first_line(error)}); fit it again") from error
     if _KEY not in metadata:
-        raise HeadError(
+        raise ModelError(
             f"{path}: holds no head, but other tensors; weights of a network go with its name: --teacher NAME "
             f"--weights {path}. `tokenlabel fit-head` makes heads"
         )
@@ -175,9 +173,9 @@ def read_about(path: str | Path) -> dict[str, Any]:
         about = json.loads(metadata[_KEY])
         version = about["format"]
     except (ValueError, TypeError, KeyError) as error:
-        raise HeadError(f"{path}: is damaged ({first_line(error)}); fit it again") from error
+        raise ModelError(f"{path}: is damaged ({first_line(error)}); fit it again") from error
     if version != _FORMAT:
-        raise HeadError(f"{path}: head format {version!r}, this version of tokenlabel reads {_FORMAT}")
+        raise ModelError(f"{path}: head format {version!r}, this version of tokenlabel reads {_FORMAT}")
     return about
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from tokenlabel.core.batch import normalize_images
 from tokenlabel.models.load import LoadedModel, load_model
 from tokenlabel.runtime.coercion import coerced, coerced_fields
+from tokenlabel.runtime.errors import ModelError
 from tokenlabel.teachers.backbone import (
-    TeacherError,
     backbone_of,
     check_locations,
     fingerprint,
@@ -53,7 +53,7 @@ class Teacher(ABC):
     def check(self, images: UInt8[Tensor, "B 3 height width"]) -> str:
         """Return in a sentence how the locations agree with what is said of the whole images.
 
-        Raises TeacherError where they must agree and don't.
+        Raises ModelError where they must agree and don't.
         """
 
     @abstractmethod
@@ -158,7 +158,7 @@ class TeacherConfig:
 
     def __post_init__(self) -> None:
         if self.size is not None and self.size < 1:
-            raise TeacherError(f"size must be at least 1, got {self.size}; none takes the teacher's own")
+            raise ModelError(f"size must be at least 1, got {self.size}; none takes the teacher's own")
 
 
 def load_teacher(
@@ -167,8 +167,8 @@ def load_teacher(
     """Return one network as teacher, by its name.
 
     `name`: a run folder that `tokenlabel train` made or one of its checkpoints, `lvvit_s` and the like (with
-    weights), whatever `timm.create_model` takes, or a head file. Raises LoadError if there is none, HeadError for
-    a head that does not fit its backbone, TeacherError for a network that has no dense map.
+    weights), whatever `timm.create_model` takes, or a head file. Raises ModelError if there is none, for
+    a head that does not fit its backbone, and for a network that has no dense map.
     """
     if name.endswith(SUFFIX):
         return _by_head(name, config, device, weights=weights)
@@ -197,7 +197,7 @@ def _by_head(
 ) -> NetworkTeacher:
     """Return a head and its backbone as a teacher: everything but the weights is in the head's file."""
     if config.head != "auto":
-        raise TeacherError(f"{name} is a head itself; leave --head out")
+        raise ModelError(f"{name} is a head itself; leave --head out")
     head = Head.load(name)
     backbone = backbone_of(head, name, device, weights=weights, size=config.size, crop=config.crop)
     network = HeadNetwork(backbone.network, head.to(device)).eval()
@@ -225,9 +225,9 @@ def _by_head(
 
 def _dense_network(found: LoadedModel, name: str, head: str) -> DenseNetwork:
     if head == "tokens" and not found.has_token_head:
-        raise TeacherError(f"{name} has no trained head for its tokens; leave --head out")
+        raise ModelError(f"{name} has no trained head for its tokens; leave --head out")
     if found.has_token_head and head != "classifier":
         return TokenNetwork(found.model, has_one_list=found.token_classes is None)
     if not found.num_classes:
-        raise TeacherError(f"{name} has no classifier; leave --head out, and its tokens answer")
+        raise ModelError(f"{name} has no classifier; leave --head out, and its tokens answer")
     return ClassifierNetwork(found.model.backbone, name=name)

@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tokenlabel.core.config import OnlineTeacherConfig
+from tokenlabel.runtime.errors import ModelError
 from tokenlabel.teachers.classmap import ClassMap, class_map_for
 from tokenlabel.teachers.ensemble import name_classes
-from tokenlabel.teachers.networks import NetworkTeacher, TeacherConfig, TeacherError, load_teacher
+from tokenlabel.teachers.networks import NetworkTeacher, TeacherConfig, load_teacher
 
 
 class NetworkOnlineTeacher:
@@ -60,7 +61,7 @@ def load_online_teacher(
 ) -> NetworkOnlineTeacher | None:
     """Return the teacher of a configuration over the classes of the images; None if it names none.
 
-    Raises TeacherError or ConfigError for what does not exist or fit.
+    Raises ModelError or ConfigError for what does not exist or fit.
     """
     if config.name is None:
         return None
@@ -77,7 +78,7 @@ def load_online_teacher(
         weights=config.weights,
     )
     if teacher.words:
-        raise TeacherError(
+        raise ModelError(
             f"loss.teacher.name {config.name}: says visual words, not classes; label the images once (`tokenlabel "
             f"annotate IMAGES labels --teacher {config.name}`) and give data.labels"
         )

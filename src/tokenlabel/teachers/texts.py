@@ -12,9 +12,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from tokenlabel.models.hub import hub_or_cache
-from tokenlabel.runtime.errors import first_line
+from tokenlabel.runtime.errors import ModelError, first_line
 from tokenlabel.runtime.process import listed
-from tokenlabel.teachers.heads import HeadError
 
 # What a class is embedded in; a location shows a part of a photograph as often as a whole thing.
 PROMPTS = (
@@ -93,16 +92,16 @@ class OpenClipTower:
 
 
 def load_tower(backbone: str) -> TextTower:
-    """Return the text tower of a backbone by timm's name. Raises HeadError for one that has none, or is unknown."""
+    """Return the text tower of a backbone by timm's name. Raises ModelError for one that has none, or is unknown."""
     if backbone not in PAIRS:
-        raise HeadError(
+        raise ModelError(
             f"{backbone}: its text tower is not known, if it has one; known are those of {listed(sorted(PAIRS), 5)}. "
             "Make embeddings of the names yourself and give them by --from FILE, or fit a head --from labels"
         )
     try:
         import open_clip  # pyright: ignore[reportMissingImports]  (the extra `text`)
     except ImportError:
-        raise HeadError(
+        raise ModelError(
             "--from text needs open_clip, which is not installed: pip install tokenlabel[text]"
         ) from None
     name, pretrained = PAIRS[backbone]
@@ -111,7 +110,7 @@ def load_tower(backbone: str) -> TextTower:
             network = open_clip.create_model(name, pretrained=pretrained).eval()
             tokenizer = open_clip.get_tokenizer(name)
     except Exception as error:  # open_clip, the hub and tokenizers raise whatever they run into
-        raise HeadError(
+        raise ModelError(
             f"the text tower of {backbone} ({name}, {pretrained}) cannot be loaded ({first_line(error)})"
         ) from error
     return OpenClipTower(network, tokenizer, float(network.logit_scale.exp()))

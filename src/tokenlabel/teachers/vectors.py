@@ -18,10 +18,10 @@ from tokenlabel.core.batch import normalize_images
 from tokenlabel.data.images import ImageSource
 from tokenlabel.evaluation.observation import MaskFolder
 from tokenlabel.labels.manifest import Failure
+from tokenlabel.runtime.errors import ModelError
 from tokenlabel.runtime.process import listed, say
 from tokenlabel.teachers.backbone import Backbone, check_locations
 from tokenlabel.teachers.dense import DenseLogits
-from tokenlabel.teachers.heads import HeadError
 from tokenlabel.teachers.labelling import TeacherImage, as_tensor, seen_batches
 from tokenlabel.teachers.masks import shares
 
@@ -47,7 +47,7 @@ class Vectors:
     def of(self, indices: Sequence[int]) -> Iterator[tuple[list[TeacherImage], DenseLogits]]:
         """Yield images and the vectors of them and their locations, batch by batch; check the first batch.
 
-        Images that do not decode are passed over, and said at the end. Raises HeadError where none does.
+        Images that do not decode are passed over, and said at the end. Raises ModelError where none does.
         """
         input, network, failures = self.backbone.input, self.backbone.network, list[Failure]()
         name = self.backbone.description["name"]
@@ -72,7 +72,7 @@ class Vectors:
                 yield seen, vectors
                 bar.update(len(seen))
         if len(failures) == len(indices):
-            raise HeadError(f"none of {len(indices):,} images decodes ({failures[0].reason})")
+            raise ModelError(f"none of {len(indices):,} images decodes ({failures[0].reason})")
         if failures:
             reasons = listed([failure.reason for failure in failures])
             say(f"{len(failures):,} of {len(indices):,} images were passed over ({reasons})")

@@ -35,7 +35,6 @@ from tokenlabel.data.classes import ClassList
 from tokenlabel.models.load import LoadedModel, load_model
 from tokenlabel.models.runs import (
     FORMAT,
-    CheckpointError,
     list_checkpoints,
     newest_checkpoint,
     read_state,
@@ -43,6 +42,7 @@ from tokenlabel.models.runs import (
 )
 from tokenlabel.runtime.configuration import config_as_dict, config_from_dict
 from tokenlabel.runtime.distributed import Ranks
+from tokenlabel.runtime.errors import ModelError
 from tokenlabel.training.recipe import Recipe, TrainingConfig
 
 PACKAGES = ("tokenlabel", "torch", "torchvision", "timm")
@@ -112,7 +112,7 @@ def _write(
     except (OSError, SafetensorError) as error:  # the library's own error hides that of the system
         shutil.rmtree(temporary, ignore_errors=True)
         reason = getattr(error, "strerror", None) or error
-        raise CheckpointError(
+        raise ModelError(
             f"{folder}: could not be written ({reason}); earlier checkpoints are intact; "
             "make room and run the same command to continue"
         ) from error
@@ -145,7 +145,7 @@ def prune_checkpoints(run: Path, spared: Collection[int], *, best: int | None) -
 def load_checkpoint(folder: Path, state: TrainState) -> int:
     """Load a checkpoint into a model, its optimizer and its average; return its step.
 
-    Raises CheckpointError if a file is missing, was cut short or altered, or does not fit the model.
+    Raises ModelError if a file is missing, was cut short or altered, or does not fit the model.
     """
     saved = read_state(folder)
     _load_module(state.model, read_tensors(folder, "model.safetensors", saved))
@@ -154,7 +154,7 @@ def load_checkpoint(folder: Path, state: TrainState) -> int:
     try:
         _load_optimizer(state.optimizer, read_tensors(folder, "optimizer.safetensors", saved))
     except IndexError as error:
-        raise CheckpointError(
+        raise ModelError(
             f"{folder}/optimizer.safetensors is of more parameters than are trained here; start a run of your own "
             "with model.weights set to this checkpoint"
         ) from error
@@ -166,7 +166,7 @@ def load_checkpoint(folder: Path, state: TrainState) -> int:
 def load_run(path: str | Path) -> LoadedModel:
     """Return the model of a run folder (its newest checkpoint) or of one checkpoint folder, with its Recipe.
 
-    Its weights are the averaged ones where the recipe made an average. Raises CheckpointError.
+    Its weights are the averaged ones where the recipe made an average. Raises ModelError.
     """
     newest_checkpoint(Path(path))  # or it is none, which is not to be looked up as the name of a network
     return with_recipe(load_model(path))

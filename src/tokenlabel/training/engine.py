@@ -31,10 +31,10 @@ from tokenlabel.data.samplers import BatchSampler
 from tokenlabel.drawing.pictures import PICTURES_FOLDER
 from tokenlabel.runtime.configuration import ConfigError
 from tokenlabel.runtime.distributed import Ranks, shard
+from tokenlabel.runtime.errors import ModelError
 from tokenlabel.runtime.process import Interrupted, caught_signals
 from tokenlabel.runtime.runlog import RunLog, Stopwatch, Tracker, read_metrics
 from tokenlabel.training.checkpoint import (
-    CheckpointError,
     TrainState,
     list_checkpoints,
     load_checkpoint,
@@ -157,7 +157,7 @@ def _train(
     step = load_checkpoint(checkpoints[-1], trainer.state) if checkpoints else 0
     steps = ranks.all_gather(step)
     if len(set(steps)) > 1:
-        raise CheckpointError(
+        raise ModelError(
             f"{run}: the processes find checkpoints of different steps ({', '.join(map(str, steps))}); "
             "the run folder must be the same one for all"
         )
