@@ -102,7 +102,7 @@ def backbone_of(
     is_path = "/" in backbone_name and ":" not in backbone_name  # of a run; the hub's names have a colon
     place = file or (backbone_name if is_path else None)
     if place is not None and not Path(place).exists():  # moved, or relative to another working directory
-        raise HeadError(
+        raise ModelError(
             f"{name}: {place}, the weights of its backbone {about['name']}, is not there; give their file or run by "
             "--weights"
         )
