@@ -110,6 +110,8 @@ def run_command(command: str, run: Callable[[list[str]], int], arguments: list[s
 
 def _own_message(error: Exception) -> str:
     """Return the message of an error; one from a data worker comes with the worker's traceback before it."""
+    if isinstance(error, OSError) and isinstance(error.filename, str) and error.strerror:
+        return f"{error.filename}: {error.strerror}"  # without its number
     message = str(error).rstrip()
     if message.startswith("Caught ") and "Traceback" in message:
         return message.splitlines()[-1].partition(": ")[2]

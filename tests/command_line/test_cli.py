@@ -314,6 +314,24 @@ def test_help_of_a_verb_may_be_asked_for_in_two_orders(capsys):
     assert shown[0] == shown[1]
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("fit-head", "images", "taken/head.safetensors", "--backbone", "run", "--from", "words"),
+        ("export", "run", "taken/model.safetensors"),
+        ("eval", "run", "--output", "taken/figures.json"),
+        ("inspect", "labels", "--output", "taken/figures.json"),
+        ("demo", "--out", "taken/a/demo"),
+    ],
+)
+def test_what_cannot_be_written_is_said_before_the_work(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("taken").touch()
+    said = complaint(capsys, command)
+    assert "cannot be written" in said
+    assert "taken is a file); choose another place" in said
+
+
 def test_an_unknown_verb(capsys):
     assert "did you mean train?" in complaint(capsys, ["trian"])
 

@@ -6,6 +6,7 @@ What parsing needs is imported when it parses, so that `tokenlabel --help` answe
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable
 from contextlib import suppress
@@ -94,6 +95,9 @@ def parse(
         is_name = str in get_args(getattr(action, "_typehint", None)) and value.lower() not in ("null", "~")
         if action and is_name and namespace.get(action.dest) is None:
             namespace[action.dest] = value  # YAML reads #1 and &a as nothing
+    for name in ("out", "output", "pictures", "head"):
+        if isinstance(path := namespace.get(name), Path) and (reason := _why_unwritable(path)):
+            raise ValueError(f"{path}: cannot be written ({reason}); choose another place")
     for name, is_wrong, what in (
         ("out", Path.is_file, "is a file; name a folder"),
         ("output", Path.is_dir, "is a folder; name a file, which may be in it"),
@@ -102,6 +106,16 @@ def parse(
         if name in _options(parser) and (path := namespace.get(name)) and is_wrong(path):
             raise ValueError(f"--{name} {path}: {what}")  # before the work, not after it
     return namespace
+
+
+def _why_unwritable(path: Path) -> str | None:
+    """Return why nothing can be made at a path, if nothing is there: known before the work, not after it."""
+    if path.exists():
+        return None
+    folder = next(folder for folder in path.absolute().parents if folder.exists())
+    if not folder.is_dir():
+        return f"{folder} is a file"
+    return None if os.access(folder, os.W_OK) else f"nothing can be made in {folder}"
 
 
 def _advice(parser: ArgumentParser, message: str, words: list[str]) -> str:

@@ -123,12 +123,18 @@ def made_for(name: str, size: int | None) -> int | None:
 
 
 def check_locations(
-    dense: DenseNetwork, images: Float[Tensor, "B 3 height width"], *, name: str, precision: str
+    dense: DenseNetwork,
+    images: Float[Tensor, "B 3 height width"],
+    *,
+    name: str,
+    precision: str,
+    has_classes: bool = True,
 ) -> str:
     """Return in a sentence how a network's locations agree with what it says of whole normalised images.
 
-    Where it averages features and its head is linear, the mean over locations must be its own output; raises
-    ModelError where it is not.
+    `has_classes`: its outputs are logits, not vectors, of which a cosine tells more than the largest number. Where it
+    averages features and its head is linear, the mean over locations must be its own output; raises ModelError where
+    it is not.
     """
     if dense.averages_linearly(images):
         own_and_locations = dense.evidence(images)
@@ -142,6 +148,9 @@ def check_locations(
         return f"{name}: the mean over locations is its own output (off by {off:.1g} at most)"
     logits = dense(images)
     own, mean = logits.image.float(), logits.locations.float().mean(dim=(1, 2))
+    if not has_classes:
+        cosine = float(torch.cosine_similarity(own, mean, dim=1).mean())
+        return f"{name}: the mean over locations has a cosine of {cosine:.2f} with its own vector of an image"
     share = float((own.argmax(dim=1) == mean.argmax(dim=1)).float().mean())
     return f"{name}: the mean of the map's logits has its own top-1 for {share:.0%} of {len(images)} images"
 

@@ -67,7 +67,10 @@ class Vectors:
                 images = images.contiguous(memory_format=torch.channels_last)
                 with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
                     if number == 0:
-                        say(check_locations(network, images, name=name, precision=self.precision))
+                        said = check_locations(
+                            network, images, name=name, precision=self.precision, has_classes=False
+                        )
+                        say(said)
                     vectors = network(images)
                 yield seen, vectors
                 bar.update(len(seen))
