@@ -107,7 +107,7 @@ def load_tower(backbone: str) -> TextTower:
     name, pretrained = PAIRS[backbone]
     try:
         with hub_or_cache():
-            network = open_clip.create_model(name, pretrained=pretrained).eval()
+            network: Any = open_clip.create_model(name, pretrained=pretrained).eval()
             tokenizer = open_clip.get_tokenizer(name)
     except Exception as error:  # open_clip, the hub and tokenizers raise whatever they run into
         raise ModelError(
