@@ -77,3 +77,8 @@ def test_a_run_has_weights_of_its_own(folder, monkeypatch):
     monkeypatch.chdir(folder)
     with pytest.raises(ModelError, match="run is a run and has weights of its own; leave --weights out"):
         load_model("run", weights="run.safetensors")
+
+
+def test_weights_that_are_not_there_are_named(tmp_path):
+    with pytest.raises(ModelError, match=r"nowhere\.pth: no such file; --weights takes a checkpoint file"):
+        load_model("resnet18", weights=tmp_path / "nowhere.pth")

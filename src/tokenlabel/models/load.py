@@ -137,6 +137,10 @@ def load_model(
             f"no network {name!r}: neither a run folder with a checkpoint, nor a model that timm knows"
             + (f"; {reason}" if reason else "")
         )
+    if weights is not None and not Path(weights).exists():
+        raise ModelError(
+            f"{weights}: no such file; --weights takes a checkpoint file, a checkpoint folder or a run"
+        )
     return _load_by_name(name, weights, size, at_test_size=at_test_size, as_backbone=as_backbone)
 
 
