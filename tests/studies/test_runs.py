@@ -157,7 +157,10 @@ def test_records_in_the_repository_are_of_the_plans_of_today():
         study = study_of(parsed([*words, "--out", "out"]))
         known = {(job.plan.digest, job.plan.name, job.seed) for job in study.jobs()}
         kept = {(r.plan, r.name, r.seed) for r in read_records(docs / f"{name}.jsonl").values()}
-        assert len(kept & known) >= {"results": 150, "segmentation": 45, "photographs": 4, "unlabelled": 30}[name]
+        assert (
+            len(kept & known)
+            >= {"results": 150, "segmentation": 45, "photographs": 4, "unlabelled": 30}[name]
+        )
 
 
 def test_records_are_written_as_they_were_read_and_a_broken_line_is_named(tmp_path):
