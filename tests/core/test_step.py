@@ -407,19 +407,19 @@ def test_a_step_is_its_stages_in_order():
         assert torch.equal(got["token_loss"], expected.token_part)
 
 
-def test_an_image_without_a_class_has_no_class_target_and_the_others_count_more():
+def test_an_image_without_a_class_has_no_class_target_and_the_others_weigh_what_they_always_do():
     batch, _ = draw_batch(np.random.default_rng(0))
     half = dataclasses.replace(batch, has_class=torch.tensor([True, False, True]))
-    supervision = Supervision(loss=LossConfig(), stored=True, class_weight=1.5)
+    supervision = Supervision(loss=LossConfig(), stored=True)
     got, whole = make_targets(half, supervision, GRID), make_targets(batch, supervision, GRID)
-    assert got.class_token.weight[:, 0].tolist() == [1.5, 0, 1.5]
+    assert got.class_token.weight[:, 0].tolist() == [1, 0, 1]
     assert not got.class_token.dense(6)[1].any()
     assert got.tokens is not None
     assert whole.tokens is not None
     assert torch.equal(got.tokens.dense(6), whole.tokens.dense(6))
     outputs = outputs_for(np.random.default_rng(1))
     known = class_targets(batch.class_ids[[0, 2]]).smoothed(0.1, 6)
-    expected = sparse_cross_entropy(outputs.class_logits[[0, 2]][:, None], known).mean()  # = 1.5 * sum / 3
+    expected = sparse_cross_entropy(outputs.class_logits[[0, 2]][:, None], known).sum() / 3
     torch.testing.assert_close(student_loss(outputs, got, supervision).class_part, expected.detach())
 
 

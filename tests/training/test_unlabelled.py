@@ -18,6 +18,7 @@ from tokenlabel.classification.task import build
 from tokenlabel.classification.task import train as train_by_recipe
 from tokenlabel.cli import main
 from tokenlabel.core.batch import normalize_images
+from tokenlabel.core.losses import sparse_cross_entropy
 from tokenlabel.core.scores import ScoreMap
 from tokenlabel.core.step import make_targets, student_loss
 from tokenlabel.data.scenes import write_scenes
@@ -225,13 +226,13 @@ def test_images_of_another_folder_have_no_classes_whatever_its_layout(here, caps
     assert "training images: 60 images, 40 with a class, 60 with a label map" in said
 
 
-def test_the_loss_is_a_mean_over_what_is_known(here):
-    """Each part is multiplied by images / images that have it: a batch of all images has the mean of these."""
+def test_the_loss_is_a_mean_over_images_whatever_is_known_of_each(here):
+    """An image weighs as much whether others have a class or a map, or not: no factor makes few count for many."""
     recipe = recipe_of("scenes/some.csv", "words_some", batch_size=40)
     task = build(recipe, device=torch.device("cpu"))
     batch = next(iter(task.batches(prepare(task, Ranks()).sampler(0))))
     targets = make_targets(batch, task.supervision, task.grid)
-    assert targets.class_token.weight.sum() == pytest.approx(40)
+    assert targets.class_token.weight.sum() == 10
     assert targets.tokens is not None
     weight = targets.tokens.weight.mean(dim=1)
     assert (weight > 0).sum() == 20
@@ -239,7 +240,9 @@ def test_the_loss_is_a_mean_over_what_is_known(here):
     loss = student_loss(outputs, targets, task.supervision)
     known = batch.has_class
     of_known = F.cross_entropy(outputs.class_logits[known], batch.class_ids[known], label_smoothing=0.1)
-    assert float(loss.class_part) == pytest.approx(float(of_known.detach()), rel=1e-5)
+    assert float(loss.class_part) == pytest.approx(float(of_known.detach()) * 10 / 40, rel=1e-5)
+    tokens = sparse_cross_entropy(outputs.token_logits, targets.tokens).mean(dim=1)
+    assert float(loss.token_part) == pytest.approx(float(tokens[weight > 0].detach().sum()) / 40, rel=1e-5)
 
 
 def recipe_of(train, labels, **changes):

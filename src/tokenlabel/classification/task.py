@@ -265,8 +265,6 @@ def build(recipe: Recipe, *, device: torch.device, run: Path | None = None) -> C
         loss=recipe.loss,
         stored=store is not None,
         teacher=load_online_teacher(recipe.loss.teacher, source.class_names, device),
-        class_weight=num_images / max(1, num_with_class),
-        map_weight=num_images / (num_images - num_missing),
     )
     val_set = None
     if recipe.data.val:

@@ -172,17 +172,14 @@ class Supervision:
     """Who labels the class token and the tokens, and how much each counts.
 
     `stored`: batches come with score maps of a store. `teacher`: the teacher in the step, which is shown images before
-    they are erased and mixed. `class_weight`, `map_weight`: images / images that have a class, or a map. What is
-    unknown has weight 0, and these keep a part of the loss that few images have from being drowned: constants,
-    whatever the images of a batch, so that the mean over two processes is that over one.
+    they are erased and mixed. What is unknown has weight 0 and counts in the means all the same, so that the mean
+    over two processes is that over one, and an image weighs as much whether others have a class, or a map, or not.
     Raises ConfigError where targets are asked of a teacher that is not there, and where one would have nothing to say.
     """
 
     loss: LossConfig
     stored: bool
     teacher: OnlineTeacher | None = None
-    class_weight: float = 1.0
-    map_weight: float = 1.0
 
     def __post_init__(self) -> None:
         loss, asks_of_image = self.loss, self.loss.class_target is not ClassTarget.TRUTH
@@ -244,7 +241,7 @@ def make_targets(
         if gone is not None:
             tokens = tokens.scaled(1 - erased_share(gone, grid))
         tokens = mix_targets(tokens.smoothed(loss.label_smoothing, maps.num_classes), mix, grid)
-    class_token = class_targets(batch.class_ids).scaled(batch.has_class[:, None] * supervision.class_weight)
+    class_token = class_targets(batch.class_ids).scaled(batch.has_class[:, None].to(torch.float32))
     soft = None
     if of_image is not None:  # the class token learns from a teacher, alone or beside the truth
         probs = most_probable(of_image) if loss.hard else softened(of_image, loss.temperature)
@@ -269,9 +266,7 @@ def student_loss(outputs: Outputs, targets: Targets, supervision: Supervision) -
     That is temperature**2 * H(softened target, softmax(class logits / temperature)), part of the class
     part: the divergence of Hinton et al. 2015 up to a constant.
     """
-    weight = supervision.map_weight if supervision.stored else 1.0
-    loss = token_label_loss(outputs, targets.class_token, targets.tokens, beta=supervision.loss.beta * weight)
-    loss = replace(loss, token_part=loss.token_part * weight)
+    loss = token_label_loss(outputs, targets.class_token, targets.tokens, beta=supervision.loss.beta)
     if targets.softened is None:
         return loss
     temperature = supervision.loss.temperature
@@ -306,7 +301,7 @@ def _ask(
     elif loss.class_target is not ClassTarget.TRUTH and maps is not None:
         seen = views if loss.extent is Extent.CROP else whole_views(len(views), views.device)
         of_image, says = image_labels(maps, seen, batch.class_ids, map_mode=loss.map_mode)
-        known = (says | batch.has_class) * maps.are_known() * supervision.map_weight
+        known = ((says | batch.has_class) & maps.are_known()).to(known.dtype)
     return maps, views, of_image if loss.class_target is not ClassTarget.TRUTH else None, known
 
 
