@@ -20,7 +20,7 @@ from tokenlabel.runtime.coercion import Size, pair
 T = TypeVar("T", bound=np.generic)
 
 # A point may miss a frame by this much (a tenth of a pixel at 10,000 px) before it counts as outside.
-TOLERANCE = 1e-5
+EDGE_TOLERANCE = 1e-5
 
 _UNIT_CORNERS = np.array([[0.0, 0.0, 1.0], [1.0, 0.0, 1.0], [0.0, 1.0, 1.0], [1.0, 1.0, 1.0]])
 
@@ -146,7 +146,7 @@ class View:
     def covers(self, points: NDArray[np.float64]) -> NDArray[np.bool_]:
         """Say for each point [..., 2] of the augmented image whether it shows a part of the source."""
         on_the_way = np.einsum("fij,...j->...fi", self.frames[:, :, :2], points) + self.frames[:, :, 2]
-        inside = (on_the_way >= -TOLERANCE) & (on_the_way <= 1 + TOLERANCE)  # [..., F, 2]
+        inside = (on_the_way >= -EDGE_TOLERANCE) & (on_the_way <= 1 + EDGE_TOLERANCE)  # [..., F, 2]
         return np.asarray(inside.all(axis=(-2, -1)))
 
     def covered_pixels(self, size_px: Size) -> NDArray[np.bool_]:
@@ -159,7 +159,7 @@ class View:
         covered = np.ones(size_px, np.bool_)
         for along_x, along_y, shift in self.frames.reshape(-1, 3):
             point = along_x * x + (along_y * y + shift)[:, None]  # [height, width]
-            covered &= (point >= -TOLERANCE) & (point <= 1 + TOLERANCE)
+            covered &= (point >= -EDGE_TOLERANCE) & (point <= 1 + EDGE_TOLERANCE)
         return covered
 
     @classmethod
@@ -233,4 +233,4 @@ def _compose(outer: NDArray[np.float64], inner: NDArray[np.float64]) -> NDArray[
 
 def _contains_unit_square(frame: NDArray[np.float64]) -> bool:
     corners = _UNIT_CORNERS @ frame.T
-    return bool(((corners >= -TOLERANCE) & (corners <= 1 + TOLERANCE)).all())
+    return bool(((corners >= -EDGE_TOLERANCE) & (corners <= 1 + EDGE_TOLERANCE)).all())

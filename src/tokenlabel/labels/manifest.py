@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from tokenlabel.core.scores import Kind, Orientation
 from tokenlabel.data.classes import ClassList, composed
 from tokenlabel.labels.encoding import DEFAULT_TOLERANCE, Encoding
-from tokenlabel.labels.shards import SUFFIX, StoreError, write_atomically
+from tokenlabel.labels.shards import SHARD_SUFFIX, StoreError, write_atomically
 from tokenlabel.runtime.coercion import coerced_fields
 from tokenlabel.runtime.process import listed
 
@@ -209,8 +209,8 @@ def no_store(folder: Path) -> str:
     if folder.is_file():
         meant = f"; did you mean {folder.parent}?" if (folder.parent / MANIFEST_FILE).exists() else ""
         return f"{folder}: is a file, and a label store is a folder{meant}"
-    if any(folder.glob(f"*{SUFFIX}")):
-        return f"{folder}: holds {SUFFIX} files, but no {MANIFEST_FILE}; {_REPAIR}"
+    if any(folder.glob(f"*{SHARD_SUFFIX}")):
+        return f"{folder}: holds {SHARD_SUFFIX} files, but no {MANIFEST_FILE}; {_REPAIR}"
     if inner := sorted(path.parent.name for path in folder.glob(f"*/{MANIFEST_FILE}")):
         return f"{folder}: no label store (it has no {MANIFEST_FILE}), but has some in it ({listed(inner)}); name those"
     return f"{folder}: no label store (it has no {MANIFEST_FILE}); `tokenlabel annotate` makes one"

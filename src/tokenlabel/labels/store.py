@@ -37,7 +37,7 @@ from tokenlabel.labels.manifest import (
     write_manifest,
 )
 from tokenlabel.labels.shards import (
-    SUFFIX,
+    SHARD_SUFFIX,
     UNKNOWN,
     Fingerprint,
     Shard,
@@ -406,7 +406,7 @@ def _make_store(folder: Path, manifest: Manifest) -> None:
             differences = read_manifest(folder).differences(manifest)
             if differences:
                 raise StoreError(f"{folder}: holds other labels ({differences[0]}); choose another folder")
-        elif any(folder.glob(f"*{SUFFIX}")):
+        elif any(folder.glob(f"*{SHARD_SUFFIX}")):
             raise StoreError(no_store(folder))
         elif {*folder.iterdir()} - {*folder.glob(UNFINISHED)}:
             raise StoreError(f"{folder}: is not empty and no label store; choose another folder")
@@ -424,4 +424,4 @@ def _common_manifest(folders: Sequence[Path]) -> Manifest:
 
 
 def _shard_paths(folder: Path) -> list[Path]:
-    return [path for path in folder.glob(f"*{SUFFIX}") if not path.name.startswith(".")]
+    return [path for path in folder.glob(f"*{SHARD_SUFFIX}") if not path.name.startswith(".")]

@@ -25,7 +25,7 @@ from tokenlabel.drawing.pictures import PICTURES_FOLDER, Album, ClassMap, Tile, 
 from tokenlabel.models.runs import newest_checkpoint, read_state, read_weights
 from tokenlabel.models.weight_files import options_without_weights
 from tokenlabel.runtime.configuration import ConfigError, config_from_dict
-from tokenlabel.runtime.distributed import Ranks, joined_ranks, usable_device
+from tokenlabel.runtime.distributed import Ranks, autocast, joined_ranks, usable_device
 from tokenlabel.runtime.errors import ModelError
 from tokenlabel.runtime.runlog import Stopwatch, Tracker
 from tokenlabel.segmentation.augment import SegmentTransform
@@ -45,7 +45,7 @@ from tokenlabel.segmentation.weights import load_weights
 from tokenlabel.training.engine import run_task
 from tokenlabel.training.recipe import recipe_content
 from tokenlabel.training.run_folder import RunImages, locked
-from tokenlabel.training.tasks import Task, autocast
+from tokenlabel.training.tasks import Task
 
 NUM_TRAIN, NUM_VAL = 6, 12
 

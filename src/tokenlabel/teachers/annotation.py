@@ -47,10 +47,9 @@ from tokenlabel.runtime.process import listed, say
 from tokenlabel.teachers.classmap import MIN_MASS, class_map_for
 from tokenlabel.teachers.ensemble import Ensemble, load_teachers
 from tokenlabel.teachers.labelling import Labelling
-from tokenlabel.teachers.masks import MAX_IDS, MaskTeacher
+from tokenlabel.teachers.masks import MASKS, MAX_IDS, MaskTeacher
 from tokenlabel.teachers.networks import Teacher, TeacherConfig
 
-MASKS = "masks:"
 CHANGED = "changed"
 
 

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from tokenlabel.runtime.errors import ModelError, first_line
 from tokenlabel.runtime.process import write_whole
 
-SUFFIX = ".safetensors"
+HEAD_SUFFIX = ".safetensors"
 Kind = Literal["labels", "masks", "words", "text", "file"]
 
-_FORMAT = 1
+_HEAD_FORMAT = 1
 _KEY = "head"  # of the metadata
 
 
@@ -116,7 +116,7 @@ class Head(nn.Module):
         """Write the head to a file that appears whole or not at all."""
         tensors = {"matrix": self.matrix, "bias": self.bias, "center": self.center}
         about = {
-            "format": _FORMAT,
+            "format": _HEAD_FORMAT,
             "kind": self.kind,
             "scale": self.scale,
             "normalised": self.normalised,
@@ -174,8 +174,8 @@ def read_about(path: str | Path) -> dict[str, Any]:
         version = about["format"]
     except (ValueError, TypeError, KeyError) as error:
         raise ModelError(f"{path}: is damaged ({first_line(error)}); fit it again") from error
-    if version != _FORMAT:
-        raise ModelError(f"{path}: head format {version!r}, this version of tokenlabel reads {_FORMAT}")
+    if version != _HEAD_FORMAT:
+        raise ModelError(f"{path}: head format {version!r}, this version of tokenlabel reads {_HEAD_FORMAT}")
     return about
 
 
