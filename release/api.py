@@ -13,6 +13,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from enum import Enum
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ Sizes are a number or a pair (height, width), paths strings or `Path`s, and wher
 Errors that a user can cause are `ValueError`s of one line: `ModelError`, `DataError`, `StoreError`, `ImageError` and
 `ConfigError` among them.
 """
-# Sections in the order of the way from images to a gradient: heading, and the rooms of the package whose names it holds.
+# Sections in the order of the way from images to a gradient: heading, and the room whose names it holds.
 SECTIONS = {
     "Images": "data",
     "From images to labels": "teachers",
@@ -57,7 +58,7 @@ def _entry(name: str, thing: Any) -> str:
     if not _is_enum(thing):
         lines.append(f"```python\n{signature(name, thing)}\n```\n")
     lines.append(_as_markdown(inspect.getdoc(thing) or ""))
-    fields = dict(_documented_fields(thing)) if dataclasses.is_dataclass(thing) else {}
+    fields = dict(_documented_fields(thing)) if inspect.isclass(thing) else {}
     lines += [f"- `{field}`: {text}" for field, text in fields.items()]
     if inspect.isclass(thing) and not _is_enum(thing):
         lines += [""] * bool(fields)
@@ -105,7 +106,7 @@ def _documented_fields(kind: type) -> Iterator[tuple[str, str]]:
         if not dataclasses.is_dataclass(base):
             continue
         body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0].body  # type: ignore[attr-defined]
-        for statement, after in zip(body, body[1:], strict=False):
+        for statement, after in pairwise(body):
             if isinstance(statement, ast.AnnAssign) and isinstance(after, ast.Expr):
                 assert isinstance(statement.target, ast.Name)
                 assert isinstance(after.value, ast.Constant)
