@@ -48,6 +48,10 @@ def open_images(path: str | Path, *, classes: bool = True) -> ImageSource:
     many: `s3://bucket/train-{000..127}.tar` (see `open_remote`). `classes`: False for images of any layout, whose
     classes, if any, are not looked at.
     Raises DataError for anything else, RemoteError for what cannot be had from a URL.
+
+    >>> source = tl.open_images("images")
+    >>> len(source), source.class_names, source.keys[0]
+    (8, ['ant', 'bee'], 'ant/0.png')
     """
     if url := as_url(path):
         images = open_remote(url)
