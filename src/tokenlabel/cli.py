@@ -28,6 +28,7 @@ from tokenlabel.runtime.arguments import (
     train_by_arguments,
     write_json,
 )
+from tokenlabel.runtime.coercion import NATURAL, check_numbers
 from tokenlabel.runtime.errors import FirstRankError
 from tokenlabel.runtime.process import Interrupted, environment_number
 
@@ -295,8 +296,21 @@ def inspect(arguments: list[str]) -> int:
         "--masks", type=Path, help="true dense labels (PNG class ids): how often the maps are right"
     )
     parser.add_argument("--ignore-index", type=int, help=IGNORE_INDEX_HELP)
+    parser.add_argument(
+        "--out-of-fold",
+        metavar="BACKBONE",
+        help="find wrong classes by heads on this network, each fitted without the images that it judges",
+    )
+    parser.add_argument("--weights", help="of --out-of-fold: checkpoint file of the network")
+    parser.add_argument("--size", type=int, help="of --out-of-fold: images are seen at size x size pixels")
+    parser.add_argument(
+        "--probabilities",
+        type=Path,
+        help="of --out-of-fold: write pred_probs, labels, keys and class_names to this .npz, as cleanlab takes them",
+    )
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
     parser.add_argument("--output", type=Path, help="also write the figures to this JSON file")
+    add_device(parser)
     _add_duplicates(parser)
     add_config_arguments(parser, InspectConfig)
     options = parse(parser, arguments)
@@ -304,6 +318,13 @@ def inspect(arguments: list[str]) -> int:
         raise ValueError("--pictures needs the images that the labels belong to; name them with --images")
     if options.ignore_index is not None and not options.masks:
         raise ValueError("--ignore-index is an id in masks; give --masks, or leave it out")
+    check_numbers(options, "--", size=NATURAL)
+    if options.out_of_fold and not options.images:
+        raise ValueError("--out-of-fold needs the images and their classes; name them with --images")
+    if not options.out_of_fold and (options.weights or options.size or options.probabilities):
+        raise ValueError(
+            "--weights, --size and --probabilities are about --out-of-fold BACKBONE; leave them out"
+        )
 
     config = configured(parser, options, InspectConfig)
     store, source = LabelStore(*options.store, duplicates=options.duplicates), None
@@ -320,6 +341,19 @@ def inspect(arguments: list[str]) -> int:
         figures["mask_agreement"] = mask_agreement(
             store, options.masks, source=source, ignore_index=options.ignore_index
         )
+    if source and options.out_of_fold:
+        from tokenlabel.teachers.folds import predict_out_of_fold
+
+        found = predict_out_of_fold(
+            source,
+            options.out_of_fold,
+            weights=options.weights,
+            size=options.size,
+            device=device_of(options.device),
+        )
+        figures["out_of_fold"] = found.figures(config.num_suspects)
+        if options.probabilities:
+            found.save(options.probabilities)
     if source and options.pictures:
         from tokenlabel.labels.pictures import write_pictures
         from tokenlabel.runtime.process import say
