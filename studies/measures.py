@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from studies.defects import DefectiveDataset
+from studies.defects import DEFECTS, DefectiveDataset
 from tokenlabel.core.align import align
 from tokenlabel.core.batch import Batch
 from tokenlabel.core.config import Inference
@@ -127,7 +127,7 @@ def label_truth(finished: FinishedRun) -> Figures:
     source, transform = open_images(recipe.data.train), TrainTransform(recipe.augment, recipe.model.img_size)
     stores = LabelStore(*recipe.data.label_folders), finished.masks("train")
     labelled, true = (TokenLabelDataset(source, transform, seed=recipe.seed, store=store) for store in stores)
-    labelled = DefectiveDataset(labelled, finished.defect) if finished.defect else labelled
+    labelled = DefectiveDataset(labelled, finished.defect) if finished.defect in DEFECTS else labelled
     chosen = np.linspace(0, len(source) - 1, min(len(source), NUM_LABELLED)).astype(int)  # of all classes
     grid = model.grid_for(recipe.model.img_size)
     share = share_right(labelled, true, chosen.tolist(), grid, num_classes=model.num_classes)
