@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Int16, UInt8
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -20,19 +20,19 @@ _FOR_SEGMENT_SAMPLE = 2
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SegmentSample:
-    """An image and the class of each of its pixels, 255 where none counts."""
+    """An image and the class id of each of its pixels, -1 where none counts."""
 
     image: UInt8[Tensor, "3 height width"]
-    mask: UInt8[Tensor, "height width"]
+    mask: Int16[Tensor, "height width"]
     key: str
 
 
 @dataclass(frozen=True, eq=False)
 class SegmentBatch:
-    """B images of one size with their masks."""
+    """B images of one size with their masks of class ids, -1 where none counts."""
 
     images: UInt8[Tensor, "B 3 height width"]
-    masks: UInt8[Tensor, "B height width"]
+    masks: Int16[Tensor, "B height width"]
     keys: list[str]
 
     def to(self, device: torch.device) -> SegmentBatch:
