@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
+from tokenlabel.core.scores import from_probabilities
 from tokenlabel.segmentation.classes import IGNORED
 from tokenlabel.segmentation.confusion import confusion, figures_of
 from tokenlabel.segmentation.inference import (
@@ -32,7 +33,7 @@ class Local(SegmentationModel):
         self.multiple_px, self.stride = multiple_px, stride
         self.mean, self.std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
         generator = torch.Generator().manual_seed(0)
-        self.weight = torch.randn(num_classes, 3, generator=generator)
+        self.weight = nn.Parameter(torch.randn(num_classes, 3, generator=generator), requires_grad=False)
         self.seen: list[tuple[int, ...]] = []
 
     def forward(self, images: torch.Tensor) -> SegmentOutputs:
@@ -148,6 +149,37 @@ def test_a_mirrored_view_is_mirrored_back() -> None:
     pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 6, 8), dtype=np.uint8))
     plain, mirrored = segmenter(Local(), mode="whole", flip=True).views(pixels)
     torch.testing.assert_close(plain, mirrored)
+
+
+@settings(max_examples=20)
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 3), st.booleans(), st.integers(0, 99))
+def test_soft_predictions_are_means_over_the_pixels_of_cells_and_over_views(
+    rows: int, columns: int, cell_px: int, flip: bool, seed: int
+) -> None:
+    size_px = (rows * cell_px, columns * cell_px)
+    pixels = torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (3, *size_px), dtype=np.uint8))
+    model = Placed()
+    found = segmenter(model, mode="whole", flip=flip).probabilities(pixels, (rows, columns))
+    logits = [model(pixels[None] / 255).logits[0]]
+    if flip:
+        logits.append(model(pixels.flip(2)[None] / 255).logits[0].flip(2))
+    for row, column in itertools.product(range(rows), range(columns)):
+        total = torch.zeros(5)
+        for view, y, x in itertools.product(logits, range(cell_px), range(cell_px)):
+            total += view[:, row * cell_px + y, column * cell_px + x].softmax(dim=0)
+        torch.testing.assert_close(found[row, column], total / (len(logits) * cell_px**2))
+
+
+@pytest.mark.parametrize("mode", ["slide", "whole"])
+def test_soft_predictions_lie_on_the_grid_of_the_head(mode: Any) -> None:
+    pixels = torch.zeros(3, 26, 41, dtype=torch.uint8)
+    found = segmenter(Local(multiple_px=8, stride=4), mode=mode).probabilities(pixels)
+    assert found.shape == (7, 11, 5)
+    torch.testing.assert_close(found.sum(dim=2), torch.ones(7, 11))
+    score_map = from_probabilities(found.numpy(), 3)
+    assert (score_map.num_classes, score_map.codes.shape) == (5, (7, 11, 3))
+    resized = segmenter(Local(stride=4), mode=mode, short_side_px=13)
+    assert resized.grid_of((26, 41)) == (4, 5)
 
 
 def test_strides_are_two_thirds_by_default() -> None:
