@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import numpy as np
+
 from studies.defects import DefectiveDataset
 from studies.measures import share_right
 from tokenlabel.data.augment import TrainTransform
@@ -22,6 +24,7 @@ from tokenlabel.evaluation.observation import MaskFolder
 from tokenlabel.labels.store import LabelStore
 
 CROPS = ((0.25, 1.0), (0.08, 1.0))
+NUM_IMAGES = 2_000
 
 
 def main() -> None:
@@ -35,7 +38,8 @@ def main() -> None:
     options = parser.parse_args()
     source, store = open_aloud(options.images), LabelStore(options.labels)
     truth = MaskFolder(options.masks, num_classes=len(source.class_names))
-    grid, chosen = (options.grid, options.grid), list(range(len(source)))
+    grid = (options.grid, options.grid)
+    chosen = np.linspace(0, len(source) - 1, min(len(source), NUM_IMAGES)).astype(int).tolist()
     print("| crops | aligned | x and y swapped |\n|---|---|---|")
     for crop_scale in CROPS:
         transform = TrainTransform(AugmentConfig(crop_scale=crop_scale), (options.size, options.size))
