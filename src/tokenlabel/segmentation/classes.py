@@ -11,6 +11,7 @@ import yaml
 from jaxtyping import Int16, UInt8
 from numpy.typing import NDArray
 
+from tokenlabel.data.masks import unlabelled_value
 from tokenlabel.drawing.pictures import class_colour
 from tokenlabel.runtime.errors import DataError
 from tokenlabel.runtime.process import listed
@@ -100,7 +101,7 @@ def numbered_classes(
         raise DataError(
             f"data.class_values holds {len(values)} values of {len(names)} classes; give one a class"
         )
-    none = 255 if len(names) <= 255 else NUM_VALUES - 1
+    none = unlabelled_value(len(names))
     of_classes = [*(values or range(len(names))), *([none] if background is not None else [])]
     of_none = ignored if ignored is not None else {none} - {*of_classes}
     if len({*of_classes}) < len(of_classes) or not {*of_classes, *of_none} <= {*range(NUM_VALUES)}:
