@@ -44,6 +44,11 @@ def align(
     and lower the token's weight, as empty cells do. `logits`: how maps of logits become probabilities: zero, kept or
     published. Raises ValueError where there are no score maps, and for the published mode where there are no logits or
     where views are more than crops and flips.
+
+    >>> maps = tl.collate_score_maps([tl.LabelStore("labels")["ant/0.png"]])
+    >>> views = tl.stack_views([tl.View.crop(tl.Box(right=0.5))])
+    >>> tl.align(maps, views, grid=(4, 4)).dense(2).shape
+    torch.Size([1, 16, 2])
     """
     logits, grid = LogitsMode(logits), pair(grid, name="grid")
     if score_maps is None:

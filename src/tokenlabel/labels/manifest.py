@@ -50,6 +50,10 @@ class Manifest:
     record says its own. `teacher`, `preprocessing`: what made the labels and what it saw, for people and for
     comparison. `tolerance`: of new compact records, see `encoding.pack`. `orientation`: how maps lie on images whose
     files have a tag. `failures`: the images that the last call could not label.
+
+    >>> manifest = tl.Manifest(num_classes=2, class_names=("ant", "bee"), topk=2)
+    >>> manifest.differences(tl.Manifest(num_classes=3, topk=2))[0]
+    'num_classes is 2 there, 3 here'
     """
 
     num_classes: int

@@ -55,7 +55,15 @@ CHANGED = "changed"
 
 @dataclass(frozen=True, kw_only=True)
 class AnnotateConfig(TeacherConfig):
-    """Which labels to make, and how."""
+    """Which labels to make, and how.
+
+    >>> tl.AnnotateConfig(teacher="masks:masks", encoding="raw").topk
+    5
+    >>> tl.AnnotateConfig(teacher="resnet50", topk=0)
+    Traceback (most recent call last):
+    ...
+    tokenlabel.runtime.errors.ConfigError: topk must be at least 1, got 0
+    """
 
     topk: int = 5
     """Classes that each location keeps; the probability of the others is kept as one number."""
@@ -114,6 +122,10 @@ def annotate(
     Raises ModelError for a teacher that cannot do it, StoreError if the folder holds other labels,
     ValueError for scores that are not finite (naming the image), ImageError for an image that does not decode
     if `strict`.
+
+    >>> done = tl.annotate("images", "labels", tl.AnnotateConfig(teacher="masks:masks", size=8))
+    >>> done.num_present + done.num_labelled, done.failures
+    (8, ())
     """
     config = coerced(config, AnnotateConfig, name="config")
     source = open_aloud(images) if isinstance(images, (str, Path)) else images

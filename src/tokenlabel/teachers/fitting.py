@@ -65,7 +65,11 @@ OPTIONS_OF = {
 @dataclass(frozen=True, kw_only=True)
 @coerced_fields
 class FitConfig:
-    """Which head to fit, on which backbone."""
+    """Which head to fit, on which backbone.
+
+    >>> tl.FitConfig(backbone="test_vit", from_="words", words=64).words
+    64
+    """
 
     backbone: str
     """A run folder, or the name of a model (timm's, lvvit_s and the like), with or without a classifier of its own."""
@@ -130,6 +134,10 @@ def fit_head(
 
     Raises ModelError where there is another head, or where what it is to be fitted on does not do; errors of the
     images and of the backbone as `annotate` does.
+
+    >>> config = tl.FitConfig(backbone="test_vit", weights="test_vit.safetensors", size=64, from_="labels")
+    >>> tl.fit_head("images", "head.safetensors", config).class_names
+    ('ant', 'bee')
     """
     config, file = coerced(config, FitConfig, name="config"), Path(file)
     asked = {**asdict(config), "images": str(images) if isinstance(images, (str, Path)) else None}

@@ -35,6 +35,11 @@ class Head(nn.Module):
     and so are the rows of the matrix: scaled cosines. `kind`: what it was made from. `class_names`: C of them;
     words have none but their numbers. `fitted`, `backbone`: what it was fitted on and how well, and the backbone that
     its vectors come from; both as JSON holds them.
+
+    >>> head = tl.Head(torch.eye(2), kind="labels", class_names=["ant", "bee"])
+    >>> ids, probs = head.top(torch.tensor([[0.0, 3.0]]), k=1)
+    >>> head.class_names[ids.item()], round(probs.item(), 2)
+    ('bee', 0.95)
     """
 
     matrix: Tensor
