@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 
@@ -55,6 +55,27 @@ class Classes:
             f"holds the value{'' if len(found) == 1 else 's'} {listed([str(value) for value in found])}, which "
             f"{'is' if len(found) == 1 else 'are'} no class; {len(self.names)} classes have the values {_ranges(known)}"
         )
+
+    def table(self, pixels: Mapping[int, int]) -> list[tuple[str, str, str, str]]:
+        """Return the value, its class, the number and the share of the pixels of each value in masks; then what lacks.
+
+        `pixels`: the number of pixels of each value that masks hold.
+        """
+        total = max(1, sum(pixels.values()))
+        rows = [
+            (str(value), self._meaning(value), f"{count:,}", f"{count / total:.1%}")
+            for value, count in sorted(pixels.items())
+        ]
+        held = {self.id_of(value) for value in pixels}
+        for class_id, name in enumerate(self.names):
+            if class_id not in held:
+                values = _ranges(np.flatnonzero(self.ids_of_values == class_id).tolist())
+                rows.append((values, name, "0", "no mask holds it"))
+        return rows
+
+    def _meaning(self, value: int) -> str:
+        class_id = self.id_of(value)
+        return "(does not count)" if class_id == IGNORED else self.names[class_id]
 
     def id_of(self, value: int) -> int:
         """Return the class id of a value in masks, `IGNORED` or -2."""

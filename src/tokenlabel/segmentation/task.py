@@ -24,7 +24,7 @@ from tokenlabel.drawing.pictures import PICTURES_FOLDER, Album, ClassMap, Tile, 
 from tokenlabel.models.runs import newest_checkpoint, read_state, read_weights
 from tokenlabel.models.weight_files import options_without_weights
 from tokenlabel.runtime.configuration import ConfigError, config_from_dict
-from tokenlabel.runtime.distributed import Ranks, autocast, joined_ranks, usable_device
+from tokenlabel.runtime.distributed import Ranks, autocast
 from tokenlabel.runtime.errors import ModelError
 from tokenlabel.runtime.runlog import Stopwatch, Tracker
 from tokenlabel.segmentation.augment import SegmentTransform, resize_mask
@@ -41,10 +41,10 @@ from tokenlabel.segmentation.model import (
 from tokenlabel.segmentation.pairs import ImageMaskPairs, classes_of, open_pairs
 from tokenlabel.segmentation.recipe import SegmentRecipe
 from tokenlabel.segmentation.weights import load_weights
-from tokenlabel.training.engine import run_task
+from tokenlabel.training.engine import train_in
 from tokenlabel.training.recipe import recipe_content
-from tokenlabel.training.run_folder import RunImages, locked
-from tokenlabel.training.tasks import Task
+from tokenlabel.training.run_folder import RunImages
+from tokenlabel.training.tasks import Summary, Task
 
 NUM_TRAIN, NUM_VAL = 6, 12
 
@@ -64,16 +64,7 @@ def train_segmentation(
     Raises ConfigError if it holds a run of another recipe or another process trains there, ValueError for data that
     cannot be trained on, `Interrupted` after SIGINT or SIGTERM.
     """
-    device, run = usable_device(device), Path(run)
-    with joined_ranks(device) as ranks, locked(run, ranks):
-        return run_task(
-            build(recipe, device=device, run=run),
-            run,
-            ranks=ranks,
-            eval_every_epochs=recipe.eval.every_epochs,
-            trackers=trackers,
-            changed_numerics=changed_numerics,
-        )
+    return train_in(run, recipe, build, device=device, trackers=trackers, changed_numerics=changed_numerics)
 
 
 @dataclass(eq=False)
@@ -113,6 +104,19 @@ class SegmentTask(Task):
                 ([Tile(pixels, "augmented image"), Tile(pixels, "its mask", classes)], {"key": key})
             )
         return make_album(pictures, self.class_names, colours=self.train_set.pairs.classes.colours)
+
+    def summary(self) -> Summary:
+        """Return what a dry run says of the task."""
+        recipe, pairs = self.recipe, self.train_set.pairs
+        height_px, width_px = recipe.model.img_size
+        rows, columns = self.model.grid_for(recipe.model.img_size)
+        return Summary(
+            network=f"{recipe.model.name} with {recipe.model.head.value} head",
+            images=f"{len(pairs):,} with masks; {len(self.class_names):,} classes, {width_px} x {height_px} px",
+            targets=f"the class of each pixel, from {rows} x {columns} locations of the head",
+            title="Pixels of each value in the training masks",
+            table=[("value", "class", "pixels", "share"), *pairs.classes.table(pairs.pixels)],
+        )
 
     def evaluate(
         self, model: nn.Module, ranks: Ranks, *, run: Path | None = None, **about: Any
