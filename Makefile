@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 EXAMPLES_READY := $(VENV)/.examples-ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-fast test test-long examples lint types gpu bench clean
+.PHONY: help setup demo demo-fast test test-long examples api wheel-test floors lint types gpu bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -38,6 +38,15 @@ test-long: $(READY)  ## the tests that take longer: 20 kills, whole studies
 
 examples: $(EXAMPLES_READY)  ## training loops of other libraries with token labels, each run in small
 	$(BIN)/python -m pytest examples
+
+api: $(READY)  ## docs/api.md from the docstrings of the public names
+	$(BIN)/python -m release.api
+
+wheel-test:  ## the wheel in a fresh environment and an empty folder, as a stranger uses it (fetches PyTorch)
+	release/wheel.sh $(PYTHON)
+
+floors:  ## the tests on the oldest torch, torchvision, timm and jsonargparse that we name (fetches PyTorch)
+	release/floors.sh $(PYTHON)
 
 lint: $(READY)  ## ruff: style and formatting
 	$(BIN)/ruff check .

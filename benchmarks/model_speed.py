@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measure import Row, Settings, interleave, ratios
 from tokenlabel.models import LVViT, LVViTConfig, TimmAdapter
-from tokenlabel.models.lvvit import CONFIGS
+from tokenlabel.models.lvvit import LVVIT_CONFIGS
 
 NUM_CLASSES = 1000
 SIZE_PX = (224, 224)
@@ -74,7 +74,7 @@ def run(settings: Settings) -> list[Row]:
 def compare(name: str, precision: str, num_images: int, settings: Settings) -> list[Row]:
     """Measure one model at one precision and batch size."""
     on_gpu = settings.device.type == "cuda"
-    steps = _steps(CONFIGS[name], PRECISIONS[precision], num_images, settings)
+    steps = _steps(LVVIT_CONFIGS[name], PRECISIONS[precision], num_images, settings)
     with FlopCounterMode(display=False) as counter:
         steps["plain"]()
     operations = counter.get_total_flops()

@@ -41,11 +41,10 @@ from tokenlabel.data.sources import open_images
 from tokenlabel.labels.encoding import Encoding
 from tokenlabel.labels.store import LabelStore, LabelStoreWriter, Manifest
 from tokenlabel.models import create_model
-from tokenlabel.runtime.distributed import Ranks
+from tokenlabel.runtime.distributed import Ranks, autocast
 from tokenlabel.runtime.runlog import Stopwatch
 from tokenlabel.training.engine import Trainer, prepare, train_step
 from tokenlabel.training.recipe import DataConfig, ModelConfig, OptimConfig, Recipe
-from tokenlabel.training.tasks import autocast
 
 SIZE_PX = (224, 224)
 POLICY = "rand-m9-inc1"

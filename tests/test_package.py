@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 import textwrap
-import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -44,9 +43,9 @@ def test_every_public_name_is_found(name):
     assert getattr(tokenlabel, name).__module__.startswith("tokenlabel.")
 
 
-def test_the_version_is_that_of_the_package_and_types_are_shipped():
-    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))
-    assert tokenlabel.__version__ == project["project"]["version"]
+def test_the_citation_is_of_this_version_and_types_are_shipped():
+    citation = (Path(__file__).parents[1] / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\nversion: {tokenlabel.__version__}\n" in citation
     assert (SOURCES / "py.typed").exists()
 
 

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from tokenlabel.teachers.fitting import FitConfig, fit_head
     from tokenlabel.teachers.heads import Head
 
-    __version__: str
+__version__ = "0.2.0"  # the one place: the wheel, `tokenlabel --version` and CITATION.cff follow
 
 # Public names and where they live: imported when first asked for, so that reading a store takes no torch.
 _HOMES = {
@@ -136,10 +136,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        from importlib.metadata import version
-
-        return version("tokenlabel")
     if name not in _HOME_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"tokenlabel.{_HOME_OF[name]}"), name)

@@ -14,10 +14,10 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from tokenlabel import __version__
 from tokenlabel.runtime.arguments import (
     add_device,
     add_run_arguments,
@@ -77,7 +77,7 @@ def _run(arguments: list[str]) -> int:
         print(_overview())
         return 0
     if arguments[0] == "--version":
-        print(f"tokenlabel {version('tokenlabel')}")
+        print(f"tokenlabel {__version__}")
         return 0
     name, *rest = arguments
     if name not in VERBS:

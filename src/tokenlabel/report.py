@@ -30,9 +30,8 @@ from tokenlabel.labels.wordnet import with_words
 from tokenlabel.runtime.configuration import flattened, read_yaml
 from tokenlabel.runtime.errors import ConfigError
 from tokenlabel.runtime.process import listed
-from tokenlabel.runtime.runlog import read_metrics
+from tokenlabel.runtime.runlog import RECIPE_FILE, read_metrics
 
-RECIPE_FILE = "recipe.yaml"
 NUM_CLASSES, NUM_DISAGREEMENTS = 20, 20
 
 # What figures are called, and how they are written; others stand under their own names.

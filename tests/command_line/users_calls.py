@@ -27,7 +27,7 @@ from tokenlabel.evaluation.assessment import EvalOptions
 from tokenlabel.evaluation.observation import evaluate, observe
 from tokenlabel.labels.encoding import pack
 from tokenlabel.labels.inspection import InspectConfig
-from tokenlabel.labels.published import ImportConfig, Layout
+from tokenlabel.labels.published import ImportConfig, PublishedLayout
 from tokenlabel.models import TokenModel
 from tokenlabel.segmentation.inference import SegmentEvalConfig
 from tokenlabel.segmentation.model import SegmentModelConfig
@@ -261,7 +261,7 @@ def encodings_go_by_name():
     assert tl.LabelStore("written raw").manifest.class_names == ("ant", "bee")
     refuses(lambda: tl.merge_stores(["compact"], "merged", encoding="zip"), "raw, compact", "zip")
     refuses(lambda: pack(labels()["ant/0.png"], "zip"), "raw, compact", "zip")
-    assert Layout("wh") is ImportConfig(num_classes=2, layout="wh").layout
+    assert PublishedLayout("wh") is ImportConfig(num_classes=2, layout="wh").layout
 
 
 def checks_go_by_name():

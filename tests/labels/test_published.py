@@ -18,7 +18,7 @@ from tokenlabel.core.geometry import Box, View, stack_views
 from tokenlabel.core.scores import Kind, ScoreMap, from_probabilities, from_top
 from tokenlabel.labels.published import (
     ImportConfig,
-    Layout,
+    PublishedLayout,
     import_labels,
     label_path,
     read_label_file,
@@ -220,7 +220,7 @@ def test_only_the_class_folder_and_the_stem_count(tmp_path):
 
 
 def test_layout_and_region(data):
-    run(data, layout=Layout.WH, region="center:80")
+    run(data, layout=PublishedLayout.WH, region="center:80")
     score_map = LabelStore(data / "labels")["ape/1.png"]
     logits, _ = draw(0).float().permute(0, 3, 2, 1).numpy()
     assert np.array_equal(score_map.probs, logits)
@@ -348,4 +348,4 @@ def test_no_files_at_all(data):
         import_labels(data, data / "labels", data / "images", ImportConfig(num_classes=2))
     run(data)
     with pytest.raises(StoreError, match=r"preprocessing\.layout"):
-        run(data, layout=Layout.WH)
+        run(data, layout=PublishedLayout.WH)

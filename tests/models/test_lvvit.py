@@ -18,7 +18,7 @@ from tokenlabel.core.losses import token_label_loss
 from tokenlabel.core.mix import MixPlan, mix_images
 from tokenlabel.core.targets import class_targets
 from tokenlabel.models import LVViT, LVViTConfig, Outputs, TimmAdapter, TokenModel, create_model
-from tokenlabel.models.lvvit import CONFIGS
+from tokenlabel.models.lvvit import LVVIT_CONFIGS
 from tokenlabel.models.vision_transformer import resize_positions
 
 NUM_PARAMETERS = {"lvvit_t": 8_534_720, "lvvit_s": 26_151_824, "lvvit_m": 55_830_544, "lvvit_l": 150_021_968}
@@ -35,28 +35,28 @@ def tiny(**options: object) -> LVViT:
     return backbone
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", LVVIT_CONFIGS)
 def test_parameter_counts_are_the_published_ones(name: str) -> None:
     with torch.device("meta"):
-        model = LVViT(CONFIGS[name])
+        model = LVViT(LVVIT_CONFIGS[name])
     assert sum(parameter.numel() for parameter in model.parameters()) == NUM_PARAMETERS[name]
 
 
 @pytest.mark.parametrize("name", ["lvvit_m", "lvvit_l"])
 def test_names_of_large_models_are_those_of_small_ones_with_more_blocks(name: str) -> None:
     with torch.device("meta"):
-        model = LVViT(CONFIGS[name])
+        model = LVViT(LVVIT_CONFIGS[name])
     expected = {
         re.sub(r"^blocks\.\d+", f"blocks.{index}", key)
         for key in published_keys("lvvit_s")
-        for index in range(CONFIGS[name].depth)
+        for index in range(LVVIT_CONFIGS[name].depth)
     }
     assert model.state_dict().keys() == expected
 
 
 @pytest.mark.parametrize("name", ["lvvit_t", "lvvit_s"])
 def test_outputs_equal_the_published_implementation(name: str) -> None:
-    backbone = LVViT(CONFIGS[name])
+    backbone = LVViT(LVVIT_CONFIGS[name])
     assert {key: list(value.shape) for key, value in backbone.state_dict().items()} == published_keys(name)
     backbone.load_state_dict(formula_weights(published_keys(name)))
     model = TimmAdapter(backbone, name=name, num_classes=1000, img_size=(224, 224)).eval()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tokenlabel.core.mix import MixPlan
 from tokenlabel.models import T2TViT, create_model
-from tokenlabel.models.t2t_vit import CONFIGS, Performer, TokensToToken, sinusoids
+from tokenlabel.models.t2t_vit import T2T_VIT_CONFIGS, Performer, TokensToToken, sinusoids
 
 # All parameters of the published model, and those that train.
 NUM_PARAMETERS = {
@@ -28,10 +28,10 @@ def tiny(**options: object) -> T2TViT:
     return backbone
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", T2T_VIT_CONFIGS)
 def test_parameter_counts_are_the_published_ones(name: str) -> None:
     with torch.device("meta"):
-        model = T2TViT(CONFIGS[name])
+        model = T2TViT(T2T_VIT_CONFIGS[name])
     published = [value for key, value in model.named_parameters() if not key.startswith("aux_head")]
     total = sum(value.numel() for value in published)
     trained = sum(value.numel() for value in published if value.requires_grad)
@@ -39,7 +39,7 @@ def test_parameter_counts_are_the_published_ones(name: str) -> None:
 
 
 def test_outputs_equal_the_published_implementation() -> None:
-    model = T2TViT(CONFIGS["t2t_vit_14"]).eval()
+    model = T2TViT(T2T_VIT_CONFIGS["t2t_vit_14"]).eval()
     keys = published_keys("t2t_vit_14")
     ours = {
         key: list(value.shape) for key, value in model.state_dict().items() if not key.startswith("aux_head")
@@ -158,7 +158,9 @@ def test_mixtoken_mixes_embeddings() -> None:
 
 
 def test_all_but_positions_and_random_features_train() -> None:
-    model = T2TViT(CONFIGS["t2t_vit_14"], num_classes=5, img_size=(32, 48), depth=2, width=32, num_heads=4)
+    model = T2TViT(
+        T2T_VIT_CONFIGS["t2t_vit_14"], num_classes=5, img_size=(32, 48), depth=2, width=32, num_heads=4
+    )
     model(torch.randn(2, 3, 32, 48)).square().mean().backward()
     untrained = {name for name, parameter in model.named_parameters() if parameter.grad is None}
     assert untrained == {"pos_embed", "tokens_to_token.attention1.w", "tokens_to_token.attention2.w"}

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
+from tokenlabel.core.scores import from_probabilities
 from tokenlabel.segmentation.classes import IGNORED
 from tokenlabel.segmentation.confusion import confusion, figures_of
 from tokenlabel.segmentation.heads import HeadOutputs
@@ -38,7 +39,7 @@ class Local(SegmentationModel):
         self.multiple_px, self.stride = multiple_px, stride
         self.mean, self.std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
         generator = torch.Generator().manual_seed(0)
-        self.weight = torch.randn(num_classes, 3, generator=generator)
+        self.weight = nn.Parameter(torch.randn(num_classes, 3, generator=generator), requires_grad=False)
         self.seen: list[tuple[int, ...]] = []
 
     def forward(self, images: torch.Tensor) -> SegmentOutputs:
@@ -156,6 +157,37 @@ def test_a_mirrored_view_is_mirrored_back() -> None:
     torch.testing.assert_close(plain, mirrored)
 
 
+@settings(max_examples=20)
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 3), st.booleans(), st.integers(0, 99))
+def test_soft_predictions_are_means_over_the_pixels_of_cells_and_over_views(
+    rows: int, columns: int, cell_px: int, flip: bool, seed: int
+) -> None:
+    size_px = (rows * cell_px, columns * cell_px)
+    pixels = torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (3, *size_px), dtype=np.uint8))
+    model = Placed()
+    found = segmenter(model, mode="whole", flip=flip).probabilities(pixels, (rows, columns))
+    logits = [model(pixels[None] / 255).logits[0]]
+    if flip:
+        logits.append(model(pixels.flip(2)[None] / 255).logits[0].flip(2))
+    for row, column in itertools.product(range(rows), range(columns)):
+        total = torch.zeros(5)
+        for view, y, x in itertools.product(logits, range(cell_px), range(cell_px)):
+            total += view[:, row * cell_px + y, column * cell_px + x].softmax(dim=0)
+        torch.testing.assert_close(found[row, column], total / (len(logits) * cell_px**2))
+
+
+@pytest.mark.parametrize("mode", ["slide", "whole"])
+def test_soft_predictions_lie_on_the_grid_of_the_head(mode: Any) -> None:
+    pixels = torch.zeros(3, 26, 41, dtype=torch.uint8)
+    found = segmenter(Local(multiple_px=8, stride=4), mode=mode).probabilities(pixels)
+    assert found.shape == (7, 11, 5)
+    torch.testing.assert_close(found.sum(dim=2), torch.ones(7, 11))
+    score_map = from_probabilities(found.numpy(), 3)
+    assert (score_map.num_classes, score_map.codes.shape) == (5, (7, 11, 3))
+    resized = segmenter(Local(stride=4), mode=mode, short_side_px=13)
+    assert resized.grid_of((26, 41)) == (4, 5)
+
+
 def test_strides_are_two_thirds_by_default() -> None:
     assert Segmenter(Local(), SegmentEvalConfig(), window_px=(512, 512)).stride_px == (341, 341)
 
@@ -181,8 +213,7 @@ def test_looks_that_cannot_be_are_refused() -> None:
 @given(st.integers(1, 6), st.integers(1, 40), st.integers(0, 99))
 def test_the_confusion_matrix_counts_each_pixel(num_classes: int, num_pixels: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    truth = rng.integers(0, num_classes + 1, num_pixels).astype(np.uint8)
-    truth[truth == num_classes] = IGNORED
+    truth = rng.integers(IGNORED, num_classes, num_pixels).astype(np.int16)
     said = rng.integers(0, num_classes, num_pixels)
     expected = np.zeros((num_classes, num_classes), np.int64)
     for one_said, one_true in zip(said, truth, strict=True):
@@ -196,7 +227,7 @@ def test_the_confusion_matrix_counts_each_pixel(num_classes: int, num_pixels: in
 @given(st.integers(1, 5), st.integers(0, 99))
 def test_figures_are_those_of_sets_of_pixels(num_classes: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    truth, said = rng.integers(0, num_classes, (2, 30)).astype(np.uint8)
+    truth, said = rng.integers(0, num_classes, (2, 30)).astype(np.int16)
     found = figures_of(
         confusion(torch.from_numpy(said.astype(np.int64)), torch.from_numpy(truth), num_classes)
     )

@@ -28,7 +28,7 @@ def sample_of(seed: int, num_classes: int, *, kind: str) -> SegmentSample:
     rng = np.random.default_rng(seed)
     size = tuple(rng.integers(10, 40, 2))
     pixels = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
-    mask = rng.integers(0, num_classes + 1, size).astype(np.uint8)
+    mask = rng.integers(0, num_classes + 1, size).astype(np.int16)
     mask[mask == num_classes] = IGNORED
     transform = SegmentTransform(SegmentAugmentConfig(scale=(0.5, 1.5)), CROP_PX)
     shown, classes, view = transform(pixels, mask if kind == "mask" else None, rng)
@@ -46,8 +46,8 @@ def dense_target(sample: SegmentSample, grid: tuple[int, int], num_classes: int)
     """Return the soft label of every cell by loops over its samples, [h, w, C], each times its weight."""
     score_map, (rows, columns) = sample.score_map, grid
     assert score_map is not None
-    dense, region = score_map.dense().astype(np.float64), score_map.region
-    says = (score_map.probs > 0).any(axis=2)
+    dense, region = np.asarray(score_map.dense(), np.float64), score_map.region
+    says = np.asarray((score_map.probs > 0).any(axis=2))
     height, width = dense.shape[:2]
     count = enough_samples((height, width), grid)
     target = np.zeros((rows, columns, num_classes))

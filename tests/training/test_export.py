@@ -178,6 +178,6 @@ def test_what_cannot_be_exported_is_refused_and_leaves_nothing(tmp_path: Path) -
 
 
 def test_a_graph_that_says_something_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tokenlabel.training.export.TOLERANCE", -1.0)
+    monkeypatch.setattr("tokenlabel.training.export.EXPORT_TOLERANCE", -1.0)
     with pytest.raises(ConfigError, match=r"logits of the ONNX graph are .* off"):
         write_onnx(trained_model(*VIT), tmp_path / "model.onnx", inference=Inference.CLASS, dense=False)

@@ -45,14 +45,14 @@ from tokenlabel.labels.store import LabelStore
 from tokenlabel.models import TokenModel, create_model, load_published
 from tokenlabel.models.weights import read_class_names, read_description
 from tokenlabel.runtime.configuration import ConfigError
-from tokenlabel.runtime.distributed import Ranks, current_ranks, joined_ranks, usable_device
+from tokenlabel.runtime.distributed import Ranks, autocast, current_ranks, joined_ranks, usable_device
 from tokenlabel.runtime.process import say
 from tokenlabel.runtime.runlog import Tracker
 from tokenlabel.teachers.online import load_online_teacher
 from tokenlabel.training.engine import run_task
 from tokenlabel.training.recipe import ModelConfig, Recipe
 from tokenlabel.training.run_folder import RunImages, check_apart, locked, sound_images
-from tokenlabel.training.tasks import Task, autocast
+from tokenlabel.training.tasks import Task
 
 # Starting processes takes seconds: below this many images evaluation decodes them itself.
 _MANY_IMAGES = 5000

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from tokenlabel.core.batch import ScoreMapBatch
 from tokenlabel.core.blocks import blocks
 from tokenlabel.core.config import LogitsMode
-from tokenlabel.core.geometry import TOLERANCE
+from tokenlabel.core.geometry import EDGE_TOLERANCE
 from tokenlabel.core.published import align_as_published, probabilities_of_cells
 from tokenlabel.core.scores import Kind
 from tokenlabel.core.targets import TokenTargets
@@ -44,6 +44,11 @@ def align(
     and lower the token's weight, as empty cells do. `logits`: how maps of logits become probabilities: zero, kept or
     published. Raises ValueError where there are no score maps, and for the published mode where there are no logits or
     where views are more than crops and flips.
+
+    >>> maps = tl.collate_score_maps([tl.LabelStore("labels")["ant/0.png"]])
+    >>> views = tl.stack_views([tl.View.crop(tl.Box(right=0.5))])
+    >>> tl.align(maps, views, grid=(4, 4)).dense(2).shape
+    torch.Size([1, 16, 2])
     """
     logits, grid = LogitsMode(logits), pair(grid, name="grid")
     if score_maps is None:
@@ -173,5 +178,5 @@ def _sample_locations(
     )  # [B, F, 2, S, N], fractions of frames
     sizes = score_maps.sizes[:, :, None, None]
     locations = (on_the_way[:, -1] * sizes).sub_(0.5).clamp_min_(0)
-    covered = on_the_way.sub_(0.5).abs_().amax(dim=(1, 2)) <= 0.5 + TOLERANCE
+    covered = on_the_way.sub_(0.5).abs_().amax(dim=(1, 2)) <= 0.5 + EDGE_TOLERANCE
     return locations.minimum(sizes - 1), covered

@@ -65,6 +65,11 @@ def collate_score_maps(score_maps: Sequence[ScoreMap]) -> ScoreMapBatch:
     """Stack the score maps of a batch, which may differ in size, palette and K.
 
     Raises ValueError for maps over different numbers of classes, and for maps of logits among others.
+
+    >>> store = tl.LabelStore("labels")
+    >>> maps = tl.collate_score_maps([store["ant/0.png"], store["bee/1.png"]])
+    >>> maps.num_classes
+    2
     """
     counts = sorted({m.num_classes for m in score_maps})
     if len(counts) > 1:
@@ -195,6 +200,10 @@ def normalize_images(
 
     `mean` and `std` are for pixels in [0, 1]. Computed in float32 whatever the `dtype` of the result.
     Raises ValueError for images that are not of whole pixels from 0 to 255 (uint8), and for numbers that are for such.
+
+    >>> images = torch.full((1, 3, 2, 2), 255, dtype=torch.uint8)
+    >>> tl.normalize_images(images, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)).unique()
+    tensor([1.])
     """
     if images.dtype != torch.uint8:
         raise ValueError(

@@ -15,6 +15,10 @@ class Inference(Choice):
 
     CLASS: the class token (or pooled features) alone. TOKENS: the mean of the token logits.
     COMBINED: class logits + 0.5 * max over tokens of the token logits, as the LV-ViT authors publish it.
+
+    >>> outputs = tl.Outputs(torch.ones(1, 3), torch.zeros(1, 4, 8), torch.nn.Linear(8, 3, bias=False), (2, 2))
+    >>> outputs.logits("combined").tolist()
+    [[1.0, 1.0, 1.0]]
     """
 
     CLASS = "class"
@@ -26,6 +30,9 @@ class Mixing(Choice):
     """Which mix to draw.
 
     MixToken: Jiang et al. 2021, section 3.2. CutMix: Yun et al. 2019. Mixup: Zhang et al. 2018.
+
+    >>> [str(mixing) for mixing in tl.Mixing]
+    ['none', 'mixtoken', 'cutmix', 'mixup']
     """
 
     NONE = "none"
@@ -72,7 +79,11 @@ class MixConfig:
 
 
 class ErasingMode(Choice):
-    """What fills a box: CONST the mean colour, RAND one random colour, PIXEL a random colour for each pixel."""
+    """What fills a box: CONST the mean colour, RAND one random colour, PIXEL a random colour for each pixel.
+
+    >>> [str(mode) for mode in tl.ErasingMode]
+    ['const', 'rand', 'pixel']
+    """
 
     CONST = "const"
     RAND = "rand"
@@ -82,7 +93,11 @@ class ErasingMode(Choice):
 @dataclass(frozen=True, kw_only=True)
 @coerced_fields
 class ErasingConfig:
-    """Whether and how parts of images are erased."""
+    """Whether and how parts of images are erased.
+
+    >>> tl.ErasingConfig(probability=0.25, mode="const").mode
+    <ErasingMode.CONST: 'const'>
+    """
 
     probability: float = 0.0
     """Share of the images of which something is erased."""
@@ -110,6 +125,9 @@ class LogitsMode(Choice):
     ZERO: each cell's softmax, classes that it did not keep counting as logit 0. KEPT: each cell's softmax
     over the classes that it kept. PUBLISHED: as in the published toolboxes, the softmax comes last, after
     logits were sampled as `roi_align` does it; for crops and flips only.
+
+    >>> [str(mode) for mode in tl.LogitsMode]
+    ['zero', 'kept', 'published']
     """
 
     ZERO = "zero"
@@ -118,7 +136,11 @@ class LogitsMode(Choice):
 
 
 class ClassTarget(Choice):
-    """What the class token is trained to say."""
+    """What the class token is trained to say.
+
+    >>> [str(target) for target in tl.ClassTarget]
+    ['truth', 'teacher', 'both']
+    """
 
     TRUTH = "truth"
     TEACHER = "teacher"
@@ -126,14 +148,22 @@ class ClassTarget(Choice):
 
 
 class TokenChoice(Choice):
-    """Which tokens count: all, or those of which the teacher is sure."""
+    """Which tokens count: all, or those of which the teacher is sure.
+
+    >>> [str(choice) for choice in tl.TokenChoice]
+    ['all', 'confident']
+    """
 
     ALL = "all"
     CONFIDENT = "confident"
 
 
 class Extent(Choice):
-    """What the teacher's one label of an image is about: the crop that the model sees, or all of the image."""
+    """What the teacher's one label of an image is about: the crop that the model sees, or all of the image.
+
+    >>> [str(extent) for extent in tl.Extent]
+    ['crop', 'image']
+    """
 
     CROP = "crop"
     IMAGE = "image"

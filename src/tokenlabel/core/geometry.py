@@ -20,14 +20,21 @@ from tokenlabel.runtime.coercion import Size, pair
 T = TypeVar("T", bound=np.generic)
 
 # A point may miss a frame by this much (a tenth of a pixel at 10,000 px) before it counts as outside.
-TOLERANCE = 1e-5
+EDGE_TOLERANCE = 1e-5
 
 _UNIT_CORNERS = np.array([[0.0, 0.0, 1.0], [1.0, 0.0, 1.0], [0.0, 1.0, 1.0], [1.0, 1.0, 1.0]])
 
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """An axis-aligned part of an image, in fractions of its width and height, half open."""
+    """An axis-aligned part of an image, in fractions of its width and height, half open.
+
+    >>> box = tl.Box(left=0.25, right=0.75)
+    >>> box.width, box.height
+    (0.5, 1.0)
+    >>> tl.Box.from_pixels(left_px=0, top_px=0, width_px=32, height_px=48, image_size_px=(64, 48))
+    Box(left=0.0, top=0.0, right=0.5, bottom=1.0)
+    """
 
     left: float = 0.0
     top: float = 0.0
@@ -120,6 +127,10 @@ class View:
     and back composes to the identity, and yet the corners are gone.)
 
     Views chain in the order in which the image was changed: `View.crop(box).then(View.flip_horizontal())`.
+
+    >>> view = tl.View.crop(tl.Box(right=0.5)).then(tl.View.flip_horizontal())
+    >>> view.to_source(np.array([0.0, 0.5]))  # the left edge of what the model sees is the middle of the image
+    array([0.5, 0.5])
     """
 
     frames: NDArray[np.float64]
@@ -146,7 +157,7 @@ class View:
     def covers(self, points: NDArray[np.float64]) -> NDArray[np.bool_]:
         """Say for each point [..., 2] of the augmented image whether it shows a part of the source."""
         on_the_way = np.einsum("fij,...j->...fi", self.frames[:, :, :2], points) + self.frames[:, :, 2]
-        inside = (on_the_way >= -TOLERANCE) & (on_the_way <= 1 + TOLERANCE)  # [..., F, 2]
+        inside = (on_the_way >= -EDGE_TOLERANCE) & (on_the_way <= 1 + EDGE_TOLERANCE)  # [..., F, 2]
         return np.asarray(inside.all(axis=(-2, -1)))
 
     def covered_pixels(self, size_px: Size) -> NDArray[np.bool_]:
@@ -159,7 +170,7 @@ class View:
         covered = np.ones(size_px, np.bool_)
         for along_x, along_y, shift in self.frames.reshape(-1, 3):
             point = along_x * x + (along_y * y + shift)[:, None]  # [height, width]
-            covered &= (point >= -TOLERANCE) & (point <= 1 + TOLERANCE)
+            covered &= (point >= -EDGE_TOLERANCE) & (point <= 1 + EDGE_TOLERANCE)
         return covered
 
     @classmethod
@@ -212,6 +223,9 @@ def stack_views(views: Sequence[View]) -> NDArray[np.float32]:
     """Return the frames [B, F, 2, 3] of a batch of views, the source last.
 
     Views with fewer frames get identities in front: an augmented image covers itself.
+
+    >>> tl.stack_views([tl.View.identity(), tl.View.flip_horizontal()]).shape
+    (2, 1, 2, 3)
     """
     num_frames = max(len(view.frames) for view in views)
     stacked = np.broadcast_to(_matrix(1, 0, 0, 0, 1, 0), (len(views), num_frames, 2, 3)).astype(np.float32)
@@ -233,4 +247,4 @@ def _compose(outer: NDArray[np.float64], inner: NDArray[np.float64]) -> NDArray[
 
 def _contains_unit_square(frame: NDArray[np.float64]) -> bool:
     corners = _UNIT_CORNERS @ frame.T
-    return bool(((corners >= -TOLERANCE) & (corners <= 1 + TOLERANCE)).all())
+    return bool(((corners >= -EDGE_TOLERANCE) & (corners <= 1 + EDGE_TOLERANCE)).all())

@@ -45,6 +45,11 @@ def token_label_loss(
     loss but count in the mean, so that the mean over two ranks is the mean over both batches.
     Raises ValueError for what is neither, and for targets of other images or tokens.
     Source: Jiang et al., "All Tokens Matter", NeurIPS 2021, equation 4.
+
+    >>> outputs = tl.Outputs(torch.zeros(2, 4), torch.zeros(2, 9, 8), torch.nn.Linear(8, 4), grid=(3, 3))
+    >>> loss = tl.token_label_loss(outputs, torch.tensor([0, 3]), None)
+    >>> round(loss.total.item(), 4), loss.token_part.item()  # log 4, and no token labels
+    (1.3863, 0.0)
     """
     if not 0 <= beta < math.inf:
         raise ValueError(f"beta: expected a finite number of at least 0, got {beta}")
@@ -89,6 +94,11 @@ def sparse_cross_entropy(logits: Float[Tensor, "B N C"], targets: TokenTargets) 
     Beside the logits and their gradient it takes B x N x U numbers and one block; the dense form takes the
     target, the log-softmax and their product, each B x N x C.
     Raises ValueError if logits and targets are not of the same images and tokens.
+
+    >>> logits = torch.zeros(2, 1, 4)  # two images, one token, four classes
+    >>> tl.sparse_cross_entropy(logits, tl.class_targets([2, 0])).exp()
+    tensor([[4.],
+            [4.]])
     """
     _check_same_tokens(logits, targets)
     loss = _SparseCrossEntropy.apply(logits, targets.classes, targets.excess, targets.floor, targets.weight)

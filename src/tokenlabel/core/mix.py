@@ -31,6 +31,11 @@ class MixPlan:
     over the image: the token grid for MixToken, pixels for CutMix, 1 x 1 for Mixup.
     `partner` [B]: the index of each image's partner.
     `on_tokens`: the mask lies on the token grid, so a model may apply it to its token embeddings.
+
+    >>> left_half = torch.tensor([[[1.0, 0.0]]]).expand(2, 1, 2)
+    >>> plan = tl.MixPlan(left_half, partner=torch.tensor([1, 0]), on_tokens=False)
+    >>> plan.partner_fraction((1, 1)).flatten().tolist()
+    [0.5, 0.5]
     """
 
     mask: Float[Tensor, "B rows columns"]
@@ -71,6 +76,10 @@ def sample_mix(
     lambda ~ Beta(alpha, alpha) is the share that an image keeps; the box that it loses has its aspect, any centre, and
     is cut at the edges. As published, one draw serves the whole batch and its reverse is the partner; `per_sample`
     draws both anew for each image. `generator`: PyTorch's own by default.
+
+    >>> generator = torch.Generator().manual_seed(0)
+    >>> tl.sample_mix("mixtoken", 4, grid=14, img_size=224, generator=generator).mask.shape
+    torch.Size([4, 14, 14])
     """
     mixing, grid, img_size = Mixing(mixing), pair(grid, name="grid"), pair(img_size)
     if mixing is Mixing.NONE:
@@ -124,6 +133,10 @@ def mix_images(
     """Mix pixels by the plan, its mask drawn to the size of the images; without one they stay as they are.
 
     For patches that don't overlap this equals mixing their embeddings (MixToken).
+
+    >>> plan = tl.MixPlan(torch.full((2, 1, 1), 0.5), torch.tensor([1, 0]), on_tokens=False)  # Mixup by halves
+    >>> tl.mix_images(torch.tensor([0.0, 1.0]).view(2, 1, 1, 1), plan).flatten()
+    tensor([0.5000, 0.5000])
     """
     if plan is None:
         return images
@@ -144,7 +157,13 @@ def mix_tokens(tokens: Float[Tensor, "B h w D"], plan: MixPlan) -> Float[Tensor,
 
 
 def mix_targets(targets: TokenTargets, plan: MixPlan | None, grid: Size) -> TokenTargets:
-    """Mix targets on a token grid (h, w) by location; (1, 1) mixes class targets by area."""
+    """Mix targets on a token grid (h, w) by location; (1, 1) mixes class targets by area.
+
+    >>> plan = tl.MixPlan(torch.full((2, 1, 1), 0.5), torch.tensor([1, 0]), on_tokens=False)  # Mixup by halves
+    >>> tl.mix_targets(tl.class_targets([0, 1]), plan, (1, 1)).dense(2)[:, 0]
+    tensor([[0.5000, 0.5000],
+            [0.5000, 0.5000]])
+    """
     if plan is None:
         return targets
     return targets.blended(targets.of_images(plan.partner), plan.partner_fraction(grid))

@@ -20,6 +20,10 @@ class Outputs:
 
     `tokens` run row by row over `grid` (h, w), top left first. The head is kept apart from its result so that
     a loss can work through it in pieces.
+
+    >>> outputs = tl.Outputs(torch.zeros(2, 10), torch.zeros(2, 6, 16), torch.nn.Linear(16, 10), grid=(2, 3))
+    >>> outputs.token_logits.shape
+    torch.Size([2, 6, 10])
     """
 
     class_logits: Float[Tensor, "B C"]

@@ -20,7 +20,11 @@ SUM_TOLERANCE = 0.01
 
 
 class Kind(Choice):
-    """What the numbers of a score map are."""
+    """What the numbers of a score map are.
+
+    >>> [str(kind) for kind in tl.Kind]
+    ['probabilities', 'logits']
+    """
 
     PROBABILITIES = "probabilities"
     LOGITS = "logits"  # imported label files only; they become probabilities before they are aligned
@@ -46,6 +50,13 @@ class ScoreMap:
     by default it says nothing, and tokens get no label of it.
     `region`: the part of the upright image that the teacher saw; cell (row i, column j) covers
     x in [j/W, (j+1)/W), y in [i/H, (i+1)/H) of it.
+
+    >>> codes, probs = np.array([[[0, 1], [1, 0]]], np.uint8), np.array([[[0.8, 0.1], [0.9, 0.0]]], np.float32)
+    >>> score_map = tl.ScoreMap(np.array([3, 7]), codes, probs, num_classes=10)
+    >>> score_map.top_class_ids
+    array([[3, 7]])
+    >>> round(float(score_map.dense().sum()), 3)  # two cells: the rest is spread over the other classes
+    2.0
     """
 
     palette: NDArray[np.integer[Any]]

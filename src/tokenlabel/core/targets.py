@@ -29,6 +29,10 @@ class TokenTargets:
     `classes`: class ids. Padding names any class with excess 0; a class named twice adds up.
     `excess`, `floor`: see the module's head; both already multiplied by `weight`.
     `weight`: how much of a token is labelled, in [0, 1]; a token of weight 0 carries no loss.
+
+    >>> tl.class_targets([2, 0], num_classes=3).smoothed(0.3, num_classes=3).dense(3)[:, 0]
+    tensor([[0.1000, 0.1000, 0.8000],
+            [0.8000, 0.1000, 0.1000]])
     """
 
     classes: Int[Tensor, "B U"]
@@ -99,6 +103,10 @@ def class_targets(
     `labels`: class ids, or probabilities of all classes (mixed or soft labels), as `F.cross_entropy` takes them.
     Raises ValueError for tensors that are neither. Values are checked on the CPU only: on a GPU the check would wait
     for the device.
+
+    >>> tl.class_targets([2, 0]).dense(3)[:, 0]
+    tensor([[0., 0., 1.],
+            [1., 0., 0.]])
     """
     labels = torch.as_tensor(labels)
     is_ids = labels.ndim == 1 and not (labels.is_floating_point() or labels.dtype == torch.bool)

@@ -34,7 +34,12 @@ from tokenlabel.runtime.coercion import Size, coerced, pair
 
 
 class TrainTransform:
-    """The random transform of training images, to pixels of `img_size` (height, width)."""
+    """The random transform of training images, to pixels of `img_size` (height, width).
+
+    >>> transform = tl.TrainTransform(tl.AugmentConfig(horizontal_flip=0), (32, 48))
+    >>> tl.TokenLabelDataset(tl.open_images("images"), transform)[0].image.shape
+    torch.Size([3, 32, 48])
+    """
 
     def __init__(self, config: AugmentConfig, img_size: Size) -> None:
         config = coerced(config, AugmentConfig, name="config")
@@ -95,6 +100,11 @@ class EvalTransform:
     """The transform of evaluation to pixels of `img_size` (height, width): resized, the centre cut out.
 
     The crop keeps `crop_fraction` of the resized image's shorter side, as timm does it.
+
+    >>> transform = tl.EvalTransform(32, crop_fraction=0.9)
+    >>> dataset = tl.TokenLabelDataset(tl.open_images("images"), transform)
+    >>> dataset[0].image.shape
+    torch.Size([3, 32, 32])
     """
 
     def __init__(

@@ -75,6 +75,12 @@ class TokenLabelDataset(Dataset[Sample]):
     loader asks for whole batches and nothing else.
 
     `dataset[index]` takes the epoch from the last `set_epoch`, so that any sampler and a plain `DataLoader` do.
+
+    >>> transform = tl.TrainTransform(tl.AugmentConfig(), 32)
+    >>> dataset = tl.TokenLabelDataset(tl.open_images("images"), transform, store=tl.LabelStore("labels"))
+    >>> batch = next(iter(torch.utils.data.DataLoader(dataset, batch_size=4, collate_fn=tl.collate)))
+    >>> batch.images.shape
+    torch.Size([4, 3, 32, 32])
     """
 
     def __init__(
@@ -174,7 +180,13 @@ class TokenLabelDataset(Dataset[Sample]):
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
-    """Stack samples of one size. Either all have a score map or none has."""
+    """Stack samples of one size. Either all have a score map or none has.
+
+    >>> dataset = tl.TokenLabelDataset(tl.open_images("images"), tl.EvalTransform(32))
+    >>> batch = tl.collate([dataset[0, index] for index in range(8)])
+    >>> batch.images.shape, batch.class_ids
+    (torch.Size([8, 3, 32, 32]), tensor([0, 0, 0, 0, 1, 1, 1, 1]))
+    """
     score_maps = [sample.score_map for sample in samples if sample.score_map is not None]
     if score_maps and len(score_maps) < len(samples):
         raise DataError(
@@ -287,6 +299,11 @@ def make_loader(
     clean server process ("forkserver"; "spawn" where there is none): forking a process with threads or CUDA
     may deadlock. As always then, a script that makes a loader needs `if __name__ == "__main__":` around its
     start.
+
+    >>> dataset = tl.TokenLabelDataset(tl.open_images("images"), tl.TrainTransform(tl.AugmentConfig(), 32))
+    >>> batches = tl.BatchSampler(num_images=8, batch_size=4, seed=0, num_steps=3)
+    >>> [len(batch.images) for batch in tl.make_loader(dataset, batches, num_workers=0)]
+    [4, 4, 4]
     """
     if num_workers < 0 or prefetch < 1:
         raise ValueError(

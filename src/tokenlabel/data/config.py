@@ -9,7 +9,11 @@ from tokenlabel.runtime.coercion import COUNT, ONE_OPTION, POSITIVE, Choice, che
 
 
 class Interpolation(Choice):
-    """How pixels are resampled; RANDOM draws one of the other two for each image."""
+    """How pixels are resampled; RANDOM draws one of the other two for each image.
+
+    >>> [str(interpolation) for interpolation in tl.Interpolation]
+    ['bilinear', 'bicubic', 'random']
+    """
 
     BILINEAR = "bilinear"
     BICUBIC = "bicubic"
@@ -17,7 +21,11 @@ class Interpolation(Choice):
 
 
 class Order(Choice):
-    """Whether warps and RandAugment change the crop (fast) or the whole image before it (published)."""
+    """Whether warps and RandAugment change the crop (fast) or the whole image before it (published).
+
+    >>> [str(order) for order in tl.Order]
+    ['after_crop', 'before_crop']
+    """
 
     AFTER_CROP = "after_crop"
     BEFORE_CROP = "before_crop"
@@ -58,7 +66,12 @@ class WarpConfig:
 @dataclass(frozen=True, kw_only=True)
 @coerced_fields
 class AugmentConfig:
-    """How training images are augmented."""
+    """How training images are augmented.
+
+    >>> config = tl.AugmentConfig(crop_scale=(0.25, 1.0), order="before_crop")
+    >>> config.order
+    <Order.BEFORE_CROP: 'before_crop'>
+    """
 
     crop_scale: tuple[float, float] = (0.08, 1.0)
     """Range of the share of the image's area that the crop keeps."""

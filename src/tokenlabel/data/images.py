@@ -379,6 +379,9 @@ class ImageCheck(Choice):
     off, not an image) at about the cost of reading the files once. NONE trusts them, for instance because the
     teacher has already decoded every image that has a label. AUTO decodes sources of up to `DECODE_ALL_UP_TO`
     images and looks at the ENDS of larger ones.
+
+    >>> [str(check) for check in tl.ImageCheck]
+    ['auto', 'decode', 'ends', 'none']
     """
 
     AUTO = "auto"
@@ -447,6 +450,9 @@ def check_images(
     """Return the source if all its images are sound, or those that are if `skip_broken`.
 
     `option`: how to skip broken images, where the error is read. Raises DataError that counts and names broken images.
+
+    >>> len(tl.check_images(tl.open_images("images"), check="decode"))
+    8
     """
     return leave_out(source, find_broken(source, ImageCheck(check)), skip_broken=skip_broken, option=option)
 

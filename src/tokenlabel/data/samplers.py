@@ -41,6 +41,10 @@ class BatchSampler:
     `grad_accum_steps` equal lists. `order` returns another permutation for each epoch (`shard_order`). With fewer
     images than a batch, permutations follow one another without a gap: a batch then holds an image more than once,
     each time with the augmentation of another epoch.
+
+    >>> batches = list(tl.BatchSampler(num_images=5, batch_size=2, seed=0, num_steps=4))
+    >>> [epoch for epoch, _ in sum(batches, [])]
+    [0, 0, 0, 0, 1, 1, 1, 1]
     """
 
     num_images: int

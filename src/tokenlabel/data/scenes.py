@@ -25,7 +25,7 @@ BACKGROUND = 255  # the id of a mask's pixels that show no digit
 DESCRIPTION_NAME = "scenes.json"
 
 # The same parameters make the same pixels; raise this when that changes.
-_FORMAT = 1
+_SCENES_FORMAT = 1
 _VAL_SHARE = 0.3  # of the 1,797 handwritten digits
 _NUM_DIGITS = (4, 6)
 _LARGEST_PX = (21, 29)  # height of the largest digit
@@ -42,7 +42,7 @@ def write_scenes(root: str | Path, *, num_train: int, num_val: int, seed: int) -
     scenes, nothing happens. Raises DataError if it holds anything else or scikit-learn is not installed.
     """
     root = Path(root)
-    description = {"format": _FORMAT, "num_train": num_train, "num_val": num_val, "seed": seed}
+    description = {"format": _SCENES_FORMAT, "num_train": num_train, "num_val": num_val, "seed": seed}
     if _holds(root, description):
         return
     train_digits, val_digits = _load_digits(seed)

@@ -45,6 +45,10 @@ def open_images(path: str | Path, *, classes: bool = True) -> ImageSource:
     seconds), or a list (`.txt`, `.tsv`, `.csv`, `.lst`; see `ListedImages`). `classes`: False for images of any layout,
     whose classes, if any, are not looked at.
     Raises DataError for anything else.
+
+    >>> source = tl.open_images("images")
+    >>> len(source), source.class_names, source.keys[0]
+    (8, ['ant', 'bee'], 'ant/0.png')
     """
     path = Path(path)
     if not classes:

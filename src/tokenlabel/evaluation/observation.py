@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -39,8 +39,7 @@ from tokenlabel.evaluation.evaluators import (
 )
 from tokenlabel.labels.store import LabelStore
 from tokenlabel.models import Outputs, TokenModel
-from tokenlabel.runtime.coercion import coerced
-from tokenlabel.runtime.distributed import Ranks, usable_device
+from tokenlabel.runtime.distributed import Precision, Ranks, autocast, usable_device
 from tokenlabel.runtime.errors import DataError
 from tokenlabel.runtime.process import listed, say
 from tokenlabel.training.recipe import Recipe
@@ -48,9 +47,6 @@ from tokenlabel.training.run_folder import sound_images
 
 # Masks that are looked at before the work begins.
 NUM_CHECKED = 64
-
-Precision = Literal["fp32", "bf16", "fp16"]
-_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,13 +225,14 @@ def observe(
     predictions choose; all if None.
     """
     model.eval()
-    device, dtype = usable_device(device), _DTYPES[coerced(precision, Precision, name="precision")]
+    device = usable_device(device)
+    forward_pass = autocast(device, precision)
     out = None if competing is None else ~competing.to(device)
     started, num_images = time.perf_counter(), 0
     for cpu_batch in batches:
         batch = cpu_batch.to(device)
         images = normalize_images(batch.images, mean=model.mean, std=model.std)
-        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+        with forward_pass:
             outputs = model(images)
             logits_of = {inference: outputs.logits(inference).float() for inference in evaluators}
             token_classes = classes_of_tokens(outputs) if batch.score_maps is not None else None

@@ -26,7 +26,11 @@ from tokenlabel.runtime.errors import StoreError
 
 
 class Encoding(Choice):
-    """How the score maps of a store are written. Every record says for itself how it was."""
+    """How the score maps of a store are written. Every record says for itself how it was.
+
+    >>> [str(encoding) for encoding in tl.Encoding]
+    ['raw', 'compact']
+    """
 
     RAW = "raw"
     COMPACT = "compact"

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from tokenlabel.core.scores import Kind, Orientation
 from tokenlabel.data.classes import ClassList, composed
 from tokenlabel.labels.encoding import DEFAULT_TOLERANCE, Encoding
-from tokenlabel.labels.shards import SUFFIX, StoreError, write_atomically
+from tokenlabel.labels.shards import SHARD_SUFFIX, StoreError, write_atomically
 from tokenlabel.runtime.coercion import coerced_fields
 from tokenlabel.runtime.process import listed
 
@@ -50,6 +50,10 @@ class Manifest:
     record says its own. `teacher`, `preprocessing`: what made the labels and what it saw, for people and for
     comparison. `tolerance`: of new compact records, see `encoding.pack`. `orientation`: how maps lie on images whose
     files have a tag. `failures`: the images that the last call could not label.
+
+    >>> manifest = tl.Manifest(num_classes=2, class_names=("ant", "bee"), topk=2)
+    >>> manifest.differences(tl.Manifest(num_classes=3, topk=2))[0]
+    'num_classes is 2 there, 3 here'
     """
 
     num_classes: int
@@ -209,8 +213,8 @@ def no_store(folder: Path) -> str:
     if folder.is_file():
         meant = f"; did you mean {folder.parent}?" if (folder.parent / MANIFEST_FILE).exists() else ""
         return f"{folder}: is a file, and a label store is a folder{meant}"
-    if any(folder.glob(f"*{SUFFIX}")):
-        return f"{folder}: holds {SUFFIX} files, but no {MANIFEST_FILE}; {_REPAIR}"
+    if any(folder.glob(f"*{SHARD_SUFFIX}")):
+        return f"{folder}: holds {SHARD_SUFFIX} files, but no {MANIFEST_FILE}; {_REPAIR}"
     if inner := sorted(path.parent.name for path in folder.glob(f"*/{MANIFEST_FILE}")):
         return f"{folder}: no label store (it has no {MANIFEST_FILE}), but has some in it ({listed(inner)}); name those"
     return f"{folder}: no label store (it has no {MANIFEST_FILE}); `tokenlabel annotate` makes one"

@@ -51,7 +51,7 @@ NUM_PROBED = 10
 NUM_COMPARED, MIN_AGREEMENT = 1000, 0.3
 
 
-class Layout(Choice):
+class PublishedLayout(Choice):
     """The order of a file's last two axes: rows then columns, or columns then rows."""
 
     HW = "hw"
@@ -65,7 +65,7 @@ class ImportConfig:
 
     num_classes: int
     """Classes of the teacher that made the files."""
-    layout: Layout = Layout.HW
+    layout: PublishedLayout = PublishedLayout.HW
     """Order of the last two axes: hw for rows then columns, wh for columns then rows."""
     region: str = "full"
     """What of the image the maps show: full, or center:PCT for the centred square whose sides are PCT percent of the
@@ -181,7 +181,11 @@ def label_path(folder: Path, key: str) -> Path:
 
 
 def read_label_file(
-    path: str | Path, *, num_classes: int, layout: Layout | str = Layout.HW, region: Box = WHOLE_IMAGE
+    path: str | Path,
+    *,
+    num_classes: int,
+    layout: PublishedLayout | str = PublishedLayout.HW,
+    region: Box = WHOLE_IMAGE,
 ) -> ScoreMap:
     """Return a published label file as a map of logits.
 
@@ -190,7 +194,7 @@ def read_label_file(
     """
     path = Path(path)
     logits, ids = _read_file(path)
-    if Layout(layout) is Layout.WH:
+    if PublishedLayout(layout) is PublishedLayout.WH:
         logits, ids = logits.swapaxes(1, 2), ids.swapaxes(1, 2)
     class_ids = np.moveaxis(ids, 0, 2)  # [H, W, K]
     if not (class_ids == np.floor(class_ids)).all() or class_ids.min() < 0:
@@ -223,7 +227,7 @@ class _Job:
     paths: list[Path]
     shared: set[Path]
     manifest: Manifest
-    layout: Layout
+    layout: PublishedLayout
     crop: float | None
     agreements: list[bool] = field(default_factory=list)
 

@@ -32,8 +32,8 @@ from numpy.typing import NDArray
 from tokenlabel.runtime.errors import StoreError
 from tokenlabel.runtime.process import write_whole
 
-SUFFIX = ".safetensors"
-FORMAT = "tokenlabel-labels"
+SHARD_SUFFIX = ".safetensors"
+STORE_FORMAT = "tokenlabel-labels"
 VERSION = "1"
 MAX_HEADER_BYTES = 1 << 16
 MAX_KEY_BYTES = 0xFFFF
@@ -54,7 +54,7 @@ _ROW_TYPE = np.dtype(
 _IMAGE = struct.Struct("<qII")  # a Fingerprint
 _HASH = _HEADER_BYTES = struct.Struct("<Q")
 _ALIGNMENT = 8
-_ADVICE = "remove the file and annotate again: only its images are done anew"
+_ANNOTATE_AGAIN = "remove the file and annotate again: only its images are done anew"
 
 
 class Fingerprint(NamedTuple):
@@ -113,7 +113,7 @@ def write_shard(
     index, keys = b"".join(rows), b"".join([*names, _padding(key_start)])
     fingerprints = b"".join(_IMAGE.pack(*image) for image in images)
     metadata = {
-        "format": FORMAT,
+        "format": STORE_FORMAT,
         "version": VERSION,
         "index_crc32": str(crc32(index)),
         "keys_crc32": str(crc32(keys)),
@@ -127,7 +127,7 @@ def write_shard(
     metadata |= {"again": again} if again else {}
     header = json.dumps({"__metadata__": metadata, **_tensors(len(rows), len(keys), record_start)}).encode()
     header += b" " * (-len(header) % _ALIGNMENT)
-    path = folder / f"{blake2b(header + index, digest_size=10).hexdigest()}{SUFFIX}"
+    path = folder / f"{blake2b(header + index, digest_size=10).hexdigest()}{SHARD_SUFFIX}"
     write_atomically(path, [_HEADER_BYTES.pack(len(header)), header, index, keys, *payload])
     return path
 
@@ -209,7 +209,7 @@ class Shard:
             images = (self._mapped or self._map())[self.num_bytes - self.num_records * _IMAGE.size :]
             if str(crc32(images)) != self.images_crc32:
                 raise StoreError(
-                    f"{self.path}: what it says of its images was altered (its checksum is another); {_ADVICE}"
+                    f"{self.path}: what it says of its images was altered (its checksum is another); {_ANNOTATE_AGAIN}"
                 )
             self._images = images
         return Fingerprint(*_IMAGE.unpack_from(self._images, row * _IMAGE.size))
@@ -243,17 +243,17 @@ def open_shard(path: Path) -> tuple[Shard, NDArray[np.uint64]]:
         (header_bytes,) = _HEADER_BYTES.unpack(file.read(8).ljust(8, b"\0"))
         if not 2 <= header_bytes <= min(MAX_HEADER_BYTES, num_bytes - 8):
             raise StoreError(
-                f"{path}: not a label file, or cut short (a header of {header_bytes} bytes); {_ADVICE}"
+                f"{path}: not a label file, or cut short (a header of {header_bytes} bytes); {_ANNOTATE_AGAIN}"
             )
         num_records, index_end, keys_end, metadata = _layout(
             path, file.read(header_bytes), num_bytes - 8 - header_bytes
         )
         index, keys = file.read(index_end), file.read(keys_end - index_end)
     if [str(crc32(index)), str(crc32(keys))] != [metadata.get("index_crc32"), metadata.get("keys_crc32")]:
-        raise StoreError(f"{path}: its index was altered (its checksum is another); {_ADVICE}")
+        raise StoreError(f"{path}: its index was altered (its checksum is another); {_ANNOTATE_AGAIN}")
     rows = np.frombuffer(index, _ROW_TYPE)
     if (rows["key_start"] + rows["key_length"].astype(np.uint64) > len(keys)).any():
-        raise StoreError(f"{path}: its index was altered (a key lies outside of the keys); {_ADVICE}")
+        raise StoreError(f"{path}: its index was altered (a key lies outside of the keys); {_ANNOTATE_AGAIN}")
     data_start = 8 + header_bytes
     shard = Shard(
         path,
@@ -278,24 +278,26 @@ def _layout(path: Path, header: bytes, num_data_bytes: int) -> tuple[int, int, i
         num_records, num_key_bytes = tensors["index"]["shape"][0], tensors["keys"]["shape"][0]
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
         raise StoreError(
-            f"{path}: its header is not that of a label file, or was altered; {_ADVICE}"
+            f"{path}: its header is not that of a label file, or was altered; {_ANNOTATE_AGAIN}"
         ) from error
-    if version != (FORMAT, VERSION):
-        raise StoreError(f"{path}: holds {version}, this version of tokenlabel reads {(FORMAT, VERSION)}")
+    if version != (STORE_FORMAT, VERSION):
+        raise StoreError(
+            f"{path}: holds {version}, this version of tokenlabel reads {(STORE_FORMAT, VERSION)}"
+        )
     if not all(type(count) is int and count >= 0 for count in (num_records, num_key_bytes)):
-        raise StoreError(f"{path}: its header was altered; {_ADVICE}")
+        raise StoreError(f"{path}: its header was altered; {_ANNOTATE_AGAIN}")
     index_end = num_records * _ROW.size
     keys_end = index_end + num_key_bytes
     expected = _tensors(num_records, num_key_bytes, num_data_bytes - keys_end)
     if tensors != expected or keys_end > num_data_bytes:
         raise StoreError(
-            f"{path}: was cut short or altered: {num_data_bytes} bytes do not fit its header; {_ADVICE}"
+            f"{path}: was cut short or altered: {num_data_bytes} bytes do not fit its header; {_ANNOTATE_AGAIN}"
         )
     fingerprint_bytes = num_records * _IMAGE.size if "images_crc32" in metadata else 0
     if fingerprint_bytes > num_data_bytes - keys_end or not re.fullmatch(
         r"\d{1,9}", str(metadata.get("generation", "0")), re.ASCII
     ):
-        raise StoreError(f"{path}: its header was altered; {_ADVICE}")
+        raise StoreError(f"{path}: its header was altered; {_ANNOTATE_AGAIN}")
     return num_records, index_end, keys_end, metadata
 
 

@@ -37,7 +37,7 @@ from tokenlabel.labels.manifest import (
     write_manifest,
 )
 from tokenlabel.labels.shards import (
-    SUFFIX,
+    SHARD_SUFFIX,
     UNKNOWN,
     Fingerprint,
     Shard,
@@ -73,6 +73,13 @@ class LabelStoreWriter:
     `max_shard_s` seconds after the file's first record, whichever comes first, and at the end.
     `generation`: labels of a higher one take the place of those that images had before (see `Shard`).
     Raises StoreError if the folder holds something else, or labels of another kind.
+
+    >>> even = np.full((4, 4, 2), 0.5, np.float32)  # of both classes in each of 4 x 4 cells
+    >>> score_map = tl.ScoreMap(np.array([0, 1]), np.zeros((4, 4, 2), np.uint8) + [0, 1], even, num_classes=2)
+    >>> with tl.LabelStoreWriter("own labels", tl.Manifest(num_classes=2, topk=2)) as writer:
+    ...     writer.add("ant/0.png", score_map)
+    >>> len(tl.LabelStore("own labels"))
+    1
     """
 
     def __init__(
@@ -163,6 +170,12 @@ class LabelStore:
     another process, which opens the same files. `duplicates`: what is done where files hold different records of a key
     in one generation: "first" takes that of the first file by name and says so, "refuse" refuses. Raises
     StoreError if there is no store, if folders hold labels of different kinds, or if a file is broken.
+
+    >>> store = tl.LabelStore("labels")
+    >>> len(store), store.manifest.num_classes
+    (8, 2)
+    >>> store["ant/0.png"].dense().shape
+    (7, 9, 2)
     """
 
     def __init__(self, folder: str | Path, *more_folders: str | Path, duplicates: str = "first") -> None:
@@ -343,6 +356,9 @@ def merge_stores(
     for LabelStore. An output that is there already is continued: its labels stay where the stores have none of a higher
     generation. Raises StoreError for stores of different labels, and for an output that is the only store, lies in one,
     or has labels in another encoding, or of another tolerance, than what was asked for.
+
+    >>> len(tl.merge_stores(["labels"], "merged"))
+    8
     """
     folders = [folders] if isinstance(folders, (str, Path)) else folders
     if not folders:
@@ -406,7 +422,7 @@ def _make_store(folder: Path, manifest: Manifest) -> None:
             differences = read_manifest(folder).differences(manifest)
             if differences:
                 raise StoreError(f"{folder}: holds other labels ({differences[0]}); choose another folder")
-        elif any(folder.glob(f"*{SUFFIX}")):
+        elif any(folder.glob(f"*{SHARD_SUFFIX}")):
             raise StoreError(no_store(folder))
         elif {*folder.iterdir()} - {*folder.glob(UNFINISHED)}:
             raise StoreError(f"{folder}: is not empty and no label store; choose another folder")
@@ -424,4 +440,4 @@ def _common_manifest(folders: Sequence[Path]) -> Manifest:
 
 
 def _shard_paths(folder: Path) -> list[Path]:
-    return [path for path in folder.glob(f"*{SUFFIX}") if not path.name.startswith(".")]
+    return [path for path in folder.glob(f"*{SHARD_SUFFIX}") if not path.name.startswith(".")]

@@ -39,6 +39,11 @@ def create_model(
     `options`: `stage` (see `TimmAdapter`), the fields of `LVViTConfig` or `T2TViTConfig`, for timm's models whatever
     `timm.create_model` takes. Raises ValueError for unknown names and options, and for sizes that the model
     cannot take.
+
+    >>> model = tl.create_model("test_vit", num_classes=2, img_size=64)
+    >>> outputs = model(torch.zeros(1, 3, 64, 64))
+    >>> outputs.class_logits.shape, outputs.token_logits.shape, outputs.grid
+    (torch.Size([1, 2]), torch.Size([1, 16, 2]), (4, 4))
     """
     name, img_size = coerced(name, str, name="name"), pair(img_size)
     num_classes = coerced(num_classes, int, name="num_classes")

@@ -38,7 +38,7 @@ TIMM_METHODS = ("forward_features", "forward_intermediates", "forward_head")
 REFUSALS = (RuntimeError, AssertionError, TypeError, ValueError, IndexError)
 
 
-class Layout(StrEnum):
+class FeatureLayout(StrEnum):
     """How a model's features are laid out."""
 
     MAP = "B D h w"
@@ -54,7 +54,7 @@ class Features:
     `forward_intermediates` takes. `num_prefix`: tokens of a sequence before those of the grid.
     """
 
-    layout: Layout
+    layout: FeatureLayout
     grid: tuple[int, int]
     width: int
     from_stage: int | None = None
@@ -193,16 +193,16 @@ class TimmAdapter(TokenModel):
         return logits if self.num_classes else logits.flatten(1)[:, :0]
 
     def _tokens(self, dense: Tensor, features: Features) -> Float[Tensor, "B N D"]:
-        if features.layout is Layout.SEQUENCE:
+        if features.layout is FeatureLayout.SEQUENCE:
             dense = dense[:, features.num_prefix :]
         if self._pooled_norm is not None:
             dense = self.backbone.get_submodule(self._pooled_norm)(dense)
         match features.layout:
-            case Layout.MAP:
+            case FeatureLayout.MAP:
                 return dense.flatten(2).transpose(1, 2)
-            case Layout.CHANNELS_LAST_MAP:
+            case FeatureLayout.CHANNELS_LAST_MAP:
                 return dense.flatten(1, 2)
-            case Layout.SEQUENCE:
+            case FeatureLayout.SEQUENCE:
                 return dense
 
     def _features(self, img_size: tuple[int, int]) -> Features:
@@ -222,7 +222,7 @@ class TimmAdapter(TokenModel):
             size = f"{img_size[0]} x {img_size[1]} pixels{where}"
             raise ValueError(f"{self.name} cannot take images of {size}: {first_line(error)}") from error
         grid = (dense.shape[2], dense.shape[3])
-        found = Features(Layout.MAP, grid, width=dense.shape[1], from_stage=stage)
+        found = Features(FeatureLayout.MAP, grid, width=dense.shape[1], from_stage=stage)
         if self.stage is None:
             found = classifier_features(seen, grid) or found
         self._check_grid(found, img_size)
@@ -231,7 +231,7 @@ class TimmAdapter(TokenModel):
     def _check_grid(self, features: Features, img_size: tuple[int, int]) -> None:
         grid, (height_px, width_px) = features.grid, img_size
         size = f"{height_px} x {width_px} pixels"
-        if grid == (1, 1) and features.layout is not Layout.SEQUENCE:  # a map may be what pooling left
+        if grid == (1, 1) and features.layout is not FeatureLayout.SEQUENCE:  # a map may be what pooling left
             raise ModelError(
                 f"{self.name} has no token grid for images of {size}: its features are 1 x 1; take larger "
                 "images, or an earlier stage (the option `stage`)"
@@ -301,12 +301,12 @@ def classifier_features(seen: Any, grid: tuple[int, int]) -> Features | None:
     if not isinstance(seen, Tensor):  # several branches
         return None
     if seen.ndim == 4 and tuple(seen.shape[2:]) == grid:
-        return Features(Layout.MAP, grid, seen.shape[1])
+        return Features(FeatureLayout.MAP, grid, seen.shape[1])
     if seen.ndim == 4 and tuple(seen.shape[1:3]) == grid:
-        return Features(Layout.CHANNELS_LAST_MAP, grid, seen.shape[3])
+        return Features(FeatureLayout.CHANNELS_LAST_MAP, grid, seen.shape[3])
     num_prefix = seen.shape[1] - grid[0] * grid[1]
     if seen.ndim == 3 and num_prefix >= 0:
-        return Features(Layout.SEQUENCE, grid, seen.shape[2], num_prefix=num_prefix)
+        return Features(FeatureLayout.SEQUENCE, grid, seen.shape[2], num_prefix=num_prefix)
     return None  # pooled, or only class tokens are left
 
 

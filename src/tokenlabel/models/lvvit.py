@@ -47,7 +47,7 @@ class LVViTConfig(TransformerConfig):
             )
 
 
-CONFIGS = {
+LVVIT_CONFIGS = {
     "lvvit_t": LVViTConfig(depth=12, width=240, num_heads=4, residual_divisor=1.0, drop_path=0.1),
     "lvvit_s": LVViTConfig(depth=16, width=384, num_heads=6, residual_divisor=2.0, drop_path=0.1),
     "lvvit_m": LVViTConfig(depth=20, width=512, num_heads=8, residual_divisor=2.0, drop_path=0.2),

@@ -10,10 +10,8 @@ import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from tokenlabel.models.lvvit import CONFIGS as LVVIT_CONFIGS
-from tokenlabel.models.lvvit import LVViT
-from tokenlabel.models.t2t_vit import CONFIGS as T2T_VIT_CONFIGS
-from tokenlabel.models.t2t_vit import T2TViT
+from tokenlabel.models.lvvit import LVVIT_CONFIGS, LVViT
+from tokenlabel.models.t2t_vit import T2T_VIT_CONFIGS, T2TViT
 from tokenlabel.models.vision_transformer import VisionTransformer
 from tokenlabel.models.weights import resize_all_positions
 

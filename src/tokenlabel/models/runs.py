@@ -13,7 +13,7 @@ from torch import Tensor
 from tokenlabel.data.classes import ClassList
 from tokenlabel.runtime.errors import ModelError
 
-FORMAT = 2
+CHECKPOINT_FORMAT = 2
 
 
 def list_checkpoints(run: Path) -> list[Path]:
@@ -56,16 +56,16 @@ def read_state(folder: Path) -> dict[str, Any]:
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ModelError(f"{folder}/state.json cannot be read ({error}); {_ADVICE}") from error
+        raise ModelError(f"{folder}/state.json cannot be read ({error}); {_GO_BACK}") from error
     if (
         not isinstance(state, dict)
         or not {"format", "step", "recipe", "class_names", "sha256"} <= state.keys()
     ):
-        raise ModelError(f"{folder}/state.json was altered: it lacks what a checkpoint says; {_ADVICE}")
-    if state["format"] != FORMAT:
+        raise ModelError(f"{folder}/state.json was altered: it lacks what a checkpoint says; {_GO_BACK}")
+    if state["format"] != CHECKPOINT_FORMAT:
         raise ModelError(
-            f"{folder}: checkpoint format {state['format']}, this version of tokenlabel reads {FORMAT}; train anew in "
-            "another folder, or go on with the version that wrote it"
+            f"{folder}: checkpoint format {state['format']}, this version of tokenlabel reads "
+            f"{CHECKPOINT_FORMAT}; train anew in another folder, or go on with the version that wrote it"
         )
     return state
 
@@ -76,11 +76,11 @@ def read_tensors(folder: Path, name: str, state: dict[str, Any]) -> dict[str, Te
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise ModelError(f"{path}: cannot be read ({error.strerror}); {_ADVICE}") from error
+        raise ModelError(f"{path}: cannot be read ({error.strerror}); {_GO_BACK}") from error
     if hashlib.sha256(data).hexdigest() != state["sha256"].get(name):
-        raise ModelError(f"{path}: was cut short or altered (its checksum is another); {_ADVICE}")
+        raise ModelError(f"{path}: was cut short or altered (its checksum is another); {_GO_BACK}")
     # safetensors returns them in another order in each process; ranks meet once for each that is divided among them.
     return dict(sorted(load(data).items()))
 
 
-_ADVICE = "remove this folder to continue from the checkpoint before it"
+_GO_BACK = "remove this folder to continue from the checkpoint before it"

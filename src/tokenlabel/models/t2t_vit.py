@@ -42,7 +42,7 @@ class T2TViTConfig(TransformerConfig):
     scale_by_width: bool = False
 
 
-CONFIGS = {
+T2T_VIT_CONFIGS = {
     "t2t_vit_14": T2TViTConfig(depth=14, width=384, num_heads=6, drop_path=0.1),
     "t2t_vit_19": T2TViTConfig(depth=19, width=448, num_heads=7, drop_path=0.1),
     "t2t_vit_24": T2TViTConfig(depth=24, width=512, num_heads=8, drop_path=0.1),

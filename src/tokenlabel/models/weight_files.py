@@ -43,12 +43,16 @@ NAMES_KEYS = ("class_names", "classes", "class_to_idx", "idx_to_class", "id2labe
 # Beside tensors, pickles may hold the options of the run and figures; none of these runs code.
 _PATHS = {"PosixPath": pathlib.PurePosixPath, "WindowsPath": pathlib.PureWindowsPath}
 _PATHS |= {f"Pure{name}": kind for name, kind in _PATHS.items()}
-_FIGURES = {"scalar": np.float32(0).__reduce__()[0], "_reconstruct": np.zeros(1).__reduce__()[0]}
+_NUMPY_VALUES = {"scalar": np.float32(0).__reduce__()[0], "_reconstruct": np.zeros(1).__reduce__()[0]}
 HARMLESS: list[Any] = [
     *(Namespace, date, datetime, time, timedelta, timezone, np.dtype, np.ndarray),
     *{type(np.dtype(code)) for code in "?bBhHiIlLqQefdgFDSUOM"},
     *((kind, f"{room}.{name}") for name, kind in _PATHS.items() for room in ("pathlib", "pathlib._local")),
-    *((f, f"numpy.{room}.multiarray.{name}") for name, f in _FIGURES.items() for room in ("core", "_core")),
+    *(
+        (f, f"numpy.{room}.multiarray.{name}")
+        for name, f in _NUMPY_VALUES.items()
+        for room in ("core", "_core")
+    ),
 ]
 
 

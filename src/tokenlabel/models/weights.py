@@ -53,7 +53,7 @@ Tokens = Literal["classes", "same", "other"]
 CLASSIFIERS = ("head", "head.fc", "fc", "classifier", "last_linear")
 
 # Where timm looks for weights, and how many rows of its own files it passes over.
-SOURCES = ("url", "file", "hf_hub_id", "hf_hub_filename", "source", "label_offset")
+HUB_FIELDS = ("url", "file", "hf_hub_id", "hf_hub_filename", "source", "label_offset")
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +166,7 @@ def build_with(create: Callable[..., nn.Module], weights: Weights, *, like: nn.M
 
     `create`: makes the model as `timm.create_model` does. `like`: one that it made. Raises ModelError.
     """
-    overlay: dict[str, Any] = dict.fromkeys(SOURCES) | {"num_classes": count_classes(weights, like)}
+    overlay: dict[str, Any] = dict.fromkeys(HUB_FIELDS) | {"num_classes": count_classes(weights, like)}
     if weights.path.suffix == ".npz":  # of the original ViTs, which timm reads its own way
         overlay |= {"file": str(weights.path), "custom_load": True}
     else:

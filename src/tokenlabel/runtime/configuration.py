@@ -34,7 +34,12 @@ def add_config_arguments(parser: jsonargparse.ArgumentParser, config: type) -> N
     """
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     for kind in enums_of(config):
-        register_type(kind, serializer=lambda member: member.value, deserializer=kind)
+        register_type(
+            kind,
+            serializer=lambda member: member.value,
+            deserializer=kind,
+            fail_already_registered=False,  # by another parser of this process
+        )
     parser.add_class_arguments(config)
     for action in parser._actions:  # argparse keeps what `--help` shows nowhere else
         kind = getattr(action, "_typehint", None)

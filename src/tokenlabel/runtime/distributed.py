@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,11 +14,13 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from tokenlabel.runtime.coercion import coerced
 from tokenlabel.runtime.errors import FirstRankError
 from tokenlabel.runtime.memory import keep_freed_memory
 from tokenlabel.runtime.process import environment_number
 
 T = TypeVar("T")
+Precision = Literal["fp32", "bf16", "fp16"]
 
 # Ranks that exchange objects have each done a share of their own (labelled, evaluated, looked at images), however long
 # that took the slowest. In a step they work side by side: one that is late by this much hangs, and all should end.
@@ -149,6 +151,13 @@ def usable_device(device: torch.device | str | None, *, option: str = "device") 
     if found.type == "cpu":
         keep_freed_memory()
     return found
+
+
+def autocast(device: torch.device, precision: Precision | str) -> torch.autocast:
+    """Return the context of a forward pass: fp32 is plain arithmetic. Raises ValueError for another precision."""
+    dtypes = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+    dtype = dtypes[coerced(precision, Precision, name="precision")]
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
 def _named_device(device: torch.device | str, option: str) -> torch.device:

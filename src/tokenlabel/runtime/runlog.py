@@ -123,7 +123,7 @@ def trackers_of(run: Path, *, tensorboard: bool, wandb: bool) -> Iterator[list[T
         yield [*trackers]
 
 
-METRICS_FILE = "metrics.jsonl"
+METRICS_FILE, RECIPE_FILE = "metrics.jsonl", "recipe.yaml"  # of a run folder
 
 
 class RunLog:

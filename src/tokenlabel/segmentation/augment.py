@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Int16, UInt8
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -16,10 +16,10 @@ from tokenlabel.runtime.coercion import NATURAL, POSITIVE, Size, check_numbers, 
 from tokenlabel.segmentation.classes import IGNORED
 
 Pixels = UInt8[NDArray[np.uint8], "height width 3"]
-Mask = UInt8[NDArray[np.uint8], "height width"]
+Mask = Int16[NDArray[np.int16], "height width"]  # class ids, -1 where none counts
 # Of another size than what they were made from.
 NewPixels = UInt8[NDArray[np.uint8], "new_height new_width 3"]
-NewMask = UInt8[NDArray[np.uint8], "new_height new_width"]
+NewMask = Int16[NDArray[np.int16], "new_height new_width"]
 
 NUM_CROP_TRIES = 10
 # Photometric distortion, as published; each change happens to half of the images.
@@ -80,7 +80,7 @@ class SegmentTransform:
             pixels.shape[:2], config.short_side_px, max_aspect=config.max_aspect, factor=factor
         )
         max_ratio = 1.0 if mask is None else config.category_max_ratio
-        mask = np.full(size_px, IGNORED, np.uint8) if mask is None else resize_mask(mask, size_px)
+        mask = np.full(size_px, IGNORED, np.int16) if mask is None else resize_mask(mask, size_px)
         top, left = draw_crop(mask, self.img_size, max_ratio=max_ratio, rng=rng)
         pixels = resize(pixels, size_px, Interpolation.BILINEAR)
         window = (slice(top, top + self.img_size[0]), slice(left, left + self.img_size[1]))
@@ -155,9 +155,8 @@ def draw_crop(
         )
         if max_ratio >= 1:
             break
-        counts = np.bincount(mask[top : top + height, left : left + width].ravel(), minlength=IGNORED + 1)[
-            :IGNORED
-        ]
+        window = mask[top : top + height, left : left + width]
+        counts = np.bincount((window - IGNORED).ravel())[1:]  # of the classes: bincount takes no -1
         if np.count_nonzero(counts) > 1 and counts.max() < max_ratio * counts.sum():
             break
     return top, left
@@ -167,7 +166,7 @@ def padded(pixels: Pixels, mask: Mask, size_px: tuple[int, int]) -> tuple[NewPix
     """Return image and mask of (height, width), filled up at the right and at the bottom where they are smaller."""
     height, width = mask.shape
     full_pixels = np.full((*size_px, 3), MEAN_COLOUR, np.uint8)
-    full_mask = np.full(size_px, IGNORED, np.uint8)
+    full_mask = np.full(size_px, IGNORED, np.int16)
     full_pixels[:height, :width], full_mask[:height, :width] = pixels, mask
     return full_pixels, full_mask
 

@@ -15,18 +15,20 @@ from tokenlabel.drawing.pictures import class_colour
 from tokenlabel.runtime.errors import DataError
 from tokenlabel.runtime.process import listed
 
-IGNORED = 255  # the class id of pixels that neither train nor count
+IGNORED = -1  # the class id of pixels that neither train nor count
+MAX_CLASSES = 32_767  # ids have 16 bits with a sign
 NUM_VALUES = 65_536  # of masks with 16 bits
 _BACKGROUND_COLOUR = (40, 40, 40)
-_UNKNOWN = -1
+_UNKNOWN = -2
 
 
 @dataclass(frozen=True, eq=False)
 class Classes:
     """The classes that masks show.
 
-    `names`: at most 255. `colours` [C, 3]: RGB. `ids_of_values` [values]: the class id of each value in a mask file,
-    `IGNORED` for pixels that don't count, -1 for values that must not occur. `is_assumed`: nobody said what 255 is.
+    `names`: at most 32,767. `colours` [C, 3]: RGB. `ids_of_values` [values]: the class id of each value in a mask file,
+    -1 (`IGNORED`) for pixels that don't count, -2 for values that must not occur. `is_assumed`: nobody said which value
+    is no class.
     """
 
     names: list[str]
@@ -34,13 +36,13 @@ class Classes:
     ids_of_values: Int16[NDArray[np.int16], " values"]
     is_assumed: bool = False
 
-    def ids(self, values: NDArray[np.integer], *, name: str) -> NDArray[np.uint8]:
+    def ids(self, values: NDArray[np.integer], *, name: str) -> NDArray[np.int16]:
         """Return the class ids [height, width] of a mask's values; `name` is what errors call the mask."""
         is_within = not values.size or (values.min() >= 0 and values.max() < NUM_VALUES)
         ids = self.ids_of_values[values] if is_within else None
         if ids is None or (ids == _UNKNOWN).any():
             raise DataError(f"{name}: {self.unknown(np.unique(values).tolist())}")
-        return ids.astype(np.uint8)
+        return ids
 
     def unknown(self, values: Sequence[int]) -> str:
         """Return "holds the values 7, 9, which are no class; ..." of masks' values; empty if each has a meaning."""
@@ -54,7 +56,7 @@ class Classes:
         )
 
     def id_of(self, value: int) -> int:
-        """Return the class id of a value in masks, `IGNORED` or -1."""
+        """Return the class id of a value in masks, `IGNORED` or -2."""
         return int(self.ids_of_values[value]) if 0 <= value < NUM_VALUES else _UNKNOWN
 
 
@@ -85,18 +87,22 @@ def numbered_classes(
 ) -> Classes:
     """Return classes whose values in a mask are their numbers, or `values`; 255 is none of them.
 
-    `background`: the name of one more class, that of the pixels of value 255. `ignored`: values of pixels that do not
-    count, in place of 255. Raises DataError for no names, too many, or the same twice, and for values that cannot be.
+    Of more than 255 names 255 is one, and 65535 is none. `background`: the name of one more class, that of the pixels
+    of this value. `ignored`: values of pixels that do not count, in its place. Raises DataError for no names, too many,
+    or the same twice, and for values that cannot be.
     """
     every = [*names, *([background] if background is not None else [])]
-    if not every or len(every) > IGNORED or len(set(every)) < len(every):
-        raise DataError(f"expected 1 to {IGNORED} different names of classes, got {len(every)}: {every[:5]}")
+    if not every or len(every) > MAX_CLASSES or len(set(every)) < len(every):
+        raise DataError(
+            f"expected 1 to {MAX_CLASSES:,} different names of classes, got {len(every):,}: {every[:5]}"
+        )
     if values and len(values) != len(names):
         raise DataError(
             f"data.class_values holds {len(values)} values of {len(names)} classes; give one a class"
         )
-    of_classes = [*(values or range(len(names))), *([255] if background is not None else [])]
-    of_none = ignored if ignored is not None else {255} - {*of_classes}
+    none = 255 if len(names) <= 255 else NUM_VALUES - 1
+    of_classes = [*(values or range(len(names))), *([none] if background is not None else [])]
+    of_none = ignored if ignored is not None else {none} - {*of_classes}
     if len({*of_classes}) < len(of_classes) or not {*of_classes, *of_none} <= {*range(NUM_VALUES)}:
         raise DataError(
             f"data.class_values {of_classes[:5]}: expected different values, and data.ignore_index with them from 0 "

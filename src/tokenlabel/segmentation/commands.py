@@ -22,7 +22,6 @@ from tokenlabel.runtime.arguments import (
 from tokenlabel.runtime.coercion import COUNT, check_numbers
 
 if TYPE_CHECKING:
-    import torch
     from jsonargparse import ArgumentParser, Namespace
 
     from tokenlabel.segmentation.task import TrainedSegmenter
@@ -88,7 +87,7 @@ def _evaluate(arguments: list[str]) -> int:
             "--split names a part of the data set, --images and --masks other folders; leave one out"
         )
 
-    from tokenlabel.runtime.distributed import joined_ranks
+    from tokenlabel.runtime.distributed import autocast, joined_ranks
     from tokenlabel.runtime.process import listed, say
     from tokenlabel.segmentation.evaluation import evaluate_segmentation
     from tokenlabel.segmentation.inference import Segmenter
@@ -108,7 +107,7 @@ def _evaluate(arguments: list[str]) -> int:
             Segmenter(trained.model.to(device), trained.recipe.eval, window_px=trained.recipe.model.img_size),
             pairs,
             device=device,
-            autocast=_autocast(trained, device),
+            autocast=autocast(device, trained.recipe.precision),
             num_workers=options.num_workers,
             ranks=ranks,
         )
@@ -136,6 +135,7 @@ def _predict(arguments: list[str]) -> int:
     )
     options = parse(parser, arguments)
 
+    from tokenlabel.runtime.distributed import autocast
     from tokenlabel.segmentation.inference import Segmenter
     from tokenlabel.segmentation.pairs import classes_of
     from tokenlabel.segmentation.predictions import predict_files
@@ -145,7 +145,7 @@ def _predict(arguments: list[str]) -> int:
     segmenter = Segmenter(
         trained.model.to(device), trained.recipe.eval, window_px=trained.recipe.model.img_size
     )
-    with _autocast(trained, device):
+    with autocast(device, trained.recipe.precision):
         num_images = predict_files(
             segmenter,
             options.images,
@@ -214,11 +214,3 @@ def _network(options: Namespace) -> TrainedSegmenter:
             r"^eval\.(\w+?)(_px)?(?= must)", lambda field: f"--{field[1].replace('_', '-')}", str(error)
         )
         raise ValueError(spelled) from error
-
-
-def _autocast(trained: TrainedSegmenter, device: torch.device) -> torch.autocast:
-    """Return the context of the forward pass in the precision of training."""
-    import torch
-
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(trained.recipe.precision)
-    return torch.autocast(device.type, dtype, enabled=dtype is not None)

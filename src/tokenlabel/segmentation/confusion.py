@@ -5,18 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Int, UInt8
+from jaxtyping import Int, Int16
 from torch import Tensor
 
 from tokenlabel.segmentation.classes import IGNORED
 
 
 def confusion(
-    said: Int[Tensor, "*places"], truth: UInt8[Tensor, "*places"], num_classes: int
+    said: Int[Tensor, "*places"], truth: Int16[Tensor, "*places"], num_classes: int
 ) -> Int[Tensor, "C C"]:
     """Return how many pixels of each true class (rows) were said to be of each class (columns).
 
-    Pixels whose true class is 255 don't count.
+    Pixels whose true class is -1 don't count.
     """
     counts = truth != IGNORED
     pairs = truth[counts].long() * num_classes + said[counts].long()

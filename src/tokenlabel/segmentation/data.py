@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int16, UInt8
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -24,13 +24,13 @@ _FOR_SEGMENT_SAMPLE = 2
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SegmentSample:
-    """An image and the class of each of its pixels, 255 where none counts.
+    """An image and the class id of each of its pixels, -1 where none counts.
 
     `score_map`: of the whole upright image, for images that have no mask to learn from; `view`: what of it is shown.
     """
 
     image: UInt8[Tensor, "3 height width"]
-    mask: UInt8[Tensor, "height width"]
+    mask: Int16[Tensor, "height width"]
     key: str
     view: View
     score_map: ScoreMap | None = None
@@ -40,12 +40,12 @@ class SegmentSample:
 class SegmentBatch:
     """B images of one size, and what they learn from.
 
-    `masked`, `soft`: the numbers of those that have a mask, and of those that learn from their label map instead, of
-    which `score_maps` and `views` are. Every image is one or the other.
+    `masks`: class ids, -1 where none counts. `masked`, `soft`: the numbers of the images that have a mask, and of those
+    that learn from a label map instead, of which `score_maps` and `views` are. Every image is one or the other.
     """
 
     images: UInt8[Tensor, "B 3 height width"]
-    masks: UInt8[Tensor, "B height width"]
+    masks: Int16[Tensor, "B height width"]
     keys: list[str]
     masked: list[int]
     soft: list[int]
@@ -89,18 +89,16 @@ class SegmentDataset(Dataset[SegmentSample]):
     def __getitem__(self, epoch_and_index: tuple[int, int]) -> SegmentSample:
         epoch, index = epoch_and_index
         pixels, mask = self.pairs.read(index)
-        score_map = self._score_map(index) if mask is None else None
-        view = View.identity()
+        has_mask, view = self.pairs.has_mask(index), View.identity()
         if self.transform is not None:
             rng = np.random.default_rng((self.seed, _FOR_SEGMENT_SAMPLE, epoch, index))
-            pixels, mask, view = self.transform(pixels, mask, rng)
-        assert mask is not None  # images that are evaluated on have one
+            pixels, mask, view = self.transform(pixels, mask if has_mask else None, rng)
         return SegmentSample(
             image=torch.from_numpy(pixels).permute(2, 0, 1),
             mask=torch.from_numpy(mask),
             key=self.pairs.keys[index],
             view=view,
-            score_map=score_map,
+            score_map=None if has_mask else self._score_map(index),
         )
 
     def __len__(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -71,6 +72,33 @@ class Segmenter:
         """Return the most probable class of every pixel of an RGB image, on the image's device."""
         size_px = (image.shape[1], image.shape[2])
         return most_probable([logits.float() for logits in self.views(image)], size_px)
+
+    @torch.inference_mode()
+    def probabilities(
+        self, image: UInt8[Tensor, "3 height width"], grid: tuple[int, int] | None = None
+    ) -> Float[Tensor, "h w C"]:
+        """Return the distribution over classes in each cell of a grid over an RGB image, in float32, on its device.
+
+        The mean over the pixels of a cell, and over the views. `grid`: (rows, columns); by default the head's own
+        (see `grid_of`). `from_probabilities` makes a score map of it.
+        """
+        grid = grid or self.grid_of((image.shape[1], image.shape[2]))
+        pooled = [F.adaptive_avg_pool2d(logits.float().softmax(dim=0), grid) for logits in self.views(image)]
+        return torch.stack(pooled).mean(dim=0).permute(1, 2, 0)
+
+    def grid_of(self, size_px: tuple[int, int]) -> tuple[int, int]:
+        """Return the (rows, columns) that the head ends on for an image of (height, width), looked at in one piece."""
+        scaled = fitted_size(size_px, self.config.short_side_px, max_aspect=self.config.max_aspect)
+        height, width = (-(-side // cell) for side, cell in zip(scaled, self._cell_px, strict=True))
+        return max(1, int(height)), max(1, int(width))
+
+    @cached_property
+    def _cell_px(self) -> tuple[float, float]:
+        """Height and width of a cell of the head's grid, in pixels of what the model looks at."""
+        multiple = self.model.multiple_px
+        height, width = (side + -side % multiple for side in self.window_px)
+        logits = self.model(next(self.model.parameters()).new_zeros(1, 3, height, width)).logits
+        return height / logits.shape[2], width / logits.shape[3]
 
     def views(self, image: UInt8[Tensor, "3 height width"]) -> Iterator[Float[Tensor, "C _ _"]]:
         """Yield the logits of the image at each scale, and mirrored, each in its own size."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import Int, Int16
 from numpy.typing import NDArray
 
 from tokenlabel.core.align import align
@@ -109,7 +109,6 @@ def too_small(store: LabelStore, pairs: ImageMaskPairs) -> list[tuple[str, float
         key = pairs.keys[index]
         height, width = store[key if key in store else others].codes.shape[:2]
         grid = (height, width)
-        assert mask is not None
         counts = pixels_of_cells(mask, grid, num_classes)
         is_most = counts.argmax(axis=1)[:, None] == np.arange(num_classes)
         lost += (counts * ~is_most).sum(axis=0)
@@ -119,7 +118,7 @@ def too_small(store: LabelStore, pairs: ImageMaskPairs) -> list[tuple[str, float
 
 
 def pixels_of_cells(
-    mask: UInt8[NDArray[np.uint8], "height width"], grid: tuple[int, int], num_classes: int
+    mask: Int16[NDArray[np.int16], "height width"], grid: tuple[int, int], num_classes: int
 ) -> Int[NDArray[np.int64], "N C"]:
     """Return how many pixels of each class each cell of a grid (h, w) over a mask shows, row by row."""
     rows, columns = ((np.arange(side) * cells) // side for side, cells in zip(mask.shape, grid, strict=True))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Integer, UInt8
+from jaxtyping import Int16, Integer, UInt8
 from numpy.typing import NDArray
 
 from tokenlabel.data.classes import difference, read_class_names, same_classes
@@ -90,9 +90,9 @@ class SegmentDataConfig:
     class_values: tuple[int, ...] = ()
     """Layout folders: the value of each class in the masks, such as [0,255]; 0, 1, 2, ... by default."""
     ignore_index: int | tuple[int, ...] | None = None
-    """Layout folders: the value, or values, of pixels that do not count; 255 by default, if it is no class."""
+    """Layout folders: value, or values, of pixels that do not count; 255 by default, of more than 255 classes 65535."""
     background: str | None = None
-    """Layouts scenes and folders: name of one more class, of the pixels of value 255; none leaves them out."""
+    """Layouts scenes and folders: one more class, of the pixels that do not count by default; none leaves them out."""
     num_workers: int = 2
     """Processes that decode and augment images."""
 
@@ -156,18 +156,22 @@ class ImageMaskPairs:
     @property
     def with_mask(self) -> list[int]:
         """The indices of the images that have a mask."""
-        return [index for index, name in enumerate(self.mask_names) if name]
+        return [index for index in range(len(self)) if self.has_mask(index)]
+
+    def has_mask(self, index: int) -> bool:
+        """Say whether an image has a mask."""
+        return bool(self.mask_names[index])
 
     def read(
         self, index: int
-    ) -> tuple[UInt8[NDArray[np.uint8], "height width 3"], UInt8[NDArray[np.uint8], "height width"] | None]:
-        """Return RGB pixels and class ids, 255 where none counts, None without a mask.
+    ) -> tuple[UInt8[NDArray[np.uint8], "height width 3"], Int16[NDArray[np.int16], "height width"]]:
+        """Return RGB pixels and class ids, -1 where none counts, as everywhere without a mask.
 
         Raises ImageError or DataError, by name.
         """
         pixels, values = self._decoded(index)
         if values is None:
-            return pixels, None
+            return pixels, np.full(pixels.shape[:2], IGNORED, np.int16)
         return pixels, self.classes.ids(values, name=str(self._masks / self.mask_names[index]))
 
     def orientation(self, index: int) -> int:
@@ -235,8 +239,8 @@ class ImageMaskPairs:
         if to_train and classes.is_assumed and ignored and len(held) == 1 < len(classes.names):
             raise DataError(
                 f"{self._masks}: {len(masks):,} masks hold {listed([str(v) for v in sorted(values)])} alone, of which "
-                f"255 does not count: only {classes.names[held.pop()]!r} would be learnt"
-                f"{_advice(classes, sorted(values))}; if it is meant, say --data.ignore-index 255"
+                f"{of_none} does not count: only {classes.names[held.pop()]!r} would be learnt"
+                f"{_advice(classes, sorted(values))}; if it is meant, say --data.ignore-index {of_none}"
             )
         absent = [name for class_id, name in enumerate(classes.names) if class_id not in held]
         if absent:
@@ -261,7 +265,7 @@ class ImageMaskPairs:
             pixels = decode_pixels(data, str(image))
         except ImageError as error:
             raise ImageError(f"{error}; repair it, or remove it and its mask") from error
-        if not self.mask_names[index]:
+        if not self.has_mask(index):
             return pixels, None
         values = decode_mask(_bytes(mask), str(mask))
         if values.shape != pixels.shape[:2]:

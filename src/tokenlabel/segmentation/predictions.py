@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Int16, UInt8
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -26,7 +26,8 @@ def predict_files(
 ) -> int:
     """Segment images and write the results under the folder `out`; return how many there were.
 
-    Writes masks/NAME.png (class ids, with the classes' colours as palette), overlays/NAME.png and classes.json.
+    Writes masks/NAME.png (class ids: of up to 255 classes with their colours as palette, of more with 16 bits),
+    overlays/NAME.png and classes.json.
     `images`: files, or folders with images at any depth; names are relative to the folder.
     Raises DataError for what holds no image, ImageError for an image that does not decode.
     """
@@ -46,32 +47,35 @@ def predict_files(
     segmenter.model.eval()
     for name, path in found.items():
         pixels = decode_pixels(path.read_bytes(), str(path))
-        said = segmenter(torch.from_numpy(pixels).permute(2, 0, 1).to(device)).cpu().numpy().astype(np.uint8)
+        predicted = segmenter(torch.from_numpy(pixels).permute(2, 0, 1).to(device))
+        ids = predicted.cpu().numpy().astype(np.int16)
         for kind, picture in (
-            ("masks", palette_image(said, classes)),
-            ("overlays", Image.fromarray(overlay(pixels, said, classes))),
+            ("masks", mask_image(ids, classes)),
+            ("overlays", Image.fromarray(overlay(pixels, ids, classes))),
         ):
             (out / kind / name).parent.mkdir(parents=True, exist_ok=True)
             picture.save(out / kind / name)
     return len(found)
 
 
-def palette_image(ids: UInt8[NDArray[np.uint8], "height width"], classes: Classes) -> Image.Image:
-    """Return class ids as an image of one channel with the classes' colours as its palette."""
-    image = Image.fromarray(ids)
+def mask_image(ids: Int16[NDArray[np.int16], "height width"], classes: Classes) -> Image.Image:
+    """Return class ids as an image of one channel: with the classes' colours as its palette, or 16 bits of many."""
+    if len(classes.names) > 255:  # with 8 bits, 255 is no class
+        return Image.fromarray(ids.astype(np.uint16))
+    image = Image.fromarray(ids.astype(np.uint8))
     image.putpalette(classes.colours.reshape(-1).tolist())
     return image
 
 
 def overlay(
     pixels: UInt8[NDArray[np.uint8], "height width 3"],
-    ids: UInt8[NDArray[np.uint8], "height width"],
+    ids: Int16[NDArray[np.int16], "height width"],
     classes: Classes,
     *,
     opacity: float = OPACITY,
 ) -> UInt8[NDArray[np.uint8], "height width 3"]:
-    """Return an image with the colour of each pixel's class over it; pixels of no class (255) stay as they are."""
-    known = ids < len(classes.names)
+    """Return an image with the colour of each pixel's class over it; pixels of no class (-1) stay as they are."""
+    known = ids >= 0
     tints = classes.colours[np.where(known, ids, 0)]
     mixed = pixels * np.float32(1 - opacity) + tints * np.float32(opacity)
     return np.where(known[..., None], mixed.round(), pixels).astype(np.uint8)

@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int, Int16, UInt8
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -34,10 +33,10 @@ from tokenlabel.drawing.pictures import (
 from tokenlabel.models.runs import newest_checkpoint, read_state, read_weights
 from tokenlabel.models.weight_files import options_without_weights
 from tokenlabel.runtime.configuration import ConfigError, config_from_dict
-from tokenlabel.runtime.distributed import Ranks, current_ranks, joined_ranks, usable_device
+from tokenlabel.runtime.distributed import Ranks, autocast, current_ranks, joined_ranks, usable_device
 from tokenlabel.runtime.errors import ModelError
 from tokenlabel.runtime.runlog import Stopwatch, Tracker
-from tokenlabel.segmentation.augment import SegmentTransform
+from tokenlabel.segmentation.augment import SegmentTransform, resize_mask
 from tokenlabel.segmentation.classes import IGNORED
 from tokenlabel.segmentation.data import SegmentBatch, SegmentDataset, SegmentSample, collate
 from tokenlabel.segmentation.evaluation import evaluate_segmentation
@@ -56,7 +55,7 @@ from tokenlabel.segmentation.weights import load_weights
 from tokenlabel.training.engine import run_task
 from tokenlabel.training.recipe import recipe_content
 from tokenlabel.training.run_folder import RunImages, locked
-from tokenlabel.training.tasks import Task, autocast
+from tokenlabel.training.tasks import Task
 
 NUM_TRAIN, NUM_VAL = 6, 12
 PICTURE_CELL_PX = 8  # of label maps in pictures
@@ -143,7 +142,7 @@ class SegmentTask(Task):
 
         def keep(sample: SegmentSample, predicted: Int[Tensor, "height width"]) -> None:
             if sample.key in shown:
-                pictures[sample.key] = _val_picture(sample, predicted.cpu().numpy().astype(np.uint8))
+                pictures[sample.key] = _val_picture(sample, predicted.cpu().numpy().astype(np.int16))
 
         figures = evaluate_segmentation(
             Segmenter(model, self.recipe.eval, window_px=self.recipe.model.img_size),
@@ -165,7 +164,7 @@ class SegmentTask(Task):
 
 
 def _val_picture(
-    sample: SegmentSample, predicted: UInt8[NDArray[np.uint8], "height width"]
+    sample: SegmentSample, predicted: Int16[NDArray[np.int16], "height width"]
 ) -> tuple[list[Tile], dict[str, str]]:
     """Return a val image, with its mask and with what was predicted, and what is to be read below it."""
     truth, pixels = sample.mask.numpy(), np.asarray(fitted(sample.image.permute(1, 2, 0).numpy()))
@@ -180,10 +179,10 @@ def _val_picture(
     return tiles, {"key": sample.key, "answer": right}
 
 
-def _class_map(ids: UInt8[NDArray[np.uint8], "_ _"], photo: UInt8[NDArray[np.uint8], "_ _ 3"]) -> ClassMap:
+def _class_map(ids: Int16[NDArray[np.int16], "_ _"], photo: UInt8[NDArray[np.uint8], "_ _ 3"]) -> ClassMap:
     """Return classes in the size of the photograph that is shown: those of a large one would fill the memory."""
-    ids = np.asarray(Image.fromarray(ids).resize(photo.shape[1::-1], Image.Resampling.NEAREST))
-    return ClassMap(np.where(ids == IGNORED, -1, ids.astype(np.int64)), np.full(ids.shape, 0.6))
+    ids = resize_mask(ids, (photo.shape[0], photo.shape[1]))
+    return ClassMap(ids, np.full(ids.shape, 0.6))  # there, too, -1 is no class
 
 
 def _soft_map(batch: SegmentBatch, number: int, config: SegmentLossConfig) -> ClassMap:
@@ -243,7 +242,7 @@ def head_loss(outputs: HeadOutputs, batch: SegmentBatch, config: SegmentLossConf
     return loss
 
 
-def pixel_loss(logits: Float[Tensor, "B C h w"], masks: UInt8[Tensor, "B height width"]) -> Float[Tensor, ""]:
+def pixel_loss(logits: Float[Tensor, "B C h w"], masks: Int16[Tensor, "B height width"]) -> Float[Tensor, ""]:
     """Return the cross entropy of every pixel, summed over those that count, divided by the number of all.
 
     Logits are resized to the masks first. Dividing by all pixels, as published, makes the loss of a batch the mean of

@@ -47,16 +47,23 @@ from tokenlabel.runtime.process import listed, say
 from tokenlabel.teachers.classmap import MIN_MASS, class_map_for
 from tokenlabel.teachers.ensemble import Ensemble, load_teachers
 from tokenlabel.teachers.labelling import Labelling
-from tokenlabel.teachers.masks import MAX_IDS, MaskTeacher
+from tokenlabel.teachers.masks import MASKS, MAX_IDS, MaskTeacher
 from tokenlabel.teachers.networks import Teacher, TeacherConfig
 
-MASKS = "masks:"
 CHANGED = "changed"
 
 
 @dataclass(frozen=True, kw_only=True)
 class AnnotateConfig(TeacherConfig):
-    """Which labels to make, and how."""
+    """Which labels to make, and how.
+
+    >>> tl.AnnotateConfig(teacher="masks:masks", encoding="raw").topk
+    5
+    >>> tl.AnnotateConfig(teacher="resnet50", topk=0)
+    Traceback (most recent call last):
+    ...
+    tokenlabel.runtime.errors.ConfigError: topk must be at least 1, got 0
+    """
 
     topk: int = 5
     """Classes that each location keeps; the probability of the others is kept as one number."""
@@ -115,6 +122,10 @@ def annotate(
     Raises ModelError for a teacher that cannot do it, StoreError if the folder holds other labels,
     ValueError for scores that are not finite (naming the image), ImageError for an image that does not decode
     if `strict`.
+
+    >>> done = tl.annotate("images", "labels", tl.AnnotateConfig(teacher="masks:masks", size=8))
+    >>> done.num_present + done.num_labelled, done.failures
+    (8, ())
     """
     config = coerced(config, AnnotateConfig, name="config")
     source = open_aloud(images) if isinstance(images, (str, Path)) else images

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from tokenlabel.models import TokenModel
-from tokenlabel.models.adapter import REFUSALS, Features, Layout, classifier_features
+from tokenlabel.models.adapter import REFUSALS, FeatureLayout, Features, classifier_features
 from tokenlabel.runtime.errors import ModelError, first_line
 from tokenlabel.teachers.heads import Head
 
@@ -182,9 +182,9 @@ class ClassifierNetwork(DenseNetwork):
         if img_size not in self._features_of and self._features_of and isinstance(seen, Tensor):
             (height_px, width_px), known = next(iter(self._features_of.items()))
             grid = (img_size[0] * known.grid[0] // height_px, img_size[1] * known.grid[1] // width_px)
-            if known.layout is Layout.MAP:
+            if known.layout is FeatureLayout.MAP:
                 grid = (seen.shape[-2], seen.shape[-1])
-            elif known.layout is Layout.CHANNELS_LAST_MAP:
+            elif known.layout is FeatureLayout.CHANNELS_LAST_MAP:
                 grid = (seen.shape[1], seen.shape[2])
             found = classifier_features(seen, grid)
             if found is not None and (found.layout, found.num_prefix) == (known.layout, known.num_prefix):
@@ -235,11 +235,11 @@ def _one_position_each(seen: Tensor, features: Features) -> Tensor:
     mean of the others all see this position.
     """
     match features.layout:
-        case Layout.MAP:
+        case FeatureLayout.MAP:
             return seen.permute(0, 2, 3, 1).flatten(0, 2)[:, :, None, None]  # [B * h * w, D, 1, 1]
-        case Layout.CHANNELS_LAST_MAP:
+        case FeatureLayout.CHANNELS_LAST_MAP:
             return seen.flatten(0, 2)[:, None, None, :]  # [B * h * w, 1, 1, D]
-        case Layout.SEQUENCE:
+        case FeatureLayout.SEQUENCE:
             positions = seen[:, features.num_prefix :].flatten(0, 1)[:, None, :]
             return positions.expand(-1, features.num_prefix + 1, -1)  # [B * N, P + 1, D]
 

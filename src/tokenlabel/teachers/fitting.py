@@ -28,8 +28,9 @@ from tokenlabel.runtime.distributed import usable_device
 from tokenlabel.runtime.errors import ModelError, first_line
 from tokenlabel.runtime.process import listed, say
 from tokenlabel.teachers.backbone import Backbone, load_backbone
-from tokenlabel.teachers.heads import SUFFIX, Head, Kind, read_about
-from tokenlabel.teachers.regression import Examples, Linear, choose_decay, cross_entropy, fit_linear
+from tokenlabel.teachers.heads import HEAD_SUFFIX, Head, Kind, read_about
+from tokenlabel.teachers.masks import MASKS
+from tokenlabel.teachers.regression import Examples, LinearFit, choose_decay, cross_entropy, fit_linear
 from tokenlabel.teachers.texts import PROMPTS, load_tower, text_embeddings
 from tokenlabel.teachers.vectors import VECTORS_PER_IMAGE, Vectors, spread
 from tokenlabel.teachers.words import KEPT_MASS, fit_words
@@ -47,10 +48,9 @@ HELD_OUT = 0.2
 """Share of the images by which the weight decay is chosen, and how locations learn from the labels of images."""
 
 FILE_TEMPERATURE = 0.01
-SOURCES = "labels, words, text, masks:DIR, or a file of embeddings (.npy, .safetensors)"
+FROM = "labels, words, text, masks:DIR, or a file of embeddings (.npy, .safetensors)"
 
 
-MASKS = "masks:"
 OPTIONS_OF = {
     "words": ("words",),
     "topk": ("words",),
@@ -65,7 +65,11 @@ OPTIONS_OF = {
 @dataclass(frozen=True, kw_only=True)
 @coerced_fields
 class FitConfig:
-    """Which head to fit, on which backbone."""
+    """Which head to fit, on which backbone.
+
+    >>> tl.FitConfig(backbone="test_vit", from_="words", words=64).words
+    64
+    """
 
     backbone: str
     """A run folder, or the name of a model (timm's, lvvit_s and the like), with or without a classifier of its own."""
@@ -130,6 +134,10 @@ def fit_head(
 
     Raises ModelError where there is another head, or where what it is to be fitted on does not do; errors of the
     images and of the backbone as `annotate` does.
+
+    >>> config = tl.FitConfig(backbone="test_vit", weights="test_vit.safetensors", size=64, from_="labels")
+    >>> tl.fit_head("images", "head.safetensors", config).class_names
+    ('ant', 'bee')
     """
     config, file = coerced(config, FitConfig, name="config"), Path(file)
     asked = {**asdict(config), "images": str(images) if isinstance(images, (str, Path)) else None}
@@ -167,18 +175,18 @@ def kind_of(from_: str) -> Kind:
     """Return what kind of head `--from` asks for."""
     if from_.startswith(MASKS) and from_ != MASKS:
         return "masks"
-    if Path(from_).suffix in (".npy", SUFFIX):
+    if Path(from_).suffix in (".npy", HEAD_SUFFIX):
         return "file"
     for kind in ("labels", "words", "text"):
         if from_ == kind:
             return kind
-    raise ModelError(f"--from is {SOURCES}; got {from_!r}")
+    raise ModelError(f"--from is {FROM}; got {from_!r}")
 
 
 def _there(file: Path, asked: dict[str, Any], *, overwrite: bool) -> Head | None:
     """Return the head that a file holds if it was fitted as is asked for; refuse to write over anything else."""
-    if file.suffix != SUFFIX:
-        raise ModelError(f"{file}: a head is a {SUFFIX} file; name one")
+    if file.suffix != HEAD_SUFFIX:
+        raise ModelError(f"{file}: a head is a {HEAD_SUFFIX} file; name one")
     if not file.exists():
         return None
     try:
@@ -277,7 +285,7 @@ def _from_labels(vectors: Vectors, config: FitConfig, _: None) -> Head:
     )
 
 
-def _map_accuracy(fit: Linear, bags: Float[Tensor, "n L D"], truth: Int[Tensor, " n"]) -> float:
+def _map_accuracy(fit: LinearFit, bags: Float[Tensor, "n L D"], truth: Int[Tensor, " n"]) -> float:
     """Return for how many images the mean distribution of their locations has the right class first."""
     guesses = [fit.logits(block).softmax(dim=2).mean(dim=1).argmax(dim=1) for block in bags.split(256)]
     return float((torch.cat(guesses) == truth).float().mean())

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from tokenlabel.runtime.errors import ModelError, first_line
 from tokenlabel.runtime.process import write_whole
 
-SUFFIX = ".safetensors"
+HEAD_SUFFIX = ".safetensors"
 Kind = Literal["labels", "masks", "words", "text", "file"]
 
-_FORMAT = 1
+_HEAD_FORMAT = 1
 _KEY = "head"  # of the metadata
 
 
@@ -35,6 +35,11 @@ class Head(nn.Module):
     and so are the rows of the matrix: scaled cosines. `kind`: what it was made from. `class_names`: C of them;
     words have none but their numbers. `fitted`, `backbone`: what it was fitted on and how well, and the backbone that
     its vectors come from; both as JSON holds them.
+
+    >>> head = tl.Head(torch.eye(2), kind="labels", class_names=["ant", "bee"])
+    >>> ids, probs = head.top(torch.tensor([[0.0, 3.0]]), k=1)
+    >>> head.class_names[ids.item()], round(probs.item(), 2)
+    ('bee', 0.95)
     """
 
     matrix: Tensor
@@ -116,7 +121,7 @@ class Head(nn.Module):
         """Write the head to a file that appears whole or not at all."""
         tensors = {"matrix": self.matrix, "bias": self.bias, "center": self.center}
         about = {
-            "format": _FORMAT,
+            "format": _HEAD_FORMAT,
             "kind": self.kind,
             "scale": self.scale,
             "normalised": self.normalised,
@@ -174,8 +179,8 @@ def read_about(path: str | Path) -> dict[str, Any]:
         version = about["format"]
     except (ValueError, TypeError, KeyError) as error:
         raise ModelError(f"{path}: is damaged ({first_line(error)}); fit it again") from error
-    if version != _FORMAT:
-        raise ModelError(f"{path}: head format {version!r}, this version of tokenlabel reads {_FORMAT}")
+    if version != _HEAD_FORMAT:
+        raise ModelError(f"{path}: head format {version!r}, this version of tokenlabel reads {_HEAD_FORMAT}")
     return about
 
 

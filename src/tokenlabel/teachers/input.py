@@ -13,12 +13,8 @@ from PIL import Image
 from tokenlabel.core.geometry import WHOLE_IMAGE, Box, View
 from tokenlabel.data.augment import EvalTransform
 from tokenlabel.data.config import Interpolation
+from tokenlabel.data.resampling import RESAMPLING
 from tokenlabel.runtime.coercion import coerced_fields
-
-RESAMPLING = {
-    Interpolation.BILINEAR: Image.Resampling.BILINEAR,
-    Interpolation.BICUBIC: Image.Resampling.BICUBIC,
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

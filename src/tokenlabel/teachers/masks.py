@@ -16,6 +16,7 @@ from tokenlabel.data.images import ImageSource
 from tokenlabel.evaluation.observation import MaskFolder
 from tokenlabel.teachers.classmap import ClassMap
 
+MASKS = "masks:"  # --teacher masks:DIR, --from masks:DIR
 MAX_IDS = 65_536  # ids of a mask, which has up to 16 bits
 
 

@@ -28,7 +28,7 @@ from tokenlabel.teachers.dense import (
     HeadNetwork,
     TokenNetwork,
 )
-from tokenlabel.teachers.heads import SUFFIX, Head
+from tokenlabel.teachers.heads import HEAD_SUFFIX, Head
 from tokenlabel.teachers.input import TeacherInput
 
 
@@ -170,7 +170,7 @@ def load_teacher(
     weights), whatever `timm.create_model` takes, or a head file. Raises ModelError if there is none, for
     a head that does not fit its backbone, and for a network that has no dense map.
     """
-    if name.endswith(SUFFIX):
+    if name.endswith(HEAD_SUFFIX):
         return _by_head(name, config, device, weights=weights)
     found = load_model(name, weights=weights, img_size=made_for(name, config.size))
     network = _dense_network(found, name, config.head).eval().to(device).requires_grad_(False)

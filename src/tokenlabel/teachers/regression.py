@@ -51,7 +51,7 @@ class Examples:
 
 
 @dataclass(frozen=True, eq=False)
-class Linear:
+class LinearFit:
     """A linear head, `x @ matrix.T + bias`, and the decay that it was fitted with."""
 
     matrix: Float[Tensor, "C D"]
@@ -63,24 +63,24 @@ class Linear:
         return F.linear(vectors.float(), self.matrix, self.bias)
 
 
-def choose_decay(train: Examples, loss: Callable[[Linear], float]) -> Linear:
+def choose_decay(train: Examples, loss: Callable[[LinearFit], float]) -> LinearFit:
     """Return the head, fitted on `train`, whose decay has the smallest loss, which should be on held-out images."""
     return min(_fits(train, DECAYS), key=loss)
 
 
-def fit_linear(examples: Examples, decay: float) -> Linear:
+def fit_linear(examples: Examples, decay: float) -> LinearFit:
     """Return the head of one of DECAYS."""
     return _fits(examples, DECAYS[: DECAYS.index(decay) + 1])[-1]
 
 
 @torch.no_grad()
-def cross_entropy(fit: Linear, examples: Examples) -> float:
+def cross_entropy(fit: LinearFit, examples: Examples) -> float:
     """Return the mean cross entropy of bags, in nats."""
     total = sum(float(_loss(fit.matrix, fit.bias, block)) for block in examples.blocks())
     return total / float(examples.weights.sum())
 
 
-def _fits(examples: Examples, decays: tuple[float, ...]) -> list[Linear]:
+def _fits(examples: Examples, decays: tuple[float, ...]) -> list[LinearFit]:
     """Return a head for each decay, each started from the one before it.
 
     On standardised vectors, which makes the decay mean the same for any backbone and L-BFGS fast.
@@ -91,7 +91,7 @@ def _fits(examples: Examples, decays: tuple[float, ...]) -> list[Linear]:
         examples.weights.new_zeros(size, requires_grad=True) for size in ((num_classes, width), num_classes)
     )
     total = examples.weights.sum()
-    found: list[Linear] = []
+    found: list[LinearFit] = []
     for decay in decays:
         optimizer = torch.optim.LBFGS(
             [weight, offset],
@@ -115,7 +115,7 @@ def _fits(examples: Examples, decays: tuple[float, ...]) -> list[Linear]:
 
         optimizer.step(closure)
         matrix = (weight / std).detach()
-        found.append(Linear(matrix, (offset - matrix @ mean).detach(), decay))
+        found.append(LinearFit(matrix, (offset - matrix @ mean).detach(), decay))
     return found
 
 

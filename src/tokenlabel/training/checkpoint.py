@@ -34,7 +34,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from tokenlabel.data.classes import ClassList
 from tokenlabel.models.load import LoadedModel, load_model
 from tokenlabel.models.runs import (
-    FORMAT,
+    CHECKPOINT_FORMAT,
     list_checkpoints,
     newest_checkpoint,
     read_state,
@@ -98,7 +98,7 @@ def _write(
         for name, tensors in files.items():
             save_file(tensors, temporary / name)
         content = {
-            "format": FORMAT,
+            "format": CHECKPOINT_FORMAT,
             "step": step,
             "recipe": config_as_dict(recipe),
             **about,

@@ -29,7 +29,7 @@ from tokenlabel.runtime.errors import ConfigError
 from tokenlabel.training.checkpoint import load_run
 
 # How far an ONNX graph may be from PyTorch, as a share of the largest output.
-TOLERANCE = 1e-3
+EXPORT_TOLERANCE = 1e-3
 
 
 def export_run(
@@ -143,7 +143,7 @@ def write_onnx(trained: LoadedModel, path: Path, *, inference: Inference, dense:
         found = session.run(None, {"pixels": pixels.numpy()})
         for name, ours, theirs in zip(names, expected, found, strict=True):
             error = np.abs(ours.numpy() - theirs).max() / ours.abs().max().item()
-            if not error <= TOLERANCE:
+            if not error <= EXPORT_TOLERANCE:
                 raise ConfigError(f"{name} of the ONNX graph are {error:.1e} off; this model does not export")
 
 

@@ -30,8 +30,8 @@ from tokenlabel.runtime.configuration import (
     read_yaml,
 )
 from tokenlabel.runtime.errors import ConfigError, near_names
+from tokenlabel.runtime.runlog import RECIPE_FILE
 
-RECIPE_FILE = "recipe.yaml"
 _UNSAID = (0, 0)  # an image size that nobody gave
 
 

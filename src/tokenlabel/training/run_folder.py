@@ -30,7 +30,8 @@ from tokenlabel.runtime.configuration import (
 )
 from tokenlabel.runtime.distributed import Ranks, current_ranks
 from tokenlabel.runtime.process import listed, say, write_whole
-from tokenlabel.training.recipe import RECIPE_FILE, TrainingConfig
+from tokenlabel.runtime.runlog import RECIPE_FILE
+from tokenlabel.training.recipe import TrainingConfig
 
 IMAGES_FILE, LIST_FILE, LOCK_FILE = "images.json", "images.gz", ".lock"
 

@@ -22,7 +22,6 @@ from tokenlabel.training.recipe import TrainingConfig
 from tokenlabel.training.run_folder import RunImages
 
 RecipeT = TypeVar("RecipeT", bound=TrainingConfig)
-_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Task(ABC, Generic[RecipeT]):
@@ -68,9 +67,3 @@ class Task(ABC, Generic[RecipeT]):
         The first rank writes what is to be seen of it into `run`, a run folder: pictures, to which `about` is added,
         and the answers to all images.
         """
-
-
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Return the context of the forward pass in a recipe's precision."""
-    dtype = _DTYPES[precision]
-    return torch.autocast(device.type, dtype, enabled=dtype is not None)
