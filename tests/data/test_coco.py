@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pycocotools.mask
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from pycocotools import mask as pycoco
 
 from tokenlabel.data.coco import CROWD, CocoMasks, instance_mask, painted, run_lengths
 from tokenlabel.runtime.errors import DataError
 
+pycoco: Any = pycocotools.mask  # its stubs know of no lists of polygons
 CATEGORIES = [{"id": 18, "name": "dog"}, {"id": 3, "name": "car"}]  # by their ids: car is 0, dog 1
 NOTHING = 255
 
