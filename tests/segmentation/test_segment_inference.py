@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from tokenlabel.core.scores import from_probabilities
 from tokenlabel.segmentation.classes import IGNORED
 from tokenlabel.segmentation.confusion import confusion, figures_of
+from tokenlabel.segmentation.heads import HeadOutputs
 from tokenlabel.segmentation.inference import (
     Segmenter,
     SegmentEvalConfig,
@@ -25,11 +26,17 @@ from tokenlabel.segmentation.inference import (
 from tokenlabel.segmentation.model import SegmentationModel, SegmentOutputs
 
 
+def outputs_of(logits: torch.Tensor) -> SegmentOutputs:
+    """What a model returns that has these logits."""
+    return SegmentOutputs(HeadOutputs(logits, nn.Identity()), None)
+
+
 class Local(SegmentationModel):
     """A stand-in for a model: logits of each pixel from its own colour, on a grid of `stride` pixels."""
 
     def __init__(self, *, num_classes: int = 5, multiple_px: int = 1, stride: int = 1) -> None:
         nn.Module.__init__(self)
+        self._backbone_is_frozen = False
         self.multiple_px, self.stride = multiple_px, stride
         self.mean, self.std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
         generator = torch.Generator().manual_seed(0)
@@ -40,7 +47,7 @@ class Local(SegmentationModel):
         self.seen.append(tuple(images.shape))
         assert images.shape[2] % self.multiple_px == images.shape[3] % self.multiple_px == 0
         pooled = F.avg_pool2d(images, self.stride)
-        return SegmentOutputs(torch.einsum("cd,bdhw->bchw", self.weight, pooled), None)
+        return outputs_of(torch.einsum("cd,bdhw->bchw", self.weight, pooled))
 
 
 class Placed(Local):
@@ -50,7 +57,7 @@ class Placed(Local):
         logits = super().forward(images).logits
         height, width = logits.shape[2:]
         ramp = torch.arange(height)[:, None] * 0.3 + torch.arange(width) * 0.7
-        return SegmentOutputs(logits + ramp, None)
+        return outputs_of(logits + ramp)
 
 
 @settings(max_examples=50)
