@@ -45,14 +45,14 @@ from tokenlabel.labels.store import LabelStore
 from tokenlabel.models import TokenModel, create_model, load_published
 from tokenlabel.models.weights import read_class_names, read_description
 from tokenlabel.runtime.configuration import ConfigError
-from tokenlabel.runtime.distributed import Ranks, autocast, current_ranks, joined_ranks, usable_device
+from tokenlabel.runtime.distributed import Ranks, autocast, current_ranks
 from tokenlabel.runtime.process import say
 from tokenlabel.runtime.runlog import Tracker
 from tokenlabel.teachers.online import load_online_teacher
-from tokenlabel.training.engine import run_task
+from tokenlabel.training.engine import train_in
 from tokenlabel.training.recipe import ModelConfig, Recipe
-from tokenlabel.training.run_folder import RunImages, check_apart, locked, sound_images
-from tokenlabel.training.tasks import Task
+from tokenlabel.training.run_folder import RunImages, sound_images
+from tokenlabel.training.tasks import Summary, Task
 
 # Starting processes takes seconds: below this many images evaluation decodes them itself.
 _MANY_IMAGES = 5000
@@ -73,25 +73,17 @@ def train(
     Raises ConfigError if it holds a run of another recipe or another process trains there, ValueError for data that
     cannot be trained on, `Interrupted` after SIGINT or SIGTERM.
     """
-    device, run = usable_device(device), Path(run)
-    check_apart(run, recipe.data.train, recipe.data.unlabelled, recipe.data.val)
-    with joined_ranks(device) as ranks, locked(run, ranks):
-        try:
-            return run_task(
-                build(recipe, device=device, run=run),
-                run,
-                ranks=ranks,
-                eval_every_epochs=recipe.eval.every_epochs,
-                trackers=trackers,
-                changed_numerics=changed_numerics,
-            )
-        except ImageError as error:
-            # Of an image that was trusted, or broke since; from a data worker it comes after its traceback.
-            reason = str(error).rstrip().splitlines()[-1].rpartition("ImageError: ")[2]
-            raise ImageError(
-                f"{reason}; restore it (of val images: or remove it), or begin a run with --data.skip-broken, which "
-                "leaves such images out"
-            ) from error
+    try:
+        return train_in(
+            run, recipe, build, device=device, trackers=trackers, changed_numerics=changed_numerics
+        )
+    except ImageError as error:
+        # Of an image that was trusted, or broke since; from a data worker it comes after its traceback.
+        reason = str(error).rstrip().splitlines()[-1].rpartition("ImageError: ")[2]
+        raise ImageError(
+            f"{reason}; restore it (of val images: or remove it), or begin a run with --data.skip-broken, which "
+            "leaves such images out"
+        ) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +174,22 @@ class ClassifierTask(Task[Recipe]):
             [decode_pixels(source.read(index), source.keys[index]) for index in shown],
             class_names=self.class_names,
             token_class_names=self.token_class_names,
+        )
+
+    def summary(self) -> Summary:
+        """Return what a dry run says of the task."""
+        recipe, (rows, columns) = self.recipe, self.grid
+        height_px, width_px = recipe.model.img_size
+        tokens = f" and {self.token_classes} for the tokens" if self.token_classes is not None else ""
+        classes = f"{len(self.class_names):,} classes" if self.class_names else "no classes"
+        labels = (
+            " + ".join(recipe.data.label_folders) if self.supervision.stored else recipe.loss.teacher.name
+        )
+        source = f"labels of tokens by {labels}" if self.supervision.labels_tokens else "no labels of tokens"
+        return Summary(
+            network=recipe.model.name,
+            images=f"{self.counts}; {classes}{tokens}, {width_px} x {height_px} px",
+            targets=f"{rows} x {columns} tokens; {source}",
         )
 
     def evaluate(
