@@ -120,19 +120,25 @@ def _evaluate(arguments: list[str]) -> int:
 
 def _predict(arguments: list[str]) -> int:
     parser = new_parser(
-        "segment predict", "Write the class of every pixel of images: masks with a palette, and overlays."
+        "segment predict",
+        "Write the class of every pixel of images: masks with a palette and overlays, or soft maps into a label store.",
     )
     _add_network(parser)
     parser.add_argument("images", type=Path, nargs="+", help="image files or folders of them")
+    parser.add_argument("--out", type=Path, help="folder for masks/, overlays/ and classes.json")
     parser.add_argument(
-        "--out", type=Path, required=True, help="folder for masks/, overlays/ and classes.json"
+        "--store", type=Path, help="label store for soft predictions, on the grid of the model's head"
     )
     options = parse(parser, arguments)
+    if not (options.out or options.store):
+        raise ValueError("name --out for masks and overlays, --store for soft predictions, or both")
+    if options.store and (len(options.images) > 1 or not options.images[0].is_dir()):
+        raise ValueError("--store takes one folder of images: keys of labels are relative to it")
 
     from tokenlabel.runtime.distributed import autocast
     from tokenlabel.segmentation.inference import Segmenter
     from tokenlabel.segmentation.pairs import classes_of
-    from tokenlabel.segmentation.predictions import predict_files
+    from tokenlabel.segmentation.predictions import predict_files, store_predictions
 
     device = device_of(options.device)
     trained = _network(options)
@@ -140,14 +146,20 @@ def _predict(arguments: list[str]) -> int:
         trained.model.to(device), trained.recipe.eval, window_px=trained.recipe.model.img_size
     )
     with autocast(device, trained.recipe.precision):
-        num_images = predict_files(
-            segmenter,
-            options.images,
-            options.out,
-            classes=classes_of(trained.recipe.data, trained.class_names),
-            device=device,
-        )
-    print(f"{options.out}: {num_images:,} images")
+        if options.out:
+            classes = classes_of(trained.recipe.data, trained.class_names)
+            num_images = predict_files(segmenter, options.images, options.out, classes=classes, device=device)
+            print(f"{options.out}: {num_images:,} images")
+        if options.store:
+            num_new = store_predictions(
+                segmenter,
+                options.images[0],
+                options.store,
+                class_names=trained.class_names,
+                teacher={"name": str(options.network), "step": trained.step},
+                device=device,
+            )
+            print(f"{options.store}: {num_new:,} images labelled")
     return 0
 
 
