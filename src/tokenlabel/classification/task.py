@@ -35,6 +35,7 @@ from tokenlabel.data.images import (
     find_broken,
     has_classes,
 )
+from tokenlabel.data.remote import read_ahead
 from tokenlabel.data.samplers import BatchSampler, EvalBatchSampler, shard_order
 from tokenlabel.data.sources import open_aloud, refuse_single_class
 from tokenlabel.drawing.pictures import Album
@@ -47,6 +48,7 @@ from tokenlabel.models.weights import read_class_names, read_description
 from tokenlabel.runtime.configuration import ConfigError
 from tokenlabel.runtime.distributed import Ranks, autocast, current_ranks
 from tokenlabel.runtime.process import say
+from tokenlabel.runtime.remote import NUM_AHEAD, refuse_small_cache
 from tokenlabel.runtime.runlog import Tracker
 from tokenlabel.teachers.online import load_online_teacher
 from tokenlabel.training.engine import train_in
@@ -132,12 +134,13 @@ class ClassifierTask(Task[Recipe]):
 
     def batches(self, sampler: BatchSampler) -> Iterable[Batch]:
         """Return the augmented batches of a sampler."""
-        return make_loader(
+        loader = make_loader(
             self.train_set,
             sampler,
             num_workers=self.recipe.data.num_workers,
             pin_memory=self.device.type == "cuda",
         )
+        return read_ahead(self.train_set.source, sampler, loader)
 
     def order(self) -> Callable[[int], NDArray[np.int64]] | None:
         """Return the order that goes from tar file to tar file, if the recipe wants it."""
@@ -238,7 +241,8 @@ class ClassifierTask(Task[Recipe]):
             world_size=ranks.world_size,
         )
         num_workers = recipe.data.num_workers if len(dataset) >= _MANY_IMAGES else 0
-        for batch in make_loader(dataset, sampler, num_workers=num_workers):
+        loader = make_loader(dataset, sampler, num_workers=num_workers)
+        for batch in read_ahead(dataset.source, sampler, loader):
             yield batch.to(self.device)
 
 
@@ -305,6 +309,11 @@ def _open(recipe: Recipe) -> ImageSource:
     source = open_aloud(data.train)
     if data.unlabelled is not None:
         source = JoinedImages(source, open_aloud(data.unlabelled, classes=False))
+    if files := getattr(source, "files", None):
+        remedy = "" if data.tar_window else "--data.tar-window 8 reads them a few at a time, or "
+        refuse_small_cache(
+            [*files.values()], at_once=data.tar_window and data.tar_window + 1 + NUM_AHEAD, remedy=remedy
+        )
     streamed = getattr(source, "streamed", None)
     return source if data.tar_window is None or streamed is None else streamed()
 
