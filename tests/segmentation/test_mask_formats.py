@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
-from segment_cases import BACKBONE, write_image
+from segment_cases import BACKBONE, write_image, write_mask
 
 from tokenlabel.cli import main
 from tokenlabel.segmentation.classes import IGNORED, numbered_classes
@@ -66,6 +66,41 @@ def test_more_than_255_classes_are_trained_evaluated_and_predicted(folder, capsy
     assert predicted.dtype == np.uint16
     counted = np.stack(masks) < NUM_CLASSES
     assert (predicted == np.stack(masks))[counted].mean() == figures["pixel_accuracy"]
+
+
+def write_streets() -> None:
+    """Write three images with masks of 0 (sky), 1 (road) and 11 (nothing); no mask holds 2 (car)."""
+    for number in range(3):
+        write_image(Path(f"images/{number}.png"), (24, 30), seed=number)
+        write_mask(Path(f"masks/{number}.png"), np.repeat([[0] * 12 + [1] * 15 + [11] * 3], 24, axis=0))
+
+
+def test_a_dry_run_says_what_the_values_of_masks_mean_and_draws_the_first_pairs(folder, capsys):
+    write_streets()
+    write_recipe({"class_names": ["sky", "road", "car"], "ignore_index": 11})
+    assert main(["segment", "train", "--recipe", "recipe.yaml", "--out", "run", "--dry-run"]) == 0
+    captured = capsys.readouterr()
+    lines = captured.out.splitlines()
+    assert (
+        "none of 3 masks holds 1 of 3 classes (car); 10% of the pixels are 11 and do not count"
+        in captured.err
+    )
+    assert lines[0].startswith("model          lvvit_t with fcn head: ")
+    assert "images         3 with masks; 3 classes, 24 x 24 px" in lines
+    table = lines[lines.index("Pixels of each value in the training masks:") + 2 :]
+    assert [line.split() for line in table] == [
+        ["0", "sky", "864", "40.0%"],
+        ["1", "road", "1,080", "50.0%"],
+        ["11", "(does", "not", "count)", "216", "10.0%"],
+        ["2", "car", "0", "no", "mask", "holds", "it"],
+    ]
+    page = Path("run/first_batch.html").read_text()
+    assert page.count("<small>its mask</small>") == 2
+    for text in ("</i>sky</span>", "</i>road</span>", "no label</span>", "<td>(does not count)</td>"):
+        assert text in page
+    assert [path.name for path in Path("run").iterdir()] == ["first_batch.html"]
+    assert main(["segment", "train", "--recipe", "recipe.yaml", "--out", "images/run", "--dry-run"]) == 2
+    assert "--out images/run: lies in the images images" in capsys.readouterr().err
 
 
 def test_ids_beyond_8_bits_keep_their_numbers(folder):

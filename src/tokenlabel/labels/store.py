@@ -49,6 +49,7 @@ from tokenlabel.labels.shards import (
     write_shard,
 )
 from tokenlabel.runtime.process import UNFINISHED, listed, say
+from tokenlabel.runtime.remote import as_url, local_copy
 
 __all__ = [
     "Failure",
@@ -168,8 +169,9 @@ class LabelStore:
     `store[key]` returns a ScoreMap, checked against its checksum. Sixteen bytes a record are held in memory; files are
     mapped when they are first read. It stays as it was opened, whatever is added to its folders; so it does in
     another process, which opens the same files. `duplicates`: what is done where files hold different records of a key
-    in one generation: "first" takes that of the first file by name and says so, "refuse" refuses. Raises
-    StoreError if there is no store, if folders hold labels of different kinds, or if a file is broken.
+    in one generation: "first" takes that of the first file by name and says so, "refuse" refuses. A folder behind a URL
+    is fetched once (`local_copy`). Raises StoreError if there is no store, if folders hold labels of different kinds,
+    or if a file is broken.
 
     >>> store = tl.LabelStore("labels")
     >>> len(store), store.manifest.num_classes
@@ -181,7 +183,8 @@ class LabelStore:
     def __init__(self, folder: str | Path, *more_folders: str | Path, duplicates: str = "first") -> None:
         if duplicates not in ("first", "refuse"):
             raise ValueError(f"duplicates: expected first or refuse, got {duplicates!r}")
-        folders = {Path(f).resolve(): Path(f) for f in (folder, *more_folders)}  # one given twice is one
+        local = [local_copy(f) for f in (folder, *more_folders)]
+        folders = {f.resolve(): f for f in local}  # one given twice is one
         self.folders = tuple(folders.values())
         self.manifest = _common_manifest(self.folders)
         paths = [path for folder in self.folders for path in _shard_paths(folder)]
@@ -411,6 +414,10 @@ def remove_leftovers(folder: Path, *, older_than_s: float = 600.0) -> None:
 
 def _make_store(folder: Path, manifest: Manifest) -> None:
     """Write the manifest of a new store; of one that is there, see that it has labels of the same kind."""
+    if as_url(folder):
+        raise StoreError(
+            f"{as_url(folder)}: labels are written to a folder of this machine; copy it there afterwards"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):

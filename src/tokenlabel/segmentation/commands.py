@@ -11,12 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from tokenlabel.runtime.arguments import (
     add_device,
-    add_run_arguments,
-    configured,
     device_of,
     new_parser,
     parse,
-    train_by_arguments,
     write_json,
 )
 from tokenlabel.runtime.coercion import COUNT, check_numbers
@@ -53,19 +50,16 @@ def run_segment(arguments: list[str]) -> int:
 
 
 def _train(arguments: list[str]) -> int:
-    parser = new_parser(
-        "segment train",
-        "Train a segmentation model by a recipe. The same command continues a run that was stopped.",
-    )
-
     from tokenlabel.segmentation.recipe import SegmentRecipe
-    from tokenlabel.segmentation.task import train_segmentation
-    from tokenlabel.training.recipe import add_recipe_arguments, recipe_content
+    from tokenlabel.training.command import run_train
 
-    add_run_arguments(parser)
-    add_recipe_arguments(parser, SegmentRecipe)
-    options = parse(parser, arguments, read_recipe=lambda name: recipe_content(name, SegmentRecipe))
-    return train_by_arguments(train_segmentation, configured(parser, options, SegmentRecipe), options)
+    def task() -> tuple[Callable[..., Any], Callable[..., Any]]:
+        from tokenlabel.segmentation.task import build, train_segmentation
+
+        return train_segmentation, build
+
+    description = "Train a segmentation model by a recipe."
+    return run_train(arguments, SegmentRecipe, task, verb="segment train", description=description)
 
 
 def _evaluate(arguments: list[str]) -> int:

@@ -96,6 +96,11 @@ class SegmentDataConfig:
     num_workers: int = 2
     """Processes that decode and augment images."""
 
+    @property
+    def image_folders(self) -> list[str | None]:
+        """Where images are: no run may lie in there."""
+        return [self.train, self.val]
+
     def __post_init__(self) -> None:
         check_numbers(self, "data.", num_workers=COUNT)
         is_folders = self.layout is Layout.FOLDERS
@@ -140,7 +145,7 @@ class ImageMaskPairs:
     """Images and the masks of their classes, by index.
 
     `keys`, `mask_names`: the paths of the images and of their masks, relative to their roots; a mask's is "" where
-    there is none. Pickles, and cheaply.
+    there is none. `pixels`: how many each value has in the masks that `check` looked at. Pickles, and cheaply.
     """
 
     def __init__(self, classes: Classes, images: Path, masks: Path, names: Sequence[tuple[str, str]]) -> None:
@@ -148,6 +153,7 @@ class ImageMaskPairs:
         self._images, self._masks = images, masks
         self.keys = Strings([image for image, _ in names])
         self.mask_names = Strings([mask for _, mask in names])
+        self.pixels: dict[int, int] = {}
 
     def __len__(self) -> int:
         """Return how many pairs there are."""
@@ -225,6 +231,7 @@ class ImageMaskPairs:
         classes, values = self.classes, Counter[int]()
         for counts in masks.values():
             values.update(counts)
+        self.pixels = dict(values)
         if unknown := classes.unknown(sorted(values)):
             names = [name for name, counts in masks.items() if classes.unknown([*counts])]
             raise DataError(
