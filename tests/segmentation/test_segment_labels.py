@@ -211,8 +211,8 @@ def test_two_processes_and_small_parts_have_the_loss_of_one(here):
             "20 of 20 images without a mask have no label (",
         ),
         (
-            ("--data.train=images", "--data.labels=labels", "--data.masks=val/masks"),
-            "val/masks: 20 of 20 images have no mask there",
+            ("--data.train=images", "--data.labels=labels", "--data.masks=foreign"),
+            "foreign: 20 of 20 images have no mask there",
         ),
         (("--data.train=few", "--loss.hard=true"), "about label maps, and there are none; give data.labels"),
         (("--data.train=images",), "images/images: no such folder"),
@@ -222,6 +222,8 @@ def test_two_processes_and_small_parts_have_the_loss_of_one(here):
 def test_what_cannot_be_learnt_from_is_said_in_one_line(here, capsys, words, said):
     write_store("others", [path.name for path in Path("images").iterdir()], names=("a", "b", "c"))
     write_store("strange", ["x/1.png"])
+    Path("foreign").mkdir()
+    Image.fromarray(np.zeros((48, 48), np.uint8)).save("foreign/elsewhere.png")
     status, told = train(capsys, *words, "--out", "run")
     assert status == 2
     assert said in told
