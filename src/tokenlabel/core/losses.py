@@ -43,7 +43,7 @@ def token_label_loss(
     `token_targets`: one for each output token (None: no token labels, the token part is 0). A model without class head
     (logits [B, 0]) has a class part of 0. Tokens of weight 0 carry no
     loss but count in the mean, so that the mean over two ranks is the mean over both batches.
-    Raises ValueError for what is neither, and for targets of other images or tokens.
+    Raises ValueError for class targets of another type, and for targets that do not fit the outputs' images and tokens.
     Source: Jiang et al., "All Tokens Matter", NeurIPS 2021, equation 4.
 
     >>> outputs = tl.Outputs(torch.zeros(2, 4), torch.zeros(2, 9, 8), torch.nn.Linear(8, 4), grid=(3, 3))
@@ -113,8 +113,7 @@ def linear_cross_entropy(
 
     The same number and the same gradients (of tokens, weight and bias) as `sparse_cross_entropy(head(tokens),
     targets).mean()`, but logits and their gradient exist for one block of images at a time, under autocast in its
-    dtype. The gradients are made together with the loss; backward() only scales them. Of convolutions 1 x 1 ones alone
-    are linear maps of tokens.
+    dtype. The gradients are computed together with the loss; backward() only scales them. A convolution must be 1 x 1.
     """
     _check_same_tokens(tokens, targets)
     loss = _LinearCrossEntropy.apply(
@@ -219,7 +218,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx: Any, grad_loss: Tensor
     ) -> tuple[Tensor | None, ...]:
         grad_tokens, grad_weight, grad_bias = ctx.saved_tensors
-        scale = (grad_loss / ctx.divisor).view(1)  # one axis, so that half precision gradients are widened
+        # Shape [1], not []: multiplied by a scalar tensor, float16 gradients would stay in float16.
+        scale = (grad_loss / ctx.divisor).view(1)
         return (
             grad_tokens * scale,
             grad_weight * scale,
@@ -237,7 +237,7 @@ def _loss_with_gradient(
     logits = logits.to(room.dtype)
     loss = _cross_entropy(torch.log_softmax(logits, dim=2, out=room), classes, excess, floor).sum()
     if ease is not None:
-        probs = torch.softmax(logits, dim=2, out=room)  # cheaper than exp
+        probs = torch.softmax(logits, dim=2, out=room)  # cheaper than exp of the log-softmax
         _to_gradient(probs, classes, ease * excess, ease * floor, ease * weight)
     return loss
 
@@ -265,9 +265,10 @@ def _blocks(rows: Tensor, num_classes: int, dtype: torch.dtype) -> tuple[list[sl
 
 
 def _ease(dtype: torch.dtype, *, tokens_a_block: int) -> float:
-    """Return what to multiply a block's gradient by, so that its sum over tokens stays below float16's 65,504.
+    """Return a factor for a block's gradient that keeps its sum over tokens below float16's maximum, 65,504.
 
-    A loss scaler could not help: it scales what is made of the gradients only later.
+    GradScaler cannot prevent this overflow: these gradients are computed in the forward pass, before the loss
+    is scaled.
     """
     return min(1.0, 1024 / tokens_a_block) if dtype is torch.float16 else 1.0
 
