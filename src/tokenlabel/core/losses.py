@@ -192,12 +192,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_tokens = torch.empty_like(tokens, dtype=narrow)
         grad_weight, grad_bias = torch.zeros_like(head_weight), head_weight.new_zeros(num_classes)
         slices, buffer = _blocks(tokens, num_classes, exact)
-        ease = _ease(narrow, tokens_a_block=slices[0].stop * tokens.shape[1])
+        gradient_scale = _float16_scale(narrow, tokens_a_block=slices[0].stop * tokens.shape[1])
         for images in slices:
             block, part = tokens[images].to(narrow), tuple(t[images] for t in targets)
             room = buffer[: len(block)]
             loss += _loss_with_gradient(
-                linear(block, matrix, bias), part, room, ease=ease if with_gradients else None
+                linear(block, matrix, bias),
+                part,
+                room,
+                gradient_scale=gradient_scale if with_gradients else None,
             )
             if with_gradients:
                 grad_bias += room.sum(dim=(0, 1))
@@ -209,7 +212,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     )
         ctx.save_for_backward(grad_tokens, grad_weight, None if head_bias is None else grad_bias)
         num_tokens = tokens.shape[0] * tokens.shape[1]
-        ctx.divisor = ease * num_tokens
+        ctx.divisor = gradient_scale * num_tokens
         return loss / num_tokens
 
     @staticmethod
@@ -230,15 +233,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _loss_with_gradient(
-    logits: Tensor, targets: tuple[Tensor, ...], room: Tensor, *, ease: float | None
+    logits: Tensor, targets: tuple[Tensor, ...], room: Tensor, *, gradient_scale: float | None
 ) -> Tensor:
-    """Return the sum of the loss over a block, and leave its gradient times `ease` in `room` [b, N, C]."""
+    """Return the sum of the loss over a block, and leave its gradient times `gradient_scale` in `room` [b, N, C]."""
     classes, excess, floor, weight = targets
     logits = logits.to(room.dtype)
     loss = _cross_entropy(torch.log_softmax(logits, dim=2, out=room), classes, excess, floor).sum()
-    if ease is not None:
+    if gradient_scale is not None:
         probs = torch.softmax(logits, dim=2, out=room)  # cheaper than exp of the log-softmax
-        _to_gradient(probs, classes, ease * excess, ease * floor, ease * weight)
+        _to_gradient(probs, classes, gradient_scale * excess, gradient_scale * floor, gradient_scale * weight)
     return loss
 
 
@@ -264,7 +267,7 @@ def _blocks(rows: Tensor, num_classes: int, dtype: torch.dtype) -> tuple[list[sl
     return slices, rows.new_empty(slices[0].stop, num_tokens, num_classes, dtype=dtype)
 
 
-def _ease(dtype: torch.dtype, *, tokens_a_block: int) -> float:
+def _float16_scale(dtype: torch.dtype, *, tokens_a_block: int) -> float:
     """Return a factor for a block's gradient that keeps its sum over tokens below float16's maximum, 65,504.
 
     GradScaler cannot prevent this overflow: these gradients are computed in the forward pass, before the loss

@@ -236,7 +236,7 @@ def make_targets(
     about different classes; each part is smoothed over its own. Images without classes have class targets of weight 0.
     """
     loss = supervision.loss
-    maps, views, teacher_probs, teacher_weight = _ask(batch, supervision)
+    maps, views, teacher_probs, teacher_weight = _teacher_labels(batch, supervision)
     tokens = None
     if supervision.labels_tokens:
         assert maps is not None
@@ -280,7 +280,7 @@ def student_loss(outputs: Outputs, targets: Targets, supervision: Supervision) -
     return replace(loss, total=loss.total + soft, class_part=loss.class_part + soft.detach())
 
 
-def _ask(
+def _teacher_labels(
     batch: Batch, supervision: Supervision
 ) -> tuple[
     ScoreMapBatch | None,

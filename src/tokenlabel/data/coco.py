@@ -59,6 +59,9 @@ class CocoMasks:
         self.names = Strings(sorted(described))
         self._masks = Strings([json.dumps(described[name]) for name in self.names])
 
+    def __str__(self) -> str:
+        return str(self.path)
+
     def names_of(self, keys: Iterable[str]) -> dict[str, str]:
         """Return which of the file's images each key is: that of the same path, or the only one of the same file name.
 
@@ -150,7 +153,7 @@ def instance_mask(segmentation: Any, size_px: tuple[int, int]) -> Bool[NDArray[n
         raise DataError(
             "polygons need pycocotools, which is not installed: pip install 'tokenlabel[coco]'"
         ) from error
-    runs = coco.merge(coco.frPyObjects(segmentation, *size_px))
+    runs: Any = coco.merge(coco.frPyObjects(segmentation, *size_px))
     return instance_mask({**runs, "counts": runs["counts"].decode()}, size_px)
 
 

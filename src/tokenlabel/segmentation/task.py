@@ -158,7 +158,7 @@ class SegmentTask(Task):
             device=self.device,
             autocast=autocast(self.device, self.recipe.precision),
             ranks=ranks,
-            hear=keep,
+            on_sample=keep,
         )
         of_ranks = ranks.all_gather(pictures)
         if run is not None and ranks.is_first:
@@ -309,6 +309,10 @@ class TrainedSegmenter:
     recipe: SegmentRecipe
     class_names: list[str]
     step: int
+
+    def segmenter(self, device: torch.device) -> Segmenter:
+        """Return the model, moved to a device, with the way in which its recipe looks at images."""
+        return Segmenter(self.model.to(device), self.recipe.eval, window_px=self.recipe.model.img_size)
 
 
 def load_segmenter(path: str | Path) -> TrainedSegmenter:
