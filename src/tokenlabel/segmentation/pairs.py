@@ -315,12 +315,16 @@ def _advice(classes: Classes, found: list[int]) -> str:
     if not classes.is_assumed:
         return ""
     names, of_classes = len(classes.names), [value for value in found if value]
-    if found == [*range(names), found[-1]] and found[-1] >= 255:
-        return f"; if {found[-1]} is none, say --data.ignore-index {found[-1]}"
+    last_is_none = ""
+    if found == [*range(names), found[-1]]:
+        last_is_none = f"; if {found[-1]} is none, say --data.ignore-index {found[-1]}"
+        if found[-1] >= 255:
+            return last_is_none
     if len(found) == names:
         return f"; if these are the classes in order, say --data.class-values={_plain(found)}"
     if len(of_classes) == names:
-        return f"; if 0 is none of them, say --data.class-values={_plain(of_classes)} --data.ignore-index 0"
+        first_is_none = f"--data.class-values={_plain(of_classes)} --data.ignore-index 0"
+        return f"{last_is_none}; if 0 is none of them, say {first_is_none}"
     if len(of_classes) == names + 1 and found[-1] == 255:
         return f"; if 0 and 255 are none, say --data.class-values={_plain(of_classes[:-1])} --data.ignore-index=[0,255]"
     return "; --data.class-values says which value is which class, --data.ignore-index which are none"
