@@ -379,15 +379,25 @@ def _names_beside(config: SegmentDataConfig) -> list[str]:
     images, masks = folders
     if masks is not None and masks.suffix == COCO_SUFFIX:
         return CocoMasks(masks).class_names
+    _check_folders(*folders)
     path = (masks or images).parent / CLASSES_FILE
     if path.is_file():
         return read_class_names(path)
     names = [*read_manifest(config.label_folders[0]).class_names] if config.labels else []
     if not names:
         raise DataError(
-            f"{path}: no such file, and the classes have no names; give it, one a line, or data.class_names"
+            f"{path}: no such file, and nothing else names the classes; write it, a name a line, or give "
+            "data.class_names"
         )
     return names
+
+
+def _check_folders(*folders: Path | None) -> None:
+    for folder in folders:
+        if folder is not None and not folder.is_dir():
+            raise DataError(
+                f"{folder}: no such folder; docs/segmentation.md shows how data sets are laid out"
+            )
 
 
 def classes_of(config: SegmentDataConfig, names: Sequence[str]) -> Classes:
@@ -453,17 +463,13 @@ def _checked(
     `names`: of the images, all by default. `mask_of`: what the mask of an image may be called. `all_needed`: whether an
     image without a mask is an error.
     """
+    _check_folders(images, masks)
     if masks is None:
         listing = list_images(images)
         if not listing.images:
             raise DataError(f"{images}: no images ({', '.join(EXTENSIONS)})")
         say(f"{images}: {len(listing.images):,} images without masks")
         return ImageMaskPairs(classes, images, images, [(image, "") for image in sorted(listing.images)])
-    for folder in (images, masks):
-        if not folder.is_dir():
-            raise DataError(
-                f"{folder}: no such folder; docs/segmentation.md shows how data sets are laid out"
-            )
     there = {path.relative_to(masks).as_posix() for path in masks.rglob("*") if path.is_file()}
     listing = list_images(images)
     if images.resolve() == masks.resolve():  # x_mask.png beside x.jpg
