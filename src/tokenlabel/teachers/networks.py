@@ -12,12 +12,12 @@ from torch import Tensor
 
 from tokenlabel.core.batch import normalize_images
 from tokenlabel.models.load import LoadedModel, load_model
+from tokenlabel.models.weights import fingerprint
 from tokenlabel.runtime.coercion import NATURAL, POSITIVE, check_numbers, coerced, coerced_fields
 from tokenlabel.runtime.errors import ModelError
 from tokenlabel.teachers.backbone import (
     backbone_of,
     check_locations,
-    fingerprint,
     input_of,
     made_for,
 )
