@@ -13,7 +13,7 @@ from segment_cases import BACKBONE, write_image, write_mask
 
 from tokenlabel.cli import main
 from tokenlabel.segmentation.classes import IGNORED, numbered_classes
-from tokenlabel.segmentation.pairs import Layout, SegmentDataConfig, open_pairs
+from tokenlabel.segmentation.layouts import Layout, SegmentDataConfig, open_pairs
 
 NUM_CLASSES = 300
 

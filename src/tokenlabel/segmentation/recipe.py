@@ -9,8 +9,8 @@ from tokenlabel.runtime.coercion import COUNT, ONE_OPTION, SHARE, check_numbers,
 from tokenlabel.runtime.configuration import ConfigError
 from tokenlabel.segmentation.augment import SegmentAugmentConfig
 from tokenlabel.segmentation.inference import SegmentEvalConfig
+from tokenlabel.segmentation.layouts import SegmentDataConfig
 from tokenlabel.segmentation.model import SegmentModelConfig
-from tokenlabel.segmentation.pairs import SegmentDataConfig
 from tokenlabel.training.recipe import TrainingConfig
 
 
