@@ -414,6 +414,26 @@ steps:
     assert found["not_run"] == {"a": [0]}
 
 
+def test_a_few_masks_beside_soft_maps_are_a_row_that_runs(tmp_path):
+    testbed = (Path(__file__).parents[2] / "studies/testbeds/few_masks.yaml").read_text()
+    for full, small in (
+        ("num_train: 1500, num_val: 1000", "num_train: 20, num_val: 10"),
+        ("few: 150", "few: 10"),
+        ("num_steps: 600", "num_steps: 1"),
+        ("--num_steps 600", "--num_steps 1 --batch_size 4"),
+        ("--data.num_workers 0\n", "--data.num_workers 0 --num_steps 1 --batch_size 4\n"),
+    ):
+        assert full in testbed
+        testbed = testbed.replace(full, small)
+    (tmp_path / "bed.yaml").write_text(testbed)
+    words = ["soft_masks", "--on", str(tmp_path / "bed.yaml"), "--out", str(tmp_path / "out")]
+    assert main([*words, "--set", "batch_size=4", "--only", "soft_masks:soft:0"]) == 0
+    (run,) = (tmp_path / "out/runs").glob("*/0")
+    assert "miou" in json.loads((run / "measures.json").read_text())
+    masks = {path.name for path in (tmp_path / "out/scenes/few/masks").rglob("*.png")}
+    assert len(masks) == 10
+
+
 def test_lists_name_as_many_images_of_each_class(tmp_path):
     write_scenes(tmp_path / "scenes", num_train=40, num_val=10, seed=0)
     for name, others in (("some", True), ("few", False)):
