@@ -71,7 +71,10 @@ class Teacher(ABC):
 
 
 class NetworkTeacher(Teacher):
-    """A network as teacher; `dense` is what makes it one."""
+    """A network as teacher; `dense` is what makes it one.
+
+    `evaluated_on`: the crops that it was evaluated on, where it sees something else and nobody chose what.
+    """
 
     def __init__(
         self,
@@ -83,8 +86,9 @@ class NetworkTeacher(Teacher):
         names_assumed: bool = False,
         words: str = "",
         precision: Literal["fp32", "bf16"] = "fp32",
+        evaluated_on: TeacherInput | None = None,
     ) -> None:
-        self.dense = dense
+        self.dense, self.evaluated_on = dense, evaluated_on
         self.input = input
         self.num_classes = dense.num_classes
         self.class_names, self.names_assumed, self.words = class_names, names_assumed, words
@@ -189,9 +193,11 @@ def load_teacher(
         network.compile()
     others = found.token_classes if isinstance(network, TokenNetwork) else None
     words = others.words if others is not None else ""
+    chosen = config.size is not None or config.crop != "none" or input.fixed_size_px is not None
     return NetworkTeacher(
         network,
         input,
+        evaluated_on=None if chosen or words else input_of(found, network, size=None, crop="center"),
         description={**description, **({"words": words} if words else {})},
         class_names=found.class_names if others is None else others.names,
         names_assumed=found.names_assumed,
