@@ -48,6 +48,7 @@ from tokenlabel.labels.shards import (
     open_shard,
     write_shard,
 )
+from tokenlabel.runtime.hub import local_name, refuse_to_write
 from tokenlabel.runtime.process import UNFINISHED, listed, say
 
 __all__ = [
@@ -102,6 +103,7 @@ class LabelStoreWriter:
         self._open_bytes = 0
         self._open_since_s = 0.0
         self._keys: set[str] = set()
+        refuse_to_write(folder)
         _make_store(self.folder, manifest)
 
     def add(self, key: str, score_map: ScoreMap, image: Fingerprint = UNKNOWN) -> None:
@@ -181,7 +183,8 @@ class LabelStore:
     def __init__(self, folder: str | Path, *more_folders: str | Path, duplicates: str = "first") -> None:
         if duplicates not in ("first", "refuse"):
             raise ValueError(f"duplicates: expected first or refuse, got {duplicates!r}")
-        folders = {Path(f).resolve(): Path(f) for f in (folder, *more_folders)}  # one given twice is one
+        found = [Path(local_name(f)) for f in (folder, *more_folders)]
+        folders = {path.resolve(): path for path in found}  # one given twice is one
         self.folders = tuple(folders.values())
         self.manifest = _common_manifest(self.folders)
         paths = [path for folder in self.folders for path in _shard_paths(folder)]
