@@ -1,7 +1,7 @@
-"""The ways in which published toolboxes put labels on the wrong places, for comparisons only.
+"""What a study makes worse on purpose, for comparisons: labels on wrong places, a token head that begins anew.
 
-No recipe names a defect and no option of training makes one: a study wraps a run's training set.
-Each defect is a function from a correct sample to a sample that is labelled as the published code would have it.
+No recipe names a defect and no option of training makes one. Each of `DEFECTS` is a function from a correct sample to a
+sample that is labelled as published code would have it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
+import torch
+from torch import nn
 
+from tokenlabel.classification.task import ClassifierTask
 from tokenlabel.core.batch import Sample
 from tokenlabel.core.geometry import Box, View
 from tokenlabel.core.scores import ScoreMap
@@ -69,6 +72,22 @@ DEFECTS: dict[str, Callable[[Sample], Sample]] = {
     "stretched": stretched,
     "nearest": nearest,
 }
+
+# A token head that begins with random weights where it would begin as the classifier of the weights' file.
+NEW_TOKEN_HEAD = "new_token_head"
+
+
+def make_worse(task: ClassifierTask, defect: str, *, seed: int) -> None:
+    """Give a task a defect, before it is trained."""
+    if defect != NEW_TOKEN_HEAD:
+        task.train_set = DefectiveDataset(task.train_set, defect)
+        return
+    head = task.model.token_head
+    assert isinstance(head, nn.Linear), f"{defect}: the token head is no linear layer"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        nn.init.trunc_normal_(head.weight.data, std=0.02)
+    nn.init.zeros_(head.bias.data)
 
 
 class DefectiveDataset(TokenLabelDataset):

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from studies.defects import DefectiveDataset
+from studies.defects import DEFECTS, DefectiveDataset
 from tokenlabel.core.align import align
 from tokenlabel.core.batch import Batch
 from tokenlabel.core.config import Inference
@@ -31,6 +31,7 @@ from tokenlabel.training.checkpoint import load_run
 MEASURES_FILE = "measures.json"
 COST_FILE = "cost.jsonl"
 BATCH_SIZE = 250
+CPU = torch.device("cpu")
 # Labels of so many augmented training images are held against the masks.
 NUM_LABELLED = 1000
 
@@ -126,15 +127,31 @@ def label_truth(finished: FinishedRun) -> Figures:
     source, transform = open_images(recipe.data.train), TrainTransform(recipe.augment, recipe.model.img_size)
     stores = LabelStore(*recipe.data.label_folders), finished.masks("train")
     labelled, true = (TokenLabelDataset(source, transform, seed=recipe.seed, store=store) for store in stores)
-    labelled = DefectiveDataset(labelled, finished.defect) if finished.defect else labelled
-    count = min(len(source.keys), NUM_LABELLED)
-    chosen = np.linspace(0, len(source.keys) - 1, count).astype(int).tolist()  # of all classes
-    grid, right, total = model.grid_for(recipe.model.img_size), 0, 0
-    for both in zip(*(_batches(d, finished.device, chosen) for d in (labelled, true)), strict=True):
+    labelled = DefectiveDataset(labelled, finished.defect) if finished.defect in DEFECTS else labelled
+    chosen = np.linspace(0, len(source) - 1, min(len(source), NUM_LABELLED)).astype(int)  # of all classes
+    grid = model.grid_for(recipe.model.img_size)
+    share = share_right(labelled, true, chosen.tolist(), grid, num_classes=model.num_classes)
+    return {} if share is None else {"label_truth": share}
+
+
+def share_right(
+    labelled: TokenLabelDataset,
+    true: TokenLabelDataset,
+    chosen: Sequence[int],
+    grid: tuple[int, int],
+    *,
+    num_classes: int,
+) -> float | None:
+    """Return how often a data set's aligned labels name what another one's, which knows the truth, say of a token.
+
+    `chosen`: indices of images; both draw the same crops of them. None where the truth is known of no token.
+    """
+    right = total = 0
+    for both in zip(*(_batches(dataset, CPU, chosen) for dataset in (labelled, true)), strict=True):
         guess, truth = (align(b.score_maps, b.views, grid) for b in both if b.score_maps is not None)
-        counts = agreement(guess, truth, model.num_classes)
+        counts = agreement(guess, truth, num_classes)
         right, total = right + counts[0], total + counts[1]
-    return {"label_truth": right / total} if total else {}
+    return right / total if total else None
 
 
 def label_bytes(finished: FinishedRun) -> Figures:

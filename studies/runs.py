@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from filelock import FileLock
 
-from studies.defects import DefectiveDataset
+from studies.defects import make_worse
 from studies.measures import COST_FILE, MEASURES_FILE, FinishedRun, measure_run
 from studies.records import Records, RunRecord
 from studies.tables import Job, RunPlan, Study, StudyError, filled
@@ -147,7 +147,7 @@ def _train(study: Study, job: Job, folder: Path, *, device: torch.device) -> Non
     else:
         task = classification.build(recipe, device=device, run=folder)
         if job.plan.defect is not None:
-            task.train_set = DefectiveDataset(task.train_set, job.plan.defect)
+            make_worse(task, job.plan.defect, seed=job.seed)
     with counted_cost(folder):
         run_task(task, folder, ranks=Ranks(), eval_every_epochs=recipe.eval.every_epochs)
 

@@ -17,7 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-from studies.defects import DEFECTS
+from studies.defects import DEFECTS, NEW_TOKEN_HEAD
 from studies.measures import METRICS
 from tokenlabel.runtime.configuration import config_from_dict, near_names, read_yaml
 from tokenlabel.segmentation.recipe import SegmentRecipe
@@ -52,7 +52,7 @@ class Row:
     title: str
     use: Sequence[str] = ()  # presets of the testbed, applied before `set`
     set: Settings = field(default_factory=dict)
-    defect: str | None = None  # how the labels' places are made wrong
+    defect: str | None = None  # what is made worse: studies/defects.py
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,8 +135,9 @@ def read_table(name: str) -> Table:
     if unknown or not table.metrics:
         raise StudyError(f"{path}: metrics: no metric {unknown or 'at all'}; known: {', '.join(METRICS)}")
     for key, row in rows.items():
-        if row.defect not in (None, *DEFECTS):
-            raise StudyError(f"{path}: rows.{key}: no defect {row.defect!r}; known: {', '.join(DEFECTS)}")
+        if row.defect not in (None, NEW_TOKEN_HEAD, *DEFECTS):
+            known = ", ".join([*DEFECTS, NEW_TOKEN_HEAD])
+            raise StudyError(f"{path}: rows.{key}: no defect {row.defect!r}; known: {known}")
     return table
 
 

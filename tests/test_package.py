@@ -32,7 +32,7 @@ ROOMS = {
     "evaluation": "runtime core data models labels training",
     "teachers": "runtime core data models labels training evaluation",
     "classification": "runtime core drawing data models labels training evaluation teachers",
-    "segmentation": "runtime core drawing data models training",
+    "segmentation": "runtime core drawing data models labels training",
 }
 ON_TOP = {"__init__", "__main__", "cli", "demo", "push", "report"}
 SOURCES = Path(tokenlabel.__file__).parent

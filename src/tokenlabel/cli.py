@@ -13,7 +13,7 @@ import select
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -28,6 +28,7 @@ from tokenlabel.runtime.arguments import (
     train_by_arguments,
     write_json,
 )
+from tokenlabel.runtime.coercion import NATURAL, check_numbers
 from tokenlabel.runtime.errors import FirstRankError
 from tokenlabel.runtime.process import Interrupted, environment_number
 
@@ -295,8 +296,21 @@ def inspect(arguments: list[str]) -> int:
         "--masks", type=Path, help="true dense labels (PNG class ids): how often the maps are right"
     )
     parser.add_argument("--ignore-index", type=int, help=IGNORE_INDEX_HELP)
+    parser.add_argument(
+        "--out-of-fold",
+        metavar="BACKBONE",
+        help="find wrong classes by heads on this network, each fitted without the images that it judges",
+    )
+    parser.add_argument("--weights", help="of --out-of-fold: checkpoint file of the network")
+    parser.add_argument("--size", type=int, help="of --out-of-fold: images are seen at size x size pixels")
+    parser.add_argument(
+        "--probabilities",
+        type=Path,
+        help="of --out-of-fold: write pred_probs, labels, keys and class_names to this .npz, as cleanlab takes them",
+    )
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
     parser.add_argument("--output", type=Path, help="also write the figures to this JSON file")
+    add_device(parser)
     _add_duplicates(parser)
     add_config_arguments(parser, InspectConfig)
     options = parse(parser, arguments)
@@ -304,6 +318,13 @@ def inspect(arguments: list[str]) -> int:
         raise ValueError("--pictures needs the images that the labels belong to; name them with --images")
     if options.ignore_index is not None and not options.masks:
         raise ValueError("--ignore-index is an id in masks; give --masks, or leave it out")
+    check_numbers(options, "--", size=NATURAL)
+    if options.out_of_fold and not options.images:
+        raise ValueError("--out-of-fold needs the images and their classes; name them with --images")
+    if not options.out_of_fold and (options.weights or options.size or options.probabilities):
+        raise ValueError(
+            "--weights, --size and --probabilities are about --out-of-fold BACKBONE; leave them out"
+        )
 
     config = configured(parser, options, InspectConfig)
     store, source = LabelStore(*options.store, duplicates=options.duplicates), None
@@ -320,6 +341,19 @@ def inspect(arguments: list[str]) -> int:
         figures["mask_agreement"] = mask_agreement(
             store, options.masks, source=source, ignore_index=options.ignore_index
         )
+    if source and options.out_of_fold:
+        from tokenlabel.teachers.folds import predict_out_of_fold
+
+        found = predict_out_of_fold(
+            source,
+            options.out_of_fold,
+            weights=options.weights,
+            size=options.size,
+            device=device_of(options.device),
+        )
+        figures["out_of_fold"] = found.figures(config.num_suspects)
+        if options.probabilities:
+            found.save(options.probabilities)
     if source and options.pictures:
         from tokenlabel.labels.pictures import write_pictures
         from tokenlabel.runtime.process import say
@@ -404,58 +438,16 @@ def evaluate(arguments: list[str]) -> int:
         "Under torchrun the processes divide the images.",
     )
 
-    from tokenlabel.data.imagenet import SETS
     from tokenlabel.evaluation.assessment import EvalOptions, as_text, assess
+    from tokenlabel.runtime.configuration import add_config_arguments
 
     parser.add_argument("network", help="run folder, one checkpoint folder of it, or the name of a model")
-    for name, text in (
-        ("data", "images; the run's own val images by default"),
-        ("masks", "true dense labels of the images (PNG class ids): what the tokens get right"),
-        ("labels", "a teacher's labels of the images: how far the tokens agree with it"),
-        (
-            "probe",
-            "a few images with classes, any: what a linear probe and nearest neighbours find in frozen features",
-        ),
-        ("probe-test", "images that the probes are tested on; every other image of --probe by default"),
-        ("real", "real.json: the ReaL accuracy of ImageNet's val images as well"),
-        ("multi-labels", 'JSON {"path below --data": [classes]}: mean average precision'),
-    ):
-        parser.add_argument(f"--{name}", type=Path, help=text)
-    parser.add_argument(
-        "--set",
-        default="folder",
-        choices=[*SETS, "imagenet-c"],
-        help="how --data is laid out; folder: class folders named after the model's classes, all or some",
-    )
-    parser.add_argument("--ignore-index", type=int, help=IGNORE_INDEX_HELP)
-    parser.add_argument("--weights", help="checkpoint file for a model's name; pretrained weights by default")
-    parser.add_argument(
-        "--class-order",
-        help="the classes of a network that does not say their names: `sorted` or `natural` (10 behind 9, as timm's "
-        "scripts sort folders) for those of the images in this order, else a file with its class names",
-    )
-    parser.add_argument("--size", type=int, help="images are size x size px; the network's own by default")
-    parser.add_argument("--crop-fraction", type=float, help="share of the shorter side in the centre crop")
-    parser.add_argument(
-        "--inference",
-        choices=["class", "tokens", "combined", "all"],
-        help="which prediction counts: class token, mean of tokens, class + 0.5 max of tokens; the recipe's by default",
-    )
-    parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], help="the recipe's by default")
-    parser.add_argument("--per-class", action="store_true", help="top-1 of each class as well")
-    parser.add_argument("--batch-size", type=int, default=256, help="images a step, in each process")
-    parser.add_argument("--num-workers", type=int, default=2, help="processes that decode images")
-    parser.add_argument(
-        "--skip-broken",
-        action="store_true",
-        default=None,
-        help="leave out images that do not decode; as the run did by default",
-    )
+    add_config_arguments(parser, EvalOptions)
     parser.add_argument("--json", action="store_true", help="one line of JSON")
     parser.add_argument("--output", type=Path, help="also write the figures to this JSON file")
     add_device(parser)
     options = parse(parser, arguments)
-    chosen = EvalOptions(**{field.name: options[field.name] for field in fields(EvalOptions)})
+    chosen = configured(parser, options, EvalOptions)
     figures = assess(options.network, chosen, device=device_of(options.device))
     if int(os.environ.get("RANK", "0")) == 0:
         write_json(options.output, figures)

@@ -209,17 +209,17 @@ def _results(records: Sequence[RunRecord]) -> str:
 
 def _remarks(records: Sequence[RunRecord]) -> str:
     """Return what a reader has to know of the figures and of what is missing."""
-    said = []
+    remarks = []
     for record in records:
         if absent := record.final.get("absent_classes"):
-            said.append(f"{record.name}: mIoU leaves out what no mask holds ({listed(absent)}).")
+            remarks.append(f"{record.name}: mIoU leaves out what no mask holds ({listed(absent)}).")
         if not record.lines:
-            said.append(f"{record.name}: has taken no steps yet.")
+            remarks.append(f"{record.name}: has taken no steps yet.")
         elif not record.albums:
-            said.append(
+            remarks.append(
                 f"{record.name}: holds no pictures; an older version trained it, or it was copied without pictures/."
             )
-    return "".join(f'<p class="note">{html.escape(remark)}</p>' for remark in said)
+    return "".join(f'<p class="note">{html.escape(remark)}</p>' for remark in remarks)
 
 
 def _curves(records: Sequence[RunRecord]) -> Iterator[str]:
@@ -418,12 +418,12 @@ def _val_pictures(page: Page, records: Sequence[RunRecord], keys: set[str] | Non
         tiles = [(album, tile) for tile in first["tiles"] if tile["text"] != "prediction"]
         for record, album, picture in found:
             names = [record.name] if len(records) > 1 else []
-            said = ": ".join([*names, *filter(None, [picture["answer"]])]) or "prediction"
+            text = ": ".join([*names, *filter(None, [picture["answer"]])]) or "prediction"
             maps = [
-                (album, {**tile, "text": said}) for tile in picture["tiles"] if tile["text"] == "prediction"
+                (album, {**tile, "text": text}) for tile in picture["tiles"] if tile["text"] == "prediction"
             ]
             tiles += maps
-            captions += [said] if picture["answer"] and not maps else []
+            captions += [text] if picture["answer"] and not maps else []
         figures.append(page.figure(tiles, "<br>".join([caption(first), *map(html.escape, captions)])))
     if not figures:
         return ""

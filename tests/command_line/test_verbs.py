@@ -55,7 +55,7 @@ export ./out ./out.safetensors
 eval ./out --data ./demo/scenes/val --output r.json --num_workers 0 --json
 report ./out --output ./output.html
 segment train --recipe segment_scenes --run ./mode --num-steps 2 \
- --data.layout folders --data.train-images ./demo/scenes/train --data.train-masks ./demo/scenes/masks/train \
+ --data.layout folders --data.train ./demo/scenes/train --data.masks ./demo/scenes/masks/train \
  --data.class-names [0,1,2,3,4,5,6,7,8,9] \
  --batch-size 4 --data.num-workers 0 --model.name lvvit_t --model.img-size [24,24] --model.neck-width 16 \
  --model.head-width 8 --eval.short-side-px 24 --eval.every-epochs 9 \

@@ -234,7 +234,7 @@ def configurations_refuse_what_means_nothing():
         (lambda: SegmentModelConfig(name="x", head="unet"), "SegmentModelConfig.head", "upernet"),
         (lambda: SegmentModelConfig(name="x", neck="fpn"), "SegmentModelConfig.neck", "pyramid"),
         (lambda: SegmentDataConfig(layout="coco", root="x"), "SegmentDataConfig.layout", "ade20k"),
-        (lambda: SegmentDataConfig(layout="folders", train_images="a", train_masks="b", class_names="cat"),
+        (lambda: SegmentDataConfig(layout="folders", train="a", masks="b", class_names="cat"),
          "SegmentDataConfig.class_names", "cat"),
         (lambda: open_pairs(SegmentDataConfig(layout="ade20k", root="x"), "test"), "split", "train, val"),
         (lambda: tl.Manifest(num_classes=2, topk=1, kind="odds"), "Manifest.kind", "odds"),

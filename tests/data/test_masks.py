@@ -42,7 +42,7 @@ def write_pairs(root: Path, *masks: Any, dtype: Any = np.uint8) -> None:
 
 
 def two_folders(root: Path, names: list[str], **changes: Any) -> ImageMaskPairs:
-    folders = {"train_images": str(root / "images"), "train_masks": str(root / "masks")}
+    folders = {"train": str(root / "images"), "masks": str(root / "masks")}
     config = SegmentDataConfig(layout=Layout.FOLDERS, class_names=tuple(names), **folders, **changes)
     pairs = open_pairs(config, "train")
     assert pairs is not None
@@ -123,8 +123,8 @@ class TestFiles:
             write_mask(tmp_path / f"both/{number}_seg.png", [[0, 1], [1, 0]])
         config = SegmentDataConfig(
             layout=Layout.FOLDERS,
-            train_images=str(tmp_path / "both"),
-            train_masks=str(tmp_path / "both"),
+            train=str(tmp_path / "both"),
+            masks=str(tmp_path / "both"),
             class_names=("road", "tree"),
         )
         pairs = open_pairs(config, "train")
@@ -220,9 +220,9 @@ class TestValues:
             "cpu",
         ]
         folders = [
-            "--data.train_images",
+            "--data.train",
             "images",
-            "--data.train_masks",
+            "--data.masks",
             "masks",
             "--data.layout",
             "folders",
@@ -287,7 +287,7 @@ def test_figures_name_the_classes_that_no_mask_holds_and_predict_passes_over_lea
     for name in ("._a.jpg", "@eaDir/a.jpg"):
         (tmp_path / "images/0" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "images/0" / name).write_bytes(b"left behind")
-    folders = {"train_images": "images", "train_masks": "masks", "val_images": "images", "val_masks": "masks"}
+    folders = {"train": "images", "masks": "masks", "val": "images", "val_masks": "masks"}
     recipe = {
         "data": {"layout": "folders", "class_names": ["road", "dog"], "num_workers": 0, **folders},
         "model": {"name": "lvvit_t", "img_size": [24, 24], "options": BACKBONE, "head": "fcn", "neck_width": 16,

@@ -26,7 +26,7 @@ def folder(tmp_path, monkeypatch):
 
 def write_recipe(data: dict[str, Any], **changes: Any) -> None:
     """Write recipe.yaml of a small model on two folders."""
-    folders = {"train_images": "images", "train_masks": "masks", "val_images": "images", "val_masks": "masks"}
+    folders = {"train": "images", "masks": "masks", "val": "images", "val_masks": "masks"}
     recipe = {
         "data": {"layout": "folders", "num_workers": 0, **folders, **data},
         "model": {"name": "lvvit_t", "img_size": [24, 24], "options": BACKBONE, "head": "fcn", "neck_width": 16,
@@ -72,7 +72,7 @@ def test_ids_beyond_8_bits_keep_their_numbers(folder):
     write_many_classes()
     names = tuple(map(str, range(NUM_CLASSES)))
     config = SegmentDataConfig(
-        layout=Layout.FOLDERS, train_images="images", train_masks="masks", class_names=names
+        layout=Layout.FOLDERS, train="images", masks="masks", class_names=names
     )
     pairs = open_pairs(config, "train")
     assert pairs is not None

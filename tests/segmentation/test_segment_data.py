@@ -46,7 +46,7 @@ def test_an_image_that_is_its_own_mask_is_refused(tmp_path: Path) -> None:
     write_mask(tmp_path / "data/1.png", np.zeros((4, 5), np.uint8))
     folder = str(tmp_path / "data")
     with pytest.raises(DataError, match=r"1\.png: is an image and its own mask"):
-        pairs_of(layout=Layout.FOLDERS, train_images=folder, train_masks=folder, class_names=("a",))
+        pairs_of(layout=Layout.FOLDERS, train=folder, masks=folder, class_names=("a",))
 
 
 def test_settings_of_other_layouts_are_refused(tmp_path: Path) -> None:
@@ -56,8 +56,8 @@ def test_settings_of_other_layouts_are_refused(tmp_path: Path) -> None:
     write_mask(tmp_path / "masks/1.png", np.zeros((4, 5), np.uint8))
     config = SegmentDataConfig(
         layout=Layout.FOLDERS,
-        train_images=str(tmp_path / "images"),
-        train_masks=str(tmp_path / "masks"),
+        train=str(tmp_path / "images"),
+        masks=str(tmp_path / "masks"),
         class_names=("a",),
     )
     with pytest.raises(DataError, match="layout folders has no splits"):
@@ -111,8 +111,8 @@ def folders(tmp_path: Path, values: Any = ((0, 1), (1, 255)), **changes: Any) ->
     write_mask(tmp_path / "masks/a/1.png", values)
     return {
         "layout": Layout.FOLDERS,
-        "train_images": str(tmp_path / "images"),
-        "train_masks": str(tmp_path / "masks"),
+        "train": str(tmp_path / "images"),
+        "masks": str(tmp_path / "masks"),
         "class_names": ("road", "other"),
         **changes,
     }
@@ -138,12 +138,12 @@ def test_the_embedded_scenes_have_their_background_as_a_class(tmp_path: Path) ->
 
 
 def test_what_is_wrong_is_said_before_training(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"layout folders needs data\.train_images"):
+    with pytest.raises(ValueError, match=r"layout folders needs data\.train"):
         SegmentDataConfig(layout=Layout.FOLDERS)
     with pytest.raises(ValueError, match=r"layout voc needs data\.root"):
         SegmentDataConfig(layout=Layout.VOC)
-    with pytest.raises(ValueError, match="go together"):
-        SegmentDataConfig(**folders(tmp_path), val_images="here")
+    with pytest.raises(ValueError, match="masks of images; name these"):
+        SegmentDataConfig(**folders(tmp_path), val_masks="here")
     with pytest.raises(DataError, match=r"images/training: no such folder"):
         pairs_of(layout=Layout.ADE20K, root=str(tmp_path))
     config = folders(tmp_path)
@@ -203,7 +203,7 @@ def test_other_folders_and_splits(tmp_path: Path) -> None:
     masks = str(tmp_path / "masks")
     found = other_pairs(config, ["road", "other"], images=str(tmp_path / "images"), masks=masks)
     assert found.classes.names == ["road", "other"]
-    own = SegmentDataConfig(**folders(tmp_path), val_images=str(tmp_path / "images"), val_masks=masks)
+    own = SegmentDataConfig(**folders(tmp_path), val=str(tmp_path / "images"), val_masks=masks)
     with pytest.raises(DataError, match=r"the images have 2 \(road against road, other\)"):
         other_pairs(own, ["road"])
     assert classes_of(config, ["road", "other"]).names == ["road", "other"]
@@ -241,11 +241,17 @@ def test_image_and_mask_move_alike(size: tuple[int, int], height: int, width: in
     mask = np.random.default_rng(seed).integers(0, 200, size).astype(np.int16)
     pixels = np.repeat(mask[..., None].astype(np.uint8), 3, axis=2)  # an image that says its own classes
     config = SegmentAugmentConfig(scale=(1.0, 1.0), photometric=False)
-    shown, classes = SegmentTransform(config, (height, width))(pixels, mask, np.random.default_rng(seed))
+    transform = SegmentTransform(config, (height, width))
+    shown, classes, view = transform(pixels, mask, np.random.default_rng(seed))
     assert shown.shape == (height, width, 3)
     inside = classes != IGNORED
     assert (shown[inside] == classes[inside][:, None]).all()
     assert inside.sum() == min(height, size[0]) * min(width, size[1])
+    assert (view.covered_pixels((height, width)) == inside).all()
+    for row, column in np.argwhere(inside):
+        x, y = view.to_source(np.array([(column + 0.5) / width, (row + 0.5) / height]))
+        assert mask[int(y * size[0]), int(x * size[1])] == classes[row, column]
+    assert (transform(pixels, None, np.random.default_rng(seed))[1] == IGNORED).all()
 
 
 def test_sizes_keep_the_aspect_and_both_limits() -> None:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from tokenlabel.core.scores import from_probabilities
 from tokenlabel.segmentation.classes import IGNORED
 from tokenlabel.segmentation.confusion import confusion, figures_of
+from tokenlabel.segmentation.heads import HeadOutputs
 from tokenlabel.segmentation.inference import (
     Segmenter,
     SegmentEvalConfig,
@@ -23,6 +24,11 @@ from tokenlabel.segmentation.inference import (
     window_starts,
 )
 from tokenlabel.segmentation.model import SegmentationModel, SegmentOutputs
+
+
+def outputs_of(logits: torch.Tensor) -> SegmentOutputs:
+    """What a model returns that has these logits."""
+    return SegmentOutputs(HeadOutputs(logits, nn.Identity()), None)
 
 
 class Local(SegmentationModel):
@@ -40,7 +46,7 @@ class Local(SegmentationModel):
         self.seen.append(tuple(images.shape))
         assert images.shape[2] % self.multiple_px == images.shape[3] % self.multiple_px == 0
         pooled = F.avg_pool2d(images, self.stride)
-        return SegmentOutputs(torch.einsum("cd,bdhw->bchw", self.weight, pooled), None)
+        return outputs_of(torch.einsum("cd,bdhw->bchw", self.weight, pooled))
 
 
 class Placed(Local):
@@ -50,7 +56,7 @@ class Placed(Local):
         logits = super().forward(images).logits
         height, width = logits.shape[2:]
         ramp = torch.arange(height)[:, None] * 0.3 + torch.arange(width) * 0.7
-        return SegmentOutputs(logits + ramp, None)
+        return outputs_of(logits + ramp)
 
 
 @settings(max_examples=50)

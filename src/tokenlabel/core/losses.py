@@ -61,15 +61,28 @@ def token_label_loss(
         class_part = outputs.class_logits.float().sum()
     if token_targets is None:
         return TokenLabelLoss(class_part, class_part.detach(), torch.zeros_like(class_part))
-    head = outputs.token_head
-    # Only with more classes than features are logits larger than the features whose gradient the fused form keeps.
-    # Exactly a linear layer: what wraps or parametrises one has a type of its own.
-    plain = head if isinstance(head, nn.Linear) and type(head) in (nn.Linear, Linear) else None
-    if plain is not None and plain.out_features > plain.in_features:
-        token_part = linear_cross_entropy(outputs.tokens, plain, token_targets)
-    else:
-        token_part = sparse_cross_entropy(outputs.token_logits, token_targets).mean()
+    token_part = head_cross_entropy(outputs.tokens, outputs.token_head, token_targets)
     return TokenLabelLoss(class_part + beta * token_part, class_part.detach(), token_part.detach())
+
+
+def head_cross_entropy(
+    tokens: Float[Tensor, "B N D"], head: nn.Module, targets: TokenTargets
+) -> Float[Tensor, ""]:
+    """Return the mean over tokens of weight * H(target, softmax(head(tokens))), the fused way where that saves memory.
+
+    `head`: any module that maps the features of tokens, or a 1 x 1 convolution, which is a linear map of channels.
+    """
+    # Exactly such a layer: what wraps or parametrises one has a type of its own.
+    is_plain = type(head) in (nn.Linear, Linear, nn.Conv2d)
+    if not is_plain or not isinstance(head, (nn.Linear, nn.Conv2d)):
+        return sparse_cross_entropy(head(tokens), targets).mean()
+    # Only with more classes than features are logits larger than the features whose gradient the fused form keeps.
+    if head.weight.shape[0] > head.weight.shape[1]:
+        return linear_cross_entropy(tokens, head, targets)
+    logits = (
+        linear(tokens, head.weight.flatten(1), head.bias) if isinstance(head, nn.Conv2d) else head(tokens)
+    )
+    return sparse_cross_entropy(logits, targets).mean()
 
 
 def sparse_cross_entropy(logits: Float[Tensor, "B N C"], targets: TokenTargets) -> Float[Tensor, "B N"]:
@@ -94,18 +107,19 @@ def sparse_cross_entropy(logits: Float[Tensor, "B N C"], targets: TokenTargets) 
 
 
 def linear_cross_entropy(
-    tokens: Float[Tensor, "B N D"], head: nn.Linear, targets: TokenTargets
+    tokens: Float[Tensor, "B N D"], head: nn.Linear | nn.Conv2d, targets: TokenTargets
 ) -> Float[Tensor, ""]:
     """Return the mean over tokens of weight * H(target, softmax(head(tokens))), without the logits of all tokens.
 
     The same number and the same gradients (of tokens, weight and bias) as `sparse_cross_entropy(head(tokens),
     targets).mean()`, but logits and their gradient exist for one block of images at a time, under autocast in its
-    dtype. The gradients are made together with the loss; backward() only scales them.
+    dtype. The gradients are made together with the loss; backward() only scales them. Of convolutions 1 x 1 ones alone
+    are linear maps of tokens.
     """
     _check_same_tokens(tokens, targets)
     loss = _LinearCrossEntropy.apply(
         tokens,
-        head.weight,
+        head.weight.flatten(1),  # itself, unless the head is a convolution
         head.bias,
         (targets.classes, targets.excess, targets.floor, targets.weight),
         torch.is_grad_enabled(),

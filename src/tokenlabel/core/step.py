@@ -245,13 +245,13 @@ def make_targets(
     soft = None
     if of_image is not None:  # the class token learns from a teacher, alone or beside the truth
         probs = most_probable(of_image) if loss.hard else softened(of_image, loss.temperature)
-        taught = every_class(probs).scaled(known[:, None])
+        of_teacher = every_class(probs).scaled(known[:, None])
         share = 1.0 if loss.class_target is ClassTarget.TEACHER else loss.teacher_share
         shares = torch.full_like(class_token.weight, share)
         if loss.temperature == 1:
-            class_token = class_token.blended(taught, shares)
+            class_token = class_token.blended(of_teacher, shares)
         else:
-            class_token, soft = class_token.scaled(1 - shares), taught.scaled(shares)
+            class_token, soft = class_token.scaled(1 - shares), of_teacher.scaled(shares)
     class_token, soft = (
         part and mix_targets(part.smoothed(loss.label_smoothing, max(1, batch.num_classes)), mix, (1, 1))
         for part in (class_token, soft)
@@ -292,16 +292,16 @@ def _ask(
     known = batch.class_ids.new_ones(len(batch.class_ids), dtype=torch.float32)
     if supervision.teacher is not None:
         of_images, of_locations = supervision.teacher.probabilities(batch.images)
-        says = of_images.amax(dim=1, keepdim=True) > 0
-        of_image = torch.where(says, of_images, one_hot(batch.class_ids, of_images))
-        known = (says[:, 0] | batch.has_class).to(known.dtype)
+        is_labelled = of_images.amax(dim=1, keepdim=True) > 0
+        of_image = torch.where(is_labelled, of_images, one_hot(batch.class_ids, of_images))
+        known = (is_labelled[:, 0] | batch.has_class).to(known.dtype)
         if supervision.labels_tokens and not supervision.stored:
             maps = top_score_maps(of_locations, loss.teacher.topk)
             views = whole_views(len(of_locations), of_locations.device)
     elif loss.class_target is not ClassTarget.TRUTH and maps is not None:
         seen = views if loss.extent is Extent.CROP else whole_views(len(views), views.device)
-        of_image, says = image_labels(maps, seen, batch.class_ids, map_mode=loss.map_mode)
-        known = ((says | batch.has_class) & maps.are_known()).to(known.dtype)
+        of_image, is_labelled = image_labels(maps, seen, batch.class_ids, map_mode=loss.map_mode)
+        known = ((is_labelled | batch.has_class) & maps.are_known()).to(known.dtype)
     return maps, views, of_image if loss.class_target is not ClassTarget.TRUTH else None, known
 
 

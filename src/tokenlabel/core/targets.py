@@ -73,6 +73,13 @@ class TokenTargets:
             weight=self.weight * share,
         )
 
+    def hardened(self) -> TokenTargets:
+        """Return the targets with each token's whole weight on its most probable class; 0 where none is."""
+        highest = self.excess.max(dim=2, keepdim=True)
+        weight = self.weight * (highest.values[..., 0] > 0)
+        excess = torch.zeros_like(self.excess).scatter_(2, highest.indices, weight[..., None])
+        return TokenTargets(self.classes, excess=excess, floor=torch.zeros_like(self.floor), weight=weight)
+
     def of_images(self, indices: Int[Tensor, " B"]) -> TokenTargets:
         """Return the targets of other images of the batch."""
         return TokenTargets(

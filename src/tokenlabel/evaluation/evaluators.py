@@ -171,8 +171,12 @@ class TokenTruth(Evaluator):
     def add_tokens(self, predicted: Int[Tensor, "B N"], truth: TokenTargets, *, num_classes: int) -> None:
         """Count tokens that say a class each, against targets aligned from true masks."""
         objects, classes = object_tokens(truth)
-        shown, said = classes[objects], predicted[objects]
-        of_class = {"shown": shown, "said": said, "hits": shown[shown == said]}  # three rows of C, not C x C
+        shown, found = classes[objects], predicted[objects]
+        of_class = {
+            "shown": shown,
+            "found": found,
+            "hits": shown[shown == found],
+        }  # three rows of C, not C x C
         self._count(**{name: ids.bincount(minlength=num_classes) for name, ids in of_class.items()})
 
     def absent(self, class_names: Sequence[str]) -> list[str]:
@@ -185,7 +189,7 @@ class TokenTruth(Evaluator):
         if "shown" not in self.sums or not self.sums["shown"].sum():
             return
         hits, shown = self.sums["hits"], self.sums["shown"]  # [C]
-        unions, there = shown + self.sums["said"] - hits, shown > 0
+        unions, there = shown + self.sums["found"] - hits, shown > 0
         yield f"num_{self.name}s_judged", int(shown.sum())
         yield f"{self.name}_accuracy", float(hits.sum() / shown.sum())
         yield f"{self.name}_miou", float((hits[there] / unions[there]).mean())

@@ -341,7 +341,7 @@ def _suspect(summary: MapSummary, class_id: int, store: LabelStore) -> Suspect:
 
 
 def as_text(figures: Mapping[str, Any]) -> str:
-    """Return the figures of `Inspection.as_dict` for people; a figure more may be there, `mask_agreement`."""
+    """Return the figures of `Inspection.as_dict` for people, and of those that inspect adds (masks, out of fold)."""
     reasons = ": manifest.json says why" if figures["num_failures"] else ""
     failed = "image" if figures["num_failures"] == 1 else "images"
     lines = [
@@ -376,16 +376,24 @@ def as_text(figures: Mapping[str, Any]) -> str:
         lines.append(f"{'agreement':<24}unknown: {figures['agreement_missing']}")
     elif figures["num_judged"] < figures["num_sampled"]:
         lines.append(f"{'':<24}of {figures['num_judged']:,} labels, whose images' class is known")
-    if figures["suspects"]:
-        lines += ["", "least agreement: perhaps their class is wrong"]
-    lines += [
-        f"  {_tail(s['key'], MAX_KEY)}: {with_words(s['class_name'])} has {s['prob']:.1%}, "
-        f"{with_words(s['top_class_name'])} {s['top_prob']:.1%}"
-        for s in figures["suspects"]
-    ]
+    lines += _suspect_lines("least agreement: perhaps their class is wrong", figures["suspects"])
+    if folds := figures.get("out_of_fold"):
+        agree = (
+            f"{folds['agreement']:.1%} of {folds['num_images']:,} images have the class that they look like"
+        )
+        lines += ["", f"out of fold, {agree}", *_suspect_lines("least of all", folds["suspects"])[1:]]
     if figures["num_verified"] is not None:
         lines += ["", f"verified {figures['num_verified']:,} labels, {len(figures['broken']):,} broken"]
     return "\n".join([*lines, *(f"  {line}" for line in figures["broken"])])
+
+
+def _suspect_lines(title: str, suspects: Sequence[Mapping[str, Any]]) -> list[str]:
+    lines = [
+        f"  {_tail(s['key'], MAX_KEY)}: {with_words(s['class_name'])} has {s['prob']:.1%}, "
+        f"{with_words(s['top_class_name'])} {s['top_prob']:.1%}"
+        for s in suspects
+    ]
+    return ["", title, *lines] if lines else []
 
 
 def _doubts(figures: Mapping[str, Any]) -> Iterator[str]:

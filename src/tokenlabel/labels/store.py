@@ -309,7 +309,7 @@ class LabelStore:
         """Size of all label files on the disk."""
         return sum(shard.num_bytes for shard in self.shards)
 
-    def _find(self, name: bytes, look: Callable[[Shard, int, bytes], T | None]) -> T | None:
+    def _find(self, name: bytes, read: Callable[[Shard, int, bytes], T | None]) -> T | None:
         """Return what `look` finds in the row of a key; None if no row is of this key."""
         wanted = key_hash(name)
         first_bits = wanted >> self._shift
@@ -318,7 +318,7 @@ class LabelStore:
         # Several keys may have this hash; the row knows its own.
         while position < end and self._hashes[position] == wanted:
             place = self._places[position]  # the file's number, then 32 bits of the row's
-            found = look(self.shards[place >> 32], place & 0xFFFFFFFF, name)
+            found = read(self.shards[place >> 32], place & 0xFFFFFFFF, name)
             if found is not None:
                 return found
             position += 1

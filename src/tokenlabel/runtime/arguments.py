@@ -184,47 +184,63 @@ def spelled_out(parser: ArgumentParser, arguments: list[str]) -> list[str]:
         written, equals, value = word.partition("=")
         found = _find_option(parser, written)
         if found is None:
-            if not word:
-                raise ValueError("an empty word among the arguments; is a variable of the shell not set?")
-            dashed = "--" + written.lstrip("-\u2013\u2014")  # as word processors write two dashes
-            if written.startswith("--") or (written[:1] in "-\u2013\u2014" and _find_option(parser, dashed)):
-                raise ValueError(f"unrecognized arguments: {word}{_near_options(parser, written)}")
+            _refuse_unknown(parser, word)
             words.append(word)
             continue
         option, action = found
         kind = getattr(action, "_typehint", None)
-        if kind is bool or action.nargs == 0:
+        if kind is bool or get_args(kind) == (bool, type(None)) or action.nargs == 0:
             if not equals:
                 value = rest.pop(0) if rest and rest[0].lower() in _TRUTH else "true"
-            value = _TRUTH.get(value.lower(), value)
-            if value not in ("true", "false"):
-                raise ValueError(f"{option}: expected true or false, got {value!r}")
-            if action.nargs == 0:
-                words += [option] * (value == "true")
-                continue
+            words += _as_switch(option, value, takes_value=action.nargs != 0)
         elif action.nargs is not None:
             words.append(f"{option}{equals}{value}")  # a flag, or several values, which argparse counts
-            continue
-        elif not equals:
-            if not rest or _find_option(parser, rest[0].partition("=")[0]):
-                raise ValueError(
-                    f"{option}: expected a value" + (f", got the option {rest[0]}" if rest else "")
-                )
-            value = rest.pop(0)
-        if not value and option != "--weights":  # there it stands for a teacher's own
-            raise ValueError(
-                f"{option}: expected a value, got an empty word; is a variable of the shell not set? (null is none)"
-            )
-        if value.startswith("~/"):  # which shells leave alone behind a `=`
-            value = str(Path(value).expanduser())
-        value = _as_list(value, kind)
-        if value.startswith("[") and (list[str] in get_args(kind) or get_args(kind) == (str, ...)):
-            with suppress(yaml.YAMLError):  # names such as 0 and no, which YAML reads as something else
-                value = json.dumps(yaml.load(value, yaml.BaseLoader))
-        adds = option in given and str in get_args(kind) and f"{option}+" in parser._option_string_actions
-        given.add(option)
-        words.append(f"{option}{'+' if adds else ''}={value}")
+        else:
+            value = _as_value(option, value if equals else _next_value(parser, option, rest), kind)
+            adds = option in given and str in get_args(kind) and f"{option}+" in parser._option_string_actions
+            given.add(option)
+            words.append(f"{option}{'+' if adds else ''}={value}")
     return words
+
+
+def _refuse_unknown(parser: ArgumentParser, word: str) -> None:
+    """Raise ValueError for an empty word, and for one that looks like an option."""
+    if not word:
+        raise ValueError("an empty word among the arguments; is a variable of the shell not set?")
+    written = word.partition("=")[0]
+    dashed = "--" + written.lstrip("-\u2013\u2014")  # as word processors write two dashes
+    if written.startswith("--") or (written[:1] in "-\u2013\u2014" and _find_option(parser, dashed)):
+        raise ValueError(f"unrecognized arguments: {word}{_near_options(parser, written)}")
+
+
+def _as_switch(option: str, value: str, *, takes_value: bool) -> list[str]:
+    """Return a switch that is on or off, with its value or, where it takes none, as it stands or not at all."""
+    value = _TRUTH.get(value.lower(), value)
+    if value not in ("true", "false"):
+        raise ValueError(f"{option}: expected true or false, got {value!r}")
+    return [f"{option}={value}"] if takes_value else [option] * (value == "true")
+
+
+def _next_value(parser: ArgumentParser, option: str, rest: list[str]) -> str:
+    """Take the value of an option from the words behind it."""
+    if not rest or _find_option(parser, rest[0].partition("=")[0]):
+        raise ValueError(f"{option}: expected a value" + (f", got the option {rest[0]}" if rest else ""))
+    return rest.pop(0)
+
+
+def _as_value(option: str, value: str, kind: Any) -> str:
+    """Return an option's value as the parser wants it."""
+    if not value and option != "--weights":  # there it stands for a teacher's own
+        raise ValueError(
+            f"{option}: expected a value, got an empty word; is a variable of the shell not set? (null is none)"
+        )
+    if value.startswith("~/"):  # which shells leave alone behind a `=`
+        value = str(Path(value).expanduser())
+    value = _as_list(value, kind)
+    if value.startswith("[") and (list[str] in get_args(kind) or get_args(kind) == (str, ...)):
+        with suppress(yaml.YAMLError):  # names such as 0 and no, which YAML reads as something else
+            value = json.dumps(yaml.load(value, yaml.BaseLoader))
+    return value
 
 
 def _as_list(value: str, kind: Any) -> str:

@@ -9,6 +9,7 @@ from jaxtyping import Int16, UInt8
 from numpy.typing import NDArray
 from PIL import Image
 
+from tokenlabel.core.geometry import Box, View
 from tokenlabel.data.config import Interpolation
 from tokenlabel.data.resampling import MEAN_COLOUR, resize
 from tokenlabel.runtime.coercion import NATURAL, POSITIVE, Size, check_numbers, coerced_fields, pair
@@ -65,21 +66,54 @@ class SegmentTransform:
     def __init__(self, config: SegmentAugmentConfig, img_size: Size) -> None:
         self.config, self.img_size = config, pair(img_size)
 
-    def __call__(self, pixels: Pixels, mask: Mask, rng: np.random.Generator) -> tuple[NewPixels, NewMask]:
-        """Return pixels and class ids of one size; what lies outside of the image has the mean colour and no class."""
+    def __call__(
+        self, pixels: Pixels, mask: Mask | None, rng: np.random.Generator
+    ) -> tuple[NewPixels, NewMask, View]:
+        """Return pixels and class ids of one size, and the view of the image that they show.
+
+        What lies outside of the image has the mean colour and no class. Without a mask no pixel has a class, and the
+        first crop is taken: nothing says how much of it one class covers.
+        """
         config = self.config
         factor = rng.uniform(*config.scale)
-        size_px = fitted_size(mask.shape, config.short_side_px, max_aspect=config.max_aspect, factor=factor)
-        mask = resize_mask(mask, size_px)
-        top, left = draw_crop(mask, self.img_size, max_ratio=config.category_max_ratio, rng=rng)
+        size_px = fitted_size(
+            pixels.shape[:2], config.short_side_px, max_aspect=config.max_aspect, factor=factor
+        )
+        max_ratio = 1.0 if mask is None else config.category_max_ratio
+        mask = np.full(size_px, IGNORED, np.int16) if mask is None else resize_mask(mask, size_px)
+        top, left = draw_crop(mask, self.img_size, max_ratio=max_ratio, rng=rng)
         pixels = resize(pixels, size_px, Interpolation.BILINEAR)
         window = (slice(top, top + self.img_size[0]), slice(left, left + self.img_size[1]))
         pixels, mask = pixels[window], mask[window]
-        if rng.random() < config.horizontal_flip:
+        is_flipped = rng.random() < config.horizontal_flip
+        if is_flipped:
             pixels, mask = pixels[:, ::-1], mask[:, ::-1]
+        view = _view(size_px, (top, left), mask.shape, is_flipped=is_flipped, padded_px=self.img_size)
         if config.photometric:
             pixels = distorted(pixels, rng)
-        return padded(pixels, mask, self.img_size)
+        return *padded(pixels, mask, self.img_size), view
+
+
+def _view(
+    size_px: tuple[int, int],
+    corner: tuple[int, int],
+    window_px: tuple[int, ...],
+    *,
+    is_flipped: bool,
+    padded_px: tuple[int, int],
+) -> View:
+    """Return the view of a window of an image, mirrored or not, that was filled up at the right and at the bottom.
+
+    All are (rows, columns): the image's size, the window's top left corner and size, and the size in the end.
+    """
+    (top, left), (height, width) = corner, window_px
+    box = Box.from_pixels(
+        left_px=left, top_px=top, width_px=width, height_px=height, image_size_px=size_px[::-1]
+    )
+    view = View.crop(box)
+    if is_flipped:
+        view = view.then(View.flip_horizontal())
+    return view.then(View.crop(Box(right=padded_px[1] / width, bottom=padded_px[0] / height)))
 
 
 def fitted_size(

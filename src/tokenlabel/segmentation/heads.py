@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -25,12 +26,41 @@ class Head(nn.Module, ABC):
         self.conv_seg = nn.Conv2d(width, num_classes, 1)
 
     @abstractmethod
+    def features(self, maps: Sequence[Float[Tensor, "B _ _ _"]]) -> Float[Tensor, "B D h w"]:
+        """Return the features that are classified, on the grid that the head ends on."""
+
+    def outputs(self, maps: Sequence[Float[Tensor, "B _ _ _"]]) -> HeadOutputs:
+        """Return the features, of which dropout has taken its share, and what classifies them."""
+        return HeadOutputs(self.dropout(self.features(maps)), self.conv_seg)
+
     def forward(self, maps: Sequence[Float[Tensor, "B _ _ _"]]) -> Float[Tensor, "B C h w"]:
         """Return logits on the grid that the head ends on."""
+        return self.outputs(maps).logits
 
-    def classify(self, features: Float[Tensor, "B D h w"]) -> Float[Tensor, "B C h w"]:
-        """Return the logits of the head's last features."""
-        return self.conv_seg(self.dropout(features))
+
+@dataclass(frozen=True, eq=False)
+class HeadOutputs:
+    """The last features of a head and the 1 x 1 convolution that makes logits of them.
+
+    They are kept apart so that a loss can work through the logits in pieces.
+    """
+
+    features: Float[Tensor, "B D h w"]
+    classifier: nn.Module
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the features."""
+        return (self.features.shape[2], self.features.shape[3])
+
+    @property
+    def logits(self) -> Float[Tensor, "B C h w"]:
+        """The logits of every location, computed anew at each access."""
+        return self.classifier(self.features)
+
+    def of_images(self, numbers: list[int]) -> HeadOutputs:
+        """Return the outputs of some images of the batch."""
+        return HeadOutputs(self.features[numbers], self.classifier)
 
 
 class UPerNetHead(Head):
@@ -51,8 +81,8 @@ class UPerNetHead(Head):
         self.fpn_bottleneck = ConvBlock(len(widths) * width, width, kernel_px=3)
         self.apply(_initialise)
 
-    def forward(self, maps: Sequence[Float[Tensor, "B _ _ _"]]) -> Float[Tensor, "B C h w"]:
-        """Return logits on the grid of the finest map."""
+    def features(self, maps: Sequence[Float[Tensor, "B _ _ _"]]) -> Float[Tensor, "B D h w"]:
+        """Return features on the grid of the finest map."""
         pooled = [resized(pool(maps[-1]), maps[-1]) for pool in self.psp_modules]
         levels = [lateral(finer) for lateral, finer in zip(self.lateral_convs, maps[:-1], strict=True)]
         levels.append(self.bottleneck(torch.cat([maps[-1], *pooled], dim=1)))
@@ -60,7 +90,7 @@ class UPerNetHead(Head):
             levels[coarse - 1] = levels[coarse - 1] + resized(levels[coarse], levels[coarse - 1])
         smooth = [conv(level) for conv, level in zip(self.fpn_convs, levels[:-1], strict=True)]
         together = [resized(level, levels[0]) for level in (*smooth, levels[-1])]
-        return self.classify(self.fpn_bottleneck(torch.cat(together, dim=1)))
+        return self.fpn_bottleneck(torch.cat(together, dim=1))
 
 
 class FCNHead(Head):
@@ -88,12 +118,12 @@ class FCNHead(Head):
         self.conv_cat = ConvBlock(widths[level] + width, width, kernel_px=3) if concatenate else None
         self.apply(_initialise)
 
-    def forward(self, maps: Sequence[Float[Tensor, "B _ _ _"]]) -> Float[Tensor, "B C h w"]:
-        """Return logits on the grid of the map that the head reads."""
+    def features(self, maps: Sequence[Float[Tensor, "B _ _ _"]]) -> Float[Tensor, "B D h w"]:
+        """Return features on the grid of the map that the head reads."""
         features = self.convs(maps[self.level])
         if self.conv_cat is not None:
             features = self.conv_cat(torch.cat([maps[self.level], features], dim=1))
-        return self.classify(features)
+        return features
 
 
 class LinearHead(Head):
@@ -104,9 +134,9 @@ class LinearHead(Head):
         self.bn = nn.BatchNorm2d(widths[-1])
         self.apply(_initialise)
 
-    def forward(self, maps: Sequence[Float[Tensor, "B _ _ _"]]) -> Float[Tensor, "B C h w"]:
-        """Return logits on the grid of the last map."""
-        return self.classify(self.bn(maps[-1]))
+    def features(self, maps: Sequence[Float[Tensor, "B _ _ _"]]) -> Float[Tensor, "B D h w"]:
+        """Return features on the grid of the last map."""
+        return self.bn(maps[-1])
 
 
 class ConvBlock(nn.Module):

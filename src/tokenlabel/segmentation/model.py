@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tokenlabel.models import TokenModel, create_model
 from tokenlabel.runtime.coercion import COUNT, NATURAL, POSITIVE, Choice, check_numbers, coerced_fields
-from tokenlabel.segmentation.heads import FCNHead, Head, LinearHead, UPerNetHead
+from tokenlabel.segmentation.heads import FCNHead, Head, HeadOutputs, LinearHead, UPerNetHead
 from tokenlabel.segmentation.pyramid import NUM_LEVELS, Levels, Neck, NeckKind, find_levels
 
 
@@ -64,10 +64,20 @@ class SegmentModelConfig:
 
 @dataclass(frozen=True, eq=False)
 class SegmentOutputs:
-    """Logits on the grids that the heads end on; `auxiliary` is None in evaluation and without a second head."""
+    """What the heads end with; `second` is None in evaluation and without a second head."""
 
-    logits: Float[Tensor, "B C h w"]
-    auxiliary: Float[Tensor, "B C h2 w2"] | None
+    head: HeadOutputs
+    second: HeadOutputs | None
+
+    @property
+    def logits(self) -> Float[Tensor, "B C h w"]:
+        """The logits on the grid that the head ends on, computed anew at each access."""
+        return self.head.logits
+
+    @property
+    def auxiliary(self) -> Float[Tensor, "B C h2 w2"] | None:
+        """The logits of the second head."""
+        return None if self.second is None else self.second.logits
 
 
 class SegmentationModel(nn.Module):
@@ -95,12 +105,12 @@ class SegmentationModel(nn.Module):
         self.unreached: frozenset[str] = frozenset()
 
     def forward(self, images: Float[Tensor, "B 3 height width"]) -> SegmentOutputs:
-        """Return the logits of normalised images."""
+        """Return what the heads make of normalised images."""
         maps = self.maps(images)
         use_auxiliary = self.training and self.auxiliary_head is not None
         return SegmentOutputs(
-            logits=self.decode_head(maps),
-            auxiliary=self.auxiliary_head(maps) if use_auxiliary and self.auxiliary_head else None,
+            head=self.decode_head.outputs(maps),
+            second=self.auxiliary_head.outputs(maps) if use_auxiliary and self.auxiliary_head else None,
         )
 
     def maps(self, images: Float[Tensor, "B 3 height width"]) -> list[Float[Tensor, "B _ _ _"]]:

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Int16, Integer, UInt8
 from numpy.typing import NDArray
 
-from tokenlabel.data.classes import difference, same_classes
+from tokenlabel.data.classes import difference, read_class_names, same_classes
 from tokenlabel.data.folders import list_images, passed_over_text, without_masks
 from tokenlabel.data.images import (
     DECODE_ALL_UP_TO,
@@ -26,12 +26,14 @@ from tokenlabel.data.images import (
     orientation_of,
 )
 from tokenlabel.data.masks import check_upright, decode_mask, mask_names, palette_of
+from tokenlabel.labels.manifest import read_manifest
 from tokenlabel.runtime.coercion import COUNT, Choice, check_numbers, coerced, coerced_fields
 from tokenlabel.runtime.process import listed, say
 from tokenlabel.segmentation.classes import IGNORED, Classes, known_classes, numbered_classes
 
 # Pairs of a larger set that are looked at before training.
 NUM_DRAWN = 1_000
+CLASSES_FILE = "classes.txt"  # beside masks: the names of their classes, a line each
 
 
 class Layout(Choice):
@@ -71,16 +73,20 @@ class SegmentDataConfig:
     """Part of the data set to train on; by default the one that is called so there."""
     val_split: str | None = None
     """Part of the data set to evaluate on; by default the one that is called so there."""
-    train_images: str | None = None
-    """Layout folders: training images, at any depth."""
-    train_masks: str | None = None
-    """Layout folders: their masks, PNGs of one channel at the same paths."""
-    val_images: str | None = None
-    """Layout folders: images to evaluate on; none to skip evaluation."""
+    train: str | None = None
+    """Layout folders: training images, at any depth; without masks and labels the folder of images/ and masks/."""
+    masks: str | None = None
+    """Layout folders: their masks, PNGs of one channel at the same paths; with labels, those that there are."""
+    labels: str | list[str] | None = None
+    """Layout folders: label store that `tokenlabel annotate` made for the training images, or several that are read as
+    one: images without a mask learn from it."""
+    val: str | None = None
+    """Layout folders: images to evaluate on, as train; none to skip evaluation."""
     val_masks: str | None = None
     """Layout folders: their masks."""
     class_names: tuple[str, ...] = ()
-    """Layout folders: the name of the class of each value in the masks, from 0."""
+    """Layout folders: the name of the class of each value in the masks, from 0; by default a line each in classes.txt
+    beside the masks, or the classes of the labels."""
     class_values: tuple[int, ...] = ()
     """Layout folders: the value of each class in the masks, such as [0,255]; 0, 1, 2, ... by default."""
     ignore_index: int | tuple[int, ...] | None = None
@@ -93,9 +99,14 @@ class SegmentDataConfig:
     def __post_init__(self) -> None:
         check_numbers(self, "data.", num_workers=COUNT)
         is_folders = self.layout is Layout.FOLDERS
-        if is_folders and not (self.train_images and self.train_masks and self.class_names):
+        if is_folders and not self.train:
             raise ValueError(
-                "data.layout folders needs data.train_images, data.train_masks and data.class_names"
+                "data.layout folders needs data.train: images, with data.masks, data.labels or both, or a folder of "
+                "images/ and masks/"
+            )
+        if not is_folders and (self.masks or self.labels):
+            raise ValueError(
+                f"data.layout {self.layout.value} has masks of its own; data.masks and data.labels are for folders"
             )
         if not is_folders and self.root is None:
             raise ValueError(f"data.layout {self.layout.value} needs data.root, the folder of the data set")
@@ -107,14 +118,29 @@ class SegmentDataConfig:
             raise ValueError(
                 f"data.layout {self.layout.value} has its own values; leave data.class_values and data.ignore_index out"
             )
-        if bool(self.val_images) != bool(self.val_masks):
-            raise ValueError("data.val_images and data.val_masks go together; give both or none")
+        if self.val_masks and not self.val:
+            raise ValueError("data.val_masks are masks of images; name these with data.val")
+
+    @property
+    def label_folders(self) -> list[str]:
+        """The folders of the labels; empty without labels."""
+        return [self.labels] if isinstance(self.labels, str) else self.labels or []
+
+    def folders(self, split: Split) -> tuple[Path, Path | None] | None:
+        """Return the folders of images and masks of layout folders; no masks where labels alone teach, or no images."""
+        images, masks = (self.train, self.masks) if split == "train" else (self.val, self.val_masks)
+        if images is None:
+            return None
+        if masks is None and (split == "val" or not self.labels):
+            return Path(images) / "images", Path(images) / "masks"
+        return Path(images), Path(masks) if masks else None
 
 
 class ImageMaskPairs:
     """Images and the masks of their classes, by index.
 
-    `keys`, `mask_names`: the paths of the images and of their masks, relative to their roots. Pickles, and cheaply.
+    `keys`, `mask_names`: the paths of the images and of their masks, relative to their roots; a mask's is "" where
+    there is none. Pickles, and cheaply.
     """
 
     def __init__(self, classes: Classes, images: Path, masks: Path, names: Sequence[tuple[str, str]]) -> None:
@@ -127,21 +153,43 @@ class ImageMaskPairs:
         """Return how many pairs there are."""
         return len(self.keys)
 
+    @property
+    def with_mask(self) -> list[int]:
+        """The indices of the images that have a mask."""
+        return [index for index in range(len(self)) if self.has_mask(index)]
+
+    def has_mask(self, index: int) -> bool:
+        """Say whether an image has a mask."""
+        return bool(self.mask_names[index])
+
     def read(
         self, index: int
     ) -> tuple[UInt8[NDArray[np.uint8], "height width 3"], Int16[NDArray[np.int16], "height width"]]:
-        """Return RGB pixels and class ids, -1 where none counts. Raises ImageError or DataError, by name."""
+        """Return RGB pixels and class ids, -1 where none counts, as everywhere without a mask.
+
+        Raises ImageError or DataError, by name.
+        """
         pixels, values = self._decoded(index)
+        if values is None:
+            return pixels, np.full(pixels.shape[:2], IGNORED, np.int16)
         return pixels, self.classes.ids(values, name=str(self._masks / self.mask_names[index]))
+
+    def orientation(self, index: int) -> int:
+        """Return the orientation tag of an image's file."""
+        return orientation_of(_bytes(self._images / self.keys[index]))
 
     def check(self, *, to_train: bool = True) -> None:
         """Look at every pair of up to `DECODE_ALL_UP_TO`, at some of more; say which classes no mask holds.
 
+        Images without a mask are left to the teacher that labelled them, which saw them all.
         Raises what `read` would raise later, with the count, and DataError where no pixel counts, or none that could
         teach: masks of 0 and 255 with two class names, say.
         """
-        is_all = len(self) <= DECODE_ALL_UP_TO
-        drawn = np.arange(len(self)) if is_all else np.linspace(0, len(self) - 1, NUM_DRAWN).astype(int)
+        with_mask = np.array(self.with_mask, np.int64)
+        if not len(with_mask):
+            return
+        is_all = len(with_mask) <= DECODE_ALL_UP_TO
+        drawn = with_mask if is_all else with_mask[np.linspace(0, len(with_mask) - 1, NUM_DRAWN).astype(int)]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             looks = dict(zip(drawn.tolist(), pool.map(self._look, drawn.tolist()), strict=True))
         errors = {self.keys[index]: look for index, look in looks.items() if isinstance(look, ValueError)}
@@ -207,14 +255,18 @@ class ImageMaskPairs:
 
     def _decoded(
         self, index: int
-    ) -> tuple[UInt8[NDArray[np.uint8], "height width 3"], Integer[NDArray[np.integer], "height width"]]:
-        """Return RGB pixels and the values of their mask."""
+    ) -> tuple[
+        UInt8[NDArray[np.uint8], "height width 3"], Integer[NDArray[np.integer], "height width"] | None
+    ]:
+        """Return RGB pixels and the values of their mask, if there is one."""
         image, mask = self._images / self.keys[index], self._masks / self.mask_names[index]
         data = _bytes(image)
         try:
             pixels = decode_pixels(data, str(image))
         except ImageError as error:
             raise ImageError(f"{error}; repair it, or remove it and its mask") from error
+        if not self.has_mask(index):
+            return pixels, None
         values = decode_mask(_bytes(mask), str(mask))
         if values.shape != pixels.shape[:2]:
             check_upright(values.shape, data, mask=str(mask), image=str(image))
@@ -228,9 +280,10 @@ class ImageMaskPairs:
         """Return the pixels of each value of a mask, its colour, and whether a tag turns the image; or an error."""
         try:
             _, values = self._decoded(index)
-            is_turned = orientation_of(_bytes(self._images / self.keys[index])) != 1
+            is_turned = self.orientation(index) != 1
         except ValueError as error:
             return error
+        assert values is not None
         found, counts = np.unique(values, return_counts=True)
         colours = palette_of(_bytes(self._masks / self.mask_names[index]))
         counts = dict(zip(found.tolist(), counts.tolist(), strict=True))
@@ -264,11 +317,11 @@ def open_pairs(config: SegmentDataConfig, split: Split) -> ImageMaskPairs | None
     """
     split = coerced(split, Split, name="split")
     if config.layout is Layout.FOLDERS:
-        images = config.train_images if split == "train" else config.val_images
-        masks = config.train_masks if split == "train" else config.val_masks
-        if images is None or masks is None:
+        folders = config.folders(split)
+        if folders is None:
             return None
-        return _two_folders(_numbered(config, config.class_names), Path(images), Path(masks))
+        classes = classes_of(config, config.class_names or _names_beside(config))
+        return _two_folders(classes, *folders, all_needed=split == "val" or not config.labels)
     assert config.root is not None
     root = Path(config.root)
     given = config.train_split if split == "train" else config.val_split
@@ -295,13 +348,31 @@ def open_pairs(config: SegmentDataConfig, split: Split) -> ImageMaskPairs | None
             return _checked(classes, images, root / "masks" / part)
 
 
+def _names_beside(config: SegmentDataConfig) -> list[str]:
+    """Return the class names that lie beside the training masks, or else those of the labels."""
+    folders = config.folders("train")
+    assert folders is not None
+    path = (folders[1] or folders[0]).parent / CLASSES_FILE
+    if path.is_file():
+        return read_class_names(path)
+    names = [*read_manifest(config.label_folders[0]).class_names] if config.labels else []
+    if not names:
+        raise DataError(
+            f"{path}: no such file, and the classes have no names; give it, one a line, or data.class_names"
+        )
+    return names
+
+
 def classes_of(config: SegmentDataConfig, names: Sequence[str]) -> Classes:
     """Return the classes of a data set that need not be there: `names` are those of all its classes."""
     if config.layout in (Layout.ADE20K, Layout.VOC, Layout.CITYSCAPES):
         return known_classes(config.layout.value)
-    if config.background is not None and list(names)[-1:] == [config.background]:
-        names = names[:-1]
-    return _numbered(config, names)
+    return _numbered(config, _without_background(config, names))
+
+
+def _without_background(config: SegmentDataConfig, names: Sequence[str]) -> tuple[str, ...]:
+    is_last = config.background is not None and list(names)[-1:] == [config.background]
+    return tuple(names[:-1] if is_last else names)
 
 
 def _numbered(config: SegmentDataConfig, names: Sequence[str]) -> Classes:
@@ -326,9 +397,11 @@ def other_pairs(
     if bool(images) != bool(masks):
         raise DataError("images and masks go together: give both folders or none")
     if images and masks:
-        return _two_folders(classes_of(config, names), Path(images), Path(masks))
+        return _two_folders(classes_of(config, names), Path(images), Path(masks), all_needed=True)
     if split is not None and config.layout is Layout.FOLDERS:
         raise DataError("layout folders has no splits; name folders with --images and --masks")
+    if config.layout is Layout.FOLDERS and not config.class_names:  # where they lay once, others may lie now
+        config = replace(config, class_names=_without_background(config, names))
     pairs = open_pairs(replace(config, val_split=split or config.val_split), "val")
     if pairs is None:
         raise DataError("the run has no val images of its own; name folders with --images and --masks")
@@ -342,15 +415,23 @@ def other_pairs(
 def _checked(
     classes: Classes,
     images: Path,
-    masks: Path,
+    masks: Path | None,
     *,
     names: Sequence[str] | None = None,
     mask_of: Callable[[str], Iterable[str]] = mask_names,
+    all_needed: bool = True,
 ) -> ImageMaskPairs:
     """Return the pairs, each of whose masks is there; say how many there are, and what was passed over.
 
-    `names`: of the images, all by default. `mask_of`: what the mask of an image may be called.
+    `names`: of the images, all by default. `mask_of`: what the mask of an image may be called. `all_needed`: whether an
+    image without a mask is an error.
     """
+    if masks is None:
+        listing = list_images(images)
+        if not listing.images:
+            raise DataError(f"{images}: no images ({', '.join(EXTENSIONS)})")
+        say(f"{images}: {len(listing.images):,} images without masks")
+        return ImageMaskPairs(classes, images, images, [(image, "") for image in sorted(listing.images)])
     for folder in (images, masks):
         if not folder.is_dir():
             raise DataError(
@@ -372,7 +453,7 @@ def _checked(
             )
         else:
             pairs.append((image, mask))
-    if bare:
+    if bare and (all_needed or not pairs):
         image, expected = next(iter(bare.items()))
         others = sorted(there - {mask for _, mask in pairs})
         lossy = "; JPEG rounds the numbers of classes: save masks as PNG" if {*others} & {*bare} else ""
@@ -385,15 +466,17 @@ def _checked(
         raise DataError(f"{images}: no images ({', '.join(EXTENSIONS)}){passed_over}")
     say(
         f"{images}: {len(pairs):,} images with masks of {len(classes.names):,} classes ({listed(list(classes.names))})"
-        f"{passed_over}"
+        f"{f', {len(bare):,} without' if bare else ''}{passed_over}"
     )
-    return ImageMaskPairs(classes, images, masks, pairs)
+    return ImageMaskPairs(classes, images, masks, sorted([*pairs, *((image, "") for image in bare)]))
 
 
-def _two_folders(classes: Classes, images: Path, masks: Path) -> ImageMaskPairs:
+def _two_folders(classes: Classes, images: Path, masks: Path | None, *, all_needed: bool) -> ImageMaskPairs:
     """Return the pairs of two folders; say which masks belong to no image, and which to several."""
-    pairs = _checked(classes, images, masks)
-    images_of = Counter(pairs.mask_names)
+    pairs = _checked(classes, images, masks, all_needed=all_needed)
+    if masks is None:
+        return pairs
+    images_of = Counter(pairs.mask_names[index] for index in pairs.with_mask)
     shared = [mask for mask, count in images_of.items() if count > 1]
     if shared:
         say(f"{images}: several images have the same mask, and count each: {listed(shared)}")

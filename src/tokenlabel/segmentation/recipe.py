@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from tokenlabel.runtime.coercion import COUNT, check_numbers, coerced_fields
+from tokenlabel.core.config import TokenChoice
+from tokenlabel.runtime.coercion import COUNT, SHARE, check_numbers, coerced_fields
 from tokenlabel.runtime.configuration import ConfigError
 from tokenlabel.segmentation.augment import SegmentAugmentConfig
 from tokenlabel.segmentation.inference import SegmentEvalConfig
@@ -16,13 +17,19 @@ from tokenlabel.training.recipe import TrainingConfig
 @dataclass(frozen=True, kw_only=True)
 @coerced_fields
 class SegmentLossConfig:
-    """What the heads are trained towards: the cross entropy of every pixel."""
+    """What the heads are trained towards: the cross entropy of every pixel, and of every cell of a label map."""
 
     auxiliary_weight: float = 0.4
     """Weight of the second head's loss."""
+    tokens: TokenChoice = TokenChoice.ALL
+    """Which cells of label maps count: all; confident: those whose most probable class reaches token_threshold."""
+    token_threshold: float = 0.5
+    """Least probability of cells that count, see tokens."""
+    hard: bool = False
+    """The label of a cell is its most probable class alone."""
 
     def __post_init__(self) -> None:
-        check_numbers(self, "loss.", auxiliary_weight=COUNT)
+        check_numbers(self, "loss.", auxiliary_weight=COUNT, token_threshold=SHARE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +44,10 @@ class SegmentRecipe(TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not self.data.labels and (self.loss.hard or self.loss.tokens is not TokenChoice.ALL):
+            raise ConfigError(
+                "loss.hard and loss.tokens are about label maps, and there are none; give data.labels"
+            )
         if self.sharded:
             raise ConfigError(
                 "sharded training is for classifiers; segmentation models fit on one GPU: leave sharded out, "

@@ -16,22 +16,33 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tokenlabel.core.batch import normalize_images
+from tokenlabel.core.losses import head_cross_entropy
 from tokenlabel.core.step import Part
 from tokenlabel.data.batches import make_loader
 from tokenlabel.data.images import DataError
 from tokenlabel.data.samplers import BatchSampler
-from tokenlabel.drawing.pictures import PICTURES_FOLDER, Album, ClassMap, Tile, fitted, make_album
+from tokenlabel.drawing.pictures import (
+    PICTURES_FOLDER,
+    Album,
+    ClassMap,
+    Tile,
+    fitted,
+    make_album,
+    top_classes,
+)
 from tokenlabel.models.runs import newest_checkpoint, read_state, read_weights
 from tokenlabel.models.weight_files import options_without_weights
 from tokenlabel.runtime.configuration import ConfigError, config_from_dict
-from tokenlabel.runtime.distributed import Ranks, autocast, joined_ranks, usable_device
+from tokenlabel.runtime.distributed import Ranks, autocast, current_ranks, joined_ranks, usable_device
 from tokenlabel.runtime.errors import ModelError
 from tokenlabel.runtime.runlog import Stopwatch, Tracker
 from tokenlabel.segmentation.augment import SegmentTransform, resize_mask
 from tokenlabel.segmentation.classes import IGNORED
 from tokenlabel.segmentation.data import SegmentBatch, SegmentDataset, SegmentSample, collate
 from tokenlabel.segmentation.evaluation import evaluate_segmentation
+from tokenlabel.segmentation.heads import HeadOutputs
 from tokenlabel.segmentation.inference import Segmenter
+from tokenlabel.segmentation.label_maps import checked_labels, open_labels, soft_targets
 from tokenlabel.segmentation.model import (
     HeadKind,
     SegmentationModel,
@@ -39,7 +50,7 @@ from tokenlabel.segmentation.model import (
     create_segmentation_model,
 )
 from tokenlabel.segmentation.pairs import ImageMaskPairs, classes_of, open_pairs
-from tokenlabel.segmentation.recipe import SegmentRecipe
+from tokenlabel.segmentation.recipe import SegmentLossConfig, SegmentRecipe
 from tokenlabel.segmentation.weights import load_weights
 from tokenlabel.training.engine import run_task
 from tokenlabel.training.recipe import recipe_content
@@ -47,6 +58,7 @@ from tokenlabel.training.run_folder import RunImages, locked
 from tokenlabel.training.tasks import Task
 
 NUM_TRAIN, NUM_VAL = 6, 12
+PICTURE_CELL_PX = 8  # of label maps in pictures
 
 
 def train_segmentation(
@@ -108,10 +120,11 @@ class SegmentTask(Task):
         pictures = []
         for i, key in enumerate(batch.keys[:NUM_TRAIN]):
             pixels = batch.images[i].permute(1, 2, 0).cpu().numpy()
-            classes = _class_map(batch.masks[i].cpu().numpy(), pixels)
-            pictures.append(
-                ([Tile(pixels, "augmented image"), Tile(pixels, "its mask", classes)], {"key": key})
-            )
+            if i in batch.soft:
+                tile = Tile(pixels, "its label map", _soft_map(batch, i, self.recipe.loss))
+            else:
+                tile = Tile(pixels, "its mask", _class_map(batch.masks[i].cpu().numpy(), pixels))
+            pictures.append(([Tile(pixels, "augmented image"), tile], {"key": key}))
         return make_album(pictures, self.class_names, colours=self.train_set.pairs.classes.colours)
 
     def evaluate(
@@ -172,6 +185,17 @@ def _class_map(ids: Int16[NDArray[np.int16], "_ _"], photo: UInt8[NDArray[np.uin
     return ClassMap(ids, np.full(ids.shape, 0.6))  # there, too, -1 is no class
 
 
+def _soft_map(batch: SegmentBatch, number: int, config: SegmentLossConfig) -> ClassMap:
+    """Return the most probable class that an image learns at each location, as strongly as it counts there."""
+    height, width = batch.masks.shape[1:]
+    grid = (max(1, height // PICTURE_CELL_PX), max(1, width // PICTURE_CELL_PX))
+    targets = soft_targets(batch, grid, config).of_images(torch.tensor([batch.soft.index(number)]))
+    highest = targets.excess[0].max(dim=1)
+    probs = (highest.values + targets.floor[0]).view(grid).cpu().numpy()
+    ids = targets.classes[0].cpu()[highest.indices.cpu()].view(grid).numpy()
+    return top_classes(ids, probs, batch.score_maps.num_classes if batch.score_maps else 1)
+
+
 class SegmentStep(nn.Module):
     """The losses of one part of a batch; a module, as `core.step.TrainStep`."""
 
@@ -191,12 +215,31 @@ class SegmentStep(nn.Module):
         images = normalize_images(batch.images, mean=self.model.mean, std=self.model.std)
         with self.autocast:
             outputs: SegmentOutputs = self.model(images)
-        decode_loss = pixel_loss(outputs.logits, batch.masks)
-        if outputs.auxiliary is None:
-            return {"loss": decode_loss, "decode_loss": decode_loss}
-        auxiliary_loss = pixel_loss(outputs.auxiliary, batch.masks)
+            decode_loss = head_loss(outputs.head, batch, recipe.loss)
+            if outputs.second is None:
+                return {"loss": decode_loss, "decode_loss": decode_loss}
+            auxiliary_loss = head_loss(outputs.second, batch, recipe.loss)
         loss = decode_loss + recipe.loss.auxiliary_weight * auxiliary_loss
         return {"loss": loss, "decode_loss": decode_loss, "auxiliary_loss": auxiliary_loss}
+
+
+def head_loss(outputs: HeadOutputs, batch: SegmentBatch, config: SegmentLossConfig) -> Float[Tensor, ""]:
+    """Return the loss of a head, a mean over the images of a batch, whatever each of them learns from.
+
+    An image with a mask has the mean over its pixels of their cross entropy, another the mean over the cells of the
+    head's grid of weight * H(soft target). So the loss of a batch is the mean of those of its parts. Logits are made
+    here, under the autocast of the caller.
+    """
+    if not batch.soft:
+        return pixel_loss(outputs.logits, batch.masks)
+    num_images, soft = len(batch.masks), outputs.of_images(batch.soft)
+    targets = soft_targets(batch, soft.grid, config)
+    cells = soft.features.permute(0, 2, 3, 1).flatten(1, 2)  # [S, N, D]
+    loss = head_cross_entropy(cells, soft.classifier, targets) * (len(batch.soft) / num_images)
+    if batch.masked:
+        logits, masks = outputs.of_images(batch.masked).logits, batch.masks[batch.masked]
+        loss = loss + pixel_loss(logits, masks) * (len(batch.masked) / num_images)
+    return loss
 
 
 def pixel_loss(logits: Float[Tensor, "B C h w"], masks: Int16[Tensor, "B height width"]) -> Float[Tensor, ""]:
@@ -218,12 +261,15 @@ def build(recipe: SegmentRecipe, *, device: torch.device, run: Path | None = Non
     """
     train_pairs, val_pairs = (open_pairs(recipe.data, split) for split in ("train", "val"))
     assert train_pairs is not None
+    store = open_labels(recipe.data, train_pairs)
     images = RunImages(run, train_pairs.classes.names)
     for split, pairs in (("train", train_pairs), ("val", val_pairs)):
         if pairs is not None:
             images.broken(
                 split, pairs.keys, [], check="decode", find=partial(_raise_for_broken, pairs, split)
             )
+    if store is not None:
+        images.entries["labels"] = current_ranks().on_main(lambda: checked_labels(store, train_pairs))
     torch.manual_seed(recipe.seed)
     model = create_segmentation_model(recipe.model, num_classes=len(train_pairs.classes.names))
     if recipe.model.weights is not None:
@@ -235,7 +281,7 @@ def build(recipe: SegmentRecipe, *, device: torch.device, run: Path | None = Non
     return SegmentTask(
         recipe=recipe,
         model=model.to(device),
-        train_set=SegmentDataset(train_pairs, transform, seed=recipe.seed),
+        train_set=SegmentDataset(train_pairs, transform, seed=recipe.seed, store=store),
         val_pairs=val_pairs,
         device=device,
         images=images,

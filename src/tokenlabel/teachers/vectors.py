@@ -96,6 +96,14 @@ class Vectors:
                 filled, num_images = filled + len(chosen), num_images + 1
         return sample[:filled], num_images
 
+    def of_images(self, indices: Sequence[int]) -> tuple[Float[Tensor, "n D"], list[str]]:
+        """Return the vector of each image as a whole, and the keys of the images."""
+        kept, keys = self._empty(len(indices)), list[str]()
+        for seen, vectors in self.of(indices):
+            kept[len(keys) : len(keys) + len(seen)] = vectors.image
+            keys += [item.key for item in seen]
+        return kept[: len(keys)], keys
+
     def bags(self, indices: Sequence[int], length: int) -> tuple[Float[Tensor, "n L D"], list[str]]:
         """Return the mean of each image's locations and `length` of them, and the keys of the images."""
         bags, keys = self._empty(len(indices), 1 + length), list[str]()

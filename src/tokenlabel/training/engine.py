@@ -55,7 +55,7 @@ from tokenlabel.training.tasks import Task
 
 LOG_EVERY_STEPS = 10
 # Figures of an evaluation that are printed beside the task's own.
-_SAID = ("knn", "image_probe", "teacher_accuracy")
+_SHOWN_FIGURES = ("knn", "image_probe", "teacher_accuracy")
 
 
 @dataclass(frozen=True, eq=False)
@@ -438,6 +438,6 @@ def _evaluate(trainer: Trainer, run: Path, log: RunLog, done: int) -> dict[str, 
         model.reshard()  # what the forward pass put together for this rank
     if figures:
         log.write(done, kind="eval", **figures)
-        said = [name for name in dict.fromkeys((task.metric, *_SAID)) if name in figures]
-        log.say(f"step {done:,}: {', '.join(f'{name} {figures[name]:.1%}' for name in said)}")
+        shown = [name for name in dict.fromkeys((task.metric, *_SHOWN_FIGURES)) if name in figures]
+        log.say(f"step {done:,}: {', '.join(f'{name} {figures[name]:.1%}' for name in shown)}")
     return figures

@@ -110,8 +110,8 @@ def _model_of_run(weights: str | None) -> dict[str, Any]:
     """Return which network a run trained, or a checkpoint holds. Raises ConfigError for anything else."""
     for path in (Path(weights) / "state.json", Path(weights) / RECIPE_FILE) if weights else ():
         if path.is_file():
-            said = read_yaml(path)
-            model = dict(said.get("recipe", said)["model"])
+            saved = read_yaml(path)
+            model = dict(saved.get("recipe", saved)["model"])
             sources = ("pretrained", "checkpoint_path", "cache_dir")  # the weights are at hand
             options = {key: value for key, value in model.get("options", {}).items() if key not in sources}
             return {**model, "options": options}

@@ -38,8 +38,8 @@ IMAGES_FILE, LIST_FILE, LOCK_FILE = "images.json", "images.gz", ".lock"
 # Fields that change nothing about what is learnt: a run goes on with others. Those of images are compared by what lies
 # there, wherever that is.
 _FREE = (
-    "checkpoint.", "eval.", "data.train", "data.train_images", "data.train_masks", "data.root", "data.val",
-    "data.unlabelled", "data.val_images", "data.val_masks", "data.val_split", "data.labels", "data.check",
+    "checkpoint.", "eval.", "data.train", "data.masks", "data.root", "data.val", "data.unlabelled", "data.val_masks",
+    "data.val_split", "data.labels", "data.check",
     "data.max_missing", "data.num_workers",
 )  # fmt: skip
 # Fields that change the rounding, or which images share a mix or the statistics of BatchNorm.

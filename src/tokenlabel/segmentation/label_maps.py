@@ -1,0 +1,128 @@
+"""Label maps of a store as what segmentation learns from: whether they fit the masks, and what each cell learns."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int, Int16
+from numpy.typing import NDArray
+
+from tokenlabel.core.align import align
+from tokenlabel.core.config import TokenChoice
+from tokenlabel.core.step import are_confident
+from tokenlabel.core.targets import TokenTargets
+from tokenlabel.data.classes import difference, same_classes
+from tokenlabel.labels.store import LabelStore
+from tokenlabel.runtime.distributed import current_ranks
+from tokenlabel.runtime.errors import DataError
+from tokenlabel.runtime.process import listed, say
+from tokenlabel.segmentation.classes import IGNORED
+from tokenlabel.segmentation.data import SegmentBatch
+from tokenlabel.segmentation.pairs import ImageMaskPairs, SegmentDataConfig
+from tokenlabel.segmentation.recipe import SegmentLossConfig
+
+# Masks that are held against the cells of label maps.
+NUM_COMPARED = 100
+
+
+def soft_targets(batch: SegmentBatch, grid: tuple[int, int], config: SegmentLossConfig) -> TokenTargets:
+    """Return what the images of a batch that learn from label maps learn at each cell of a grid (h, w).
+
+    The maps follow the views of the pixels. What lies beyond an image, and an image without a map, have weight 0.
+    """
+    assert batch.score_maps is not None
+    assert batch.views is not None
+    targets = align(batch.score_maps, batch.views, grid)
+    if config.tokens is TokenChoice.CONFIDENT:
+        are_sure = are_confident(targets, config.token_threshold)
+        targets = targets.scaled(are_sure.to(targets.weight.dtype))
+    return targets.hardened() if config.hard else targets
+
+
+def open_labels(config: SegmentDataConfig, pairs: ImageMaskPairs) -> LabelStore | None:
+    """Return the label store that images without masks learn from, None without one.
+
+    It is opened by the first rank for all, so that labels that are added meanwhile are seen by none. Raises DataError
+    for labels of other classes than those of the masks.
+    """
+    folders = config.label_folders
+    if not folders:
+        return None
+    store = current_ranks().on_main(lambda: LabelStore(*folders))
+    names, theirs = pairs.classes.names, store.manifest.classes
+    if theirs.words or (theirs.names and not same_classes(theirs.names, names)) or theirs.count != len(names):
+        unlike = (
+            f"they are about {theirs.described()}"
+            if theirs.words
+            else difference(theirs.names, names, count=theirs.count, them="the labels")
+        )
+        raise DataError(
+            f"{', '.join(folders)}: labels of other classes than the masks': {unlike}; let `tokenlabel annotate` make "
+            "them by a teacher of these classes, or give these as data.class_names"
+        )
+    return store
+
+
+def checked_labels(store: LabelStore, pairs: ImageMaskPairs) -> dict[str, Any]:
+    """Return what a run is to remember of its labels; say what is missing, and what is too small for the maps.
+
+    Raises DataError where none of the images without a mask has a label.
+    """
+    with_mask = {*pairs.with_mask}
+    bare = [key for index, key in enumerate(pairs.keys) if index not in with_mask]
+    missing = [key for key in bare if key not in store]
+    said = f"{len(missing):,} of {len(bare):,} images without a mask have no label ({listed(missing)})"
+    if missing and len(missing) == len(bare):
+        raise DataError(
+            f"{said}; the store is of other images, or keys are relative to another folder: give the store that "
+            "`tokenlabel annotate` made of data.train"
+        )
+    if missing:
+        say(f"{said}: nothing is learnt from these; `tokenlabel annotate` labels what is missing")
+    if not bare:
+        say("all images have masks, and learn from these: the labels are not used")
+    for name, share, grid in too_small(store, pairs):
+        say(
+            f"label maps of {grid[0]} x {grid[1]} cells are coarser than the objects of {name!r}: {share:.0%} of its "
+            "pixels in masks lie in cells that show more of another class; `annotate --cells` makes finer maps"
+        )
+    newest = max((shard.generation for shard in store.shards), default=0)
+    told = {"num_missing": len(missing), "num_masks": len(with_mask), "annotated_again": newest or None}
+    return told | store.manifest.origin()
+
+
+def too_small(store: LabelStore, pairs: ImageMaskPairs) -> list[tuple[str, float, tuple[int, int]]]:
+    """Return the classes of which most pixels lie in cells of label maps that show more of another class.
+
+    Each with the share of these pixels and a map's rows and columns. Up to `NUM_COMPARED` masks are held against the
+    maps of their own images, or of images without a mask where they have none.
+    """
+    others = next((key for key in pairs.keys if key in store), None)
+    if others is None or not pairs.with_mask:
+        return []
+    num_classes = len(pairs.classes.names)
+    lost, pixels, grid = np.zeros(num_classes), np.zeros(num_classes), (1, 1)
+    chosen = np.linspace(0, len(pairs.with_mask) - 1, min(NUM_COMPARED, len(pairs.with_mask))).astype(int)
+    for index in np.array(pairs.with_mask)[chosen].tolist():
+        _, mask = pairs.read(index)
+        key = pairs.keys[index]
+        height, width = store[key if key in store else others].codes.shape[:2]
+        grid = (height, width)
+        counts = pixels_of_cells(mask, grid, num_classes)
+        is_most = counts.argmax(axis=1)[:, None] == np.arange(num_classes)
+        lost += (counts * ~is_most).sum(axis=0)
+        pixels += counts.sum(axis=0)
+    shares = lost / np.maximum(pixels, 1)
+    return [(pairs.classes.names[i], float(shares[i]), grid) for i in np.flatnonzero(shares > 0.5)]
+
+
+def pixels_of_cells(
+    mask: Int16[NDArray[np.int16], "height width"], grid: tuple[int, int], num_classes: int
+) -> Int[NDArray[np.int64], "N C"]:
+    """Return how many pixels of each class each cell of a grid (h, w) over a mask shows, row by row."""
+    rows, columns = ((np.arange(side) * cells) // side for side, cells in zip(mask.shape, grid, strict=True))
+    cells = rows[:, None] * grid[1] + columns
+    counted = mask != IGNORED
+    places = cells[counted] * num_classes + mask[counted]
+    return np.bincount(places, minlength=grid[0] * grid[1] * num_classes).reshape(-1, num_classes)
