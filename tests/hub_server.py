@@ -1,4 +1,4 @@
-"""A hub in small on this machine: what huggingface_hub asks of the real one when it makes, fills and reads repositories."""
+"""A hub in small on this machine: what huggingface_hub asks of one to make, fill and read repositories."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ def running_hub() -> Iterator[Hub]:
 
 
 class _Handler(BaseHTTPRequestHandler):
-    server: Hub
+    server: Hub  # pyright: ignore[reportIncompatibleVariableOverride]
     protocol_version = "HTTP/1.1"
 
-    def log_message(self, *_: object) -> None:
+    def log_message(self, format: str, *args: object) -> None:
         pass
 
     def do_HEAD(self) -> None:
@@ -61,9 +61,11 @@ class _Handler(BaseHTTPRequestHandler):
         path = self.path.split("?")[0]
         if path == "/":
             return self._answer(200, b"")
-        if found := re.fullmatch(r"/api/(\w+/[^/]+/[^/]+)(/revision/[^/]+)?", path):
-            return self._about(found[1])
-        if (found := re.fullmatch(r"/api/(\w+/[^/]+/[^/]+)/tree/[^/]+", path)) and found[1] in self.server.repos:
+        if found := re.fullmatch(r"/api/(\w+/[^/]+/[^/]+)(/revision/([^/]+))?", path):
+            return self._about(found[1], revision=found[3])
+        if (found := re.fullmatch(r"/api/(\w+/[^/]+/[^/]+)/tree/[^/]+", path)) and found[
+            1
+        ] in self.server.repos:
             files = self.server.repos[found[1]]["files"].items()
             oids = {name: hashlib.sha1(data).hexdigest() for name, data in files}
             return self._json(
@@ -74,7 +76,9 @@ class _Handler(BaseHTTPRequestHandler):
             if repo in self.server.repos:
                 data = self.server.repos[repo]["files"][found[3]]
                 etag = hashlib.sha256(data).hexdigest()
-                return self._answer(200, data, {"ETag": f'"{etag}"', "X-Repo-Commit": self.server.commit(repo)})
+                return self._answer(
+                    200, data, {"ETag": f'"{etag}"', "X-Repo-Commit": self.server.commit(repo)}
+                )
         return self._answer(404, b"{}")
 
     def do_POST(self) -> None:
@@ -103,9 +107,11 @@ class _Handler(BaseHTTPRequestHandler):
             return self._json({"commitUrl": f"{self.server.url}/{found[1]}/commit/{oid}", "commitOid": oid})
         return self._json({})  # of the card's head, which is checked
 
-    def _about(self, repo: str) -> None:
+    def _about(self, repo: str, *, revision: str | None) -> None:
         if repo not in self.server.repos:
             return self._answer(404, b'{"error": "Repository not found"}', {"X-Error-Code": "RepoNotFound"})
+        if revision not in (None, "main", self.server.commit(repo)):
+            return self._answer(404, b'{"error": "Invalid rev id"}', {"X-Error-Code": "RevisionNotFound"})
         about = self.server.repos[repo]
         names = [{"rfilename": name} for name in about["files"]]
         return self._json(

@@ -71,9 +71,7 @@ def test_more_than_255_classes_are_trained_evaluated_and_predicted(folder, capsy
 def test_ids_beyond_8_bits_keep_their_numbers(folder):
     write_many_classes()
     names = tuple(map(str, range(NUM_CLASSES)))
-    config = SegmentDataConfig(
-        layout=Layout.FOLDERS, train="images", masks="masks", class_names=names
-    )
+    config = SegmentDataConfig(layout=Layout.FOLDERS, train="images", masks="masks", class_names=names)
     pairs = open_pairs(config, "train")
     assert pairs is not None
     pairs.check()
