@@ -1,4 +1,4 @@
-"""The scripts of the guides run in small from an empty folder, and docs/guides.md shows them. Run by `make examples`."""
+"""The scripts of the guides run in small, and docs/guides.md shows them. Run by `make examples`."""
 
 import os
 import shutil
@@ -25,7 +25,7 @@ def lines_of(name: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """Images, masks and label files as the guides lay them out, and a `tokenlabel` and `torchrun` that do all in small."""
+    """Scenes, weights, and a `tokenlabel` and a `torchrun` that do all in small."""
     root = tmp_path_factory.mktemp("guides")
     write_scenes(root / "scenes", num_train=60, num_val=20, seed=0)
     torch.manual_seed(0)
@@ -68,6 +68,7 @@ def lay_out(name: str, made: Path, folder: Path) -> None:
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_guide_runs_from_what_it_begins_with(name, made, tmp_path):
+    """Each command succeeds, and what it is told to make is there."""
     lay_out(name, made, tmp_path)
     path = f"{made / 'bin'}{os.pathsep}{os.environ['PATH']}"
     run = {"PATH": path, "NETWORK": str(made / "network.safetensors"), "OMP_NUM_THREADS": "1"}
@@ -76,7 +77,7 @@ def test_a_guide_runs_from_what_it_begins_with(name, made, tmp_path):
         words, cwd=tmp_path, env=os.environ | run, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, f"{done.stdout[-1000:]}\n{done.stderr[-3000:]}"
-    for line in lines_of(name):  # what each is told to make is there
+    for line in lines_of(name):
         for option in ("--out", "--output", "--pictures", "--probabilities"):
             words = line.split()
             assert option not in words or (tmp_path / words[words.index(option) + 1]).exists(), line
@@ -84,5 +85,6 @@ def test_a_guide_runs_from_what_it_begins_with(name, made, tmp_path):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_the_page_shows_the_script(name):
+    """Word by word."""
     page = (FOLDER.parent / "docs" / "guides.md").read_text(encoding="utf-8")
     assert "".join(f"    {line}\n" for line in lines_of(name)) in page

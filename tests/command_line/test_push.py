@@ -181,7 +181,7 @@ def test_it_is_read_wherever_a_local_one_is(pushed, command):
         ("push run you/run", "you may not write there"),
         ("push images", "expected a run folder, a label store or a head"),
         ("push run run", "expected USER/NAME"),
-        ("annotate images hf:", "read only"),
+        ("annotate images hf:", "labels are written to a folder of this machine"),
         ("eval hf://me/absent", "hf://me/absent: not there, or private"),
         ("eval hf://me --data", "expected hf://USER/NAME"),
         ("eval hf://me/run@v9", "not there"),

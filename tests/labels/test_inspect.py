@@ -71,6 +71,23 @@ def test_figures(folder):
     json.dumps(found.as_dict())
 
 
+def test_images_are_ranked_by_how_uncertain_their_teacher_is(folder):
+    found = inspect_store(LabelStore(folder))
+    assert [image.key for image in found.uncertain] == [
+        "bee/2.png",
+        "bee/1.png",
+        "cat/1.png",
+    ]  # of ape it is certain
+    assert [image.below_half for image in found.uncertain] == [1.0, 0.0, 0.0]
+    assert found.uncertain[0].entropy_bits == pytest.approx(2)
+    lines = as_text(found.as_dict()).splitlines()
+    first = lines.index("least certain: a mask of these would teach most")
+    assert lines[first + 1] == "  bee/2.png: 2.00 bits a place, 100% of the places below 50%"
+    some = inspect_store(LabelStore(folder), InspectConfig(sample=2, num_suspects=1))
+    assert len(some.uncertain) == 1
+    assert "least certain of those looked at (--sample 0: all): a mask" in as_text(some.as_dict())
+
+
 def test_classes_come_from_the_images_where_they_are_given(folder, tmp_path):
     for key in ("ape/1.png", "bee/1.png", "cat/1.png", "dog/9.png"):
         (tmp_path / "images" / key).parent.mkdir(parents=True, exist_ok=True)

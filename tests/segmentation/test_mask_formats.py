@@ -1,6 +1,7 @@
 """Masks as people have them: many classes, COCO's files, and what is said of them before training."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
-from segment_cases import BACKBONE, write_image
+from segment_cases import BACKBONE, write_image, write_mask
 
 from tokenlabel.cli import main
 from tokenlabel.segmentation.classes import IGNORED, numbered_classes
@@ -68,6 +69,41 @@ def test_more_than_255_classes_are_trained_evaluated_and_predicted(folder, capsy
     assert (predicted == np.stack(masks))[counted].mean() == figures["pixel_accuracy"]
 
 
+def write_streets() -> None:
+    """Write three images with masks of 0 (sky), 1 (road) and 11 (nothing); no mask holds 2 (car)."""
+    for number in range(3):
+        write_image(Path(f"images/{number}.png"), (24, 30), seed=number)
+        write_mask(Path(f"masks/{number}.png"), np.repeat([[0] * 12 + [1] * 15 + [11] * 3], 24, axis=0))
+
+
+def test_a_dry_run_says_what_the_values_of_masks_mean_and_draws_the_first_pairs(folder, capsys):
+    write_streets()
+    write_recipe({"class_names": ["sky", "road", "car"], "ignore_index": 11})
+    assert main(["segment", "train", "--recipe", "recipe.yaml", "--out", "run", "--dry-run"]) == 0
+    captured = capsys.readouterr()
+    lines = captured.out.splitlines()
+    assert (
+        "none of 3 masks holds 1 of 3 classes (car); 10% of the pixels are 11 and do not count"
+        in captured.err
+    )
+    assert lines[0].startswith("model          lvvit_t with fcn head: ")
+    assert "images         3 with masks; 3 classes, 24 x 24 px" in lines
+    table = lines[lines.index("Pixels of each value in the training masks:") + 2 :]
+    assert [line.split() for line in table] == [
+        ["0", "sky", "864", "40.0%"],
+        ["1", "road", "1,080", "50.0%"],
+        ["11", "(does", "not", "count)", "216", "10.0%"],
+        ["2", "car", "0", "no", "mask", "holds", "it"],
+    ]
+    page = Path("run/first_batch.html").read_text()
+    assert page.count("<small>its mask</small>") == 2
+    for text in ("</i>sky</span>", "</i>road</span>", "no label</span>", "<td>(does not count)</td>"):
+        assert text in page
+    assert [path.name for path in Path("run").iterdir()] == ["first_batch.html"]
+    assert main(["segment", "train", "--recipe", "recipe.yaml", "--out", "images/run", "--dry-run"]) == 2
+    assert "--out images/run: lies in the images images" in capsys.readouterr().err
+
+
 def test_ids_beyond_8_bits_keep_their_numbers(folder):
     write_many_classes()
     names = tuple(map(str, range(NUM_CLASSES)))
@@ -89,3 +125,90 @@ def test_65535_is_none_of_more_than_255_classes_and_the_number_of_classes_has_a_
     assert with_background.id_of(65_535) == 256
     with pytest.raises(ValueError, match=r"expected 1 to 32,767 different names of classes, got 32,768"):
         numbered_classes([*map(str, range(32_768))])
+
+
+def write_coco(
+    path: str,
+    numbers: Sequence[int],
+    *,
+    categories: Sequence[str] = ("box", "stripe"),
+    rle: dict[str, Any] | None = None,
+) -> None:
+    """Write COCO's file about images of 24 x 30: each shows a box (a polygon), a stripe over it and a crowd (RLE)."""
+    stripe = {"size": [24, 30], "counts": [24 * 10, 24 * 5, 24 * 15], **(rle or {})}  # the columns 10 to 14
+    crowd = {"size": [24, 30], "counts": [24 * 25, 24 * 5]}  # the columns 25 to 29
+    annotations = []
+    for number in numbers:
+        for category, segmentation in ((1, [[0, 0, 20, 0, 20, 24, 0, 24]]), (2, stripe), (1, crowd)):
+            annotations.append(
+                {
+                    "id": len(annotations),
+                    "image_id": number,
+                    "category_id": category,
+                    "segmentation": segmentation,
+                    "iscrowd": int(segmentation is crowd),
+                }
+            )
+    content = {
+        "images": [
+            {"id": number, "file_name": f"{number}.png", "height": 24, "width": 30} for number in numbers
+        ],
+        "annotations": annotations,
+        "categories": [{"id": 1 + i, "name": name} for i, name in enumerate(categories)],
+    }
+    Path(path).write_text(json.dumps(content))
+
+
+COCO_ROW = (
+    [0] * 10 + [1] * 5 + [0] * 5 + [IGNORED] * 10
+)  # the smaller instance wins; neither nothing nor crowds count
+
+
+def test_cocos_file_stands_in_place_of_a_folder_of_masks(folder, capsys):
+    for number in range(3):
+        write_image(Path(f"images/{number}.png"), (24, 30), seed=number)
+    write_coco("few.json", [0, 1, 2, 7])
+    write_recipe({"masks": "few.json", "val_masks": "few.json"})
+    assert main(["segment", "train", "--recipe", "recipe.yaml", "--out", "run"]) == 0
+    captured = capsys.readouterr()
+    assert "images: 3 images with masks of 2 classes (box, stripe)" in captured.err
+    assert "few.json: 1 of its images are not in images and are passed over (7.png)" in captured.err
+    write_coco("turned.json", [0, 1, 2], categories=("stripe", "box"))  # other ids, the same names
+    assert main(["segment", "eval", "run", "--images", "images", "--masks", "turned.json"]) == 0
+    assert set(json.loads(capsys.readouterr().out)["class_iou"]) == {"box", "stripe"}
+    for broken, message in (
+        ({"size": [30, 24]}, "few.json: annotation 1 of 0.png is of 30 x 24 pixels (height x width), its"),
+        ({"counts": [5]}, "annotation 1 of 0.png has runs of 5 pixels, its image 24 x 30 = 720 (and 2 more of 3"),
+    ):  # fmt: skip
+        write_coco("few.json", [0, 1, 2], rle=broken)
+        assert main(["segment", "train", "--recipe", "recipe.yaml", "--out", "other"]) == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_what_cocos_file_says_becomes_class_ids(folder):
+    write_image(Path("images/deep/0.png"), (24, 30))
+    write_coco("all.json", [0])
+
+    def row(**changes: Any) -> list[int]:
+        pairs = open_pairs(
+            SegmentDataConfig(layout=Layout.FOLDERS, train="images", masks="all.json", **changes), "train"
+        )
+        assert pairs is not None
+        _, ids = pairs.read(0)
+        assert (ids == ids[0]).all()
+        return ids[0].tolist()
+
+    assert row() == COCO_ROW
+    assert row(class_names=("stripe", "box")) == [
+        {0: 1, 1: 0}.get(class_id, class_id) for class_id in COCO_ROW
+    ]
+    assert row(background="rest") == [*COCO_ROW[:20], *[2] * 5, *[IGNORED] * 5]
+    for changes, message in (
+        ({"class_names": ("box", "car")}, r"all\.json: .*its categories must be these classes"),
+        ({"ignore_index": 3}, r"all\.json: says itself which class each pixel has"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            row(**changes)
+    write_image(Path("images/1.png"), (24, 30))
+    with pytest.raises(ValueError, match=r"all\.json: 1 of 2 images in images have no mask there \(1\.png\)"):
+        row()

@@ -36,6 +36,7 @@ class Local(SegmentationModel):
 
     def __init__(self, *, num_classes: int = 5, multiple_px: int = 1, stride: int = 1) -> None:
         nn.Module.__init__(self)
+        self._backbone_is_frozen = False
         self.multiple_px, self.stride = multiple_px, stride
         self.mean, self.std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
         generator = torch.Generator().manual_seed(0)

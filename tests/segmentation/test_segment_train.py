@@ -20,6 +20,7 @@ from segment_cases import BACKBONE, nested_recipe, recipe_for, write_image
 
 from tokenlabel.cli import main
 from tokenlabel.data.scenes import write_scenes
+from tokenlabel.labels.store import LabelStore
 from tokenlabel.models import create_model
 from tokenlabel.runtime.configuration import ConfigError, config_from_dict
 from tokenlabel.runtime.distributed import Ranks, joined_ranks
@@ -260,6 +261,35 @@ def test_the_commands_train_evaluate_and_predict(scenes, tmp_path, capsys):
     with Image.open(out / "masks/a/one.png") as mask, Image.open(out / "overlays/a/one.png") as overlay:
         assert (mask.mode, mask.size, overlay.size) == ("P", (41, 30), (41, 30))
     assert list(json.loads((out / "classes.json").read_text())) == [*"0123456789", "background"]
+
+
+def test_soft_predictions_go_into_a_store_on_the_grid_of_the_head(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, size_px in (("a/one.png", (24, 41)), ("two.png", (24, 24))):
+        write_image(tmp_path / "photos" / name, size_px)
+    predict = ["segment", "predict", str(run), "photos"]
+    assert main([*predict, "--store", "soft"]) == 0
+    assert capsys.readouterr().out == "soft: 2 images labelled\n"
+    store, trained = LabelStore("soft"), load_segmenter(run)
+    assert store.manifest.class_names == (*"0123456789", "background")
+    assert sorted(store.keys()) == ["a/one.png", "two.png"]
+    segmenter = Segmenter(trained.model, trained.recipe.eval, window_px=trained.recipe.model.img_size)
+    pixels = torch.from_numpy(np.array(Image.open("photos/two.png"))).permute(2, 0, 1)
+    probs = segmenter.probabilities(pixels).numpy()
+    assert store["two.png"].codes.shape[:2] == probs.shape[:2] == segmenter.grid_of((24, 24))
+    assert (store["two.png"].top_class_ids == probs.argmax(axis=2)).mean() > 0.9  # records are rounded
+    write_image(tmp_path / "photos/three.png", (24, 30))
+    assert main([*predict, "--store", "soft"]) == 0
+    assert capsys.readouterr().out == "soft: 1 images labelled\n"
+    assert main(["inspect", "soft"]) == 0
+    assert "least certain: a mask of these would teach most" in capsys.readouterr().out
+    for words, message in (
+        ((), "name --out for masks and overlays, --store for soft predictions, or both"),
+        (("photos/two.png", "--store", "soft"), "--store takes one folder of images"),
+        (("--store", "soft", "--flip"), "soft: holds other labels"),
+    ):
+        assert main([*predict, *words]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_a_published_file_is_evaluated_with_its_recipe(run, scenes, tmp_path, capsys):

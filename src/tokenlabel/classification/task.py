@@ -35,6 +35,7 @@ from tokenlabel.data.images import (
     find_broken,
     has_classes,
 )
+from tokenlabel.data.remote import read_ahead
 from tokenlabel.data.samplers import BatchSampler, EvalBatchSampler, shard_order
 from tokenlabel.data.sources import open_aloud, refuse_single_class
 from tokenlabel.drawing.pictures import Album
@@ -45,14 +46,15 @@ from tokenlabel.labels.store import LabelStore
 from tokenlabel.models import TokenModel, create_model, load_published
 from tokenlabel.models.weights import read_class_names, read_description
 from tokenlabel.runtime.configuration import ConfigError
-from tokenlabel.runtime.distributed import Ranks, autocast, current_ranks, joined_ranks, usable_device
+from tokenlabel.runtime.distributed import Ranks, autocast, current_ranks
 from tokenlabel.runtime.process import say
+from tokenlabel.runtime.remote import NUM_AHEAD, refuse_small_cache
 from tokenlabel.runtime.runlog import Tracker
 from tokenlabel.teachers.online import load_online_teacher
-from tokenlabel.training.engine import run_task
+from tokenlabel.training.engine import train_in
 from tokenlabel.training.recipe import ModelConfig, Recipe
-from tokenlabel.training.run_folder import RunImages, check_apart, locked, sound_images
-from tokenlabel.training.tasks import Task
+from tokenlabel.training.run_folder import RunImages, sound_images
+from tokenlabel.training.tasks import Summary, Task
 
 # Starting processes takes seconds: below this many images evaluation decodes them itself.
 _MANY_IMAGES = 5000
@@ -73,25 +75,17 @@ def train(
     Raises ConfigError if it holds a run of another recipe or another process trains there, ValueError for data that
     cannot be trained on, `Interrupted` after SIGINT or SIGTERM.
     """
-    device, run = usable_device(device), Path(run)
-    check_apart(run, recipe.data.train, recipe.data.unlabelled, recipe.data.val)
-    with joined_ranks(device) as ranks, locked(run, ranks):
-        try:
-            return run_task(
-                build(recipe, device=device, run=run),
-                run,
-                ranks=ranks,
-                eval_every_epochs=recipe.eval.every_epochs,
-                trackers=trackers,
-                changed_numerics=changed_numerics,
-            )
-        except ImageError as error:
-            # Of an image that was trusted, or broke since; from a data worker it comes after its traceback.
-            reason = str(error).rstrip().splitlines()[-1].rpartition("ImageError: ")[2]
-            raise ImageError(
-                f"{reason}; restore it (of val images: or remove it), or begin a run with --data.skip-broken, which "
-                "leaves such images out"
-            ) from error
+    try:
+        return train_in(
+            run, recipe, build, device=device, trackers=trackers, changed_numerics=changed_numerics
+        )
+    except ImageError as error:
+        # Of an image that was trusted, or broke since; from a data worker it comes after its traceback.
+        reason = str(error).rstrip().splitlines()[-1].rpartition("ImageError: ")[2]
+        raise ImageError(
+            f"{reason}; restore it (of val images: or remove it), or begin a run with --data.skip-broken, which "
+            "leaves such images out"
+        ) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,12 +134,13 @@ class ClassifierTask(Task[Recipe]):
 
     def batches(self, sampler: BatchSampler) -> Iterable[Batch]:
         """Return the augmented batches of a sampler."""
-        return make_loader(
+        loader = make_loader(
             self.train_set,
             sampler,
             num_workers=self.recipe.data.num_workers,
             pin_memory=self.device.type == "cuda",
         )
+        return read_ahead(self.train_set.source, sampler, loader)
 
     def order(self) -> Callable[[int], NDArray[np.int64]] | None:
         """Return the order that goes from tar file to tar file, if the recipe wants it."""
@@ -182,6 +177,22 @@ class ClassifierTask(Task[Recipe]):
             [decode_pixels(source.read(index), source.keys[index]) for index in shown],
             class_names=self.class_names,
             token_class_names=self.token_class_names,
+        )
+
+    def summary(self) -> Summary:
+        """Return what a dry run says of the task."""
+        recipe, (rows, columns) = self.recipe, self.grid
+        height_px, width_px = recipe.model.img_size
+        tokens = f" and {self.token_classes} for the tokens" if self.token_classes is not None else ""
+        classes = f"{len(self.class_names):,} classes" if self.class_names else "no classes"
+        labels = (
+            " + ".join(recipe.data.label_folders) if self.supervision.stored else recipe.loss.teacher.name
+        )
+        source = f"labels of tokens by {labels}" if self.supervision.labels_tokens else "no labels of tokens"
+        return Summary(
+            network=recipe.model.name,
+            images=f"{self.counts}; {classes}{tokens}, {width_px} x {height_px} px",
+            targets=f"{rows} x {columns} tokens; {source}",
         )
 
     def evaluate(
@@ -230,7 +241,8 @@ class ClassifierTask(Task[Recipe]):
             world_size=ranks.world_size,
         )
         num_workers = recipe.data.num_workers if len(dataset) >= _MANY_IMAGES else 0
-        for batch in make_loader(dataset, sampler, num_workers=num_workers):
+        loader = make_loader(dataset, sampler, num_workers=num_workers)
+        for batch in read_ahead(dataset.source, sampler, loader):
             yield batch.to(self.device)
 
 
@@ -297,6 +309,11 @@ def _open(recipe: Recipe) -> ImageSource:
     source = open_aloud(data.train)
     if data.unlabelled is not None:
         source = JoinedImages(source, open_aloud(data.unlabelled, classes=False))
+    if files := getattr(source, "files", None):
+        remedy = "" if data.tar_window else "--data.tar-window 8 reads them a few at a time, or "
+        refuse_small_cache(
+            [*files.values()], at_once=data.tar_window and data.tar_window + 1 + NUM_AHEAD, remedy=remedy
+        )
     streamed = getattr(source, "streamed", None)
     return source if data.tar_window is None or streamed is None else streamed()
 

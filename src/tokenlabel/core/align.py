@@ -62,25 +62,26 @@ def align(
     num_planes, frames = score_maps.classes.shape[1] + 1, _with_region(views, score_maps.regions)
     pooled = score_maps.probs.new_empty(num_images, num_tokens, num_planes)  # [B, N, U + 1]
     weight = score_maps.probs.new_empty(num_images, num_tokens)
-    of_counts: dict[int, list[int]] = {}
-    # Images that need the same number of samples go together. With the number of the finest map for all of them, an
+    by_count: dict[int, list[int]] = {}
+    # Images that need the same number of samples are processed together. If all took the number of the finest map, an
     # image's targets would depend on the rest of its batch.
-    for number, shape in enumerate(score_maps.shapes):
-        of_counts.setdefault(samples or enough_samples(shape, grid), []).append(number)
-    for count, numbers in of_counts.items():
+    for index, shape in enumerate(score_maps.shapes):
+        by_count.setdefault(samples or enough_samples(shape, grid), []).append(index)
+    for count, indices in by_count.items():
         points, num_reads = _sample_points(grid, count, views.device), 4 * count**2 * num_tokens
-        # Cell index and share of each read exist twice: in the order in which they are computed, and by token.
+        # Memory of an image: map and pooled planes, and 4 numbers a read: cell index and share, before and after
+        # they are reordered by token.
         numbers_each = (height * width + num_tokens) * num_planes + 4 * num_reads
-        for block in blocks(len(numbers), numbers_each, pooled.device):
-            images = block if len(of_counts) == 1 else numbers[block]  # a slice copies nothing
+        for block in blocks(len(indices), numbers_each, pooled.device):
+            images = block if len(by_count) == 1 else indices[block]  # a slice copies nothing
             pooled[images], weight[images] = _pooled(score_maps.of_images(images), frames[images], points)
     return TokenTargets(score_maps.classes, excess=pooled[..., :-1], floor=pooled[..., -1], weight=weight)
 
 
 def enough_samples(shape: tuple[int, int], grid: tuple[int, int]) -> int:
-    """Return how many samples a token and axis touch every cell of a map (h, w) that is seen as a whole.
+    """Return how many samples, per token and axis, read every cell of a map (h, w) if the view shows all of it.
 
-    One of 2, 3, 4, 6, 8, 12, 16, ...: images of a few sizes then have a number in common, and go together.
+    Rounded up to one of 2, 3, 4, 6, 8, 12, 16, ..., so that images of different sizes often share one number.
     """
     needed = max(2, math.ceil(shape[0] / grid[0]), math.ceil(shape[1] / grid[1]))
     power = 1 << (needed - 1).bit_length()
@@ -94,7 +95,8 @@ def _pooled(
     num_images, num_tokens = len(frames), points.shape[2]
     cells, shares = _cells_of_tokens(score_maps, frames, points)
     says_something = (score_maps.probs > 0).any(dim=3) | score_maps.empty_is_even[:, None, None]  # [B, H, W]
-    # Multiplying by 1 changes no bit, and index_select of floats takes a sixth of the time of boolean indexing.
+    # Cells without a label count 0. Multiplying by 1 is exact, and index_select of floats takes a sixth of the time of
+    # boolean indexing.
     counts = says_something.float().flatten().index_select(0, cells.flatten()).view_as(shares)
     shares = shares * counts
     planes = _planes(score_maps).flatten(0, 2)  # [B * H * W, U + 1]
@@ -112,15 +114,16 @@ def _planes(score_maps: ScoreMapBatch) -> Float[Tensor, "B H W planes"]:
     excess = (score_maps.probs - floor[..., None]) * kept
     planes = floor.new_zeros(*floor.shape, score_maps.classes.shape[1] + 1)
     planes[..., -1] = floor
+    # Entries that are not kept add 0, wherever their code points.
     return planes.scatter_add_(3, score_maps.codes.long(), excess)
 
 
 def _cells_of_tokens(
     score_maps: ScoreMapBatch, frames: Float[Tensor, "B F 2 3"], points: Float[Tensor, "2 S N"]
 ) -> tuple[Int[Tensor, "tokens reads"], Float[Tensor, "tokens reads"]]:
-    """Return which map cells each of the B * N tokens reads, and how much of each.
+    """Return which map cells each of the B * N tokens reads, and their shares, the weights of the sum over them.
 
-    Every sample reads the four cells around it. Cells are counted through the whole batch, row by row.
+    Every sample reads the four cells around it, bilinearly. Cells are flat indices into [B, H, W].
     """
     height, width = score_maps.codes.shape[1:3]
     num_images, (num_samples, num_tokens) = len(frames), points.shape[1:]
@@ -156,8 +159,8 @@ def _sample_points(grid: tuple[int, int], samples: int, device: torch.device) ->
 def _with_region(
     views: Float[Tensor, "B F 2 3"], regions: Float[Tensor, "B 4"]
 ) -> Float[Tensor, "B frames 2 3"]:
-    """Return the frames of the views and, as the last, the way to fractions of the teacher's region."""
-    # As one more frame, the region needs no code of its own: what lies outside of it is not covered.
+    """Return the frames of the views and, as the last, the map to fractions of the teacher's region."""
+    # The region is one more frame: points outside of it are not covered, without further code.
     start, end = regions[:, :2], regions[:, 2:]
     in_region = views[:, -1].clone()  # [B, 2, 3]
     in_region[..., 2] -= start
@@ -173,10 +176,8 @@ def _sample_locations(
     """
     x, y = points
     by_x, by_y, origin = frames[..., None, None].unbind(dim=3)  # each [B, F, 2, 1, 1]
-    on_the_way = torch.addcmul(
-        torch.addcmul(origin, by_x, x), by_y, y
-    )  # [B, F, 2, S, N], fractions of frames
+    in_frames = torch.addcmul(torch.addcmul(origin, by_x, x), by_y, y)  # [B, F, 2, S, N], fractions
     sizes = score_maps.sizes[:, :, None, None]
-    locations = (on_the_way[:, -1] * sizes).sub_(0.5).clamp_min_(0)
-    covered = on_the_way.sub_(0.5).abs_().amax(dim=(1, 2)) <= 0.5 + EDGE_TOLERANCE
+    locations = (in_frames[:, -1] * sizes).sub_(0.5).clamp_min_(0)
+    covered = in_frames.sub_(0.5).abs_().amax(dim=(1, 2)) <= 0.5 + EDGE_TOLERANCE
     return locations.minimum(sizes - 1), covered

@@ -20,7 +20,7 @@ class ScoreMapBatch:
     """Score maps of a batch as tensors, padded to the largest map and palette of the batch.
 
     `classes`: palettes. `codes`, `probs`: as in ScoreMap; maps sit in the top left corner of the padded ones.
-    `sizes`: (W, H) of each map, `shapes` the same as (H, W) for the host, which waits for no device to know them.
+    `sizes`: (W, H) of each map. `shapes`: the same as (H, W) in Python ints, which take no device sync to read.
     `regions`: (left, top, right, bottom) of what the teacher saw. `empty_is_even`: see `ScoreMap`. `kind`: what `probs`
     are; padding is 0, or minus infinity among logits.
     """
@@ -47,7 +47,7 @@ class ScoreMapBatch:
         return self._each(Tensor.pin_memory)
 
     def are_known(self) -> Bool[Tensor, " B"]:
-        """Say which maps are about anything: those of unknown images lie beside them (`scores.unknown_map`)."""
+        """Return which images have a map of their own; `scores.unknown_map` of the others lies outside of the image."""
         return (self.regions[:, :2] < 1).all(dim=1)
 
     def of_images(self, images: slice | list[int]) -> ScoreMapBatch:
@@ -163,7 +163,7 @@ class Batch:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        """Send all but the images by value: a tensor in shared memory costs a worker and its reader 0.1 ms each."""
+        """Pickle all but the images as NumPy arrays: each tensor in shared memory costs 0.1 ms in both processes."""
         maps = self.score_maps
         names = [field.name for field in fields(maps)] if maps is not None else []
         return {
@@ -199,7 +199,7 @@ def normalize_images(
     """Return (pixels / 255 - mean) / std, channel by channel, on the images' device and laid out channels last.
 
     `mean` and `std` are for pixels in [0, 1]. Computed in float32 whatever the `dtype` of the result.
-    Raises ValueError for images that are not of whole pixels from 0 to 255 (uint8), and for numbers that are for such.
+    Raises ValueError for images that are not uint8, and for a mean or std of pixels in 0 to 255.
 
     >>> images = torch.full((1, 3, 2, 2), 255, dtype=torch.uint8)
     >>> tl.normalize_images(images, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)).unique()

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import torch
 
-# About so many numbers are held at once: on a CPU what its cache takes, elsewhere enough to keep a GPU busy.
+# Numbers held at once, about: what fits the cache of a CPU; elsewhere, enough to keep a GPU busy.
 BLOCK_SIZE = {"cpu": 1 << 20}
 BLOCK_SIZE_ELSEWHERE = 1 << 24
 

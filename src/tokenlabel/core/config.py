@@ -53,7 +53,7 @@ class MixConfig:
     mixup_share: float = 0.0
     """Share of the mixes that are Mixup in place of cutmix: .5 for DeiT's taking turns."""
     mixup_alpha: float = 0.8
-    """As alpha, for these."""
+    """Both parameters of the Beta distribution of Mixup."""
     per_sample: bool = False
     """Draw a mix for each image, with random partners; by default one for the batch, as published."""
     group_size: int | None = None
@@ -120,7 +120,7 @@ class ErasingConfig:
 
 
 class LogitsMode(Choice):
-    """What maps of logits mean; maps of probabilities don't ask.
+    """How logits of stored maps become probabilities; maps of probabilities ignore it.
 
     ZERO: each cell's softmax, classes that it did not keep counting as logit 0. KEPT: each cell's softmax
     over the classes that it kept. PUBLISHED: as in the published toolboxes, the softmax comes last, after

@@ -21,11 +21,9 @@ _MIN_ASPECT = 0.3  # least height / width of a box; the largest is its inverse
 def erase(
     images: Float[Tensor, "B c height width"], config: ErasingConfig, *, generator: torch.Generator
 ) -> tuple[Float[Tensor, "B c height width"], Bool[Tensor, "B height width"]]:
-    """Fill random boxes of normalised images with (normal) noise; return them, and which pixels are gone.
+    """Fill random boxes of normalised images; return new images, and which pixels were erased.
 
-    A pure function of its arguments.
-
-    `generator` is on the CPU; the noise itself is drawn on the images' device, from a seed that it gives.
+    `generator` is on the CPU; the noise is drawn on the images' device, seeded from it.
     """
     boxes = draw_boxes(len(images), (images.shape[2], images.shape[3]), config, generator)
     masks = box_masks(
@@ -47,7 +45,7 @@ def erased_share(gone: Bool[Tensor, "B height width"], grid: tuple[int, int]) ->
 def draw_boxes(
     num_images: int, img_size: tuple[int, int], config: ErasingConfig, generator: torch.Generator
 ) -> Int[Tensor, "boxes B 4"]:
-    """Return top, left, height and width of each box in pixels of images of (height, width); 0 high is none."""
+    """Return top, left, height and width of each box in pixels of images of (height, width); height 0 means no box."""
     height_px, width_px = img_size
     shape = (config.max_boxes, num_images, _NUM_ATTEMPTS)
     count = torch.randint(1, config.max_boxes + 1, (num_images,), generator=generator)
@@ -56,6 +54,7 @@ def draw_boxes(
     aspect = _uniform(shape, -extent, extent, generator).exp()
     heights, widths = (area * aspect).sqrt().round().long(), (area / aspect).sqrt().round().long()
     fits = (heights < height_px) & (widths < width_px)  # [boxes, B, attempts]
+    # Draw all attempts at once, then take the first that fits: argmax returns the first True.
     first = fits.long().argmax(dim=2, keepdim=True)
     height, width = heights.gather(2, first)[..., 0], widths.gather(2, first)[..., 0]  # [boxes, B]
     chosen = torch.rand(num_images, generator=generator) < config.probability

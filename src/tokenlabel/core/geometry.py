@@ -78,8 +78,7 @@ class Box:
 
 WHOLE_IMAGE = Box()
 
-# What makes the stored pixels of an EXIF orientation upright: rows and columns change places, then rows run the
-# other way, then columns do.
+# EXIF orientation -> what makes the stored pixels upright: (transpose, then flip the rows, then flip the columns).
 _TURNS = {
     1: (False, False, False),
     2: (False, False, True),
@@ -90,14 +89,14 @@ _TURNS = {
     7: (True, True, True),
     8: (True, True, False),
 }
-# From upright back to stored: all but the quarter turns undo themselves.
+# The orientation that turns upright pixels back into stored ones: the same one, but for the two quarter turns.
 OPPOSITE = {orientation: orientation for orientation in _TURNS} | {6: 8, 8: 6}
 
 
 def turned(values: NDArray[T], orientation: int) -> NDArray[T]:
-    """Return values [rows, columns, ...] that lie as a file stores its pixels so that they lie upright.
+    """Return values [rows, columns, ...] in upright orientation; `values` are in that of the file's stored pixels.
 
-    `orientation`: the file's EXIF tag, 1 to 8; that of `OPPOSITE` turns them back. A view: nothing is copied.
+    `orientation`: the file's EXIF tag, 1 to 8; `OPPOSITE[orientation]` turns them back. Nothing is copied.
     """
     swapped, rows, columns = _TURNS[orientation]
     values = values.swapaxes(0, 1) if swapped else values
@@ -105,7 +104,7 @@ def turned(values: NDArray[T], orientation: int) -> NDArray[T]:
 
 
 def turned_box(box: Box, orientation: int) -> Box:
-    """Return a part of stored pixels as a part of the upright image, as `turned` does it to values."""
+    """Return where a box on the stored pixels lies on the upright image; see `turned`."""
     swapped, rows, columns = _TURNS[orientation]
     left, top, right, bottom = box.left, box.top, box.right, box.bottom
     if swapped:
@@ -119,12 +118,12 @@ def turned_box(box: Box, orientation: int) -> Box:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class View:
-    """The way from a point of an augmented image back to a point of its source image.
+    """Maps points of an augmented image back to points of its source image.
 
-    `frames` [F, 2, 3], float64: affine maps that take a point of the augmented image to a point of each image
-    on the way; the last one is the source itself. Most views have one frame. A view has more where an image on
-    the way cut something off: a point is covered only if it lies inside all of them. (Rotating by 30 degrees
-    and back composes to the identity, and yet the corners are gone.)
+    `frames` [F, 2, 3], float64: affine maps from the augmented image to the source (the last one) and to the
+    intermediate images that a chain of warps went through. Most views have one frame. A view keeps an intermediate
+    frame only where that image cut something off: a point is covered if it lies inside all frames. (Rotating by 30
+    degrees and back composes to the identity, and yet the corners are lost.)
 
     Views chain in the order in which the image was changed: `View.crop(box).then(View.flip_horizontal())`.
 
@@ -146,8 +145,8 @@ class View:
         Frames that nothing can fall out of (those that contain the whole augmented image) are dropped, so that
         crops and flips never add one.
         """
-        on_the_way = [*later.frames, *(_compose(frame, later.matrix) for frame in self.frames[:-1])]
-        kept = [frame for frame in on_the_way if not _contains_unit_square(frame)]
+        frames = [*later.frames, *(_compose(frame, later.matrix) for frame in self.frames[:-1])]
+        kept = [frame for frame in frames if not _contains_unit_square(frame)]
         return View(np.stack([*kept, _compose(self.matrix, later.matrix)]))
 
     def to_source(self, points: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -156,14 +155,14 @@ class View:
 
     def covers(self, points: NDArray[np.float64]) -> NDArray[np.bool_]:
         """Say for each point [..., 2] of the augmented image whether it shows a part of the source."""
-        on_the_way = np.einsum("fij,...j->...fi", self.frames[:, :, :2], points) + self.frames[:, :, 2]
-        inside = (on_the_way >= -EDGE_TOLERANCE) & (on_the_way <= 1 + EDGE_TOLERANCE)  # [..., F, 2]
+        in_frames = np.einsum("fij,...j->...fi", self.frames[:, :, :2], points) + self.frames[:, :, 2]
+        inside = (in_frames >= -EDGE_TOLERANCE) & (in_frames <= 1 + EDGE_TOLERANCE)  # [..., F, 2]
         return np.asarray(inside.all(axis=(-2, -1)))
 
     def covered_pixels(self, size_px: Size) -> NDArray[np.bool_]:
-        """Say for each pixel's centre of the augmented image, of (height, width), what `covers` says of it.
+        """Return `covers` for all pixel centres of an augmented image of `size_px` (height, width): [height, width].
 
-        [height, width]; rows and columns are computed apart, which is tens of times as fast.
+        The terms of x and y are computed separately and broadcast, which is tens of times as fast.
         """
         size_px = pair(size_px, name="size_px")
         y, x = ((np.arange(side) + 0.5) / side for side in size_px)
@@ -222,7 +221,7 @@ class View:
 def stack_views(views: Sequence[View]) -> NDArray[np.float32]:
     """Return the frames [B, F, 2, 3] of a batch of views, the source last.
 
-    Views with fewer frames get identities in front: an augmented image covers itself.
+    Views with fewer frames are padded in front with identities, inside which every point of the augmented image lies.
 
     >>> tl.stack_views([tl.View.identity(), tl.View.flip_horizontal()]).shape
     (2, 1, 2, 3)

@@ -1,7 +1,6 @@
-"""Linear maps in float32 on the CPU by way of oneDNN.
+"""Linear layers in float32 on the CPU, computed by oneDNN.
 
-PyTorch hands them to MKL, which leaves AVX-512 alone on processors that are not Intel's: there oneDNN takes half the
-time for the same sums.
+PyTorch calls MKL, which does not use AVX-512 on processors other than Intel's: there oneDNN takes half the time.
 """
 
 from __future__ import annotations
@@ -59,7 +58,7 @@ def _(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
     return left.new_empty(left.shape[0], right.shape[0])
 
 
-def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
+def _save_inputs(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
     left, right, _ = inputs
     ctx.save_for_backward(left, right)
 
@@ -75,4 +74,4 @@ def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None
     )
 
 
-product.register_autograd(_gradients, setup_context=_keep)
+product.register_autograd(_gradients, setup_context=_save_inputs)

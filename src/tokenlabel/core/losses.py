@@ -43,7 +43,7 @@ def token_label_loss(
     `token_targets`: one for each output token (None: no token labels, the token part is 0). A model without class head
     (logits [B, 0]) has a class part of 0. Tokens of weight 0 carry no
     loss but count in the mean, so that the mean over two ranks is the mean over both batches.
-    Raises ValueError for what is neither, and for targets of other images or tokens.
+    Raises ValueError for class targets of another type, and for targets that do not fit the outputs' images and tokens.
     Source: Jiang et al., "All Tokens Matter", NeurIPS 2021, equation 4.
 
     >>> outputs = tl.Outputs(torch.zeros(2, 4), torch.zeros(2, 9, 8), torch.nn.Linear(8, 4), grid=(3, 3))
@@ -113,8 +113,7 @@ def linear_cross_entropy(
 
     The same number and the same gradients (of tokens, weight and bias) as `sparse_cross_entropy(head(tokens),
     targets).mean()`, but logits and their gradient exist for one block of images at a time, under autocast in its
-    dtype. The gradients are made together with the loss; backward() only scales them. Of convolutions 1 x 1 ones alone
-    are linear maps of tokens.
+    dtype. The gradients are computed together with the loss; backward() only scales them. A convolution must be 1 x 1.
     """
     _check_same_tokens(tokens, targets)
     loss = _LinearCrossEntropy.apply(
@@ -193,12 +192,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_tokens = torch.empty_like(tokens, dtype=narrow)
         grad_weight, grad_bias = torch.zeros_like(head_weight), head_weight.new_zeros(num_classes)
         slices, buffer = _blocks(tokens, num_classes, exact)
-        ease = _ease(narrow, tokens_a_block=slices[0].stop * tokens.shape[1])
+        gradient_scale = _float16_scale(narrow, tokens_a_block=slices[0].stop * tokens.shape[1])
         for images in slices:
             block, part = tokens[images].to(narrow), tuple(t[images] for t in targets)
             room = buffer[: len(block)]
             loss += _loss_with_gradient(
-                linear(block, matrix, bias), part, room, ease=ease if with_gradients else None
+                linear(block, matrix, bias),
+                part,
+                room,
+                gradient_scale=gradient_scale if with_gradients else None,
             )
             if with_gradients:
                 grad_bias += room.sum(dim=(0, 1))
@@ -210,7 +212,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     )
         ctx.save_for_backward(grad_tokens, grad_weight, None if head_bias is None else grad_bias)
         num_tokens = tokens.shape[0] * tokens.shape[1]
-        ctx.divisor = ease * num_tokens
+        ctx.divisor = gradient_scale * num_tokens
         return loss / num_tokens
 
     @staticmethod
@@ -219,7 +221,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx: Any, grad_loss: Tensor
     ) -> tuple[Tensor | None, ...]:
         grad_tokens, grad_weight, grad_bias = ctx.saved_tensors
-        scale = (grad_loss / ctx.divisor).view(1)  # one axis, so that half precision gradients are widened
+        # Shape [1], not []: multiplied by a scalar tensor, float16 gradients would stay in float16.
+        scale = (grad_loss / ctx.divisor).view(1)
         return (
             grad_tokens * scale,
             grad_weight * scale,
@@ -230,15 +233,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _loss_with_gradient(
-    logits: Tensor, targets: tuple[Tensor, ...], room: Tensor, *, ease: float | None
+    logits: Tensor, targets: tuple[Tensor, ...], room: Tensor, *, gradient_scale: float | None
 ) -> Tensor:
-    """Return the sum of the loss over a block, and leave its gradient times `ease` in `room` [b, N, C]."""
+    """Return the sum of the loss over a block, and leave its gradient times `gradient_scale` in `room` [b, N, C]."""
     classes, excess, floor, weight = targets
     logits = logits.to(room.dtype)
     loss = _cross_entropy(torch.log_softmax(logits, dim=2, out=room), classes, excess, floor).sum()
-    if ease is not None:
-        probs = torch.softmax(logits, dim=2, out=room)  # cheaper than exp
-        _to_gradient(probs, classes, ease * excess, ease * floor, ease * weight)
+    if gradient_scale is not None:
+        probs = torch.softmax(logits, dim=2, out=room)  # cheaper than exp of the log-softmax
+        _to_gradient(probs, classes, gradient_scale * excess, gradient_scale * floor, gradient_scale * weight)
     return loss
 
 
@@ -264,10 +267,11 @@ def _blocks(rows: Tensor, num_classes: int, dtype: torch.dtype) -> tuple[list[sl
     return slices, rows.new_empty(slices[0].stop, num_tokens, num_classes, dtype=dtype)
 
 
-def _ease(dtype: torch.dtype, *, tokens_a_block: int) -> float:
-    """Return what to multiply a block's gradient by, so that its sum over tokens stays below float16's 65,504.
+def _float16_scale(dtype: torch.dtype, *, tokens_a_block: int) -> float:
+    """Return a factor for a block's gradient that keeps its sum over tokens below float16's maximum, 65,504.
 
-    A loss scaler could not help: it scales what is made of the gradients only later.
+    GradScaler cannot prevent this overflow: these gradients are computed in the forward pass, before the loss
+    is scaled.
     """
     return min(1.0, 1024 / tokens_a_block) if dtype is torch.float16 else 1.0
 

@@ -1,8 +1,8 @@
-"""Mixing two images: MixToken on the token grid, CutMix on pixels, Mixup by one number.
+"""Mixing pairs of images: MixToken on the token grid, CutMix on pixels, Mixup by one number for the whole image.
 
-The plan is drawn outside of the model. Inputs (mixed by the model for MixToken with an overlapping patch embedding, by
-`mix_images` otherwise) and targets follow the same plan by location: a token's target takes as much of the partner's
-as its cell shows of the partner.
+A plan is drawn first; then the model mixes its inputs and `mix_targets` the targets by the same plan. The model mixes
+patch embeddings (MixToken with a stem whose patches overlap) or pixels (`mix_images`). A token's target takes the
+partner's in the proportion in which its cell shows the partner.
 """
 
 from __future__ import annotations
@@ -73,9 +73,9 @@ def sample_mix(
     """Draw a plan for a batch; None for `Mixing.NONE`.
 
     `mixing`: none, mixtoken, cutmix or mixup. `grid` (h, w) counts tokens, `img_size` (height, width) pixels.
-    lambda ~ Beta(alpha, alpha) is the share that an image keeps; the box that it loses has its aspect, any centre, and
-    is cut at the edges. As published, one draw serves the whole batch and its reverse is the partner; `per_sample`
-    draws both anew for each image. `generator`: PyTorch's own by default.
+    lambda ~ Beta(alpha, alpha) is the share that an image keeps. The box that it loses has the image's aspect ratio and
+    a uniformly random centre, and is clipped at the edges. As published, all images share one draw, and the partners
+    are the batch in reverse order; `per_sample` draws both for each image. `generator`: PyTorch's default if None.
 
     >>> generator = torch.Generator().manual_seed(0)
     >>> tl.sample_mix("mixtoken", 4, grid=14, img_size=224, generator=generator).mask.shape

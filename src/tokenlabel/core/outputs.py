@@ -105,15 +105,15 @@ class TokenModel(nn.Module, ABC):
         counts in timm's (blocks of a ViT, stages of a CNN, whose maps differ in size and width). The class token and
         other prefix tokens are left out, the last norm is not applied. Images of other sizes than the model's own are
         taken wherever `forward` takes them, position embeddings resized bicubically.
-        Raises ValueError for layers that there are not.
+        Raises ValueError for layers that the network does not have.
         """
 
     def fsdp_blocks(self) -> list[nn.Module]:
         """Return the blocks that the network repeats, in order, none inside another: what sharded training wraps.
 
-        They are found by structure: the smallest parts of a list or sequence of modules that have more than one
-        layer with parameters inside. Stem, norms between stages and heads belong to none; a network without
-        such lists gives an empty one.
+        They are found by structure: the smallest members of a ModuleList or Sequential that hold more than one layer
+        with parameters. Stem, norms between stages and heads are not among them; a network without such lists
+        returns an empty one.
         """
         return _fsdp_blocks(self)
 

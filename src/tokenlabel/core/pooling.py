@@ -1,4 +1,4 @@
-"""One label an image: a teacher's map averaged over what is seen of it, and what may be done with such labels."""
+"""Soft labels of whole images: a score map averaged over the part that a view shows, and functions of such labels."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def image_labels(
     *,
     map_mode: LogitsMode | str = LogitsMode.ZERO,
 ) -> tuple[Float[Tensor, "B C"], Bool[Tensor, " B"]]:
-    """Return one soft label an image: the mean of its map over what the view shows of the teacher's region.
+    """Return one soft label an image: the mean of its map over the part of the teacher's region that the view shows.
 
-    And of which images it shows any; of the others the label is the ground truth. Source: Yun et al., "Re-labeling
-    ImageNet", CVPR 2021.
+    Also return which images show any of it; the label of the others is the ground truth.
+    Source: Yun et al., "Re-labeling ImageNet", CVPR 2021.
     """
     pooled = align(score_maps, views, (1, 1), logits=map_mode)
     labels = pooled.dense(score_maps.num_classes)[:, 0] / pooled.weight.clamp_min(1e-12)
@@ -40,7 +40,7 @@ def softened(probs: Float[Tensor, "B C"], temperature: float) -> Float[Tensor, "
 
 
 def most_probable(probs: Float[Tensor, "B C"]) -> Float[Tensor, "B C"]:
-    """Return the certainty of each row's most probable class."""
+    """Return one-hot rows of each row's most probable class."""
     return one_hot(probs.argmax(dim=1), probs)
 
 

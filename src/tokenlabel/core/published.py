@@ -1,6 +1,6 @@
-"""The label files of 2021 hold logits: what the published toolboxes make of them, and what is made of them here.
+"""Maps of logits, as in the label files published in 2021, turned into targets: our way, or as the published code does.
 
-`align` comes here for maps of logits; nothing else computes with them.
+`align` calls these functions; nothing else computes with logits of maps.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def probabilities_of_cells(score_maps: ScoreMapBatch, mode: LogitsMode) -> Score
 def align_as_published(
     score_maps: ScoreMapBatch, views: Float[Tensor, "B F 2 3"], grid: tuple[int, int]
 ) -> TokenTargets:
-    """Return what the published toolboxes make of logits, x and y in the right order, in the form of our targets.
+    """Return the targets that the published toolboxes compute from maps of logits, but with x and y in the right order.
 
     They spread the kept logits into maps of zeros over all classes, crop these by `roi_align` (ceil(cells /
     tokens) samples a token and axis) and apply softmax to each token. A class that no cell kept stays at
@@ -59,7 +59,9 @@ def align_as_published(
     pooled, weight = planes[..., :-1], planes[..., -1]
 
     largest = pooled.amax(dim=2, keepdim=True).clamp_min(0)
-    unnamed = (-largest).exp()  # of a class at logit 0, before the division by Z
+    # exp of each logit minus the largest, not yet divided by Z: of a class at logit 0, and what each of the palette has
+    # beyond that.
+    unnamed = (-largest).exp()
     above = (pooled - largest).exp() - unnamed
     per_unit = weight[..., None] / (score_maps.num_classes * unnamed + above.sum(dim=2, keepdim=True))
     return TokenTargets(score_maps.classes, above * per_unit, (unnamed * per_unit)[..., 0], weight)
@@ -76,7 +78,7 @@ def _roi_align(
     `first`, `last`: corners (x, y) of the boxes, in fractions of the maps.
     """
     num_images, height, width = score_maps.codes.shape[:3]
-    logits = score_maps.probs.nan_to_num(neginf=0.0)
+    logits = score_maps.probs.nan_to_num(neginf=0.0)  # padding is minus infinity; here it must add 0
     planes = logits.new_zeros(num_images, height, width, score_maps.classes.shape[1])
     planes = planes.scatter_add_(3, score_maps.codes.long(), logits).permute(0, 3, 1, 2)
     boxes = torch.cat([first * score_maps.sizes - 0.5, last * score_maps.sizes - 0.5], dim=1)

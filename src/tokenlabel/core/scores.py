@@ -1,7 +1,7 @@
 """Score maps: what a teacher says about every location of one image. NumPy only.
 
-A score map keeps the K most probable classes of each cell. What is missing to 1 (the *rest*) is spread evenly
-over the classes that the cell did not keep, so a map of any K is a proper distribution over all C classes.
+A score map keeps the K most probable classes of each cell. The *rest*, 1 minus the sum of their probabilities, is
+spread evenly over the classes that the cell did not keep, so a map of any K is a distribution over all C classes.
 """
 
 from __future__ import annotations
@@ -99,9 +99,9 @@ class ScoreMap:
 
 
 def turned_map(score_map: ScoreMap, orientation: int) -> ScoreMap:
-    """Return the map of an upright image from that of its pixels as the file stores them: exact.
+    """Return a score map of a file's stored pixels as that of the upright image, exactly.
 
-    `orientation`: the file's EXIF tag, 1 to 8; that of `geometry.OPPOSITE` leads back.
+    `orientation`: the file's EXIF tag, 1 to 8; `geometry.OPPOSITE[orientation]` turns the map back.
     """
     if orientation == 1:
         return score_map
@@ -223,7 +223,7 @@ def _check_finite(scores: NDArray[np.floating[Any]], *, name: str) -> None:
 def _checked_probabilities(
     class_ids: NDArray[np.integer[Any]], probs: NDArray[np.floating[Any]], *, num_classes: int, name: str
 ) -> NDArray[np.float32]:
-    """Return the probabilities with sums that rounding moved scaled back; refuse anything further off."""
+    """Return the probabilities, rescaled in cells whose sum is off by rounding; raise ValueError for larger errors."""
     sums = probs.sum(axis=2, dtype=np.float64)
     if probs.min() < 0 or sums.max() > 1 + SUM_TOLERANCE:
         raise ValueError(
@@ -231,8 +231,9 @@ def _checked_probabilities(
             f"got a smallest of {probs.min():.3g} and a largest sum of {sums.max():.3g}"
         )
     kept = probs > 0
+    # Entries that are not kept get distinct negative ids here, so that none of them looks like a repeated class.
     in_order = np.sort(np.where(kept, class_ids, -1 - np.arange(class_ids.shape[2])), axis=2)
     if (np.diff(in_order, axis=2) == 0).any():
         raise ValueError(f"{name}: a cell names the same class twice")
-    complete = kept.sum(axis=2) == num_classes  # nobody is left to take a rest
+    complete = kept.sum(axis=2) == num_classes  # no other class can take the rest: the sum must be 1
     return (probs / np.where(complete, sums, np.maximum(sums, 1))[..., None]).astype(np.float32)

@@ -1,14 +1,14 @@
 """One training step, from a batch to its losses, in the order in which it runs.
 
-    1  normalise            pixels as the model takes them                          core/batch.py
-    2  erase_and_draw       boxes of noise; which image is mixed with which         core/erase.py, mix.py
+    1  normalize_images     uint8 pixels -> normalised floats                       core/batch.py
+    2  erase_and_draw       random erasing; the plan by which images are mixed      core/erase.py, mix.py
     3  make_targets         labels aligned to tokens; smoothed, mixed               core/align.py, targets.py
     4  model(images, mix)   class logits, tokens and the head that reads them       core/outputs.py, models/
     5  student_loss         H(class) + beta * mean over tokens of H(token)          core/losses.py
 
-`TrainStep.forward` is these five lines. The engine (training/engine.py) calls it for each part of a batch, adds up
-gradients over parts and processes, and lets the optimizer move. A step is a function of the weights, the recipe and its
-number: everything random is seeded by (seed, step, index in the batch).
+`TrainStep.forward` calls these five. The engine (training/engine.py) calls it for each micro-batch (`Part`), averages
+gradients over micro-batches and processes, and takes the optimizer step. A step is a function of the weights, the
+recipe and its number: everything random is seeded by (seed, step, index in the batch).
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ from tokenlabel.runtime.runlog import Stopwatch
 
 
 class TrainStep(nn.Module):
-    """The losses of one part of a batch; a module, since processes and compilers wrap what is called once a step.
+    """Computes the loss of one micro-batch. An `nn.Module`, so that DistributedDataParallel can wrap it.
 
-    `erase`, `mix`: how images are erased and mixed. `supervision`: who labels what. `autocast`: the context of the
-    forward pass.
+    `erase`, `mix`: how images are erased and mixed. `supervision`: where the labels come from. `autocast`: the context
+    of the forward pass.
     """
 
     def __init__(
@@ -65,30 +65,32 @@ class TrainStep(nn.Module):
             model.freeze_token_head()
 
     def forward(self, batch: Batch, part: Part, watch: Stopwatch) -> dict[str, Tensor]:
-        """Return the loss, a mean over the images of the batch, and its class and token parts, all of shape []."""
+        """Return the loss, averaged over the micro-batch, and its class and token parts, all of shape []."""
         model, supervision = self.model, self.supervision
         images = normalize_images(batch.images, mean=model.mean, std=model.std)  # [B, 3, height, width]
         grid = model.grid_for((images.shape[2], images.shape[3]))
         with watch.part("targets"):
+            # `gone`: the erased pixels, if tokens lose weight by them. `mix`: only the plan, the model applies it.
             images, gone, mix = erase_and_draw(images, grid, part, erase_by=self.erase, mix_by=self.mix)
             targets = make_targets(batch, supervision, grid, mix=mix, gone=gone)
         with self.autocast:
-            outputs = model(images, mix)  # mixes pixels, or (MixToken) the embeddings of patches
+            outputs = model(images, mix)  # mixes by the plan: pixels, or patch embeddings (MixToken)
             loss = student_loss(outputs, targets, supervision)
         return {"loss": loss.total, "class_loss": loss.class_part, "token_loss": loss.token_part}
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """The images that a process takes through the model at once: those from index `start` on of a step's batch."""
+    """One micro-batch of a step; `start` is the index of its first image in the batch of all processes."""
 
     seed: int
     step: int
     start: int
 
     def random_seed(self, index: int = 0) -> int:
-        """Return the seed of everything random about the images from the given index within the part on."""
+        """Return the random seed of a group of images, whose first one has the given index in the micro-batch."""
         entropy = np.random.SeedSequence([self.seed, self.step, self.start + index])
+        # 63 bits: the seed is not negative as a signed integer either.
         return int(entropy.generate_state(1, np.uint64)[0] >> 1)
 
     def generator(self, index: int = 0) -> torch.Generator:
@@ -104,31 +106,33 @@ def erase_and_draw(
     erase_by: ErasingConfig,
     mix_by: MixConfig,
 ) -> tuple[Float[Tensor, "B 3 height width"], Bool[Tensor, "B height width"] | None, MixPlan | None]:
-    """Return normalised images after erasing, and how they are to be mixed.
+    """Erase boxes of normalised images and draw a mixing plan; return the images, the erased pixels and the plan.
 
-    Between them: which pixels are gone, where tokens are to lose weight by it (`ignore_erased`), else None.
-    Each group of `mix_by.group_size` images draws for itself, from a seed of its index in the batch: so nothing depends
-    on how a batch is divided among parts and processes. Raises ConfigError for a part that is not made of groups.
+    The erased pixels are None unless `erase_by.ignore_erased`: then they lower the weight of their tokens. The plan is
+    None where nothing is mixed. Each group of `mix_by.group_size` images has random numbers of its own, seeded by its
+    index in the batch, so the result does not depend on how a batch is divided among micro-batches and processes.
+    Raises ConfigError for a micro-batch that does not divide into groups.
     """
-    size = mix_by.group_size or len(images)
-    if len(images) % size:
+    group_size = mix_by.group_size or len(images)
+    if len(images) % group_size:
         raise ConfigError(
-            f"mix.group_size {size} does not divide the {len(images)} images that go through the model at once"
+            f"mix.group_size {group_size} does not divide the {len(images)} images that go through the model at once"
         )
-    kept, gone, plans = [], [], []
-    for index in range(0, len(images), size):
+    img_size = (images.shape[2], images.shape[3])
+    groups, masks, plans = [], [], []
+    for index in range(0, len(images), group_size):
         generator = part.generator(index)
-        group = images[index : index + size]
+        group = images[index : index + group_size]
         if erase_by.probability > 0:
             group, mask = erase(group, erase_by, generator=generator)
-            gone.append(mask)
-        kept.append(group)
-        plans.append(draw_mix(mix_by, size, grid, (images.shape[2], images.shape[3]), generator=generator))
-    plan = join_plans(plans, size)
-    if gone:
-        images = kept[0] if len(kept) == 1 else torch.cat(kept)
-    counted = torch.cat(gone) if gone and erase_by.ignore_erased else None
-    return images, counted, plan and plan.to(images.device)
+            masks.append(mask)
+        groups.append(group)
+        plans.append(draw_mix(mix_by, group_size, grid, img_size, generator=generator))
+    plan = join_plans(plans, group_size)
+    if masks:
+        images = groups[0] if len(groups) == 1 else torch.cat(groups)
+    gone = torch.cat(masks) if masks and erase_by.ignore_erased else None
+    return images, gone, plan and plan.to(images.device)
 
 
 def draw_mix(
@@ -158,23 +162,23 @@ def draw_mix(
 
 @runtime_checkable
 class OnlineTeacher(Protocol):
-    """Says of augmented images what they show, as distributions over the classes of the data set, or 0 for all."""
+    """Predicts distributions over the data set's classes for augmented images; all 0 where it has no prediction."""
 
     def probabilities(
         self, images: UInt8[Tensor, "B 3 height width"]
     ) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B h w C"]]:
-        """Return those of whole images and of every location of them, in float32 and without gradients."""
+        """Return one distribution per image and one per location, in float32 and without gradients."""
         ...
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Supervision:
-    """Who labels the class token and the tokens, and how much each counts.
+    """Where the labels of class token and tokens come from, and how the loss weights them.
 
-    `stored`: batches come with score maps of a store. `teacher`: the teacher in the step, which is shown images before
-    they are erased and mixed. What is unknown has weight 0 and counts in the means all the same, so that the mean
-    over two processes is that over one, and an image weighs as much whether others have a class, or a map, or not.
-    Raises ConfigError where targets are asked of a teacher that is not there, and where one would have nothing to say.
+    `stored`: batches have score maps from a label store. `teacher`: an online teacher; its input is the augmented
+    images before they are erased and mixed. An image without a class or a map has targets of weight 0, but counts in
+    the means: so two processes have the loss of one, and the weight of an image does not depend on the others' labels.
+    Raises ConfigError for a loss that needs a teacher where there is none, and for a teacher that labels nothing.
     """
 
     loss: LossConfig
@@ -182,13 +186,13 @@ class Supervision:
     teacher: OnlineTeacher | None = None
 
     def __post_init__(self) -> None:
-        loss, asks_of_image = self.loss, self.loss.class_target is not ClassTarget.TRUTH
-        if asks_of_image and not self.stored and self.teacher is None:
+        loss, needs_image_label = self.loss, self.loss.class_target is not ClassTarget.TRUTH
+        if needs_image_label and not self.stored and self.teacher is None:
             raise ConfigError(
                 f"loss.class_target {loss.class_target} needs a teacher, and there is none; "
                 "give data.labels (with loss.beta above 0) or loss.teacher.name"
             )
-        if self.teacher is not None and (self.stored or loss.beta == 0) and not asks_of_image:
+        if self.teacher is not None and (self.stored or loss.beta == 0) and not needs_image_label:
             raise ConfigError(
                 "loss.teacher would have nothing to say: tokens are labelled by the store or not at all; "
                 "leave data.labels out, or let it label the class token by loss.class_target teacher"
@@ -206,10 +210,11 @@ class Supervision:
 
 @dataclass(frozen=True, eq=False)
 class Targets:
-    """What a step is trained towards.
+    """The training targets of a micro-batch.
 
-    `class_token`, `softened`: one token an image; `softened` is for the class logits divided by the temperature.
-    `tokens`: one for each output token, None without token labels.
+    `class_token`: of the class logits, one token an image. `tokens`: one for each output token, None without token
+    labels. `softened`: the teacher's for the class logits divided by the temperature; None at temperature 1, where
+    `class_token` includes it, and without a teacher of the class token.
     """
 
     class_token: TokenTargets
@@ -231,7 +236,7 @@ def make_targets(
     about different classes; each part is smoothed over its own. Images without classes have class targets of weight 0.
     """
     loss = supervision.loss
-    maps, views, of_image, known = _ask(batch, supervision)
+    maps, views, teacher_probs, teacher_weight = _teacher_labels(batch, supervision)
     tokens = None
     if supervision.labels_tokens:
         assert maps is not None
@@ -243,28 +248,28 @@ def make_targets(
         tokens = mix_targets(tokens.smoothed(loss.label_smoothing, maps.num_classes), mix, grid)
     class_token = class_targets(batch.class_ids).scaled(batch.has_class[:, None].to(torch.float32))
     soft = None
-    if of_image is not None:  # the class token learns from a teacher, alone or beside the truth
-        probs = most_probable(of_image) if loss.hard else softened(of_image, loss.temperature)
-        of_teacher = every_class(probs).scaled(known[:, None])
+    if teacher_probs is not None:  # the class token learns from a teacher, alone or beside the ground truth
+        probs = most_probable(teacher_probs) if loss.hard else softened(teacher_probs, loss.temperature)
+        from_teacher = every_class(probs).scaled(teacher_weight[:, None])
         share = 1.0 if loss.class_target is ClassTarget.TEACHER else loss.teacher_share
         shares = torch.full_like(class_token.weight, share)
         if loss.temperature == 1:
-            class_token = class_token.blended(of_teacher, shares)
-        else:
-            class_token, soft = class_token.scaled(1 - shares), of_teacher.scaled(shares)
+            class_token = class_token.blended(from_teacher, shares)
+        else:  # two cross-entropies, of different logits: one target cannot hold both
+            class_token, soft = class_token.scaled(1 - shares), from_teacher.scaled(shares)
     class_token, soft = (
-        part and mix_targets(part.smoothed(loss.label_smoothing, max(1, batch.num_classes)), mix, (1, 1))
-        for part in (class_token, soft)
+        target and mix_targets(target.smoothed(loss.label_smoothing, max(1, batch.num_classes)), mix, (1, 1))
+        for target in (class_token, soft)
     )
     assert class_token is not None
     return Targets(class_token, tokens, soft)
 
 
 def student_loss(outputs: Outputs, targets: Targets, supervision: Supervision) -> TokenLabelLoss:
-    """Return H(class token) + beta * mean over tokens of H(token), and the distillation at a temperature.
+    """Return H(class token) + beta * mean over tokens of H(token), H the cross-entropy; with a temperature, distil too.
 
-    That is temperature**2 * H(softened target, softmax(class logits / temperature)), part of the class
-    part: the divergence of Hinton et al. 2015 up to a constant.
+    The distillation loss is temperature**2 * H(softened target, softmax(class logits / temperature)): the KL divergence
+    of Hinton et al. 2015 up to a constant. It is added to the class part.
     """
     loss = token_label_loss(outputs, targets.class_token, targets.tokens, beta=supervision.loss.beta)
     if targets.softened is None:
@@ -275,7 +280,7 @@ def student_loss(outputs: Outputs, targets: Targets, supervision: Supervision) -
     return replace(loss, total=loss.total + soft, class_part=loss.class_part + soft.detach())
 
 
-def _ask(
+def _teacher_labels(
     batch: Batch, supervision: Supervision
 ) -> tuple[
     ScoreMapBatch | None,
@@ -283,32 +288,34 @@ def _ask(
     Float[Tensor, "B C"] | None,
     Float[Tensor, " B"],
 ]:
-    """Return the maps that label the tokens, their views, and the teacher's label of each image with its weight.
+    """Return score maps for the tokens with their views, and the teacher's label of each whole image with its weight.
 
-    The store labels the tokens where there is one; the teacher in the step is asked first for the image. An image of
-    which a teacher says nothing keeps its ground truth, one without a map in the store has weight 0.
+    Tokens are labelled by the store if there is one, whole images by the online teacher if there is one. An image for
+    which the teacher predicts nothing gets its ground truth instead; one without a map in the store has weight 0.
     """
-    loss, maps, views, of_image = supervision.loss, batch.score_maps, batch.views, None
-    known = batch.class_ids.new_ones(len(batch.class_ids), dtype=torch.float32)
+    loss, maps, views, teacher_probs = supervision.loss, batch.score_maps, batch.views, None
+    weight = batch.class_ids.new_ones(len(batch.class_ids), dtype=torch.float32)
     if supervision.teacher is not None:
-        of_images, of_locations = supervision.teacher.probabilities(batch.images)
-        is_labelled = of_images.amax(dim=1, keepdim=True) > 0
-        of_image = torch.where(is_labelled, of_images, one_hot(batch.class_ids, of_images))
-        known = (is_labelled[:, 0] | batch.has_class).to(known.dtype)
+        image_probs, location_probs = supervision.teacher.probabilities(batch.images)
+        is_labelled = image_probs.amax(dim=1, keepdim=True) > 0
+        teacher_probs = torch.where(is_labelled, image_probs, one_hot(batch.class_ids, image_probs))
+        weight = (is_labelled[:, 0] | batch.has_class).to(weight.dtype)
         if supervision.labels_tokens and not supervision.stored:
-            maps = top_score_maps(of_locations, loss.teacher.topk)
-            views = whole_views(len(of_locations), of_locations.device)
+            maps = top_score_maps(location_probs, loss.teacher.topk)
+            # The teacher saw the augmented images themselves, so its maps need no crop.
+            views = whole_views(len(location_probs), location_probs.device)
     elif loss.class_target is not ClassTarget.TRUTH and maps is not None:
-        seen = views if loss.extent is Extent.CROP else whole_views(len(views), views.device)
-        of_image, is_labelled = image_labels(maps, seen, batch.class_ids, map_mode=loss.map_mode)
-        known = ((is_labelled | batch.has_class) & maps.are_known()).to(known.dtype)
-    return maps, views, of_image if loss.class_target is not ClassTarget.TRUTH else None, known
+        image_views = views if loss.extent is Extent.CROP else whole_views(len(views), views.device)
+        teacher_probs, is_labelled = image_labels(maps, image_views, batch.class_ids, map_mode=loss.map_mode)
+        weight = ((is_labelled | batch.has_class) & maps.are_known()).to(weight.dtype)
+    return maps, views, teacher_probs if loss.class_target is not ClassTarget.TRUTH else None, weight
 
 
 def top_score_maps(probs: Float[Tensor, "B h w C"], topk: int) -> ScoreMapBatch:
-    """Return maps that keep the `topk` classes of each image which are most probable on average over its locations.
+    """Return score maps that keep, for each image, the `topk` classes with the highest mean probability.
 
-    `probs`: a distribution at each location. Every location keeps the same classes; the others share its rest.
+    `probs`: a distribution at each location. All locations of an image keep the same classes; the probability that is
+    left at a location is spread evenly over the other classes.
     """
     num_images, height, width, num_classes = probs.shape
     classes = probs.mean(dim=(1, 2)).topk(min(topk, num_classes), dim=1).indices  # [B, U]
@@ -326,5 +333,6 @@ def top_score_maps(probs: Float[Tensor, "B h w C"], topk: int) -> ScoreMapBatch:
 
 
 def are_confident(targets: TokenTargets, threshold: float) -> Bool[Tensor, "B N"]:
-    """Say of which tokens the largest probability of a class, in their covered part, is at least `threshold`."""
+    """Return a mask of the tokens whose most probable class has a probability of at least `threshold`."""
+    # Floor and excess are multiplied by the weight: comparing with threshold * weight needs no division by it.
     return targets.floor + targets.excess.amax(dim=2).clamp_min(0) >= threshold * targets.weight

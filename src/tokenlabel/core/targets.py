@@ -1,12 +1,14 @@
-"""What tokens are trained to say: soft labels over all classes, stored sparsely.
+"""Soft labels of tokens over all classes, stored sparsely.
 
 The probability of class c at token n is
 
     target[n, c] = floor[n] + sum over u with classes[u] == c of excess[n, u]
 
-so a target takes U numbers a token, not C. Everything that training does to targets (interpolation,
-coverage, label smoothing, mixing) is linear in (excess, floor, weight). Excess and floor are stored multiplied by the
-weight, so that a weight of 0 needs no case of its own. The class target has the same form, with one token.
+The floor is the probability of each class outside of the image's palette; the excess is how far a class of the palette
+is above it (or below). So a target takes U numbers a token, not C. Everything that training does to targets
+(interpolation, coverage, label smoothing, mixing) is linear in (excess, floor, weight). Excess and floor are stored
+multiplied by the weight, so that a weight of 0 needs no special case. The class target has the same form, with one
+token.
 """
 
 from __future__ import annotations
@@ -90,7 +92,7 @@ class TokenTargets:
         )
 
     def dense(self, num_classes: int) -> Float[Tensor, "B N C"]:
-        """Return the targets (times weight) of all classes. In training for one token an image at the most."""
+        """Return the targets (times weight) of all classes. Training needs this for one token an image at most."""
         full = self.floor[..., None].repeat(1, 1, num_classes)  # [B, N, C]
         return full.scatter_add(2, self.classes[:, None, :].expand_as(self.excess), self.excess)
 

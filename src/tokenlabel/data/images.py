@@ -32,6 +32,7 @@ from tokenlabel.data.folders import (
 from tokenlabel.runtime.coercion import Choice
 from tokenlabel.runtime.errors import ImageError
 from tokenlabel.runtime.process import listed, say
+from tokenlabel.runtime.remote import RemoteFile
 
 try:
     import simplejpeg
@@ -266,6 +267,11 @@ class ImageSubset:
         return None if groups is None else groups[self._indices]
 
     @property
+    def files(self) -> Mapping[int, RemoteFile] | None:
+        """The file behind a URL of each group, if they are there."""
+        return getattr(self._source, "files", None)
+
+    @property
     def passed_over(self) -> Mapping[str, int]:
         """How many files the other source passed over, by kind, and how many of its images are not among these."""
         left_out = len(self._source) - len(self._indices)
@@ -356,6 +362,18 @@ class JoinedImages:
             found.append(groups + first)
             first += int(groups.max()) + 1
         return np.concatenate(found)
+
+    @property
+    def files(self) -> Mapping[int, RemoteFile]:
+        """The file behind a URL of each group that is one."""
+        found, first = dict[int, RemoteFile](), 0
+        for source in self._sources:
+            if (groups := getattr(source, "groups", None)) is None:
+                return {}
+            files: Mapping[int, RemoteFile] = getattr(source, "files", None) or {}
+            found |= {first + group: file for group, file in files.items()}
+            first += int(groups.max()) + 1
+        return found
 
     def streamed(self) -> ImageSource:
         """Return the same images, for reading group by group (see `TarImages.streamed`)."""

@@ -20,6 +20,11 @@ _ENDINGS = ("_mask", "_seg", "_segmentation", "_gt", "_label", "_labels", "_L", 
 _LOSSY = ("JPEG", "MPO", "WEBP", "AVIF")
 
 
+def unlabelled_value(num_classes: int) -> int:
+    """Return the value in masks of pixels of no class, where nobody says it: 255, or 65535 where 255 is a class."""
+    return 255 if num_classes <= 255 else 65_535
+
+
 def mask_names(key: str) -> Iterator[str]:
     """Yield what the mask of `a/1.jpg` may be called: first `a/1.png`, then `a/1.jpg.png`, last `a/1_mask.png`."""
     path = PurePosixPath(key)

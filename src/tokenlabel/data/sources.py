@@ -29,8 +29,10 @@ from tokenlabel.data.images import (
     has_classes,
     named_classes,
 )
+from tokenlabel.data.remote import open_remote
 from tokenlabel.data.tars import INDEX_NAME, TarImages, read_index, tar_files
 from tokenlabel.runtime.process import listed, say
+from tokenlabel.runtime.remote import as_url, expanded
 
 LIST_SUFFIXES = (".txt", ".tsv", ".csv", ".lst")
 
@@ -42,15 +44,21 @@ def open_images(path: str | Path, *, classes: bool = True) -> ImageSource:
 
     `path`: an image folder (see `ImageFolder`), or one that holds images alone, which then have no classes, a `.tar`
     file or a folder of them (see `TarImages`; the index that `tars.write_index` leaves there opens a million images in
-    seconds), or a list (`.txt`, `.tsv`, `.csv`, `.lst`; see `ListedImages`). `classes`: False for images of any layout,
-    whose classes, if any, are not looked at.
-    Raises DataError for anything else.
+    seconds), a list (`.txt`, `.tsv`, `.csv`, `.lst`; see `ListedImages`), or the URL of tar files, with braces for
+    many: `s3://bucket/train-{000..127}.tar` (see `open_remote`). `classes`: False for images of any layout, whose
+    classes, if any, are not looked at.
+    Raises DataError for anything else, RemoteError for what cannot be had from a URL.
 
     >>> source = tl.open_images("images")
     >>> len(source), source.class_names, source.keys[0]
     (8, ['ant', 'bee'], 'ant/0.png')
     """
+    if url := as_url(path):
+        images = open_remote(url)
+        return images if classes else WithoutClasses(images)
     path = Path(path)
+    if not path.exists() and len(names := expanded(str(path))) > 1:
+        return TarImages(sorted(names)) if classes else WithoutClasses(TarImages(sorted(names)))
     if not classes:
         has_tars = path.is_file() or (path.is_dir() and tar_files(path))
         return WithoutClasses(open_images(path)) if has_tars else PlainImages(path)
@@ -81,6 +89,7 @@ def open_aloud(path: str | Path, *, classes: bool = True) -> ImageSource:
 
     Raises DataError as `open_images` does, and for a list of which no file is there.
     """
+    path = as_url(path) or path
     source = open_images(path, classes=classes)
     say(describe(source, path))
     if isinstance(source, ListedImages):

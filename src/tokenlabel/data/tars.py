@@ -7,7 +7,7 @@ import re
 import tarfile
 import zlib
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,9 +108,9 @@ class TarImages:
             file = self._opened(place)  # held until it is read: another thread may let go of it meanwhile
             data = os.pread(file.descriptor, length, start)
         except OSError as error:
-            raise ImageError(f"{self.paths[place]}: cannot be read ({error.strerror})") from error
+            raise ImageError(f"{self._name(place)}: cannot be read ({error.strerror})") from error
         if len(data) != length:
-            raise ImageError(f"{self.paths[place]}: {self.keys[index]} is cut short")
+            raise ImageError(f"{self._name(place)}: {self.keys[index]} is cut short")
         return data
 
     def stat(self, index: int) -> tuple[int, int]:
@@ -129,10 +129,20 @@ class TarImages:
         """Return an open tar file; threads may get the same one, and it closes when the last lets go of it."""
         file = self._open.get(place)
         if file is None:
-            file = self._open[place] = _OpenFile(self.paths[place], read_ahead=self._read_ahead)
+            file = _OpenFile(self._path(place), read_ahead=self._read_ahead)
+            for other in [other for other, old in list(self._open.items()) if old.is_removed()]:
+                self._open.pop(other, None)  # from a cache, which has given its room to others
+            self._open[place] = file
             while len(self._open) > _NUM_OPEN:
                 self._open.popitem(last=False)
         return file
+
+    def _path(self, place: int) -> Path:
+        """Return where a tar file is, now that it is to be read."""
+        return self.paths[place]
+
+    def _name(self, place: int) -> str:
+        return str(self.paths[place])
 
 
 class _OpenFile:
@@ -143,6 +153,10 @@ class _OpenFile:
         if read_ahead and hasattr(os, "posix_fadvise"):  # not on macOS
             os.posix_fadvise(self.descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
 
+    def is_removed(self) -> bool:
+        """Say whether the file has no name any longer, and its room on the disk goes with this."""
+        return os.fstat(self.descriptor).st_nlink == 0
+
     def __del__(self) -> None:
         if hasattr(self, "descriptor"):
             os.close(self.descriptor)
@@ -151,31 +165,39 @@ class _OpenFile:
 def tar_files(folder: Path) -> list[Path]:
     """Return the tar files in a folder. Raises DataError if they are of several parts of a data set."""
     tars = sorted(path for path in folder.iterdir() if _is_tar(path))
-    parts: dict[str, Path] = {}
-    for path in tars:
-        for word in re.findall(r"[a-z]+", path.stem.lower()):
+    refuse_parts(folder, [path.name for path in tars])
+    return tars
+
+
+def refuse_parts(folder: str | Path, names: Sequence[str]) -> None:
+    """Raise DataError for names of tar files that are of several parts of a data set."""
+    parts: dict[str, str] = {}
+    for name in names:
+        for word in re.findall(r"[a-z]+", name.lower().removesuffix(".tar")):
             if part := part_of(word):
-                parts.setdefault(part, path)
+                parts.setdefault(part, name)
     if len(parts) > 1:
-        some = listed([path.name for path in parts.values()])
+        some = listed([*parts.values()])
         raise DataError(
             f"{folder}: holds tar files of several parts of a data set ({some}); give each a folder"
         )
-    return tars
 
 
 def _is_tar(path: Path) -> bool:
     return path.suffix.lower() == ".tar" and not path.name.startswith(".") and path.is_file()
 
 
-def scan_tars(paths: Sequence[Path]) -> TarIndex:
-    """Return what is in tar files, by looking at the header of every member."""
-    where = str(paths[0] if len(paths) == 1 else paths[0].parent)
+def scan_tars(names: Sequence[str | Path], local: Callable[[int], Path] | None = None) -> TarIndex:
+    """Return what is in tar files, by looking at the header of every member.
+
+    `local`: where the file of a number is, for names that are no paths.
+    """
+    where = str(names[0]) if len(names) == 1 else str(names[0]).rpartition("/")[0] or "."
     images: dict[str, tuple[int, int, int]] = {}
     numbers: dict[tuple[int, str], str] = {}  # by sample: tar file and stem
     passed_over: Counter[str] = Counter()
-    for place, path in enumerate(paths):
-        for name, kind, start, length, text in _members(path):
+    for place, path in enumerate(names):
+        for name, kind, start, length, text in _members(local(place) if local else Path(path), path):
             if text is not None:
                 sample, number = (place, _stem(name)), _class_number(text, where=f"{path}: {name}")
                 if numbers.setdefault(sample, number) != number:
@@ -185,12 +207,12 @@ def scan_tars(paths: Sequence[Path]) -> TarIndex:
             elif kind is not None:
                 passed_over[kind] += 1
             elif name in images:
-                raise DataError(f"{path}: {name} is there twice (also in {paths[images[name][0]]})")
+                raise DataError(f"{path}: {name} is there twice (also in {names[images[name][0]]})")
             else:
                 images[name] = (place, start, length)
     beside = f"; {passed_over_text(passed_over)}" if passed_over else ""
     if not images:
-        raise DataError(f"{where}: no images ({', '.join(EXTENSIONS)}) in {len(paths)} tar files{beside}")
+        raise DataError(f"{where}: no images ({', '.join(EXTENSIONS)}) in {len(names)} tar files{beside}")
     folders = sorted({key.split("/", 1)[0] for key in images if "/" in key})
     mistake = mistaken_layout(where, folders, [*images], packed=True)
     if mistake and (not numbers or len({part_of(name) for name in folders} - {None}) > 1):
@@ -204,7 +226,7 @@ def scan_tars(paths: Sequence[Path]) -> TarIndex:
         bare = [key for key in keys if "/" not in key]
         if bare and len(bare) < len(keys):
             advice = (
-                "; if each tar file is a class, unpack it into a folder of its name" if len(paths) > 1 else ""
+                "; if each tar file is a class, unpack it into a folder of its name" if len(names) > 1 else ""
             )
             raise DataError(
                 f"{where}: {len(bare):,} of {len(keys):,} images have neither a .cls file nor a folder that names "
@@ -264,11 +286,18 @@ def write_index(folder: str | Path) -> Path:
         raise DataError(f"{folder}: no tar files to index; expected a folder of .tar files")
     index, path = scan_tars(paths), folder / INDEX_NAME
     say(describe(TarImages(paths, index), folder))
-    sizes, marks = _fingerprints(paths, index.places)
-    temporary = path.with_suffix(".tmp.npz")
+    save_index(path, index, [path.name for path in paths], *_fingerprints(paths, index.places))
+    return path
+
+
+def save_index(
+    path: Path, index: TarIndex, names: Sequence[str], sizes: NDArray[np.int64], marks: NDArray[np.int64]
+) -> None:
+    """Write what is in tar files: their names, and the sizes and marks by which they are known again."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp.npz")
     np.savez(
         temporary,
-        tars=_packed([path.name for path in paths]),
+        tars=_packed(names),
         sizes=sizes,
         marks=marks,
         keys=_packed(list(index.keys)),
@@ -279,12 +308,10 @@ def write_index(folder: str | Path) -> Path:
         num_passed_over=np.array([*index.passed_over.values()], np.int64),
     )
     temporary.replace(path)
-    return path
 
 
-def read_index(folder: Path, paths: Sequence[Path]) -> TarImages:
-    """Return the images of a folder's tar files by its index. Raises DataError if it is of other files."""
-    path = folder / INDEX_NAME
+def load_index(path: Path) -> tuple[TarIndex, list[str], NDArray[np.int64], NDArray[np.int64]]:
+    """Return what `save_index` wrote. Raises DataError if it is damaged."""
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             index = TarIndex(
@@ -296,11 +323,17 @@ def read_index(folder: Path, paths: Sequence[Path]) -> TarImages:
                     zip(_unpacked(arrays["passed_over"]), arrays["num_passed_over"].tolist(), strict=True)
                 ),
             )
-            tars, sizes, marks = _unpacked(arrays["tars"]), arrays["sizes"], arrays["marks"]
+            return index, _unpacked(arrays["tars"]), arrays["sizes"], arrays["marks"]
     except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
         raise DataError(
             f"{path}: cannot be read as an index of tar files; write it again, or delete it"
         ) from error
+
+
+def read_index(folder: Path, paths: Sequence[Path]) -> TarImages:
+    """Return the images of a folder's tar files by its index. Raises DataError if it is of other files."""
+    path = folder / INDEX_NAME
+    index, tars, sizes, marks = load_index(path)
     if tars == [path.name for path in paths]:
         found = _fingerprints(paths, index.places)
         if np.array_equal(found[0], sizes) and np.array_equal(found[1], marks):
@@ -312,14 +345,23 @@ def _fingerprints(
     paths: Sequence[Path], places: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return the bytes of each tar file, and a checksum of the header of the last image in it."""
-    starts = np.full(len(paths), _BLOCK_BYTES)
-    np.maximum.at(starts, places[:, 0], places[:, 1])
     sizes, marks = np.empty(len(paths), np.int64), np.empty(len(paths), np.int64)
-    for i, (path, start) in enumerate(zip(paths, starts.tolist(), strict=True)):
-        with path.open("rb", buffering=0) as file:
-            sizes[i] = os.fstat(file.fileno()).st_size
-            marks[i] = zlib.crc32(os.pread(file.fileno(), _BLOCK_BYTES, start - _BLOCK_BYTES))
+    for i, (path, start) in enumerate(zip(paths, last_starts(places, len(paths)), strict=True)):
+        sizes[i], marks[i] = path.stat().st_size, mark_of(path, start)
     return sizes, marks
+
+
+def last_starts(places: NDArray[np.int64], num_tars: int) -> list[int]:
+    """Return the first byte of the last image in each tar file."""
+    starts = np.full(num_tars, _BLOCK_BYTES)
+    np.maximum.at(starts, places[:, 0], places[:, 1])
+    return starts.tolist()
+
+
+def mark_of(path: Path, start: int) -> int:
+    """Return the checksum of the header of the image that begins at a byte of a tar file."""
+    with path.open("rb", buffering=0) as file:
+        return zlib.crc32(os.pread(file.fileno(), _BLOCK_BYTES, start - _BLOCK_BYTES))
 
 
 def _packed(names: Sequence[str]) -> NDArray[np.uint8]:
@@ -331,7 +373,7 @@ def _unpacked(text: NDArray[np.uint8]) -> list[str]:
     return text.tobytes().decode("utf-8", "surrogateescape").split("\0")[:-1]
 
 
-def _members(path: Path) -> Iterator[tuple[str, str | None, int, int, bytes | None]]:
+def _members(path: Path, called: str | Path) -> Iterator[tuple[str, str | None, int, int, bytes | None]]:
     """Yield of each file in a tar file: name, why it is passed over, where its bytes are, a class file's content."""
     try:
         with tarfile.open(path, "r:") as tar:
@@ -344,7 +386,7 @@ def _members(path: Path) -> Iterator[tuple[str, str | None, int, int, bytes | No
                 text = content.read(32) if content else None
                 yield name, kind, member.offset_data, member.size, text
     except (OSError, tarfile.TarError) as error:
-        raise DataError(f"{path}: cannot be read as a tar file, uncompressed ({error})") from error
+        raise DataError(f"{called}: cannot be read as a tar file, uncompressed ({error})") from error
 
 
 def _stem(name: str) -> str:

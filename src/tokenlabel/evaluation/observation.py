@@ -27,7 +27,7 @@ from tokenlabel.data.augment import EvalTransform
 from tokenlabel.data.batches import TokenLabelDataset
 from tokenlabel.data.imagenet import as_classes_of
 from tokenlabel.data.images import ImageSource, has_classes, orientation_of
-from tokenlabel.data.masks import check_upright, decode_mask, mask_names
+from tokenlabel.data.masks import check_upright, decode_mask, mask_names, unlabelled_value
 from tokenlabel.data.sources import open_images
 from tokenlabel.evaluation.evaluators import (
     Accuracy,
@@ -92,7 +92,7 @@ class MaskFolder:
         if not folder.is_dir():
             raise ValueError(f"{folder}: no such folder of masks")
         self.is_assumed = ignore_index is None
-        self._ignored = ignore_index if ignore_index is not None else 255 if num_classes <= 255 else 65535
+        self._ignored = unlabelled_value(num_classes) if ignore_index is None else ignore_index
         if 0 <= self._ignored < num_classes:
             raise ValueError(
                 f"{folder}: --ignore-index {self._ignored} is one of the {num_classes:,} classes, which have the ids 0 "

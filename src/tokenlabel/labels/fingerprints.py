@@ -118,7 +118,8 @@ def _compare(store: LabelStore, source: ImageSource, read_all: bool, index: int)
     status = _stat(source, index)
     if status and status[0] & _SIZE_MASK != known.num_bytes:
         return _State.REPLACED
-    return _State.UNSURE if read_all or (status and status[1] != known.time_ns) else _State.SAME
+    is_other = status is not None and status[1] not in (0, known.time_ns)  # 0: nobody knows
+    return _State.UNSURE if read_all or is_other else _State.SAME
 
 
 def _differs(store: LabelStore, source: ImageSource, index: int) -> bool:

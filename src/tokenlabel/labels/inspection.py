@@ -34,7 +34,7 @@ class InspectConfig:
     sample: int = 1_500
     """Labels that the figures are taken from, drawn at random: so many take less than a second; 0 takes all."""
     num_suspects: int = 20
-    """Images named whose labels agree least with their class."""
+    """Images named whose labels agree least with their class, and of those that the teacher is least certain of."""
     verify: bool = False
     """Read every label against its checksum and look for what no teacher writes; with images, read those as well:
     whether they are still what was labelled."""
@@ -53,6 +53,17 @@ class Suspect:
     """Mean probability of its own class over all places, as far as they kept it."""
     top_class_name: str
     top_prob: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Uncertain:
+    """An image that its teacher is not certain of: one to draw a mask for next."""
+
+    key: str
+    entropy_bits: float
+    """Mean over its places."""
+    below_half: float
+    """Share of its places whose most probable class has less than .5."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +109,8 @@ class Inspection:
     """Why no agreement is known, if none is."""
     suspects: tuple[Suspect, ...]
     """The images whose own class is the least probable beside their best one, the least so first."""
+    uncertain: tuple[Uncertain, ...]
+    """The images of the highest entropy among those looked at, the highest first."""
     num_verified: int | None
     broken: tuple[str, ...]
     """What `verify` found wrong, a line each."""
@@ -122,6 +135,7 @@ class MapSummary:
     top1_prob: float
     rest: float
     entropy_bits: float
+    below_half: float
     empty: float
     class_ids: NDArray[np.integer[Any]]
     class_probs: NDArray[np.float64]
@@ -182,6 +196,7 @@ def inspect_store(
         if known
         else _why_unknown(store, source, [summary.key for summary in summaries]),
         suspects=tuple(suspects[: config.num_suspects]),
+        uncertain=tuple(by_entropy(summaries)[: config.num_suspects]),
         num_verified=len(store) if config.verify else None,
         broken=tuple(broken.values()),
     )
@@ -228,6 +243,7 @@ def summarize(key: str, score_map: ScoreMap) -> MapSummary:
         top1_prob=float(probs.max(axis=2).mean()),
         rest=float(rest.mean()),
         entropy_bits=float(entropy.mean()),
+        below_half=float((probs.max(axis=2) < 0.5).mean()),
         empty=float(1 - kept.any(axis=2).mean()),
         class_ids=score_map.palette,
         class_probs=class_probs,
@@ -307,6 +323,16 @@ def by_doubt(known: Sequence[tuple[MapSummary, int]]) -> list[tuple[MapSummary, 
     return sorted((pair for pair in known if says_another(*pair)), key=doubt)
 
 
+def by_entropy(summaries: Sequence[MapSummary]) -> list[Uncertain]:
+    """Return the images whose maps leave anything open, those of the highest mean entropy first."""
+    found = [
+        Uncertain(key=summary.key, entropy_bits=summary.entropy_bits, below_half=summary.below_half)
+        for summary in summaries
+        if summary.entropy_bits > 0
+    ]
+    return sorted(found, key=lambda image: (-image.entropy_bits, image.key))
+
+
 def _say_what_differs(manifest: Manifest, ours: Sequence[str]) -> None:
     """Say which classes of the images the labels don't know, or that theirs are taken to be the images'."""
     if not manifest.class_names:
@@ -376,6 +402,16 @@ def as_text(figures: Mapping[str, Any]) -> str:
         lines.append(f"{'agreement':<24}unknown: {figures['agreement_missing']}")
     elif figures["num_judged"] < figures["num_sampled"]:
         lines.append(f"{'':<24}of {figures['num_judged']:,} labels, whose images' class is known")
+    if figures["uncertain"]:
+        sampled = (
+            "" if figures["num_sampled"] == figures["num_images"] else " of those looked at (--sample 0: all)"
+        )
+        lines += ["", f"least certain{sampled}: a mask of these would teach most"]
+    lines += [
+        f"  {_tail(image['key'], MAX_KEY)}: {image['entropy_bits']:.2f} bits a place, {image['below_half']:.0%} of the "
+        "places below 50%"
+        for image in figures["uncertain"]
+    ]
     lines += _suspect_lines("least agreement: perhaps their class is wrong", figures["suspects"])
     if folds := figures.get("out_of_fold"):
         agree = (

@@ -48,8 +48,9 @@ from tokenlabel.labels.shards import (
     open_shard,
     write_shard,
 )
-from tokenlabel.runtime.hub import local_name, refuse_to_write
+from tokenlabel.runtime.hub import is_hub_name, local_name
 from tokenlabel.runtime.process import UNFINISHED, listed, say
+from tokenlabel.runtime.remote import as_url, local_copy
 
 __all__ = [
     "Failure",
@@ -103,7 +104,6 @@ class LabelStoreWriter:
         self._open_bytes = 0
         self._open_since_s = 0.0
         self._keys: set[str] = set()
-        refuse_to_write(folder)
         _make_store(self.folder, manifest)
 
     def add(self, key: str, score_map: ScoreMap, image: Fingerprint = UNKNOWN) -> None:
@@ -170,8 +170,9 @@ class LabelStore:
     `store[key]` returns a ScoreMap, checked against its checksum. Sixteen bytes a record are held in memory; files are
     mapped when they are first read. It stays as it was opened, whatever is added to its folders; so it does in
     another process, which opens the same files. `duplicates`: what is done where files hold different records of a key
-    in one generation: "first" takes that of the first file by name and says so, "refuse" refuses. Raises
-    StoreError if there is no store, if folders hold labels of different kinds, or if a file is broken.
+    in one generation: "first" takes that of the first file by name and says so, "refuse" refuses. A folder behind a URL
+    is fetched once (`local_copy`). Raises StoreError if there is no store, if folders hold labels of different kinds,
+    or if a file is broken.
 
     >>> store = tl.LabelStore("labels")
     >>> len(store), store.manifest.num_classes
@@ -183,8 +184,8 @@ class LabelStore:
     def __init__(self, folder: str | Path, *more_folders: str | Path, duplicates: str = "first") -> None:
         if duplicates not in ("first", "refuse"):
             raise ValueError(f"duplicates: expected first or refuse, got {duplicates!r}")
-        found = [Path(local_name(f)) for f in (folder, *more_folders)]
-        folders = {path.resolve(): path for path in found}  # one given twice is one
+        local = [Path(local_name(f)) if is_hub_name(f) else local_copy(f) for f in (folder, *more_folders)]
+        folders = {f.resolve(): f for f in local}  # one given twice is one
         self.folders = tuple(folders.values())
         self.manifest = _common_manifest(self.folders)
         paths = [path for folder in self.folders for path in _shard_paths(folder)]
@@ -414,6 +415,10 @@ def remove_leftovers(folder: Path, *, older_than_s: float = 600.0) -> None:
 
 def _make_store(folder: Path, manifest: Manifest) -> None:
     """Write the manifest of a new store; of one that is there, see that it has labels of the same kind."""
+    if as_url(folder):
+        raise StoreError(
+            f"{as_url(folder)}: labels are written to a folder of this machine; copy it there afterwards"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):

@@ -232,22 +232,7 @@ def _load_by_name(
     about = (
         about if about.get("model") == name else {"uses_token_labels": about.get("uses_token_labels", True)}
     )
-    options = options_without_weights(about.get("options", {}))
-    wanted = img_size or about.get("img_size")
-    if preset is not None and preset.fixed_input_size:
-        if as_backbone and _takes_any_size(name, options):
-            options["dynamic_img_size"] = True
-        elif wanted:
-            options["img_size"] = pair(wanted)
-    try:
-        if weights is not None:
-            model = _from_file(name, weights, options, about, img_size=wanted)
-        else:
-            with hub_or_cache(online=not name.startswith("local-dir:")):
-                model: Any = timm.create_model(name, pretrained=True, **options)
-    except Exception as error:  # timm, the hub and its network library raise whatever they run into
-        advice = "give a checkpoint file by --weights" if weights is None else "is it of this model?"
-        raise ModelError(f"the weights of {name} cannot be loaded ({first_line(error)}); {advice}") from error
+    model, options = _network_by_name(name, weights, about, img_size=img_size, as_backbone=as_backbone)
     network = model.backbone if isinstance(model, TimmAdapter) else model
     preset_now = {**network.pretrained_cfg, "num_classes": model.num_classes}
     others = about.get("token_classes") and ClassList.from_dict(about["token_classes"])
@@ -262,6 +247,8 @@ def _load_by_name(
     stated = read_class_names(weights) if weights is not None else ()
     stated = stated or names_in_order(network.pretrained_cfg.get("label_names"))
     class_names, assumed = _names(model.num_classes, stated)
+    interpolation = about.get("interpolation", data["interpolation"])
+    both_heads = isinstance(model, TimmAdapter) and not others
     if not isinstance(model, TimmAdapter):
         model = PlainClassifier(model, mean=data["mean"], std=data["std"])
     return LoadedModel(
@@ -272,11 +259,9 @@ def _load_by_name(
         img_size=size,
         fixed_size=fixed,
         crop_fraction=about.get("crop_fraction", data["crop_pct"]),
-        interpolation=Interpolation.BILINEAR
-        if about.get("interpolation", data["interpolation"]) == "bilinear"
-        else Interpolation.BICUBIC,
+        interpolation=Interpolation.BILINEAR if interpolation == "bilinear" else Interpolation.BICUBIC,
         heads=_heads(Inference(about.get("inference", Inference.COMBINED)))
-        if isinstance(model, TimmAdapter) and not others
+        if both_heads
         else (Inference.CLASS,),
         has_token_head=isinstance(model, TimmAdapter),
         token_classes=others or None,
@@ -284,6 +269,33 @@ def _load_by_name(
         is_embedding=_is_embedding(preset_now),
         licence=network.pretrained_cfg.get("license") or "",
     )
+
+
+def _network_by_name(
+    name: str,
+    weights: str | Path | None,
+    about: Mapping[str, Any],
+    *,
+    img_size: tuple[int, int] | None,
+    as_backbone: bool,
+) -> tuple[Any, dict[str, Any]]:
+    """Return a network with pretrained weights or those of a file, and the options that it was made with."""
+    preset = get_pretrained_cfg(name, allow_unregistered=True)
+    options = options_without_weights(about.get("options", {}))
+    wanted = img_size or about.get("img_size")
+    if preset is not None and preset.fixed_input_size:
+        if as_backbone and _takes_any_size(name, options):
+            options["dynamic_img_size"] = True
+        elif wanted:
+            options["img_size"] = pair(wanted)
+    try:
+        if weights is not None:
+            return _from_file(name, weights, options, about, img_size=wanted), options
+        with hub_or_cache(online=not name.startswith("local-dir:")):
+            return timm.create_model(name, pretrained=True, **options), options
+    except Exception as error:  # timm, the hub and its network library raise whatever they run into
+        advice = "give a checkpoint file by --weights" if weights is None else "is it of this model?"
+        raise ModelError(f"the weights of {name} cannot be loaded ({first_line(error)}); {advice}") from error
 
 
 def _takes_any_size(name: str, options: Mapping[str, Any]) -> bool:

@@ -34,6 +34,10 @@ class ImageError(ValueError):
     """An image that does not decode. The message names it."""
 
 
+class RemoteError(ValueError):
+    """Files behind a URL that cannot be had. The message names one."""
+
+
 class StoreError(ValueError):
     """Labels on disk that cannot be used as they are."""
 

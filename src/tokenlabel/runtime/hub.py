@@ -44,10 +44,9 @@ def local_name(name: str | Path) -> str:
     )
 
 
-def refuse_to_write(path: str | Path) -> None:
-    """Raise ConfigError for a name on the hub where something is to be written."""
-    if str(path).startswith("hf:/"):
-        raise ConfigError(f"{path}: is read only; write to a folder, then `tokenlabel push` it")
+def is_hub_name(name: str | Path) -> bool:
+    """Say whether a name is that of a whole repository of the hub, not of a file or folder in one."""
+    return _NAME.fullmatch(str(name)) is not None
 
 
 @cache

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 
@@ -11,6 +11,7 @@ import yaml
 from jaxtyping import Int16, UInt8
 from numpy.typing import NDArray
 
+from tokenlabel.data.masks import unlabelled_value
 from tokenlabel.drawing.pictures import class_colour
 from tokenlabel.runtime.errors import DataError
 from tokenlabel.runtime.process import listed
@@ -54,6 +55,27 @@ class Classes:
             f"holds the value{'' if len(found) == 1 else 's'} {listed([str(value) for value in found])}, which "
             f"{'is' if len(found) == 1 else 'are'} no class; {len(self.names)} classes have the values {_ranges(known)}"
         )
+
+    def table(self, pixels: Mapping[int, int]) -> list[tuple[str, str, str, str]]:
+        """Return the value, its class, the number and the share of the pixels of each value in masks; then what lacks.
+
+        `pixels`: the number of pixels of each value that masks hold.
+        """
+        total = max(1, sum(pixels.values()))
+        rows = [
+            (str(value), self._meaning(value), f"{count:,}", f"{count / total:.1%}")
+            for value, count in sorted(pixels.items())
+        ]
+        held = {self.id_of(value) for value in pixels}
+        for class_id, name in enumerate(self.names):
+            if class_id not in held:
+                values = _ranges(np.flatnonzero(self.ids_of_values == class_id).tolist())
+                rows.append((values, name, "0", "no mask holds it"))
+        return rows
+
+    def _meaning(self, value: int) -> str:
+        class_id = self.id_of(value)
+        return "(does not count)" if class_id == IGNORED else self.names[class_id]
 
     def id_of(self, value: int) -> int:
         """Return the class id of a value in masks, `IGNORED` or -2."""
@@ -100,7 +122,7 @@ def numbered_classes(
         raise DataError(
             f"data.class_values holds {len(values)} values of {len(names)} classes; give one a class"
         )
-    none = 255 if len(names) <= 255 else NUM_VALUES - 1
+    none = unlabelled_value(len(names))
     of_classes = [*(values or range(len(names))), *([none] if background is not None else [])]
     of_none = ignored if ignored is not None else {none} - {*of_classes}
     if len({*of_classes}) < len(of_classes) or not {*of_classes, *of_none} <= {*range(NUM_VALUES)}:

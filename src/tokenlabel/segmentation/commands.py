@@ -11,12 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from tokenlabel.runtime.arguments import (
     add_device,
-    add_run_arguments,
-    configured,
     device_of,
     new_parser,
     parse,
-    train_by_arguments,
     write_json,
 )
 from tokenlabel.runtime.coercion import COUNT, check_numbers
@@ -53,22 +50,53 @@ def run_segment(arguments: list[str]) -> int:
 
 
 def _train(arguments: list[str]) -> int:
-    parser = new_parser(
-        "segment train",
-        "Train a segmentation model by a recipe. The same command continues a run that was stopped.",
-    )
-
     from tokenlabel.segmentation.recipe import SegmentRecipe
-    from tokenlabel.segmentation.task import train_segmentation
-    from tokenlabel.training.recipe import add_recipe_arguments, recipe_content
+    from tokenlabel.training.command import run_train
 
-    add_run_arguments(parser)
-    add_recipe_arguments(parser, SegmentRecipe)
-    options = parse(parser, arguments, read_recipe=lambda name: recipe_content(name, SegmentRecipe))
-    return train_by_arguments(train_segmentation, configured(parser, options, SegmentRecipe), options)
+    def task() -> tuple[Callable[..., Any], Callable[..., Any]]:
+        from tokenlabel.segmentation.task import build, train_segmentation
+
+        return train_segmentation, build
+
+    description = "Train a segmentation model by a recipe."
+    return run_train(arguments, SegmentRecipe, task, verb="segment train", description=description)
 
 
 def _evaluate(arguments: list[str]) -> int:
+    options = _eval_options(arguments)
+
+    from tokenlabel.runtime.distributed import autocast, joined_ranks
+    from tokenlabel.runtime.process import listed, say
+    from tokenlabel.segmentation.evaluation import evaluate_segmentation
+    from tokenlabel.segmentation.pairs import other_pairs
+
+    device = device_of(options.device)
+    with joined_ranks(device) as ranks:
+        trained = _network(options)
+        data, names = trained.recipe.data, trained.class_names
+        pairs = other_pairs(data, names, split=options.split, images=options.images, masks=options.masks)
+        figures = evaluate_segmentation(
+            trained.segmenter(device),
+            pairs,
+            device=device,
+            autocast=autocast(device, trained.recipe.precision),
+            num_workers=options.num_workers,
+            ranks=ranks,
+        )
+    if absent := figures["absent_classes"]:
+        num_counted = sum(iou is not None for iou in figures["class_iou"].values())
+        say(
+            f"no mask holds {len(absent):,} of {len(names):,} classes ({listed(absent)}): mIoU is the mean over "
+            f"{num_counted:,}"
+        )
+    if ranks.is_first:
+        figures = {"step": trained.step, **figures}
+        write_json(options.output, figures)
+        print(json.dumps(figures))
+    return 0
+
+
+def _eval_options(arguments: list[str]) -> Namespace:
     parser = new_parser(
         "segment eval",
         "Evaluate a run (its averaged weights if it has them) or a published file on images with masks. "
@@ -77,7 +105,9 @@ def _evaluate(arguments: list[str]) -> int:
     _add_network(parser)
     parser.add_argument("--split", help="part of the data set; that which the recipe evaluates on by default")
     parser.add_argument("--images", help="any folder of images, in place of the recipe's")
-    parser.add_argument("--masks", help="their masks, with the values that the recipe's data have")
+    parser.add_argument(
+        "--masks", help="their masks, with the recipe's values, or COCO's file about them (.json)"
+    )
     parser.add_argument("--num-workers", type=int, default=0, help="processes that decode images")
     parser.add_argument("--output", type=Path, help="also write the figures to this JSON file")
     options = parse(parser, arguments)
@@ -86,74 +116,48 @@ def _evaluate(arguments: list[str]) -> int:
         raise ValueError(
             "--split names a part of the data set, --images and --masks other folders; leave one out"
         )
-
-    from tokenlabel.runtime.distributed import autocast, joined_ranks
-    from tokenlabel.runtime.process import listed, say
-    from tokenlabel.segmentation.evaluation import evaluate_segmentation
-    from tokenlabel.segmentation.inference import Segmenter
-    from tokenlabel.segmentation.pairs import other_pairs
-
-    device = device_of(options.device)
-    with joined_ranks(device) as ranks:
-        trained = _network(options)
-        pairs = other_pairs(
-            trained.recipe.data,
-            trained.class_names,
-            split=options.split,
-            images=options.images,
-            masks=options.masks,
-        )
-        figures = evaluate_segmentation(
-            Segmenter(trained.model.to(device), trained.recipe.eval, window_px=trained.recipe.model.img_size),
-            pairs,
-            device=device,
-            autocast=autocast(device, trained.recipe.precision),
-            num_workers=options.num_workers,
-            ranks=ranks,
-        )
-    figures = {"step": trained.step, **figures}
-    if absent := figures["absent_classes"]:
-        counted = [name for name, iou in figures["class_iou"].items() if iou is not None]
-        say(
-            f"no mask holds {len(absent):,} of {len(trained.class_names):,} classes ({listed(absent)}): "
-            f"mIoU is the mean over {len(counted):,}"
-        )
-    if ranks.is_first:
-        write_json(options.output, figures)
-        print(json.dumps(figures))
-    return 0
+    return options
 
 
 def _predict(arguments: list[str]) -> int:
     parser = new_parser(
-        "segment predict", "Write the class of every pixel of images: masks with a palette, and overlays."
+        "segment predict",
+        "Write the class of every pixel of images: masks with a palette and overlays, or soft maps into a label store.",
     )
     _add_network(parser)
     parser.add_argument("images", type=Path, nargs="+", help="image files or folders of them")
+    parser.add_argument("--out", type=Path, help="folder for masks/, overlays/ and classes.json")
     parser.add_argument(
-        "--out", type=Path, required=True, help="folder for masks/, overlays/ and classes.json"
+        "--store", type=Path, help="label store for soft predictions, on the grid of the model's head"
     )
     options = parse(parser, arguments)
+    if not (options.out or options.store):
+        raise ValueError("name --out for masks and overlays, --store for soft predictions, or both")
+    if options.store and (len(options.images) > 1 or not options.images[0].is_dir()):
+        raise ValueError("--store takes one folder of images: keys of labels are relative to it")
 
     from tokenlabel.runtime.distributed import autocast
-    from tokenlabel.segmentation.inference import Segmenter
     from tokenlabel.segmentation.pairs import classes_of
-    from tokenlabel.segmentation.predictions import predict_files
+    from tokenlabel.segmentation.predictions import predict_files, store_predictions
 
     device = device_of(options.device)
     trained = _network(options)
-    segmenter = Segmenter(
-        trained.model.to(device), trained.recipe.eval, window_px=trained.recipe.model.img_size
-    )
+    segmenter = trained.segmenter(device)
     with autocast(device, trained.recipe.precision):
-        num_images = predict_files(
-            segmenter,
-            options.images,
-            options.out,
-            classes=classes_of(trained.recipe.data, trained.class_names),
-            device=device,
-        )
-    print(f"{options.out}: {num_images:,} images")
+        if options.out:
+            classes = classes_of(trained.recipe.data, trained.class_names)
+            num_images = predict_files(segmenter, options.images, options.out, classes=classes, device=device)
+            print(f"{options.out}: {num_images:,} images")
+        if options.store:
+            num_new = store_predictions(
+                segmenter,
+                options.images[0],
+                options.store,
+                class_names=trained.class_names,
+                teacher={"name": str(options.network), "step": trained.step},
+                device=device,
+            )
+            print(f"{options.store}: {num_new:,} images labelled")
     return 0
 
 

@@ -12,14 +12,14 @@ from tokenlabel.segmentation.classes import IGNORED
 
 
 def confusion(
-    said: Int[Tensor, "*places"], truth: Int16[Tensor, "*places"], num_classes: int
+    predicted: Int[Tensor, "*places"], truth: Int16[Tensor, "*places"], num_classes: int
 ) -> Int[Tensor, "C C"]:
-    """Return how many pixels of each true class (rows) were said to be of each class (columns).
+    """Return how many pixels of each true class (rows) were predicted as each class (columns).
 
     Pixels whose true class is -1 don't count.
     """
     counts = truth != IGNORED
-    pairs = truth[counts].long() * num_classes + said[counts].long()
+    pairs = truth[counts].long() * num_classes + predicted[counts].long()
     return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
 
 
@@ -27,7 +27,7 @@ def confusion(
 class SegmentFigures:
     """Figures over the pixels of all images together; shares are in [0, 1].
 
-    `class_iou` and `class_accuracy` hold None for classes that neither occur nor were said to (that do not occur);
+    `class_iou` and `class_accuracy` hold None for classes that neither occur nor were predicted (that do not occur);
     the means leave these out.
     """
 
@@ -45,8 +45,8 @@ def figures_of(matrix: Int[Tensor, "C C"]) -> SegmentFigures:
     """
     if not int(matrix.sum()):
         raise ValueError("no pixel of these masks has a class that counts")
-    right, true, said = matrix.diag().tolist(), matrix.sum(dim=1).tolist(), matrix.sum(dim=0).tolist()
-    unions = [t + s - r for r, t, s in zip(right, true, said, strict=True)]
+    right, true, predicted = matrix.diag().tolist(), matrix.sum(dim=1).tolist(), matrix.sum(dim=0).tolist()
+    unions = [t + p - r for r, t, p in zip(right, true, predicted, strict=True)]
     class_iou = [r / union if union else None for r, union in zip(right, unions, strict=True)]
     class_accuracy = [r / t if t else None for r, t in zip(right, true, strict=True)]
     return SegmentFigures(

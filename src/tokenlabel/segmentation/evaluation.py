@@ -32,15 +32,15 @@ def evaluate_segmentation(
     autocast: AbstractContextManager[Any],
     num_workers: int = 0,
     ranks: Ranks = Ranks(),  # noqa: B008  (immutable)
-    hear: Callable[[SegmentSample, Int[Tensor, "height width"]], None] = lambda sample, predicted: None,
+    on_sample: Callable[[SegmentSample, Int[Tensor, "height width"]], None] = lambda sample, predicted: None,
 ) -> dict[str, Any]:
     """Return mIoU, mean accuracy and pixel accuracy over all pixels of all images, at the images' own sizes.
 
     Each rank looks at a share of the images; the counts of all are added, so the figures are those of one process.
     The result also has `num_images`, `images_per_s` (of all ranks together), `class_iou` and `class_accuracy`, by
     name, and `absent_classes`: those that no mask holds. mIoU leaves out those of them that were not predicted either,
-    mean accuracy all. `hear` is told of each sample of this rank and the classes of its pixels. The model is left in
-    evaluation mode.
+    mean accuracy all. `on_sample` is called with each sample of this rank and its predicted classes. The model is left
+    in evaluation mode.
     """
     segmenter.model.eval()
     sampler = EvalBatchSampler(
@@ -54,9 +54,9 @@ def evaluate_segmentation(
     started = time.perf_counter()
     with autocast:
         for sample in (one for some in samples for one in some):
-            said = segmenter(sample.image.to(device))
-            matrix += confusion(said, sample.mask.to(device), len(names))
-            hear(sample, said)
+            predicted = segmenter(sample.image.to(device))
+            matrix += confusion(predicted, sample.mask.to(device), len(names))
+            on_sample(sample, predicted)
     matrices = ranks.all_gather(matrix.cpu())
     figures = asdict(figures_of(torch.stack(matrices).sum(dim=0)))
     by_class = {

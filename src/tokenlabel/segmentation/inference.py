@@ -97,8 +97,8 @@ class Segmenter:
         """Height and width of a cell of the head's grid, in pixels of what the model looks at."""
         multiple = self.model.multiple_px
         height, width = (side + -side % multiple for side in self.window_px)
-        logits = self.model(next(self.model.parameters()).new_zeros(1, 3, height, width)).logits
-        return height / logits.shape[2], width / logits.shape[3]
+        rows, columns = self.model.grid_for((height, width))
+        return height / rows, width / columns
 
     def views(self, image: UInt8[Tensor, "3 height width"]) -> Iterator[Float[Tensor, "C _ _"]]:
         """Yield the logits of the image at each scale, and mirrored, each in its own size."""

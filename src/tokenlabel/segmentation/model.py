@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -118,6 +119,17 @@ class SegmentationModel(nn.Module):
         found = self.backbone.intermediates(images, self.levels.layers)
         maps = [features.permute(0, 3, 1, 2) for features in found]  # [B, D, h, w]
         return self.neck(maps) if self.neck is not None else maps
+
+    @torch.no_grad()
+    def grid_for(self, img_size: tuple[int, int]) -> tuple[int, int]:
+        """Return the (rows, columns) that the head ends on, found by running the model on a blank image.
+
+        `img_size`: (height, width), multiples of `multiple_px`.
+        """
+        was_training = self.training
+        logits = self.eval()(next(self.parameters()).new_zeros(1, 3, *img_size)).logits
+        self.train(was_training)
+        return logits.shape[2], logits.shape[3]
 
     def no_weight_decay(self) -> set[str]:
         """Return the names of the parameters that weight decay leaves alone, beside biases and norms."""

@@ -15,6 +15,7 @@ from jaxtyping import Int16, Integer, UInt8
 from numpy.typing import NDArray
 
 from tokenlabel.data.classes import difference, read_class_names, same_classes
+from tokenlabel.data.coco import COCO_SUFFIX, CROWD, CocoMasks
 from tokenlabel.data.folders import list_images, passed_over_text, without_masks
 from tokenlabel.data.images import (
     DECODE_ALL_UP_TO,
@@ -25,7 +26,7 @@ from tokenlabel.data.images import (
     decode_pixels,
     orientation_of,
 )
-from tokenlabel.data.masks import check_upright, decode_mask, mask_names, palette_of
+from tokenlabel.data.masks import check_upright, decode_mask, mask_names, palette_of, unlabelled_value
 from tokenlabel.labels.manifest import read_manifest
 from tokenlabel.runtime.coercion import COUNT, Choice, check_numbers, coerced, coerced_fields
 from tokenlabel.runtime.process import listed, say
@@ -76,17 +77,18 @@ class SegmentDataConfig:
     train: str | None = None
     """Layout folders: training images, at any depth; without masks and labels the folder of images/ and masks/."""
     masks: str | None = None
-    """Layout folders: their masks, PNGs of one channel at the same paths; with labels, those that there are."""
+    """Layout folders: their masks, PNGs of one channel at the same paths, or COCO's file about them (.json); with
+    labels, those that there are."""
     labels: str | list[str] | None = None
     """Layout folders: label store that `tokenlabel annotate` made for the training images, or several that are read as
     one: images without a mask learn from it."""
     val: str | None = None
     """Layout folders: images to evaluate on, as train; none to skip evaluation."""
     val_masks: str | None = None
-    """Layout folders: their masks."""
+    """Layout folders: their masks, likewise."""
     class_names: tuple[str, ...] = ()
-    """Layout folders: the name of the class of each value in the masks, from 0; by default a line each in classes.txt
-    beside the masks, or the classes of the labels."""
+    """Layout folders: the name of the class of each value in the masks, from 0; by default the categories of
+    COCO's file, a line each in classes.txt beside the masks, or the classes of the labels."""
     class_values: tuple[int, ...] = ()
     """Layout folders: the value of each class in the masks, such as [0,255]; 0, 1, 2, ... by default."""
     ignore_index: int | tuple[int, ...] | None = None
@@ -95,6 +97,11 @@ class SegmentDataConfig:
     """Layouts scenes and folders: one more class, of the pixels that do not count by default; none leaves them out."""
     num_workers: int = 2
     """Processes that decode and augment images."""
+
+    @property
+    def image_folders(self) -> list[str | None]:
+        """Where images are: no run may lie in there."""
+        return [self.train, self.val]
 
     def __post_init__(self) -> None:
         check_numbers(self, "data.", num_workers=COUNT)
@@ -137,17 +144,20 @@ class SegmentDataConfig:
 
 
 class ImageMaskPairs:
-    """Images and the masks of their classes, by index.
+    """Images and the masks of their classes, files in a folder or in COCO's file, by index.
 
     `keys`, `mask_names`: the paths of the images and of their masks, relative to their roots; a mask's is "" where
-    there is none. Pickles, and cheaply.
+    there is none. `pixels`: how many each value has in the masks that `check` looked at. Pickles, and cheaply.
     """
 
-    def __init__(self, classes: Classes, images: Path, masks: Path, names: Sequence[tuple[str, str]]) -> None:
+    def __init__(
+        self, classes: Classes, images: Path, masks: Path | CocoMasks, names: Sequence[tuple[str, str]]
+    ) -> None:
         self.classes = classes
         self._images, self._masks = images, masks
         self.keys = Strings([image for image, _ in names])
         self.mask_names = Strings([mask for _, mask in names])
+        self.pixels: dict[int, int] = {}
 
     def __len__(self) -> int:
         """Return how many pairs there are."""
@@ -172,7 +182,7 @@ class ImageMaskPairs:
         pixels, values = self._decoded(index)
         if values is None:
             return pixels, np.full(pixels.shape[:2], IGNORED, np.int16)
-        return pixels, self.classes.ids(values, name=str(self._masks / self.mask_names[index]))
+        return pixels, self.classes.ids(values, name=self._mask(self.mask_names[index]))
 
     def orientation(self, index: int) -> int:
         """Return the orientation tag of an image's file."""
@@ -225,10 +235,11 @@ class ImageMaskPairs:
         classes, values = self.classes, Counter[int]()
         for counts in masks.values():
             values.update(counts)
+        self.pixels = dict(values)
         if unknown := classes.unknown(sorted(values)):
             names = [name for name, counts in masks.items() if classes.unknown([*counts])]
             raise DataError(
-                f"{self._masks / names[0]}: {unknown}{_advice(classes, sorted(values))} ({len(names):,} of "
+                f"{self._mask(names[0])}: {unknown}{_advice(classes, sorted(values))} ({len(names):,} of "
                 f"{len(masks):,} masks)"
             )
         held = {classes.id_of(value) for value in values} - {IGNORED}
@@ -259,7 +270,7 @@ class ImageMaskPairs:
         UInt8[NDArray[np.uint8], "height width 3"], Integer[NDArray[np.integer], "height width"] | None
     ]:
         """Return RGB pixels and the values of their mask, if there is one."""
-        image, mask = self._images / self.keys[index], self._masks / self.mask_names[index]
+        image, mask = self._images / self.keys[index], self._mask(self.mask_names[index])
         data = _bytes(image)
         try:
             pixels = decode_pixels(data, str(image))
@@ -267,14 +278,21 @@ class ImageMaskPairs:
             raise ImageError(f"{error}; repair it, or remove it and its mask") from error
         if not self.has_mask(index):
             return pixels, None
-        values = decode_mask(_bytes(mask), str(mask))
+        if isinstance(self._masks, CocoMasks):
+            values = self._masks.read(self.mask_names[index])
+        else:
+            values = decode_mask(_bytes(Path(mask)), mask)
         if values.shape != pixels.shape[:2]:
-            check_upright(values.shape, data, mask=str(mask), image=str(image))
+            check_upright(values.shape, data, mask=mask, image=str(image))
             raise DataError(
                 f"{mask}: has {values.shape[0]} x {values.shape[1]} pixels (height x width), its image {image} "
                 f"{pixels.shape[0]} x {pixels.shape[1]}; they must be the same"
             )
         return pixels, values
+
+    def _mask(self, name: str) -> str:
+        """Return what messages call a mask."""
+        return f"{self._masks}: {name}" if isinstance(self._masks, CocoMasks) else str(self._masks / name)
 
     def _look(self, index: int) -> tuple[dict[int, int], dict[int, bytes], bool] | ValueError:
         """Return the pixels of each value of a mask, its colour, and whether a tag turns the image; or an error."""
@@ -285,7 +303,9 @@ class ImageMaskPairs:
             return error
         assert values is not None
         found, counts = np.unique(values, return_counts=True)
-        colours = palette_of(_bytes(self._masks / self.mask_names[index]))
+        colours = []
+        if isinstance(self._masks, Path):
+            colours = palette_of(_bytes(self._masks / self.mask_names[index]))
         counts = dict(zip(found.tolist(), counts.tolist(), strict=True))
         return counts, {value: colours[value] for value in counts if value < len(colours)}, is_turned
 
@@ -320,8 +340,8 @@ def open_pairs(config: SegmentDataConfig, split: Split) -> ImageMaskPairs | None
         folders = config.folders(split)
         if folders is None:
             return None
-        classes = classes_of(config, config.class_names or _names_beside(config))
-        return _two_folders(classes, *folders, all_needed=split == "val" or not config.labels)
+        names = config.class_names or _names_beside(config)
+        return _two_folders(config, names, *folders, all_needed=split == "val" or not config.labels)
     assert config.root is not None
     root = Path(config.root)
     given = config.train_split if split == "train" else config.val_split
@@ -349,10 +369,13 @@ def open_pairs(config: SegmentDataConfig, split: Split) -> ImageMaskPairs | None
 
 
 def _names_beside(config: SegmentDataConfig) -> list[str]:
-    """Return the class names that lie beside the training masks, or else those of the labels."""
+    """Return the class names that lie in or beside the training masks, or else those of the labels."""
     folders = config.folders("train")
     assert folders is not None
-    path = (folders[1] or folders[0]).parent / CLASSES_FILE
+    images, masks = folders
+    if masks is not None and masks.suffix == COCO_SUFFIX:
+        return CocoMasks(masks).class_names
+    path = (masks or images).parent / CLASSES_FILE
     if path.is_file():
         return read_class_names(path)
     names = [*read_manifest(config.label_folders[0]).class_names] if config.labels else []
@@ -397,7 +420,7 @@ def other_pairs(
     if bool(images) != bool(masks):
         raise DataError("images and masks go together: give both folders or none")
     if images and masks:
-        return _two_folders(classes_of(config, names), Path(images), Path(masks), all_needed=True)
+        return _two_folders(config, names, Path(images), Path(masks), all_needed=True)
     if split is not None and config.layout is Layout.FOLDERS:
         raise DataError("layout folders has no splits; name folders with --images and --masks")
     if config.layout is Layout.FOLDERS and not config.class_names:  # where they lay once, others may lie now
@@ -471,9 +494,13 @@ def _checked(
     return ImageMaskPairs(classes, images, masks, sorted([*pairs, *((image, "") for image in bare)]))
 
 
-def _two_folders(classes: Classes, images: Path, masks: Path | None, *, all_needed: bool) -> ImageMaskPairs:
-    """Return the pairs of two folders; say which masks belong to no image, and which to several."""
-    pairs = _checked(classes, images, masks, all_needed=all_needed)
+def _two_folders(
+    config: SegmentDataConfig, names: Sequence[str], images: Path, masks: Path | None, *, all_needed: bool
+) -> ImageMaskPairs:
+    """Return the pairs of two folders, or of one and COCO's file; say which masks are of no image, and of several."""
+    if masks is not None and masks.suffix == COCO_SUFFIX:
+        return _described(config, names, images, CocoMasks(masks), all_needed=all_needed)
+    pairs = _checked(classes_of(config, names), images, masks, all_needed=all_needed)
     if masks is None:
         return pairs
     images_of = Counter(pairs.mask_names[index] for index in pairs.with_mask)
@@ -484,6 +511,41 @@ def _two_folders(classes: Classes, images: Path, masks: Path | None, *, all_need
     if alone:
         say(f"{masks}: {len(alone):,} masks belong to no image and are passed over ({listed(alone)})")
     return pairs
+
+
+def _described(
+    config: SegmentDataConfig, names: Sequence[str], images: Path, masks: CocoMasks, *, all_needed: bool
+) -> ImageMaskPairs:
+    """Return the pairs of a folder of images and of COCO's file; say which of its images are not there."""
+    if config.class_values or config.ignore_index is not None:
+        raise DataError(
+            f"{masks}: says itself which class each pixel has; leave data.class_values and data.ignore_index out"
+        )
+    names, theirs = _without_background(config, names), masks.class_names
+    if {*names} != {*theirs}:
+        unlike = difference(names, theirs, count=len(names), them="the model or data.class_names")
+        raise DataError(f"{masks}: {unlike}; its categories must be these classes")
+    none = (unlabelled_value(len(names)),) if config.background is None else ()
+    classes = numbered_classes(
+        names,
+        background=config.background,
+        values=[theirs.index(name) for name in names],
+        ignored=(CROWD, *none),
+    )
+    keys = sorted(list_images(images).images)
+    name_of = masks.names_of(keys)
+    bare = [key for key in keys if key not in name_of]
+    if not name_of or (bare and all_needed):
+        raise DataError(
+            f"{masks}: {len(bare):,} of {len(keys):,} images in {images} have no mask there ({listed(bare)}); it has "
+            f"those of {len(masks.names):,} ({listed(masks.names[:9])})"
+        )
+    say(f"{images}: {len(name_of):,} images with masks of {len(names):,} classes ({listed(list(names))})")
+    if absent := sorted({*masks.names}.difference(name_of.values())):
+        say(
+            f"{masks}: {len(absent):,} of its images are not in {images} and are passed over ({listed(absent)})"
+        )
+    return ImageMaskPairs(classes, images, masks, [(key, name_of.get(key, "")) for key in keys])
 
 
 def _listed(root: Path, split: str) -> list[str]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,13 +14,18 @@ from jaxtyping import Int16, UInt8
 from numpy.typing import NDArray
 from PIL import Image
 
+from tokenlabel.core.scores import from_probabilities
 from tokenlabel.data.folders import list_images, passed_over_text
 from tokenlabel.data.images import EXTENSIONS, DataError, decode_pixels
+from tokenlabel.data.sources import open_aloud
+from tokenlabel.labels.fingerprints import FingerprintedImages
+from tokenlabel.labels.store import LabelStore, LabelStoreWriter, Manifest
 from tokenlabel.runtime.process import say
 from tokenlabel.segmentation.classes import Classes
 from tokenlabel.segmentation.inference import Segmenter
 
 OPACITY = 0.5
+STORED_TOPK = 5  # classes that a cell of a stored prediction keeps, as `annotate` does
 
 
 def predict_files(
@@ -56,6 +63,43 @@ def predict_files(
             (out / kind / name).parent.mkdir(parents=True, exist_ok=True)
             picture.save(out / kind / name)
     return len(found)
+
+
+def store_predictions(
+    segmenter: Segmenter,
+    images: Path,
+    folder: Path,
+    *,
+    class_names: Sequence[str],
+    teacher: Mapping[str, Any],
+    device: torch.device,
+) -> int:
+    """Write soft predictions of the images in a folder into a label store; return how many it did not hold before.
+
+    Maps lie on the grid that the head ends on; keys are relative to `images`. `teacher`: what the manifest says of the
+    model. Raises StoreError where `folder` holds other labels, ImageError for an image that does not decode.
+    """
+    source = FingerprintedImages(open_aloud(images, classes=False))
+    topk = min(STORED_TOPK, len(class_names))
+    manifest = Manifest(
+        num_classes=len(class_names),
+        class_names=tuple(class_names),
+        topk=topk,
+        teacher=dict(teacher),
+        preprocessing=asdict(segmenter.config),
+    )
+    segmenter.model.eval()
+    num_new = 0
+    with LabelStoreWriter(folder, manifest) as writer:
+        there = {*LabelStore(folder).keys()}
+        for index, key in enumerate(source.keys):
+            if key in there:
+                continue
+            pixels = decode_pixels(source.read(index), key)
+            probs = segmenter.probabilities(torch.from_numpy(pixels).permute(2, 0, 1).to(device))
+            writer.add(key, from_probabilities(probs.cpu().numpy(), topk, name=key), source.take(key))
+            num_new += 1
+    return num_new
 
 
 def mask_image(ids: Int16[NDArray[np.int16], "height width"], classes: Classes) -> Image.Image:

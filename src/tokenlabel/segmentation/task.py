@@ -33,7 +33,7 @@ from tokenlabel.drawing.pictures import (
 from tokenlabel.models.runs import newest_checkpoint, read_state, read_weights
 from tokenlabel.models.weight_files import options_without_weights
 from tokenlabel.runtime.configuration import ConfigError, config_from_dict
-from tokenlabel.runtime.distributed import Ranks, autocast, current_ranks, joined_ranks, usable_device
+from tokenlabel.runtime.distributed import Ranks, autocast, current_ranks
 from tokenlabel.runtime.errors import ModelError
 from tokenlabel.runtime.runlog import Stopwatch, Tracker
 from tokenlabel.segmentation.augment import SegmentTransform, resize_mask
@@ -52,10 +52,10 @@ from tokenlabel.segmentation.model import (
 from tokenlabel.segmentation.pairs import ImageMaskPairs, classes_of, open_pairs
 from tokenlabel.segmentation.recipe import SegmentLossConfig, SegmentRecipe
 from tokenlabel.segmentation.weights import load_weights
-from tokenlabel.training.engine import run_task
+from tokenlabel.training.engine import train_in
 from tokenlabel.training.recipe import recipe_content
-from tokenlabel.training.run_folder import RunImages, locked
-from tokenlabel.training.tasks import Task
+from tokenlabel.training.run_folder import RunImages
+from tokenlabel.training.tasks import Summary, Task
 
 NUM_TRAIN, NUM_VAL = 6, 12
 PICTURE_CELL_PX = 8  # of label maps in pictures
@@ -76,16 +76,7 @@ def train_segmentation(
     Raises ConfigError if it holds a run of another recipe or another process trains there, ValueError for data that
     cannot be trained on, `Interrupted` after SIGINT or SIGTERM.
     """
-    device, run = usable_device(device), Path(run)
-    with joined_ranks(device) as ranks, locked(run, ranks):
-        return run_task(
-            build(recipe, device=device, run=run),
-            run,
-            ranks=ranks,
-            eval_every_epochs=recipe.eval.every_epochs,
-            trackers=trackers,
-            changed_numerics=changed_numerics,
-        )
+    return train_in(run, recipe, build, device=device, trackers=trackers, changed_numerics=changed_numerics)
 
 
 @dataclass(eq=False)
@@ -127,6 +118,23 @@ class SegmentTask(Task):
             pictures.append(([Tile(pixels, "augmented image"), tile], {"key": key}))
         return make_album(pictures, self.class_names, colours=self.train_set.pairs.classes.colours)
 
+    def summary(self) -> Summary:
+        """Return what a dry run says of the task."""
+        recipe, pairs = self.recipe, self.train_set.pairs
+        height_px, width_px = recipe.model.img_size
+        rows, columns = self.model.grid_for(recipe.model.img_size)
+        num_masked = len(pairs.with_mask)
+        labels = f", {len(pairs) - num_masked:,} without" if num_masked < len(pairs) else ""
+        cells = f"; without a mask that of each location, by {' + '.join(recipe.data.label_folders)}"
+        rows_of_masks = pairs.classes.table(pairs.pixels) if num_masked else []
+        return Summary(
+            network=f"{recipe.model.name} with {recipe.model.head.value} head",
+            images=f"{num_masked:,} with masks{labels}; {len(self.class_names):,} classes, {width_px} x {height_px} px",
+            targets=f"the class of each pixel; {rows} x {columns} locations of the head{cells if labels else ''}",
+            title="Pixels of each value in the training masks",
+            table=[("value", "class", "pixels", "share"), *rows_of_masks] if rows_of_masks else [],
+        )
+
     def evaluate(
         self, model: nn.Module, ranks: Ranks, *, run: Path | None = None, **about: Any
     ) -> dict[str, Any]:
@@ -150,7 +158,7 @@ class SegmentTask(Task):
             device=self.device,
             autocast=autocast(self.device, self.recipe.precision),
             ranks=ranks,
-            hear=keep,
+            on_sample=keep,
         )
         of_ranks = ranks.all_gather(pictures)
         if run is not None and ranks.is_first:
@@ -301,6 +309,10 @@ class TrainedSegmenter:
     recipe: SegmentRecipe
     class_names: list[str]
     step: int
+
+    def segmenter(self, device: torch.device) -> Segmenter:
+        """Return the model, moved to a device, with the way in which its recipe looks at images."""
+        return Segmenter(self.model.to(device), self.recipe.eval, window_px=self.recipe.model.img_size)
 
 
 def load_segmenter(path: str | Path) -> TrainedSegmenter:

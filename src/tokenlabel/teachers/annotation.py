@@ -26,6 +26,7 @@ from tqdm import tqdm
 from tokenlabel.data.classes import say_order
 from tokenlabel.data.folders import why_passed_over
 from tokenlabel.data.images import ImageFolder, ImageSource, PlainImages
+from tokenlabel.data.remote import read_ahead
 from tokenlabel.data.sources import open_aloud
 from tokenlabel.labels.encoding import DEFAULT_TOLERANCE, Encoding
 from tokenlabel.labels.fingerprints import MAX_READ, FingerprintedImages, find_replaced
@@ -41,7 +42,7 @@ from tokenlabel.labels.store import (
     update_failures,
 )
 from tokenlabel.runtime.coercion import COUNT, NATURAL, POSITIVE, check_numbers, coerced
-from tokenlabel.runtime.distributed import joined_ranks, usable_device
+from tokenlabel.runtime.distributed import Ranks, joined_ranks, usable_device
 from tokenlabel.runtime.errors import ModelError
 from tokenlabel.runtime.process import listed, say
 from tokenlabel.teachers.classmap import MIN_MASS, class_map_for
@@ -221,7 +222,7 @@ def annotate_by(
     )
     with joined_ranks() as ranks:
         todo = ranks.on_main(lambda: _todo(source, Path(folder), job.manifest, config.again))
-        mine = todo.indices[ranks.rank :: ranks.world_size]
+        mine = _share(source, todo.indices, ranks)
         with (
             _sigterm_stops(),
             LabelStoreWriter(
@@ -233,7 +234,7 @@ def annotate_by(
             ) as writer,
             tqdm(total=len(mine), desc=f"annotate {folder}", unit="img", disable=not ranks.is_first) as bar,
         ):
-            for key, record in job.labels(mine):
+            for key, record in read_ahead(source, ([(0, index)] for index in mine), job.labels(mine)):
                 writer.add_record(key, record, images.take(key))
                 bar.update()
         failures = [failure for of_rank in ranks.all_gather(job.failures) for failure in of_rank]
@@ -264,6 +265,16 @@ def annotate_by(
         images_per_s=num_labelled / (time.perf_counter() - started),
         empty_cells=empty_cells,
     )
+
+
+def _share(source: ImageSource, indices: list[int], ranks: Ranks) -> list[int]:
+    """Return what a rank does of the images: of tar files a stretch, so that each file is read once, by one rank."""
+    groups = getattr(source, "groups", None)
+    if groups is None:
+        return indices[ranks.rank :: ranks.world_size]
+    in_order = sorted(indices, key=groups.__getitem__)
+    start, end = (len(indices) * rank // ranks.world_size for rank in (ranks.rank, ranks.rank + 1))
+    return in_order[start:end]
 
 
 def _manifest(teacher: Teacher | MaskTeacher, source: ImageSource, config: AnnotateConfig) -> Manifest:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,7 @@ from tokenlabel.core.step import Part
 from tokenlabel.data.samplers import BatchSampler
 from tokenlabel.drawing.pictures import PICTURES_FOLDER
 from tokenlabel.runtime.configuration import ConfigError
-from tokenlabel.runtime.distributed import Ranks, shard
+from tokenlabel.runtime.distributed import Ranks, joined_ranks, shard, usable_device
 from tokenlabel.runtime.errors import ModelError
 from tokenlabel.runtime.process import Interrupted, caught_signals
 from tokenlabel.runtime.runlog import RunLog, Stopwatch, Tracker, read_metrics
@@ -50,7 +50,7 @@ from tokenlabel.training.optim import (
 )
 from tokenlabel.training.progress import Divergence, StepResult, Window, peak_memory_bytes
 from tokenlabel.training.recipe import TrainingConfig
-from tokenlabel.training.run_folder import changes_figures, check_run_folder, numerics
+from tokenlabel.training.run_folder import changes_figures, check_apart, check_run_folder, locked, numerics
 from tokenlabel.training.tasks import Task
 
 LOG_EVERY_STEPS = 10
@@ -108,6 +108,29 @@ class Trainer:
             world_size=self.ranks.world_size,
             grad_accum_steps=self.grad_accum_steps,
             order=self.task.order(),
+        )
+
+
+def train_in(
+    run: str | Path,
+    recipe: Any,
+    build: Callable[..., Task[Any]],
+    *,
+    device: torch.device | str,
+    trackers: Sequence[Tracker] = (),
+    changed_numerics: bool = False,
+) -> dict[str, Any]:
+    """Train the task that `build` makes of a recipe in a run folder, alone there; see `run_task`."""
+    device, run = usable_device(device), Path(run)
+    check_apart(run, *recipe.data.image_folders)
+    with joined_ranks(device) as ranks, locked(run, ranks):
+        return run_task(
+            build(recipe, device=device, run=run),
+            run,
+            ranks=ranks,
+            eval_every_epochs=recipe.eval.every_epochs,
+            trackers=trackers,
+            changed_numerics=changed_numerics,
         )
 
 

@@ -71,6 +71,11 @@ class DataConfig:
         """The folders of the labels; empty without labels."""
         return [self.labels] if isinstance(self.labels, str) else self.labels or []
 
+    @property
+    def image_folders(self) -> list[str | None]:
+        """Where images are: no run may lie in there."""
+        return [self.train, self.unlabelled, self.val]
+
 
 @dataclass(frozen=True, kw_only=True)
 @coerced_fields

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -22,6 +23,17 @@ from tokenlabel.training.recipe import TrainingConfig
 from tokenlabel.training.run_folder import RunImages
 
 RecipeT = TypeVar("RecipeT", bound=TrainingConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """What a dry run says of a task, and a table under a title, headings first."""
+
+    network: str
+    images: str
+    targets: str
+    title: str = ""
+    table: Sequence[Sequence[str]] = ()
 
 
 class Task(ABC, Generic[RecipeT]):
@@ -57,6 +69,10 @@ class Task(ABC, Generic[RecipeT]):
         `indices`: epoch and index of each image. Must draw no random numbers but those of the part.
         """
         return None
+
+    @abstractmethod
+    def summary(self) -> Summary:
+        """Return what a dry run says of the task."""
 
     @abstractmethod
     def evaluate(

@@ -2,65 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from tokenlabel.classification.task import ClassifierTask, build
-from tokenlabel.core.batch import Batch
 from tokenlabel.core.step import Part
-from tokenlabel.drawing.page import Page
+from tokenlabel.drawing.page import Page, table
 from tokenlabel.runtime.distributed import joined_ranks
 from tokenlabel.runtime.runlog import Stopwatch
 from tokenlabel.training.engine import Trainer, prepare, train_step
 from tokenlabel.training.progress import peak_memory_bytes
-from tokenlabel.training.recipe import Recipe
-from tokenlabel.training.run_folder import check_apart
+from tokenlabel.training.tasks import Summary, Task
 
 PICTURES_NAME = "first_batch.html"
 
 _NUM_STEPS = 3  # of a dry run, after one that is not counted
+_MAX_ROWS = 40  # of a table, as text
 
 
 @dataclass(frozen=True)
 class _Steps:
-    """What a few steps took, on average, and what the last one said."""
+    """What a few steps took, on average, and the losses of the last one."""
 
     seconds: dict[str, float]
     values: dict[str, float]
 
 
-def dry_run(recipe: Recipe, out: Path, *, device: torch.device) -> str:
+def dry_run(make_task: Callable[[], Task[Any]], out: Path, *, device: torch.device) -> str:
     """Take a few steps of a run and return, as text, all that follows: sizes, schedule, time, memory, loss.
 
-    Also draws the first images of the first batch, as they are trained on, into OUT/first_batch.html. Under torchrun
-    all processes take part; the text is that of the first.
+    `make_task` is called within the group of processes: under torchrun all take part, and the first has the text.
+    Also draws the first images of the first batch, as they are trained on, into OUT/first_batch.html.
     """
     with joined_ranks(device) as ranks:
-        check_apart(out, recipe.data.train, recipe.data.unlabelled, recipe.data.val)
-        task = build(recipe, device=device)
+        task = make_task()
         trainer = prepare(task, ranks)
+        summary = task.summary()
         sampler = trainer.sampler(0)
         batches = iter(task.batches(sampler))
         first = next(batches)
         if ranks.is_first:
-            part = Part(recipe.seed, 0, sampler.part_start(0))
+            part = Part(task.recipe.seed, 0, sampler.part_start(0))
             album = task.picture(first.to(device), part, next(iter(sampler)))
+            assert album is not None
             page = Page(f"Dry run of {out}", [album])
-            page.add_album("The first batch, with the targets of its tokens", album)
+            page.add_album("The first batch, with its targets", album)
+            if summary.table:
+                headings, *rows = summary.table
+                page.add(summary.title, table(headings, rows))
             page.write(out / PICTURES_NAME)
         steps = _take_steps(trainer, chain([first], batches))
-        lines = [*_sizes(trainer, task), *_schedule(trainer), *_costs(trainer, steps)]
-        where = f"{out / PICTURES_NAME}: augmented images, with the targets of their tokens"
-        lines.append(("pictures", where))
-        return "\n".join(f"{name:<14} {text}" for name, text in lines)
+        lines = [*_sizes(trainer, summary), *_schedule(trainer), *_costs(trainer, steps)]
+        lines.append(("pictures", f"{out / PICTURES_NAME}: augmented images, with their targets"))
+        return "\n".join([*(f"{name:<14} {text}" for name, text in lines), *_rows(summary)])
 
 
-def _take_steps(trainer: Trainer, batches: Iterator[Batch]) -> _Steps:
+def _take_steps(trainer: Trainer, batches: Iterator[Any]) -> _Steps:
     """Take one step to warm up and `_NUM_STEPS` that are timed."""
     watch = Stopwatch()
     num_steps = min(1 + _NUM_STEPS, trainer.num_steps)
@@ -74,24 +76,17 @@ def _take_steps(trainer: Trainer, batches: Iterator[Batch]) -> _Steps:
     return _Steps({name: part_s / num_timed for name, part_s in watch.lap().items()}, values)
 
 
-def _sizes(trainer: Trainer, task: ClassifierTask) -> list[tuple[str, str]]:
-    recipe, ranks, parameters = task.recipe, trainer.ranks, list(task.model.parameters())
+def _sizes(trainer: Trainer, summary: Summary) -> list[tuple[str, str]]:
+    recipe, ranks, parameters = trainer.task.recipe, trainer.ranks, list(trainer.task.model.parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)
-    height_px, width_px = recipe.model.img_size
     part = recipe.batch_size // ranks.world_size // trainer.grad_accum_steps
-    rows, columns = task.grid
-    folders = " + ".join(recipe.data.label_folders)
-    labels = folders if task.supervision.stored else recipe.loss.teacher.name
-    others = f" and {task.token_classes} for the tokens" if task.token_classes is not None else ""
-    about = f"{len(task.class_names):,} classes{others}" if task.class_names else f"no classes{others}"
-    told = f"tokens are told by {labels}" if task.supervision.labels_tokens else "tokens are told nothing"
     return [
         (
             "model",
-            f"{recipe.model.name}: {sum(p.numel() for p in parameters):,} parameters, {trained:,} trained",
+            f"{summary.network}: {sum(p.numel() for p in parameters):,} parameters, {trained:,} trained",
         ),
-        ("images", f"{task.counts}; {about}, {width_px} x {height_px} px"),
-        ("targets", f"{rows} x {columns} tokens; {told}"),
+        ("images", summary.images),
+        ("targets", summary.targets),
         (
             "batch",
             f"{recipe.batch_size:,} images: {ranks.world_size} process{'es' * (ranks.world_size > 1)} x "
@@ -118,18 +113,38 @@ def _costs(trainer: Trainer, steps: _Steps) -> list[tuple[str, str]]:
     seconds = dict(steps.seconds)
     total_s = seconds.pop("total")
     shares = {**seconds, "model": total_s - sum(seconds.values())}
-    told = ", ".join(f"{name} {part_s / total_s:.0%}" for name, part_s in shares.items())
+    parts = ", ".join(f"{name} {part_s / total_s:.0%}" for name, part_s in shares.items())
     where = "of the GPU" if trainer.task.device.type == "cuda" else "of this process"
     return [
-        ("a step", f"{total_s:.3g} s: {told}"),
+        ("a step", f"{total_s:.3g} s: {parts}"),
         (
             "the run",
             f"{timedelta(seconds=round(total_s * trainer.num_steps))} on this machine, without evaluation",
         ),
         ("memory", f"{peak_memory_bytes(trainer.task.device) / 1e9:.3g} GB at most, {where}"),
-        ("says", _spelled(steps.values)),
+        ("losses", _spelled(steps.values)),
     ]
 
 
 def _spelled(values: dict[str, float]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in values.items())
+
+
+def _rows(summary: Summary) -> list[str]:
+    """Return the lines of the table, in columns; those of the longest ones stand in the page alone."""
+    if not summary.table:
+        return []
+    shown = summary.table[: 1 + _MAX_ROWS]
+    widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
+    lines = [
+        "  ".join(
+            [
+                row[0].ljust(widths[0]),
+                *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)),
+            ]
+        )
+        for row in shown
+    ]
+    if more := len(summary.table) - len(shown):
+        lines.append(f"... and {more:,} more rows in {PICTURES_NAME}")
+    return ["", f"{summary.title}:", *lines]

@@ -1,0 +1,196 @@
+"""Images in tar files behind URLs: the same images in the same order as from a disk, by way of a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from tokenlabel.data.images import ImageSource
+from tokenlabel.data.tars import (
+    INDEX_NAME,
+    TarImages,
+    TarIndex,
+    last_starts,
+    load_index,
+    mark_of,
+    refuse_parts,
+    save_index,
+    scan_tars,
+)
+from tokenlabel.runtime.errors import DataError, RemoteError
+from tokenlabel.runtime.process import is_main_process, listed, say
+from tokenlabel.runtime.remote import (
+    RemoteFile,
+    cached_index,
+    digest_of,
+    exclusive,
+    expanded,
+    fetch,
+    fetched_ahead,
+    folder_urls,
+    refuse_small_cache,
+    remote_files,
+)
+
+T = TypeVar("T")
+
+
+class RemoteTars(TarImages):
+    """Images in tar files behind URLs. A whole file is fetched into the cache by who reads its first image.
+
+    `marks`: of each file the checksum of a header, where a published index says it: a copy without it is of another
+    version than the index. Raises RemoteError, when an image is read, for a file that cannot be had.
+    """
+
+    def __init__(
+        self, tars: Sequence[RemoteFile], index: TarIndex, marks: NDArray[np.int64] | None = None
+    ) -> None:
+        super().__init__([], index)
+        self.tars, self._marks, self.remarks = list(tars), marks, list[str]()
+
+    @property
+    def files(self) -> Mapping[int, RemoteFile]:
+        """The file of each group."""
+        return dict(enumerate(self.tars))
+
+    def streamed(self) -> RemoteTars:
+        """Return the same images: files are fetched whole as it is."""
+        return self
+
+    def stat(self, index: int) -> tuple[int, int]:
+        """Return the bytes of the image, and 0 for when it was modified: of many servers nobody knows."""
+        return int(self.index.places[index, 2]), 0
+
+    def _path(self, place: int) -> Path:
+        return fetch(self.tars[place], self._is_indexed(place))
+
+    def _name(self, place: int) -> str:
+        return self.tars[place].url
+
+    def _is_indexed(self, place: int) -> Callable[[Path], None]:
+        def check(path: Path) -> None:
+            if self._marks is not None:
+                start = last_starts(self.index.places, len(self.tars))[place]
+                if mark_of(path, start) != self._marks[place]:
+                    raise DataError(
+                        f"{self._name(place)}: is another than {INDEX_NAME} beside it was written for; write it again"
+                    )
+
+        return check
+
+
+def open_remote(url: str) -> RemoteTars:
+    """Return the images of the tar files that a URL with braces or `*` stands for, or that are in its folder.
+
+    What is in them says the index beside them (`tokenlabel index` writes it before they are copied there), else each
+    is fetched once to see, and the cache remembers. Raises RemoteError and DataError.
+    """
+    urls = expanded(url)
+    if len(urls) == 1 and ("*" in url or not _is_tar(url)):
+        urls = [name for name in folder_urls(url, maxdepth=1) if _is_tar(name)]
+        if not urls:
+            raise DataError(
+                f"{url}: no .tar files; images behind URLs are read from tar files (WebDataset), such as "
+                "train-{000..127}.tar"
+            )
+        refuse_parts(url, [name.rpartition("/")[2] for name in urls])
+    urls = sorted(dict.fromkeys(urls), key=lambda name: (name.rpartition("/")[2], name))
+    files = remote_files(urls)
+    images = _by_published_index(files) or RemoteTars(files, _looked_through(files))
+    try:
+        refuse_small_cache(files, at_once=None, remedy="")
+    except RemoteError as error:
+        images.remarks = [f"read shard by shard, since they are more than the cache holds ({error})"]
+    return images
+
+
+def read_ahead(
+    source: ImageSource, batches: Iterable[Sequence[tuple[int, int]]], results: Iterable[T]
+) -> Iterable[T]:
+    """Return results, one for each batch of (epoch, index); while they are taken, the files of the next are fetched."""
+    files: Mapping[int, RemoteFile] = getattr(source, "files", None) or {}
+    if not files:
+        return results
+    groups, reached = getattr(source, "groups"), 0  # noqa: B009  (no part of every source)
+
+    def taken() -> Iterator[T]:
+        nonlocal reached
+        with fetched_ahead(_first_uses(groups, files, batches), lambda: reached):
+            for result in results:
+                yield result
+                reached += 1
+
+    return taken()
+
+
+def _first_uses(
+    groups: NDArray[np.int64], files: Mapping[int, RemoteFile], batches: Iterable[Sequence[tuple[int, int]]]
+) -> Iterator[tuple[int, RemoteFile]]:
+    """Yield the number of the batch that wants a file first in each epoch, and the file."""
+    seen: dict[int, set[int]] = {}
+    for number, batch in enumerate(batches):
+        seen = {epoch: seen.get(epoch, set()) for epoch in {epoch for epoch, _ in batch}}
+        for epoch, index in batch:
+            group = int(groups[index])
+            if group in files and group not in seen[epoch]:
+                seen[epoch].add(group)
+                yield number, files[group]
+
+
+def _by_published_index(files: Sequence[RemoteFile]) -> RemoteTars | None:
+    """Return images by the index that lies beside their files; None if there is none, or it is of other files."""
+    folders = {file.url.rpartition("/")[0] for file in files}
+    if len(folders) > 1 or "?" in files[0].url:
+        return None
+    url = f"{folders.pop()}/{INDEX_NAME}"
+    try:
+        (found,) = remote_files([url])
+    except RemoteError:
+        return None
+    index, names, sizes, marks = load_index(fetch(found))
+    if names == [_name(file) for file in files] and sizes.tolist() == [file.num_bytes for file in files]:
+        return RemoteTars(files, index, marks)
+    if {*names} == {_name(file) for file in files}:
+        raise DataError(f"{url}: the tar files beside it have changed since; write it again, or delete it")
+    return None
+
+
+def _looked_through(files: Sequence[RemoteFile]) -> TarIndex:
+    """Return what is in files, as the cache remembers it or by fetching each once."""
+    digest = digest_of(files)
+    path = cached_index(digest)
+    with exclusive(f"{digest[:2]}.index.lock"):  # of several processes one looks
+        if path.exists():
+            return load_index(path)[0]
+        folder = files[0].url.rpartition("/")[0]
+        say(
+            f"{folder}: no {INDEX_NAME} of {listed([_name(file) for file in files])} there, so each is fetched once to "
+            "see what is in it"
+        )
+        reached = 0
+        with tqdm(total=len(files), unit="tar", disable=not is_main_process()) as bar:
+
+            def local(place: int) -> Path:
+                nonlocal reached
+                reached = place
+                bar.update()
+                return fetch(files[place])
+
+            with fetched_ahead(enumerate(files), lambda: reached):
+                index = scan_tars([file.url for file in files], local)
+        none = np.zeros(0, np.int64)
+        save_index(path, index, [file.url for file in files], none, none)
+    return index
+
+
+def _is_tar(url: str) -> bool:
+    return url.partition("?")[0].lower().endswith(".tar")
+
+
+def _name(file: RemoteFile) -> str:
+    return file.url.rpartition("/")[2]
