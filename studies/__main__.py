@@ -92,13 +92,13 @@ def parsed(arguments: Sequence[str]) -> Any:
 def study_of(options: Any) -> Study:
     """Return the study that options ask for.
 
-    `all` are the tables of this folder that need no other testbed.
+    `all` are the tables that run on any testbed; those that name one are asked for by name.
     """
     every = {name: read_table(name) for name in options.tables if name != "all"}
     on = options.on or next((table.testbed for table in every.values() if table.testbed), "embedded")
     if "all" in options.tables:
         every = {name: read_table(name) for name in names_in("tables")} | every
-        every = {name: table for name, table in every.items() if table.testbed in ("", on)}
+        every = {name: table for name, table in every.items() if not table.testbed or name in options.tables}
     settings = {}
     for text in (text for group in options.set for text in group):
         key, equals, value = text.partition("=")

@@ -11,6 +11,7 @@ import json
 import os
 import resource
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -30,6 +31,7 @@ from studies.measures import COST_FILE, MEASURES_FILE, FinishedRun, measure_run
 from studies.records import Records, RunRecord
 from studies.tables import Job, RunPlan, Study, StudyError, filled
 from tokenlabel.classification import task as classification
+from tokenlabel.data.images import ImageSource
 from tokenlabel.data.scenes import write_scenes
 from tokenlabel.data.sources import open_images
 from tokenlabel.runtime.distributed import Ranks, joined_ranks, launched_ranks
@@ -189,7 +191,10 @@ def make_steps(study: Study, steps: Sequence[str], *, seed: int) -> None:
             if _is_made(study, name, seed):
                 continue
             if step.scenes is not None:
-                write_scenes(folder, **{key: value for key, value in step.scenes.items() if key != "lists"})
+                parts = ("lists", "few")  # what is written beside the scenes
+                write_scenes(folder, **{key: value for key, value in step.scenes.items() if key not in parts})
+                if "few" in step.scenes:
+                    write_few(folder, step.scenes["few"])
                 for key, (num_labelled, others) in step.scenes.get("lists", {}).items():
                     write_list(folder / "train", key, num_labelled=num_labelled, others=others)
             else:
@@ -206,17 +211,31 @@ def make_steps(study: Study, steps: Sequence[str], *, seed: int) -> None:
 def write_list(folder: Path, name: str, *, num_labelled: int, others: bool) -> None:
     """Write FOLDER/NAME.csv: so many images with their class, as many of each; with the `others` those without."""
     source = open_images(folder)
-    place = np.zeros(len(source), np.int64)  # of each image within its class
-    for class_id in np.unique(source.class_ids):
-        of_class = np.flatnonzero(source.class_ids == class_id)
-        place[of_class] = np.random.default_rng(int(class_id)).permutation(len(of_class))
-    chosen = {*np.lexsort((source.class_ids, place))[:num_labelled].tolist()}
+    chosen = {*_chosen(source, num_labelled)}
     rows = [
         f"{key},{source.class_names[source.class_ids[i]] if i in chosen else ''}"
         for i, key in enumerate(source.keys)
         if i in chosen or others
     ]
     write_whole(folder / f"{name}.csv", "path,label\n" + "\n".join(rows) + "\n")
+
+
+def write_few(scenes: Path, count: int) -> None:
+    """Write SCENES/few: images/ and masks/ of so many of the training scenes, as many of each class."""
+    source = open_images(scenes / "train")
+    for key in (source.keys[index] for index in _chosen(source, count)):
+        for theirs, ours in (("train", "images"), ("masks/train", "masks")):
+            (scenes / "few" / ours / key).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(scenes / theirs / key, scenes / "few" / ours / key)
+
+
+def _chosen(source: ImageSource, count: int) -> list[int]:
+    """Return the indices of so many images, as many of each class, the same ones each time."""
+    place = np.zeros(len(source), np.int64)  # of each image within its class
+    for class_id in np.unique(source.class_ids):
+        of_class = np.flatnonzero(source.class_ids == class_id)
+        place[of_class] = np.random.default_rng(int(class_id)).permutation(len(of_class))
+    return np.lexsort((source.class_ids, place))[:count].tolist()
 
 
 def _is_made(study: Study, name: str, seed: int) -> bool:

@@ -30,9 +30,9 @@ ROOMS = {
     "labels": "runtime core drawing data",
     "training": "runtime core drawing data models",
     "evaluation": "runtime core data models labels training",
-    "teachers": "runtime core data models labels training evaluation",
-    "classification": "runtime core drawing data models labels training evaluation teachers",
     "segmentation": "runtime core drawing data models labels training",
+    "teachers": "runtime core data models labels training evaluation segmentation",
+    "classification": "runtime core drawing data models labels training evaluation teachers",
 }
 ON_TOP = {"__init__", "__main__", "cli", "demo", "push", "report"}
 SOURCES = Path(tokenlabel.__file__).parent

@@ -190,6 +190,7 @@ def annotate(arguments: list[str]) -> int:
     print(
         f"{options.store}: {done.num_labelled:,} images labelled{anew}, {done.num_present:,} had been, "
         f"{len(done.failures):,} failed; {done.images_per_s:,.0f} images/s"
+        + ("" if done.bytes_per_image is None else f", {done.bytes_per_image:,.0f} bytes an image")
     )
     _print_some([failure.reason for failure in done.failures])
     return 0

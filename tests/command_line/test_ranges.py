@@ -15,8 +15,8 @@ from tokenlabel.labels.published import ImportConfig
 from tokenlabel.runtime.coercion import check_numbers
 from tokenlabel.segmentation.augment import SegmentAugmentConfig
 from tokenlabel.segmentation.inference import SegmentEvalConfig
+from tokenlabel.segmentation.layouts import Layout, SegmentDataConfig
 from tokenlabel.segmentation.model import SegmentModelConfig
-from tokenlabel.segmentation.pairs import Layout, SegmentDataConfig
 from tokenlabel.segmentation.recipe import SegmentLossConfig
 from tokenlabel.teachers.annotation import AnnotateConfig
 from tokenlabel.training.recipe import (

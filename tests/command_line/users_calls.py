@@ -30,8 +30,8 @@ from tokenlabel.labels.inspection import InspectConfig
 from tokenlabel.labels.published import ImportConfig, PublishedLayout
 from tokenlabel.models import TokenModel
 from tokenlabel.segmentation.inference import SegmentEvalConfig
+from tokenlabel.segmentation.layouts import SegmentDataConfig, open_pairs
 from tokenlabel.segmentation.model import SegmentModelConfig
-from tokenlabel.segmentation.pairs import SegmentDataConfig, open_pairs
 from tokenlabel.training.recipe import DataConfig, EvalConfig, ModelConfig, OptimConfig, Recipe
 
 CLASSES = ["ant", "bee"]

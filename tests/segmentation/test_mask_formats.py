@@ -13,7 +13,7 @@ from segment_cases import BACKBONE, write_image, write_mask
 
 from tokenlabel.cli import main
 from tokenlabel.segmentation.classes import IGNORED, numbered_classes
-from tokenlabel.segmentation.pairs import Layout, SegmentDataConfig, open_pairs
+from tokenlabel.segmentation.layouts import Layout, SegmentDataConfig, open_pairs
 
 NUM_CLASSES = 300
 
@@ -102,6 +102,20 @@ def test_a_dry_run_says_what_the_values_of_masks_mean_and_draws_the_first_pairs(
     assert [path.name for path in Path("run").iterdir()] == ["first_batch.html"]
     assert main(["segment", "train", "--recipe", "recipe.yaml", "--out", "images/run", "--dry-run"]) == 2
     assert "--out images/run: lies in the images images" in capsys.readouterr().err
+
+
+def test_a_value_that_is_no_class_is_named_with_what_to_say(folder, capsys):
+    write_streets()
+    write_recipe({"class_names": [*"abcdefghijk"]})  # 11 classes, 0 to 10
+    for number in range(3):
+        write_mask(Path(f"masks/{number}.png"), np.arange(720).reshape(24, 30) % 12)
+    assert main(["segment", "train", "--recipe", "recipe.yaml", "--out", "run"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "0.png: holds the value 11, which is no class; 11 classes have the values 0-10, 255" in error
+    assert (
+        "; if 11 is none, say --data.ignore-index 11; if 0 is none of them, say --data.class-values=[1,2,"
+        in error
+    )
 
 
 def test_ids_beyond_8_bits_keep_their_numbers(folder):

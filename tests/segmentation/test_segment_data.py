@@ -12,6 +12,7 @@ from PIL import Image
 from segment_cases import write_image, write_mask
 
 from tokenlabel.data.images import DataError, ImageError
+from tokenlabel.data.masks import decode_mask
 from tokenlabel.data.scenes import write_scenes
 from tokenlabel.segmentation.augment import (
     SegmentAugmentConfig,
@@ -24,12 +25,11 @@ from tokenlabel.segmentation.augment import (
 )
 from tokenlabel.segmentation.classes import IGNORED, known_classes, numbered_classes
 from tokenlabel.segmentation.data import SegmentDataset, collate
-from tokenlabel.segmentation.pairs import (
+from tokenlabel.segmentation.layouts import (
     Layout,
     SegmentDataConfig,
     Split,
     classes_of,
-    decode_mask,
     open_pairs,
     other_pairs,
 )

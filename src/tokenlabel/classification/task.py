@@ -406,7 +406,7 @@ def _sound(
 
     def find(among: list[int] | None) -> list[int]:
         if labelled is not None and among is None:
-            among = [number for number, key in enumerate(source.keys) if key not in labelled]
+            among = np.flatnonzero(~labelled.holds(source.keys)).tolist()
         return find_broken(source, check, among)
 
     names, known = source.class_names, has_classes(source)

@@ -268,7 +268,9 @@ def check_labels(
             them="the labels'",
             overrule="class_names in their manifest.json would settle it",
         )
-    missing = [key for key in source.keys if key not in store]
+    holds = getattr(store, "holds", None)  # of a million keys at once, where a store can
+    held = holds(source.keys) if holds else [key in store for key in source.keys]
+    missing = [key for key, is_held in zip(source.keys, held, strict=True) if not is_held]
     said = f"{len(missing):,} of {len(source):,} images have no label in the store ({listed(missing)})"
     if len(missing) == len(source):
         raise DataError(

@@ -22,13 +22,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tokenlabel.data.images import Strings
-from tokenlabel.data.masks import unlabelled_value
+from tokenlabel.data.masks import MAX_CLASSES, unlabelled_value
 from tokenlabel.runtime.errors import DataError
 from tokenlabel.runtime.process import listed
 
 COCO_SUFFIX = ".json"
 CROWD = 65_534  # the value of pixels of a crowd region, which do not count
-MAX_CATEGORIES = 32_767
 
 
 class CocoMasks:
@@ -54,8 +53,8 @@ class CocoMasks:
         except (KeyError, TypeError, ValueError) as error:
             what = f"lacks {error}" if isinstance(error, KeyError) else str(error)
             raise DataError(f"{self.path}: does not read as COCO's annotations ({what})") from error
-        if not 0 < len(self.class_names) <= MAX_CATEGORIES:
-            raise DataError(f"{self.path}: lists {len(ids):,} categories, expected 1 to {MAX_CATEGORIES:,}")
+        if not 0 < len(self.class_names) <= MAX_CLASSES:
+            raise DataError(f"{self.path}: lists {len(ids):,} categories, expected 1 to {MAX_CLASSES:,}")
         self.names = Strings(sorted(described))
         self._masks = Strings([json.dumps(described[name]) for name in self.names])
 

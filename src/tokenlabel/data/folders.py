@@ -73,11 +73,16 @@ NEED_CLASSES = "put each into a folder named after its class, or list paths and 
 
 @dataclass
 class Listing:
-    """What is below a folder: paths of images relative to it, the folders in it, and what was passed over by kind."""
+    """What is below a folder: paths of images relative to it, the folders in it, and what was passed over by kind.
+
+    `read`: when each folder that was read had changed last, in ns. `num_links`: links that were met.
+    """
 
     images: list[str] = field(default_factory=list)
     folders: list[str] = field(default_factory=list)
     passed_over: Counter[str] = field(default_factory=Counter)
+    read: dict[str, int] = field(default_factory=dict)
+    num_links: int = 0
 
 
 def list_images(root: Path) -> Listing:
@@ -100,10 +105,12 @@ def list_images(root: Path) -> Listing:
             continue
         seen[real] = path
         try:
+            found.read[path] = (root / path).stat().st_mtime_ns  # before its content
             with os.scandir(root / path) as entries:
                 inside = list(entries)
         except OSError as error:
             raise DataError(f"{root / path}: cannot be listed ({error.strerror})") from error
+        found.num_links += sum(entry.is_symlink() for entry in inside)
         for entry in inside:
             name = f"{path}/{entry.name}" if path else entry.name
             if entry.is_dir():

@@ -14,6 +14,7 @@ from tokenlabel.core.geometry import turned
 from tokenlabel.data.images import orientation_of
 from tokenlabel.runtime.errors import DataError
 
+MAX_CLASSES = 32_767  # ids of training masks have 16 bits with a sign
 SUFFIXES = (".png", ".PNG", ".tif", ".tiff", ".bmp", ".gif", ".pgm")  # formats that keep numbers as they are
 # What tools put between the name of an image and that of its mask.
 _ENDINGS = ("_mask", "_seg", "_segmentation", "_gt", "_label", "_labels", "_L", ".mask", ".seg")

@@ -6,6 +6,7 @@ import csv
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
@@ -131,10 +132,13 @@ class ListedImages(ImageFiles):
     """
 
     def __init__(self, path: str | Path) -> None:
-        path = Path(path)
-        self.remarks: list[str] = []
+        path, remarks = Path(path), list[str]()
         passed_over: Counter[str] = Counter()
-        entries = [*_entries(path, self.remarks, passed_over)]
+        data = path.read_bytes()
+        content = blake2b(data, digest_size=16).hexdigest()
+        if self._recalled("list", path, lambda about: about["content"] == content):
+            return
+        entries = [*_entries(path, data, remarks, passed_over)]
         if not entries:
             beside = f" ({passed_over_text(passed_over)})" if passed_over else ""
             raise DataError(f"{path}: lists no images{beside}")
@@ -144,7 +148,7 @@ class ListedImages(ImageFiles):
             keys = [key.replace("\\", "/") for key in keys]
         keys = [key.removeprefix("./") for key in keys]
         entries = [(key, name) for key, (_, name) in zip(keys, entries, strict=True)]
-        entries, num_entries = _in_utf8([*dict.fromkeys(entries)], path, self.remarks), len(entries)
+        entries, num_entries = _in_utf8([*dict.fromkeys(entries)], path, remarks), len(entries)
         keys = [key for key, _ in entries]
         if num_entries > len(entries):  # a line for each object, say
             passed_over["listed again"] += num_entries - len(entries)
@@ -170,11 +174,16 @@ class ListedImages(ImageFiles):
         )
         class_ids[has_class] = ids
         super().__init__(path.parent, keys, class_ids, class_names, passed_over, has_class)
+        self.remarks = remarks
+        if not any("\0" in key for key in keys):
+            self._remember("list", path, content=content)
 
 
-def _entries(path: Path, remarks: list[str], passed_over: Counter[str]) -> Iterator[tuple[str, str | None]]:
-    """Yield the path and the class of each image that a list names."""
-    lines = _lines(path)
+def _entries(
+    path: Path, data: bytes, remarks: list[str], passed_over: Counter[str]
+) -> Iterator[tuple[str, str | None]]:
+    """Yield the path and the class of each image that a list of some content names."""
+    lines = _lines(data)
     rows = list(_rows(path, lines))
     columns = None
     if len(rows) > 1 and _are_headings(rows[0][1]):
@@ -202,8 +211,7 @@ def _entries(path: Path, remarks: list[str], passed_over: Counter[str]) -> Itera
         yield cells[of_images[0]], cells[1 - of_images[0]] or None if len(cells) == 2 else None
 
 
-def _lines(path: Path) -> list[str]:
-    data = path.read_bytes()
+def _lines(data: bytes) -> list[str]:
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):  # what Excel calls Unicode text
         text = data.decode("utf-16", "replace")
     else:
@@ -277,7 +285,7 @@ def _in_utf8(
 
 def _is_escaped(text: str) -> bool:
     """Say whether a text has bytes that are not UTF-8."""
-    return any("\udc80" <= sign <= "\udcff" for sign in text)
+    return not text.isascii() and any("\udc80" <= sign <= "\udcff" for sign in text)
 
 
 def _columns(path: Path, rows: Sequence[tuple[int, list[str]]], remarks: list[str]) -> list[int]:

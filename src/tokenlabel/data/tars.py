@@ -300,7 +300,7 @@ def save_index(
         tars=_packed(names),
         sizes=sizes,
         marks=marks,
-        keys=_packed(list(index.keys)),
+        keys=index.keys.packed(),
         places=index.places,
         class_names=_packed(index.class_names),
         class_ids=index.class_ids,
@@ -315,7 +315,7 @@ def load_index(path: Path) -> tuple[TarIndex, list[str], NDArray[np.int64], NDAr
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             index = TarIndex(
-                keys=Strings(_unpacked(arrays["keys"])),
+                keys=Strings.unpacked(arrays["keys"]),
                 places=arrays["places"],
                 class_names=_unpacked(arrays["class_names"]),
                 class_ids=arrays["class_ids"],
@@ -366,11 +366,11 @@ def mark_of(path: Path, start: int) -> int:
 
 def _packed(names: Sequence[str]) -> NDArray[np.uint8]:
     """Return names as one array of bytes, each ended by a zero, which no name of a tar file's member holds."""
-    return np.frombuffer("".join(f"{name}\0" for name in names).encode("utf-8", "surrogateescape"), np.uint8)
+    return Strings(names).packed()
 
 
 def _unpacked(text: NDArray[np.uint8]) -> list[str]:
-    return text.tobytes().decode("utf-8", "surrogateescape").split("\0")[:-1]
+    return list(Strings.unpacked(text))
 
 
 def _members(path: Path, called: str | Path) -> Iterator[tuple[str, str | None, int, int, bytes | None]]:

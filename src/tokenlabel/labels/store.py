@@ -276,7 +276,16 @@ class LabelStore:
 
     def missing(self, keys: Iterable[str]) -> list[str]:
         """Return those of the given keys that have no label here."""
-        return [key for key in keys if key not in self]
+        keys = list(keys)
+        return [key for key, held in zip(keys, self.holds(keys), strict=True) if not held]
+
+    def holds(self, keys: Sequence[str]) -> NDArray[np.bool_]:
+        """Say of which keys [N] there is a label, by their 64-bit hashes alone: a million takes seconds."""
+        wanted = np.fromiter((key_hash(key_bytes(key)) for key in keys), np.uint64, len(keys))
+        hashes = np.asarray(self._hashes)
+        if not len(hashes):
+            return np.zeros(len(keys), np.bool_)
+        return hashes[np.searchsorted(hashes, wanted).clip(max=len(hashes) - 1)] == wanted
 
     def packed(self, key: str) -> bytes:
         """Return the record of an image as it is stored, its checksum verified."""

@@ -212,9 +212,9 @@ def digest_of(files: Iterable[RemoteFile]) -> str:
     return blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
 
 
-def cached_index(digest: str) -> Path:
-    """Return where the cache keeps what was found in files of a digest (see `digest_of`)."""
-    return _folder("indexes") / f"{digest}.npz"
+def cached_index(digest: str, *, make: bool = True) -> Path:
+    """Return where the cache keeps what was found in files or folders of a digest."""
+    return _folder("indexes", make=make) / f"{digest}.npz"
 
 
 def _described(url: str) -> RemoteFile:
@@ -397,7 +397,7 @@ def _make_room(num_bytes: int, url: str) -> None:
             f"{url}: {_size(num_bytes)}, and the cache may hold {_size(cache_bytes())}; "
             "TOKENLABEL_CACHE_SIZE=500GB lets it hold more"
         )
-    for path in [*_folder("files").iterdir(), *_folder("folders").iterdir()]:
+    for path in [path for name in ("files", "folders", "indexes") for path in _folder(name).iterdir()]:
         with suppress(OSError):
             status, is_folder = path.stat(), path.is_dir()
             if path.name.startswith("."):  # of a download, which a reservation stands for
@@ -447,12 +447,13 @@ def _let_go(folder: Path) -> bool:
     return True
 
 
-def _folder(name: str) -> Path:
-    """Return a folder of the cache, which is made."""
+def _folder(name: str, *, make: bool = True) -> Path:
+    """Return a folder of the cache, which is made unless that is for later."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = Path(os.environ.get("TOKENLABEL_CACHE") or Path(base) / "tokenlabel") / name
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        if make:
+            folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RemoteError(
             f"{folder}: the cache cannot be made ({error.strerror}); TOKENLABEL_CACHE names another place"

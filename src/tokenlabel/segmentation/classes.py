@@ -11,13 +11,12 @@ import yaml
 from jaxtyping import Int16, UInt8
 from numpy.typing import NDArray
 
-from tokenlabel.data.masks import unlabelled_value
+from tokenlabel.data.masks import MAX_CLASSES, unlabelled_value
 from tokenlabel.drawing.pictures import class_colour
 from tokenlabel.runtime.errors import DataError
 from tokenlabel.runtime.process import listed
 
 IGNORED = -1  # the class id of pixels that neither train nor count
-MAX_CLASSES = 32_767  # ids have 16 bits with a sign
 NUM_VALUES = 65_536  # of masks with 16 bits
 _BACKGROUND_COLOUR = (40, 40, 40)
 _UNKNOWN = -2

@@ -68,7 +68,7 @@ def _evaluate(arguments: list[str]) -> int:
     from tokenlabel.runtime.distributed import autocast, joined_ranks
     from tokenlabel.runtime.process import listed, say
     from tokenlabel.segmentation.evaluation import evaluate_segmentation
-    from tokenlabel.segmentation.pairs import other_pairs
+    from tokenlabel.segmentation.layouts import other_pairs
 
     device = device_of(options.device)
     with joined_ranks(device) as ranks:
@@ -137,7 +137,7 @@ def _predict(arguments: list[str]) -> int:
         raise ValueError("--store takes one folder of images: keys of labels are relative to it")
 
     from tokenlabel.runtime.distributed import autocast
-    from tokenlabel.segmentation.pairs import classes_of
+    from tokenlabel.segmentation.layouts import classes_of
     from tokenlabel.segmentation.predictions import predict_files, store_predictions
 
     device = device_of(options.device)
@@ -186,7 +186,7 @@ def _add_network(parser: ArgumentParser) -> None:
 
 def _network(options: Namespace) -> TrainedSegmenter:
     """Return the model that the command line names, with the recipe as the command line changes it."""
-    from tokenlabel.segmentation.pairs import Layout
+    from tokenlabel.segmentation.layouts import Layout
     from tokenlabel.segmentation.task import load_published_segmenter, load_segmenter
 
     if options.recipe is not None:

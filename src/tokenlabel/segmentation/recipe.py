@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from tokenlabel.core.config import TokenChoice
-from tokenlabel.runtime.coercion import COUNT, SHARE, check_numbers, coerced_fields
+from tokenlabel.runtime.coercion import COUNT, ONE_OPTION, SHARE, check_numbers, coerced_fields
 from tokenlabel.runtime.configuration import ConfigError
 from tokenlabel.segmentation.augment import SegmentAugmentConfig
 from tokenlabel.segmentation.inference import SegmentEvalConfig
+from tokenlabel.segmentation.layouts import SegmentDataConfig
 from tokenlabel.segmentation.model import SegmentModelConfig
-from tokenlabel.segmentation.pairs import SegmentDataConfig
 from tokenlabel.training.recipe import TrainingConfig
 
 
@@ -38,9 +38,9 @@ class SegmentRecipe(TrainingConfig):
 
     data: SegmentDataConfig
     model: SegmentModelConfig
-    augment: SegmentAugmentConfig = field(default_factory=SegmentAugmentConfig)
+    augment: SegmentAugmentConfig = field(default_factory=SegmentAugmentConfig, metadata=ONE_OPTION)
     loss: SegmentLossConfig = field(default_factory=SegmentLossConfig)
-    eval: SegmentEvalConfig = field(default_factory=SegmentEvalConfig)
+    eval: SegmentEvalConfig = field(default_factory=SegmentEvalConfig, metadata=ONE_OPTION)
 
     def __post_init__(self) -> None:
         super().__post_init__()

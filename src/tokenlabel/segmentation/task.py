@@ -43,13 +43,14 @@ from tokenlabel.segmentation.evaluation import evaluate_segmentation
 from tokenlabel.segmentation.heads import HeadOutputs
 from tokenlabel.segmentation.inference import Segmenter
 from tokenlabel.segmentation.label_maps import checked_labels, open_labels, soft_targets
+from tokenlabel.segmentation.layouts import classes_of, open_pairs
 from tokenlabel.segmentation.model import (
     HeadKind,
     SegmentationModel,
     SegmentOutputs,
     create_segmentation_model,
 )
-from tokenlabel.segmentation.pairs import ImageMaskPairs, classes_of, open_pairs
+from tokenlabel.segmentation.pairs import ImageMaskPairs
 from tokenlabel.segmentation.recipe import SegmentLossConfig, SegmentRecipe
 from tokenlabel.segmentation.weights import load_weights
 from tokenlabel.training.engine import train_in

@@ -106,6 +106,8 @@ class Annotation:
     """How many of these had a label before."""
     failures: tuple[Failure, ...]
     images_per_s: float
+    bytes_per_image: float | None
+    """Of the records of these labels; None where there are none."""
     empty_cells: float | None
     """Share of the cells labelled in this call that keep no class; None where networks labelled none."""
 
@@ -156,7 +158,17 @@ def make_teacher(config: AnnotateConfig, source: ImageSource, device: torch.devi
             raise ModelError("--ignore-index is for masks (--teacher masks:DIR); leave it out")
         return load_teachers(config, source.class_names, device)
     plain = AnnotateConfig(teacher=config.teacher)
-    of_networks = ("weights", "crop", "head", "flip", "class_order", "precision", "compile")
+    of_networks = (
+        "weights",
+        "crop",
+        "head",
+        "flip",
+        "cells",
+        "scales",
+        "class_order",
+        "precision",
+        "compile",
+    )
     given = [
         f"--{name.replace('_', '-')}" for name in of_networks if getattr(config, name) != getattr(plain, name)
     ]
@@ -198,7 +210,8 @@ def annotate_by(
     started = time.perf_counter()
     if device.type == "cuda":
         torch.cuda.set_device(device)  # pinned memory would open the first GPU otherwise
-    if isinstance(teacher, Teacher) and not teacher.words and config.class_map is None and source.class_names:
+    is_asked = config.class_map is None and source.class_names
+    if is_asked and isinstance(teacher, Teacher) and not (teacher.words or teacher.own_classes):
         class_map = class_map_for(
             None,
             teacher.class_names,
@@ -222,7 +235,7 @@ def annotate_by(
     )
     with joined_ranks() as ranks:
         todo = ranks.on_main(lambda: _todo(source, Path(folder), job.manifest, config.again))
-        mine = _share(source, todo.indices, ranks)
+        mine, num_bytes = _share(source, todo.indices, ranks), 0
         with (
             _sigterm_stops(),
             LabelStoreWriter(
@@ -235,10 +248,12 @@ def annotate_by(
             tqdm(total=len(mine), desc=f"annotate {folder}", unit="img", disable=not ranks.is_first) as bar,
         ):
             for key, record in read_ahead(source, ([(0, index)] for index in mine), job.labels(mine)):
+                num_bytes += len(record)
                 writer.add_record(key, record, images.take(key))
                 bar.update()
         failures = [failure for of_rank in ranks.all_gather(job.failures) for failure in of_rank]
         cells = sum(ranks.all_gather(job.cells), Counter())
+        num_bytes = sum(ranks.all_gather(num_bytes))
         if ranks.is_first:
             _note_failures(Path(folder), source, failures)
         if isinstance(teacher, MaskTeacher) and len(todo.indices) == len(source):
@@ -263,6 +278,7 @@ def annotate_by(
         num_anew=len(anew.difference(failure.key for failure in failures)),
         failures=tuple(failures),
         images_per_s=num_labelled / (time.perf_counter() - started),
+        bytes_per_image=num_bytes / num_labelled if num_labelled else None,
         empty_cells=empty_cells,
     )
 
@@ -280,6 +296,8 @@ def _share(source: ImageSource, indices: list[int], ranks: Ranks) -> list[int]:
 def _manifest(teacher: Teacher | MaskTeacher, source: ImageSource, config: AnnotateConfig) -> Manifest:
     networks = isinstance(teacher, Teacher)
     names = tuple(source.class_names) or (teacher.class_names if networks else ())
+    if networks and teacher.own_classes:
+        names = teacher.class_names
     return Manifest(
         num_classes=teacher.num_classes,
         class_names=() if networks and teacher.words else names,

@@ -16,23 +16,30 @@ from tokenlabel.runtime.errors import ModelError
 from tokenlabel.runtime.process import listed, say
 from tokenlabel.teachers.classmap import ClassMap, class_map_for
 from tokenlabel.teachers.dense import MAX_LOGITS
+from tokenlabel.teachers.input import cells_of
 from tokenlabel.teachers.networks import Teacher, TeacherConfig, load_teacher
+from tokenlabel.teachers.segmenters import SegmenterTeacher, is_segmenter, load_segmenter_teacher
 
 
 class Ensemble(Teacher):
     """Averages the distributions of its members.
 
     Images are made for the first member; others get them resized where they need another size. Maps of
-    different grids are resampled bilinearly to the finest. `flip`: members also see the mirror image, and
-    their maps of it are turned back. `class_map`: where the members' classes go in the end. Raises
-    ModelError for members of different classes.
+    different grids are resampled to the finest, or to about cells x `cells`: bilinearly, or averaged where that is
+    coarser. `flip`: members also see the mirror image, and their maps of it are turned back. `class_map`: where the
+    members' classes go in the end. Raises ModelError for members of different classes.
     """
 
     def __init__(
-        self, members: Sequence[Teacher], *, flip: bool = False, class_map: ClassMap | None = None
+        self,
+        members: Sequence[Teacher],
+        *,
+        flip: bool = False,
+        cells: int | None = None,
+        class_map: ClassMap | None = None,
     ) -> None:
         self.members = list(members)
-        self.flip = flip
+        self.flip, self.cells = flip, cells
         self.class_map = class_map
         # Who knows its classes speaks for all.
         first = min(self.members, key=lambda member: (not member.class_names, member.names_assumed))
@@ -53,6 +60,7 @@ class Ensemble(Teacher):
                 )
         self.num_classes = class_map.num_classes if class_map else first.num_classes
         self.words = "" if class_map else first.words
+        self.own_classes = first.own_classes and class_map is None
         self.class_names = () if class_map else first.class_names
         self.names_assumed = class_map is None and first.names_assumed
         self.input = replace(
@@ -63,6 +71,7 @@ class Ensemble(Teacher):
             "flip": flip,
             "class_map": class_map and class_map.description,
             **({"words": self.words} if self.words else {}),
+            **({"cells": cells} if cells else {}),
         }
 
     @property
@@ -94,6 +103,8 @@ class Ensemble(Teacher):
             if self.flip:
                 maps.append(member.probabilities(seen.flip(3)).flip(2))
         grid = max(((m.shape[1], m.shape[2]) for m in maps), key=math.prod)
+        if self.cells is not None:
+            grid = cells_of((images.shape[2], images.shape[3]), self.cells)
         mean = torch.stack([_resampled(m, grid) for m in maps]).mean(dim=0)
         return mean if self.class_map is None else self.class_map.apply(mean)
 
@@ -115,13 +126,18 @@ def load_teachers(config: TeacherConfig, class_names: Sequence[str], device: tor
         raise ModelError(
             f"{len(names)} teachers, but {len(weights)} files of weights; give one for each, in order"
         )
-    members = [
-        load_teacher(name, config, device, weights=file) for name, file in zip(names, weights, strict=True)
-    ]
+    members: list[Teacher] = []
+    for name, file in zip(names, weights, strict=True):
+        load = load_segmenter_teacher if is_segmenter(name) else load_teacher
+        members.append(load(name, config, device, weights=file))
+    if config.scales and not all(isinstance(member, SegmenterTeacher) for member in members):
+        raise ModelError("--scales is for segmentation runs; leave it out")
     for member in members:
         name_classes(member, config.class_order, class_names)
-    alone = len(members) == 1 and not config.flip
-    teacher = members[0] if alone else Ensemble(members, flip=config.flip)
+    # A segmentation model makes maps of any number of cells itself, out of what it says of pixels.
+    cells = None if all(isinstance(member, SegmenterTeacher) for member in members) else config.cells
+    alone = len(members) == 1 and not config.flip and cells is None
+    teacher = members[0] if alone else Ensemble(members, flip=config.flip, cells=cells)
     for member in members:
         if teacher.class_names and not member.class_names:
             pairs = [f"{i} = {name}" for i, name in enumerate(teacher.class_names)]
@@ -129,7 +145,7 @@ def load_teachers(config: TeacherConfig, class_names: Sequence[str], device: tor
                 f"assuming {member.description['name']}'s {member.num_classes:,} classes are the other teacher's in "
                 f"its order: {listed(pairs)}; overrule with --class-order natural, sorted or FILE"
             )
-    if teacher.words and config.class_map is None:  # the classes of a store of words are the words
+    if (teacher.words or teacher.own_classes) and config.class_map is None:  # the labels are about these
         return teacher
     class_map = class_map_for(
         config.class_map,
@@ -139,7 +155,9 @@ def load_teachers(config: TeacherConfig, class_names: Sequence[str], device: tor
         assumed=teacher.names_assumed,
     )
     if class_map is not None:
-        teacher = Ensemble(members, flip=config.flip, class_map=replace(class_map, outside=config.outside))
+        teacher = Ensemble(
+            members, flip=config.flip, cells=cells, class_map=replace(class_map, outside=config.outside)
+        )
     if class_names:  # those of the images from now on, whatever it was that paired them
         teacher.class_names, teacher.names_assumed = tuple(class_names), False
     return teacher
@@ -174,5 +192,9 @@ def _for_member(teacher: Teacher, images: UInt8[Tensor, "B 3 height width"]) -> 
 def _resampled(probs: Float[Tensor, "B h w C"], grid: tuple[int, int]) -> Float[Tensor, "B rows columns C"]:
     if probs.shape[1:3] == grid:
         return probs
-    planes = F.interpolate(probs.permute(0, 3, 1, 2), size=grid, mode="bilinear", align_corners=False)
+    planes = probs.permute(0, 3, 1, 2)
+    if grid[0] <= probs.shape[1] and grid[1] <= probs.shape[2]:
+        planes = F.adaptive_avg_pool2d(planes, grid)
+    else:
+        planes = F.interpolate(planes, size=grid, mode="bilinear", align_corners=False)
     return planes.permute(0, 2, 3, 1)

@@ -23,12 +23,12 @@ class TeacherInput:
     """How images become a teacher's input.
 
     The whole image, resized with antialiasing to an area of about `size` x `size` pixels at its own aspect,
-    each side a multiple of `stride_px`. With `fixed_size_px` (height, width) the whole image squeezed into
-    that. With `crop_fraction` the largest centred square, of which that fraction of each side is kept, at
-    `size` x `size`. `mean`, `std`: what the pixels in [0, 1] are normalised with afterwards.
+    each side a multiple of `stride_px`; in its own size if `size` is None. With `fixed_size_px` (height, width) the
+    whole image squeezed into that. With `crop_fraction` the largest centred square, of which that fraction of each side
+    is kept, at `size` x `size`. `mean`, `std`: what the pixels in [0, 1] are normalised with afterwards.
     """
 
-    size: int
+    size: int | None
     stride_px: int
     fixed_size_px: tuple[int, int] | None
     crop_fraction: float | None
@@ -40,6 +40,8 @@ class TeacherInput:
         """Return the (height, width) at which an image of (width, height) pixels is seen."""
         if self.fixed_size_px is not None:
             return self.fixed_size_px
+        if self.size is None:
+            return image_size_px[1], image_size_px[0]
         if self.crop_fraction is not None:
             return self.size, self.size
         aspect = math.sqrt(image_size_px[0] / image_size_px[1])
@@ -63,6 +65,12 @@ class TeacherInput:
 
     def _rounded(self, side_px: float) -> int:
         return max(1, round(side_px / self.stride_px)) * self.stride_px
+
+
+def cells_of(size_px: tuple[int, ...], cells: int) -> tuple[int, int]:
+    """Return rows and columns of a grid of about cells x cells over an image of (height, width), at its aspect."""
+    scale = cells / math.sqrt(math.prod(size_px))
+    return max(1, round(size_px[0] * scale)), max(1, round(size_px[1] * scale))
 
 
 def _box(crop: View) -> Box:

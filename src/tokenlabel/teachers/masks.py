@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from tokenlabel.core.scores import ScoreMap, from_mask, from_top
 from tokenlabel.data.images import ImageSource
 from tokenlabel.evaluation.observation import MaskFolder
 from tokenlabel.teachers.classmap import ClassMap
+from tokenlabel.teachers.input import cells_of
 
 MASKS = "masks:"  # --teacher masks:DIR, --from masks:DIR
 MAX_IDS = 65_536  # ids of a mask, which has up to 16 bits
@@ -84,8 +84,7 @@ class MaskTeacher:
         height, width = mask_size
         if self._size is None or height * width <= self._size**2:
             return height, width
-        scale = self._size / math.sqrt(height * width)
-        return max(1, round(height * scale)), max(1, round(width * scale))
+        return cells_of(mask_size, self._size)
 
 
 def _shortened(class_map: ClassMap) -> ClassMap:

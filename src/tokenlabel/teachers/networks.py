@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tokenlabel.core.batch import normalize_images
 from tokenlabel.models.load import LoadedModel, load_model
-from tokenlabel.runtime.coercion import coerced, coerced_fields
+from tokenlabel.runtime.coercion import NATURAL, POSITIVE, check_numbers, coerced, coerced_fields
 from tokenlabel.runtime.errors import ModelError
 from tokenlabel.runtime.hub import local_name
 from tokenlabel.teachers.backbone import (
@@ -38,7 +38,8 @@ class Teacher(ABC):
 
     `input`: what it has to be given of an image. `class_names`: empty if it does not know them; `names_assumed`: they
     are ImageNet's, by their number alone. `words`: the hash of the head whose visual words the classes are, "" where
-    they are classes with names.
+    they are classes with names. `own_classes`: whether its labels are about its own classes, whatever classes the
+    folders of the images have: a pixel shows what it shows.
     `description`: who it is, for the manifest of a store; labels of teachers with equal descriptions may
     share a store.
     """
@@ -47,6 +48,7 @@ class Teacher(ABC):
     class_names: tuple[str, ...]
     names_assumed: bool = False
     words: str = ""
+    own_classes: bool = False
     input: TeacherInput
     description: dict[str, Any]
 
@@ -128,15 +130,20 @@ class TeacherConfig:
     """Which network labels the images, and what it sees of them."""
 
     teacher: str | list[str]
-    """A run folder, the name of a model (timm's, lvvit_s and the like), or a head that `fit-head` made
-    (HEAD.safetensors, which knows its backbone); several are averaged. masks:DIR takes segmentation masks (PNG ids,
-    laid out like the images) in place of a network."""
+    """A run folder, of segmentation too, the name of a model (timm's, lvvit_s and the like), or a head that `fit-head`
+    made (HEAD.safetensors, which knows its backbone); several are averaged. masks:DIR takes segmentation masks (PNG
+    ids, laid out like the images) in place of a network."""
     weights: str | list[str] | None = None
     """Checkpoint file (.safetensors, or .pth without code in it), one for each teacher ("" for one that needs none);
     timm's pretrained weights if none."""
     size: int | None = None
     """The image is seen at an area of size x size pixels, masks are averaged down to size x size cells; the teacher's
     own size if none."""
+    cells: int | None = None
+    """Maps have about cells x cells cells, at the image's aspect; by default as many as the teacher's own."""
+    scales: list[float] | None = None
+    """Of a segmentation run: look at the image in each of these sizes, relative to its own, and average; by default
+    those of its recipe."""
     crop: Literal["none", "center"] = "none"
     """none: the whole image at its own aspect; center: the square that it was evaluated on, as published."""
     head: Literal["auto", "classifier", "tokens"] = "auto"
@@ -160,6 +167,7 @@ class TeacherConfig:
     def __post_init__(self) -> None:
         if self.size is not None and self.size < 1:
             raise ModelError(f"size must be at least 1, got {self.size}; none takes the teacher's own")
+        check_numbers(self, cells=NATURAL, scales=POSITIVE)
 
 
 def load_teacher(
