@@ -198,9 +198,10 @@ def _pack_run(path: Path, folder: Path, repo: str) -> Parcel:
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
     inside = folder / "checkpoints" / checkpoint.name
     inside.mkdir(parents=True)
-    weights = "ema.safetensors" if "ema.safetensors" in state["sha256"] else "model.safetensors"
-    _link(checkpoint / weights, inside / weights)
-    shorter = {**state, "sha256": {weights: state["sha256"][weights]}}
+    weights = {name: digest for name, digest in state["sha256"].items() if name != "optimizer.safetensors"}
+    for name in weights:  # those of the last step and their average: who begins with them may want either
+        _link(checkpoint / name, inside / name)
+    shorter = {**state, "sha256": weights}
     (inside / "state.json").write_text(json.dumps(shorter, indent=1) + "\n", encoding="utf-8")
     names = trained.class_names
     about = RUN_CARD.format(
