@@ -1,4 +1,4 @@
-"""The three stories of the README, command by command as they stand there, from a folder as it describes.
+"""The four stories of the README, command by command as they stand there, from a folder as it describes.
 
 Nothing can be downloaded here and no test may take long: each command gets weights of the same network from a file, and
 options at its end that make it small.
@@ -30,7 +30,10 @@ SMALL = {
     "--from labels": "--weights ../convnextv2_nano.fcmae.safetensors --size 64",
     "--recipe pretrain": f"{SHORT} {TINY}",
     "--recipe finetune": SHORT,
-    "--out runs/teacher": f"{SHORT} {PRETRAINED} --model.weights ../convnextv2_nano.fcmae_ft_in22k_in1k.safetensors",
+    "small_data --out runs/teacher": f"{SHORT} {PRETRAINED} "
+    "--model.weights ../convnextv2_nano.fcmae_ft_in22k_in1k.safetensors",
+    "--recipe segment_": "--num-steps 1 --batch-size 2 --data.num-workers 0 --precision fp32 --model.name resnet10t "
+    "--model.options.pretrained false --model.img-size 48 --model.head-width 8",
     "--out runs/first": f"{SHORT} {PRETRAINED} --model.name resnet10t --model.weights ../resnet10t.safetensors",
 }
 
@@ -57,21 +60,23 @@ def here(tmp_path_factory):
     return root
 
 
-def test_the_readme_has_three_stories():
-    assert [len(story) for story in stories()] == [4, 2, 6]
+def test_the_readme_has_four_stories():
+    assert [len(story) for story in stories()] == [4, 2, 3, 6]
 
 
-@pytest.mark.parametrize("number", range(3))
+@pytest.mark.parametrize("number", range(4))
 def test_the_commands_of_a_story_work_in_turn(here, number):
     folder = here / f"story_{number}"
     folder.mkdir()
     shutil.copytree(here / "scenes", folder / "few_labelled")
-    if number == 2:
+    if number == 3:
         shutil.copytree(here / "scenes", folder / "images")
     else:
         (folder / "images").mkdir()
         for path in (here / "scenes" / "train").glob("*/*.png"):
             shutil.copy(path, folder / "images")
+    if number == 2:
+        write_few(here / "scenes", folder / "few")
     for words in stories()[number]:
         text = " ".join(words)
         extra = [option for part, options in SMALL.items() if part in text for option in split(options)]
@@ -79,8 +84,18 @@ def test_the_commands_of_a_story_work_in_turn(here, number):
             [sys.executable, "-m", *words, *extra], cwd=folder, capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, f"{text}\n{done.stderr[-2000:]}"
-    made = ("runs/few/recipe.yaml", "labels/manifest.json", "report.html")[number]
+    made = ("runs/few/recipe.yaml", "labels/manifest.json", "runs/small/recipe.yaml", "report.html")[number]
     assert (folder / made).is_file()
+
+
+def write_few(scenes: Path, folder: Path) -> None:
+    """Write every other scene with its mask, and the names of the classes."""
+    for name in ("images", "masks"):
+        (folder / name).mkdir(parents=True)
+    for image in sorted((scenes / "train").glob("*/*.png"))[::2]:
+        shutil.copy(image, folder / "images")
+        shutil.copy(scenes / "masks/train" / image.relative_to(scenes / "train"), folder / "masks")
+    (folder / "classes.txt").write_text("".join(f"{digit}\n" for digit in range(10)))
 
 
 def split(options: str) -> list[str]:

@@ -5,8 +5,6 @@ import multiprocessing
 import os
 import shutil
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +22,7 @@ from tokenlabel.labels.store import LabelStore, LabelStoreWriter, Manifest
 from tokenlabel.runtime.distributed import Ranks, joined_ranks
 from tokenlabel.runtime.runlog import read_metrics
 from tokenlabel.segmentation.task import build
-from tokenlabel.training.engine import run_task
+from tokenlabel.training.engine import prepare, run_task
 
 CPU = torch.device("cpu")
 NAMES = [*"0123456789"]
@@ -48,8 +46,7 @@ def made(tmp_path_factory):
         shutil.copy(path, root / "val/images" / path.name)
         shutil.copy(root / "scenes/masks/val" / path.relative_to(root / "scenes/val"), root / "val/masks")
     (root / "few/classes.txt").write_text("\n".join(NAMES) + "\n")
-    nested = yaml.safe_load(yaml.safe_dump(small_recipe()))
-    (root / "small.yaml").write_text(yaml.safe_dump(nested))
+    (root / "small.yaml").write_text(yaml.safe_dump(small_recipe()))
     write_store(root / "labels", [path.name for path in paths])
     return root
 
@@ -98,22 +95,16 @@ def train(capsys, *words):
     return status, captured.out + captured.err
 
 
-def user(*words):
-    """Run a command as a user does: a process of its own, relative paths, plain words."""
-    command = [sys.executable, "-m", "tokenlabel", *words]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout + done.stderr
-
-
-def test_the_three_lines_of_the_readme(here):
-    device = ("--device", "cpu")
-    teacher = ("--recipe", "small.yaml", "--data.train", "few", "--data.val", "val", *device)
-    assert "10 images with masks of 10 classes" in user("segment", "train", *teacher, "--out", "runs/teacher")
-    said = user("annotate", "images", "maps", "--teacher", "runs/teacher", "--cells", "8", "--flip", *device)
-    assert "bytes an image" in said
-    student = ("--recipe", "small.yaml", "--data.train", "images", "--data.labels", "maps", *device)
-    said = user("segment", "train", *student, "--data.masks", "few/masks", "--out", "runs/small")
+def test_a_teacher_of_few_masks_labels_all_images_and_a_network_learns_from_both(here, capsys):
+    status, said = train(capsys, "--data.train", "few", "--data.val", "val", "--out", "runs/teacher")
+    assert status == 0, said
+    assert "10 images with masks of 10 classes" in said
+    words = ("--teacher", "runs/teacher", "--cells", "8", "--flip", "--device", "cpu")
+    assert main(["annotate", "images", "maps", *words]) == 0
+    assert "bytes an image" in capsys.readouterr().out
+    maps = ("--data.labels", "maps", "--data.masks", "few/masks")
+    status, said = train(capsys, "--data.train", "images", *maps, "--out", "runs/small")
+    assert status == 0, said
     assert "10 images with masks of 10 classes (0, 1, 2, ...), 10 without" in said
     manifest = LabelStore("maps").manifest
     assert manifest.class_names == tuple(NAMES)
@@ -135,17 +126,11 @@ def test_maps_alone_teach_with_the_classes_of_the_labels(here, capsys):
 def test_an_image_with_both_learns_from_its_mask(here):
     recipe = recipe_for(Path("none"), **plain(), batch_size=20)
     task = build(recipe, device=CPU)
-    batch = next(iter(task.batches(sampler_of(task))))
+    batch = next(iter(task.batches(prepare(task, Ranks()).sampler(0))))
     masked = {batch.keys[number] for number in batch.masked}
     assert masked == {path.name for path in Path("few/masks").iterdir()}
     assert {batch.keys[number] for number in batch.soft} == {*batch.keys} - masked
     assert (batch.masks[batch.soft] == -1).all()
-
-
-def sampler_of(task):
-    from tokenlabel.training.engine import prepare
-
-    return prepare(task, Ranks()).sampler(0)
 
 
 def plain(**changes):

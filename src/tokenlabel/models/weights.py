@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -35,6 +36,7 @@ __all__ = [
     "build_with",
     "count_classes",
     "find_weights",
+    "fingerprint",
     "load",
     "load_published",
     "misfit",
@@ -301,6 +303,15 @@ def begin_as_classifier(model: Any) -> None:
     new = [f"token_head.{name}" for name in model.token_head.state_dict()]
     names = _begin_as_classifier(model, found, new)
     model.load_state_dict({name: found[name] for name in names}, strict=False)
+
+
+def fingerprint(network: nn.Module) -> str:
+    """Return a hash of all weights, by which another training of the same network is told apart."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return f"blake2b:{digest.hexdigest()}"
 
 
 def misfit(

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 Config = TypeVar("Config")
 
+# Options that have a shorter name, too.
+_SHORT = {"--data.ignore": "--data.ignore-index"}
 _TRUTH: dict[str, str] = {
     **dict.fromkeys(("true", "yes", "on", "1"), "true"),
     **dict.fromkeys(("false", "no", "off", "0"), "false"),
@@ -257,7 +259,7 @@ def _as_list(value: str, kind: Any) -> str:
 
 def _find_option(parser: ArgumentParser, written: str) -> tuple[str, Action] | None:
     """Return an option as help shows it and its action, from any spelling; `--model.options.depth` is of a mapping."""
-    group, key = written.replace("_", "-"), ""
+    group, key = _SHORT.get(written, written).replace("_", "-"), ""
     while group.startswith("-"):
         action = parser._option_string_actions.get(group)
         if action is not None and (not key or get_origin(getattr(action, "_typehint", None)) is dict):

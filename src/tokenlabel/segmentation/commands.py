@@ -136,6 +136,7 @@ def _predict(arguments: list[str]) -> int:
     if options.store and (len(options.images) > 1 or not options.images[0].is_dir()):
         raise ValueError("--store takes one folder of images: keys of labels are relative to it")
 
+    from tokenlabel.models.weights import fingerprint
     from tokenlabel.runtime.distributed import autocast
     from tokenlabel.segmentation.layouts import classes_of
     from tokenlabel.segmentation.predictions import predict_files, store_predictions
@@ -154,7 +155,7 @@ def _predict(arguments: list[str]) -> int:
                 options.images[0],
                 options.store,
                 class_names=trained.class_names,
-                teacher={"name": str(options.network), "step": trained.step},
+                teacher={"name": str(options.network), "weights": fingerprint(trained.model)},
                 device=device,
             )
             print(f"{options.store}: {num_new:,} images labelled")

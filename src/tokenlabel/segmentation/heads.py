@@ -58,6 +58,15 @@ class HeadOutputs:
         """The logits of every location, computed anew at each access."""
         return self.classifier(self.features)
 
+    def enlarged(self, times: int) -> HeadOutputs:
+        """Return outputs on a grid so many times as fine, interpolated bilinearly.
+
+        Of features: a 1 x 1 convolution of them is the interpolated logits, which need not exist.
+        """
+        size = (times * self.grid[0], times * self.grid[1])
+        finer = F.interpolate(self.features, size=size, mode="bilinear", align_corners=False)
+        return HeadOutputs(finer, self.classifier)
+
     def of_images(self, numbers: list[int]) -> HeadOutputs:
         """Return the outputs of some images of the batch."""
         return HeadOutputs(self.features[numbers], self.classifier)

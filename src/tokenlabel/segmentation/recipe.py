@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from tokenlabel.core.config import TokenChoice
-from tokenlabel.runtime.coercion import COUNT, ONE_OPTION, SHARE, check_numbers, coerced_fields
+from tokenlabel.runtime.coercion import COUNT, NATURAL, ONE_OPTION, SHARE, check_numbers, coerced_fields
 from tokenlabel.runtime.configuration import ConfigError
 from tokenlabel.segmentation.augment import SegmentAugmentConfig
 from tokenlabel.segmentation.inference import SegmentEvalConfig
@@ -25,11 +25,13 @@ class SegmentLossConfig:
     """Which cells of label maps count: all; confident: those whose most probable class reaches token_threshold."""
     token_threshold: float = 0.5
     """Least probability of cells that count, see tokens."""
+    finer: int = 1
+    """Cells of label maps are learnt on a grid so many times as fine as the head's: where maps are finer than it."""
     hard: bool = False
     """The label of a cell is its most probable class alone."""
 
     def __post_init__(self) -> None:
-        check_numbers(self, "loss.", auxiliary_weight=COUNT, token_threshold=SHARE)
+        check_numbers(self, "loss.", auxiliary_weight=COUNT, token_threshold=SHARE, finer=NATURAL)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,9 +46,10 @@ class SegmentRecipe(TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.data.labels and (self.loss.hard or self.loss.tokens is not TokenChoice.ALL):
+        of_maps = self.loss.hard or self.loss.finer > 1 or self.loss.tokens is not TokenChoice.ALL
+        if not self.data.labels and of_maps:
             raise ConfigError(
-                "loss.hard and loss.tokens are about label maps, and there are none; give data.labels"
+                "loss.hard, loss.finer and loss.tokens are about label maps, and there are none; give data.labels"
             )
         if self.sharded:
             raise ConfigError(

@@ -236,12 +236,13 @@ def head_loss(outputs: HeadOutputs, batch: SegmentBatch, config: SegmentLossConf
     """Return the loss of a head, a mean over the images of a batch, whatever each of them learns from.
 
     An image with a mask has the mean over its pixels of their cross entropy, another the mean over the cells of the
-    head's grid of weight * H(soft target). So the loss of a batch is the mean of those of its parts. Logits are made
-    here, under the autocast of the caller.
+    head's grid, or of one `finer` times as fine, of weight * H(soft target). So the loss of a batch is the mean of
+    those of its parts. Logits are made here, under the autocast of the caller.
     """
     if not batch.soft:
         return pixel_loss(outputs.logits, batch.masks)
     num_images, soft = len(batch.masks), outputs.of_images(batch.soft)
+    soft = soft.enlarged(config.finer) if config.finer > 1 else soft
     targets = soft_targets(batch, soft.grid, config)
     cells = soft.features.permute(0, 2, 3, 1).flatten(1, 2)  # [S, N, D]
     loss = head_cross_entropy(cells, soft.classifier, targets) * (len(batch.soft) / num_images)

@@ -49,7 +49,8 @@ from tokenlabel.teachers.classmap import MIN_MASS, class_map_for
 from tokenlabel.teachers.ensemble import Ensemble, load_teachers
 from tokenlabel.teachers.labelling import Labelling
 from tokenlabel.teachers.masks import MASKS, MAX_IDS, MaskTeacher
-from tokenlabel.teachers.networks import Teacher, TeacherConfig
+from tokenlabel.teachers.networks import NetworkTeacher, Teacher, TeacherConfig
+from tokenlabel.teachers.sizes import MANY_IMAGES, proposed_size
 
 CHANGED = "changed"
 
@@ -251,6 +252,8 @@ def annotate_by(
                 num_bytes += len(record)
                 writer.add_record(key, record, images.take(key))
                 bar.update()
+                if bar.n == 1 and len(mine) >= MANY_IMAGES:  # once the first label is there
+                    _say_size(teacher, source, mine, device)
         failures = [failure for of_rank in ranks.all_gather(job.failures) for failure in of_rank]
         cells = sum(ranks.all_gather(job.cells), Counter())
         num_bytes = sum(ranks.all_gather(num_bytes))
@@ -281,6 +284,16 @@ def annotate_by(
         bytes_per_image=num_bytes / num_labelled if num_labelled else None,
         empty_cells=empty_cells,
     )
+
+
+def _say_size(
+    teacher: Teacher | MaskTeacher, source: ImageSource, indices: list[int], device: torch.device
+) -> None:
+    """Say which size agrees better with a single network's own crops, if one does."""
+    while isinstance(teacher, Ensemble) and len(teacher.members) == 1:  # with a class map
+        teacher = teacher.members[0]
+    if isinstance(teacher, NetworkTeacher) and (advice := proposed_size(teacher, source, indices, device)):
+        say(advice)
 
 
 def _share(source: ImageSource, indices: list[int], ranks: Ranks) -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,10 +10,11 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokenlabel.models.load import LoadedModel, load_model
 from tokenlabel.models.runs import is_run
+from tokenlabel.models.weights import fingerprint
 from tokenlabel.runtime.errors import ModelError
 from tokenlabel.teachers.dense import ClassifierNetwork, DenseNetwork
 from tokenlabel.teachers.heads import Head
@@ -194,12 +194,3 @@ def _takes(network: DenseNetwork, img_size: tuple[int, int]) -> bool:
     except ValueError:
         return False
     return True
-
-
-def fingerprint(network: nn.Module) -> str:
-    """Return a hash of all weights, by which another training of the same network is told apart."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(network.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return f"blake2b:{digest.hexdigest()}"

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from tokenlabel.core.batch import normalize_images
 from tokenlabel.models.load import LoadedModel, load_model
+from tokenlabel.models.weights import fingerprint
 from tokenlabel.runtime.coercion import NATURAL, POSITIVE, check_numbers, coerced, coerced_fields
 from tokenlabel.runtime.errors import ModelError
 from tokenlabel.runtime.hub import local_name
 from tokenlabel.teachers.backbone import (
     backbone_of,
     check_locations,
-    fingerprint,
     input_of,
     made_for,
 )
@@ -72,7 +72,10 @@ class Teacher(ABC):
 
 
 class NetworkTeacher(Teacher):
-    """A network as teacher; `dense` is what makes it one."""
+    """A network as teacher; `dense` is what makes it one.
+
+    `evaluated_on`: the crops that it was evaluated on, where it sees something else and nobody chose what.
+    """
 
     def __init__(
         self,
@@ -84,8 +87,9 @@ class NetworkTeacher(Teacher):
         names_assumed: bool = False,
         words: str = "",
         precision: Literal["fp32", "bf16"] = "fp32",
+        evaluated_on: TeacherInput | None = None,
     ) -> None:
-        self.dense = dense
+        self.dense, self.evaluated_on = dense, evaluated_on
         self.input = input
         self.num_classes = dense.num_classes
         self.class_names, self.names_assumed, self.words = class_names, names_assumed, words
@@ -190,9 +194,11 @@ def load_teacher(
         network.compile()
     others = found.token_classes if isinstance(network, TokenNetwork) else None
     words = others.words if others is not None else ""
+    chosen = config.size is not None or config.crop != "none" or input.fixed_size_px is not None
     return NetworkTeacher(
         network,
         input,
+        evaluated_on=None if chosen or words else input_of(found, network, size=None, crop="center"),
         description={**description, **({"words": words} if words else {})},
         class_names=found.class_names if others is None else others.names,
         names_assumed=found.names_assumed,

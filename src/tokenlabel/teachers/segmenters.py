@@ -11,11 +11,11 @@ from torch import Tensor
 
 from tokenlabel.data.config import Interpolation
 from tokenlabel.models.runs import is_run, newest_checkpoint, read_state
+from tokenlabel.models.weights import fingerprint
 from tokenlabel.runtime.distributed import autocast
 from tokenlabel.runtime.errors import ModelError
 from tokenlabel.segmentation.inference import Segmenter
 from tokenlabel.segmentation.task import load_segmenter
-from tokenlabel.teachers.backbone import fingerprint
 from tokenlabel.teachers.input import TeacherInput, cells_of
 from tokenlabel.teachers.networks import Teacher, TeacherConfig
 
