@@ -34,7 +34,7 @@ ROOMS = {
     "teachers": "runtime core data models labels training evaluation segmentation",
     "classification": "runtime core drawing data models labels training evaluation teachers",
 }
-ON_TOP = {"__init__", "__main__", "cli", "demo", "report"}
+ON_TOP = {"__init__", "__main__", "cli", "demo", "push", "report"}
 SOURCES = Path(tokenlabel.__file__).parent
 
 

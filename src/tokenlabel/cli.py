@@ -450,6 +450,35 @@ def report(arguments: list[str]) -> int:
     return 0
 
 
+def push(arguments: list[str]) -> int:
+    """Send something to the Hugging Face hub."""
+    parser = new_parser(
+        "push",
+        "Send a run, a label store or a head to the Hugging Face hub, private unless --public, with a card of what is "
+        "known of it. Wherever a run, labels, a head or a model is read, hf://USER/NAME names it from then on.",
+    )
+    parser.add_argument("thing", type=Path, help="run folder, folder of labels, or HEAD.safetensors")
+    parser.add_argument("repo", help="USER/NAME")
+    parser.add_argument(
+        "--licence",
+        "--license",
+        help="as the hub names it, such as apache-2.0; that of the teacher where it is known",
+    )
+    parser.add_argument("--public", action="store_true", help="let everybody see it, if it is new")
+    parser.add_argument(
+        "--dry-run", type=Path, metavar="FOLDER", help="write what would be sent to this folder"
+    )
+    options = parse(parser, arguments)
+
+    from tokenlabel.push import push as push_to_hub
+
+    name = push_to_hub(
+        options.thing, options.repo, licence=options.licence, public=options.public, folder=options.dry_run
+    )
+    print(options.dry_run or name)
+    return 0
+
+
 def segment(arguments: list[str]) -> int:
     """Train, evaluate or use a segmentation model."""
     from tokenlabel.segmentation.commands import run_segment
@@ -479,6 +508,7 @@ VERBS = {
     "eval": Verb(evaluate, "accuracy of a run or a model, and of its tokens where masks are known"),
     "segment": Verb(segment, "train, eval or predict: a class for every pixel, from any backbone"),
     "export": Verb(export, "a trained model as safetensors, ONNX, or a folder for timm and the hub"),
+    "push": Verb(push, "a run, labels or a head to the Hugging Face hub, with a card"),
     "report": Verb(report, "one HTML file with the curves, tables and pictures of runs"),
 }
 

@@ -52,6 +52,7 @@ import-labels ./files ./imported --images ./images --num-classes 2
 inspect ./strict --images ./demo/scenes/train --pictures ./maps.html --output ./output
 merge ./strict ./encoding
 export ./out ./out.safetensors
+push ./strict me/labels --licence mit --dry-run ./parcel
 eval ./out --data ./demo/scenes/val --output r.json --num_workers 0 --json
 report ./out --output ./output.html
 segment train --recipe segment_scenes --run ./mode --num-steps 2 \
@@ -81,6 +82,7 @@ segment eval ./mode --images ./demo/scenes/val --masks ./demo/scenes/masks/val -
 """
 
 LEFT_BEHIND = """
+parcel/README.md
 demo/report.html out/checkpoints tars/tokenlabel-index.npz strict/manifest.json imported/manifest.json maps.html output
 head.safetensors words/manifest.json
 encoding/manifest.json out.safetensors r.json output.html mode/checkpoints s.json flip/masks

@@ -9,13 +9,14 @@ from types import SimpleNamespace
 import pytest
 import timm
 import torch
-from huggingface_hub import constants
+from huggingface_hub import constants, utils
 from safetensors.torch import save_file
 from segment_cases import write_image
 
 from tokenlabel.cli import main
-from tokenlabel.models import create_model, hub
+from tokenlabel.models import create_model
 from tokenlabel.models.load import load_model
+from tokenlabel.runtime import hub
 from tokenlabel.runtime.errors import ModelError
 
 TINY = "test_vit"  # of timm, .4 million parameters
@@ -50,7 +51,7 @@ REASONS = {
     "exported": "did you mean local-dir:exported?",
     "other": "that folder holds neither checkpoints nor a config.json",
     "./teacher": "there is no such folder",
-    "runs/teacher": "there is no such folder; a model of the Hugging Face hub is hf-hub:runs/teacher",
+    "runs/teacher": "there is no such folder; a model of the Hugging Face hub is hf://runs/teacher",
     "resnt50": "did you mean resnet50 or ",
     "lvvit_x": "did you mean lvvit_",
 }
@@ -160,7 +161,7 @@ def silent(monkeypatch: pytest.MonkeyPatch) -> Iterator[Event]:
     """A network that swallows what is sent to it, until the event."""
     answer = Event()
     session = SimpleNamespace(head=lambda url, timeout: answer.wait(60))
-    monkeypatch.setattr(hub, "get_session", lambda: session)
+    monkeypatch.setattr(utils, "get_session", lambda: session)
     yield answer
     answer.set()
 

@@ -48,6 +48,7 @@ from tokenlabel.labels.shards import (
     open_shard,
     write_shard,
 )
+from tokenlabel.runtime.hub import is_hub_name, local_name
 from tokenlabel.runtime.process import UNFINISHED, listed, say
 from tokenlabel.runtime.remote import as_url, local_copy
 
@@ -183,7 +184,7 @@ class LabelStore:
     def __init__(self, folder: str | Path, *more_folders: str | Path, duplicates: str = "first") -> None:
         if duplicates not in ("first", "refuse"):
             raise ValueError(f"duplicates: expected first or refuse, got {duplicates!r}")
-        local = [local_copy(f) for f in (folder, *more_folders)]
+        local = [Path(local_name(f)) if is_hub_name(f) else local_copy(f) for f in (folder, *more_folders)]
         folders = {f.resolve(): f for f in local}  # one given twice is one
         self.folders = tuple(folders.values())
         self.manifest = _common_manifest(self.folders)

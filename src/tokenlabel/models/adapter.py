@@ -23,10 +23,10 @@ from torch import Tensor, nn
 
 from tokenlabel.core.mix import MixPlan, mix_images
 from tokenlabel.core.outputs import Outputs, TokenModel, check_ascending
-from tokenlabel.models.hub import hub_or_cache
 from tokenlabel.models.weights import begin_as_classifier
 from tokenlabel.runtime.coercion import Size, check_numbers, pair
 from tokenlabel.runtime.errors import ModelError, first_line
+from tokenlabel.runtime.hub import hub_or_cache
 
 # Where timm's classifiers keep a norm that they apply to pooled features. Tokens take it too, so that the
 # token head sees what the classifier sees.

@@ -1,23 +1,16 @@
-"""Models by timm's names: why a name means none, and what to do without a network."""
+"""Models by timm's names: why a name means none."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
-from threading import Thread
 
 import timm
-from huggingface_hub import constants
-from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
-from huggingface_hub.utils import get_session
 from timm.models import get_arch_pretrained_cfgs
 
 from tokenlabel.runtime.process import listed
 
-REACH_WITHIN_S = 5.0
 FILE_ENDINGS = (".pth", ".pt", ".tar", ".safetensors", ".npz", ".bin", ".onnx", ".ckpt")
 
 
@@ -42,7 +35,7 @@ def why_unknown(name: str, ours: tuple[str, ...], *, weights_option: str) -> str
     if name.endswith(FILE_ENDINGS):
         return f"there is no such file; if there were, {advice}"
     if re.fullmatch(r"[\w-]+/[\w.-]+", name):
-        return f"there is no such folder; a model of the Hugging Face hub is hf-hub:{name}"
+        return f"there is no such folder; a model of the Hugging Face hub is hf://{name}"
     if "/" in name or name.startswith((".", "~")):
         return "there is no such folder"
     if timm.is_model(architecture):
@@ -65,38 +58,3 @@ def _about_folder(folder: Path) -> str:
     if (folder / "config.json").exists():
         return f"did you mean local-dir:{folder}?"
     return "that folder holds neither checkpoints nor a config.json"
-
-
-@contextmanager
-def hub_or_cache(*, online: bool = True) -> Iterator[None]:
-    """Let what timm gets from the hub come from its cache where the hub cannot be reached, or shall not be.
-
-    Left alone, the hub's library tries each file six times before it looks there: a minute for one model. So it is told
-    that it is offline unless something answers within REACH_WITHIN_S. Raises OSError for what neither has.
-    """
-    before = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = before or not online or not _answers(constants.ENDPOINT)
-    try:
-        yield
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        reason = "cannot be reached" if online else "is not asked where a file is given"
-        raise OSError(f"not in the cache of the hub, and {constants.ENDPOINT} {reason}") from error
-    finally:
-        constants.HF_HUB_OFFLINE = before
-
-
-def _answers(url: str) -> bool:
-    """Ask once. In a thread: looking up a name, or a firewall that drops packets, has no time limit of its own."""
-    answers: list[bool] = []
-
-    def ask() -> None:
-        try:
-            get_session().head(url, timeout=REACH_WITHIN_S)
-            answers.append(True)
-        except Exception:  # whatever networks, proxies and their libraries raise
-            answers.append(False)
-
-    thread = Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(REACH_WITHIN_S)
-    return answers == [True]

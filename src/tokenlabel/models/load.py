@@ -22,7 +22,7 @@ from tokenlabel.data.classes import ClassList, imagenet_names
 from tokenlabel.data.config import Interpolation
 from tokenlabel.models import create_model, register_with_timm
 from tokenlabel.models.adapter import REFUSALS, TimmAdapter
-from tokenlabel.models.hub import hub_or_cache, why_unknown
+from tokenlabel.models.hub import why_unknown
 from tokenlabel.models.registration import OUR_MODELS
 from tokenlabel.models.runs import (
     is_run,
@@ -45,6 +45,7 @@ from tokenlabel.models.weights import (
 )
 from tokenlabel.runtime.coercion import Size, pair
 from tokenlabel.runtime.errors import ModelError, first_line
+from tokenlabel.runtime.hub import hub_or_cache, local_name
 from tokenlabel.runtime.process import listed, say
 
 # In timm's names of networks trained on images and texts. Their head projects into the space of the texts, and timm
@@ -113,23 +114,28 @@ def load_model(
 ) -> LoadedModel:
     """Return a trained network, on the CPU.
 
-    `name`: a run folder (its newest checkpoint), a checkpoint folder, `hf-hub:...`, `local-dir:...`, `lvvit_s` and the
-    like, or whatever `timm.create_model` takes. `weights`: a file, checkpoint or run beside a network's name; timm's
-    own if None. `img_size`: of the images that it shall see, for networks that are made for one size; their own if
-    None. `at_test_size`: the size and crop that timm validates at where they differ from those of training.
+    `name`: a run folder (its newest checkpoint), a checkpoint folder, `hf://USER/NAME`, `local-dir:...`, `lvvit_s` and
+    the like, or whatever `timm.create_model` takes. `weights`: a file, checkpoint or run beside a network's name;
+    timm's own if None. `img_size`: of the images that it shall see, for networks that are made for one size; their own
+    if None. `at_test_size`: the size and crop that timm validates at where they differ from those of training.
     `as_backbone`: take networks without classes as well, and let those that can (timm's `dynamic_img_size`) take images
     of any size.
     Raises ModelError for a name that means nothing, weights that cannot be loaded, and a run or
     checkpoint that is damaged, or of segmentation.
     """
     size = None if img_size is None else pair(img_size)
-    if is_run(Path(name)):
+    given, name = str(name), local_name(name)
+    if name != given:  # the folder that it was downloaded to says nothing to people
+        loaded = load_model(
+            name, weights=weights, img_size=size, at_test_size=at_test_size, as_backbone=as_backbone
+        )
+        return replace(loaded, name=given)
+    if is_run(name):
         if weights is not None:
             raise ModelError(
                 f"{name} is a run and has weights of its own; leave --weights out (one of several: '')"
             )
-        return _load_run(Path(name), size)
-    name = str(name)
+        return _load_run(name, size)
     register_with_timm()
     reason = why_unknown(name, OUR_MODELS, weights_option="--weights")
     if reason is not None:
@@ -137,6 +143,7 @@ def load_model(
             f"no network {name!r}: neither a run folder with a checkpoint, nor a model that timm knows"
             + (f"; {reason}" if reason else "")
         )
+    weights = None if weights is None else local_name(weights).removeprefix("local-dir:")
     if weights is not None and not Path(weights).exists():
         raise ModelError(
             f"{weights}: no such file; --weights takes a checkpoint file, a checkpoint folder or a run"
@@ -144,7 +151,7 @@ def load_model(
     return _load_by_name(name, weights, size, at_test_size=at_test_size, as_backbone=as_backbone)
 
 
-def _load_run(path: Path, img_size: tuple[int, int] | None) -> LoadedModel:
+def _load_run(path: str, img_size: tuple[int, int] | None) -> LoadedModel:
     folder = newest_checkpoint(path)
     state = read_state(folder)
     recipe = state["recipe"]

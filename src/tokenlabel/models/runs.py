@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tokenlabel.data.classes import ClassList
 from tokenlabel.runtime.errors import ModelError
+from tokenlabel.runtime.hub import local_name
 
 CHECKPOINT_FORMAT = 2
 
@@ -22,13 +23,15 @@ def list_checkpoints(run: Path) -> list[Path]:
     return sorted(path for path in folders if path.is_dir() and path.name.isdecimal())  # not a copy of one
 
 
-def is_run(path: Path) -> bool:
+def is_run(path: str | Path) -> bool:
     """Say whether a path is a run folder with a checkpoint, or a checkpoint folder."""
+    path = Path(local_name(path))
     return (path / "state.json").exists() or bool(list_checkpoints(path))
 
 
-def newest_checkpoint(path: Path) -> Path:
+def newest_checkpoint(path: str | Path) -> Path:
     """Return the newest checkpoint of a run folder; a checkpoint folder itself is returned as it is."""
+    path = Path(local_name(path))
     if (path / "state.json").exists():
         return path
     checkpoints = list_checkpoints(path)

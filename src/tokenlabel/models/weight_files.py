@@ -26,6 +26,7 @@ from torch import Tensor
 
 from tokenlabel.models.runs import is_run, newest_checkpoint
 from tokenlabel.runtime.errors import ModelError, first_line
+from tokenlabel.runtime.hub import local_name
 from tokenlabel.runtime.process import listed, say
 
 # How files and modules call a running average of the weights: state_dict_ema, model_ema.module., teacher. (DINO's).
@@ -111,7 +112,7 @@ def read_checkpoint(path: str | Path, *, average: bool = False) -> dict[str, Ten
 
 def _checkpoint(path: str | Path) -> Path:
     """Return the newest checkpoint of a run folder; any other path as it is."""
-    return newest_checkpoint(Path(path)) if is_run(Path(path)) else Path(path)
+    return newest_checkpoint(path) if is_run(path) else Path(local_name(path).removeprefix("local-dir:"))
 
 
 def _read(path: Path, *, average: bool | None) -> tuple[Path, dict[str, dict[str, Tensor]]]:

@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenlabel.models.hub import hub_or_cache
 from tokenlabel.models.vision_transformer import VisionTransformer, resize_positions
 from tokenlabel.models.weight_files import (
     Weights,
@@ -27,6 +26,7 @@ from tokenlabel.models.weight_files import (
     read_description,
 )
 from tokenlabel.runtime.errors import ModelError, first_line
+from tokenlabel.runtime.hub import hub_or_cache
 from tokenlabel.runtime.process import say
 
 __all__ = [

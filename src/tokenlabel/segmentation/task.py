@@ -322,7 +322,7 @@ def load_segmenter(path: str | Path) -> TrainedSegmenter:
 
     Its weights are the averaged ones where the recipe made an average.
     """
-    folder = newest_checkpoint(Path(path))
+    folder = newest_checkpoint(path)
     state = read_state(folder)
     if "head" not in state["recipe"]["model"]:
         raise DataError(f"{path}: holds a classifier; `tokenlabel segment train` makes segmentation models")

@@ -34,9 +34,7 @@ def load_weights(model: SegmentationModel, path: str | Path, *, average: bool = 
     size as in `load_published`. Classifiers for other classes are left out and start anew, with a warning.
     Raises ModelError, and leaves the model alone, where anything else does not fit: it lists the names.
     """
-    path = Path(path)
-    if is_run(path):
-        path = newest_checkpoint(path)
+    path = newest_checkpoint(path) if is_run(path) else Path(path)
     if path.is_dir():
         average = (path / "ema.safetensors").exists()
     found = read_checkpoint(path, average=average)

@@ -92,7 +92,7 @@ def backbone_of(
         )
     fitted = about["preprocessing"]
     backbone_name, file = about["name"], weights or about["weights_file"]
-    if weights is not None and is_run(Path(weights)):
+    if weights is not None and is_run(weights):
         backbone_name, file = weights, None
     if fitted["fixed_size_px"] and size not in (None, fitted["size"]):
         raise ModelError(
@@ -119,7 +119,7 @@ def backbone_of(
 
 def made_for(name: str, size: int | None) -> int | None:
     """Return the size that a network shall be made for: a run's is its own, whatever its images' size."""
-    return None if is_run(Path(name)) else size
+    return None if is_run(name) else size
 
 
 def check_locations(

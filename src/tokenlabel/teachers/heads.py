@@ -19,6 +19,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from tokenlabel.runtime.errors import ModelError, first_line
+from tokenlabel.runtime.hub import local_name
 from tokenlabel.runtime.process import write_whole
 
 HEAD_SUFFIX = ".safetensors"
@@ -136,6 +137,7 @@ class Head(nn.Module):
     @staticmethod
     def load(path: str | Path) -> Head:
         """Return the head of a file. Raises ModelError for one that is missing, damaged, or holds something else."""
+        path = local_name(path)
         about = read_about(path)
         try:
             with safe_open(path, framework="pt") as file:
@@ -162,6 +164,7 @@ class Head(nn.Module):
 
 def read_about(path: str | Path) -> dict[str, Any]:
     """Return what a head file says of itself, without its tensors. Raises ModelError as `Head.load` does."""
+    path = local_name(path)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

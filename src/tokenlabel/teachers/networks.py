@@ -15,6 +15,7 @@ from tokenlabel.models.load import LoadedModel, load_model
 from tokenlabel.models.weights import fingerprint
 from tokenlabel.runtime.coercion import NATURAL, POSITIVE, check_numbers, coerced, coerced_fields
 from tokenlabel.runtime.errors import ModelError
+from tokenlabel.runtime.hub import local_name
 from tokenlabel.teachers.backbone import (
     backbone_of,
     check_locations,
@@ -182,7 +183,7 @@ def load_teacher(
     weights), whatever `timm.create_model` takes, or a head file. Raises ModelError if there is none, for
     a head that does not fit its backbone, and for a network that has no dense map.
     """
-    if name.endswith(HEAD_SUFFIX):
+    if local_name(name).endswith(HEAD_SUFFIX):
         return _by_head(name, config, device, weights=weights)
     found = load_model(name, weights=weights, img_size=made_for(name, config.size))
     network = _dense_network(found, name, config.head).eval().to(device).requires_grad_(False)

@@ -11,8 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from tokenlabel.models.hub import hub_or_cache
 from tokenlabel.runtime.errors import ModelError, first_line
+from tokenlabel.runtime.hub import hub_or_cache
 from tokenlabel.runtime.process import listed
 
 # What a class is embedded in; a location shows a part of a photograph as often as a whole thing.

@@ -168,7 +168,7 @@ def load_run(path: str | Path) -> LoadedModel:
 
     Its weights are the averaged ones where the recipe made an average. Raises ModelError.
     """
-    newest_checkpoint(Path(path))  # or it is none, which is not to be looked up as the name of a network
+    newest_checkpoint(path)  # or it is none, which is not to be looked up as the name of a network
     return with_recipe(load_model(path))
 
 

@@ -30,6 +30,7 @@ from tokenlabel.runtime.configuration import (
     read_yaml,
 )
 from tokenlabel.runtime.errors import ConfigError, near_names
+from tokenlabel.runtime.hub import local_name
 from tokenlabel.runtime.runlog import RECIPE_FILE
 
 _UNSAID = (0, 0)  # an image size that nobody gave
@@ -89,7 +90,8 @@ class ModelConfig:
     options: dict[str, Any] = field(default_factory=dict)
     """What else the model's constructor takes, such as `depth` or `drop_path`."""
     weights: str | None = None
-    """Checkpoint to begin with: a published file (.pth.tar, .safetensors) or one of our run or checkpoint folders."""
+    """Checkpoint to begin with: a published file (.pth.tar, .safetensors), one of our run or checkpoint folders, or one
+    on the hub (hf://USER/NAME)."""
     average: bool = False
     """Begin with the running average (EMA) of the weights in that checkpoint."""
     frozen_layers: int = 0
@@ -113,7 +115,8 @@ class ModelConfig:
 
 def _model_of_run(weights: str | None) -> dict[str, Any]:
     """Return which network a run trained, or a checkpoint holds. Raises ConfigError for anything else."""
-    for path in (Path(weights) / "state.json", Path(weights) / RECIPE_FILE) if weights else ():
+    folder = Path(local_name(weights)) if weights else None
+    for path in (folder / "state.json", folder / RECIPE_FILE) if folder else ():
         if path.is_file():
             saved = read_yaml(path)
             model = dict(saved.get("recipe", saved)["model"])

@@ -1,0 +1,114 @@
+"""Names on the Hugging Face hub, and what lies there of runs, label stores, heads and models, as local paths."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from threading import Thread
+
+from tokenlabel.runtime.errors import ConfigError, first_line
+
+REACH_WITHIN_S = 5.0
+HEAD_FILE = "head.safetensors"  # what a head is called on the hub, whatever it was called before
+# One slash is what pathlib leaves of two.
+_NAME = re.compile(r"hf:/{1,2}(?P<kind>datasets/)?(?P<repo>[\w.-]+/[\w.-]+?)(@(?P<revision>[\w./-]+))?/?")
+
+
+def local_name(name: str | Path) -> str:
+    """Return a name as it is; for `hf://USER/NAME[@REVISION]`, what it means on this machine, downloaded if need be.
+
+    That is a folder for a run or a label store (`hf://datasets/USER/NAME`), a file for a head, and `local-dir:FOLDER`
+    for another model of timm's. REVISION is a branch, a tag or a commit. Everything comes from the hub's cache where
+    the hub cannot be reached. Raises ConfigError in one line for what is not there, or is nothing of the kind.
+    """
+    text = str(name)
+    if not text.startswith("hf:/"):
+        return text
+    found = _NAME.fullmatch(text)
+    if found is None:
+        raise ConfigError(
+            f"{text}: expected hf://USER/NAME or hf://USER/NAME@REVISION (labels: hf://datasets/USER/NAME)"
+        )
+    folder = _download(found["repo"], "dataset" if found["kind"] else "model", found["revision"])
+    if (folder / HEAD_FILE).exists():
+        return str(folder / HEAD_FILE)
+    if (folder / "checkpoints").is_dir() or (folder / "manifest.json").exists():
+        return str(folder)
+    if (folder / "config.json").exists():
+        return f"local-dir:{folder}"
+    raise ConfigError(
+        f"{text}: holds no run, label store or head of `tokenlabel push`, and no model of timm's (config.json)"
+    )
+
+
+def is_hub_name(name: str | Path) -> bool:
+    """Say whether a name is that of a whole repository of the hub, not of a file or folder in one."""
+    return _NAME.fullmatch(str(name)) is not None
+
+
+@cache
+def _download(repo: str, kind: str, revision: str | None) -> Path:
+    """Return the folder of a repository in the hub's cache: once a process, so that a store stays as it was opened."""
+    from huggingface_hub import snapshot_download
+
+    name = f"hf://{'datasets/' if kind == 'dataset' else ''}{repo}"
+    try:
+        with hub_or_cache():
+            return Path(snapshot_download(repo, repo_type=kind, revision=revision))
+    except Exception as error:  # the hub's library and its network library raise whatever they run into
+        reason = _NOT_THERE if status_of(error) in (401, 403, 404) else first_line(error)
+        raise ConfigError(f"{name}: {reason}") from error
+
+
+_NOT_THERE = (
+    "not there, or private and not yours: check the name and REVISION, and log in (`hf auth login`, HF_TOKEN)"
+)
+
+
+def status_of(error: Exception) -> int:
+    """Return the status that the hub answered with, 0 for errors of other kinds."""
+    return getattr(getattr(error, "response", None), "status_code", 0)
+
+
+@contextmanager
+def hub_or_cache(*, online: bool = True) -> Iterator[None]:
+    """Let what the hub's library fetches come from its cache where the hub cannot be reached, or shall not be.
+
+    Left alone, the hub's library tries each file six times before it looks there: a minute for one model. So it is told
+    that it is offline unless something answers within REACH_WITHIN_S. Raises OSError for what neither has.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or not online or not hub_answers()
+    try:
+        yield
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        reason = "cannot be reached" if online else "is not asked where a file is given"
+        raise OSError(f"not in the cache of the hub, and {constants.ENDPOINT} {reason}") from error
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def hub_answers() -> bool:
+    """Ask once. In a thread: looking up a name, or a firewall that drops packets, has no time limit of its own."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    answers: list[bool] = []
+
+    def ask() -> None:
+        try:
+            get_session().head(constants.ENDPOINT, timeout=REACH_WITHIN_S)
+            answers.append(True)
+        except Exception:  # whatever networks, proxies and their libraries raise
+            answers.append(False)
+
+    thread = Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(REACH_WITHIN_S)
+    return answers == [True]
