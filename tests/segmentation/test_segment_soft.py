@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from tokenlabel.core.align import enough_samples
 from tokenlabel.core.config import TokenChoice
+from tokenlabel.core.geometry import EDGE_TOLERANCE
 from tokenlabel.core.scores import from_probabilities, unknown_map
 from tokenlabel.segmentation.augment import SegmentAugmentConfig, SegmentTransform
 from tokenlabel.segmentation.classes import IGNORED
@@ -54,7 +55,10 @@ def dense_target(sample: SegmentSample, grid: tuple[int, int], num_classes: int)
     for row, column, i, j in np.ndindex(rows, columns, count, count):
         point = np.array([(column + (j + 0.5) / count) / columns, (row + (i + 0.5) / count) / rows])
         x, y = sample.view.to_source(point)
-        is_seen = region.left <= x <= region.right and region.top <= y <= region.bottom
+        edge = EDGE_TOLERANCE  # as `covers` takes it
+        is_seen = (
+            region.left - edge <= x <= region.right + edge and region.top - edge <= y <= region.bottom + edge
+        )
         if not (sample.view.covers(point) and is_seen):
             continue
         x, y = np.clip(x * width - 0.5, 0, width - 1), np.clip(y * height - 0.5, 0, height - 1)

@@ -336,7 +336,7 @@ class TestImagesWithoutALabel:
         assert continued(*words, "--data.max-missing", "1", run="new2") == 2
         assert "40 of 40 images have no label" in capsys.readouterr().err
 
-    def test_they_have_weight_0_and_the_others_make_up_for_them(self, here, monkeypatch):
+    def test_they_have_weight_0_and_the_others_weigh_what_they_always_do(self, here, monkeypatch):
         config, lacking = self.some(4, mix__kind="none")
         task, whole = build(config, device=CPU), build(recipe(Path("data"), mix__kind="none"), device=CPU)
         batch, other = (collate([of.train_set[0, i] for i in range(0, 40, 3)]) for of in (task, whole))
@@ -351,7 +351,7 @@ class TestImagesWithoutALabel:
         assert 0 < known.sum() < len(known)
         assert torch.equal(targets.tokens.weight, others.tokens.weight * known[:, None])
         losses = sparse_cross_entropy(outputs.token_logits, others.tokens)
-        expected = float(losses[known].sum().detach()) / losses.numel() * 40 / 36
+        expected = float(losses[known].sum().detach()) / losses.numel()
         loss = student_loss(outputs, targets, task.supervision)
         assert float(loss.token_part) == pytest.approx(expected, rel=1e-6)
         assert float(loss.total.detach()) == pytest.approx(float(loss.class_part) + 0.5 * expected, rel=1e-6)
@@ -370,7 +370,7 @@ class TestImagesWithoutALabel:
         known = torch.tensor([key not in lacking for key in batch.keys])[:, None]
         truth = torch.nn.functional.one_hot(batch.class_ids, 10)
         taught = others - (1 - share) * truth
-        torch.testing.assert_close(dense, (1 - share) * truth + taught * known * 40 / 36)
+        torch.testing.assert_close(dense, (1 - share) * truth + taught * known)
 
     def test_maps_of_logits_too(self, here):
         maps = [

@@ -44,6 +44,8 @@ except ImportError:  # the extra "fast"
 
 # Up to this many images `check_images` decodes every one by default (about 10 ms each for 500 x 375 JPEGs).
 DECODE_ALL_UP_TO = 10_000
+# The time of modification that sources give which know the sizes of their images only.
+NO_TIME = -1
 
 _ORIENTATION = 0x0112  # the tag of EXIF data
 _XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([1-8])')

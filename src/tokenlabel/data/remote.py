@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from tokenlabel.data.images import ImageSource
+from tokenlabel.data.images import NO_TIME, ImageSource
 from tokenlabel.data.tars import (
     INDEX_NAME,
     TarImages,
@@ -63,8 +63,8 @@ class RemoteTars(TarImages):
         return self
 
     def stat(self, index: int) -> tuple[int, int]:
-        """Return the bytes of the image, and 0 for when it was modified: of many servers nobody knows."""
-        return int(self.index.places[index, 2]), 0
+        """Return the bytes of the image, and NO_TIME for when it was modified: many servers do not say."""
+        return int(self.index.places[index, 2]), NO_TIME
 
     def _path(self, place: int) -> Path:
         return fetch(self.tars[place], self._is_indexed(place))

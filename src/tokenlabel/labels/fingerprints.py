@@ -14,7 +14,7 @@ from zlib import crc32
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenlabel.data.images import ImageError, ImageSource
+from tokenlabel.data.images import NO_TIME, ImageError, ImageSource
 from tokenlabel.labels.shards import UNKNOWN, Fingerprint
 from tokenlabel.labels.store import LabelStore
 
@@ -78,7 +78,7 @@ class FingerprintedImages:
         """Return the encoded image."""
         status = _stat(self._source, index)  # before the bytes: what replaces them meanwhile has another time
         data = self._source.read(index)
-        time_ns = status[1] if status else 0
+        time_ns = max(0, status[1]) if status else 0  # NO_TIME is 0 in records
         self._taken[self.keys[index]] = Fingerprint(time_ns, len(data) & _SIZE_MASK, crc32(data))
         return data
 
@@ -118,7 +118,7 @@ def _compare(store: LabelStore, source: ImageSource, read_all: bool, index: int)
     status = _stat(source, index)
     if status and status[0] & _SIZE_MASK != known.num_bytes:
         return _State.REPLACED
-    is_other = status is not None and status[1] not in (0, known.time_ns)  # 0: nobody knows
+    is_other = status is not None and status[1] not in (NO_TIME, known.time_ns)
     return _State.UNSURE if read_all or is_other else _State.SAME
 
 
