@@ -51,6 +51,8 @@ inspect hf://datasets/me/labels
 annotate images again --teacher hf://me/run
 annotate images by-head --teacher hf://me/head
 annotate images hf://datasets/me/more --teacher hf://me/run
+train --recipe finetune --out more --model.weights hf://me/run --data.labels hf://datasets/me/labels \
+ --data.train images --data.val images --optim.warmup-epochs 0 {SMALL}
 eval hf://me/absent --data images
 eval hf://me/run@v9 --data images
 eval hf://me --data images
@@ -165,6 +167,7 @@ def test_timm_reads_a_pushed_run_without_us(pushed):
         "inspect hf:",
         "annotate images again",
         "annotate images by-head",
+        "train --recipe finetune",
     ],
 )
 def test_it_is_read_wherever_a_local_one_is(pushed, command):
