@@ -156,13 +156,21 @@ def test_records_in_the_repository_are_of_the_plans_of_today():
         (["worth", "--data", "d"], "photographs"),
         (["words", "partial", "pretrained"], "unlabelled"),
         (["tolerance"], "tolerance"),
+        (["soft_masks"], "soft_masks"),
     ):
         study = study_of(parsed([*words, "--out", "out"]))
         known = {(job.plan.digest, job.plan.name, job.seed) for job in study.jobs()}
         kept = {(r.plan, r.name, r.seed) for r in read_records(docs / f"{name}.jsonl").values()}
         assert (
             len(kept & known)
-            >= {"results": 150, "segmentation": 45, "photographs": 4, "unlabelled": 95, "tolerance": 20}[name]
+            >= {
+                "results": 150,
+                "segmentation": 45,
+                "photographs": 4,
+                "unlabelled": 95,
+                "tolerance": 20,
+                "soft_masks": 35,
+            }[name]
         )
 
 
