@@ -36,7 +36,7 @@ test: $(READY)  ## the tests (under 5 minutes)
 test-long: $(READY)  ## the tests that take longer: 20 kills, whole studies
 	$(BIN)/python -m pytest -m long
 
-examples: $(EXAMPLES_READY)  ## training loops of other libraries with token labels, each run in small
+examples: $(EXAMPLES_READY)  ## the README's commands, and training loops of other libraries with token labels, each run in small
 	$(BIN)/python -m pytest examples
 
 api: $(READY)  ## docs/api.md from the docstrings of the public names

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from tokenlabel.data.scenes import write_scenes
 
-README = Path(__file__).parents[2] / "README.md"
+README = Path(__file__).parents[1] / "README.md"
 SHORT = "--epochs 1 --min-epoch-steps 1 --batch-size 10 --micro-batch-size 10 --data.num-workers 0 --precision fp32"
 TINY = "--model.img-size 48 --model.options {patch_size: 6, depth: 1, width: 16, num_heads: 2, stem_width: 8}"
 PRETRAINED = "--model.options.pretrained false --model.img-size 64"
