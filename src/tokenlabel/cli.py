@@ -31,7 +31,10 @@ from tokenlabel.runtime.errors import FirstRankError
 from tokenlabel.runtime.process import Interrupted, environment_number
 
 if TYPE_CHECKING:
-    from jsonargparse import ArgumentParser
+    from jsonargparse import ArgumentParser, Namespace
+
+    from tokenlabel.data.images import ImageSource
+    from tokenlabel.labels.store import LabelStore
 
 
 USAGE_ERROR = 2
@@ -277,6 +280,35 @@ def inspect(arguments: list[str]) -> int:
         "--masks", type=Path, help="true dense labels (PNG class ids): how often the maps are right"
     )
     parser.add_argument("--ignore-index", type=int, help=IGNORE_INDEX_HELP)
+    _add_out_of_fold(parser)
+    parser.add_argument("--json", action="store_true", help="print one line of JSON")
+    parser.add_argument("--output", type=Path, help="also write the figures to this JSON file")
+    add_device(parser)
+    _add_duplicates(parser)
+    add_config_arguments(parser, InspectConfig)
+    options = parse(parser, arguments)
+    _check_inspect(options)
+    config = configured(parser, options, InspectConfig)
+    store, source = LabelStore(*options.store, duplicates=options.duplicates), None
+    if options.images:
+        from tokenlabel.data.sources import open_aloud
+
+        source = open_aloud(options.images)
+    figures = inspect_store(store, config, source=source).as_dict()
+    figures |= _judged_otherwise(store, source, options)
+    if source and options.pictures:
+        from tokenlabel.labels.pictures import write_pictures
+        from tokenlabel.runtime.process import say
+
+        write_pictures(store, source, options.pictures)
+        say(f"{options.pictures}: maps over their images")
+    write_json(options.output, figures)
+    print(json.dumps(figures) if options.json else as_text(figures))
+    return 0
+
+
+def _add_out_of_fold(parser: ArgumentParser) -> None:
+    """Let a parser take a network on which heads judge the classes of images that they were fitted without."""
     parser.add_argument(
         "--out-of-fold",
         metavar="BACKBONE",
@@ -289,12 +321,10 @@ def inspect(arguments: list[str]) -> int:
         type=Path,
         help="of --out-of-fold: write pred_probs, labels, keys and class_names to this .npz, as cleanlab takes them",
     )
-    parser.add_argument("--json", action="store_true", help="print one line of JSON")
-    parser.add_argument("--output", type=Path, help="also write the figures to this JSON file")
-    add_device(parser)
-    _add_duplicates(parser)
-    add_config_arguments(parser, InspectConfig)
-    options = parse(parser, arguments)
+
+
+def _check_inspect(options: Namespace) -> None:
+    """Raise ValueError for options of inspect that need another one."""
     if options.pictures and not options.images:
         raise ValueError("--pictures needs the images that the labels belong to; name them with --images")
     if options.ignore_index is not None and not options.masks:
@@ -307,13 +337,10 @@ def inspect(arguments: list[str]) -> int:
             "--weights, --size and --probabilities are about --out-of-fold BACKBONE; leave them out"
         )
 
-    config = configured(parser, options, InspectConfig)
-    store, source = LabelStore(*options.store, duplicates=options.duplicates), None
-    if options.images:
-        from tokenlabel.data.sources import open_aloud
 
-        source = open_aloud(options.images)
-    figures = inspect_store(store, config, source=source).as_dict()
+def _judged_otherwise(store: LabelStore, source: ImageSource | None, options: Namespace) -> dict[str, Any]:
+    """Return what masks say of the labels, and heads out of fold of the images' classes, where they are asked."""
+    figures: dict[str, Any] = {}
     if options.masks:
         from tokenlabel.data.classes import say_order
         from tokenlabel.evaluation.observation import mask_agreement
@@ -332,18 +359,10 @@ def inspect(arguments: list[str]) -> int:
             size=options.size,
             device=device_of(options.device),
         )
-        figures["out_of_fold"] = found.figures(config.num_suspects)
+        figures["out_of_fold"] = found.figures(options.num_suspects)
         if options.probabilities:
             found.save(options.probabilities)
-    if source and options.pictures:
-        from tokenlabel.labels.pictures import write_pictures
-        from tokenlabel.runtime.process import say
-
-        write_pictures(store, source, options.pictures)
-        say(f"{options.pictures}: maps over their images")
-    write_json(options.output, figures)
-    print(json.dumps(figures) if options.json else as_text(figures))
-    return 0
+    return figures
 
 
 def merge(arguments: list[str]) -> int:
