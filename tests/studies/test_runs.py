@@ -316,7 +316,7 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(tiny, tmp_path, capsys):
 def test_every_row_is_a_recipe_on_every_testbed(testbed_name):
     """Each run once; ImageNet has no masks, and labels in one encoding."""
     own = [name for name in names_in("tables") if read_table(name).testbed == testbed_name]
-    own = {"embedded": [], "streets": ["soft_masks"]}.get(testbed_name, own) or ["all"]
+    own = {"embedded": []}.get(testbed_name, own) or ["all"]
     study = study_of(parsed([*own, "--on", testbed_name, "--data", "images", "--out", "out"]))
     lacking = () if testbed_name == "embedded" else ("truth", "truth_swapped", "exact")
     tables = study.tables
