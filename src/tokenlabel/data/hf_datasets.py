@@ -108,7 +108,8 @@ def _load(name: str, text: str) -> tuple[str, Dataset]:
     except Exception as error:  # of the hub, of Arrow, of what files hold
         where = "" if Path(place).is_dir() else f"no folder {place} here, nor on the hub: "
         raise DataError(f"{name}: {where}{first_line(error)}") from error
-    splits = dict(found) if isinstance(found, dict) else {str(found.split or "train"): found}
+    named = found.items() if isinstance(found, datasets.DatasetDict) else [(found.split or "train", found)]
+    splits = {str(split): dataset for split, dataset in named}
     split = parts[-1] if parts else next(iter(splits)) if len(splits) == 1 else ""
     if split not in splits:
         what = f"no split {split}" if split else f"{len(splits)} splits"
@@ -136,7 +137,7 @@ def _columns(dataset: Dataset) -> str:
 
 def _num_bytes(dataset: Dataset, image: str) -> NDArray[np.int64]:
     """Return the bytes [n] of each image, 0 where they lie in a file of their own; no image is read for it."""
-    import pyarrow.compute as pc
+    from pyarrow.compute import call_function
 
-    stored = dataset.with_format("arrow")[:][image]
-    return pc.binary_length(pc.struct_field(stored, "bytes")).fill_null(0).to_numpy().astype(np.int64)
+    encoded = dataset.with_format("arrow")[:].select([image]).flatten().column(f"{image}.bytes")
+    return call_function("binary_length", [encoded]).fill_null(0).to_numpy().astype(np.int64)

@@ -71,8 +71,9 @@ class RemoteFile:
 def as_url(name: str | Path) -> str | None:
     """Return the URL that a name is, None for a path; a URL that went through `Path` gets its second slash back."""
     found = re.fullmatch(r"([a-zA-Z][a-zA-Z0-9+.-]+):(//?)([^/].*)", os.fspath(name), re.DOTALL)
-    is_path = found is None or (found[2] == "/" and not isinstance(name, Path))
-    if is_path or found[1] == "hf-dataset":  # data/hf_datasets.py
+    if found is None or (found[2] == "/" and not isinstance(name, Path)):
+        return None
+    if found[1] == "hf-dataset":  # of a folder: see data/hf_datasets.py
         return None
     return f"{found[1].lower()}://{found[3]}"
 
