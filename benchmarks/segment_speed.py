@@ -43,9 +43,11 @@ def loss_rows(num_classes: int, num_images: int, settings: Settings) -> list[Row
     side_px = 256 if settings.quick else 512
     generator = torch.Generator().manual_seed(0)
     shape = (num_images, WIDTH, side_px // 4, side_px // 4)
-    features = torch.randn(shape, generator=generator).to(settings.device, memory_format=torch.channels_last)
+    features = (
+        torch.randn(shape, generator=generator).to(settings.device).to(memory_format=torch.channels_last)
+    )
     features.requires_grad_()
-    classifier = nn.Conv2d(WIDTH, num_classes, 1).to(settings.device, memory_format=torch.channels_last)
+    classifier = nn.Conv2d(WIDTH, num_classes, 1).to(settings.device)
     batches = {
         name: collate(
             [sample_of(seed, num_classes, side_px, soft=name == "soft maps") for seed in range(num_images)]
