@@ -36,7 +36,7 @@ test: $(READY)  ## the tests (five to six minutes on two cores)
 test-long: $(READY)  ## the tests that take longer: 20 kills, whole studies
 	$(BIN)/python -m pytest -m long
 
-examples: $(EXAMPLES_READY)  ## the README's commands, and training loops of other libraries with token labels, each run in small
+examples: $(EXAMPLES_READY)  ## the commands of README and guides, the notebook and other libraries' training loops, each run in small
 	$(BIN)/python -m pytest examples
 
 api: $(READY)  ## docs/api.md from the docstrings of the public names

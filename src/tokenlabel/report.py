@@ -339,7 +339,7 @@ def _class_table(of_runs: Mapping[str, Mapping[str, float]]) -> str:
     if rest:
         change = {name: first[name] - rest[0].get(name, np.nan) for name in known}
         known.sort(key=lambda name: -abs(np.nan_to_num(change[name])))
-        headings.append(f"{names[0]} over {names[1]}, points")
+        headings.append("first over second, points")  # their names are in the headings before it
     else:
         known.sort(key=first.__getitem__)
     rows = []

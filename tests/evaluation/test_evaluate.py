@@ -120,6 +120,20 @@ def test_a_teacher_agrees_with_itself():
     assert agreement(targets, targets, 10) == (64, 64)
 
 
+def test_maps_of_images_without_a_mask_are_not_judged(tmp_path, capsys):
+    mask = np.random.default_rng(0).integers(1, 10, (8, 8)).astype(np.uint8)
+    Image.fromarray(mask).save(tmp_path / "a.png")
+    manifest = Manifest(num_classes=10, class_names=tuple("0123456789"), topk=1)
+    with LabelStoreWriter(tmp_path / "labels", manifest) as writer:
+        writer.add("a.jpg", from_mask(mask, num_classes=10))
+        writer.add("b.jpg", from_mask(mask, num_classes=10))
+    assert mask_agreement(LabelStore(tmp_path / "labels"), tmp_path) == 1.0
+    assert "1 of 2 images have a mask there" in capsys.readouterr().err
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(ValueError, match=r"no mask of any of 2 labelled images there \(a.jpg, b.jpg\)"):
+        mask_agreement(LabelStore(tmp_path / "labels"), tmp_path)
+
+
 def test_what_a_teacher_did_not_see_is_not_held_against_it(tmp_path):
     """The middle half of an image in 4 x 4 cells, all of them right; class 0 is no answer."""
     mask = np.random.default_rng(0).integers(1, 10, (8, 8)).astype(np.uint8)

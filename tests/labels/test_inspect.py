@@ -170,7 +170,7 @@ def test_pictures_show_the_most_and_the_least_certain(folder, tmp_path):
     assert page.count("data:image/jpeg;base64") == 1
     assert re.findall(r"</i>([^<]*)</span>", page) == ["bee", "ape", "dog"]
     assert "4 labels; all of them were looked at. Right of each image its map:" in page
-    assert page.count("dog 75%") == 2, "the most probable class of the doubtful one"
+    assert page.count("dog: 75%") == 2, "the most probable class of the doubtful one"
     assert "http" not in page
 
 
@@ -197,7 +197,7 @@ def test_maps_lie_on_the_part_of_the_image_that_the_teacher_saw(tmp_path):
         writer.add("ape/1.png", replace(mask, region=Box(0.375, 0, 0.625, 1)))
     output = tmp_path / "x.html"
     write_pictures(LabelStore(tmp_path / "labels"), ImageFolder(tmp_path / "images"), output, count=1)
-    assert "ape 100%" in output.read_text()
+    assert "ape: 100%" in output.read_text()
     assert "left: 37.500%; top: 0.000%; width: 25.000%; height: 100.000%" in output.read_text()
 
 

@@ -1,6 +1,7 @@
 """Images without classes, with a few, and tokens that are about other things than the classes: from files to runs."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -142,6 +143,10 @@ def test_a_network_without_classes_is_evaluated_by_its_tokens_and_its_features(h
     assert status == 0, said
     found = json.loads(next(line for line in said.splitlines() if line.startswith("{")))
     assert found.keys() >= {"teacher_accuracy", "teacher_miou", "knn", "image_probe"}
+    assert "inference" not in found  # of a class head
+    status, said = run(capsys, "report", "run", "--output", "page.html")
+    assert status == 0, said
+    assert re.search(r"</i>word \d+</span>", Path("page.html").read_text())
     status, said = run(
         capsys, "eval", "run", "--probe", "scenes/train", "--probe-test", "scenes/val", "--num-workers=0"
     )

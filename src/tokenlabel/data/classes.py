@@ -48,8 +48,8 @@ class ClassList:
 
     @property
     def labels(self) -> list[str]:
-        """What to call the classes: their names, else their numbers."""
-        return list(self.names) or [str(number) for number in range(self.count)]
+        """What to call the classes: their names, else their numbers; words are `word 7`."""
+        return list(self.names) or [f"word {i}" if self.words else str(i) for i in range(self.count)]
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> ClassList:

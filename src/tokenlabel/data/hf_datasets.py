@@ -139,5 +139,6 @@ def _num_bytes(dataset: Dataset, image: str) -> NDArray[np.int64]:
     """Return the bytes [n] of each image, 0 where they lie in a file of their own; no image is read for it."""
     from pyarrow.compute import call_function
 
-    encoded = dataset.with_format("arrow")[:].select([image]).flatten().column(f"{image}.bytes")
+    table: Any = dataset.with_format("arrow")[:]
+    encoded = table.select([image]).flatten().column(f"{image}.bytes")
     return call_function("binary_length", [encoded]).fill_null(0).to_numpy().astype(np.int64)

@@ -10,6 +10,7 @@ import base64
 import html
 import io
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,15 @@ from tokenlabel.runtime.process import write_whole
 
 # So many classes have a colour of their own; the others share one, or nobody could tell them apart.
 NUM_COLOURS = 20
-OTHERS, _OTHER_COLOUR = "other classes", (128, 128, 128)
+OTHERS, _OTHER_COLOUR = "others", (128, 128, 128)
 # Opacity of a cell, from one that is hardly more than chance to a certain one. (0, 0, 0): where nothing is said.
 _FAINTEST, _STRONGEST, _UNSAID = 70, 195, (0, 0, 0, 165)
 # Photographs this small are shown with their pixels sharp.
 _SMALL_PX = 128
 # Headings of so many letters are not broken; names longer than `_LONG` lose their middle.
 _SHORT, _LONG = 12, 64
+# More tiles than these take a row of the page for themselves.
+_FEW_TILES = 3
 
 Picture = Mapping[str, Any]
 
@@ -53,7 +56,7 @@ class Page:
 
     def add(self, title: str, *parts: str) -> None:
         """Add a section under a heading."""
-        self.sections.append(f"<section><h2>{html.escape(title)}</h2>{''.join(parts)}</section>")
+        self.sections.append(f"<section><h2>{_breakable(title)}</h2>{''.join(parts)}</section>")
 
     def legend(self, pictures: Iterable[tuple[Album, Picture]]) -> str:
         """Return the classes that the maps of pictures show, with their colours, the most frequent first."""
@@ -85,7 +88,8 @@ class Page:
             self.figure([(album, tile) for tile in picture["tiles"]], caption(picture))
             for _, picture in pictures
         ]
-        self.add(title, self.legend(pictures), f'<div class="pictures broad">{"".join(figures)}</div>')
+        broad = " broad" if any(len(picture["tiles"]) > _FEW_TILES for _, picture in pictures) else ""
+        self.add(title, self.legend(pictures), f'<div class="pictures{broad}">{"".join(figures)}</div>')
 
     def write(self, output: Path) -> None:
         """Write the page, which needs no other file and no network, in place of an older one.
@@ -97,7 +101,12 @@ class Page:
             f".s{name} {{ background-image: url(data:image/jpeg;base64,{base64.b64encode(sheet).decode()}) }}"
             for name, sheet in self._sheets.items()
         )
-        text = _PAGE.format(title=html.escape(self.title), sheets=sheets, body="\n".join(self.sections))
+        text = _PAGE.format(
+            title=html.escape(self.title),
+            heading=_breakable(self.title),
+            sheets=sheets,
+            body="\n".join(self.sections),
+        )
         try:
             write_whole(
                 output, [text.encode("utf-8", "backslashreplace")]
@@ -171,16 +180,19 @@ def check_output(output: Path) -> None:
 def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Return a table; the first column is set to the left, the others to the right."""
     head = "".join(
-        f"<th{' class=short' if len(heading) <= _SHORT else ''}>{html.escape(heading)}</th>"
+        f"<th{' class=short' if len(heading) <= _SHORT else ''}>{_breakable(heading)}</th>"
         for heading in headings
     )
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
-    )
+    body = "".join("<tr>" + "".join(f"<td>{_breakable(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return (
         '<div class="wide" tabindex="0">'
         f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
+
+
+def _breakable(text: str) -> str:
+    """Return text as HTML in which long names of runs and settings break behind their parts, not amid a word."""
+    return re.sub(r"([/,=_]|\.(?=[a-z]))(?=\w)", r"\1<wbr>", html.escape(text))
 
 
 def shortened(name: str) -> str:
@@ -227,9 +239,11 @@ h2 {{ border-bottom: 1px solid var(--line); padding-bottom: .3rem }} p {{ max-wi
 .wide {{ overflow-x: auto }}
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; overflow-wrap: break-word }}
 th, td {{ text-align: right; padding: .3rem .7rem; border-bottom: 1px solid var(--line); max-width: 22rem }}
-th {{ color: var(--faint); font-weight: 600 }} th:first-child, td:first-child {{ text-align: left; padding-left: 0 }}
-.short {{ white-space: nowrap }}
-td:first-child {{ overflow-wrap: anywhere; min-width: 7rem }}
+th {{ color: var(--faint); font-weight: 600; vertical-align: bottom; overflow-wrap: anywhere }}
+th:not(.short) {{ min-width: 6.5rem; max-width: 10rem }} .short {{ white-space: nowrap }}
+th:first-child, td:first-child {{ text-align: left; padding-left: 0 }}
+th:first-child, td:first-child {{ position: sticky; left: 0; background: var(--page) }}
+td:first-child {{ overflow-wrap: anywhere; min-width: min(11rem, 36vw); max-width: min(22rem, 50vw) }}
 .curves {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1rem }}
 .curves figure, figure {{ margin: 0 }} .curves svg {{ width: 100%; height: auto; display: block; fill: currentColor }}
 .pictures {{ display: grid; gap: 1.3rem 1.6rem }}
@@ -245,9 +259,10 @@ small, figcaption, .note {{ font-size: 12.5px; line-height: 1.35; color: var(--f
 figcaption {{ margin-top: .2rem }} figcaption b, small b {{ color: var(--text); font-weight: 600 }}
 .legend {{ display: flex; flex-wrap: wrap; gap: .25rem .9rem; max-width: none; font-size: 13px }}
 .legend i {{ display: inline-block; width: .8em; height: .8em; border-radius: 3px; margin-right: .35em }}
+.legend i {{ outline: 1px solid var(--line) }}
 .unsaid {{ background: rgb(0 0 0 / .65); border: 1px solid var(--faint) }}
 {sheets}
-</style></head><body><h1>{title}</h1>
+</style></head><body><h1>{heading}</h1>
 {body}
 </body></html>
 """

@@ -145,7 +145,13 @@ def assess(name: str | Path, options: EvalOptions, *, device: torch.device | str
         found = assessment.of_corruptions() if options.set == "imagenet-c" else assessment.of_images()
     about: Figures = {"network": network.name, "img_size": list(network.img_size)}
     about |= {} if network.step is None else {"step": network.step}
-    labelled = {head.value: {**about, "inference": head.value, **_nested(found[head])} for head in heads}
+    named = (
+        network.num_classes > 0
+    )  # without a class head nothing is inferred: tokens and features are judged
+    labelled = {
+        head.value: {**about, **({"inference": head.value} if named else {}), **_nested(found[head])}
+        for head in heads
+    }
     return labelled if options.inference == "all" else labelled[heads[0].value]
 
 

@@ -300,7 +300,7 @@ def mask_agreement(
     """Return the share of object cells of a store's maps whose most probable class is that of the true mask.
 
     `masks`: a folder of true dense labels, laid out like the images, or COCO's file; `ignore_index`: see `MaskFolder`.
-    `source`: the images, which know their orientation.
+    Images without a mask are left out, which is said. `source`: the images, which know their orientation.
     """
     num_classes, names = store.manifest.num_classes, store.manifest.class_names
     truth_of = MaskFolder(
@@ -314,8 +314,14 @@ def mask_agreement(
         say(
             "the maps lie as the files store their pixels: name the images (--images) if any have an orientation tag"
         )
+    keys = [*store.keys()]
+    with_mask = [key for key in keys if key in truth_of]
+    if not with_mask:
+        raise ValueError(f"{masks}: no mask of any of {len(keys):,} labelled images there ({listed(keys)})")
+    if len(with_mask) < len(keys):
+        say(f"{masks}: {len(with_mask):,} of {len(keys):,} images have a mask there; these are compared")
     right = total = 0
-    for key in store.keys():  # noqa: SIM118  (a store is no dict)
+    for key in with_mask:
         score_map = store[key]
         if source is not None and key in indices:
             score_map = turned_map(score_map, orientation_of(source.read(indices[key])))

@@ -65,9 +65,7 @@ def write_pictures(store: LabelStore, source: ImageSource, output: Path, *, coun
         "Least certain": by_certainty[::-1][:count],
         "Least agreement": [summary for summary, _ in by_doubt(known)[:count]],
     }
-    names = [with_words(name) for name in store.manifest.class_names] or [
-        *map(str, range(store.manifest.num_classes))
-    ]
+    names = [*map(with_words, store.manifest.classes.labels)]
     pictures = {}
     for summary in {summary.key: summary for shown in members.values() for summary in shown}.values():
         try:
@@ -120,5 +118,5 @@ def _caption(summary: MapSummary, names: Sequence[str], class_id: int | None) ->
         if summary.class_probs[i] > 0
     ]
     own = "" if class_id is None else f", class {html.escape(names[class_id])}"
-    said = " · ".join(f"{html.escape(name)} {share:.0%}" for name, share in shares)
+    said = " · ".join(f"{html.escape(name)}: {share:.0%}" for name, share in shares)
     return f"<b>{html.escape(summary.key)}</b>{own}, certainty {summary.top1_prob:.0%}<br>{said}"
