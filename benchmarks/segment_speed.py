@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.measure import Row, Settings, interleave
-from tokenlabel.segmentation.model import SegmentationModel, SegmentModelConfig, create_segmentation_model
+from tokenlabel.models.segmentation import SegmentationModel, SegmentModelConfig, create_segmentation_model
 from tokenlabel.segmentation.task import pixel_loss
 
 NUM_CLASSES = 150

@@ -12,12 +12,15 @@ from tokenlabel.data.config import AugmentConfig, ColourJitter, WarpConfig
 from tokenlabel.evaluation.assessment import EvalOptions
 from tokenlabel.labels.inspection import InspectConfig
 from tokenlabel.labels.published import ImportConfig
+from tokenlabel.models.segmentation import SegmentModelConfig
 from tokenlabel.runtime.coercion import check_numbers
-from tokenlabel.segmentation.augment import SegmentAugmentConfig
-from tokenlabel.segmentation.inference import SegmentEvalConfig
-from tokenlabel.segmentation.layouts import Layout, SegmentDataConfig
-from tokenlabel.segmentation.model import SegmentModelConfig
-from tokenlabel.segmentation.recipe import SegmentLossConfig
+from tokenlabel.segmentation.recipe import (
+    Layout,
+    SegmentAugmentConfig,
+    SegmentDataConfig,
+    SegmentEvalConfig,
+    SegmentLossConfig,
+)
 from tokenlabel.teachers.annotation import AnnotateConfig
 from tokenlabel.training.recipe import (
     CheckpointConfig,

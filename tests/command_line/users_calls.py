@@ -29,9 +29,9 @@ from tokenlabel.labels.encoding import pack
 from tokenlabel.labels.inspection import InspectConfig
 from tokenlabel.labels.published import ImportConfig, PublishedLayout
 from tokenlabel.models import TokenModel
-from tokenlabel.segmentation.inference import SegmentEvalConfig
-from tokenlabel.segmentation.layouts import SegmentDataConfig, open_pairs
-from tokenlabel.segmentation.model import SegmentModelConfig
+from tokenlabel.models.segmentation import SegmentModelConfig
+from tokenlabel.segmentation.layouts import open_pairs
+from tokenlabel.segmentation.recipe import SegmentDataConfig, SegmentEvalConfig
 from tokenlabel.training.recipe import DataConfig, EvalConfig, ModelConfig, OptimConfig, Recipe
 
 CLASSES = ["ant", "bee"]

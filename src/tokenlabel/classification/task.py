@@ -44,7 +44,8 @@ from tokenlabel.evaluation.observation import evaluation_set, observe
 from tokenlabel.evaluation.probe import image_figures, probe_sets
 from tokenlabel.labels.store import LabelStore
 from tokenlabel.models import TokenModel, create_model, load_published
-from tokenlabel.models.weights import read_class_names, read_description
+from tokenlabel.models.runs import read_description
+from tokenlabel.models.weight_files import read_class_names
 from tokenlabel.runtime.configuration import ConfigError
 from tokenlabel.runtime.distributed import Ranks, autocast, current_ranks
 from tokenlabel.runtime.process import say

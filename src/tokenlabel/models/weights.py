@@ -17,35 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenlabel.models.vision_transformer import VisionTransformer, resize_positions
-from tokenlabel.models.weight_files import (
-    Weights,
-    find_weights,
-    names_in_order,
-    read_checkpoint,
-    read_class_names,
-    read_description,
-)
+from tokenlabel.models.weight_files import Weights, find_weights
 from tokenlabel.runtime.errors import ModelError, first_line
 from tokenlabel.runtime.hub import hub_or_cache
 from tokenlabel.runtime.process import say
-
-__all__ = [
-    "Loaded",
-    "Weights",
-    "adapter_name",
-    "build_with",
-    "count_classes",
-    "find_weights",
-    "fingerprint",
-    "load",
-    "load_published",
-    "misfit",
-    "names_in_order",
-    "read_checkpoint",
-    "read_class_names",
-    "read_description",
-    "resize_all_positions",
-]
 
 LOGGER = logging.getLogger(__name__)
 

@@ -19,9 +19,8 @@ from tokenlabel.runtime.errors import DataError
 from tokenlabel.runtime.process import listed, say
 from tokenlabel.segmentation.classes import IGNORED
 from tokenlabel.segmentation.data import SegmentBatch
-from tokenlabel.segmentation.layouts import SegmentDataConfig
 from tokenlabel.segmentation.pairs import ImageMaskPairs
-from tokenlabel.segmentation.recipe import SegmentLossConfig
+from tokenlabel.segmentation.recipe import SegmentDataConfig, SegmentLossConfig
 
 # Masks that are held against the cells of label maps.
 NUM_COMPARED = 100

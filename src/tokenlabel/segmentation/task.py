@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ from tokenlabel.core.batch import normalize_images
 from tokenlabel.core.losses import head_cross_entropy
 from tokenlabel.core.step import Part
 from tokenlabel.data.batches import make_loader
-from tokenlabel.data.images import DataError
 from tokenlabel.data.samplers import BatchSampler
 from tokenlabel.drawing.pictures import (
     PICTURES_FOLDER,
@@ -30,31 +29,27 @@ from tokenlabel.drawing.pictures import (
     make_album,
     top_classes,
 )
-from tokenlabel.models.runs import newest_checkpoint, read_state, read_weights
-from tokenlabel.models.weight_files import options_without_weights
-from tokenlabel.runtime.configuration import ConfigError, config_from_dict
+from tokenlabel.models.decoders import HeadOutputs
+from tokenlabel.models.segmentation import (
+    HeadKind,
+    SegmentationModel,
+    SegmentOutputs,
+    create_segmentation_model,
+    load_segmentation_weights,
+)
+from tokenlabel.runtime.configuration import ConfigError
 from tokenlabel.runtime.distributed import Ranks, autocast, current_ranks
-from tokenlabel.runtime.errors import ModelError
 from tokenlabel.runtime.runlog import Stopwatch, Tracker
 from tokenlabel.segmentation.augment import SegmentTransform, resize_mask
 from tokenlabel.segmentation.classes import IGNORED
 from tokenlabel.segmentation.data import SegmentBatch, SegmentDataset, SegmentSample, collate
 from tokenlabel.segmentation.evaluation import evaluate_segmentation
-from tokenlabel.segmentation.heads import HeadOutputs
 from tokenlabel.segmentation.inference import Segmenter
 from tokenlabel.segmentation.label_maps import checked_labels, open_labels, soft_targets
-from tokenlabel.segmentation.layouts import classes_of, open_pairs
-from tokenlabel.segmentation.model import (
-    HeadKind,
-    SegmentationModel,
-    SegmentOutputs,
-    create_segmentation_model,
-)
+from tokenlabel.segmentation.layouts import open_pairs
 from tokenlabel.segmentation.pairs import ImageMaskPairs
 from tokenlabel.segmentation.recipe import SegmentLossConfig, SegmentRecipe
-from tokenlabel.segmentation.weights import load_weights
 from tokenlabel.training.engine import train_in
-from tokenlabel.training.recipe import recipe_content
 from tokenlabel.training.run_folder import RunImages
 from tokenlabel.training.tasks import Summary, Task
 
@@ -283,7 +278,7 @@ def build(recipe: SegmentRecipe, *, device: torch.device, run: Path | None = Non
     torch.manual_seed(recipe.seed)
     model = create_segmentation_model(recipe.model, num_classes=len(train_pairs.classes.names))
     if recipe.model.weights is not None:
-        load_weights(model, recipe.model.weights, average=recipe.model.average)
+        load_segmentation_weights(model, recipe.model.weights, average=recipe.model.average)
     for parameter in model.parameters():  # convolutions run faster so
         if parameter.ndim == 4:
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
@@ -301,56 +296,3 @@ def build(recipe: SegmentRecipe, *, device: torch.device, run: Path | None = Non
 def _raise_for_broken(pairs: ImageMaskPairs, split: str, _: list[int] | None) -> list[int]:
     pairs.check(to_train=split == "train")
     return []
-
-
-@dataclass(frozen=True, eq=False)
-class TrainedSegmenter:
-    """A segmentation model out of a run, with what it needs to be used."""
-
-    model: SegmentationModel
-    recipe: SegmentRecipe
-    class_names: list[str]
-    step: int
-
-    def segmenter(self, device: torch.device) -> Segmenter:
-        """Return the model, moved to a device, with the way in which its recipe looks at images."""
-        return Segmenter(self.model.to(device), self.recipe.eval, window_px=self.recipe.model.img_size)
-
-
-def load_segmenter(path: str | Path) -> TrainedSegmenter:
-    """Return the model of a run folder (its newest checkpoint) or of a checkpoint folder, in evaluation mode.
-
-    Its weights are the averaged ones where the recipe made an average.
-    """
-    folder = newest_checkpoint(path)
-    state = read_state(folder)
-    if "head" not in state["recipe"]["model"]:
-        raise DataError(f"{path}: holds a classifier; `tokenlabel segment train` makes segmentation models")
-    recipe = config_from_dict(state["recipe"], SegmentRecipe, name=f"{folder}/state.json")
-    config = replace(recipe.model, options=options_without_weights(recipe.model.options))
-    model = create_segmentation_model(config, num_classes=len(state["class_names"]))
-    model.load_state_dict(read_weights(folder, state))
-    return TrainedSegmenter(model.eval(), recipe, state["class_names"], state["step"])
-
-
-def load_published_segmenter(
-    path: str | Path, recipe_name: str, *, root: str | None = None
-) -> TrainedSegmenter:
-    """Return a model from a published file, with the recipe (a name, or a file) that it goes with.
-
-    `root`: folder of the data set. Its classes are those of the recipe's data. Raises ModelError for a file that does
-    not fill all of the model, such as a backbone.
-    """
-    nested = recipe_content(recipe_name, SegmentRecipe)
-    nested.setdefault("data", {})
-    nested["data"]["root"] = root or nested["data"].get("root", ".")
-    recipe = config_from_dict(nested, SegmentRecipe, name=recipe_name)
-    names = classes_of(recipe.data, list(recipe.data.class_names)).names
-    model = create_segmentation_model(recipe.model, num_classes=len(names))
-    new = load_weights(model, path, average=recipe.model.average)
-    if new:
-        raise ModelError(
-            f"{path}: is no whole model of {recipe_name}: it has nothing for {', '.join(sorted(new)[:3])}"
-            f"{', ...' if len(new) > 3 else ''}; train one from it (tokenlabel segment train --model.weights)"
-        )
-    return TrainedSegmenter(model.eval(), recipe, names, step=0)

@@ -17,8 +17,7 @@ from tokenlabel.runtime.process import listed, say
 from tokenlabel.teachers.classmap import ClassMap, class_map_for
 from tokenlabel.teachers.dense import MAX_LOGITS
 from tokenlabel.teachers.input import cells_of
-from tokenlabel.teachers.networks import Teacher, TeacherConfig, load_teacher
-from tokenlabel.teachers.segmenters import SegmenterTeacher, is_segmenter, load_segmenter_teacher
+from tokenlabel.teachers.networks import SegmenterTeacher, Teacher, TeacherConfig, load_teacher
 
 
 class Ensemble(Teacher):
@@ -126,10 +125,9 @@ def load_teachers(config: TeacherConfig, class_names: Sequence[str], device: tor
         raise ModelError(
             f"{len(names)} teachers, but {len(weights)} files of weights; give one for each, in order"
         )
-    members: list[Teacher] = []
-    for name, file in zip(names, weights, strict=True):
-        load = load_segmenter_teacher if is_segmenter(name) else load_teacher
-        members.append(load(name, config, device, weights=file))
+    members = [
+        load_teacher(name, config, device, weights=file) for name, file in zip(names, weights, strict=True)
+    ]
     if config.scales and not all(isinstance(member, SegmenterTeacher) for member in members):
         raise ModelError("--scales is for segmentation runs; leave it out")
     for member in members:

@@ -77,10 +77,11 @@ def load_online_teacher(
         device,
         weights=config.weights,
     )
-    if teacher.words:
+    if teacher.words or not isinstance(teacher, NetworkTeacher):
+        what = "says visual words, not classes" if teacher.words else "holds a segmentation model"
         raise ModelError(
-            f"loss.teacher.name {config.name}: says visual words, not classes; label the images once (`tokenlabel "
-            f"annotate IMAGES labels --teacher {config.name}`) and give data.labels"
+            f"loss.teacher.name {config.name}: {what}; label the images once (`tokenlabel annotate IMAGES labels "
+            f"--teacher {config.name}`) and give data.labels"
         )
     name_classes(teacher, config.class_order, class_names, option="--loss.teacher.class-order")
     class_map = class_map_for(

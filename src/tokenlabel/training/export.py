@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from tokenlabel.core.config import Inference
 from tokenlabel.models import TimmAdapter, TokenModel
 from tokenlabel.models.load import LoadedModel
-from tokenlabel.models.registration import OUR_MODELS
-from tokenlabel.models.weight_files import description_of, options_without_weights
+from tokenlabel.models.names import OUR_MODELS
+from tokenlabel.models.runs import description_of, options_without_weights
 from tokenlabel.runtime.configuration import config_as_dict
 from tokenlabel.runtime.errors import ConfigError
 from tokenlabel.training.checkpoint import load_run
