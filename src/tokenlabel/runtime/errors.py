@@ -78,8 +78,8 @@ def near_names(word: str, known: Sequence[str], *, prefix: str = "") -> str:
     return f"; known there: {', '.join(beside)}" if beside else ""
 
 
-def refuse(faults: Mapping[str, object]) -> None:
-    """Raise ConfigError with the first message whose value is true: what options must not be, as a table."""
+def refuse(faults: Mapping[str, object], error: type[ValueError] = ConfigError) -> None:
+    """Raise an error with the first message whose value is true: what must not be, as a table."""
     for message, is_so in faults.items():
         if is_so:
-            raise ConfigError(message)
+            raise error(message)

@@ -20,12 +20,7 @@ from tokenlabel.runtime.errors import ModelError
 from tokenlabel.runtime.hub import local_name
 from tokenlabel.segmentation.inference import Segmenter
 from tokenlabel.segmentation.recipe import SegmentRecipe
-from tokenlabel.teachers.backbone import (
-    backbone_of,
-    check_locations,
-    input_of,
-    made_for,
-)
+from tokenlabel.teachers.backbone import backbone_of, check_locations
 from tokenlabel.teachers.dense import (
     ClassifierNetwork,
     DenseLogits,
@@ -34,7 +29,7 @@ from tokenlabel.teachers.dense import (
     TokenNetwork,
 )
 from tokenlabel.teachers.heads import HEAD_SUFFIX, Head
-from tokenlabel.teachers.input import TeacherInput, cells_of
+from tokenlabel.teachers.input import TeacherInput, cells_of, input_of, made_for
 from tokenlabel.training.checkpoint import with_recipe
 
 

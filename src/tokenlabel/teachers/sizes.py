@@ -15,7 +15,7 @@ from tokenlabel.teachers.labelling import TeacherImage, as_tensor
 from tokenlabel.teachers.networks import NetworkTeacher
 
 NUM_TRIED = 128
-MANY_IMAGES = 10_000
+ENOUGH_IMAGES = 10_000
 """So many images are worth trying sizes out, which costs what labelling some 750 does."""
 
 _FACTORS = (1.25, 1.5)
