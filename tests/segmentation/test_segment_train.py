@@ -37,8 +37,9 @@ from tokenlabel.segmentation.inference import segmenter_of
 from tokenlabel.segmentation.recipe import SegmentRecipe
 from tokenlabel.segmentation.task import build, pixel_loss, train_segmentation
 from tokenlabel.training.checkpoint import list_checkpoints, load_run
-from tokenlabel.training.engine import prepare, run_task, train_step
+from tokenlabel.training.engine import run_task
 from tokenlabel.training.recipe import recipe_content, recipe_names
+from tokenlabel.training.trainer import prepare, train_step
 
 CPU = torch.device("cpu")
 
@@ -342,7 +343,7 @@ def test_a_file_without_a_trained_head_is_not_evaluated(scenes, tmp_path, capsys
         (["trai"], "no command 'trai'; known: train, eval, predict"),
         (["eval", "nowhere"], "nowhere: holds no checkpoint"),
         (["train", "--recipe", "segment_scenes", "--run", "r"], "layout scenes needs data.root"),
-        (["eval", "RUN", "--stride", "0"], "--stride must be at least 1 down and across, got [0, 0]"),
+        (["eval", "RUN", "--stride", "0"], "--stride must be at least 1, got [0, 0]"),
     ],
 )
 def test_mistakes_are_one_line(words, message, run, capsys, tmp_path, monkeypatch):

@@ -45,7 +45,7 @@ from tokenlabel.segmentation.classes import IGNORED
 from tokenlabel.segmentation.data import SegmentBatch, SegmentDataset, SegmentSample, collate
 from tokenlabel.segmentation.evaluation import evaluate_segmentation
 from tokenlabel.segmentation.inference import Segmenter
-from tokenlabel.segmentation.label_maps import checked_labels, finer_for_maps, open_labels, soft_targets
+from tokenlabel.segmentation.label_maps import check_labels, finer_for_maps, open_labels, soft_targets
 from tokenlabel.segmentation.layouts import open_pairs
 from tokenlabel.segmentation.pairs import ImageMaskPairs
 from tokenlabel.segmentation.recipe import SegmentLossConfig, SegmentRecipe
@@ -279,14 +279,12 @@ def build(recipe: SegmentRecipe, *, device: torch.device, run: Path | None = Non
                 split, pairs.keys, [], check="decode", find=partial(_raise_for_broken, pairs, split)
             )
     if store is not None:
-        images.entries["labels"] = current_ranks().on_main(lambda: checked_labels(store, train_pairs))
+        num_missing = current_ranks().on_main(lambda: check_labels(store, train_pairs))
+        images.note_labels(store, num_missing=num_missing, num_masks=len(train_pairs.with_mask))
     torch.manual_seed(recipe.seed)
     model = create_segmentation_model(recipe.model, num_classes=len(train_pairs.classes.names))
     if recipe.model.weights is not None:
         load_segmentation_weights(model, recipe.model.weights, average=recipe.model.average)
-    for parameter in model.parameters():  # convolutions run faster so
-        if parameter.ndim == 4:
-            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
     transform = SegmentTransform(recipe.augment, recipe.model.img_size)
     loss = recipe.loss
     if store is not None and loss.finer is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Container, Sequence
+from collections.abc import Container
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -76,7 +76,7 @@ def find_todo(source: ImageSource, folder: Path, manifest: Manifest, again: str 
     return Todo(indices=indices, anew=sorted(anew), generation=newest + 1 if anew else 0, request=request)
 
 
-def _say_replaced(folder: Path, keys: Sequence[str], replaced: Replaced, *, are_all: bool) -> None:
+def _say_replaced(folder: Path, keys: list[str], replaced: Replaced, *, are_all: bool) -> None:
     """Say which images were replaced since labelling and keep their label all the same, `are_all` of them perhaps."""
     if keys:
         elsewhere = "; if these are other images of the same names, give them a folder of their own"

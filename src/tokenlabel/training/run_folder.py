@@ -110,6 +110,16 @@ class RunImages:
         self.entries: dict[str, Any] = {}
         self.packed_list = b""
 
+    def note_labels(self, store: Any, **counts: int) -> None:
+        """Take in which labels of a `LabelStore` the run learns from: on other ones it must not go on.
+
+        `counts`: what else has to stay as it is.
+        """
+        newest = max(
+            (shard.generation for shard in store.shards), default=0
+        )  # labels made anew are other labels
+        self.entries["labels"] = {**counts, "annotated_again": newest or None, **store.manifest.origin()}
+
     def broken(
         self,
         split: str,
