@@ -23,7 +23,7 @@ import tokenlabel as tl
 from tokenlabel.core.batch import Batch
 from tokenlabel.core.config import LossConfig, MixConfig
 from tokenlabel.core.scores import from_mask, from_top
-from tokenlabel.evaluation.assessment import EvalOptions
+from tokenlabel.evaluation.options import EvalOptions
 from tokenlabel.evaluation.observation import evaluate, observe
 from tokenlabel.labels.encoding import pack
 from tokenlabel.labels.inspection import InspectConfig

@@ -17,7 +17,7 @@ from tokenlabel.cli import main
 from tokenlabel.data.images import DataError
 from tokenlabel.data.masks import decode_mask
 from tokenlabel.data.sources import open_images
-from tokenlabel.evaluation.observation import MaskFolder
+from tokenlabel.evaluation.masks import MaskFolder
 from tokenlabel.labels.store import LabelStore
 from tokenlabel.models import create_model
 from tokenlabel.runtime.errors import ModelError

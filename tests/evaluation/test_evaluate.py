@@ -11,7 +11,8 @@ from tokenlabel.core.config import Inference
 from tokenlabel.core.geometry import Box, View, stack_views
 from tokenlabel.core.scores import from_mask
 from tokenlabel.evaluation.evaluators import object_tokens
-from tokenlabel.evaluation.observation import MaskFolder, agreement, evaluate, mask_agreement
+from tokenlabel.evaluation.masks import MaskFolder, agreement, mask_agreement
+from tokenlabel.evaluation.observation import evaluate
 from tokenlabel.labels.store import LabelStore, LabelStoreWriter, Manifest
 from tokenlabel.models import Outputs, TokenModel
 from tokenlabel.runtime.coercion import pair

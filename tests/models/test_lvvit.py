@@ -19,7 +19,7 @@ from tokenlabel.core.mix import MixPlan, mix_images
 from tokenlabel.core.targets import class_targets
 from tokenlabel.models import LVViT, LVViTConfig, Outputs, TimmAdapter, TokenModel, create_model
 from tokenlabel.models.lvvit import LVVIT_CONFIGS
-from tokenlabel.models.vision_transformer import resize_positions
+from tokenlabel.models.positions import resize_positions
 
 NUM_PARAMETERS = {"lvvit_t": 8_534_720, "lvvit_s": 26_151_824, "lvvit_m": 55_830_544, "lvvit_l": 150_021_968}
 

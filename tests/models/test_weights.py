@@ -21,7 +21,7 @@ from torch import Tensor
 from tokenlabel.cli import main
 from tokenlabel.models import Inference, TokenModel, create_model, register_with_timm
 from tokenlabel.models.load import load_model, of_run
-from tokenlabel.models.vision_transformer import resize_positions
+from tokenlabel.models.positions import resize_positions
 from tokenlabel.models.weight_files import read_checkpoint
 from tokenlabel.models.weights import load_published
 from tokenlabel.runtime.configuration import config_as_dict, config_from_dict

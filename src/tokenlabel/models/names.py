@@ -19,9 +19,9 @@ from timm.models import (
 from torch import Tensor, nn
 
 from tokenlabel.models.lvvit import LVVIT_CONFIGS, LVViT
+from tokenlabel.models.positions import resize_all_positions
 from tokenlabel.models.t2t_vit import T2T_VIT_CONFIGS, T2TViT
 from tokenlabel.models.vision_transformer import VisionTransformer
-from tokenlabel.models.weights import resize_all_positions
 from tokenlabel.runtime.errors import ModelError
 from tokenlabel.runtime.process import listed
 

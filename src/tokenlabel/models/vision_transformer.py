@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tokenlabel.core.linear import Linear
 from tokenlabel.core.mix import MixPlan, mix_tokens
+from tokenlabel.models.positions import resize_positions
 from tokenlabel.runtime.coercion import Size, coerced_fields, pair
 
 
@@ -318,23 +319,6 @@ class MLP(nn.Module):
     def forward(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
         """Return each token's own transformation."""
         return self.fc2(F.gelu(self.fc1(tokens)))
-
-
-def resize_positions(
-    positions: Float[Tensor, "1 M D"], grid: tuple[int, int], new_grid: tuple[int, int]
-) -> Float[Tensor, "1 M2 D"]:
-    """Return position embeddings for another token grid (h, w), resized bicubically.
-
-    The last h * w embeddings are those of the grid, row by row; what comes before (a class token's) stays.
-    """
-    if grid == new_grid:
-        return positions
-    num_prefix = positions.shape[1] - grid[0] * grid[1]
-    planes = positions[:, num_prefix:].unflatten(1, grid).permute(0, 3, 1, 2)  # [1, D, h, w]
-    resized = F.interpolate(planes.float(), size=new_grid, mode="bicubic", align_corners=False)
-    return torch.cat(
-        [positions[:, :num_prefix], resized.to(positions.dtype).flatten(2).transpose(1, 2)], dim=1
-    )
 
 
 def initialise_linear(module: nn.Module) -> None:

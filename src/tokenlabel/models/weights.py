@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -13,10 +12,10 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenlabel.models.vision_transformer import VisionTransformer, resize_positions
+from tokenlabel.models.positions import resize_all_positions
+from tokenlabel.models.vision_transformer import VisionTransformer
 from tokenlabel.models.weight_files import Weights, find_weights
 from tokenlabel.runtime.errors import ModelError, first_line
 from tokenlabel.runtime.hub import hub_or_cache
@@ -119,6 +118,7 @@ def _adapt(
     token_head = {f"token_head.{key}": tensor for key, tensor in weights.token_head.items()}
     shapes = {key: tensor.shape for key, tensor in found.items()}
     create: Callable[..., nn.Module] | None = model.rebuild
+    # Our own networks have one way to other sizes, timm's have theirs: each knows what else depends on the grid.
     ours = isinstance(model.backbone, VisionTransformer) or create is None
     if ours or grid is not None:
         resize_all_positions(found, model, grid=grid, name=name)
@@ -152,6 +152,7 @@ def build_with(create: Callable[..., nn.Module], weights: Weights, *, like: nn.M
             tensors |= {f"aux_head.{name}": tensor for name, tensor in weights.token_head.items()}
         overlay |= {"state_dict": tensors, "custom_load": False}
     network: Any = None
+    # The random numbers that the network would begin with must not move those of the run.
     with _missing_in_timm() as missing:
         try:
             with torch.random.fork_rng(devices=[]), hub_or_cache(online=False):
@@ -334,47 +335,3 @@ def adapter_name(name: str) -> str:
         return name
     head, dot, rest = name.partition("aux_head.")
     return f"token_head.{rest}" if dot and not head else f"backbone.{name}"
-
-
-def resize_all_positions(
-    found: dict[str, Tensor], model: Any, *, grid: tuple[int, int] | None = None, name: str
-) -> tuple[str, ...]:
-    """Resize the position embeddings in `found` to the model's grid, in place, and return their names.
-
-    `grid`: theirs, see `load_published`. `name`: what errors call the file.
-    """
-    resized = []
-    for key, ours in model.state_dict().items():
-        theirs = found.get(key)
-        if theirs is None or key.rpartition(".")[2] != "pos_embed" or theirs.ndim != ours.ndim:
-            continue
-        if ours.ndim == 4 and theirs.shape != ours.shape:  # a map: VOLO's channels last, PiT's channels first
-            found[key] = _resize_map(theirs, ours.shape)
-            resized.append(key)
-        if ours.ndim != 3:
-            continue
-        num_prefix = ours.shape[1] - model.grid[0] * model.grid[1]
-        num_positions = theirs.shape[1] - num_prefix
-        old_grid = grid or _guess_grid(num_positions, model.grid, name=name)
-        if old_grid[0] * old_grid[1] != num_positions:
-            raise ModelError(f"{name}: {num_positions} positions are not a grid of {old_grid}")
-        if old_grid != model.grid:
-            found[key] = resize_positions(theirs, old_grid, model.grid)
-            resized.append(key)
-    return tuple(resized)
-
-
-def _resize_map(positions: Tensor, shape: torch.Size) -> Tensor:
-    if positions.shape[1] == shape[1]:
-        return F.interpolate(positions.float(), size=tuple(shape[2:]), mode="bicubic")
-    planes = positions.permute(0, 3, 1, 2).float()
-    return F.interpolate(planes, size=tuple(shape[1:3]), mode="bicubic").permute(0, 2, 3, 1)
-
-
-def _guess_grid(num_positions: int, new_grid: tuple[int, int], *, name: str) -> tuple[int, int]:
-    if num_positions == new_grid[0] * new_grid[1]:
-        return new_grid
-    side = math.isqrt(max(0, num_positions))
-    if side * side != num_positions or side == 0:
-        raise ModelError(f"{name}: {num_positions} positions are no square; say their grid (h, w) by `grid`")
-    return side, side

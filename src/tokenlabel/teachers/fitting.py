@@ -21,7 +21,7 @@ from tokenlabel.data.coco import COCO_SUFFIX, CocoMasks
 from tokenlabel.data.images import ImageSource, has_classes
 from tokenlabel.data.masks import mask_names
 from tokenlabel.data.sources import open_aloud, refuse_single_class
-from tokenlabel.evaluation.observation import MaskFolder
+from tokenlabel.evaluation.masks import MaskFolder
 from tokenlabel.runtime.coercion import COUNT, NATURAL, POSITIVE, check_numbers, coerced, coerced_fields
 from tokenlabel.runtime.distributed import usable_device
 from tokenlabel.runtime.errors import ModelError

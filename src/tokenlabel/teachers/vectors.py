@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from tokenlabel.core.batch import normalize_images
 from tokenlabel.data.images import ImageSource
-from tokenlabel.evaluation.observation import MaskFolder
+from tokenlabel.evaluation.masks import MaskFolder
 from tokenlabel.labels.manifest import Failure
 from tokenlabel.runtime.errors import ModelError
 from tokenlabel.runtime.process import listed, say
