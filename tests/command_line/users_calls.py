@@ -23,8 +23,8 @@ import tokenlabel as tl
 from tokenlabel.core.batch import Batch
 from tokenlabel.core.config import LossConfig, MixConfig
 from tokenlabel.core.scores import from_mask, from_top
-from tokenlabel.evaluation.options import EvalOptions
 from tokenlabel.evaluation.observation import evaluate, observe
+from tokenlabel.evaluation.options import EvalOptions
 from tokenlabel.labels.encoding import pack
 from tokenlabel.labels.inspection import InspectConfig
 from tokenlabel.labels.published import ImportConfig, PublishedLayout

@@ -23,7 +23,7 @@ from tokenlabel.data.samplers import BatchSampler
 from tokenlabel.drawing.pictures import (
     PICTURES_FOLDER,
     Album,
-    ClassMap,
+    ClassGrid,
     Tile,
     fitted,
     make_album,
@@ -185,13 +185,13 @@ def _val_picture(
     return tiles, {"key": sample.key, "answer": right}
 
 
-def _class_map(ids: Int16[NDArray[np.int16], "_ _"], photo: UInt8[NDArray[np.uint8], "_ _ 3"]) -> ClassMap:
+def _class_map(ids: Int16[NDArray[np.int16], "_ _"], photo: UInt8[NDArray[np.uint8], "_ _ 3"]) -> ClassGrid:
     """Return classes in the size of the photograph that is shown: those of a large one would fill the memory."""
     ids = resize_mask(ids, (photo.shape[0], photo.shape[1]))
-    return ClassMap(ids, np.full(ids.shape, 0.6))  # there, too, -1 is no class
+    return ClassGrid(ids, np.full(ids.shape, 0.6))  # there, too, -1 is no class
 
 
-def _soft_map(batch: SegmentBatch, number: int, config: SegmentLossConfig) -> ClassMap:
+def _soft_map(batch: SegmentBatch, number: int, config: SegmentLossConfig) -> ClassGrid:
     """Return the most probable class that an image learns at each location, as strongly as it counts there."""
     height, width = batch.masks.shape[1:]
     grid = (max(1, height // PICTURE_CELL_PX), max(1, width // PICTURE_CELL_PX))
