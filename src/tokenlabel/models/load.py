@@ -240,34 +240,44 @@ def _load_by_name(
     others = ClassList.from_dict(about["token_classes"]) if about.get("token_classes") else None
     if not (as_backbone or others):
         check_classes(name, config)
-    fixed_size = bool(config.get("fixed_input_size")) and "dynamic_img_size" not in options
-    data = resolve_data_config({}, model=network, use_test_size=at_test_size and not fixed_size)
-    size = pair(options.get("img_size") or about.get("img_size") or data["input_size"][1:])
+    use = _preprocessing(network, about, options, at_test_size=at_test_size)
     own_head = getattr(network, "aux_head", None)
     if isinstance(own_head, nn.Linear) and own_head.weight.any():  # of zeros: nobody trained it
-        model = TimmAdapter(network, name=name, num_classes=network.num_classes, img_size=size)
+        model = TimmAdapter(network, name=name, num_classes=network.num_classes, img_size=use["img_size"])
     has_token_head = isinstance(model, TimmAdapter)
     usual = Inference(about.get("inference", Inference.COMBINED))
     class_names, assumed = _class_names(model.num_classes, weights, config)
-    bilinear = about.get("interpolation", data["interpolation"]) == "bilinear"
     return LoadedModel(
         name=name,
-        model=(
-            model if has_token_head else PlainClassifier(model, mean=data["mean"], std=data["std"])
-        ).eval(),
+        model=(model if has_token_head else PlainClassifier(model)).eval(),
         class_names=class_names,
         names_assumed=assumed and preset is None,  # timm's own are ImageNet's
-        img_size=size,
-        fixed_size=fixed_size,
-        crop_fraction=about.get("crop_fraction", data["crop_pct"]),
-        interpolation=Interpolation.BILINEAR if bilinear else Interpolation.BICUBIC,
         heads=_heads(usual) if has_token_head and others is None else (Inference.CLASS,),
         has_token_head=has_token_head,
         token_classes=others,
         precision=about.get("precision", "fp32"),
         is_embedding=is_embedding(config),
         licence=config.get("license") or "",
+        **use,
     )
+
+
+def _preprocessing(
+    network: Any, about: Mapping[str, Any], options: Mapping[str, Any], *, at_test_size: bool
+) -> dict[str, Any]:
+    """Return the size and the crop of the images that a network was trained on, or with `at_test_size` evaluated on.
+
+    `about`: what its file says of them, which comes before what timm says. `options`: what it was made with.
+    """
+    fixed_size = bool(network.pretrained_cfg.get("fixed_input_size")) and "dynamic_img_size" not in options
+    data = resolve_data_config({}, model=network, use_test_size=at_test_size and not fixed_size)
+    bilinear = about.get("interpolation", data["interpolation"]) == "bilinear"
+    return {
+        "img_size": pair(options.get("img_size") or about.get("img_size") or data["input_size"][1:]),
+        "fixed_size": fixed_size,
+        "crop_fraction": about.get("crop_fraction", data["crop_pct"]),
+        "interpolation": Interpolation.BILINEAR if bilinear else Interpolation.BICUBIC,
+    }
 
 
 def _stated(name: str, weights: str | None) -> dict[str, Any]:

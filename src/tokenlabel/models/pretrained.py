@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import timm
 import torch
 from jaxtyping import Float
+from timm.data.config import resolve_data_config
 from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
@@ -27,9 +28,10 @@ from tokenlabel.runtime.hub import hub_or_cache
 class PlainClassifier(nn.Module):
     """Any timm classifier, asked for its own logits alone; the one token that it has repeats them."""
 
-    def __init__(self, backbone: Any, *, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(self, backbone: Any) -> None:
         super().__init__()
-        self.backbone, self.mean, self.std = backbone, tuple(mean), tuple(std)
+        data = resolve_data_config({}, model=backbone)
+        self.backbone, self.mean, self.std = backbone, tuple(data["mean"]), tuple(data["std"])
         self.num_classes: int = backbone.num_classes
 
     def forward(self, images: Float[Tensor, "B 3 height width"]) -> Outputs:

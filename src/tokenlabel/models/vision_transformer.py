@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from tokenlabel.core.linear import Linear
 from tokenlabel.core.mix import MixPlan, mix_tokens
 from tokenlabel.models.positions import resize_positions
-from tokenlabel.runtime.coercion import Size, coerced_fields, pair
+from tokenlabel.runtime.coercion import NATURAL, POSITIVE, Size, check_numbers, coerced_fields, pair
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,15 +39,8 @@ class TransformerConfig:
     drop_path: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("depth", "width", "num_heads"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
-        if not (self.residual_divisor > 0 and self.mlp_ratio > 0 and 0 <= self.drop_path < 1):
-            raise ValueError(
-                "residual_divisor and mlp_ratio must be above 0, drop_path in [0, 1); "
-                f"got {self.residual_divisor}, {self.mlp_ratio} and {self.drop_path}"
-            )
+        check_numbers(self, depth=NATURAL, width=NATURAL, num_heads=NATURAL)
+        check_numbers(self, residual_divisor=POSITIVE, mlp_ratio=POSITIVE, drop_path="[0, 1)")
         if self.width % self.num_heads:
             raise ValueError(
                 f"width {self.width} is not a multiple of num_heads {self.num_heads}; change one of them"

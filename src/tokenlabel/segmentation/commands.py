@@ -122,26 +122,7 @@ def _eval_options(arguments: list[str]) -> Namespace:
 
 
 def _predict(arguments: list[str]) -> int:
-    parser = new_parser(
-        "segment predict",
-        "Write the class of every pixel of images: masks with a palette and overlays, or soft maps into a label store.",
-    )
-    _add_network(parser)
-    parser.add_argument("images", type=Path, nargs="+", help="image files or folders of them")
-    parser.add_argument("--out", type=Path, help="folder for masks/, overlays/ and classes.json")
-    parser.add_argument(
-        "--store", type=Path, help="label store for soft predictions, on the grid of the model's head"
-    )
-    options = parse(parser, arguments)
-    refuse(
-        {
-            "name --out for masks and overlays, --store for soft predictions, or both": not (
-                options.out or options.store
-            ),
-            "--store takes one folder of images: keys of labels are relative to it": options.store
-            and (len(options.images) > 1 or not options.images[0].is_dir()),
-        }
-    )
+    options = _predict_options(arguments)
 
     from tokenlabel.models.weights import fingerprint
     from tokenlabel.runtime.distributed import autocast
@@ -168,6 +149,31 @@ def _predict(arguments: list[str]) -> int:
             )
             print(f"{options.store}: {num_new:,} images labelled")
     return 0
+
+
+def _predict_options(arguments: list[str]) -> Namespace:
+    parser = new_parser(
+        "segment predict",
+        "Write the class of every pixel of images: masks with a palette and overlays, or soft maps into a label store.",
+    )
+    _add_network(parser)
+    parser.add_argument("images", type=Path, nargs="+", help="image files or folders of them")
+    parser.add_argument("--out", type=Path, help="folder for masks/, overlays/ and classes.json")
+    parser.add_argument(
+        "--store", type=Path, help="label store for soft predictions, on the grid of the model's head"
+    )
+    options = parse(parser, arguments)
+    is_folder = len(options.images) == 1 and options.images[0].is_dir()
+    refuse(
+        {
+            "name --out for masks and overlays, --store for soft predictions, or both": not (
+                options.out or options.store
+            ),
+            "--store takes one folder of images: keys of labels are relative to it": options.store
+            and not is_folder,
+        }
+    )
+    return options
 
 
 def _add_network(parser: ArgumentParser) -> None:

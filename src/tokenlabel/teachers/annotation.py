@@ -226,14 +226,13 @@ def annotate_by(
             _note_failures(folder, source, failures)
         if isinstance(teacher, MaskTeacher) and len(todo.indices) == len(source):
             _say_absent(ranks.all_gather(teacher.held), source.class_names)
+    if cells["all"] and isinstance(teacher, Ensemble) and teacher.renormalises:
+        say(
+            f"{folder}: {cells['empty'] / cells['all']:.1%} of {cells['all']:,} cells keep nothing, since the teacher "
+            f"has less than {MIN_MASS} of its probability there on these classes: they carry no loss"
+        )
     num_labelled = len(todo.indices) - len(failures)
     anew = {source.keys[index] for index in todo.anew}
-    empty_cells = cells["empty"] / cells["all"] if cells["all"] else None
-    if empty_cells is not None and isinstance(teacher, Ensemble) and teacher.renormalises:
-        say(
-            f"{folder}: {empty_cells:.1%} of {cells['all']:,} cells keep nothing, since the teacher has less than "
-            f"{MIN_MASS} of its probability there on these classes: they carry no loss"
-        )
     return Annotation(
         num_images=len(source),
         num_present=len(source) - len(todo.indices),
@@ -242,7 +241,7 @@ def annotate_by(
         failures=tuple(failures),
         images_per_s=num_labelled / (time.perf_counter() - started),
         bytes_per_image=num_bytes / num_labelled if num_labelled else None,
-        empty_cells=empty_cells,
+        empty_cells=cells["empty"] / cells["all"] if cells["all"] else None,
     )
 
 

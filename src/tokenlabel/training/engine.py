@@ -105,14 +105,7 @@ def _train(
             changed_numerics=changed_numerics,
         )
     )
-    checkpoints = list_checkpoints(run)
-    step = load_checkpoint(checkpoints[-1], trainer.state) if checkpoints else 0
-    steps = ranks.all_gather(step)
-    if len(set(steps)) > 1:
-        raise ModelError(
-            f"{run}: the processes find checkpoints of different steps ({', '.join(map(str, steps))}); "
-            "the run folder must be the same one for all"
-        )
+    step = _resume(trainer, run)
     log = RunLog(
         run,
         start_step=step,
@@ -130,6 +123,19 @@ def _train(
         return _loop(trainer, run, log, figures, start_step=step, eval_every_epochs=eval_every_epochs)
     finally:
         log.close()
+
+
+def _resume(trainer: Trainer, run: Path) -> int:
+    """Load the newest checkpoint of a run, on all ranks; return its step, 0 without one."""
+    checkpoints = list_checkpoints(run)
+    step = load_checkpoint(checkpoints[-1], trainer.state) if checkpoints else 0
+    steps = trainer.ranks.all_gather(step)
+    if len(set(steps)) > 1:
+        raise ModelError(
+            f"{run}: the processes find checkpoints of different steps ({', '.join(map(str, steps))}); "
+            "the run folder must be the same one for all"
+        )
+    return step
 
 
 def _loop(
