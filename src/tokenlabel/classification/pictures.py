@@ -50,6 +50,7 @@ def batch_album(
     images = normalize_images(batch.images, mean=model.mean, std=model.std)
     grid = model.grid_for((images.shape[2], images.shape[3]))
     images, gone, mix = erase_and_draw(images, grid, part, erase_by=step.erase, mix_by=step.mix)
+    # What a token would learn without the mix, and what it is trained on.
     alone = make_targets(batch, supervision, grid, gone=gone)
     mixed = make_targets(batch, supervision, grid, mix=mix, gone=gone)
     pictures = []

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
@@ -78,25 +78,9 @@ def evaluate(
     return Evaluation(**figures[inference])
 
 
-@runtime_checkable
-class Predictor(Protocol):
-    """A network that predicts: any `TokenModel`, or one that only classifies."""
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    def eval(self) -> Any:
-        """Set evaluation mode."""
-        ...
-
-    def __call__(self, images: Tensor, /) -> Outputs:
-        """Return the outputs of normalised images [B, 3, height, width]."""
-        ...
-
-
 @torch.inference_mode()
 def observe(
-    model: Predictor,
+    model: Any,
     batches: Iterable[Batch],
     evaluators: Mapping[Inference, Sequence[Evaluator]],
     *,
@@ -107,8 +91,8 @@ def observe(
 ) -> dict[Inference, dict[str, Any]]:
     """Show batches to evaluators; return for each way to predict the figures of its evaluators, and images_per_s.
 
-    The model runs once a batch. `batches`: this rank's part of the images. `competing`: the classes of which
-    predictions choose; all if None.
+    The model runs once a batch; it is any that returns `Outputs`. `batches`: this rank's part of the images.
+    `competing`: the classes of which predictions choose; all if None.
     """
     model.eval()
     device = usable_device(device)
@@ -127,7 +111,7 @@ def observe(
             for evaluator in evaluators[inference]:
                 evaluator.add(Predictions(batch, outputs.grid, chosen, token_classes, outputs))
         num_images += len(batch.images)
-    spent = ranks.all_gather((num_images, time.perf_counter() - started))
+    spent = ranks.all_gather((num_images, time.perf_counter() - started))  # the slowest rank sets the speed
     speed = {"images_per_s": sum(n for n, _ in spent) / max(seconds for _, seconds in spent)}
     return {inference: _figures(of_one, ranks) | speed for inference, of_one in evaluators.items()}
 

@@ -259,6 +259,7 @@ def _leave_unreached(model: SegmentationModel, img_size: tuple[int, int]) -> fro
     heads = [head for head in (model.decode_head, model.auxiliary_head) if head is not None]
     pending = [head(maps).grad_fn for head in heads]
     model.train(was_training)
+    # From the heads' outputs back through the graph of gradients; a node that is a parameter's holds it as `variable`.
     seen, reached = set(), set()
     while pending:
         node = pending.pop()
@@ -267,6 +268,7 @@ def _leave_unreached(model: SegmentationModel, img_size: tuple[int, int]) -> fro
             reached.add(id(getattr(node, "variable", None)))
             pending.extend(before for before, _ in node.next_functions)
     unreached: set[str] = set()
+    # Whole modules only: one of which a head reaches anything has to be in a file.
     for prefix, module in model.named_modules():
         own = [p for p in module.parameters(recurse=False) if p.requires_grad]
         if own and not any(id(parameter) in reached for parameter in own):

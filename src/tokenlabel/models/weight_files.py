@@ -127,6 +127,7 @@ def _read(path: Path, *, average: bool | None) -> tuple[Path, dict[str, dict[str
 
 
 def _groups(contents: Mapping[Any, Any], name: str = "") -> Iterator[tuple[str, dict[str, Tensor]]]:
+    # Checkpoints nest: weights, their averages and the optimizer's state under keys of their own.
     named = {key: value for key, value in contents.items() if isinstance(key, str)}
     tensors = {WRAPPED.sub("", key): value for key, value in named.items() if isinstance(value, Tensor)}
     if tensors:
@@ -146,10 +147,12 @@ def _choose(
     votes: Counter[tuple[str, str]] = Counter()
     for group, tensors in groups.items():
         for name in tensors:
+            # A name votes for each prefix that leaves a name of the network: `module.net.head.weight` for `module.net.`
+            # and, where the network has a `net`, for `module.`. The true prefix gets the votes of all tensors.
             starts = [0, *(match.end() for match in re.finditer(r"\.", name))]
             votes.update((group, name[:start]) for start in starts if name[start:] in wanted)
     most = max(votes.values(), default=0)
-    if 4 * most < len(wanted) or not wanted:
+    if 4 * most < len(wanted) or not wanted:  # names of another layout, which timm translates
         votes = Counter({(group, _wrapper(tensors)): len(tensors) for group, tensors in groups.items()})
         most = max(votes.values())
     places = [place for place, count in votes.most_common() if 2 * count >= most]

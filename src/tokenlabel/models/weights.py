@@ -143,6 +143,7 @@ def build_with(create: Callable[..., nn.Module], weights: Weights, *, like: nn.M
 
     `create`: makes the model as `timm.create_model` does. `like`: one that it made. Raises ModelError.
     """
+    # timm adapts weights only on their way into a model that it creates: so the file passes for the pretrained ones.
     overlay: dict[str, Any] = dict.fromkeys(HUB_FIELDS) | {"num_classes": count_classes(weights, like)}
     if weights.path.suffix == ".npz":  # of the original ViTs, which timm reads its own way
         overlay |= {"file": str(weights.path), "custom_load": True}
@@ -239,6 +240,8 @@ def _fit_heads(
         counts = (len(own), len(theirs))
         if counts not in kept and name in by_name:
             kept[counts] = rows(len(theirs)) if rows else {}
+        # Rows of the classes that both name go to their places, the others begin as the model has them; without
+        # names a head for as many classes is taken as it is.
         taken = kept[counts] if name in by_name else {}
         if taken and max(taken) < len(own):
             found[name] = own.clone()
@@ -284,6 +287,7 @@ def begin_as_classifier(model: Any) -> None:
 def fingerprint(network: nn.Module) -> str:
     """Return a hash of all weights, by which another training of the same network is told apart."""
     digest = hashlib.blake2b(digest_size=16)
+    # By name: the order of modules may change from one version of timm to the next.
     for name, tensor in sorted(network.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)

@@ -123,6 +123,7 @@ def draw_crop(
         if max_ratio >= 1:
             break
         window = mask[top : top + height, left : left + width]
+        # The published rule, which keeps large areas (sky, road) from filling most crops.
         counts = np.bincount((window - IGNORED).ravel())[1:]  # of the classes: bincount takes no -1
         if np.count_nonzero(counts) > 1 and counts.max() < max_ratio * counts.sum():
             break

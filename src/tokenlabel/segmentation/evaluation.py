@@ -81,6 +81,7 @@ def confusion(
     Pixels whose true class is -1 don't count.
     """
     counts = truth != IGNORED
+    # A number for each pair of classes, so that one bincount makes the matrix.
     pairs = truth[counts].long() * num_classes + predicted[counts].long()
     return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
 

@@ -148,7 +148,7 @@ def slide_logits(
             total[0, :, top : top + size[0], left : left + size[1]] += logits
             seen[0, 0, top : top + size[0], left : left + size[1]] += 1
     assert total is not None
-    return total / seen
+    return total / seen  # logits, not probabilities, are averaged, as published
 
 
 def window_starts(length_px: int, window_px: int, stride_px: int) -> list[int]:

@@ -65,13 +65,7 @@ def train_segmentation(
     trackers: Sequence[Tracker] = (),
     changed_numerics: bool = False,
 ) -> dict[str, Any]:
-    """Train by a recipe in a run folder, from its newest checkpoint if there is one; return the last evaluation.
-
-    Under torchrun all processes train together. The folder receives recipe.yaml, metrics.jsonl and checkpoints/;
-    `trackers` hear every line of the metrics. `changed_numerics`: go on with another rounding (see `check_run_folder`).
-    Raises ConfigError if it holds a run of another recipe or another process trains there, ValueError for data that
-    cannot be trained on, `Interrupted` after SIGINT or SIGTERM.
-    """
+    """Train by a recipe in a run folder, as `classification.task.train` does; return the last evaluation."""
     return train_in(run, recipe, build, device=device, trackers=trackers, changed_numerics=changed_numerics)
 
 

@@ -168,6 +168,7 @@ class ClassifierNetwork(DenseNetwork):
         """Say whether the head is linear in the features and blind to prefix tokens, tried out on images."""
         num_prefix = self._features((images.shape[2], images.shape[3])).num_prefix
         head, seen = self.backbone.forward_head, self.backbone.forward_features(images)
+        # What is linear maps the mean of two inputs to the mean of its outputs; any second input will do.
         other = 1 - 2 * seen.flip(1)
         if num_prefix:
             of_other_prefix = torch.cat([other[:, :num_prefix], seen[:, num_prefix:]], dim=1)

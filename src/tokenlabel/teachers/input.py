@@ -52,7 +52,7 @@ class TeacherInput:
             return image_size_px[1], image_size_px[0]
         if self.crop_fraction is not None:
             return self.size, self.size
-        aspect = math.sqrt(image_size_px[0] / image_size_px[1])
+        aspect = math.sqrt(image_size_px[0] / image_size_px[1])  # keeps the area at any aspect
         return self._rounded(self.size / aspect), self._rounded(self.size * aspect)
 
     def of(self, image: Image.Image) -> tuple[NDArray[np.uint8], Box]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 import torch
@@ -71,23 +71,9 @@ PAIRS: dict[str, tuple[str, str]] = {
 }
 
 
-@runtime_checkable
-class TextTower(Protocol):
-    """What makes vectors of texts that may be compared with those of images. `scale`: of their cosines."""
-
-    @property
-    def scale(self) -> float:
-        """The inverse temperature that it was trained with."""
-        ...
-
-    def encode(self, texts: Sequence[str]) -> Float[Tensor, "n D"]:
-        """Return the vector of each text."""
-        ...
-
-
 @dataclass(frozen=True, eq=False)
 class OpenClipTower:
-    """The text tower of an open_clip network, with its tokenizer."""
+    """The text tower of an open_clip network, with its tokenizer. `scale`: the inverse temperature of its training."""
 
     network: Any
     tokenizer: Any
@@ -99,7 +85,7 @@ class OpenClipTower:
         return self.network.encode_text(self.tokenizer(list(texts))).float()
 
 
-def load_tower(backbone: str) -> TextTower:
+def load_tower(backbone: str) -> OpenClipTower:
     """Return the text tower of a backbone by timm's name. Raises ModelError for one that has none, or is unknown."""
     if backbone not in PAIRS:
         raise ModelError(
@@ -124,8 +110,8 @@ def load_tower(backbone: str) -> TextTower:
     return OpenClipTower(network, tokenizer, float(network.logit_scale.exp()))
 
 
-def text_embeddings(tower: TextTower, class_names: Sequence[str]) -> Float[Tensor, "C D"]:
-    """Return the mean direction of each class's name in all PROMPTS, of length 1."""
+def text_embeddings(tower: Any, class_names: Sequence[str]) -> Float[Tensor, "C D"]:
+    """Return the mean direction of each class's name in all PROMPTS, of length 1. `tower`: has `encode`."""
     rows = []
     for name in class_names:
         vectors = tower.encode([prompt.format(name.replace("_", " ")) for prompt in PROMPTS])

@@ -141,6 +141,7 @@ class Vectors:
 
     def _drawn(self, key: str, count: int, most: int) -> NDArray[np.int64]:
         """Draw `most` of `count` locations of an image, with repetition only where there are fewer."""
+        # By the key, not by the place in the list: with more images, the old ones give the same vectors.
         rng = np.random.default_rng((self.seed, *key.encode("utf-8", "surrogateescape")))
         return np.resize(rng.permutation(count), most)
 

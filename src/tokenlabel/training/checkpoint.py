@@ -91,6 +91,7 @@ def _write(
     recipe: TrainingConfig,
     about: dict[str, Any],
 ) -> None:
+    # Written beside its place and renamed when all of it is on the disk: a folder of that name is a whole checkpoint.
     temporary = folder.with_name(f".writing-{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)

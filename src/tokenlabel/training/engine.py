@@ -154,6 +154,7 @@ def _loop(
     ranks, checkpoint = trainer.ranks, trainer.task.recipe.checkpoint
     batches = iter(trainer.task.batches(trainer.sampler(start_step)))
     _say_learning_rate(trainer, log)
+    # A checkpoint is written before the evaluation of its step.
     if figures is None and start_step and trainer.due(start_step, eval_every_epochs):
         figures = _evaluate(trainer, run, log, start_step)  # the run was stopped before it could
     watch, window = Stopwatch(), Window(ranks)

@@ -152,6 +152,7 @@ def train_step(trainer: Trainer, batches: Iterator[Any], step: int, watch: Stopw
     state.model.train()
     state.optimizer.zero_grad()
     for number in range(grad_accum_steps):
+        # Each part is a mean over equally many images: the mean of the parts' losses is the loss of the batch.
         with watch.part("data"):
             batch = next(batches).to(task.device)
         part = trainer.part(step, number)
@@ -176,6 +177,7 @@ def _move_weights(state: TrainState, clip_norm: float | None) -> dict[str, Tenso
     """
     if state.scaler is not None:
         state.scaler.unscale_(state.optimizer)
+    # Without a bound it only measures.
     norm = nn.utils.clip_grad_norm_(state.model.parameters(), clip_norm or math.inf)
     if state.scaler is not None:
         state.scaler.step(state.optimizer)
@@ -191,6 +193,7 @@ def _move_weights(state: TrainState, clip_norm: float | None) -> dict[str, Tenso
 def _gradients_meet(trainer: Trainer, last: bool) -> AbstractContextManager[None]:
     """Return a context in which backward() averages gradients over processes only if it is a step's last."""
     model, forward = trainer.state.model, trainer.forward
+    # Averaging after each part would send gradients as often as there are parts, for the same sum.
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last)
     if isinstance(forward, DistributedDataParallel) and not last:
