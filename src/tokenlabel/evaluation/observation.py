@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,60 +21,14 @@ from tokenlabel.data.imagenet import as_classes_of
 from tokenlabel.data.images import ImageSource, has_classes
 from tokenlabel.data.sources import open_images
 from tokenlabel.evaluation.evaluators import (
-    Accuracy,
-    Calibration,
     Evaluator,
     Predictions,
-    TokenTruth,
 )
 from tokenlabel.evaluation.masks import MaskFolder
-from tokenlabel.models import Outputs, TokenModel
+from tokenlabel.models import Outputs
 from tokenlabel.runtime.distributed import Precision, Ranks, autocast, usable_device
 from tokenlabel.training.recipe import Recipe
 from tokenlabel.training.run_folder import sound_images
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """Figures over a set of images; shares are in [0, 1]."""
-
-    num_images: int
-    top1: float
-    top5: float
-    loss: float
-    """Mean cross entropy against the images' classes."""
-    ece: float
-    """Expected calibration error, 15 equal bins of confidence."""
-    images_per_s: float
-    token_accuracy: float | None = None
-    """Share of the tokens that show an object whose most probable class is the object's, where masks are known."""
-    token_miou: float | None = None
-    """Mean over classes of the intersection over union of these tokens."""
-    num_tokens_judged: int | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the figures under their names, without those that were not measured."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
-
-
-def evaluate(
-    model: TokenModel,
-    batches: Iterable[Batch],
-    *,
-    inference: Inference | str,
-    device: torch.device | str,
-    precision: Precision = "fp32",
-    ranks: Ranks = Ranks(),  # noqa: B008  (immutable)
-) -> Evaluation:
-    """Evaluate a model on batches of images, each counted once, over all ranks.
-
-    Where the batches carry score maps (true masks), the tokens are held against them (see `TokenTruth`).
-    """
-    inference, evaluators = Inference(inference), [Accuracy(), Calibration(), TokenTruth()]
-    figures = observe(
-        model, batches, {inference: evaluators}, device=device, precision=precision, ranks=ranks
-    )
-    return Evaluation(**figures[inference])
 
 
 @torch.inference_mode()
