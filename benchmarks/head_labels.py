@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from tokenlabel import AnnotateConfig, FitConfig, LabelStore, annotate, fit_head, open_images
-from tokenlabel.evaluation.observation import mask_agreement
+from tokenlabel.evaluation.masks import mask_agreement
 
 
 def main() -> None:

@@ -13,9 +13,9 @@ from torch.nn import functional as F
 from benchmarks.measure import Row, Settings, interleave, peak_bytes, ratios
 from tokenlabel.core.geometry import View
 from tokenlabel.core.scores import from_probabilities
+from tokenlabel.models.decoders import HeadOutputs
+from tokenlabel.models.segmentation import SegmentationModel, SegmentModelConfig, create_segmentation_model
 from tokenlabel.segmentation.data import SegmentSample, collate
-from tokenlabel.segmentation.heads import HeadOutputs
-from tokenlabel.segmentation.model import SegmentationModel, SegmentModelConfig, create_segmentation_model
 from tokenlabel.segmentation.recipe import SegmentLossConfig
 from tokenlabel.segmentation.task import head_loss, pixel_loss
 

@@ -43,8 +43,8 @@ from tokenlabel.labels.store import LabelStore, LabelStoreWriter, Manifest
 from tokenlabel.models import create_model
 from tokenlabel.runtime.distributed import Ranks, autocast
 from tokenlabel.runtime.runlog import Stopwatch
-from tokenlabel.training.engine import Trainer, prepare, train_step
 from tokenlabel.training.recipe import DataConfig, ModelConfig, OptimConfig, Recipe
+from tokenlabel.training.trainer import Trainer, prepare, train_step
 
 SIZE_PX = (224, 224)
 POLICY = "rand-m9-inc1"

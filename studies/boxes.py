@@ -20,7 +20,7 @@ from tokenlabel.data.augment import TrainTransform
 from tokenlabel.data.batches import TokenLabelDataset
 from tokenlabel.data.config import AugmentConfig
 from tokenlabel.data.sources import open_aloud
-from tokenlabel.evaluation.observation import MaskFolder
+from tokenlabel.evaluation.masks import MaskFolder
 from tokenlabel.labels.store import LabelStore
 
 CROPS = ((0.25, 1.0), (0.08, 1.0))

@@ -20,7 +20,8 @@ from tokenlabel.data.augment import TrainTransform
 from tokenlabel.data.batches import ScoreMaps, TokenLabelDataset, collate
 from tokenlabel.data.sources import open_images
 from tokenlabel.evaluation.evaluators import Accuracy, Calibration, TokenTruth
-from tokenlabel.evaluation.observation import MaskFolder, agreement, evaluation_set, observe
+from tokenlabel.evaluation.masks import MaskFolder, agreement
+from tokenlabel.evaluation.observation import evaluation_set, observe
 from tokenlabel.evaluation.probe import image_figures, probe_figures
 from tokenlabel.labels.store import LabelStore
 from tokenlabel.models.load import LoadedModel

@@ -343,7 +343,7 @@ def _judged_otherwise(store: LabelStore, source: ImageSource | None, options: Na
     figures: dict[str, Any] = {}
     if options.masks:
         from tokenlabel.data.classes import say_order
-        from tokenlabel.evaluation.observation import mask_agreement
+        from tokenlabel.evaluation.masks import mask_agreement
 
         say_order(store.manifest.class_names, them="the masks'", overrule="write these classes' ids if not")
         figures["mask_agreement"] = mask_agreement(
@@ -438,7 +438,7 @@ def evaluate(arguments: list[str]) -> int:
         "Under torchrun the processes divide the images.",
     )
 
-    from tokenlabel.evaluation.assessment import EvalOptions, as_text, assess
+    from tokenlabel.evaluation.options import EvalOptions
     from tokenlabel.runtime.configuration import add_config_arguments
 
     parser.add_argument("network", help="run folder, one checkpoint folder of it, or the name of a model")
@@ -448,6 +448,9 @@ def evaluate(arguments: list[str]) -> int:
     add_device(parser)
     options = parse(parser, arguments)
     chosen = configured(parser, options, EvalOptions)
+
+    from tokenlabel.evaluation.assessment import as_text, assess
+
     figures = assess(options.network, chosen, device=device_of(options.device))
     if int(os.environ.get("RANK", "0")) == 0:
         write_json(options.output, figures)

@@ -9,15 +9,18 @@ import pytest
 from tokenlabel.cli import main
 from tokenlabel.core.config import LossConfig, MixConfig, OnlineTeacherConfig
 from tokenlabel.data.config import AugmentConfig, ColourJitter, WarpConfig
-from tokenlabel.evaluation.assessment import EvalOptions
+from tokenlabel.evaluation.options import EvalOptions
 from tokenlabel.labels.inspection import InspectConfig
 from tokenlabel.labels.published import ImportConfig
+from tokenlabel.models.segmentation import SegmentModelConfig
 from tokenlabel.runtime.coercion import check_numbers
-from tokenlabel.segmentation.augment import SegmentAugmentConfig
-from tokenlabel.segmentation.inference import SegmentEvalConfig
-from tokenlabel.segmentation.layouts import Layout, SegmentDataConfig
-from tokenlabel.segmentation.model import SegmentModelConfig
-from tokenlabel.segmentation.recipe import SegmentLossConfig
+from tokenlabel.segmentation.recipe import (
+    Layout,
+    SegmentAugmentConfig,
+    SegmentDataConfig,
+    SegmentEvalConfig,
+    SegmentLossConfig,
+)
 from tokenlabel.teachers.annotation import AnnotateConfig
 from tokenlabel.training.recipe import (
     CheckpointConfig,
@@ -135,8 +138,8 @@ def test_each_field_refuses_what_means_nothing(
     [
         ({"batch_size": 0}, "--batch-size must be at least 1, got 0"),
         ({"num_workers": -1}, "--num-workers must be at least 0, got -1"),
-        ({"size": 0}, "--size 0"),
-        ({"crop_fraction": NAN}, "--crop-fraction nan"),
+        ({"size": 0}, "--size must be at least 1, got 0"),
+        ({"crop_fraction": NAN}, "--crop-fraction must be a finite number, got nan"),
     ],
 )
 def test_the_options_of_an_evaluation_too(changes: dict[str, Any], message: str) -> None:

@@ -23,15 +23,16 @@ import tokenlabel as tl
 from tokenlabel.core.batch import Batch
 from tokenlabel.core.config import LossConfig, MixConfig
 from tokenlabel.core.scores import from_mask, from_top
-from tokenlabel.evaluation.assessment import EvalOptions
-from tokenlabel.evaluation.observation import evaluate, observe
+from tokenlabel.evaluation.evaluators import Accuracy
+from tokenlabel.evaluation.observation import observe
+from tokenlabel.evaluation.options import EvalOptions
 from tokenlabel.labels.encoding import pack
 from tokenlabel.labels.inspection import InspectConfig
 from tokenlabel.labels.published import ImportConfig, PublishedLayout
 from tokenlabel.models import TokenModel
-from tokenlabel.segmentation.inference import SegmentEvalConfig
-from tokenlabel.segmentation.layouts import SegmentDataConfig, open_pairs
-from tokenlabel.segmentation.model import SegmentModelConfig
+from tokenlabel.models.segmentation import SegmentModelConfig
+from tokenlabel.segmentation.layouts import open_pairs
+from tokenlabel.segmentation.recipe import SegmentDataConfig, SegmentEvalConfig
 from tokenlabel.training.recipe import DataConfig, EvalConfig, ModelConfig, OptimConfig, Recipe
 
 CLASSES = ["ant", "bee"]
@@ -289,9 +290,8 @@ def predictions_and_choices_of_tokens_go_by_name():
     model = tl.create_model("lvvit_t", num_classes=2, img_size=16, depth=1, width=16, num_heads=2)
     batches = [next(iter(DataLoader(dataset(), batch_size=8)))]
     with contextlib.redirect_stderr(io.StringIO()):
-        figures = evaluate(model, batches, inference="class", device="cpu", precision="fp32")
-    assert figures.num_images == 8
-    refuses(lambda: evaluate(model, batches, inference="all", device="cpu"), "combined", "all")
+        figures = observe(model, batches, {tl.Inference.CLASS: [Accuracy()]}, device="cpu", precision="fp32")
+    assert figures[tl.Inference.CLASS]["num_images"] == 8
     refuses(lambda: observe(model, batches, {}, device="cpu", precision="half"), "precision", "bf16")
 
 

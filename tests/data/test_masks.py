@@ -17,14 +17,15 @@ from tokenlabel.cli import main
 from tokenlabel.data.images import DataError
 from tokenlabel.data.masks import decode_mask
 from tokenlabel.data.sources import open_images
-from tokenlabel.evaluation.observation import MaskFolder
+from tokenlabel.evaluation.masks import MaskFolder
 from tokenlabel.labels.store import LabelStore
 from tokenlabel.models import create_model
 from tokenlabel.runtime.errors import ModelError
 from tokenlabel.segmentation import pairs as pairs_module
 from tokenlabel.segmentation.classes import IGNORED, numbered_classes
-from tokenlabel.segmentation.layouts import Layout, SegmentDataConfig, open_pairs
+from tokenlabel.segmentation.layouts import open_pairs
 from tokenlabel.segmentation.pairs import ImageMaskPairs
+from tokenlabel.segmentation.recipe import Layout, SegmentDataConfig
 from tokenlabel.teachers.annotation import AnnotateConfig, annotate
 from tokenlabel.training.checkpoint import TrainState, save_checkpoint
 from tokenlabel.training.recipe import DataConfig, ModelConfig, OptimConfig, Recipe

@@ -19,7 +19,7 @@ from tokenlabel.data.augment import EvalTransform, TrainTransform
 from tokenlabel.data.batches import TokenLabelDataset, collate
 from tokenlabel.data.config import AugmentConfig
 from tokenlabel.data.images import ImageFolder, decode_image, decode_pixels, orientation_of
-from tokenlabel.evaluation.observation import MaskFolder, mask_agreement
+from tokenlabel.evaluation.masks import MaskFolder, mask_agreement
 from tokenlabel.labels.pictures import write_pictures
 from tokenlabel.labels.store import LabelStore, LabelStoreWriter, Manifest, StoreError
 from tokenlabel.teachers.annotation import AnnotateConfig, annotate, annotate_by

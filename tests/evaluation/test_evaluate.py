@@ -10,8 +10,9 @@ from tokenlabel.core.batch import Batch, collate_score_maps
 from tokenlabel.core.config import Inference
 from tokenlabel.core.geometry import Box, View, stack_views
 from tokenlabel.core.scores import from_mask
-from tokenlabel.evaluation.evaluators import object_tokens
-from tokenlabel.evaluation.observation import MaskFolder, agreement, evaluate, mask_agreement
+from tokenlabel.evaluation.evaluators import Accuracy, Calibration, TokenTruth, object_tokens
+from tokenlabel.evaluation.masks import MaskFolder, agreement, mask_agreement
+from tokenlabel.evaluation.observation import observe
 from tokenlabel.labels.store import LabelStore, LabelStoreWriter, Manifest
 from tokenlabel.models import Outputs, TokenModel
 from tokenlabel.runtime.coercion import pair
@@ -62,16 +63,17 @@ def batch_of(masks, class_ids, score_maps=None):
     )
 
 
-def run(batches):
-    return evaluate(Oracle(), batches, inference=Inference.CLASS, device=CPU, precision="fp32")
+def run(batches, model=None):
+    evaluators = [Accuracy(), Calibration(), TokenTruth()]
+    return observe(model or Oracle(), batches, {Inference.CLASS: evaluators}, device=CPU)[Inference.CLASS]
 
 
 def test_accuracy_counts_every_image_once():
     masks = [np.full((8, 8), c) for c in (3, 4, 5)]
     evaluation = run([batch_of(masks[:2], [3, 4]), batch_of(masks[2:], [0])])
-    assert evaluation.num_images == 3
-    assert evaluation.top1 == pytest.approx(2 / 3)
-    assert evaluation.token_accuracy is None
+    assert evaluation["num_images"] == 3
+    assert evaluation["top1"] == pytest.approx(2 / 3)
+    assert "token_accuracy" not in evaluation
 
 
 def test_a_model_that_says_nothing_is_right_about_nothing():
@@ -82,14 +84,8 @@ def test_a_model_that_says_nothing_is_right_about_nothing():
             outputs = super().forward(images)
             return Outputs(outputs.class_logits * 0, outputs.tokens, outputs.token_head, outputs.grid)
 
-    evaluation = evaluate(
-        Mute(),
-        [batch_of([np.zeros((8, 8))] * 2, [0, 7])],
-        inference=Inference.CLASS,
-        device=CPU,
-        precision="fp32",
-    )
-    assert (evaluation.top1, evaluation.top5) == (0, 0)
+    evaluation = run([batch_of([np.zeros((8, 8))] * 2, [0, 7])], Mute())
+    assert (evaluation["top1"], evaluation["top5"]) == (0, 0)
 
 
 def test_tokens_are_held_against_the_masks_where_an_object_is():
@@ -98,8 +94,8 @@ def test_tokens_are_held_against_the_masks_where_an_object_is():
     said = np.zeros((8, 8), np.uint8)
     said[:4, :4] = 3
     evaluation = run([batch_of([said], [0], [from_mask(truth, num_classes=10)])])
-    assert evaluation.num_tokens_judged == 2
-    assert evaluation.token_accuracy == 0.5
+    assert evaluation["num_tokens_judged"] == 2
+    assert evaluation["token_accuracy"] == 0.5
 
 
 def test_a_token_shows_an_object_that_covers_a_quarter_of_it():

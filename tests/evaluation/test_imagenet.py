@@ -28,7 +28,8 @@ from tokenlabel.data.imagenet import (
     read_multi_labels,
     read_real_labels,
 )
-from tokenlabel.evaluation.assessment import EvalOptions, as_text, assess
+from tokenlabel.evaluation.assessment import as_text, assess
+from tokenlabel.evaluation.options import EvalOptions
 from tokenlabel.models.load import load_model
 
 CPU = torch.device("cpu")
@@ -112,14 +113,14 @@ def timms(weights, own):
         ({"set": "imagenet-c", "per_class": True}, "leave --per-class out"),
         ({"multi_labels": Path("f.json"), "real": Path("real.json")}, "leave --real out"),
         ({"multi_labels": Path("f.json"), "set": "imagenet-a"}, "--set imagenet-a"),
-        ({"crop_fraction": 0.0}, "--crop-fraction 0.0"),
+        ({"crop_fraction": 0.0}, "--crop-fraction must be above 0 and at most 1, got 0.0"),
         ({"masks": Path("masks")}, "no head for tokens that was trained"),
     ],
 )
 def test_options_that_would_change_nothing_are_refused(weights, own, options, message):
     with pytest.raises(ValueError, match=message):
         evaluate(weights[12], own, **options)
-    with pytest.raises(ValueError, match="--size 0"):
+    with pytest.raises(ValueError, match="--size must be at least 1, got 0"):
         assess("test_resnet", EvalOptions(data=own, size=0), device=CPU)
 
 

@@ -15,7 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
 from tokenlabel.models import TimmAdapter, TokenModel, create_model
-from tokenlabel.models.vision_transformer import resize_positions
+from tokenlabel.models.positions import resize_positions
 
 SMALL = {"depth": 3, "width": 32, "num_heads": 4}
 OURS: dict[str, dict[str, Any]] = {"lvvit_t": {**SMALL, "stem_width": 8}, "t2t_vit_14": SMALL}

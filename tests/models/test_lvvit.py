@@ -19,7 +19,7 @@ from tokenlabel.core.mix import MixPlan, mix_images
 from tokenlabel.core.targets import class_targets
 from tokenlabel.models import LVViT, LVViTConfig, Outputs, TimmAdapter, TokenModel, create_model
 from tokenlabel.models.lvvit import LVVIT_CONFIGS
-from tokenlabel.models.vision_transformer import resize_positions
+from tokenlabel.models.positions import resize_positions
 
 NUM_PARAMETERS = {"lvvit_t": 8_534_720, "lvvit_s": 26_151_824, "lvvit_m": 55_830_544, "lvvit_l": 150_021_968}
 
@@ -290,9 +290,9 @@ def test_every_parameter_gets_a_gradient() -> None:
     ("options", "message"),
     [
         ({"width": 30}, "width 30 is not a multiple of num_heads 4"),
-        ({"depth": 0}, "depth must be a whole number of at least 1, got 0"),
-        ({"num_heads": 0}, "num_heads must be a whole number of at least 1, got 0"),
-        ({"residual_divisor": 0.0}, "residual_divisor and mlp_ratio must be above 0"),
+        ({"depth": 0}, "depth must be at least 1, got 0"),
+        ({"num_heads": 0}, "num_heads must be at least 1, got 0"),
+        ({"residual_divisor": 0.0}, "residual_divisor must be above 0, got 0.0"),
         ({"patch_size": 3}, "patch_size must be even .* got 3"),
         ({"patch_size": 10}, "48 x 48 pixels .* patches of 10"),
     ],

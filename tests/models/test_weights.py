@@ -21,12 +21,13 @@ from torch import Tensor
 from tokenlabel.cli import main
 from tokenlabel.models import Inference, TokenModel, create_model, register_with_timm
 from tokenlabel.models.load import load_model, of_run
-from tokenlabel.models.vision_transformer import resize_positions
-from tokenlabel.models.weights import load_published, read_checkpoint
+from tokenlabel.models.positions import resize_positions
+from tokenlabel.models.weight_files import read_checkpoint
+from tokenlabel.models.weights import load_published
 from tokenlabel.runtime.configuration import config_as_dict, config_from_dict
 from tokenlabel.runtime.errors import ModelError
 from tokenlabel.teachers.dense import TokenNetwork
-from tokenlabel.teachers.networks import TeacherConfig, load_teacher
+from tokenlabel.teachers.networks import NetworkTeacher, TeacherConfig, load_teacher
 from tokenlabel.training.checkpoint import load_run, with_recipe
 from tokenlabel.training.export import write_safetensors
 from tokenlabel.training.recipe import Recipe
@@ -464,6 +465,7 @@ def test_exports_label_evaluate_and_begin_runs(tmp_path: Path, monkeypatch: pyte
     torch.testing.assert_close(network.model(images).token_logits, expected.token_logits)
     config = TeacherConfig(teacher="vit_tiny_patch16_224")
     teacher = load_teacher("vit_tiny_patch16_224", config, torch.device("cpu"), weights="x.safetensors")
+    assert isinstance(teacher, NetworkTeacher)
     assert isinstance(teacher.dense, TokenNetwork)
     again = create_model("vit_tiny_patch16_224", num_classes=3, img_size=(32, 32), **VIT).eval()
     load_published(again, "x.safetensors")

@@ -22,7 +22,7 @@ from tokenlabel.data.batches import TokenLabelDataset
 from tokenlabel.data.scenes import write_scenes
 from tokenlabel.data.sources import open_images
 from tokenlabel.drawing.page import Page
-from tokenlabel.drawing.pictures import ClassMap, Tile, make_album, read_album
+from tokenlabel.drawing.pictures import ClassGrid, Tile, make_album, read_album
 from tokenlabel.evaluation.answers import Answers, read_answers
 from tokenlabel.evaluation.evaluators import Predictions
 from tokenlabel.models import TokenModel
@@ -309,7 +309,7 @@ def test_maps_come_back_as_they_were_written(tmp_path_factory, seed, size):
     strength = rng.integers(0, 256, size) / 255
     photo = rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)
     album = make_album(
-        [([Tile(photo, "x", ClassMap(ids, strength, (0, 0.25, 1, 0.75)))], {"key": "k"})], ["a"] * 50
+        [([Tile(photo, "x", ClassGrid(ids, strength, (0, 0.25, 1, 0.75)))], {"key": "k"})], ["a"] * 50
     )
     album.write(folder, "val", step=3)
     album.write(folder, "val", step=4)
@@ -327,7 +327,7 @@ def test_maps_come_back_as_they_were_written(tmp_path_factory, seed, size):
 
 def test_the_legend_has_the_classes_that_are_shown_the_most_frequent_first():
     photo = np.zeros((8, 8, 3), np.uint8)
-    maps = [ClassMap(np.array([[0, 1], [1, -1]])), ClassMap(np.array([[2] * 40]))]
+    maps = [ClassGrid(np.array([[0, 1], [1, -1]])), ClassGrid(np.array([[2] * 40]))]
     album = make_album(
         [([Tile(photo, "", one)], {"key": "k"}) for one in maps], ["<ant>", "bee", "cat", "dog"]
     )
@@ -336,7 +336,7 @@ def test_the_legend_has_the_classes_that_are_shown_the_most_frequent_first():
     assert re.findall(r"</i>([^<]*)</span>", legend) == ["cat", "bee", "&lt;ant&gt;", "no label"]
     photo = np.zeros((8, 100, 3), np.uint8)
     many = make_album(
-        [([Tile(photo, "", ClassMap(np.arange(100)[None]))], {"key": "k"})], [*map(str, range(100))]
+        [([Tile(photo, "", ClassGrid(np.arange(100)[None]))], {"key": "k"})], [*map(str, range(100))]
     )
     legend = Page("x", [many]).legend((many, picture) for picture in many.about["pictures"])
     assert len(set(re.findall(r"rgb\([^)]*\)", legend))) == 21

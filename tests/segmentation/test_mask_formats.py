@@ -16,7 +16,8 @@ from segment_cases import BACKBONE, write_image, write_mask
 from tokenlabel import Head, LabelStore
 from tokenlabel.cli import main
 from tokenlabel.segmentation.classes import IGNORED, numbered_classes
-from tokenlabel.segmentation.layouts import Layout, SegmentDataConfig, open_pairs
+from tokenlabel.segmentation.layouts import open_pairs
+from tokenlabel.segmentation.recipe import Layout, SegmentDataConfig
 
 NUM_CLASSES = 300
 

@@ -15,7 +15,6 @@ from tokenlabel.data.images import DataError, ImageError
 from tokenlabel.data.masks import decode_mask
 from tokenlabel.data.scenes import write_scenes
 from tokenlabel.segmentation.augment import (
-    SegmentAugmentConfig,
     SegmentTransform,
     distorted,
     draw_crop,
@@ -25,14 +24,8 @@ from tokenlabel.segmentation.augment import (
 )
 from tokenlabel.segmentation.classes import IGNORED, known_classes, numbered_classes
 from tokenlabel.segmentation.data import SegmentDataset, collate
-from tokenlabel.segmentation.layouts import (
-    Layout,
-    SegmentDataConfig,
-    Split,
-    classes_of,
-    open_pairs,
-    other_pairs,
-)
+from tokenlabel.segmentation.layouts import classes_of, open_pairs, other_pairs
+from tokenlabel.segmentation.recipe import Layout, SegmentAugmentConfig, SegmentDataConfig, Split
 
 
 def pairs_of(split: Split = "train", **config: Any):

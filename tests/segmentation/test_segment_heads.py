@@ -11,14 +11,21 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.models.upernet.modeling_upernet import UperNetFCNHead, UperNetHead
 
-from tokenlabel.segmentation.heads import FCNHead, Head, LinearHead, UPerNetHead, resized
-from tokenlabel.segmentation.model import (
+from tokenlabel.models.decoders import (
+    DecodeHead,
+    FCNHead,
+    LinearHead,
+    NeckKind,
+    UPerNetHead,
+    find_levels,
+    resized,
+)
+from tokenlabel.models.segmentation import (
     HeadKind,
     SegmentationModel,
     SegmentModelConfig,
     create_segmentation_model,
 )
-from tokenlabel.segmentation.pyramid import NeckKind, find_levels
 
 WIDTHS = [8, 12, 16, 24]
 # Small backbones: of one scale, without a class token, of stages, of stages and windows.
@@ -53,7 +60,7 @@ def shaken(module: nn.Module) -> nn.Module:
     return module
 
 
-def theirs_of(ours: Head, theirs: nn.Module) -> nn.Module:
+def theirs_of(ours: DecodeHead, theirs: nn.Module) -> nn.Module:
     """Give the other implementation the weights of ours."""
     renamed = {
         name.replace("conv_seg", "classifier").replace(".bn.", ".batch_norm."): tensor
@@ -67,7 +74,7 @@ def theirs_of(ours: Head, theirs: nn.Module) -> nn.Module:
 def test_upernet_agrees_with_an_independent_implementation(training: bool) -> None:
     ours = shaken(UPerNetHead(WIDTHS, 7, width=10, dropout=0.0))
     config = SimpleNamespace(pool_scales=[1, 2, 3, 6], hidden_size=10, num_labels=7)
-    assert isinstance(ours, Head)
+    assert isinstance(ours, DecodeHead)
     theirs = theirs_of(ours, UperNetHead(config, WIDTHS))
     for head in (ours, theirs):
         head.train(training)
@@ -84,7 +91,7 @@ def test_fcn_agrees_with_an_independent_implementation(num_convs: int, concatena
         auxiliary_concat_input=concatenate,
         num_labels=7,
     )
-    assert isinstance(ours, Head)
+    assert isinstance(ours, DecodeHead)
     theirs = theirs_of(ours, UperNetFCNHead(config, WIDTHS, in_index=2))
     torch.testing.assert_close(ours.eval()(maps()), theirs.eval()(maps()), rtol=1e-5, atol=1e-5)
 

@@ -12,9 +12,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from tokenlabel.core.scores import from_probabilities
+from tokenlabel.models.decoders import HeadOutputs
+from tokenlabel.models.segmentation import SegmentationModel, SegmentOutputs
 from tokenlabel.segmentation.classes import IGNORED
-from tokenlabel.segmentation.confusion import confusion, figures_of
-from tokenlabel.segmentation.heads import HeadOutputs
+from tokenlabel.segmentation.evaluation import confusion, figures_of
 from tokenlabel.segmentation.inference import (
     Segmenter,
     SegmentEvalConfig,
@@ -23,7 +24,6 @@ from tokenlabel.segmentation.inference import (
     whole_logits,
     window_starts,
 )
-from tokenlabel.segmentation.model import SegmentationModel, SegmentOutputs
 
 
 def outputs_of(logits: torch.Tensor) -> SegmentOutputs:

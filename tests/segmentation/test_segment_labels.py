@@ -22,7 +22,8 @@ from tokenlabel.labels.store import LabelStore, LabelStoreWriter, Manifest
 from tokenlabel.runtime.distributed import Ranks, joined_ranks
 from tokenlabel.runtime.runlog import read_metrics
 from tokenlabel.segmentation.task import build
-from tokenlabel.training.engine import prepare, run_task
+from tokenlabel.training.engine import run_task
+from tokenlabel.training.trainer import prepare
 
 CPU = torch.device("cpu")
 NAMES = [*"0123456789"]

@@ -12,11 +12,11 @@ from tokenlabel.core.align import enough_samples
 from tokenlabel.core.config import TokenChoice
 from tokenlabel.core.geometry import EDGE_TOLERANCE
 from tokenlabel.core.scores import from_probabilities, unknown_map
-from tokenlabel.segmentation.augment import SegmentAugmentConfig, SegmentTransform
+from tokenlabel.models.decoders import HeadOutputs
+from tokenlabel.segmentation.augment import SegmentTransform
 from tokenlabel.segmentation.classes import IGNORED
 from tokenlabel.segmentation.data import SegmentSample, collate
-from tokenlabel.segmentation.heads import HeadOutputs
-from tokenlabel.segmentation.recipe import SegmentLossConfig
+from tokenlabel.segmentation.recipe import SegmentAugmentConfig, SegmentLossConfig
 from tokenlabel.segmentation.task import head_loss
 
 CROP_PX = (24, 18)

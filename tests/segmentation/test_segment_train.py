@@ -23,19 +23,23 @@ from tokenlabel.cli import main
 from tokenlabel.data.scenes import write_scenes
 from tokenlabel.labels.store import LabelStore
 from tokenlabel.models import create_model
+from tokenlabel.models.segmentation import (
+    SegmentModelConfig,
+    create_segmentation_model,
+    load_segmentation_weights,
+)
 from tokenlabel.runtime.configuration import ConfigError, config_from_dict
 from tokenlabel.runtime.distributed import Ranks, joined_ranks
 from tokenlabel.runtime.errors import ModelError
 from tokenlabel.runtime.runlog import Stopwatch, read_metrics
 from tokenlabel.segmentation.evaluation import evaluate_segmentation
-from tokenlabel.segmentation.inference import Segmenter
-from tokenlabel.segmentation.model import SegmentModelConfig, create_segmentation_model
+from tokenlabel.segmentation.inference import segmenter_of
 from tokenlabel.segmentation.recipe import SegmentRecipe
-from tokenlabel.segmentation.task import build, load_segmenter, pixel_loss, train_segmentation
-from tokenlabel.segmentation.weights import load_weights
-from tokenlabel.training.checkpoint import list_checkpoints
-from tokenlabel.training.engine import prepare, run_task, train_step
+from tokenlabel.segmentation.task import build, pixel_loss, train_segmentation
+from tokenlabel.training.checkpoint import list_checkpoints, load_run
+from tokenlabel.training.engine import run_task
 from tokenlabel.training.recipe import recipe_content, recipe_names
+from tokenlabel.training.trainer import prepare, train_step
 
 CPU = torch.device("cpu")
 
@@ -81,8 +85,8 @@ def test_a_run_leaves_its_recipe_metrics_and_model(run):
     assert {"miou", "mean_accuracy", "pixel_accuracy", "num_images"} <= set(evals[-1])
     last = [line for line in lines if line["kind"] == "train"][-1]
     assert last["loss"] == pytest.approx(last["decode_loss"] + 0.4 * last["auxiliary_loss"])
-    trained = load_segmenter(run)
-    assert trained.class_names == [*"0123456789", "background"]
+    trained = load_run(run, SegmentRecipe)
+    assert trained.class_names == (*"0123456789", "background")
     assert trained.step == 9
     assert not trained.model.training
 
@@ -144,11 +148,11 @@ def rank_of_two(rank, port, run, recipe, out, answers):
 
 
 def figures_of_run(run, ranks):
-    trained = load_segmenter(run)
+    trained = load_run(run, SegmentRecipe)
     pairs = build(trained.recipe, device=CPU).val_pairs
     assert pairs is not None
     figures = evaluate_segmentation(
-        Segmenter(trained.model, trained.recipe.eval, window_px=trained.recipe.model.img_size),
+        segmenter_of(trained, CPU),
         pairs,
         device=CPU,
         autocast=torch.autocast("cpu", enabled=False),
@@ -192,7 +196,7 @@ def test_a_classifier_of_another_size_becomes_the_backbone(tmp_path):
     classifier = create_model("lvvit_t", num_classes=7, img_size=(48, 48), **BACKBONE)
     save_file(classifier.state_dict(), tmp_path / "classifier.safetensors")
     model = new_model(img_size=(24, 36))
-    load_weights(model, tmp_path / "classifier.safetensors")
+    load_segmentation_weights(model, tmp_path / "classifier.safetensors")
     ours, theirs = model.backbone.state_dict(), classifier.state_dict()
     assert all(
         torch.equal(ours[name], theirs[name]) for name in theirs if name.startswith("backbone.blocks.")
@@ -216,7 +220,7 @@ def test_published_models_load(tmp_path):
     published = new_model()
     torch.save({"state_dict": as_published(published), "meta": {"iter": 160000}}, tmp_path / "upernet.pth")
     model = new_model()
-    load_weights(model, tmp_path / "upernet.pth")
+    load_segmentation_weights(model, tmp_path / "upernet.pth")
     images = torch.randn(1, 3, 24, 24)
     assert torch.equal(model.eval()(images).logits, published.eval()(images).logits)
 
@@ -225,7 +229,7 @@ def test_heads_for_other_classes_start_anew(tmp_path, caplog):
     torch.save(as_published(new_model(num_classes=5)), tmp_path / "upernet.pth")
     model = new_model()
     before = model.decode_head.conv_seg.weight.clone()
-    load_weights(model, tmp_path / "upernet.pth")
+    load_segmentation_weights(model, tmp_path / "upernet.pth")
     assert torch.equal(model.decode_head.conv_seg.weight, before)
     assert "auxiliary_head.conv_seg.bias" in caplog.text
 
@@ -242,7 +246,7 @@ def test_files_that_differ_are_refused_by_the_names(tmp_path):
         match=r"it lacks decode_head\.fpn_convs\.0\.conv\.weight; it has decode_head\.more\.weight; "
         r"sizes differ: neck\.side_layer1\.0\.weight \(16 x 16 x 2 x 2, not 16 x 16 x 4 x 4\)",
     ):
-        load_weights(model, tmp_path / "upernet.pth")
+        load_segmentation_weights(model, tmp_path / "upernet.pth")
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
@@ -281,10 +285,10 @@ def test_soft_predictions_go_into_a_store_on_the_grid_of_the_head(run, tmp_path,
     predict = ["segment", "predict", str(run), "photos"]
     assert main([*predict, "--store", "soft"]) == 0
     assert capsys.readouterr().out == "soft: 2 images labelled\n"
-    store, trained = LabelStore("soft"), load_segmenter(run)
+    store, trained = LabelStore("soft"), load_run(run, SegmentRecipe)
     assert store.manifest.class_names == (*"0123456789", "background")
     assert sorted(store.keys()) == ["a/one.png", "two.png"]
-    segmenter = Segmenter(trained.model, trained.recipe.eval, window_px=trained.recipe.model.img_size)
+    segmenter = segmenter_of(trained, CPU)
     pixels = torch.from_numpy(np.array(Image.open("photos/two.png"))).permute(2, 0, 1)
     probs = segmenter.probabilities(pixels).numpy()
     assert store["two.png"].codes.shape[:2] == probs.shape[:2] == segmenter.grid_of((24, 24))
@@ -304,7 +308,7 @@ def test_soft_predictions_go_into_a_store_on_the_grid_of_the_head(run, tmp_path,
 
 
 def test_a_published_file_is_evaluated_with_its_recipe(run, scenes, tmp_path, capsys):
-    torch.save(as_published(load_segmenter(run).model), tmp_path / "upernet.pth")
+    torch.save(as_published(load_run(run, SegmentRecipe).model), tmp_path / "upernet.pth")
     recipe = tmp_path / "recipe.yaml"
     nested = nested_recipe(scenes)
     nested["data"] |= {"class_names": list("0123456789"), "layout": "scenes"}
@@ -339,7 +343,7 @@ def test_a_file_without_a_trained_head_is_not_evaluated(scenes, tmp_path, capsys
         (["trai"], "no command 'trai'; known: train, eval, predict"),
         (["eval", "nowhere"], "nowhere: holds no checkpoint"),
         (["train", "--recipe", "segment_scenes", "--run", "r"], "layout scenes needs data.root"),
-        (["eval", "RUN", "--stride", "0"], "--stride must be at least 1 down and across, got [0, 0]"),
+        (["eval", "RUN", "--stride", "0"], "--stride must be at least 1, got [0, 0]"),
     ],
 )
 def test_mistakes_are_one_line(words, message, run, capsys, tmp_path, monkeypatch):

@@ -327,7 +327,7 @@ def test_images_that_were_replaced_are_named_and_labelled_anew(
     )
     count, said = run_on_it()
     assert (count, expected in said) == (0, True)
-    monkeypatch.setattr("tokenlabel.teachers.annotation.MAX_READ", 0)
+    monkeypatch.setattr("tokenlabel.teachers.todo.MAX_READ", 0)
     said = run_on_it()[1]
     assert "1 image was replaced since labelling (blue/wide.bmp)" in said
     assert "images were modified since labelling and kept their size; --again changed reads them" in said

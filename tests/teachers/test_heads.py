@@ -607,7 +607,7 @@ def test_texts_are_the_mean_of_their_prompts_and_other_backbones_are_refused(
 ):
     asked = []
     monkeypatch.setattr(
-        "tokenlabel.teachers.fitting.load_tower", lambda name: asked.append(name) or OneHotTower()
+        "tokenlabel.teachers.texts.load_tower", lambda name: asked.append(name) or OneHotTower()
     )
     command = [
         "fit-head",

@@ -18,7 +18,7 @@ from tokenlabel.core.scores import from_top
 from tokenlabel.data.augment import EvalTransform
 from tokenlabel.data.config import Interpolation
 from tokenlabel.models import TimmAdapter, create_model
-from tokenlabel.models.load import check_classes
+from tokenlabel.models.names import check_classes
 from tokenlabel.runtime.errors import ConfigError, ModelError
 from tokenlabel.teachers.classmap import ClassMap, class_map_for
 from tokenlabel.teachers.dense import ClassifierNetwork, TokenNetwork

@@ -15,7 +15,8 @@ from tokenlabel.runtime.configuration import ConfigError
 from tokenlabel.runtime.distributed import FirstRankError, Ranks
 from tokenlabel.runtime.runlog import Stopwatch, read_metrics
 from tokenlabel.training.checkpoint import list_checkpoints, load_run
-from tokenlabel.training.engine import prepare, run_task, train_step
+from tokenlabel.training.engine import run_task
+from tokenlabel.training.trainer import prepare, train_step
 
 # No BatchNorm, whose statistics are those of a part, and no drop path: so nothing depends on the parts.
 VIT = {

@@ -27,7 +27,6 @@ from tokenlabel.runtime.distributed import Ranks
 from tokenlabel.runtime.runlog import Stopwatch, read_metrics
 from tokenlabel.teachers.annotation import AnnotateConfig, annotate
 from tokenlabel.training.checkpoint import load_checkpoint
-from tokenlabel.training.engine import prepare, train_step
 from tokenlabel.training.recipe import (
     ModelConfig,
     Recipe,
@@ -36,6 +35,7 @@ from tokenlabel.training.recipe import (
     recipe_content,
     recipe_names,
 )
+from tokenlabel.training.trainer import prepare, train_step
 
 CPU = torch.device("cpu")
 NAMES = [name for name in recipe_names() if not name.startswith("segment_")]

@@ -29,8 +29,9 @@ from tokenlabel.runtime.distributed import Ranks
 from tokenlabel.runtime.process import Interrupted
 from tokenlabel.runtime.runlog import Stopwatch, read_metrics
 from tokenlabel.training.checkpoint import list_checkpoints, load_run
-from tokenlabel.training.engine import prepare, run_task, train_step
+from tokenlabel.training.engine import run_task
 from tokenlabel.training.recipe import Recipe
+from tokenlabel.training.trainer import prepare, train_step
 
 CPU = torch.device("cpu")
 NUM_STEPS = 15  # 40 scenes, 8 a step, 3 epochs

@@ -28,8 +28,8 @@ from tokenlabel.models import register_with_timm
 from tokenlabel.runtime.configuration import config_from_dict
 from tokenlabel.runtime.distributed import Ranks
 from tokenlabel.runtime.runlog import read_metrics
-from tokenlabel.training.engine import prepare
 from tokenlabel.training.recipe import Recipe
+from tokenlabel.training.trainer import prepare
 
 NUM_WORDS = 12
 WORDS = {"teacher": {"name": "words", "words": "abc"}}

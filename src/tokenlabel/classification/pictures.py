@@ -18,7 +18,7 @@ from tokenlabel.core.mix import MixPlan, mix_images
 from tokenlabel.core.scores import ScoreMap
 from tokenlabel.core.step import Part, TrainStep, erase_and_draw, make_targets
 from tokenlabel.core.targets import TokenTargets
-from tokenlabel.drawing.pictures import PICTURES_FOLDER, Album, ClassMap, Tile, make_album, top_classes
+from tokenlabel.drawing.pictures import PICTURES_FOLDER, Album, ClassGrid, Tile, make_album, top_classes
 from tokenlabel.evaluation.answers import Answers
 from tokenlabel.evaluation.evaluators import Evaluator, Predictions
 from tokenlabel.labels.pictures import map_of_scores
@@ -50,6 +50,7 @@ def batch_album(
     images = normalize_images(batch.images, mean=model.mean, std=model.std)
     grid = model.grid_for((images.shape[2], images.shape[3]))
     images, gone, mix = erase_and_draw(images, grid, part, erase_by=step.erase, mix_by=step.mix)
+    # What a token would learn without the mix, and what it is trained on.
     alone = make_targets(batch, supervision, grid, gone=gone)
     mixed = make_targets(batch, supervision, grid, mix=mix, gone=gone)
     pictures = []
@@ -74,7 +75,7 @@ def batch_album(
     return make_album(pictures, [*map(with_words, token_class_names)])
 
 
-def map_of_targets(targets: TokenTargets, i: int, grid: tuple[int, int], num_classes: int) -> ClassMap:
+def map_of_targets(targets: TokenTargets, i: int, grid: tuple[int, int], num_classes: int) -> ClassGrid:
     """Return the most probable class of each token (h, w) of an image of a batch."""
     ids, probs = _most_probable(targets, i)
     return top_classes(ids.reshape(grid), probs.reshape(grid), num_classes)
@@ -91,7 +92,7 @@ class Answering(Evaluator):
         self.shown, self.of_tokens = {*shown}, of_tokens
         self.answers: dict[str, tuple[int, int, float]] = {}
         self.pixels: dict[str, NDArray[np.uint8]] = {}
-        self.maps: dict[str, ClassMap] = {}
+        self.maps: dict[str, ClassGrid] = {}
 
     def add(self, predictions: Predictions) -> None:
         """Keep the answers to a batch."""
@@ -166,7 +167,7 @@ class Answering(Evaluator):
         album.write(run / PICTURES_FOLDER, "val", **more)
 
 
-def map_of_logits(logits: Float[Tensor, "h w C"]) -> ClassMap:
+def map_of_logits(logits: Float[Tensor, "h w C"]) -> ClassGrid:
     """Return the most probable class of each location."""
     probs, ids = logits.float().softmax(dim=2).max(dim=2)
     return top_classes(ids.cpu().numpy(), probs.cpu().numpy(), logits.shape[2])

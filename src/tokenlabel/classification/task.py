@@ -16,44 +16,31 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from tokenlabel.classification.data import Counts, open_training_data, open_val_set
 from tokenlabel.classification.pictures import NUM_TRAIN, Answering, batch_album, shown_keys
 from tokenlabel.core.batch import Batch
-from tokenlabel.core.config import ClassTarget, Inference
 from tokenlabel.core.step import Part, Supervision, TrainStep
 from tokenlabel.data.augment import EvalTransform, TrainTransform
-from tokenlabel.data.batches import TokenLabelDataset, check_labels, classes_of_labels, make_loader
+from tokenlabel.data.batches import TokenLabelDataset, make_loader
 from tokenlabel.data.classes import ClassList, difference, ids_among, imagenet_names
-from tokenlabel.data.folders import NEED_CLASSES, DataError
-from tokenlabel.data.images import (
-    ImageCheck,
-    ImageError,
-    ImageSource,
-    JoinedImages,
-    WithoutClasses,
-    decode_pixels,
-    describe,
-    find_broken,
-    has_classes,
-)
+from tokenlabel.data.images import ImageError, decode_pixels, has_classes
 from tokenlabel.data.remote import read_ahead
 from tokenlabel.data.samplers import BatchSampler, EvalBatchSampler, shard_order
-from tokenlabel.data.sources import open_aloud, refuse_single_class
 from tokenlabel.drawing.pictures import Album
 from tokenlabel.evaluation.evaluators import Accuracy, Calibration, Evaluator, TokenTruth
-from tokenlabel.evaluation.observation import evaluation_set, observe
+from tokenlabel.evaluation.observation import observe
 from tokenlabel.evaluation.probe import image_figures, probe_sets
-from tokenlabel.labels.store import LabelStore
 from tokenlabel.models import TokenModel, create_model, load_published
-from tokenlabel.models.weights import read_class_names, read_description
-from tokenlabel.runtime.configuration import ConfigError
-from tokenlabel.runtime.distributed import Ranks, autocast, current_ranks
+from tokenlabel.models.runs import read_description
+from tokenlabel.models.weight_files import read_class_names
+from tokenlabel.runtime.distributed import Ranks, autocast
+from tokenlabel.runtime.errors import ConfigError
 from tokenlabel.runtime.process import say
-from tokenlabel.runtime.remote import NUM_AHEAD, refuse_small_cache
 from tokenlabel.runtime.runlog import Tracker
 from tokenlabel.teachers.online import load_online_teacher
 from tokenlabel.training.engine import train_in
 from tokenlabel.training.recipe import ModelConfig, Recipe
-from tokenlabel.training.run_folder import RunImages, sound_images
+from tokenlabel.training.run_folder import RunImages
 from tokenlabel.training.tasks import Summary, Task
 
 # Starting processes takes seconds: below this many images evaluation decodes them itself.
@@ -86,18 +73,6 @@ def train(
             f"{reason}; restore it (of val images: or remove it), or begin a run with --data.skip-broken, which "
             "leaves such images out"
         ) from error
-
-
-@dataclass(frozen=True, slots=True)
-class Counts:
-    """How many training images there are, with a class of their own, and with a map of a label store."""
-
-    images: int
-    with_class: int
-    with_map: int
-
-    def __str__(self) -> str:
-        return f"{self.images:,} images, {self.with_class:,} with a class, {self.with_map:,} with a label map"
 
 
 @dataclass(eq=False)
@@ -249,178 +224,31 @@ class ClassifierTask(Task[Recipe]):
 def build(recipe: Recipe, *, device: torch.device, run: Path | None = None) -> ClassifierTask:
     """Build the data, the model and the supervision of a recipe, and check that they fit together.
 
-    `run`: the folder of the run, where an earlier start may have written down which images decode. Of several ranks the
-    first one looks at images and labels.
+    `run`: the folder of the run, see `open_training_data`.
     """
-    source = _open(recipe)
-    folders = recipe.data.label_folders if recipe.loss.reads_labels else []
-    # Opened by the first rank for all, so that labels that are added meanwhile are seen by none.
-    store = current_ranks().on_main(lambda: LabelStore(*folders)) if folders else None
-    source = _with_classes(recipe, source, store)
-    images = RunImages(run, source.class_names)
-    source = _sound(recipe, images, "train", source, store)
-    token_classes, num_missing = _token_classes(recipe, source, store), 0
-    if store is not None:
-        check = partial(
-            check_labels, source, store, max_missing=recipe.data.max_missing, classes=token_classes
-        )
-        num_missing = current_ranks().on_main(check)
-        newest = max((shard.generation for shard in store.shards), default=0)
-        told = {"num_missing": num_missing, "annotated_again": newest or None}  # those are other labels
-        images.entries["labels"] = {**told, **store.manifest.origin()}
-    num_images, num_with_class = len(source), int(has_classes(source).sum())
-    counts = Counts(num_images, num_with_class, num_images - num_missing if store is not None else 0)
-    say(f"training images: {counts}")
+    data = open_training_data(recipe, run)
+    source, img_size = data.source, recipe.model.img_size
     torch.manual_seed(recipe.seed)
-    model = _begin(recipe.model, class_names=source.class_names, token_classes=token_classes).to(device)
-    supervision = Supervision(
-        loss=recipe.loss,
-        stored=store is not None,
-        teacher=load_online_teacher(recipe.loss.teacher, source.class_names, device),
-    )
-    val_set = None
-    if recipe.data.val:
-        sound = partial(_sound, recipe, images, "val")
-        val_set = evaluation_set(recipe, class_names=source.class_names, sound=sound)
-        say(describe(val_set.source, recipe.data.val or ""))
-        val_set.store = _val_labels(recipe, val_set.source, token_classes)
+    model = _begin(recipe.model, class_names=source.class_names, token_classes=data.token_classes)
     probes = None
+    teacher = load_online_teacher(recipe.loss.teacher, source.class_names, device)
+    val_set = open_val_set(recipe, data)
     if recipe.eval.probe is not None:
-        plain = EvalTransform(recipe.model.img_size, crop_fraction=recipe.eval.crop_fraction)
+        plain = EvalTransform(img_size, crop_fraction=recipe.eval.crop_fraction)
         probes = probe_sets(recipe.eval.probe, recipe.eval.probe_test, plain)
-    transform = TrainTransform(recipe.augment, recipe.model.img_size)
+    transform = TrainTransform(recipe.augment, img_size)
     return ClassifierTask(
         recipe=recipe,
-        model=model,
-        train_set=TokenLabelDataset(source, transform, seed=recipe.seed, store=store),
+        model=model.to(device),
+        train_set=TokenLabelDataset(source, transform, seed=recipe.seed, store=data.store),
         val_set=val_set,
-        supervision=supervision,
+        supervision=Supervision(loss=recipe.loss, stored=data.store is not None, teacher=teacher),
         device=device,
-        counts=counts,
-        token_classes=None if token_classes.is_same(_list_of(source)) else token_classes,
+        counts=data.counts,
+        token_classes=data.other_token_classes,
         probe_sets=probes,
-        images=images,
+        images=data.images,
     )
-
-
-def _open(recipe: Recipe) -> ImageSource:
-    """Return the training images, those without classes last."""
-    data = recipe.data
-    source = open_aloud(data.train)
-    if data.unlabelled is not None:
-        source = JoinedImages(source, open_aloud(data.unlabelled, classes=False))
-    if files := getattr(source, "files", None):
-        remedy = "" if data.tar_window else "--data.tar-window 8 reads them a few at a time, or "
-        refuse_small_cache(
-            [*files.values()], at_once=data.tar_window and data.tar_window + 1 + NUM_AHEAD, remedy=remedy
-        )
-    streamed = getattr(source, "streamed", None)
-    return source if data.tar_window is None or streamed is None else streamed()
-
-
-def _with_classes(recipe: Recipe, source: ImageSource, store: LabelStore | None) -> ImageSource:
-    """Return images with the classes that the class head is for.
-
-    Images without classes leave no class head, unless the teacher labels the class token: then it is for the classes of
-    the store. Raises DataError where there is nothing to learn from.
-    """
-    place = recipe.data.train
-    if has_classes(source).any():
-        refuse_single_class(source, place)
-        return source
-    if store is None:
-        beta = "" if recipe.data.labels is None else " and loss.beta above 0"
-        above = Path(place).absolute().name if Path(place).is_dir() else ""
-        folder = f", or name the folder above if {above} is a class" if above else ""
-        raise DataError(
-            f"{place}: its images have no classes, and without labels there is nothing to learn from; let `tokenlabel "
-            f"annotate` make labels and give --data.labels{beta}, or {NEED_CLASSES}{folder}"
-        )
-    classes = store.manifest.classes
-    return (
-        WithoutClasses(source, classes.labels)
-        if _takes_classes_of_maps(recipe) and not classes.words
-        else source
-    )
-
-
-def _token_classes(recipe: Recipe, source: ImageSource, store: LabelStore | None) -> ClassList:
-    """Return what the tokens are about: the classes of the images, or others in the store.
-
-    Raises DataError for labels of a list that was meant to be that of the images and is not, ConfigError for class
-    targets out of labels that are about something else, and for predictions that add up logits of two lists.
-    """
-    ours, loss = _list_of(source), recipe.loss
-    theirs = ours if store is None else classes_of_labels(source.class_names, store)
-    if theirs.is_same(ours):
-        return theirs
-    if _takes_classes_of_maps(recipe):
-        unlike = f"not the {ours} of the images" if ours.count else "no classes"
-        raise ConfigError(
-            f"loss.class_target {loss.class_target} takes the classes of images from the labels, and these are about "
-            f"{theirs}, {unlike}; leave it at truth"
-        )
-    if recipe.eval.inference is not Inference.CLASS:
-        raise ConfigError(
-            f"eval.inference {recipe.eval.inference} takes token and class token to be about one list of classes, and "
-            f"they are about {theirs} and {ours}; give --eval.inference class"
-        )
-    return theirs
-
-
-def _takes_classes_of_maps(recipe: Recipe) -> bool:
-    """Say whether the class token learns what a store's maps say of the images."""
-    return recipe.loss.class_target is not ClassTarget.TRUTH and not recipe.loss.has_online_teacher
-
-
-def _list_of(source: ImageSource) -> ClassList:
-    return ClassList(len(source.class_names), tuple(source.class_names))
-
-
-def _val_labels(recipe: Recipe, source: ImageSource, token_classes: ClassList) -> LabelStore | None:
-    """Return the labels of the val images. Raises ConfigError where nothing could be held against the model."""
-    folders = recipe.eval.label_folders
-    if folders:
-        store = current_ranks().on_main(lambda: LabelStore(*folders))
-        current_ranks().on_main(lambda: check_labels(source, store, max_missing=1.0, classes=token_classes))
-        return store
-    if not has_classes(source).any():
-        raise ConfigError(
-            f"{recipe.data.val}: without classes and without labels nothing can be said of these images; give "
-            "--eval.labels, made by the head that labelled the training images, or leave data.val out (--eval.probe "
-            "takes a few images with classes)"
-        )
-    return None
-
-
-def _sound(
-    recipe: Recipe, images: RunImages, split: str, source: ImageSource, store: LabelStore | None = None
-) -> ImageSource:
-    """Return the images that decode, as an earlier start of the run found, or a teacher that labelled them.
-
-    Who wants broken images left out does not trust the labels: images may have broken since.
-    """
-    check, skip_broken = recipe.data.check, recipe.data.skip_broken
-    trusts_labels = check is ImageCheck.AUTO and not skip_broken
-    labelled = store if store and trusts_labels and store.manifest.saw_images else None
-
-    def find(among: list[int] | None) -> list[int]:
-        if labelled is not None and among is None:
-            among = np.flatnonzero(~labelled.holds(source.keys)).tolist()
-        return find_broken(source, check, among)
-
-    names, known = source.class_names, has_classes(source)
-    classes = [names[i] if has else "" for i, has in zip(source.class_ids, known, strict=True)]
-    found = partial(
-        images.broken,
-        split,
-        source.keys,
-        classes if known.any() else [],
-        check=f"{check}, but for images with labels" if labelled else check.value,
-        find=find,
-    )
-    option = "--data.skip-broken"
-    return sound_images(source, skip_broken=skip_broken, check=check, option=option, find=found)
 
 
 def _begin(config: ModelConfig, *, class_names: list[str], token_classes: ClassList) -> TokenModel:
@@ -435,18 +263,13 @@ def _begin(config: ModelConfig, *, class_names: list[str], token_classes: ClassL
     if config.weights is not None:
         rows = partial(_rows, config.weights, class_names)
         others = read_description(config.weights).get("token_classes")
-        ours = (
-            None if token_classes.is_same(ClassList(len(class_names), tuple(class_names))) else token_classes
-        )
-        theirs = others and ClassList.from_dict(others)
-        tokens = "classes" if ours is None and theirs is None else "other"
-        if ours is not None and theirs is not None and ours.is_same(theirs):
-            tokens = "same"
+        theirs = ClassList.from_dict(others) if others else None
+        if token_classes.is_same(ClassList(len(class_names), tuple(class_names))):
+            tokens = "classes" if theirs is None else "other"
+        else:
+            tokens = "same" if theirs is not None and token_classes.is_same(theirs) else "other"
         load_published(model, config.weights, average=config.average, rows=rows, tokens=tokens)
     model.freeze(config.frozen_layers)
-    for parameter in model.parameters():  # convolutions run faster so
-        if parameter.ndim == 4:
-            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
     return model
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tokenlabel.drawing.pictures import Album, ClassMap, class_colour
+from tokenlabel.drawing.pictures import Album, ClassGrid, class_colour
 from tokenlabel.runtime.errors import ConfigError
 from tokenlabel.runtime.process import write_whole
 
@@ -134,7 +134,7 @@ class Page:
         label = html.escape(tile["text"], quote=True)
         return f'<div class="tile s{album.name}{small}" role="img" aria-label="{label}" style="{style}">{over}</div>'
 
-    def _map(self, classes: ClassMap, names: Sequence[str]) -> str:
+    def _map(self, classes: ClassGrid, names: Sequence[str]) -> str:
         """Return a map as an image of one pixel a cell, laid over the part of the photograph that it is about."""
         colours = [
             *(self._colours.get(name, _OTHER_COLOUR) for name in names),

@@ -38,7 +38,7 @@ _BLOCK_PX = 16
 
 
 @dataclass(frozen=True, eq=False)
-class ClassMap:
+class ClassGrid:
     """The class of each cell of a grid over a part of an image.
 
     `ids` [h, w]: class ids, -1 where nothing is said. `strength` [h, w] in [0, 1]: how strongly a cell is tinted; all
@@ -54,13 +54,13 @@ def top_classes(
     ids: Int[NDArray[np.integer[Any]], "h w"],
     probs: Float[NDArray[np.floating[Any]], "h w"],
     num_classes: int,
-) -> ClassMap:
+) -> ClassGrid:
     """Return the map of each cell's most probable class, the stronger the further its probability is above chance.
 
     A cell of probability 0 says nothing.
     """
     above = (probs * num_classes - 1) / max(1, num_classes - 1)
-    return ClassMap(np.where(probs > 0, ids, -1), above.clip(0, 1))
+    return ClassGrid(np.where(probs > 0, ids, -1), above.clip(0, 1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +69,7 @@ class Tile:
 
     photo: UInt8[NDArray[np.uint8], "height width 3"]
     text: str
-    classes: ClassMap | None = None
+    classes: ClassGrid | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,14 +98,14 @@ class Album:
             if older.name != sheet:
                 older.unlink(missing_ok=True)
 
-    def class_map(self, tile: Mapping[str, Any]) -> ClassMap | None:
+    def class_map(self, tile: Mapping[str, Any]) -> ClassGrid | None:
         """Return the map of a tile, of ids into `about["classes"]`; None if it has none."""
         packed = tile.get("map")
         if packed is None:
             return None
         height, width = packed["size"]
         ids, strength = (_unpacked(packed[part]).reshape(height, width) for part in ("ids", "strength"))
-        return ClassMap(ids.astype(np.int64) - 1, strength / np.float32(255), tuple(packed["region"]))
+        return ClassGrid(ids.astype(np.int64) - 1, strength / np.float32(255), tuple(packed["region"]))
 
 
 def make_album(
@@ -166,11 +166,11 @@ def class_colour(number: int) -> tuple[int, int, int]:
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
-def _ids(classes: ClassMap) -> list[int]:
+def _ids(classes: ClassGrid) -> list[int]:
     return np.unique(classes.ids[classes.ids >= 0]).tolist()
 
 
-def _packed(classes: ClassMap | None, found: Sequence[int], photo: Image.Image) -> dict[str, Any] | None:
+def _packed(classes: ClassGrid | None, found: Sequence[int], photo: Image.Image) -> dict[str, Any] | None:
     """Return a map as JSON, no finer than its photo: places among the classes found, from 1 on, 0 for none."""
     if classes is None:
         return None

@@ -110,6 +110,7 @@ class Calibration(Evaluator):
         """Count a batch."""
         confidence, guess = predictions.logits.double().softmax(dim=1).max(dim=1)
         right = (guess == predictions.batch.class_ids).double()
+        # Sums over the images of a bin as products with one-hot rows: exact in float64, and they add up over ranks.
         bins = (confidence * NUM_BINS).ceil().long().clamp(1, NUM_BINS) - 1
         one_hot = F.one_hot(bins, NUM_BINS).double()  # [B, bins]
         self._count(

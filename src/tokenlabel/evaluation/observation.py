@@ -4,232 +4,36 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Int
-from numpy.typing import NDArray
 from torch import Tensor
 
-from tokenlabel.core.align import align
-from tokenlabel.core.batch import Batch, collate_score_maps, normalize_images
+from tokenlabel.core.batch import Batch, normalize_images
 from tokenlabel.core.blocks import blocks
 from tokenlabel.core.config import Inference
-from tokenlabel.core.geometry import View, stack_views
-from tokenlabel.core.scores import Orientation, ScoreMap, from_mask, turned_map
-from tokenlabel.core.targets import TokenTargets
 from tokenlabel.data.augment import EvalTransform
 from tokenlabel.data.batches import TokenLabelDataset
-from tokenlabel.data.coco import COCO_SUFFIX, CocoMasks
 from tokenlabel.data.imagenet import as_classes_of
-from tokenlabel.data.images import ImageSource, has_classes, orientation_of
-from tokenlabel.data.masks import check_upright, decode_mask, mask_names, unlabelled_value
+from tokenlabel.data.images import ImageSource, has_classes
 from tokenlabel.data.sources import open_images
 from tokenlabel.evaluation.evaluators import (
-    Accuracy,
-    Calibration,
     Evaluator,
     Predictions,
-    TokenTruth,
-    object_tokens,
 )
-from tokenlabel.labels.store import LabelStore
-from tokenlabel.models import Outputs, TokenModel
+from tokenlabel.evaluation.masks import MaskFolder
+from tokenlabel.models import Outputs
 from tokenlabel.runtime.distributed import Precision, Ranks, autocast, usable_device
-from tokenlabel.runtime.errors import DataError
-from tokenlabel.runtime.process import listed, say
 from tokenlabel.training.recipe import Recipe
 from tokenlabel.training.run_folder import sound_images
-
-# Masks that are looked at before the work begins.
-NUM_CHECKED = 64
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """Figures over a set of images; shares are in [0, 1]."""
-
-    num_images: int
-    top1: float
-    top5: float
-    loss: float
-    """Mean cross entropy against the images' classes."""
-    ece: float
-    """Expected calibration error, 15 equal bins of confidence."""
-    images_per_s: float
-    token_accuracy: float | None = None
-    """Share of the tokens that show an object whose most probable class is the object's, where masks are known."""
-    token_miou: float | None = None
-    """Mean over classes of the intersection over union of these tokens."""
-    num_tokens_judged: int | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the figures under their names, without those that were not measured."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
-
-
-class MaskFolder:
-    """True dense labels: a folder of masks laid out like the images, or COCO's file of them, read like a label store.
-
-    The mask of `3/0001.jpg` is `3/0001.png` (see `mask_names`): one channel of class ids. `ignore_index`: the id of
-    pixels that show no class; by default 255, or 65535 where 255 is a class. `source`: the images, to refuse masks that
-    lie on their stored pixels where an orientation tag turns these. `class_names`: by them the categories of COCO's
-    file find their ids, others are none; without them ids are the categories in their order.
-    """
-
-    def __init__(
-        self,
-        folder: str | Path,
-        *,
-        num_classes: int,
-        ignore_index: int | None = None,
-        source: ImageSource | None = None,
-        class_names: Sequence[str] = (),
-    ) -> None:
-        folder = Path(folder)
-        self._coco = CocoMasks(folder) if folder.suffix == COCO_SUFFIX else None
-        if self._coco is None and not folder.is_dir():
-            raise ValueError(f"{folder}: no such folder of masks")
-        self.is_assumed = ignore_index is None and self._coco is None
-        self._ignored = unlabelled_value(num_classes) if ignore_index is None else ignore_index
-        if 0 <= self._ignored < num_classes:
-            raise ValueError(
-                f"{folder}: --ignore-index {self._ignored} is one of the {num_classes:,} classes, which have the ids 0 "
-                f"to {num_classes - 1:,}; write other ids into the masks (or give `annotate` a --class-map FILE)"
-            )
-        self.folder, self.num_classes, self._source = folder, num_classes, source
-        if self._coco is not None:
-            self._ids = self._coco.ids_of(class_names, unlabelled=self._ignored)
-
-    def __getitem__(self, key: str) -> ScoreMap:
-        """Return the mask of an image as a score map of certainties."""
-        path, values = self._read(key)
-        return from_mask(values, num_classes=self.num_classes, unlabelled=self._ignored, name=str(path))
-
-    def __contains__(self, key: str) -> bool:
-        """Say whether an image has a mask."""
-        return key in self._coco_names if self._coco else self._path(key).exists()
-
-    def check(self, class_names: Sequence[str], *, all_needed: bool = True) -> None:
-        """Raise DataError if images of the source have no mask, or if a class seems to be written as the id of none.
-
-        Masks of 0 and 255 of images of several classes: 255 must be one of them. `all_needed`: no mask may be missing.
-        """
-        if self._source is None:
-            return
-        missing = [key for key in self._source.keys if key not in self] if all_needed else []
-        if missing:
-            expected = "" if self._coco else f"; expected {next(mask_names(missing[0]))} for {missing[0]}"
-            raise DataError(
-                f"{self.folder}: {len(missing):,} of {len(self._source):,} images have no mask there "
-                f"({listed(missing)}){expected}"
-            )
-        if not self.is_assumed:
-            return
-        drawn = np.linspace(0, len(self._source) - 1, min(len(self._source), NUM_CHECKED)).astype(int)
-        held: dict[int, str] = {}
-        for index in drawn.tolist():
-            with suppress(ValueError):  # when it is its turn, it is named
-                path, values = self._read(self._source.keys[int(index)])
-                held |= dict.fromkeys(np.unique(values).tolist(), str(path))
-        if strange := sorted({*held} - {*range(self.num_classes), self._ignored}):
-            raise DataError(
-                f"{held[strange[0]]}: holds {listed(list(map(str, strange)))}, which is no id of {self.num_classes:,} "
-                f"classes (0 = {class_names[0]} to {self.num_classes - 1} = {class_names[-1]}) nor of none "
-                f"({self._ignored}): --ignore-index says another id of none, --class-map FILE of `annotate` all others"
-            )
-        if self.num_classes > 255 and max(held, default=0) == 255:
-            say(
-                f"{self.folder}: 255 is the class {class_names[255]!r} of {self.num_classes:,}, nothing is 65535"
-            )
-        elif {*held} == {0, 255} and len(np.unique(self._source.class_ids[drawn])) > 1:
-            raise DataError(
-                f"{self.folder}: masks hold 0 and 255 alone, and 255 stands for no class: only {class_names[0]!r} (0) "
-                f"would be seen, never {listed(list(class_names[1:]))}; write class ids into the masks, or say "
-                "--ignore-index 255 if this is what they mean"
-            )
-
-    def _read(self, key: str) -> tuple[Path, NDArray[np.integer]]:
-        """Return the path of an image's mask, and its values [height, width]."""
-        if self._coco is not None:
-            name = self._coco_names.get(key)
-            if name is None:
-                raise DataError(f"{self.folder}: has no mask of {key}")
-            return self.folder, self._ids[self._coco.read(name)]
-        path = self._path(key)
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise DataError(f"{path}: the mask of {key} cannot be read ({error.strerror})") from error
-        values = decode_mask(data, str(path))
-        if self._source is not None and (index := self._indices.get(key)) is not None:
-            check_upright(values.shape, self._source.read(index), mask=str(path), image=key)
-        return path, values
-
-    def _path(self, key: str) -> Path:
-        paths = [self.folder / name for name in mask_names(key)]
-        return next((path for path in paths if path.exists()), paths[0])
-
-    @cached_property
-    def _coco_names(self) -> dict[str, str]:
-        """What COCO's file calls the images."""
-        assert self._coco is not None
-        return self._coco.names_of(self._coco.names if self._source is None else self._source.keys)
-
-    @cached_property
-    def _indices(self) -> dict[str, int]:
-        return {} if self._source is None else {key: i for i, key in enumerate(self._source.keys)}
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Send no index of the images: each process makes its own."""
-        own = ("_indices", "_coco_names")
-        return {name: value for name, value in vars(self).items() if name not in own}
-
-
-def evaluate(
-    model: TokenModel,
-    batches: Iterable[Batch],
-    *,
-    inference: Inference | str,
-    device: torch.device | str,
-    precision: Precision = "fp32",
-    ranks: Ranks = Ranks(),  # noqa: B008  (immutable)
-) -> Evaluation:
-    """Evaluate a model on batches of images, each counted once, over all ranks.
-
-    Where the batches carry score maps (true masks), the tokens are held against them (see `TokenTruth`).
-    """
-    inference, evaluators = Inference(inference), [Accuracy(), Calibration(), TokenTruth()]
-    figures = observe(
-        model, batches, {inference: evaluators}, device=device, precision=precision, ranks=ranks
-    )
-    return Evaluation(**figures[inference])
-
-
-@runtime_checkable
-class Predictor(Protocol):
-    """A network that predicts: any `TokenModel`, or one that only classifies."""
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    def eval(self) -> Any:
-        """Set evaluation mode."""
-        ...
-
-    def __call__(self, images: Tensor, /) -> Outputs:
-        """Return the outputs of normalised images [B, 3, height, width]."""
-        ...
 
 
 @torch.inference_mode()
 def observe(
-    model: Predictor,
+    model: Any,
     batches: Iterable[Batch],
     evaluators: Mapping[Inference, Sequence[Evaluator]],
     *,
@@ -240,8 +44,8 @@ def observe(
 ) -> dict[Inference, dict[str, Any]]:
     """Show batches to evaluators; return for each way to predict the figures of its evaluators, and images_per_s.
 
-    The model runs once a batch. `batches`: this rank's part of the images. `competing`: the classes of which
-    predictions choose; all if None.
+    The model runs once a batch; it is any that returns `Outputs`. `batches`: this rank's part of the images.
+    `competing`: the classes of which predictions choose; all if None.
     """
     model.eval()
     device = usable_device(device)
@@ -260,7 +64,7 @@ def observe(
             for evaluator in evaluators[inference]:
                 evaluator.add(Predictions(batch, outputs.grid, chosen, token_classes, outputs))
         num_images += len(batch.images)
-    spent = ranks.all_gather((num_images, time.perf_counter() - started))
+    spent = ranks.all_gather((num_images, time.perf_counter() - started))  # the slowest rank sets the speed
     speed = {"images_per_s": sum(n for n, _ in spent) / max(seconds for _, seconds in spent)}
     return {inference: _figures(of_one, ranks) | speed for inference, of_one in evaluators.items()}
 
@@ -277,66 +81,6 @@ def _figures(evaluators: Sequence[Evaluator], ranks: Ranks) -> dict[str, Any]:
     for evaluator in evaluators:
         evaluator.join(ranks)
     return {name: value for evaluator in evaluators for name, value in evaluator.figures()}
-
-
-def agreement(guess: TokenTargets, truth: TokenTargets, num_classes: int) -> tuple[int, int]:
-    """Return how many object tokens `guess` (aligned scores of a teacher) gets right, and how many it labels.
-
-    A token that lies outside what the teacher saw has no label, and is not judged.
-    """
-    objects, classes = object_tokens(truth)
-    objects &= guess.weight > 0
-    right = objects & (guess.dense(num_classes).argmax(dim=2) == classes)
-    return int(right.sum()), int(objects.sum())
-
-
-def mask_agreement(
-    store: LabelStore,
-    masks: str | Path,
-    *,
-    source: ImageSource | None = None,
-    ignore_index: int | None = None,
-) -> float:
-    """Return the share of object cells of a store's maps whose most probable class is that of the true mask.
-
-    `masks`: a folder of true dense labels, laid out like the images, or COCO's file; `ignore_index`: see `MaskFolder`.
-    Images without a mask are left out, which is said. `source`: the images, which know their orientation.
-    """
-    num_classes, names = store.manifest.num_classes, store.manifest.class_names
-    truth_of = MaskFolder(
-        masks, num_classes=num_classes, ignore_index=ignore_index, source=source, class_names=names
-    )
-    truth_of.check(names or tuple(map(str, range(num_classes))), all_needed=False)
-    is_stored, indices = store.manifest.orientation == Orientation.STORED, {}
-    if is_stored and source is not None:
-        indices = {key: index for index, key in enumerate(source.keys)}
-    elif is_stored:
-        say(
-            "the maps lie as the files store their pixels: name the images (--images) if any have an orientation tag"
-        )
-    keys = [*store.keys()]
-    with_mask = [key for key in keys if key in truth_of]
-    if not with_mask:
-        raise ValueError(f"{masks}: no mask of any of {len(keys):,} labelled images there ({listed(keys)})")
-    if len(with_mask) < len(keys):
-        say(f"{masks}: {len(with_mask):,} of {len(keys):,} images have a mask there; these are compared")
-    right = total = 0
-    for key in with_mask:
-        score_map = store[key]
-        if source is not None and key in indices:
-            score_map = turned_map(score_map, orientation_of(source.read(indices[key])))
-        height, width, _ = score_map.codes.shape
-        seen = torch.from_numpy(
-            stack_views([View.crop(score_map.region)])
-        )  # locations are then the map's cells
-        guess, truth = (
-            align(collate_score_maps([m]), seen, (height, width)) for m in (score_map, truth_of[key])
-        )
-        counts = agreement(guess, truth, num_classes)
-        right, total = right + counts[0], total + counts[1]
-    if not total:
-        raise ValueError(f"{masks}: no mask shows an object in any cell of the maps")
-    return right / total
 
 
 def evaluation_set(

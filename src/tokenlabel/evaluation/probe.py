@@ -52,7 +52,7 @@ def fit_probe(
     """
     x, y = features.double(), F.one_hot(classes, num_classes).double()
     x_mean, y_mean = x.mean(dim=0), y.mean(dim=0)
-    x, y = x - x_mean, y - y_mean
+    x, y = x - x_mean, y - y_mean  # so that the ridge does not shrink the bias
     covariance = x.T @ x / len(x)
     shrinkage = (
         ridge * covariance.diagonal().mean() * torch.eye(len(covariance), dtype=x.dtype, device=x.device)

@@ -16,7 +16,7 @@ import numpy as np
 from tokenlabel.core.scores import Orientation, ScoreMap, turned_map
 from tokenlabel.data.images import ImageError, ImageSource, decode_pixels, orientation_of
 from tokenlabel.drawing.page import Page, check_output
-from tokenlabel.drawing.pictures import ClassMap, Tile, make_album, top_classes
+from tokenlabel.drawing.pictures import ClassGrid, Tile, make_album, top_classes
 from tokenlabel.labels.inspection import MapSummary, as_probabilities, by_doubt, class_finder, summarize
 from tokenlabel.labels.store import LabelStore, StoreError
 from tokenlabel.labels.wordnet import with_words
@@ -31,7 +31,7 @@ SECTIONS = {
 }
 
 
-def map_of_scores(score_map: ScoreMap) -> ClassMap:
+def map_of_scores(score_map: ScoreMap) -> ClassGrid:
     """Return the most probable class of each cell of a score map, over the part of the image that the teacher saw."""
     probs = as_probabilities(score_map).probs
     best = probs.argmax(axis=2, keepdims=True)

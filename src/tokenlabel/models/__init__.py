@@ -6,9 +6,8 @@ from typing import Any
 
 from tokenlabel.core.outputs import Inference, Outputs, TokenModel
 from tokenlabel.models.adapter import TimmAdapter, create_timm_adapter
-from tokenlabel.models.hub import why_unknown
 from tokenlabel.models.lvvit import LVViT, LVViTConfig
-from tokenlabel.models.registration import OUR_MODELS, register_with_timm
+from tokenlabel.models.names import register_with_timm, why_unknown
 from tokenlabel.models.t2t_vit import T2TViT, T2TViTConfig
 from tokenlabel.models.weights import load_published
 from tokenlabel.runtime.coercion import Size, coerced, pair
@@ -53,7 +52,7 @@ def create_model(
             f"{num_classes}"
         )
     register_with_timm()
-    reason = why_unknown(name, OUR_MODELS, weights_option="--model.weights")
+    reason = why_unknown(name, weights_option="--model.weights")
     if reason is not None:
         raise ValueError(f"there is no model {name!r}; {reason or 'see docs/models.md for what there is'}")
     return create_timm_adapter(

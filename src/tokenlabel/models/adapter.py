@@ -1,21 +1,14 @@
-"""Any timm classifier with a token grid, with a second head for its tokens.
-
-What a model's features look like (a map, channels first or last; a sequence behind class, distillation or
-register tokens) is found out by running it once, not by knowing its name.
-"""
+"""Any timm classifier with a token grid, with a second head for its tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from enum import StrEnum
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import timm
-import torch
 from jaxtyping import Float
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import get_pretrained_cfg, group_parameters
@@ -23,6 +16,7 @@ from torch import Tensor, nn
 
 from tokenlabel.core.mix import MixPlan, mix_images
 from tokenlabel.core.outputs import Outputs, TokenModel, check_ascending
+from tokenlabel.models.features import REFUSALS, FeatureLayout, Features, classifier_features, run_blank
 from tokenlabel.models.weights import begin_as_classifier
 from tokenlabel.runtime.coercion import Size, check_numbers, pair
 from tokenlabel.runtime.errors import ModelError, first_line
@@ -33,32 +27,6 @@ from tokenlabel.runtime.hub import hub_or_cache
 POOLED_NORMS = ("fc_norm", "head.norm")
 
 TIMM_METHODS = ("forward_features", "forward_intermediates", "forward_head")
-
-# What timm models raise for sizes and options that they cannot take.
-REFUSALS = (RuntimeError, AssertionError, TypeError, ValueError, IndexError)
-
-
-class FeatureLayout(StrEnum):
-    """How a model's features are laid out."""
-
-    MAP = "B D h w"
-    CHANNELS_LAST_MAP = "B h w D"
-    SEQUENCE = "B M D"  # prefix tokens, then h * w tokens row by row
-
-
-@dataclass(frozen=True, slots=True)
-class Features:
-    """What one run of a model shows about its features.
-
-    `from_stage`: None if the tokens are in what the classifier gets, else the index that
-    `forward_intermediates` takes. `num_prefix`: tokens of a sequence before those of the grid.
-    """
-
-    layout: FeatureLayout
-    grid: tuple[int, int]
-    width: int
-    from_stage: int | None = None
-    num_prefix: int = 0
 
 
 class TimmAdapter(TokenModel):
@@ -212,15 +180,9 @@ class TimmAdapter(TokenModel):
 
     def _measure(self, img_size: tuple[int, int]) -> Features:
         """Run one blank image of this size through the backbone and look at what comes out."""
-        image = next(self.backbone.parameters()).new_zeros(1, 3, *img_size)
         stage = -1 if self.stage is None else self.stage
-        try:
-            with _evaluating(self.backbone), torch.no_grad():
-                seen, (dense,) = self.backbone.forward_intermediates(image, indices=[stage])
-        except REFUSALS as error:
-            where = "" if self.stage is None else f" at stage {self.stage}"
-            size = f"{img_size[0]} x {img_size[1]} pixels{where}"
-            raise ValueError(f"{self.name} cannot take images of {size}: {first_line(error)}") from error
+        where = "" if self.stage is None else f" at stage {self.stage}"
+        seen, dense = run_blank(self.backbone, img_size, stage=stage, name=self.name, where=where)
         grid = (dense.shape[2], dense.shape[3])
         found = Features(FeatureLayout.MAP, grid, width=dense.shape[1], from_stage=stage)
         if self.stage is None:
@@ -296,20 +258,6 @@ def create_timm_adapter(
     return adapter
 
 
-def classifier_features(seen: Any, grid: tuple[int, int]) -> Features | None:
-    """Say how the features that the classifier gets hold the grid; None if they don't."""
-    if not isinstance(seen, Tensor):  # several branches
-        return None
-    if seen.ndim == 4 and tuple(seen.shape[2:]) == grid:
-        return Features(FeatureLayout.MAP, grid, seen.shape[1])
-    if seen.ndim == 4 and tuple(seen.shape[1:3]) == grid:
-        return Features(FeatureLayout.CHANNELS_LAST_MAP, grid, seen.shape[3])
-    num_prefix = seen.shape[1] - grid[0] * grid[1]
-    if seen.ndim == 3 and num_prefix >= 0:
-        return Features(FeatureLayout.SEQUENCE, grid, seen.shape[2], num_prefix=num_prefix)
-    return None  # pooled, or only class tokens are left
-
-
 def _pooled_norm(backbone: nn.Module, width: int) -> str | None:
     """Return the name of the norm between pooling and classifier, if one fits features of this width."""
     modules = dict(backbone.named_modules())
@@ -347,18 +295,6 @@ def _features_of_mixed_embeddings(backbone: Any, images: Tensor, plan: MixPlan) 
     embeddings = mix_images(backbone.patch_embed(images), plan)  # [B, D, 2h, 2w]
     tokens = backbone.forward_tokens(embeddings.permute(0, 2, 3, 1))  # [B, N, D]
     return backbone.norm(backbone.forward_cls(tokens))
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Put a module into evaluation mode, and each of its parts back into its own mode afterwards."""
-    modes = {part: part.training for part in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes.items():
-            part.training = training
 
 
 def _rgb(values: Sequence[float]) -> tuple[float, float, float]:

@@ -1,12 +1,18 @@
-"""Run folders and their checkpoints, read; `training/checkpoint.py` says what is in them, and writes them."""
+"""Run folders and their checkpoints, read, and what these and exported files say of their network.
+
+`training/checkpoint.py` says what is in a checkpoint, and writes it.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load
 from torch import Tensor
 
@@ -15,6 +21,8 @@ from tokenlabel.runtime.errors import ModelError
 from tokenlabel.runtime.hub import local_name
 
 CHECKPOINT_FORMAT = 2
+
+_GO_BACK = "remove this folder to continue from the checkpoint before it"
 
 
 def list_checkpoints(run: Path) -> list[Path]:
@@ -40,6 +48,11 @@ def newest_checkpoint(path: str | Path) -> Path:
             f"{path}: holds no checkpoint; give a run folder that `tokenlabel train` made, or one of its checkpoints"
         )
     return checkpoints[-1]
+
+
+def checkpoint_or_file(path: str | Path) -> Path:
+    """Return the newest checkpoint of a run folder; any other path as it is."""
+    return newest_checkpoint(path) if is_run(path) else Path(local_name(path).removeprefix("local-dir:"))
 
 
 def read_weights(folder: Path, state: dict[str, Any]) -> dict[str, Tensor]:
@@ -86,4 +99,41 @@ def read_tensors(folder: Path, name: str, state: dict[str, Any]) -> dict[str, Te
     return dict(sorted(load(data).items()))
 
 
-_GO_BACK = "remove this folder to continue from the checkpoint before it"
+def options_without_weights(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a model's options for a model whose weights are at hand, so that timm fetches and reads none."""
+    return {k: v for k, v in options.items() if k not in ("pretrained", "checkpoint_path", "cache_dir")}
+
+
+def description_of(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a recipe, as plain data, says of its network and of how that is used, as exports state it."""
+    model, loss = recipe["model"], recipe["loss"]
+    taught = recipe["data"]["labels"] is not None or loss["teacher"]["name"] is not None
+    return {
+        "model": model["name"],
+        "img_size": model["img_size"],
+        "options": model["options"],
+        "crop_fraction": recipe["eval"]["crop_fraction"],
+        "interpolation": "bicubic",  # of every recipe
+        "inference": recipe["eval"]["inference"],
+        "precision": recipe["precision"],
+        "uses_token_labels": taught and loss["beta"] > 0,
+    }
+
+
+def read_description(path: str | Path) -> dict[str, Any]:
+    """Return what a file or checkpoint of ours says of its network, see `description_of`; nothing of another's.
+
+    `token_classes`: what the tokens are about, where it is something else than what the class token is about.
+    """
+    path = checkpoint_or_file(path)
+    state = (path if path.is_dir() else path.parent) / "state.json"
+    with suppress(OSError, ValueError, SafetensorError, KeyError, TypeError):
+        if state.exists() and (path.is_dir() or path.name in ("model.safetensors", "ema.safetensors")):
+            about = json.loads(state.read_text("utf-8"))
+            return {**description_of(about["recipe"]), "token_classes": about.get("token_classes")}
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+            if metadata.keys() >= {"model", "options", "img_size"}:
+                return {key: json.loads(value) for key, value in metadata.items() if key != "format"}
+    return {}

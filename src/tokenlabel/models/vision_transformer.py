@@ -18,7 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 from tokenlabel.core.linear import Linear
 from tokenlabel.core.mix import MixPlan, mix_tokens
-from tokenlabel.runtime.coercion import Size, coerced_fields, pair
+from tokenlabel.models.positions import resize_positions
+from tokenlabel.runtime.coercion import NATURAL, POSITIVE, Size, check_numbers, coerced_fields, pair
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,15 +39,8 @@ class TransformerConfig:
     drop_path: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("depth", "width", "num_heads"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
-        if not (self.residual_divisor > 0 and self.mlp_ratio > 0 and 0 <= self.drop_path < 1):
-            raise ValueError(
-                "residual_divisor and mlp_ratio must be above 0, drop_path in [0, 1); "
-                f"got {self.residual_divisor}, {self.mlp_ratio} and {self.drop_path}"
-            )
+        check_numbers(self, depth=NATURAL, width=NATURAL, num_heads=NATURAL)
+        check_numbers(self, residual_divisor=POSITIVE, mlp_ratio=POSITIVE, drop_path="[0, 1)")
         if self.width % self.num_heads:
             raise ValueError(
                 f"width {self.width} is not a multiple of num_heads {self.num_heads}; change one of them"
@@ -318,23 +312,6 @@ class MLP(nn.Module):
     def forward(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
         """Return each token's own transformation."""
         return self.fc2(F.gelu(self.fc1(tokens)))
-
-
-def resize_positions(
-    positions: Float[Tensor, "1 M D"], grid: tuple[int, int], new_grid: tuple[int, int]
-) -> Float[Tensor, "1 M2 D"]:
-    """Return position embeddings for another token grid (h, w), resized bicubically.
-
-    The last h * w embeddings are those of the grid, row by row; what comes before (a class token's) stays.
-    """
-    if grid == new_grid:
-        return positions
-    num_prefix = positions.shape[1] - grid[0] * grid[1]
-    planes = positions[:, num_prefix:].unflatten(1, grid).permute(0, 3, 1, 2)  # [1, D, h, w]
-    resized = F.interpolate(planes.float(), size=new_grid, mode="bicubic", align_corners=False)
-    return torch.cat(
-        [positions[:, :num_prefix], resized.to(positions.dtype).flatten(2).transpose(1, 2)], dim=1
-    )
 
 
 def initialise_linear(module: nn.Module) -> None:

@@ -24,9 +24,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tokenlabel.models.runs import is_run, newest_checkpoint
+from tokenlabel.models.runs import checkpoint_or_file
 from tokenlabel.runtime.errors import ModelError, first_line
-from tokenlabel.runtime.hub import local_name
 from tokenlabel.runtime.process import listed, say
 
 # How files and modules call a running average of the weights: state_dict_ema, model_ema.module., teacher. (DINO's).
@@ -78,7 +77,7 @@ def find_weights(path: str | Path, wanted: Collection[str], *, average: bool | N
 
     `average`: see `load_published`; None takes the averaged ones where there are some.
     """
-    path = _checkpoint(path)
+    path = checkpoint_or_file(path)
     if path.suffix == ".npz" and path.is_file():
         return Weights(path, "", {}, {})
     path, groups = _read(path, average=average)
@@ -105,14 +104,9 @@ def read_checkpoint(path: str | Path, *, average: bool = False) -> dict[str, Ten
 
     Raises ModelError for what cannot be read without running its code, and for a file without `average`.
     """
-    path, groups = _read(_checkpoint(path), average=average)
+    path, groups = _read(checkpoint_or_file(path), average=average)
     group, prefix = _choose(groups, (), average=average, path=path)
     return {name.removeprefix(prefix): tensor for name, tensor in groups[group].items()}
-
-
-def _checkpoint(path: str | Path) -> Path:
-    """Return the newest checkpoint of a run folder; any other path as it is."""
-    return newest_checkpoint(path) if is_run(path) else Path(local_name(path).removeprefix("local-dir:"))
 
 
 def _read(path: Path, *, average: bool | None) -> tuple[Path, dict[str, dict[str, Tensor]]]:
@@ -133,6 +127,7 @@ def _read(path: Path, *, average: bool | None) -> tuple[Path, dict[str, dict[str
 
 
 def _groups(contents: Mapping[Any, Any], name: str = "") -> Iterator[tuple[str, dict[str, Tensor]]]:
+    # Checkpoints nest: weights, their averages and the optimizer's state under keys of their own.
     named = {key: value for key, value in contents.items() if isinstance(key, str)}
     tensors = {WRAPPED.sub("", key): value for key, value in named.items() if isinstance(value, Tensor)}
     if tensors:
@@ -152,10 +147,12 @@ def _choose(
     votes: Counter[tuple[str, str]] = Counter()
     for group, tensors in groups.items():
         for name in tensors:
+            # A name votes for each prefix that leaves a name of the network: `module.net.head.weight` for `module.net.`
+            # and, where the network has a `net`, for `module.`. The true prefix gets the votes of all tensors.
             starts = [0, *(match.end() for match in re.finditer(r"\.", name))]
             votes.update((group, name[:start]) for start in starts if name[start:] in wanted)
     most = max(votes.values(), default=0)
-    if 4 * most < len(wanted) or not wanted:
+    if 4 * most < len(wanted) or not wanted:  # names of another layout, which timm translates
         votes = Counter({(group, _wrapper(tensors)): len(tensors) for group, tensors in groups.items()})
         most = max(votes.values())
     places = [place for place, count in votes.most_common() if 2 * count >= most]
@@ -180,53 +177,13 @@ def _wrapper(tensors: Collection[str]) -> str:
         prefix += f"{first}."
 
 
-def options_without_weights(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a model's options for a model whose weights are at hand, so that timm fetches and reads none."""
-    return {k: v for k, v in options.items() if k not in ("pretrained", "checkpoint_path", "cache_dir")}
-
-
-def description_of(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a recipe, as plain data, says of its network and of how that is used, as exports state it."""
-    model, loss = recipe["model"], recipe["loss"]
-    taught = recipe["data"]["labels"] is not None or loss["teacher"]["name"] is not None
-    return {
-        "model": model["name"],
-        "img_size": model["img_size"],
-        "options": model["options"],
-        "crop_fraction": recipe["eval"]["crop_fraction"],
-        "interpolation": "bicubic",  # of every recipe
-        "inference": recipe["eval"]["inference"],
-        "precision": recipe["precision"],
-        "uses_token_labels": taught and loss["beta"] > 0,
-    }
-
-
-def read_description(path: str | Path) -> dict[str, Any]:
-    """Return what a file or checkpoint of ours says of its network, see `description_of`; nothing of another's.
-
-    `token_classes`: what the tokens are about, where it is something else than what the class token is about.
-    """
-    path = _checkpoint(path)
-    state = (path if path.is_dir() else path.parent) / "state.json"
-    with suppress(OSError, ValueError, SafetensorError, KeyError, TypeError):
-        if state.exists() and (path.is_dir() or path.name in ("model.safetensors", "ema.safetensors")):
-            about = json.loads(state.read_text("utf-8"))
-            return {**description_of(about["recipe"]), "token_classes": about.get("token_classes")}
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-            if metadata.keys() >= {"model", "options", "img_size"}:
-                return {key: json.loads(value) for key, value in metadata.items() if key != "format"}
-    return {}
-
-
 def read_class_names(path: str | Path) -> tuple[str, ...]:
     """Return the class names that come with a file of weights; none if nobody says them.
 
     They are in the metadata of our exports, beside our checkpoints, in the config.json of a folder for timm, and where
     people put them in a .pth: `class_names`, `classes`, or a mapping such as `class_to_idx`.
     """
-    path = _checkpoint(path)
+    path = checkpoint_or_file(path)
     folder = path if path.is_dir() else path.parent
     found: Any = None
     with suppress(OSError, ValueError, SafetensorError, AttributeError, TypeError):

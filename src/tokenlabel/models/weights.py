@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -13,39 +12,14 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenlabel.models.vision_transformer import VisionTransformer, resize_positions
-from tokenlabel.models.weight_files import (
-    Weights,
-    find_weights,
-    names_in_order,
-    read_checkpoint,
-    read_class_names,
-    read_description,
-)
+from tokenlabel.models.positions import resize_all_positions
+from tokenlabel.models.vision_transformer import VisionTransformer
+from tokenlabel.models.weight_files import Weights, find_weights
 from tokenlabel.runtime.errors import ModelError, first_line
 from tokenlabel.runtime.hub import hub_or_cache
 from tokenlabel.runtime.process import say
-
-__all__ = [
-    "Loaded",
-    "Weights",
-    "adapter_name",
-    "build_with",
-    "count_classes",
-    "find_weights",
-    "fingerprint",
-    "load",
-    "load_published",
-    "misfit",
-    "names_in_order",
-    "read_checkpoint",
-    "read_class_names",
-    "read_description",
-    "resize_all_positions",
-]
 
 LOGGER = logging.getLogger(__name__)
 
@@ -144,6 +118,7 @@ def _adapt(
     token_head = {f"token_head.{key}": tensor for key, tensor in weights.token_head.items()}
     shapes = {key: tensor.shape for key, tensor in found.items()}
     create: Callable[..., nn.Module] | None = model.rebuild
+    # Our own networks have one way to other sizes, timm's have theirs: each knows what else depends on the grid.
     ours = isinstance(model.backbone, VisionTransformer) or create is None
     if ours or grid is not None:
         resize_all_positions(found, model, grid=grid, name=name)
@@ -168,6 +143,7 @@ def build_with(create: Callable[..., nn.Module], weights: Weights, *, like: nn.M
 
     `create`: makes the model as `timm.create_model` does. `like`: one that it made. Raises ModelError.
     """
+    # timm adapts weights only on their way into a model that it creates: so the file passes for the pretrained ones.
     overlay: dict[str, Any] = dict.fromkeys(HUB_FIELDS) | {"num_classes": count_classes(weights, like)}
     if weights.path.suffix == ".npz":  # of the original ViTs, which timm reads its own way
         overlay |= {"file": str(weights.path), "custom_load": True}
@@ -177,6 +153,7 @@ def build_with(create: Callable[..., nn.Module], weights: Weights, *, like: nn.M
             tensors |= {f"aux_head.{name}": tensor for name, tensor in weights.token_head.items()}
         overlay |= {"state_dict": tensors, "custom_load": False}
     network: Any = None
+    # The random numbers that the network would begin with must not move those of the run.
     with _missing_in_timm() as missing:
         try:
             with torch.random.fork_rng(devices=[]), hub_or_cache(online=False):
@@ -263,6 +240,8 @@ def _fit_heads(
         counts = (len(own), len(theirs))
         if counts not in kept and name in by_name:
             kept[counts] = rows(len(theirs)) if rows else {}
+        # Rows of the classes that both name go to their places, the others begin as the model has them; without
+        # names a head for as many classes is taken as it is.
         taken = kept[counts] if name in by_name else {}
         if taken and max(taken) < len(own):
             found[name] = own.clone()
@@ -308,6 +287,7 @@ def begin_as_classifier(model: Any) -> None:
 def fingerprint(network: nn.Module) -> str:
     """Return a hash of all weights, by which another training of the same network is told apart."""
     digest = hashlib.blake2b(digest_size=16)
+    # By name: the order of modules may change from one version of timm to the next.
     for name, tensor in sorted(network.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
@@ -359,47 +339,3 @@ def adapter_name(name: str) -> str:
         return name
     head, dot, rest = name.partition("aux_head.")
     return f"token_head.{rest}" if dot and not head else f"backbone.{name}"
-
-
-def resize_all_positions(
-    found: dict[str, Tensor], model: Any, *, grid: tuple[int, int] | None = None, name: str
-) -> tuple[str, ...]:
-    """Resize the position embeddings in `found` to the model's grid, in place, and return their names.
-
-    `grid`: theirs, see `load_published`. `name`: what errors call the file.
-    """
-    resized = []
-    for key, ours in model.state_dict().items():
-        theirs = found.get(key)
-        if theirs is None or key.rpartition(".")[2] != "pos_embed" or theirs.ndim != ours.ndim:
-            continue
-        if ours.ndim == 4 and theirs.shape != ours.shape:  # a map: VOLO's channels last, PiT's channels first
-            found[key] = _resize_map(theirs, ours.shape)
-            resized.append(key)
-        if ours.ndim != 3:
-            continue
-        num_prefix = ours.shape[1] - model.grid[0] * model.grid[1]
-        num_positions = theirs.shape[1] - num_prefix
-        old_grid = grid or _guess_grid(num_positions, model.grid, name=name)
-        if old_grid[0] * old_grid[1] != num_positions:
-            raise ModelError(f"{name}: {num_positions} positions are not a grid of {old_grid}")
-        if old_grid != model.grid:
-            found[key] = resize_positions(theirs, old_grid, model.grid)
-            resized.append(key)
-    return tuple(resized)
-
-
-def _resize_map(positions: Tensor, shape: torch.Size) -> Tensor:
-    if positions.shape[1] == shape[1]:
-        return F.interpolate(positions.float(), size=tuple(shape[2:]), mode="bicubic")
-    planes = positions.permute(0, 3, 1, 2).float()
-    return F.interpolate(planes, size=tuple(shape[1:3]), mode="bicubic").permute(0, 2, 3, 1)
-
-
-def _guess_grid(num_positions: int, new_grid: tuple[int, int], *, name: str) -> tuple[int, int]:
-    if num_positions == new_grid[0] * new_grid[1]:
-        return new_grid
-    side = math.isqrt(max(0, num_positions))
-    if side * side != num_positions or side == 0:
-        raise ModelError(f"{name}: {num_positions} positions are no square; say their grid (h, w) by `grid`")
-    return side, side

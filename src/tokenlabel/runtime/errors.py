@@ -6,7 +6,7 @@ What users can cause is a ValueError of one line; all others are plain ones.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 RENAMED = {"size_px": "img_size", "size-px": "img-size"}
 """Fields and options that are called otherwise now."""
@@ -76,3 +76,10 @@ def near_names(word: str, known: Sequence[str], *, prefix: str = "") -> str:
     group = word.rpartition(".")[0]
     beside = [prefix + name for name in known if name.rpartition(".")[0] == group]
     return f"; known there: {', '.join(beside)}" if beside else ""
+
+
+def refuse(faults: Mapping[str, object], error: type[ValueError] = ConfigError) -> None:
+    """Raise an error with the first message whose value is true: what must not be, as a table."""
+    for message, is_so in faults.items():
+        if is_so:
+            raise error(message)

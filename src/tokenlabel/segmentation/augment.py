@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 from jaxtyping import Int16, UInt8
 from numpy.typing import NDArray
@@ -12,8 +10,9 @@ from PIL import Image
 from tokenlabel.core.geometry import Box, View
 from tokenlabel.data.config import Interpolation
 from tokenlabel.data.resampling import MEAN_COLOUR, resize
-from tokenlabel.runtime.coercion import NATURAL, POSITIVE, Size, check_numbers, coerced_fields, pair
+from tokenlabel.runtime.coercion import Size, pair
 from tokenlabel.segmentation.classes import IGNORED
+from tokenlabel.segmentation.recipe import SegmentAugmentConfig
 
 Pixels = UInt8[NDArray[np.uint8], "height width 3"]
 Mask = Int16[NDArray[np.int16], "height width"]  # class ids, -1 where none counts
@@ -26,38 +25,6 @@ NUM_CROP_TRIES = 10
 BRIGHTNESS = 32.0  # levels of 255, added
 CONTRAST = SATURATION = (0.5, 1.5)  # factors
 HUE = 18 / 180  # of the colour circle
-
-
-@dataclass(frozen=True, kw_only=True)
-@coerced_fields
-class SegmentAugmentConfig:
-    """How training images and masks are augmented."""
-
-    short_side_px: int | None = None
-    """Images are resized to this shorter side, before the random factor; none leaves them as they are."""
-    max_aspect: float = 4.0
-    """Images whose longer side would become more than this many times that are resized by their longer side."""
-    scale: tuple[float, float] = (0.5, 2.0)
-    """Range of the random factor of the size."""
-    category_max_ratio: float = 0.75
-    """Crops of which one class covers more than this are drawn again, up to ten times; 1 takes the first."""
-    horizontal_flip: float = 0.5
-    """Probability that left and right change places."""
-    photometric: bool = True
-    """Change brightness, contrast, saturation and hue, each of half of the images."""
-
-    def __post_init__(self) -> None:
-        check_numbers(self, "augment.", short_side_px=NATURAL, max_aspect=NATURAL, scale=POSITIVE)
-        low, high = self.scale
-        if not 0 < low <= high:
-            raise ValueError(
-                f"augment.scale must be two numbers with 0 < first <= second, got {low} and {high}"
-            )
-        if not 0 < self.category_max_ratio <= 1 or not 0 <= self.horizontal_flip <= 1:
-            raise ValueError(
-                "augment.category_max_ratio must lie above 0 and not above 1, horizontal_flip within 0 and 1, "
-                f"got {self.category_max_ratio} and {self.horizontal_flip}"
-            )
 
 
 class SegmentTransform:
@@ -156,6 +123,7 @@ def draw_crop(
         if max_ratio >= 1:
             break
         window = mask[top : top + height, left : left + width]
+        # The published rule, which keeps large areas (sky, road) from filling most crops.
         counts = np.bincount((window - IGNORED).ravel())[1:]  # of the classes: bincount takes no -1
         if np.count_nonzero(counts) > 1 and counts.max() < max_ratio * counts.sum():
             break

@@ -17,11 +17,12 @@ from tokenlabel.runtime.arguments import (
     write_json,
 )
 from tokenlabel.runtime.coercion import COUNT, check_numbers
+from tokenlabel.runtime.errors import ConfigError, ModelError, refuse
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
-    from tokenlabel.segmentation.task import TrainedSegmenter
+    from tokenlabel.models.load import LoadedModel
 
 USAGE = """usage: tokenlabel segment train|eval|predict ...
 
@@ -68,6 +69,7 @@ def _evaluate(arguments: list[str]) -> int:
     from tokenlabel.runtime.distributed import autocast, joined_ranks
     from tokenlabel.runtime.process import listed, say
     from tokenlabel.segmentation.evaluation import evaluate_segmentation
+    from tokenlabel.segmentation.inference import segmenter_of
     from tokenlabel.segmentation.layouts import other_pairs
 
     device = device_of(options.device)
@@ -76,7 +78,7 @@ def _evaluate(arguments: list[str]) -> int:
         data, names = trained.recipe.data, trained.class_names
         pairs = other_pairs(data, names, split=options.split, images=options.images, masks=options.masks)
         figures = evaluate_segmentation(
-            trained.segmenter(device),
+            segmenter_of(trained, device),
             pairs,
             device=device,
             autocast=autocast(device, trained.recipe.precision),
@@ -113,37 +115,24 @@ def _eval_options(arguments: list[str]) -> Namespace:
     options = parse(parser, arguments)
     check_numbers(options, "--", num_workers=COUNT)
     if options.split and (options.images or options.masks):
-        raise ValueError(
+        raise ConfigError(
             "--split names a part of the data set, --images and --masks other folders; leave one out"
         )
     return options
 
 
 def _predict(arguments: list[str]) -> int:
-    parser = new_parser(
-        "segment predict",
-        "Write the class of every pixel of images: masks with a palette and overlays, or soft maps into a label store.",
-    )
-    _add_network(parser)
-    parser.add_argument("images", type=Path, nargs="+", help="image files or folders of them")
-    parser.add_argument("--out", type=Path, help="folder for masks/, overlays/ and classes.json")
-    parser.add_argument(
-        "--store", type=Path, help="label store for soft predictions, on the grid of the model's head"
-    )
-    options = parse(parser, arguments)
-    if not (options.out or options.store):
-        raise ValueError("name --out for masks and overlays, --store for soft predictions, or both")
-    if options.store and (len(options.images) > 1 or not options.images[0].is_dir()):
-        raise ValueError("--store takes one folder of images: keys of labels are relative to it")
+    options = _predict_options(arguments)
 
     from tokenlabel.models.weights import fingerprint
     from tokenlabel.runtime.distributed import autocast
+    from tokenlabel.segmentation.inference import segmenter_of
     from tokenlabel.segmentation.layouts import classes_of
     from tokenlabel.segmentation.predictions import predict_files, store_predictions
 
     device = device_of(options.device)
     trained = _network(options)
-    segmenter = trained.segmenter(device)
+    segmenter = segmenter_of(trained, device)
     with autocast(device, trained.recipe.precision):
         if options.out:
             classes = classes_of(trained.recipe.data, trained.class_names)
@@ -160,6 +149,31 @@ def _predict(arguments: list[str]) -> int:
             )
             print(f"{options.store}: {num_new:,} images labelled")
     return 0
+
+
+def _predict_options(arguments: list[str]) -> Namespace:
+    parser = new_parser(
+        "segment predict",
+        "Write the class of every pixel of images: masks with a palette and overlays, or soft maps into a label store.",
+    )
+    _add_network(parser)
+    parser.add_argument("images", type=Path, nargs="+", help="image files or folders of them")
+    parser.add_argument("--out", type=Path, help="folder for masks/, overlays/ and classes.json")
+    parser.add_argument(
+        "--store", type=Path, help="label store for soft predictions, on the grid of the model's head"
+    )
+    options = parse(parser, arguments)
+    is_folder = len(options.images) == 1 and options.images[0].is_dir()
+    refuse(
+        {
+            "name --out for masks and overlays, --store for soft predictions, or both": not (
+                options.out or options.store
+            ),
+            "--store takes one folder of images: keys of labels are relative to it": options.store
+            and not is_folder,
+        }
+    )
+    return options
 
 
 def _add_network(parser: ArgumentParser) -> None:
@@ -185,19 +199,26 @@ def _add_network(parser: ArgumentParser) -> None:
     add_device(parser)
 
 
-def _network(options: Namespace) -> TrainedSegmenter:
+def _network(options: Namespace) -> LoadedModel:
     """Return the model that the command line names, with the recipe as the command line changes it."""
-    from tokenlabel.segmentation.layouts import Layout
-    from tokenlabel.segmentation.task import load_published_segmenter, load_segmenter
+    from tokenlabel.segmentation.recipe import Layout, SegmentRecipe
+    from tokenlabel.training.checkpoint import load_run
 
-    if options.recipe is not None:
-        trained = load_published_segmenter(options.network, options.recipe, root=options.root)
+    if options.recipe is None:
+        loaded = load_run(options.network, SegmentRecipe)
     else:
-        trained = load_segmenter(options.network)
-    recipe = trained.recipe
+        loaded = _load_by_recipe(options.network, options.recipe, root=options.root)
+    recipe: SegmentRecipe = loaded.recipe
+    refuse(
+        {
+            "--root is for known layouts; name folders with --images and --masks": options.root is not None
+            and recipe.data.layout is Layout.FOLDERS,
+            "--stride is the distance of windows, and with mode whole there are none; leave one out": options.stride
+            is not None
+            and (options.mode or recipe.eval.mode) == "whole",
+        }
+    )
     if options.root is not None:
-        if recipe.data.layout is Layout.FOLDERS:
-            raise ValueError("--root is for known layouts; name folders with --images and --masks")
         recipe = replace(recipe, data=replace(recipe.data, root=options.root))
     changes: dict[str, Any] = {
         "mode": options.mode,
@@ -206,16 +227,48 @@ def _network(options: Namespace) -> TrainedSegmenter:
         "flip": options.flip or None,
     }
     changes = {name: value for name, value in changes.items() if value is not None}
-    if options.stride is not None and (options.mode or recipe.eval.mode) == "whole":
-        raise ValueError(
-            "--stride is the distance of windows, and with mode whole there are none; leave one out"
-        )
     if options.short_side is not None:
-        changes["short_side_px"] = options.short_side or None
+        changes["short_side_px"] = options.short_side or None  # 0: as they are
     try:
-        return replace(trained, recipe=replace(recipe, eval=replace(recipe.eval, **changes)))
+        return replace(loaded, recipe=replace(recipe, eval=replace(recipe.eval, **changes)))
     except ValueError as error:  # it names the recipe's fields
         spelled = re.sub(
             r"^eval\.(\w+?)(_px)?(?= must)", lambda field: f"--{field[1].replace('_', '-')}", str(error)
         )
         raise ValueError(spelled) from error
+
+
+def _load_by_recipe(path: Path, name: str, *, root: str | None) -> LoadedModel:
+    """Return a model from a published file, with the recipe (a name, or a file) that it goes with.
+
+    Its classes are those of the recipe's data. Raises ModelError for a file that does not fill all of the model, such
+    as a backbone.
+    """
+    from tokenlabel.models.load import LoadedModel
+    from tokenlabel.models.segmentation import create_segmentation_model, load_segmentation_weights
+    from tokenlabel.runtime.configuration import config_from_dict
+    from tokenlabel.segmentation.layouts import classes_of
+    from tokenlabel.segmentation.recipe import SegmentRecipe
+    from tokenlabel.training.recipe import recipe_content
+
+    nested = recipe_content(name, SegmentRecipe)
+    data = nested.setdefault("data", {})
+    data["root"] = root or data.get("root", ".")
+    recipe = config_from_dict(nested, SegmentRecipe, name=name)
+    names = classes_of(recipe.data, list(recipe.data.class_names)).names
+    model = create_segmentation_model(recipe.model, num_classes=len(names))
+    new = load_segmentation_weights(model, path, average=recipe.model.average)
+    if new:
+        raise ModelError(
+            f"{path}: is no whole model of {name}: it has nothing for {', '.join(sorted(new)[:3])}"
+            f"{', ...' if len(new) > 3 else ''}; train one from it (tokenlabel segment train --model.weights)"
+        )
+    return LoadedModel(
+        name=str(path),
+        model=model.eval(),
+        class_names=tuple(names),
+        img_size=recipe.model.img_size,
+        precision=recipe.precision,
+        recipe=recipe,
+        step=0,
+    )

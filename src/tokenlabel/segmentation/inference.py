@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -15,43 +13,14 @@ from torch.nn import functional as F
 from tokenlabel.core.batch import normalize_images
 from tokenlabel.data.config import Interpolation
 from tokenlabel.data.resampling import resize
-from tokenlabel.runtime.coercion import NATURAL, POSITIVE, Size, check_numbers, coerced_fields, pair
+from tokenlabel.models.load import LoadedModel
+from tokenlabel.models.segmentation import SegmentationModel
+from tokenlabel.runtime.coercion import Size, pair
 from tokenlabel.segmentation.augment import fitted_size
-from tokenlabel.segmentation.model import SegmentationModel
+from tokenlabel.segmentation.recipe import SegmentEvalConfig
 
 # Classes whose logits are made as large as the image at once: what bounds the memory that a large photo takes.
 _CLASSES_AT_ONCE = 16
-
-
-@dataclass(frozen=True, kw_only=True)
-@coerced_fields
-class SegmentEvalConfig:
-    """How images are segmented in evaluation and prediction."""
-
-    every_epochs: float = 1.0
-    """Epochs between evaluations while it trains; the last step is always evaluated."""
-    mode: Literal["slide", "whole"] = "slide"
-    """slide looks through windows of the training crops' size, whole at all of an image at once."""
-    stride_px: tuple[int, int] | None = None
-    """Distance of windows, down and across; by default two thirds of them, as published (341 of 512)."""
-    short_side_px: int | None = None
-    """Images are resized to this shorter side, the answer back to their own size; none leaves them as they are."""
-    max_aspect: float = 4.0
-    """Images whose longer side would become more than this many times that are resized by their longer side."""
-    scales: tuple[float, ...] = (1.0,)
-    """Look at the image in each of these sizes, relative to that, and average (.5, .75, ... 1.75 as published)."""
-    flip: bool = False
-    """Look at it mirrored, too, and average."""
-    windows_at_once: int = 4
-    """How many windows go through the model at once."""
-
-    def __post_init__(self) -> None:
-        if not self.scales:
-            raise ValueError("eval.scales must be numbers above 0, got none")
-        check_numbers(self, "eval.", scales=POSITIVE, every_epochs=POSITIVE)
-        if self.stride_px is not None and min(self.stride_px) < 1:
-            raise ValueError(f"eval.stride_px must be at least 1 down and across, got {list(self.stride_px)}")
-        check_numbers(self, "eval.", windows_at_once=NATURAL, short_side_px=NATURAL, max_aspect=NATURAL)
 
 
 class Segmenter:
@@ -129,6 +98,11 @@ class Segmenter:
         )
 
 
+def segmenter_of(network: LoadedModel, device: torch.device) -> Segmenter:
+    """Return the model of a run, moved to a device, with the way in which its recipe looks at images."""
+    return Segmenter(network.model.to(device), network.recipe.eval, window_px=network.img_size)
+
+
 def whole_logits(
     model: SegmentationModel, images: Float[Tensor, "B 3 height width"]
 ) -> Float[Tensor, "B C height width"]:
@@ -174,7 +148,7 @@ def slide_logits(
             total[0, :, top : top + size[0], left : left + size[1]] += logits
             seen[0, 0, top : top + size[0], left : left + size[1]] += 1
     assert total is not None
-    return total / seen
+    return total / seen  # logits, not probabilities, are averaged, as published
 
 
 def window_starts(length_px: int, window_px: int, stride_px: int) -> list[int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 from jaxtyping import Int, Int16
@@ -18,12 +17,11 @@ from tokenlabel.labels.store import LabelStore
 from tokenlabel.runtime.distributed import current_ranks
 from tokenlabel.runtime.errors import DataError
 from tokenlabel.runtime.process import listed, say
-from tokenlabel.segmentation.augment import SegmentAugmentConfig, fitted_size
+from tokenlabel.segmentation.augment import fitted_size
 from tokenlabel.segmentation.classes import IGNORED
 from tokenlabel.segmentation.data import SegmentBatch
-from tokenlabel.segmentation.layouts import SegmentDataConfig
 from tokenlabel.segmentation.pairs import ImageMaskPairs
-from tokenlabel.segmentation.recipe import SegmentLossConfig
+from tokenlabel.segmentation.recipe import SegmentAugmentConfig, SegmentDataConfig, SegmentLossConfig
 
 # Masks that are held against the cells of label maps.
 NUM_COMPARED = 100
@@ -69,8 +67,8 @@ def open_labels(config: SegmentDataConfig, pairs: ImageMaskPairs) -> LabelStore 
     return store
 
 
-def checked_labels(store: LabelStore, pairs: ImageMaskPairs) -> dict[str, Any]:
-    """Return what a run is to remember of its labels; say what is missing, and what is too small for the maps.
+def check_labels(store: LabelStore, pairs: ImageMaskPairs) -> int:
+    """Return how many images without a mask lack a label; say so, and what is too small for the maps.
 
     Raises DataError where none of the images without a mask has a label.
     """
@@ -92,9 +90,7 @@ def checked_labels(store: LabelStore, pairs: ImageMaskPairs) -> dict[str, Any]:
             f"label maps of {grid[0]} x {grid[1]} cells are coarser than the objects of {name!r}: {share:.0%} of its "
             "pixels in masks lie in cells that show more of another class; `annotate --cells` makes finer maps"
         )
-    newest = max((shard.generation for shard in store.shards), default=0)
-    told = {"num_missing": len(missing), "num_masks": len(with_mask), "annotated_again": newest or None}
-    return told | store.manifest.origin()
+    return len(missing)
 
 
 def finer_for_maps(

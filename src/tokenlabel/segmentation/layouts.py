@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 from tokenlabel.data.classes import difference, read_class_names, same_classes
 from tokenlabel.data.coco import COCO_SUFFIX, CROWD, CocoMasks
@@ -14,118 +13,14 @@ from tokenlabel.data.folders import list_images, passed_over_text, without_masks
 from tokenlabel.data.images import EXTENSIONS, DataError
 from tokenlabel.data.masks import mask_names, unlabelled_value
 from tokenlabel.labels.manifest import read_manifest
-from tokenlabel.runtime.coercion import COUNT, Choice, check_numbers, coerced, coerced_fields
+from tokenlabel.runtime.coercion import coerced
 from tokenlabel.runtime.process import listed, say
 from tokenlabel.segmentation.classes import Classes, known_classes, numbered_classes
 from tokenlabel.segmentation.pairs import ImageMaskPairs
+from tokenlabel.segmentation.recipe import Layout, SegmentDataConfig, Split
 
 CLASSES_FILE = "classes.txt"  # beside masks: the names of their classes, a line each
-
-
-class Layout(Choice):
-    """How images and masks lie on the disk.
-
-    ADE20K: images/training/NAME.jpg and annotations/training/NAME.png. VOC: JPEGImages, SegmentationClass and
-    ImageSets/Segmentation/train.txt. CITYSCAPES: leftImg8bit/train/CITY and gtFine/train/CITY. SCENES: what
-    `tokenlabel demo` writes. FOLDERS: a folder of images and one of masks of the same names.
-    """
-
-    ADE20K = "ade20k"
-    VOC = "voc"
-    CITYSCAPES = "cityscapes"
-    SCENES = "scenes"
-    FOLDERS = "folders"
-
-
-Split = Literal["train", "val"]
-SPLITS = {
-    Layout.ADE20K: {"train": "training", "val": "validation"},
-    Layout.VOC: {"train": "train", "val": "val"},
-    Layout.CITYSCAPES: {"train": "train", "val": "val"},
-    Layout.SCENES: {"train": "train", "val": "val"},
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-@coerced_fields
-class SegmentDataConfig:
-    """Which images and masks to train and evaluate on."""
-
-    layout: Layout
-    """ade20k, voc, cityscapes, scenes, or folders."""
-    root: str | None = None
-    """Folder of the data set (ADEChallengeData2016, VOC2012, cityscapes, the demo's scenes); not for folders."""
-    train_split: str | None = None
-    """Part of the data set to train on; by default the one that is called so there."""
-    val_split: str | None = None
-    """Part of the data set to evaluate on; by default the one that is called so there."""
-    train: str | None = None
-    """Layout folders: training images, at any depth; without masks and labels the folder of images/ and masks/."""
-    masks: str | None = None
-    """Layout folders: their masks, PNGs of one channel at the same paths, or COCO's file about them (.json); with
-    labels, those that there are."""
-    labels: str | list[str] | None = None
-    """Layout folders: label store that `tokenlabel annotate` made for the training images, or several that are read as
-    one: images without a mask learn from it."""
-    val: str | None = None
-    """Layout folders: images to evaluate on, as train; none to skip evaluation."""
-    val_masks: str | None = None
-    """Layout folders: their masks, likewise."""
-    class_names: tuple[str, ...] = ()
-    """Layout folders: the name of the class of each value in the masks, from 0; by default the categories of
-    COCO's file, a line each in classes.txt beside the masks, or the classes of the labels."""
-    class_values: tuple[int, ...] = ()
-    """Layout folders: the value of each class in the masks, such as [0,255]; 0, 1, 2, ... by default."""
-    ignore_index: int | tuple[int, ...] | None = None
-    """Layout folders: value, or values, of pixels that do not count; 255 by default, of more than 255 classes 65535."""
-    background: str | None = None
-    """Layouts scenes and folders: one more class, of the pixels that do not count by default; none leaves them out."""
-    num_workers: int = 2
-    """Processes that decode and augment images."""
-
-    @property
-    def image_folders(self) -> list[str | None]:
-        """Where images are: no run may lie in there."""
-        return [self.train, self.val]
-
-    def __post_init__(self) -> None:
-        check_numbers(self, "data.", num_workers=COUNT)
-        is_folders = self.layout is Layout.FOLDERS
-        if is_folders and not self.train:
-            raise ValueError(
-                "data.layout folders needs data.train: images, with data.masks, data.labels or both, or a folder of "
-                "images/ and masks/"
-            )
-        if not is_folders and (self.masks or self.labels):
-            raise ValueError(
-                f"data.layout {self.layout.value} has masks of its own; data.masks and data.labels are for folders"
-            )
-        if not is_folders and self.root is None:
-            raise ValueError(f"data.layout {self.layout.value} needs data.root, the folder of the data set")
-        if self.layout not in (Layout.FOLDERS, Layout.SCENES) and (self.class_names or self.background):
-            raise ValueError(
-                f"data.layout {self.layout.value} has its own classes; leave data.class_names and data.background out"
-            )
-        if not is_folders and (self.class_values or self.ignore_index is not None):
-            raise ValueError(
-                f"data.layout {self.layout.value} has its own values; leave data.class_values and data.ignore_index out"
-            )
-        if self.val_masks and not self.val:
-            raise ValueError("data.val_masks are masks of images; name these with data.val")
-
-    @property
-    def label_folders(self) -> list[str]:
-        """The folders of the labels; empty without labels."""
-        return [self.labels] if isinstance(self.labels, str) else self.labels or []
-
-    def folders(self, split: Split) -> tuple[Path, Path | None] | None:
-        """Return the folders of images and masks of layout folders; no masks where labels alone teach, or no images."""
-        images, masks = (self.train, self.masks) if split == "train" else (self.val, self.val_masks)
-        if images is None:
-            return None
-        if masks is None and (split == "val" or not self.labels):
-            return Path(images) / "images", Path(images) / "masks"
-        return Path(images), Path(masks) if masks else None
+ADE20K_SPLITS = {"train": "training", "val": "validation"}  # elsewhere they are called as here
 
 
 def open_pairs(config: SegmentDataConfig, split: Split) -> ImageMaskPairs | None:
@@ -143,9 +38,10 @@ def open_pairs(config: SegmentDataConfig, split: Split) -> ImageMaskPairs | None
     assert config.root is not None
     root = Path(config.root)
     given = config.train_split if split == "train" else config.val_split
-    part = given or SPLITS[config.layout][split]
+    part = given or split
     match config.layout:
         case Layout.ADE20K:
+            part = given or ADE20K_SPLITS[split]
             images = root / "images" / part
             return _checked(known_classes("ade20k"), images, root / "annotations" / part)
         case Layout.VOC:
@@ -246,7 +142,7 @@ def other_pairs(
 def _checked(
     classes: Classes,
     images: Path,
-    masks: Path | None,
+    masks: Path,
     *,
     names: Sequence[str] | None = None,
     mask_of: Callable[[str], Iterable[str]] = mask_names,
@@ -258,44 +154,45 @@ def _checked(
     image without a mask is an error.
     """
     _check_folders(images, masks)
-    if masks is None:
-        listing = list_images(images)
-        if not listing.images:
-            raise DataError(f"{images}: no images ({', '.join(EXTENSIONS)})")
-        say(f"{images}: {len(listing.images):,} images without masks")
-        return ImageMaskPairs(classes, images, images, [(image, "") for image in sorted(listing.images)])
     there = {path.relative_to(masks).as_posix() for path in masks.rglob("*") if path.is_file()}
     listing = list_images(images)
-    if images.resolve() == masks.resolve():  # x_mask.png beside x.jpg
+    is_one_folder = images.resolve() == masks.resolve()
+    if is_one_folder:  # x_mask.png beside x.jpg
         listing.images, _ = without_masks(listing.images)
-    pairs, bare = [], {}
+    found: dict[str, str] = {}  # the mask of each image, "" for none
     for image in sorted(listing.images if names is None else names):
-        expected = [*mask_of(image)]
-        mask = next((name for name in expected if name in there), None)
-        if mask is None:
-            bare[image] = expected[0]
-        elif image == mask and images.resolve() == masks.resolve():
+        found[image] = next((name for name in mask_of(image) if name in there), "")
+        if is_one_folder and found[image] == image:
             raise DataError(
                 f"{images / image}: is an image and its own mask; keep images and masks in two folders"
             )
-        else:
-            pairs.append((image, mask))
-    if bare and (all_needed or not pairs):
-        image, expected = next(iter(bare.items()))
-        others = sorted(there - {mask for _, mask in pairs})
+    bare = [image for image, mask in found.items() if not mask]
+    num_masked = len(found) - len(bare)
+    if bare and (all_needed or not num_masked):
+        others = sorted(there.difference(found.values()))
         lossy = "; JPEG rounds the numbers of classes: save masks as PNG" if {*others} & {*bare} else ""
         raise DataError(
-            f"{masks}: {len(bare):,} of {len(bare) + len(pairs):,} images have no mask there ({listed([*bare])}); "
-            f"expected {expected} for {image}{f', found {listed(others)}' if others else ''}{lossy}"
+            f"{masks}: {len(bare):,} of {len(found):,} images have no mask there ({listed(bare)}); expected "
+            f"{next(iter(mask_of(bare[0])))} for {bare[0]}{f', found {listed(others)}' if others else ''}{lossy}"
         )
     passed_over = f"; {passed_over_text(listing.passed_over)}" if listing.passed_over else ""
-    if not pairs:
+    if not found:
         raise DataError(f"{images}: no images ({', '.join(EXTENSIONS)}){passed_over}")
     say(
-        f"{images}: {len(pairs):,} images with masks of {len(classes.names):,} classes ({listed(list(classes.names))})"
+        f"{images}: {num_masked:,} images with masks of {len(classes.names):,} classes ({listed(list(classes.names))})"
         f"{f', {len(bare):,} without' if bare else ''}{passed_over}"
     )
-    return ImageMaskPairs(classes, images, masks, sorted([*pairs, *((image, "") for image in bare)]))
+    return ImageMaskPairs(classes, images, masks, [*found.items()])
+
+
+def _unmasked(classes: Classes, images: Path) -> ImageMaskPairs:
+    """Return images of which none has a mask."""
+    _check_folders(images)
+    found = sorted(list_images(images).images)
+    if not found:
+        raise DataError(f"{images}: no images ({', '.join(EXTENSIONS)})")
+    say(f"{images}: {len(found):,} images without masks")
+    return ImageMaskPairs(classes, images, images, [(image, "") for image in found])
 
 
 def _two_folders(
@@ -304,9 +201,9 @@ def _two_folders(
     """Return the pairs of two folders, or of one and COCO's file; say which masks are of no image, and of several."""
     if masks is not None and masks.suffix == COCO_SUFFIX:
         return _described(config, names, images, CocoMasks(masks), all_needed=all_needed)
-    pairs = _checked(classes_of(config, names), images, masks, all_needed=all_needed)
     if masks is None:
-        return pairs
+        return _unmasked(classes_of(config, names), images)
+    pairs = _checked(classes_of(config, names), images, masks, all_needed=all_needed)
     images_of = Counter(pairs.mask_names[index] for index in pairs.with_mask)
     shared = [mask for mask, count in images_of.items() if count > 1]
     if shared:

@@ -86,6 +86,7 @@ class ImageMaskPairs:
             return
         is_all = len(with_mask) <= DECODE_ALL_UP_TO
         drawn = with_mask if is_all else with_mask[np.linspace(0, len(with_mask) - 1, NUM_DRAWN).astype(int)]
+        # Threads: decoding lets go of Python's lock.
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             looks = dict(zip(drawn.tolist(), pool.map(self._look, drawn.tolist()), strict=True))
         errors = {self.keys[index]: look for index, look in looks.items() if isinstance(look, ValueError)}

@@ -91,7 +91,7 @@ def store_predictions(
     segmenter.model.eval()
     num_new = 0
     with LabelStoreWriter(folder, manifest) as writer:
-        there = {*LabelStore(folder).keys()}
+        there = {*LabelStore(folder).keys()}  # of a call that was stopped: the same call goes on
         for index, key in enumerate(source.keys):
             if key in there:
                 continue

@@ -3,15 +3,147 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
 
 from tokenlabel.core.config import TokenChoice
-from tokenlabel.runtime.coercion import COUNT, NATURAL, ONE_OPTION, SHARE, check_numbers, coerced_fields
-from tokenlabel.runtime.configuration import ConfigError
-from tokenlabel.segmentation.augment import SegmentAugmentConfig
-from tokenlabel.segmentation.inference import SegmentEvalConfig
-from tokenlabel.segmentation.layouts import SegmentDataConfig
-from tokenlabel.segmentation.model import SegmentModelConfig
+from tokenlabel.models.segmentation import SegmentModelConfig
+from tokenlabel.runtime.coercion import (
+    COUNT,
+    NATURAL,
+    ONE_OPTION,
+    PART,
+    POSITIVE,
+    SHARE,
+    Choice,
+    check_numbers,
+    coerced_fields,
+)
+from tokenlabel.runtime.errors import ConfigError, refuse
 from tokenlabel.training.recipe import TrainingConfig
+
+Split = Literal["train", "val"]
+
+
+class Layout(Choice):
+    """How images and masks lie on the disk.
+
+    ADE20K: images/training/NAME.jpg and annotations/training/NAME.png. VOC: JPEGImages, SegmentationClass and
+    ImageSets/Segmentation/train.txt. CITYSCAPES: leftImg8bit/train/CITY and gtFine/train/CITY. SCENES: what
+    `tokenlabel demo` writes. FOLDERS: a folder of images and one of masks of the same names.
+    """
+
+    ADE20K = "ade20k"
+    VOC = "voc"
+    CITYSCAPES = "cityscapes"
+    SCENES = "scenes"
+    FOLDERS = "folders"
+
+
+@dataclass(frozen=True, kw_only=True)
+@coerced_fields
+class SegmentDataConfig:
+    """Which images and masks to train and evaluate on."""
+
+    layout: Layout
+    """ade20k, voc, cityscapes, scenes, or folders."""
+    root: str | None = None
+    """Folder of the data set (ADEChallengeData2016, VOC2012, cityscapes, the demo's scenes); not for folders."""
+    train_split: str | None = None
+    """Part of the data set to train on; by default the one that is called so there."""
+    val_split: str | None = None
+    """Part of the data set to evaluate on; by default the one that is called so there."""
+    train: str | None = None
+    """Layout folders: training images, at any depth; without masks and labels the folder of images/ and masks/."""
+    masks: str | None = None
+    """Layout folders: their masks, PNGs of one channel at the same paths, or COCO's file about them (.json); with
+    labels, those that there are."""
+    labels: str | list[str] | None = None
+    """Layout folders: label store that `tokenlabel annotate` made for the training images, or several that are read as
+    one: images without a mask learn from it."""
+    val: str | None = None
+    """Layout folders: images to evaluate on, as train; none to skip evaluation."""
+    val_masks: str | None = None
+    """Layout folders: their masks, likewise."""
+    class_names: tuple[str, ...] = ()
+    """Layout folders: the name of the class of each value in the masks, from 0; by default the categories of
+    COCO's file, a line each in classes.txt beside the masks, or the classes of the labels."""
+    class_values: tuple[int, ...] = ()
+    """Layout folders: the value of each class in the masks, such as [0,255]; 0, 1, 2, ... by default."""
+    ignore_index: int | tuple[int, ...] | None = None
+    """Layout folders: value, or values, of pixels that do not count; 255 by default, of more than 255 classes 65535."""
+    background: str | None = None
+    """Layouts scenes and folders: one more class, of the pixels that do not count by default; none leaves them out."""
+    num_workers: int = 2
+    """Processes that decode and augment images."""
+
+    @property
+    def image_folders(self) -> list[str | None]:
+        """Where images are: no run may lie in there."""
+        return [self.train, self.val]
+
+    def __post_init__(self) -> None:
+        check_numbers(self, "data.", num_workers=COUNT)
+        kind, is_folders = f"data.layout {self.layout}", self.layout is Layout.FOLDERS
+        names_are_known = self.layout not in (Layout.FOLDERS, Layout.SCENES)
+        gives_values = self.class_values or self.ignore_index is not None
+        refuse(
+            {
+                "data.layout folders needs data.train: images, with data.masks, data.labels or both, or a folder of "
+                "images/ and masks/": is_folders and not self.train,
+                f"{kind} has masks of its own; data.masks and data.labels are for folders": not is_folders
+                and (self.masks or self.labels),
+                f"{kind} needs data.root, the folder of the data set": not is_folders and self.root is None,
+                f"{kind} has its own classes; leave data.class_names and data.background out": names_are_known
+                and (self.class_names or self.background),
+                f"{kind} has its own values; leave data.class_values and data.ignore_index out": not is_folders
+                and gives_values,
+                "data.val_masks are masks of images; name these with data.val": self.val_masks
+                and not self.val,
+            }
+        )
+
+    @property
+    def label_folders(self) -> list[str]:
+        """The folders of the labels; empty without labels."""
+        return [self.labels] if isinstance(self.labels, str) else self.labels or []
+
+    def folders(self, split: Split) -> tuple[Path, Path | None] | None:
+        """Return the folders of images and masks of layout folders; no masks where labels alone teach, or no images."""
+        images, masks = (self.train, self.masks) if split == "train" else (self.val, self.val_masks)
+        if images is None:
+            return None
+        if masks is None and (split == "val" or not self.labels):
+            return Path(images) / "images", Path(images) / "masks"
+        return Path(images), Path(masks) if masks else None
+
+
+@dataclass(frozen=True, kw_only=True)
+@coerced_fields
+class SegmentAugmentConfig:
+    """How training images and masks are augmented."""
+
+    short_side_px: int | None = None
+    """Images are resized to this shorter side, before the random factor; none leaves them as they are."""
+    max_aspect: float = 4.0
+    """Images whose longer side would become more than this many times that are resized by their longer side."""
+    scale: tuple[float, float] = (0.5, 2.0)
+    """Range of the random factor of the size."""
+    category_max_ratio: float = 0.75
+    """Crops of which one class covers more than this are drawn again, up to ten times; 1 takes the first."""
+    horizontal_flip: float = 0.5
+    """Probability that left and right change places."""
+    photometric: bool = True
+    """Change brightness, contrast, saturation and hue, each of half of the images."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self, "augment.", short_side_px=NATURAL, max_aspect=NATURAL, scale=POSITIVE)
+        check_numbers(self, "augment.", category_max_ratio=PART, horizontal_flip=SHARE)
+        low, high = self.scale
+        if low > high:
+            raise ConfigError(
+                f"augment.scale must be two numbers with 0 < first <= second, got {low} and {high}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +168,34 @@ class SegmentLossConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+@coerced_fields
+class SegmentEvalConfig:
+    """How images are segmented in evaluation and prediction."""
+
+    every_epochs: float = 1.0
+    """Epochs between evaluations while it trains; the last step is always evaluated."""
+    mode: Literal["slide", "whole"] = "slide"
+    """slide looks through windows of the training crops' size, whole at all of an image at once."""
+    stride_px: tuple[int, int] | None = None
+    """Distance of windows, down and across; by default two thirds of them, as published (341 of 512)."""
+    short_side_px: int | None = None
+    """Images are resized to this shorter side, the answer back to their own size; none leaves them as they are."""
+    max_aspect: float = 4.0
+    """Images whose longer side would become more than this many times that are resized by their longer side."""
+    scales: tuple[float, ...] = (1.0,)
+    """Look at the image in each of these sizes, relative to that, and average (.5, .75, ... 1.75 as published)."""
+    flip: bool = False
+    """Look at it mirrored, too, and average."""
+    windows_at_once: int = 4
+    """How many windows go through the model at once."""
+
+    def __post_init__(self) -> None:
+        refuse({"eval.scales must be numbers above 0, got none": not self.scales})
+        check_numbers(self, "eval.", scales=POSITIVE, every_epochs=POSITIVE, stride_px=NATURAL)
+        check_numbers(self, "eval.", windows_at_once=NATURAL, short_side_px=NATURAL, max_aspect=NATURAL)
+
+
+@dataclass(frozen=True, kw_only=True)
 class SegmentRecipe(TrainingConfig):
     """A training run of a segmentation model."""
 
@@ -48,12 +208,11 @@ class SegmentRecipe(TrainingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         of_maps = self.loss.hard or self.loss.finer or self.loss.tokens is not TokenChoice.ALL
-        if not self.data.labels and of_maps:
-            raise ConfigError(
-                "loss.hard, loss.finer and loss.tokens are about label maps, and there are none; give data.labels"
-            )
-        if self.sharded:
-            raise ConfigError(
-                "sharded training is for classifiers; segmentation models fit on one GPU: leave sharded out, "
-                "and take grad_checkpointing or micro_batch_size if memory is short"
-            )
+        refuse(
+            {
+                "loss.hard, loss.finer and loss.tokens are about label maps, and there are none; give "
+                "data.labels": of_maps and not self.data.labels,
+                "sharded training is for classifiers; segmentation models fit on one GPU: leave sharded out, and take "
+                "grad_checkpointing or micro_batch_size if memory is short": self.sharded,
+            }
+        )

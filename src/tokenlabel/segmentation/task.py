@@ -19,42 +19,37 @@ from tokenlabel.core.batch import normalize_images
 from tokenlabel.core.losses import head_cross_entropy
 from tokenlabel.core.step import Part
 from tokenlabel.data.batches import make_loader
-from tokenlabel.data.images import DataError
 from tokenlabel.data.samplers import BatchSampler
 from tokenlabel.drawing.pictures import (
     PICTURES_FOLDER,
     Album,
-    ClassMap,
+    ClassGrid,
     Tile,
     fitted,
     make_album,
     top_classes,
 )
-from tokenlabel.models.runs import newest_checkpoint, read_state, read_weights
-from tokenlabel.models.weight_files import options_without_weights
-from tokenlabel.runtime.configuration import ConfigError, config_from_dict
+from tokenlabel.models.decoders import HeadOutputs
+from tokenlabel.models.segmentation import (
+    HeadKind,
+    SegmentationModel,
+    SegmentOutputs,
+    create_segmentation_model,
+    load_segmentation_weights,
+)
+from tokenlabel.runtime.configuration import ConfigError
 from tokenlabel.runtime.distributed import Ranks, autocast, current_ranks
-from tokenlabel.runtime.errors import ModelError
 from tokenlabel.runtime.runlog import Stopwatch, Tracker
 from tokenlabel.segmentation.augment import SegmentTransform, resize_mask
 from tokenlabel.segmentation.classes import IGNORED
 from tokenlabel.segmentation.data import SegmentBatch, SegmentDataset, SegmentSample, collate
 from tokenlabel.segmentation.evaluation import evaluate_segmentation
-from tokenlabel.segmentation.heads import HeadOutputs
 from tokenlabel.segmentation.inference import Segmenter
-from tokenlabel.segmentation.label_maps import checked_labels, finer_for_maps, open_labels, soft_targets
-from tokenlabel.segmentation.layouts import classes_of, open_pairs
-from tokenlabel.segmentation.model import (
-    HeadKind,
-    SegmentationModel,
-    SegmentOutputs,
-    create_segmentation_model,
-)
+from tokenlabel.segmentation.label_maps import check_labels, finer_for_maps, open_labels, soft_targets
+from tokenlabel.segmentation.layouts import open_pairs
 from tokenlabel.segmentation.pairs import ImageMaskPairs
 from tokenlabel.segmentation.recipe import SegmentLossConfig, SegmentRecipe
-from tokenlabel.segmentation.weights import load_weights
 from tokenlabel.training.engine import train_in
-from tokenlabel.training.recipe import recipe_content
 from tokenlabel.training.run_folder import RunImages
 from tokenlabel.training.tasks import Summary, Task
 
@@ -70,13 +65,7 @@ def train_segmentation(
     trackers: Sequence[Tracker] = (),
     changed_numerics: bool = False,
 ) -> dict[str, Any]:
-    """Train by a recipe in a run folder, from its newest checkpoint if there is one; return the last evaluation.
-
-    Under torchrun all processes train together. The folder receives recipe.yaml, metrics.jsonl and checkpoints/;
-    `trackers` hear every line of the metrics. `changed_numerics`: go on with another rounding (see `check_run_folder`).
-    Raises ConfigError if it holds a run of another recipe or another process trains there, ValueError for data that
-    cannot be trained on, `Interrupted` after SIGINT or SIGTERM.
-    """
+    """Train by a recipe in a run folder, as `classification.task.train` does; return the last evaluation."""
     return train_in(run, recipe, build, device=device, trackers=trackers, changed_numerics=changed_numerics)
 
 
@@ -190,13 +179,13 @@ def _val_picture(
     return tiles, {"key": sample.key, "answer": right}
 
 
-def _class_map(ids: Int16[NDArray[np.int16], "_ _"], photo: UInt8[NDArray[np.uint8], "_ _ 3"]) -> ClassMap:
+def _class_map(ids: Int16[NDArray[np.int16], "_ _"], photo: UInt8[NDArray[np.uint8], "_ _ 3"]) -> ClassGrid:
     """Return classes in the size of the photograph that is shown: those of a large one would fill the memory."""
     ids = resize_mask(ids, (photo.shape[0], photo.shape[1]))
-    return ClassMap(ids, np.full(ids.shape, 0.6))  # there, too, -1 is no class
+    return ClassGrid(ids, np.full(ids.shape, 0.6))  # there, too, -1 is no class
 
 
-def _soft_map(batch: SegmentBatch, number: int, config: SegmentLossConfig) -> ClassMap:
+def _soft_map(batch: SegmentBatch, number: int, config: SegmentLossConfig) -> ClassGrid:
     """Return the most probable class that an image learns at each location, as strongly as it counts there."""
     height, width = batch.masks.shape[1:]
     grid = (max(1, height // PICTURE_CELL_PX), max(1, width // PICTURE_CELL_PX))
@@ -284,14 +273,12 @@ def build(recipe: SegmentRecipe, *, device: torch.device, run: Path | None = Non
                 split, pairs.keys, [], check="decode", find=partial(_raise_for_broken, pairs, split)
             )
     if store is not None:
-        images.entries["labels"] = current_ranks().on_main(lambda: checked_labels(store, train_pairs))
+        num_missing = current_ranks().on_main(lambda: check_labels(store, train_pairs))
+        images.note_labels(store, num_missing=num_missing, num_masks=len(train_pairs.with_mask))
     torch.manual_seed(recipe.seed)
     model = create_segmentation_model(recipe.model, num_classes=len(train_pairs.classes.names))
     if recipe.model.weights is not None:
-        load_weights(model, recipe.model.weights, average=recipe.model.average)
-    for parameter in model.parameters():  # convolutions run faster so
-        if parameter.ndim == 4:
-            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+        load_segmentation_weights(model, recipe.model.weights, average=recipe.model.average)
     transform = SegmentTransform(recipe.augment, recipe.model.img_size)
     loss = recipe.loss
     if store is not None and loss.finer is None:
@@ -312,56 +299,3 @@ def build(recipe: SegmentRecipe, *, device: torch.device, run: Path | None = Non
 def _raise_for_broken(pairs: ImageMaskPairs, split: str, _: list[int] | None) -> list[int]:
     pairs.check(to_train=split == "train")
     return []
-
-
-@dataclass(frozen=True, eq=False)
-class TrainedSegmenter:
-    """A segmentation model out of a run, with what it needs to be used."""
-
-    model: SegmentationModel
-    recipe: SegmentRecipe
-    class_names: list[str]
-    step: int
-
-    def segmenter(self, device: torch.device) -> Segmenter:
-        """Return the model, moved to a device, with the way in which its recipe looks at images."""
-        return Segmenter(self.model.to(device), self.recipe.eval, window_px=self.recipe.model.img_size)
-
-
-def load_segmenter(path: str | Path) -> TrainedSegmenter:
-    """Return the model of a run folder (its newest checkpoint) or of a checkpoint folder, in evaluation mode.
-
-    Its weights are the averaged ones where the recipe made an average.
-    """
-    folder = newest_checkpoint(path)
-    state = read_state(folder)
-    if "head" not in state["recipe"]["model"]:
-        raise DataError(f"{path}: holds a classifier; `tokenlabel segment train` makes segmentation models")
-    recipe = config_from_dict(state["recipe"], SegmentRecipe, name=f"{folder}/state.json")
-    config = replace(recipe.model, options=options_without_weights(recipe.model.options))
-    model = create_segmentation_model(config, num_classes=len(state["class_names"]))
-    model.load_state_dict(read_weights(folder, state))
-    return TrainedSegmenter(model.eval(), recipe, state["class_names"], state["step"])
-
-
-def load_published_segmenter(
-    path: str | Path, recipe_name: str, *, root: str | None = None
-) -> TrainedSegmenter:
-    """Return a model from a published file, with the recipe (a name, or a file) that it goes with.
-
-    `root`: folder of the data set. Its classes are those of the recipe's data. Raises ModelError for a file that does
-    not fill all of the model, such as a backbone.
-    """
-    nested = recipe_content(recipe_name, SegmentRecipe)
-    nested.setdefault("data", {})
-    nested["data"]["root"] = root or nested["data"].get("root", ".")
-    recipe = config_from_dict(nested, SegmentRecipe, name=recipe_name)
-    names = classes_of(recipe.data, list(recipe.data.class_names)).names
-    model = create_segmentation_model(recipe.model, num_classes=len(names))
-    new = load_weights(model, path, average=recipe.model.average)
-    if new:
-        raise ModelError(
-            f"{path}: is no whole model of {recipe_name}: it has nothing for {', '.join(sorted(new)[:3])}"
-            f"{', ...' if len(new) > 3 else ''}; train one from it (tokenlabel segment train --model.weights)"
-        )
-    return TrainedSegmenter(model.eval(), recipe, names, step=0)

@@ -7,17 +7,15 @@ same call. Under torchrun the ranks divide what is to be done at the start; each
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Container, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
-from hashlib import blake2b
 from pathlib import Path
 
 import torch
@@ -29,30 +27,32 @@ from tokenlabel.data.images import ImageFolder, ImageSource, PlainImages
 from tokenlabel.data.remote import read_ahead
 from tokenlabel.data.sources import open_aloud
 from tokenlabel.labels.encoding import DEFAULT_TOLERANCE, Encoding
-from tokenlabel.labels.fingerprints import MAX_READ, FingerprintedImages, find_replaced
+from tokenlabel.labels.fingerprints import FingerprintedImages
 from tokenlabel.labels.manifest import MANIFEST_FILE
 from tokenlabel.labels.store import (
     Failure,
-    LabelStore,
     LabelStoreWriter,
     Manifest,
     StoreError,
     read_manifest,
-    remove_leftovers,
     update_failures,
 )
 from tokenlabel.runtime.coercion import COUNT, NATURAL, POSITIVE, check_numbers, coerced
 from tokenlabel.runtime.distributed import Ranks, joined_ranks, usable_device
-from tokenlabel.runtime.errors import ModelError
+from tokenlabel.runtime.errors import ModelError, refuse
 from tokenlabel.runtime.process import listed, say
 from tokenlabel.teachers.classmap import MIN_MASS, class_map_for
-from tokenlabel.teachers.ensemble import Ensemble, load_teachers
+from tokenlabel.teachers.ensemble import Ensemble, class_map_of, load_teachers
 from tokenlabel.teachers.labelling import Labelling
 from tokenlabel.teachers.masks import MASKS, MAX_IDS, MaskTeacher
 from tokenlabel.teachers.networks import NetworkTeacher, Teacher, TeacherConfig
-from tokenlabel.teachers.sizes import MANY_IMAGES, proposed_size
+from tokenlabel.teachers.sizes import ENOUGH_IMAGES, proposed_size
+from tokenlabel.teachers.todo import Todo, find_todo
 
-CHANGED = "changed"
+# Options that mean nothing for masks.
+OF_NETWORKS = (
+    "weights", "crop", "head", "flip", "cells", "scales", "class_order", "precision", "compile",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,34 +159,26 @@ def make_teacher(config: AnnotateConfig, source: ImageSource, device: torch.devi
             raise ModelError("--ignore-index is for masks (--teacher masks:DIR); leave it out")
         return load_teachers(config, source.class_names, device)
     plain = AnnotateConfig(teacher=config.teacher)
-    of_networks = (
-        "weights",
-        "crop",
-        "head",
-        "flip",
-        "cells",
-        "scales",
-        "class_order",
-        "precision",
-        "compile",
-    )
     given = [
-        f"--{name.replace('_', '-')}" for name in of_networks if getattr(config, name) != getattr(plain, name)
+        f"--{name.replace('_', '-')}" for name in OF_NETWORKS if getattr(config, name) != getattr(plain, name)
     ]
-    if len(names) > 1 or given:
-        raise ModelError(
-            f"masks go with no other teacher and no network's options; leave {', '.join(given) or 'one'} out"
-        )
-    if not folders[0]:
-        raise ModelError("--teacher masks: names no folder; expected masks:DIR")
+    refuse(
+        {
+            "masks go with no other teacher and no network's options; leave "
+            f"{', '.join(given) or 'one'} out": len(names) > 1 or given,
+            "--teacher masks: names no folder; expected masks:DIR": not folders[0],
+            "--class-map says which ids are classes, others are none; leave --ignore-index out": config.class_map
+            is not None
+            and config.ignore_index is not None,
+        },
+        ModelError,
+    )
     class_map = None
     if config.class_map is None:
         overrule = "overrule with --class-map FILE, an id and a class a line"
         say_order(source.class_names, them="the masks'", overrule=overrule)
     else:
         class_map = class_map_for(config.class_map, (), source.class_names, num_theirs=MAX_IDS)
-    if class_map is not None and config.ignore_index is not None:
-        raise ModelError("--class-map says which ids are classes, others are none; leave --ignore-index out")
     teacher = MaskTeacher(
         folders[0],
         num_classes=len(source.class_names),
@@ -209,26 +201,16 @@ def annotate_by(
     device: torch.device,
 ) -> Annotation:
     """Do what `annotate` does with a teacher of your own, which must be on the device."""
-    started = time.perf_counter()
+    started, folder = time.perf_counter(), Path(folder)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # pinned memory would open the first GPU otherwise
-    is_asked = config.class_map is None and source.class_names
-    if is_asked and isinstance(teacher, Teacher) and not (teacher.words or teacher.own_classes):
-        class_map = class_map_for(
-            None,
-            teacher.class_names,
-            source.class_names,
-            num_theirs=teacher.num_classes,
-            assumed=teacher.names_assumed,
-        )
-        if class_map is not None:
-            teacher = Ensemble([teacher], class_map=replace(class_map, outside=config.outside))
-    images, manifest = FingerprintedImages(source), _manifest(teacher, source, config)
-    if (Path(folder) / MANIFEST_FILE).exists():
-        manifest = _going_on(manifest, Path(folder), config.tolerance)
+    teacher = _over_classes_of(source, teacher, config)
+    manifest = _manifest(teacher, source, config)
+    if (folder / MANIFEST_FILE).exists():
+        manifest = _going_on(manifest, folder, config.tolerance)
     job = Labelling(
         teacher=teacher,
-        source=images,
+        source=FingerprintedImages(source),
         manifest=manifest,
         device=device,
         batch_size=config.batch_size or (16 if device.type == "cpu" else 64),
@@ -236,45 +218,21 @@ def annotate_by(
         strict=config.strict,
     )
     with joined_ranks() as ranks:
-        todo = ranks.on_main(lambda: _todo(source, Path(folder), job.manifest, config.again))
-        mine, num_bytes = _share(source, todo.indices, ranks), 0
-        with (
-            _sigterm_stops(),
-            LabelStoreWriter(
-                folder,
-                job.manifest,
-                max_shard_s=config.shard_s,
-                generation=todo.generation,
-                again=todo.request,
-            ) as writer,
-            tqdm(total=len(mine), desc=f"annotate {folder}", unit="img", disable=not ranks.is_first) as bar,
-        ):
-            for key, record in read_ahead(source, ([(0, index)] for index in mine), job.labels(mine)):
-                num_bytes += len(record)
-                writer.add_record(key, record, images.take(key))
-                bar.update()
-                if bar.n == 1 and len(mine) >= MANY_IMAGES:  # once the first label is there
-                    _say_size(teacher, source, mine, device)
+        todo = ranks.on_main(lambda: find_todo(source, folder, manifest, config.again))
+        num_bytes = sum(ranks.all_gather(_write_labels(job, source, folder, todo, config, ranks)))
         failures = [failure for of_rank in ranks.all_gather(job.failures) for failure in of_rank]
         cells = sum(ranks.all_gather(job.cells), Counter())
-        num_bytes = sum(ranks.all_gather(num_bytes))
         if ranks.is_first:
-            _note_failures(Path(folder), source, failures)
+            _note_failures(folder, source, failures)
         if isinstance(teacher, MaskTeacher) and len(todo.indices) == len(source):
-            held = {class_id for of_rank in ranks.all_gather(teacher.held) for class_id in of_rank}
-            absent = [name for class_id, name in enumerate(source.class_names) if class_id not in held]
-            if absent:
-                say(
-                    f"no mask holds {len(absent):,} of {len(source.class_names):,} classes ({listed(absent)})"
-                )
+            _say_absent(ranks.all_gather(teacher.held), source.class_names)
+    if cells["all"] and isinstance(teacher, Ensemble) and teacher.renormalises:
+        say(
+            f"{folder}: {cells['empty'] / cells['all']:.1%} of {cells['all']:,} cells keep nothing, since the teacher "
+            f"has less than {MIN_MASS} of its probability there on these classes: they carry no loss"
+        )
     num_labelled = len(todo.indices) - len(failures)
     anew = {source.keys[index] for index in todo.anew}
-    empty_cells = cells["empty"] / cells["all"] if cells["all"] else None
-    if empty_cells is not None and isinstance(teacher, Ensemble) and teacher.renormalises:
-        say(
-            f"{folder}: {empty_cells:.1%} of {cells['all']:,} cells keep nothing, since the teacher has less than "
-            f"{MIN_MASS} of its probability there on these classes: they carry no loss"
-        )
     return Annotation(
         num_images=len(source),
         num_present=len(source) - len(todo.indices),
@@ -283,8 +241,48 @@ def annotate_by(
         failures=tuple(failures),
         images_per_s=num_labelled / (time.perf_counter() - started),
         bytes_per_image=num_bytes / num_labelled if num_labelled else None,
-        empty_cells=empty_cells,
+        empty_cells=cells["empty"] / cells["all"] if cells["all"] else None,
     )
+
+
+def _over_classes_of(
+    source: ImageSource, teacher: Teacher | MaskTeacher, config: AnnotateConfig
+) -> Teacher | MaskTeacher:
+    """Return a teacher of the caller's over the classes of the images, which one by `make_teacher` has already."""
+    is_asked = config.class_map is None and source.class_names
+    if not is_asked or not isinstance(teacher, Teacher) or teacher.words or teacher.own_classes:
+        return teacher
+    class_map = class_map_of(teacher, None, source.class_names)
+    if class_map is None:
+        return teacher
+    return Ensemble([teacher], class_map=replace(class_map, outside=config.outside))
+
+
+def _write_labels(
+    job: Labelling, source: ImageSource, folder: Path, todo: Todo, config: AnnotateConfig, ranks: Ranks
+) -> int:
+    """Write the labels of this rank's share of the images; return how many bytes the records have."""
+    images, mine, num_bytes = job.source, todo.share(source, ranks), 0
+    assert isinstance(images, FingerprintedImages)
+    writer = LabelStoreWriter(
+        folder, job.manifest, max_shard_s=config.shard_s, generation=todo.generation, again=todo.request
+    )
+    bar = tqdm(total=len(mine), desc=f"annotate {folder}", unit="img", disable=not ranks.is_first)
+    with _sigterm_stops(), writer, bar:
+        for key, record in read_ahead(source, ([(0, index)] for index in mine), job.labels(mine)):
+            num_bytes += len(record)
+            writer.add_record(key, record, images.take(key))
+            bar.update()
+            if bar.n == 1 and len(mine) >= ENOUGH_IMAGES:  # once the first label is there
+                _say_size(job.teacher, source, mine, job.device)
+    return num_bytes
+
+
+def _say_absent(held_by_ranks: Sequence[set[int]], class_names: Sequence[str]) -> None:
+    held = set().union(*held_by_ranks)
+    absent = [name for class_id, name in enumerate(class_names) if class_id not in held]
+    if absent:
+        say(f"no mask holds {len(absent):,} of {len(class_names):,} classes ({listed(absent)})")
 
 
 def _say_size(
@@ -295,16 +293,6 @@ def _say_size(
         teacher = teacher.members[0]
     if isinstance(teacher, NetworkTeacher) and (advice := proposed_size(teacher, source, indices, device)):
         say(advice)
-
-
-def _share(source: ImageSource, indices: list[int], ranks: Ranks) -> list[int]:
-    """Return what a rank does of the images: of tar files a stretch, so that each file is read once, by one rank."""
-    groups = getattr(source, "groups", None)
-    if groups is None:
-        return indices[ranks.rank :: ranks.world_size]
-    in_order = sorted(indices, key=groups.__getitem__)
-    start, end = (len(indices) * rank // ranks.world_size for rank in (ranks.rank, ranks.rank + 1))
-    return in_order[start:end]
 
 
 def _manifest(teacher: Teacher | MaskTeacher, source: ImageSource, config: AnnotateConfig) -> Manifest:
@@ -337,112 +325,6 @@ def _going_on(manifest: Manifest, folder: Path, tolerance: float | None) -> Mani
             f"{DEFAULT_TOLERANCE:g})"
         )
     return replace(manifest, orientation=began.orientation, tolerance=began.tolerance)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Todo:
-    """The indices of the images to label, of those among them that have a label, and what files of the new ones say."""
-
-    indices: list[int]
-    anew: list[int]
-    generation: int
-    request: str
-
-
-def _todo(source: ImageSource, folder: Path, manifest: Manifest, again: str | None) -> _Todo:
-    """Make the store if there is none; return what is to be done, and say what else was replaced."""
-    asked, request = _request(Path(again), source) if again not in (None, CHANGED) else ([], "")
-    with LabelStoreWriter(folder, manifest):
-        remove_leftovers(folder)
-    store = LabelStore(folder)
-    missing = {index for index, key in enumerate(source.keys) if key not in store}
-    replaced = find_replaced(store, source, max_read=None if again == CHANGED else MAX_READ)
-    if again == CHANGED:
-        anew = set(replaced.indices)
-    else:
-        # A call that goes on leaves out what the one before it did, if that is sound and of the image as it is now.
-        done = store.answers(request) if asked else set()
-        done.difference_update(source.keys[index] for index in replaced.indices)
-        keys = ((index, source.keys[index]) for index in asked if index not in missing)
-        anew = {index for index, key in keys if key not in done or not _is_sound(store, key)}
-    if again == CHANGED and not anew:
-        unknown = replaced.num_unknown
-        but = f", but {unknown:,} labels do not say what image they were made of" if unknown else ""
-        say(f"{folder}: no image is known to have been replaced since labelling{but}")
-    elif asked and not anew and missing.isdisjoint(asked):
-        say(
-            f"{again}: what it lists was labelled anew before; to do so once more, change the file, if only by a "
-            "line that begins with #"
-        )
-    if others := [source.keys[index] for index in replaced.indices if index not in anew]:
-        are_others = len(others) == len(source) - len(missing)
-        say(
-            f"{folder}: {_images_were(len(others))} replaced since labelling ({listed(others)}); "
-            f"--again {CHANGED} labels anew what was"
-            + (
-                "; if these are other images of the same names, give them a folder of their own"
-                if are_others
-                else ""
-            )
-        )
-    if replaced.num_unsure:
-        say(
-            f"{folder}: {_images_were(replaced.num_unsure)} modified since labelling and kept their size; --again "
-            f"{CHANGED} reads them, and labels anew what was replaced"
-        )
-    indices = sorted(missing | anew)
-    if indices and not os.access(folder, os.W_OK):
-        raise StoreError(
-            f"{folder}: cannot be written to, which the labels of {len(indices):,} more images need (the first: "
-            f"{source.keys[indices[0]]})"
-        )
-    newest = max((shard.generation for shard in store.shards), default=0)
-    return _Todo(indices=indices, anew=sorted(anew), generation=newest + 1 if anew else 0, request=request)
-
-
-def _request(path: Path, source: ImageSource) -> tuple[list[int], str]:
-    """Return the indices of the images whose keys a file lists, and a name for this request, made of its content.
-
-    Raises ValueError for a file that cannot be read, lists nothing, or lists what is no key of the images.
-    """
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise ValueError(
-            f"--again {path}: cannot be read ({error.strerror}); expected a text file with a key a line, or {CHANGED}"
-        ) from error
-    indices = {key: index for index, key in enumerate(source.keys)}
-    lines = (
-        content.decode("utf-8", "surrogateescape").removeprefix("\ufeff").replace("\r\n", "\n").split("\n")
-    )
-    lines = [line for line in lines if line in indices or (line.strip() and line[0] != "#")]
-    asked = [*dict.fromkeys(_key_of(line, indices, getattr(source, "root", None)) for line in lines)]
-    unknown = [line for line in asked if line not in indices]
-    if unknown or not asked:
-        found = f"{len(unknown):,} are not ({listed(unknown)})" if unknown else "it lists none"
-        raise ValueError(f"--again {path}: expected keys of the images, such as {source.keys[0]}; {found}")
-    return [indices[key] for key in asked], blake2b(content, digest_size=8).hexdigest()
-
-
-def _key_of(line: str, keys: Container[str], root: Path | None) -> str:
-    """Return the key that a line names, as it is or as a path to the image; the line itself if it names none."""
-    if line in keys:
-        return line
-    text = line.strip().strip("\"'")
-    names = [text, os.path.normpath(text), *([os.path.relpath(text, root)] if root and text else [])]
-    return next((name for name in names if name in keys), line)
-
-
-def _images_were(count: int) -> str:
-    return "1 image was" if count == 1 else f"{count:,} images were"
-
-
-def _is_sound(store: LabelStore, key: str) -> bool:
-    try:
-        store.packed(key)
-    except StoreError:
-        return False
-    return True
 
 
 def _note_failures(folder: Path, source: ImageSource, failures: list[Failure]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +11,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tokenlabel.models.load import LoadedModel, load_model
+from tokenlabel.models.load import load_model
 from tokenlabel.models.runs import is_run
 from tokenlabel.models.weights import fingerprint
 from tokenlabel.runtime.errors import ModelError
 from tokenlabel.teachers.dense import ClassifierNetwork, DenseNetwork
 from tokenlabel.teachers.heads import Head
-from tokenlabel.teachers.input import TeacherInput
+from tokenlabel.teachers.input import TeacherInput, input_of, made_for
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,11 +116,6 @@ def backbone_of(
     return found
 
 
-def made_for(name: str, size: int | None) -> int | None:
-    """Return the size that a network shall be made for: a run's is its own, whatever its images' size."""
-    return None if is_run(name) else size
-
-
 def check_locations(
     dense: DenseNetwork,
     images: Float[Tensor, "B 3 height width"],
@@ -153,44 +147,3 @@ def check_locations(
         return f"{name}: the mean over locations has a cosine of {cosine:.2f} with its own vector of an image"
     share = float((own.argmax(dim=1) == mean.argmax(dim=1)).float().mean())
     return f"{name}: the mean of the map's logits has its own top-1 for {share:.0%} of {len(images)} images"
-
-
-def input_of(
-    found: LoadedModel, network: DenseNetwork, *, size: int | None, crop: Literal["none", "center"]
-) -> TeacherInput:
-    """Return how images become a network's input. Raises ModelError for a size that it cannot take."""
-    size = size or max(found.img_size)
-    try:
-        stride_px = _stride(found.img_size[1], network.grid_for(found.img_size)[1])
-        fixed = found.fixed_size or not _takes(network, (size, size + stride_px))
-        network.grid_for((size, size))
-    except ModelError:
-        raise
-    except ValueError as error:
-        raise ModelError(f"{error}; leave --size out") from error
-    return TeacherInput(
-        size=size,
-        stride_px=stride_px,
-        fixed_size_px=(size, size) if fixed else None,
-        crop_fraction=found.crop_fraction if crop == "center" else None,
-        interpolation=found.interpolation,
-        mean=found.model.mean,
-        std=found.model.std,
-    )
-
-
-def _stride(length_px: int, num_locations: int) -> int:
-    """Return the stride that makes so many locations of a side; a convolutional net's where it does not divide."""
-    return (
-        2 ** round(math.log2(length_px / num_locations))
-        if length_px % num_locations
-        else length_px // num_locations
-    )
-
-
-def _takes(network: DenseNetwork, img_size: tuple[int, int]) -> bool:
-    try:
-        network.grid_for(img_size)
-    except ValueError:
-        return False
-    return True

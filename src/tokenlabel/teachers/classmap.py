@@ -97,32 +97,19 @@ def class_map_for(
     if they have no classes. `options`: what `class-map` and `class-order` follow where they are given.
     """
     option = f"{options}class-map"
-    if spec not in (None, BY_ORDER) and not ours:
-        raise ConfigError(f"{option} {spec}: the images have no classes that it could lead to; leave it out")
-    if spec == BY_ORDER or not ours:
-        if ours and num_theirs != len(ours):
+    if not ours:
+        if spec not in (None, BY_ORDER):
             raise ConfigError(
-                f"{difference((), ours, count=num_theirs, them='the teacher')}: no common order"
+                f"{option} {spec}: the images have no classes that it could lead to; leave it out"
             )
-        if assumed and not ours:
+        if assumed:
             say_imagenet(theirs, them="the teacher", option=f"{options}class-order")
-        if ours:
-            pairs = [f"{theirs[i] if theirs else i} = {name}" for i, name in enumerate(ours)]
-            turned = any(j not in (-1, i) for i, j in enumerate(ids_among(ours, theirs)))
-            say(
-                f"{'WARNING: ' if turned else ''}{option} order: the teacher's class is the images', {listed(pairs)}"
-            )
+        return None
+    if spec == BY_ORDER:
+        _take_order(theirs, ours, num_theirs=num_theirs, option=option)
         return None
     if spec not in (None, BY_NAME):
-        targets = read_class_map(spec, theirs, ours, num_theirs=num_theirs)
-        reached = set(targets)
-        lacking = [name for i, name in enumerate(ours) if i not in reached]
-        if lacking:
-            raise ConfigError(
-                f"{option} {spec}: no class of the teacher goes to {len(lacking):,} of {len(ours):,} classes "
-                f"({listed(lacking)})"
-            )
-        return ClassMap(np.array(targets), len(ours))
+        return _map_of_file(spec, theirs, ours, num_theirs=num_theirs, option=option)
     ids = match_classes(
         ours, theirs, count=num_theirs, assumed=assumed, them="the teacher", option=f"{options}class-order"
     )
@@ -133,6 +120,28 @@ def class_map_for(
     targets = np.full(num_theirs, -1)
     targets[ids] = np.arange(len(ours))
     return None if spec is None and ids == list(range(len(ours))) else ClassMap(targets, len(ours))
+
+
+def _take_order(theirs: Sequence[str], ours: Sequence[str], *, num_theirs: int, option: str) -> None:
+    """Say which class of the teacher is which of the images, where they are paired by their order alone."""
+    if num_theirs != len(ours):
+        raise ConfigError(f"{difference((), ours, count=num_theirs, them='the teacher')}: no common order")
+    pairs = [f"{theirs[i] if theirs else i} = {name}" for i, name in enumerate(ours)]
+    turned = any(j not in (-1, i) for i, j in enumerate(ids_among(ours, theirs)))
+    say(f"{'WARNING: ' if turned else ''}{option} order: the teacher's class is the images', {listed(pairs)}")
+
+
+def _map_of_file(
+    path: str, theirs: Sequence[str], ours: Sequence[str], *, num_theirs: int, option: str
+) -> ClassMap:
+    targets = read_class_map(path, theirs, ours, num_theirs=num_theirs)
+    reached = set(targets)
+    if lacking := [name for i, name in enumerate(ours) if i not in reached]:
+        raise ConfigError(
+            f"{option} {path}: no class of the teacher goes to {len(lacking):,} of {len(ours):,} classes "
+            f"({listed(lacking)})"
+        )
+    return ClassMap(np.array(targets), len(ours))
 
 
 def _refusal(

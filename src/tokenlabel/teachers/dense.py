@@ -17,7 +17,14 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from tokenlabel.models import TokenModel
-from tokenlabel.models.adapter import REFUSALS, FeatureLayout, Features, classifier_features
+from tokenlabel.models.features import (
+    REFUSALS,
+    FeatureLayout,
+    Features,
+    classifier_features,
+    one_position_each,
+    run_blank,
+)
 from tokenlabel.runtime.errors import ModelError, first_line
 from tokenlabel.teachers.heads import Head
 
@@ -150,7 +157,7 @@ class ClassifierNetwork(DenseNetwork):
         """Return the logits of normalised images."""
         seen = self.backbone.forward_features(images)
         features = self._laid_out(seen, (images.shape[2], images.shape[3]))
-        logits = self.backbone.forward_head(_one_position_each(seen, features))  # [B * h * w, C]
+        logits = self.backbone.forward_head(one_position_each(seen, features))  # [B * h * w, C]
         return DenseLogits(self.backbone.forward_head(seen), logits.view(len(images), *features.grid, -1))
 
     def grid_for(self, img_size: tuple[int, int]) -> tuple[int, int]:
@@ -161,6 +168,7 @@ class ClassifierNetwork(DenseNetwork):
         """Say whether the head is linear in the features and blind to prefix tokens, tried out on images."""
         num_prefix = self._features((images.shape[2], images.shape[3])).num_prefix
         head, seen = self.backbone.forward_head, self.backbone.forward_features(images)
+        # What is linear maps the mean of two inputs to the mean of its outputs; any second input will do.
         other = 1 - 2 * seen.flip(1)
         if num_prefix:
             of_other_prefix = torch.cat([other[:, :num_prefix], seen[:, num_prefix:]], dim=1)
@@ -194,17 +202,9 @@ class ClassifierNetwork(DenseNetwork):
     @torch.no_grad()
     def _measure(self, img_size: tuple[int, int]) -> Features:
         """Run one blank image of this size and see whether the head can answer for its positions."""
-        image = next(self.backbone.parameters()).new_zeros(1, 3, *img_size)
-        try:
-            seen, (last,) = self.backbone.forward_intermediates(image, indices=[-1])
-        except AttributeError as error:
-            raise ModelError(
-                f"{self.name} has no dense map: it lacks timm's forward_intermediates"
-            ) from error
-        except REFUSALS as error:
-            raise ValueError(
-                f"{self.name} cannot take {img_size[0]} x {img_size[1]} pixels: {first_line(error)}"
-            ) from error
+        if not hasattr(self.backbone, "forward_intermediates"):
+            raise ModelError(f"{self.name} has no dense map: it lacks timm's forward_intermediates")
+        seen, last = run_blank(self.backbone, img_size, stage=-1, name=self.name)
         grid = (last.shape[2], last.shape[3])
         features = classifier_features(seen, grid)
         if features is None:
@@ -213,7 +213,7 @@ class ClassifierNetwork(DenseNetwork):
                 f"{grid[0]} x {grid[1]} positions"
             )
         try:
-            logits = self.backbone.forward_head(_one_position_each(seen, features))
+            logits = self.backbone.forward_head(one_position_each(seen, features))
         except REFUSALS as error:
             raise ModelError(
                 f"{self.name} has no dense map: its head does not work at one position ({first_line(error)})"
@@ -226,22 +226,6 @@ class ClassifierNetwork(DenseNetwork):
                 f"and {self.num_classes} classes"
             )
         return features
-
-
-def _one_position_each(seen: Tensor, features: Features) -> Tensor:
-    """Return features [B * h * w, ...] of images that show one position's features everywhere.
-
-    In a sequence the prefix tokens are copies as well, so heads on the class token, on several, and on the
-    mean of the others all see this position.
-    """
-    match features.layout:
-        case FeatureLayout.MAP:
-            return seen.permute(0, 2, 3, 1).flatten(0, 2)[:, :, None, None]  # [B * h * w, D, 1, 1]
-        case FeatureLayout.CHANNELS_LAST_MAP:
-            return seen.flatten(0, 2)[:, None, None, :]  # [B * h * w, 1, 1, D]
-        case FeatureLayout.SEQUENCE:
-            positions = seen[:, features.num_prefix :].flatten(0, 1)[:, None, :]
-            return positions.expand(-1, features.num_prefix + 1, -1)  # [B * N, P + 1, D]
 
 
 def _shapes(seen: Any) -> str:

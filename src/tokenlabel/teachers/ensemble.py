@@ -12,13 +12,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tokenlabel.data.classes import class_order, same_classes
-from tokenlabel.runtime.errors import ModelError
+from tokenlabel.runtime.errors import ModelError, refuse
 from tokenlabel.runtime.process import listed, say
 from tokenlabel.teachers.classmap import ClassMap, class_map_for
 from tokenlabel.teachers.dense import MAX_LOGITS
 from tokenlabel.teachers.input import cells_of
-from tokenlabel.teachers.networks import Teacher, TeacherConfig, load_teacher
-from tokenlabel.teachers.segmenters import SegmenterTeacher, is_segmenter, load_segmenter_teacher
+from tokenlabel.teachers.networks import SegmenterTeacher, Teacher, TeacherConfig, load_teacher
 
 
 class Ensemble(Teacher):
@@ -44,28 +43,15 @@ class Ensemble(Teacher):
         # Who knows its classes speaks for all.
         first = min(self.members, key=lambda member: (not member.class_names, member.names_assumed))
         for other in self.members:
-            if other.num_classes != first.num_classes:
-                raise ModelError(
-                    f"teachers of {first.num_classes:,} and of {other.num_classes:,} classes cannot be averaged"
-                )
-            known = first.class_names and other.class_names
-            if known and not same_classes(first.class_names, other.class_names):
-                raise ModelError(
-                    "teachers whose classes have different names or orders cannot be averaged: "
-                    f"{listed(list(first.class_names))} against {listed(list(other.class_names))}"
-                )
-            if other.words != first.words:
-                raise ModelError(
-                    "visual words of one head mean nothing to another teacher; average heads of one class list"
-                )
+            _check_alike(first, other)
         self.num_classes = class_map.num_classes if class_map else first.num_classes
         self.words = "" if class_map else first.words
         self.own_classes = first.own_classes and class_map is None
         self.class_names = () if class_map else first.class_names
         self.names_assumed = class_map is None and first.names_assumed
-        self.input = replace(
-            self.members[0].input, stride_px=math.lcm(*(member.input.stride_px for member in self.members))
-        )
+        # Of a size that every member takes.
+        stride_px = math.lcm(*(member.input.stride_px for member in self.members))
+        self.input = replace(self.members[0].input, stride_px=stride_px)
         self.description = {
             "members": [member.description for member in self.members],
             "flip": flip,
@@ -81,7 +67,9 @@ class Ensemble(Teacher):
 
     def check(self, images: UInt8[Tensor, "B 3 height width"]) -> str:
         """Check each member."""
-        return "; ".join(member.check(_for_member(member, images)) for member in self.members)
+        return "; ".join(
+            member.check(member.input.resized(images, mode="bilinear")) for member in self.members
+        )
 
     def top(
         self, images: UInt8[Tensor, "B 3 height width"], k: int
@@ -98,7 +86,7 @@ class Ensemble(Teacher):
         """Return the average distribution of each location of images, in float32."""
         maps = []
         for member in self.members:
-            seen = _for_member(member, images)
+            seen = member.input.resized(images, mode="bilinear")
             maps.append(member.probabilities(seen))
             if self.flip:
                 maps.append(member.probabilities(seen.flip(3)).flip(2))
@@ -109,29 +97,32 @@ class Ensemble(Teacher):
         return mean if self.class_map is None else self.class_map.apply(mean)
 
 
+def _check_alike(first: Teacher, other: Teacher) -> None:
+    """Raise ModelError for teachers whose distributions are about different classes."""
+    known = first.class_names and other.class_names
+    refuse(
+        {
+            f"teachers of {first.num_classes:,} and of {other.num_classes:,} classes cannot be averaged": (
+                other.num_classes != first.num_classes
+            ),
+            "teachers whose classes have different names or orders cannot be averaged: "
+            f"{listed(list(first.class_names))} against {listed(list(other.class_names))}": known
+            and not same_classes(first.class_names, other.class_names),
+            "visual words of one head mean nothing to another teacher; average heads of one class list": (
+                other.words != first.words
+            ),
+        },
+        ModelError,
+    )
+
+
 def load_teachers(config: TeacherConfig, class_names: Sequence[str], device: torch.device) -> Teacher:
     """Return the teacher or teachers of a configuration as one, over the classes of the images.
 
     `class_names`: of the images; empty if they have no classes. Raises ModelError or ConfigError for what
     does not exist or fit.
     """
-    names = [config.teacher] if isinstance(config.teacher, str) else config.teacher
-    weights = (
-        [config.weights] if config.weights is None or isinstance(config.weights, str) else config.weights
-    )
-    if weights == [None]:
-        weights = [None] * len(names)
-    weights = [file or None for file in weights]
-    if len(weights) != len(names):
-        raise ModelError(
-            f"{len(names)} teachers, but {len(weights)} files of weights; give one for each, in order"
-        )
-    members: list[Teacher] = []
-    for name, file in zip(names, weights, strict=True):
-        load = load_segmenter_teacher if is_segmenter(name) else load_teacher
-        members.append(load(name, config, device, weights=file))
-    if config.scales and not all(isinstance(member, SegmenterTeacher) for member in members):
-        raise ModelError("--scales is for segmentation runs; leave it out")
+    members = _load_members(config, device)
     for member in members:
         name_classes(member, config.class_order, class_names)
     # A segmentation model makes maps of any number of cells itself, out of what it says of pixels.
@@ -147,20 +138,45 @@ def load_teachers(config: TeacherConfig, class_names: Sequence[str], device: tor
             )
     if (teacher.words or teacher.own_classes) and config.class_map is None:  # the labels are about these
         return teacher
-    class_map = class_map_for(
-        config.class_map,
+    class_map = class_map_of(teacher, config.class_map, class_names)
+    if class_map is not None:
+        class_map = replace(class_map, outside=config.outside)
+        teacher = Ensemble(members, flip=config.flip, cells=cells, class_map=class_map)
+    if class_names:  # those of the images from now on, whatever it was that paired them
+        teacher.class_names, teacher.names_assumed = tuple(class_names), False
+    return teacher
+
+
+def _load_members(config: TeacherConfig, device: torch.device) -> list[Teacher]:
+    names = [config.teacher] if isinstance(config.teacher, str) else config.teacher
+    files = config.weights if isinstance(config.weights, list) else [config.weights]
+    if files == [None]:
+        files = [None] * len(names)
+    if len(files) != len(names):
+        raise ModelError(
+            f"{len(names)} teachers, but {len(files)} files of weights; give one for each, in order"
+        )
+    members = [
+        load_teacher(name, config, device, weights=file or None)
+        for name, file in zip(names, files, strict=True)
+    ]
+    if config.scales and not all(isinstance(member, SegmenterTeacher) for member in members):
+        raise ModelError("--scales is for segmentation runs; leave it out")
+    return members
+
+
+def class_map_of(
+    teacher: Teacher, spec: str | None, class_names: Sequence[str], *, options: str = "--"
+) -> ClassMap | None:
+    """Return how a teacher's classes become those of the images; see `class_map_for`."""
+    return class_map_for(
+        spec,
         teacher.class_names,
         class_names,
         num_theirs=teacher.num_classes,
         assumed=teacher.names_assumed,
+        options=options,
     )
-    if class_map is not None:
-        teacher = Ensemble(
-            members, flip=config.flip, cells=cells, class_map=replace(class_map, outside=config.outside)
-        )
-    if class_names:  # those of the images from now on, whatever it was that paired them
-        teacher.class_names, teacher.names_assumed = tuple(class_names), False
-    return teacher
 
 
 def name_classes(
@@ -171,22 +187,6 @@ def name_classes(
         known = () if teacher.names_assumed else teacher.class_names
         names = class_order(order, class_names, known, count=teacher.num_classes, option=option)
         teacher.class_names, teacher.names_assumed = tuple(names), False
-
-
-def _for_member(teacher: Teacher, images: UInt8[Tensor, "B 3 height width"]) -> UInt8[Tensor, "B 3 h w"]:
-    """Return the images in a size that the teacher takes."""
-    input, (height_px, width_px) = teacher.input, images.shape[2:]
-    stride_px = input.stride_px
-    img_size = input.fixed_size_px or (
-        max(1, round(height_px / stride_px)) * stride_px,
-        max(1, round(width_px / stride_px)) * stride_px,
-    )
-    if img_size == (height_px, width_px):
-        return images
-    resized = F.interpolate(
-        images.float(), size=img_size, mode="bilinear", antialias=True, align_corners=False
-    )
-    return resized.round().clamp(0, 255).to(torch.uint8)
 
 
 def _resampled(probs: Float[Tensor, "B h w C"], grid: tuple[int, int]) -> Float[Tensor, "B rows columns C"]:

@@ -14,8 +14,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from tokenlabel.data.classes import read_class_names
@@ -23,16 +21,16 @@ from tokenlabel.data.coco import COCO_SUFFIX, CocoMasks
 from tokenlabel.data.images import ImageSource, has_classes
 from tokenlabel.data.masks import mask_names
 from tokenlabel.data.sources import open_aloud, refuse_single_class
-from tokenlabel.evaluation.observation import MaskFolder
+from tokenlabel.evaluation.masks import MaskFolder
 from tokenlabel.runtime.coercion import COUNT, NATURAL, POSITIVE, check_numbers, coerced, coerced_fields
 from tokenlabel.runtime.distributed import usable_device
-from tokenlabel.runtime.errors import ModelError, first_line
+from tokenlabel.runtime.errors import ModelError
 from tokenlabel.runtime.process import listed, say
-from tokenlabel.teachers.backbone import Backbone, load_backbone
+from tokenlabel.teachers.backbone import load_backbone
 from tokenlabel.teachers.heads import HEAD_SUFFIX, Head, Kind, read_about
 from tokenlabel.teachers.masks import MASKS
 from tokenlabel.teachers.regression import Examples, LinearFit, choose_decay, cross_entropy, fit_linear
-from tokenlabel.teachers.texts import PROMPTS, load_tower, text_embeddings
+from tokenlabel.teachers.texts import head_of_embeddings
 from tokenlabel.teachers.vectors import VECTORS_PER_IMAGE, Vectors, spread
 from tokenlabel.teachers.words import KEPT_MASS, fit_words
 
@@ -48,7 +46,6 @@ MAX_LOCATIONS = 64
 HELD_OUT = 0.2
 """Share of the images by which the weight decay is chosen, and how locations learn from the labels of images."""
 
-FILE_TEMPERATURE = 0.01
 FROM = "labels, words, text, masks:DIR, or a file of embeddings (.npy, .safetensors)"
 
 
@@ -151,7 +148,7 @@ def fit_head(
             raise ModelError(f"--from {config.from_}: takes a file of class names in place of images")
         names = read_class_names(images)
         backbone = load_backbone(config.backbone, device, weights=config.weights, size=config.size)
-        head = _from_embeddings(kind, names, backbone, config)
+        head = head_of_embeddings(config.from_, names, backbone, config.temperature)
     else:
         source = open_aloud(images) if isinstance(images, (str, Path)) else images
         check = {"labels": _check_labels, "masks": _check_masks, "words": lambda source, config: None}[kind]
@@ -241,16 +238,8 @@ def _check_labels(source: ImageSource, config: FitConfig) -> None:
 
 def _from_labels(vectors: Vectors, config: FitConfig, _: None) -> Head:
     """Fit on means of locations, and on locations of which one has to show the class; take what maps better."""
-    source, of_an_image = vectors.source, 2 * vectors.backbone.width  # bytes
-    labelled = np.flatnonzero(has_classes(source))
-    indices = labelled[spread(len(labelled), MAX_SAMPLE_BYTES // (of_an_image * (1 + VECTORS_PER_IMAGE)))]
-    length = min(MAX_LOCATIONS, MAX_SAMPLE_BYTES // (of_an_image * len(indices)) - 1)
-    bags, keys = vectors.bags(indices.tolist(), length)
-    class_of = dict(
-        zip((source.keys[i] for i in indices.tolist()), source.class_ids[indices].tolist(), strict=True)
-    )
-    truth = torch.tensor([class_of[key] for key in keys], device=bags.device)
-    num_classes, weights = len(source.class_names), torch.ones(len(truth), device=bags.device)
+    bags, truth = _labelled_bags(vectors)
+    num_classes, weights = len(vectors.source.class_names), torch.ones(len(truth), device=bags.device)
     held_out = _held_out(truth.cpu(), seed=config.seed).to(bags.device)
     if not held_out.any():
         raise ModelError(
@@ -270,12 +259,12 @@ def _from_labels(vectors: Vectors, config: FitConfig, _: None) -> Head:
         f"the mean of the map is right for {measured} of {int(held_out.sum()):,} held-out images; takes {best}"
     )
     accuracy, decay, examples = tried[best]
-    fit = fit_linear(examples, decay)
+    fit = fit_linear(examples, decay)  # on all images, the held-out ones included
     return Head(
         fit.matrix,
         kind="labels",
         bias=fit.bias,
-        class_names=source.class_names,
+        class_names=vectors.source.class_names,
         fitted={
             "images": len(truth),
             "held_out_images": int(held_out.sum()),
@@ -285,6 +274,19 @@ def _from_labels(vectors: Vectors, config: FitConfig, _: None) -> Head:
         },
         backbone=vectors.backbone.description,
     )
+
+
+def _labelled_bags(vectors: Vectors) -> tuple[Float[Tensor, "n L D"], Int[Tensor, " n"]]:
+    """Return the mean of the locations and some locations of each labelled image, within the memory, and its class."""
+    source, of_a_vector = vectors.source, 2 * vectors.backbone.width  # bytes
+    labelled = np.flatnonzero(has_classes(source))
+    indices = labelled[spread(len(labelled), MAX_SAMPLE_BYTES // (of_a_vector * (1 + VECTORS_PER_IMAGE)))]
+    length = min(MAX_LOCATIONS, MAX_SAMPLE_BYTES // (of_a_vector * len(indices)) - 1)
+    bags, keys = vectors.bags(indices.tolist(), length)
+    class_of = dict(
+        zip((source.keys[i] for i in indices.tolist()), source.class_ids[indices].tolist(), strict=True)
+    )
+    return bags, torch.tensor([class_of[key] for key in keys], device=bags.device)
 
 
 def _map_accuracy(fit: LinearFit, bags: Float[Tensor, "n L D"], truth: Int[Tensor, " n"]) -> float:
@@ -359,44 +361,3 @@ def _from_masks(vectors: Vectors, config: FitConfig, found: tuple[MaskFolder, li
         },
         backbone=vectors.backbone.description,
     )
-
-
-def _from_embeddings(kind: Kind, names: list[str], backbone: Backbone, config: FitConfig) -> Head:
-    """Make a head of the embeddings of class names, of a text tower or of a file: scaled cosines."""
-    if kind == "text":
-        tower = load_tower(config.backbone)
-        matrix, temperature = text_embeddings(tower, names), 1 / tower.scale
-    else:
-        matrix, temperature = _read_embeddings(Path(config.from_)), FILE_TEMPERATURE
-    if len(names) < 2 or matrix.shape != (len(names), backbone.width):
-        raise ModelError(
-            f"--from {config.from_}: expected an embedding of {backbone.width} numbers, the width of "
-            f"{config.backbone}, for each of {len(names):,} class names (two at least); got {tuple(matrix.shape)}"
-        )
-    return Head(
-        torch.nn.functional.normalize(matrix.float(), dim=1),
-        kind=kind,
-        scale=1 / (config.temperature or temperature),
-        normalised=True,
-        class_names=names,
-        fitted={"prompts": len(PROMPTS)} if kind == "text" else {"file": Path(config.from_).name},
-        backbone=backbone.description,
-    )
-
-
-def _read_embeddings(path: Path) -> Float[Tensor, "C D"]:
-    """Return the one matrix of a file, or that called `embeddings`."""
-    try:
-        if path.suffix == ".npy":
-            return torch.from_numpy(np.load(path, allow_pickle=False).astype(np.float32))
-        tensors = load_file(path)
-        matrices = (
-            [tensors["embeddings"]]
-            if "embeddings" in tensors
-            else [t for t in tensors.values() if t.ndim == 2]
-        )
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ModelError(f"--from {path}: cannot be read as embeddings ({first_line(error)})") from error
-    if len(matrices) != 1 or matrices[0].ndim != 2:
-        raise ModelError(f"--from {path}: expected one tensor [classes, width], or one called `embeddings`")
-    return matrices[0].float()

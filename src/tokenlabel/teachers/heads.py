@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from tokenlabel.runtime.errors import ModelError, first_line
+from tokenlabel.runtime.errors import ModelError, first_line, refuse
 from tokenlabel.runtime.hub import local_name
 from tokenlabel.runtime.process import write_whole
 
@@ -190,17 +190,22 @@ def read_about(path: str | Path) -> dict[str, Any]:
 def _check(head: Head) -> None:
     """Raise ValueError for what is no head."""
     num_classes, width = head.matrix.shape
-    bias, center = head.bias, head.center
-    if head.kind not in get_args(Kind):
-        raise ValueError(f"expected a kind of {', '.join(get_args(Kind))}, got {head.kind!r}")
-    if num_classes < 2 or (bias is not None and bias.shape != (num_classes,)):
-        raise ValueError(f"expected 2 classes at least, and a bias for each; got {num_classes}")
-    if center is not None and center.shape != (width,):
-        raise ValueError(f"expected a center of {width} numbers, got {tuple(center.shape)}")
-    if head._class_names and len(head._class_names) != num_classes:
-        raise ValueError(f"{num_classes} classes, but {len(head._class_names)} class names")
-    if not head._class_names and head.kind != "words":
-        raise ValueError(f"a head from {head.kind} needs the names of its {num_classes} classes")
+    bias, center, names = head.bias, head.center, head._class_names
     tensors = [tensor for tensor in (head.matrix, bias, center) if tensor is not None]
-    if not (head.scale > 0 and all(bool(tensor.isfinite().all()) for tensor in tensors)):
-        raise ValueError("expected finite numbers and a positive scale")
+    refuse(
+        {
+            f"expected a kind of {', '.join(get_args(Kind))}, got {head.kind!r}": head.kind
+            not in get_args(Kind),
+            f"expected 2 classes at least, and a bias for each; got {num_classes}": num_classes < 2
+            or (bias is not None and bias.shape != (num_classes,)),
+            f"expected a center of {width} numbers, got {center is not None and tuple(center.shape)}": center
+            is not None
+            and center.shape != (width,),
+            f"{num_classes} classes, but {len(names)} class names": names and len(names) != num_classes,
+            f"a head from {head.kind} needs the names of its {num_classes} classes": not names
+            and head.kind != "words",
+            "expected finite numbers and a positive scale": not head.scale > 0
+            or not all(bool(tensor.isfinite().all()) for tensor in tensors),
+        },
+        ValueError,
+    )

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import torch
+from jaxtyping import UInt8
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
 
 from tokenlabel.core.geometry import WHOLE_IMAGE, Box, View
 from tokenlabel.data.augment import EvalTransform
 from tokenlabel.data.config import Interpolation
 from tokenlabel.data.resampling import RESAMPLING
+from tokenlabel.models.load import LoadedModel
+from tokenlabel.models.runs import is_run
 from tokenlabel.runtime.coercion import coerced_fields
+from tokenlabel.runtime.errors import ModelError
+from tokenlabel.teachers.dense import DenseNetwork
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +52,7 @@ class TeacherInput:
             return image_size_px[1], image_size_px[0]
         if self.crop_fraction is not None:
             return self.size, self.size
-        aspect = math.sqrt(image_size_px[0] / image_size_px[1])
+        aspect = math.sqrt(image_size_px[0] / image_size_px[1])  # keeps the area at any aspect
         return self._rounded(self.size / aspect), self._rounded(self.size * aspect)
 
     def of(self, image: Image.Image) -> tuple[NDArray[np.uint8], Box]:
@@ -58,6 +66,21 @@ class TeacherInput:
         )
         pixels, view = centre(image, np.random.default_rng(0))  # nothing is drawn
         return pixels, _box(view)
+
+    def resized(
+        self, images: UInt8[Tensor, "B 3 height width"], *, size: int | None = None, mode: str
+    ) -> UInt8[Tensor, "B 3 h w"]:
+        """Return images that are tensors already, resized by `mode` to the nearest size that the network takes.
+
+        `size`: to an area of about size x size pixels first; their own if None.
+        """
+        height_px, width_px = images.shape[2:]
+        scale = 1.0 if size is None else size / (height_px * width_px) ** 0.5
+        img_size = self.fixed_size_px or (self._rounded(height_px * scale), self._rounded(width_px * scale))
+        if img_size == (height_px, width_px):
+            return images
+        found = F.interpolate(images.float(), img_size, mode=mode, antialias=True, align_corners=False)
+        return found.round().clamp(0, 255).to(torch.uint8)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields for a manifest."""
@@ -77,3 +100,49 @@ def _box(crop: View) -> Box:
     """Return the part of an image that a view shows which only crops and resizes."""
     (width, _, left), (_, height, top) = crop.matrix.tolist()
     return Box(left=left, top=top, right=left + width, bottom=top + height)
+
+
+def made_for(name: str, size: int | None) -> int | None:
+    """Return the size that a network shall be made for: a run's is its own, whatever its images' size."""
+    return None if is_run(name) else size
+
+
+def input_of(
+    found: LoadedModel, network: DenseNetwork, *, size: int | None, crop: Literal["none", "center"]
+) -> TeacherInput:
+    """Return how images become a network's input. Raises ModelError for a size that it cannot take."""
+    size = size or max(found.img_size)
+    try:
+        stride_px = _stride(found.img_size[1], network.grid_for(found.img_size)[1])
+        fixed = found.fixed_size or not _takes(network, (size, size + stride_px))
+        network.grid_for((size, size))
+    except ModelError:
+        raise
+    except ValueError as error:
+        raise ModelError(f"{error}; leave --size out") from error
+    return TeacherInput(
+        size=size,
+        stride_px=stride_px,
+        fixed_size_px=(size, size) if fixed else None,
+        crop_fraction=found.crop_fraction if crop == "center" else None,
+        interpolation=found.interpolation,
+        mean=found.model.mean,
+        std=found.model.std,
+    )
+
+
+def _stride(length_px: int, num_locations: int) -> int:
+    """Return the stride that makes so many locations of a side; a convolutional net's where it does not divide."""
+    return (
+        2 ** round(math.log2(length_px / num_locations))
+        if length_px % num_locations
+        else length_px // num_locations
+    )
+
+
+def _takes(network: DenseNetwork, img_size: tuple[int, int]) -> bool:
+    try:
+        network.grid_for(img_size)
+    except ValueError:
+        return False
+    return True

@@ -187,7 +187,7 @@ def by_shape(items: Iterable[TeacherImage], batch_size: int) -> Iterator[list[Te
         batch = waiting.setdefault(item.pixels.shape, [])
         batch.append(item)
         num_waiting += 1
-        if num_waiting >= max_waiting:
+        if num_waiting >= max_waiting:  # of too many shapes: the fullest batch goes as it is
             batch = max(waiting.values(), key=len)
         if len(batch) >= batch_size or num_waiting >= max_waiting:
             num_waiting -= len(batch)
@@ -218,7 +218,7 @@ def _scored(
     for number, seen in enumerate(batches):
         with torch.inference_mode():
             images = as_tensor(seen, device)
-            if number == 0:
+            if number == 0:  # eight show whether the map is right, and cost next to nothing
                 say(teacher.check(images[:8]))
             scored = _Scored(seen, *_on_cpu(*teacher.top(images, topk)))
         yield scored

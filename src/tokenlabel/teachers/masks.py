@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from tokenlabel.core.scores import ScoreMap, from_mask, from_top
 from tokenlabel.data.images import ImageSource
-from tokenlabel.evaluation.observation import MaskFolder
+from tokenlabel.evaluation.masks import MaskFolder
 from tokenlabel.teachers.classmap import ClassMap
 from tokenlabel.teachers.input import cells_of
 

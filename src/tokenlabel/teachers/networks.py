@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -11,17 +11,16 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from tokenlabel.core.batch import normalize_images
+from tokenlabel.data.config import Interpolation
 from tokenlabel.models.load import LoadedModel, load_model
 from tokenlabel.models.weights import fingerprint
 from tokenlabel.runtime.coercion import NATURAL, POSITIVE, check_numbers, coerced, coerced_fields
+from tokenlabel.runtime.distributed import autocast
 from tokenlabel.runtime.errors import ModelError
 from tokenlabel.runtime.hub import local_name
-from tokenlabel.teachers.backbone import (
-    backbone_of,
-    check_locations,
-    input_of,
-    made_for,
-)
+from tokenlabel.segmentation.inference import Segmenter
+from tokenlabel.segmentation.recipe import SegmentRecipe
+from tokenlabel.teachers.backbone import backbone_of, check_locations
 from tokenlabel.teachers.dense import (
     ClassifierNetwork,
     DenseLogits,
@@ -30,7 +29,8 @@ from tokenlabel.teachers.dense import (
     TokenNetwork,
 )
 from tokenlabel.teachers.heads import HEAD_SUFFIX, Head
-from tokenlabel.teachers.input import TeacherInput
+from tokenlabel.teachers.input import TeacherInput, cells_of, input_of, made_for
+from tokenlabel.training.checkpoint import with_recipe
 
 
 class Teacher(ABC):
@@ -69,6 +69,52 @@ class Teacher(ABC):
         """Return the k most probable classes of each location and their probabilities, the most probable first."""
         top = self.probabilities(images).topk(k, dim=3)
         return top.indices, top.values
+
+
+@dataclass(frozen=True, kw_only=True)
+@coerced_fields
+class TeacherConfig:
+    """Which network labels the images, and what it sees of them."""
+
+    teacher: str | list[str]
+    """A run folder, of segmentation too, the name of a model (timm's, lvvit_s and the like), or a head that `fit-head`
+    made (HEAD.safetensors, which knows its backbone); several are averaged. masks:DIR takes segmentation masks (PNG
+    ids, laid out like the images; or masks:FILE.json, COCO's) in place of a network."""
+    weights: str | list[str] | None = None
+    """Checkpoint file (.safetensors, or .pth without code in it), one for each teacher ("" for one that needs none);
+    timm's pretrained weights if none."""
+    size: int | None = None
+    """The image is seen at an area of size x size pixels, masks are averaged down to size x size cells; the teacher's
+    own size if none."""
+    cells: int | None = None
+    """Maps have about cells x cells cells, at the image's aspect; by default as many as the teacher's own."""
+    scales: list[float] | None = None
+    """Of a segmentation run: look at the image in each of these sizes, relative to its own, and average; by default
+    those of its recipe."""
+    crop: Literal["none", "center"] = "none"
+    """none: the whole image at its own aspect; center: the square that it was evaluated on, as published."""
+    head: Literal["auto", "classifier", "tokens"] = "auto"
+    """Which head answers for the locations; auto: one for tokens where it was trained, else the classifier."""
+    flip: bool = False
+    """Average with what the teacher says of the mirror image."""
+    class_map: str | None = None
+    """How the teacher's classes become those of the images: a file with a pair of names or ids a line; `names` to
+    match equal names; `order` if they are the same by another name. By default they must be the same."""
+    outside: Literal["renormalise", "spread"] = "renormalise"
+    """What becomes of the probability that a class map sends to no class. renormalise: the others are scaled to sum to
+    1, and a location with less than .001 of its probability on them keeps nothing; spread: all classes share it."""
+    class_order: str | None = None
+    """The classes of a teacher that does not say their names: `sorted` or `natural` (10 behind 9, as timm's scripts
+    sort folders) for those of the images in this order; else a file with its class names, one a line, or `.json`."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16 runs the teacher under autocast."""
+    compile: bool = False
+    """Compile the teacher (torch.compile); pays off on a GPU for images of one shape."""
+
+    def __post_init__(self) -> None:
+        if self.size is not None and self.size < 1:
+            raise ModelError(f"size must be at least 1, got {self.size}; none takes the teacher's own")
+        check_numbers(self, cells=NATURAL, scales=POSITIVE)
 
 
 class NetworkTeacher(Teacher):
@@ -128,64 +174,92 @@ class NetworkTeacher(Teacher):
         return self.logits(images).locations.float().softmax(dim=3)
 
 
-@dataclass(frozen=True, kw_only=True)
-@coerced_fields
-class TeacherConfig:
-    """Which network labels the images, and what it sees of them."""
+class SegmenterTeacher(Teacher):
+    """A segmentation model as teacher. It looks at images as in its evaluation: whole or by windows, at its scales.
 
-    teacher: str | list[str]
-    """A run folder, of segmentation too, the name of a model (timm's, lvvit_s and the like), or a head that `fit-head`
-    made (HEAD.safetensors, which knows its backbone); several are averaged. masks:DIR takes segmentation masks (PNG
-    ids, laid out like the images; or masks:FILE.json, COCO's) in place of a network."""
-    weights: str | list[str] | None = None
-    """Checkpoint file (.safetensors, or .pth without code in it), one for each teacher ("" for one that needs none);
-    timm's pretrained weights if none."""
-    size: int | None = None
-    """The image is seen at an area of size x size pixels, masks are averaged down to size x size cells; the teacher's
-    own size if none."""
-    cells: int | None = None
-    """Maps have about cells x cells cells, at the image's aspect; by default as many as the teacher's own."""
-    scales: list[float] | None = None
-    """Of a segmentation run: look at the image in each of these sizes, relative to its own, and average; by default
-    those of its recipe."""
-    crop: Literal["none", "center"] = "none"
-    """none: the whole image at its own aspect; center: the square that it was evaluated on, as published."""
-    head: Literal["auto", "classifier", "tokens"] = "auto"
-    """Which head answers for the locations; auto: one for tokens where it was trained, else the classifier."""
-    flip: bool = False
-    """Average with what the teacher says of the mirror image."""
-    class_map: str | None = None
-    """How the teacher's classes become those of the images: a file with a pair of names or ids a line; `names` to
-    match equal names; `order` if they are the same by another name. By default they must be the same."""
-    outside: Literal["renormalise", "spread"] = "renormalise"
-    """What becomes of the probability that a class map sends to no class. renormalise: the others are scaled to sum to
-    1, and a location with less than .001 of its probability on them keeps nothing; spread: all classes share it."""
-    class_order: str | None = None
-    """The classes of a teacher that does not say their names: `sorted` or `natural` (10 behind 9, as timm's scripts
-    sort folders) for those of the images in this order; else a file with its class names, one a line, or `.json`."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16 runs the teacher under autocast."""
-    compile: bool = False
-    """Compile the teacher (torch.compile); pays off on a GPU for images of one shape."""
+    `cells`: maps have about cells x cells cells at the image's aspect, each the mean over its pixels; None for the grid
+    that the model's head ends on.
+    """
 
-    def __post_init__(self) -> None:
-        if self.size is not None and self.size < 1:
-            raise ModelError(f"size must be at least 1, got {self.size}; none takes the teacher's own")
-        check_numbers(self, cells=NATURAL, scales=POSITIVE)
+    own_classes = True
+
+    def __init__(self, found: LoadedModel, config: TeacherConfig, device: torch.device) -> None:
+        model, looks = found.model.to(device).requires_grad_(False), found.recipe.eval
+        if config.scales:
+            looks = replace(looks, scales=tuple(config.scales))
+        if config.size is not None:
+            looks = replace(looks, short_side_px=None)  # the size is the one that was asked for
+        if config.compile:
+            model.compile()
+        self.segmenter = Segmenter(model, looks, window_px=found.img_size)
+        self.cells, self.precision = config.cells, config.precision
+        self.input = TeacherInput(
+            size=config.size,
+            stride_px=1 if config.size is None else model.multiple_px,
+            fixed_size_px=None,
+            crop_fraction=None,
+            interpolation=Interpolation.BILINEAR,
+            mean=model.mean,
+            std=model.std,
+        )
+        self.num_classes, self.class_names = len(found.class_names), found.class_names
+        self.description = {
+            "name": found.name,
+            "weights": fingerprint(model),
+            "answers_with": "pixels",
+            "mode": looks.mode,
+            "scales": list(looks.scales),
+            "flip": looks.flip,
+            "cells": config.cells,
+            "short_side_px": looks.short_side_px,
+            "stride_px": list(self.segmenter.stride_px),
+        }
+
+    def check(self, images: UInt8[Tensor, "B 3 height width"]) -> str:
+        """Return how large the maps of the first images are."""
+        grid = self._grid((images.shape[2], images.shape[3]))
+        return (
+            f"{self.description['name']}: {grid[0]} x {grid[1]} cells for an image of {images.shape[2]} x "
+            f"{images.shape[3]} pixels, {self.num_classes:,} classes"
+        )
+
+    def probabilities(self, images: UInt8[Tensor, "B 3 height width"]) -> Float[Tensor, "B h w C"]:
+        """Return the distribution of each cell of images that `input` made, in float32."""
+        grid = self._grid((images.shape[2], images.shape[3]))
+        with autocast(images.device, self.precision):
+            return torch.stack([self.segmenter.probabilities(image, grid) for image in images])
+
+    def top(
+        self, images: UInt8[Tensor, "B 3 height width"], k: int
+    ) -> tuple[Int[Tensor, "B h w K"], Float[Tensor, "B h w K"]]:
+        """Return the k most probable classes of each cell, image by image: all classes of a batch may be gigabytes."""
+        tops = [self.probabilities(image[None]).topk(k, dim=3) for image in images]
+        return torch.cat([top.indices for top in tops]), torch.cat([top.values for top in tops])
+
+    def _grid(self, size_px: tuple[int, int]) -> tuple[int, int]:
+        return self.segmenter.grid_of(size_px) if self.cells is None else cells_of(size_px, self.cells)
 
 
 def load_teacher(
     name: str, config: TeacherConfig, device: torch.device, *, weights: str | None = None
-) -> NetworkTeacher:
+) -> Teacher:
     """Return one network as teacher, by its name.
 
-    `name`: a run folder that `tokenlabel train` made or one of its checkpoints, `lvvit_s` and the like (with
-    weights), whatever `timm.create_model` takes, or a head file. Raises ModelError if there is none, for
-    a head that does not fit its backbone, and for a network that has no dense map.
+    `name`: a run folder that `tokenlabel train` or `segment train` made or one of its checkpoints, `lvvit_s` and the
+    like (with weights), whatever `timm.create_model` takes, or a head file. Raises ModelError if there is none, for a
+    head that does not fit its backbone, for a network that has no dense map, and for options that it cannot follow.
     """
     if local_name(name).endswith(HEAD_SUFFIX):
         return _by_head(name, config, device, weights=weights)
-    found = load_model(name, weights=weights, img_size=made_for(name, config.size))
+    found = load_model(name, weights=weights, img_size=made_for(name, config.size), segments=None)
+    if found.segments:
+        if given := [
+            f"--{option}" for option in ("crop", "head") if getattr(config, option) not in ("none", "auto")
+        ]:
+            raise ModelError(
+                f"{name} is a segmentation run, for which there is no {', '.join(given)}; leave it out"
+            )
+        return SegmenterTeacher(with_recipe(found, SegmentRecipe), config, device)
     network = _dense_network(found, name, config.head).eval().to(device).requires_grad_(False)
     network = network.to(memory_format=torch.channels_last)
     input = input_of(found, network, size=config.size, crop=config.crop)

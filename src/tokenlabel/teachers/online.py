@@ -8,12 +8,11 @@ from dataclasses import replace
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
-from torch.nn import functional as F
 
 from tokenlabel.core.config import OnlineTeacherConfig
 from tokenlabel.runtime.errors import ModelError
-from tokenlabel.teachers.classmap import ClassMap, class_map_for
-from tokenlabel.teachers.ensemble import name_classes
+from tokenlabel.teachers.classmap import ClassMap
+from tokenlabel.teachers.ensemble import class_map_of, name_classes
 from tokenlabel.teachers.networks import NetworkTeacher, TeacherConfig, load_teacher
 
 
@@ -37,23 +36,11 @@ class NetworkOnlineTeacher:
 
         All 0 where a class map leaves out what is shown.
         """
-        logits = self.teacher.logits(self._seen(images))
+        logits = self.teacher.logits(self.teacher.input.resized(images, size=self.size, mode="bicubic"))
         of_images, of_locations = logits.image.float().softmax(dim=1), logits.locations.float().softmax(dim=3)
         if self.class_map is None:
             return of_images, of_locations
         return self.class_map.apply(of_images), self.class_map.apply(of_locations)
-
-    def _seen(self, images: UInt8[Tensor, "B 3 height width"]) -> UInt8[Tensor, "B 3 h w"]:
-        input, (height_px, width_px) = self.teacher.input, images.shape[2:]
-        scale = 1.0 if self.size is None else self.size / (height_px * width_px) ** 0.5
-        img_size = input.fixed_size_px or (
-            _rounded(height_px * scale, input.stride_px),
-            _rounded(width_px * scale, input.stride_px),
-        )
-        if img_size == (height_px, width_px):
-            return images
-        resized = F.interpolate(images.float(), img_size, mode="bicubic", antialias=True, align_corners=False)
-        return resized.round().clamp(0, 255).to(torch.uint8)
 
 
 def load_online_teacher(
@@ -77,23 +64,13 @@ def load_online_teacher(
         device,
         weights=config.weights,
     )
-    if teacher.words:
+    if teacher.words or not isinstance(teacher, NetworkTeacher):
+        what = "says visual words, not classes" if teacher.words else "holds a segmentation model"
         raise ModelError(
-            f"loss.teacher.name {config.name}: says visual words, not classes; label the images once (`tokenlabel "
-            f"annotate IMAGES labels --teacher {config.name}`) and give data.labels"
+            f"loss.teacher.name {config.name}: {what}; label the images once (`tokenlabel annotate IMAGES labels "
+            f"--teacher {config.name}`) and give data.labels"
         )
     name_classes(teacher, config.class_order, class_names, option="--loss.teacher.class-order")
-    class_map = class_map_for(
-        config.class_map,
-        teacher.class_names,
-        class_names,
-        num_theirs=teacher.num_classes,
-        assumed=teacher.names_assumed,
-        options="--loss.teacher.",
-    )
+    class_map = class_map_of(teacher, config.class_map, class_names, options="--loss.teacher.")
     class_map = class_map and replace(class_map, outside=config.outside)
     return NetworkOnlineTeacher(teacher, size=config.size, class_map=class_map)
-
-
-def _rounded(side_px: float, stride_px: int) -> int:
-    return max(1, round(side_px / stride_px)) * stride_px

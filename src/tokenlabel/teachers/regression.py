@@ -101,6 +101,7 @@ def _fits(examples: Examples, decays: tuple[float, ...]) -> list[LinearFit]:
             line_search_fn="strong_wolfe",
         )
 
+        # The vectors stay as they are, in half precision: the weights are standardised in their place.
         def closure(decay: float = decay, optimizer: torch.optim.Optimizer = optimizer) -> Tensor:
             optimizer.zero_grad()
             penalty = decay / 2 * weight.square().sum()

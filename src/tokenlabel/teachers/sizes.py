@@ -15,7 +15,7 @@ from tokenlabel.teachers.labelling import TeacherImage, as_tensor
 from tokenlabel.teachers.networks import NetworkTeacher
 
 NUM_TRIED = 128
-MANY_IMAGES = 10_000
+ENOUGH_IMAGES = 10_000
 """So many images are worth trying sizes out, which costs what labelling some 750 does."""
 
 _FACTORS = (1.25, 1.5)
@@ -51,7 +51,9 @@ def proposed_size(
         counts = {other: agreeing(replace(teacher.input, size=other)) for other in [size, *others]}
     except (ModelError, ValueError):  # a network that takes no larger images
         return None
-    best = max(counts, key=lambda other: (counts[other], -other))
+    best = max(
+        counts, key=lambda other: (counts[other], -other)
+    )  # of equal ones the smallest, which costs least
     if counts[best] - counts[size] < _MIN_GAIN:
         return None
     return (

@@ -1,19 +1,27 @@
-"""Class names as vectors: the text tower that was trained beside a backbone (open_clip; the extra `text`)."""
+"""Class names as vectors: of a file, or of the text tower trained beside a backbone (open_clip; the extra `text`)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from tokenlabel.runtime.errors import ModelError, first_line
 from tokenlabel.runtime.hub import hub_or_cache
 from tokenlabel.runtime.process import listed
+from tokenlabel.teachers.backbone import Backbone
+from tokenlabel.teachers.heads import Head
+
+FILE_TEMPERATURE = 0.01
 
 # What a class is embedded in; a location shows a part of a photograph as often as a whole thing.
 PROMPTS = (
@@ -63,23 +71,9 @@ PAIRS: dict[str, tuple[str, str]] = {
 }
 
 
-@runtime_checkable
-class TextTower(Protocol):
-    """What makes vectors of texts that may be compared with those of images. `scale`: of their cosines."""
-
-    @property
-    def scale(self) -> float:
-        """The inverse temperature that it was trained with."""
-        ...
-
-    def encode(self, texts: Sequence[str]) -> Float[Tensor, "n D"]:
-        """Return the vector of each text."""
-        ...
-
-
 @dataclass(frozen=True, eq=False)
 class OpenClipTower:
-    """The text tower of an open_clip network, with its tokenizer."""
+    """The text tower of an open_clip network, with its tokenizer. `scale`: the inverse temperature of its training."""
 
     network: Any
     tokenizer: Any
@@ -91,7 +85,7 @@ class OpenClipTower:
         return self.network.encode_text(self.tokenizer(list(texts))).float()
 
 
-def load_tower(backbone: str) -> TextTower:
+def load_tower(backbone: str) -> OpenClipTower:
     """Return the text tower of a backbone by timm's name. Raises ModelError for one that has none, or is unknown."""
     if backbone not in PAIRS:
         raise ModelError(
@@ -116,10 +110,58 @@ def load_tower(backbone: str) -> TextTower:
     return OpenClipTower(network, tokenizer, float(network.logit_scale.exp()))
 
 
-def text_embeddings(tower: TextTower, class_names: Sequence[str]) -> Float[Tensor, "C D"]:
-    """Return the mean direction of each class's name in all PROMPTS, of length 1."""
+def text_embeddings(tower: Any, class_names: Sequence[str]) -> Float[Tensor, "C D"]:
+    """Return the mean direction of each class's name in all PROMPTS, of length 1. `tower`: has `encode`."""
     rows = []
     for name in class_names:
         vectors = tower.encode([prompt.format(name.replace("_", " ")) for prompt in PROMPTS])
         rows.append(normalize(normalize(vectors, dim=1).mean(dim=0), dim=0))
     return torch.stack(rows)
+
+
+def head_of_embeddings(
+    from_: str, names: Sequence[str], backbone: Backbone, temperature: float | None
+) -> Head:
+    """Return the head of the embeddings of class names: scaled cosines.
+
+    `from_`: `text` for the backbone's own text tower, or a file of embeddings. `temperature`: of the cosines; the
+    tower's own, and .01, if None. Raises ModelError for embeddings that are not those of these names and this backbone.
+    """
+    name = backbone.description["name"]
+    if from_ == "text":
+        tower = load_tower(name)
+        matrix, usual = text_embeddings(tower, names), 1 / tower.scale
+    else:
+        matrix, usual = _read_embeddings(Path(from_)), FILE_TEMPERATURE
+    if len(names) < 2 or matrix.shape != (len(names), backbone.width):
+        raise ModelError(
+            f"--from {from_}: expected an embedding of {backbone.width} numbers, the width of {name}, for each of "
+            f"{len(names):,} class names (two at least); got {tuple(matrix.shape)}"
+        )
+    return Head(
+        normalize(matrix.float(), dim=1),
+        kind="text" if from_ == "text" else "file",
+        scale=1 / (temperature or usual),
+        normalised=True,
+        class_names=names,
+        fitted={"prompts": len(PROMPTS)} if from_ == "text" else {"file": Path(from_).name},
+        backbone=backbone.description,
+    )
+
+
+def _read_embeddings(path: Path) -> Float[Tensor, "C D"]:
+    """Return the one matrix of a file, or that called `embeddings`."""
+    try:
+        if path.suffix == ".npy":
+            return torch.from_numpy(np.load(path, allow_pickle=False).astype(np.float32))
+        tensors = load_file(path)
+        matrices = (
+            [tensors["embeddings"]]
+            if "embeddings" in tensors
+            else [t for t in tensors.values() if t.ndim == 2]
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ModelError(f"--from {path}: cannot be read as embeddings ({first_line(error)})") from error
+    if len(matrices) != 1 or matrices[0].ndim != 2:
+        raise ModelError(f"--from {path}: expected one tensor [classes, width], or one called `embeddings`")
+    return matrices[0].float()

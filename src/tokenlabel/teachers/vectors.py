@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from tokenlabel.core.batch import normalize_images
 from tokenlabel.data.images import ImageSource
-from tokenlabel.evaluation.observation import MaskFolder
+from tokenlabel.evaluation.masks import MaskFolder
 from tokenlabel.labels.manifest import Failure
 from tokenlabel.runtime.errors import ModelError
 from tokenlabel.runtime.process import listed, say
@@ -141,6 +141,7 @@ class Vectors:
 
     def _drawn(self, key: str, count: int, most: int) -> NDArray[np.int64]:
         """Draw `most` of `count` locations of an image, with repetition only where there are fewer."""
+        # By the key, not by the place in the list: with more images, the old ones give the same vectors.
         rng = np.random.default_rng((self.seed, *key.encode("utf-8", "surrogateescape")))
         return np.resize(rng.permutation(count), most)
 

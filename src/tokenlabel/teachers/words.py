@@ -56,6 +56,7 @@ def fit_words(vectors: Float[Tensor, "n D"], num_words: int, *, topk: int, seed:
     size = max(64, MAX_LOGITS // num_words)
     for number in range(NUM_ROUNDS):
         sums, taken = words * counts.clamp(max=INERTIA)[:, None], torch.zeros_like(counts)
+        # Drawn on the CPU: a GPU's generator would give other words on another GPU.
         for rows in torch.randperm(len(vectors), generator=generator).split(size):
             rows = rows.to(vectors.device)
             x = some(rows)
@@ -117,7 +118,7 @@ def _scale(cosines: Float[Tensor, "m W"], topk: int) -> float:
     )  # of few words, those that are kept could hold all at any scale
     cosines = cosines.sort(dim=1, descending=True).values
     low, high = 1.0, 1e4
-    for _ in range(30):
+    for _ in range(30):  # bisection of the logarithm, far below what a float tells apart
         scale = math.sqrt(low * high)
         kept = float((cosines * scale).softmax(dim=1)[:, :k].sum(dim=1).mean())
         low, high = (low, scale) if kept > KEPT_MASS else (scale, high)

@@ -91,6 +91,7 @@ def _write(
     recipe: TrainingConfig,
     about: dict[str, Any],
 ) -> None:
+    # Written beside its place and renamed when all of it is on the disk: a folder of that name is a whole checkpoint.
     temporary = folder.with_name(f".writing-{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -163,20 +164,21 @@ def load_checkpoint(folder: Path, state: TrainState) -> int:
     return saved["step"]
 
 
-def load_run(path: str | Path) -> LoadedModel:
-    """Return the model of a run folder (its newest checkpoint) or of one checkpoint folder, with its Recipe.
+def load_run(path: str | Path, kind: type[TrainingConfig] = Recipe) -> LoadedModel:
+    """Return the model of a run folder (its newest checkpoint) or of one checkpoint folder, with its recipe.
 
-    Its weights are the averaged ones where the recipe made an average. Raises ModelError.
+    `kind`: of the recipe, Recipe for classifiers. Its weights are the averaged ones where the recipe made an average.
+    Raises ModelError, also for a run of another kind.
     """
     newest_checkpoint(path)  # or it is none, which is not to be looked up as the name of a network
-    return with_recipe(load_model(path))
+    return with_recipe(load_model(path, segments=kind is not Recipe), kind)
 
 
-def with_recipe(loaded: LoadedModel) -> LoadedModel:
-    """Return a loaded model whose recipe, if it has one, is a Recipe."""
+def with_recipe(loaded: LoadedModel, kind: type[TrainingConfig] = Recipe) -> LoadedModel:
+    """Return a loaded model whose recipe, if it has one, is no longer plain data."""
     if loaded.recipe is None:
         return loaded
-    return replace(loaded, recipe=config_from_dict(loaded.recipe, Recipe, name=f"recipe of {loaded.name}"))
+    return replace(loaded, recipe=config_from_dict(loaded.recipe, kind, name=f"recipe of {loaded.name}"))
 
 
 def _tensors(state: TrainState, *, here: bool) -> dict[str, dict[str, Tensor]]:

@@ -11,13 +11,11 @@ from typing import Any
 
 import torch
 
-from tokenlabel.core.step import Part
 from tokenlabel.drawing.page import Page, table
 from tokenlabel.runtime.distributed import joined_ranks
 from tokenlabel.runtime.runlog import Stopwatch
-from tokenlabel.training.engine import Trainer, prepare, train_step
-from tokenlabel.training.progress import peak_memory_bytes
 from tokenlabel.training.tasks import Summary, Task
+from tokenlabel.training.trainer import Trainer, peak_memory_bytes, prepare, train_step
 
 PICTURES_NAME = "first_batch.html"
 
@@ -47,8 +45,7 @@ def dry_run(make_task: Callable[[], Task[Any]], out: Path, *, device: torch.devi
         batches = iter(task.batches(sampler))
         first = next(batches)
         if ranks.is_first:
-            part = Part(task.recipe.seed, 0, sampler.part_start(0))
-            album = task.picture(first.to(device), part, next(iter(sampler)))
+            album = task.picture(first.to(device), trainer.part(0, 0), next(iter(sampler)))
             assert album is not None
             page = Page(f"Dry run of {out}", [album])
             page.add_album("The first batch, with its targets", album)

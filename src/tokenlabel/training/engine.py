@@ -4,9 +4,6 @@ A `Task` says what the model, the images and the loss are. A step is a function 
 number of the step: its images, their augmentation, the mix and every random draw inside the model follow from
 (seed, step). So a run that was stopped anywhere continues from its last checkpoint to the very same weights, and
 nothing random is ever stored.
-
-A step's batch is that of all processes. Each takes its share through the model in equal parts, one after the other,
-and the gradients of all parts of all processes are averaged before the weights move.
 """
 
 from __future__ import annotations
@@ -14,101 +11,33 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from timm.layers.norm_act import convert_sync_batchnorm
-from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 
-from tokenlabel.core.step import Part
-from tokenlabel.data.samplers import BatchSampler
 from tokenlabel.drawing.pictures import PICTURES_FOLDER
-from tokenlabel.runtime.configuration import ConfigError
-from tokenlabel.runtime.distributed import Ranks, joined_ranks, shard, usable_device
+from tokenlabel.runtime.distributed import Ranks, joined_ranks, usable_device
 from tokenlabel.runtime.errors import ModelError
 from tokenlabel.runtime.process import Interrupted, caught_signals
 from tokenlabel.runtime.runlog import RunLog, Stopwatch, Tracker, read_metrics
 from tokenlabel.training.checkpoint import (
-    TrainState,
     list_checkpoints,
     load_checkpoint,
     prune_checkpoints,
     save_checkpoint,
 )
-from tokenlabel.training.optim import (
-    create_ema,
-    create_optimizer,
-    learning_rate,
-    outer_steps,
-    set_learning_rate,
-)
-from tokenlabel.training.progress import Divergence, StepResult, Window, peak_memory_bytes
-from tokenlabel.training.recipe import TrainingConfig
+from tokenlabel.training.optim import outer_steps
 from tokenlabel.training.run_folder import changes_figures, check_apart, check_run_folder, locked, numerics
 from tokenlabel.training.tasks import Task
+from tokenlabel.training.trainer import StepResult, Trainer, peak_memory_bytes, prepare, train_step
 
 LOG_EVERY_STEPS = 10
 # Figures of an evaluation that are printed beside the task's own.
 _SHOWN_FIGURES = ("knn", "image_probe", "teacher_accuracy")
-
-
-@dataclass(frozen=True, eq=False)
-class Trainer:
-    """A task with everything that moves its weights."""
-
-    task: Task[Any]
-    ranks: Ranks
-    state: TrainState
-    forward: nn.Module
-    grad_accum_steps: int
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Steps in which every image is seen once, or more often where these were too few."""
-        recipe = self.task.recipe
-        return max(recipe.min_epoch_steps, self.task.num_images // recipe.batch_size)
-
-    @property
-    def num_steps(self) -> int:
-        """Steps of the whole run."""
-        recipe = self.task.recipe
-        return recipe.num_steps or (recipe.epochs or 0) * self.steps_per_epoch
-
-    def learning_rate(self, step: int) -> float:
-        """Return the learning rate of a step."""
-        recipe = self.task.recipe
-        return learning_rate(
-            step,
-            recipe.optim,
-            batch_size=recipe.batch_size,
-            steps_per_epoch=self.steps_per_epoch,
-            num_steps=self.num_steps,
-        )
-
-    def due(self, done: int, every_epochs: float) -> bool:
-        """Whether something that happens every so many epochs, and at the end, happens after `done` steps."""
-        return done == self.num_steps or done % max(1, round(every_epochs * self.steps_per_epoch)) == 0
-
-    def sampler(self, start_step: int) -> BatchSampler:
-        """Return which images this process takes from a step on."""
-        recipe = self.task.recipe
-        return BatchSampler(
-            num_images=self.task.num_images,
-            batch_size=recipe.batch_size,
-            seed=recipe.seed,
-            start_step=start_step,
-            num_steps=self.num_steps,
-            rank=self.ranks.rank,
-            world_size=self.ranks.world_size,
-            grad_accum_steps=self.grad_accum_steps,
-            order=self.task.order(),
-        )
 
 
 def train_in(
@@ -176,14 +105,7 @@ def _train(
             changed_numerics=changed_numerics,
         )
     )
-    checkpoints = list_checkpoints(run)
-    step = load_checkpoint(checkpoints[-1], trainer.state) if checkpoints else 0
-    steps = ranks.all_gather(step)
-    if len(set(steps)) > 1:
-        raise ModelError(
-            f"{run}: the processes find checkpoints of different steps ({', '.join(map(str, steps))}); "
-            "the run folder must be the same one for all"
-        )
+    step = _resume(trainer, run)
     log = RunLog(
         run,
         start_step=step,
@@ -203,97 +125,17 @@ def _train(
         log.close()
 
 
-def prepare(task: Task[Any], ranks: Ranks) -> Trainer:
-    """Return a task with its optimizer and average, made ready for the processes and the precision of its recipe."""
-    recipe, model = task.recipe, task.model
-    grad_accum_steps = _grad_accum_steps(recipe, ranks)
-    if recipe.grad_checkpointing:
-        model.set_grad_checkpointing()
-    if recipe.sync_batchnorm:
-        if task.device.type != "cuda":
-            raise ConfigError("sync_batchnorm is for GPUs; on the CPU set sync_batchnorm to false")
-        convert_sync_batchnorm(model)  # PyTorch's own would drop the activations that timm fuses with norms
-    ema = create_ema(model, recipe.optim, sharded=recipe.sharded)
-    if recipe.sharded:
-        if ranks.world_size == 1:
-            raise ConfigError(
-                "sharded divides a model among processes; start them with torchrun, or set it to false"
-            )
-        for module in (model, ema.module) if ema else (model,):
-            shard(module, module.fsdp_blocks(), task.device)
-    if recipe.compile != "no":
-        model.compile(backend=recipe.compile)
-    forward: nn.Module = task.step
-    if ranks.world_size > 1 and not recipe.sharded:
-        forward = DistributedDataParallel(forward)
-    optimizer = create_optimizer(model, recipe.optim)
-    scaler = torch.amp.GradScaler(task.device.type) if recipe.precision == "fp16" else None
-    return Trainer(task, ranks, TrainState(model, optimizer, ema, scaler), forward, grad_accum_steps)
-
-
-def _grad_accum_steps(recipe: TrainingConfig, ranks: Ranks) -> int:
-    """Return in how many parts a process takes its share of a batch through the model."""
-    share, rest = divmod(recipe.batch_size, ranks.world_size)
-    most = recipe.micro_batch_size or share
-    if rest or share % min(most, share):
-        raise ConfigError(
-            f"batch_size {recipe.batch_size} over {ranks.world_size} processes in parts of {most} images leaves a "
-            "rest; choose batch_size as a multiple of processes x micro_batch_size"
+def _resume(trainer: Trainer, run: Path) -> int:
+    """Load the newest checkpoint of a run, on all ranks; return its step, 0 without one."""
+    checkpoints = list_checkpoints(run)
+    step = load_checkpoint(checkpoints[-1], trainer.state) if checkpoints else 0
+    steps = trainer.ranks.all_gather(step)
+    if len(set(steps)) > 1:
+        raise ModelError(
+            f"{run}: the processes find checkpoints of different steps ({', '.join(map(str, steps))}); "
+            "the run folder must be the same one for all"
         )
-    return share // min(most, share)
-
-
-def train_step(trainer: Trainer, batches: Iterator[Any], step: int, watch: Stopwatch) -> StepResult:
-    """Run one optimizer step; return the losses as tensors, without a device sync."""
-    task, state, grad_accum_steps = trainer.task, trainer.state, trainer.grad_accum_steps
-    recipe, sums, keys = task.recipe, {}, []
-    state.model.train()
-    state.optimizer.zero_grad()
-    for number in range(grad_accum_steps):
-        with watch.part("data"):
-            batch = next(batches).to(task.device)
-        part = Part(recipe.seed, step, trainer.sampler(step).part_start(number))
-        torch.manual_seed(part.random_seed())  # drop path and dropout
-        with _gradients_meet(trainer, number == grad_accum_steps - 1):
-            losses = trainer.forward(batch, part, watch)
-            loss = losses["loss"] / grad_accum_steps
-            (state.scaler.scale(loss) if state.scaler else loss).backward()
-        sums = {name: sums.get(name, 0) + loss.detach() / grad_accum_steps for name, loss in losses.items()}
-        keys += batch.keys
-    set_learning_rate(state.optimizer, trainer.learning_rate(step))
-    sums |= _move_weights(state, recipe.optim.clip_grad_norm)
-    if state.ema is not None:
-        state.ema.update(state.model, step=step)
-    return StepResult(sums, keys)
-
-
-def _move_weights(state: TrainState, clip_norm: float | None) -> dict[str, Tensor]:
-    """Let the optimizer take a step; return the norm of the gradient.
-
-    With a scaled loss that overflowed there is no step and the norm counts as 0; `skipped` says so.
-    """
-    if state.scaler is not None:
-        state.scaler.unscale_(state.optimizer)
-    norm = nn.utils.clip_grad_norm_(state.model.parameters(), clip_norm or math.inf)
-    if state.scaler is not None:
-        state.scaler.step(state.optimizer)
-        state.scaler.update()
-    else:
-        state.optimizer.step()
-    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-    if state.scaler is None:
-        return {"gradient_norm": norm}
-    return {"gradient_norm": norm.nan_to_num(0, 0, 0), "skipped": (~norm.isfinite()).float()}
-
-
-def _gradients_meet(trainer: Trainer, last: bool) -> AbstractContextManager[None]:
-    """Return a context in which backward() averages gradients over processes only if it is a step's last."""
-    model, forward = trainer.state.model, trainer.forward
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(last)
-    if isinstance(forward, DistributedDataParallel) and not last:
-        return forward.no_sync()
-    return nullcontext()
+    return step
 
 
 def _loop(
@@ -312,6 +154,7 @@ def _loop(
     ranks, checkpoint = trainer.ranks, trainer.task.recipe.checkpoint
     batches = iter(trainer.task.batches(trainer.sampler(start_step)))
     _say_learning_rate(trainer, log)
+    # A checkpoint is written before the evaluation of its step.
     if figures is None and start_step and trainer.due(start_step, eval_every_epochs):
         figures = _evaluate(trainer, run, log, start_step)  # the run was stopped before it could
     watch, window = Stopwatch(), Window(ranks)
@@ -354,15 +197,15 @@ def _pictured(
     trainer: Trainer, run: Path, batches: Iterator[Any], step: int, watch: Stopwatch
 ) -> Iterator[Any]:
     """Write pictures of the first batch that a run takes, unless it has some; return all batches, that one included."""
-    folder, task, sampler = run / PICTURES_FOLDER, trainer.task, trainer.sampler(step)
+    folder, task = run / PICTURES_FOLDER, trainer.task
     is_known = step > 0 and (folder / "train.json").exists()
     if not trainer.ranks.is_first or is_known or step == trainer.num_steps:
         return batches
     with watch.part("data"):
         first = next(batches)
     with watch.paused():
-        part = Part(task.recipe.seed, step, sampler.part_start(0))
-        album = task.picture(first.to(task.device), part, next(iter(sampler)))
+        indices = next(iter(trainer.sampler(step)))
+        album = task.picture(first.to(task.device), trainer.part(step, 0), indices)
         if album is not None:
             album.write(folder, "train", step=step, num_steps=trainer.num_steps)
     return itertools.chain([first], batches)
@@ -388,6 +231,50 @@ def _say_learning_rate(trainer: Trainer, log: RunLog) -> None:
             f"warm-up ({warmup:,} steps) and cool-down ({cooldown:,}) leave the schedule nothing of the "
             f"{trainer.num_steps:,} steps: good for trying things out, not for learning much"
         )
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """The first step at which `what` (loss or gradient) was not finite, on the rank that had it first."""
+
+    step: int
+    what: str
+    value: float
+    keys: Sequence[str]
+
+
+@dataclass(eq=False)
+class Window:
+    """Collects what steps say until it is asked for, so that the device need not be waited for at each."""
+
+    ranks: Ranks
+    results: list[StepResult] = field(default_factory=list)
+
+    def add(self, result: StepResult) -> None:
+        """Take in the result of one more step."""
+        self.results.append(result)
+
+    def means(self, done: int) -> tuple[dict[str, float], Divergence | None]:
+        """Return the mean of each value over the window's steps and all ranks, and forget them.
+
+        `done`: the number of steps that the run has done. All ranks call this.
+        """
+        results, self.results = self.results, []
+        values = {
+            name: torch.stack([result.values[name].float() for result in results]).tolist()
+            for name in results[0].values
+        }
+        every = self.ranks.all_gather(values)
+        means = {name: float(np.mean([rank[name] for rank in every])) for name in values}
+        for name, what in (("loss", "loss"), ("gradient_norm", "norm of the gradient")):
+            if math.isfinite(means.get(name, 0.0)):
+                continue
+            of_steps = np.array([rank[name] for rank in every])  # [ranks, steps]
+            number = int(np.argmin(np.isfinite(of_steps).all(axis=0)))
+            rank = int(np.argmin(np.isfinite(of_steps[:, number])))
+            keys = self.ranks.all_gather(results[number].keys)[rank]
+            return means, Divergence(done - len(results) + number, what, of_steps[rank, number], keys)
+        return means, None
 
 
 def _report(trainer: Trainer, run: Path, log: RunLog, done: int, window: Window, watch: Stopwatch) -> None:

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from tokenlabel.core.config import Inference
 from tokenlabel.models import TimmAdapter, TokenModel
 from tokenlabel.models.load import LoadedModel
-from tokenlabel.models.registration import OUR_MODELS
-from tokenlabel.models.weight_files import description_of, options_without_weights
+from tokenlabel.models.names import OUR_MODELS
+from tokenlabel.models.runs import description_of, options_without_weights
 from tokenlabel.runtime.configuration import config_as_dict
-from tokenlabel.runtime.errors import ConfigError
+from tokenlabel.runtime.errors import ConfigError, refuse
 from tokenlabel.training.checkpoint import load_run
 
 # How far an ONNX graph may be from PyTorch, as a share of the largest output.
@@ -48,16 +48,19 @@ def export_run(
     Raises ConfigError.
     """
     run, out, inference = Path(run), Path(out), None if inference is None else Inference(inference)
-    if out.suffix not in (".safetensors", ".onnx", ""):
-        raise ConfigError(f"{out}: expected a name in .safetensors or .onnx, or a folder without a suffix")
-    if out.suffix != ".onnx" and (dense or inference is not None):
-        raise ConfigError(f"{out}: only .onnx has outputs to choose; leave `dense` and `inference` out")
-    if out.exists() and not overwrite:
-        raise ConfigError(f"{out} is there already; give another name, or allow to overwrite it")
-    if out.is_dir() and not _is_export(out):
-        raise ConfigError(
-            f"{out}: is no folder that an export made, so it is not replaced; give another name"
-        )
+    refuse(
+        {
+            f"{out}: expected a name in .safetensors or .onnx, or a folder without a suffix": out.suffix
+            not in (".safetensors", ".onnx", ""),
+            f"{out}: only .onnx has outputs to choose; leave `dense` and `inference` out": out.suffix
+            != ".onnx"
+            and (dense or inference is not None),
+            f"{out} is there already; give another name, or allow to overwrite it": out.exists()
+            and not overwrite,
+            f"{out}: is no folder that an export made, so it is not replaced; give another name": out.is_dir()
+            and not _is_export(out),
+        }
+    )
     trained = load_run(run)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".writing-{out.name}")

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from timm.utils.model_ema import ModelEmaV3
@@ -13,30 +12,10 @@ from torch import nn
 from tokenlabel.training.recipe import OptimConfig
 
 
-@runtime_checkable
-class Layered(Protocol):
-    """A model that says which layer each parameter belongs to, and what weight decay leaves alone: any `TokenModel`."""
-
-    def layers(self) -> dict[str, int]:
-        """Return the layer of each parameter by its name."""
-        ...
-
-    def no_weight_decay(self) -> set[str]:
-        """Return the names of the parameters that weight decay leaves alone, beside biases and norms."""
-        ...
-
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield every parameter with its name."""
-        ...
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """Yield every parameter."""
-        ...
-
-
-def create_optimizer(model: Layered, config: OptimConfig) -> torch.optim.AdamW:
+def create_optimizer(model: Any, config: OptimConfig) -> torch.optim.AdamW:
     """Return AdamW over the trainable parameters, grouped by layer and by whether they decay.
 
+    `model`: says which they are by `layers()` and `no_weight_decay()`, as every `TokenModel` and `SegmentationModel`.
     A group's `lr_scale` is what the learning rate of a step is multiplied with (`set_learning_rate`).
     """
     spared = model.no_weight_decay()
@@ -45,7 +24,7 @@ def create_optimizer(model: Layered, config: OptimConfig) -> torch.optim.AdamW:
     groups: dict[tuple[bool, int], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            decays = parameter.ndim > 1 and name not in spared
+            decays = parameter.ndim > 1 and name not in spared  # biases and norms have one dimension
             layer = layers.get(name, top)
             weight_decay = config.weight_decay if decays else 0.0
             scale = config.layer_decay ** (top - layer)

@@ -110,6 +110,15 @@ class RunImages:
         self.entries: dict[str, Any] = {}
         self.packed_list = b""
 
+    def note_labels(self, store: Any, **counts: int) -> None:
+        """Take in which labels of a `LabelStore` the run learns from: on other ones it must not go on.
+
+        `counts`: what else has to stay as it is.
+        """
+        # Labels that were made anew since are other labels.
+        newest = max((shard.generation for shard in store.shards), default=0)
+        self.entries["labels"] = {**counts, "annotated_again": newest or None, **store.manifest.origin()}
+
     def broken(
         self,
         split: str,
@@ -126,36 +135,30 @@ class RunImages:
         checkpoint broken images may have been repaired, and are looked at again. Raises ConfigError for training images
         and classes that are not those of the run in the folder.
         """
-        return current_ranks().on_main(lambda: self._broken(split, keys, classes, check, find))
 
-    def _broken(
-        self,
-        split: str,
-        keys: Sequence[str],
-        classes: Sequence[str],
-        check: str,
-        find: Callable[[list[int] | None], list[int]],
-    ) -> list[int]:
-        text = _list_of(keys, classes)
-        entry = {"digest": hashlib.sha256(text).hexdigest(), "check": check, "broken": []}
-        if split == "train":
-            self.packed_list = gzip.compress(text, 1)
-        self.entries[split] = entry
-        checkpoints = list_checkpoints(self.run) if self.run else []
-        if self.run and checkpoints and split == "train":
-            _refuse_classes(self.run, read_state(checkpoints[-1])["class_names"], self.class_names)
-            _refuse_images(self.run, self)
-        found = read_images(self.run).get(split) if self.run else None
-        if found is None or found["digest"] != entry["digest"]:
-            numbers = find(None)
-        elif checkpoints or found["check"] == check:
-            known, entry["check"] = {*found["broken"]}, found["check"]
-            numbers = [number for number, key in enumerate(keys) if key in known] if known else []
-            numbers = find(numbers) if numbers and not checkpoints else numbers
-        else:
-            numbers = find(None)
-        entry["broken"] = [keys[number] for number in numbers]
-        return numbers
+        def look() -> list[int]:
+            text = _list_of(keys, classes)
+            entry = {"digest": hashlib.sha256(text).hexdigest(), "check": check, "broken": []}
+            if split == "train":
+                self.packed_list = gzip.compress(text, 1)
+            self.entries[split] = entry
+            checkpoints = list_checkpoints(self.run) if self.run else []
+            if self.run and checkpoints and split == "train":
+                _refuse_classes(self.run, read_state(checkpoints[-1])["class_names"], self.class_names)
+                _refuse_images(self.run, self)
+            found = read_images(self.run).get(split) if self.run else None
+            if found is None or found["digest"] != entry["digest"]:
+                numbers = find(None)
+            elif checkpoints or found["check"] == check:
+                known, entry["check"] = {*found["broken"]}, found["check"]
+                numbers = [number for number, key in enumerate(keys) if key in known] if known else []
+                numbers = find(numbers) if numbers and not checkpoints else numbers
+            else:
+                numbers = find(None)
+            entry["broken"] = [keys[number] for number in numbers]
+            return numbers
+
+        return current_ranks().on_main(look)
 
 
 def sound_images(
@@ -253,6 +256,7 @@ def _changes(run: Path, recipe: TrainingConfig, of_checkpoint: dict[str, Any]) -
         ]  # else younger than the run
         unlike = [name for name in names if theirs.get(name) != ours.get(name)]
         of_each.append({name: (theirs.get(name), ours.get(name)) for name in unlike})
+    # Free fields differ from the last start; the others from whichever is nearer, see above.
     held = [{k: v for k, v in changes.items() if not _is_free(k, *v)} for changes in of_each]
     return {k: v for k, v in of_each[-1].items() if _is_free(k, *v)} | min(held, key=len)
 

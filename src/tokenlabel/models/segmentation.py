@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tokenlabel.models import TokenModel, create_model
+from tokenlabel.models import TimmAdapter, create_model
+from tokenlabel.models.decoders import (
+    NUM_LEVELS,
+    DecodeHead,
+    FCNHead,
+    HeadOutputs,
+    Levels,
+    LinearHead,
+    Neck,
+    NeckKind,
+    UPerNetHead,
+    find_levels,
+)
+from tokenlabel.models.runs import is_run, newest_checkpoint
+from tokenlabel.models.weight_files import Weights, read_checkpoint
+from tokenlabel.models.weights import LOGGER, load, load_published, misfit
 from tokenlabel.runtime.coercion import COUNT, NATURAL, POSITIVE, Choice, check_numbers, coerced_fields
-from tokenlabel.segmentation.heads import FCNHead, Head, HeadOutputs, LinearHead, UPerNetHead
-from tokenlabel.segmentation.pyramid import NUM_LEVELS, Levels, Neck, NeckKind, find_levels
+from tokenlabel.runtime.errors import ModelError
 
 
 class HeadKind(Choice):
@@ -91,12 +107,12 @@ class SegmentationModel(nn.Module):
 
     def __init__(
         self,
-        backbone: TokenModel,
+        backbone: TimmAdapter,
         levels: Levels,
         *,
         neck: Neck | None,
-        decode_head: Head,
-        auxiliary_head: Head | None,
+        decode_head: DecodeHead,
+        auxiliary_head: DecodeHead | None,
     ) -> None:
         super().__init__()
         self._backbone_is_frozen = False
@@ -164,39 +180,31 @@ class SegmentationModel(nn.Module):
 
 
 def create_segmentation_model(config: SegmentModelConfig, *, num_classes: int) -> SegmentationModel:
-    """Return a new model with the weights that it is born with (`weights` are loaded by `load_weights`).
+    """Return a new model with the weights that it is born with (`config.weights` are for `load_segmentation_weights`).
 
     Raises ValueError for names, options, sizes and layers that do not exist or do not go together.
     """
     backbone = _create_backbone(config)
     levels = find_levels(backbone, config.img_size, layers=config.layers)
-    neck_kind = _neck_kind(config, levels)
-    neck = None
-    if neck_kind is not NeckKind.NONE:
-        if len(levels.layers) > NUM_LEVELS:
-            raise ValueError(
-                f"model.layers names {len(levels.layers)} layers ({', '.join(map(str, levels.layers))}); a neck takes "
-                f"{NUM_LEVELS} at the most"
-            )
-        neck = Neck(levels.widths[-1], kind=neck_kind, last_width=config.neck_width)
+    neck = _create_neck(config, levels)
     widths = neck.widths if neck is not None else levels.widths
+    width, dropout = config.head_width, config.dropout
     auxiliary_head = None
+    # Created before the other head: what either draws decides the initial weights.
     if config.auxiliary and config.head is not HeadKind.LINEAR:
+        level = -min(2, len(widths))  # the last map but one, where there are two
         auxiliary_head = FCNHead(
-            widths,
-            num_classes,
-            width=config.head_width,
-            dropout=config.dropout,
-            num_convs=1,
-            concatenate=False,
-            level=-min(2, len(widths)),
+            widths, num_classes, width=width, dropout=dropout, num_convs=1, concatenate=False, level=level
         )
+    match config.head:
+        case HeadKind.UPERNET:
+            decode_head = UPerNetHead(widths, num_classes, width=width, dropout=dropout)
+        case HeadKind.FCN:
+            decode_head = FCNHead(widths, num_classes, width=width, dropout=dropout)
+        case HeadKind.LINEAR:
+            decode_head = LinearHead(widths, num_classes)
     model = SegmentationModel(
-        backbone,
-        levels,
-        neck=neck,
-        decode_head=_create_head(config, widths, num_classes),
-        auxiliary_head=auxiliary_head,
+        backbone, levels, neck=neck, decode_head=decode_head, auxiliary_head=auxiliary_head
     )
     model.unreached = _leave_unreached(model, config.img_size)
     if config.freeze_backbone:
@@ -204,17 +212,15 @@ def create_segmentation_model(config: SegmentModelConfig, *, num_classes: int) -
     return model
 
 
-def _create_backbone(config: SegmentModelConfig) -> TokenModel:
-    # One class: what is not used should be small.
+def _create_backbone(config: SegmentModelConfig) -> TimmAdapter:
+    create = partial(
+        create_model, config.name, num_classes=1, img_size=config.img_size
+    )  # its head is not used
     try:  # timm's ViTs take images of other sizes only if told so
-        backbone = create_model(
-            config.name,
-            num_classes=1,
-            img_size=config.img_size,
-            **{"dynamic_img_size": True, **config.options},
-        )
-    except ValueError:
-        backbone = create_model(config.name, num_classes=1, img_size=config.img_size, **config.options)
+        backbone = create(**{"dynamic_img_size": True, **config.options})
+    except ValueError:  # other networks do not know the option
+        backbone = create(**config.options)
+    assert isinstance(backbone, TimmAdapter)
     if config.norm_eps is not None:
         for module in backbone.modules():
             if isinstance(module, nn.LayerNorm):
@@ -222,30 +228,24 @@ def _create_backbone(config: SegmentModelConfig) -> TokenModel:
     return backbone
 
 
-def _neck_kind(config: SegmentModelConfig, levels: Levels) -> NeckKind:
-    if config.neck is NeckKind.AUTO:
-        wanted = {
-            HeadKind.UPERNET: NeckKind.PYRAMID,
-            HeadKind.FCN: NeckKind.FCN,
-            HeadKind.LINEAR: NeckKind.NONE,
-        }
-        return NeckKind.NONE if levels.has_stages else wanted[config.head]
-    if config.neck is not NeckKind.NONE and len(set(levels.widths)) > 1:
+def _create_neck(config: SegmentModelConfig, levels: Levels) -> Neck | None:
+    kind = config.neck
+    if kind is NeckKind.AUTO:
+        of_head = {HeadKind.UPERNET: NeckKind.PYRAMID, HeadKind.FCN: NeckKind.FCN}
+        kind = NeckKind.NONE if levels.has_stages else of_head.get(config.head, NeckKind.NONE)
+    if kind is NeckKind.NONE:
+        return None
+    if len(set(levels.widths)) > 1:
         raise ValueError(
-            f"model.neck is {config.neck.value}, but the maps of {config.name} differ in width "
+            f"model.neck is {kind}, but the maps of {config.name} differ in width "
             f"({', '.join(map(str, levels.widths))}): a neck is for backbones of one scale; leave it out"
         )
-    return config.neck
-
-
-def _create_head(config: SegmentModelConfig, widths: Sequence[int], num_classes: int) -> Head:
-    match config.head:
-        case HeadKind.UPERNET:
-            return UPerNetHead(widths, num_classes, width=config.head_width, dropout=config.dropout)
-        case HeadKind.FCN:
-            return FCNHead(widths, num_classes, width=config.head_width, dropout=config.dropout)
-        case HeadKind.LINEAR:
-            return LinearHead(widths, num_classes)
+    if len(levels.layers) > NUM_LEVELS:
+        raise ValueError(
+            f"model.layers names {len(levels.layers)} layers ({', '.join(map(str, levels.layers))}); a neck takes "
+            f"{NUM_LEVELS} at the most"
+        )
+    return Neck(levels.widths[-1], kind=kind, last_width=config.neck_width)
 
 
 def _leave_unreached(model: SegmentationModel, img_size: tuple[int, int]) -> frozenset[str]:
@@ -259,6 +259,7 @@ def _leave_unreached(model: SegmentationModel, img_size: tuple[int, int]) -> fro
     heads = [head for head in (model.decode_head, model.auxiliary_head) if head is not None]
     pending = [head(maps).grad_fn for head in heads]
     model.train(was_training)
+    # From the heads' outputs back through the graph of gradients; a node that is a parameter's holds it as `variable`.
     seen, reached = set(), set()
     while pending:
         node = pending.pop()
@@ -267,6 +268,7 @@ def _leave_unreached(model: SegmentationModel, img_size: tuple[int, int]) -> fro
             reached.add(id(getattr(node, "variable", None)))
             pending.extend(before for before, _ in node.next_functions)
     unreached: set[str] = set()
+    # Whole modules only: one of which a head reaches anything has to be in a file.
     for prefix, module in model.named_modules():
         own = [p for p in module.parameters(recurse=False) if p.requires_grad]
         if own and not any(id(parameter) in reached for parameter in own):
@@ -280,3 +282,62 @@ def _own_entries(module: nn.Module) -> list[str]:
     """Return the entries of a module's state that do not belong to modules inside it."""
     inner = tuple(f"{name}." for name, _ in module.named_children())
     return [name for name in module.state_dict() if not name.startswith(inner)]
+
+
+# Published LV-ViT + UPerNet files name the backbone's parameters `backbone.NAME` (ours: `backbone.backbone.NAME`), with
+# the neck's among them (`backbone.side_layer1` to `4`; ours: `neck.side_layer1`); the heads have our names.
+_PUBLISHED_NECK, _NECK = "backbone.side_layer", "neck.side_layer"
+
+
+def load_segmentation_weights(
+    model: SegmentationModel, path: str | Path, *, average: bool = False
+) -> frozenset[str]:
+    """Load what a file or a run holds, a backbone or a whole segmentation model; return what starts anew.
+
+    `path`: a published file (`.pth`, `.safetensors`), a run folder or one of its checkpoints; of these the averaged
+    weights, where there are some. `average`: take the average in a published file. The backbone adapts to another image
+    size as in `load_published`. Classifiers for other classes are left out and start anew, with a warning.
+    Raises ModelError, and leaves the model alone, where anything else does not fit: it lists the names.
+    """
+    path = newest_checkpoint(path) if is_run(path) else Path(path)
+    if path.is_dir():
+        average = (path / "ema.safetensors").exists()
+    found = read_checkpoint(path, average=average)
+    spared = {key.removeprefix("backbone.") for key in model.unreached}
+    if not any(key.startswith("decode_head.") for key in found):
+        load_published(model.backbone, path, average=average, spared=spared)
+        return frozenset(name for name, _ in model.named_parameters() if not name.startswith("backbone."))
+    backbone, heads = _backbone_and_heads(found, path)
+    if model.auxiliary_head is None:
+        heads = {key: tensor for key, tensor in heads.items() if not key.startswith("auxiliary_head.")}
+    wanted = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith("backbone.")}
+    other_classes = {
+        key
+        for key in heads.keys() & wanted.keys()
+        if "conv_seg." in key
+        and heads[key].shape[1:] == wanted[key].shape[1:]
+        and heads[key].shape != wanted[key].shape
+    }
+    if complaint := misfit(heads, wanted, spared=model.unreached | other_classes):
+        raise ModelError(f"{path} is for another model or other options: {complaint}")
+    load(model.backbone, backbone, spared=spared)  # all of it or, with an error, nothing
+    model.load_state_dict({key: heads[key] for key in heads.keys() - other_classes}, strict=False)
+    if other_classes:
+        LOGGER.warning("%s is for other classes: %s start anew", path, ", ".join(sorted(other_classes)))
+    return frozenset(other_classes)
+
+
+def _backbone_and_heads(found: Mapping[str, Tensor], path: Path) -> tuple[Weights, dict[str, Tensor]]:
+    """Return the tensors of a whole model as those of its backbone and, by our names, those of neck and heads."""
+    backbone, token_head, heads = {}, {}, {}
+    for key, tensor in found.items():
+        inner = key.removeprefix("backbone.").removeprefix("backbone.")
+        if key.startswith(_PUBLISHED_NECK):
+            heads[_NECK + key.removeprefix(_PUBLISHED_NECK)] = tensor
+        elif not key.startswith("backbone."):
+            heads[key] = tensor
+        elif inner.startswith("token_head."):
+            token_head[inner.removeprefix("token_head.")] = tensor
+        else:
+            backbone[inner] = tensor
+    return Weights(path, "backbone.", backbone, token_head), heads

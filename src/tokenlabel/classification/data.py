@@ -1,0 +1,221 @@
+"""What a classifier's run learns from and is evaluated on: images and labels of a recipe, opened and checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from tokenlabel.core.config import ClassTarget, Inference
+from tokenlabel.data.batches import TokenLabelDataset, check_labels, classes_of_labels
+from tokenlabel.data.classes import ClassList
+from tokenlabel.data.folders import NEED_CLASSES, DataError
+from tokenlabel.data.images import (
+    ImageCheck,
+    ImageSource,
+    JoinedImages,
+    WithoutClasses,
+    describe,
+    find_broken,
+    has_classes,
+)
+from tokenlabel.data.sources import open_aloud, refuse_single_class
+from tokenlabel.evaluation.observation import evaluation_set
+from tokenlabel.labels.store import LabelStore
+from tokenlabel.runtime.distributed import current_ranks
+from tokenlabel.runtime.errors import ConfigError
+from tokenlabel.runtime.process import say
+from tokenlabel.runtime.remote import NUM_AHEAD, refuse_small_cache
+from tokenlabel.training.recipe import Recipe
+from tokenlabel.training.run_folder import RunImages, sound_images
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """How many training images there are, with a class of their own, and with a map of a label store."""
+
+    images: int
+    with_class: int
+    with_map: int
+
+    def __str__(self) -> str:
+        return f"{self.images:,} images, {self.with_class:,} with a class, {self.with_map:,} with a label map"
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingData:
+    """Training images that decode, and their labels.
+
+    `token_classes`: what the tokens are about, the classes of the images or others in the `store`. `images`: what the
+    run folder is to know of them.
+    """
+
+    source: ImageSource
+    store: LabelStore | None
+    token_classes: ClassList
+    counts: Counts
+    images: RunImages
+
+    @property
+    def other_token_classes(self) -> ClassList | None:
+        """What the tokens are about, where these are other classes than the images'."""
+        return None if self.token_classes.is_same(class_list(self.source)) else self.token_classes
+
+
+def open_training_data(recipe: Recipe, run: Path | None) -> TrainingData:
+    """Return the training images and labels of a recipe; say how many there are.
+
+    `run`: the folder of the run, where an earlier start may have written down which images decode. Of several ranks the
+    first one looks at images and labels. Raises ValueError for what cannot be trained on.
+    """
+    source = _open(recipe)
+    folders = recipe.data.label_folders if recipe.loss.reads_labels else []
+    # Opened by the first rank for all, so that labels that are added meanwhile are seen by none.
+    store = current_ranks().on_main(lambda: LabelStore(*folders)) if folders else None
+    source = _with_classes(recipe, source, store)
+    images = RunImages(run, source.class_names)
+    source = _sound(recipe, images, "train", source, store)
+    token_classes, num_missing = _token_classes(recipe, source, store), 0
+    if store is not None:
+        most = recipe.data.max_missing
+        check = partial(check_labels, source, store, max_missing=most, classes=token_classes)
+        num_missing = current_ranks().on_main(check)
+        images.note_labels(store, num_missing=num_missing)
+    num_images, num_with_class = len(source), int(has_classes(source).sum())
+    counts = Counts(num_images, num_with_class, num_images - num_missing if store is not None else 0)
+    say(f"training images: {counts}")
+    return TrainingData(source, store, token_classes, counts, images)
+
+
+def open_val_set(recipe: Recipe, data: TrainingData) -> TokenLabelDataset | None:
+    """Return the val images of a recipe, with their labels where there are some; None without val images."""
+    if not recipe.data.val:
+        return None
+    sound = partial(_sound, recipe, data.images, "val")
+    val_set = evaluation_set(recipe, class_names=data.source.class_names, sound=sound)
+    say(describe(val_set.source, recipe.data.val))
+    val_set.store = _val_labels(recipe, val_set.source, data.token_classes)
+    return val_set
+
+
+def _open(recipe: Recipe) -> ImageSource:
+    """Return the training images, those without classes last."""
+    data = recipe.data
+    source = open_aloud(data.train)
+    if data.unlabelled is not None:
+        source = JoinedImages(source, open_aloud(data.unlabelled, classes=False))
+    if files := getattr(source, "files", None):
+        remedy = "" if data.tar_window else "--data.tar-window 8 reads them a few at a time, or "
+        refuse_small_cache(
+            [*files.values()], at_once=data.tar_window and data.tar_window + 1 + NUM_AHEAD, remedy=remedy
+        )
+    streamed = getattr(source, "streamed", None)
+    return source if data.tar_window is None or streamed is None else streamed()
+
+
+def _with_classes(recipe: Recipe, source: ImageSource, store: LabelStore | None) -> ImageSource:
+    """Return images with the classes that the class head is for.
+
+    Images without classes leave no class head, unless the teacher labels the class token: then it is for the classes of
+    the store. Raises DataError where there is nothing to learn from.
+    """
+    place = recipe.data.train
+    if has_classes(source).any():
+        refuse_single_class(source, place)
+        return source
+    if store is None:
+        beta = "" if recipe.data.labels is None else " and loss.beta above 0"
+        above = Path(place).absolute().name if Path(place).is_dir() else ""
+        folder = f", or name the folder above if {above} is a class" if above else ""
+        raise DataError(
+            f"{place}: its images have no classes, and without labels there is nothing to learn from; let `tokenlabel "
+            f"annotate` make labels and give --data.labels{beta}, or {NEED_CLASSES}{folder}"
+        )
+    classes = store.manifest.classes
+    return (
+        WithoutClasses(source, classes.labels)
+        if _takes_classes_of_maps(recipe) and not classes.words
+        else source
+    )
+
+
+def _token_classes(recipe: Recipe, source: ImageSource, store: LabelStore | None) -> ClassList:
+    """Return what the tokens are about: the classes of the images, or others in the store.
+
+    Raises DataError for labels of a list that was meant to be that of the images and is not, ConfigError for class
+    targets out of labels that are about something else, and for predictions that add up logits of two lists.
+    """
+    ours, loss = class_list(source), recipe.loss
+    theirs = ours if store is None else classes_of_labels(source.class_names, store)
+    if theirs.is_same(ours):
+        return theirs
+    if _takes_classes_of_maps(recipe):
+        unlike = f"not the {ours} of the images" if ours.count else "no classes"
+        raise ConfigError(
+            f"loss.class_target {loss.class_target} takes the classes of images from the labels, and these are about "
+            f"{theirs}, {unlike}; leave it at truth"
+        )
+    if recipe.eval.inference is not Inference.CLASS:
+        raise ConfigError(
+            f"eval.inference {recipe.eval.inference} takes token and class token to be about one list of classes, and "
+            f"they are about {theirs} and {ours}; give --eval.inference class"
+        )
+    return theirs
+
+
+def _takes_classes_of_maps(recipe: Recipe) -> bool:
+    """Say whether the class token learns what a store's maps say of the images."""
+    return recipe.loss.class_target is not ClassTarget.TRUTH and not recipe.loss.has_online_teacher
+
+
+def class_list(source: ImageSource) -> ClassList:
+    """Return the classes of images."""
+    return ClassList(len(source.class_names), tuple(source.class_names))
+
+
+def _val_labels(recipe: Recipe, source: ImageSource, token_classes: ClassList) -> LabelStore | None:
+    """Return the labels of the val images. Raises ConfigError where nothing could be held against the model."""
+    folders = recipe.eval.label_folders
+    if folders:
+        store = current_ranks().on_main(lambda: LabelStore(*folders))
+        current_ranks().on_main(lambda: check_labels(source, store, max_missing=1.0, classes=token_classes))
+        return store
+    if not has_classes(source).any():
+        raise ConfigError(
+            f"{recipe.data.val}: without classes and without labels nothing can be said of these images; give "
+            "--eval.labels, made by the head that labelled the training images, or leave data.val out (--eval.probe "
+            "takes a few images with classes)"
+        )
+    return None
+
+
+def _sound(
+    recipe: Recipe, images: RunImages, split: str, source: ImageSource, store: LabelStore | None = None
+) -> ImageSource:
+    """Return the images that decode, as an earlier start of the run found, or a teacher that labelled them.
+
+    Who wants broken images left out does not trust the labels: images may have broken since.
+    """
+    check, skip_broken = recipe.data.check, recipe.data.skip_broken
+    trusts_labels = check is ImageCheck.AUTO and not skip_broken
+    labelled = store if store and trusts_labels and store.manifest.saw_images else None
+
+    def find(among: list[int] | None) -> list[int]:
+        if labelled is not None and among is None:
+            among = np.flatnonzero(~labelled.holds(source.keys)).tolist()
+        return find_broken(source, check, among)
+
+    names, known = source.class_names, has_classes(source)
+    classes = [names[i] if has else "" for i, has in zip(source.class_ids, known, strict=True)]
+    found = partial(
+        images.broken,
+        split,
+        source.keys,
+        classes if known.any() else [],
+        check=f"{check}, but for images with labels" if labelled else check.value,
+        find=find,
+    )
+    option = "--data.skip-broken"
+    return sound_images(source, skip_broken=skip_broken, check=check, option=option, find=found)

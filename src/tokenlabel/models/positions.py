@@ -1,0 +1,74 @@
+"""Position embeddings for other token grids: resized bicubically, one by one or all that a file has."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from tokenlabel.runtime.errors import ModelError
+
+
+def resize_positions(
+    positions: Float[Tensor, "1 M D"], grid: tuple[int, int], new_grid: tuple[int, int]
+) -> Float[Tensor, "1 M2 D"]:
+    """Return position embeddings for another token grid (h, w), resized bicubically.
+
+    The last h * w embeddings are those of the grid, row by row; what comes before (a class token's) stays.
+    """
+    if grid == new_grid:
+        return positions
+    num_prefix = positions.shape[1] - grid[0] * grid[1]
+    planes = positions[:, num_prefix:].unflatten(1, grid).permute(0, 3, 1, 2)  # [1, D, h, w]
+    resized = F.interpolate(planes.float(), size=new_grid, mode="bicubic", align_corners=False)
+    return torch.cat(
+        [positions[:, :num_prefix], resized.to(positions.dtype).flatten(2).transpose(1, 2)], dim=1
+    )
+
+
+def resize_all_positions(
+    found: dict[str, Tensor], model: Any, *, grid: tuple[int, int] | None = None, name: str
+) -> tuple[str, ...]:
+    """Resize the position embeddings in `found` to the model's grid, in place, and return their names.
+
+    `grid`: theirs, (h, w); None where it has to be found out. `name`: what errors call the file.
+    """
+    resized = []
+    for key, ours in model.state_dict().items():
+        theirs = found.get(key)
+        if theirs is None or key.rpartition(".")[2] != "pos_embed" or theirs.ndim != ours.ndim:
+            continue
+        if ours.ndim == 4 and theirs.shape != ours.shape:  # a map: VOLO's channels last, PiT's channels first
+            found[key] = _resize_map(theirs, ours.shape)
+            resized.append(key)
+        if ours.ndim != 3:
+            continue
+        num_prefix = ours.shape[1] - model.grid[0] * model.grid[1]
+        num_positions = theirs.shape[1] - num_prefix
+        old_grid = grid or _guess_grid(num_positions, model.grid, name=name)
+        if old_grid[0] * old_grid[1] != num_positions:
+            raise ModelError(f"{name}: {num_positions} positions are not a grid of {old_grid}")
+        if old_grid != model.grid:
+            found[key] = resize_positions(theirs, old_grid, model.grid)
+            resized.append(key)
+    return tuple(resized)
+
+
+def _resize_map(positions: Tensor, shape: torch.Size) -> Tensor:
+    if positions.shape[1] == shape[1]:
+        return F.interpolate(positions.float(), size=tuple(shape[2:]), mode="bicubic")
+    planes = positions.permute(0, 3, 1, 2).float()
+    return F.interpolate(planes, size=tuple(shape[1:3]), mode="bicubic").permute(0, 2, 3, 1)
+
+
+def _guess_grid(num_positions: int, new_grid: tuple[int, int], *, name: str) -> tuple[int, int]:
+    if num_positions == new_grid[0] * new_grid[1]:
+        return new_grid
+    side = math.isqrt(max(0, num_positions))
+    if side * side != num_positions or side == 0:
+        raise ModelError(f"{name}: {num_positions} positions are no square; say their grid (h, w) by `grid`")
+    return side, side

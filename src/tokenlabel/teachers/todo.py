@@ -1,0 +1,136 @@
+"""Which images of a source a call to `annotate` labels: those without a label, and those to be labelled anew."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Container
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+
+from tokenlabel.data.images import ImageSource
+from tokenlabel.labels.fingerprints import MAX_READ, Replaced, find_replaced
+from tokenlabel.labels.store import LabelStore, LabelStoreWriter, Manifest, StoreError, remove_leftovers
+from tokenlabel.runtime.distributed import Ranks
+from tokenlabel.runtime.process import listed, say
+
+CHANGED = "changed"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Todo:
+    """The indices of the images to label, of those among them that have a label, and what files of the new ones say."""
+
+    indices: list[int]
+    anew: list[int]
+    generation: int
+    request: str
+
+    def share(self, source: ImageSource, ranks: Ranks) -> list[int]:
+        """Return what a rank does of the images: of tar files a stretch, so that one rank reads each file, once."""
+        groups = getattr(source, "groups", None)
+        if groups is None:
+            return self.indices[ranks.rank :: ranks.world_size]
+        in_order = sorted(self.indices, key=groups.__getitem__)
+        start, end = (len(in_order) * rank // ranks.world_size for rank in (ranks.rank, ranks.rank + 1))
+        return in_order[start:end]
+
+
+def find_todo(source: ImageSource, folder: Path, manifest: Manifest, again: str | None) -> Todo:
+    """Make the store if there is none; return what is to be labelled, and say what else was replaced.
+
+    `again`: see `AnnotateConfig`. Raises StoreError for a store of other labels, and one that cannot be written to.
+    """
+    asked, request = _request(Path(again), source) if again not in (None, CHANGED) else ([], "")
+    with LabelStoreWriter(folder, manifest):
+        remove_leftovers(folder)
+    store = LabelStore(folder)
+    missing = {index for index, key in enumerate(source.keys) if key not in store}
+    replaced = find_replaced(store, source, max_read=None if again == CHANGED else MAX_READ)
+    if again == CHANGED:
+        anew = set(replaced.indices)
+        if not anew:
+            unknown = replaced.num_unknown
+            but = f", but {unknown:,} labels do not say what image they were made of" if unknown else ""
+            say(f"{folder}: no image is known to have been replaced since labelling{but}")
+    else:
+        # A call that goes on leaves out what the one before it did, if that is sound and of the image as it is now.
+        done = store.answers(request) if asked else set()
+        done.difference_update(source.keys[index] for index in replaced.indices)
+        keys = ((index, source.keys[index]) for index in asked if index not in missing)
+        anew = {index for index, key in keys if key not in done or not _is_sound(store, key)}
+        if asked and not anew and missing.isdisjoint(asked):
+            say(
+                f"{again}: what it lists was labelled anew before; to do so once more, change the file, if only by a "
+                "line that begins with #"
+            )
+    others = [source.keys[index] for index in replaced.indices if index not in anew]
+    _say_replaced(folder, others, replaced, are_all=len(others) == len(source) - len(missing))
+    indices = sorted(missing | anew)
+    if indices and not os.access(folder, os.W_OK):
+        raise StoreError(
+            f"{folder}: cannot be written to, which the labels of {len(indices):,} more images need (the first: "
+            f"{source.keys[indices[0]]})"
+        )
+    newest = max((shard.generation for shard in store.shards), default=0)
+    return Todo(indices=indices, anew=sorted(anew), generation=newest + 1 if anew else 0, request=request)
+
+
+def _say_replaced(folder: Path, keys: list[str], replaced: Replaced, *, are_all: bool) -> None:
+    """Say which images were replaced since labelling and keep their label all the same, `are_all` of them perhaps."""
+    if keys:
+        elsewhere = "; if these are other images of the same names, give them a folder of their own"
+        say(
+            f"{folder}: {_images_were(len(keys))} replaced since labelling ({listed(keys)}); --again {CHANGED} labels "
+            f"anew what was{elsewhere if are_all else ''}"
+        )
+    if replaced.num_unsure:
+        say(
+            f"{folder}: {_images_were(replaced.num_unsure)} modified since labelling and kept their size; --again "
+            f"{CHANGED} reads them, and labels anew what was replaced"
+        )
+
+
+def _request(path: Path, source: ImageSource) -> tuple[list[int], str]:
+    """Return the indices of the images whose keys a file lists, and a name for this request, made of its content.
+
+    Raises ValueError for a file that cannot be read, lists nothing, or lists what is no key of the images.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ValueError(
+            f"--again {path}: cannot be read ({error.strerror}); expected a text file with a key a line, or {CHANGED}"
+        ) from error
+    indices = {key: index for index, key in enumerate(source.keys)}
+    lines = (
+        content.decode("utf-8", "surrogateescape").removeprefix("\ufeff").replace("\r\n", "\n").split("\n")
+    )
+    lines = [line for line in lines if line in indices or (line.strip() and line[0] != "#")]
+    asked = [*dict.fromkeys(_key_of(line, indices, getattr(source, "root", None)) for line in lines)]
+    unknown = [line for line in asked if line not in indices]
+    if unknown or not asked:
+        found = f"{len(unknown):,} are not ({listed(unknown)})" if unknown else "it lists none"
+        raise ValueError(f"--again {path}: expected keys of the images, such as {source.keys[0]}; {found}")
+    return [indices[key] for key in asked], blake2b(content, digest_size=8).hexdigest()
+
+
+def _key_of(line: str, keys: Container[str], root: Path | None) -> str:
+    """Return the key that a line names, as it is or as a path to the image; the line itself if it names none."""
+    if line in keys:
+        return line
+    text = line.strip().strip("\"'")
+    names = [text, os.path.normpath(text), *([os.path.relpath(text, root)] if root and text else [])]
+    return next((name for name in names if name in keys), line)
+
+
+def _images_were(count: int) -> str:
+    return "1 image was" if count == 1 else f"{count:,} images were"
+
+
+def _is_sound(store: LabelStore, key: str) -> bool:
+    try:
+        store.packed(key)
+    except StoreError:
+        return False
+    return True

@@ -1,0 +1,209 @@
+"""One optimizer step: a task with its optimizer and average, made ready for the processes, and how it moves.
+
+A step's batch is that of all processes. Each takes its share through the model in equal parts, one after the other,
+and the gradients of all parts of all processes are averaged before the weights move.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from timm.layers.norm_act import convert_sync_batchnorm
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from tokenlabel.core.step import Part
+from tokenlabel.data.samplers import BatchSampler
+from tokenlabel.runtime.distributed import Ranks, shard
+from tokenlabel.runtime.errors import ConfigError
+from tokenlabel.runtime.runlog import Stopwatch
+from tokenlabel.training.checkpoint import TrainState
+from tokenlabel.training.optim import create_ema, create_optimizer, learning_rate, set_learning_rate
+from tokenlabel.training.recipe import TrainingConfig
+from tokenlabel.training.tasks import Task
+
+
+@dataclass(frozen=True, eq=False)
+class Trainer:
+    """A task with everything that moves its weights."""
+
+    task: Task[Any]
+    ranks: Ranks
+    state: TrainState
+    forward: nn.Module
+    grad_accum_steps: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps in which every image is seen once, or more often where these were too few."""
+        recipe = self.task.recipe
+        return max(recipe.min_epoch_steps, self.task.num_images // recipe.batch_size)
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the whole run."""
+        recipe = self.task.recipe
+        return recipe.num_steps or (recipe.epochs or 0) * self.steps_per_epoch
+
+    def learning_rate(self, step: int) -> float:
+        """Return the learning rate of a step."""
+        recipe = self.task.recipe
+        return learning_rate(
+            step,
+            recipe.optim,
+            batch_size=recipe.batch_size,
+            steps_per_epoch=self.steps_per_epoch,
+            num_steps=self.num_steps,
+        )
+
+    def due(self, done: int, every_epochs: float) -> bool:
+        """Whether something that happens every so many epochs, and at the end, happens after `done` steps."""
+        return done == self.num_steps or done % max(1, round(every_epochs * self.steps_per_epoch)) == 0
+
+    def sampler(self, start_step: int) -> BatchSampler:
+        """Return which images this process takes from a step on."""
+        recipe = self.task.recipe
+        return BatchSampler(
+            num_images=self.task.num_images,
+            batch_size=recipe.batch_size,
+            seed=recipe.seed,
+            start_step=start_step,
+            num_steps=self.num_steps,
+            rank=self.ranks.rank,
+            world_size=self.ranks.world_size,
+            grad_accum_steps=self.grad_accum_steps,
+            order=self.task.order(),
+        )
+
+    @cached_property
+    def _sampler(self) -> BatchSampler:
+        return self.sampler(0)
+
+    def part(self, step: int, number: int) -> Part:
+        """Return which images of a step's batch are this process's part of a number: what is random in it follows."""
+        return Part(self.task.recipe.seed, step, self._sampler.part_start(number))
+
+
+def prepare(task: Task[Any], ranks: Ranks) -> Trainer:
+    """Return a task with its optimizer and average, made ready for the processes and the precision of its recipe."""
+    recipe, model = task.recipe, task.model
+    grad_accum_steps = _grad_accum_steps(recipe, ranks)
+    for parameter in model.parameters():  # convolutions run faster so
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    if recipe.grad_checkpointing:
+        model.set_grad_checkpointing()
+    if recipe.sync_batchnorm:
+        if task.device.type != "cuda":
+            raise ConfigError("sync_batchnorm is for GPUs; on the CPU set sync_batchnorm to false")
+        convert_sync_batchnorm(model)  # PyTorch's own would drop the activations that timm fuses with norms
+    ema = create_ema(model, recipe.optim, sharded=recipe.sharded)
+    if recipe.sharded:
+        if ranks.world_size == 1:
+            raise ConfigError(
+                "sharded divides a model among processes; start them with torchrun, or set it to false"
+            )
+        for module in (model, ema.module) if ema else (model,):
+            shard(module, module.fsdp_blocks(), task.device)
+    if recipe.compile != "no":
+        model.compile(backend=recipe.compile)
+    forward: nn.Module = task.step
+    if ranks.world_size > 1 and not recipe.sharded:
+        forward = DistributedDataParallel(forward)
+    optimizer = create_optimizer(model, recipe.optim)
+    scaler = torch.amp.GradScaler(task.device.type) if recipe.precision == "fp16" else None
+    return Trainer(task, ranks, TrainState(model, optimizer, ema, scaler), forward, grad_accum_steps)
+
+
+def _grad_accum_steps(recipe: TrainingConfig, ranks: Ranks) -> int:
+    """Return in how many parts a process takes its share of a batch through the model."""
+    share, rest = divmod(recipe.batch_size, ranks.world_size)
+    most = recipe.micro_batch_size or share
+    if rest or share % min(most, share):
+        raise ConfigError(
+            f"batch_size {recipe.batch_size} over {ranks.world_size} processes in parts of {most} images leaves a "
+            "rest; choose batch_size as a multiple of processes x micro_batch_size"
+        )
+    return share // min(most, share)
+
+
+@dataclass(frozen=True, eq=False)
+class StepResult:
+    """What a step said: its losses and the norm of its gradient, and the keys of this rank's images."""
+
+    values: dict[str, Tensor]
+    keys: Sequence[str]
+
+
+def train_step(trainer: Trainer, batches: Iterator[Any], step: int, watch: Stopwatch) -> StepResult:
+    """Run one optimizer step; return the losses as tensors, without a device sync."""
+    task, state, grad_accum_steps = trainer.task, trainer.state, trainer.grad_accum_steps
+    recipe, sums, keys = task.recipe, {}, []
+    state.model.train()
+    state.optimizer.zero_grad()
+    for number in range(grad_accum_steps):
+        # Each part is a mean over equally many images: the mean of the parts' losses is the loss of the batch.
+        with watch.part("data"):
+            batch = next(batches).to(task.device)
+        part = trainer.part(step, number)
+        torch.manual_seed(part.random_seed())  # drop path and dropout
+        with _gradients_meet(trainer, number == grad_accum_steps - 1):
+            losses = trainer.forward(batch, part, watch)
+            loss = losses["loss"] / grad_accum_steps
+            (state.scaler.scale(loss) if state.scaler else loss).backward()
+        sums = {name: sums.get(name, 0) + loss.detach() / grad_accum_steps for name, loss in losses.items()}
+        keys += batch.keys
+    set_learning_rate(state.optimizer, trainer.learning_rate(step))
+    sums |= _move_weights(state, recipe.optim.clip_grad_norm)
+    if state.ema is not None:
+        state.ema.update(state.model, step=step)
+    return StepResult(sums, keys)
+
+
+def _move_weights(state: TrainState, clip_norm: float | None) -> dict[str, Tensor]:
+    """Let the optimizer take a step; return the norm of the gradient.
+
+    With a scaled loss that overflowed there is no step and the norm counts as 0; `skipped` says so.
+    """
+    if state.scaler is not None:
+        state.scaler.unscale_(state.optimizer)
+    # Without a bound it only measures.
+    norm = nn.utils.clip_grad_norm_(state.model.parameters(), clip_norm or math.inf)
+    if state.scaler is not None:
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+    else:
+        state.optimizer.step()
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    if state.scaler is None:
+        return {"gradient_norm": norm}
+    return {"gradient_norm": norm.nan_to_num(0, 0, 0), "skipped": (~norm.isfinite()).float()}
+
+
+def _gradients_meet(trainer: Trainer, last: bool) -> AbstractContextManager[None]:
+    """Return a context in which backward() averages gradients over processes only if it is a step's last."""
+    model, forward = trainer.state.model, trainer.forward
+    # Averaging after each part would send gradients as often as there are parts, for the same sum.
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
+    if isinstance(forward, DistributedDataParallel) and not last:
+        return forward.no_sync()
+    return nullcontext()
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Return the most memory that tensors on a GPU, or this process on the CPU, ever held."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
