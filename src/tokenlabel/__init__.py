@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from tokenlabel.data.augment import EvalTransform, TrainTransform
     from tokenlabel.data.batches import TokenLabelDataset, collate, make_loader
     from tokenlabel.data.config import AugmentConfig, Interpolation, Order
-    from tokenlabel.data.images import ImageCheck, check_images
+    from tokenlabel.data.decoding import ImageCheck, check_images
     from tokenlabel.data.samplers import BatchSampler
     from tokenlabel.data.sources import open_images
     from tokenlabel.labels.encoding import Encoding

@@ -23,10 +23,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from tokenlabel.data.class_names import with_words
 from tokenlabel.drawing.page import Page, caption, check_output, shortened, table
 from tokenlabel.drawing.pictures import PICTURES_FOLDER, Album, read_album
 from tokenlabel.evaluation.answers import Answers, read_answers
-from tokenlabel.labels.wordnet import with_words
 from tokenlabel.runtime.configuration import flattened, read_yaml
 from tokenlabel.runtime.errors import ConfigError
 from tokenlabel.runtime.process import listed

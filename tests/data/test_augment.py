@@ -17,7 +17,7 @@ from tokenlabel.core.align import align
 from tokenlabel.core.batch import collate_score_maps
 from tokenlabel.core.geometry import View, stack_views
 from tokenlabel.core.scores import from_mask
-from tokenlabel.data import images
+from tokenlabel.data import decoding
 from tokenlabel.data.augment import EvalTransform, TrainTransform, draw_crop, one_view
 from tokenlabel.data.config import AugmentConfig, ColourJitter, Interpolation, Order, WarpConfig
 from tokenlabel.data.randaugment import COLOURS, WARPS, RandAugment, parse_randaugment
@@ -495,9 +495,9 @@ class TestTransforms:
             buffer = io.BytesIO()
             photo((70, 50), seed).save(buffer, "JPEG", quality=quality)
             samples = []
-            for decoder in (images.simplejpeg, None):
-                monkeypatch.setattr(images, "simplejpeg", decoder)
-                pixels = images.decode_pixels(buffer.getvalue(), "a.jpg")
+            for decoder in (decoding.simplejpeg, None):
+                monkeypatch.setattr(decoding, "simplejpeg", decoder)
+                pixels = decoding.decode_pixels(buffer.getvalue(), "a.jpg")
                 samples.append(transform(pixels, np.random.default_rng(seed)))
             (fast, view), (slow, same_view) = samples
             assert np.abs(fast.astype(int) - slow).max() <= 1

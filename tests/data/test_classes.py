@@ -20,7 +20,8 @@ from tokenlabel.cli import main
 from tokenlabel.core.config import OnlineTeacherConfig
 from tokenlabel.core.scores import from_mask
 from tokenlabel.data.batches import check_labels
-from tokenlabel.data.classes import class_order, ids_among
+from tokenlabel.data.class_names import class_order
+from tokenlabel.data.classes import ids_among
 from tokenlabel.data.imagenet import SETS, read_real_labels
 from tokenlabel.data.images import ImageFolder
 from tokenlabel.evaluation.observation import evaluation_set

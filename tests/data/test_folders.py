@@ -12,8 +12,10 @@ import pytest
 from PIL import Image
 
 from tokenlabel.cli import main
-from tokenlabel.data.images import DataError, ImageSubset, check_images, describe
+from tokenlabel.data.decoding import check_images
+from tokenlabel.data.images import ImageSubset, describe
 from tokenlabel.data.sources import open_aloud, open_images
+from tokenlabel.runtime.errors import DataError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
 

@@ -27,14 +27,15 @@ from tokenlabel.core.losses import sparse_cross_entropy
 from tokenlabel.core.scores import Kind, from_top, unknown_map
 from tokenlabel.core.step import make_targets, student_loss
 from tokenlabel.data.batches import collate
-from tokenlabel.data.images import DataError, ImageCheck, ImageFiles
+from tokenlabel.data.decoding import ImageCheck
+from tokenlabel.data.images import ImageFiles
 from tokenlabel.data.sources import open_images
 from tokenlabel.evaluation.observation import evaluation_set
 from tokenlabel.labels.store import LabelStore, LabelStoreWriter
 from tokenlabel.runtime import distributed
 from tokenlabel.runtime.configuration import ConfigError, config_from_dict
 from tokenlabel.runtime.distributed import Ranks, current_ranks, joined_ranks
-from tokenlabel.runtime.errors import FirstRankError
+from tokenlabel.runtime.errors import DataError, FirstRankError
 from tokenlabel.runtime.runlog import read_metrics
 from tokenlabel.segmentation.recipe import SegmentRecipe
 from tokenlabel.segmentation.task import train_segmentation

@@ -22,19 +22,11 @@ from tokenlabel.core.config import ClassTarget, Inference
 from tokenlabel.core.step import Part, Supervision, TrainStep
 from tokenlabel.data.augment import EvalTransform, TrainTransform
 from tokenlabel.data.batches import TokenLabelDataset, check_labels, classes_of_labels, make_loader
-from tokenlabel.data.classes import ClassList, difference, ids_among, imagenet_names
-from tokenlabel.data.folders import NEED_CLASSES, DataError
-from tokenlabel.data.images import (
-    ImageCheck,
-    ImageError,
-    ImageSource,
-    JoinedImages,
-    WithoutClasses,
-    decode_pixels,
-    describe,
-    find_broken,
-    has_classes,
-)
+from tokenlabel.data.class_names import imagenet_names
+from tokenlabel.data.classes import ClassList, difference, ids_among
+from tokenlabel.data.decoding import ImageCheck, decode_pixels, find_broken
+from tokenlabel.data.folders import NEED_CLASSES
+from tokenlabel.data.images import ImageSource, JoinedImages, describe, has_classes, without_classes
 from tokenlabel.data.remote import read_ahead
 from tokenlabel.data.samplers import BatchSampler, EvalBatchSampler, shard_order
 from tokenlabel.data.sources import open_aloud, refuse_single_class
@@ -47,6 +39,7 @@ from tokenlabel.models import TokenModel, create_model, load_published
 from tokenlabel.models.weights import read_class_names, read_description
 from tokenlabel.runtime.configuration import ConfigError
 from tokenlabel.runtime.distributed import Ranks, autocast, current_ranks
+from tokenlabel.runtime.errors import DataError, ImageError
 from tokenlabel.runtime.process import say
 from tokenlabel.runtime.remote import NUM_AHEAD, refuse_small_cache
 from tokenlabel.runtime.runlog import Tracker
@@ -338,7 +331,7 @@ def _with_classes(recipe: Recipe, source: ImageSource, store: LabelStore | None)
         )
     classes = store.manifest.classes
     return (
-        WithoutClasses(source, classes.labels)
+        without_classes(source, classes.labels)
         if _takes_classes_of_maps(recipe) and not classes.words
         else source
     )

@@ -22,12 +22,8 @@ from tokenlabel.core.batch import Batch, Sample, collate_score_maps
 from tokenlabel.core.geometry import View, stack_views
 from tokenlabel.core.scores import Kind, Orientation, ScoreMap, turned_map, unknown_map
 from tokenlabel.data.classes import ClassList, difference, ids_among, say_order
-from tokenlabel.data.images import (
-    ImageSource,
-    decode_pixels,
-    has_classes,
-    orientation_of,
-)
+from tokenlabel.data.decoding import decode_pixels, orientation_of
+from tokenlabel.data.images import ImageSource, has_classes
 from tokenlabel.data.samplers import FOR_SAMPLE, BatchSampler, EvalBatchSampler
 from tokenlabel.data.workers import prepare_worker, process_context, stack
 from tokenlabel.runtime.errors import DataError

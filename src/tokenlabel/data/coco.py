@@ -21,7 +21,7 @@ from jaxtyping import Bool, UInt16
 from numpy.typing import NDArray
 from PIL import Image
 
-from tokenlabel.data.images import Strings
+from tokenlabel.data.listings import Strings
 from tokenlabel.data.masks import MAX_CLASSES, unlabelled_value
 from tokenlabel.runtime.errors import DataError
 from tokenlabel.runtime.process import listed

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from tokenlabel.core.geometry import turned
-from tokenlabel.data.images import orientation_of
+from tokenlabel.data.decoding import orientation_of
 from tokenlabel.runtime.errors import DataError
 
 MAX_CLASSES = 32_767  # ids of training masks have 16 bits with a sign

@@ -11,17 +11,16 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from tokenlabel.data.images import NO_TIME, ImageSource
-from tokenlabel.data.tars import (
+from tokenlabel.data.tar_index import (
     INDEX_NAME,
-    TarImages,
     TarIndex,
     last_starts,
     load_index,
     mark_of,
-    refuse_parts,
     save_index,
     scan_tars,
 )
+from tokenlabel.data.tars import TarImages, refuse_parts
 from tokenlabel.runtime.errors import DataError, RemoteError
 from tokenlabel.runtime.process import is_main_process, listed, say
 from tokenlabel.runtime.remote import (

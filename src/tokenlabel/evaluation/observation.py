@@ -25,8 +25,9 @@ from tokenlabel.core.scores import Orientation, ScoreMap, from_mask, turned_map
 from tokenlabel.core.targets import TokenTargets
 from tokenlabel.data.augment import EvalTransform
 from tokenlabel.data.batches import TokenLabelDataset
+from tokenlabel.data.decoding import orientation_of
 from tokenlabel.data.imagenet import as_classes_of
-from tokenlabel.data.images import ImageSource, has_classes, orientation_of
+from tokenlabel.data.images import ImageSource, has_classes
 from tokenlabel.data.masks import check_upright, decode_mask, mask_names, unlabelled_value
 from tokenlabel.data.sources import open_images
 from tokenlabel.evaluation.evaluators import (

@@ -14,9 +14,10 @@ from zlib import crc32
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenlabel.data.images import NO_TIME, ImageError, ImageSource
+from tokenlabel.data.images import NO_TIME, ImageSource
 from tokenlabel.labels.shards import UNKNOWN, Fingerprint
 from tokenlabel.labels.store import LabelStore
+from tokenlabel.runtime.errors import ImageError
 
 T = TypeVar("T")
 

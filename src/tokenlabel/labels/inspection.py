@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from tokenlabel.core.scores import Kind, ScoreMap
+from tokenlabel.data.class_names import with_words
 from tokenlabel.data.classes import composed, ids_among, say_order, strangers
 from tokenlabel.data.images import ImageSource, has_classes
 from tokenlabel.labels.fingerprints import find_replaced
 from tokenlabel.labels.store import LabelStore, Manifest, StoreError, read_manifest
-from tokenlabel.labels.wordnet import with_words
 from tokenlabel.runtime.coercion import COUNT, check_numbers, coerced_fields
 from tokenlabel.runtime.process import listed, say
 

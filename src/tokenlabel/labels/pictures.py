@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 
 from tokenlabel.core.scores import Orientation, ScoreMap, turned_map
-from tokenlabel.data.images import ImageError, ImageSource, decode_pixels, orientation_of
+from tokenlabel.data.class_names import with_words
+from tokenlabel.data.decoding import decode_pixels, orientation_of
+from tokenlabel.data.images import ImageSource
 from tokenlabel.drawing.page import Page, check_output
 from tokenlabel.drawing.pictures import ClassMap, Tile, make_album, top_classes
 from tokenlabel.labels.inspection import MapSummary, as_probabilities, by_doubt, class_finder, summarize
 from tokenlabel.labels.store import LabelStore, StoreError
-from tokenlabel.labels.wordnet import with_words
+from tokenlabel.runtime.errors import ImageError
 from tokenlabel.runtime.process import say
 
 SAMPLE = 2000

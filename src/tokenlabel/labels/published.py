@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from tokenlabel.core.geometry import WHOLE_IMAGE, Box
 from tokenlabel.core.scores import Kind, Orientation, ScoreMap, from_top
+from tokenlabel.data.class_names import imagenet_ids
 from tokenlabel.data.images import ImageSource
 from tokenlabel.data.sources import open_aloud
 from tokenlabel.labels.encoding import Encoding
@@ -35,7 +36,6 @@ from tokenlabel.labels.store import (
     pack_for,
     update_failures,
 )
-from tokenlabel.labels.wordnet import imagenet_ids
 from tokenlabel.runtime.coercion import COUNT, Choice, check_numbers, coerced_fields
 from tokenlabel.runtime.errors import first_line
 from tokenlabel.runtime.process import ahead, listed, say, thread_pool

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from tokenlabel.core.config import Inference
 from tokenlabel.core.outputs import Outputs
-from tokenlabel.data.classes import ClassList, imagenet_names
+from tokenlabel.data.class_names import imagenet_names
+from tokenlabel.data.classes import ClassList
 from tokenlabel.data.config import Interpolation
 from tokenlabel.models import create_model, register_with_timm
 from tokenlabel.models.adapter import REFUSALS, TimmAdapter

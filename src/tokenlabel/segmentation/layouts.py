@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from tokenlabel.data.classes import difference, read_class_names, same_classes
+from tokenlabel.data.class_names import read_class_names
+from tokenlabel.data.classes import difference, same_classes
 from tokenlabel.data.coco import COCO_SUFFIX, CROWD, CocoMasks
-from tokenlabel.data.folders import list_images, passed_over_text, without_masks
-from tokenlabel.data.images import EXTENSIONS, DataError
+from tokenlabel.data.folders import EXTENSIONS, list_images, passed_over_text, without_masks
 from tokenlabel.data.masks import mask_names, unlabelled_value
 from tokenlabel.labels.manifest import read_manifest
 from tokenlabel.runtime.coercion import COUNT, Choice, check_numbers, coerced, coerced_fields
+from tokenlabel.runtime.errors import DataError
 from tokenlabel.runtime.process import listed, say
 from tokenlabel.segmentation.classes import Classes, known_classes, numbered_classes
 from tokenlabel.segmentation.pairs import ImageMaskPairs
@@ -267,7 +268,7 @@ def _checked(
     there = {path.relative_to(masks).as_posix() for path in masks.rglob("*") if path.is_file()}
     listing = list_images(images)
     if images.resolve() == masks.resolve():  # x_mask.png beside x.jpg
-        listing.images, _ = without_masks(listing.images)
+        listing.images = without_masks(listing.images, Counter())
     pairs, bare = [], {}
     for image in sorted(listing.images if names is None else names):
         expected = [*mask_of(image)]

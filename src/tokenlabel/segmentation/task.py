@@ -19,7 +19,6 @@ from tokenlabel.core.batch import normalize_images
 from tokenlabel.core.losses import head_cross_entropy
 from tokenlabel.core.step import Part
 from tokenlabel.data.batches import make_loader
-from tokenlabel.data.images import DataError
 from tokenlabel.data.samplers import BatchSampler
 from tokenlabel.drawing.pictures import (
     PICTURES_FOLDER,
@@ -34,7 +33,7 @@ from tokenlabel.models.runs import newest_checkpoint, read_state, read_weights
 from tokenlabel.models.weight_files import options_without_weights
 from tokenlabel.runtime.configuration import ConfigError, config_from_dict
 from tokenlabel.runtime.distributed import Ranks, autocast, current_ranks
-from tokenlabel.runtime.errors import ModelError
+from tokenlabel.runtime.errors import DataError, ModelError
 from tokenlabel.runtime.runlog import Stopwatch, Tracker
 from tokenlabel.segmentation.augment import SegmentTransform, resize_mask
 from tokenlabel.segmentation.classes import IGNORED

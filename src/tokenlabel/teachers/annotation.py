@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from tokenlabel.data.classes import say_order
 from tokenlabel.data.folders import why_passed_over
-from tokenlabel.data.images import ImageFolder, ImageSource, PlainImages
+from tokenlabel.data.images import ImageFolder, ImageSource
 from tokenlabel.data.remote import read_ahead
 from tokenlabel.data.sources import open_aloud
 from tokenlabel.labels.encoding import DEFAULT_TOLERANCE, Encoding
@@ -140,7 +140,7 @@ def annotate(
 
 def _refuse_amid_images(folder: Path, source: ImageSource) -> None:
     """Raise StoreError for a folder among those of the images: whoever opens them next would take it for a class."""
-    if isinstance(source, (ImageFolder, PlainImages)):
+    if isinstance(source, ImageFolder):
         root, folder_path = source.root.resolve(), folder.resolve()
         inside = root in folder_path.parents and folder_path.relative_to(root).as_posix()
         if inside and why_passed_over(f"{inside}/0.jpg") is None:

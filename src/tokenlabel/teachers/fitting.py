@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tokenlabel.data.classes import read_class_names
+from tokenlabel.data.class_names import read_class_names
 from tokenlabel.data.images import ImageSource, has_classes
 from tokenlabel.data.masks import mask_names
 from tokenlabel.data.sources import open_aloud, refuse_single_class

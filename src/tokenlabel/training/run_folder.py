@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from tokenlabel.data.classes import ClassList
-from tokenlabel.data.images import ImageCheck, ImageSource, find_broken, leave_out
+from tokenlabel.data.decoding import ImageCheck, find_broken, leave_out
+from tokenlabel.data.images import ImageSource
 from tokenlabel.models.runs import list_checkpoints, read_state, token_classes_of
 from tokenlabel.runtime.configuration import (
     ConfigError,
