@@ -39,7 +39,9 @@ from tokenlabel.data.batches import TokenLabelDataset, collate
 from tokenlabel.data.config import AugmentConfig
 from tokenlabel.data.sources import open_images
 from tokenlabel.labels.encoding import Encoding
-from tokenlabel.labels.store import LabelStore, LabelStoreWriter, Manifest
+from tokenlabel.labels.manifest import Manifest
+from tokenlabel.labels.store import LabelStore
+from tokenlabel.labels.writer import LabelStoreWriter
 from tokenlabel.models import create_model
 from tokenlabel.runtime.distributed import Ranks, autocast
 from tokenlabel.runtime.runlog import Stopwatch

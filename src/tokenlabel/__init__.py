@@ -39,7 +39,8 @@ if TYPE_CHECKING:
     from tokenlabel.data.sources import open_images
     from tokenlabel.labels.encoding import Encoding
     from tokenlabel.labels.manifest import Manifest
-    from tokenlabel.labels.store import LabelStore, LabelStoreWriter, merge_stores
+    from tokenlabel.labels.store import LabelStore
+    from tokenlabel.labels.writer import LabelStoreWriter, merge_stores
     from tokenlabel.models import create_model
     from tokenlabel.teachers.annotation import AnnotateConfig, annotate
     from tokenlabel.teachers.fitting import FitConfig, fit_head
@@ -57,7 +58,8 @@ _HOMES = {
     "data.sources": ("open_images",),
     "labels.encoding": ("Encoding",),
     "labels.manifest": ("Manifest",),
-    "labels.store": ("LabelStore", "LabelStoreWriter", "merge_stores"),
+    "labels.store": ("LabelStore",),
+    "labels.writer": ("LabelStoreWriter", "merge_stores"),
     "core.align": ("align",),
     "core.batch": ("collate_score_maps", "normalize_images"),
     "core.geometry": ("Box", "View", "stack_views"),

@@ -265,7 +265,8 @@ def inspect(arguments: list[str]) -> int:
         "inspect", "Say what is in a label store, how sure its teacher was, and which labels look wrong."
     )
 
-    from tokenlabel.labels.inspection import InspectConfig, as_text, inspect_store
+    from tokenlabel.labels.inspection import InspectConfig, inspect_store
+    from tokenlabel.labels.presentation import as_text
     from tokenlabel.labels.store import LabelStore
     from tokenlabel.runtime.configuration import add_config_arguments
 
@@ -297,7 +298,7 @@ def inspect(arguments: list[str]) -> int:
     figures = inspect_store(store, config, source=source).as_dict()
     figures |= _judged_otherwise(store, source, options)
     if source and options.pictures:
-        from tokenlabel.labels.pictures import write_pictures
+        from tokenlabel.labels.presentation import write_pictures
         from tokenlabel.runtime.process import say
 
         write_pictures(store, source, options.pictures)
@@ -371,7 +372,7 @@ def merge(arguments: list[str]) -> int:
         "merge", "Copy the labels of several stores into one with few files, each record checked."
     )
     from tokenlabel.labels.encoding import Encoding
-    from tokenlabel.labels.store import merge_stores
+    from tokenlabel.labels.writer import merge_stores
 
     parser.add_argument("stores", type=Path, nargs="+", help="folders of labels, then the folder to write")
     parser.add_argument(

@@ -25,7 +25,9 @@ from tokenlabel.data.classes import ids_among
 from tokenlabel.data.imagenet import SETS, read_real_labels
 from tokenlabel.data.images import ImageFolder
 from tokenlabel.evaluation.observation import evaluation_set
-from tokenlabel.labels.store import LabelStore, LabelStoreWriter, Manifest
+from tokenlabel.labels.manifest import Manifest
+from tokenlabel.labels.store import LabelStore
+from tokenlabel.labels.writer import LabelStoreWriter
 from tokenlabel.models import TimmAdapter, create_model
 from tokenlabel.runtime.errors import ConfigError, DataError
 from tokenlabel.teachers.classmap import class_map_for

@@ -21,8 +21,11 @@ from tokenlabel.data.config import AugmentConfig
 from tokenlabel.data.decoding import decode_image, decode_pixels, orientation_of
 from tokenlabel.data.images import ImageFolder
 from tokenlabel.evaluation.observation import MaskFolder, mask_agreement
-from tokenlabel.labels.pictures import write_pictures
-from tokenlabel.labels.store import LabelStore, LabelStoreWriter, Manifest, StoreError
+from tokenlabel.labels.manifest import Manifest
+from tokenlabel.labels.presentation import write_pictures
+from tokenlabel.labels.store import LabelStore
+from tokenlabel.labels.writer import LabelStoreWriter
+from tokenlabel.runtime.errors import StoreError
 from tokenlabel.teachers.annotation import AnnotateConfig, annotate, annotate_by
 
 TAGS = range(1, 9)

@@ -12,7 +12,9 @@ from tokenlabel.core.geometry import Box, View, stack_views
 from tokenlabel.core.scores import from_mask
 from tokenlabel.evaluation.evaluators import object_tokens
 from tokenlabel.evaluation.observation import MaskFolder, agreement, evaluate, mask_agreement
-from tokenlabel.labels.store import LabelStore, LabelStoreWriter, Manifest
+from tokenlabel.labels.manifest import Manifest
+from tokenlabel.labels.store import LabelStore
+from tokenlabel.labels.writer import LabelStoreWriter
 from tokenlabel.models import Outputs, TokenModel
 from tokenlabel.runtime.coercion import pair
 

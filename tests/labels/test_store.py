@@ -23,20 +23,11 @@ from safetensors.numpy import load_file
 
 from tokenlabel.core.scores import ScoreMap, from_probabilities, from_top
 from tokenlabel.labels.encoding import Encoding
-from tokenlabel.labels.manifest import write_manifest
+from tokenlabel.labels.manifest import Failure, Manifest, read_manifest, update_failures, write_manifest
 from tokenlabel.labels.shards import Fingerprint, key_hash, open_shard, write_shard
-from tokenlabel.labels.store import (
-    Failure,
-    LabelStore,
-    LabelStoreWriter,
-    Manifest,
-    StoreError,
-    _starts_by_first_bits,
-    merge_stores,
-    read_manifest,
-    remove_leftovers,
-    update_failures,
-)
+from tokenlabel.labels.store import LabelStore, _starts_by_first_bits
+from tokenlabel.labels.writer import LabelStoreWriter, merge_stores, remove_leftovers
+from tokenlabel.runtime.errors import StoreError
 
 NUM_MUTATIONS = int(os.environ.get("TOKENLABEL_MUTATIONS", "10000"))
 
@@ -296,7 +287,7 @@ def test_two_that_make_a_store_at_once_agree_on_what_it_holds(tmp_path, monkeypa
         time.sleep(0.05)
         write_manifest(folder, manifest)
 
-    monkeypatch.setattr("tokenlabel.labels.store.write_manifest", slowly)
+    monkeypatch.setattr("tokenlabel.labels.writer.write_manifest", slowly)
 
     def make(name):
         try:
@@ -467,7 +458,7 @@ def test_manifest(tmp_path):
     ("entry", "value", "message"),
     [
         ("format_version", 2, "reads 1"),
-        ("num_classes", "10", "not of type int"),
+        ("num_classes", "10", "expected int"),
         ("num_classes", 1, "2 classes"),
         ("class_names", ["a"], "1 class names"),
         ("encoding", "gzip", "gzip"),

@@ -10,7 +10,8 @@ from test_train import CPU, nested_recipe, recipe_for, scenes, start, weights_of
 from training_ranks import train_together
 
 from tokenlabel.classification.task import build, train
-from tokenlabel.labels.store import LabelStore, LabelStoreWriter
+from tokenlabel.labels.store import LabelStore
+from tokenlabel.labels.writer import LabelStoreWriter
 from tokenlabel.runtime.configuration import ConfigError
 from tokenlabel.runtime.distributed import FirstRankError, Ranks
 from tokenlabel.runtime.runlog import Stopwatch, read_metrics

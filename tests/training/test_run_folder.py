@@ -31,7 +31,8 @@ from tokenlabel.data.decoding import ImageCheck
 from tokenlabel.data.images import ImageFiles
 from tokenlabel.data.sources import open_images
 from tokenlabel.evaluation.observation import evaluation_set
-from tokenlabel.labels.store import LabelStore, LabelStoreWriter
+from tokenlabel.labels.store import LabelStore
+from tokenlabel.labels.writer import LabelStoreWriter
 from tokenlabel.runtime import distributed
 from tokenlabel.runtime.configuration import ConfigError, config_from_dict
 from tokenlabel.runtime.distributed import Ranks, current_ranks, joined_ranks

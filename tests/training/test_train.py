@@ -23,7 +23,9 @@ from tokenlabel.classification.task import build, train
 from tokenlabel.core.scores import from_mask
 from tokenlabel.data.scenes import write_scenes
 from tokenlabel.data.tars import TarImages
-from tokenlabel.labels.store import LabelStore, LabelStoreWriter, Manifest
+from tokenlabel.labels.manifest import Manifest
+from tokenlabel.labels.store import LabelStore
+from tokenlabel.labels.writer import LabelStoreWriter
 from tokenlabel.runtime.configuration import ConfigError, config_from_dict
 from tokenlabel.runtime.distributed import Ranks
 from tokenlabel.runtime.process import Interrupted

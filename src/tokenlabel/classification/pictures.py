@@ -22,7 +22,7 @@ from tokenlabel.data.class_names import with_words
 from tokenlabel.drawing.pictures import PICTURES_FOLDER, Album, ClassMap, Tile, make_album, top_classes
 from tokenlabel.evaluation.answers import Answers
 from tokenlabel.evaluation.evaluators import Evaluator, Predictions
-from tokenlabel.labels.pictures import map_of_scores
+from tokenlabel.labels.presentation import map_of_scores
 from tokenlabel.models import TimmAdapter, TokenModel
 from tokenlabel.runtime.distributed import Ranks
 from tokenlabel.runtime.errors import ModelError

@@ -25,6 +25,7 @@ MANY_IMAGES = 10_000
 UNREADABLE = (OSError, ValueError, KeyError, EOFError, BadZipFile)
 """What `read_arrays`, and looking for an array in what it returns, raises for files that are damaged or others."""
 
+_DECIDING = ("classes", "folders", "images", "sources")  # modules that decide what is an image, and of which class
 _TICK_S = 2.0  # a folder that was changed so shortly before may change again within its file system's clock
 
 
@@ -128,5 +129,5 @@ def _path(kind: str, place: Path, *, make: bool) -> Path:
 @cache
 def _rules() -> str:
     """Return what tells apart versions of the code that decides what images and classes are."""
-    code = (Path(__file__).with_name(f"{name}.py").read_bytes() for name in ("folders", "images", "sources"))
+    code = (Path(__file__).with_name(f"{name}.py").read_bytes() for name in _DECIDING)
     return blake2b(b"".join(code), digest_size=8).hexdigest()

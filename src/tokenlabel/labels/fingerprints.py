@@ -11,10 +11,7 @@ from functools import partial
 from typing import TypeVar
 from zlib import crc32
 
-import numpy as np
-from numpy.typing import NDArray
-
-from tokenlabel.data.images import NO_TIME, ImageSource
+from tokenlabel.data.images import NO_TIME, ImageSource, ImageSubset
 from tokenlabel.labels.shards import UNKNOWN, Fingerprint
 from tokenlabel.labels.store import LabelStore
 from tokenlabel.runtime.errors import ImageError
@@ -49,31 +46,12 @@ class _State(Enum):
     UNKNOWN = 3
 
 
-class FingerprintedImages:
+class FingerprintedImages(ImageSubset):
     """The images of another source, which remembers the fingerprint of each that is read until it is taken."""
 
     def __init__(self, source: ImageSource) -> None:
-        self._source = source
+        super().__init__(source)
         self._taken: dict[str, Fingerprint] = {}
-
-    @property
-    def keys(self) -> Sequence[str]:
-        """The other source's."""
-        return self._source.keys
-
-    @property
-    def class_ids(self) -> NDArray[np.int64]:
-        """The other source's."""
-        return self._source.class_ids
-
-    @property
-    def class_names(self) -> list[str]:
-        """The other source's."""
-        return self._source.class_names
-
-    def __len__(self) -> int:
-        """Return how many images there are."""
-        return len(self._source)
 
     def read(self, index: int) -> bytes:
         """Return the encoded image."""

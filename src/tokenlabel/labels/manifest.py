@@ -10,13 +10,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from tokenlabel.core.scores import Kind, Orientation
 from tokenlabel.data.classes import ClassList, composed
 from tokenlabel.labels.encoding import DEFAULT_TOLERANCE, Encoding
-from tokenlabel.labels.shards import SHARD_SUFFIX, StoreError, write_atomically
+from tokenlabel.labels.shards import SHARD_SUFFIX, write_atomically
 from tokenlabel.runtime.coercion import coerced_fields
+from tokenlabel.runtime.errors import StoreError
 from tokenlabel.runtime.process import listed
 
 MANIFEST_FILE = "manifest.json"
@@ -29,10 +30,9 @@ _REPAIR = (
     "put a copy back: the command that made these labels writes an equal one first thing, into another folder"
 )
 
-T = TypeVar("T")
-
 
 @dataclass(frozen=True, slots=True)
+@coerced_fields
 class Failure:
     """An image without a label, and why."""
 
@@ -70,14 +70,17 @@ class Manifest:
     def __post_init__(self) -> None:
         for name in ("teacher", "preprocessing"):  # as they will be read back: no tuples
             object.__setattr__(self, name, json.loads(json.dumps(getattr(self, name))))
+        problem = ""
         if self.num_classes < 2 or self.topk < 1:
-            raise StoreError(
+            problem = (
                 f"labels need 2 classes and 1 kept a cell at least; got {self.num_classes} and {self.topk}"
             )
-        if not 0 <= self.tolerance < 1:
-            raise StoreError(f"the tolerance of labels must be at least 0 and below 1, got {self.tolerance}")
-        if self.class_names and len(self.class_names) != self.num_classes:
-            raise StoreError(f"{self.num_classes} classes, but {len(self.class_names)} class names")
+        elif not 0 <= self.tolerance < 1:
+            problem = f"the tolerance of labels must be at least 0 and below 1, got {self.tolerance}"
+        elif self.class_names and len(self.class_names) != self.num_classes:
+            problem = f"{self.num_classes} classes, but {len(self.class_names)} class names"
+        if problem:
+            raise StoreError(problem)
 
     @property
     def classes(self) -> ClassList:
@@ -195,17 +198,40 @@ def read_manifest(folder: str | Path) -> Manifest:
         raise StoreError(no_store(Path(folder))) from None
     except OSError as error:
         raise StoreError(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise StoreError(f"{path}: is not JSON ({error}); {_REPAIR}") from error
     version = content.get("format_version") if isinstance(content, dict) else None
+    known = [encoding.value for encoding in Encoding]
     if version != FORMAT_VERSION:
-        raise StoreError(f"{path}: format {version!r}, this version of tokenlabel reads {FORMAT_VERSION}")
-    try:
-        return _manifest(content)
-    except StoreError as error:
-        raise StoreError(f"{path}: {error}") from error
-    except (ValueError, TypeError, KeyError) as error:
-        raise StoreError(f"{path}: an entry is missing or of the wrong type ({error})") from error
+        problem = f"format {version!r}, this version of tokenlabel reads {FORMAT_VERSION}"
+    elif (name := content.get("encoding")) not in known:
+        problem = f"labels in encoding {name!r}, this version of tokenlabel reads {' and '.join(known)}; annotate again"
+    else:
+        try:
+            return _manifest(content)
+        except (ValueError, TypeError, KeyError) as error:
+            problem = str(error)
+            if not isinstance(error, StoreError):
+                problem = f"an entry is missing or of the wrong type ({error})"
+    raise StoreError(f"{path}: {problem}")
+
+
+def _manifest(content: dict[str, Any]) -> Manifest:
+    required = (
+        "num_classes",
+        "class_names",
+        "topk",
+        "kind",
+        "encoding",
+        "teacher",
+        "preprocessing",
+        "failures",
+    )
+    return Manifest(
+        **{name: content[name] for name in required},
+        tolerance=content.get("tolerance", 0.0),  # the first stores kept every entry
+        orientation=content.get("orientation", Orientation.STORED),  # the first stores had no word
+    )
 
 
 def no_store(folder: Path) -> str:
@@ -218,41 +244,6 @@ def no_store(folder: Path) -> str:
     if inner := sorted(path.parent.name for path in folder.glob(f"*/{MANIFEST_FILE}")):
         return f"{folder}: no label store (it has no {MANIFEST_FILE}), but has some in it ({listed(inner)}); name those"
     return f"{folder}: no label store (it has no {MANIFEST_FILE}); `tokenlabel annotate` makes one"
-
-
-def _manifest(content: dict[str, Any]) -> Manifest:
-    return Manifest(
-        num_classes=_of_type(content["num_classes"], int),
-        class_names=tuple(_of_type(name, str) for name in _of_type(content["class_names"], list)),
-        topk=_of_type(content["topk"], int),
-        kind=Kind(content["kind"]),
-        encoding=_encoding(content["encoding"]),
-        tolerance=float(content.get("tolerance", 0)),  # the first stores kept every entry
-        teacher=_of_type(content["teacher"], dict),
-        preprocessing=_of_type(content["preprocessing"], dict),
-        orientation=Orientation(
-            content.get("orientation", Orientation.STORED)
-        ),  # the first stores had no word
-        failures=tuple(
-            Failure(_of_type(failure["key"], str), _of_type(failure["reason"], str))
-            for failure in _of_type(content["failures"], list)
-        ),
-    )
-
-
-def _encoding(name: Any) -> Encoding:
-    known = [encoding.value for encoding in Encoding]
-    if name not in known:
-        raise StoreError(
-            f"labels in encoding {name!r}, this version of tokenlabel reads {' and '.join(known)}; annotate again"
-        )
-    return Encoding(name)
-
-
-def _of_type(value: Any, kind: type[T]) -> T:
-    if type(value) is not kind:
-        raise TypeError(f"{_short(value)} is not of type {kind.__name__}")
-    return value
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -30,20 +30,12 @@ from tokenlabel.data.remote import read_ahead
 from tokenlabel.data.sources import open_aloud
 from tokenlabel.labels.encoding import DEFAULT_TOLERANCE, Encoding
 from tokenlabel.labels.fingerprints import MAX_READ, FingerprintedImages, find_replaced
-from tokenlabel.labels.manifest import MANIFEST_FILE
-from tokenlabel.labels.store import (
-    Failure,
-    LabelStore,
-    LabelStoreWriter,
-    Manifest,
-    StoreError,
-    read_manifest,
-    remove_leftovers,
-    update_failures,
-)
+from tokenlabel.labels.manifest import MANIFEST_FILE, Failure, Manifest, read_manifest, update_failures
+from tokenlabel.labels.store import LabelStore
+from tokenlabel.labels.writer import LabelStoreWriter, remove_leftovers
 from tokenlabel.runtime.coercion import COUNT, NATURAL, POSITIVE, check_numbers, coerced
 from tokenlabel.runtime.distributed import Ranks, joined_ranks, usable_device
-from tokenlabel.runtime.errors import ModelError
+from tokenlabel.runtime.errors import ModelError, StoreError
 from tokenlabel.runtime.process import listed, say
 from tokenlabel.teachers.classmap import MIN_MASS, class_map_for
 from tokenlabel.teachers.ensemble import Ensemble, load_teachers
