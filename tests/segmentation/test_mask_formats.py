@@ -7,10 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import yaml
 from PIL import Image
+from safetensors.torch import save_file
 from segment_cases import BACKBONE, write_image, write_mask
 
+from tokenlabel import Head, LabelStore
 from tokenlabel.cli import main
 from tokenlabel.segmentation.classes import IGNORED, numbered_classes
 from tokenlabel.segmentation.layouts import Layout, SegmentDataConfig, open_pairs
@@ -198,6 +201,31 @@ def test_cocos_file_stands_in_place_of_a_folder_of_masks(folder, capsys):
         write_coco("few.json", [0, 1, 2], rle=broken)
         assert main(["segment", "train", "--recipe", "recipe.yaml", "--out", "other"]) == 2
         assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_cocos_file_teaches_heads_and_stores_and_judges_labels(folder, capsys):
+    model = timm.create_model("test_convnext", num_classes=0)
+    save_file(model.state_dict(), "convnext.safetensors")
+    for number, name in enumerate(["box", "stripe", "stripe"]):
+        write_image(Path(f"photos/{name}/{number}.png"), (24, 30), seed=number)
+    write_coco("coco.json", [0, 1, 2, 7], categories=("stripe", "box"))  # in another order than the folders
+    for part in ("photos", "photos/stripe"):  # a data set of two classes, and a folder of images without any
+        backbone = ["--backbone", "test_convnext", "--weights", "convnext.safetensors", "--overwrite"]
+        assert main(["fit-head", part, "head.safetensors", "--from", "masks:coco.json", *backbone]) == 0
+        assert Head.load("head.safetensors").class_names == ("stripe", "box")
+    assert main(["annotate", "photos", "labels", "--teacher", "masks:coco.json", "--device", "cpu"]) == 0
+    cells = LabelStore("labels")["stripe/1.png"].dense().argmax(axis=2)
+    assert (
+        cells[:, :10] == 1
+    ).all()  # photos/stripe is class 1; the polygon is of the category "stripe" here
+    assert (cells[:, 10:15] == 0).all()
+    capsys.readouterr()
+    assert main(["inspect", "labels", "--masks", "coco.json", "--images", "photos"]) == 0
+    assert "100.0%" in capsys.readouterr().out
+    write_coco("other.json", [0, 1, 2], categories=("cat", "dog"))
+    assert main(["annotate", "photos", "more", "--teacher", "masks:other.json", "--device", "cpu"]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "other.json: its categories (cat, dog) are none of the classes box, stripe" in said
 
 
 def test_what_cocos_file_says_becomes_class_ids(folder):

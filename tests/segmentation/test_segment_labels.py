@@ -116,6 +116,28 @@ def test_a_teacher_of_few_masks_labels_all_images_and_a_network_learns_from_both
     assert Path("runs/small/pictures/train.json").is_file()
 
 
+@pytest.mark.parametrize(
+    ("cells", "finer", "changes"),
+    [
+        ((6, 6), 1, {}),  # 8 px a cell, shown at 5.7 in the middle of the scales; the head's are of 1.5
+        ((72, 72), 3, {}),  # shown at .47 px
+        ((72, 36), 2, {}),
+        ((144, 144), 4, {}),  # as fine as it gets by itself
+        ((72, 72), 2, {"augment": {"scale": [1.0, 1.0]}}),
+        ((72, 72), 1, {"loss": {"finer": 1}}),
+    ],
+)
+def test_maps_are_learnt_as_finely_as_they_are(here, cells, finer, changes):
+    masked = {path.name for path in Path("few/masks").iterdir()}
+    write_store(
+        "fine", [path.name for path in Path("images").iterdir() if path.name not in masked][:1], grid=cells
+    )
+    task = build(recipe_for(Path("none"), **plain(data__labels="fine", **changes)), device=CPU)
+    assert task.loss.finer == finer
+    times = f", {finer} times as fine, by fine" if finer > 1 else "that of each location by fine"
+    assert times in task.summary().targets
+
+
 def test_maps_alone_teach_with_the_classes_of_the_labels(here, capsys):
     status, said = train(capsys, *BOTH[:4], "--data.val", "val", "--out", "run")
     assert status == 0, said

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from golden_values import GOLDEN
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -25,7 +26,7 @@ from tokenlabel.models import create_model
 from tokenlabel.runtime.configuration import ConfigError, config_from_dict
 from tokenlabel.runtime.distributed import Ranks, joined_ranks
 from tokenlabel.runtime.errors import ModelError
-from tokenlabel.runtime.runlog import read_metrics
+from tokenlabel.runtime.runlog import Stopwatch, read_metrics
 from tokenlabel.segmentation.evaluation import evaluate_segmentation
 from tokenlabel.segmentation.inference import Segmenter
 from tokenlabel.segmentation.model import SegmentModelConfig, create_segmentation_model
@@ -33,7 +34,7 @@ from tokenlabel.segmentation.recipe import SegmentRecipe
 from tokenlabel.segmentation.task import build, load_segmenter, pixel_loss, train_segmentation
 from tokenlabel.segmentation.weights import load_weights
 from tokenlabel.training.checkpoint import list_checkpoints
-from tokenlabel.training.engine import run_task
+from tokenlabel.training.engine import prepare, run_task, train_step
 from tokenlabel.training.recipe import recipe_content, recipe_names
 
 CPU = torch.device("cpu")
@@ -84,6 +85,16 @@ def test_a_run_leaves_its_recipe_metrics_and_model(run):
     assert trained.class_names == [*"0123456789", "background"]
     assert trained.step == 9
     assert not trained.model.training
+
+
+def test_every_step_on_masks_alone_gives_the_losses_that_it_always_gave(scenes):
+    """The golden losses are from before label maps could be learnt from."""
+    training = prepare(build(recipe_for(scenes), device=CPU), Ranks())
+    batches = iter(training.task.batches(training.sampler(0)))
+    for step, losses in enumerate(json.loads((GOLDEN / "segmentation.json").read_text())["masks"]):
+        values = train_step(training, batches, step, Stopwatch()).values
+        found = [float(values[part]) for part in ("decode_loss", "auxiliary_loss", "gradient_norm")]
+        assert found == pytest.approx(losses, abs=2e-3 if step else 2e-5)
 
 
 def test_training_learns_its_images_by_heart(scenes, tmp_path):

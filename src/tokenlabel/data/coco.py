@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, UInt16
+from jaxtyping import Bool, Int32, UInt16
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -60,6 +60,21 @@ class CocoMasks:
 
     def __str__(self) -> str:
         return str(self.path)
+
+    def ids_of(self, class_names: Sequence[str], *, unlabelled: int) -> Int32[NDArray[np.int32], " _"]:
+        """Return the id in a list of classes of each value that masks may hold, `unlabelled` for what is none of them.
+
+        Without a list values stay as they are. Raises DataError where no category is in the list.
+        """
+        names = list(class_names) or self.class_names
+        numbers = {name: number for number, name in enumerate(names)}
+        ids = np.full(unlabelled_value(MAX_CLASSES) + 1, unlabelled, np.int32)
+        ids[: len(self.class_names)] = [numbers.get(name, unlabelled) for name in self.class_names]
+        if not numbers.keys() & {*self.class_names}:
+            raise DataError(
+                f"{self.path}: its categories ({listed(self.class_names)}) are none of the classes {listed(names)}"
+            )
+        return ids
 
     def names_of(self, keys: Iterable[str]) -> dict[str, str]:
         """Return which of the file's images each key is: that of the same path, or the only one of the same file name.

@@ -21,6 +21,7 @@ from tokenlabel.data.folders import (
     is_named_as_mask,
     mistaken_layout,
     part_of,
+    passed_over_text,
     why_passed_over,
     without_masks,
 )
@@ -96,13 +97,15 @@ def scan_tars(names: Sequence[str | Path], local: Callable[[int], Path] | None =
     ]
     lacking = [key for key, name in zip(keys, of_images, strict=True) if name is None]
     if lacking and (numbers or len(lacking) < len(keys)):
+        few = f"{where}: {len(lacking):,} of {len(keys):,} images have"
+        if numbers:
+            raise DataError(f"{few} no .cls file ({listed(lacking)})")
         advice = (
             "; if each tar file is a class, unpack it into a folder of its name" if len(names) > 1 else ""
         )
-        lack = "no .cls file" if numbers else "neither a .cls file nor a folder that names their class"
+        beside = f"; {passed_over_text(passed_over)}" if passed_over else ""
         raise DataError(
-            f"{where}: {len(lacking):,} of {len(keys):,} images have {lack} ({listed(lacking)})"
-            + ("" if numbers else f"{advice}{in_brackets(passed_over)}")
+            f"{few} neither a .cls file nor a folder that names their class ({listed(lacking)}){advice}{beside}"
         )
     classes = [name for name in of_images if name is not None]
     class_names, class_ids = [], np.zeros(len(keys), np.int64)
@@ -178,13 +181,10 @@ def _stem(name: str) -> str:
 
 
 def _class_number(text: bytes, *, where: str) -> str:
-    try:
-        number = int(text)
-    except ValueError as error:
-        raise DataError(f"{where}: expected the number of a class, got {text!r}") from error
-    if number < 0:
-        raise DataError(f"{where}: {number} is no class; numbers of classes are 0 and up")
-    return str(number)
+    number = text.decode("ascii", "replace").strip()
+    if not number.isdecimal():
+        raise DataError(f"{where}: expected the number of a class, 0 or above, got {text!r}")
+    return str(int(number))
 
 
 def save_index(

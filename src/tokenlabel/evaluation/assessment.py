@@ -382,6 +382,7 @@ class _Assessment:
                 num_classes=self.network.num_classes,
                 ignore_index=self.options.ignore_index,
                 source=source,
+                class_names=self._class_names(),
             )
             truth.check(self._class_names())
             yield "token", truth

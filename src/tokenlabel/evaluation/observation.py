@@ -25,6 +25,7 @@ from tokenlabel.core.scores import Orientation, ScoreMap, from_mask, turned_map
 from tokenlabel.core.targets import TokenTargets
 from tokenlabel.data.augment import EvalTransform
 from tokenlabel.data.batches import TokenLabelDataset
+from tokenlabel.data.coco import COCO_SUFFIX, CocoMasks
 from tokenlabel.data.decoding import orientation_of
 from tokenlabel.data.imagenet import as_classes_of
 from tokenlabel.data.images import ImageSource, has_classes
@@ -74,11 +75,12 @@ class Evaluation:
 
 
 class MaskFolder:
-    """True dense labels: a folder of masks laid out like the images, read like a label store.
+    """True dense labels: a folder of masks laid out like the images, or COCO's file of them, read like a label store.
 
     The mask of `3/0001.jpg` is `3/0001.png` (see `mask_names`): one channel of class ids. `ignore_index`: the id of
     pixels that show no class; by default 255, or 65535 where 255 is a class. `source`: the images, to refuse masks that
-    lie on their stored pixels where an orientation tag turns these.
+    lie on their stored pixels where an orientation tag turns these. `class_names`: by them the categories of COCO's
+    file find their ids, others are none; without them ids are the categories in their order.
     """
 
     def __init__(
@@ -88,11 +90,13 @@ class MaskFolder:
         num_classes: int,
         ignore_index: int | None = None,
         source: ImageSource | None = None,
+        class_names: Sequence[str] = (),
     ) -> None:
         folder = Path(folder)
-        if not folder.is_dir():
+        self._coco = CocoMasks(folder) if folder.suffix == COCO_SUFFIX else None
+        if self._coco is None and not folder.is_dir():
             raise ValueError(f"{folder}: no such folder of masks")
-        self.is_assumed = ignore_index is None
+        self.is_assumed = ignore_index is None and self._coco is None
         self._ignored = unlabelled_value(num_classes) if ignore_index is None else ignore_index
         if 0 <= self._ignored < num_classes:
             raise ValueError(
@@ -100,6 +104,8 @@ class MaskFolder:
                 f"to {num_classes - 1:,}; write other ids into the masks (or give `annotate` a --class-map FILE)"
             )
         self.folder, self.num_classes, self._source = folder, num_classes, source
+        if self._coco is not None:
+            self._ids = self._coco.ids_of(class_names, unlabelled=self._ignored)
 
     def __getitem__(self, key: str) -> ScoreMap:
         """Return the mask of an image as a score map of certainties."""
@@ -108,7 +114,7 @@ class MaskFolder:
 
     def __contains__(self, key: str) -> bool:
         """Say whether an image has a mask."""
-        return self._path(key).exists()
+        return key in self._coco_names if self._coco else self._path(key).exists()
 
     def check(self, class_names: Sequence[str], *, all_needed: bool = True) -> None:
         """Raise DataError if images of the source have no mask, or if a class seems to be written as the id of none.
@@ -117,11 +123,12 @@ class MaskFolder:
         """
         if self._source is None:
             return
-        missing = [key for key in self._source.keys if not self._path(key).exists()] if all_needed else []
+        missing = [key for key in self._source.keys if key not in self] if all_needed else []
         if missing:
+            expected = "" if self._coco else f"; expected {next(mask_names(missing[0]))} for {missing[0]}"
             raise DataError(
                 f"{self.folder}: {len(missing):,} of {len(self._source):,} images have no mask there "
-                f"({listed(missing)}); expected {next(mask_names(missing[0]))} for {missing[0]}"
+                f"({listed(missing)}){expected}"
             )
         if not self.is_assumed:
             return
@@ -150,6 +157,11 @@ class MaskFolder:
 
     def _read(self, key: str) -> tuple[Path, NDArray[np.integer]]:
         """Return the path of an image's mask, and its values [height, width]."""
+        if self._coco is not None:
+            name = self._coco_names.get(key)
+            if name is None:
+                raise DataError(f"{self.folder}: has no mask of {key}")
+            return self.folder, self._ids[self._coco.read(name)]
         path = self._path(key)
         try:
             data = path.read_bytes()
@@ -165,12 +177,19 @@ class MaskFolder:
         return next((path for path in paths if path.exists()), paths[0])
 
     @cached_property
+    def _coco_names(self) -> dict[str, str]:
+        """What COCO's file calls the images."""
+        assert self._coco is not None
+        return self._coco.names_of(self._coco.names if self._source is None else self._source.keys)
+
+    @cached_property
     def _indices(self) -> dict[str, int]:
         return {} if self._source is None else {key: i for i, key in enumerate(self._source.keys)}
 
     def __getstate__(self) -> dict[str, Any]:
         """Send no index of the images: each process makes its own."""
-        return {name: value for name, value in vars(self).items() if name != "_indices"}
+        own = ("_indices", "_coco_names")
+        return {name: value for name, value in vars(self).items() if name not in own}
 
 
 def evaluate(
@@ -281,12 +300,14 @@ def mask_agreement(
 ) -> float:
     """Return the share of object cells of a store's maps whose most probable class is that of the true mask.
 
-    `masks`: a folder of true dense labels, laid out like the images; `ignore_index`: see `MaskFolder`. `source`: the
-    images, which know their orientation.
+    `masks`: a folder of true dense labels, laid out like the images, or COCO's file; `ignore_index`: see `MaskFolder`.
+    `source`: the images, which know their orientation.
     """
-    num_classes = store.manifest.num_classes
-    truth_of = MaskFolder(masks, num_classes=num_classes, ignore_index=ignore_index, source=source)
-    truth_of.check(store.manifest.class_names or tuple(map(str, range(num_classes))), all_needed=False)
+    num_classes, names = store.manifest.num_classes, store.manifest.class_names
+    truth_of = MaskFolder(
+        masks, num_classes=num_classes, ignore_index=ignore_index, source=source, class_names=names
+    )
+    truth_of.check(names or tuple(map(str, range(num_classes))), all_needed=False)
     is_stored, indices = store.manifest.orientation == Orientation.STORED, {}
     if is_stored and source is not None:
         indices = {key: index for index, key in enumerate(source.keys)}

@@ -68,7 +68,9 @@ class HeadOutputs:
         return HeadOutputs(finer, self.classifier)
 
     def of_images(self, numbers: list[int]) -> HeadOutputs:
-        """Return the outputs of some images of the batch."""
+        """Return the outputs of some images of the batch, in ascending order."""
+        if len(numbers) == len(self.features):
+            return self  # indexing would copy the features of all, and their gradient once more
         return HeadOutputs(self.features[numbers], self.classifier)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from tokenlabel.labels.store import LabelStore
 from tokenlabel.runtime.distributed import current_ranks
 from tokenlabel.runtime.errors import DataError
 from tokenlabel.runtime.process import listed, say
+from tokenlabel.segmentation.augment import SegmentAugmentConfig, fitted_size
 from tokenlabel.segmentation.classes import IGNORED
 from tokenlabel.segmentation.data import SegmentBatch
 from tokenlabel.segmentation.layouts import SegmentDataConfig
@@ -25,6 +27,8 @@ from tokenlabel.segmentation.recipe import SegmentLossConfig
 
 # Masks that are held against the cells of label maps.
 NUM_COMPARED = 100
+# Of the grid that maps are learnt on by default, times that of the head, along each side.
+MOST_FINER = 4
 
 
 def soft_targets(batch: SegmentBatch, grid: tuple[int, int], config: SegmentLossConfig) -> TokenTargets:
@@ -91,6 +95,28 @@ def checked_labels(store: LabelStore, pairs: ImageMaskPairs) -> dict[str, Any]:
     newest = max((shard.generation for shard in store.shards), default=0)
     told = {"num_missing": len(missing), "num_masks": len(with_mask), "annotated_again": newest or None}
     return told | store.manifest.origin()
+
+
+def finer_for_maps(
+    store: LabelStore, pairs: ImageMaskPairs, augment: SegmentAugmentConfig, crop: tuple[tuple[int, int], ...]
+) -> int:
+    """Return how many times as fine as a head's grid label maps are along a side, in the middle of the sizes shown.
+
+    `crop`: (height, width) of a training crop, and the (rows, columns) that the head ends on for it. Judged by the
+    first image with a label; at most `MOST_FINER`.
+    """
+    index = next((i for i, key in enumerate(pairs.keys) if key in store and not pairs.has_mask(i)), None)
+    if index is None:
+        return 1
+    size_px = pairs.read(index)[0].shape[:2]
+    factor = math.sqrt(augment.scale[0] * augment.scale[1])
+    shown_px = fitted_size(size_px, augment.short_side_px, max_aspect=augment.max_aspect, factor=factor)
+    cells = store[pairs.keys[index]].codes.shape[:2]
+    finer = [
+        side_cells / side_px * crop_px / head_cells
+        for side_cells, side_px, crop_px, head_cells in zip(cells, shown_px, *crop, strict=True)
+    ]
+    return min(max(1, round(math.sqrt(finer[0] * finer[1]))), MOST_FINER)
 
 
 def too_small(store: LabelStore, pairs: ImageMaskPairs) -> list[tuple[str, float, tuple[int, int]]]:

@@ -25,8 +25,9 @@ class SegmentLossConfig:
     """Which cells of label maps count: all; confident: those whose most probable class reaches token_threshold."""
     token_threshold: float = 0.5
     """Least probability of cells that count, see tokens."""
-    finer: int = 1
-    """Cells of label maps are learnt on a grid so many times as fine as the head's: where maps are finer than it."""
+    finer: int | None = None
+    """Cells of label maps are learnt on a grid so many times as fine as the head's; by default as fine as the maps are,
+    up to 4 times. Memory grows with its square."""
     hard: bool = False
     """The label of a cell is its most probable class alone."""
 
@@ -46,7 +47,7 @@ class SegmentRecipe(TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        of_maps = self.loss.hard or self.loss.finer > 1 or self.loss.tokens is not TokenChoice.ALL
+        of_maps = self.loss.hard or self.loss.finer or self.loss.tokens is not TokenChoice.ALL
         if not self.data.labels and of_maps:
             raise ConfigError(
                 "loss.hard, loss.finer and loss.tokens are about label maps, and there are none; give data.labels"

@@ -41,7 +41,7 @@ from tokenlabel.segmentation.data import SegmentBatch, SegmentDataset, SegmentSa
 from tokenlabel.segmentation.evaluation import evaluate_segmentation
 from tokenlabel.segmentation.heads import HeadOutputs
 from tokenlabel.segmentation.inference import Segmenter
-from tokenlabel.segmentation.label_maps import checked_labels, open_labels, soft_targets
+from tokenlabel.segmentation.label_maps import checked_labels, finer_for_maps, open_labels, soft_targets
 from tokenlabel.segmentation.layouts import classes_of, open_pairs
 from tokenlabel.segmentation.model import (
     HeadKind,
@@ -81,9 +81,10 @@ def train_segmentation(
 
 @dataclass(eq=False)
 class SegmentTask(Task):
-    """A segmentation model that learns the class of every pixel."""
+    """A segmentation model that learns the class of every pixel. `loss`: the recipe's, how fine its grid is found."""
 
     recipe: SegmentRecipe
+    loss: SegmentLossConfig
     model: SegmentationModel  # pyright: ignore[reportIncompatibleVariableOverride]
     train_set: SegmentDataset
     val_pairs: ImageMaskPairs | None
@@ -94,7 +95,7 @@ class SegmentTask(Task):
     def __post_init__(self) -> None:
         self.class_names = self.train_set.pairs.classes.names
         self.num_images = len(self.train_set)
-        self.step = SegmentStep(self.model, self.recipe, self.device)
+        self.step = SegmentStep(self.model, self.recipe, self.loss, self.device)
 
     def batches(self, sampler: BatchSampler) -> Iterable[SegmentBatch]:
         """Return the augmented batches of a sampler."""
@@ -112,7 +113,7 @@ class SegmentTask(Task):
         for i, key in enumerate(batch.keys[:NUM_TRAIN]):
             pixels = batch.images[i].permute(1, 2, 0).cpu().numpy()
             if i in batch.soft:
-                tile = Tile(pixels, "its label map", _soft_map(batch, i, self.recipe.loss))
+                tile = Tile(pixels, "its label map", _soft_map(batch, i, self.loss))
             else:
                 tile = Tile(pixels, "its mask", _class_map(batch.masks[i].cpu().numpy(), pixels))
             pictures.append(([Tile(pixels, "augmented image"), tile], {"key": key}))
@@ -125,7 +126,8 @@ class SegmentTask(Task):
         rows, columns = self.model.grid_for(recipe.model.img_size)
         num_masked = len(pairs.with_mask)
         labels = f", {len(pairs) - num_masked:,} without" if num_masked < len(pairs) else ""
-        cells = f"; without a mask that of each location, by {' + '.join(recipe.data.label_folders)}"
+        times = f", {self.loss.finer} times as fine," if self.loss.finer not in (None, 1) else ""
+        cells = f"; without a mask that of each location{times} by {' + '.join(recipe.data.label_folders)}"
         rows_of_masks = pairs.classes.table(pairs.pixels) if num_masked else []
         return Summary(
             network=f"{recipe.model.name} with {recipe.model.head.value} head",
@@ -207,9 +209,11 @@ def _soft_map(batch: SegmentBatch, number: int, config: SegmentLossConfig) -> Cl
 class SegmentStep(nn.Module):
     """The losses of one part of a batch; a module, as `core.step.TrainStep`."""
 
-    def __init__(self, model: SegmentationModel, recipe: SegmentRecipe, device: torch.device) -> None:
+    def __init__(
+        self, model: SegmentationModel, recipe: SegmentRecipe, loss: SegmentLossConfig, device: torch.device
+    ) -> None:
         super().__init__()
-        self.model, self.recipe = model, recipe
+        self.model, self.recipe, self.loss = model, recipe, loss
         self.autocast = autocast(device, recipe.precision)
 
     def forward(self, batch: SegmentBatch, part: Part, watch: Stopwatch) -> dict[str, Tensor]:
@@ -223,11 +227,11 @@ class SegmentStep(nn.Module):
         images = normalize_images(batch.images, mean=self.model.mean, std=self.model.std)
         with self.autocast:
             outputs: SegmentOutputs = self.model(images)
-            decode_loss = head_loss(outputs.head, batch, recipe.loss)
+            decode_loss = head_loss(outputs.head, batch, self.loss)
             if outputs.second is None:
                 return {"loss": decode_loss, "decode_loss": decode_loss}
-            auxiliary_loss = head_loss(outputs.second, batch, recipe.loss)
-        loss = decode_loss + recipe.loss.auxiliary_weight * auxiliary_loss
+            auxiliary_loss = head_loss(outputs.second, batch, self.loss)
+        loss = decode_loss + self.loss.auxiliary_weight * auxiliary_loss
         return {"loss": loss, "decode_loss": decode_loss, "auxiliary_loss": auxiliary_loss}
 
 
@@ -241,7 +245,8 @@ def head_loss(outputs: HeadOutputs, batch: SegmentBatch, config: SegmentLossConf
     if not batch.soft:
         return pixel_loss(outputs.logits, batch.masks)
     num_images, soft = len(batch.masks), outputs.of_images(batch.soft)
-    soft = soft.enlarged(config.finer) if config.finer > 1 else soft
+    if config.finer is not None and config.finer > 1:
+        soft = soft.enlarged(config.finer)
     targets = soft_targets(batch, soft.grid, config)
     cells = soft.features.permute(0, 2, 3, 1).flatten(1, 2)  # [S, N, D]
     loss = head_cross_entropy(cells, soft.classifier, targets) * (len(batch.soft) / num_images)
@@ -287,8 +292,14 @@ def build(recipe: SegmentRecipe, *, device: torch.device, run: Path | None = Non
         if parameter.ndim == 4:
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
     transform = SegmentTransform(recipe.augment, recipe.model.img_size)
+    loss = recipe.loss
+    if store is not None and loss.finer is None:
+        crop = (recipe.model.img_size, model.grid_for(recipe.model.img_size))
+        finer = current_ranks().on_main(lambda: finer_for_maps(store, train_pairs, recipe.augment, crop))
+        loss = replace(loss, finer=finer)
     return SegmentTask(
         recipe=recipe,
+        loss=loss,
         model=model.to(device),
         train_set=SegmentDataset(train_pairs, transform, seed=recipe.seed, store=store),
         val_pairs=val_pairs,

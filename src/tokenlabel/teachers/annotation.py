@@ -186,6 +186,7 @@ def make_teacher(config: AnnotateConfig, source: ImageSource, device: torch.devi
         class_map=class_map,
         ignore_index=config.ignore_index,
         source=source,
+        class_names=source.class_names,
     )
     teacher.masks.check(source.class_names, all_needed=False)
     return teacher

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tokenlabel.data.class_names import read_class_names
+from tokenlabel.data.coco import COCO_SUFFIX, CocoMasks
 from tokenlabel.data.images import ImageSource, has_classes
 from tokenlabel.data.masks import mask_names
 from tokenlabel.data.sources import open_aloud, refuse_single_class
@@ -74,9 +75,9 @@ class FitConfig:
     backbone: str
     """A run folder, or the name of a model (timm's, lvvit_s and the like), with or without a classifier of its own."""
     from_: str
-    """labels: class labels of the images. masks:DIR: masks of (some of) the images, PNG class ids laid out like them.
-    words: the images alone (visual words). text: class names; IMAGES is a file of them, one a line. A file: embeddings
-    [C, D] of class names (.npy, .safetensors), which IMAGES lists."""
+    """labels: class labels of the images. masks:DIR: masks of (some of) the images, PNG class ids laid out like them;
+    masks:FILE.json: COCO's file of them. words: the images alone (visual words). text: class names; IMAGES is a file of
+    them, one a line. A file: embeddings [C, D] of class names (.npy, .safetensors), which IMAGES lists."""
     weights: str | None = None
     """Checkpoint file of the backbone (.safetensors, or .pth without code in it); timm's pretrained weights if none."""
     size: int | None = None
@@ -92,7 +93,8 @@ class FitConfig:
     """How locations learn from the class label of their image. mean: the mean of their vectors has to show the class;
     instances: one of them has to; auto: whichever does better on held-out images."""
     class_names: str | None = None
-    """Names of the masks' classes by their ids, a file of one a line; by default the images' classes in their order."""
+    """Names of the masks' classes by their ids, a file of one a line; by default COCO's categories, or the images'
+    classes in their order."""
     ignore_index: int | None = None
     """Of masks: the id of pixels without a class; by default 255, with more than 255 classes 65535."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -303,13 +305,21 @@ def _held_out(class_ids: Tensor, *, seed: int) -> Bool[Tensor, " n"]:
 
 
 def _check_masks(source: ImageSource, config: FitConfig) -> tuple[MaskFolder, list[str], list[int]]:
+    folder = Path(config.from_.removeprefix(MASKS))
     names = list(source.class_names)
     if config.class_names is not None:
         names = read_class_names(config.class_names, option="--class-names")
+    elif folder.suffix == COCO_SUFFIX:
+        names = CocoMasks(folder).class_names
     if len(names) < 2:
         raise ModelError("masks need the names of their classes by id: give --class-names FILE, one a line")
-    folder = Path(config.from_.removeprefix(MASKS))
-    masks = MaskFolder(folder, num_classes=len(names), ignore_index=config.ignore_index, source=source)
+    masks = MaskFolder(
+        folder,
+        num_classes=len(names),
+        ignore_index=config.ignore_index,
+        source=source,
+        class_names=names,
+    )
     masks.check(names, all_needed=False)
     indices = [index for index, key in enumerate(source.keys) if key in masks]
     if len(indices) < 2:

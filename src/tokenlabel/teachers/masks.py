@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ class MaskTeacher:
     `folder`: see `MaskFolder`. `size`: masks of more than size x size pixels are averaged over cells down to that area,
     at their own aspect; a cell then has the share of each class that it shows, and what it shows of pixels without a
     class is spread evenly over all classes. None keeps every pixel. `class_map`: from the masks' ids to the data set's
-    classes; what goes nowhere is unlabelled. `ignore_index`, `source`: see `MaskFolder`.
+    classes; what goes nowhere is unlabelled. `ignore_index`, `source`, `class_names`: see
+    `MaskFolder`.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class MaskTeacher:
         class_map: ClassMap | None = None,
         ignore_index: int | None = None,
         source: ImageSource | None = None,
+        class_names: Sequence[str] = (),
     ) -> None:
         self.num_classes = num_classes
         self._size = size
@@ -47,6 +50,7 @@ class MaskTeacher:
             num_classes=MAX_IDS if class_map else num_classes,
             ignore_index=-1 if class_map else ignore_index,  # the class map says itself what is no class
             source=source,
+            class_names=() if class_map else class_names,
         )
         self.held: set[int] = set()  # the classes that masks have shown so far
         self.description: dict[str, Any] = {

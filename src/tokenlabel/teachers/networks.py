@@ -136,7 +136,7 @@ class TeacherConfig:
     teacher: str | list[str]
     """A run folder, of segmentation too, the name of a model (timm's, lvvit_s and the like), or a head that `fit-head`
     made (HEAD.safetensors, which knows its backbone); several are averaged. masks:DIR takes segmentation masks (PNG
-    ids, laid out like the images) in place of a network."""
+    ids, laid out like the images; or masks:FILE.json, COCO's) in place of a network."""
     weights: str | list[str] | None = None
     """Checkpoint file (.safetensors, or .pth without code in it), one for each teacher ("" for one that needs none);
     timm's pretrained weights if none."""
