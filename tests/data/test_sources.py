@@ -82,7 +82,10 @@ def test_webdataset_tells_classes_by_number(tmp_path):
     [
         ({"readme.md": b""}, "no images"),
         ({"a.jpg": b"", "b.jpg": b"", "b.cls": b"1"}, r"1 of 2 images have no \.cls file \(a\.jpg"),
-        ({"a.jpg": b"", "a.cls": b"cat"}, r"x\.tar: a\.cls: expected the number of a class, 0 or above, got b'cat'"),
+        (
+            {"a.jpg": b"", "a.cls": b"cat"},
+            r"x\.tar: a\.cls: expected the number of a class, 0 or above, got b'cat'",
+        ),
         ({"a.jpg": b"", "cat/b.jpg": b""}, "1 of 2 images have neither a .cls file nor a folder"),
     ],
 )

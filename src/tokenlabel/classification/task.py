@@ -37,11 +37,11 @@ from tokenlabel.evaluation.probe import image_figures, probe_sets
 from tokenlabel.labels.store import LabelStore
 from tokenlabel.models import TokenModel, create_model, load_published
 from tokenlabel.models.weights import read_class_names, read_description
+from tokenlabel.runtime.cache import NUM_AHEAD, refuse_small_cache
 from tokenlabel.runtime.configuration import ConfigError
 from tokenlabel.runtime.distributed import Ranks, autocast, current_ranks
 from tokenlabel.runtime.errors import DataError, ImageError
 from tokenlabel.runtime.process import say
-from tokenlabel.runtime.remote import NUM_AHEAD, refuse_small_cache
 from tokenlabel.runtime.runlog import Tracker
 from tokenlabel.teachers.online import load_online_teacher
 from tokenlabel.training.engine import train_in

@@ -7,7 +7,7 @@ import os
 import re
 import struct
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +17,7 @@ from tokenlabel.core.geometry import turned
 from tokenlabel.data.images import ImageSource, ImageSubset, counted, has_classes
 from tokenlabel.runtime.coercion import Choice
 from tokenlabel.runtime.errors import DataError, ImageError
-from tokenlabel.runtime.process import listed, say
+from tokenlabel.runtime.process import in_threads, listed, say
 
 try:
     import simplejpeg
@@ -182,10 +182,8 @@ def find_broken(
     look = _decodes if check is ImageCheck.DECODE else _has_sound_ends
     groups = getattr(source, "groups", None)
     order = indices if groups is None else indices[np.argsort(groups[indices], kind="stable")]
-    stretches = [order[i : i + 256].tolist() for i in range(0, len(order), 256)]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = pool.map(lambda stretch: [i for i in stretch if not look(source, i)], stretches)
-        return sorted(index for of_stretch in found for index in of_stretch)
+    is_sound = in_threads(partial(look, source), order.tolist(), os.cpu_count() or 1)
+    return sorted(order[~np.array(is_sound, bool)].tolist())
 
 
 def leave_out(

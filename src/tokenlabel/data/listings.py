@@ -16,8 +16,8 @@ from zipfile import BadZipFile
 import numpy as np
 from numpy.typing import NDArray
 
+from tokenlabel.runtime.cache import cached_index
 from tokenlabel.runtime.errors import RemoteError
-from tokenlabel.runtime.remote import cached_index
 
 MANY_IMAGES = 10_000
 """Fewer are found as fast as what is kept of them."""

@@ -21,20 +21,10 @@ from tokenlabel.data.tar_index import (
     scan_tars,
 )
 from tokenlabel.data.tars import TarImages, refuse_parts
+from tokenlabel.runtime.cache import cached_index, exclusive, fetch, fetched_ahead, refuse_small_cache
 from tokenlabel.runtime.errors import DataError, RemoteError
 from tokenlabel.runtime.process import is_main_process, listed, say
-from tokenlabel.runtime.remote import (
-    RemoteFile,
-    cached_index,
-    digest_of,
-    exclusive,
-    expanded,
-    fetch,
-    fetched_ahead,
-    folder_urls,
-    refuse_small_cache,
-    remote_files,
-)
+from tokenlabel.runtime.remote import RemoteFile, digest_of, expanded, folder_urls, remote_files
 
 T = TypeVar("T")
 

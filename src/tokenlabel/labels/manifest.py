@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from tokenlabel.core.scores import Kind, Orientation
 from tokenlabel.data.classes import ClassList, composed
 from tokenlabel.labels.encoding import DEFAULT_TOLERANCE, Encoding
 from tokenlabel.labels.shards import SHARD_SUFFIX, write_atomically
-from tokenlabel.runtime.coercion import coerced_fields
+from tokenlabel.runtime.coercion import coerced, coerced_fields
 from tokenlabel.runtime.errors import StoreError
-from tokenlabel.runtime.process import listed
+from tokenlabel.runtime.process import listed, locked
 
 MANIFEST_FILE = "manifest.json"
 FORMAT_VERSION = 1
@@ -167,24 +164,12 @@ def update_failures(
 
     `others`: whether the failure of a key that it had stays. Nothing is written if nothing changes.
     """
-    with held(Path(folder)):
+    with locked(Path(folder)):
         manifest = read_manifest(folder)
         new = {failure.key for failure in failures}
         kept = [f for f in manifest.failures if f.key not in new and others(f.key)]
         if (all_failures := (*kept, *failures)) != manifest.failures:
             write_manifest(Path(folder), replace(manifest, failures=all_failures))
-
-
-@contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Hold a store's folder: of several processes one at a time looks at its manifest and writes it."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # some network file systems cannot
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def read_manifest(folder: str | Path) -> Manifest:
@@ -217,21 +202,10 @@ def read_manifest(folder: str | Path) -> Manifest:
 
 
 def _manifest(content: dict[str, Any]) -> Manifest:
-    required = (
-        "num_classes",
-        "class_names",
-        "topk",
-        "kind",
-        "encoding",
-        "teacher",
-        "preprocessing",
-        "failures",
-    )
-    return Manifest(
-        **{name: content[name] for name in required},
-        tolerance=content.get("tolerance", 0.0),  # the first stores kept every entry
-        orientation=content.get("orientation", Orientation.STORED),  # the first stores had no word
-    )
+    # The first stores kept every entry, and had no word for the orientation.
+    found = {"tolerance": 0.0, "orientation": Orientation.STORED, **content}
+    kinds = get_type_hints(Manifest)
+    return Manifest(**{name: coerced(found[name], kind, name=name) for name, kind in kinds.items()})
 
 
 def no_store(folder: Path) -> str:

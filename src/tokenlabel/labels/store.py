@@ -31,10 +31,10 @@ from tokenlabel.labels.shards import (
     key_text,
     open_shard,
 )
+from tokenlabel.runtime.cache import local_copy
 from tokenlabel.runtime.errors import StoreError
 from tokenlabel.runtime.hub import is_hub_name, local_name
 from tokenlabel.runtime.process import listed, say
-from tokenlabel.runtime.remote import local_copy
 
 
 class LabelStore:

@@ -16,7 +16,6 @@ from tokenlabel.labels.encoding import Encoding, pack
 from tokenlabel.labels.manifest import (
     MANIFEST_FILE,
     Manifest,
-    held,
     no_store,
     read_manifest,
     update_failures,
@@ -25,7 +24,7 @@ from tokenlabel.labels.manifest import (
 from tokenlabel.labels.shards import SHARD_SUFFIX, UNKNOWN, Fingerprint, write_shard
 from tokenlabel.labels.store import LabelStore
 from tokenlabel.runtime.errors import StoreError
-from tokenlabel.runtime.process import UNFINISHED
+from tokenlabel.runtime.process import UNFINISHED, locked
 from tokenlabel.runtime.remote import as_url
 
 
@@ -205,7 +204,7 @@ def _make_store(folder: Path, manifest: Manifest) -> None:
         raise StoreError(
             no_store(folder) if is_file else f"{folder}: cannot be made ({error.strerror})"
         ) from error
-    with held(folder):  # of two that make it at once, the second finds what the first has made
+    with locked(folder):  # of two that make it at once, the second finds what the first has made
         if (folder / MANIFEST_FILE).exists():
             differences = read_manifest(folder).differences(manifest)
             problem = (

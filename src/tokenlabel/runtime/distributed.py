@@ -16,8 +16,7 @@ from torch.distributed.fsdp import fully_shard
 
 from tokenlabel.runtime.coercion import coerced
 from tokenlabel.runtime.errors import FirstRankError
-from tokenlabel.runtime.memory import keep_freed_memory
-from tokenlabel.runtime.process import environment_number
+from tokenlabel.runtime.process import environment_number, keep_freed_memory
 
 T = TypeVar("T")
 Precision = Literal["fp32", "bf16", "fp16"]
