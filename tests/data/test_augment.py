@@ -513,10 +513,10 @@ class TestTransforms:
         ("options", "message"),
         [
             ({"crop_scale": (0.5, 0.2)}, "crop_scale must be two numbers"),
-            ({"crop_scale": (0.5, 1.2)}, "end at 1"),
+            ({"crop_scale": (0.5, 1.2)}, "crop_scale must be above 0 and at most 1"),
             ({"crop_ratio": (0, 1)}, "crop_ratio must be two numbers"),
-            ({"horizontal_flip": 1.5}, "end at 1"),
-            ({"jitter": ColourJitter(hue=0.7)}, r"hue must lie in 0 to 0\.5"),
+            ({"horizontal_flip": 1.5}, "horizontal_flip must be at least 0 and at most 1"),
+            ({"jitter": ColourJitter(hue=0.7)}, r"hue must be at least 0 and at most 0\.5"),
         ],
     )
     def test_impossible_options_are_refused(self, options, message):
@@ -526,5 +526,5 @@ class TestTransforms:
     def test_evaluation_refuses_random_interpolation_and_empty_crops(self):
         with pytest.raises(ValueError, match="bilinear or bicubic"):
             EvalTransform((8, 8), interpolation=Interpolation.RANDOM)
-        with pytest.raises(ValueError, match="crop_fraction must lie above 0"):
+        with pytest.raises(ValueError, match="crop_fraction must be above 0"):
             EvalTransform((8, 8), crop_fraction=0.0)

@@ -449,7 +449,7 @@ class TestBatchSampler:
         ("options", "message"),
         [
             ({"batch_size": 6, "world_size": 4}, "6 images does not divide among 4 processes"),
-            ({"num_images": 0}, "at least one image"),
+            ({"num_images": 0}, "num_images must be at least 1"),
             ({"rank": 2, "world_size": 2}, "rank 2 of 2"),
         ],
     )

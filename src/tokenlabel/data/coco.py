@@ -23,7 +23,7 @@ from PIL import Image
 
 from tokenlabel.data.listings import Strings
 from tokenlabel.data.masks import MAX_CLASSES, unlabelled_value
-from tokenlabel.runtime.errors import DataError
+from tokenlabel.runtime.errors import DataError, import_extra
 from tokenlabel.runtime.process import listed
 
 COCO_SUFFIX = ".json"
@@ -161,12 +161,7 @@ def instance_mask(segmentation: Any, size_px: tuple[int, int]) -> Bool[NDArray[n
     for polygon in segmentation:
         if len(polygon) < 6 or len(polygon) % 2:
             raise ValueError(f"has a polygon of {len(polygon)} numbers, expected x and y of 3 points or more")
-    try:
-        from pycocotools import mask as coco
-    except ImportError as error:
-        raise DataError(
-            "polygons need pycocotools, which is not installed: pip install 'tokenlabel[coco]'"
-        ) from error
+    coco = import_extra("pycocotools.mask", "coco", "pycocotools, which polygons need,")
     runs: Any = coco.merge(coco.frPyObjects(segmentation, *size_px))
     return instance_mask({**runs, "counts": runs["counts"].decode()}, size_px)
 

@@ -163,6 +163,17 @@ def configured(parser: ArgumentParser, options: Namespace, config: type[Config])
         raise ValueError(re.sub(keys, option, str(error))) from error
 
 
+def parse_config(
+    parser: ArgumentParser, arguments: list[str], config: type[Config]
+) -> tuple[Namespace, Config]:
+    """Return parsed arguments, and the dataclass whose fields a parser takes beside those that it has already."""
+    from tokenlabel.runtime.configuration import add_config_arguments
+
+    add_config_arguments(parser, config)
+    options = parse(parser, arguments)
+    return options, configured(parser, options, config)
+
+
 def _options(parser: ArgumentParser) -> dict[str, str]:
     """Return the options by the keys that they set."""
     return {action.dest: action.option_strings[-1] for action in parser._actions if action.option_strings}

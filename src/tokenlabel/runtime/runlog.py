@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from tqdm import tqdm
 
-from tokenlabel.runtime.errors import ConfigError, first_line
+from tokenlabel.runtime.errors import ConfigError, first_line, import_extra
 from tokenlabel.runtime.process import is_main_process, write_whole
 
 if TYPE_CHECKING:
@@ -33,13 +33,10 @@ class TensorBoard:
     """
 
     def __init__(self, folder: Path) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ConfigError(
-                "TensorBoard is not installed; pip install 'tokenlabel[tensorboard]', or leave --tensorboard out"
-            ) from error
-        self._folder, self._make = folder, SummaryWriter
+        module = import_extra(
+            "torch.utils.tensorboard", "tensorboard", "TensorBoard", otherwise=", or leave --tensorboard out"
+        )
+        self._folder, self._make = folder, module.SummaryWriter
         self._writer: SummaryWriter | None = None
 
     def __call__(self, line: dict[str, Any]) -> None:
@@ -66,12 +63,7 @@ class WandB:
     """
 
     def __init__(self, folder: Path) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            raise ConfigError(
-                "Weights & Biases is not installed; pip install 'tokenlabel[wandb]', or leave --wandb out"
-            ) from error
+        wandb = import_extra("wandb", "wandb", "Weights & Biases", otherwise=", or leave --wandb out")
         folder.mkdir(parents=True, exist_ok=True)
         id_file = folder / "wandb.id"
         if not id_file.exists():
