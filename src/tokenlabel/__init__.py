@@ -54,7 +54,7 @@ _HOMES = {
     "data.config": ("AugmentConfig", "Interpolation", "Order"),
     "data.samplers": ("BatchSampler",),
     "data.batches": ("TokenLabelDataset", "collate", "make_loader"),
-    "data.images": ("ImageCheck", "check_images"),
+    "data.decoding": ("ImageCheck", "check_images"),
     "data.sources": ("open_images",),
     "labels.encoding": ("Encoding",),
     "labels.manifest": ("Manifest",),

@@ -226,18 +226,29 @@ def _add_out_of_fold(parser: ArgumentParser) -> None:
 
 
 def _check_inspect(options: Namespace) -> None:
-    """Raise ValueError for options of inspect that need another one."""
-    if options.pictures and not options.images:
-        raise ValueError("--pictures needs the images that the labels belong to; name them with --images")
-    if options.ignore_index is not None and not options.masks:
-        raise ValueError("--ignore-index is an id in masks; give --masks, or leave it out")
+    """Raise ValueError for options of inspect that need another one, or are nothing without it."""
     check_numbers(options, "--", size=NATURAL)
-    if options.out_of_fold and not options.images:
-        raise ValueError("--out-of-fold needs the images and their classes; name them with --images")
-    if not options.out_of_fold and (options.weights or options.size or options.probabilities):
-        raise ValueError(
-            "--weights, --size and --probabilities are about --out-of-fold BACKBONE; leave them out"
-        )
+    of_folds = options.weights or options.size or options.probabilities
+    for is_wrong, problem in (
+        (
+            options.pictures and not options.images,
+            "--pictures needs the images that the labels belong to; name them with --images",
+        ),
+        (
+            options.ignore_index is not None and not options.masks,
+            "--ignore-index is an id in masks; give --masks, or leave it out",
+        ),
+        (
+            options.out_of_fold and not options.images,
+            "--out-of-fold needs the images and their classes; name them with --images",
+        ),
+        (
+            of_folds and not options.out_of_fold,
+            "--weights, --size and --probabilities are about --out-of-fold BACKBONE; leave them out",
+        ),
+    ):
+        if is_wrong:
+            raise ValueError(problem)
 
 
 def _judged_otherwise(store: LabelStore, source: ImageSource | None, options: Namespace) -> dict[str, Any]:

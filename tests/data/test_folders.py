@@ -370,7 +370,7 @@ class TestTarFiles:
     @pytest.mark.parametrize(
         ("members", "message"),
         [
-            ({"x.jpg": b"", "x.cls": b"-1"}, "-1 is no class"),
+            ({"x.jpg": b"", "x.cls": b"-1"}, "expected the number of a class, 0 or above"),
             ({"x.jpg": b"", "x.cls": b"1.5"}, "expected the number of a class"),
             (
                 {"x.jpg": b"", "x.coarse.cls": b"1", "x.fine.cls": b"2"},

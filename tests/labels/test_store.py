@@ -222,9 +222,7 @@ def test_any_number_of_records_a_key(tmp_path_factory, monkeypatch, capsys, num_
         for place in sorted(rows):
             name = files[place[1]].key(place[2])
             first = counting.setdefault(name, place)
-            if first[0] == place[0] and files[first[1]].read(first[2], name) != files[place[1]].read(
-                place[2], name
-            ):
+            if first[0] == place[0] and files[first[1]].read(first[2]) != files[place[1]].read(place[2]):
                 contested.add(name)
         store = LabelStore(folder)
         said = capsys.readouterr().err
@@ -233,7 +231,7 @@ def test_any_number_of_records_a_key(tmp_path_factory, monkeypatch, capsys, num_
         assert sorted(map(os.fsencode, store.keys())) == sorted(counting)
         for name, (generation, file, row) in counting.items():
             assert store.generation(os.fsdecode(name)) == -generation
-            assert store.packed(os.fsdecode(name)) == files[file].read(row, name)
+            assert store.packed(os.fsdecode(name)) == files[file].read(row)
 
 
 def test_a_store_in_another_process_stays_as_it_was_opened(tmp_path):
@@ -625,7 +623,7 @@ def test_reading_from_many_threads(tmp_path):
 WRITE_FOREVER = """
 import sys
 from test_store import a_manifest, a_map, key_of
-from tokenlabel.labels.store import LabelStoreWriter
+from tokenlabel.labels.writer import LabelStoreWriter
 folder, start, step = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 with LabelStoreWriter(folder, a_manifest(), max_shard_bytes=800) as writer:
     for i in range(start, 4000, step):

@@ -33,6 +33,8 @@ from tokenlabel.runtime.remote import RemoteFile
 # The time of modification that sources give which know the sizes of their images only.
 NO_TIME = -1
 
+_KEPT = ("class_names", "passed_over", "remarks")  # what is kept of a listing beside its arrays
+
 
 @runtime_checkable
 class ImageSource(Protocol):
@@ -103,16 +105,9 @@ class ImageFiles:
         if found is None or not is_true(found[1]):
             return False
         arrays, about = found
-        ImageFiles.__init__(
-            self,
-            place if place.is_dir() else place.parent,
-            Strings.unpacked(arrays["keys"]),
-            arrays["class_ids"],
-            about["class_names"],
-            about["passed_over"],
-            arrays.get("has_class"),
-        )
-        self.remarks = about["remarks"]
+        self.root, self.keys = place if place.is_dir() else place.parent, Strings.unpacked(arrays["keys"])
+        self.class_ids, self.has_class = arrays["class_ids"], arrays.get("has_class")
+        self.class_names, self.passed_over, self.remarks = (about[name] for name in _KEPT)
         return True
 
     def _remember(self, kind: str, place: Path, **proof: Any) -> None:
@@ -120,8 +115,7 @@ class ImageFiles:
         if len(self) >= MANY_IMAGES:
             arrays = {"keys": self.keys.packed(), "class_ids": self.class_ids}
             arrays |= {} if self.has_class is None else {"has_class": self.has_class}
-            about = {name: getattr(self, name) for name in ("class_names", "passed_over", "remarks")}
-            remember(kind, place, arrays, about | proof)
+            remember(kind, place, arrays, {name: getattr(self, name) for name in _KEPT} | proof)
 
     def read(self, index: int) -> bytes:
         """Return the encoded image. Raises ImageError if the file is gone or can't be read."""
@@ -161,16 +155,14 @@ class ImageFolder(ImageFiles):
         began_s, listing = time.time(), list_images(root)
         names = sorted(listing.folders) if classes else []
         images = without_masks(listing.images, listing.passed_over)
-        if (
-            problem := _wrong_with(root, listing, names, images)
-            if classes
-            else _without_images(root, listing, images)
-        ):
+        problem = _wrong_with(root, listing, names, images) if classes else None
+        if not classes and not images:
+            problem = f"{root}: no images ({', '.join(EXTENSIONS)}) in it{in_brackets(listing.passed_over)}"
+        if problem:
             raise DataError(problem)
         if classes:
-            images.sort(
-                key=lambda path: path.split("/", 1)
-            )  # as whole paths, "a b/1" would come before "a/1"
+            # By class first: as whole paths, "a b/1" would come before "a/1".
+            images.sort(key=lambda path: path.split("/", 1))
             sizes = Counter(path.split("/", 1)[0] for path in images)
             class_ids = np.repeat(np.arange(len(names)), [sizes[name] for name in names])
         else:
@@ -180,11 +172,6 @@ class ImageFolder(ImageFiles):
         self.remarks = doubtful_layout(root, names, images) if classes else []
         if not listing.num_links and are_settled(listing.read, began_s):
             self._remember(kind, root, folders=listing.read)
-
-
-def _without_images(root: Path, listing: Listing, images: Sequence[str]) -> str | None:
-    found = f"{root}: no images ({', '.join(EXTENSIONS)}) in it{in_brackets(listing.passed_over)}"
-    return None if images else found
 
 
 def _wrong_with(root: Path, listing: Listing, names: Sequence[str], images: Sequence[str]) -> str | None:

@@ -29,6 +29,7 @@ def shard_order(
     rng = np.random.default_rng((seed, FOR_ORDER, epoch))
     present, number = np.unique(groups, return_inverse=True)
     moved = min(window, len(present)) * rng.random(len(groups))
+    # On a circle: on a line, the images of the last groups would be moved to nothing but the end.
     return np.argsort((rng.permutation(len(present))[number] + moved) % len(present), kind="stable")
 
 
@@ -138,6 +139,7 @@ class EvalBatchSampler:
         return -(-longest // self.batch_size)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        # Batches of nearly one size, not full ones and a rest, of which a rank with fewer images might have one less.
         start, end = (self.num_images * r // self.world_size for r in (self.rank, self.rank + 1))
         for batch in range(len(self)):
             first, last = (start + (end - start) * b // len(self) for b in (batch, batch + 1))

@@ -18,7 +18,7 @@ from tokenlabel.runtime.process import in_threads
 MAX_READ = 10_000
 
 _NUM_THREADS = 16  # a file system on the network answers many as fast as one
-_SIZE_MASK = 0xFFFFFFFF
+_SIZE_MASK = 0xFFFFFFFF  # records have 32 bits for the size
 
 
 @dataclass(frozen=True, kw_only=True)

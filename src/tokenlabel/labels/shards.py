@@ -101,11 +101,12 @@ def write_shard(
     fingerprint of each record's image, or nothing. `generation`, `again`: see `Shard`.
     """
     names = [key_bytes(key) for key, _ in records]
+    # Keys lie apart from records, so that opening a store of a million reads 32 bytes and a name each, and no label.
     rows, payload, key_start, record_start = [], [], 0, 0
     for name, (key, record) in zip(names, records, strict=True):
         if len(name) > MAX_KEY_BYTES:
             raise StoreError(f"{key[:80]}...: a key has at most {MAX_KEY_BYTES} bytes, this one {len(name)}")
-        checksum = crc32(record, crc32(name))
+        checksum = crc32(record, crc32(name))  # of both: a record under another key is found, too
         rows.append(_ROW.pack(key_hash(name), record_start, len(record), key_start, len(name), 0, checksum))
         payload += (record, _padding(len(record)))
         key_start += len(name)
@@ -126,7 +127,8 @@ def write_shard(
     metadata |= {"generation": str(generation)} if generation else {}
     metadata |= {"again": again} if again else {}
     header = json.dumps({"__metadata__": metadata, **_tensors(len(rows), len(keys), record_start)}).encode()
-    header += b" " * (-len(header) % _ALIGNMENT)
+    header += b" " * (-len(header) % _ALIGNMENT)  # so that arrays may be views of the mapped file
+    # The header holds the checksums of all but the records, and the index those of the records.
     path = folder / f"{blake2b(header + index, digest_size=10).hexdigest()}{SHARD_SUFFIX}"
     write_atomically(path, [_HEADER_BYTES.pack(len(header)), header, index, keys, *payload])
     return path

@@ -80,11 +80,13 @@ class LabelStore:
         self.shards = [shard for shard, _ in opened]
         self._first_numbers = [0, *accumulate(shard.num_records for shard in self.shards)]
         hashes = np.concatenate([np.zeros(0, np.uint64), *(of_shard for _, of_shard in opened)])
+        # One number for the file and the row in it: sorted along with the hashes, 16 bytes a record are all there is.
         rows = [
             np.arange(shard.num_records, dtype=np.uint64) | np.uint64(i << 32)
             for i, shard in enumerate(self.shards)
         ]
         places = np.concatenate([np.zeros(0, np.uint64), *rows])
+        # Stable, so that of equal hashes the record of the file that counts more stays in front.
         order, contested = np.argsort(hashes, kind="stable"), []
         if superseded is None:
             positions, contested = _find_duplicates(self.shards, hashes[order], places[order])
@@ -156,6 +158,7 @@ class LabelStore:
         """Say of which keys [N] there is a label, by their 64-bit hashes alone: a million takes seconds."""
         wanted = np.fromiter((key_hash(key_bytes(key)) for key in keys), np.uint64, len(keys))
         hashes = np.asarray(self._hashes)
+        # Two keys of one hash are chance in 1e-7 stores of a million.
         if not len(hashes):
             return np.zeros(len(keys), np.bool_)
         return hashes[np.searchsorted(hashes, wanted).clip(max=len(hashes) - 1)] == wanted
@@ -276,7 +279,7 @@ def _starts_by_first_bits(hashes: NDArray[np.uint64]) -> tuple[int, memoryview]:
     num_bits = max(1, len(hashes).bit_length() - 3)
     firsts = np.arange(1 << num_bits, dtype=np.uint64) << np.uint64(64 - num_bits)
     starts = np.append(np.searchsorted(hashes, firsts), len(hashes))
-    return 64 - num_bits, starts.astype(np.uint32).data
+    return 64 - num_bits, starts.astype(np.uint32).data  # half of the memory: no store has 2**32 records
 
 
 def _common_manifest(folders: Sequence[Path]) -> Manifest:

@@ -76,6 +76,7 @@ class LabelStoreWriter:
         if key in self._keys:
             raise StoreError(f"{self.folder}: {key} was given twice")
         self._keys.add(key)
+        # From the first record on, not the last file: a slow teacher loses at most `max_shard_s` seconds to a kill.
         self._open_since_s = time.monotonic() if not self._open else self._open_since_s
         self._open.append((key, record))
         self._images.append(image)

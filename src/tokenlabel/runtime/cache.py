@@ -51,7 +51,7 @@ def fetch(file: RemoteFile, check: Callable[[Path], None] = lambda path: None) -
     Processes that want the same file wait for the first of them. Raises RemoteError that names the file.
     """
     path = _folder("files") / file.cached_as
-    if _is_there(path, file):
+    if _is_there(path, file):  # without a lock: names are of versions, and files appear whole
         return path
     with exclusive(f"{path.name[:2]}.lock"):  # one of 256
         if not _is_there(path, file):
@@ -157,6 +157,7 @@ def _is_there(path: Path, file: RemoteFile) -> bool:
         status = path.stat()
         if status.st_size != file.num_bytes:  # a disk that lost it
             return False
+        # Set here, since many disks are mounted so that reading does not (noatime).
         os.utime(path, ns=(time.time_ns(), status.st_mtime_ns))
     except OSError:
         return False
@@ -169,6 +170,7 @@ def _room(num_bytes: int, url: str) -> Iterator[Callable[[], None]]:
 
     Returns what is to be called at each progress. Raises RemoteError where they never fit.
     """
+    # A file that other processes see stands for bytes that are still on their way; its time says that it is alive.
     reservation = _folder("files") / f".{os.urandom(4).hex()}-{num_bytes}.tmp"
     with exclusive("room.lock"):
         _make_room(num_bytes, url)
