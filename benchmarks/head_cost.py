@@ -1,9 +1,10 @@
-"""What visual words cost: `python -m benchmarks.head_cost IMAGES --backbone NAME [--weights FILE] [--size S]`.
+"""What visual words cost: `python -m benchmarks.head_cost IMAGES --backbone NAME [--weights FILE] [--label OTHERS]`.
 
 Prints images/s of the bare backbone and of what `fit-head --from words` does with it (interleaved, medians), seconds of
 k-means, the bytes an image of stores of 1,024, 8,192 and 65,536 words, and, with LV-ViT-S, time and peak memory of a
 training step over as many token classes, against 1,000. Words of the largest number are drawn from the vectors instead
 of fitted, which takes hours without a GPU: the bytes of a store follow from the temperature, which is fitted.
+`--label`: images to label, where they are others than the words are of.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from tokenlabel.teachers.vectors import Vectors
 
 CPU = torch.device("cpu")
 TOPK = 5
+VECTORS_PER_WORD = 4  # of the largest number of words
 
 
 def main() -> None:
@@ -43,6 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.head_cost", description=__doc__)
     parser.add_argument("images", type=Path)
     parser.add_argument("--backbone", required=True)
+    parser.add_argument("--label", type=Path)
     parser.add_argument("--weights")
     parser.add_argument("--size", type=int)
     parser.add_argument("--words", type=int, nargs="+", default=[1024, 8192, 65_536])
@@ -96,7 +99,7 @@ def _speed(vectors: Vectors, rounds: int) -> None:
 
 
 def _stores(vectors: Vectors, options: argparse.Namespace) -> None:
-    sample, _ = vectors.locations(max(options.words))
+    sample, _ = vectors.locations(VECTORS_PER_WORD * max(options.words))
     for num_words in options.words:
         words.NUM_ROUNDS = 8 if num_words < 65_536 else 0
         started = time.perf_counter()
@@ -115,7 +118,7 @@ def _stores(vectors: Vectors, options: argparse.Namespace) -> None:
             config = AnnotateConfig(
                 teacher=str(Path(folder) / "head.safetensors"), weights=options.weights, topk=TOPK
             )
-            done = annotate(options.images, Path(folder) / "labels", config)
+            done = annotate(options.label or options.images, Path(folder) / "labels", config)
             size = sum(
                 path.stat().st_size for path in (Path(folder) / "labels").glob("*") if path.suffix != ".json"
             )

@@ -415,6 +415,7 @@ def doors_refuse_what_would_be_wrong_in_silence():
         (lambda: transform(np.zeros((3, 20, 24), np.uint8), rng), "[height, width, 3]", "(3, 20, 24)"),
         (lambda: transform(np.zeros(shape, np.float32), rng), "uint8", "float32"),
         (lambda: transform(torch.zeros(shape, dtype=torch.uint8), rng), "NumPy"),
+        (lambda: tl.TokenLabelDataset(iter(()), transform), "source", "open_images", "streamed"),
         (lambda: tl.sample_mix("cutmix", -1, grid=1, img_size=16), "num_images", "-1"),
         (lambda: tl.sample_mix("cutmix", 2.5, grid=1, img_size=16), "num_images", "2.5"),
         (lambda: tl.sample_mix("cutmix", 4, grid=1, img_size=16, alpha=float("nan")), "alpha", "nan"),

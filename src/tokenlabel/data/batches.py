@@ -88,6 +88,11 @@ class TokenLabelDataset(Dataset[Sample]):
         for name, value, opened_by in (("source", source, "open_images"), ("store", store, "LabelStore")):
             if isinstance(value, (str, PathLike, list, tuple)):
                 raise ValueError(f"{name}: expected what tokenlabel.{opened_by}(...) returns, got {value!r}")
+        if not hasattr(source, "class_ids"):  # a dataset of another library, say, perhaps one that streams
+            raise ValueError(
+                f"source: expected what tokenlabel.open_images(...) returns, got {type(source).__name__}; datasets of "
+                "Hugging Face are opened by name (hf-dataset:NAME:SPLIT), with an index, not streamed"
+            )
         seed = operator.index(seed)
         check_number(seed, COUNT, name="seed")
         # In memory that data workers share, however they were started: the epoch, and how many samples were drawn by

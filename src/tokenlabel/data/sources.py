@@ -20,6 +20,7 @@ from tokenlabel.data.folders import (
     list_images,
     part_of,
 )
+from tokenlabel.data.hf_datasets import HFImages, as_hf_dataset
 from tokenlabel.data.images import (
     ImageFiles,
     ImageFolder,
@@ -46,14 +47,16 @@ def open_images(path: str | Path, *, classes: bool = True) -> ImageSource:
     `path`: an image folder (see `ImageFolder`), or one that holds images alone, which then have no classes, a `.tar`
     file or a folder of them (see `TarImages`; the index that `tars.write_index` leaves there opens a million images in
     seconds), a list (`.txt`, `.tsv`, `.csv`, `.lst`; see `ListedImages`), or the URL of tar files, with braces for
-    many: `s3://bucket/train-{000..127}.tar` (see `open_remote`). `classes`: False for images of any layout, whose
-    classes, if any, are not looked at.
+    many: `s3://bucket/train-{000..127}.tar` (see `open_remote`), or `hf-dataset:NAME:SPLIT`, a dataset of Hugging Face
+    (see `HFImages`). `classes`: False for images of any layout, whose classes, if any, are not looked at.
     Raises DataError for anything else, RemoteError for what cannot be had from a URL.
 
     >>> source = tl.open_images("images")
     >>> len(source), source.class_names, source.keys[0]
     (8, ['ant', 'bee'], 'ant/0.png')
     """
+    if name := as_hf_dataset(path):
+        return HFImages(name, classes=classes)
     if url := as_url(path):
         images = open_remote(url)
     elif not (path := Path(path)).exists() and len(names := expanded(str(path))) > 1:

@@ -63,6 +63,8 @@ def as_url(name: str | Path) -> str | None:
     found = re.fullmatch(r"([a-zA-Z][a-zA-Z0-9+.-]+):(//?)([^/].*)", os.fspath(name), re.DOTALL)
     if found is None or (found[2] == "/" and not isinstance(name, Path)):
         return None
+    if found[1] == "hf-dataset":  # of a folder: see data/hf_datasets.py
+        return None
     return f"{found[1].lower()}://{found[3]}"
 
 
