@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from tokenlabel.data.images import ImageSource
     from tokenlabel.labels.store import LabelStore
 
+MOST_REASONS = 10
 IMAGES_HELP = "a folder with one folder a class, .tar files (WebDataset) or a folder of them, or a list file"
 IGNORE_INDEX_HELP = (
     "the id of pixels without a class in --masks; by default 255, with more than 255 classes 65535"
@@ -455,9 +456,9 @@ def _overview() -> str:
     )
 
 
-def _print_some(reasons: list[str], count: int = 10) -> None:
+def _print_some(reasons: list[str]) -> None:
     """Print the first few of many lines."""
-    for reason in reasons[:count]:
+    for reason in reasons[:MOST_REASONS]:
         print(f"  {reason}")
-    if len(reasons) > count:
-        print(f"  ... and {len(reasons) - count:,} more; the store's manifest lists all")
+    if len(reasons) > MOST_REASONS:
+        print(f"  ... and {len(reasons) - MOST_REASONS:,} more; the store's manifest lists all")

@@ -10,7 +10,7 @@ from tokenlabel.runtime.configuration import (
     ConfigError,
     config_as_dict,
     config_from_dict,
-    read_config,
+    read_yaml,
     settings,
     write_config,
 )
@@ -26,7 +26,7 @@ MINIMAL = {
 
 
 def read(path):
-    return read_config(path, Recipe)
+    return config_from_dict(read_yaml(path), Recipe, name=str(path))
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from tokenlabel.labels.manifest import (
 from tokenlabel.labels.shards import SHARD_SUFFIX, UNKNOWN, Fingerprint, write_shard
 from tokenlabel.labels.store import LabelStore
 from tokenlabel.runtime.errors import StoreError
-from tokenlabel.runtime.process import UNFINISHED, locked
+from tokenlabel.runtime.process import ABANDONED_S, UNFINISHED, locked
 from tokenlabel.runtime.remote import as_url
 
 
@@ -184,11 +184,11 @@ def _check_output(folders: Sequence[str | Path], output: str | Path) -> None:
         raise StoreError(f"{output}: {problem}")
 
 
-def remove_leftovers(folder: Path, *, older_than_s: float = 600.0) -> None:
+def remove_leftovers(folder: Path) -> None:
     """Remove what writers that were killed left behind: unfinished files that nobody has touched for a while."""
     for path in folder.glob(UNFINISHED):
         with suppress(OSError):  # another process may have been faster, and a folder may be for reading only
-            if time.time() - path.stat().st_mtime > older_than_s:
+            if time.time() - path.stat().st_mtime > ABANDONED_S:
                 path.unlink()
 
 

@@ -25,7 +25,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 from tokenlabel.runtime.errors import RemoteError
-from tokenlabel.runtime.process import locked, say
+from tokenlabel.runtime.process import ABANDONED_S, locked, say
 from tokenlabel.runtime.remote import (
     RemoteFile,
     as_url,
@@ -40,7 +40,6 @@ from tokenlabel.runtime.remote import (
 NUM_AHEAD = 3
 """Files that are fetched while others are read."""
 
-_ABANDONED_S = 600.0  # an unfinished file that nobody has written to for so long is a killed process's
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -206,7 +205,7 @@ def _make_room(num_bytes: int, url: str) -> None:
 
 def _reserved_bytes(path: Path) -> int:
     """Return how much room an unfinished download has reserved; one that was abandoned is removed."""
-    if time.time() - path.stat().st_mtime > _ABANDONED_S:
+    if time.time() - path.stat().st_mtime > ABANDONED_S:
         _remove(path)
         return 0
     return int(path.stem.rpartition("-")[2]) if path.suffix == ".tmp" else 0

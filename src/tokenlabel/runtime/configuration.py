@@ -90,11 +90,6 @@ def config_of(
     return config(**{name: parsed[name] for name in names})
 
 
-def read_config(path: str | Path, config: type[Config]) -> Config:
-    """Return the dataclass that a YAML file holds. Raises ConfigError that names the file and the key."""
-    return config_from_dict(read_yaml(path), config, name=str(path))
-
-
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Return the mapping that a YAML file holds. Raises ConfigError that names the file."""
     try:

@@ -71,6 +71,8 @@ def caught_signals() -> Iterator[list[int]]:
 
 UNFINISHED = ".*.tmp"
 """What files that are being written, or were when their process was killed, are called."""
+ABANDONED_S = 600.0
+"""An unfinished file that nobody has written to for so long is a killed process's."""
 
 _WRITE_BYTES = 1 << 20
 _STRETCH = 256  # items that a thread takes at a time: handing them out one by one takes longer than some take
