@@ -10,16 +10,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 from tqdm import tqdm
 
 from tokenlabel.runtime.errors import ConfigError, first_line, import_extra
 from tokenlabel.runtime.process import is_main_process, write_whole
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 
 Tracker = Callable[[dict[str, Any]], None]
 """Is called with each line of metrics: `step`, `kind` (train or eval) and figures by name; in one process only."""
@@ -37,7 +34,7 @@ class TensorBoard:
             "torch.utils.tensorboard", "tensorboard", "TensorBoard", otherwise=", or leave --tensorboard out"
         )
         self._folder, self._make = folder, module.SummaryWriter
-        self._writer: SummaryWriter | None = None
+        self._writer: Any = None
 
     def __call__(self, line: dict[str, Any]) -> None:
         """Write the figures of a line of metrics."""
