@@ -24,7 +24,7 @@ from tokenlabel.runtime.arguments import (
 )
 from tokenlabel.runtime.coercion import NATURAL, check_numbers
 from tokenlabel.runtime.command import USAGE_ERROR, run_command, with_open_streams
-from tokenlabel.runtime.process import is_main_process
+from tokenlabel.runtime.process import is_main_process, say
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -171,9 +171,28 @@ def fit_head(parser: ArgumentParser, arguments: list[str]) -> int:
 def inspect(parser: ArgumentParser, arguments: list[str]) -> int:
     """Say what is in a label store, how sure its teacher was, and which labels look wrong."""
     from tokenlabel.labels.inspection import InspectConfig, inspect_store
-    from tokenlabel.labels.presentation import as_text
+    from tokenlabel.labels.presentation import as_text, write_pictures
     from tokenlabel.labels.store import LabelStore
 
+    _add_inspect_arguments(parser)
+    options, config = parse_config(parser, arguments, InspectConfig)
+    _check_inspect(options)
+    store, source = LabelStore(*options.store, duplicates=options.duplicates), None
+    if options.images:
+        from tokenlabel.data.sources import open_aloud
+
+        source = open_aloud(options.images)
+    figures = inspect_store(store, config, source=source).as_dict()
+    figures |= _judged_otherwise(store, source, options)
+    if source and options.pictures:
+        write_pictures(store, source, options.pictures)
+        say(f"{options.pictures}: maps over their images")
+    write_json(options.output, figures)
+    print(json.dumps(figures) if options.json else as_text(figures))
+    return 0
+
+
+def _add_inspect_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("store", type=Path, nargs="+", help="folders of labels, read as one")
     parser.add_argument(
         "--images",
@@ -185,33 +204,6 @@ def inspect(parser: ArgumentParser, arguments: list[str]) -> int:
         "--masks", type=Path, help="true dense labels (PNG class ids): how often the maps are right"
     )
     parser.add_argument("--ignore-index", type=int, help=IGNORE_INDEX_HELP)
-    _add_out_of_fold(parser)
-    parser.add_argument("--json", action="store_true", help="print one line of JSON")
-    parser.add_argument("--output", type=Path, help="also write the figures to this JSON file")
-    add_device(parser)
-    _add_duplicates(parser)
-    options, config = parse_config(parser, arguments, InspectConfig)
-    _check_inspect(options)
-    store, source = LabelStore(*options.store, duplicates=options.duplicates), None
-    if options.images:
-        from tokenlabel.data.sources import open_aloud
-
-        source = open_aloud(options.images)
-    figures = inspect_store(store, config, source=source).as_dict()
-    figures |= _judged_otherwise(store, source, options)
-    if source and options.pictures:
-        from tokenlabel.labels.presentation import write_pictures
-        from tokenlabel.runtime.process import say
-
-        write_pictures(store, source, options.pictures)
-        say(f"{options.pictures}: maps over their images")
-    write_json(options.output, figures)
-    print(json.dumps(figures) if options.json else as_text(figures))
-    return 0
-
-
-def _add_out_of_fold(parser: ArgumentParser) -> None:
-    """Let a parser take a network on which heads judge the classes of images that they were fitted without."""
     parser.add_argument(
         "--out-of-fold",
         metavar="BACKBONE",
@@ -224,6 +216,10 @@ def _add_out_of_fold(parser: ArgumentParser) -> None:
         type=Path,
         help="of --out-of-fold: write pred_probs, labels, keys and class_names to this .npz, as cleanlab takes them",
     )
+    parser.add_argument("--json", action="store_true", help="print one line of JSON")
+    parser.add_argument("--output", type=Path, help="also write the figures to this JSON file")
+    add_device(parser)
+    _add_duplicates(parser)
 
 
 def _check_inspect(options: Namespace) -> None:

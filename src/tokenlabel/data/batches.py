@@ -195,6 +195,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
         raise DataError(
             f"{len(samples) - len(score_maps)} of the {len(samples)} samples of a batch have no score map"
         )
+    # Channels last, as decoders write them: each image is copied into shared memory as one block.
     pixels = stack([sample.image.permute(1, 2, 0) for sample in samples])  # [B, height, width, 3]
     return Batch(
         images=pixels.permute(0, 3, 1, 2),

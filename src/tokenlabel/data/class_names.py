@@ -147,6 +147,7 @@ def _in_line_order(lines: list[str], ours: Sequence[str]) -> list[str]:
     names = [line.partition("\t")[0].strip() for line in lines]
     if max(ids_among(names, ours), default=-1) >= 0:
         return names
+    # Ids in front or behind count only where they are all of them, each once: else numbers are parts of names.
     for pattern in (r"(?P<id>\d+)[\s,;:=]+(?P<name>.+)", r"(?P<name>.+?)[\s,;:=]+(?P<id>\d+)"):
         for rows in (lines, lines[1:]):
             found = [match for line in rows if (match := re.fullmatch(pattern, line))]

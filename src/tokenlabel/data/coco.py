@@ -154,6 +154,7 @@ def instance_mask(segmentation: Any, size_px: tuple[int, int]) -> Bool[NDArray[n
             raise ValueError(
                 f"has runs of {runs.sum():,} pixels, its image {size_px[0]} x {size_px[1]} = {num_px:,}"
             )
+        # The first run is outside of the instance, the second inside, and so on.
         inside = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
         return inside.reshape(size_px[::-1]).T  # runs go down the columns
     if not segmentation:
@@ -200,6 +201,7 @@ def painted(
     Pieces of the value `CROWD` lie below all others, whatever their size.
     """
     values = np.full(size_px, unlabelled, np.uint16)
+    # Painted from the largest to the smallest, so that what is left of each is what nothing smaller covers.
     for piece, value in sorted(pieces, key=lambda item: (item[1] != CROWD, -int(item[0].sum()))):
         values[piece] = value
     return values

@@ -82,6 +82,7 @@ def orientation_of(data: bytes, image: Image.Image | None = None) -> int:
     return tag if tag in range(1, 9) else 1
 
 
+# By hand, since Pillow takes 20 to 100 us for the same, and warns of every broken tag, of which ImageNet has some.
 def _orientation_of_jpeg(data: bytes) -> int:
     """Return the orientation that a JPEG's EXIF data name, or else its XMP data; in microseconds, from its head."""
     place, of_xmp = 2, 1
@@ -181,6 +182,7 @@ def find_broken(
         return []
     look = _decodes if check is ImageCheck.DECODE else _has_sound_ends
     groups = getattr(source, "groups", None)
+    # Tar file by tar file, so that each is read once from end to end.
     order = indices if groups is None else indices[np.argsort(groups[indices], kind="stable")]
     is_sound = in_threads(partial(look, source), order.tolist(), os.cpu_count() or 1)
     return sorted(order[~np.array(is_sound, bool)].tolist())

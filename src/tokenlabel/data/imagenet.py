@@ -180,6 +180,7 @@ def read_multi_labels(path: Path, class_names: Sequence[str]) -> dict[str, list[
 def _read_subset(
     root: Path, class_names: Sequence[str], num_classes: int, *, file: str, name: str
 ) -> EvaluationSet:
+    # The WordNet id of each of the model's classes, in the model's order.
     of_model = np.empty(NUM_IMAGENET_CLASSES, object)
     of_model[imagenet_ids(class_names, num_classes, root)] = imagenet_names(num_classes)
     data = pkgutil.get_data(timm.data.__name__, f"_info/{file}")

@@ -67,7 +67,7 @@ def decode_mask(data: bytes, name: str) -> NDArray[np.integer]:
 
 def _is_grey(values: NDArray[np.integer]) -> bool:
     """Say whether channels show one grey, opaque: only then do they hold class numbers."""
-    num_colours = 1 if values.shape[2] == 2 else 3
+    num_colours = 1 if values.shape[2] == 2 else 3  # two channels are grey and alpha
     colours, alpha = values[:, :, :num_colours], values[:, :, num_colours:]
     return bool((colours == colours[:, :, :1]).all() and (alpha == 255).all())
 

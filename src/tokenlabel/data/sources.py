@@ -235,6 +235,7 @@ def _rows(path: Path, lines: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
     if says and (given := re.fullmatch(r"sep=(.)", lines[says[0]].strip('" '), re.IGNORECASE)):  # Excel's own
         delimiter = given[1]
         says = says[1:]
+    # A first line that names a file as it stands is a path with a comma in it, not two cells.
     some = [lines[i].strip() for i in says[:2]]
     if delimiter is None and some and not (_is_image(some[0]) and (path.parent / some[0]).is_file()):
         delimiter = next((mark for mark in "\t;," if any(_splits(line, mark) for line in some)), None)

@@ -131,6 +131,7 @@ def inspect_store(
     """
     manifest = store.manifest
     replaced = find_replaced(store, source, read_all=config.verify) if source else None
+    gone = replaced.indices[: config.num_suspects] if replaced else []
     encodings = dict.fromkeys(read_manifest(folder).encoding.value for folder in store.folders)
     broken = dict(verify(store)) if config.verify else {}
     summaries = [summarize(key, store[key]) for key in _sampled(store, config.sample) if key not in broken]
@@ -151,9 +152,7 @@ def inspect_store(
         num_failures=len(store.failures()),
         num_superseded=store.num_superseded,
         num_replaced=len(replaced.indices) if replaced else None,
-        replaced=tuple(source.keys[i] for i in replaced.indices[: config.num_suspects])
-        if source and replaced
-        else (),
+        replaced=tuple(source.keys[i] for i in gone) if source else (),
         num_unsure=replaced.num_unsure if replaced else None,
         num_files=len(store.shards),
         bytes_per_image=store.num_bytes() / max(1, len(store)),

@@ -18,7 +18,7 @@ from tokenlabel.runtime.errors import StoreError
 from tokenlabel.runtime.process import listed, locked
 
 MANIFEST_FILE = "manifest.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 1  # raised when older versions would misread a store
 MAX_MANIFEST_BYTES = 1 << 28
 # The entry of a class map that says what became of the probability of classes that it leaves out.
 OUTSIDE = "teacher.class_map.nowhere"

@@ -186,6 +186,7 @@ def read_label_file(
         raise StoreError(
             f"{path}: its second half should be class ids, got {class_ids.min()} to {class_ids.max()}"
         )
+    # Ids are in the type of the logits, float16, which rounds 2049 to 2048.
     if class_ids.max() >= FIRST_UNCERTAIN_ID:
         raise StoreError(
             f"{path}: names class {class_ids.max():.0f}, but float16 tells ids apart only below {FIRST_UNCERTAIN_ID}; "

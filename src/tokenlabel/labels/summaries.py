@@ -46,6 +46,7 @@ def summarize(key: str, score_map: ScoreMap) -> MapSummary:
     kept = probs > 0
     rest = np.clip(1 - probs.sum(axis=2), 0, None)
     num_others = score_map.num_classes - kept.sum(axis=2)
+    # The rest is spread evenly: its entropy has a closed form, without a number for each class.
     entropy = -np.sum(probs * np.log2(np.where(kept, probs, 1)), axis=2)
     entropy -= rest * np.log2(np.where(rest > 0, rest / np.maximum(num_others, 1), 1))
     height, width, _ = probs.shape

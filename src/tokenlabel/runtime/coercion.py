@@ -110,7 +110,7 @@ def _one_of(value: Any, kind: Any, arms: Sequence[Any], *, name: str) -> Any:
         return None
     if len(arms) == 1:
         return coerced(value, arms[0], name=name)
-    for arm in arms:
+    for arm in arms:  # in the order in which they are written: `int | float` keeps 1 an int
         try:
             return coerced(value, arm, name=name)
         except ValueError:

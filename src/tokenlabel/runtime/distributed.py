@@ -48,7 +48,7 @@ class Ranks:
         """Return the first rank's value on every rank; it must pickle."""
         if self.world_size == 1:
             return value
-        values = [value]
+        values = [value]  # of the other ranks, replaced in place
         dist.broadcast_object_list(values, src=0, group=self.patient)
         return values[0]
 
@@ -162,7 +162,7 @@ def autocast(device: torch.device, precision: Precision | str) -> torch.autocast
 def _named_device(device: torch.device | str, option: str) -> torch.device:
     try:
         found = torch.device(device)
-        torch.empty(0, device=found).cpu()
+        torch.empty(0, device=found).cpu()  # a name alone says nothing: `cuda:7` parses anywhere
     except (
         AssertionError,
         RuntimeError,

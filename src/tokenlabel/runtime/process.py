@@ -96,6 +96,7 @@ def write_whole(path: Path, content: str | Iterable[bytes]) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+    # The name is on the disk only when its folder is, too.
     descriptor = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -124,6 +125,7 @@ def ahead(
 ) -> Iterator[T]:
     """Yield the function of each item in order, working on up to `depth` of them in the background."""
     waiting: deque[Future[T]] = deque()
+    # What is done is given out before more is begun, so that few results wait in memory.
     for item in items:
         waiting.append(pool.submit(function, item))
         while waiting and (len(waiting) >= depth or waiting[0].done()):

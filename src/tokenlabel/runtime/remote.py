@@ -194,7 +194,7 @@ def _patience_s() -> float:
 
 def patiently(url: str, attempt: Callable[[Callable[[], None]], T]) -> T:
     """Do something with a server, again if it fails in passing. `attempt` is given what to call at each progress."""
-    for number in range(_NUM_TRIES):
+    for number in range(_NUM_TRIES):  # half a second, then a second, between tries
         try:
             return _while_moving(attempt)
         except Exception as error:

@@ -137,6 +137,7 @@ class RunLog:
         self._path, self._trackers = run / METRICS_FILE, trackers
         self._file = None
         if active:
+            # What the stopped run wrote beyond its last checkpoint comes again.
             kept = [line for line in read_metrics(run) if line["step"] <= start_step]
             write_whole(self._path, "".join(json.dumps(line) + "\n" for line in kept))
             self._file = self._path.open("a", encoding="utf-8")
