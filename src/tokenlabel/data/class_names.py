@@ -165,10 +165,10 @@ def _in_json_order(content: object) -> list[str]:
     if isinstance(content, dict):
         inside = (content[key] for key in _CONFIG_KEYS if isinstance(content.get(key), (dict, list)))
         content = next(inside, content)
-    if isinstance(content, dict) and all(type(place) is int for place in content.values()):
-        content = {place: name for name, place in content.items()}
+    if isinstance(content, dict) and all(type(number) is int for number in content.values()):
+        content = {number: name for name, number in content.items()}
     if isinstance(content, dict):
-        by_id = {int(place) if str(place).isdecimal() else -1: name for place, name in content.items()}
+        by_id = {int(number) if str(number).isdecimal() else -1: name for number, name in content.items()}
         content = [by_id[i] for i in sorted(by_id)] if sorted(by_id) == list(range(len(by_id))) else None
     if isinstance(content, list):  # Keras has ["n01440764", "tench"] for each
         content = [name[0] if isinstance(name, list) and name else name for name in content]
@@ -183,12 +183,12 @@ def _ids_by_words(ours: Sequence[str], theirs: Sequence[str]) -> list[int]:
         return [-1] * len(ours)
     of_ids = wordnet_words()
     words = [
-        (_as_word(word), place)
-        for place, name in enumerate(theirs)
+        (_as_word(word), index)
+        for index, name in enumerate(theirs)
         for word in {*of_ids.get(name, "").split(", ")} - {""}
     ]
-    places = ids_among([_as_word(name) for name in ours], [word for word, _ in words])
-    return [words[place][1] if place >= 0 else -1 for place in places]
+    indices = ids_among([_as_word(name) for name in ours], [word for word, _ in words])
+    return [words[index][1] if index >= 0 else -1 for index in indices]
 
 
 def _as_word(name: str) -> str:

@@ -63,7 +63,7 @@ class ClassList:
 
 
 def ids_among(names: Sequence[str], others: Sequence[str]) -> list[int]:
-    """Return the place of each name among other names; -1 where there is none, or more than one."""
+    """Return the index of each name among other names; -1 where there is none, or more than one."""
 
     def places(forms: list[str]) -> dict[str, int]:
         times = Counter(forms)
@@ -85,9 +85,9 @@ def difference(theirs: Sequence[str], ours: Sequence[str], *, count: int, them: 
         return both
     if count != len(ours):
         return f"{both} ({listed(list(theirs))} against {listed(list(ours)) or 'none'})"
-    first = next(i for i, place in enumerate(ids_among(ours, theirs)) if place != i)
+    first = next(i for i, index in enumerate(ids_among(ours, theirs)) if index != i)
     a, b = _told_apart(theirs[first], ours[first])
-    num_common = sum(place >= 0 for place in ids_among(ours, theirs))
+    num_common = sum(index >= 0 for index in ids_among(ours, theirs))
     return (
         f"class {first} is {a} to {them} and {b} to the images; {num_common:,} names are common to both "
         f"({listed(list(theirs))} against {listed(list(ours))})"
@@ -98,7 +98,7 @@ def strangers(
     ours: Sequence[str], theirs: Sequence[str], ids: Sequence[int], *, count: int, them: str
 ) -> str:
     """Return which of the images' classes, those whose id is -1, are none of theirs; what looks alike is told apart."""
-    first, *others = (name for name, place in zip(ours, ids, strict=True) if place < 0)
+    first, *others = (name for name, index in zip(ours, ids, strict=True) if index < 0)
     text = f"{first!r} is no class of {them}"
     if others:
         text += f", nor {len(others):,} more of {len(ours):,} ({listed(list(map(repr, others)))})"

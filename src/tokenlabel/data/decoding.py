@@ -85,21 +85,21 @@ def orientation_of(data: bytes, image: Image.Image | None = None) -> int:
 # By hand, since Pillow takes 20 to 100 us for the same, and warns of every broken tag, of which ImageNet has some.
 def _orientation_of_jpeg(data: bytes) -> int:
     """Return the orientation that a JPEG's EXIF data name, or else its XMP data; in microseconds, from its head."""
-    place, of_xmp = 2, 1
-    while data[place : place + 1] == b"\xff" and place + 4 <= len(data):
-        marker, length = data[place + 1], int.from_bytes(data[place + 2 : place + 4])
+    offset, of_xmp = 2, 1
+    while data[offset : offset + 1] == b"\xff" and offset + 4 <= len(data):
+        marker, length = data[offset + 1], int.from_bytes(data[offset + 2 : offset + 4])
         if marker == 0xFF:  # a byte of filling
-            place += 1
+            offset += 1
             continue
         if marker == 0xDA:  # the pixels
             break
         if marker == 0xE1:
-            segment = data[place + 4 : place + 2 + length]
+            segment = data[offset + 4 : offset + 2 + length]
             if segment.startswith(b"Exif\0\0") and (tag := _orientation_of_exif(segment[6:])) is not None:
                 return tag if tag in range(1, 9) else 1
             if found := _XMP_ORIENTATION.search(segment):
                 of_xmp = int(found[1])
-        place += 2 + length
+        offset += 2 + length
     return of_xmp
 
 

@@ -99,23 +99,23 @@ class ImageFiles:
         self.keys = keys if isinstance(keys, Strings) else Strings(keys)
         self.passed_over, self.has_class, self.remarks = dict(passed_over or {}), has_class, list[str]()
 
-    def _recalled(self, kind: str, place: Path, is_true: Callable[[dict[str, Any]], bool]) -> bool:
-        """Take what an earlier process found at a place, if it is true by what was kept with it; say whether."""
-        found = recall(kind, place)
+    def _recalled(self, kind: str, path: Path, is_true: Callable[[dict[str, Any]], bool]) -> bool:
+        """Take what an earlier process found at a path, if it is true by what was kept with it; say whether."""
+        found = recall(kind, path)
         if found is None or not is_true(found[1]):
             return False
         arrays, about = found
-        self.root, self.keys = place if place.is_dir() else place.parent, Strings.unpacked(arrays["keys"])
+        self.root, self.keys = path if path.is_dir() else path.parent, Strings.unpacked(arrays["keys"])
         self.class_ids, self.has_class = arrays["class_ids"], arrays.get("has_class")
         self.class_names, self.passed_over, self.remarks = (about[name] for name in _KEPT)
         return True
 
-    def _remember(self, kind: str, place: Path, **proof: Any) -> None:
+    def _remember(self, kind: str, path: Path, **proof: Any) -> None:
         """Keep what was found, with what says whether it is still true, for the next process."""
         if len(self) >= MANY_IMAGES:
             arrays = {"keys": self.keys.packed(), "class_ids": self.class_ids}
             arrays |= {} if self.has_class is None else {"has_class": self.has_class}
-            remember(kind, place, arrays, {name: getattr(self, name) for name in _KEPT} | proof)
+            remember(kind, path, arrays, {name: getattr(self, name) for name in _KEPT} | proof)
 
     def read(self, index: int) -> bytes:
         """Return the encoded image. Raises ImageError if the file is gone or can't be read."""
@@ -295,8 +295,8 @@ class JoinedImages:
 
     def read(self, index: int) -> bytes:
         """Return the encoded image."""
-        place = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return self._sources[place].read(int(index - self._starts[place]))
+        number = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return self._sources[number].read(int(index - self._starts[number]))
 
     def __len__(self) -> int:
         """Return how many images there are."""

@@ -92,20 +92,20 @@ def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
         return dict(arrays)
 
 
-def recall(kind: str, place: Path) -> tuple[dict[str, NDArray[Any]], dict[str, Any]] | None:
-    """Return the arrays and the rest that were kept of a place; None if nothing was."""
+def recall(kind: str, path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, Any]] | None:
+    """Return the arrays and the rest that were kept of a path; None if nothing was."""
     try:
-        found = read_arrays(_path(kind, place, make=False))
+        found = read_arrays(_path(kind, path, make=False))
         return found, json.loads(found.pop("about").tobytes())
     except (*UNREADABLE, RemoteError):
         return None
 
 
-def remember(kind: str, place: Path, arrays: Mapping[str, NDArray[Any]], about: Mapping[str, Any]) -> None:
-    """Keep what was found at a place; without a cache that can be written, nothing is kept."""
+def remember(kind: str, path: Path, arrays: Mapping[str, NDArray[Any]], about: Mapping[str, Any]) -> None:
+    """Keep what was found at a path; without a cache that can be written, nothing is kept."""
     with suppress(OSError, RemoteError, UnicodeError):
         text = np.frombuffer(json.dumps(about).encode(), np.uint8)
-        write_arrays(_path(kind, place, make=True), {"about": text, **arrays})
+        write_arrays(_path(kind, path, make=True), {"about": text, **arrays})
 
 
 def are_unchanged(root: Path, folders: Mapping[str, int]) -> bool:
@@ -124,9 +124,9 @@ def are_settled(folders: Mapping[str, int], began_s: float) -> bool:
     return max(folders.values(), default=0) < (began_s - _TICK_S) * 1e9
 
 
-def _path(kind: str, place: Path, *, make: bool) -> Path:
+def _path(kind: str, path: Path, *, make: bool) -> Path:
     # Also by the real path: a link that leads elsewhere now is another place.
-    text = f"{kind}\n{place}\n{os.path.realpath(place)}\n{_rules()}"
+    text = f"{kind}\n{path}\n{os.path.realpath(path)}\n{_rules()}"
     digest = blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
     return cached_index(digest, make=make)
 

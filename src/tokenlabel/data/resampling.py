@@ -95,8 +95,8 @@ def slid_rows(
     rows = _rows_from(pixels, whole + first, width + len(weights) - 1)  # [height, 3 * (width + taps - 1)]
     sums = rows[:, : width * 3] * weights[0][:, None]
     part = np.empty_like(sums)
-    for place, weight in enumerate(weights[1:], start=1):
-        sums += np.multiply(rows[:, place * 3 : (place + width) * 3], weight[:, None], out=part)
+    for tap, weight in enumerate(weights[1:], start=1):
+        sums += np.multiply(rows[:, tap * 3 : (tap + width) * 3], weight[:, None], out=part)
     shown = np.clip(sums, 0, 255, out=sums).astype(np.uint8).reshape(height, width, 3)
     centres = np.arange(width) + 0.5 + shifts_px[:, None]  # [height, width]
     shown[(centres < 0) | (centres >= width)] = _FILL

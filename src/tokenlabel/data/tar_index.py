@@ -74,8 +74,8 @@ def scan_tars(names: Sequence[str | Path], local: Callable[[int], Path] | None =
     """
     where = str(names[0]) if len(names) == 1 else str(names[0]).rpartition("/")[0] or "."
     content = _Content()
-    for place, path in enumerate(names):
-        _read_members(content, place, local(place) if local else Path(path), names)
+    for tar, path in enumerate(names):
+        _read_members(content, tar, local(tar) if local else Path(path), names)
     images, numbers, passed_over = content.images, content.numbers, content.passed_over
     if not images:
         beside = in_brackets(passed_over)
@@ -115,13 +115,13 @@ def scan_tars(names: Sequence[str | Path], local: Callable[[int], Path] | None =
     return TarIndex(Strings(keys), places, class_names, class_ids, dict(passed_over))
 
 
-def _read_members(content: _Content, place: int, path: Path, names: Sequence[str | Path]) -> None:
+def _read_members(content: _Content, tar: int, path: Path, names: Sequence[str | Path]) -> None:
     """Note what is in the tar file of a number. Raises DataError for what is there twice."""
-    called = names[place]
+    called = names[tar]
     for name, kind, start, num_bytes, text in _members(path, called):
         if text is not None:
             number = _class_number(text, where=f"{called}: {name}")
-            other = content.numbers.setdefault((place, _stem(name)), number)
+            other = content.numbers.setdefault((tar, _stem(name)), number)
             if other != number:
                 raise DataError(
                     f"{called}: {_stem(name)} has two classes in .cls files, {other} and {number}"
@@ -131,7 +131,7 @@ def _read_members(content: _Content, place: int, path: Path, names: Sequence[str
         elif name in content.images:
             raise DataError(f"{called}: {name} is there twice (also in {names[content.images[name][0]]})")
         else:
-            content.images[name] = (place, start, num_bytes)
+            content.images[name] = (tar, start, num_bytes)
 
 
 def _images_of_samples(
@@ -139,8 +139,8 @@ def _images_of_samples(
 ) -> list[str]:
     """Return the path of the image of each sample, sorted; count the sample's other pictures, such as masks."""
     samples: defaultdict[tuple[int, str], list[str]] = defaultdict(list)
-    for key, (place, _, _) in images.items():
-        samples[place, _stem(key)].append(key)
+    for key, (tar, _, _) in images.items():
+        samples[tar, _stem(key)].append(key)
     chosen: list[str] = []
     for (_, stem), found in samples.items():
         own = found

@@ -69,20 +69,20 @@ class TarImages:
 
     def read(self, index: int) -> bytes:
         """Return the encoded image. Raises ImageError if the tar file is gone or was cut short."""
-        place, start, length = self.index.places[index].tolist()
+        tar, start, length = self.index.places[index].tolist()
         try:
-            file = self._opened(place)  # held until it is read: another thread may let go of it meanwhile
+            file = self._opened(tar)  # held until it is read: another thread may let go of it meanwhile
             data = os.pread(file.descriptor, length, start)
         except OSError as error:
-            raise ImageError(f"{self._name(place)}: cannot be read ({error.strerror})") from error
+            raise ImageError(f"{self._name(tar)}: cannot be read ({error.strerror})") from error
         if len(data) != length:
-            raise ImageError(f"{self._name(place)}: {self.keys[index]} is cut short")
+            raise ImageError(f"{self._name(tar)}: {self.keys[index]} is cut short")
         return data
 
     def stat(self, index: int) -> tuple[int, int]:
         """Return the bytes of the image, and when its tar file was modified, in ns. Raises OSError if that is gone."""
-        place, _, length = self.index.places[index].tolist()
-        return length, self.paths[place].stat().st_mtime_ns
+        tar, _, length = self.index.places[index].tolist()
+        return length, self.paths[tar].stat().st_mtime_ns
 
     def __len__(self) -> int:
         """Return how many images there are."""
@@ -91,24 +91,24 @@ class TarImages:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": OrderedDict()}  # another process opens files of its own
 
-    def _opened(self, place: int) -> _OpenFile:
+    def _opened(self, tar: int) -> _OpenFile:
         """Return an open tar file; threads may get the same one, and it closes when the last lets go of it."""
-        file = self._open.get(place)
+        file = self._open.get(tar)
         if file is None:
-            file = _OpenFile(self._path(place), read_ahead=self._read_ahead)
+            file = _OpenFile(self._path(tar), read_ahead=self._read_ahead)
             for other in [other for other, old in list(self._open.items()) if old.is_removed()]:
                 self._open.pop(other, None)  # from a cache, which has given its room to others
-            self._open[place] = file
+            self._open[tar] = file
             while len(self._open) > _NUM_OPEN:
                 self._open.popitem(last=False)
         return file
 
-    def _path(self, place: int) -> Path:
+    def _path(self, tar: int) -> Path:
         """Return where a tar file is, now that it is to be read."""
-        return self.paths[place]
+        return self.paths[tar]
 
-    def _name(self, place: int) -> str:
-        return str(self.paths[place])
+    def _name(self, tar: int) -> str:
+        return str(self.paths[tar])
 
 
 class _OpenFile:

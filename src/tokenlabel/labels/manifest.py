@@ -126,8 +126,8 @@ def _unlike(name: str, ours: Any, theirs: Any) -> Iterator[tuple[str, Any, Any]]
     elif isinstance(ours, (list, tuple)) and isinstance(theirs, (list, tuple)):
         if len(ours) != len(theirs):
             yield f"the length of {name}", len(ours), len(theirs)
-        for place, (a, b) in enumerate(zip(ours, theirs, strict=False)):
-            yield from _unlike(f"{name}[{place}]", a, b)
+        for index, (a, b) in enumerate(zip(ours, theirs, strict=False)):
+            yield from _unlike(f"{name}[{index}]", a, b)
     elif ours != theirs:
         yield name, ours, theirs
 

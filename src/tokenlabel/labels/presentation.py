@@ -127,8 +127,8 @@ def _in_a_line(settings: Mapping[str, Any]) -> str:
 def _in_short(value: Any) -> str:
     """Return a value of a manifest as people want to read it: the size of a class map, the start of a list."""
     if isinstance(value, Mapping) and "targets" in value:
-        places = [place for place in value["targets"] if place >= 0]
-        return f"{len(places):,} of {len(value['targets']):,} classes to {len(set(places)):,} ({value.get('nowhere')})"
+        kept = [target for target in value["targets"] if target >= 0]
+        return f"{len(kept):,} of {len(value['targets']):,} classes to {len(set(kept)):,} ({value.get('nowhere')})"
     if isinstance(value, list) and len(value) > 4:
         return f"[{listed([_in_short(entry) for entry in value])}]"
     return shortened_path(str(value))
@@ -152,8 +152,8 @@ def write_pictures(store: LabelStore, source: ImageSource, output: Path, *, coun
     ConfigError for a file that cannot be written.
     """
     check_output(output)
-    places = {key: place for place, key in enumerate(source.keys)}
-    keys = [key for key in store.keys() if key in places]  # noqa: SIM118  (a store is no dict)
+    index_of = {key: index for index, key in enumerate(source.keys)}
+    keys = [key for key in store.keys() if key in index_of]  # noqa: SIM118  (a store is no dict)
     if not keys:
         raise StoreError(
             f"{output}: none of the {len(source):,} images has a label in this store; give its own images"
@@ -166,7 +166,7 @@ def write_pictures(store: LabelStore, source: ImageSource, output: Path, *, coun
     pictures = {}
     for summary in {summary.key: summary for shown in members.values() for summary in shown}.values():
         try:
-            tiles = _tiles(store, summary.key, source.read(places[summary.key]))
+            tiles = _tiles(store, summary.key, source.read(index_of[summary.key]))
             caption = _caption(summary, names, class_of(summary.key))
             pictures[summary.key] = (tiles, {"key": summary.key, "caption": caption})
         except ImageError as error:  # it was sound when the teacher saw it

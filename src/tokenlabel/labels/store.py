@@ -85,11 +85,11 @@ class LabelStore:
             np.arange(shard.num_records, dtype=np.uint64) | np.uint64(i << 32)
             for i, shard in enumerate(self.shards)
         ]
-        places = np.concatenate([np.zeros(0, np.uint64), *rows])
+        locations = np.concatenate([np.zeros(0, np.uint64), *rows])
         # Stable, so that of equal hashes the record of the file that counts more stays in front.
         order, contested = np.argsort(hashes, kind="stable"), []
         if superseded is None:
-            positions, contested = _find_duplicates(self.shards, hashes[order], places[order])
+            positions, contested = _find_duplicates(self.shards, hashes[order], locations[order])
             superseded = np.sort(order[positions])
         if len(superseded):
             counts = np.ones(len(hashes), np.bool_)
@@ -97,10 +97,10 @@ class LabelStore:
             order = order[counts[order]]
         # How many rows to pass over before a label that is counted without them (`key_at`).
         self._passed_over = (superseded - np.arange(len(superseded))).data
-        hashes, places = hashes[order], places[order]
+        hashes, locations = hashes[order], locations[order]
         self._shift, self._starts = _starts_by_first_bits(hashes)
         # Memory views give Python ints, which bisect compares faster than NumPy's own search starts.
-        self._hashes, self._places = hashes.data, places.data
+        self._hashes, self._locations = hashes.data, locations.data
         return contested
 
     def __getitem__(self, key: str) -> ScoreMap:
@@ -141,8 +141,8 @@ class LabelStore:
     def key_at(self, number: int) -> str:
         """Return the key of one of the labels, which count from 0, file by file."""
         number += bisect_right(self._passed_over, number)
-        place = bisect_right(self._first_numbers, number) - 1
-        return key_text(self.shards[place].key(number - self._first_numbers[place]))
+        number_of_file = bisect_right(self._first_numbers, number) - 1
+        return key_text(self.shards[number_of_file].key(number - self._first_numbers[number_of_file]))
 
     @property
     def num_superseded(self) -> int:
@@ -207,8 +207,8 @@ class LabelStore:
         position = bisect_left(self._hashes, wanted, position, end)
         # Several keys may have this hash; the row knows its own.
         while position < end and self._hashes[position] == wanted:
-            place = self._places[position]  # the file's number, then 32 bits of the row's
-            shard, row = self.shards[place >> 32], place & 0xFFFFFFFF
+            location = self._locations[position]  # the file's number, then 32 bits of the row's
+            shard, row = self.shards[location >> 32], location & 0xFFFFFFFF
             if shard.key(row) == name:
                 return shard, row
             position += 1
@@ -219,7 +219,7 @@ class LabelStore:
 
 
 def _find_duplicates(
-    shards: Sequence[Shard], hashes: NDArray[np.uint64], places: NDArray[np.uint64]
+    shards: Sequence[Shard], hashes: NDArray[np.uint64], locations: NDArray[np.uint64]
 ) -> tuple[NDArray[np.int64], list[str]]:
     """Find the records of keys that have several, among hashes [N] in order; the first of each key counts.
 
@@ -230,13 +230,13 @@ def _find_duplicates(
     if not len(positions):
         return positions, []
     # The rows of these records, with their keys in one buffer; files without any are not read again.
-    numbers = (places[positions] >> np.uint64(32)).astype(np.int64)
+    numbers = (locations[positions] >> np.uint64(32)).astype(np.int64)
     tables = {i: shards[i].table() for i in np.unique(numbers).tolist()}
     keys = np.concatenate([of_shard for _, of_shard in tables.values()])
     first_rows, first_keys = np.zeros((2, len(shards)), np.int64)
     first_rows[[*tables]] = [0, *accumulate(len(rows) for rows, _ in tables.values())][:-1]
     first_keys[[*tables]] = [0, *accumulate(len(of_shard) for _, of_shard in tables.values())][:-1]
-    row_numbers = first_rows[numbers] + (places[positions] & np.uint64(0xFFFFFFFF)).astype(np.int64)
+    row_numbers = first_rows[numbers] + (locations[positions] & np.uint64(0xFFFFFFFF)).astype(np.int64)
     rows = np.concatenate([rows for rows, _ in tables.values()])[row_numbers]
     starts, lengths = first_keys[numbers] + rows["key_start"], rows["key_length"].astype(np.int64)
 
