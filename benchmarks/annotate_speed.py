@@ -26,7 +26,8 @@ from torch import Tensor
 from benchmarks.measure import Row, Settings, interleave, ratios
 from tokenlabel.core.geometry import WHOLE_IMAGE
 from tokenlabel.data.config import Interpolation
-from tokenlabel.labels.store import LabelStoreWriter, Manifest
+from tokenlabel.labels.manifest import Manifest
+from tokenlabel.labels.writer import LabelStoreWriter
 from tokenlabel.teachers.dense import ClassifierNetwork
 from tokenlabel.teachers.input import TeacherInput
 from tokenlabel.teachers.labelling import TeacherImage, label_batches

@@ -24,9 +24,10 @@ from tokenlabel.core.batch import normalize_images
 from tokenlabel.core.geometry import View
 from tokenlabel.data.colours import brightened, contrasted, sharpened
 from tokenlabel.data.config import Interpolation
-from tokenlabel.data.images import decode_pixels
+from tokenlabel.data.decoding import decode_pixels
 from tokenlabel.data.resampling import MEAN_COLOUR, RESAMPLING, resize, warp
-from tokenlabel.data.tars import read_index, scan_tars, write_index
+from tokenlabel.data.tar_index import scan_tars
+from tokenlabel.data.tars import read_index, write_index
 
 NUM_IMAGES, SIDE_PX, NUM_IN_TAR = 32, 224, 5000
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -24,7 +24,8 @@ from PIL import Image
 
 from tokenlabel.core.scores import from_mask
 from tokenlabel.data.tars import write_index
-from tokenlabel.labels.store import LabelStoreWriter, Manifest, pack_for
+from tokenlabel.labels.manifest import Manifest
+from tokenlabel.labels.writer import LabelStoreWriter, pack_for
 
 NUM_CLASSES = 1000
 NUM_TARS = 128

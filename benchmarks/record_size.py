@@ -26,7 +26,9 @@ from benchmarks.measure import Row, Settings
 from benchmarks.synthetic_maps import TOPK, synthetic_probabilities
 from tokenlabel.core.scores import ScoreMap, from_probabilities
 from tokenlabel.labels.encoding import DEFAULT_TOLERANCE, Encoding, pack, unpack
-from tokenlabel.labels.store import LabelStore, LabelStoreWriter, Manifest
+from tokenlabel.labels.manifest import Manifest
+from tokenlabel.labels.store import LabelStore
+from tokenlabel.labels.writer import LabelStoreWriter
 
 TOLERANCES = (0, 0.002, 0.004, 0.006, DEFAULT_TOLERANCE, 0.01, 0.015, 0.02, 0.03)
 SHARPNESS = (1, 4)

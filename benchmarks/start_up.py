@@ -22,7 +22,8 @@ from benchmarks.synthetic_maps import NUM_CLASSES, TOPK, synthetic_maps
 from tokenlabel.data.scenes import write_scenes
 from tokenlabel.data.sources import open_images
 from tokenlabel.labels.encoding import Encoding, pack
-from tokenlabel.labels.store import LabelStoreWriter, Manifest
+from tokenlabel.labels.manifest import Manifest
+from tokenlabel.labels.writer import LabelStoreWriter
 
 NUM_LABELS = 20_000
 NUM_SCENES = 1500

@@ -27,7 +27,8 @@ from benchmarks.data_speed import write_photos
 from benchmarks.label_path import draw_boxes, draw_score_map
 from benchmarks.measure import Row, Settings, interleave, ratios
 from benchmarks.synthetic_maps import NUM_CLASSES, TOPK, synthetic_maps
-from tokenlabel.classification.task import ClassifierTask, Counts
+from tokenlabel.classification.data import Counts
+from tokenlabel.classification.task import ClassifierTask
 from tokenlabel.core.batch import Batch, collate_score_maps
 from tokenlabel.core.config import LossConfig, MixConfig, Mixing
 from tokenlabel.core.geometry import View, stack_views
@@ -39,7 +40,9 @@ from tokenlabel.data.batches import TokenLabelDataset, collate
 from tokenlabel.data.config import AugmentConfig
 from tokenlabel.data.sources import open_images
 from tokenlabel.labels.encoding import Encoding
-from tokenlabel.labels.store import LabelStore, LabelStoreWriter, Manifest
+from tokenlabel.labels.manifest import Manifest
+from tokenlabel.labels.store import LabelStore
+from tokenlabel.labels.writer import LabelStoreWriter
 from tokenlabel.models import create_model
 from tokenlabel.runtime.distributed import Ranks, autocast
 from tokenlabel.runtime.runlog import Stopwatch

@@ -19,7 +19,8 @@ from benchmarks.measure import Row, Settings
 from benchmarks.synthetic_maps import NUM_CLASSES, TOPK, synthetic_maps
 from tokenlabel.core.scores import ScoreMap
 from tokenlabel.labels.encoding import Encoding, pack
-from tokenlabel.labels.store import LabelStoreWriter, Manifest
+from tokenlabel.labels.manifest import Manifest
+from tokenlabel.labels.writer import LabelStoreWriter
 
 NUM_IMAGES = 1_281_167
 NUM_READS = 100_000

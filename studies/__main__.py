@@ -15,9 +15,9 @@ from studies.records import read_records, write_records
 from studies.results import write_results
 from studies.runs import finished_runs, run_all, run_job
 from studies.tables import Study, StudyError, names_in, read_table, read_testbed
-from tokenlabel.cli import run_command
 from tokenlabel.runtime.arguments import add_device, device_of, new_parser, parse
 from tokenlabel.runtime.coercion import NATURAL, check_numbers
+from tokenlabel.runtime.command import run_command
 from tokenlabel.runtime.distributed import launched_ranks
 
 COMMAND = "python -m studies"

@@ -34,12 +34,12 @@ from tokenlabel.classification import task as classification
 from tokenlabel.data.images import ImageSource
 from tokenlabel.data.scenes import write_scenes
 from tokenlabel.data.sources import open_images
+from tokenlabel.models.runs import list_checkpoints
 from tokenlabel.runtime.distributed import Ranks, joined_ranks, launched_ranks
 from tokenlabel.runtime.process import Interrupted, write_whole
 from tokenlabel.runtime.runlog import read_metrics
 from tokenlabel.segmentation import task as segmentation
 from tokenlabel.segmentation.recipe import SegmentRecipe
-from tokenlabel.training.checkpoint import list_checkpoints
 from tokenlabel.training.engine import run_task
 
 PLAN_FILE = "plan.json"

@@ -19,7 +19,8 @@ from typing import Any, TypeVar
 
 from studies.defects import DEFECTS, NEW_TOKEN_HEAD
 from studies.measures import METRICS
-from tokenlabel.runtime.configuration import config_from_dict, near_names, read_yaml
+from tokenlabel.runtime.configuration import config_from_dict, read_yaml
+from tokenlabel.runtime.errors import near_names
 from tokenlabel.segmentation.recipe import SegmentRecipe
 from tokenlabel.training.recipe import Recipe, recipe_content
 

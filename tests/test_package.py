@@ -16,7 +16,8 @@ import pytest
 import tokenlabel
 from tokenlabel.core.scores import from_mask
 from tokenlabel.core.step import TrainStep
-from tokenlabel.labels.store import LabelStoreWriter, Manifest
+from tokenlabel.labels.manifest import Manifest
+from tokenlabel.labels.writer import LabelStoreWriter
 from tokenlabel.runtime.configuration import enums_of
 from tokenlabel.training.recipe import Recipe
 

@@ -34,12 +34,13 @@ if TYPE_CHECKING:
     from tokenlabel.data.augment import EvalTransform, TrainTransform
     from tokenlabel.data.batches import TokenLabelDataset, collate, make_loader
     from tokenlabel.data.config import AugmentConfig, Interpolation, Order
-    from tokenlabel.data.images import ImageCheck, check_images
+    from tokenlabel.data.decoding import ImageCheck, check_images
     from tokenlabel.data.samplers import BatchSampler
     from tokenlabel.data.sources import open_images
     from tokenlabel.labels.encoding import Encoding
     from tokenlabel.labels.manifest import Manifest
-    from tokenlabel.labels.store import LabelStore, LabelStoreWriter, merge_stores
+    from tokenlabel.labels.store import LabelStore
+    from tokenlabel.labels.writer import LabelStoreWriter, merge_stores
     from tokenlabel.models import create_model
     from tokenlabel.teachers.annotation import AnnotateConfig, annotate
     from tokenlabel.teachers.fitting import FitConfig, fit_head
@@ -53,11 +54,12 @@ _HOMES = {
     "data.config": ("AugmentConfig", "Interpolation", "Order"),
     "data.samplers": ("BatchSampler",),
     "data.batches": ("TokenLabelDataset", "collate", "make_loader"),
-    "data.images": ("ImageCheck", "check_images"),
+    "data.decoding": ("ImageCheck", "check_images"),
     "data.sources": ("open_images",),
     "labels.encoding": ("Encoding",),
     "labels.manifest": ("Manifest",),
-    "labels.store": ("LabelStore", "LabelStoreWriter", "merge_stores"),
+    "labels.store": ("LabelStore",),
+    "labels.writer": ("LabelStoreWriter", "merge_stores"),
     "core.align": ("align",),
     "core.batch": ("collate_score_maps", "normalize_images"),
     "core.geometry": ("Box", "View", "stack_views"),

@@ -6,29 +6,25 @@ Modules are imported by the verb that needs them, so that `tokenlabel --help` an
 from __future__ import annotations
 
 import difflib
-import io
 import json
-import os
-import select
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from tokenlabel import __version__
 from tokenlabel.runtime.arguments import (
     add_device,
-    configured,
     device_of,
     new_parser,
     parse,
+    parse_config,
     write_json,
 )
 from tokenlabel.runtime.coercion import NATURAL, check_numbers
-from tokenlabel.runtime.errors import FirstRankError
-from tokenlabel.runtime.process import Interrupted, environment_number
+from tokenlabel.runtime.command import USAGE_ERROR, run_command, with_open_streams
+from tokenlabel.runtime.process import is_main_process, say
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -36,40 +32,38 @@ if TYPE_CHECKING:
     from tokenlabel.data.images import ImageSource
     from tokenlabel.labels.store import LabelStore
 
-
-USAGE_ERROR = 2
+MOST_REASONS = 10
 IMAGES_HELP = "a folder with one folder a class, .tar files (WebDataset) or a folder of them, or a list file"
 IGNORE_INDEX_HELP = (
     "the id of pixels without a class in --masks; by default 255, with more than 255 classes 65535"
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Verb:
+    """A command and what `tokenlabel --help` says of it."""
+
+    run: Callable[[list[str]], int]
+    summary: str
+
+
+VERBS: dict[str, Verb] = {}
+
+
+def verb(name: str, summary: str) -> Callable[[Callable[[ArgumentParser, list[str]], int]], Any]:
+    """Make a command of a function of its parser and its arguments, whose docstring is what `--help` begins with."""
+
+    def register(function: Callable[[ArgumentParser, list[str]], int]) -> Callable[..., int]:
+        description = " ".join((function.__doc__ or "").split())
+        VERBS[name] = Verb(lambda arguments: function(new_parser(name, description), arguments), summary)
+        return function
+
+    return register
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return its exit status: 0, 2 for input that cannot be used, 128 + signal if stopped."""
-    try:
-        for stream in (sys.stdout, sys.stderr):
-            if isinstance(
-                stream, io.TextIOWrapper
-            ):  # names of files need not be UTF-8, nor need the terminal
-                stream.reconfigure(errors="backslashreplace")
-        try:
-            return _run(list(sys.argv[1:] if argv is None else argv))
-        finally:
-            sys.stdout.flush()  # here, where it can be handled, not when the interpreter ends
-    except BrokenPipeError as error:
-        unread = [stream for stream in (sys.stdout, sys.stderr) if _nobody_reads(stream)]
-        for stream in unread:  # `tokenlabel inspect labels | head`: no error, and nothing is left to say
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-        if not unread:
-            print(f"tokenlabel: error: {error}", file=sys.stderr)
-        return 128 + signal.SIGPIPE if unread else USAGE_ERROR
-
-
-def _nobody_reads(stream: TextIO) -> bool:
-    """Say whether a stream is a pipe whose other end was closed."""
-    poll = select.poll()
-    poll.register(stream.fileno(), 0)
-    return any(event & select.POLLERR for _, event in poll.poll(0))
+    return with_open_streams(lambda: _run(list(sys.argv[1:] if argv is None else argv)))
 
 
 def _run(arguments: list[str]) -> int:
@@ -92,39 +86,9 @@ def _run(arguments: list[str]) -> int:
     return run_command(f"tokenlabel {name}", VERBS[name].run, rest)
 
 
-def run_command(command: str, run: Callable[[list[str]], int], arguments: list[str]) -> int:
-    """Run a function on its arguments; return the exit status, after one line of what stopped it."""
-    try:
-        return run(arguments)
-    except Interrupted as stop:
-        print(f"{command}: {stop}", file=sys.stderr)
-        return stop.exit_status
-    except KeyboardInterrupt:
-        print(f"\n{command}: stopped; the same command continues", file=sys.stderr)
-        return 130
-    except (ValueError, OSError) as error:
-        if isinstance(error, BrokenPipeError) or os.environ.get("TOKENLABEL_TRACEBACK"):
-            raise
-        if not isinstance(error, FirstRankError) or environment_number("LOCAL_RANK") == 0:  # once a machine
-            print(f"{command}: error: {_own_message(error)}", file=sys.stderr)
-        return USAGE_ERROR
-
-
-def _own_message(error: Exception) -> str:
-    """Return the message of an error; one from a data worker comes with the worker's traceback before it."""
-    if isinstance(error, OSError) and isinstance(error.filename, str) and error.strerror:
-        return f"{error.filename}: {error.strerror}"  # without its number
-    message = str(error).rstrip()
-    if message.startswith("Caught ") and "Traceback" in message:
-        return message.splitlines()[-1].partition(": ")[2]
-    return message
-
-
-def demo(arguments: list[str]) -> int:
-    """Run every stage on the embedded data."""
-    parser = new_parser(
-        "demo", "Train with token labels on scenes of real handwritten digits; nothing is downloaded."
-    )
+@verb("demo", "every stage on data that ships with a dependency: start here")
+def demo(parser: ArgumentParser, arguments: list[str]) -> int:
+    """Train with token labels on scenes of real handwritten digits; nothing is downloaded."""
     parser.add_argument(
         "--out",
         type=Path,
@@ -141,26 +105,9 @@ def demo(arguments: list[str]) -> int:
     return run_demo(out, FAST if options.fast else FULL, main)
 
 
-def train(arguments: list[str]) -> int:
-    """Train a model by a recipe."""
-    from tokenlabel.training.command import run_train
-    from tokenlabel.training.recipe import Recipe
-
-    def task() -> tuple[Callable[..., Any], Callable[..., Any]]:
-        from tokenlabel.classification.task import build
-        from tokenlabel.classification.task import train as train_by_recipe
-
-        return train_by_recipe, build
-
-    return run_train(arguments, Recipe, task, verb="train", description="Train a model by a recipe.")
-
-
-def index(arguments: list[str]) -> int:
-    """Index tar files."""
-    parser = new_parser(
-        "index", "Look through a folder of tar files once, so that it opens at once from then on."
-    )
-
+@verb("index", "what is where in tar files, for data sets too large for folders")
+def index(parser: ArgumentParser, arguments: list[str]) -> int:
+    """Look through a folder of tar files once, so that it opens at once from then on."""
     from tokenlabel.data.tars import write_index
 
     parser.add_argument("images", type=Path, help="folder of .tar files; the index is written beside them")
@@ -169,25 +116,18 @@ def index(arguments: list[str]) -> int:
     return 0
 
 
-def annotate(arguments: list[str]) -> int:
-    """Let a teacher label images."""
-    parser = new_parser(
-        "annotate", "Let a teacher look at every image once and store what it says of every location of it."
-    )
-
-    from tokenlabel.runtime.configuration import add_config_arguments
-    from tokenlabel.runtime.distributed import launched_ranks
+@verb("annotate", "a teacher writes a dense score map for every image")
+def annotate(parser: ArgumentParser, arguments: list[str]) -> int:
+    """Let a teacher look at every image once and store what it says of every location of it."""
     from tokenlabel.teachers.annotation import AnnotateConfig
     from tokenlabel.teachers.annotation import annotate as annotate_images
 
     parser.add_argument("images", type=Path, help=IMAGES_HELP)
     parser.add_argument("store", type=Path, help="folder of the labels; what is there already is kept")
     add_device(parser)
-    add_config_arguments(parser, AnnotateConfig)
-    options = parse(parser, arguments)
-    config = configured(parser, options, AnnotateConfig)
+    options, config = parse_config(parser, arguments, AnnotateConfig)
     done = annotate_images(options.images, options.store, config, device=device_of(options.device))
-    if not launched_ranks().is_first:
+    if not is_main_process():
         return 0
     anew = f" ({done.num_anew:,} anew)" if done.num_anew else ""
     print(
@@ -199,15 +139,11 @@ def annotate(arguments: list[str]) -> int:
     return 0
 
 
-def fit_head(arguments: list[str]) -> int:
-    """Fit a head on a backbone."""
-    parser = new_parser(
-        "fit-head",
-        "Make a teacher of any backbone: fit a head on its features and write it to a small file, which "
-        "`annotate --teacher` takes. A fit that was stopped leaves nothing.",
-    )
-
-    from tokenlabel.runtime.configuration import add_config_arguments
+@verb("fit-head", "make a teacher of any backbone: visual words, or a head from labels, masks or texts")
+def fit_head(parser: ArgumentParser, arguments: list[str]) -> int:
+    """Make a teacher of any backbone: fit a head on its features and write it to a small file, which `annotate
+    --teacher` takes. A fit that was stopped leaves nothing.
+    """
     from tokenlabel.teachers.fitting import FitConfig
     from tokenlabel.teachers.fitting import fit_head as fit
 
@@ -215,9 +151,7 @@ def fit_head(arguments: list[str]) -> int:
     parser.add_argument("head", type=Path, help="file of the head, HEAD.safetensors")
     parser.add_argument("--overwrite", action="store_true", help="replace a head that is there")
     add_device(parser)
-    add_config_arguments(parser, FitConfig)
-    options = parse(parser, arguments)
-    config = configured(parser, options, FitConfig)
+    options, config = parse_config(parser, arguments, FitConfig)
     try:
         head = fit(
             options.images,
@@ -233,42 +167,32 @@ def fit_head(arguments: list[str]) -> int:
     return 0
 
 
-def import_labels(arguments: list[str]) -> int:
-    """Put published label files into a store."""
-    parser = new_parser(
-        "import-labels", "Put the label files published in 2021 into a store, for images that you have."
-    )
+@verb("inspect", "what is in a label store")
+def inspect(parser: ArgumentParser, arguments: list[str]) -> int:
+    """Say what is in a label store, how sure its teacher was, and which labels look wrong."""
+    from tokenlabel.labels.inspection import InspectConfig, inspect_store
+    from tokenlabel.labels.presentation import as_text, write_pictures
+    from tokenlabel.labels.store import LabelStore
 
-    from tokenlabel.labels.published import ImportConfig
-    from tokenlabel.labels.published import import_labels as import_files
-    from tokenlabel.runtime.configuration import add_config_arguments
+    _add_inspect_arguments(parser)
+    options, config = parse_config(parser, arguments, InspectConfig)
+    _check_inspect(options)
+    store, source = LabelStore(*options.store, duplicates=options.duplicates), None
+    if options.images:
+        from tokenlabel.data.sources import open_aloud
 
-    parser.add_argument("files", type=Path, help="folder of class folders of .pt files")
-    parser.add_argument("store", type=Path, help="folder of the labels; what is there already is kept")
-    parser.add_argument("--images", type=Path, required=True, help=IMAGES_HELP)
-    add_config_arguments(parser, ImportConfig)
-    options = parse(parser, arguments)
-    done = import_files(
-        options.files, options.store, options.images, configured(parser, options, ImportConfig)
-    )
-    print(
-        f"{options.store}: {done.num_imported:,} labels imported, {done.num_present:,} had been, "
-        f"{len(done.failures):,} failed"
-    )
-    _print_some([failure.reason for failure in done.failures])
+        source = open_aloud(options.images)
+    figures = inspect_store(store, config, source=source).as_dict()
+    figures |= _judged_otherwise(store, source, options)
+    if source and options.pictures:
+        write_pictures(store, source, options.pictures)
+        say(f"{options.pictures}: maps over their images")
+    write_json(options.output, figures)
+    print(json.dumps(figures) if options.json else as_text(figures))
     return 0
 
 
-def inspect(arguments: list[str]) -> int:
-    """Say what is in a label store."""
-    parser = new_parser(
-        "inspect", "Say what is in a label store, how sure its teacher was, and which labels look wrong."
-    )
-
-    from tokenlabel.labels.inspection import InspectConfig, as_text, inspect_store
-    from tokenlabel.labels.store import LabelStore
-    from tokenlabel.runtime.configuration import add_config_arguments
-
+def _add_inspect_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("store", type=Path, nargs="+", help="folders of labels, read as one")
     parser.add_argument(
         "--images",
@@ -280,35 +204,6 @@ def inspect(arguments: list[str]) -> int:
         "--masks", type=Path, help="true dense labels (PNG class ids): how often the maps are right"
     )
     parser.add_argument("--ignore-index", type=int, help=IGNORE_INDEX_HELP)
-    _add_out_of_fold(parser)
-    parser.add_argument("--json", action="store_true", help="print one line of JSON")
-    parser.add_argument("--output", type=Path, help="also write the figures to this JSON file")
-    add_device(parser)
-    _add_duplicates(parser)
-    add_config_arguments(parser, InspectConfig)
-    options = parse(parser, arguments)
-    _check_inspect(options)
-    config = configured(parser, options, InspectConfig)
-    store, source = LabelStore(*options.store, duplicates=options.duplicates), None
-    if options.images:
-        from tokenlabel.data.sources import open_aloud
-
-        source = open_aloud(options.images)
-    figures = inspect_store(store, config, source=source).as_dict()
-    figures |= _judged_otherwise(store, source, options)
-    if source and options.pictures:
-        from tokenlabel.labels.pictures import write_pictures
-        from tokenlabel.runtime.process import say
-
-        write_pictures(store, source, options.pictures)
-        say(f"{options.pictures}: maps over their images")
-    write_json(options.output, figures)
-    print(json.dumps(figures) if options.json else as_text(figures))
-    return 0
-
-
-def _add_out_of_fold(parser: ArgumentParser) -> None:
-    """Let a parser take a network on which heads judge the classes of images that they were fitted without."""
     parser.add_argument(
         "--out-of-fold",
         metavar="BACKBONE",
@@ -321,21 +216,36 @@ def _add_out_of_fold(parser: ArgumentParser) -> None:
         type=Path,
         help="of --out-of-fold: write pred_probs, labels, keys and class_names to this .npz, as cleanlab takes them",
     )
+    parser.add_argument("--json", action="store_true", help="print one line of JSON")
+    parser.add_argument("--output", type=Path, help="also write the figures to this JSON file")
+    add_device(parser)
+    _add_duplicates(parser)
 
 
 def _check_inspect(options: Namespace) -> None:
-    """Raise ValueError for options of inspect that need another one."""
-    if options.pictures and not options.images:
-        raise ValueError("--pictures needs the images that the labels belong to; name them with --images")
-    if options.ignore_index is not None and not options.masks:
-        raise ValueError("--ignore-index is an id in masks; give --masks, or leave it out")
+    """Raise ValueError for options of inspect that need another one, or are nothing without it."""
     check_numbers(options, "--", size=NATURAL)
-    if options.out_of_fold and not options.images:
-        raise ValueError("--out-of-fold needs the images and their classes; name them with --images")
-    if not options.out_of_fold and (options.weights or options.size or options.probabilities):
-        raise ValueError(
-            "--weights, --size and --probabilities are about --out-of-fold BACKBONE; leave them out"
-        )
+    of_folds = options.weights or options.size or options.probabilities
+    for is_wrong, problem in (
+        (
+            options.pictures and not options.images,
+            "--pictures needs the images that the labels belong to; name them with --images",
+        ),
+        (
+            options.ignore_index is not None and not options.masks,
+            "--ignore-index is an id in masks; give --masks, or leave it out",
+        ),
+        (
+            options.out_of_fold and not options.images,
+            "--out-of-fold needs the images and their classes; name them with --images",
+        ),
+        (
+            of_folds and not options.out_of_fold,
+            "--weights, --size and --probabilities are about --out-of-fold BACKBONE; leave them out",
+        ),
+    ):
+        if is_wrong:
+            raise ValueError(problem)
 
 
 def _judged_otherwise(store: LabelStore, source: ImageSource | None, options: Namespace) -> dict[str, Any]:
@@ -365,13 +275,30 @@ def _judged_otherwise(store: LabelStore, source: ImageSource | None, options: Na
     return figures
 
 
-def merge(arguments: list[str]) -> int:
-    """Copy several stores into one."""
-    parser = new_parser(
-        "merge", "Copy the labels of several stores into one with few files, each record checked."
+@verb("import-labels", "the label files published in 2021, into a store")
+def import_labels(parser: ArgumentParser, arguments: list[str]) -> int:
+    """Put the label files published in 2021 into a store, for images that you have."""
+    from tokenlabel.labels.published import ImportConfig
+    from tokenlabel.labels.published import import_labels as import_files
+
+    parser.add_argument("files", type=Path, help="folder of class folders of .pt files")
+    parser.add_argument("store", type=Path, help="folder of the labels; what is there already is kept")
+    parser.add_argument("--images", type=Path, required=True, help=IMAGES_HELP)
+    options, config = parse_config(parser, arguments, ImportConfig)
+    done = import_files(options.files, options.store, options.images, config)
+    print(
+        f"{options.store}: {done.num_imported:,} labels imported, {done.num_present:,} had been, "
+        f"{len(done.failures):,} failed"
     )
+    _print_some([failure.reason for failure in done.failures])
+    return 0
+
+
+@verb("merge", "several stores into one")
+def merge(parser: ArgumentParser, arguments: list[str]) -> int:
+    """Copy the labels of several stores into one with few files, each record checked."""
     from tokenlabel.labels.encoding import Encoding
-    from tokenlabel.labels.store import merge_stores
+    from tokenlabel.labels.writer import merge_stores
 
     parser.add_argument("stores", type=Path, nargs="+", help="folders of labels, then the folder to write")
     parser.add_argument(
@@ -405,11 +332,58 @@ def _add_duplicates(parser: ArgumentParser) -> None:
     )
 
 
-def export(arguments: list[str]) -> int:
-    """Write a trained model for others to use."""
-    parser = new_parser(
-        "export", "Write a run's model as .safetensors, .onnx, or a folder that timm and the hub take."
-    )
+def train(arguments: list[str]) -> int:
+    """Train a model by a recipe."""
+    from tokenlabel.training.command import run_train
+    from tokenlabel.training.recipe import Recipe
+
+    def task() -> tuple[Callable[..., Any], Callable[..., Any]]:
+        from tokenlabel.classification.task import build
+        from tokenlabel.classification.task import train as train_by_recipe
+
+        return train_by_recipe, build
+
+    return run_train(arguments, Recipe, task, verb="train", description="Train a model by a recipe.")
+
+
+VERBS["train"] = Verb(train, "train a model by a recipe, with token labels or without")
+
+
+@verb("eval", "accuracy of a run or a model, and of its tokens where masks are known")
+def evaluate(parser: ArgumentParser, arguments: list[str]) -> int:
+    """Evaluate a run (its averaged weights if it has them) or a model by its name on a folder of images. Under
+    torchrun the processes divide the images.
+    """
+    from tokenlabel.evaluation.options import EvalOptions
+
+    parser.add_argument("network", help="run folder, one checkpoint folder of it, or the name of a model")
+    parser.add_argument("--json", action="store_true", help="one line of JSON")
+    parser.add_argument("--output", type=Path, help="also write the figures to this JSON file")
+    add_device(parser)
+    options, config = parse_config(parser, arguments, EvalOptions)
+
+    from tokenlabel.evaluation.assessment import as_text, assess
+
+    figures = assess(options.network, config, device=device_of(options.device))
+    if is_main_process():
+        write_json(options.output, figures)
+        print(json.dumps(figures) if options.json else as_text(figures))
+    return 0
+
+
+def segment(arguments: list[str]) -> int:
+    """Train, evaluate or use a segmentation model."""
+    from tokenlabel.segmentation.commands import run_segment
+
+    return run_segment(arguments)
+
+
+VERBS["segment"] = Verb(segment, "train, eval or predict: a class for every pixel, from any backbone")
+
+
+@verb("export", "a trained model as safetensors, ONNX, or a folder for timm and the hub")
+def export(parser: ArgumentParser, arguments: list[str]) -> int:
+    """Write a run's model as .safetensors, .onnx, or a folder that timm and the hub take."""
     parser.add_argument("run", type=Path, help="run folder, or one checkpoint folder of it")
     parser.add_argument("out", type=Path, help="NAME.safetensors, NAME.onnx, or a folder")
     parser.add_argument(
@@ -430,55 +404,11 @@ def export(arguments: list[str]) -> int:
     return 0
 
 
-def evaluate(arguments: list[str]) -> int:
-    """Evaluate a network."""
-    parser = new_parser(
-        "eval",
-        "Evaluate a run (its averaged weights if it has them) or a model by its name on a folder of images. "
-        "Under torchrun the processes divide the images.",
-    )
-
-    from tokenlabel.evaluation.options import EvalOptions
-    from tokenlabel.runtime.configuration import add_config_arguments
-
-    parser.add_argument("network", help="run folder, one checkpoint folder of it, or the name of a model")
-    add_config_arguments(parser, EvalOptions)
-    parser.add_argument("--json", action="store_true", help="one line of JSON")
-    parser.add_argument("--output", type=Path, help="also write the figures to this JSON file")
-    add_device(parser)
-    options = parse(parser, arguments)
-    chosen = configured(parser, options, EvalOptions)
-
-    from tokenlabel.evaluation.assessment import as_text, assess
-
-    figures = assess(options.network, chosen, device=device_of(options.device))
-    if int(os.environ.get("RANK", "0")) == 0:
-        write_json(options.output, figures)
-        print(json.dumps(figures) if options.json else as_text(figures))
-    return 0
-
-
-def report(arguments: list[str]) -> int:
-    """Write an HTML report of runs."""
-    parser = new_parser("report", "Write one self-contained HTML file about one or more runs.")
-    parser.add_argument("runs", type=Path, nargs="+", help="run folders")
-    parser.add_argument("--output", type=Path, default=Path("report.html"), help="the file to write")
-    options = parse(parser, arguments)
-
-    from tokenlabel.report import write_report
-
-    write_report(options.runs, options.output)
-    print(options.output)
-    return 0
-
-
-def push(arguments: list[str]) -> int:
-    """Send something to the Hugging Face hub."""
-    parser = new_parser(
-        "push",
-        "Send a run, a label store or a head to the Hugging Face hub, private unless --public, with a card of what is "
-        "known of it. Wherever a run, labels, a head or a model is read, hf://USER/NAME names it from then on.",
-    )
+@verb("push", "a run, labels or a head to the Hugging Face hub, with a card")
+def push(parser: ArgumentParser, arguments: list[str]) -> int:
+    """Send a run, a label store or a head to the Hugging Face hub, private unless --public, with a card of what
+    is known of it. Wherever a run, labels, a head or a model is read, hf://USER/NAME names it from then on.
+    """
     parser.add_argument("thing", type=Path, help="run folder, folder of labels, or HEAD.safetensors")
     parser.add_argument("repo", help="USER/NAME")
     parser.add_argument(
@@ -501,38 +431,18 @@ def push(arguments: list[str]) -> int:
     return 0
 
 
-def segment(arguments: list[str]) -> int:
-    """Train, evaluate or use a segmentation model."""
-    from tokenlabel.segmentation.commands import run_segment
+@verb("report", "one HTML file with the curves, tables and pictures of runs")
+def report(parser: ArgumentParser, arguments: list[str]) -> int:
+    """Write one self-contained HTML file about one or more runs."""
+    parser.add_argument("runs", type=Path, nargs="+", help="run folders")
+    parser.add_argument("--output", type=Path, default=Path("report.html"), help="the file to write")
+    options = parse(parser, arguments)
 
-    return run_segment(arguments)
+    from tokenlabel.report import write_report
 
-
-@dataclass(frozen=True, slots=True)
-class Verb:
-    """A command and what `tokenlabel --help` says of it."""
-
-    run: Callable[[list[str]], int]
-    summary: str
-
-
-VERBS = {
-    "demo": Verb(demo, "every stage on data that ships with a dependency: start here"),
-    "index": Verb(index, "what is where in tar files, for data sets too large for folders"),
-    "annotate": Verb(annotate, "a teacher writes a dense score map for every image"),
-    "fit-head": Verb(
-        fit_head, "make a teacher of any backbone: visual words, or a head from labels, masks or texts"
-    ),
-    "inspect": Verb(inspect, "what is in a label store"),
-    "import-labels": Verb(import_labels, "the label files published in 2021, into a store"),
-    "merge": Verb(merge, "several stores into one"),
-    "train": Verb(train, "train a model by a recipe, with token labels or without"),
-    "eval": Verb(evaluate, "accuracy of a run or a model, and of its tokens where masks are known"),
-    "segment": Verb(segment, "train, eval or predict: a class for every pixel, from any backbone"),
-    "export": Verb(export, "a trained model as safetensors, ONNX, or a folder for timm and the hub"),
-    "push": Verb(push, "a run, labels or a head to the Hugging Face hub, with a card"),
-    "report": Verb(report, "one HTML file with the curves, tables and pictures of runs"),
-}
+    write_report(options.runs, options.output)
+    print(options.output)
+    return 0
 
 
 def _overview() -> str:
@@ -545,9 +455,9 @@ def _overview() -> str:
     )
 
 
-def _print_some(reasons: list[str], count: int = 10) -> None:
+def _print_some(reasons: list[str]) -> None:
     """Print the first few of many lines."""
-    for reason in reasons[:count]:
+    for reason in reasons[:MOST_REASONS]:
         print(f"  {reason}")
-    if len(reasons) > count:
-        print(f"  ... and {len(reasons) - count:,} more; the store's manifest lists all")
+    if len(reasons) > MOST_REASONS:
+        print(f"  ... and {len(reasons) - MOST_REASONS:,} more; the store's manifest lists all")

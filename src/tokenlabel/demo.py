@@ -32,11 +32,11 @@ from tokenlabel.core.align import align
 from tokenlabel.core.mix import mix_images, mix_targets, sample_mix
 from tokenlabel.data.augment import TrainTransform
 from tokenlabel.data.batches import TokenLabelDataset, collate
+from tokenlabel.data.class_names import words_of
 from tokenlabel.data.config import AugmentConfig
 from tokenlabel.data.scenes import write_scenes
 from tokenlabel.data.sources import open_images
 from tokenlabel.labels.store import LabelStore
-from tokenlabel.labels.wordnet import words_of
 from tokenlabel.runtime.arguments import write_json
 from tokenlabel.runtime.errors import ConfigError
 from tokenlabel.runtime.runlog import read_metrics

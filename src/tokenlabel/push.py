@@ -23,10 +23,11 @@ from typing import Any, Literal
 
 import yaml
 
-from tokenlabel.labels.store import LabelStore, StoreError, read_manifest
+from tokenlabel.labels.manifest import read_manifest
+from tokenlabel.labels.store import LabelStore
 from tokenlabel.models.names import OUR_MODELS
 from tokenlabel.models.runs import is_run, newest_checkpoint, read_state
-from tokenlabel.runtime.errors import ConfigError, first_line
+from tokenlabel.runtime.errors import ConfigError, StoreError, first_line
 from tokenlabel.runtime.hub import HEAD_FILE, hub_answers, status_of
 from tokenlabel.runtime.runlog import read_metrics
 from tokenlabel.teachers.heads import HEAD_SUFFIX, Head

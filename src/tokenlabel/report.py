@@ -8,7 +8,6 @@ images and no label stores.
 from __future__ import annotations
 
 import html
-import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,17 +15,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 from jaxtyping import Float, Int
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from tokenlabel.data.class_names import with_words
+from tokenlabel.drawing.charts import line_chart, run_legend
 from tokenlabel.drawing.page import Page, caption, check_output, shortened, table
 from tokenlabel.drawing.pictures import PICTURES_FOLDER, Album, read_album
 from tokenlabel.evaluation.answers import Answers, read_answers
-from tokenlabel.labels.wordnet import with_words
 from tokenlabel.runtime.configuration import flattened, read_yaml
 from tokenlabel.runtime.errors import ConfigError
 from tokenlabel.runtime.process import listed
@@ -135,7 +132,11 @@ def write_report(runs: Sequence[Path], output: Path) -> None:
     )
     page.add("Results", _results(records), _remarks(records))
     if curves := list(_curves(records)):
-        page.add("Curves", _run_legend(records), f'<div class="curves">{"".join(curves)}</div>')
+        page.add(
+            "Curves",
+            run_legend([record.name for record in records]),
+            f'<div class="curves">{"".join(curves)}</div>',
+        )
     _add_classes(page, records)
     _add_disagreements(page, records)
     _add_train_pictures(page, records)
@@ -234,64 +235,13 @@ def _curves(records: Sequence[RunRecord]) -> Iterator[str]:
             ]
             for record in records
         ]
-        yield from _chart(title, "step", of_runs)
+        yield from line_chart(title, "step", of_runs)
         if kind == "eval":
             timed = [
                 [(record.minutes_at(int(step)), value) for step, value in points]
                 for record, points in zip(records, of_runs, strict=True)
             ]
-            yield from _chart(f"{title}, against time", "minutes of training", timed)
-
-
-def _chart(title: str, x_name: str, of_runs: Sequence[Sequence[tuple[float, float]]]) -> Iterator[str]:
-    """Yield a line chart as SVG in the text's own colour, light or dark; nothing without points."""
-    if not any(of_runs):
-        return
-    figure = Figure(figsize=(4.6, 2.9), layout="constrained")
-    figure.patch.set_alpha(0)
-    axis = figure.subplots()
-    axis.patch.set_alpha(0)
-    for number, points in enumerate(of_runs):
-        if points:  # a single point makes no line, and is a dot
-            line, dot = "-" if number < 10 else "--", "o" if len(points) == 1 else ""
-            x, y = zip(*points, strict=True)
-            axis.plot(x, y, linewidth=1.4, color=f"C{number % 10}", linestyle=line, marker=dot, markersize=4)
-    axis.set_title(title, fontsize=10)
-    axis.set_xlabel(x_name, fontsize=9)
-    axis.tick_params(labelsize=8)
-    axis.xaxis.set_major_locator(MaxNLocator(5, integer=x_name == "step", min_n_ticks=1))
-    axis.grid(alpha=0.3)
-    yield as_svg(figure).replace("#000000", "currentColor")
-
-
-def as_svg(figure: Figure) -> str:
-    """Return a figure as an <svg> element, the same for the same figure."""
-    buffer = io.StringIO()
-    with mpl.rc_context({"svg.hashsalt": "tokenlabel"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    svg = buffer.getvalue()
-    return svg[svg.index("<svg") :]
-
-
-def _run_legend(records: Sequence[RunRecord]) -> str:
-    colours = (
-        "#1f77b4",
-        "#ff7f0e",
-        "#2ca02c",
-        "#d62728",
-        "#9467bd",
-        "#8c564b",
-        "#e377c2",
-        "#7f7f7f",
-        "#bcbd22",
-        "#17becf",
-    )
-    chips = (
-        f'<span><i style="background: {colours[number % 10]}"></i>{html.escape(record.name)}'
-        f"{' (dashed)' if number >= 10 else ''}</span>"
-        for number, record in enumerate(records)
-    )
-    return f'<p class="legend">{"".join(chips)}</p>'
+            yield from line_chart(f"{title}, against time", "minutes of training", timed)
 
 
 def class_accuracies(

@@ -16,7 +16,9 @@ from tokenlabel.cli import VERBS, main
 from tokenlabel.core.scores import from_mask
 from tokenlabel.data.scenes import write_scenes
 from tokenlabel.demo import DemoSize, run_demo
-from tokenlabel.labels.store import LabelStore, LabelStoreWriter, Manifest
+from tokenlabel.labels.manifest import Manifest
+from tokenlabel.labels.store import LabelStore
+from tokenlabel.labels.writer import LabelStoreWriter
 from tokenlabel.models.weights import adapter_name
 from tokenlabel.training.checkpoint import load_run
 

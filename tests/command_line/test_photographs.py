@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 import tokenlabel as tl
+from tokenlabel.data.class_names import words_of
 from tokenlabel.demo import TEACHER, draw_method, write_photographs
-from tokenlabel.labels.wordnet import words_of
 
 
 @pytest.fixture(scope="module")

@@ -174,7 +174,7 @@ TRAIN = "train --recipe demo_teacher --out ./out --data.train ./images"
         (f"{TRAIN} --optim.weight-decay=-1", "--optim.weight-decay must be at least 0, got -1.0"),
         (
             f"{TRAIN} --augment.jitter.hue 1",
-            "--augment.jitter.hue must lie in 0 to 0.5, got 1.0",
+            "--augment.jitter.hue must be at least 0 and at most 0.5, got 1.0",
         ),
         (f"{TRAIN} --optim.lr .nan", "--optim.lr must be a finite number, got nan"),
         (f"{TRAIN} --epochs many", "--epochs: expected int or null, got 'many'"),

@@ -13,7 +13,8 @@ from segment_cases import write_image
 
 from tokenlabel.cli import VERBS
 from tokenlabel.core.scores import from_mask
-from tokenlabel.labels.store import LabelStoreWriter, Manifest
+from tokenlabel.labels.manifest import Manifest
+from tokenlabel.labels.writer import LabelStoreWriter
 
 # One process runs all, one after the other as in a shell: starting Python and torch is what takes the time.
 DRIVER = """

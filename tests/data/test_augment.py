@@ -17,7 +17,7 @@ from tokenlabel.core.align import align
 from tokenlabel.core.batch import collate_score_maps
 from tokenlabel.core.geometry import View, stack_views
 from tokenlabel.core.scores import from_mask
-from tokenlabel.data import images
+from tokenlabel.data import decoding
 from tokenlabel.data.augment import EvalTransform, TrainTransform, draw_crop, one_view
 from tokenlabel.data.config import AugmentConfig, ColourJitter, Interpolation, Order, WarpConfig
 from tokenlabel.data.randaugment import COLOURS, WARPS, RandAugment, parse_randaugment
@@ -495,9 +495,9 @@ class TestTransforms:
             buffer = io.BytesIO()
             photo((70, 50), seed).save(buffer, "JPEG", quality=quality)
             samples = []
-            for decoder in (images.simplejpeg, None):
-                monkeypatch.setattr(images, "simplejpeg", decoder)
-                pixels = images.decode_pixels(buffer.getvalue(), "a.jpg")
+            for decoder in (decoding.simplejpeg, None):
+                monkeypatch.setattr(decoding, "simplejpeg", decoder)
+                pixels = decoding.decode_pixels(buffer.getvalue(), "a.jpg")
                 samples.append(transform(pixels, np.random.default_rng(seed)))
             (fast, view), (slow, same_view) = samples
             assert np.abs(fast.astype(int) - slow).max() <= 1
@@ -513,10 +513,10 @@ class TestTransforms:
         ("options", "message"),
         [
             ({"crop_scale": (0.5, 0.2)}, "crop_scale must be two numbers"),
-            ({"crop_scale": (0.5, 1.2)}, "end at 1"),
+            ({"crop_scale": (0.5, 1.2)}, "crop_scale must be above 0 and at most 1"),
             ({"crop_ratio": (0, 1)}, "crop_ratio must be two numbers"),
-            ({"horizontal_flip": 1.5}, "end at 1"),
-            ({"jitter": ColourJitter(hue=0.7)}, r"hue must lie in 0 to 0\.5"),
+            ({"horizontal_flip": 1.5}, "horizontal_flip must be at least 0 and at most 1"),
+            ({"jitter": ColourJitter(hue=0.7)}, r"hue must be at least 0 and at most 0\.5"),
         ],
     )
     def test_impossible_options_are_refused(self, options, message):
@@ -526,5 +526,5 @@ class TestTransforms:
     def test_evaluation_refuses_random_interpolation_and_empty_crops(self):
         with pytest.raises(ValueError, match="bilinear or bicubic"):
             EvalTransform((8, 8), interpolation=Interpolation.RANDOM)
-        with pytest.raises(ValueError, match="crop_fraction must lie above 0"):
+        with pytest.raises(ValueError, match="crop_fraction must be above 0"):
             EvalTransform((8, 8), crop_fraction=0.0)

@@ -20,11 +20,14 @@ from tokenlabel.cli import main
 from tokenlabel.core.config import OnlineTeacherConfig
 from tokenlabel.core.scores import from_mask
 from tokenlabel.data.batches import check_labels
-from tokenlabel.data.classes import class_order, ids_among
+from tokenlabel.data.class_names import class_order
+from tokenlabel.data.classes import ids_among
 from tokenlabel.data.imagenet import SETS, read_real_labels
 from tokenlabel.data.images import ImageFolder
 from tokenlabel.evaluation.observation import evaluation_set
-from tokenlabel.labels.store import LabelStore, LabelStoreWriter, Manifest
+from tokenlabel.labels.manifest import Manifest
+from tokenlabel.labels.store import LabelStore
+from tokenlabel.labels.writer import LabelStoreWriter
 from tokenlabel.models import TimmAdapter, create_model
 from tokenlabel.runtime.errors import ConfigError, DataError
 from tokenlabel.teachers.classmap import class_map_for

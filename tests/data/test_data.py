@@ -22,21 +22,15 @@ from torch.utils.data import DataLoader
 from tokenlabel.core.batch import normalize_images
 from tokenlabel.core.geometry import Box, View
 from tokenlabel.core.scores import from_mask
-from tokenlabel.data import images
+from tokenlabel.data import decoding
 from tokenlabel.data.batches import TokenLabelDataset, check_labels, collate, make_loader
-from tokenlabel.data.images import (
-    DataError,
-    ImageCheck,
-    ImageError,
-    ImageFolder,
-    Strings,
-    check_images,
-    decode_image,
-    decode_pixels,
-)
+from tokenlabel.data.decoding import ImageCheck, check_images, decode_image, decode_pixels
+from tokenlabel.data.images import ImageFolder
+from tokenlabel.data.listings import Strings
 from tokenlabel.data.samplers import BatchSampler, EvalBatchSampler, shard_order
 from tokenlabel.data.sources import open_images
 from tokenlabel.data.workers import process_context
+from tokenlabel.runtime.errors import DataError, ImageError
 
 SIZE_PX = (6, 8)  # height, width
 
@@ -215,7 +209,7 @@ class TestDecodePixels:
     @pytest.mark.parametrize("kind", ["jpeg", "grey jpeg", "cmyk jpeg", "png"])
     def test_the_pixels_are_those_of_decode_image(self, kind, fast, monkeypatch):
         if not fast:
-            monkeypatch.setattr(images, "simplejpeg", None)
+            monkeypatch.setattr(decoding, "simplejpeg", None)
         buffer = io.BytesIO()
         mode, image_format = {
             "grey jpeg": ("L", "JPEG"),
@@ -455,7 +449,7 @@ class TestBatchSampler:
         ("options", "message"),
         [
             ({"batch_size": 6, "world_size": 4}, "6 images does not divide among 4 processes"),
-            ({"num_images": 0}, "at least one image"),
+            ({"num_images": 0}, "num_images must be at least 1"),
             ({"rank": 2, "world_size": 2}, "rank 2 of 2"),
         ],
     )

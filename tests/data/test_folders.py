@@ -12,8 +12,10 @@ import pytest
 from PIL import Image
 
 from tokenlabel.cli import main
-from tokenlabel.data.images import DataError, ImageSubset, check_images, describe
+from tokenlabel.data.decoding import check_images
+from tokenlabel.data.images import ImageSubset, describe
 from tokenlabel.data.sources import open_aloud, open_images
+from tokenlabel.runtime.errors import DataError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
 
@@ -368,7 +370,7 @@ class TestTarFiles:
     @pytest.mark.parametrize(
         ("members", "message"),
         [
-            ({"x.jpg": b"", "x.cls": b"-1"}, "-1 is no class"),
+            ({"x.jpg": b"", "x.cls": b"-1"}, "expected the number of a class, 0 or above"),
             ({"x.jpg": b"", "x.cls": b"1.5"}, "expected the number of a class"),
             (
                 {"x.jpg": b"", "x.coarse.cls": b"1", "x.fine.cls": b"2"},

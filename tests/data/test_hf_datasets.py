@@ -11,9 +11,11 @@ import pytest
 from PIL import Image
 
 import tokenlabel as tl
-from tokenlabel.data.images import ImageError, decode_pixels, describe, has_classes
+from tokenlabel.data.decoding import decode_pixels
+from tokenlabel.data.images import describe, has_classes
 from tokenlabel.data.scenes import write_scenes
 from tokenlabel.labels.fingerprints import find_replaced
+from tokenlabel.runtime.errors import ImageError
 
 datasets = pytest.importorskip("datasets")
 

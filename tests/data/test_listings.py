@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import time
+from functools import partial
 
 import numpy as np
 import pytest
 
 from tokenlabel.data import sources
-from tokenlabel.data.images import ImageFolder, PlainImages, Strings, describe
+from tokenlabel.data.images import ImageFolder, describe
+from tokenlabel.data.listings import Strings
 from tokenlabel.data.sources import open_images
 
 
@@ -50,7 +52,7 @@ def read(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("kind", [ImageFolder, PlainImages])
+@pytest.mark.parametrize("kind", [ImageFolder, partial(ImageFolder, classes=False)], ids=["classes", "plain"])
 def test_a_folder_is_listed_once_and_found_the_same(folder, read, kind):
     first, second = found(kind(folder)), found(kind(folder))
     assert len(read) == 1

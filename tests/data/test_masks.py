@@ -14,13 +14,12 @@ from PIL import Image
 from segment_cases import BACKBONE, write_image
 
 from tokenlabel.cli import main
-from tokenlabel.data.images import DataError
 from tokenlabel.data.masks import decode_mask
 from tokenlabel.data.sources import open_images
 from tokenlabel.evaluation.masks import MaskFolder
 from tokenlabel.labels.store import LabelStore
 from tokenlabel.models import create_model
-from tokenlabel.runtime.errors import ModelError
+from tokenlabel.runtime.errors import DataError, ModelError
 from tokenlabel.segmentation import pairs as pairs_module
 from tokenlabel.segmentation.classes import IGNORED, numbered_classes
 from tokenlabel.segmentation.layouts import open_pairs

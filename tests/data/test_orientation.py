@@ -14,14 +14,18 @@ from tokenlabel.core.align import align
 from tokenlabel.core.config import LogitsMode
 from tokenlabel.core.geometry import OPPOSITE, Box, turned, turned_box
 from tokenlabel.core.scores import Kind, Orientation, from_top, turned_map
-from tokenlabel.data import images
+from tokenlabel.data import decoding
 from tokenlabel.data.augment import EvalTransform, TrainTransform
 from tokenlabel.data.batches import TokenLabelDataset, collate
 from tokenlabel.data.config import AugmentConfig
-from tokenlabel.data.images import ImageFolder, decode_image, decode_pixels, orientation_of
+from tokenlabel.data.decoding import decode_image, decode_pixels, orientation_of
+from tokenlabel.data.images import ImageFolder
 from tokenlabel.evaluation.masks import MaskFolder, mask_agreement
-from tokenlabel.labels.pictures import write_pictures
-from tokenlabel.labels.store import LabelStore, LabelStoreWriter, Manifest, StoreError
+from tokenlabel.labels.manifest import Manifest
+from tokenlabel.labels.presentation import write_pictures
+from tokenlabel.labels.store import LabelStore
+from tokenlabel.labels.writer import LabelStoreWriter
+from tokenlabel.runtime.errors import StoreError
 from tokenlabel.teachers.annotation import AnnotateConfig, annotate, annotate_by
 
 TAGS = range(1, 9)
@@ -65,7 +69,7 @@ def test_every_decoder_turns_pixels_as_pillow_does(kind, tag, monkeypatch):
     expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB"))
     np.testing.assert_array_equal(decode_pixels(data, "x"), expected)
     np.testing.assert_array_equal(np.asarray(decode_image(data, "x")), expected)
-    monkeypatch.setattr(images, "simplejpeg", None)
+    monkeypatch.setattr(decoding, "simplejpeg", None)
     np.testing.assert_array_equal(decode_pixels(data, "x"), expected)
 
 

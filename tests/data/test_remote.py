@@ -26,7 +26,9 @@ from tokenlabel.core.scores import from_mask
 from tokenlabel.data.remote import RemoteTars
 from tokenlabel.data.sources import open_images
 from tokenlabel.data.tars import write_index
-from tokenlabel.labels.store import LabelStore, LabelStoreWriter, Manifest
+from tokenlabel.labels.manifest import Manifest
+from tokenlabel.labels.store import LabelStore
+from tokenlabel.labels.writer import LabelStoreWriter
 from tokenlabel.runtime.errors import DataError, RemoteError, StoreError
 from tokenlabel.runtime.remote import as_url, expanded
 

@@ -12,19 +12,12 @@ from PIL import Image
 
 from tokenlabel.cli import main
 from tokenlabel.data import tars as tars_module
-from tokenlabel.data.images import (
-    DataError,
-    ImageCheck,
-    ImageError,
-    ImageFolder,
-    ImageSubset,
-    check_images,
-    decode_image,
-    describe,
-    has_classes,
-)
+from tokenlabel.data.decoding import ImageCheck, check_images, decode_image
+from tokenlabel.data.images import ImageFolder, ImageSubset, describe, has_classes
 from tokenlabel.data.sources import ListedImages, open_images
-from tokenlabel.data.tars import INDEX_NAME, TarImages, write_index
+from tokenlabel.data.tar_index import INDEX_NAME
+from tokenlabel.data.tars import TarImages, write_index
+from tokenlabel.runtime.errors import DataError, ImageError
 
 CLASSES = ("ape", "bee", "cat")
 
@@ -89,7 +82,10 @@ def test_webdataset_tells_classes_by_number(tmp_path):
     [
         ({"readme.md": b""}, "no images"),
         ({"a.jpg": b"", "b.jpg": b"", "b.cls": b"1"}, r"1 of 2 images have no \.cls file \(a\.jpg"),
-        ({"a.jpg": b"", "a.cls": b"cat"}, r"x\.tar: a\.cls: expected the number of a class, got b'cat'"),
+        (
+            {"a.jpg": b"", "a.cls": b"cat"},
+            r"x\.tar: a\.cls: expected the number of a class, 0 or above, got b'cat'",
+        ),
         ({"a.jpg": b"", "cat/b.jpg": b""}, "1 of 2 images have neither a .cls file nor a folder"),
     ],
 )

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch._utils import ExceptionWrapper
 
 from tokenlabel import cli
-from tokenlabel.data.images import ImageError
 from tokenlabel.data.workers import Slabs
+from tokenlabel.runtime.errors import ImageError
 
 SCRIPT = f"""if __name__ == "__main__":
     import os, signal, sys, time

@@ -13,7 +13,9 @@ from tokenlabel.core.scores import from_mask
 from tokenlabel.evaluation.evaluators import Accuracy, Calibration, TokenTruth, object_tokens
 from tokenlabel.evaluation.masks import MaskFolder, agreement, mask_agreement
 from tokenlabel.evaluation.observation import observe
-from tokenlabel.labels.store import LabelStore, LabelStoreWriter, Manifest
+from tokenlabel.labels.manifest import Manifest
+from tokenlabel.labels.store import LabelStore
+from tokenlabel.labels.writer import LabelStoreWriter
 from tokenlabel.models import Outputs, TokenModel
 from tokenlabel.runtime.coercion import pair
 

@@ -10,8 +10,10 @@ import pytest
 from tokenlabel.core.geometry import Box
 from tokenlabel.core.scores import Kind, ScoreMap, from_probabilities, from_top
 from tokenlabel.labels.encoding import Encoding
+from tokenlabel.labels.manifest import Manifest
 from tokenlabel.labels.shards import Fingerprint
-from tokenlabel.labels.store import LabelStore, LabelStoreWriter, Manifest
+from tokenlabel.labels.store import LabelStore
+from tokenlabel.labels.writer import LabelStoreWriter
 
 NUM_CLASSES = 700
 REGION = Box(0.125, 0.0, 0.875, 1.0)

@@ -23,7 +23,8 @@ from tokenlabel.labels.published import (
     label_path,
     read_label_file,
 )
-from tokenlabel.labels.store import LabelStore, StoreError
+from tokenlabel.labels.store import LabelStore
+from tokenlabel.runtime.errors import StoreError
 
 NUM_CLASSES = 30
 

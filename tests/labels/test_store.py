@@ -23,20 +23,11 @@ from safetensors.numpy import load_file
 
 from tokenlabel.core.scores import ScoreMap, from_probabilities, from_top
 from tokenlabel.labels.encoding import Encoding
-from tokenlabel.labels.manifest import write_manifest
+from tokenlabel.labels.manifest import Failure, Manifest, read_manifest, update_failures, write_manifest
 from tokenlabel.labels.shards import Fingerprint, key_hash, open_shard, write_shard
-from tokenlabel.labels.store import (
-    Failure,
-    LabelStore,
-    LabelStoreWriter,
-    Manifest,
-    StoreError,
-    _starts_by_first_bits,
-    merge_stores,
-    read_manifest,
-    remove_leftovers,
-    update_failures,
-)
+from tokenlabel.labels.store import LabelStore, _starts_by_first_bits
+from tokenlabel.labels.writer import LabelStoreWriter, merge_stores, remove_leftovers
+from tokenlabel.runtime.errors import StoreError
 
 NUM_MUTATIONS = int(os.environ.get("TOKENLABEL_MUTATIONS", "10000"))
 
@@ -231,9 +222,7 @@ def test_any_number_of_records_a_key(tmp_path_factory, monkeypatch, capsys, num_
         for place in sorted(rows):
             name = files[place[1]].key(place[2])
             first = counting.setdefault(name, place)
-            if first[0] == place[0] and files[first[1]].read(first[2], name) != files[place[1]].read(
-                place[2], name
-            ):
+            if first[0] == place[0] and files[first[1]].read(first[2]) != files[place[1]].read(place[2]):
                 contested.add(name)
         store = LabelStore(folder)
         said = capsys.readouterr().err
@@ -242,7 +231,7 @@ def test_any_number_of_records_a_key(tmp_path_factory, monkeypatch, capsys, num_
         assert sorted(map(os.fsencode, store.keys())) == sorted(counting)
         for name, (generation, file, row) in counting.items():
             assert store.generation(os.fsdecode(name)) == -generation
-            assert store.packed(os.fsdecode(name)) == files[file].read(row, name)
+            assert store.packed(os.fsdecode(name)) == files[file].read(row)
 
 
 def test_a_store_in_another_process_stays_as_it_was_opened(tmp_path):
@@ -296,7 +285,7 @@ def test_two_that_make_a_store_at_once_agree_on_what_it_holds(tmp_path, monkeypa
         time.sleep(0.05)
         write_manifest(folder, manifest)
 
-    monkeypatch.setattr("tokenlabel.labels.store.write_manifest", slowly)
+    monkeypatch.setattr("tokenlabel.labels.writer.write_manifest", slowly)
 
     def make(name):
         try:
@@ -467,7 +456,7 @@ def test_manifest(tmp_path):
     ("entry", "value", "message"),
     [
         ("format_version", 2, "reads 1"),
-        ("num_classes", "10", "not of type int"),
+        ("num_classes", "10", "expected int"),
         ("num_classes", 1, "2 classes"),
         ("class_names", ["a"], "1 class names"),
         ("encoding", "gzip", "gzip"),
@@ -634,7 +623,7 @@ def test_reading_from_many_threads(tmp_path):
 WRITE_FOREVER = """
 import sys
 from test_store import a_manifest, a_map, key_of
-from tokenlabel.labels.store import LabelStoreWriter
+from tokenlabel.labels.writer import LabelStoreWriter
 folder, start, step = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 with LabelStoreWriter(folder, a_manifest(), max_shard_bytes=800) as writer:
     for i in range(start, 4000, step):

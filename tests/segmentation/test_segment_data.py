@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from segment_cases import write_image, write_mask
 
-from tokenlabel.data.images import DataError, ImageError
 from tokenlabel.data.masks import decode_mask
 from tokenlabel.data.scenes import write_scenes
+from tokenlabel.runtime.errors import DataError, ImageError
 from tokenlabel.segmentation.augment import (
     SegmentTransform,
     distorted,

@@ -18,12 +18,12 @@ from tokenlabel.segmentation.classes import IGNORED
 from tokenlabel.segmentation.evaluation import confusion, figures_of
 from tokenlabel.segmentation.inference import (
     Segmenter,
-    SegmentEvalConfig,
     most_probable,
     slide_logits,
     whole_logits,
     window_starts,
 )
+from tokenlabel.segmentation.recipe import SegmentEvalConfig
 
 
 def outputs_of(logits: torch.Tensor) -> SegmentOutputs:

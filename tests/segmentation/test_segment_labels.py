@@ -18,7 +18,9 @@ from torch import nn
 from tokenlabel.cli import main
 from tokenlabel.core.scores import from_mask, from_probabilities
 from tokenlabel.data.scenes import write_scenes
-from tokenlabel.labels.store import LabelStore, LabelStoreWriter, Manifest
+from tokenlabel.labels.manifest import Manifest
+from tokenlabel.labels.store import LabelStore
+from tokenlabel.labels.writer import LabelStoreWriter
 from tokenlabel.runtime.distributed import Ranks, joined_ranks
 from tokenlabel.runtime.runlog import read_metrics
 from tokenlabel.segmentation.task import build

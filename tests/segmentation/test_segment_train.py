@@ -23,20 +23,21 @@ from tokenlabel.cli import main
 from tokenlabel.data.scenes import write_scenes
 from tokenlabel.labels.store import LabelStore
 from tokenlabel.models import create_model
+from tokenlabel.models.runs import list_checkpoints
 from tokenlabel.models.segmentation import (
     SegmentModelConfig,
     create_segmentation_model,
     load_segmentation_weights,
 )
-from tokenlabel.runtime.configuration import ConfigError, config_from_dict
+from tokenlabel.runtime.configuration import config_from_dict
 from tokenlabel.runtime.distributed import Ranks, joined_ranks
-from tokenlabel.runtime.errors import ModelError
+from tokenlabel.runtime.errors import ConfigError, ModelError
 from tokenlabel.runtime.runlog import Stopwatch, read_metrics
 from tokenlabel.segmentation.evaluation import evaluate_segmentation
 from tokenlabel.segmentation.inference import segmenter_of
 from tokenlabel.segmentation.recipe import SegmentRecipe
 from tokenlabel.segmentation.task import build, pixel_loss, train_segmentation
-from tokenlabel.training.checkpoint import list_checkpoints, load_run
+from tokenlabel.training.checkpoint import load_run
 from tokenlabel.training.engine import run_task
 from tokenlabel.training.recipe import recipe_content, recipe_names
 from tokenlabel.training.trainer import prepare, train_step

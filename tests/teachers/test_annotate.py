@@ -30,15 +30,17 @@ from tokenlabel.cli import main
 from tokenlabel.core.align import align
 from tokenlabel.core.batch import collate_score_maps
 from tokenlabel.core.geometry import WHOLE_IMAGE, Box, View, stack_views
-from tokenlabel.data.images import ImageError, ImageFolder
+from tokenlabel.data.images import ImageFolder
 from tokenlabel.data.sources import open_images
 from tokenlabel.data.tars import TarImages
 from tokenlabel.labels.encoding import DEFAULT_TOLERANCE
 from tokenlabel.labels.fingerprints import find_replaced
-from tokenlabel.labels.inspection import InspectConfig, as_text, inspect_store
-from tokenlabel.labels.store import LabelStore, LabelStoreWriter, StoreError
+from tokenlabel.labels.inspection import InspectConfig, inspect_store
+from tokenlabel.labels.presentation import as_text
+from tokenlabel.labels.store import LabelStore
+from tokenlabel.labels.writer import LabelStoreWriter
 from tokenlabel.models import create_model
-from tokenlabel.runtime.errors import ConfigError, DataError, ModelError
+from tokenlabel.runtime.errors import ConfigError, DataError, ImageError, ModelError, StoreError
 from tokenlabel.runtime.process import ahead, thread_pool
 from tokenlabel.teachers import labelling
 from tokenlabel.teachers.annotation import AnnotateConfig, annotate, annotate_by, make_teacher

@@ -7,16 +7,14 @@ import torch
 
 from tokenlabel.models import create_model
 from tokenlabel.models.load import load_model
+from tokenlabel.models.runs import list_checkpoints, read_state, read_tensors
 from tokenlabel.runtime.configuration import config_from_dict
 from tokenlabel.runtime.errors import ModelError
 from tokenlabel.training.checkpoint import (
     TrainState,
-    list_checkpoints,
     load_checkpoint,
     load_run,
     prune_checkpoints,
-    read_state,
-    read_tensors,
     save_checkpoint,
 )
 from tokenlabel.training.optim import create_ema, create_optimizer

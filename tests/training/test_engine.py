@@ -10,11 +10,13 @@ from test_train import CPU, nested_recipe, recipe_for, scenes, start, weights_of
 from training_ranks import train_together
 
 from tokenlabel.classification.task import build, train
-from tokenlabel.labels.store import LabelStore, LabelStoreWriter
-from tokenlabel.runtime.configuration import ConfigError
-from tokenlabel.runtime.distributed import FirstRankError, Ranks
+from tokenlabel.labels.store import LabelStore
+from tokenlabel.labels.writer import LabelStoreWriter
+from tokenlabel.models.runs import list_checkpoints
+from tokenlabel.runtime.distributed import Ranks
+from tokenlabel.runtime.errors import ConfigError, FirstRankError
 from tokenlabel.runtime.runlog import Stopwatch, read_metrics
-from tokenlabel.training.checkpoint import list_checkpoints, load_run
+from tokenlabel.training.checkpoint import load_run
 from tokenlabel.training.engine import run_task
 from tokenlabel.training.trainer import prepare, train_step
 

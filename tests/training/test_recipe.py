@@ -7,13 +7,13 @@ import yaml
 from tokenlabel.cli import main
 from tokenlabel.core.config import Mixing
 from tokenlabel.runtime.configuration import (
-    ConfigError,
     config_as_dict,
     config_from_dict,
-    read_config,
+    read_yaml,
     settings,
     write_config,
 )
+from tokenlabel.runtime.errors import ConfigError
 from tokenlabel.training.recipe import Recipe, find_recipe, read_recipe, recipe_content, recipe_names
 
 MINIMAL = {
@@ -26,7 +26,7 @@ MINIMAL = {
 
 
 def read(path):
-    return read_config(path, Recipe)
+    return config_from_dict(read_yaml(path), Recipe, name=str(path))
 
 
 @pytest.fixture

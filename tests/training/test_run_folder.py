@@ -27,19 +27,21 @@ from tokenlabel.core.losses import sparse_cross_entropy
 from tokenlabel.core.scores import Kind, from_top, unknown_map
 from tokenlabel.core.step import make_targets, student_loss
 from tokenlabel.data.batches import collate
-from tokenlabel.data.images import DataError, ImageCheck, ImageFiles
+from tokenlabel.data.decoding import ImageCheck
+from tokenlabel.data.images import ImageFiles
 from tokenlabel.data.sources import open_images
 from tokenlabel.evaluation.observation import evaluation_set
-from tokenlabel.labels.store import LabelStore, LabelStoreWriter
+from tokenlabel.labels.store import LabelStore
+from tokenlabel.labels.writer import LabelStoreWriter
+from tokenlabel.models.runs import list_checkpoints
 from tokenlabel.runtime import distributed
-from tokenlabel.runtime.configuration import ConfigError, config_from_dict
+from tokenlabel.runtime.configuration import config_from_dict
 from tokenlabel.runtime.distributed import Ranks, current_ranks, joined_ranks
-from tokenlabel.runtime.errors import FirstRankError
+from tokenlabel.runtime.errors import ConfigError, DataError, FirstRankError
 from tokenlabel.runtime.runlog import read_metrics
 from tokenlabel.segmentation.recipe import SegmentRecipe
 from tokenlabel.segmentation.task import train_segmentation
 from tokenlabel.training import engine
-from tokenlabel.training.checkpoint import list_checkpoints
 from tokenlabel.training.recipe import Recipe
 from tokenlabel.training.run_folder import LOCK_FILE, check_run_folder, locked, sound_images
 

@@ -23,12 +23,16 @@ from tokenlabel.classification.task import build, train
 from tokenlabel.core.scores import from_mask
 from tokenlabel.data.scenes import write_scenes
 from tokenlabel.data.tars import TarImages
-from tokenlabel.labels.store import LabelStore, LabelStoreWriter, Manifest
-from tokenlabel.runtime.configuration import ConfigError, config_from_dict
+from tokenlabel.labels.manifest import Manifest
+from tokenlabel.labels.store import LabelStore
+from tokenlabel.labels.writer import LabelStoreWriter
+from tokenlabel.models.runs import list_checkpoints
+from tokenlabel.runtime.configuration import config_from_dict
 from tokenlabel.runtime.distributed import Ranks
+from tokenlabel.runtime.errors import ConfigError
 from tokenlabel.runtime.process import Interrupted
 from tokenlabel.runtime.runlog import Stopwatch, read_metrics
-from tokenlabel.training.checkpoint import list_checkpoints, load_run
+from tokenlabel.training.checkpoint import load_run
 from tokenlabel.training.engine import run_task
 from tokenlabel.training.recipe import Recipe
 from tokenlabel.training.trainer import prepare, train_step

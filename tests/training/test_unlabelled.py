@@ -23,7 +23,9 @@ from tokenlabel.core.losses import sparse_cross_entropy
 from tokenlabel.core.scores import ScoreMap
 from tokenlabel.core.step import make_targets, student_loss
 from tokenlabel.data.scenes import write_scenes
-from tokenlabel.labels.store import LabelStore, LabelStoreWriter, Manifest
+from tokenlabel.labels.manifest import Manifest
+from tokenlabel.labels.store import LabelStore
+from tokenlabel.labels.writer import LabelStoreWriter
 from tokenlabel.models import register_with_timm
 from tokenlabel.runtime.configuration import config_from_dict
 from tokenlabel.runtime.distributed import Ranks

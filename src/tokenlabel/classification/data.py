@@ -11,23 +11,16 @@ import numpy as np
 from tokenlabel.core.config import ClassTarget, Inference
 from tokenlabel.data.batches import TokenLabelDataset, check_labels, classes_of_labels
 from tokenlabel.data.classes import ClassList
-from tokenlabel.data.folders import NEED_CLASSES, DataError
-from tokenlabel.data.images import (
-    ImageCheck,
-    ImageSource,
-    JoinedImages,
-    WithoutClasses,
-    describe,
-    find_broken,
-    has_classes,
-)
+from tokenlabel.data.decoding import ImageCheck, find_broken
+from tokenlabel.data.folders import NEED_CLASSES
+from tokenlabel.data.images import ImageSource, JoinedImages, describe, has_classes, without_classes
 from tokenlabel.data.sources import open_aloud, refuse_single_class
 from tokenlabel.evaluation.observation import evaluation_set
 from tokenlabel.labels.store import LabelStore
+from tokenlabel.runtime.cache import NUM_AHEAD, refuse_small_cache
 from tokenlabel.runtime.distributed import current_ranks
-from tokenlabel.runtime.errors import ConfigError
+from tokenlabel.runtime.errors import ConfigError, DataError
 from tokenlabel.runtime.process import say
-from tokenlabel.runtime.remote import NUM_AHEAD, refuse_small_cache
 from tokenlabel.training.recipe import Recipe
 from tokenlabel.training.run_folder import RunImages, sound_images
 
@@ -135,7 +128,7 @@ def _with_classes(recipe: Recipe, source: ImageSource, store: LabelStore | None)
         )
     classes = store.manifest.classes
     return (
-        WithoutClasses(source, classes.labels)
+        without_classes(source, classes.labels)
         if _takes_classes_of_maps(recipe) and not classes.words
         else source
     )

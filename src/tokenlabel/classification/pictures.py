@@ -18,11 +18,11 @@ from tokenlabel.core.mix import MixPlan, mix_images
 from tokenlabel.core.scores import ScoreMap
 from tokenlabel.core.step import Part, TrainStep, erase_and_draw, make_targets
 from tokenlabel.core.targets import TokenTargets
+from tokenlabel.data.class_names import with_words
 from tokenlabel.drawing.pictures import PICTURES_FOLDER, Album, ClassGrid, Tile, make_album, top_classes
 from tokenlabel.evaluation.answers import Answers
 from tokenlabel.evaluation.evaluators import Evaluator, Predictions
-from tokenlabel.labels.pictures import map_of_scores
-from tokenlabel.labels.wordnet import with_words
+from tokenlabel.labels.presentation import map_of_scores
 from tokenlabel.models import TimmAdapter, TokenModel
 from tokenlabel.runtime.distributed import Ranks
 from tokenlabel.runtime.errors import ModelError

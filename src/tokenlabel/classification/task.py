@@ -22,8 +22,10 @@ from tokenlabel.core.batch import Batch
 from tokenlabel.core.step import Part, Supervision, TrainStep
 from tokenlabel.data.augment import EvalTransform, TrainTransform
 from tokenlabel.data.batches import TokenLabelDataset, make_loader
-from tokenlabel.data.classes import ClassList, difference, ids_among, imagenet_names
-from tokenlabel.data.images import ImageError, decode_pixels, has_classes
+from tokenlabel.data.class_names import imagenet_names
+from tokenlabel.data.classes import ClassList, difference, ids_among
+from tokenlabel.data.decoding import decode_pixels
+from tokenlabel.data.images import has_classes
 from tokenlabel.data.remote import read_ahead
 from tokenlabel.data.samplers import BatchSampler, EvalBatchSampler, shard_order
 from tokenlabel.drawing.pictures import Album
@@ -34,7 +36,7 @@ from tokenlabel.models import TokenModel, create_model, load_published
 from tokenlabel.models.runs import read_description
 from tokenlabel.models.weight_files import read_class_names
 from tokenlabel.runtime.distributed import Ranks, autocast
-from tokenlabel.runtime.errors import ConfigError
+from tokenlabel.runtime.errors import ConfigError, ImageError
 from tokenlabel.runtime.process import say
 from tokenlabel.runtime.runlog import Tracker
 from tokenlabel.teachers.online import load_online_teacher

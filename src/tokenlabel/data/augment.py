@@ -30,7 +30,7 @@ from tokenlabel.data.colours import (
 from tokenlabel.data.config import AugmentConfig, ColourJitter, Interpolation, Order, WarpConfig
 from tokenlabel.data.randaugment import parse_randaugment
 from tokenlabel.data.resampling import RESAMPLING, flipped, resize, warp
-from tokenlabel.runtime.coercion import Size, coerced, pair
+from tokenlabel.runtime.coercion import PART, Size, check_number, coerced, pair
 
 
 class TrainTransform:
@@ -115,8 +115,7 @@ class EvalTransform:
         interpolation: Interpolation | str = Interpolation.BICUBIC,
     ) -> None:
         interpolation = Interpolation(interpolation)
-        if not 0 < crop_fraction <= 1:
-            raise ValueError(f"crop_fraction must lie above 0 and not above 1, got {crop_fraction}")
+        check_number(crop_fraction, PART, name="crop_fraction")
         if interpolation is Interpolation.RANDOM:
             raise ValueError("evaluation needs one interpolation: bilinear or bicubic, not random")
         self.img_size, self.crop_fraction, self.interpolation = pair(img_size), crop_fraction, interpolation

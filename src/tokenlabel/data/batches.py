@@ -22,19 +22,18 @@ from tokenlabel.core.batch import Batch, Sample, collate_score_maps
 from tokenlabel.core.geometry import View, stack_views
 from tokenlabel.core.scores import Kind, Orientation, ScoreMap, turned_map, unknown_map
 from tokenlabel.data.classes import ClassList, difference, ids_among, say_order
-from tokenlabel.data.images import (
-    ImageSource,
-    decode_pixels,
-    has_classes,
-    orientation_of,
-)
+from tokenlabel.data.decoding import decode_pixels, orientation_of
+from tokenlabel.data.images import ImageSource, has_classes
 from tokenlabel.data.samplers import FOR_SAMPLE, BatchSampler, EvalBatchSampler
 from tokenlabel.data.workers import prepare_worker, process_context, stack
+from tokenlabel.runtime.coercion import COUNT, NATURAL, check_number
 from tokenlabel.runtime.errors import DataError
 from tokenlabel.runtime.process import listed, say
 
 Transform = Callable[[NDArray[np.uint8], np.random.Generator], tuple[NDArray[np.uint8], View]]
 """From RGB pixels [h, w, 3] and a source of randomness to pixels [height, width, 3] and the view that they show."""
+
+_SETTLED = "class_names in their manifest.json would settle it"
 
 SampleIndex = SupportsIndex | tuple[SupportsIndex, SupportsIndex]
 """What names a sample: the index of an image, or an epoch and the index."""
@@ -94,8 +93,8 @@ class TokenLabelDataset(Dataset[Sample]):
                 f"source: expected what tokenlabel.open_images(...) returns, got {type(source).__name__}; datasets of "
                 "Hugging Face are opened by name (hf-dataset:NAME:SPLIT), with an index, not streamed"
             )
-        if (seed := operator.index(seed)) < 0:
-            raise ValueError(f"seed: expected at least 0, got {seed}")
+        seed = operator.index(seed)
+        check_number(seed, COUNT, name="seed")
         # In memory that data workers share, however they were started: the epoch, and how many samples were drawn by
         # their index alone while nobody had set one (-1: somebody has, or the line about it is out).
         self._clock = torch.zeros(2, dtype=torch.int64).share_memory_()
@@ -115,8 +114,7 @@ class TokenLabelDataset(Dataset[Sample]):
         itself, and a `DistributedSampler` has a `set_epoch` of its own, to be called as well.)
         """
         number = operator.index(epoch)
-        if number < 0:
-            raise ValueError(f"epochs count from 0, got {number}")
+        check_number(number, COUNT, name="epoch")
         self._clock.copy_(torch.tensor([number, -1]))
 
     def _with_epochs(self, indices: Sequence[SampleIndex]) -> list[tuple[int, int]]:
@@ -197,6 +195,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
         raise DataError(
             f"{len(samples) - len(score_maps)} of the {len(samples)} samples of a batch have no score map"
         )
+    # Channels last, as decoders write them: each image is copied into shared memory as one block.
     pixels = stack([sample.image.permute(1, 2, 0) for sample in samples])  # [B, height, width, 3]
     return Batch(
         images=pixels.permute(0, 3, 1, 2),
@@ -222,19 +221,23 @@ def classes_of_labels(class_names: Sequence[str], store: CheckableLabels) -> Cla
     ours, theirs = ClassList(len(class_names), tuple(class_names)), _classes_of(store)
     if theirs.is_same(ours):
         if not theirs.names:
-            say_order(
-                class_names, them="the labels'", overrule="class_names in their manifest.json would settle it"
-            )
+            say_order(class_names, them="the labels'", overrule=_SETTLED)
         return ours
     common = sum(place >= 0 for place in ids_among(ours.names, theirs.names)) if not theirs.words else 0
     if common and (common < ours.count or theirs.count == ours.count):
-        raise DataError(
-            f"{difference(theirs.names, ours.names, count=theirs.count, them='the labels')}; annotate these images, "
-            "with their own classes"
-        )
+        raise _other_classes(theirs, ours)
     if ours.count:
         say(f"tokens learn the {theirs} of the labels, the class token the {ours} of the images")
     return theirs
+
+
+def _other_classes(theirs: ClassList, ours: ClassList) -> DataError:
+    if theirs.words or ours.words:
+        return DataError(
+            f"the labels are about {theirs.described()}, not {ours.described()}; give labels by the same head"
+        )
+    differ = difference(theirs.names, ours.names, count=theirs.count, them="the labels")
+    return DataError(f"{differ}; annotate these images, with their own classes")
 
 
 def _classes_of(store: CheckableLabels) -> ClassList:
@@ -259,20 +262,9 @@ def check_labels(
     ours = classes or ClassList(len(source.class_names), tuple(source.class_names))
     theirs = _classes_of(store)
     if not theirs.is_same(ours):
-        if theirs.words or ours.words:
-            raise DataError(
-                f"the labels are about {theirs.described()}, not {ours.described()}; give labels by the same head"
-            )
-        raise DataError(
-            f"{difference(theirs.names, ours.names, count=theirs.count, them='the labels')}; annotate these images, "
-            "with their own classes"
-        )
+        raise _other_classes(theirs, ours)
     if not theirs.names and not theirs.words:
-        say_order(
-            source.class_names,
-            them="the labels'",
-            overrule="class_names in their manifest.json would settle it",
-        )
+        say_order(source.class_names, them="the labels'", overrule=_SETTLED)
     holds = getattr(store, "holds", None)  # of a million keys at once, where a store can
     held = holds(source.keys) if holds else [key in store for key in source.keys]
     missing = [key for key, is_held in zip(source.keys, held, strict=True) if not is_held]
@@ -312,10 +304,8 @@ def make_loader(
     >>> [len(batch.images) for batch in tl.make_loader(dataset, batches, num_workers=0)]
     [4, 4, 4]
     """
-    if num_workers < 0 or prefetch < 1:
-        raise ValueError(
-            f"num_workers must be at least 0 and prefetch at least 1, got {num_workers} and {prefetch}"
-        )
+    check_number(num_workers, COUNT, name="num_workers")
+    check_number(prefetch, NATURAL, name="prefetch")
     return DataLoader(
         dataset,
         batch_sampler=batches,

@@ -7,26 +7,21 @@ guess, and a line says which.
 
 from __future__ import annotations
 
-import json
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from tokenlabel.runtime.errors import ConfigError
+import numpy as np
+from numpy.typing import NDArray
+
+from tokenlabel.runtime.errors import DataError
 from tokenlabel.runtime.process import listed, say
 
-SORTED, NATURAL = "sorted", "natural"
-
-# Where models keep their classes: ours and timm's, those of transformers and ultralytics, those of people's scripts.
-_CONFIG_KEYS = (
-    "class_names", "label_names", "classes", "class_to_idx", "idx_to_class", "id2label", "label2id", "names",
-)  # fmt: skip
-
-_WORDNET_ID = re.compile(r"n\d{8}")
+# More classes than this, numbers in a list or in .cls files are something else: 21,841 are in all of ImageNet.
+_MAX_CLASSES = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -68,7 +63,7 @@ class ClassList:
 
 
 def ids_among(names: Sequence[str], others: Sequence[str]) -> list[int]:
-    """Return the place of each name among other names; -1 where there is none, or more than one."""
+    """Return the index of each name among other names; -1 where there is none, or more than one."""
 
     def places(forms: list[str]) -> dict[str, int]:
         times = Counter(forms)
@@ -90,9 +85,9 @@ def difference(theirs: Sequence[str], ours: Sequence[str], *, count: int, them: 
         return both
     if count != len(ours):
         return f"{both} ({listed(list(theirs))} against {listed(list(ours)) or 'none'})"
-    first = next(i for i, place in enumerate(ids_among(ours, theirs)) if place != i)
+    first = next(i for i, index in enumerate(ids_among(ours, theirs)) if index != i)
     a, b = _told_apart(theirs[first], ours[first])
-    num_common = sum(place >= 0 for place in ids_among(ours, theirs))
+    num_common = sum(index >= 0 for index in ids_among(ours, theirs))
     return (
         f"class {first} is {a} to {them} and {b} to the images; {num_common:,} names are common to both "
         f"({listed(list(theirs))} against {listed(list(ours))})"
@@ -103,7 +98,7 @@ def strangers(
     ours: Sequence[str], theirs: Sequence[str], ids: Sequence[int], *, count: int, them: str
 ) -> str:
     """Return which of the images' classes, those whose id is -1, are none of theirs; what looks alike is told apart."""
-    first, *others = (name for name, place in zip(ours, ids, strict=True) if place < 0)
+    first, *others = (name for name, index in zip(ours, ids, strict=True) if index < 0)
     text = f"{first!r} is no class of {them}"
     if others:
         text += f", nor {len(others):,} more of {len(ours):,} ({listed(list(map(repr, others)))})"
@@ -116,163 +111,56 @@ def strangers(
     return text if alike is None else f"{text}; {first!a} looks like {alike!a} and is another name"
 
 
-def match_classes(
-    ours: Sequence[str],
-    theirs: Sequence[str],
-    *,
-    count: int,
-    assumed: bool = False,
-    them: str = "the model",
-    option: str = "--class-order",
-) -> list[int]:
-    """Return which of a network's `count` classes each of the images' classes is, -1 for none; say what is assumed.
+def named_classes(names: Sequence[str]) -> tuple[list[str], NDArray[np.int64]]:
+    """Return class names and ids: numbers stand for themselves (also 3.0, as pandas writes them), names are sorted.
 
-    `theirs`: the network's class names in its order, empty if nobody knows them; `assumed`: they are ImageNet's by
-    their number alone. Names decide where any is known to both. Where none is, as many classes as a network without
-    names has are its own in their order, numbers are class ids, and words are those of WordNet. `them`, `option`: what
-    lines call the network, and what overrules them.
+    Raises DataError for numbers below 0 or far too large, and for numbers with missing values among them.
     """
-    overrule = f"; overrule with {option} natural, sorted or FILE" if option else ""
-    ids = ids_among(ours, theirs)
-    if max(ids, default=-1) >= 0:
-        if assumed:
-            say_imagenet(theirs, them=them, option=option)
-        return ids
-    numbers = [int(name) if name.isdecimal() else -1 for name in ours]
-    if are_numbers(theirs):
-        imagenet = imagenet_names(count)
-        if max(ids_among(ours, imagenet), default=-1) >= 0:
-            return match_classes(ours, imagenet, count=count, assumed=True, them=them, option=option)
-        if len(ours) == count:
-            say(_assumed_order(ours, them) + overrule)
-            return list(range(count))
-    if ours and min(numbers) >= 0 and max(numbers) < count and len(set(numbers)) == len(ours):
-        pairs = listed(
-            [f"{name} = {theirs[i]}" if theirs else name for name, i in zip(ours, numbers, strict=True)]
+    numbers = {name for name in set(names) if re.fullmatch(r"[+-]?\d+(\.0*)?", name)}
+    others = set(names) - numbers
+    if others:
+        missing = [name for name in others if name.lower() in ("nan", "none", "null", "na", "n/a")]
+        if numbers and missing:
+            raise DataError(
+                f"{missing[0]} is no class among numbers such as {min(numbers)}; remove these images"
+            )
+        return sorted_classes(names)
+    of_name = {name: int(name.split(".")[0]) for name in numbers}
+    if wrong := [name for name, number in of_name.items() if not 0 <= number < _MAX_CLASSES]:
+        raise DataError(
+            f"{wrong[0]} is no class: numbers of classes are ids, 0 and up, below {_MAX_CLASSES:,}"
         )
-        say(f"assuming the images' class numbers are ids of {them}'s {count:,} classes: {pairs}{overrule}")
-        return numbers
-    ids = _ids_by_words(ours, theirs)
-    if max(ids, default=-1) >= 0:
-        pairs = listed([f"{name} = {theirs[i]}" for name, i in zip(ours, ids, strict=True) if i >= 0])
-        say(f"assuming the images' classes are called by WordNet's words: {pairs}{overrule}")
-    return ids
+    ids = np.array([of_name[name] for name in names], np.int64)
+    return [str(number) for number in range(int(ids.max()) + 1)], ids
 
 
-def say_imagenet(names: Sequence[str], *, them: str, option: str) -> None:
-    """Say that a network's classes are taken for ImageNet's by their number."""
-    pairs = ", ".join(f"{i} = {name}" for i, name in enumerate(names[:3]))
-    say(
-        f"assuming {them}'s {len(names):,} classes are ImageNet's, by their number: {pairs}; overrule with {option} "
-        "natural, sorted or FILE"
-    )
+def sorted_classes(names: Sequence[str]) -> tuple[list[str], NDArray[np.int64]]:
+    """Return class names and ids in the order of the names, as those of class folders are."""
+    distinct = sorted(set(names))
+    if alike := equal_looking(distinct):
+        raise DataError(f"the images: {alike}")
+    ids = {name: class_id for class_id, name in enumerate(distinct)}
+    return distinct, np.array([ids[name] for name in names], np.int64)
+
+
+def equal_looking(names: Iterable[str]) -> str | None:
+    """Say which two classes look the same (an accent in two Unicode forms), if any do."""
+    seen = dict[str, str]()
+    for name in names:
+        if (other := seen.setdefault(composed(name).strip(), name)) != name:
+            return f"two classes look the same, {other!a} and {name!a}; make them one"
+    return None
 
 
 def say_order(ours: Sequence[str], *, them: str, overrule: str) -> None:
     """Say that what has class ids without names is taken to have the images' classes, unless these are numbers."""
     if not are_numbers(ours):
-        say(f"{_assumed_order(ours, them)}; {overrule}")
+        say(f"{assumed_order(ours, them)}; {overrule}")
 
 
-def class_order(
-    order: str, ours: Sequence[str], known: Sequence[str], *, count: int, option: str = "--class-order"
-) -> list[str]:
-    """Return the names of a network's `count` classes in its order, as the user says it.
-
-    `order`: "sorted" or "natural", of the images' classes; else a file of one name a line, alone, with its id (from 0
-    or 1) or with a description behind a tab; or a `.json` of a list of names or of a mapping between names and ids,
-    also inside a model's configuration (`label_names`, `id2label`). `known`: what the network says
-    itself; it must be no other. Raises ConfigError.
-    """
-    if order not in (SORTED, NATURAL):
-        names = read_class_names(order, ours, option=option)
-    elif ours:
-        names = sorted(ours, key=_natural if order == NATURAL else None)
-    else:
-        raise ConfigError(f"{option} {order}: the images have no classes; give a file of names")
-    if not are_numbers(known) and not same_classes(known, names):
-        raise ConfigError(
-            f"{option} {order}: the network says itself that its classes are {listed(list(known))}, not "
-            f"{listed(names)}; leave the option out, or map them"
-        )
-    if len(names) != count:
-        raise ConfigError(
-            f"{option} {order}: that is {len(names):,} classes, the network knows {count:,}; give a file with the name "
-            "of each of them, in its order"
-        )
-    return names
-
-
-def read_class_names(path: str | Path, ours: Sequence[str] = (), *, option: str = "") -> list[str]:
-    """Return the class names of a file in their order; see `class_order`. Raises ConfigError.
-
-    `option`: what the file was given to; none for an argument that has to be such a file.
-    """
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-        if Path(path).suffix.lower() == ".json":
-            names = _in_json_order(json.loads(text))
-        else:
-            lines = [line.strip() for line in text.split("\n") if not line.startswith("#")]
-            names = _in_line_order([line for line in lines if line], ours)
-    except (OSError, ValueError) as error:
-        kinds = "neither `natural` nor `sorted`, nor a file" if option.endswith("class-order") else "no file"
-        raise ConfigError(f"{option} {path}: {kinds} of class names ({error})".lstrip()) from error
-    if repeated := [name for name, times in Counter(map(composed, names)).items() if times > 1]:
-        raise ConfigError(
-            f"{option} {path}: names several classes {listed(list(map(repr, repeated)))}".lstrip()
-        )
-    return names
-
-
-def _in_line_order(lines: list[str], ours: Sequence[str]) -> list[str]:
-    """Return the names that lines hold, in the order of their ids if they have such: in front or behind, all different.
-
-    A first line may be headings. Names that the images have count as they are: "class 1" is no class of id 1 then.
-    """
-    names = [line.partition("\t")[0].strip() for line in lines]
-    if max(ids_among(names, ours), default=-1) >= 0:
-        return names
-    for pattern in (r"(?P<id>\d+)[\s,;:=]+(?P<name>.+)", r"(?P<name>.+?)[\s,;:=]+(?P<id>\d+)"):
-        for rows in (lines, lines[1:]):
-            found = [match for line in rows if (match := re.fullmatch(pattern, line))]
-            by_id = {int(match["id"]): match["name"].strip("\"', ") for match in found}
-            first = min(by_id, default=-1)
-            is_counted = first in (0, 1) and sorted(by_id) == list(range(first, first + len(rows)))
-            if is_counted and len(set(by_id.values())) == len(rows):
-                return [by_id[i] for i in sorted(by_id)]
-    if all(re.match(rf"{_WORDNET_ID.pattern}[\s,:]", line) for line in lines):  # n01440764 tench, Tinca tinca
-        return [line[:9] for line in lines]
-    return names
-
-
-def imagenet_names(count: int) -> tuple[str, ...]:
-    """Return ImageNet's names of so many classes (WordNet ids); none for another number."""
-    from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset  # timm imports torch
-
-    subset = infer_imagenet_subset({"num_classes": count})
-    return tuple(ImageNetInfo(subset).label_names()) if subset else ()
-
-
-def _in_json_order(content: object) -> list[str]:
-    if isinstance(content, dict):
-        inside = (content[key] for key in _CONFIG_KEYS if isinstance(content.get(key), (dict, list)))
-        content = next(inside, content)
-    if isinstance(content, dict) and all(type(place) is int for place in content.values()):
-        content = {place: name for name, place in content.items()}
-    if isinstance(content, dict):
-        by_id = {int(place) if str(place).isdecimal() else -1: name for place, name in content.items()}
-        content = [by_id[i] for i in sorted(by_id)] if sorted(by_id) == list(range(len(by_id))) else None
-    if isinstance(content, list):  # Keras has ["n01440764", "tench"] for each
-        content = [name[0] if isinstance(name, list) and name else name for name in content]
-    if not isinstance(content, list) or not all(isinstance(name, str) for name in content):
-        raise ValueError("expected a list of names, or a mapping between names and all ids from 0")
-    return [name for name in content if isinstance(name, str)]
-
-
-def _assumed_order(ours: Sequence[str], them: str) -> str:
+def assumed_order(ours: Sequence[str], them: str) -> str:
     """Return the line that says in which order classes without names are taken, loud where another is as likely."""
-    natural = sorted(ours, key=_natural)
+    natural = sorted(ours, key=natural_order)
     is_sorted = list(ours) == sorted(ours)
     other = next((i for i in range(len(ours)) if is_sorted and natural[i] != ours[i]), None)
     telling = [] if other is None else [other]
@@ -287,30 +175,9 @@ def _assumed_order(ours: Sequence[str], them: str) -> str:
     return f"WARNING: {line}; in natural order, which timm's scripts train in, {other} is {natural[other]}"
 
 
-def _ids_by_words(ours: Sequence[str], theirs: Sequence[str]) -> list[int]:
-    """Return which WordNet id each name is a word for, -1 where none or several are, or `theirs` are no such ids."""
-    if not theirs or not all(map(_WORDNET_ID.fullmatch, theirs)):
-        return [-1] * len(ours)
-    from timm.data.imagenet_info import ImageNetInfo
-
-    info, words = ImageNetInfo(), []
-    for place, name in enumerate(theirs):
-        try:
-            lemmas = info.label_name_to_description(name)
-        except KeyError:  # no class of any ImageNet
-            continue
-        words += [(_as_word(lemma), place) for lemma in {*lemmas.split(", ")}]
-    places = ids_among([_as_word(name) for name in ours], [word for word, _ in words])
-    return [words[place][1] if place >= 0 else -1 for place in places]
-
-
 def are_numbers(names: Sequence[str]) -> bool:
     """Say whether names are the ids themselves, or none at all: they don't say what the classes are."""
     return list(names) == [str(i) for i in range(len(names))]
-
-
-def _as_word(name: str) -> str:
-    return re.sub(r"[\s_-]+", " ", composed(name).casefold()).strip()
 
 
 def composed(name: str) -> str:
@@ -334,7 +201,7 @@ def _told_apart(a: str, b: str) -> tuple[str, str]:
     return (ascii(a), ascii(b)) if _outline(a) == _outline(b) else (repr(a), repr(b))
 
 
-def _natural(name: str) -> list[str | int]:
+def natural_order(name: str) -> list[str | int]:
     """Return what timm sorts folders by: numbers inside names compare as numbers, case does not count."""
     parts = re.split(r"(\d+)", name.lower())
     return [int(part) if i % 2 else part for i, part in enumerate(parts)]

@@ -21,9 +21,9 @@ from jaxtyping import Bool, Int32, UInt16
 from numpy.typing import NDArray
 from PIL import Image
 
-from tokenlabel.data.images import Strings
+from tokenlabel.data.listings import Strings
 from tokenlabel.data.masks import MAX_CLASSES, unlabelled_value
-from tokenlabel.runtime.errors import DataError
+from tokenlabel.runtime.errors import DataError, import_extra
 from tokenlabel.runtime.process import listed
 
 COCO_SUFFIX = ".json"
@@ -154,6 +154,7 @@ def instance_mask(segmentation: Any, size_px: tuple[int, int]) -> Bool[NDArray[n
             raise ValueError(
                 f"has runs of {runs.sum():,} pixels, its image {size_px[0]} x {size_px[1]} = {num_px:,}"
             )
+        # The first run is outside of the instance, the second inside, and so on.
         inside = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
         return inside.reshape(size_px[::-1]).T  # runs go down the columns
     if not segmentation:
@@ -161,12 +162,7 @@ def instance_mask(segmentation: Any, size_px: tuple[int, int]) -> Bool[NDArray[n
     for polygon in segmentation:
         if len(polygon) < 6 or len(polygon) % 2:
             raise ValueError(f"has a polygon of {len(polygon)} numbers, expected x and y of 3 points or more")
-    try:
-        from pycocotools import mask as coco
-    except ImportError as error:
-        raise DataError(
-            "polygons need pycocotools, which is not installed: pip install 'tokenlabel[coco]'"
-        ) from error
+    coco = import_extra("pycocotools.mask", "coco", "pycocotools, which polygons need,")
     runs: Any = coco.merge(coco.frPyObjects(segmentation, *size_px))
     return instance_mask({**runs, "counts": runs["counts"].decode()}, size_px)
 
@@ -205,6 +201,7 @@ def painted(
     Pieces of the value `CROWD` lie below all others, whatever their size.
     """
     values = np.full(size_px, unlabelled, np.uint16)
+    # Painted from the largest to the smallest, so that what is left of each is what nothing smaller covers.
     for piece, value in sorted(pieces, key=lambda item: (item[1] != CROWD, -int(item[0].sum()))):
         values[piece] = value
     return values

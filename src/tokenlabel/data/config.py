@@ -5,7 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from tokenlabel.data.randaugment import parse_randaugment
-from tokenlabel.runtime.coercion import COUNT, ONE_OPTION, POSITIVE, Choice, check_numbers, coerced_fields
+from tokenlabel.runtime.coercion import (
+    COUNT,
+    ONE_OPTION,
+    PART,
+    POSITIVE,
+    SHARE,
+    Choice,
+    check_numbers,
+    coerced_fields,
+)
 
 
 class Interpolation(Choice):
@@ -99,15 +108,9 @@ class AugmentConfig:
             low, high = getattr(self, name)
             if not 0 < low <= high:
                 raise ValueError(f"{name} must be two numbers with 0 < first <= second, got {low} and {high}")
-        shares = (self.horizontal_flip, self.vertical_flip, self.warp.probability, self.jitter.probability)
-        if self.crop_scale[1] > 1 or not all(0 <= share <= 1 for share in shares):
-            raise ValueError(
-                f"crop_scale and probabilities end at 1, got {list(self.crop_scale)} and {list(shares)}"
-            )
-        if not 0 <= self.jitter.hue <= 0.5:
-            raise ValueError(f"jitter.hue must lie in 0 to 0.5, got {self.jitter.hue}")
-        check_numbers(self, crop_ratio=POSITIVE)
-        check_numbers(self.warp, "warp.", degrees=COUNT, shear=COUNT, translate=COUNT)
+        check_numbers(self, crop_scale=PART, crop_ratio=POSITIVE, horizontal_flip=SHARE, vertical_flip=SHARE)
+        check_numbers(self.warp, "warp.", probability=SHARE, degrees=COUNT, shear=COUNT, translate=COUNT)
         check_numbers(self.jitter, "jitter.", brightness=COUNT, contrast=COUNT, saturation=COUNT)
+        check_numbers(self.jitter, "jitter.", hue="[0, 0.5]", probability=SHARE)
         if self.randaugment is not None:
             parse_randaugment(self.randaugment)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 from tokenlabel.runtime.errors import DataError
 from tokenlabel.runtime.process import listed
@@ -85,6 +85,21 @@ class Listing:
     num_links: int = 0
 
 
+class _Folder(NamedTuple):
+    """A folder to look through. `above`: the real paths from which links led here, the root's first."""
+
+    path: str
+    real: str
+    above: tuple[str, ...]
+
+    def inner(self, entry: os.DirEntry[str]) -> _Folder:
+        """Return a folder in this one."""
+        path = f"{self.path}/{entry.name}" if self.path else entry.name
+        if entry.is_symlink():
+            return _Folder(path, os.path.realpath(entry.path), (*self.above, self.real))
+        return _Folder(path, f"{self.real}/{entry.name}", self.above)
+
+
 def list_images(root: Path) -> Listing:
     """Look through a folder, links followed; each folder is read once, whatever links lead to it.
 
@@ -93,57 +108,58 @@ def list_images(root: Path) -> Listing:
     """
     found, seen = Listing(), dict[str, str]()  # by real path
     here = os.path.realpath(root)
-    folders: list[tuple[str, str, tuple[str, ...]]] = [
-        ("", here, (here,))
-    ]  # path, real path, real paths on the way
-    links: list[tuple[str, str, tuple[str, ...]]] = []
-    while folders or links:  # links last
-        path, real, above = (folders or links).pop()
-        if real in seen:
-            _refuse_two_classes(root, seen[real], path)
+    folders, links = [_Folder("", here, (here,))], list[_Folder]()
+    while folders or links:  # links last: what they lead to has its own name by then
+        folder = (folders or links).pop()
+        if folder.real in seen:
+            _refuse_two_classes(root, seen[folder.real], folder.path)
             found.passed_over["linked to a folder that was read"] += 1
             continue
-        seen[real] = path
-        try:
-            found.read[path] = (root / path).stat().st_mtime_ns  # before its content
-            with os.scandir(root / path) as entries:
-                inside = list(entries)
-        except OSError as error:
-            raise DataError(f"{root / path}: cannot be listed ({error.strerror})") from error
-        found.num_links += sum(entry.is_symlink() for entry in inside)
-        for entry in inside:
-            name = f"{path}/{entry.name}" if path else entry.name
-            if entry.is_dir():
-                target = os.path.realpath(entry.path) if entry.is_symlink() else f"{real}/{entry.name}"
-                if _passed_over_folder(name):
-                    found.passed_over[f"{entry.name}/"] += 1
-                elif any(f"{folder}/".startswith(f"{target}/") for folder in (*above, real)):
-                    found.passed_over["linked to a folder above"] += 1
-                else:
-                    if not path:
-                        found.folders.append(name)
-                    if entry.is_symlink():
-                        links.append((name, target, (*above, real)))
-                    else:
-                        folders.append((name, target, above))
-            elif not entry.is_file():
-                found.passed_over["linked to nothing" if entry.is_symlink() else "special"] += 1
-            elif kind := _passed_over_file(entry.name):
+        seen[folder.real] = folder.path
+        for entry in _entries(root, folder.path, found):
+            inner = folder.inner(entry)
+            if kind := _passed_over_entry(entry, inner):
                 found.passed_over[kind] += 1
+            elif entry.is_dir():
+                (links if entry.is_symlink() else folders).append(inner)
+                found.folders += [] if folder.path else [inner.path]
             else:
-                found.images.append(name)
+                found.images.append(inner.path)
     return found
+
+
+def _entries(root: Path, path: str, found: Listing) -> list[os.DirEntry[str]]:
+    """Return what lies in a folder, and note in the listing when it had changed last and how many links it has."""
+    try:
+        found.read[path] = (
+            (root / path).stat().st_mtime_ns
+        )  # before its content: what comes meanwhile is newer
+        with os.scandir(root / path) as entries:
+            inside = list(entries)
+    except OSError as error:
+        raise DataError(f"{root / path}: cannot be listed ({error.strerror})") from error
+    found.num_links += sum(entry.is_symlink() for entry in inside)
+    return inside
+
+
+def _passed_over_entry(entry: os.DirEntry[str], inner: _Folder) -> str | None:
+    """Return as which kind an entry of a folder is passed over; None for an image and for a folder to look through."""
+    if entry.is_dir():
+        if _passed_over_folder(inner.path):
+            return f"{entry.name}/"
+        is_above = entry.is_symlink() and any(f"{path}/".startswith(f"{inner.real}/") for path in inner.above)
+        return "linked to a folder above" if is_above else None
+    if not entry.is_file():
+        return "linked to nothing" if entry.is_symlink() else "special"
+    return _passed_over_file(entry.name)
 
 
 def holds_images_alone(root: Path) -> bool:
     """Say whether images lie in a folder itself, and no folder in it that is not passed over."""
-    found = False
     with os.scandir(root) as entries:
-        for entry in entries:
-            if entry.is_dir() and not _passed_over_folder(entry.name):
-                return False
-            found = found or (not entry.is_dir() and _passed_over_file(entry.name) is None)
-    return found
+        inside = [(entry.name, entry.is_dir()) for entry in entries]
+    has_folders = any(is_dir and not _passed_over_folder(name) for name, is_dir in inside)
+    return not has_folders and any(not is_dir and _passed_over_file(name) is None for name, is_dir in inside)
 
 
 def _refuse_two_classes(root: Path, first: str, second: str) -> None:
@@ -190,14 +206,19 @@ def passed_over_text(passed_over: Mapping[str, int]) -> str:
     return f"passed over {' and '.join(counts)}: {listed(notes, most=8)}"
 
 
-def without_masks(paths: Sequence[str]) -> tuple[list[str], int]:
-    """Return paths less those of masks beside their image (x.seg.png, x_mask.png by x.jpg), and how many these are."""
+def in_brackets(passed_over: Mapping[str, int]) -> str:
+    """Return " (passed over ...)", to go behind an error; "" where nothing was."""
+    return f" ({passed_over_text(passed_over)})" if passed_over else ""
+
+
+def without_masks(paths: Sequence[str], passed_over: Counter[str]) -> list[str]:
+    """Return paths less those of masks beside their image (x.seg.png, x_mask.png by x.jpg), which are counted."""
     masks = {path: path[: found.start()] for path in paths if (found := _MASK.search(path))}
-    if not masks:
-        return list(paths), 0
-    stems = {path.rpartition(".")[0] for path in paths}
+    stems = {path.rpartition(".")[0] for path in paths} if masks else set()
     kept = [path for path in paths if masks.get(path) not in stems]
-    return kept, len(paths) - len(kept)
+    if len(kept) < len(paths):
+        passed_over["named as masks or thumbnails of images beside them"] = len(paths) - len(kept)
+    return kept
 
 
 def is_named_as_mask(path: str) -> bool:
@@ -218,6 +239,9 @@ def _words(name: str) -> list[str]:
     return re.findall(r"[a-z]+", name.lower())
 
 
+_OVERRULE = "if they are classes, rename them or write a list of images with their classes"
+
+
 def mistaken_layout(
     place: str | Path,
     folders: Sequence[str],
@@ -230,45 +254,67 @@ def mistaken_layout(
 
     `packed`: they lie in tar files, which cannot be opened in part. `within`: the folder below `place` where they lie.
     """
-    how = "pack what lies in it: tar -C {1}{0} -cf NAME.tar ." if packed else "name {2}/{1}{0}"
-    overrule = "if they are classes, rename them or write a list of images with their classes"
+
+    def instead(folder: str) -> str:
+        where = f"{within}{folder}"
+        return f"pack what lies in it: tar -C {where} -cf NAME.tar ." if packed else f"name {place}/{where}"
+
+    kinds = {name.lower() for name in folders}
+    if problem := _taken_parts(folders, images, instead) or _taken_container(folders, images):
+        return f"{place}: {problem}"
+    if kinds & _IMAGE_FOLDERS and kinds & _TRUTH_FOLDERS:
+        return (
+            f"{place}: {listed(sorted(folders))} are images and what was drawn or written of them, no classes; "
+            f"expected one folder a class ({_OVERRULE}). `tokenlabel segment train` takes images with masks"
+        )
+    if len(folders) != 1 or any(path.count("/") < 2 for path in images):
+        return None
+    (only,) = folders  # whatever was meant lies in it
+    inner = sorted({path.split("/")[1] for path in images})
+    below = [path.split("/", 1)[1] for path in images]
+    if deeper := mistaken_layout(place, inner, below, packed=packed, within=f"{within}{only}/"):
+        return deeper
+    if only.lower() in {*_CONTAINERS, Path(place).name.lower()}:
+        return (
+            f"{place}: all lies in {within}{only}, which holds {listed(inner)}; {instead(only)} ({_OVERRULE})"
+        )
+    return None
+
+
+def _taken_parts(folders: Sequence[str], images: Sequence[str], instead: Callable[[str], str]) -> str | None:
+    """Say that folders are the parts of a data set, where they are of several, all are, or one holds what lies beside.
+
+    `instead`: what to do to get what a folder holds.
+    """
     common = set[str].intersection(*(set(_words(name)) for name in folders)) - {*_PARTS} if folders else set()
     parts = {name: part for name in folders if (part := part_of(name, common))}
-    in_parts = [path.split("/") for path in images if path.split("/", 1)[0] in parts] if parts else []
+    if not parts:
+        return None
+    in_parts = [path.split("/") for path in images if path.split("/", 1)[0] in parts]
     inside = {names[1] for names in in_parts if len(names) > 2}
-    if len(set(parts.values())) > 1 or (parts and len(parts) == len(folders)) or inside & set(folders):
+    kinds = set(parts.values())
+    if len(kinds) == 1 and len(parts) < len(folders) and not inside & set(folders):
+        return None
+    remedy = "move it out from among the classes"
+    if len(kinds) > 1 or len(parts) == len(folders):  # not ant, bee, val
         meant = next((name for name, part in parts.items() if part == "train"), next(iter(parts)))
-        bare = any(names[0] == meant and len(names) == 2 for names in in_parts)
-        advice = f"; its images lie in no class folders: {NEED_CLASSES}" if bare else ""
-        amid = len(parts) < len(folders) and len(set(parts.values())) == 1  # ant, bee, val
-        remedy = (
-            "move it out from among the classes" if amid else f"{how.format(meant, within, place)}{advice}"
-        )
-        return f"{place}: {listed(sorted(parts))}: parts of a data set, no classes; {remedy} ({overrule})"
+        is_flat = any(names[0] == meant and len(names) == 2 for names in in_parts)
+        advice = f"; its images lie in no class folders: {NEED_CLASSES}" if is_flat else ""
+        remedy = f"{instead(meant)}{advice}"
+    return f"{listed(sorted(parts))}: parts of a data set, no classes; {remedy} ({_OVERRULE})"
+
+
+def _taken_container(folders: Sequence[str], images: Sequence[str]) -> str | None:
+    """Say that a folder such as `images` is no class, where it holds folders that are called as those beside it."""
     for name in (name for name in folders if name.lower() in _NO_CLASSES):
         inner = {
             path.split("/", 2)[1] for path in images if path.startswith(f"{name}/") and path.count("/") > 1
         }
         if both := sorted(inner & {*folders}):
             return (
-                f"{place}: {name} holds {listed(both)}, as the folder beside it is called, so it is no class; move it "
-                f"away ({overrule})"
+                f"{name} holds {listed(both)}, as the folder beside it is called, so it is no class; move it "
+                f"away ({_OVERRULE})"
             )
-    kinds = {name.lower() for name in folders}
-    if kinds & _IMAGE_FOLDERS and kinds & _TRUTH_FOLDERS:
-        return (
-            f"{place}: {listed(sorted(folders))} are images and what was drawn or written of them, no classes; "
-            f"expected one folder a class ({overrule}). `tokenlabel segment train` takes images with masks"
-        )
-    if len(folders) == 1 and all(path.count("/") > 1 for path in images):
-        (only,) = folders
-        inner = sorted({path.split("/")[1] for path in images})
-        below = [path.split("/", 1)[1] for path in images]
-        if deeper := mistaken_layout(place, inner, below, packed=packed, within=f"{within}{only}/"):
-            return deeper
-        if only.lower() in {*_CONTAINERS, Path(place).name.lower()}:
-            meant = how.format(only, within, place)
-            return f"{place}: all lies in {within}{only}, which holds {listed(inner)}; {meant} ({overrule})"
     return None
 
 
@@ -293,15 +339,3 @@ def doubtful_layout(place: str | Path, folders: Sequence[str], images: Sequence[
         *remarks,
         f"{each} holds {listed(sorted(first))}: if these are the classes, name {place}/{folders[0]}",
     ]
-
-
-def refuse_equal_looking(names: Iterable[str], where: str | Path) -> None:
-    """Raise DataError for classes whose names look the same (an accent in two Unicode forms)."""
-    seen = dict[str, str]()
-    for name in names:
-        looks = unicodedata.normalize("NFC", name).strip()
-        if looks in seen:
-            raise DataError(
-                f"{where}: two classes look the same, {seen[looks]!a} and {name!a}; make them one"
-            )
-        seen[looks] = name

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenlabel.data.images import ImageFiles, Strings
+from tokenlabel.data.images import ImageFiles
+from tokenlabel.data.listings import Strings
 from tokenlabel.runtime.errors import DataError, ImageError, first_line
 from tokenlabel.runtime.process import listed
 

@@ -16,17 +16,11 @@ import numpy as np
 import timm.data
 from numpy.typing import NDArray
 
-from tokenlabel.data.classes import (
-    are_numbers,
-    class_order,
-    ids_among,
-    imagenet_names,
-    match_classes,
-    say_imagenet,
-    strangers,
-)
-from tokenlabel.data.images import DataError, ImageSource, ImageSubset, has_classes
+from tokenlabel.data.class_names import class_order, imagenet_names, match_classes, say_imagenet
+from tokenlabel.data.classes import are_numbers, ids_among, strangers
+from tokenlabel.data.images import ImageSource, ImageSubset, has_classes
 from tokenlabel.data.sources import open_aloud
+from tokenlabel.runtime.errors import DataError
 from tokenlabel.runtime.process import listed, say
 
 NUM_IMAGENET_CLASSES = 1000
@@ -59,40 +53,6 @@ class EvaluationSet:
 
     source: ImageSource
     competing: NDArray[np.bool_] | None = None
-
-
-class RenumberedImages:
-    """The images of another source, their classes those of a model. `class_ids`: one an image."""
-
-    def __init__(self, source: ImageSource, class_ids: NDArray[np.int64], class_names: Sequence[str]) -> None:
-        self._source, self._class_ids, self._class_names = source, class_ids, list(class_names)
-
-    @property
-    def keys(self) -> Sequence[str]:
-        """The name of each image."""
-        return self._source.keys
-
-    @property
-    def class_ids(self) -> NDArray[np.int64]:
-        """The model's class of each image."""
-        return self._class_ids
-
-    @property
-    def class_names(self) -> list[str]:
-        """The names of the model's classes."""
-        return self._class_names
-
-    @property
-    def passed_over(self) -> Mapping[str, int]:
-        """How many files the source passed over, by kind."""
-        return getattr(self._source, "passed_over", {})
-
-    def read(self, index: int) -> bytes:
-        """Return the encoded image."""
-        return self._source.read(index)
-
-    def __len__(self) -> int:
-        return len(self._source)
 
 
 def read_folder(
@@ -130,7 +90,7 @@ def read_v2(root: Path, class_names: Sequence[str], num_classes: int) -> Evaluat
     if strange:
         raise DataError(f"{root}: ImageNet-V2 has folders named by class ids, 0 to 999; found {strange[0]!r}")
     ids = ids[[int(name) for name in source.class_names]]
-    return EvaluationSet(RenumberedImages(source, ids[source.class_ids], class_names))
+    return EvaluationSet(ImageSubset(source, class_ids=ids[source.class_ids], class_names=class_names))
 
 
 def read_a(root: Path, class_names: Sequence[str], num_classes: int) -> EvaluationSet:
@@ -220,6 +180,7 @@ def read_multi_labels(path: Path, class_names: Sequence[str]) -> dict[str, list[
 def _read_subset(
     root: Path, class_names: Sequence[str], num_classes: int, *, file: str, name: str
 ) -> EvaluationSet:
+    # The WordNet id of each of the model's classes, in the model's order.
     of_model = np.empty(NUM_IMAGENET_CLASSES, object)
     of_model[imagenet_ids(class_names, num_classes, root)] = imagenet_names(num_classes)
     data = pkgutil.get_data(timm.data.__name__, f"_info/{file}")
@@ -266,7 +227,7 @@ def as_classes_of(
     if ids == list(range(num_classes)):
         return source
     names = list(class_names) or [str(i) for i in range(num_classes)]
-    return RenumberedImages(source, np.array(ids)[source.class_ids], names)
+    return ImageSubset(source, class_ids=np.array(ids)[source.class_ids], class_names=names)
 
 
 def imagenet_ids(class_names: Sequence[str], num_classes: int, where: str | Path) -> NDArray[np.int64]:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from tokenlabel.core.geometry import turned
-from tokenlabel.data.images import orientation_of
+from tokenlabel.data.decoding import orientation_of
 from tokenlabel.runtime.errors import DataError
 
 MAX_CLASSES = 32_767  # ids of training masks have 16 bits with a sign
@@ -67,7 +67,7 @@ def decode_mask(data: bytes, name: str) -> NDArray[np.integer]:
 
 def _is_grey(values: NDArray[np.integer]) -> bool:
     """Say whether channels show one grey, opaque: only then do they hold class numbers."""
-    num_colours = 1 if values.shape[2] == 2 else 3
+    num_colours = 1 if values.shape[2] == 2 else 3  # two channels are grey and alpha
     colours, alpha = values[:, :, :num_colours], values[:, :, num_colours:]
     return bool((colours == colours[:, :, :1]).all() and (alpha == 255).all())
 

@@ -149,26 +149,6 @@ def _near(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else f"; there are {', '.join(known)}"
 
 
-def _rotate(level: float, size_px: tuple[int, int]) -> View:
-    return View.rotation(30 * level, size_px=size_px)
-
-
-def _shear_x(level: float, size_px: tuple[int, int]) -> View:
-    return View.shear(0.3 * level, 0, size_px=size_px)
-
-
-def _shear_y(level: float, size_px: tuple[int, int]) -> View:
-    return View.shear(0, 0.3 * level, size_px=size_px)
-
-
-def _translate_x(level: float, size_px: tuple[int, int]) -> View:
-    return View.translation(-0.45 * level, 0)
-
-
-def _translate_y(level: float, size_px: tuple[int, int]) -> View:
-    return View.translation(0, -0.45 * level)
-
-
 def _with_magnitude(change: Callable[[float], ColourChange]) -> Callable[[float], ColourChange]:
     """Make a factor of 0.1 to 1.9 out of a level, the sign of which does not matter."""
     return lambda level: change(abs(level) * 1.8 + 0.1)
@@ -180,11 +160,11 @@ def _increasing(change: Callable[[float], ColourChange]) -> Callable[[float], Co
 
 
 WARPS: dict[str, Callable[[float, tuple[int, int]], View]] = {
-    "Rotate": _rotate,
-    "ShearX": _shear_x,
-    "ShearY": _shear_y,
-    "TranslateXRel": _translate_x,
-    "TranslateYRel": _translate_y,
+    "Rotate": lambda level, size_px: View.rotation(30 * level, size_px=size_px),
+    "ShearX": lambda level, size_px: View.shear(0.3 * level, 0, size_px=size_px),
+    "ShearY": lambda level, size_px: View.shear(0, 0.3 * level, size_px=size_px),
+    "TranslateXRel": lambda level, size_px: View.translation(-0.45 * level, 0),
+    "TranslateYRel": lambda level, size_px: View.translation(0, -0.45 * level),
 }
 """From a level and an image's size (width, height) to the view that the operation makes."""
 

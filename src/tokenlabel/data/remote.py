@@ -11,31 +11,20 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from tokenlabel.data.images import NO_TIME, ImageSource
-from tokenlabel.data.tars import (
+from tokenlabel.data.tar_index import (
     INDEX_NAME,
-    TarImages,
     TarIndex,
     last_starts,
     load_index,
     mark_of,
-    refuse_parts,
     save_index,
     scan_tars,
 )
+from tokenlabel.data.tars import TarImages, refuse_parts
+from tokenlabel.runtime.cache import cached_index, exclusive, fetch, fetched_ahead, refuse_small_cache
 from tokenlabel.runtime.errors import DataError, RemoteError
 from tokenlabel.runtime.process import is_main_process, listed, say
-from tokenlabel.runtime.remote import (
-    RemoteFile,
-    cached_index,
-    digest_of,
-    exclusive,
-    expanded,
-    fetch,
-    fetched_ahead,
-    folder_urls,
-    refuse_small_cache,
-    remote_files,
-)
+from tokenlabel.runtime.remote import RemoteFile, digest_of, expanded, folder_urls, remote_files
 
 T = TypeVar("T")
 
@@ -66,19 +55,19 @@ class RemoteTars(TarImages):
         """Return the bytes of the image, and NO_TIME for when it was modified: many servers do not say."""
         return int(self.index.places[index, 2]), NO_TIME
 
-    def _path(self, place: int) -> Path:
-        return fetch(self.tars[place], self._is_indexed(place))
+    def _path(self, tar: int) -> Path:
+        return fetch(self.tars[tar], self._is_indexed(tar))
 
-    def _name(self, place: int) -> str:
-        return self.tars[place].url
+    def _name(self, tar: int) -> str:
+        return self.tars[tar].url
 
-    def _is_indexed(self, place: int) -> Callable[[Path], None]:
+    def _is_indexed(self, tar: int) -> Callable[[Path], None]:
         def check(path: Path) -> None:
             if self._marks is not None:
-                start = last_starts(self.index.places, len(self.tars))[place]
-                if mark_of(path, start) != self._marks[place]:
+                start = last_starts(self.index.places, len(self.tars))[tar]
+                if mark_of(path, start) != self._marks[tar]:
                     raise DataError(
-                        f"{self._name(place)}: is another than {INDEX_NAME} beside it was written for; write it again"
+                        f"{self._name(tar)}: is another than {INDEX_NAME} beside it was written for; write it again"
                     )
 
         return check
@@ -175,11 +164,11 @@ def _looked_through(files: Sequence[RemoteFile]) -> TarIndex:
         reached = 0
         with tqdm(total=len(files), unit="tar", disable=not is_main_process()) as bar:
 
-            def local(place: int) -> Path:
+            def local(tar: int) -> Path:
                 nonlocal reached
-                reached = place
+                reached = tar
                 bar.update()
-                return fetch(files[place])
+                return fetch(files[tar])
 
             with fetched_ahead(enumerate(files), lambda: reached):
                 index = scan_tars([file.url for file in files], local)

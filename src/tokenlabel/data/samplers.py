@@ -9,6 +9,8 @@ import numpy as np
 from jaxtyping import Int
 from numpy.typing import NDArray
 
+from tokenlabel.runtime.coercion import COUNT, NATURAL, check_number, check_numbers
+
 # Part of each seed, so that the order of images and the augmentation of a sample draw independent numbers.
 FOR_ORDER, FOR_SAMPLE = 0, 1
 
@@ -23,11 +25,11 @@ def shard_order(
     and each group is read once. With `window` >= the number of groups it is a plain permutation. A function of
     its arguments, the same on every rank.
     """
-    if window < 1:
-        raise ValueError(f"window must be at least 1 group of images, got {window}")
+    check_number(window, NATURAL, name="window")
     rng = np.random.default_rng((seed, FOR_ORDER, epoch))
     present, number = np.unique(groups, return_inverse=True)
     moved = min(window, len(present)) * rng.random(len(groups))
+    # On a circle: on a line, the images of the last groups would be moved to nothing but the end.
     return np.argsort((rng.permutation(len(present))[number] + moved) % len(present), kind="stable")
 
 
@@ -58,12 +60,7 @@ class BatchSampler:
     order: Callable[[int], NDArray[np.int64]] | None = None
 
     def __post_init__(self) -> None:
-        if self.num_images < 1 or self.batch_size < 1:
-            raise ValueError(f"need at least one image and a batch size of at least 1, got {self}")
-        if self.num_steps < 0 or self.seed < 0:
-            raise ValueError(
-                f"expected num_steps and seed of at least 0, got {self.num_steps} and {self.seed}"
-            )
+        check_numbers(self, num_images=NATURAL, batch_size=NATURAL, num_steps=COUNT, seed=COUNT)
         _check_rank(self.rank, self.world_size)
         if self.batch_size % (self.world_size * self.grad_accum_steps):
             raise ValueError(
@@ -131,9 +128,7 @@ class EvalBatchSampler:
     def __post_init__(self) -> None:
         _check_rank(self.rank, self.world_size)
         # With batches of one, a rank with one image more would need one batch more.
-        least = 1 if self.world_size == 1 else 2
-        if self.batch_size < least:
-            raise ValueError(f"batch_size must be at least {least}, got {self.batch_size}")
+        check_numbers(self, batch_size=NATURAL if self.world_size == 1 else "[2, inf)")
         if self.num_images < self.world_size:
             raise ValueError(
                 f"{self.num_images} images don't give each of {self.world_size} processes one; use fewer processes"
@@ -144,6 +139,7 @@ class EvalBatchSampler:
         return -(-longest // self.batch_size)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        # Batches of nearly one size, not full ones and a rest, of which a rank with fewer images might have one less.
         start, end = (self.num_images * r // self.world_size for r in (self.rank, self.rank + 1))
         for batch in range(len(self)):
             first, last = (start + (end - start) * b // len(self) for b in (batch, batch + 1))

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from tokenlabel.runtime.errors import DataError
+from tokenlabel.runtime.errors import DataError, import_extra
 
 SIZE_PX = 48
 NUM_CLASSES = 10
@@ -131,13 +131,8 @@ def _write_split(
 
 def _load_digits(seed: int) -> tuple[list[list[Image.Image]], list[list[Image.Image]]]:
     """Return the handwritten digits for train scenes and those for val scenes, by class, cut to the ink."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        raise DataError(
-            "the embedded data needs scikit-learn, which is not installed: pip install tokenlabel[demo]"
-        ) from None
-    images, class_ids = load_digits(return_X_y=True)
+    datasets = import_extra("sklearn.datasets", "demo", "scikit-learn, which the embedded data needs,")
+    images, class_ids = datasets.load_digits(return_X_y=True)
     train, val = [], []
     for class_id in range(NUM_CLASSES):
         ink = (images[class_ids == class_id].reshape(-1, 8, 8) * (255 / 16)).round().astype(np.uint8)
@@ -162,7 +157,10 @@ def _holds(root: Path, description: dict[str, int]) -> bool:
     try:
         found = json.loads((root / DESCRIPTION_NAME).read_text())
     except (OSError, ValueError):
-        raise DataError(f"{root}: expected a new folder or one with scenes in it; {remedy}") from None
-    if found != description:
-        raise DataError(f"{root}: holds scenes made with {found}, asked for {description}; {remedy}")
-    return True
+        found = None
+    if found == description:
+        return True
+    other = f"holds scenes made with {found}, asked for {description}"
+    raise DataError(
+        f"{root}: {other if found else 'expected a new folder or one with scenes in it'}; {remedy}"
+    )

@@ -11,28 +11,28 @@ from pathlib import Path
 
 import numpy as np
 
+from tokenlabel.data.classes import named_classes
 from tokenlabel.data.folders import (
     EXTENSIONS,
     UNREAD_PICTURES,
-    DataError,
     holds_images_alone,
+    in_brackets,
     list_images,
     part_of,
-    passed_over_text,
 )
 from tokenlabel.data.hf_datasets import HFImages, as_hf_dataset
 from tokenlabel.data.images import (
     ImageFiles,
     ImageFolder,
     ImageSource,
-    PlainImages,
-    WithoutClasses,
     describe,
     has_classes,
-    named_classes,
+    without_classes,
 )
 from tokenlabel.data.remote import open_remote
-from tokenlabel.data.tars import INDEX_NAME, TarImages, read_index, tar_files
+from tokenlabel.data.tar_index import INDEX_NAME
+from tokenlabel.data.tars import TarImages, read_index, tar_files
+from tokenlabel.runtime.errors import DataError
 from tokenlabel.runtime.process import listed, say
 from tokenlabel.runtime.remote import as_url, expanded
 
@@ -59,33 +59,35 @@ def open_images(path: str | Path, *, classes: bool = True) -> ImageSource:
         return HFImages(name, classes=classes)
     if url := as_url(path):
         images = open_remote(url)
-        return images if classes else WithoutClasses(images)
-    path = Path(path)
-    if not path.exists() and len(names := expanded(str(path))) > 1:
-        return TarImages(sorted(names)) if classes else WithoutClasses(TarImages(sorted(names)))
-    if not classes:
-        has_tars = path.is_file() or (path.is_dir() and tar_files(path))
-        return WithoutClasses(open_images(path)) if has_tars else PlainImages(path)
-    if path.is_file():
-        suffix = path.suffix.lower()
-        if suffix == ".tar":
-            return TarImages([path])
-        if suffix in LIST_SUFFIXES:
-            return ListedImages(path)
+    elif not (path := Path(path)).exists() and len(names := expanded(str(path))) > 1:
+        images = TarImages(sorted(names))
+    elif path.is_file():
+        images = _in_file(path)
+    elif path.is_dir() and (tars := tar_files(path)):
+        images = _in_tars(path, tars)
+    else:
+        return ImageFolder(path, classes=classes and not (path.is_dir() and holds_images_alone(path)))
+    return images if classes else without_classes(images)
+
+
+def _in_file(path: Path) -> ImageSource:
+    if path.suffix.lower() == ".tar":
+        return TarImages([path])
+    if path.suffix.lower() in LIST_SUFFIXES:
+        return ListedImages(path)
+    raise DataError(
+        f"{path}: expected a folder of images, a .tar file (not compressed) or a list "
+        f"({', '.join(LIST_SUFFIXES)}); unpack archives of other kinds"
+    )
+
+
+def _in_tars(path: Path, tars: Sequence[Path]) -> ImageSource:
+    if folder := next((name.split("/")[0] for name in list_images(path).images if "/" in name), None):
         raise DataError(
-            f"{path}: expected a folder of images, a .tar file (not compressed) or a list "
-            f"({', '.join(LIST_SUFFIXES)}); unpack archives of other kinds"
+            f"{path}: holds tar files ({tars[0].name}) and folders of images ({folder}); which are "
+            "meant? Move one kind elsewhere"
         )
-    if path.is_dir() and (tars := tar_files(path)):
-        if folder := next((name.split("/")[0] for name in list_images(path).images if "/" in name), None):
-            raise DataError(
-                f"{path}: holds tar files ({tars[0].name}) and folders of images ({folder}); which are "
-                "meant? Move one kind elsewhere"
-            )
-        return read_index(path, tars) if (path / INDEX_NAME).exists() else TarImages(tars)
-    if path.is_dir() and holds_images_alone(path):
-        return PlainImages(path)
-    return ImageFolder(path)
+    return read_index(path, tars) if (path / INDEX_NAME).exists() else TarImages(tars)
 
 
 def open_aloud(path: str | Path, *, classes: bool = True) -> ImageSource:
@@ -135,33 +137,14 @@ class ListedImages(ImageFiles):
     """
 
     def __init__(self, path: str | Path) -> None:
-        path, remarks = Path(path), list[str]()
-        passed_over: Counter[str] = Counter()
+        path = Path(path)
         data = path.read_bytes()
         content = blake2b(data, digest_size=16).hexdigest()
         if self._recalled("list", path, lambda about: about["content"] == content):
             return
-        entries = [*_entries(path, data, remarks, passed_over)]
-        if not entries:
-            beside = f" ({passed_over_text(passed_over)})" if passed_over else ""
-            raise DataError(f"{path}: lists no images{beside}")
-        keys = [key for key, _ in entries]
-        strange = next((key for key in keys if "\\" in key and "/" not in key), None)
-        if strange is not None and not (path.parent / strange).exists():  # written on Windows
-            keys = [key.replace("\\", "/") for key in keys]
-        keys = [key.removeprefix("./") for key in keys]
-        entries = [(key, name) for key, (_, name) in zip(keys, entries, strict=True)]
-        entries, num_entries = _in_utf8([*dict.fromkeys(entries)], path, remarks), len(entries)
-        keys = [key for key, _ in entries]
-        if num_entries > len(entries):  # a line for each object, say
-            passed_over["listed again"] += num_entries - len(entries)
-        if len(set(keys)) < len(keys):
-            twice = Counter(keys).most_common(1)[0][0]
-            classes = sorted({str(name) for key, name in entries if key == twice})
-            raise DataError(
-                f"{path}: {twice} is listed with {len(classes)} classes ({listed(classes)}); an image has one"
-            )
-        named = [name for _, name in entries if name is not None]
+        remarks, passed_over = list[str](), Counter[str]()
+        entries = _distinct_entries(path, data, remarks, passed_over)
+        keys, named = [key for key, _ in entries], [name for _, name in entries if name is not None]
         parts = {name: part_of(name) for name in set(named)}
         if len(set(parts.values())) > 1 and all(parts.values()):
             raise DataError(
@@ -178,8 +161,31 @@ class ListedImages(ImageFiles):
         class_ids[has_class] = ids
         super().__init__(path.parent, keys, class_ids, class_names, passed_over, has_class)
         self.remarks = remarks
-        if not any("\0" in key for key in keys):
+        if not any("\0" in key for key in keys):  # which ends each key where they are kept
             self._remember("list", path, content=content)
+
+
+def _distinct_entries(
+    path: Path, data: bytes, remarks: list[str], passed_over: Counter[str]
+) -> list[tuple[str, str | None]]:
+    """Return the key and the class of each image of a list, once. Raises DataError for none, and for two classes."""
+    entries = [*_entries(path, data, remarks, passed_over)]
+    if not entries:
+        raise DataError(f"{path}: lists no images{in_brackets(passed_over)}")
+    strange = next((key for key, _ in entries if "\\" in key and "/" not in key), None)
+    if strange is not None and not (path.parent / strange).exists():  # written on Windows
+        entries = [(key.replace("\\", "/"), name) for key, name in entries]
+    distinct = dict.fromkeys((key.removeprefix("./"), name) for key, name in entries)
+    if len(distinct) < len(entries):  # a line for each object, say
+        passed_over["listed again"] += len(entries) - len(distinct)
+    found = _in_utf8([*distinct], path, remarks)
+    twice, times = Counter(key for key, _ in found).most_common(1)[0]
+    if times > 1:
+        classes = sorted({str(name) for key, name in found if key == twice})
+        raise DataError(
+            f"{path}: {twice} is listed with {len(classes)} classes ({listed(classes)}); an image has one"
+        )
+    return found
 
 
 def _entries(
@@ -229,6 +235,7 @@ def _rows(path: Path, lines: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
     if says and (given := re.fullmatch(r"sep=(.)", lines[says[0]].strip('" '), re.IGNORECASE)):  # Excel's own
         delimiter = given[1]
         says = says[1:]
+    # A first line that names a file as it stands is a path with a comma in it, not two cells.
     some = [lines[i].strip() for i in says[:2]]
     if delimiter is None and some and not (_is_image(some[0]) and (path.parent / some[0]).is_file()):
         delimiter = next((mark for mark in "\t;," if any(_splits(line, mark) for line in some)), None)

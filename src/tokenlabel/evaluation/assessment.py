@@ -15,7 +15,9 @@ from tokenlabel.core.batch import Batch
 from tokenlabel.core.config import Inference
 from tokenlabel.data.augment import EvalTransform
 from tokenlabel.data.batches import ScoreMaps, TokenLabelDataset, check_labels, make_loader
-from tokenlabel.data.classes import class_order, say_imagenet, say_order
+from tokenlabel.data.class_names import class_order, say_imagenet
+from tokenlabel.data.classes import say_order
+from tokenlabel.data.decoding import ImageCheck
 from tokenlabel.data.imagenet import (
     SETS,
     EvaluationSet,
@@ -26,7 +28,7 @@ from tokenlabel.data.imagenet import (
     read_multi_labels,
     read_real_labels,
 )
-from tokenlabel.data.images import ImageCheck, ImageFiles, ImageSource
+from tokenlabel.data.images import ImageFiles, ImageSource
 from tokenlabel.data.samplers import EvalBatchSampler
 from tokenlabel.data.sources import open_aloud
 from tokenlabel.evaluation.evaluators import (

@@ -22,8 +22,8 @@ from tokenlabel.data.images import ImageSource, ImageSubset, has_classes
 from tokenlabel.data.sources import open_images
 from tokenlabel.evaluation.evaluators import TokenTruth, object_tokens
 from tokenlabel.models import TokenModel
-from tokenlabel.runtime.configuration import ConfigError
 from tokenlabel.runtime.distributed import Ranks
+from tokenlabel.runtime.errors import ConfigError
 from tokenlabel.runtime.process import listed, say
 
 # Ridge, relative to the mean of the features' variances: enough to make the solution exist, too little to shrink it.

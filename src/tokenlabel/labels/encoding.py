@@ -131,8 +131,9 @@ def on_grid(probs: NDArray[np.floating[Any]], num_steps: int) -> NDArray[np.int3
     A cell's sum is rounded to the nearest step; its entries are rounded down or up (largest remainders first)
     so that they add up to it. Each is off by less than one step.
     """
-    exact = probs.astype(np.float64) * num_steps
+    exact = probs.astype(np.float64) * num_steps  # float32 would round some sums to the other step
     steps = np.floor(exact)
+    # Entries that were rounded down furthest get the missing steps; stable, so that records are the same everywhere.
     missing = np.rint(exact.sum(axis=-1, keepdims=True)) - steps.sum(axis=-1, keepdims=True)
     order = np.argsort(steps - exact, axis=-1, kind="stable")
     rank = np.empty_like(order)
@@ -234,6 +235,7 @@ def _compact(score_map: ScoreMap, steps: NDArray[np.int32], num_steps: int) -> b
     palette, places = score_map.palette[used].astype(np.int64), places[order]
     gaps = (np.diff(ascending, prepend=-1) - 1 for ascending in (palette, places))
     where = b"".join(map(_number_bytes, gaps))
+    # Places and steps each lie together: zstd finds more in bytes of one kind than in pairs of both.
     values = _number_bytes(steps[cells, entries][order].astype(np.int64))
     if len(where) + len(values) > MAX_BODY_BYTES or len(steps) * topk > MAX_COMPACT_ENTRIES:
         return None
@@ -267,6 +269,7 @@ def _read_by_class(
     if num_kept and places[-1] >= num_named * num_cells:
         raise StoreError(f"an entry of a class that is not one of the {num_named} of the palette")
     named, cells = np.divmod(places, np.int32(num_cells))
+    # The smallest type: NumPy sorts up to 16 bits by radix, several times as fast as by comparison.
     order = cells.astype(np.min_scalar_type(num_cells)).argsort(kind="stable")
     counts = np.bincount(cells, minlength=num_cells)
     if counts.max() > topk:

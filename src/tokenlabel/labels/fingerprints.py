@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
-from typing import TypeVar
 from zlib import crc32
 
-import numpy as np
-from numpy.typing import NDArray
-
-from tokenlabel.data.images import NO_TIME, ImageError, ImageSource
+from tokenlabel.data.images import NO_TIME, ImageSource, ImageSubset
 from tokenlabel.labels.shards import UNKNOWN, Fingerprint
 from tokenlabel.labels.store import LabelStore
-
-T = TypeVar("T")
+from tokenlabel.runtime.errors import ImageError
+from tokenlabel.runtime.process import in_threads
 
 # Files that have another time and the same size may have been copied or replaced: up to so many are read to know.
 MAX_READ = 10_000
 
 _NUM_THREADS = 16  # a file system on the network answers many as fast as one
-_STRETCH = 256
-_SIZE_MASK = 0xFFFFFFFF
+_SIZE_MASK = 0xFFFFFFFF  # records have 32 bits for the size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,31 +41,12 @@ class _State(Enum):
     UNKNOWN = 3
 
 
-class FingerprintedImages:
+class FingerprintedImages(ImageSubset):
     """The images of another source, which remembers the fingerprint of each that is read until it is taken."""
 
     def __init__(self, source: ImageSource) -> None:
-        self._source = source
+        super().__init__(source)
         self._taken: dict[str, Fingerprint] = {}
-
-    @property
-    def keys(self) -> Sequence[str]:
-        """The other source's."""
-        return self._source.keys
-
-    @property
-    def class_ids(self) -> NDArray[np.int64]:
-        """The other source's."""
-        return self._source.class_ids
-
-    @property
-    def class_names(self) -> list[str]:
-        """The other source's."""
-        return self._source.class_names
-
-    def __len__(self) -> int:
-        """Return how many images there are."""
-        return len(self._source)
 
     def read(self, index: int) -> bytes:
         """Return the encoded image."""
@@ -95,13 +69,14 @@ def find_replaced(
     Images of another size are; those of the same size and time are not; up to `max_read` others (None: all) are read
     and compared by their bytes. `read_all`: compare every image by its bytes. What cannot be read counts as it was.
     """
-    states = _in_threads(partial(_compare, store, source, read_all), range(len(source)))
+    num_threads = max(_NUM_THREADS, os.cpu_count() or 1)
+    states = in_threads(partial(_compare, store, source, read_all), range(len(source)), num_threads)
     of_state = {
         state: [index for index, of_index in enumerate(states) if of_index is state] for state in _State
     }
     replaced, unsure = of_state[_State.REPLACED], of_state[_State.UNSURE]
     if read_all or max_read is None or len(unsure) <= max_read:
-        looks = _in_threads(partial(_differs, store, source), unsure)
+        looks = in_threads(partial(_differs, store, source), unsure, num_threads)
         replaced += [index for index, differs in zip(unsure, looks, strict=True) if differs]
         unsure = []
     num_unknown = len(of_state[_State.UNKNOWN])
@@ -137,10 +112,3 @@ def _stat(source: ImageSource, index: int) -> tuple[int, int] | None:
         return source.stat(index) if hasattr(source, "stat") else None  # type: ignore[attr-defined]
     except OSError:
         return None
-
-
-def _in_threads(look: Callable[[int], T], indices: Sequence[int]) -> list[T]:
-    stretches = [indices[i : i + _STRETCH] for i in range(0, len(indices), _STRETCH)]
-    with ThreadPoolExecutor(max(_NUM_THREADS, os.cpu_count() or 1)) as pool:
-        looks = pool.map(lambda stretch: [look(index) for index in stretch], stretches)
-        return [found for of_stretch in looks for found in of_stretch]

@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from tqdm import tqdm
 
-from tokenlabel.core.scores import Kind, ScoreMap
-from tokenlabel.data.classes import composed, ids_among, say_order, strangers
-from tokenlabel.data.images import ImageSource, has_classes
+from tokenlabel.core.scores import Kind
+from tokenlabel.data.classes import ids_among, say_order, strangers
+from tokenlabel.data.images import ImageSource
 from tokenlabel.labels.fingerprints import find_replaced
-from tokenlabel.labels.store import LabelStore, Manifest, StoreError, read_manifest
-from tokenlabel.labels.wordnet import with_words
+from tokenlabel.labels.manifest import Manifest, read_manifest
+from tokenlabel.labels.store import LabelStore
+from tokenlabel.labels.summaries import MapSummary, best_class, by_doubt, class_finder, summarize
 from tokenlabel.runtime.coercion import COUNT, check_numbers, coerced_fields
+from tokenlabel.runtime.errors import StoreError
 from tokenlabel.runtime.process import listed, say
 
 MAX_SUM = 1.001
 # Longer texts are cut where people read them.
-MAX_TEXT, MAX_KEY = 60, 200
+MAX_TEXT = 60
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,30 +121,6 @@ class Inspection:
         return asdict(self)
 
 
-@dataclass(frozen=True, eq=False)
-class MapSummary:
-    """The figures of one map.
-
-    `class_ids` [U]: its classes. `class_probs` [U]: their mean over its places, as far as these kept them.
-    `class_shares` [U]: the same with their parts of the rest where a place did not. `even_share`: the mean of such
-    parts, so of any class that no place kept. Places that say nothing count 0 in all of them.
-    """
-
-    key: str
-    size: str
-    num_classes: int
-    top1_prob: float
-    rest: float
-    entropy_bits: float
-    below_half: float
-    empty: float
-    class_ids: NDArray[np.integer[Any]]
-    class_probs: NDArray[np.float64]
-    class_shares: NDArray[np.float64]
-    even_share: float
-    top_class_ids: NDArray[np.integer[Any]]
-
-
 def inspect_store(
     store: LabelStore, config: InspectConfig = InspectConfig(), *, source: ImageSource | None = None
 ) -> Inspection:
@@ -153,16 +130,17 @@ def inspect_store(
     where that is the name of a class.
     """
     manifest = store.manifest
-    found = find_replaced(store, source, read_all=config.verify) if source else None
+    replaced = find_replaced(store, source, read_all=config.verify) if source else None
+    gone = replaced.indices[: config.num_suspects] if replaced else []
     encodings = dict.fromkeys(read_manifest(folder).encoding.value for folder in store.folders)
     broken = dict(verify(store)) if config.verify else {}
     summaries = [summarize(key, store[key]) for key in _sampled(store, config.sample) if key not in broken]
-    class_of = class_finder(store, source)
     if source is not None and source.class_names:
         _say_what_differs(manifest, source.class_names)
+    class_of = class_finder(store, source)
     classes = ((summary, class_of(summary.key)) for summary in summaries)
     known = [(summary, class_id) for summary, class_id in classes if class_id is not None]
-    suspects = [_suspect(summary, class_id, store) for summary, class_id in by_doubt(known)]
+    suspects = by_doubt(known)[: config.num_suspects]
     return Inspection(
         num_images=len(store),
         num_classes=manifest.num_classes,
@@ -173,33 +151,45 @@ def inspect_store(
         preprocessing=manifest.preprocessing,
         num_failures=len(store.failures()),
         num_superseded=store.num_superseded,
-        num_replaced=len(found.indices) if found else None,
-        replaced=tuple(source.keys[i] for i in found.indices[: config.num_suspects])
-        if source and found
-        else (),
-        num_unsure=found.num_unsure if found else None,
+        num_replaced=len(replaced.indices) if replaced else None,
+        replaced=tuple(source.keys[i] for i in gone) if source else (),
+        num_unsure=replaced.num_unsure if replaced else None,
         num_files=len(store.shards),
         bytes_per_image=store.num_bytes() / max(1, len(store)),
-        num_sampled=len(summaries),
-        map_sizes=dict(Counter(summary.size for summary in summaries).most_common(10)),
-        classes_per_map=_mean([summary.num_classes for summary in summaries]),
-        top1_prob=_mean([summary.top1_prob for summary in summaries]),
-        rest=_mean([summary.rest for summary in summaries]),
-        entropy_bits=_mean([summary.entropy_bits for summary in summaries]),
-        empty=_mean([summary.empty for summary in summaries]),
-        class_agreement=_mean([best_class(summary) == own for summary, own in known]) if known else None,
-        place_agreement=_mean([(summary.top_class_ids == own).mean() for summary, own in known])
-        if known
-        else None,
-        num_judged=len(known),
+        **_means(summaries),
+        **_agreement(known),
         agreement_missing=None
         if known
         else _why_unknown(store, source, [summary.key for summary in summaries]),
-        suspects=tuple(suspects[: config.num_suspects]),
+        suspects=tuple(_suspect(summary, class_id, store) for summary, class_id in suspects),
         uncertain=tuple(by_entropy(summaries)[: config.num_suspects]),
         num_verified=len(store) if config.verify else None,
         broken=tuple(broken.values()),
     )
+
+
+def _means(summaries: Sequence[MapSummary]) -> dict[str, Any]:
+    """Return the figures of `Inspection` that are means over maps."""
+    return {
+        "num_sampled": len(summaries),
+        "map_sizes": dict(Counter(summary.size for summary in summaries).most_common(10)),
+        "classes_per_map": _mean([summary.num_classes for summary in summaries]),
+        "top1_prob": _mean([summary.top1_prob for summary in summaries]),
+        "rest": _mean([summary.rest for summary in summaries]),
+        "entropy_bits": _mean([summary.entropy_bits for summary in summaries]),
+        "empty": _mean([summary.empty for summary in summaries]),
+    }
+
+
+def _agreement(known: Sequence[tuple[MapSummary, int]]) -> dict[str, Any]:
+    """Return the figures of `Inspection` that compare maps with the classes of their images."""
+    of_images = [best_class(summary) == own for summary, own in known]
+    of_places = [(summary.top_class_ids == own).mean() for summary, own in known]
+    return {
+        "class_agreement": _mean(of_images) if known else None,
+        "place_agreement": _mean(of_places) if known else None,
+        "num_judged": len(known),
+    }
 
 
 def verify(store: LabelStore) -> Iterator[tuple[str, str]]:
@@ -219,76 +209,12 @@ def verify(store: LabelStore) -> Iterator[tuple[str, str]]:
             yield key, f"{key}: a cell names the same class twice"
 
 
-def summarize(key: str, score_map: ScoreMap) -> MapSummary:
-    """Return the figures of an image's map."""
-    score_map = as_probabilities(score_map)
-    probs = score_map.probs.astype(np.float64)
-    kept = probs > 0
-    rest = np.clip(1 - probs.sum(axis=2), 0, None)
-    num_others = score_map.num_classes - kept.sum(axis=2)
-    entropy = -np.sum(probs * np.log2(np.where(kept, probs, 1)), axis=2)
-    entropy -= rest * np.log2(np.where(rest > 0, rest / np.maximum(num_others, 1), 1))
-    height, width, _ = probs.shape
-    even_shares = (kept.any(axis=2) | score_map.empty_is_even) * rest / np.maximum(num_others, 1)  # [H, W]
-
-    def mean_by_class(entries: NDArray[np.float64]) -> NDArray[np.float64]:
-        sums = np.bincount(score_map.codes.ravel(), entries.ravel(), minlength=len(score_map.palette))
-        return sums / (height * width)
-
-    class_probs, even_share = mean_by_class(probs), float(even_shares.mean())
-    return MapSummary(
-        key=key,
-        size=f"{height} x {width}",
-        num_classes=len(np.unique(score_map.codes[kept])),
-        top1_prob=float(probs.max(axis=2).mean()),
-        rest=float(rest.mean()),
-        entropy_bits=float(entropy.mean()),
-        below_half=float((probs.max(axis=2) < 0.5).mean()),
-        empty=float(1 - kept.any(axis=2).mean()),
-        class_ids=score_map.palette,
-        class_probs=class_probs,
-        class_shares=class_probs + even_share - mean_by_class(kept * even_shares[:, :, None]),
-        even_share=even_share,
-        top_class_ids=np.where(kept.any(axis=2), score_map.top_class_ids, -1),
-    )
-
-
-def as_probabilities(score_map: ScoreMap) -> ScoreMap:
-    """Return a map of logits as probabilities, classes that a cell did not keep at logit 0; others as they are."""
-    if score_map.kind is Kind.PROBABILITIES:
-        return score_map
-    logits = score_map.probs.astype(np.float64)
-    largest = np.maximum(logits.max(axis=2, keepdims=True), 0)
-    kept = np.exp(logits - largest)
-    absent = (score_map.num_classes - logits.shape[2]) * np.exp(-largest)
-    probs = kept / (kept.sum(axis=2, keepdims=True) + absent)
-    return replace(score_map, probs=probs.astype(np.float32), kind=Kind.PROBABILITIES)
-
-
-def class_finder(store: LabelStore, source: ImageSource | None = None) -> Callable[[str], int | None]:
-    """Return what gives the class of an image by its key, among the store's classes; None where it is unknown.
-
-    `source`: the images, which know their classes; without it the first folder of a key names the class. If the store
-    does not name its classes, they are those of as many classes of images, in order.
-    """
-    names, num_classes = store.manifest.class_names, store.manifest.num_classes
-    if source is None:
-        of_folder = {composed(name): class_id for class_id, name in enumerate(names)}
-        return lambda key: of_folder.get(composed(key.split("/", 1)[0]))
-    own_ids = ids_among(source.class_names, names)
-    if not names:
-        own_ids = list(range(num_classes)) if len(source.class_names) == num_classes else []
-    entries = zip(source.keys, source.class_ids.tolist(), has_classes(source), strict=True) if own_ids else ()
-    class_ids = {key: own_ids[class_id] for key, class_id, known in entries if known}
-    return lambda key: class_id if (class_id := class_ids.get(key, -1)) >= 0 else None
-
-
 def _why_unknown(store: LabelStore, source: ImageSource | None, keys: Sequence[str]) -> str:
     """Say why no image of a store has a class that is known. `keys`: of labels that were looked at."""
     names, count = store.manifest.class_names, store.manifest.num_classes
     if not keys:
         return "no label was looked at"
-    ours = listed([repr(_tail(key)) for key in keys])
+    ours = listed([repr(shortened_path(key)) for key in keys])
     if source is None:
         classes = (
             f"none of its classes ({listed(list(names))})" if names else "no classes: these have no names"
@@ -297,30 +223,11 @@ def _why_unknown(store: LabelStore, source: ImageSource | None, keys: Sequence[s
     if not source.class_names:
         return "the images have no classes"
     if not set(source.keys).intersection(keys):
-        theirs = listed([repr(_tail(key)) for key in islice(source.keys, 4)])
+        theirs = listed([repr(shortened_path(key)) for key in islice(source.keys, 4)])
         return f"no label looked at is of one of the images: its keys are {ours}, theirs {theirs}"
     if not names:
         return f"the labels are about {count:,} classes without names, the images have {len(source.class_names):,}"
     return f"the labels' classes ({listed(list(names))}) are not those of the images ({listed(source.class_names)})"
-
-
-def by_doubt(known: Sequence[tuple[MapSummary, int]]) -> list[tuple[MapSummary, int]]:
-    """Return those maps with the classes of their images that say another class, the most doubtful first.
-
-    Doubtful is a class whose mean probability is small beside the best one's: their quotient finds more of the wrong
-    classes than their difference, which puts maps that are sure of everything first.
-    """
-
-    def doubt(pair: tuple[MapSummary, int]) -> tuple[float, float]:
-        summary, class_id = pair
-        own = summary.class_shares[summary.class_ids == class_id].sum() or summary.even_share
-        # To more digits than records have; what is equal then goes by the certainty of the other class.
-        return round(float(own / summary.class_shares.max()), 4), -float(summary.class_probs.max())
-
-    def says_another(summary: MapSummary, class_id: int) -> bool:
-        return bool(summary.class_probs[summary.class_ids == class_id].sum() < summary.class_probs.max())
-
-    return sorted((pair for pair in known if says_another(*pair)), key=doubt)
 
 
 def by_entropy(summaries: Sequence[MapSummary]) -> list[Uncertain]:
@@ -346,13 +253,6 @@ def _say_what_differs(manifest: Manifest, ours: Sequence[str]) -> None:
         say(f"{unknown}; agreement is that of the images of other classes")
 
 
-def best_class(summary: MapSummary) -> int:
-    """Return the most probable class of a map, over all places; -1 of one that says nothing."""
-    if not summary.class_probs.max() > 0:
-        return -1
-    return int(summary.class_ids[summary.class_probs.argmax()])
-
-
 def _suspect(summary: MapSummary, class_id: int, store: LabelStore) -> Suspect:
     names = store.manifest.class_names
     own = summary.class_probs[summary.class_ids == class_id]
@@ -366,108 +266,6 @@ def _suspect(summary: MapSummary, class_id: int, store: LabelStore) -> Suspect:
     )
 
 
-def as_text(figures: Mapping[str, Any]) -> str:
-    """Return the figures of `Inspection.as_dict` for people, and of those that inspect adds (masks, out of fold)."""
-    reasons = ": manifest.json says why" if figures["num_failures"] else ""
-    failed = "image" if figures["num_failures"] == 1 else "images"
-    lines = [
-        f"{figures['num_images']:,} labels ({figures['kind']}), top {figures['topk']} of {figures['num_classes']:,} "
-        f"classes; {figures['num_failures']:,} {failed} failed{reasons}",
-        *_doubts(figures),
-        f"{'size':<24}{figures['bytes_per_image']:,.0f} bytes an image, files: {figures['num_files']:,}, "
-        f"encoding {figures['encoding']}",
-        f"{'teacher':<24}{_in_a_line(figures['teacher'])}",
-        f"{'preprocessing':<24}{_in_a_line(figures['preprocessing'])}",
-        "",
-        f"{'looked at':<24}{figures['num_sampled']:,} labels",
-        f"{'rows x columns':<24}{', '.join(f'{size} ({n:,})' for size, n in figures['map_sizes'].items())}",
-        f"{'distinct classes':<24}{figures['classes_per_map']:.1f} a map",
-        f"{'certainty':<24}{figures['top1_prob']:.1%} (probability of a place's best class)",
-        f"{'rest':<24}{figures['rest']:.1%} (probability of the classes that a place did not keep)",
-        f"{'entropy':<24}{figures['entropy_bits']:.2f} bits a place",
-    ]
-    if figures["empty"]:
-        lines.append(f"{'empty':<24}{figures['empty']:.1%} of the places keep nothing")
-    agreements = {
-        "class_agreement": "of the images' best class is their own",
-        "place_agreement": "of the places' best class is the image's",
-        "mask_agreement": "of the places' best class is what the masks show there",
-    }
-    lines += [
-        f"{'agreement':<24}{figures[name]:.1%} {words}"
-        for name, words in agreements.items()
-        if figures.get(name) is not None
-    ]
-    if figures["agreement_missing"]:
-        lines.append(f"{'agreement':<24}unknown: {figures['agreement_missing']}")
-    elif figures["num_judged"] < figures["num_sampled"]:
-        lines.append(f"{'':<24}of {figures['num_judged']:,} labels, whose images' class is known")
-    if figures["uncertain"]:
-        sampled = (
-            "" if figures["num_sampled"] == figures["num_images"] else " of those looked at (--sample 0: all)"
-        )
-        lines += ["", f"least certain{sampled}: a mask of these would teach most"]
-    lines += [
-        f"  {_tail(image['key'], MAX_KEY)}: {image['entropy_bits']:.2f} bits a place, {image['below_half']:.0%} of the "
-        "places below 50%"
-        for image in figures["uncertain"]
-    ]
-    lines += _suspect_lines("least agreement: perhaps their class is wrong", figures["suspects"])
-    if folds := figures.get("out_of_fold"):
-        agree = (
-            f"{folds['agreement']:.1%} of {folds['num_images']:,} images have the class that they look like"
-        )
-        lines += ["", f"out of fold, {agree}", *_suspect_lines("least of all", folds["suspects"])[1:]]
-    if figures["num_verified"] is not None:
-        lines += ["", f"verified {figures['num_verified']:,} labels, {len(figures['broken']):,} broken"]
-    return "\n".join([*lines, *(f"  {line}" for line in figures["broken"])])
-
-
-def _suspect_lines(title: str, suspects: Sequence[Mapping[str, Any]]) -> list[str]:
-    lines = [
-        f"  {_tail(s['key'], MAX_KEY)}: {with_words(s['class_name'])} has {s['prob']:.1%}, "
-        f"{with_words(s['top_class_name'])} {s['top_prob']:.1%}"
-        for s in suspects
-    ]
-    return ["", title, *lines] if lines else []
-
-
-def _doubts(figures: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what people should know of the labels before they trust the figures."""
-    if count := figures["num_superseded"]:
-        yield f"{'superseded':<24}{count:,} records, by newer, equal or earlier ones; merge leaves them out"
-    if count := figures["num_replaced"]:
-        names = listed(list(figures["replaced"]))
-        yield f"{'replaced':<24}{count:,} of the images since labelling ({names}): annotate --again changed"
-    if count := figures["num_unsure"]:
-        yield f"{'modified':<24}{count:,} of the images since labelling, which kept their size: --verify reads them"
-
-
-def _tail(text: str, most: int = MAX_TEXT) -> str:
-    """Return a path, of a long one its end."""
-    return text if len(text) <= most else f"...{text[-most:]}"
-
-
-def _in_a_line(settings: Mapping[str, Any]) -> str:
-    if "members" in settings:
-        members = [_in_a_line(member) for member in settings["members"]]
-        more = f" + {len(members) - 3} more" if len(members) > 3 else ""
-        return f"{' + '.join(members[:3])}{more}; {_in_a_line({k: v for k, v in settings.items() if k != 'members'})}"
-    return ", ".join(
-        f"{name} {_in_short(value)}" for name, value in settings.items() if value not in (None, False)
-    )
-
-
-def _in_short(value: Any) -> str:
-    """Return a value of a manifest as people want to read it: the size of a class map, the start of a list."""
-    if isinstance(value, Mapping) and "targets" in value:
-        places = [place for place in value["targets"] if place >= 0]
-        return f"{len(places):,} of {len(value['targets']):,} classes to {len(set(places)):,} ({value.get('nowhere')})"
-    if isinstance(value, list) and len(value) > 4:
-        return f"[{listed([_in_short(entry) for entry in value])}]"
-    return _tail(str(value))
-
-
 def _sampled(store: LabelStore, count: int) -> Iterator[str]:
     """Return the keys of labels drawn at random, of all if `count` is 0 or more than there are."""
     if count == 0 or len(store) <= count:
@@ -479,3 +277,8 @@ def _sampled(store: LabelStore, count: int) -> Iterator[str]:
 
 def _mean(values: Sequence[float]) -> float:
     return float(np.mean(values)) if values else 0.0
+
+
+def shortened_path(text: str, most: int = MAX_TEXT) -> str:
+    """Return a path, of a long one its end."""
+    return text if len(text) <= most else f"...{text[-most:]}"

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, get_type_hints
 
 from tokenlabel.core.scores import Kind, Orientation
 from tokenlabel.data.classes import ClassList, composed
 from tokenlabel.labels.encoding import DEFAULT_TOLERANCE, Encoding
-from tokenlabel.labels.shards import SHARD_SUFFIX, StoreError, write_atomically
-from tokenlabel.runtime.coercion import coerced_fields
-from tokenlabel.runtime.process import listed
+from tokenlabel.labels.shards import SHARD_SUFFIX, write_atomically
+from tokenlabel.runtime.coercion import coerced, coerced_fields
+from tokenlabel.runtime.errors import StoreError
+from tokenlabel.runtime.process import listed, locked
 
 MANIFEST_FILE = "manifest.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 1  # raised when older versions would misread a store
 MAX_MANIFEST_BYTES = 1 << 28
 # The entry of a class map that says what became of the probability of classes that it leaves out.
 OUTSIDE = "teacher.class_map.nowhere"
@@ -29,10 +27,9 @@ _REPAIR = (
     "put a copy back: the command that made these labels writes an equal one first thing, into another folder"
 )
 
-T = TypeVar("T")
-
 
 @dataclass(frozen=True, slots=True)
+@coerced_fields
 class Failure:
     """An image without a label, and why."""
 
@@ -70,14 +67,17 @@ class Manifest:
     def __post_init__(self) -> None:
         for name in ("teacher", "preprocessing"):  # as they will be read back: no tuples
             object.__setattr__(self, name, json.loads(json.dumps(getattr(self, name))))
+        problem = ""
         if self.num_classes < 2 or self.topk < 1:
-            raise StoreError(
+            problem = (
                 f"labels need 2 classes and 1 kept a cell at least; got {self.num_classes} and {self.topk}"
             )
-        if not 0 <= self.tolerance < 1:
-            raise StoreError(f"the tolerance of labels must be at least 0 and below 1, got {self.tolerance}")
-        if self.class_names and len(self.class_names) != self.num_classes:
-            raise StoreError(f"{self.num_classes} classes, but {len(self.class_names)} class names")
+        elif not 0 <= self.tolerance < 1:
+            problem = f"the tolerance of labels must be at least 0 and below 1, got {self.tolerance}"
+        elif self.class_names and len(self.class_names) != self.num_classes:
+            problem = f"{self.num_classes} classes, but {len(self.class_names)} class names"
+        if problem:
+            raise StoreError(problem)
 
     @property
     def classes(self) -> ClassList:
@@ -126,8 +126,8 @@ def _unlike(name: str, ours: Any, theirs: Any) -> Iterator[tuple[str, Any, Any]]
     elif isinstance(ours, (list, tuple)) and isinstance(theirs, (list, tuple)):
         if len(ours) != len(theirs):
             yield f"the length of {name}", len(ours), len(theirs)
-        for place, (a, b) in enumerate(zip(ours, theirs, strict=False)):
-            yield from _unlike(f"{name}[{place}]", a, b)
+        for index, (a, b) in enumerate(zip(ours, theirs, strict=False)):
+            yield from _unlike(f"{name}[{index}]", a, b)
     elif ours != theirs:
         yield name, ours, theirs
 
@@ -164,24 +164,12 @@ def update_failures(
 
     `others`: whether the failure of a key that it had stays. Nothing is written if nothing changes.
     """
-    with held(Path(folder)):
+    with locked(Path(folder)):
         manifest = read_manifest(folder)
         new = {failure.key for failure in failures}
         kept = [f for f in manifest.failures if f.key not in new and others(f.key)]
         if (all_failures := (*kept, *failures)) != manifest.failures:
             write_manifest(Path(folder), replace(manifest, failures=all_failures))
-
-
-@contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Hold a store's folder: of several processes one at a time looks at its manifest and writes it."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # some network file systems cannot
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def read_manifest(folder: str | Path) -> Manifest:
@@ -195,17 +183,29 @@ def read_manifest(folder: str | Path) -> Manifest:
         raise StoreError(no_store(Path(folder))) from None
     except OSError as error:
         raise StoreError(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise StoreError(f"{path}: is not JSON ({error}); {_REPAIR}") from error
     version = content.get("format_version") if isinstance(content, dict) else None
+    known = [encoding.value for encoding in Encoding]
     if version != FORMAT_VERSION:
-        raise StoreError(f"{path}: format {version!r}, this version of tokenlabel reads {FORMAT_VERSION}")
-    try:
-        return _manifest(content)
-    except StoreError as error:
-        raise StoreError(f"{path}: {error}") from error
-    except (ValueError, TypeError, KeyError) as error:
-        raise StoreError(f"{path}: an entry is missing or of the wrong type ({error})") from error
+        problem = f"format {version!r}, this version of tokenlabel reads {FORMAT_VERSION}"
+    elif (name := content.get("encoding")) not in known:
+        problem = f"labels in encoding {name!r}, this version of tokenlabel reads {' and '.join(known)}; annotate again"
+    else:
+        try:
+            return _manifest(content)
+        except (ValueError, TypeError, KeyError) as error:
+            problem = str(error)
+            if not isinstance(error, StoreError):
+                problem = f"an entry is missing or of the wrong type ({error})"
+    raise StoreError(f"{path}: {problem}")
+
+
+def _manifest(content: dict[str, Any]) -> Manifest:
+    # The first stores kept every entry, and had no word for the orientation.
+    found = {"tolerance": 0.0, "orientation": Orientation.STORED, **content}
+    kinds = get_type_hints(Manifest)
+    return Manifest(**{name: coerced(found[name], kind, name=name) for name, kind in kinds.items()})
 
 
 def no_store(folder: Path) -> str:
@@ -218,41 +218,6 @@ def no_store(folder: Path) -> str:
     if inner := sorted(path.parent.name for path in folder.glob(f"*/{MANIFEST_FILE}")):
         return f"{folder}: no label store (it has no {MANIFEST_FILE}), but has some in it ({listed(inner)}); name those"
     return f"{folder}: no label store (it has no {MANIFEST_FILE}); `tokenlabel annotate` makes one"
-
-
-def _manifest(content: dict[str, Any]) -> Manifest:
-    return Manifest(
-        num_classes=_of_type(content["num_classes"], int),
-        class_names=tuple(_of_type(name, str) for name in _of_type(content["class_names"], list)),
-        topk=_of_type(content["topk"], int),
-        kind=Kind(content["kind"]),
-        encoding=_encoding(content["encoding"]),
-        tolerance=float(content.get("tolerance", 0)),  # the first stores kept every entry
-        teacher=_of_type(content["teacher"], dict),
-        preprocessing=_of_type(content["preprocessing"], dict),
-        orientation=Orientation(
-            content.get("orientation", Orientation.STORED)
-        ),  # the first stores had no word
-        failures=tuple(
-            Failure(_of_type(failure["key"], str), _of_type(failure["reason"], str))
-            for failure in _of_type(content["failures"], list)
-        ),
-    )
-
-
-def _encoding(name: Any) -> Encoding:
-    known = [encoding.value for encoding in Encoding]
-    if name not in known:
-        raise StoreError(
-            f"labels in encoding {name!r}, this version of tokenlabel reads {' and '.join(known)}; annotate again"
-        )
-    return Encoding(name)
-
-
-def _of_type(value: Any, kind: type[T]) -> T:
-    if type(value) is not kind:
-        raise TypeError(f"{_short(value)} is not of type {kind.__name__}")
-    return value
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -22,22 +22,16 @@ from tqdm import tqdm
 
 from tokenlabel.core.geometry import WHOLE_IMAGE, Box
 from tokenlabel.core.scores import Kind, Orientation, ScoreMap, from_top
+from tokenlabel.data.class_names import imagenet_ids
 from tokenlabel.data.images import ImageSource
 from tokenlabel.data.sources import open_aloud
 from tokenlabel.labels.encoding import Encoding
-from tokenlabel.labels.inspection import best_class, summarize
-from tokenlabel.labels.store import (
-    Failure,
-    LabelStore,
-    LabelStoreWriter,
-    Manifest,
-    StoreError,
-    pack_for,
-    update_failures,
-)
-from tokenlabel.labels.wordnet import imagenet_ids
+from tokenlabel.labels.manifest import Failure, Manifest, update_failures
+from tokenlabel.labels.store import LabelStore
+from tokenlabel.labels.summaries import best_class, summarize
+from tokenlabel.labels.writer import LabelStoreWriter, pack_for
 from tokenlabel.runtime.coercion import COUNT, Choice, check_numbers, coerced_fields
-from tokenlabel.runtime.errors import first_line
+from tokenlabel.runtime.errors import StoreError, first_line
 from tokenlabel.runtime.process import ahead, listed, say, thread_pool
 
 # From here on float16 cannot tell neighbouring integers apart.
@@ -123,16 +117,7 @@ def import_labels(
             else:
                 writer.add_record(key, outcome)
     update_failures(folder, failures)
-    if job.agreements:
-        share = sum(job.agreements) / len(job.agreements)
-        doubt = (
-            ""
-            if share > MIN_AGREEMENT
-            else ": perhaps these are other images, or other classes in this order"
-        )
-        say(
-            f"the best class of {share:.0%} of {len(job.agreements):,} maps looked at is their image's{doubt}"
-        )
+    job.say_agreement()
     return Imported(
         num_images=len(source),
         num_present=len(source) - len(missing),
@@ -201,6 +186,7 @@ def read_label_file(
         raise StoreError(
             f"{path}: its second half should be class ids, got {class_ids.min()} to {class_ids.max()}"
         )
+    # Ids are in the type of the logits, float16, which rounds 2049 to 2048.
     if class_ids.max() >= FIRST_UNCERTAIN_ID:
         raise StoreError(
             f"{path}: names class {class_ids.max():.0f}, but float16 tells ids apart only below {FIRST_UNCERTAIN_ID}; "
@@ -249,6 +235,20 @@ class _Job:
             return key, pack_for(self.manifest, key, score_map)
         except (ValueError, OSError) as error:
             return key, Failure(key, str(error))
+
+    def say_agreement(self) -> None:
+        """Say how often the best class of a map is its image's; without names of classes nobody knows."""
+        if not self.agreements:
+            return
+        share = sum(self.agreements) / len(self.agreements)
+        doubt = (
+            ": perhaps these are other images, or other classes in this order"
+            if share <= MIN_AGREEMENT
+            else ""
+        )
+        say(
+            f"the best class of {share:.0%} of {len(self.agreements):,} maps looked at is their image's{doubt}"
+        )
 
 
 def _topk_of(paths: Sequence[Path], *, folder: str | Path) -> int:

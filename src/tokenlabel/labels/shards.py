@@ -101,11 +101,12 @@ def write_shard(
     fingerprint of each record's image, or nothing. `generation`, `again`: see `Shard`.
     """
     names = [key_bytes(key) for key, _ in records]
+    # Keys lie apart from records, so that opening a store of a million reads 32 bytes and a name each, and no label.
     rows, payload, key_start, record_start = [], [], 0, 0
     for name, (key, record) in zip(names, records, strict=True):
         if len(name) > MAX_KEY_BYTES:
             raise StoreError(f"{key[:80]}...: a key has at most {MAX_KEY_BYTES} bytes, this one {len(name)}")
-        checksum = crc32(record, crc32(name))
+        checksum = crc32(record, crc32(name))  # of both: a record under another key is found, too
         rows.append(_ROW.pack(key_hash(name), record_start, len(record), key_start, len(name), 0, checksum))
         payload += (record, _padding(len(record)))
         key_start += len(name)
@@ -126,7 +127,8 @@ def write_shard(
     metadata |= {"generation": str(generation)} if generation else {}
     metadata |= {"again": again} if again else {}
     header = json.dumps({"__metadata__": metadata, **_tensors(len(rows), len(keys), record_start)}).encode()
-    header += b" " * (-len(header) % _ALIGNMENT)
+    header += b" " * (-len(header) % _ALIGNMENT)  # so that arrays may be views of the mapped file
+    # The header holds the checksums of all but the records, and the index those of the records.
     path = folder / f"{blake2b(header + index, digest_size=10).hexdigest()}{SHARD_SUFFIX}"
     write_atomically(path, [_HEADER_BYTES.pack(len(header)), header, index, keys, *payload])
     return path
@@ -169,40 +171,21 @@ class Shard:
         _, _, _, start, length, _, _ = _ROW.unpack_from(mapped, self.index_start + row * _ROW.size)
         return mapped[self.keys_start + start : self.keys_start + start + length]
 
-    def holds(self, row: int, name: bytes) -> bool | None:
-        """Return True if the row's key is `name`, else None."""
-        return True if self.key(row) == name else None
-
-    def read(self, row: int, name: bytes) -> bytes | None:
-        """Return the record of a row if its key is `name`, else None.
-
-        Raises StoreError if the record does not have its checksum.
-        """
+    def read(self, row: int) -> bytes:
+        """Return the record of a row. Raises StoreError if it does not have its checksum."""
         mapped = self._mapped or self._map()
-        _, start, length, key_start, key_length, _, checksum = _ROW.unpack_from(
-            mapped, self.index_start + row * _ROW.size
-        )
-        key_start += self.keys_start
-        if mapped[key_start : key_start + key_length] != name:
-            return None
-        start += self.payload_start
+        _, start, length, _, _, _, checksum = _ROW.unpack_from(mapped, self.index_start + row * _ROW.size)
+        start, name = start + self.payload_start, self.key(row)
         record = mapped[start : start + length]
         if crc32(record, crc32(name)) != checksum:
-            key = key_text(name)
             raise StoreError(
-                f"{self.path}: the record of {key!r} was altered (its checksum is another); `tokenlabel annotate "
-                "--again FILE` labels the images anew whose keys FILE lists"
+                f"{self.path}: the record of {key_text(name)!r} was altered (its checksum is another); `tokenlabel "
+                "annotate --again FILE` labels the images anew whose keys FILE lists"
             )
         return record
 
-    def generation_of(self, row: int, name: bytes) -> int | None:
-        """Return the file's generation if the row's key is `name`, else None."""
-        return self.generation if self.key(row) == name else None
-
-    def image(self, row: int, name: bytes) -> Fingerprint | None:
-        """Return the fingerprint of the image that a row's record was made of if its key is `name`, else None."""
-        if self.key(row) != name:
-            return None
+    def image(self, row: int) -> Fingerprint:
+        """Return the fingerprint of the image that a row's record was made of."""
         if self.images_crc32 is None:
             return UNKNOWN
         if self._images is None:
@@ -284,21 +267,21 @@ def _layout(path: Path, header: bytes, num_data_bytes: int) -> tuple[int, int, i
         raise StoreError(
             f"{path}: holds {version}, this version of tokenlabel reads {(STORE_FORMAT, VERSION)}"
         )
-    if not all(type(count) is int and count >= 0 for count in (num_records, num_key_bytes)):
-        raise StoreError(f"{path}: its header was altered; {_ANNOTATE_AGAIN}")
-    index_end = num_records * _ROW.size
-    keys_end = index_end + num_key_bytes
-    expected = _tensors(num_records, num_key_bytes, num_data_bytes - keys_end)
-    if tensors != expected or keys_end > num_data_bytes:
-        raise StoreError(
-            f"{path}: was cut short or altered: {num_data_bytes} bytes do not fit its header; {_ANNOTATE_AGAIN}"
-        )
-    fingerprint_bytes = num_records * _IMAGE.size if "images_crc32" in metadata else 0
-    if fingerprint_bytes > num_data_bytes - keys_end or not re.fullmatch(
-        r"\d{1,9}", str(metadata.get("generation", "0")), re.ASCII
-    ):
-        raise StoreError(f"{path}: its header was altered; {_ANNOTATE_AGAIN}")
-    return num_records, index_end, keys_end, metadata
+    generation = str(metadata.get("generation", "0"))
+    if all(type(count) is int and count >= 0 for count in (num_records, num_key_bytes)):
+        index_end = num_records * _ROW.size
+        keys_end = index_end + num_key_bytes
+        fingerprint_bytes = num_records * _IMAGE.size if "images_crc32" in metadata else 0
+        num_payload_bytes = num_data_bytes - keys_end
+        if (
+            num_payload_bytes >= fingerprint_bytes
+            and tensors == _tensors(num_records, num_key_bytes, num_payload_bytes)
+            and re.fullmatch(r"\d{1,9}", generation, re.ASCII)
+        ):
+            return num_records, index_end, keys_end, metadata
+    raise StoreError(
+        f"{path}: was cut short or altered: {num_data_bytes} bytes do not fit its header; {_ANNOTATE_AGAIN}"
+    )
 
 
 def _tensors(num_records: int, num_key_bytes: int, num_payload_bytes: int) -> dict[str, Any]:
@@ -318,14 +301,11 @@ def _tensors(num_records: int, num_key_bytes: int, num_payload_bytes: int) -> di
 def _opened(path: Path) -> Any:
     try:
         return path.open("rb")
-    except FileNotFoundError:
-        raise StoreError(
-            f"{path}: was removed while the store was open; start again, and keep the files of a store that is read"
-        ) from None
     except OSError as error:
-        raise StoreError(
-            f"{path}: cannot be read ({error.strerror}); too many files: `tokenlabel merge` makes fewer"
-        ) from error
+        problem = f"cannot be read ({error.strerror}); too many files: `tokenlabel merge` makes fewer"
+        if isinstance(error, FileNotFoundError):
+            problem = "was removed while the store was open; start again, and keep the files of a store that is read"
+        raise StoreError(f"{path}: {problem}") from error
 
 
 def _padding(num_bytes: int) -> bytes:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from tokenlabel.core.outputs import Inference, Outputs, TokenModel
+from tokenlabel.core.config import Inference
+from tokenlabel.core.outputs import Outputs, TokenModel
 from tokenlabel.models.adapter import TimmAdapter, create_timm_adapter
 from tokenlabel.models.lvvit import LVViT, LVViTConfig
 from tokenlabel.models.names import register_with_timm, why_unknown

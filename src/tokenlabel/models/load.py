@@ -13,7 +13,8 @@ from timm.models import get_pretrained_cfg
 from torch import nn
 
 from tokenlabel.core.config import Inference
-from tokenlabel.data.classes import ClassList, imagenet_names
+from tokenlabel.data.class_names import imagenet_names
+from tokenlabel.data.classes import ClassList
 from tokenlabel.data.config import Interpolation
 from tokenlabel.models import create_model, register_with_timm
 from tokenlabel.models.adapter import TimmAdapter

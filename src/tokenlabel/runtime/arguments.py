@@ -97,27 +97,28 @@ def parse(
         is_name = str in get_args(getattr(action, "_typehint", None)) and value.lower() not in ("null", "~")
         if action and is_name and namespace.get(action.dest) is None:
             namespace[action.dest] = value  # YAML reads #1 and &a as nothing
-    for name in ("out", "output", "pictures", "head"):
-        if isinstance(path := namespace.get(name), Path) and (reason := _why_unwritable(path)):
-            raise ValueError(f"{path}: cannot be written ({reason}); choose another place")
-    for name, is_wrong, what in (
-        ("out", Path.is_file, "is a file; name a folder"),
-        ("output", Path.is_dir, "is a folder; name a file, which may be in it"),
-        ("pictures", Path.is_dir, "is a folder; name a file, which may be in it"),
-    ):
-        if name in _options(parser) and (path := namespace.get(name)) and is_wrong(path):
-            raise ValueError(f"--{name} {path}: {what}")  # before the work, not after it
+    for name in ("out", "output", "pictures", "head"):  # before the work, not after it
+        path = namespace.get(name)
+        if isinstance(path, Path) and (
+            problem := _why_unwritable(path, name if name in _options(parser) else "")
+        ):
+            raise ValueError(problem)
     return namespace
 
 
-def _why_unwritable(path: Path) -> str | None:
-    """Return why nothing can be made at a path, if nothing is there: known before the work, not after it."""
+def _why_unwritable(path: Path, option: str) -> str | None:
+    """Return why nothing can be made at a path, or, of what is there, why it is not what an option takes."""
     if path.exists():
+        if option == "out" and path.is_file():
+            return f"--out {path}: is a file; name a folder"
+        if option in ("output", "pictures") and path.is_dir():
+            return f"--{option} {path}: is a folder; name a file, which may be in it"
         return None
     folder = next(folder for folder in path.absolute().parents if folder.exists())
-    if not folder.is_dir():
-        return f"{folder} is a file"
-    return None if os.access(folder, os.W_OK) else f"nothing can be made in {folder}"
+    reason = f"nothing can be made in {folder}" if folder.is_dir() else f"{folder} is a file"
+    if folder.is_dir() and os.access(folder, os.W_OK):
+        return None
+    return f"{path}: cannot be written ({reason}); choose another place"
 
 
 def _advice(parser: ArgumentParser, message: str, words: list[str]) -> str:
@@ -161,6 +162,17 @@ def configured(parser: ArgumentParser, options: Namespace, config: type[Config])
 
         keys = r"^[\w.]+(?= must )|(?<![-\w./])[a-z][a-z.]*_[\w.]*\w"
         raise ValueError(re.sub(keys, option, str(error))) from error
+
+
+def parse_config(
+    parser: ArgumentParser, arguments: list[str], config: type[Config]
+) -> tuple[Namespace, Config]:
+    """Return parsed arguments, and the dataclass whose fields a parser takes beside those that it has already."""
+    from tokenlabel.runtime.configuration import add_config_arguments
+
+    add_config_arguments(parser, config)
+    options = parse(parser, arguments)
+    return options, configured(parser, options, config)
 
 
 def _options(parser: ArgumentParser) -> dict[str, str]:

@@ -27,6 +27,8 @@ POSITIVE, SHARE, PART = "(0, inf)", "[0, 1]", "(0, 1]"
 
 T = TypeVar("T")
 
+_UNLIKE = object()
+
 Size = SupportsIndex | Sequence[Any]
 """What functions take for a size: a pair, or one number for both sides."""
 
@@ -65,6 +67,15 @@ def coerced(value: Any, kind: Any, *, name: str) -> Any:
     them), `Path` and `str` by each other, numbers by NumPy's. What is not known to be either passes as it is.
     Raises ValueError that begins with `name`.
     """
+    result = _converted(value, kind, name)
+    if result is _UNLIKE:
+        expected = kind.__name__ if isinstance(kind, type) and not get_args(kind) else str(kind)
+        raise ValueError(f"{name}: expected {expected}, got {value!r}")
+    return result
+
+
+def _converted(value: Any, kind: Any, name: str) -> Any:
+    """Return the value of a kind, _UNLIKE for what does not stand for one; a wrong part of it raises."""
     origin, arms = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
         return _one_of(value, kind, [arm for arm in arms if arm is not type(None)], name=name)
@@ -72,29 +83,26 @@ def coerced(value: Any, kind: Any, *, name: str) -> Any:
         if not (isinstance(value, str) and value in arms):
             raise ValueError(f"{name}: expected one of {', '.join(arms)}; got {value!r}")
         return arms[arms.index(value)]
-    if origin is tuple:
+    if origin is dict:
+        return dict(value) if isinstance(value, Mapping) else _UNLIKE
+    if origin in (tuple, list):
         if arms == (int, int) and _is_whole(value):
             return (int(value),) * 2
-        items = _items(value, kind, name=name)
-        kinds = arms[:1] * len(items) if arms[1:] == (...,) else arms
+        if isinstance(value, (str, bytes, Mapping, set)) or not isinstance(value, Iterable):
+            return _UNLIKE
+        items = list(value)
+        kinds = arms if origin is tuple and arms[1:] != (...,) else arms[:1] * len(items)
         if len(items) != len(kinds):
-            raise _unlike(value, kind, name=name)
-        return tuple(coerced(item, kind, name=name) for item, kind in zip(items, kinds, strict=True))
-    if origin is list:
-        return [coerced(item, arms[0], name=name) for item in _items(value, kind, name=name)]
-    if origin is dict:
-        if not isinstance(value, Mapping):
-            raise _unlike(value, kind, name=name)
-        return dict(value)
+            return _UNLIKE
+        return origin(coerced(item, kind, name=name) for item, kind in zip(items, kinds, strict=True))
     return _plain(value, kind, name=name) if isinstance(kind, type) else value
 
 
 def pair(size: Size, *, name: str = "img_size") -> tuple[int, int]:
     """Return a size as two numbers of at least 1; one number stands for both."""
-    first, second = coerced(size, tuple[int, int], name=name)
-    if first < 1 or second < 1:
-        raise ValueError(f"{name}: expected at least 1 both ways, got {first} and {second}")
-    return first, second
+    sides = coerced(size, tuple[int, int], name=name)
+    check_number(sides, NATURAL, name=name)
+    return sides
 
 
 def _one_of(value: Any, kind: Any, arms: Sequence[Any], *, name: str) -> Any:
@@ -102,12 +110,12 @@ def _one_of(value: Any, kind: Any, arms: Sequence[Any], *, name: str) -> Any:
         return None
     if len(arms) == 1:
         return coerced(value, arms[0], name=name)
-    for arm in arms:
+    for arm in arms:  # in the order in which they are written: `int | float` keeps 1 an int
         try:
             return coerced(value, arm, name=name)
         except ValueError:
             pass
-    raise _unlike(value, kind, name=name)
+    return _UNLIKE
 
 
 def _plain(value: Any, kind: type, *, name: str) -> Any:
@@ -126,14 +134,10 @@ def _plain(value: Any, kind: type, *, name: str) -> Any:
             return kind(**value)
         except (TypeError, ValueError) as error:  # a key is missing, or a value means nothing
             raise ValueError(f"{name}: {error}") from error
-    if is_dataclass(kind) and not isinstance(value, kind):
-        raise _unlike(value, kind, name=name)
     if kind not in _SCALARS:
-        return value
+        return _UNLIKE if is_dataclass(kind) and not isinstance(value, kind) else value
     stands_for_it, make = _SCALARS[kind]
-    if not stands_for_it(value):
-        raise _unlike(value, kind, name=name)
-    return make(value)
+    return make(value) if stands_for_it(value) else _UNLIKE
 
 
 def _is_whole(value: Any) -> bool:
@@ -142,17 +146,6 @@ def _is_whole(value: Any) -> bool:
     except TypeError:
         return False
     return not isinstance(value, bool)
-
-
-def _items(value: Any, kind: Any, *, name: str) -> list[Any]:
-    if isinstance(value, (str, bytes, Mapping, set)) or not isinstance(value, Iterable):
-        raise _unlike(value, kind, name=name)
-    return list(value)
-
-
-def _unlike(value: Any, kind: Any, *, name: str) -> ValueError:
-    expected = kind.__name__ if isinstance(kind, type) and not get_args(kind) else str(kind)
-    return ValueError(f"{name}: expected {expected}, got {value!r}")
 
 
 def _is_path(value: Any) -> bool:
@@ -176,17 +169,21 @@ def check_numbers(config: Any, prefix: str = "", /, **intervals: str) -> None:
     `prefix`: what stands before the names of the fields: `mix.` in a recipe, `--` for options of a verb.
     """
     for name, interval in intervals.items():
-        value = getattr(config, name)
-        low, high = map(float, interval[1:-1].split(","))
-        for number in value if isinstance(value, (tuple, list)) else (value,):
-            if number is None:
-                continue
-            above = low <= number if interval[0] == "[" else low < number
-            below = number <= high if interval[-1] == "]" else number < high
-            if not (above and below):
-                shown = list(value) if isinstance(value, tuple) else value
-                field = f"--{name.replace('_', '-')}" if prefix == "--" else prefix + name
-                raise ConfigError(f"{field} must be {_in_words(interval, low, high, number)}, got {shown}")
+        field = f"--{name.replace('_', '-')}" if prefix == "--" else prefix + name
+        check_number(getattr(config, name), interval, name=field)
+
+
+def check_number(value: Any, interval: str, *, name: str) -> None:
+    """Raise ConfigError for one value, as `check_numbers` does."""
+    low, high = map(float, interval[1:-1].split(","))
+    for number in value if isinstance(value, (tuple, list)) else (value,):
+        if number is None:
+            continue
+        above = low <= number if interval[0] == "[" else low < number
+        below = number <= high if interval[-1] == "]" else number < high
+        if not (above and below):  # so NaN, which no comparison is true of, is refused
+            shown = list(value) if isinstance(value, tuple) else value
+            raise ConfigError(f"{name} must be {_in_words(interval, low, high, number)}, got {shown}")
 
 
 def _in_words(interval: str, low: float, high: float, number: float) -> str:

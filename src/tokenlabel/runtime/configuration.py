@@ -48,6 +48,7 @@ def add_config_arguments(parser: jsonargparse.ArgumentParser, config: type) -> N
             action.default = kind[action.default].value if isinstance(action.default, str) else action.default
     _list_groups(parser, config)
     for name, action in list(parser._option_string_actions.items()):
+        # The table that argparse finds options in takes all spellings; the action's own list is what help shows.
         dashed = name.replace("_", "-").rstrip(
             "-"
         )  # a field that is a keyword ends in _, as PEP 8 says: from_
@@ -88,11 +89,6 @@ def config_of(
     parsed = parser.instantiate(namespace)
     names = get_type_hints(config)
     return config(**{name: parsed[name] for name in names})
-
-
-def read_config(path: str | Path, config: type[Config]) -> Config:
-    """Return the dataclass that a YAML file holds. Raises ConfigError that names the file and the key."""
-    return config_from_dict(read_yaml(path), config, name=str(path))
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

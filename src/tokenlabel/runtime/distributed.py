@@ -16,8 +16,7 @@ from torch.distributed.fsdp import fully_shard
 
 from tokenlabel.runtime.coercion import coerced
 from tokenlabel.runtime.errors import FirstRankError
-from tokenlabel.runtime.memory import keep_freed_memory
-from tokenlabel.runtime.process import environment_number
+from tokenlabel.runtime.process import environment_number, keep_freed_memory
 
 T = TypeVar("T")
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -49,7 +48,7 @@ class Ranks:
         """Return the first rank's value on every rank; it must pickle."""
         if self.world_size == 1:
             return value
-        values = [value]
+        values = [value]  # of the other ranks, replaced in place
         dist.broadcast_object_list(values, src=0, group=self.patient)
         return values[0]
 
@@ -163,7 +162,7 @@ def autocast(device: torch.device, precision: Precision | str) -> torch.autocast
 def _named_device(device: torch.device | str, option: str) -> torch.device:
     try:
         found = torch.device(device)
-        torch.empty(0, device=found).cpu()
+        torch.empty(0, device=found).cpu()  # a name alone says nothing: `cuda:7` parses anywhere
     except (
         AssertionError,
         RuntimeError,

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
+from importlib import import_module
+from typing import Any
 
 RENAMED = {"size_px": "img_size", "size-px": "img-size"}
 """Fields and options that are called otherwise now."""
@@ -48,6 +50,14 @@ class ModelError(ValueError):
 
 class FirstRankError(ValueError):
     """What the first rank does for all ranks failed there."""
+
+
+def import_extra(module: str, extra: str, what: str, *, otherwise: str = "") -> Any:
+    """Import a module of an extra. Raises ConfigError that says that `what` is not there, and how to install it."""
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise ConfigError(f"{what} is not installed; pip install 'tokenlabel[{extra}]'{otherwise}") from error
 
 
 def first_line(error: Exception) -> str:

@@ -83,7 +83,7 @@ def hub_or_cache(*, online: bool = True) -> Iterator[None]:
     from huggingface_hub import constants
     from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    before = constants.HF_HUB_OFFLINE
+    before = constants.HF_HUB_OFFLINE  # read at each call, so setting it works after the import
     constants.HF_HUB_OFFLINE = before or not online or not hub_answers()
     try:
         yield

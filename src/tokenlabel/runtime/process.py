@@ -1,17 +1,21 @@
-"""What any process does beside its work: lines for people, signals, files that are whole or not there, threads ahead.
+"""What any process does beside its work: lines for people, signals, whole files, locks, threads, memory.
 
 No torch, so that every command may ask at once.
 """
 
 from __future__ import annotations
 
+import ctypes
+import fcntl
 import os
+import platform
 import signal
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -67,8 +71,12 @@ def caught_signals() -> Iterator[list[int]]:
 
 UNFINISHED = ".*.tmp"
 """What files that are being written, or were when their process was killed, are called."""
+ABANDONED_S = 600.0
+"""An unfinished file that nobody has written to for so long is a killed process's."""
 
 _WRITE_BYTES = 1 << 20
+_STRETCH = 256  # items that a thread takes at a time: handing them out one by one takes longer than some take
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of <malloc.h>
 
 
 def write_whole(path: Path, content: str | Iterable[bytes]) -> None:
@@ -88,9 +96,22 @@ def write_whole(path: Path, content: str | Iterable[bytes]) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+    # The name is on the disk only when its folder is, too.
     descriptor = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Lock a folder, or a file that is made if it is not there: of several processes one at a time."""
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        with suppress(OSError):  # some network file systems cannot: then two may do the same
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
     finally:
         os.close(descriptor)
 
@@ -104,6 +125,7 @@ def ahead(
 ) -> Iterator[T]:
     """Yield the function of each item in order, working on up to `depth` of them in the background."""
     waiting: deque[Future[T]] = deque()
+    # What is done is given out before more is begun, so that few results wait in memory.
     for item in items:
         waiting.append(pool.submit(function, item))
         while waiting and (len(waiting) >= depth or waiting[0].done()):
@@ -120,3 +142,26 @@ def thread_pool(num_workers: int) -> Iterator[ThreadPoolExecutor]:
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def in_threads(function: Callable[[S], T], items: Sequence[S], num_threads: int) -> list[T]:
+    """Return the function of each item, computed by several threads that take a stretch of items at a time."""
+    stretches = [items[i : i + _STRETCH] for i in range(0, len(items), _STRETCH)]
+    with ThreadPoolExecutor(num_threads) as pool:
+        found = pool.map(lambda stretch: [function(item) for item in stretch], stretches)
+        return [one for of_stretch in found for one in of_stretch]
+
+
+@cache
+def keep_freed_memory() -> bool:
+    """Let the allocator keep what is freed for the next tensors, where that is glibc's; return whether it does.
+
+    By default glibc gives blocks of more than 32 MiB back to the kernel as soon as they are free. The activations of a
+    batch are such blocks, so a network on a CPU waits for new pages, filled with zeros, at every layer. The process
+    stays as large as it was at its largest. An allocator put in glibc's place (LD_PRELOAD) goes its own way.
+    """
+    if platform.system() != "Linux" or platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    # Not `all`: a threshold that an older glibc refuses must not keep the other from being set.
+    return mallopt(_M_MMAP_THRESHOLD, 1 << 30) + mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1) == 2

@@ -10,16 +10,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 from tqdm import tqdm
 
-from tokenlabel.runtime.errors import ConfigError, first_line
+from tokenlabel.runtime.errors import ConfigError, first_line, import_extra
 from tokenlabel.runtime.process import is_main_process, write_whole
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 
 Tracker = Callable[[dict[str, Any]], None]
 """Is called with each line of metrics: `step`, `kind` (train or eval) and figures by name; in one process only."""
@@ -33,14 +30,11 @@ class TensorBoard:
     """
 
     def __init__(self, folder: Path) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ConfigError(
-                "TensorBoard is not installed; pip install 'tokenlabel[tensorboard]', or leave --tensorboard out"
-            ) from error
-        self._folder, self._make = folder, SummaryWriter
-        self._writer: SummaryWriter | None = None
+        module = import_extra(
+            "torch.utils.tensorboard", "tensorboard", "TensorBoard", otherwise=", or leave --tensorboard out"
+        )
+        self._folder, self._make = folder, module.SummaryWriter
+        self._writer: Any = None
 
     def __call__(self, line: dict[str, Any]) -> None:
         """Write the figures of a line of metrics."""
@@ -66,12 +60,7 @@ class WandB:
     """
 
     def __init__(self, folder: Path) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            raise ConfigError(
-                "Weights & Biases is not installed; pip install 'tokenlabel[wandb]', or leave --wandb out"
-            ) from error
+        wandb = import_extra("wandb", "wandb", "Weights & Biases", otherwise=", or leave --wandb out")
         folder.mkdir(parents=True, exist_ok=True)
         id_file = folder / "wandb.id"
         if not id_file.exists():
@@ -148,6 +137,7 @@ class RunLog:
         self._path, self._trackers = run / METRICS_FILE, trackers
         self._file = None
         if active:
+            # What the stopped run wrote beyond its last checkpoint comes again.
             kept = [line for line in read_metrics(run) if line["step"] <= start_step]
             write_whole(self._path, "".join(json.dumps(line) + "\n" for line in kept))
             self._file = self._path.open("a", encoding="utf-8")

@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from tokenlabel.data.classes import difference, read_class_names, same_classes
+from tokenlabel.data.class_names import read_class_names
+from tokenlabel.data.classes import difference, same_classes
 from tokenlabel.data.coco import COCO_SUFFIX, CROWD, CocoMasks
-from tokenlabel.data.folders import list_images, passed_over_text, without_masks
-from tokenlabel.data.images import EXTENSIONS, DataError
+from tokenlabel.data.folders import EXTENSIONS, list_images, passed_over_text, without_masks
 from tokenlabel.data.masks import mask_names, unlabelled_value
 from tokenlabel.labels.manifest import read_manifest
 from tokenlabel.runtime.coercion import coerced
+from tokenlabel.runtime.errors import DataError
 from tokenlabel.runtime.process import listed, say
 from tokenlabel.segmentation.classes import Classes, known_classes, numbered_classes
 from tokenlabel.segmentation.pairs import ImageMaskPairs
@@ -158,7 +159,7 @@ def _checked(
     listing = list_images(images)
     is_one_folder = images.resolve() == masks.resolve()
     if is_one_folder:  # x_mask.png beside x.jpg
-        listing.images, _ = without_masks(listing.images)
+        listing.images = without_masks(listing.images, Counter())
     found: dict[str, str] = {}  # the mask of each image, "" for none
     for image in sorted(listing.images if names is None else names):
         found[image] = next((name for name in mask_of(image) if name in there), "")

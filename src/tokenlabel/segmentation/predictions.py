@@ -15,11 +15,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tokenlabel.core.scores import from_probabilities
-from tokenlabel.data.folders import list_images, passed_over_text
-from tokenlabel.data.images import EXTENSIONS, DataError, decode_pixels
+from tokenlabel.data.decoding import decode_pixels
+from tokenlabel.data.folders import EXTENSIONS, list_images, passed_over_text
 from tokenlabel.data.sources import open_aloud
 from tokenlabel.labels.fingerprints import FingerprintedImages
-from tokenlabel.labels.store import LabelStore, LabelStoreWriter, Manifest
+from tokenlabel.labels.manifest import Manifest
+from tokenlabel.labels.store import LabelStore
+from tokenlabel.labels.writer import LabelStoreWriter
+from tokenlabel.runtime.errors import DataError
 from tokenlabel.runtime.process import say
 from tokenlabel.segmentation.classes import Classes
 from tokenlabel.segmentation.inference import Segmenter

@@ -37,8 +37,8 @@ from tokenlabel.models.segmentation import (
     create_segmentation_model,
     load_segmentation_weights,
 )
-from tokenlabel.runtime.configuration import ConfigError
 from tokenlabel.runtime.distributed import Ranks, autocast, current_ranks
+from tokenlabel.runtime.errors import ConfigError
 from tokenlabel.runtime.runlog import Stopwatch, Tracker
 from tokenlabel.segmentation.augment import SegmentTransform, resize_mask
 from tokenlabel.segmentation.classes import IGNORED

@@ -23,23 +23,16 @@ from tqdm import tqdm
 
 from tokenlabel.data.classes import say_order
 from tokenlabel.data.folders import why_passed_over
-from tokenlabel.data.images import ImageFolder, ImageSource, PlainImages
+from tokenlabel.data.images import ImageFolder, ImageSource
 from tokenlabel.data.remote import read_ahead
 from tokenlabel.data.sources import open_aloud
 from tokenlabel.labels.encoding import DEFAULT_TOLERANCE, Encoding
 from tokenlabel.labels.fingerprints import FingerprintedImages
-from tokenlabel.labels.manifest import MANIFEST_FILE
-from tokenlabel.labels.store import (
-    Failure,
-    LabelStoreWriter,
-    Manifest,
-    StoreError,
-    read_manifest,
-    update_failures,
-)
+from tokenlabel.labels.manifest import MANIFEST_FILE, Failure, Manifest, read_manifest, update_failures
+from tokenlabel.labels.writer import LabelStoreWriter
 from tokenlabel.runtime.coercion import COUNT, NATURAL, POSITIVE, check_numbers, coerced
 from tokenlabel.runtime.distributed import Ranks, joined_ranks, usable_device
-from tokenlabel.runtime.errors import ModelError, refuse
+from tokenlabel.runtime.errors import ModelError, StoreError, refuse
 from tokenlabel.runtime.process import listed, say
 from tokenlabel.teachers.classmap import MIN_MASS, class_map_for
 from tokenlabel.teachers.ensemble import Ensemble, class_map_of, load_teachers
@@ -140,7 +133,7 @@ def annotate(
 
 def _refuse_amid_images(folder: Path, source: ImageSource) -> None:
     """Raise StoreError for a folder among those of the images: whoever opens them next would take it for a class."""
-    if isinstance(source, (ImageFolder, PlainImages)):
+    if isinstance(source, ImageFolder):
         root, folder_path = source.root.resolve(), folder.resolve()
         inside = root in folder_path.parents and folder_path.relative_to(root).as_posix()
         if inside and why_passed_over(f"{inside}/0.jpg") is None:

@@ -17,13 +17,8 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tokenlabel.data.classes import (
-    difference,
-    ids_among,
-    match_classes,
-    say_imagenet,
-    strangers,
-)
+from tokenlabel.data.class_names import match_classes, say_imagenet
+from tokenlabel.data.classes import difference, ids_among, strangers
 from tokenlabel.runtime.errors import ConfigError
 from tokenlabel.runtime.process import listed, say
 

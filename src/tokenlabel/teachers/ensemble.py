@@ -11,7 +11,8 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
-from tokenlabel.data.classes import class_order, same_classes
+from tokenlabel.data.class_names import class_order
+from tokenlabel.data.classes import same_classes
 from tokenlabel.runtime.errors import ModelError, refuse
 from tokenlabel.runtime.process import listed, say
 from tokenlabel.teachers.classmap import ClassMap, class_map_for

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tokenlabel.data.classes import read_class_names
+from tokenlabel.data.class_names import read_class_names
 from tokenlabel.data.coco import COCO_SUFFIX, CocoMasks
 from tokenlabel.data.images import ImageSource, has_classes
 from tokenlabel.data.masks import mask_names

@@ -17,8 +17,11 @@ from torch import Tensor
 
 from tokenlabel.core.geometry import OPPOSITE, Box
 from tokenlabel.core.scores import Orientation, from_top, turned_map
-from tokenlabel.data.images import DataError, ImageError, ImageSource, decode_image, orientation_of
-from tokenlabel.labels.store import Failure, Manifest, pack_for
+from tokenlabel.data.decoding import decode_image, orientation_of
+from tokenlabel.data.images import ImageSource
+from tokenlabel.labels.manifest import Failure, Manifest
+from tokenlabel.labels.writer import pack_for
+from tokenlabel.runtime.errors import DataError, ImageError
 from tokenlabel.runtime.process import ahead, say, thread_pool
 from tokenlabel.teachers.input import TeacherInput
 from tokenlabel.teachers.masks import MaskTeacher

@@ -8,8 +8,9 @@ from dataclasses import replace
 import torch
 from PIL import Image
 
-from tokenlabel.data.images import ImageError, ImageSource, decode_image
-from tokenlabel.runtime.errors import ModelError
+from tokenlabel.data.decoding import decode_image
+from tokenlabel.data.images import ImageSource
+from tokenlabel.runtime.errors import ImageError, ModelError
 from tokenlabel.teachers.input import TeacherInput
 from tokenlabel.teachers.labelling import TeacherImage, as_tensor
 from tokenlabel.teachers.networks import NetworkTeacher

@@ -10,8 +10,11 @@ from pathlib import Path
 
 from tokenlabel.data.images import ImageSource
 from tokenlabel.labels.fingerprints import MAX_READ, Replaced, find_replaced
-from tokenlabel.labels.store import LabelStore, LabelStoreWriter, Manifest, StoreError, remove_leftovers
+from tokenlabel.labels.manifest import Manifest
+from tokenlabel.labels.store import LabelStore
+from tokenlabel.labels.writer import LabelStoreWriter, remove_leftovers
 from tokenlabel.runtime.distributed import Ranks
+from tokenlabel.runtime.errors import StoreError
 from tokenlabel.runtime.process import listed, say
 
 CHANGED = "changed"

@@ -20,16 +20,12 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 
 from tokenlabel.drawing.pictures import PICTURES_FOLDER
+from tokenlabel.models.runs import list_checkpoints
 from tokenlabel.runtime.distributed import Ranks, joined_ranks, usable_device
 from tokenlabel.runtime.errors import ModelError
 from tokenlabel.runtime.process import Interrupted, caught_signals
 from tokenlabel.runtime.runlog import RunLog, Stopwatch, Tracker, read_metrics
-from tokenlabel.training.checkpoint import (
-    list_checkpoints,
-    load_checkpoint,
-    prune_checkpoints,
-    save_checkpoint,
-)
+from tokenlabel.training.checkpoint import load_checkpoint, prune_checkpoints, save_checkpoint
 from tokenlabel.training.optim import outer_steps
 from tokenlabel.training.run_folder import changes_figures, check_apart, check_run_folder, locked, numerics
 from tokenlabel.training.tasks import Task

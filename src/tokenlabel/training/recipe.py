@@ -11,7 +11,7 @@ import jsonargparse
 
 from tokenlabel.core.config import ErasingConfig, Inference, LossConfig, MixConfig
 from tokenlabel.data.config import AugmentConfig
-from tokenlabel.data.images import ImageCheck
+from tokenlabel.data.decoding import ImageCheck
 from tokenlabel.runtime.coercion import (
     COUNT,
     NATURAL,

@@ -19,16 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from tokenlabel.data.classes import ClassList
-from tokenlabel.data.images import ImageCheck, ImageSource, find_broken, leave_out
+from tokenlabel.data.decoding import ImageCheck, find_broken, leave_out
+from tokenlabel.data.images import ImageSource
 from tokenlabel.models.runs import list_checkpoints, read_state, token_classes_of
-from tokenlabel.runtime.configuration import (
-    ConfigError,
-    flattened,
-    read_yaml,
-    settings,
-    write_config,
-)
+from tokenlabel.runtime.configuration import flattened, read_yaml, settings, write_config
 from tokenlabel.runtime.distributed import Ranks, current_ranks
+from tokenlabel.runtime.errors import ConfigError
 from tokenlabel.runtime.process import listed, say, write_whole
 from tokenlabel.runtime.runlog import RECIPE_FILE
 from tokenlabel.training.recipe import TrainingConfig
