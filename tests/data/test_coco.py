@@ -212,7 +212,7 @@ def test_files_that_are_not_whole_are_refused(
 
 def test_what_is_no_json_is_refused(tmp_path: Path) -> None:
     (tmp_path / "i.json").write_text("{")
-    with pytest.raises(DataError, match=r"i\.json: is no JSON"):
+    with pytest.raises(DataError, match=r"i\.json: cannot be read as JSON"):
         CocoMasks(tmp_path / "i.json")
     with pytest.raises(DataError, match=r"none\.json: cannot be read"):
         CocoMasks(tmp_path / "none.json")

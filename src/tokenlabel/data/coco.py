@@ -24,7 +24,7 @@ from PIL import Image
 from tokenlabel.data.listings import Strings
 from tokenlabel.data.masks import MAX_CLASSES, unlabelled_value
 from tokenlabel.runtime.errors import DataError, import_extra
-from tokenlabel.runtime.process import listed
+from tokenlabel.runtime.process import listed, read_json
 
 COCO_SUFFIX = ".json"
 CROWD = 65_534  # the value of pixels of a crowd region, which do not count
@@ -208,12 +208,7 @@ def painted(
 
 
 def _content(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise DataError(f"{path}: is no JSON ({error})") from error
+    content = read_json(path)
     lists = ("images", "annotations", "categories")
     if not isinstance(content, dict) or not all(isinstance(content.get(name), list) for name in lists):
         raise DataError(f"{path}: is no COCO file; expected the lists {', '.join(lists)}")

@@ -6,7 +6,6 @@ compete. `SETS` names the readers; `folder` is for images of your own.
 
 from __future__ import annotations
 
-import json
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from tokenlabel.data.classes import are_numbers, ids_among, strangers
 from tokenlabel.data.images import ImageSource, ImageSubset, has_classes
 from tokenlabel.data.sources import open_aloud
 from tokenlabel.runtime.errors import DataError
-from tokenlabel.runtime.process import listed, say
+from tokenlabel.runtime.process import listed, read_json, say
 
 NUM_IMAGENET_CLASSES = 1000
 
@@ -146,7 +145,7 @@ def read_real_labels(path: Path) -> dict[str, list[int]]:
 
     The file lists one list of ids for each of the 50,000 images in their order. Raises DataError for anything else.
     """
-    labels = _read_json(path)
+    labels = read_json(path)
     known = range(NUM_IMAGENET_CLASSES)
     if not isinstance(labels, list) or not all(
         isinstance(ids, list) and all(class_id in known for class_id in ids) for ids in labels
@@ -160,7 +159,7 @@ def read_multi_labels(path: Path, class_names: Sequence[str]) -> dict[str, list[
 
     Raises DataError for a class that the model does not have.
     """
-    found = _read_json(path)
+    found = read_json(path)
     if not isinstance(found, dict):
         raise DataError(f"{path}: expected a mapping from paths of images to lists of classes")
     named = sorted({c for classes in found.values() for c in classes if isinstance(c, str)})
@@ -232,25 +231,18 @@ def as_classes_of(
 
 def imagenet_ids(class_names: Sequence[str], num_classes: int, where: str | Path) -> NDArray[np.int64]:
     """Return the id that each class of ImageNet-1k has in a model. Raises DataError for models of other classes."""
-    if num_classes != NUM_IMAGENET_CLASSES:
-        raise DataError(
-            f"{where} is for models of ImageNet-1k's 1,000 classes, this one has {num_classes}; read it as a folder"
-        )
-    names = imagenet_names(num_classes)
-    if are_numbers(class_names):
+    names = imagenet_names(NUM_IMAGENET_CLASSES)
+    if num_classes == len(names) and are_numbers(class_names):
         say_imagenet(names, them="the model", option="--class-order")
         return np.arange(num_classes)
     ids = np.array(ids_among(names, class_names))
-    if ids.min() < 0:
+    if num_classes != len(names) or ids.min() < 0:
+        has = (
+            f" has {num_classes}"
+            if num_classes != len(names)
+            else f"'s are others ({listed(list(class_names))})"
+        )
         raise DataError(
-            f"{where} is for models of ImageNet-1k's 1,000 classes, this one's are others "
-            f"({listed(list(class_names))}); read it as a folder"
+            f"{where} is for models of ImageNet-1k's 1,000 classes, this one{has}; read it as a folder"
         )
     return ids
-
-
-def _read_json(path: Path) -> object:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read as JSON ({error})") from error
