@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hub_server import TOKEN, running_hub
 from PIL import Image
 
 from tokenlabel.cli import main
@@ -315,6 +316,21 @@ def test_what_cannot_be_had_is_named_in_one_line(server, folder, tmp_path, monke
     line = capsys.readouterr().err.splitlines()[-1]
     assert re.fullmatch(f"tokenlabel annotate: error: http://127[^ ]*{said}.*", line), line
     assert not (tmp_path / "labels").exists()
+
+
+def test_images_in_a_data_set_of_the_hub(folder, labels, tmp_path):
+    with running_hub() as hub:
+        files = {path.name: path.read_bytes() for path in folder.iterdir()}
+        hub.repos["datasets/me/photos"] = {"private": True, "files": files}
+        environment = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "home")}
+        ask = partial(run, cwd=tmp_path, environment=environment)
+        for name in ("photos/part-{000..003}.tar", "photos"):
+            done = ask("inspect", str(labels), "--images", f"hf://datasets/me/{name}", "--json")
+            assert done.returncode == 0, done.stderr
+            assert json.loads(done.stdout)["num_judged"] == 20
+        done = ask("inspect", str(labels), "--images", "hf://datasets/me/nothing/a.tar")
+        assert done.returncode == 2
+        assert "hf://datasets/me/nothing/a.tar: no such file" in done.stderr.splitlines()[-1]
 
 
 class TestS3:

@@ -235,13 +235,18 @@ def _is_final(error: Exception) -> bool:
     return (
         (isinstance(error, kinds) and not isinstance(error, UnicodeError))
         or type(error).__name__ in ("NoCredentialsError", "DefaultCredentialsError")
-        or getattr(error, "status", None) in (401, 403, 404, 410)
+        or _status_of(error) in (401, 403, 404, 410)
         or getattr(error, "filename", None) is not None  # the cache's own disk is full
     )
 
 
+def _status_of(error: Exception) -> int | None:
+    """Return the status of an HTTP answer, wherever the library of a protocol keeps it."""
+    return getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
+
+
 def _reason(url: str, error: Exception) -> str:
-    status, kind = getattr(error, "status", None), type(error).__name__
+    status, kind = _status_of(error), type(error).__name__
     if isinstance(error, RemoteError):
         return str(error)
     if isinstance(error, PermissionError) or status in (401, 403) or "Credentials" in kind:
