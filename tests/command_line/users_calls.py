@@ -307,7 +307,7 @@ def a_dataset_is_indexed_as_any_other():
     assert torch.equal(images[3].image, images[2, 3].image)
     assert not torch.equal(images[3].image, images[0, 3].image)
     assert torch.equal(images[0, 3].image, dataset(seed=0)[0, 3].image)
-    refuses(lambda: images.set_epoch(-1), "from 0", "-1")
+    refuses(lambda: images.set_epoch(-1), "at least 0", "-1")
 
 
 def epoch(loader):

@@ -493,7 +493,7 @@ class TestShardOrder:
         assert len(orders) == 9
 
     def test_a_window_of_nothing_is_refused(self):
-        with pytest.raises(ValueError, match="at least 1 group of images, got 0"):
+        with pytest.raises(ValueError, match="window must be at least 1, got 0"):
             shard_order(np.zeros(3, np.int64), seed=0, epoch=0, window=0)
 
 

@@ -161,7 +161,7 @@ def test_maps_of_older_stores_lie_on_stored_pixels_and_follow_them(folder, tmp_p
     pages = []
     for folder in (labels, tmp_path / "upright"):
         write_pictures(LabelStore(folder), source, tmp_path / "page.html")
-        pages.append((tmp_path / "page.html").read_text().replace(str(folder), ""))
+        pages.append((tmp_path / "page.html").read_text().replace("<wbr>", "").replace(str(folder), ""))
     assert pages[0] == pages[1]
 
 

@@ -152,6 +152,6 @@ def test_an_interrupted_run_leaves_nothing_behind(tmp_path, monkeypatch):
 
 def test_without_scikit_learn_the_error_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(ValueError, match=r"pip install tokenlabel\[demo\]"):
+    with pytest.raises(ValueError, match=r"pip install 'tokenlabel\[demo\]'"):
         write_scenes(tmp_path / "data", num_train=10, num_val=10, seed=0)
     assert list(tmp_path.iterdir()) == []
