@@ -157,6 +157,8 @@ def test_records_in_the_repository_are_of_the_plans_of_today():
         (["words", "partial", "pretrained"], "unlabelled"),
         (["tolerance"], "tolerance"),
         (["soft_masks"], "soft_masks"),
+        (["token_head"], "token_head"),
+        (["streets", "--data", "d"], "streets"),
     ):
         study = study_of(parsed([*words, "--out", "out"]))
         known = {(job.plan.digest, job.plan.name, job.seed) for job in study.jobs()}
@@ -170,6 +172,8 @@ def test_records_in_the_repository_are_of_the_plans_of_today():
                 "unlabelled": 95,
                 "tolerance": 20,
                 "soft_masks": 35,
+                "token_head": 20,
+                "streets": 9,
             }[name]
         )
 
