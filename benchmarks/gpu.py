@@ -100,20 +100,41 @@ def segment(settings: Settings) -> list[Row]:
     return segment_speed.rows_of(name, batch_size, side_px, settings)
 
 
+def sharded(settings: Settings) -> list[Row]:
+    """Train a few steps under FSDP2 in one process, and the same without: images/s, and how far their losses part."""
+    rows, losses = [], {}
+    options = ("lvvit_s", 64, 224) if not settings.quick else ("lvvit_t", 4, 32)
+    name, batch_size, side_px = options
+    with tempfile.TemporaryDirectory() as folder:
+        command = (
+            *("train", "--recipe", "lvvit_s", "--model.name", name, "--model.img_size", side_px),
+            *("--data.train", _images(Path(folder), side_px), "--loss.beta", "0", "--batch_size", batch_size),
+            *("--num_steps", "8", "--data.num_workers", "0", "--model.options={}", "--precision", "bf16"),
+            *("--device", settings.device),
+        )
+        for title, more in (("one process", ()), ("FSDP2, one process", ("--sharded", "true"))):
+            run = Path(folder) / title
+            _tokenlabel(*command, *more, "--out", run, processes=1 if more else 0)
+            lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+            trained = [line for line in lines if line["kind"] == "train"]
+            losses[title] = [line["loss"] for line in trained]
+            rows.append(Row(f"{name}, {title}", [line["images_per_s"] for line in trained], "images/s"))
+    first, second = losses.values()
+    rows.append(
+        Row("losses part by at most", [max(abs(a - b) for a, b in zip(first, second, strict=True))], "")
+    )
+    return rows
+
+
 def resume(settings: Settings) -> list[Row]:
     """Train two epochs, and the second one again from the first one's checkpoint: are the weights the same bits?"""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        rng = np.random.default_rng(0)
-        for i in range(100):
-            path = folder / "images" / str(i % 2) / f"{i}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(rng.integers(0, 256, (48, 48, 3), dtype=np.uint8)).save(path)
         command = (
-            *("train", "--recipe", "demo_token_labels", "--data.train", folder / "images"),
+            *("train", "--recipe", "demo_token_labels", "--data.train", _images(folder, 48)),
             *("--loss.beta", "0", "--epochs", "2", "--batch_size", "50", "--optim.warmup_epochs", "0"),
             *("--checkpoint.every_epochs", "1", "--checkpoint.keep", "2", "--data.num_workers", "0"),
-            *("--device", str(settings.device)),
+            *("--device", settings.device),
         )
         _tokenlabel(*command, "--out", folder / "whole")
         first, second = sorted((folder / "whole" / "checkpoints").iterdir())
@@ -126,8 +147,22 @@ def resume(settings: Settings) -> list[Row]:
     return [Row("resumed and unbroken weights are the same bits", [float(same)], "", "1")]
 
 
-def _tokenlabel(*arguments: object) -> None:
-    subprocess.run([sys.executable, "-m", "tokenlabel", *map(str, arguments)], check=True)
+def _images(folder: Path, side_px: int) -> Path:
+    """Write 100 images of noise in two class folders; return their root."""
+    rng = np.random.default_rng(0)
+    for i in range(100):
+        path = folder / "images" / str(i % 2) / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (side_px, side_px, 3), dtype=np.uint8)).save(path)
+    return folder / "images"
+
+
+def _tokenlabel(*arguments: object, processes: int = 0) -> None:
+    """Run a command of tokenlabel, under torchrun if `processes` says how many."""
+    under = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes else []
+    )
+    subprocess.run([sys.executable, *under, "-m", "tokenlabel", *map(str, arguments)], check=True)
 
 
 PARTS = (
@@ -137,6 +172,7 @@ PARTS = (
     Part("annotate", 100, annotate),
     Part("loader", 60, loader),
     Part("segment", 60, segment),
+    Part("sharded", 80, sharded),
     Part("resume", 60, resume),
 )
 

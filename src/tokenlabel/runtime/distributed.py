@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -117,7 +118,8 @@ def joined_ranks(device: torch.device | None = None) -> Iterator[Ranks]:
     """
     global _joined
     ranks = launched_ranks()
-    if ranks.world_size == 1:
+    # A single rank of torchrun joins, too: FSDP needs a group of processes, be it of one.
+    if ranks.world_size == 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
         yield ranks
         return
     if device is not None and device.type == "cuda":

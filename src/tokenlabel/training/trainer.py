@@ -16,6 +16,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from timm.layers.norm_act import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -109,7 +110,7 @@ def prepare(task: Task[Any], ranks: Ranks) -> Trainer:
         convert_sync_batchnorm(model)  # PyTorch's own would drop the activations that timm fuses with norms
     ema = create_ema(model, recipe.optim, sharded=recipe.sharded)
     if recipe.sharded:
-        if ranks.world_size == 1:
+        if not dist.is_initialized():
             raise ConfigError(
                 "sharded divides a model among processes; start them with torchrun, or set it to false"
             )
