@@ -23,7 +23,7 @@ from tokenlabel.runtime.errors import RemoteError, first_line
 T = TypeVar("T")
 
 _NUM_TRIES = 3
-_NUM_THREADS = 16  # that ask for the sizes of files
+_NUM_ASKED = 16  # files at a time, for their sizes
 # What file systems call the version of a file, the surest first.
 _VERSIONS = (
     "ETag",
@@ -84,7 +84,7 @@ def expanded(name: str) -> list[str]:
 
 def remote_files(urls: Sequence[str]) -> list[RemoteFile]:
     """Ask for the size and the version of files, many at a time. Raises RemoteError that names one of them."""
-    with ThreadPoolExecutor(_NUM_THREADS) as pool:
+    with ThreadPoolExecutor(_NUM_ASKED) as pool:
         return list(pool.map(_described, urls))
 
 
