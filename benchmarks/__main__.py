@@ -53,20 +53,14 @@ PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "safetensors", "t
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmarks that the command line names, all by default."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks", description="Measure speed, memory and storage."
-    )
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure speed, memory and storage.")
     parser.add_argument(
         "names", nargs="*", metavar="NAME", help=f"which to run: {', '.join(BENCHMARKS)} (default: all)"
     )
-    parser.add_argument(
-        "--quick", action="store_true", help="smaller and fewer rounds: all under two minutes"
-    )
+    parser.add_argument("--quick", action="store_true", help="smaller and fewer rounds: all under two minutes")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:N")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every measurement here as well")
-    parser.add_argument(
-        "--compare", type=Path, metavar="FILE", help="show an earlier --json beside each figure"
-    )
+    parser.add_argument("--compare", type=Path, metavar="FILE", help="show an earlier --json beside each figure")
     options = parser.parse_args(arguments)
     unknown = [name for name in options.names if name not in BENCHMARKS]
     if unknown:
@@ -83,9 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"\n{table(name, results[name], earlier)}\n\n{seconds:.0f} s since the start", flush=True)
     if options.json:
         rows = {name: [_as_dict(row) for row in found] for name, found in results.items()}
-        options.json.write_text(
-            json.dumps({"machine": about, "quick": settings.quick, "rows": rows}, indent=1) + "\n"
-        )
+        options.json.write_text(json.dumps({"machine": about, "quick": settings.quick, "rows": rows}, indent=1) + "\n")
 
 
 def machine(device: torch.device) -> dict[str, str]:
@@ -122,9 +114,7 @@ def _medians(parser: argparse.ArgumentParser, path: Path) -> Medians:
         rows = json.loads(path.read_text())["rows"]
         return {(name, row["name"]): row["median"] for name, found in rows.items() for row in found}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        parser.error(
-            f"--compare {path}: expected a file that --json wrote, got {type(error).__name__}: {error}"
-        )
+        parser.error(f"--compare {path}: expected a file that --json wrote, got {type(error).__name__}: {error}")
 
 
 def _as_dict(row: Row) -> dict[str, object]:

@@ -66,9 +66,7 @@ def rows_of(name: str, size: int, batch_size: int, settings: Settings, **options
         ways = {"bare teacher": lambda: _bare(teacher, batches, settings), "annotating": annotated}
         seconds = interleave(ways, settings, rounds=3 if settings.quick else 11)
     num_images = num_batches * batch_size
-    rows = [
-        Row(f"{name}, {way}", [num_images / s for s in values], "images/s") for way, values in seconds.items()
-    ]
+    rows = [Row(f"{name}, {way}", [num_images / s for s in values], "images/s") for way, values in seconds.items()]
     share = ratios(seconds["bare teacher"], seconds["annotating"])
     return [*rows, Row(f"{name}, annotating / bare teacher", share, "x", aim="at least 0.97")]
 
@@ -119,9 +117,7 @@ def _bare(teacher: NetworkTeacher, batches: list[list[TeacherImage]], settings: 
         teacher.probabilities(images)
 
 
-def _annotate(
-    teacher: NetworkTeacher, batches: list[list[TeacherImage]], folder: Path, settings: Settings
-) -> None:
+def _annotate(teacher: NetworkTeacher, batches: list[list[TeacherImage]], folder: Path, settings: Settings) -> None:
     manifest = Manifest(num_classes=teacher.num_classes, topk=5, teacher=teacher.description)
     labels = label_batches(teacher, batches, manifest, device=settings.device, num_workers=2, cells=Counter())
     with LabelStoreWriter(folder, manifest) as writer:

@@ -46,9 +46,7 @@ def run(settings: Settings) -> list[Row]:
     return rows
 
 
-def against_timm(
-    what: str, policy: str | None, num_images: int, settings: Settings, *, aim: str = ""
-) -> list[Row]:
+def against_timm(what: str, policy: str | None, num_images: int, settings: Settings, *, aim: str = "") -> list[Row]:
     """Measure our loader and timm's on the same photographs, one worker process each."""
     with tempfile.TemporaryDirectory() as name:
         write_photos(Path(name), num_images)
@@ -57,9 +55,7 @@ def against_timm(
             "timm": _timms_pass(Path(name), policy, settings),
         }
         seconds = interleave(ways, settings, rounds=3 if settings.quick else 9)
-    rows = [
-        Row(f"{what}, {way}", [num_images / s for s in values], "images/s") for way, values in seconds.items()
-    ]
+    rows = [Row(f"{what}, {way}", [num_images / s for s in values], "images/s") for way, values in seconds.items()]
     return [*rows, Row(f"{what}, timm / ours", ratios(seconds["timm"], seconds["ours"]), "x", aim=aim)]
 
 

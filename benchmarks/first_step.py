@@ -43,9 +43,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         _write(root, options.images)
-        print(
-            "| images | seconds, first | again | MiB of imports | MiB | at most |\n|---|---|---|---|---|---|"
-        )
+        print("| images | seconds, first | again | MiB of imports | MiB | at most |\n|---|---|---|---|---|---|")
         for form in ("train", "train/list.tsv", "tars"):
             first, again = _measured(root, form), _measured(root, form)
             memory = " | ".join(f"{again[part]:,.0f}" for part in ("imports", "held", "most"))
@@ -56,9 +54,7 @@ def _measured(root: Path, form: str) -> dict[str, float]:
     command = [sys.executable, "-m", "benchmarks.first_step", "--open", str(root / form)]
     environment = {**os.environ, "TOKENLABEL_CACHE": str(root / "cache"), "OMP_NUM_THREADS": "1"}
     time.sleep(2.5)  # a folder that has just been written is not kept
-    done = subprocess.run(
-        command, env=environment, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-    )
+    done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     return json.loads(done.stdout)
 
 

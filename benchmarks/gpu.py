@@ -120,9 +120,7 @@ def sharded(settings: Settings) -> list[Row]:
             losses[title] = [line["loss"] for line in trained]
             rows.append(Row(f"{name}, {title}", [line["images_per_s"] for line in trained], "images/s"))
     first, second = losses.values()
-    rows.append(
-        Row("losses part by at most", [max(abs(a - b) for a, b in zip(first, second, strict=True))], "")
-    )
+    rows.append(Row("losses part by at most", [max(abs(a - b) for a, b in zip(first, second, strict=True))], ""))
     return rows
 
 
@@ -159,9 +157,7 @@ def _images(folder: Path, side_px: int) -> Path:
 
 def _tokenlabel(*arguments: object, processes: int = 0) -> None:
     """Run a command of tokenlabel, under torchrun if `processes` says how many."""
-    under = (
-        ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes else []
-    )
+    under = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes else []
     subprocess.run([sys.executable, *under, "-m", "tokenlabel", *map(str, arguments)], check=True)
 
 
@@ -222,9 +218,7 @@ def _measure(part: Part, settings: Settings, out: Path | None) -> None:
     if out:
         found = {row.name: [row.median, row.spread, row.unit] for row in rows}
         with out.open("a") as file:
-            file.write(
-                json.dumps({"part": part.name, "machine": machine(settings.device), "rows": found}) + "\n"
-            )
+            file.write(json.dumps({"part": part.name, "machine": machine(settings.device), "rows": found}) + "\n")
 
 
 if __name__ == "__main__":

@@ -135,9 +135,7 @@ def draw(costs: Costs, out: Path) -> None:
                 panel.set_ylabel(unit)
             if row == 1:
                 panel.set_xlabel(axis)
-    figure.legend(
-        *panels[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False
-    )
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=80)
     pyplot.close(figure)

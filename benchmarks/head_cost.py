@@ -19,15 +19,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.measure import Settings, interleave, peak_bytes
-from tokenlabel import (
-    AnnotateConfig,
-    Head,
-    annotate,
-    class_targets,
-    create_model,
-    open_images,
-    token_label_loss,
-)
+from tokenlabel import AnnotateConfig, Head, annotate, class_targets, create_model, open_images, token_label_loss
 from tokenlabel.core.batch import normalize_images
 from tokenlabel.core.targets import TokenTargets
 from tokenlabel.teachers import words
@@ -65,9 +57,7 @@ def main() -> None:
 def _vectors(options: argparse.Namespace) -> Vectors:
     backbone = load_backbone(options.backbone, CPU, weights=options.weights, size=options.size)
     source = open_images(options.images)
-    return Vectors(
-        backbone=backbone, source=source, device=CPU, precision="fp32", batch_size=64, num_workers=2, seed=0
-    )
+    return Vectors(backbone=backbone, source=source, device=CPU, precision="fp32", batch_size=64, num_workers=2, seed=0)
 
 
 def _speed(vectors: Vectors, rounds: int) -> None:
@@ -84,18 +74,13 @@ def _speed(vectors: Vectors, rounds: int) -> None:
 
     seconds: dict[str, list[float]] = {"bare backbone": [], "its vectors": []}
     for _ in range(rounds):
-        for name, function in (
-            ("bare backbone", bare),
-            ("its vectors", lambda: vectors.locations(8 * count)),
-        ):
+        for name, function in (("bare backbone", bare), ("its vectors", lambda: vectors.locations(8 * count))):
             started = time.perf_counter()
             function()
             seconds[name].append(time.perf_counter() - started)
     for name, values in seconds.items():
         print(f"{name}: {count / statistics.median(values):.1f} images/s", flush=True)
-    print(
-        f"peak memory so far: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB", flush=True
-    )
+    print(f"peak memory so far: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB", flush=True)
 
 
 def _stores(vectors: Vectors, options: argparse.Namespace) -> None:
@@ -115,13 +100,9 @@ def _stores(vectors: Vectors, options: argparse.Namespace) -> None:
         )
         with tempfile.TemporaryDirectory() as folder:
             head.save(Path(folder) / "head.safetensors")
-            config = AnnotateConfig(
-                teacher=str(Path(folder) / "head.safetensors"), weights=options.weights, topk=TOPK
-            )
+            config = AnnotateConfig(teacher=str(Path(folder) / "head.safetensors"), weights=options.weights, topk=TOPK)
             done = annotate(options.label or options.images, Path(folder) / "labels", config)
-            size = sum(
-                path.stat().st_size for path in (Path(folder) / "labels").glob("*") if path.suffix != ".json"
-            )
+            size = sum(path.stat().st_size for path in (Path(folder) / "labels").glob("*") if path.suffix != ".json")
         print(
             f"{len(found.matrix):,} words of {len(sample):,} vectors ({words.NUM_ROUNDS} rounds, {seconds:.0f} s): "
             f"{size / done.num_labelled:.0f} bytes an image, {done.images_per_s:.1f} images/s labelled, "
@@ -156,8 +137,7 @@ def _step() -> None:
     for name, values in seconds.items():
         peak = peak_bytes(ways[name], settings) / 2**20
         print(
-            f"{name}: {statistics.median(values):.2f} s a step of 4 images, {peak:.0f} MiB beside weights",
-            flush=True,
+            f"{name}: {statistics.median(values):.2f} s a step of 4 images, {peak:.0f} MiB beside weights", flush=True
         )
 
 

@@ -29,13 +29,11 @@ def main() -> None:
         print(f"trained classifier: {own:.1%}", flush=True)
         for count in (5, 20, None):
             found = [
-                _from_few(options, count, seed, Path(name) / f"{count}-{seed}")
-                for seed in range(5 if count else 1)
+                _from_few(options, count, seed, Path(name) / f"{count}-{seed}") for seed in range(5 if count else 1)
             ]
             mean, spread = statistics.mean(found), max(found) - min(found)
             print(
-                f"{count or 'all'} images a class: {mean:.1%} (range {spread:.1%}), {mean / own:.1%} of it",
-                flush=True,
+                f"{count or 'all'} images a class: {mean:.1%} (range {spread:.1%}), {mean / own:.1%} of it", flush=True
             )
 
 

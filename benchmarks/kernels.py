@@ -59,10 +59,7 @@ def _compare(
     shape = "small" if options else "as published"
     title = f"{name} {shape}, {side} px, batch {num_images}, {precision}"
     return [
-        *(
-            Row(f"{title}: {way}", [1000 * value for value in values], "ms")
-            for way, values in seconds.items()
-        ),
+        *(Row(f"{title}: {way}", [1000 * value for value in values], "ms") for way, values in seconds.items()),
         Row(f"{title}: PyTorch's / ours", ratios(*seconds.values()), "times", "over 1"),
     ]
 

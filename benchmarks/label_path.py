@@ -75,10 +75,7 @@ def run(settings: Settings) -> list[Row]:
         rows.append(Row(name, [1e3 * s for s in whole], "ms"))
     num_images = 8 if settings.quick else NUM_IMAGES
     many = make_case(21_841, settings, num_images)
-    ways = {
-        "sparse": lambda: align(many.score_maps, many.views, GRID),
-        "dense": lambda: dense_targets(many),
-    }
+    ways = {"sparse": lambda: align(many.score_maps, many.views, GRID), "dense": lambda: dense_targets(many)}
     for way, function in ways.items():
         mib = peak_bytes(function, settings) / 2**20
         name = f"targets, 21,841 classes, {num_images} images: {way} peak"
@@ -87,12 +84,7 @@ def run(settings: Settings) -> list[Row]:
 
 
 def _compare(
-    name: str,
-    *,
-    sparse: Callable[[], object],
-    dense: Callable[[], object],
-    settings: Settings,
-    aims: tuple[str, str],
+    name: str, *, sparse: Callable[[], object], dense: Callable[[], object], settings: Settings, aims: tuple[str, str]
 ) -> list[Row]:
     seconds = interleave({"sparse": sparse, "dense": dense}, settings)
     mib = {"sparse": peak_bytes(sparse, settings) / 2**20, "dense": peak_bytes(dense, settings) / 2**20}
@@ -108,9 +100,7 @@ def make_case(num_classes: int, settings: Settings, num_images: int = NUM_IMAGES
     rng = np.random.default_rng(0)
     maps = [draw_score_map(rng, num_classes, int(rng.integers(20, 61))) for _ in range(num_images)]
     boxes = draw_boxes(rng, num_images)
-    in_cells = [
-        [i, *(MAP_SIZE * side for side in (b.left, b.top, b.right, b.bottom))] for i, b in enumerate(boxes)
-    ]
+    in_cells = [[i, *(MAP_SIZE * side for side in (b.left, b.top, b.right, b.bottom))] for i, b in enumerate(boxes)]
     device = settings.device
     return Case(
         score_maps=collate_score_maps(maps).to(device),

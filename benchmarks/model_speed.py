@@ -63,12 +63,7 @@ def run(settings: Settings) -> list[Row]:
     names = ("lvvit_t",) if settings.quick else ("lvvit_t", "lvvit_s")
     precisions = ("bf16",) if settings.quick else PRECISIONS
     num_images = 256 if settings.device.type == "cuda" else 8
-    return [
-        row
-        for name in names
-        for precision in precisions
-        for row in compare(name, precision, num_images, settings)
-    ]
+    return [row for name in names for precision in precisions for row in compare(name, precision, num_images, settings)]
 
 
 def compare(name: str, precision: str, num_images: int, settings: Settings) -> list[Row]:
@@ -87,9 +82,7 @@ def compare(name: str, precision: str, num_images: int, settings: Settings) -> l
         shares = [100 * operations / value / rate for value in values]
         rows.append(Row(f"{title}: {way}, of the product rate", shares, "%"))
         if way != "plain":
-            rows.append(
-                Row(f"{title}: {way} / plain", ratios(seconds["plain"], values), "times", aims[precision])
-            )
+            rows.append(Row(f"{title}: {way} / plain", ratios(seconds["plain"], values), "times", aims[precision]))
     return rows + [
         Row(f"{title}: {way}, time in {kind}", [share], "%")
         for way in ("plain", "ours")
@@ -127,10 +120,7 @@ def _product_rate(dtype: torch.dtype, settings: Settings) -> float:
     side = 8192 if settings.device.type == "cuda" else 2048
     left, right = torch.randn(2, side, side, device=settings.device, dtype=dtype)
     planes = left.view(16, side // 16, 1, side).permute(0, 3, 1, 2)  # rows as places, channels last
-    ways = {
-        "product": lambda: left @ right.T,
-        "convolution": lambda: F.conv2d(planes, right[:, :, None, None]),
-    }
+    ways = {"product": lambda: left @ right.T, "convolution": lambda: F.conv2d(planes, right[:, :, None, None])}
     return 2 * side**3 / min(min(seconds) for seconds in interleave(ways, settings, rounds=9).values())
 
 
@@ -148,9 +138,7 @@ def _shares(step: Callable[[], None], *, on_gpu: bool) -> dict[str, float]:
 
 
 def _kind(operator: str) -> str:
-    return next(
-        (kind for kind, parts in KINDS.items() if any(part in operator for part in parts)), "the rest"
-    )
+    return next((kind for kind, parts in KINDS.items() if any(part in operator for part in parts)), "the rest")
 
 
 class Ours(nn.Module):
@@ -178,11 +166,7 @@ class PlainLVViT(nn.Module):
         super().__init__()
         stem, width = config.stem_width, config.width
         self.stem = nn.Sequential(
-            *(
-                nn.Conv2d(3, stem, 7, stride=2, padding=3, bias=False),
-                nn.BatchNorm2d(stem),
-                nn.ReLU(inplace=True),
-            ),
+            *(nn.Conv2d(3, stem, 7, stride=2, padding=3, bias=False), nn.BatchNorm2d(stem), nn.ReLU(inplace=True)),
             *(nn.Conv2d(stem, stem, 3, padding=1, bias=False), nn.BatchNorm2d(stem), nn.ReLU(inplace=True)),
             *(nn.Conv2d(stem, stem, 3, padding=1, bias=False), nn.BatchNorm2d(stem), nn.ReLU(inplace=True)),
             nn.Conv2d(stem, width, 8, stride=8),

@@ -40,9 +40,7 @@ def run(settings: Settings) -> list[Row]:
     rows = []
     for sharpness in SHARPNESS:
         rng = np.random.default_rng(0)
-        probs = [
-            synthetic_probabilities(rng, sharpness=sharpness) for _ in range(16 if settings.quick else 100)
-        ]
+        probs = [synthetic_probabilities(rng, sharpness=sharpness) for _ in range(16 if settings.quick else 100)]
         rows += _rows(f"logits x {sharpness}", probs)
     return rows
 
@@ -55,11 +53,7 @@ def _rows(title: str, probs: Sequence[NDArray[np.float32]]) -> list[Row]:
     rows = [
         Row(f"{title}: distinct classes a map", [len(m.palette) for m in maps], ""),
         Row(f"{title}: mean probability of the best class", [float(p.max(axis=2).mean()) for p in probs], ""),
-        Row(
-            f"{title}: mean of what the top {TOPK} hold",
-            [float(m.probs.sum(axis=2).mean()) for m in maps],
-            "",
-        ),
+        Row(f"{title}: mean of what the top {TOPK} hold", [float(m.probs.sum(axis=2).mean()) for m in maps], ""),
         *(
             Row(f"{title}: entries of at least {least}", [float((entries >= least).mean())], "")
             for least in (0.003, 0.008, 0.03, 0.1, 0.3)
@@ -68,9 +62,7 @@ def _rows(title: str, probs: Sequence[NDArray[np.float32]]) -> list[Row]:
     ]
     rows += _of_records(f"{title}, raw", maps, probs, exact, Encoding.RAW, 0.0)
     for tolerance in TOLERANCES:
-        rows += _of_records(
-            f"{title}, tolerance {tolerance}", maps, probs, exact, Encoding.COMPACT, tolerance
-        )
+        rows += _of_records(f"{title}, tolerance {tolerance}", maps, probs, exact, Encoding.COMPACT, tolerance)
     return rows
 
 
@@ -99,9 +91,7 @@ def _of_records(
             "B",
             f"at most {PUBLISHED_BYTES // (8 if 'x 1' in title else 5)}" if at_default else "",
         ),
-        Row(
-            f"{title}: total variation added", [float(np.mean(lost)) - exact], "", "at most 0.01" * at_default
-        ),
+        Row(f"{title}: total variation added", [float(np.mean(lost)) - exact], "", "at most 0.01" * at_default),
         Row(f"{title}: pack", pack_ms, "ms"),
         Row(f"{title}: unpack", unpack_us, "µs", "at most 60" * at_default),
     ]

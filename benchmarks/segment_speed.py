@@ -43,9 +43,7 @@ def loss_rows(num_classes: int, num_images: int, settings: Settings) -> list[Row
     side_px = 256 if settings.quick else 512
     generator = torch.Generator().manual_seed(0)
     shape = (num_images, WIDTH, side_px // 4, side_px // 4)
-    features = (
-        torch.randn(shape, generator=generator).to(settings.device).to(memory_format=torch.channels_last)
-    )
+    features = torch.randn(shape, generator=generator).to(settings.device).to(memory_format=torch.channels_last)
     features.requires_grad_()
     classifier = nn.Conv2d(WIDTH, num_classes, 1).to(settings.device)
     batches = {
@@ -105,15 +103,11 @@ def rows_of(name: str, batch_size: int, side_px: int, settings: Settings) -> lis
     seconds = interleave({title: step}, settings, rounds=20 if on_gpu else 1 if settings.quick else 3)[title]
     return [
         Row(f"training, {title}", [batch_size / s for s in seconds], "images/s"),
-        Row(
-            f"peak memory, {title}", [peak_gib(settings.device)], "GiB", aim="under 24" if not on_gpu else ""
-        ),
+        Row(f"peak memory, {title}", [peak_gib(settings.device)], "GiB", aim="under 24" if not on_gpu else ""),
     ]
 
 
-def make_step(
-    model: SegmentationModel, batch_size: int, *, side_px: int, device: torch.device
-) -> Callable[[], None]:
+def make_step(model: SegmentationModel, batch_size: int, *, side_px: int, device: torch.device) -> Callable[[], None]:
     """Return a whole step of training on random pixels and masks: forward, both losses, backward, AdamW."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(batch_size, 3, side_px, side_px, generator=generator).to(device)

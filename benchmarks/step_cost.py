@@ -84,13 +84,8 @@ def run(settings: Settings) -> list[Row]:
 def step_rows(case: Case, settings: Settings) -> list[Row]:
     """Return the times of a step with class labels only and with token labels, and of what the latter add."""
     batch = _batch(case, settings)
-    trainings = {
-        "class labels": _training(case, settings, 0.0),
-        "token labels": _training(case, settings, 0.5),
-    }
-    ways: dict[str, Callable[[], object]] = {
-        name: _stepper(trainer, batch) for name, trainer in trainings.items()
-    }
+    trainings = {"class labels": _training(case, settings, 0.0), "token labels": _training(case, settings, 0.5)}
+    ways: dict[str, Callable[[], object]] = {name: _stepper(trainer, batch) for name, trainer in trainings.items()}
     ways["added"] = _added(trainings["token labels"], batch)
     seconds = interleave(ways, settings, rounds=5 if settings.quick else 11)
     title = f"{case.model}, {case.precision}, {case.num_classes:,} classes"
@@ -113,9 +108,7 @@ def loader_rows(settings: Settings) -> list[Row]:
         write_photos(folder / "photos", num_images)
         source = open_images(folder / "photos")
         maps = list(synthetic_maps(16))
-        stores = {
-            encoding: _write_store(folder / encoding, source.keys, maps, encoding) for encoding in Encoding
-        }
+        stores = {encoding: _write_store(folder / encoding, source.keys, maps, encoding) for encoding in Encoding}
         for what, policy in (("crop + flip", None), ("RandAugment", POLICY)):
             transform = TrainTransform(AugmentConfig(randaugment=policy), SIZE_PX)
             datasets = {"no labels": TokenLabelDataset(source, transform, seed=0)}
@@ -238,9 +231,7 @@ def _batch(case: Case, settings: Settings) -> Batch:
     return batch.to(settings.device)
 
 
-def _write_store(
-    folder: Path, keys: Sequence[str], maps: Sequence[ScoreMap], encoding: Encoding
-) -> LabelStore:
+def _write_store(folder: Path, keys: Sequence[str], maps: Sequence[ScoreMap], encoding: Encoding) -> LabelStore:
     manifest = Manifest(num_classes=NUM_CLASSES, topk=TOPK, encoding=encoding)
     with LabelStoreWriter(folder, manifest) as writer:
         for i, key in enumerate(keys):

@@ -89,9 +89,7 @@ def _read(folder: Path, num_images: int, *, num_reads: int, workers: int) -> lis
 def _inspect_s(folder: Path) -> float:
     """Return how long the command takes, the start of Python included."""
     started = time.perf_counter()
-    subprocess.run(
-        [sys.executable, "-m", "tokenlabel", "inspect", str(folder)], stdout=subprocess.PIPE, check=True
-    )
+    subprocess.run([sys.executable, "-m", "tokenlabel", "inspect", str(folder)], stdout=subprocess.PIPE, check=True)
     return time.perf_counter() - started
 
 

@@ -55,9 +55,7 @@ def synthetic_probabilities(rng: np.random.Generator, *, sharpness: float = 1.0)
 def _smooth(rng: np.random.Generator, count: int) -> NDArray[np.float64]:
     """Return standard normal fields [H, W, count] whose correlation falls off with the distance of cells."""
     distances = (np.abs(np.subtract.outer(np.arange(length), np.arange(length))) for length in GRID)
-    rows, columns = (
-        np.linalg.cholesky(np.exp(-((d / _REACH) ** 1.2)) + 1e-6 * np.eye(len(d))) for d in distances
-    )
+    rows, columns = (np.linalg.cholesky(np.exp(-((d / _REACH) ** 1.2)) + 1e-6 * np.eye(len(d))) for d in distances)
     return np.einsum("ia,jb,abk->ijk", rows, columns, rng.normal(size=(*GRID, count)), optimize=True)
 
 

@@ -47,9 +47,7 @@ def _peaks(name: str, ways: dict[str, Callable[[], object]], settings: Settings,
     return [*rows, Row(f"{name}: unfused / fused peak", [mib["unfused"] / mib["fused"]], "x", aim)]
 
 
-def make_ways(
-    num_images: int, num_classes: int, precision: str, settings: Settings
-) -> dict[str, Callable[[], object]]:
+def make_ways(num_images: int, num_classes: int, precision: str, settings: Settings) -> dict[str, Callable[[], object]]:
     """Return the fused and the unfused form on the same tokens, forward and backward."""
     generator, device = torch.Generator().manual_seed(0), settings.device
     tokens = torch.randn(num_images, NUM_TOKENS, WIDTH, generator=generator).to(device).requires_grad_()

@@ -41,9 +41,7 @@ class Losses(lightning.Callback):
     def __init__(self) -> None:
         self.losses: list[float] = []
 
-    def on_train_batch_end(
-        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Add a step's loss."""
         self.losses.append(float(outputs["loss"]))
         if len(self.losses) == 10:
@@ -53,9 +51,7 @@ class Losses(lightning.Callback):
 
 def main() -> None:
     """Train."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", help="folder with one folder a class")
     parser.add_argument("labels", help="label store")
     parser.add_argument("--model", default="vit_small_patch16_224")

@@ -17,14 +17,7 @@ STEPS = 60
 
 # Options of each script for a small ViT, 60 steps of 32 images of 64 px.
 OPTIONS = {
-    "timm_script.py": [
-        "--img-size=64",
-        "--batch-size=32",
-        "--epochs=6",
-        "--workers=0",
-        "--lr=3e-3",
-        "--device=cpu",
-    ],
+    "timm_script.py": ["--img-size=64", "--batch-size=32", "--epochs=6", "--workers=0", "--lr=3e-3", "--device=cpu"],
     "hf_trainer.py": [
         "--img_size=64",
         "--per_device_train_batch_size=32",
@@ -36,13 +29,7 @@ OPTIONS = {
         "--learning_rate=3e-3",
         "--use_cpu",
     ],
-    "lightning_module.py": [
-        "--img-size=64",
-        "--batch-size=32",
-        f"--steps={STEPS}",
-        "--workers=0",
-        "--lr=3e-3",
-    ],
+    "lightning_module.py": ["--img-size=64", "--batch-size=32", f"--steps={STEPS}", "--workers=0", "--lr=3e-3"],
 }
 
 

@@ -21,9 +21,7 @@ import tokenlabel as tl  # +
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", help="folder with one folder a class")
     parser.add_argument("labels", help="label store")
     parser.add_argument("--model", default="vit_small_patch16_224")

@@ -118,11 +118,7 @@ def _methods(kind: type) -> Iterator[tuple[str, str]]:
     for name, value in vars(kind).items():
         method = value.__func__ if isinstance(value, (staticmethod, classmethod)) else value
         text = inspect.getdoc(method)
-        if (
-            name.startswith("_")
-            or not text
-            or not (isinstance(value, property) or inspect.isfunction(method))
-        ):
+        if name.startswith("_") or not text or not (isinstance(value, property) or inspect.isfunction(method)):
             continue
         shown = name if isinstance(value, property) else re.sub(r"\(self(, )?", "(", signature(name, method))
         yield " ".join(shown.split()).replace("( ", "(").replace(", )", ")"), " ".join(text.split())

@@ -27,16 +27,12 @@ def main(arguments: Sequence[str]) -> int:
     """Run or continue a study; return the exit status: 1 if any run failed."""
     options = parsed(arguments)
     if options.only and (options.record or options.results or options.collect):
-        raise StudyError(
-            "--only runs one job and writes no results: leave --record, --results and --collect out"
-        )
+        raise StudyError("--only runs one job and writes no results: leave --record, --results and --collect out")
     study = study_of(options)
     if options.only:
         jobs = {job.name: job for job in study.jobs()}
         if options.only not in jobs:
-            raise StudyError(
-                f"--only {options.only}: no such run; the first of {len(jobs)} is {next(iter(jobs))}"
-            )
+            raise StudyError(f"--only {options.only}: no such run; the first of {len(jobs)} is {next(iter(jobs))}")
         print(json.dumps(run_job(study, jobs[options.only], device=device_of(options.device))))
         return 0
     failures: list[str] = []
@@ -75,11 +71,7 @@ def parsed(arguments: Sequence[str]) -> Any:
         ("--jobs", {"type": int, "default": 1}, "runs at a time, each a process with one thread"),
         ("--only", {"metavar": "TABLE:ROW:SEED"}, "this run alone, here and now"),
         ("--results", path, "also write the results as one Markdown page to this file"),
-        (
-            "--record",
-            path,
-            "keep finished runs in this file too; train none that it has, whichever machine did",
-        ),
+        ("--record", path, "keep finished runs in this file too; train none that it has, whichever machine did"),
         ("--collect", {"action": "store_true"}, "run nothing: write the results of what there is"),
     ):
         parser.add_argument(name, help=text, **more)

@@ -45,9 +45,7 @@ def main() -> None:
         transform = TrainTransform(AugmentConfig(crop_scale=crop_scale), (options.size, options.size))
         right: dict[str, list[float]] = {"aligned": [], "swapped": []}
         for seed in range(options.seeds):
-            labelled, true = (
-                TokenLabelDataset(source, transform, seed=seed, store=s) for s in (store, truth)
-            )
+            labelled, true = (TokenLabelDataset(source, transform, seed=seed, store=s) for s in (store, truth))
             for name, dataset in (("aligned", labelled), ("swapped", DefectiveDataset(labelled, "swapped"))):
                 share = share_right(dataset, true, chosen, grid, num_classes=len(source.class_names))
                 assert share is not None, "no mask covers a token"

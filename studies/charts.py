@@ -18,9 +18,7 @@ def curve_chart(panels: Mapping[str, tuple[str, Mapping[str, Points]]], *, colum
     """
     columns = min(columns, len(panels))
     num_rows = -(-len(panels) // columns)
-    names = list(
-        dict.fromkeys(name for _, lines in panels.values() for name, points in lines.items() if points)
-    )
+    names = list(dict.fromkeys(name for _, lines in panels.values() for name, points in lines.items() if points))
     legend_rows = -(-len(names) // 2)
     size = (10 if columns > 2 else 8.5, 3.4 * num_rows + 0.18 * legend_rows)  # wide enough for two long names
     figure = Figure(figsize=size, layout="constrained")
@@ -37,12 +35,7 @@ def curve_chart(panels: Mapping[str, tuple[str, Mapping[str, Points]]], *, colum
         axis.set_visible(False)
     if drawn:
         figure.legend(
-            [drawn[name] for name in names],
-            names,
-            loc="outside lower center",
-            ncols=2,
-            fontsize=8,
-            frameon=False,
+            [drawn[name] for name in names], names, loc="outside lower center", ncols=2, fontsize=8, frameon=False
         )
     return figure
 
@@ -51,11 +44,6 @@ def _draw_line(axis: Axes, points: Points, *, number: int) -> Line2D:
     """Draw the line of a number: ten colours, then the same dashed. A single point makes no line, and is a dot."""
     style, marker = "-" if number < 10 else "--", "o" if len(points) == 1 else ""
     (line,) = axis.plot(
-        *zip(*points, strict=True),
-        linewidth=1.3,
-        color=f"C{number % 10}",
-        linestyle=style,
-        marker=marker,
-        markersize=4,
+        *zip(*points, strict=True), linewidth=1.3, color=f"C{number % 10}", linestyle=style, marker=marker, markersize=4
     )
     return line

@@ -31,9 +31,7 @@ def swapped(sample: Sample) -> Sample:
 
     Crops and flips only, as in the published code; other warps are left out.
     """
-    scale = np.diagonal(
-        sample.view.matrix[:, :2]
-    )  # (x, y); negative where the crop was turned over afterwards
+    scale = np.diagonal(sample.view.matrix[:, :2])  # (x, y); negative where the crop was turned over afterwards
     start = sample.view.matrix[:, 2] + np.minimum(scale, 0)
     (left, top), (width, height) = start[::-1], abs(scale)[::-1]
     view = View.crop(Box(left, top, left + width, top + height))

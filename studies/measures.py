@@ -244,9 +244,7 @@ def measure_run(finished: FinishedRun, *, wanted: Sequence[str]) -> dict[str, fl
         figures = json.loads(path.read_text(encoding="utf-8"))
     missing = [METRICS[name] for name in wanted if name not in figures]
     if missing:
-        able = [
-            metric.measure for metric in missing if all(name in finished.folders for name in metric.needs)
-        ]
+        able = [metric.measure for metric in missing if all(name in finished.folders for name in metric.needs)]
         for measure in dict.fromkeys(able):
             figures |= measure(finished)
         figures |= {name: None for name in wanted if name not in figures}

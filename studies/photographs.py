@@ -39,9 +39,7 @@ def main() -> None:
     with (options.photos / "classes.tsv").open(encoding="utf-8") as file:
         classes = sorted(row[0] for row in csv.reader(file, delimiter="\t") if row[2] == "20")
     with (options.photos / "boxes.tsv").open(encoding="utf-8") as file:
-        boxes = {
-            (row[0], row[1]): [int(edge) for edge in row[2:]] for row in csv.reader(file, delimiter="\t")
-        }
+        boxes = {(row[0], row[1]): [int(edge) for edge in row[2:]] for row in csv.reader(file, delimiter="\t")}
     for split in ("train", "val"):
         for tar in sorted(options.photos.glob(f"{split}-*.tar")):
             write_images(tar, split, classes, boxes, options.out)
@@ -54,9 +52,7 @@ def main() -> None:
         write_weights(options.student, "tf_efficientnet_lite0", options.out / "student.safetensors")
 
 
-def write_images(
-    tar: Path, split: str, classes: list[str], boxes: dict[tuple[str, str], list[int]], out: Path
-) -> None:
+def write_images(tar: Path, split: str, classes: list[str], boxes: dict[tuple[str, str], list[int]], out: Path) -> None:
     """Write the images of a tar file that are of one of the classes, and the mask of each one's box."""
     with tarfile.open(tar) as file:
         for member in file:

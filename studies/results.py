@@ -113,9 +113,7 @@ class Found:
     def differences(self) -> Iterator[tuple[str, str, dict[str, Spread]]]:
         """Yield pairs of rows and, for each metric that both have, the spread of first minus second."""
         for ours, theirs in self.table.differences:
-            pairs = {
-                name: paired(self.values(ours, name), self.values(theirs, name)) for name in self.metrics()
-            }
+            pairs = {name: paired(self.values(ours, name), self.values(theirs, name)) for name in self.metrics()}
             spreads = {name: spread for name, spread in pairs.items() if spread}
             if spreads:
                 yield ours, theirs, spreads
@@ -282,11 +280,7 @@ def _sentence(table: Table, ours: str, theirs: str, spreads: Mapping[str, Spread
     texts = {name: f"{METRICS[name].title} {_signed(name, spread)}" for name, spread in spreads.items()}
     if num_seeds < 2:
         return f"{head} (one seed, no spread): {', '.join(texts.values())}."
-    groups: dict[str, list[str]] = {
-        "larger than its spread": [],
-        "smaller": [],
-        "the same for every seed": [],
-    }
+    groups: dict[str, list[str]] = {"larger than its spread": [], "smaller": [], "the same for every seed": []}
     for name, spread in spreads.items():
         if spread.half == 0:
             groups["the same for every seed"] += [texts[name].partition(" ±")[0]] if spread.mean else []

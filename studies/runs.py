@@ -67,11 +67,7 @@ def run_all(study: Study, records: Records, arguments: Sequence[str], *, num_job
 def unfinished(study: Study, records: Records) -> list[Job]:
     """Return the jobs without a record, or with one that lacks a figure."""
     found = {key: record.figures.keys() for key, record in records.items()}
-    return [
-        job
-        for job in study.jobs()
-        if set(study.metrics(job.plan)) - found.get((job.plan.digest, job.seed), set())
-    ]
+    return [job for job in study.jobs() if set(study.metrics(job.plan)) - found.get((job.plan.digest, job.seed), set())]
 
 
 def finished_runs(study: Study, kept: Records) -> Records:
@@ -124,9 +120,7 @@ def run_job(study: Study, job: Job, *, device: torch.device) -> dict[str, float 
         write_whole(path, _described(job.plan))
         if not (folder / MEASURES_FILE).is_file():
             _train(study, job, folder, device=device)
-        measured = {
-            name: Path(filled(text, study.folders(job.seed))) for name, text in study.testbed.measure.items()
-        }
+        measured = {name: Path(filled(text, study.folders(job.seed))) for name, text in study.testbed.measure.items()}
         run = FinishedRun(run=folder, folders=measured, defect=job.plan.defect, device=device)
         return measure_run(run, wanted=study.metrics(job.plan))
 
@@ -181,11 +175,7 @@ def counted_cost(run: Path) -> Iterator[None]:
 def make_steps(study: Study, steps: Sequence[str], *, seed: int) -> None:
     """Make what rows need, one after the other, each once. Raises StudyError for a step that fails."""
     for name in steps:
-        step, folder, marker = (
-            study.testbed.steps[name],
-            study.step_folder(name, seed),
-            _marker(study, name, seed),
-        )
+        step, folder, marker = (study.testbed.steps[name], study.step_folder(name, seed), _marker(study, name, seed))
         marker.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(marker.with_suffix(".lock")):  # another process may be making it
             if _is_made(study, name, seed):
@@ -200,9 +190,7 @@ def make_steps(study: Study, steps: Sequence[str], *, seed: int) -> None:
             else:
                 words = shlex.split(filled(step.command, study.folders(seed) | {"here": str(folder)}))
                 environment = environment_of_one(None)
-                problem = _run_module(
-                    ["tokenlabel", *words], log=marker.with_suffix(".log"), environment=environment
-                )
+                problem = _run_module(["tokenlabel", *words], log=marker.with_suffix(".log"), environment=environment)
                 if problem:
                     raise StudyError(f"step {folder.name} failed: {problem}")
             write_whole(marker, json.dumps(asdict(step)) + "\n")
@@ -241,9 +229,7 @@ def _chosen(source: ImageSource, count: int) -> list[int]:
 def _is_made(study: Study, name: str, seed: int) -> bool:
     """Say whether a step has been made. Raises StudyError where its folder was made by something else."""
     marker = _marker(study, name, seed)
-    if marker.is_file() and json.loads(marker.read_text(encoding="utf-8")) != asdict(
-        study.testbed.steps[name]
-    ):
+    if marker.is_file() and json.loads(marker.read_text(encoding="utf-8")) != asdict(study.testbed.steps[name]):
         folder = study.step_folder(name, seed)
         raise StudyError(f"{folder} was made by another command ({marker}); choose another --out")
     return marker.is_file()

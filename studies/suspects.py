@@ -45,13 +45,7 @@ def main() -> None:
     summaries = [summarize(key, store[key]) for key in source.keys]
     backbone = load_backbone(options.backbone, device, weights=options.weights, size=options.size)
     vectors = Vectors(
-        backbone=backbone,
-        source=source,
-        device=device,
-        precision="fp32",
-        batch_size=64,
-        num_workers=2,
-        seed=0,
+        backbone=backbone, source=source, device=device, precision="fp32", batch_size=64, num_workers=2, seed=0
     )
     found, keys = vectors.of_images(range(len(source)))
     row_of = {key: row for row, key in enumerate(source.keys)}

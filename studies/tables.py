@@ -208,9 +208,7 @@ class Study:
 
     def __post_init__(self) -> None:
         if self.testbed.needs_data and self.data is None:
-            raise StudyError(
-                f"testbed {self.testbed.name} needs images of yours: name their folder with --data"
-            )
+            raise StudyError(f"testbed {self.testbed.name} needs images of yours: name their folder with --data")
         if self.seeds is not None and self.seeds < 1:
             raise StudyError(f"--seeds {self.seeds}: a row needs at least one seed")
 

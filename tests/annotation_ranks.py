@@ -74,8 +74,7 @@ def start_ranks(world_size: int, images: Path, labels: Path) -> Sequence[BasePro
     context = get_context("forkserver")
     context.set_forkserver_preload(["tokenlabel.teachers.annotation"])  # imports torch once, not once a rank
     ranks = [
-        context.Process(target=run_rank, args=(rank, world_size, port, images, labels))
-        for rank in range(world_size)
+        context.Process(target=run_rank, args=(rank, world_size, port, images, labels)) for rank in range(world_size)
     ]
     for process in ranks:
         process.start()

@@ -2,9 +2,7 @@
 
 import os
 
-os.environ["OMP_NUM_THREADS"] = (
-    "1"  # before torch is imported; runs are bitwise the same for one number of threads
-)
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; runs are bitwise the same for one number of threads
 
 from hypothesis import settings
 

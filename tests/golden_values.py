@@ -40,9 +40,7 @@ def formula_weights(shapes: dict[str, list[int]]) -> dict[str, Tensor]:
 
 def formula_image() -> Tensor:
     i = np.arange(3 * 224 * 224)
-    return torch.from_numpy(np.sin(0.013 * i + 0.5 * np.sin(0.00071 * i)).astype(np.float32)).view(
-        1, 3, 224, 224
-    )
+    return torch.from_numpy(np.sin(0.013 * i + 0.5 * np.sin(0.00071 * i)).astype(np.float32)).view(1, 3, 224, 224)
 
 
 def golden_outputs(name: str) -> dict[str, np.ndarray]:

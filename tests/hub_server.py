@@ -63,22 +63,16 @@ class _Handler(BaseHTTPRequestHandler):
             return self._answer(200, b"")
         if found := re.fullmatch(r"/api/(\w+/[^/]+/[^/]+)(/revision/([^/]+))?", path):
             return self._about(found[1], revision=found[3])
-        if (found := re.fullmatch(r"/api/(\w+/[^/]+/[^/]+)/tree/[^/]+", path)) and found[
-            1
-        ] in self.server.repos:
+        if (found := re.fullmatch(r"/api/(\w+/[^/]+/[^/]+)/tree/[^/]+", path)) and found[1] in self.server.repos:
             files = self.server.repos[found[1]]["files"].items()
             oids = {name: hashlib.sha1(data).hexdigest() for name, data in files}
-            return self._json(
-                [{"type": "file", "path": n, "size": len(data), "oid": oids[n]} for n, data in files]
-            )
+            return self._json([{"type": "file", "path": n, "size": len(data), "oid": oids[n]} for n, data in files])
         if found := re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/[^/]+/(.+)", path):
             repo = f"{'datasets' if found[1] else 'models'}/{found[2]}"
             if repo in self.server.repos:
                 data = self.server.repos[repo]["files"][found[3]]
                 etag = hashlib.sha256(data).hexdigest()
-                return self._answer(
-                    200, data, {"ETag": f'"{etag}"', "X-Repo-Commit": self.server.commit(repo)}
-                )
+                return self._answer(200, data, {"ETag": f'"{etag}"', "X-Repo-Commit": self.server.commit(repo)})
         return self._answer(404, b"{}")
 
     def do_POST(self) -> None:

@@ -125,12 +125,7 @@ def _scores_at(full: np.ndarray, region: Box, frames: np.ndarray, x: float, y: f
 
 
 def draw_targets(
-    rng: np.random.Generator,
-    shape: tuple[int, int],
-    num_classes: int,
-    *,
-    num_entries: int = 4,
-    weighted: bool = False,
+    rng: np.random.Generator, shape: tuple[int, int], num_classes: int, *, num_entries: int = 4, weighted: bool = False
 ) -> TokenTargets:
     """Draw float64 targets of (images, tokens): proper distributions, palettes padded and of random length."""
     num_images, num_tokens = shape

@@ -9,14 +9,7 @@ from PIL import Image
 from tokenlabel.runtime.configuration import config_from_dict
 from tokenlabel.segmentation.recipe import SegmentRecipe
 
-BACKBONE = {
-    "patch_size": 6,
-    "depth": 2,
-    "width": 16,
-    "num_heads": 2,
-    "stem_width": 8,
-    "drop_path": 0.2,
-}
+BACKBONE = {"patch_size": 6, "depth": 2, "width": 16, "num_heads": 2, "stem_width": 8, "drop_path": 0.2}
 
 
 def write_image(path: Path, img_size: tuple[int, int], *, seed: int = 0) -> None:
@@ -39,13 +32,7 @@ def nested_recipe(root: Path, **changes: Any) -> dict[str, Any]:
     """Return a recipe on the embedded scenes as nested dicts; `a__b=value` changes a field."""
     recipe: dict[str, Any] = {
         "data": {"layout": "scenes", "root": str(root), "background": "background", "num_workers": 0},
-        "model": {
-            "name": "lvvit_t",
-            "img_size": [24, 24],
-            "options": BACKBONE,
-            "neck_width": 16,
-            "head_width": 8,
-        },
+        "model": {"name": "lvvit_t", "img_size": [24, 24], "options": BACKBONE, "neck_width": 16, "head_width": 8},
         "augment": {"scale": [0.5, 1.0]},
         "optim": {
             "lr": 2e-3,

@@ -38,9 +38,7 @@ def test_the_peak_is_what_was_held_at_once():
 
 
 def test_the_command_prints_a_table_and_writes_every_measurement(monkeypatch, capsys, tmp_path):
-    monkeypatch.setitem(
-        runner.BENCHMARKS, "sums", lambda settings: [Row("sum", [1.0, 3.0], "ms", "at most 5")]
-    )
+    monkeypatch.setitem(runner.BENCHMARKS, "sums", lambda settings: [Row("sum", [1.0, 3.0], "ms", "at most 5")])
     runner.main(["sums", "--quick", "--json", str(tmp_path / "out.json")])
     printed = capsys.readouterr().out
     assert "| torch |" in printed

@@ -135,9 +135,7 @@ def test_no_room_hides_a_public_name():
 )
 def test_an_import_of_a_room_above_is_found(tmp_path, statement):
     (tmp_path / "lower").mkdir()
-    (tmp_path / "lower" / "stones.py").write_text(
-        f"import json\nfrom tokenlabel.lower import sand\n{statement}\n"
-    )
+    (tmp_path / "lower" / "stones.py").write_text(f"import json\nfrom tokenlabel.lower import sand\n{statement}\n")
     assert len(misplaced(tmp_path, {"lower": "", "upper": "lower"})) == 1
 
 

@@ -14,14 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenlabel import __version__
-from tokenlabel.runtime.arguments import (
-    add_device,
-    device_of,
-    new_parser,
-    parse,
-    parse_config,
-    write_json,
-)
+from tokenlabel.runtime.arguments import add_device, device_of, new_parser, parse, parse_config, write_json
 from tokenlabel.runtime.coercion import NATURAL, check_numbers
 from tokenlabel.runtime.command import USAGE_ERROR, run_command, with_open_streams
 from tokenlabel.runtime.process import is_main_process, say
@@ -34,9 +27,7 @@ if TYPE_CHECKING:
 
 MOST_REASONS = 10
 IMAGES_HELP = "a folder with one folder a class, .tar files (WebDataset) or a folder of them, or a list file"
-IGNORE_INDEX_HELP = (
-    "the id of pixels without a class in --masks; by default 255, with more than 255 classes 65535"
-)
+IGNORE_INDEX_HELP = "the id of pixels without a class in --masks; by default 255, with more than 255 classes 65535"
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +81,7 @@ def _run(arguments: list[str]) -> int:
 def demo(parser: ArgumentParser, arguments: list[str]) -> int:
     """Train with token labels on scenes of real handwritten digits; nothing is downloaded."""
     parser.add_argument(
-        "--out",
-        type=Path,
-        help="folder of everything that the demo makes: runs/demo, runs/demo-fast with --fast",
+        "--out", type=Path, help="folder of everything that the demo makes: runs/demo, runs/demo-fast with --fast"
     )
     parser.add_argument(
         "--fast", action="store_true", help="all stages in under 90 seconds, with fewer images and steps"
@@ -153,13 +142,7 @@ def fit_head(parser: ArgumentParser, arguments: list[str]) -> int:
     add_device(parser)
     options, config = parse_config(parser, arguments, FitConfig)
     try:
-        head = fit(
-            options.images,
-            options.head,
-            config,
-            device=device_of(options.device),
-            overwrite=options.overwrite,
-        )
+        head = fit(options.images, options.head, config, device=device_of(options.device), overwrite=options.overwrite)
     except KeyboardInterrupt:
         print("\ntokenlabel fit-head: stopped; nothing was written", file=sys.stderr)
         return 130
@@ -195,14 +178,10 @@ def inspect(parser: ArgumentParser, arguments: list[str]) -> int:
 def _add_inspect_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("store", type=Path, nargs="+", help="folders of labels, read as one")
     parser.add_argument(
-        "--images",
-        type=Path,
-        help=f"the images, to know their classes, and whether they were replaced: {IMAGES_HELP}",
+        "--images", type=Path, help=f"the images, to know their classes, and whether they were replaced: {IMAGES_HELP}"
     )
     parser.add_argument("--pictures", type=Path, help="write an HTML page of maps over images to this file")
-    parser.add_argument(
-        "--masks", type=Path, help="true dense labels (PNG class ids): how often the maps are right"
-    )
+    parser.add_argument("--masks", type=Path, help="true dense labels (PNG class ids): how often the maps are right")
     parser.add_argument("--ignore-index", type=int, help=IGNORE_INDEX_HELP)
     parser.add_argument(
         "--out-of-fold",
@@ -263,11 +242,7 @@ def _judged_otherwise(store: LabelStore, source: ImageSource | None, options: Na
         from tokenlabel.teachers.folds import predict_out_of_fold
 
         found = predict_out_of_fold(
-            source,
-            options.out_of_fold,
-            weights=options.weights,
-            size=options.size,
-            device=device_of(options.device),
+            source, options.out_of_fold, weights=options.weights, size=options.size, device=device_of(options.device)
         )
         figures["out_of_fold"] = found.figures(options.num_suspects)
         if options.probabilities:
@@ -302,9 +277,7 @@ def merge(parser: ArgumentParser, arguments: list[str]) -> int:
 
     parser.add_argument("stores", type=Path, nargs="+", help="folders of labels, then the folder to write")
     parser.add_argument(
-        "--encoding",
-        choices=[*map(str, Encoding)],
-        help="write every record anew in this one; as it is if none",
+        "--encoding", choices=[*map(str, Encoding)], help="write every record anew in this one; as it is if none"
     )
     parser.add_argument(
         "--tolerance", type=float, help="write every record anew, compact, as annotate with this tolerance"
@@ -386,9 +359,7 @@ def export(parser: ArgumentParser, arguments: list[str]) -> int:
     """Write a run's model as .safetensors, .onnx, or a folder that timm and the hub take."""
     parser.add_argument("run", type=Path, help="run folder, or one checkpoint folder of it")
     parser.add_argument("out", type=Path, help="NAME.safetensors, NAME.onnx, or a folder")
-    parser.add_argument(
-        "--inference", choices=["class", "tokens", "combined"], help="ONNX: how logits come about"
-    )
+    parser.add_argument("--inference", choices=["class", "tokens", "combined"], help="ONNX: how logits come about")
     parser.add_argument("--dense", action="store_true", help="ONNX: the logits of every token, too")
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
     options = parse(parser, arguments)
@@ -397,9 +368,7 @@ def export(parser: ArgumentParser, arguments: list[str]) -> int:
     from tokenlabel.training.export import export_run
 
     inference = Inference(options.inference) if options.inference else None
-    export_run(
-        options.run, options.out, inference=inference, dense=options.dense, overwrite=options.overwrite
-    )
+    export_run(options.run, options.out, inference=inference, dense=options.dense, overwrite=options.overwrite)
     print(options.out)
     return 0
 
@@ -412,14 +381,10 @@ def push(parser: ArgumentParser, arguments: list[str]) -> int:
     parser.add_argument("thing", type=Path, help="run folder, folder of labels, or HEAD.safetensors")
     parser.add_argument("repo", help="USER/NAME")
     parser.add_argument(
-        "--licence",
-        "--license",
-        help="as the hub names it, such as apache-2.0; that of the teacher where it is known",
+        "--licence", "--license", help="as the hub names it, such as apache-2.0; that of the teacher where it is known"
     )
     parser.add_argument("--public", action="store_true", help="let everybody see it, if it is new")
-    parser.add_argument(
-        "--dry-run", type=Path, metavar="FOLDER", help="write what would be sent to this folder"
-    )
+    parser.add_argument("--dry-run", type=Path, metavar="FOLDER", help="write what would be sent to this folder")
     options = parse(parser, arguments)
 
     from tokenlabel.push import push as push_to_hub

@@ -66,11 +66,7 @@ class DemoSize:
     student_overrides: tuple[str, ...] = ()
 
 
-FULL = DemoSize(
-    num_train=1500,
-    num_val=1000,
-    student_overrides=("--epochs=60",),
-)
+FULL = DemoSize(num_train=1500, num_val=1000, student_overrides=("--epochs=60",))
 FAST = DemoSize(
     num_train=500,
     num_val=200,
@@ -98,18 +94,14 @@ def run_demo(out: Path, size: DemoSize, command: Command) -> int:
     write_json(out / "result.json", result)
     print(_table(result))
     if size is FAST:
-        print(
-            "\nThis went through all stages with too few images and steps to learn: figures near chance (10%) are as"
-        )
+        print("\nThis went through all stages with too few images and steps to learn: figures near chance (10%) are as")
         print("expected. `tokenlabel demo` takes up to 7 minutes and learns.")
     return 0
 
 
 def _show_photographs(root: Path, command: Command) -> None:
     """Let a real teacher label real photographs, and draw what a training step makes of its labels."""
-    print(
-        f"writing {len(PHOTOGRAPHS)} photographs and EfficientNet-Lite0 with its ImageNet weights to {root}"
-    )
+    print(f"writing {len(PHOTOGRAPHS)} photographs and EfficientNet-Lite0 with its ImageNet weights to {root}")
     write_photographs(root)
     images, labels = root / "images.csv", root / "labels"
     of_teacher = ("--teacher", TEACHER, "--weights", root / "teacher.safetensors", "--size", "288")
@@ -149,9 +141,7 @@ def _run_stages(out: Path, size: DemoSize, command: Command) -> None:
 
 def collect_result(out: Path) -> dict[str, Any]:
     """Return the figures of a finished demo under stable names; shares are in [0, 1]."""
-    evals = {
-        name: _read_json(out / name / "eval.json") for name in ("teacher", "token-labels", "class-labels")
-    }
+    evals = {name: _read_json(out / name / "eval.json") for name in ("teacher", "token-labels", "class-labels")}
     with_labels, without = (_training_figures(out / name) for name in ("token-labels", "class-labels"))
     labels = _read_json(out / "labels.json")
     return {
@@ -170,9 +160,7 @@ def collect_result(out: Path) -> dict[str, Any]:
 def _training_figures(run: Path) -> dict[str, float]:
     """Return the medians of what a run's training lines say of speed."""
     lines = [line for line in read_metrics(run) if line["kind"] == "train"]
-    return {
-        name: float(np.median([line[name] for line in lines])) for name in ("images_per_s", "targets_share")
-    }
+    return {name: float(np.median([line[name] for line in lines])) for name in ("images_per_s", "targets_share")}
 
 
 def _table(result: dict[str, Any]) -> str:
@@ -231,14 +219,10 @@ def draw_method(root: Path, output: Path) -> None:
     """
     source, store = open_images(root / "images.csv"), LabelStore(root / "labels")
     transform = TrainTransform(AugmentConfig(crop_scale=(0.25, 0.6)), IMG_SIZE)
-    batch = collate(
-        TokenLabelDataset(source, transform, seed=3, store=store).__getitems__(range(len(source)))
-    )
+    batch = collate(TokenLabelDataset(source, transform, seed=3, store=store).__getitems__(range(len(source))))
     assert batch.score_maps is not None
     targets = align(batch.score_maps, batch.views, GRID)  # [B, N]
-    mix = sample_mix(
-        "mixtoken", len(source), grid=GRID, img_size=IMG_SIZE, generator=torch.Generator().manual_seed(5)
-    )
+    mix = sample_mix("mixtoken", len(source), grid=GRID, img_size=IMG_SIZE, generator=torch.Generator().manual_seed(5))
     mixed, mixed_targets = mix_images(batch.images.float(), mix).byte(), mix_targets(targets, mix, GRID)
 
     maps = [store[key].dense() for key in source.keys]
@@ -268,10 +252,7 @@ def _colours(maps: Sequence[Float[NDArray[np.float32], "_ _ C"]]) -> dict[int, s
 
 
 def _draw(
-    axes: Axes,
-    pixels: NDArray[np.uint8],
-    probs: Float[NDArray[np.float32], "h w C"],
-    colours: Mapping[int, str],
+    axes: Axes, pixels: NDArray[np.uint8], probs: Float[NDArray[np.float32], "h w C"], colours: Mapping[int, str]
 ) -> None:
     """Draw an image in grey under a grid of soft labels."""
     extent = (0, pixels.shape[1], pixels.shape[0], 0)

@@ -92,12 +92,7 @@ class Parcel:
 
 
 def push(
-    thing: str | Path,
-    repo: str,
-    *,
-    licence: str | None = None,
-    public: bool = False,
-    folder: str | Path | None = None,
+    thing: str | Path, repo: str, *, licence: str | None = None, public: bool = False, folder: str | Path | None = None
 ) -> str:
     """Send a run, a label store or a head to the hub, with a card of what is known; return how others name it.
 
@@ -167,9 +162,7 @@ def _pack_head(path: Path, head: Head, folder: Path, repo: str) -> Parcel:
     )
     facts = _facts({"backbone": head.backbone, "fitted": {"from": head.kind, **head.fitted}})
     names = head.class_names if head.kind != "words" else ()
-    return Parcel(
-        kind="model", tags={"tags": ["token-labeling"]}, card=[about, facts, *_names_of_classes(names)]
-    )
+    return Parcel(kind="model", tags={"tags": ["token-labeling"]}, card=[about, facts, *_names_of_classes(names)])
 
 
 def _pack_store(store: LabelStore, folder: Path, repo: str) -> Parcel:
@@ -261,9 +254,7 @@ def _facts(facts: Mapping[str, Any]) -> str:
 
 
 def _names_of_classes(names: tuple[str, ...]) -> list[str]:
-    return (
-        [f"Classes, in the order of their ids: {', '.join(names)}."] if 0 < len(names) <= MOST_NAMES else []
-    )
+    return [f"Classes, in the order of their ids: {', '.join(names)}."] if 0 < len(names) <= MOST_NAMES else []
 
 
 def _checksums(folder: Path) -> str:
@@ -289,9 +280,7 @@ def _send(folder: Path, repo: str, kind: str, *, public: bool) -> None:
     api = HfApi()
     try:
         api.create_repo(repo, repo_type=kind, private=not public, exist_ok=True)
-        api.upload_folder(
-            repo_id=repo, repo_type=kind, folder_path=folder, commit_message="Upload by tokenlabel"
-        )
+        api.upload_folder(repo_id=repo, repo_type=kind, folder_path=folder, commit_message="Upload by tokenlabel")
     except Exception as error:  # the hub's library and its network library raise whatever they run into
         reason = {
             401: "the hub does not know you; log in (`hf auth login`, or HF_TOKEN)",

@@ -86,9 +86,7 @@ class RunRecord:
             figures = json.loads((self.folder / "eval.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return (self.of("eval") or [{}])[-1]
-        return figures.get(
-            str(self.recipe.get("eval.inference")), figures
-        )  # of one of several ways to predict
+        return figures.get(str(self.recipe.get("eval.inference")), figures)  # of one of several ways to predict
 
     @cached_property
     def answers(self) -> Answers | None:
@@ -133,9 +131,7 @@ def write_report(runs: Sequence[Path], output: Path) -> None:
     page.add("Results", _results(records), _remarks(records))
     if curves := list(_curves(records)):
         page.add(
-            "Curves",
-            run_legend([record.name for record in records]),
-            f'<div class="curves">{"".join(curves)}</div>',
+            "Curves", run_legend([record.name for record in records]), f'<div class="curves">{"".join(curves)}</div>'
         )
     _add_classes(page, records)
     _add_disagreements(page, records)
@@ -178,19 +174,11 @@ def read_run(run: Path, name: str) -> RunRecord:
 
 def _results(records: Sequence[RunRecord]) -> str:
     numbers = [
-        {
-            name: value
-            for name, value in record.final.items()
-            if isinstance(value, float) and name != "images_per_s"
-        }
+        {name: value for name, value in record.final.items() if isinstance(value, float) and name != "images_per_s"}
         for record in records
     ]
-    others = {
-        name: (name.replace("_", " "), "{:.3g}") for found in numbers for name in found if name not in COLUMNS
-    }
-    columns = {
-        name: column for name, column in {**COLUMNS, **others}.items() if any(name in n for n in numbers)
-    }
+    others = {name: (name.replace("_", " "), "{:.3g}") for found in numbers for name in found if name not in COLUMNS}
+    columns = {name: column for name, column in {**COLUMNS, **others}.items() if any(name in n for n in numbers)}
     rows = []
     for record, found in zip(records, numbers, strict=True):
         train = record.of("train")
@@ -201,8 +189,7 @@ def _results(records: Sequence[RunRecord]) -> str:
         }
         figures = {**speeds, **found} if speeds else found
         shown = [
-            form.format(figures[name]) if name in figures else "–"
-            for name, (_, form) in {**columns, **SPEEDS}.items()
+            form.format(figures[name]) if name in figures else "–" for name, (_, form) in {**columns, **SPEEDS}.items()
         ]
         rows.append([record.name, record.progress, *shown])
     return table(["run", "steps", *(heading for heading, _ in {**columns, **SPEEDS}.values())], rows)
@@ -309,23 +296,17 @@ def _add_disagreements(page: Page, records: Sequence[RunRecord]) -> None:
     if len(both) < 2:
         return
     for (right, ours), (wrong, theirs) in (both, both[::-1]):
-        places = np.flatnonzero(
-            (ours.guesses == ours.truth) & (theirs.guesses != ours.truth) & (ours.truth >= 0)
-        )
+        places = np.flatnonzero((ours.guesses == ours.truth) & (theirs.guesses != ours.truth) & (ours.truth >= 0))
         title = f"Right by {right}, wrong by {wrong}: {len(places):,} of {len(ours.keys):,} images"
         rows = [
             [ours.keys[i], *(_answer(answers, i) for answers in (ours, theirs))]
-            for i in places[np.argsort(-theirs.probs[places].astype(float), kind="stable")][
-                :NUM_DISAGREEMENTS
-            ].tolist()
+            for i in places[np.argsort(-theirs.probs[places].astype(float), kind="stable")][:NUM_DISAGREEMENTS].tolist()
         ]
         if not rows:
             page.add(title, "<p>None.</p>")
             continue
         keys = {ours.keys[i] for i in places.tolist()}
-        pictures = _val_pictures(
-            page, [r for name in (right, wrong) for r in records if r.name == name], keys
-        )
+        pictures = _val_pictures(page, [r for name in (right, wrong) for r in records if r.name == name], keys)
         more = f" The {len(rows)} of which {wrong} is surest:" if len(rows) < len(places) else ""
         note = f'<p class="note">{html.escape(more)}</p>' if more else ""
         page.add(title, pictures, note, table(["image", f"{right} says", f"{wrong} says"], rows))
@@ -348,10 +329,7 @@ def _add_train_pictures(page: Page, records: Sequence[RunRecord]) -> None:
 def _add_val_pictures(page: Page, records: Sequence[RunRecord]) -> None:
     names = [record.name for record in records if "val" in record.albums]
     if names:
-        page.add(
-            f"What {listed(names)} say{'s' * (len(names) == 1)} about val images",
-            _val_pictures(page, records),
-        )
+        page.add(f"What {listed(names)} say{'s' * (len(names) == 1)} about val images", _val_pictures(page, records))
 
 
 def _val_pictures(page: Page, records: Sequence[RunRecord], keys: set[str] | None = None) -> str:
@@ -369,9 +347,7 @@ def _val_pictures(page: Page, records: Sequence[RunRecord], keys: set[str] | Non
         for record, album, picture in found:
             names = [record.name] if len(records) > 1 else []
             text = ": ".join([*names, *filter(None, [picture["answer"]])]) or "prediction"
-            maps = [
-                (album, {**tile, "text": text}) for tile in picture["tiles"] if tile["text"] == "prediction"
-            ]
+            maps = [(album, {**tile, "text": text}) for tile in picture["tiles"] if tile["text"] == "prediction"]
             tiles += maps
             captions += [text] if picture["answer"] and not maps else []
         figures.append(page.figure(tiles, "<br>".join([caption(first), *map(html.escape, captions)])))

@@ -129,9 +129,7 @@ def test_options_that_take_several_words_or_none():
     parser.add_argument("--set", nargs="*", action="append", default=[])
     parser.add_argument("--fast", action="store_true")
     parser.add_argument("images", type=Path)
-    options = parse(
-        parser, ["--fast", "./scales", "--scales", ".5", "-1", "--set", "a=./set", "b=--fast", "--set"]
-    )
+    options = parse(parser, ["--fast", "./scales", "--scales", ".5", "-1", "--set", "a=./set", "b=--fast", "--set"])
     assert (options.fast, options.images, options.scales) == (True, Path("scales"), [0.5, -1])
     assert options.set == [["a=./set", "b=--fast"], []]
     assert parse(parser, ["--", "--fast"]).images == Path("--fast")
@@ -149,59 +147,38 @@ def recipe_of(*arguments: str) -> Recipe:
     parser.add_argument("--out", "--run", type=Path, required=True)
     add_recipe_arguments(parser)
     options = parse(
-        parser,
-        ["--recipe", "demo_teacher", *arguments],
-        read_recipe=lambda name: recipe_content(name, Recipe),
+        parser, ["--recipe", "demo_teacher", *arguments], read_recipe=lambda name: recipe_content(name, Recipe)
     )
     assert options.out == Path("out")
     return configured(parser, options, Recipe)
 
 
 def test_every_spelling_of_a_recipes_options():
-    dashed = recipe_of(
-        "--out", "./out", "--data.train", "./data.val", "--data.num-workers", "3", "--eval.batch-size=4"
-    )
+    dashed = recipe_of("--out", "./out", "--data.train", "./data.val", "--data.num-workers", "3", "--eval.batch-size=4")
     assert (dashed.data.train, dashed.data.num_workers, dashed.eval.batch_size) == ("./data.val", 3, 4)
-    assert dashed == recipe_of(
-        "--run=out", "--data.train=./data.val", "--data.num_workers=3", "--eval.batch_size", "4"
-    )
-    options = recipe_of(
-        "--out", "out", "--data.train", "a", "--model.options.drop-path-rate", "./x"
-    ).model.options
+    assert dashed == recipe_of("--run=out", "--data.train=./data.val", "--data.num_workers=3", "--eval.batch_size", "4")
+    options = recipe_of("--out", "out", "--data.train", "a", "--model.options.drop-path-rate", "./x").model.options
     assert options["drop_path_rate"] == "./x"
 
 
 @pytest.mark.parametrize(
     ("words", "img_size"),
-    [
-        ("96", (96, 96)),
-        ("96x64", (96, 64)),
-        ("96,64", (96, 64)),
-        ("(96, 64)", (96, 64)),
-        ("[96, 64]", (96, 64)),
-    ],
+    [("96", (96, 96)), ("96x64", (96, 64)), ("96,64", (96, 64)), ("(96, 64)", (96, 64)), ("[96, 64]", (96, 64))],
 )
 def test_every_spelling_of_a_pair(words, img_size):
-    recipe = recipe_of(
-        "--out", "out", "--data.train", "a", "--model.img-size", words, "--augment.crop-scale", ".8,.9"
-    )
+    recipe = recipe_of("--out", "out", "--data.train", "a", "--model.img-size", words, "--augment.crop-scale", ".8,.9")
     assert (recipe.model.img_size, recipe.augment.crop_scale) == (img_size, (0.8, 0.9))
 
 
 def test_options_override_a_recipe_wherever_they_stand():
     recipe = recipe_of("--out", "out", "--epochs", "3", "--data.train", "a", "--recipe", "small_data")
     assert recipe.epochs == 3
-    assert (
-        recipe.model.name
-        == recipe_of("--out", "out", "--data.train", "a", "--recipe", "small_data").model.name
-    )
+    assert recipe.model.name == recipe_of("--out", "out", "--data.train", "a", "--recipe", "small_data").model.name
 
 
 def test_a_recipe_as_editors_and_people_write_it(tmp_path):
     path = tmp_path / "own.yaml"
-    path.write_text(
-        "model: {name: x, img_size: 96}\ncompile: no\noptim: {lr: 1e-3}\naugment:\n", encoding="utf-8-sig"
-    )
+    path.write_text("model: {name: x, img_size: 96}\ncompile: no\noptim: {lr: 1e-3}\naugment:\n", encoding="utf-8-sig")
     for recipe in (
         recipe_of("--recipe", str(path), "--out", "out", "--data.train", "a"),
         config_from_dict(
@@ -228,9 +205,7 @@ def test_an_error_says_what_to_write(words, message):
 
 @pytest.mark.parametrize("name", ["gpu", "CPU", "cuda:0:1", "meta", "mps"])
 def test_a_device_that_is_none(name):
-    with pytest.raises(
-        ValueError, match=f"--device {name}: expected cpu, cuda, cuda:1, ... or auto; "
-    ) as error:
+    with pytest.raises(ValueError, match=f"--device {name}: expected cpu, cuda, cuda:1, ... or auto; ") as error:
         device_of(name)
     assert len(str(error.value)) < 160
 
@@ -295,11 +270,7 @@ def test_an_option_that_is_gone_is_named_with_what_to_do_instead(words, instead)
 
 
 def test_help_shows_one_spelling(capsys):
-    verbs = [name for name in VERBS if name != "segment"] + [
-        "segment train",
-        "segment eval",
-        "segment predict",
-    ]
+    verbs = [name for name in VERBS if name != "segment"] + ["segment train", "segment eval", "segment predict"]
     for verb in verbs:
         with pytest.raises(SystemExit):
             main([*verb.split(), "--help"])
@@ -311,9 +282,7 @@ def test_the_docs_show_one_spelling():
     root = Path(__file__).parents[2]
     texts = [root / "README.md", *root.glob("docs/*.md"), *root.glob("src/tokenlabel/recipes/*.yaml")]
     for path in texts:
-        assert re.findall(r"--(?!model\.options)[a-z][a-z.-]*_[a-z_.]*|--run\b", path.read_text()) == [], (
-            path.name
-        )
+        assert re.findall(r"--(?!model\.options)[a-z][a-z.-]*_[a-z_.]*|--run\b", path.read_text()) == [], path.name
 
 
 def test_a_gone_name_is_refused_by_its_new_one(tmp_path):
@@ -321,7 +290,5 @@ def test_a_gone_name_is_refused_by_its_new_one(tmp_path):
         recipe_of("--out", "out", "--data.train", "a", "--model.size-px", "96")
     path = tmp_path / "own.yaml"
     path.write_text("model: {name: x, size_px: 96}\n")
-    with pytest.raises(
-        ValueError, match=r"own\.yaml: unknown key model\.size_px; it is called model\.img_size now"
-    ):
+    with pytest.raises(ValueError, match=r"own\.yaml: unknown key model\.size_px; it is called model\.img_size now"):
         recipe_of("--recipe", str(path), "--out", "out", "--data.train", "a")

@@ -19,9 +19,7 @@ CASES = [
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
     words = [sys.executable, users_calls.__file__, *CASES]
-    done = subprocess.run(
-        words, cwd=tmp_path_factory.mktemp("plain"), capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(words, cwd=tmp_path_factory.mktemp("plain"), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -25,12 +25,7 @@ from tokenlabel.training.checkpoint import load_run
 TINY = DemoSize(
     num_train=40,
     num_val=20,
-    teacher_overrides=(
-        "--epochs=2",
-        "--batch-size=10",
-        "--data.num-workers=0",
-        "--model.options.channels=[8,8,8,8]",
-    ),
+    teacher_overrides=("--epochs=2", "--batch-size=10", "--data.num-workers=0", "--model.options.channels=[8,8,8,8]"),
     student_overrides=("--epochs=2", "--batch-size=10", "--data.num-workers=0", "--model.options.depth=1"),
 )
 
@@ -85,9 +80,7 @@ def test_the_demo_again_does_nothing_twice(demo, capsys):
 
 
 def test_both_students_differ_in_their_labels_and_in_nothing_else(demo):
-    recipes = [
-        yaml.safe_load((demo / name / "recipe.yaml").read_text()) for name in ("token-labels", "class-labels")
-    ]
+    recipes = [yaml.safe_load((demo / name / "recipe.yaml").read_text()) for name in ("token-labels", "class-labels")]
     assert recipes[0].pop("loss") == recipes[1].pop("loss") | {"beta": 0.5}
     assert recipes[0]["data"].pop("labels") is not None
     assert recipes[1]["data"].pop("labels") is None

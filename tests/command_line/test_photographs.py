@@ -18,15 +18,7 @@ def photographs(tmp_path_factory):
     """The folder of the demo's photographs, labelled from another folder by a process of its own."""
     root = tmp_path_factory.mktemp("some place") / "photographs"
     write_photographs(root)
-    command = [
-        "annotate",
-        "photographs/images.csv",
-        "photographs/labels",
-        "--teacher",
-        TEACHER,
-        "--size",
-        "288",
-    ]
+    command = ["annotate", "photographs/images.csv", "photographs/labels", "--teacher", TEACHER, "--size", "288"]
     more = ["--weights", "photographs/teacher.safetensors", "--device", "cpu"]
     subprocess.run([sys.executable, "-m", "tokenlabel", *command, *more], cwd=root.parent, check=True)
     return root

@@ -29,9 +29,7 @@ for words in json.load(sys.stdin):
     done.append((status, out.getvalue(), err.getvalue()))
 print(json.dumps(done))
 """
-SMALL = (
-    "--epochs 1 --min-epoch-steps 1 --batch-size 8 --micro-batch-size 8 --data.num-workers 0 --precision fp32"
-)
+SMALL = "--epochs 1 --min-epoch-steps 1 --batch-size 8 --micro-batch-size 8 --data.num-workers 0 --precision fp32"
 COMMANDS = f"""
 train --recipe small_data --out run --data.train images --data.val images --model.name test_vit --loss.beta 0 \
  --model.img-size 32 --model.options.pretrained false --optim.warmup-epochs 0 {SMALL}
@@ -69,12 +67,7 @@ def pushed(tmp_path_factory):
         Image.fromarray(rng.integers(0, 256, (40, 48, 3), np.uint8)).save(path)
     lines = COMMANDS.replace("\\\n", "").strip().splitlines()
     with running_hub() as hub:
-        run = {
-            "HF_ENDPOINT": hub.url,
-            "HF_HOME": str(folder / "cache"),
-            "HF_TOKEN": TOKEN,
-            "OMP_NUM_THREADS": "1",
-        }
+        run = {"HF_ENDPOINT": hub.url, "HF_HOME": str(folder / "cache"), "HF_TOKEN": TOKEN, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(
             [sys.executable, "-c", PROCESS],
             input=json.dumps([line.split() for line in lines]),
@@ -152,9 +145,7 @@ def test_timm_reads_a_pushed_run_without_us(pushed):
     folder, _, _, repeated = pushed
     assert repeated[0][:2] == [0, "folder\n"]
     code = "import timm; print(timm.create_model('local-dir:folder', pretrained=True).num_classes)"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
     assert done.stdout == "2\n"
     assert not (folder / "folder" / "checkpoints").joinpath("best").exists()
     assert not list(Path(folder, "folder").rglob("optimizer.safetensors"))
@@ -201,9 +192,7 @@ def test_without_a_network_a_push_says_so(tmp_path):
     (tmp_path / "own").mkdir()
     run = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": TOKEN}
     words = [sys.executable, "-m", "tokenlabel", "push", "own", "me/own", "--licence", "mit"]
-    done = subprocess.run(
-        words, cwd=tmp_path, env=os.environ | run, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(words, cwd=tmp_path, env=os.environ | run, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (
         2,
         "tokenlabel push: error: me/own: the hub cannot be reached; --dry-run FOLDER writes what would be sent\n",

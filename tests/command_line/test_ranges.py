@@ -38,10 +38,7 @@ REFUSED: list[tuple[type, dict[str, Any], dict[str, list[Any]]]] = [
     (
         TrainingConfig,
         {"optim": OptimConfig(**OPTIM), "epochs": 1, "batch_size": 8},
-        {
-            **{key: [0, -1] for key in ("epochs", "num_steps", "batch_size", "micro_batch_size")},
-            "seed": [-1, 2**70],
-        },
+        {**{key: [0, -1] for key in ("epochs", "num_steps", "batch_size", "micro_batch_size")}, "seed": [-1, 2**70]},
     ),
     (
         OptimConfig,
@@ -60,15 +57,7 @@ REFUSED: list[tuple[type, dict[str, Any], dict[str, list[Any]]]] = [
     (DataConfig, {"train": "a"}, {"num_workers": [-1], "tar_window": [0]}),
     (ModelConfig, {"name": "a"}, {"img_size": [(0, 32), (32, -1)], "frozen_layers": [-1]}),
     (MixConfig, {}, {"alpha": [0.0, NAN, INF], "probability": [-0.1, NAN], "group_size": [0]}),
-    (
-        EvalConfig,
-        {},
-        {
-            "batch_size": [0],
-            "every_epochs": [0.0, NAN, INF],
-            "crop_fraction": [0.0, 1.5, NAN],
-        },
-    ),
+    (EvalConfig, {}, {"batch_size": [0], "every_epochs": [0.0, NAN, INF], "crop_fraction": [0.0, 1.5, NAN]}),
     (CheckpointConfig, {}, {"keep": [0], "every_epochs": [0.0, INF], "keep_every_epochs": [-1.0, NAN]}),
     (LossConfig, {}, {"beta": [-1.0, NAN, INF], "temperature": [0.0, NAN], "label_smoothing": [NAN]}),
     (OnlineTeacherConfig, {}, {"size": [0]}),
@@ -89,11 +78,7 @@ REFUSED: list[tuple[type, dict[str, Any], dict[str, list[Any]]]] = [
     ),
     (InspectConfig, {}, {"sample": [-1], "num_suspects": [-1]}),
     (ImportConfig, {"num_classes": 3}, {"num_classes": [0, 1], "num_workers": [-1]}),
-    (
-        SegmentDataConfig,
-        {"layout": Layout.SCENES, "root": "a"},
-        {"num_workers": [-1]},
-    ),
+    (SegmentDataConfig, {"layout": Layout.SCENES, "root": "a"}, {"num_workers": [-1]}),
     (
         SegmentModelConfig,
         {"name": "a"},
@@ -123,9 +108,7 @@ REFUSED: list[tuple[type, dict[str, Any], dict[str, list[Any]]]] = [
 
 
 @pytest.mark.parametrize(("kind", "good", "refused"), REFUSED, ids=lambda part: getattr(part, "__name__", ""))
-def test_each_field_refuses_what_means_nothing(
-    kind: type, good: dict[str, Any], refused: dict[str, list[Any]]
-) -> None:
+def test_each_field_refuses_what_means_nothing(kind: type, good: dict[str, Any], refused: dict[str, list[Any]]) -> None:
     kind(**good)
     for name, values in refused.items():
         for value in values:
@@ -172,10 +155,7 @@ TRAIN = "train --recipe demo_teacher --out ./out --data.train ./images"
         (f"{TRAIN} --epochs -1", "--epochs must be at least 1, got -1"),
         (f"{TRAIN} --batch_size 0", "--batch-size must be at least 1, got 0"),
         (f"{TRAIN} --optim.weight-decay=-1", "--optim.weight-decay must be at least 0, got -1.0"),
-        (
-            f"{TRAIN} --augment.jitter.hue 1",
-            "--augment.jitter.hue must be at least 0 and at most 0.5, got 1.0",
-        ),
+        (f"{TRAIN} --augment.jitter.hue 1", "--augment.jitter.hue must be at least 0 and at most 0.5, got 1.0"),
         (f"{TRAIN} --optim.lr .nan", "--optim.lr must be a finite number, got nan"),
         (f"{TRAIN} --epochs many", "--epochs: expected int or null, got 'many'"),
         (f"{TRAIN} --precision fp64", "--precision: expected one of fp32, bf16, fp16, got 'fp64'"),

@@ -141,9 +141,7 @@ def test_every_verb_takes_paths_of_the_folder_it_runs_in(tmp_path: Path) -> None
 @pytest.mark.parametrize("words", ["--help", "inspect ./labels"])
 def test_a_reader_that_goes_away_is_no_error(words: str, tmp_path: Path) -> None:
     """As in `tokenlabel inspect labels | head -1`."""
-    with LabelStoreWriter(
-        tmp_path / "labels", Manifest(num_classes=2, class_names=("a", "b"), topk=1)
-    ) as writer:
+    with LabelStoreWriter(tmp_path / "labels", Manifest(num_classes=2, class_names=("a", "b"), topk=1)) as writer:
         writer.add("a/0.png", from_mask(np.zeros((4, 4), np.uint8), num_classes=2))
     command = [sys.executable, "-m", "tokenlabel", *words.split()]
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:

@@ -98,13 +98,9 @@ def mixes_go_by_name():
     by_member = tl.sample_mix(
         tl.Mixing.CUTMIX, 4, grid=(7, 7), img_size=(16, 24), generator=torch.Generator().manual_seed(3)
     )
-    by_name = tl.sample_mix(
-        "cutmix", 4, grid=7, img_size=(16, 24), generator=torch.Generator().manual_seed(3)
-    )
+    by_name = tl.sample_mix("cutmix", 4, grid=7, img_size=(16, 24), generator=torch.Generator().manual_seed(3))
     assert torch.equal(by_name.mask, by_member.mask)
-    refuses(
-        lambda: tl.sample_mix("mixtokens", 4, grid=7, img_size=16), "Mixing", "mixtokens", "mixtoken, cutmix"
-    )
+    refuses(lambda: tl.sample_mix("mixtokens", 4, grid=7, img_size=16), "Mixing", "mixtokens", "mixtoken, cutmix")
     refuses(lambda: tl.sample_mix("cutmix", 4, grid=7, img_size=(1, 2, 3)), "img_size", "(1, 2, 3)")
     refuses(lambda: tl.sample_mix("cutmix", 4, grid=7, img_size=16.5), "img_size", "16.5")
     refuses(lambda: tl.sample_mix("cutmix", 4, grid=0, img_size=16), "grid", "at least 1")
@@ -114,9 +110,7 @@ def maps_of_logits_go_by_the_name_of_a_mode():
     maps, views = batch_of_logits(), tl.stack_views([tl.View.crop(tl.Box())])
     found = {name: tl.align(maps, views, 2, logits=name).dense(50) for name in ("zero", "kept", "published")}
     for mode in tl.LogitsMode:
-        assert torch.equal(
-            found[mode.value], tl.align(maps, torch.from_numpy(views), (2, 2), logits=mode).dense(50)
-        )
+        assert torch.equal(found[mode.value], tl.align(maps, torch.from_numpy(views), (2, 2), logits=mode).dense(50))
     assert found["zero"].amax() < 0.5 < found["kept"].amax()
     refuses(lambda: tl.align(maps, views, 2, logits="nil"), "LogitsMode", "zero, kept, published", "nil")
     refuses(lambda: tl.align(None, views, 2), "no score maps")
@@ -158,12 +152,8 @@ def sizes_are_numbers_or_pairs():
     ):
         for transform in (tl.TrainTransform(tl.AugmentConfig(), size), tl.EvalTransform(size)):
             assert transform(pixels, np.random.default_rng(0))[0].shape == (*expected, 3)
-    np.testing.assert_array_equal(
-        tl.View.rotation(9, size_px=5).frames, tl.View.rotation(9, size_px=(5, 5)).frames
-    )
-    np.testing.assert_array_equal(
-        tl.View.shear(1, 0, size_px=5).frames, tl.View.shear(1, 0, size_px=(5, 5)).frames
-    )
+    np.testing.assert_array_equal(tl.View.rotation(9, size_px=5).frames, tl.View.rotation(9, size_px=(5, 5)).frames)
+    np.testing.assert_array_equal(tl.View.shear(1, 0, size_px=5).frames, tl.View.shear(1, 0, size_px=(5, 5)).frames)
     model = tl.create_model("lvvit_t", num_classes=2, img_size=32, depth=1)
     assert model.grid == (2, 2)
     assert model.grid_for(64) == model.grid_for([64, 64]) == model.grid_for(np.int64(64)) == (4, 4)
@@ -386,19 +376,14 @@ def class_labels_are_given_as_to_cross_entropy():
     ):
         refuses(lambda labels=labels: tl.token_label_loss(outputs, labels, None), *words)
     refuses(lambda: tl.token_label_loss(outputs, ids, soft), "TokenTargets", "Tensor")
-    refuses(
-        lambda: tl.normalize_images(torch.rand(1, 3, 4, 4), mean=[0] * 3, std=[1] * 3), "uint8", "float32"
-    )
+    refuses(lambda: tl.normalize_images(torch.rand(1, 3, 4, 4), mean=[0] * 3, std=[1] * 3), "uint8", "float32")
 
 
 def doors_refuse_what_would_be_wrong_in_silence():
     images, pixels, ids = dataset(store=labels()), torch.zeros(2, 3, 16, 16, dtype=torch.uint8), [0, 1]
     outputs = tl.Outputs(torch.randn(2, 3), torch.randn(2, 6, 4), torch.nn.Linear(4, 3), (2, 3))
     model = tl.create_model("lvvit_t", num_classes=2, img_size=16, depth=1, width=16, num_heads=2)
-    transform, plan = (
-        tl.TrainTransform({"order": "before_crop"}, 16),
-        tl.sample_mix("cutmix", 4, grid=1, img_size=16),
-    )
+    transform, plan = (tl.TrainTransform({"order": "before_crop"}, 16), tl.sample_mix("cutmix", 4, grid=1, img_size=16))
     rng, shape = np.random.default_rng(0), (20, 24, 3)
     assert transform.config.order is tl.Order.BEFORE_CROP
     assert transform(Image.new("L", (20, 24)), rng)[0].shape == (16, 16, 3)
@@ -444,11 +429,7 @@ def the_lines_of_the_readme_run():
     labels()
     text = README.read_text(encoding="utf-8").split("## In Python")[1].split("\n## ")[0]
     code = "\n".join(line[4:] for line in text.splitlines() if line.startswith("    "))
-    for of_readme, small in (
-        ("vit_small_patch16_224", "test_vit"),
-        ("(224, 224)", "64"),
-        ("range(32)", "range(8)"),
-    ):
+    for of_readme, small in (("vit_small_patch16_224", "test_vit"), ("(224, 224)", "64"), ("range(32)", "range(8)")):
         assert of_readme in code
         code = code.replace(of_readme, small)
     names = {}

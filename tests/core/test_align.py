@@ -6,14 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from label_cases import (
-    TensorSizes,
-    aligned_point_by_point,
-    dense_map,
-    draw_box,
-    draw_score_map,
-    draw_view,
-)
+from label_cases import TensorSizes, aligned_point_by_point, dense_map, draw_box, draw_score_map, draw_view
 from PIL import Image
 from torchvision.ops import roi_align
 
@@ -44,9 +37,7 @@ def test_batches_of_any_maps_and_views_agree_point_by_point(seed, grid, samples,
     stacked = stack_views(views)
     targets = align(collate_score_maps(maps), torch.from_numpy(stacked), grid, samples=samples)
     dense = targets.dense(num_classes)
-    for score_map, frames, got, weight in zip(
-        maps, stacked.astype(float), dense, targets.weight, strict=True
-    ):
+    for score_map, frames, got, weight in zip(maps, stacked.astype(float), dense, targets.weight, strict=True):
         expected, expected_weight = aligned_point_by_point(score_map, frames, grid, samples)
         np.testing.assert_allclose(got, expected, atol=1e-5)
         np.testing.assert_allclose(weight, expected_weight, atol=1e-6)
@@ -91,9 +82,7 @@ def test_crops_and_flips_equal_roi_align(seed, grid, samples, mirrored, upside_d
     if upside_down:
         view, expected = view.then(View.flip_vertical()), expected.flip(2)
     targets = align_one(score_map, view, grid, samples=samples)
-    torch.testing.assert_close(
-        targets.dense(8).double(), expected.flatten(2).transpose(1, 2), atol=1e-5, rtol=0
-    )
+    torch.testing.assert_close(targets.dense(8).double(), expected.flatten(2).transpose(1, 2), atol=1e-5, rtol=0)
     torch.testing.assert_close(targets.weight, torch.ones(1, grid[0] * grid[1]))
 
 
@@ -125,9 +114,7 @@ def test_maps_of_the_part_that_the_teacher_saw_lie_there():
     dense = targets.dense(3)[0]
     assert dense.sum(dim=1)[[0, 7]].tolist() == [0, 0]
     assert dense.argmax(dim=1)[1:7].tolist() == [0, 0, 0, 1, 1, 1]
-    inside = align_one(
-        score_map, View.crop(region), (1, 8)
-    )  # cropped to what the teacher saw: all of it counts
+    inside = align_one(score_map, View.crop(region), (1, 8))  # cropped to what the teacher saw: all of it counts
     whole = from_top(np.array([[[0], [1]]]), np.ones((1, 2, 1)), num_classes=3)
     torch.testing.assert_close(inside.dense(3), align_one(whole, View.identity(), (1, 8)).dense(3))
     assert (inside.weight == 1).all()
@@ -199,9 +186,7 @@ def test_all_classes_kept_leaves_no_floor():
 
 
 def test_a_stored_sum_a_little_over_1_makes_no_negative_floor():
-    score_map = ScoreMap(
-        np.array([0, 3]), np.array([[[0, 1]]], np.uint8), np.array([[[0.7, 0.302]]], np.float32), 5
-    )
+    score_map = ScoreMap(np.array([0, 3]), np.array([[[0, 1]]], np.uint8), np.array([[[0.7, 0.302]]], np.float32), 5)
     assert align_one(score_map, View.identity(), (1, 1)).floor.min() == 0
 
 
@@ -254,9 +239,7 @@ def test_number_of_operations_does_not_grow_with_the_batch():
 
 def test_class_ids_beyond_half_precision_survive():
     class_ids = np.array([[[2049], [21_840]]])
-    dense = align_one(
-        from_top(class_ids, np.ones((1, 2, 1)), num_classes=21_841), View.identity(), (1, 2), samples=1
-    )
+    dense = align_one(from_top(class_ids, np.ones((1, 2, 1)), num_classes=21_841), View.identity(), (1, 2), samples=1)
     assert dense.dense(21_841)[0].argmax(dim=1).tolist() == [2049, 21_840]
 
 

@@ -152,9 +152,7 @@ def test_shear_and_translation_are_pillows_affine_transforms(size_px, x, y, righ
 def test_crop_is_pillows_crop_and_resize():
     box = Box.from_pixels(left_px=9, top_px=3, width_px=20, height_px=12, image_size_px=(40, 24))
     _assert_same_places(
-        View.crop(box),
-        (40, 24),
-        lambda image: image.resize((60, 36), Image.Resampling.BILINEAR, box=(9, 3, 29, 15)),
+        View.crop(box), (40, 24), lambda image: image.resize((60, 36), Image.Resampling.BILINEAR, box=(9, 3, 29, 15))
     )
 
 
@@ -162,14 +160,10 @@ def _assert_same_places(view, size_px, change):
     """Compare with images whose pixels say where they are: bilinear resampling of them gives the place exactly."""
     width_px, height_px = size_px
     x, y = np.meshgrid((np.arange(width_px) + 0.5) / width_px, (np.arange(height_px) + 0.5) / height_px)
-    shown = np.stack(
-        [np.asarray(change(Image.fromarray(axis.astype(np.float32)))) for axis in (x, y)], axis=2
-    )
+    shown = np.stack([np.asarray(change(Image.fromarray(axis.astype(np.float32)))) for axis in (x, y)], axis=2)
     new_height_px, new_width_px = shown.shape[:2]
     points = np.stack(
-        np.meshgrid(
-            (np.arange(new_width_px) + 0.5) / new_width_px, (np.arange(new_height_px) + 0.5) / new_height_px
-        ),
+        np.meshgrid((np.arange(new_width_px) + 0.5) / new_width_px, (np.arange(new_height_px) + 0.5) / new_height_px),
         axis=2,
     )
     sources = view.to_source(points)
@@ -205,9 +199,7 @@ def test_stacked_views_end_with_the_source():
     stacked = stack_views([short, long])
     assert stacked.shape == (2, 2, 2, 3)
     assert stacked.dtype == np.float32
-    np.testing.assert_array_equal(
-        stacked[0], np.stack([View.identity().matrix, short.matrix]).astype(np.float32)
-    )
+    np.testing.assert_array_equal(stacked[0], np.stack([View.identity().matrix, short.matrix]).astype(np.float32))
     np.testing.assert_array_equal(stacked[1], long.frames.astype(np.float32))
 
 

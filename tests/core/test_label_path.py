@@ -32,11 +32,7 @@ def make_step(num_images, num_classes, grid):
 
     def step():
         plan = sample_mix(
-            Mixing.MIXTOKEN,
-            num_images,
-            grid=grid,
-            img_size=(224, 224),
-            generator=torch.Generator().manual_seed(0),
+            Mixing.MIXTOKEN, num_images, grid=grid, img_size=(224, 224), generator=torch.Generator().manual_seed(0)
         )
         on_tokens = mix_targets(align(maps, views, grid).smoothed(0.1, num_classes), plan, grid)
         on_class = class_targets(torch.zeros(num_images, dtype=torch.long)).smoothed(0.1, num_classes)

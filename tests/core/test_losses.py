@@ -40,10 +40,7 @@ def dense_loss(logits, dense):
 def assert_equal_in_value_and_gradient(logits, targets, *, tolerance=1e-6):
     num_classes = logits.shape[2]
     upstream = torch.rand(logits.shape[:2], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    got, expected = (
-        sparse_cross_entropy(logits, targets),
-        dense_loss(logits, dense_targets(targets, num_classes)),
-    )
+    got, expected = (sparse_cross_entropy(logits, targets), dense_loss(logits, dense_targets(targets, num_classes)))
     torch.testing.assert_close(got.double(), expected, atol=tolerance, rtol=tolerance)
     (grad,) = torch.autograd.grad(got, logits, upstream.to(got.dtype))
     (expected_grad,) = torch.autograd.grad(expected, logits, upstream)
@@ -71,12 +68,7 @@ def test_equals_the_dense_form_on_the_whole_path(seed, num_classes, mixing, per_
     maps = [draw_score_map(rng, num_classes, topk=topk, region=draw_box(rng, 0.7)) for _ in range(3)]
     views = torch.from_numpy(stack_views([draw_view(rng, 2) for _ in maps]))
     plan = sample_mix(
-        mixing,
-        3,
-        grid=grid,
-        img_size=(12, 16),
-        per_sample=per_sample,
-        generator=torch.Generator().manual_seed(seed),
+        mixing, 3, grid=grid, img_size=(12, 16), per_sample=per_sample, generator=torch.Generator().manual_seed(seed)
     )
     targets = align(collate_score_maps(maps), views, grid).smoothed(0.1, num_classes)
     logits = draw_logits(seed, 3, 6, num_classes)
@@ -90,9 +82,7 @@ def test_certain_targets_give_the_ordinary_cross_entropy(num_classes):
     logits, class_ids = draw_logits(0, 4, 1, num_classes), torch.tensor([0, 1, 1, num_classes - 1])
     for epsilon in (0.0, 0.1):
         got = sparse_cross_entropy(logits, class_targets(class_ids).smoothed(epsilon, num_classes))
-        expected = nn.functional.cross_entropy(
-            logits[:, 0], class_ids, reduction="none", label_smoothing=epsilon
-        )
+        expected = nn.functional.cross_entropy(logits[:, 0], class_ids, reduction="none", label_smoothing=epsilon)
         torch.testing.assert_close(got[:, 0], expected, atol=1e-6, rtol=1e-6)
 
 
@@ -137,9 +127,7 @@ def test_large_logits_do_not_overflow():
     targets = draw_targets(np.random.default_rng(0), (1, 2), 10)
     logits = (1e4 * draw_logits(0, 1, 2, 10, dtype=torch.float32)).detach().requires_grad_()
     loss = sparse_cross_entropy(logits, targets)
-    torch.testing.assert_close(
-        loss.double(), dense_loss(logits, dense_targets(targets, 10)), rtol=1e-5, atol=0
-    )
+    torch.testing.assert_close(loss.double(), dense_loss(logits, dense_targets(targets, 10)), rtol=1e-5, atol=0)
     (grad,) = torch.autograd.grad(loss.sum(), logits)
     assert grad.isfinite().all()
 
@@ -152,9 +140,7 @@ def test_blocks_do_not_change_the_result(block_size, monkeypatch):
 
 
 def test_compiles_whole_and_to_the_same_result(monkeypatch):
-    monkeypatch.setattr(
-        jaxtyping.config, "jaxtyping_disable", True
-    )  # the compiler cannot see through its checks
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # the compiler cannot see through its checks
     targets = draw_targets(np.random.default_rng(0), (2, 3), 20, weighted=True)
     logits = draw_logits(0, 2, 3, 20)
 
@@ -163,10 +149,7 @@ def test_compiles_whole_and_to_the_same_result(monkeypatch):
 
     compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(logits), loss(logits))
-    (got,), (expected,) = (
-        torch.autograd.grad(compiled(logits), logits),
-        torch.autograd.grad(loss(logits), logits),
-    )
+    (got,), (expected,) = (torch.autograd.grad(compiled(logits), logits), torch.autograd.grad(loss(logits), logits))
     torch.testing.assert_close(got, expected)
 
 
@@ -175,9 +158,7 @@ def test_under_autocast_the_loss_stays_in_float32():
     logits = draw_logits(0, 2, 3, 20, dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         loss = sparse_cross_entropy(logits, targets)
-    torch.testing.assert_close(
-        loss.double(), dense_loss(logits, dense_targets(targets, 20)), atol=1e-5, rtol=1e-5
-    )
+    torch.testing.assert_close(loss.double(), dense_loss(logits, dense_targets(targets, 20)), atol=1e-5, rtol=1e-5)
 
 
 def test_nothing_of_the_size_of_the_logits_is_made_but_their_gradient(monkeypatch):
@@ -200,10 +181,7 @@ def draw_head(seed, width, num_classes, *, bias=True, dtype=torch.float64):
 
 def assert_fused_equals_unfused(tokens, head, targets, *, tolerance):
     watched = [tokens, *head.parameters()]
-    got, expected = (
-        linear_cross_entropy(tokens, head, targets),
-        sparse_cross_entropy(head(tokens), targets).mean(),
-    )
+    got, expected = (linear_cross_entropy(tokens, head, targets), sparse_cross_entropy(head(tokens), targets).mean())
     torch.testing.assert_close(got, expected, atol=tolerance, rtol=tolerance)
     gradients = torch.autograd.grad(1.7 * got, watched)
     for gradient, unfused in zip(gradients, torch.autograd.grad(1.7 * expected, watched), strict=True):
@@ -212,9 +190,7 @@ def assert_fused_equals_unfused(tokens, head, targets, *, tolerance):
 
 @given(seeds, st.integers(1, 3), st.integers(1, 5), counts, st.booleans(), st.booleans())
 def test_the_fused_head_equals_head_and_loss(seed, num_images, num_tokens, num_classes, bias, weighted):
-    targets = draw_targets(
-        np.random.default_rng(seed), (num_images, num_tokens), num_classes, weighted=weighted
-    )
+    targets = draw_targets(np.random.default_rng(seed), (num_images, num_tokens), num_classes, weighted=weighted)
     tokens = draw_logits(seed, num_images, num_tokens, 8)
     head = draw_head(seed, 8, num_classes, bias=bias)
     with pytest.MonkeyPatch.context() as patch:
@@ -237,9 +213,7 @@ def test_the_fused_head_under_autocast():
     exact_gradients = torch.autograd.grad(exact, watched)
     with torch.autocast("cpu", torch.bfloat16):
         fused = linear_cross_entropy(tokens, head, targets)
-        unfused = sparse_cross_entropy(
-            head(tokens), targets
-        ).mean()  # after it: the head's gradient must not get lost
+        unfused = sparse_cross_entropy(head(tokens), targets).mean()  # after it: the head's gradient must not get lost
     torch.testing.assert_close(fused, unfused, atol=1e-5, rtol=1e-5)
     gradients, unfused_gradients = torch.autograd.grad(fused, watched), torch.autograd.grad(unfused, watched)
     for gradient, other, expected in zip(gradients, unfused_gradients, exact_gradients, strict=True):
@@ -322,9 +296,7 @@ def test_the_fused_head_under_distributed_data_parallel(tmp_path):
         images, targets = torch.rand(2, 3, 6), draw_targets(np.random.default_rng(0), (2, 3), 9)
         on_class, parameters = class_targets(torch.tensor([1, 2])), list(model.parameters())
         for _ in range(2):
-            expected = torch.autograd.grad(
-                token_label_loss(model(images), on_class, targets).total, parameters
-            )
+            expected = torch.autograd.grad(token_label_loss(model(images), on_class, targets).total, parameters)
             wrapped.zero_grad()
             token_label_loss(wrapped(images), on_class, targets).total.backward()
             torch.testing.assert_close([p.grad for p in parameters], list(expected))

@@ -27,10 +27,7 @@ def draw_plan(rng, num_images, rows, columns):
 
 def overlap(cell, num_cells, piece, num_pieces):
     """The part of one of `num_cells` equal parts of [0, 1] that one of `num_pieces` equal parts covers."""
-    start, end = (
-        max(cell / num_cells, piece / num_pieces),
-        min((cell + 1) / num_cells, (piece + 1) / num_pieces),
-    )
+    start, end = (max(cell / num_cells, piece / num_pieces), min((cell + 1) / num_cells, (piece + 1) / num_pieces))
     return max(0.0, end - start) * num_cells
 
 
@@ -70,9 +67,7 @@ def test_shares_keep_their_precision_under_autocast():
 @pytest.mark.parametrize("num_images", [1, 2, 5])
 def test_plans_of_any_batch(mixing, per_sample, num_images):
     """Batches of one and per-sample plans crash elsewhere."""
-    plan = sample_mix(
-        mixing, num_images, grid=(3, 5), img_size=(24, 40), per_sample=per_sample, generator=generator()
-    )
+    plan = sample_mix(mixing, num_images, grid=(3, 5), img_size=(24, 40), per_sample=per_sample, generator=generator())
     assert plan is not None
     shape = {Mixing.MIXTOKEN: (3, 5), Mixing.CUTMIX: (24, 40), Mixing.MIXUP: (1, 1)}[mixing]
     assert plan.mask.shape == (num_images, *shape)
@@ -103,9 +98,7 @@ def test_the_generator_alone_decides(mixing):
     def draw(seed):
         torch.manual_seed(np.random.default_rng().integers(1000))  # the global state does not matter ...
         before = torch.random.get_rng_state()
-        plan = sample_mix(
-            mixing, 6, grid=(14, 14), img_size=(56, 56), per_sample=True, generator=generator(seed)
-        )
+        plan = sample_mix(mixing, 6, grid=(14, 14), img_size=(56, 56), per_sample=True, generator=generator(seed))
         assert torch.equal(before, torch.random.get_rng_state())  # ... and is left alone
         assert plan is not None
         return plan
@@ -125,13 +118,7 @@ def test_one_generator_draws_new_plans_each_time():
 @pytest.mark.parametrize("alpha", [0.01, 0.2, 1.0, 4.0])
 def test_mixup_draws_from_the_beta_distribution(alpha):
     plan = sample_mix(
-        Mixing.MIXUP,
-        20_000,
-        grid=(1, 1),
-        img_size=(2, 2),
-        alpha=alpha,
-        per_sample=True,
-        generator=generator(),
+        Mixing.MIXUP, 20_000, grid=(1, 1), img_size=(2, 2), alpha=alpha, per_sample=True, generator=generator()
     )
     assert plan is not None
     assert float(plan.mask.mean()) == pytest.approx(0.5, abs=0.02)
@@ -142,9 +129,7 @@ def test_mixup_draws_from_the_beta_distribution(alpha):
 def test_boxes_are_drawn_as_published(grid):
     """Sides in the image's aspect, any centre, cut at the edges: the same distribution of places and areas."""
     num_draws = 20_000
-    plan = sample_mix(
-        Mixing.MIXTOKEN, num_draws, grid=grid, img_size=(8, 8), per_sample=True, generator=generator()
-    )
+    plan = sample_mix(Mixing.MIXTOKEN, num_draws, grid=grid, img_size=(8, 8), per_sample=True, generator=generator())
     assert plan is not None
     rng, expected = np.random.default_rng(1), np.zeros((num_draws, *grid))
     for draw in range(num_draws):
@@ -182,19 +167,14 @@ def test_masks_are_boxes(seed, rows, columns):
 def test_targets_mix_by_place_and_class_targets_by_area(seed, mixing, per_sample):
     rng, num_classes, grid = np.random.default_rng(seed), 9, (4, 6)
     targets = draw_targets(rng, (3, 24), num_classes, weighted=True)
-    plan = sample_mix(
-        mixing, 3, grid=grid, img_size=(20, 18), per_sample=per_sample, generator=generator(seed)
-    )
+    plan = sample_mix(mixing, 3, grid=grid, img_size=(20, 18), per_sample=per_sample, generator=generator(seed))
     assert plan is not None
     dense, mixed = dense_targets(targets, num_classes), mix_targets(targets, plan, grid)
     rows, columns = plan.mask.shape[1:]
     mask, got = plan.mask.numpy(), dense_targets(mixed, num_classes)
     for b, partner in enumerate(plan.partner.tolist()):
         for n in range(24):
-            parts = [
-                overlap(n // 6, 4, r, rows) * overlap(n % 6, 6, c, columns)
-                for r, c in np.ndindex(rows, columns)
-            ]
+            parts = [overlap(n // 6, 4, r, rows) * overlap(n % 6, 6, c, columns) for r, c in np.ndindex(rows, columns)]
             share = float(np.dot(parts, mask[b].ravel()))
             expected = (1 - share) * dense[b, n] + share * dense[partner, n]
             torch.testing.assert_close(got[b, n], expected, atol=1e-5, rtol=1e-5)
@@ -209,13 +189,8 @@ def test_targets_mix_by_place_and_class_targets_by_area(seed, mixing, per_sample
 
 @pytest.mark.parametrize("per_sample", [False, True])
 def test_mixing_pixels_on_the_grid_is_mixtoken_where_patches_do_not_overlap(per_sample):
-    images, weight = (
-        torch.rand(4, 3, 20, 28, dtype=torch.float64),
-        torch.rand(8, 3, 4, 4, dtype=torch.float64),
-    )
-    plan = sample_mix(
-        Mixing.MIXTOKEN, 4, grid=(5, 7), img_size=(20, 28), per_sample=per_sample, generator=generator(1)
-    )
+    images, weight = (torch.rand(4, 3, 20, 28, dtype=torch.float64), torch.rand(8, 3, 4, 4, dtype=torch.float64))
+    plan = sample_mix(Mixing.MIXTOKEN, 4, grid=(5, 7), img_size=(20, 28), per_sample=per_sample, generator=generator(1))
     assert plan is not None
     assert 0 < plan.mask.mean() < 1
 
@@ -294,10 +269,5 @@ def test_joined_plans_mix_each_group_within_itself():
 
 def plan_of(mixing, *, num_images, seed):
     return sample_mix(
-        mixing,
-        num_images,
-        grid=(2, 2),
-        img_size=(4, 4),
-        per_sample=True,
-        generator=torch.Generator().manual_seed(seed),
+        mixing, num_images, grid=(2, 2), img_size=(4, 4), per_sample=True, generator=torch.Generator().manual_seed(seed)
     )

@@ -32,15 +32,7 @@ from tokenlabel.core.mix import MixPlan
 from tokenlabel.core.outputs import Outputs
 from tokenlabel.core.pooling import image_labels, softened
 from tokenlabel.core.scores import Kind, from_probabilities, from_top
-from tokenlabel.core.step import (
-    Part,
-    Supervision,
-    Targets,
-    TrainStep,
-    make_targets,
-    student_loss,
-    top_score_maps,
-)
+from tokenlabel.core.step import Part, Supervision, Targets, TrainStep, make_targets, student_loss, top_score_maps
 from tokenlabel.core.step import draw_mix as draw_mix_plan
 from tokenlabel.core.targets import class_targets
 from tokenlabel.models import create_model
@@ -107,10 +99,7 @@ class FixedTeacher:
 
 def plain_tokens(config, maps, batch):
     """Targets [B, N, C] and weights [B, N] of the tokens before smoothing and mixing."""
-    samples = max(
-        2,
-        *(math.ceil(max(m.codes.shape[axis] for m in maps) / GRID[axis]) for axis in (0, 1)),
-    )
+    samples = max(2, *(math.ceil(max(m.codes.shape[axis] for m in maps) / GRID[axis]) for axis in (0, 1)))
     all_targets, all_weights = [], []
     for i, score_map in enumerate(maps):
         frames = batch.views[i].numpy().astype(float)
@@ -119,10 +108,9 @@ def plain_tokens(config, maps, batch):
             if weights[n] == 0:
                 continue
             probs = targets[n] / weights[n]
-            counts = {
-                TokenChoice.ALL: True,
-                TokenChoice.CONFIDENT: probs.max() >= config.token_threshold,
-            }[config.tokens]
+            counts = {TokenChoice.ALL: True, TokenChoice.CONFIDENT: probs.max() >= config.token_threshold}[
+                config.tokens
+            ]
             weights[n] *= counts
             targets[n] = probs * weights[n]
         all_targets.append(targets)
@@ -280,9 +268,7 @@ def test_hard_labels_are_the_most_probable_class():
     said, tokens = targets_of(one_image([0.2, 0.5, 0.3]), class_target=ClassTarget.TEACHER, hard=True)
     assert said == [0, 1, 0]
     assert tokens == pytest.approx([0.2, 0.5, 0.3], abs=1e-3)
-    mixed, _ = targets_of(
-        one_image([0.2, 0.5, 0.3]), class_target=ClassTarget.BOTH, teacher_share=0.25, hard=True
-    )
+    mixed, _ = targets_of(one_image([0.2, 0.5, 0.3]), class_target=ClassTarget.BOTH, teacher_share=0.25, hard=True)
     assert mixed == [0.75, 0.25, 0]
 
 
@@ -456,11 +442,7 @@ def test_a_teacher_sees_images_before_they_are_erased_and_mixed():
     gone = torch.ones(NUM_IMAGES, 12, 18, dtype=torch.bool)
     config = LossConfig(teacher=OnlineTeacherConfig(name="a"))
     make_targets(
-        batch,
-        Supervision(loss=config, stored=False, teacher=Watching(rng)),
-        GRID,
-        mix=draw_mix(rng),
-        gone=gone,
+        batch, Supervision(loss=config, stored=False, teacher=Watching(rng)), GRID, mix=draw_mix(rng), gone=gone
     )
     assert len(seen) == 1
     assert torch.equal(seen[0], batch.images)
@@ -470,9 +452,7 @@ def test_stored_labels_label_the_tokens_beside_a_teacher_for_the_class():
     rng = np.random.default_rng(0)
     batch, _ = draw_batch(rng)
     teacher = FixedTeacher(rng)
-    config = LossConfig(
-        label_smoothing=0.0, class_target=ClassTarget.TEACHER, teacher=OnlineTeacherConfig(name="a")
-    )
+    config = LossConfig(label_smoothing=0.0, class_target=ClassTarget.TEACHER, teacher=OnlineTeacherConfig(name="a"))
     got = make_targets(batch, Supervision(loss=config, stored=True, teacher=teacher), GRID)
     np.testing.assert_allclose(got.class_token.dense(6)[:, 0], teacher.of_images, atol=1e-6)
     assert batch.score_maps is not None

@@ -38,9 +38,7 @@ def test_smoothing_keeps_the_sum(case, epsilon):
     targets, num_classes = draw(case, weighted=True), case[3]
     dense, weight = dense_targets(targets, num_classes), targets.weight[..., None]
     smoothed = targets.smoothed(epsilon, num_classes)
-    torch.testing.assert_close(
-        smoothed.dense(num_classes), (1 - epsilon) * dense + epsilon / num_classes * weight
-    )
+    torch.testing.assert_close(smoothed.dense(num_classes), (1 - epsilon) * dense + epsilon / num_classes * weight)
     torch.testing.assert_close(smoothed.dense(num_classes).sum(dim=2), targets.weight)
     torch.testing.assert_close(smoothed.weight, targets.weight)
 

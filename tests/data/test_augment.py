@@ -73,9 +73,7 @@ class Geometric(TrainTransform):
 
     def __init__(self, config, size_px):
         super().__init__(config, size_px)
-        self._randaugment = RandAugment(
-            weights=dict.fromkeys(WARPS, 1.0), num_ops=3, probability=1, magnitude_std=3
-        )
+        self._randaugment = RandAugment(weights=dict.fromkeys(WARPS, 1.0), num_ops=3, probability=1, magnitude_std=3)
 
 
 CONFIGS = {
@@ -115,9 +113,7 @@ class TestViewsAreExact:
 
     @given(image_size_px=SIZES, size_px=st.sampled_from([(32, 32), (24, 56)]), seed=st.integers(0, 999))
     @fast
-    def test_pixels_have_the_mean_colour_exactly_where_the_view_covers_nothing(
-        self, image_size_px, size_px, seed
-    ):
+    def test_pixels_have_the_mean_colour_exactly_where_the_view_covers_nothing(self, image_size_px, size_px, seed):
         transform = Geometric(AugmentConfig(warp=WARPED, interpolation=Interpolation.BILINEAR), size_px)
         pixels, view = transform(Image.new("RGB", image_size_px), np.random.default_rng(seed))
         centres = pixel_centres(size_px)
@@ -165,9 +161,7 @@ class TestLabelsFollowPixels:
     @pytest.mark.parametrize("transform_class", [TrainTransform, Geometric])
     @given(image_size_px=SIZES, seed=st.integers(0, 999))
     @settings(max_examples=10, deadline=None)
-    def test_aligned_labels_are_the_mean_colours_of_the_cells(
-        self, transform_class, config, image_size_px, seed
-    ):
+    def test_aligned_labels_are_the_mean_colours_of_the_cells(self, transform_class, config, image_size_px, seed):
         size_px, grid = (32, 56), (4, 7)
         image, score_map = labelled_image(image_size_px, seed)
         pixels, view = transform_class(config, size_px)(image, np.random.default_rng(seed))
@@ -212,9 +206,7 @@ class TestCrop:
         seed=st.integers(0, 99),
     )
     @fast
-    def test_it_lies_inside_the_image_and_has_the_area_and_shape_asked_for(
-        self, image_size_px, scale, ratio, seed
-    ):
+    def test_it_lies_inside_the_image_and_has_the_area_and_shape_asked_for(self, image_size_px, scale, ratio, seed):
         width, height = image_size_px
         rng = np.random.default_rng(seed)
         crop = draw_crop(image_size_px, scale=(scale, scale), ratio=(ratio, ratio), rng=rng)
@@ -224,11 +216,7 @@ class TestCrop:
         assert 1 <= crop_width <= width - left
         assert 1 <= crop_height <= height - top
         asked_width = (scale * width * height * ratio) ** 0.5
-        if (
-            round(asked_width) <= width
-            and 0 < round(asked_width / ratio) <= height
-            and round(asked_width) > 0
-        ):
+        if round(asked_width) <= width and 0 < round(asked_width / ratio) <= height and round(asked_width) > 0:
             assert (crop_width, crop_height) == (round(asked_width), round(asked_width / ratio))
 
     def test_every_place_and_size_is_drawn(self):
@@ -254,13 +242,9 @@ class TestCrop:
 def test_evaluation_shows_the_pixels_of_timms(image_size_px, side_px, crop_fraction):
     image = photo(image_size_px)
     timms = np.asarray(
-        transforms_imagenet_eval(
-            side_px, crop_pct=crop_fraction, interpolation="bicubic", use_prefetcher=True
-        )(image)
+        transforms_imagenet_eval(side_px, crop_pct=crop_fraction, interpolation="bicubic", use_prefetcher=True)(image)
     )
-    pixels, view = EvalTransform((side_px, side_px), crop_fraction=crop_fraction)(
-        image, np.random.default_rng(0)
-    )
+    pixels, view = EvalTransform((side_px, side_px), crop_fraction=crop_fraction)(image, np.random.default_rng(0))
     off = np.abs(pixels.transpose(2, 0, 1).astype(int) - timms)
     assert off.max() <= 3
     assert off.mean() < 0.3
@@ -301,9 +285,7 @@ class TestRandAugment:
             view = WARPS[name](sign * magnitude / 10, image.size)
             ours = warp(np.array(image), one_view([view]), Interpolation.BICUBIC)
             off = np.abs(ours.astype(int) - self.timms(name, magnitude, sign, image))
-            assert (
-                np.quantile(off, 0.999) <= 1
-            )  # the last bit of a coordinate may decide about a border pixel
+            assert np.quantile(off, 0.999) <= 1  # the last bit of a coordinate may decide about a border pixel
 
     @pytest.mark.parametrize(
         "name",
@@ -416,9 +398,7 @@ class TestColours:
     def test_jitter_changes_the_asked_share_of_images(self):
         image = photo((8, 8))
         jitter = ColourJitter(brightness=0.5, probability=0.3)
-        changed = [
-            not np.array_equal(self.augmented(image, s, jitter=jitter), np.asarray(image)) for s in range(200)
-        ]
+        changed = [not np.array_equal(self.augmented(image, s, jitter=jitter), np.asarray(image)) for s in range(200)]
         assert np.mean(changed) == pytest.approx(0.3, abs=0.1)
 
     def test_three_augment_turns_grey_solarizes_or_blurs(self):
@@ -464,9 +444,7 @@ class TestTransforms:
 
     @pytest.mark.parametrize("interpolation", [Interpolation.BILINEAR, Interpolation.BICUBIC])
     def test_the_interpolation_is_the_one_asked_for(self, interpolation):
-        config = AugmentConfig(
-            crop_scale=(1, 1), crop_ratio=(1, 1), horizontal_flip=0, interpolation=interpolation
-        )
+        config = AugmentConfig(crop_scale=(1, 1), crop_ratio=(1, 1), horizontal_flip=0, interpolation=interpolation)
         image = noise((40, 40))
         pixels, _ = TrainTransform(config, (24, 24))(image, np.random.default_rng(0))
         expected = F.interpolate(

@@ -115,18 +115,7 @@ def stored_top1(folder: str, classes: list[str]) -> float:
 
 
 def annotate_words(images: str, labels: str, *more: str, teacher: str = NAME) -> list[str]:
-    return [
-        "annotate",
-        images,
-        labels,
-        "--teacher",
-        teacher,
-        "--size",
-        str(SIZE_PX),
-        "--device",
-        "cpu",
-        *more,
-    ]
+    return ["annotate", images, labels, "--teacher", teacher, "--size", str(SIZE_PX), "--device", "cpu", *more]
 
 
 def eval_words(images: str, *more: str, network: str = NAME) -> list[str]:
@@ -167,10 +156,7 @@ def test_an_order_without_another_reading_is_said_in_one_calm_line(tmp_path, wei
     monkeypatch.chdir(tmp_path)
     write_images(Path("images"), ["ant", "bee", "cat"])
     done = run(capsys, *annotate_words("images", "labels", "--weights", weights[3]))
-    assert (
-        "assuming the teacher's 3 classes are the images' in sorted order: 0 = ant, 1 = bee, 2 = cat"
-        in done.said
-    )
+    assert "assuming the teacher's 3 classes are the images' in sorted order: 0 = ant, 1 = bee, 2 = cat" in done.said
     assert "WARNING" not in done.said
 
 
@@ -297,9 +283,7 @@ def test_names_that_come_with_the_weights_count(tmp_path, weights, capsys, monke
 def test_names_of_another_number_are_said_and_not_used(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_images(Path("images"), ["ant", "bee", "cat"])
-    save_for_hf(
-        network(3, [0, 1, 2]), "hub", model_config={"label_names": ["x", "y"]}, safe_serialization=True
-    )
+    save_for_hf(network(3, [0, 1, 2]), "hub", model_config={"label_names": ["x", "y"]}, safe_serialization=True)
     done = run(capsys, *eval_words("images", network="local-dir:hub"))
     assert "come with 2 class names (x, y) for 3 classes: not used" in done.said
     assert "assuming the model's 3 classes are the images'" in done.said
@@ -319,10 +303,7 @@ def test_a_file_of_1000_classes_is_taken_for_imagenet_and_said_so(tmp_path, weig
     words = ["tench", "Goldfish", "hammerhead_shark"]  # of classes 0, 1 and 4
     write_images(Path("words"), words, colour_of=dict(zip(words, (0, 1, 4), strict=True)))
     done = run(capsys, *annotate_words("words", "by-words", *file, "--class-map", "names"))
-    assert (
-        "called by WordNet's words: Goldfish = n01443537, hammerhead_shark = n01494475, tench = n"
-        in done.said
-    )
+    assert "called by WordNet's words: Goldfish = n01443537, hammerhead_shark = n01494475, tench = n" in done.said
     assert stored_top1("by-words", sorted(words)) == 1
     assert run(capsys, *eval_words("words", *file)).top1 == 1
 
@@ -332,26 +313,16 @@ def test_a_file_of_1000_classes_is_taken_for_imagenet_and_said_so(tmp_path, weig
     write_images(Path("others"), ["crane", "tench", "unicorn"])  # two cranes are in ImageNet
     done = run(capsys, *annotate_words("others", "none", *file, "--class-map", "names"))
     assert done.status == 2
-    assert (
-        "'crane' is no class of the teacher, nor 1 more of 3 ('unicorn'); the teacher knows n01440764,"
-        in done.said
-    )
+    assert "'crane' is no class of the teacher, nor 1 more of 3 ('unicorn'); the teacher knows n01440764," in done.said
 
 
 def test_other_classes_as_many_as_imagenets_are_refused(weights, capsys):
-    assert (
-        class_map_for(None, WNIDS, [str(i) for i in range(1000)], num_theirs=1000) is None
-    )  # shards of `.cls`
+    assert class_map_for(None, WNIDS, [str(i) for i in range(1000)], num_theirs=1000) is None  # shards of `.cls`
     others = [f"class{i:03d}" for i in range(1000)]
-    with pytest.raises(
-        ConfigError, match=r"'n01440764' to the teacher and 'class000' .*`order` if .*--class-order"
-    ):
+    with pytest.raises(ConfigError, match=r"'n01440764' to the teacher and 'class000' .*`order` if .*--class-order"):
         class_map_for(None, WNIDS, others, num_theirs=1000, assumed=True)
     assert class_map_for("order", WNIDS, others, num_theirs=1000, assumed=True) is None
-    assert (
-        "the teacher's class is the images', n01440764 = class000, n01443537 = class001"
-        in capsys.readouterr().err
-    )
+    assert "the teacher's class is the images', n01440764 = class000, n01443537 = class001" in capsys.readouterr().err
     teacher = load_teacher(NAME, TeacherConfig(teacher=NAME), CPU, weights=weights[1000])
     name_classes(teacher, "sorted", others)
     assert class_map_for(None, teacher.class_names, others, num_theirs=1000) is None
@@ -381,9 +352,7 @@ def test_class_numbers_are_ids_of_a_network_with_names(tmp_path, weights, capsys
             "assuming the images' class numbers are ids of the model's 1,000 classes: 0 = n01440764, 1 = n0"
             in done.said
         )
-    done = run(
-        capsys, *annotate_words("shard.tar", "labels", "--weights", weights[1000], "--class-map", "names")
-    )
+    done = run(capsys, *annotate_words("shard.tar", "labels", "--weights", weights[1000], "--class-map", "names"))
     assert (done.status, "class numbers are ids of the teacher's 1,000" in done.said) == (0, True)
     store = LabelStore("labels")
     assert [int(store[f"{n:04d}.png"].dense()[0, 0].argmax()) for n in (0, 3, 11)] == [0, 3, 11]
@@ -399,16 +368,10 @@ def test_class_numbers_are_ids_of_a_network_with_names(tmp_path, weights, capsys
     words = ["--weights", weights[12], "--class-order", "names.txt"]
     assert run(capsys, *annotate_words("unlabelled.txt", "named", *words)).status == 0
     assert LabelStore("named").manifest.class_names[11] == "kind 11"
-    done = run(
-        capsys,
-        *annotate_words("unlabelled.txt", "none", "--weights", weights[12], "--class-order", "natural"),
-    )
+    done = run(capsys, *annotate_words("unlabelled.txt", "none", "--weights", weights[12], "--class-order", "natural"))
     assert "the images have no classes; give a file of names" in done.said
     done = run(capsys, *eval_words("more.tar", "--weights", weights[12]))
-    assert (done.status, "has 27 classes, the model 12 whose names it does not know" in done.said) == (
-        2,
-        True,
-    )
+    assert (done.status, "has 27 classes, the model 12 whose names it does not know" in done.said) == (2, True)
 
 
 def save_run(folder: str, class_names: list[str], val: str | None = None) -> None:
@@ -440,10 +403,7 @@ def test_a_run_labels_and_is_evaluated_on_its_classes_in_any_order(tmp_path, cap
     assert "WARNING: --class-map order: the teacher's class is the images', 0 = 0, 1 = 1, 2 = 10" in done.said
     assert run(capsys, *eval_words("images", network="run")).top1 == 1
     done = run(capsys, *eval_words("images", "--class-order", "sorted", network="run"))
-    assert (done.status, "WARNING" in done.said) == (
-        0,
-        False,
-    )  # numbers alone are no names that it could contradict
+    assert (done.status, "WARNING" in done.said) == (0, False)  # numbers alone are no names that it could contradict
 
 
 def test_names_are_compared_in_one_unicode_form(tmp_path, capsys, monkeypatch):
@@ -530,22 +490,9 @@ def test_masks_are_said_to_hold_the_images_classes_in_order(numbered, capsys):
         Path("masks", name).mkdir(parents=True)
         Image.fromarray(np.full((4, 4), place, np.uint8)).save(Path("masks", name, "x.png"))
     done = run(capsys, "annotate", numbered, "labels", "--teacher", "masks:masks", "--device", "cpu")
-    assert (
-        "WARNING: assuming the masks' 12 classes are the images' in sorted order: 0 = 0, 1 = 1, 2 = 10"
-        in done.said
-    )
+    assert "WARNING: assuming the masks' 12 classes are the images' in sorted order: 0 = 0, 1 = 1, 2 = 10" in done.said
     Path("map.csv").write_text("".join(f"{name},{name}\n" for name in NUMBERS))
-    words = [
-        "annotate",
-        numbered,
-        "told",
-        "--teacher",
-        "masks:masks",
-        "--class-map",
-        "map.csv",
-        "--device",
-        "cpu",
-    ]
+    words = ["annotate", numbered, "told", "--teacher", "masks:masks", "--class-map", "map.csv", "--device", "cpu"]
     assert "assuming" not in run(capsys, *words).said
     assert stored_top1("told", sorted(NUMBERS)) == 1
 
@@ -558,19 +505,14 @@ def test_teachers_of_one_ensemble_are_compared(tmp_path, weights, capsys, monkey
     words = annotate_words("images", "labels", "--teacher", "run", "--weights", weights[3], "--weights", "")
     done = run(capsys, *words)
     assert done.status == 0
-    assert (
-        f"assuming {NAME}'s 3 classes are the other teacher's in its order: 0 = cat, 1 = ant, 2 = bee"
-        in done.said
-    )
+    assert f"assuming {NAME}'s 3 classes are the other teacher's in its order: 0 = cat, 1 = ant, 2 = bee" in done.said
     assert stored_top1("labels", sorted(names)) == 1
     save_run("other", ["cat", "cow", "bee"])
     done = run(capsys, *annotate_words("images", "none", "--teacher", "other", teacher="run"))
     assert (done.status, "cannot be averaged: cat, ant, bee against cat, cow, bee" in done.said) == (2, True)
 
 
-def test_sets_of_imagenet_and_real_labels_are_for_models_of_its_classes(
-    tmp_path, weights, capsys, monkeypatch
-):
+def test_sets_of_imagenet_and_real_labels_are_for_models_of_its_classes(tmp_path, weights, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_images(Path("images"), ["3", "7"])
     with pytest.raises(ValueError, match=r"this one's are others \(class000, class001, class002, \.\.\.\)"):

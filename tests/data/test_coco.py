@@ -84,9 +84,7 @@ def test_long_runs_and_shrinking_ones_survive_compression() -> None:
     st.integers(1, 9),
     st.integers(1, 9),
 )
-def test_polygons_are_filled_as_pycocotools_fills_them(
-    polygons: list[list[float]], height: int, width: int
-) -> None:
+def test_polygons_are_filled_as_pycocotools_fills_them(polygons: list[list[float]], height: int, width: int) -> None:
     polygons = [polygon[: len(polygon) // 2 * 2] for polygon in polygons]
     expected = np.zeros((height, width), bool)
     for runs in pycoco.frPyObjects(polygons, height, width):  # together they are one instance
@@ -131,9 +129,7 @@ def write_segments(png: Path, numbers: Any) -> None:
     """Write the numbers of segments as COCO's panoptic PNGs hold them."""
     png.parent.mkdir(exist_ok=True)
     numbers = np.asarray(numbers)
-    Image.fromarray(np.stack([numbers // 256**place % 256 for place in range(3)], 2).astype(np.uint8)).save(
-        png
-    )
+    Image.fromarray(np.stack([numbers // 256**place % 256 for place in range(3)], 2).astype(np.uint8)).save(png)
 
 
 def panoptic(path: Path, segments: list[dict[str, Any]]) -> CocoMasks:
@@ -179,9 +175,7 @@ def test_images_are_found_by_their_path_or_else_by_a_file_name_that_is_unique(tm
         (None, "has no segmentation"),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_its_image_is_refused_by_name(
-    segmentation: Any, message: str, tmp_path: Path
-) -> None:
+def test_what_does_not_fit_its_image_is_refused_by_name(segmentation: Any, message: str, tmp_path: Path) -> None:
     found = CocoMasks(write_coco(tmp_path / "i.json", [instance(7, segmentation)]))
     with pytest.raises(DataError) as refused:
         found.read("a/1.jpg")

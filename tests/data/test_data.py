@@ -194,9 +194,7 @@ class TestDecode:
         pictures[0].save(buffer, image_format, save_all=True, append_images=pictures[1:], lossless=True)
         np.testing.assert_array_equal(decode_pixels(buffer.getvalue(), "a.gif"), few_colours)
 
-    @pytest.mark.parametrize(
-        "data", [b"", b"not an image", encoded(noise(0))[:60], encoded(noise(0), "JPEG")[:-40]]
-    )
+    @pytest.mark.parametrize("data", [b"", b"not an image", encoded(noise(0))[:60], encoded(noise(0), "JPEG")[:-40]])
     def test_broken_data_is_an_error_that_names_the_image(self, data):
         with pytest.raises(ImageError, match=r"cat/7\.png: does not decode"):
             decode_image(data, "cat/7.png")
@@ -211,11 +209,9 @@ class TestDecodePixels:
         if not fast:
             monkeypatch.setattr(decoding, "simplejpeg", None)
         buffer = io.BytesIO()
-        mode, image_format = {
-            "grey jpeg": ("L", "JPEG"),
-            "cmyk jpeg": ("CMYK", "JPEG"),
-            "png": ("RGB", "PNG"),
-        }.get(kind, ("RGB", "JPEG"))
+        mode, image_format = {"grey jpeg": ("L", "JPEG"), "cmyk jpeg": ("CMYK", "JPEG"), "png": ("RGB", "PNG")}.get(
+            kind, ("RGB", "JPEG")
+        )
         Image.fromarray(self.PHOTO).convert(mode).save(buffer, image_format)
         pixels = decode_pixels(buffer.getvalue(), "a.jpg")
         expected = np.asarray(decode_image(buffer.getvalue(), "a.jpg"))
@@ -403,9 +399,7 @@ SIZES = {"num_images": st.integers(1, 30), "batch_size": st.integers(1, 40), "se
 
 class TestBatchSampler:
     @given(**SIZES)
-    def test_an_epoch_shows_no_image_twice_and_drops_only_what_fills_no_batch(
-        self, num_images, batch_size, seed
-    ):
+    def test_an_epoch_shows_no_image_twice_and_drops_only_what_fills_no_batch(self, num_images, batch_size, seed):
         sampler = BatchSampler(num_images=num_images, batch_size=batch_size, seed=seed, num_steps=20)
         shown = [pair for batch in sampler for pair in batch]
         assert len(set(shown)) == len(shown) == 20 * batch_size
@@ -431,8 +425,7 @@ class TestBatchSampler:
         batch_size = share * world_size
         alone = steps(num_images, batch_size, 9, seed=3)
         ranks = [
-            steps(num_images, batch_size, 9, seed=3, rank=rank, world_size=world_size)
-            for rank in range(world_size)
+            steps(num_images, batch_size, 9, seed=3, rank=rank, world_size=world_size) for rank in range(world_size)
         ]
         assert [[*chain(*parts)] for parts in zip(*ranks, strict=True)] == alone
 
@@ -498,14 +491,10 @@ class TestShardOrder:
 
 
 @given(num_images=st.integers(5, 40), batch_size=st.integers(2, 9), world_size=st.integers(1, 5))
-def test_evaluation_shows_every_image_once_over_all_ranks_in_as_many_batches(
-    num_images, batch_size, world_size
-):
+def test_evaluation_shows_every_image_once_over_all_ranks_in_as_many_batches(num_images, batch_size, world_size):
     shown, num_batches = [], set()
     for rank in range(world_size):
-        sampler = EvalBatchSampler(
-            num_images=num_images, batch_size=batch_size, rank=rank, world_size=world_size
-        )
+        sampler = EvalBatchSampler(num_images=num_images, batch_size=batch_size, rank=rank, world_size=world_size)
         batches = list(sampler)
         assert len(sampler) == len(batches)
         assert all(1 <= len(batch) <= batch_size for batch in batches)
@@ -560,11 +549,7 @@ class TestLoader:
     def test_workers_of_a_plain_loader_hear_of_each_epoch(self):
         images = dataset(seed=1)
         loader = DataLoader(
-            images,
-            batch_size=5,
-            num_workers=1,
-            persistent_workers=True,
-            multiprocessing_context=process_context(),
+            images, batch_size=5, num_workers=1, persistent_workers=True, multiprocessing_context=process_context()
         )
         for epoch in (0, 2, 0):
             images.set_epoch(epoch)
@@ -589,9 +574,7 @@ class TestLoader:
         with pytest.raises(ValueError, match="num_workers must be at least 0"):
             make_loader(dataset(), self.sampler(), num_workers=-1)
 
-    @pytest.mark.parametrize(
-        ("ending", "status"), [("raise SystemExit(3)", 3), ("os.kill(os.getpid(), 9)", -9)]
-    )
+    @pytest.mark.parametrize(("ending", "status"), [("raise SystemExit(3)", 3), ("os.kill(os.getpid(), 9)", -9)])
     def test_workers_end_with_the_main_process_however_it_ends(self, ending, status):
         script = f"""if __name__ == "__main__":
             import os, sys
@@ -602,9 +585,7 @@ class TestLoader:
             next(batches)
             print(batches._workers[0].pid, flush=True)
             {ending}"""
-        main_process = subprocess.run(
-            [sys.executable, "-c", script], stdout=subprocess.PIPE, timeout=60, check=False
-        )
+        main_process = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, timeout=60, check=False)
         assert main_process.returncode == status
         worker = int(main_process.stdout)
         deadline = time.monotonic() + 20

@@ -176,12 +176,7 @@ class TestWhatIsPassedOver:
     def test_masks_beside_their_images(self):
         lay("images/benign/a (1).png", "images/benign/a (1)_mask.png", "images/benign/a (1)_mask_1.png")
         lay("images/benign/b.jpg", "images/benign/b_thumb.jpg", "images/benign/b_superpixels.png")
-        lay(
-            "images/normal/x.jpg",
-            "images/normal/x.seg.png",
-            "images/normal/y.b.png",
-            "images/normal/z_mask.png",
-        )
+        lay("images/normal/x.jpg", "images/normal/x.seg.png", "images/normal/y.b.png", "images/normal/z_mask.png")
         source = open_images("images")
         assert list(source.keys) == [
             "benign/a (1).png",
@@ -215,11 +210,7 @@ class TestFoldersThatAreNoClasses:
             (("images/train2017/ant/1.png", "images/validation/bee/1.png"), "./images", "images/train2017"),
             (("images/train/ant/1.png", "images/train/bee/1.png"), "images", "images/train"),
             (("data/images/ant/1.png", "data/images/bee/1.png"), "data", "data/images"),
-            (
-                ("pets/pets/ant/1.png", "pets/pets/bee/1.png", "pets/__MACOSX/pets/._1.png"),
-                "pets",
-                "pets/pets",
-            ),
+            (("pets/pets/ant/1.png", "pets/pets/bee/1.png", "pets/__MACOSX/pets/._1.png"), "pets", "pets/pets"),
             (("d/imagenet_train/ant/1.png", "d/imagenet_val/ant/1.png"), "d", "d/imagenet_train"),
             (("d/cifar-test/ant/1.png", "d/cifar-train/ant/1.png"), "d", "d/cifar-train"),
             (("d/training/ant/1.png", "d/evaluation/ant/1.png"), "d", "d/training"),
@@ -237,9 +228,7 @@ class TestFoldersThatAreNoClasses:
 
     def test_val_images_among_the_classes(self, capsys):
         lay("i/ant/1.png", "i/bee/1.png", "i/val/ant/2.png", "i/val/bee/2.png")
-        assert "i: val: parts of a data set, no classes; move it out from among" in train_complaint(
-            capsys, "i"
-        )
+        assert "i: val: parts of a data set, no classes; move it out from among" in train_complaint(capsys, "i")
 
     def test_masks_among_the_classes(self, capsys):
         lay("i/ant/1.png", "i/bee/1.png", "i/masks/ant/1.png", "i/masks/bee/1.png")
@@ -255,9 +244,8 @@ class TestFoldersThatAreNoClasses:
 
     def test_parts_without_class_folders(self, capsys):
         lay("images/train/1.png", "images/val/1.png")
-        assert (
-            "images lie in no class folders: put each into a folder named after its class"
-            in train_complaint(capsys, "images")
+        assert "images lie in no class folders: put each into a folder named after its class" in train_complaint(
+            capsys, "images"
         )
 
     @pytest.mark.parametrize("truth", ["masks", "annotations", "SegmentationClass"])
@@ -318,9 +306,7 @@ class TestFoldersThatAreNoClasses:
     @pytest.mark.parametrize("name", ["a.zip", "a.tar.gz", "a.parquet"])
     def test_files_of_other_kinds(self, name):
         lay(name, data=b"x")
-        with pytest.raises(
-            DataError, match=r"expected a folder of images, a \.tar file \(not compressed\) or a list"
-        ):
+        with pytest.raises(DataError, match=r"expected a folder of images, a \.tar file \(not compressed\) or a list"):
             open_images(name)
 
 
@@ -372,10 +358,7 @@ class TestTarFiles:
         [
             ({"x.jpg": b"", "x.cls": b"-1"}, "expected the number of a class, 0 or above"),
             ({"x.jpg": b"", "x.cls": b"1.5"}, "expected the number of a class"),
-            (
-                {"x.jpg": b"", "x.coarse.cls": b"1", "x.fine.cls": b"2"},
-                "x has two classes in .cls files, 1 and 2",
-            ),
+            ({"x.jpg": b"", "x.coarse.cls": b"1", "x.fine.cls": b"2"}, "x has two classes in .cls files, 1 and 2"),
             (
                 {"x.jpg": b"", "a/y.jpg": b"", "x.json": b"{}"},
                 r"neither a \.cls file nor a folder .*\(x\.jpg\); passed over 1 file: 1 \.json",
@@ -406,9 +389,7 @@ class TestLists:
         Path(name).write_bytes(data)
         source = open_images(name)
         names = source.class_names
-        return {
-            key: names[i] if names else None for key, i in zip(source.keys, source.class_ids, strict=True)
-        }
+        return {key: names[i] if names else None for key, i in zip(source.keys, source.class_ids, strict=True)}
 
     @pytest.mark.parametrize(
         "data",
@@ -490,8 +471,7 @@ class TestLists:
         message = train_complaint(capsys, "lists/list.csv")
         assert "path from column path, class from label" in message
         assert (
-            "no such files as it lists (images/a.png, images/b.png); paths are relative to the list's folder"
-            in message
+            "no such files as it lists (images/a.png, images/b.png); paths are relative to the list's folder" in message
         )
         lay("lists/images/a.png")
         open_aloud("lists/list.csv")
@@ -542,23 +522,11 @@ def test_names_of_any_bytes_go_through_every_verb(capsys):
     for arguments in (
         ["annotate", "images", "labels", "--teacher", "masks:masks"],
         ["inspect", "labels", "--images", "images", "--pictures", "pictures.html"],
-        [
-            "train",
-            "--recipe",
-            "small_data",
-            "--out",
-            "run",
-            *(f"--{name}={value}" for name, value in train.items()),
-        ],
+        ["train", "--recipe", "small_data", "--out", "run", *(f"--{name}={value}" for name, value in train.items())],
         ["eval", "run", "--per-class", "--num-workers", "0"],
         ["report", "run", "--output", "report.html"],
     ):
-        assert (
-            main(
-                [*arguments, *(["--device", "cpu"] if arguments[0] in ("annotate", "train", "eval") else [])]
-            )
-            == 0
-        )
+        assert main([*arguments, *(["--device", "cpu"] if arguments[0] in ("annotate", "train", "eval") else [])]) == 0
         said = capsys.readouterr().err
         assert (r"images: 8 images of 2 classes (b<b>?#" in said) == (arguments[0] != "report")  # opens none
     for page in ("pictures.html", "report.html"):

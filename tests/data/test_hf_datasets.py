@@ -28,11 +28,7 @@ OPTIONS = "{patch_size: 6, depth: 1, width: 16, num_heads: 2, stem_width: 8}"
 
 def rows(files, names):
     features = datasets.Features(
-        {
-            "image": datasets.Image(),
-            "label": datasets.ClassLabel(names=names),
-            "note": datasets.Value("string"),
-        }
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=names), "note": datasets.Value("string")}
     )
     images = [{"bytes": path.read_bytes(), "path": None} for path in files]
     ids = [names.index(path.parent.name) for path in files]
@@ -101,9 +97,7 @@ def test_a_column_is_named_where_there_are_several(tmp_path):
     features = {"left": datasets.Image(), "right": datasets.Image(), **kinds}
     table = {"left": encoded, "right": encoded[::-1], "fine": [0, 1], "coarse": [0, 0]}
     name = save(table, features, tmp_path / "saved")
-    with pytest.raises(
-        ValueError, match=r"2 columns of type Image \(left, right\); choose one: .*,image=left"
-    ):
+    with pytest.raises(ValueError, match=r"2 columns of type Image \(left, right\); choose one: .*,image=left"):
         tl.open_images(name)
     with pytest.raises(ValueError, match=r"2 columns of type ClassLabel \(fine, coarse\)"):
         tl.open_images(f"{name},image=left")
@@ -132,10 +126,7 @@ def test_labels_tell_a_dataset_that_was_saved_again_with_other_images(tmp_path, 
     [
         ("saved", "2 splits; name one: hf-dataset:saved:train, hf-dataset:saved:val"),
         ("saved:trian", "no split trian; name one: hf-dataset:saved:train"),
-        (
-            "saved:train,image=label",
-            r"label is no column of type Image; its columns are image \(Image\), label",
-        ),
+        ("saved:train,image=label", r"label is no column of type Image; its columns are image \(Image\), label"),
         ("train", "train is no folder that save_to_disk wrote; name image files without hf-dataset:"),
         ("texts", r"no column of type Image; its columns are text \(Value\)"),
         ("a:b:c:d", "expected hf-dataset:NAME, hf-dataset:NAME:SPLIT or hf-dataset:NAME:CONFIG:SPLIT"),

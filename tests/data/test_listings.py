@@ -46,9 +46,7 @@ def read(monkeypatch):
     seen = []
     listed = sources.list_images
     for module in ("images", "sources"):
-        monkeypatch.setattr(
-            f"tokenlabel.data.{module}.list_images", lambda root: (seen.append(root), listed(root))[1]
-        )
+        monkeypatch.setattr(f"tokenlabel.data.{module}.list_images", lambda root: (seen.append(root), listed(root))[1])
     return seen
 
 

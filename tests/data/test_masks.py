@@ -70,11 +70,7 @@ class TestFiles:
         ("mode", "kind", "message"),
         [
             ("L", "JPEG", "is a JPEG, which rounds the numbers of classes; save masks as PNG"),
-            (
-                "RGB",
-                "PNG",
-                r"has 3 channels; a mask has one channel .* turn its 1 colours \(RGB\) into numbers",
-            ),
+            ("RGB", "PNG", r"has 3 channels; a mask has one channel .* turn its 1 colours \(RGB\) into numbers"),
             ("LA", "PNG", "has 2 channels"),
             ("F", "TIFF", "holds fractions"),
         ],
@@ -130,10 +126,7 @@ class TestFiles:
         )
         pairs = open_pairs(config, "train")
         assert pairs is not None
-        assert list(zip(pairs.keys, pairs.mask_names, strict=True)) == [
-            ("0.jpg", "0_seg.png"),
-            ("1.jpg", "1_seg.png"),
-        ]
+        assert list(zip(pairs.keys, pairs.mask_names, strict=True)) == [("0.jpg", "0_seg.png"), ("1.jpg", "1_seg.png")]
 
     @pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA"])
     def test_equal_channels_are_those_of_a_grey_mask(self, mode):
@@ -150,9 +143,7 @@ class TestFiles:
             two_folders(tmp_path, ["road", "tree"]).check()
         for number in range(4):
             (tmp_path / f"masks/{number}/a.png").rename(tmp_path / f"masks/{number}/a_other.png")
-        message = (
-            r"4 of 5 images have no mask there \(0/a.jpg, .*, \.\.\.\); expected 0/a.png .*, found 0/a_other"
-        )
+        message = r"4 of 5 images have no mask there \(0/a.jpg, .*, \.\.\.\); expected 0/a.png .*, found 0/a_other"
         with pytest.raises(DataError, match=message):
             two_folders(tmp_path, ["road", "tree"])
 
@@ -165,16 +156,11 @@ class TestFiles:
         write_mask(tmp_path / "masks/a.png", (np.arange(8)[:, None] > 3).repeat(4, axis=1))
         pairs = two_folders(tmp_path, ["dark", "light"])
         pairs.check()
-        assert (
-            "tag turns 1 of 1 images looked at; their masks are taken to lie upright"
-            in capsys.readouterr().err
-        )
+        assert "tag turns 1 of 1 images looked at; their masks are taken to lie upright" in capsys.readouterr().err
         pixels, ids = pairs.read(0)
         assert ((pixels[..., 0] > 100) == ids).all()
         write_mask(tmp_path / "masks/a.png", np.arange(8)[None].repeat(4, axis=0) > 3)
-        with pytest.raises(
-            DataError, match=r"a\.png stores its pixels \(4 x 8.* turned to 8 x 4 by .*EXIF 6"
-        ):
+        with pytest.raises(DataError, match=r"a\.png stores its pixels \(4 x 8.* turned to 8 x 4 by .*EXIF 6"):
             pairs.check()
 
     def test_palettes_that_differ_are_said(self, tmp_path, capsys):
@@ -210,24 +196,8 @@ class TestValues:
     ):
         monkeypatch.chdir(tmp_path)
         write_pairs(tmp_path, [values], [values], dtype=np.uint16)
-        recipe = [
-            "segment",
-            "train",
-            "--recipe",
-            "segment_ade20k_lvvit_s",
-            "--out",
-            "run",
-            "--device",
-            "cpu",
-        ]
-        folders = [
-            "--data.train",
-            "images",
-            "--data.masks",
-            "masks",
-            "--data.layout",
-            "folders",
-        ]
+        recipe = ["segment", "train", "--recipe", "segment_ade20k_lvvit_s", "--out", "run", "--device", "cpu"]
+        folders = ["--data.train", "images", "--data.masks", "masks", "--data.layout", "folders"]
         words = [f"--data.{name}={str(value).replace(' ', '').replace('(', '[').replace(')', ']')}"
                  for name, value in mended.items()]  # fmt: skip
         assert main([*recipe, *folders, f"--data.class_names=[{','.join(names)}]"]) == 2
@@ -280,9 +250,7 @@ class TestValues:
             SegmentDataConfig(layout=Layout.VOC, root="x", ignore_index=3)
 
 
-def test_figures_name_the_classes_that_no_mask_holds_and_predict_passes_over_leavings(
-    tmp_path, monkeypatch, capsys
-):
+def test_figures_name_the_classes_that_no_mask_holds_and_predict_passes_over_leavings(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write_pairs(tmp_path, *[np.zeros((24, 24))] * 2)
     for name in ("._a.jpg", "@eaDir/a.jpg"):
@@ -339,10 +307,7 @@ class TestTeacherAndTruth:
         assert main([*words, "--ignore_index", "255"]) == 0
         assert "no mask holds 1 of 2 classes (dog)" in capsys.readouterr().err
         assert main(["inspect", "labels", "--images", "images", "--masks", "masks"]) == 2
-        assert (
-            main(["inspect", "labels", "--images", "images", "--masks", "masks", "--ignore-index", "255"])
-            == 0
-        )
+        assert main(["inspect", "labels", "--images", "images", "--masks", "masks", "--ignore-index", "255"]) == 0
 
     def test_ids_of_no_class_are_refused_with_what_to_say(self, capsys):
         self.masks([[0, 7], [7, 0]], [[1, 1], [7, 1]])

@@ -60,9 +60,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("tag", [*TAGS, 0, 9])
-@pytest.mark.parametrize(
-    "kind", ["JPEG", "PNG", "WEBP", "TIFF", *(["AVIF"] if features.check("avif") else [])]
-)
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", *(["AVIF"] if features.check("avif") else [])])
 def test_every_decoder_turns_pixels_as_pillow_does(kind, tag, monkeypatch):
     pixels = np.random.default_rng(tag).integers(0, 256, (5, 8, 3), dtype=np.uint8)
     data = encode(pixels, tag, kind)
@@ -90,9 +88,7 @@ def test_tags_are_read_in_either_byte_order_from_xmp_and_not_from_damage():
 @pytest.mark.parametrize("tag", TAGS)
 def test_maps_turn_as_pixels_do(tag):
     rng = np.random.default_rng(tag)
-    stored = from_top(
-        rng.integers(0, 9, (3, 4, 1)), rng.random((3, 4, 1)), num_classes=9, region=Box(0.1, 0.2, 0.5, 1)
-    )
+    stored = from_top(rng.integers(0, 9, (3, 4, 1)), rng.random((3, 4, 1)), num_classes=9, region=Box(0.1, 0.2, 0.5, 1))
     upright = turned_map(stored, tag)
     np.testing.assert_array_equal(upright.class_ids, turned(stored.class_ids, tag))
     back = turned_map(upright, OPPOSITE[tag])

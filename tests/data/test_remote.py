@@ -70,9 +70,7 @@ class Server:
                 else:
                     super().do_GET()
 
-        self._server = http.server.ThreadingHTTPServer(
-            ("127.0.0.1", 0), partial(Handler, directory=str(folder))
-        )
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(folder)))
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
@@ -151,9 +149,7 @@ def s3():
     process.wait()
 
 
-def run(
-    *arguments: str, cwd: Path, environment: dict[str, str] | None = None
-) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, cwd: Path, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "tokenlabel", *arguments],
         cwd=cwd,
@@ -272,18 +268,14 @@ class TestOverHttp:
         assert first.name.lstrip("0") == "5"
         assert weights("continued", url, workers=0) == on_disk
 
-    def test_a_cache_too_small_for_random_reading_is_refused(
-        self, server, folder, tmp_path, monkeypatch, capsys
-    ):
+    def test_a_cache_too_small_for_random_reading_is_refused(self, server, folder, tmp_path, monkeypatch, capsys):
         write_index(folder)
         monkeypatch.setenv("TOKENLABEL_CACHE_SIZE", "20KB")
         monkeypatch.chdir(tmp_path)
         images = f"--data.train={server.url}/images/part-{{000..003}}.tar"
         assert main(["train", "--recipe", "demo_token_labels", "--out", "run", "--loss.beta=0", images]) == 2
         line = capsys.readouterr().err.splitlines()[-1]
-        assert re.search(
-            r"4 files of .* the cache may hold 20 KB; --data\.tar-window 8 reads them a few", line
-        ), line
+        assert re.search(r"4 files of .* the cache may hold 20 KB; --data\.tar-window 8 reads them a few", line), line
 
     def test_a_store_is_pulled_once(self, server, folder, labels):
         store = LabelStore(f"{server.url}/labels")
@@ -353,9 +345,7 @@ class TestS3:
         filesystem.put(str(labels), f"{bucket}/labels", recursive=True)
         for name in ("images/part-{000..003}.tar", "images/*.tar", "images"):
             images = f"s3://{bucket}/{name}"
-            done = run(
-                "inspect", f"s3://{bucket}/labels", "--images", images, "--json", cwd=tmp_path, environment=s3
-            )
+            done = run("inspect", f"s3://{bucket}/labels", "--images", images, "--json", cwd=tmp_path, environment=s3)
             assert done.returncode == 0, done.stderr
             assert json.loads(done.stdout)["num_judged"] == 20
             assert f"{images}: 20 images of 2 classes (ant, bee)" in done.stderr
@@ -364,11 +354,7 @@ class TestS3:
         ("changed", "name", "said"),
         [
             ({}, "images/part-009.tar", "part-009.tar: no such file"),
-            (
-                {"AWS_ACCESS_KEY_ID": "", "AWS_EC2_METADATA_DISABLED": "true"},
-                "images/part-000.tar",
-                "no credentials",
-            ),
+            ({"AWS_ACCESS_KEY_ID": "", "AWS_EC2_METADATA_DISABLED": "true"}, "images/part-000.tar", "no credentials"),
             (
                 {"FSSPEC_S3_ENDPOINT_URL": "http://127.0.0.1:9", "TOKENLABEL_TIMEOUT": "0.5"},
                 "images/part-000.tar",
@@ -378,12 +364,7 @@ class TestS3:
     )
     def test_what_cannot_be_had_is_named_in_one_line(self, s3, bucket, labels, tmp_path, changed, name, said):
         done = run(
-            "inspect",
-            str(labels),
-            "--images",
-            f"s3://{bucket}/{name}",
-            cwd=tmp_path,
-            environment={**s3, **changed},
+            "inspect", str(labels), "--images", f"s3://{bucket}/{name}", cwd=tmp_path, environment={**s3, **changed}
         )
         assert done.returncode == 2
         (line,) = done.stderr.splitlines()

@@ -6,13 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tokenlabel.data.scenes import (
-    BACKGROUND,
-    NUM_CLASSES,
-    _load_digits,
-    draw_scene,
-    write_scenes,
-)
+from tokenlabel.data.scenes import BACKGROUND, NUM_CLASSES, _load_digits, draw_scene, write_scenes
 from tokenlabel.runtime.errors import DataError
 
 
@@ -37,9 +31,7 @@ def test_every_scene_lies_in_its_class_folder_with_a_mask_of_the_same_name(root)
         images = sorted((root / split).glob("*/*.png"))
         masks = sorted((root / "masks" / split).glob("*/*.png"))
         assert len(images) == num_scenes
-        assert [p.relative_to(root / split) for p in images] == [
-            p.relative_to(root / "masks" / split) for p in masks
-        ]
+        assert [p.relative_to(root / split) for p in images] == [p.relative_to(root / "masks" / split) for p in masks]
         per_class = [len(list((root / split / str(c)).iterdir())) for c in range(NUM_CLASSES)]
         assert per_class == [num_scenes // NUM_CLASSES] * NUM_CLASSES
 
@@ -104,9 +96,7 @@ def test_the_same_parameters_make_the_same_files_and_another_seed_others(root, t
 def test_more_scenes_begin_with_the_same_ones(root, tmp_path):
     write_scenes(tmp_path / "fewer", num_train=20, num_val=10, seed=3)
     more = contents(root)
-    assert all(
-        more[path] == data for path, data in contents(tmp_path / "fewer").items() if path.suffix == ".png"
-    )
+    assert all(more[path] == data for path, data in contents(tmp_path / "fewer").items() if path.suffix == ".png")
 
 
 def test_writing_the_same_scenes_again_changes_nothing(root):

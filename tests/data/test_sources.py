@@ -82,10 +82,7 @@ def test_webdataset_tells_classes_by_number(tmp_path):
     [
         ({"readme.md": b""}, "no images"),
         ({"a.jpg": b"", "b.jpg": b"", "b.cls": b"1"}, r"1 of 2 images have no \.cls file \(a\.jpg"),
-        (
-            {"a.jpg": b"", "a.cls": b"cat"},
-            r"x\.tar: a\.cls: expected the number of a class, 0 or above, got b'cat'",
-        ),
+        ({"a.jpg": b"", "a.cls": b"cat"}, r"x\.tar: a\.cls: expected the number of a class, 0 or above, got b'cat'"),
         ({"a.jpg": b"", "cat/b.jpg": b""}, "1 of 2 images have neither a .cls file nor a folder"),
     ],
 )
@@ -101,9 +98,7 @@ def test_tar_files_and_lists_need_no_classes(tmp_path):
     source = open_images(tmp_path / "list.csv")
     assert (source.class_names, source.class_ids.tolist()) == (["ant", "cat"], [1, 0, 0])
     assert has_classes(source).tolist() == [True, False, True]
-    assert describe(source, "list").startswith(
-        "list: 3 images, 2 of them of 2 classes (ant, cat), 1 without a class"
-    )
+    assert describe(source, "list").startswith("list: 3 images, 2 of them of 2 classes (ant, cat), 1 without a class")
     assert not has_classes(open_images(tmp_path / "list.csv", classes=False)).any()
 
 

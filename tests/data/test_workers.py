@@ -33,11 +33,7 @@ SCRIPT = f"""if __name__ == "__main__":
 
 def test_a_signal_to_the_whole_group_stops_no_worker_before_the_trainer_ends_it():
     trainer = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
+        [sys.executable, "-c", SCRIPT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
     )
     assert trainer.stdin is not None
     assert trainer.stdout is not None
@@ -51,8 +47,7 @@ def test_a_signal_to_the_whole_group_stops_no_worker_before_the_trainer_ends_it(
 
 
 @given(
-    sizes=st.lists(st.tuples(st.integers(1, 4), st.integers(1, 3)), min_size=1, max_size=12),
-    count=st.integers(1, 4),
+    sizes=st.lists(st.tuples(st.integers(1, 4), st.integers(1, 3)), min_size=1, max_size=12), count=st.integers(1, 4)
 )
 def test_slabs_hold_as_many_batches_at_a_time_as_asked(sizes, count):
     slabs, kept = Slabs(count), []

@@ -44,9 +44,7 @@ def figures(evaluator, *batches):
 
 
 def draw(rng, num_images=40, num_classes=7):
-    return rng.normal(0, 2, (num_images, num_classes)).astype(np.float32), rng.integers(
-        0, num_classes, num_images
-    )
+    return rng.normal(0, 2, (num_images, num_classes)).astype(np.float32), rng.integers(0, num_classes, num_images)
 
 
 @settings(max_examples=30, deadline=None)
@@ -113,9 +111,7 @@ def test_real_counts_any_of_an_images_labels_and_leaves_out_those_without():
     """Beyer et al. 2020: right if the guess is among the labels; images without a label don't count."""
     labels = {"a.JPEG": [1, 2], "b.JPEG": [], "c.JPEG": [0]}
     logits = np.eye(3, dtype=np.float32)[[2, 1, 1]]
-    found = figures(
-        RealLabels(labels), seen(logits, [0, 0, 0], keys=["n01/a.JPEG", "n01/b.JPEG", "n02/c.JPEG"])
-    )
+    found = figures(RealLabels(labels), seen(logits, [0, 0, 0], keys=["n01/a.JPEG", "n01/b.JPEG", "n02/c.JPEG"]))
     assert found == {"num_real_images": 2, "real": 0.5}
     with pytest.raises(ValueError, match=r"know no image d\.JPEG"):
         RealLabels(labels).add(seen(logits[:1], [0], keys=["d.JPEG"]))
@@ -127,9 +123,7 @@ def test_average_precision_is_what_counting_gives(seed):
     rng = np.random.default_rng(seed)
     scores, truth = rng.integers(0, 6, 20) / 2, rng.random(20) < 0.4
     truth[0] = True
-    precisions = [
-        np.mean(truth[scores >= score]) for score, right in zip(scores, truth, strict=True) if right
-    ]
+    precisions = [np.mean(truth[scores >= score]) for score, right in zip(scores, truth, strict=True) if right]
     found = average_precision(torch.from_numpy(scores).float(), torch.from_numpy(truth))
     assert found == pytest.approx(np.mean(precisions), abs=1e-6)
 
@@ -159,8 +153,7 @@ def test_tokens_are_judged_as_a_confusion_matrix_written_out(seed):
         if np.float32(share) >= 0.25
     ]
     unions = {
-        c: (sum(t == s == c for t, s in judged), sum(c in (t, s) for t, s in judged))
-        for c in {t for t, _ in judged}
+        c: (sum(t == s == c for t, s in judged), sum(c in (t, s) for t, s in judged)) for c in {t for t, _ in judged}
     }
     evaluator = TokenTruth()
     evaluator.add_tokens(torch.from_numpy(said), targets, num_classes=num_classes)

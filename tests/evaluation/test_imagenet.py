@@ -136,10 +136,7 @@ def test_processes_divide_images_exactly(weights, own, timms):
     options = ["test_resnet", "--data", str(own), "--weights", str(weights[12]), f"--size={SIDE_PX}"]
     options += ["--batch-size=5", "--num-workers=0", "--json", "--device=cpu"]
     done = subprocess.run(
-        [sys.executable, *words, *options],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        [sys.executable, *words, *options], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 0, done.stderr[-2000:]
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("{")]

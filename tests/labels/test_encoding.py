@@ -63,12 +63,8 @@ def kept(score_map: ScoreMap) -> np.ndarray:
     topk=st.integers(1, 10),
     sharpness=st.sampled_from([0.0, 1.0, 5.0, 50.0]),
 )
-def test_no_probability_is_a_step_off_and_the_mass_stays(
-    encoding, seed, height, width, num_classes, topk, sharpness
-):
-    original = random_map(
-        seed, height=height, width=width, num_classes=num_classes, topk=topk, sharpness=sharpness
-    )
+def test_no_probability_is_a_step_off_and_the_mass_stays(encoding, seed, height, width, num_classes, topk, sharpness):
+    original = random_map(seed, height=height, width=width, num_classes=num_classes, topk=topk, sharpness=sharpness)
     read = unpack(pack_all(original, encoding), num_classes=num_classes)
     step = 1 / STEPS[encoding]
     assert step <= 1 / 500
@@ -92,9 +88,7 @@ def test_certain_cells_stay_certain(encoding):
 def test_any_number_of_classes(encoding, num_classes):
     class_ids = np.array([[[num_classes - 1, 0], [0, 1]], [[0, num_classes - 1], [num_classes - 1, 1]]])
     probs = np.array([[[0.75, 0.25], [0.5, 0.5]], [[0.5, 0.25], [1.0, 0.0]]])
-    read = unpack(
-        pack_all(from_top(class_ids, probs, num_classes=num_classes), encoding), num_classes=num_classes
-    )
+    read = unpack(pack_all(from_top(class_ids, probs, num_classes=num_classes), encoding), num_classes=num_classes)
     # All of these lie between steps of 1/510, so compact records are allowed their step.
     expected = kept(from_top(class_ids, probs, num_classes=num_classes))
     assert np.abs(kept(read) - expected).max() < 1 / STEPS[encoding]
@@ -105,9 +99,7 @@ def test_more_classes_in_a_map_than_a_byte_counts(encoding):
     num_classes = 400
     class_ids = np.arange(num_classes).reshape(20, 20, 1)
     probs = np.full((20, 20, 1), 0.5)
-    read = unpack(
-        pack(from_top(class_ids, probs, num_classes=num_classes), encoding), num_classes=num_classes
-    )
+    read = unpack(pack(from_top(class_ids, probs, num_classes=num_classes), encoding), num_classes=num_classes)
     assert np.array_equal(read.class_ids, class_ids)
 
 
@@ -194,9 +186,7 @@ def worthy_by_loops(
             for code, prob in zip(codes, probs, strict=True)
             if prob >= tolerance and prob > 0
         }
-        for codes, probs in zip(
-            original.codes.reshape(-1, topk), original.probs.reshape(-1, topk), strict=True
-        )
+        for codes, probs in zip(original.codes.reshape(-1, topk), original.probs.reshape(-1, topk), strict=True)
     ]
     expected, emptied = {}, set()
     for cell, entries in enumerate(cells):
@@ -225,9 +215,7 @@ def worthy_by_loops(
     even=st.booleans(),
 )
 def test_compact_records_against_loops(seed, height, width, num_classes, topk, sharpness, tolerance, even):
-    original = random_map(
-        seed, height=height, width=width, num_classes=num_classes, topk=topk, sharpness=sharpness
-    )
+    original = random_map(seed, height=height, width=width, num_classes=num_classes, topk=topk, sharpness=sharpness)
     record = pack(replace(original, empty_is_even=even), Encoding.COMPACT, tolerance=tolerance)
     num_steps = struct.unpack_from("<H", record, 6)[0]
     assert num_steps == (round(0.8 / tolerance) if tolerance > 0.0016 else FINEST_STEPS)
@@ -272,8 +260,7 @@ def test_a_small_object_is_never_left_out():
     mask = np.zeros((18, 18), int)
     mask[7, 9] = 777
     read = unpack(
-        pack(from_mask(mask, num_classes=1000, unlabelled=-1), Encoding.COMPACT, tolerance=0.2),
-        num_classes=1000,
+        pack(from_mask(mask, num_classes=1000, unlabelled=-1), Encoding.COMPACT, tolerance=0.2), num_classes=1000
     )
     assert np.array_equal(read.top_class_ids, mask)
     assert (read.probs.sum(axis=2) == 1).all()
@@ -333,10 +320,7 @@ def test_on_grid_against_a_loop(weights, mass, num_steps):
 
 def small_records() -> list[bytes]:
     """One of each encoding, of classes below 9, or below 300 that of the first version."""
-    return [
-        *(pack(random_map(height=3, width=3, num_classes=9, topk=2), e) for e in EVERY),
-        OF_THE_FIRST_VERSION,
-    ]
+    return [*(pack(random_map(height=3, width=3, num_classes=9, topk=2), e) for e in EVERY), OF_THE_FIRST_VERSION]
 
 
 @pytest.mark.parametrize("record", small_records(), ids=["raw", "compact", "first version"])
@@ -446,9 +430,7 @@ def of_many_classes() -> bytes:
 
 
 @pytest.mark.parametrize(
-    "record",
-    [of_the_first_version(1300), of_the_first_version(2047), of_many_classes()],
-    ids=["full", "empty", "many"],
+    "record", [of_the_first_version(1300), of_the_first_version(2047), of_many_classes()], ids=["full", "empty", "many"]
 )
 def test_the_largest_body_takes_no_more_memory_than_promised(record):
     tracemalloc.start()

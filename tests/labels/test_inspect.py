@@ -27,9 +27,7 @@ NAMES = ("ape", "bee", "cat", "dog")
 
 
 def manifest(**changes) -> Manifest:
-    return Manifest(
-        **{"num_classes": 4, "class_names": NAMES, "topk": 2, "encoding": Encoding.RAW, **changes}
-    )
+    return Manifest(**{"num_classes": 4, "class_names": NAMES, "topk": 2, "encoding": Encoding.RAW, **changes})
 
 
 def certain(class_id: int, share: float = 1.0, size=(4, 5)):
@@ -70,11 +68,7 @@ def test_figures(folder):
 
 def test_images_are_ranked_by_how_uncertain_their_teacher_is(folder):
     found = inspect_store(LabelStore(folder))
-    assert [image.key for image in found.uncertain] == [
-        "bee/2.png",
-        "bee/1.png",
-        "cat/1.png",
-    ]  # of ape it is certain
+    assert [image.key for image in found.uncertain] == ["bee/2.png", "bee/1.png", "cat/1.png"]  # of ape it is certain
     assert [image.below_half for image in found.uncertain] == [1.0, 0.0, 0.0]
     assert found.uncertain[0].entropy_bits == pytest.approx(2)
     lines = as_text(found.as_dict()).splitlines()
@@ -214,9 +208,7 @@ def test_suspects_are_ranked_by_the_quotient_of_their_own_and_the_best_class(tmp
                 own = rng.choice([c for c in range(num_classes) if c not in (seen, taken_for)])
                 wrong.append(f"{names[own]}/{i}.png")
             elif i % 2:
-                strength[taken_for] = (
-                    3 * strength[seen]
-                )  # hard images: sure of another class, but not of that alone
+                strength[taken_for] = 3 * strength[seen]  # hard images: sure of another class, but not of that alone
             score_map = from_probabilities(rng.dirichlet(strength, size), 3)
             writer.add(f"{names[own]}/{i}.png", score_map)
             mean = score_map.dense().mean(axis=(0, 1))
@@ -247,18 +239,10 @@ def test_a_class_that_no_place_kept_has_its_even_share_and_ties_go_by_certainty(
 @pytest.mark.parametrize(
     ("class_names", "images", "why"),
     [
-        (
-            NAMES,
-            None,
-            r"keys \('in/ape/1.png'\) are none of its classes \(ape, bee, cat, ...\); name the images",
-        ),
+        (NAMES, None, r"keys \('in/ape/1.png'\) are none of its classes \(ape, bee, cat, ...\); name the images"),
         ((), None, r"keys \('in/ape/1.png'\) are no classes: these have no names; name the images"),
         (NAMES, ["ape/1.png", "bee/2.png"], r"keys are 'in/ape/1.png', theirs 'ape/1.png', 'bee/2.png'$"),
-        (
-            NAMES,
-            ["in/ape/1.png", "out/ape/1.png"],
-            r"classes \(ape, .*\) are not those of the images \(in, out\)",
-        ),
+        (NAMES, ["in/ape/1.png", "out/ape/1.png"], r"classes \(ape, .*\) are not those of the images \(in, out\)"),
         ((), ["in/ape/1.png", "out/ape/1.png"], "about 4 classes without names, the images have 2"),
         (NAMES, ["list"], "the images have no classes"),
     ],
@@ -300,11 +284,7 @@ def test_wordnets_words_stand_beside_its_ids_and_lines_stay_short(tmp_path, monk
     names = ("n01440764", "n01443537", "n02123045", "mine")
     targets = [-1] * 900 + [place % 4 for place in range(100)]
     member = {"name": "/very/long" * 30, "weights": "blake2b:0"}
-    teacher = {
-        "members": [member] * 9,
-        "flip": True,
-        "class_map": {"targets": targets, "nowhere": "renormalise"},
-    }
+    teacher = {"members": [member] * 9, "flip": True, "class_map": {"targets": targets, "nowhere": "renormalise"}}
     with LabelStoreWriter("labels", manifest(class_names=names, teacher=teacher)) as writer:
         writer.add("n01440764/1.png", certain(1, 0.75))
         writer.add("mine/" + "deep/" * 1000 + "1.png", certain(2, 0.75))

@@ -23,9 +23,7 @@ REGION = Box(0.125, 0.0, 0.875, 1.0)
 def program() -> dict[str, Any]:
     """The names that the program in the page defines."""
     page = (Path(__file__).parents[2] / "docs" / "labels.md").read_text(encoding="utf-8")
-    (code,) = (
-        block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "read_record" in block
-    )
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "read_record" in block)
     assert "tokenlabel" not in code
     names: dict[str, Any] = {}
     exec(compile(code, "docs/labels.md", "exec"), names)
@@ -49,16 +47,13 @@ def some_maps(kind: Kind) -> dict[str, ScoreMap]:
 
 
 @pytest.mark.parametrize(
-    ("encoding", "kind"),
-    [*((encoding, Kind.PROBABILITIES) for encoding in Encoding), (Encoding.RAW, Kind.LOGITS)],
+    ("encoding", "kind"), [*((encoding, Kind.PROBABILITIES) for encoding in Encoding), (Encoding.RAW, Kind.LOGITS)]
 )
 def test_the_page_says_all_that_a_reader_needs(program, tmp_path, encoding, kind):
     manifest = Manifest(num_classes=NUM_CLASSES, topk=5, kind=kind, encoding=encoding)
     generation = 0 if kind is Kind.LOGITS else 7
     images = (
-        {}
-        if kind is Kind.LOGITS
-        else {"a/flat.jpg": Fingerprint(1_700_000_000_123_456_789, 1 << 31, 3_000_000_000)}
+        {} if kind is Kind.LOGITS else {"a/flat.jpg": Fingerprint(1_700_000_000_123_456_789, 1 << 31, 3_000_000_000)}
     )
     with LabelStoreWriter(tmp_path, manifest, generation=generation, again="list") as writer:
         for key, score_map in some_maps(kind).items():

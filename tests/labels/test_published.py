@@ -16,13 +16,7 @@ from tokenlabel.core.batch import collate_score_maps
 from tokenlabel.core.config import LogitsMode
 from tokenlabel.core.geometry import Box, View, stack_views
 from tokenlabel.core.scores import Kind, ScoreMap, from_probabilities, from_top
-from tokenlabel.labels.published import (
-    ImportConfig,
-    PublishedLayout,
-    import_labels,
-    label_path,
-    read_label_file,
-)
+from tokenlabel.labels.published import ImportConfig, PublishedLayout, import_labels, label_path, read_label_file
 from tokenlabel.labels.store import LabelStore
 from tokenlabel.runtime.errors import StoreError
 
@@ -40,9 +34,7 @@ def draw_file(seed: int, *, height=6, width=6, topk=5, num_classes=NUM_CLASSES) 
 
 def as_map(content: torch.Tensor, region: Box | None = None) -> ScoreMap:
     logits, ids = content.float().permute(0, 2, 3, 1).numpy()
-    return from_top(
-        ids.astype(np.int64), logits, num_classes=NUM_CLASSES, kind=Kind.LOGITS, region=region or Box()
-    )
+    return from_top(ids.astype(np.int64), logits, num_classes=NUM_CLASSES, kind=Kind.LOGITS, region=region or Box())
 
 
 def spread(content: torch.Tensor, num_classes: int = NUM_CLASSES) -> torch.Tensor:
@@ -283,9 +275,7 @@ def import_folder(folders: dict[str, int], num_classes: int = 1000) -> int:
         write_image(Path("images", name, "1.png"))
         logits, ids = torch.full((2, 3, 3), 9.0), torch.tensor([class_id, (class_id + 1) % num_classes])
         logits[1] = 2
-        write_file(
-            Path("files", name, "1.pt"), torch.stack([logits, ids[:, None, None].expand(2, 3, 3)]).half()
-        )
+        write_file(Path("files", name, "1.pt"), torch.stack([logits, ids[:, None, None].expand(2, 3, 3)]).half())
     arguments = ["import-labels", "files", "labels", "--images", "images", "--num-classes", str(num_classes)]
     return main(arguments)
 
@@ -310,19 +300,7 @@ def test_class_folders_that_are_numbers_are_the_ids(tmp_path, monkeypatch, capsy
     shown = capsys.readouterr().err
     assert "called by numbers (010, 2, 7) are taken for the files' of these ids" in shown
     assert "the best class of 100% of 3 maps" in shown
-    assert LabelStore("labels").manifest.class_names == (
-        "0",
-        "1",
-        "2",
-        "3",
-        "4",
-        "5",
-        "6",
-        "7",
-        "8",
-        "9",
-        "010",
-    )
+    assert LabelStore("labels").manifest.class_names == ("0", "1", "2", "3", "4", "5", "6", "7", "8", "9", "010")
 
 
 def test_names_that_do_not_say_which_classes_they_are(tmp_path, monkeypatch, capsys):
@@ -338,10 +316,7 @@ def test_an_order_that_is_a_guess_is_stated_and_held_against_the_maps(tmp_path, 
     assert import_folder({"ape": 1, "bee": 2, "cat": 3, "dog": 0}, 4) == 0
     shown = capsys.readouterr().err
     assert "taken to be those of the images, in order: 0 is 'ape', 1 is 'bee', 2 is 'cat', ..." in shown
-    assert (
-        "the best class of 0% of 4 maps looked at is their image's: perhaps these are other images, or"
-        in shown
-    )
+    assert "the best class of 0% of 4 maps looked at is their image's: perhaps these are other images, or" in shown
 
 
 def test_no_files_at_all(data):

@@ -157,11 +157,7 @@ def test_equal_records_of_a_key_are_one(tmp_path, capsys):
 def test_of_different_records_the_first_file_by_name_counts_and_a_line_says_so(tmp_path, capsys):
     for folder, seed in {"a": 1, "b": 2, "c": 3}.items():
         add(tmp_path / folder, {"x": seed, "y": seed, f"only {folder}": seed})
-    names = {
-        path.name: seed
-        for f, seed in zip("abc", (1, 2, 3), strict=True)
-        for path in (tmp_path / f).glob("*s")
-    }
+    names = {path.name: seed for f, seed in zip("abc", (1, 2, 3), strict=True) for path in (tmp_path / f).glob("*s")}
     folders = [tmp_path / f for f in "cab"]
     store = LabelStore(*folders)
     assert len(store) == len(list(store.keys())) == 5
@@ -212,11 +208,7 @@ def test_any_number_of_records_a_key(tmp_path_factory, monkeypatch, capsys, num_
             maps = {key: rng.randrange(3) for key in rng.sample(keys, rng.randrange(1, 8))}
             add(folder, maps, generation=rng.randrange(3))
         files = {path.name: open_shard(path)[0] for path in folder.glob("*.safetensors")}
-        rows = [
-            (-shard.generation, name, row)
-            for name, shard in files.items()
-            for row in range(shard.num_records)
-        ]
+        rows = [(-shard.generation, name, row) for name, shard in files.items() for row in range(shard.num_records)]
         counting: dict[bytes, tuple[int, str, int]] = {}
         contested = set()
         for place in sorted(rows):
@@ -260,9 +252,7 @@ def test_what_is_no_store_says_what_may_be_meant(tmp_path):
     write(tmp_path / "labels" / "val", range(1))
     folder = tmp_path / "labels" / "train"
     (shard,) = folder.glob("*.safetensors")
-    with pytest.raises(
-        StoreError, match=r"has no manifest\.json\), but has some in it \(train, val\); name those"
-    ):
+    with pytest.raises(StoreError, match=r"has no manifest\.json\), but has some in it \(train, val\); name those"):
         LabelStore(tmp_path / "labels")
     for path in (shard, folder / "manifest.json"):
         with pytest.raises(StoreError, match=rf"{path.name}: is a file, .* did you mean {folder}\?"):
@@ -271,9 +261,7 @@ def test_what_is_no_store_says_what_may_be_meant(tmp_path):
             LabelStoreWriter(path, a_manifest())
     (folder / "manifest.json").unlink()
     for use in (lambda: LabelStore(folder), lambda: LabelStoreWriter(folder, a_manifest())):
-        with pytest.raises(
-            StoreError, match=r"train: holds \.safetensors files, but no manifest\.json; put a copy"
-        ):
+        with pytest.raises(StoreError, match=r"train: holds \.safetensors files, but no manifest\.json; put a copy"):
             use()
     (folder / "manifest.json").write_bytes(b"")
     with pytest.raises(StoreError, match=r"manifest\.json: is not JSON .*; put a copy back"):
@@ -398,8 +386,7 @@ def test_maps_of_other_classes_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [{"num_classes": 12}, {"topk": 2}, {"class_names": tuple("abcdefghij")}, {"teacher": {"name": "other"}}],
+    "changes", [{"num_classes": 12}, {"topk": 2}, {"class_names": tuple("abcdefghij")}, {"teacher": {"name": "other"}}]
 )
 def test_a_store_takes_no_labels_of_another_kind(tmp_path, changes):
     write(tmp_path / "labels", range(1))
@@ -413,9 +400,7 @@ def test_labels_in_an_encoding_of_another_version_are_named(tmp_path):
         pass
     path = tmp_path / "manifest.json"
     path.write_text(path.read_text().replace('"compact"', '"lzma"'))
-    with pytest.raises(
-        StoreError, match=r"manifest\.json: labels in encoding 'lzma', .*reads raw and compact"
-    ):
+    with pytest.raises(StoreError, match=r"manifest\.json: labels in encoding 'lzma', .*reads raw and compact"):
         LabelStore(tmp_path)
 
 
@@ -485,10 +470,7 @@ def test_a_record_moved_to_another_key_is_refused(tmp_path):
     length = len(data)
     payload = load_file(path)["payload"]
     size = len(payload) // 2
-    data[length - 2 * size : length - size], data[length - size :] = (
-        bytes(payload[size:]),
-        bytes(payload[:size]),
-    )
+    data[length - 2 * size : length - size], data[length - size :] = (bytes(payload[size:]), bytes(payload[:size]))
     path.write_bytes(bytes(data))
     with pytest.raises(StoreError, match="was altered"):
         LabelStore(tmp_path / "labels")[key_of(0)]
@@ -703,9 +685,7 @@ def test_reading_labels_takes_no_torch():
 
 
 def test_stores_are_merged_into_one(tmp_path):
-    write(
-        tmp_path / "a", range(3), a_manifest(failures=(Failure(key_of(4), "broken"), Failure("x", "broken")))
-    )
+    write(tmp_path / "a", range(3), a_manifest(failures=(Failure(key_of(4), "broken"), Failure("x", "broken"))))
     write(tmp_path / "b", range(3, 6), max_shard_bytes=1)
     merged = merge_stores([tmp_path / "a", tmp_path / "b"], tmp_path / "c")
     assert holds(merged, range(6))

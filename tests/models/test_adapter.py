@@ -65,9 +65,7 @@ def create(name: str, **options: Any) -> TimmAdapter:
 
 
 def small_vit(img_size: tuple[int, int] = (32, 48), **options: Any) -> TimmAdapter:
-    model = create_model(
-        "vit_tiny_patch16_224", num_classes=NUM_CLASSES, img_size=img_size, **{**VIT, **options}
-    )
+    model = create_model("vit_tiny_patch16_224", num_classes=NUM_CLASSES, img_size=img_size, **{**VIT, **options})
     assert isinstance(model, TimmAdapter)
     return model
 
@@ -141,11 +139,7 @@ def test_family(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "num_prefix"),
-    [
-        ("vit_tiny_patch16_224", 1),
-        ("deit_tiny_distilled_patch16_224", 2),
-        ("vit_small_patch14_reg4_dinov2", 5),
-    ],
+    [("vit_tiny_patch16_224", 1), ("deit_tiny_distilled_patch16_224", 2), ("vit_small_patch14_reg4_dinov2", 5)],
 )
 def test_prefix_tokens_are_left_out(name: str, num_prefix: int) -> None:
     model = create(name).eval()
@@ -156,13 +150,7 @@ def test_prefix_tokens_are_left_out(name: str, num_prefix: int) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    [
-        "convnext_atto",
-        "mambaout_femto",
-        "hiera_tiny_224",
-        "eva02_tiny_patch14_224",
-        "vit_wee_patch16_reg1_gap_256",
-    ],
+    ["convnext_atto", "mambaout_femto", "hiera_tiny_224", "eva02_tiny_patch14_224", "vit_wee_patch16_reg1_gap_256"],
 )
 def test_tokens_take_the_norm_between_pooling_and_classifier(name: str) -> None:
     """Where all places have the same features, each token is what the classifier sees."""

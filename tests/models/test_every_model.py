@@ -122,9 +122,7 @@ def test_fsdp_blocks_are_the_blocks_in_order() -> None:
 @pytest.mark.parametrize("name", OURS)
 @settings(max_examples=15)
 @given(grid=st.tuples(st.integers(1, 4), st.integers(1, 4)), layers=st.sets(st.integers(0, 2), min_size=1))
-def test_intermediates_are_what_blocks_give_at_any_size(
-    name: str, grid: tuple[int, int], layers: set[int]
-) -> None:
+def test_intermediates_are_what_blocks_give_at_any_size(name: str, grid: tuple[int, int], layers: set[int]) -> None:
     model = ours(name).eval()
     backbone = model.backbone
     img_size = (16 * grid[0], 16 * grid[1])
@@ -172,12 +170,4 @@ def test_models_compile_to_one_graph_whatever_the_mix() -> None:
     script = Path(__file__).with_name("compiled_models.py")
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [
-        "lvvit_t",
-        "lvvit_s",
-        "lvvit_m",
-        "lvvit_l",
-        "t2t_vit_14",
-        "vit",
-        "resnet",
-    ]
+    assert done.stdout.split() == ["lvvit_t", "lvvit_s", "lvvit_m", "lvvit_l", "t2t_vit_14", "vit", "resnet"]

@@ -14,12 +14,7 @@ CASES: dict[str, dict[str, Any]] = {
     "t2t_vit_14": {"depth": 3, "width": 32, "num_heads": 4},
     "vit_tiny_patch16_224": {"depth": 3, "embed_dim": 32, "num_heads": 2},
     "test_resnet": {},
-    "swin_tiny_patch4_window7_224": {
-        "depths": (1, 1, 1, 1),
-        "embed_dim": 16,
-        "num_heads": (1,) * 4,
-        "window_size": 2,
-    },
+    "swin_tiny_patch4_window7_224": {"depths": (1, 1, 1, 1), "embed_dim": 16, "num_heads": (1,) * 4, "window_size": 2},
 }
 
 

@@ -166,9 +166,7 @@ def silent(monkeypatch: pytest.MonkeyPatch) -> Iterator[Event]:
     answer.set()
 
 
-def test_a_network_that_never_answers_is_given_up(
-    silent: Event, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_network_that_never_answers_is_given_up(silent: Event, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub, "REACH_WITHIN_S", 0.01)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     with hub.hub_or_cache():

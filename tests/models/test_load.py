@@ -30,9 +30,7 @@ def folder(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("load"))
         write_scenes(Path("scenes"), num_train=40, num_val=20, seed=0)
-        tokenlabel(
-            "annotate", "scenes/train", "labels", "--teacher", "masks:scenes/masks/train", "--size", "6"
-        )
+        tokenlabel("annotate", "scenes/train", "labels", "--teacher", "masks:scenes/masks/train", "--size", "6")
         tokenlabel(*TRAIN.split())
         tokenlabel("export", "run", "run.safetensors")
         tokenlabel("export", "run", "hub")
@@ -44,9 +42,7 @@ def test_a_run_and_its_export_have_the_same_figures_by_default(folder, monkeypat
     found = {}
     for name, words in {"run": ["run"], "export": ["lvvit_t", "--weights", "run.safetensors"]}.items():
         data = [] if len(words) == 1 else ["--data", "scenes/val"]
-        figures = json.loads(
-            tokenlabel("eval", *words, *data, "--json", "--num-workers", "0", "--device", "cpu")
-        )
+        figures = json.loads(tokenlabel("eval", *words, *data, "--json", "--num-workers", "0", "--device", "cpu"))
         for key in ("network", "images_per_s", "step"):
             figures.pop(key, None)
         found[name] = figures

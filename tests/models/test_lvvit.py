@@ -78,21 +78,13 @@ def test_outputs_equal_the_published_implementation(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("patch_size", "img_size", "grid"),
-    [(6, (48, 48), (8, 8)), (4, (24, 40), (6, 10)), (10, (30, 20), (3, 2))],
+    ("patch_size", "img_size", "grid"), [(6, (48, 48), (8, 8)), (4, (24, 40), (6, 10)), (10, (30, 20), (3, 2))]
 )
 def test_any_patch_size_and_input_the_patch_divides(
     patch_size: int, img_size: tuple[int, int], grid: tuple[int, int]
 ) -> None:
     model = create_model(
-        "lvvit_s",
-        num_classes=7,
-        img_size=img_size,
-        patch_size=patch_size,
-        depth=1,
-        width=16,
-        num_heads=2,
-        stem_width=4,
+        "lvvit_s", num_classes=7, img_size=img_size, patch_size=patch_size, depth=1, width=16, num_heads=2, stem_width=4
     )
     outputs = model(torch.randn(2, 3, *img_size))
     assert outputs.grid == model.grid_for(img_size) == grid
@@ -145,14 +137,10 @@ def naive_resize_positions(positions: Tensor, grid: tuple[int, int], new_grid: t
 
 @pytest.mark.parametrize("num_prefix", [0, 1, 3])
 @pytest.mark.parametrize(("grid", "new_grid"), [((3, 4), (5, 2)), ((2, 2), (2, 2)), ((4, 3), (8, 7))])
-def test_resize_positions_agrees_with_loops(
-    num_prefix: int, grid: tuple[int, int], new_grid: tuple[int, int]
-) -> None:
+def test_resize_positions_agrees_with_loops(num_prefix: int, grid: tuple[int, int], new_grid: tuple[int, int]) -> None:
     positions = torch.randn(1, num_prefix + grid[0] * grid[1], 3, generator=torch.Generator().manual_seed(0))
     resized = resize_positions(positions, grid, new_grid)
-    torch.testing.assert_close(
-        resized, naive_resize_positions(positions, grid, new_grid), atol=1e-5, rtol=1e-5
-    )
+    torch.testing.assert_close(resized, naive_resize_positions(positions, grid, new_grid), atol=1e-5, rtol=1e-5)
 
 
 def plan_of(mask: Tensor, *, on_tokens: bool) -> MixPlan:
@@ -262,9 +250,7 @@ def test_residuals_are_divided() -> None:
 
 def test_drop_path_grows_with_depth_and_is_off_in_evaluation() -> None:
     model = tiny(drop_path=0.4)
-    assert [getattr(block.drop_path, "drop_prob", 0.0) for block in model.blocks] == pytest.approx(
-        [0, 0.2, 0.4]
-    )
+    assert [getattr(block.drop_path, "drop_prob", 0.0) for block in model.blocks] == pytest.approx([0, 0.2, 0.4])
     images = torch.randn(2, 3, 48, 48)
     model.eval()
     assert torch.equal(model(images), model(images))

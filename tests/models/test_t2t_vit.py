@@ -41,9 +41,7 @@ def test_parameter_counts_are_the_published_ones(name: str) -> None:
 def test_outputs_equal_the_published_implementation() -> None:
     model = T2TViT(T2T_VIT_CONFIGS["t2t_vit_14"]).eval()
     keys = published_keys("t2t_vit_14")
-    ours = {
-        key: list(value.shape) for key, value in model.state_dict().items() if not key.startswith("aux_head")
-    }
+    ours = {key: list(value.shape) for key, value in model.state_dict().items() if not key.startswith("aux_head")}
     assert ours == keys
     model.load_state_dict(formula_weights(keys), strict=False)
     model.aux_head = None
@@ -64,9 +62,7 @@ def naive_windows(planes: Tensor, *, size: int, stride: int, padding: int) -> Te
     for top in range(-padding, height + padding - size + 1, stride):
         for left in range(-padding, width + padding - size + 1, stride):
             values = [
-                planes[channel, row, column]
-                if 0 <= row < height and 0 <= column < width
-                else torch.tensor(0.0)
+                planes[channel, row, column] if 0 <= row < height and 0 <= column < width else torch.tensor(0.0)
                 for channel in range(channels)
                 for row in range(top, top + size)
                 for column in range(left, left + size)
@@ -158,9 +154,7 @@ def test_mixtoken_mixes_embeddings() -> None:
 
 
 def test_all_but_positions_and_random_features_train() -> None:
-    model = T2TViT(
-        T2T_VIT_CONFIGS["t2t_vit_14"], num_classes=5, img_size=(32, 48), depth=2, width=32, num_heads=4
-    )
+    model = T2TViT(T2T_VIT_CONFIGS["t2t_vit_14"], num_classes=5, img_size=(32, 48), depth=2, width=32, num_heads=4)
     model(torch.randn(2, 3, 32, 48)).square().mean().backward()
     untrained = {name for name, parameter in model.named_parameters() if parameter.grad is None}
     assert untrained == {"pos_embed", "tokens_to_token.attention1.w", "tokens_to_token.attention2.w"}

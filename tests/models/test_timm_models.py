@@ -83,24 +83,15 @@ def test_layers_that_nobody_asks_for_are_pruned() -> None:
     model, images = make(), torch.randn(1, 3, 32, 48)
     (expected,) = model.forward_intermediates(images, indices=[1], intermediates_only=True)
     assert model.prune_intermediate_layers([-2], prune_norm=True) == [1]
-    assert {name.split(".")[0] for name in model.state_dict()} == {
-        "pos_embed",
-        "cls_token",
-        "patch_embed",
-        "blocks",
-    }
+    assert {name.split(".")[0] for name in model.state_dict()} == {"pos_embed", "cls_token", "patch_embed", "blocks"}
     assert len(model.blocks) == 2
     torch.testing.assert_close(model.forward_intermediates(images, 1, intermediates_only=True), [expected])
 
 
 def test_checkpoints_load_as_timm_validates(tmp_path: Path) -> None:
     model = make()
-    torch.save(
-        {"state_dict": {f"module.{k}": v for k, v in model.state_dict().items()}}, tmp_path / "last.pth.tar"
-    )
-    again = make(
-        checkpoint_path=str(tmp_path / "last.pth.tar"), in_chans=3, scriptable=False, global_pool=None
-    )
+    torch.save({"state_dict": {f"module.{k}": v for k, v in model.state_dict().items()}}, tmp_path / "last.pth.tar")
+    again = make(checkpoint_path=str(tmp_path / "last.pth.tar"), in_chans=3, scriptable=False, global_pool=None)
     assert resolve_data_config({}, model=again)["crop_pct"] == 0.9
     torch.testing.assert_close(again.head.weight, model.head.weight)
 
@@ -137,9 +128,7 @@ def test_folders_for_the_hub_round_trip(tmp_path: Path) -> None:
     images = torch.randn(2, 3, 32, 48)
     again: Any = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     torch.testing.assert_close(again(images), model(images))
-    finer: Any = timm.create_model(
-        f"local-dir:{tmp_path}", pretrained=True, img_size=64, num_classes=3
-    ).eval()
+    finer: Any = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, img_size=64, num_classes=3).eval()
     assert finer(torch.randn(1, 3, 64, 64)).shape == (1, 3)
     torch.testing.assert_close(finer.norm.weight, model.norm.weight)
     ours = create_model(f"local-dir:{tmp_path}", num_classes=7, img_size=(32, 48), pretrained=True).eval()
@@ -165,9 +154,7 @@ def test_our_own_factory_needs_no_registration(tmp_path: Path) -> None:
 
 def test_a_published_file_loads_at_another_size(tmp_path: Path) -> None:
     model = make(img_size=(32, 32))
-    save_file(
-        {f"module.{key}": value for key, value in model.state_dict().items()}, tmp_path / "a.safetensors"
-    )
+    save_file({f"module.{key}": value for key, value in model.state_dict().items()}, tmp_path / "a.safetensors")
     overlay = {"file": str(tmp_path / "a.safetensors"), "num_classes": 7}
     finer = make(img_size=(64, 48), pretrained=True, pretrained_cfg_overlay=overlay)
     assert finer.pos_embed.shape == (1, 13, 32)
@@ -188,7 +175,5 @@ def test_a_new_token_head_begins_as_the_classifier_that_timm_keeps(tmp_path: Pat
     model: Any = create_model(path, num_classes=4, img_size=64, pretrained=True)
     assert torch.equal(model.token_head.weight, network.get_classifier().weight)
     assert torch.equal(model.token_head.bias, network.get_classifier().bias)
-    other: Any = create_model(
-        path, num_classes=3, img_size=64, pretrained=True
-    )  # timm keeps no classifier of these
+    other: Any = create_model(path, num_classes=3, img_size=64, pretrained=True)  # timm keeps no classifier of these
     assert not torch.equal(other.token_head.weight, other.backbone.get_classifier().weight)

@@ -120,29 +120,19 @@ def test_positions_that_are_no_square_need_their_grid(tmp_path: Path) -> None:
     torch.testing.assert_close(other(image).class_logits, one(image).class_logits)
 
 
-def test_another_class_count_drops_the_heads_and_says_so(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_another_class_count_drops_the_heads_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     one, other = tiny(num_classes=1000), tiny(num_classes=7)
     own_head = other.state_dict()["backbone.head.weight"].clone()
     save_file(one.state_dict(), tmp_path / "model.safetensors")
     with caplog.at_level(logging.WARNING):
         loaded = load_published(other, tmp_path)
-    assert loaded.new_heads == (
-        "backbone.head.bias",
-        "backbone.head.weight",
-        "token_head.bias",
-        "token_head.weight",
-    )
+    assert loaded.new_heads == ("backbone.head.bias", "backbone.head.weight", "token_head.bias", "token_head.weight")
     assert "head.weight" in caplog.text
     assert "start anew" in caplog.text
     assert torch.equal(other.state_dict()["backbone.head.weight"], own_head)
+    torch.testing.assert_close(other.state_dict()["backbone.norm.weight"], one.state_dict()["backbone.norm.weight"])
     torch.testing.assert_close(
-        other.state_dict()["backbone.norm.weight"], one.state_dict()["backbone.norm.weight"]
-    )
-    torch.testing.assert_close(
-        other.state_dict()["backbone.blocks.1.mlp.fc2.weight"],
-        one.state_dict()["backbone.blocks.1.mlp.fc2.weight"],
+        other.state_dict()["backbone.blocks.1.mlp.fc2.weight"], one.state_dict()["backbone.blocks.1.mlp.fc2.weight"]
     )
 
 
@@ -169,10 +159,7 @@ def test_adapters_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (
-            {"width": 64},
-            r"for another model .* sizes differ: backbone\S+ \(.*\), .* more",
-        ),
+        ({"width": 64}, r"for another model .* sizes differ: backbone\S+ \(.*\), .* more"),
         ({"depth": 3}, r"for another model .*: it lacks backbone.blocks.2.attn.proj.bias, .* and \d+ more"),
         ({"depth": 1}, r"for another model .*: it has backbone.blocks.1.attn.proj.bias, .* and \d+ more"),
     ],
@@ -199,9 +186,7 @@ def test_a_pickle_that_runs_code_is_refused_with_a_way_out(
 ) -> None:
     path, weights = tmp_path / "evil.pth", tiny().state_dict()
     torch.save({**({key: weights} if key else weights), "extra": Malicious()}, path)
-    with pytest.raises(
-        ModelError, match=r"evil.pth holds more than tensors.*convert it once: python -c"
-    ) as caught:
+    with pytest.raises(ModelError, match=r"evil.pth holds more than tensors.*convert it once: python -c") as caught:
         read_checkpoint(path)
     assert "never run" not in capsys.readouterr().out
     command = str(caught.value).partition('python -c "')[2].removesuffix('"')
@@ -319,10 +304,7 @@ def test_arrays_of_the_original_vits(tmp_path: Path, monkeypatch: pytest.MonkeyP
         f"{block}/MlpBlock_3/Dense_1/bias": (32,),
     }
     for part in ("query", "key", "value"):
-        shapes |= {
-            f"{block}/{attention}/{part}/kernel": (32, 2, 16),
-            f"{block}/{attention}/{part}/bias": (2, 16),
-        }
+        shapes |= {f"{block}/{attention}/{part}/kernel": (32, 2, 16), f"{block}/{attention}/{part}/bias": (2, 16)}
     for norm in ("Transformer/encoder_norm", f"{block}/LayerNorm_0", f"{block}/LayerNorm_2"):
         shapes |= {f"{norm}/scale": (32,), f"{norm}/bias": (32,)}
     generator = np.random.default_rng(0)
@@ -351,21 +333,13 @@ def below(prefix: str, tensors: dict[str, Tensor], **others: Tensor) -> dict[str
         ({"model": below("module._orig_mod.model.", BARE)}, ""),
         ({"epoch": 3, "net": {"weights": below("net.", BARE)}}, ""),
         (
-            {
-                "state_dict": below("model.", BARE, **{"loss.weight": torch.ones(3)}),
-                "hyper_parameters": {"a": 1},
-            },
+            {"state_dict": below("model.", BARE, **{"loss.weight": torch.ones(3)}), "hyper_parameters": {"a": 1}},
             "passes over loss.weight (1 tensors)",
         ),
         (below("encoder.backbone.", BARE, n_averaged=torch.tensor(3)), "passes over n_averaged"),
         ({"state_dict": {f"layer._orig_mod.{n}".removeprefix("layer."): t for n, t in BARE.items()}}, ""),
         (
-            {
-                "optimizer": {
-                    "state": {0: {"exp_avg": torch.ones(2)}},
-                    "names": below("m.", {"a": torch.ones(1)}),
-                }
-            }
+            {"optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}, "names": below("m.", {"a": torch.ones(1)})}}
             | BARE,
             "",
         ),
@@ -430,9 +404,7 @@ def test_what_differs_is_called_as_in_the_file(tmp_path: Path) -> None:
     other = timm.create_model("vit_tiny_patch16_224", num_classes=5, **deeper).state_dict()
     model = create_model("vit_tiny_patch16_224", num_classes=5, img_size=(32, 32), **VIT)
     torch.save(other, tmp_path / "a.pth")
-    with pytest.raises(
-        ModelError, match=r"options: it has blocks\.1\.attn\.proj\.bias, .* and \d+ more"
-    ) as error:
+    with pytest.raises(ModelError, match=r"options: it has blocks\.1\.attn\.proj\.bias, .* and \d+ more") as error:
         load_published(model, tmp_path / "a.pth")
     assert "backbone." not in str(error.value)
     assert "\n" not in str(error.value)
@@ -502,14 +474,10 @@ def test_heads_that_nobody_trained_say_nothing(tmp_path: Path, monkeypatch: pyte
     assert load_model("test_resnet", weights="other.pth").heads == (Inference.CLASS,)
 
 
-def test_a_file_of_another_network_is_refused_by_its_names(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_of_another_network_is_refused_by_its_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save({"state_dict": below("module.", BARE)}, "a.pth")
-    with pytest.raises(
-        ModelError, match=r"cannot be loaded \(a.pth .*it lacks .*; it has module.conv1"
-    ) as error:
+    with pytest.raises(ModelError, match=r"cannot be loaded \(a.pth .*it lacks .*; it has module.conv1") as error:
         load_model("test_efficientnet", weights="a.pth")
     assert "\n" not in str(error.value)
 
@@ -526,12 +494,7 @@ def test_training_begins_with_the_rows_of_its_own_classes(
         Image.new("RGB", (8, 8)).save(Path("images", name, "1.png"))
     recipe = {
         "data": {"train": "images", "num_workers": 0},
-        "model": {
-            "name": "vit_tiny_patch16_224",
-            "img_size": [32, 32],
-            "options": VIT,
-            "weights": "imagenet.ckpt",
-        },
+        "model": {"name": "vit_tiny_patch16_224", "img_size": [32, 32], "options": VIT, "weights": "imagenet.ckpt"},
         "optim": {"lr": 1e-9, "lr_batch_size": 3},
         "loss": {"beta": 0},
         "epochs": 1,

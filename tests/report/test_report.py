@@ -42,9 +42,7 @@ def made(tmp_path_factory):
         words = ["--recipe", "demo_class_labels", "--out", str(folder / name), f"--seed={seed}"]
         assert main(["train", *words, *data, *FEW]) == 0
     masks = f"masks:{folder / 'scenes' / 'masks' / 'train'}"
-    assert (
-        main(["annotate", str(folder / "scenes" / "train"), str(folder / "labels"), "--teacher", masks]) == 0
-    )
+    assert main(["annotate", str(folder / "scenes" / "train"), str(folder / "labels"), "--teacher", masks]) == 0
     words = ["--recipe", "demo_token_labels", "--out", str(folder / "third"), "--mix.probability=1"]
     assert main(["train", *words, f"--data.labels={folder / 'labels'}", *data, *FEW]) == 0
     return folder
@@ -83,13 +81,7 @@ class TestReport:
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         assert done.stdout.splitlines() == ["out/page.html", "set()"]
         page = Path("out/page.html").read_text()
-        for title in (
-            "Results",
-            "Curves",
-            "Accuracy by class",
-            "What third is trained on",
-            "Settings that differ",
-        ):
+        for title in ("Results", "Curves", "Accuracy by class", "What third is trained on", "Settings that differ"):
             assert title in page
         assert page.count("<svg") == 4
         assert re.findall(r'(?:src|href)="(?!data:)([^"#]+)"', page) == []
@@ -243,9 +235,7 @@ class TestWhatARunWrites:
         shutil.copytree(made / "first", run)
         before = (run / "pictures" / "train.json").read_bytes()
         data = [f"--data.train={made / 'scenes' / 'train'}", f"--data.val={made / 'scenes' / 'val'}"]
-        assert (
-            main(["train", "--recipe", "demo_class_labels", "--out", str(run), "--seed=0", *data, *FEW]) == 0
-        )
+        assert main(["train", "--recipe", "demo_class_labels", "--out", str(run), "--seed=0", *data, *FEW]) == 0
         assert (run / "pictures" / "train.json").read_bytes() == before
 
 
@@ -283,9 +273,7 @@ def test_the_map_of_targets_is_that_of_dense_ones(seed, num_entries):
 
 @settings(max_examples=30, deadline=None)
 @given(
-    keys=st.lists(
-        st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1), min_size=1
-    ),
+    keys=st.lists(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1), min_size=1),
     seed=st.integers(0, 10_000),
 )
 def test_answers_come_back_as_they_were_written(tmp_path_factory, keys, seed):
@@ -308,9 +296,7 @@ def test_maps_come_back_as_they_were_written(tmp_path_factory, seed, size):
     ids = rng.integers(-1, 100_000, size)
     strength = rng.integers(0, 256, size) / 255
     photo = rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)
-    album = make_album(
-        [([Tile(photo, "x", ClassGrid(ids, strength, (0, 0.25, 1, 0.75)))], {"key": "k"})], ["a"] * 50
-    )
+    album = make_album([([Tile(photo, "x", ClassGrid(ids, strength, (0, 0.25, 1, 0.75)))], {"key": "k"})], ["a"] * 50)
     album.write(folder, "val", step=3)
     album.write(folder, "val", step=4)
     again = read_album(folder, "val")
@@ -328,16 +314,12 @@ def test_maps_come_back_as_they_were_written(tmp_path_factory, seed, size):
 def test_the_legend_has_the_classes_that_are_shown_the_most_frequent_first():
     photo = np.zeros((8, 8, 3), np.uint8)
     maps = [ClassGrid(np.array([[0, 1], [1, -1]])), ClassGrid(np.array([[2] * 40]))]
-    album = make_album(
-        [([Tile(photo, "", one)], {"key": "k"}) for one in maps], ["<ant>", "bee", "cat", "dog"]
-    )
+    album = make_album([([Tile(photo, "", one)], {"key": "k"}) for one in maps], ["<ant>", "bee", "cat", "dog"])
     page = Page("x", [album])
     legend = page.legend((album, picture) for picture in album.about["pictures"])
     assert re.findall(r"</i>([^<]*)</span>", legend) == ["cat", "bee", "&lt;ant&gt;", "no label"]
     photo = np.zeros((8, 100, 3), np.uint8)
-    many = make_album(
-        [([Tile(photo, "", ClassGrid(np.arange(100)[None]))], {"key": "k"})], [*map(str, range(100))]
-    )
+    many = make_album([([Tile(photo, "", ClassGrid(np.arange(100)[None]))], {"key": "k"})], [*map(str, range(100))])
     legend = Page("x", [many]).legend((many, picture) for picture in many.about["pictures"])
     assert len(set(re.findall(r"rgb\([^)]*\)", legend))) == 21
     assert "80 others" in legend

@@ -87,10 +87,7 @@ def test_a_dry_run_says_what_the_values_of_masks_mean_and_draws_the_first_pairs(
     assert main([*command, "--data.ignore", "11"]) == 0
     captured = capsys.readouterr()
     lines = captured.out.splitlines()
-    assert (
-        "none of 3 masks holds 1 of 3 classes (car); 10% of the pixels are 11 and do not count"
-        in captured.err
-    )
+    assert "none of 3 masks holds 1 of 3 classes (car); 10% of the pixels are 11 and do not count" in captured.err
     assert lines[0].startswith("model          lvvit_t with fcn head: ")
     assert "images         3 with masks; 3 classes, 24 x 24 px" in lines
     table = lines[lines.index("Pixels of each value in the training masks:") + 2 :]
@@ -117,10 +114,7 @@ def test_a_value_that_is_no_class_is_named_with_what_to_say(folder, capsys):
     assert main(["segment", "train", "--recipe", "recipe.yaml", "--out", "run"]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert "0.png: holds the value 11, which is no class; 11 classes have the values 0-10, 255" in error
-    assert (
-        "; if 11 is none, say --data.ignore-index 11; if 0 is none of them, say --data.class-values=[1,2,"
-        in error
-    )
+    assert "; if 11 is none, say --data.ignore-index 11; if 0 is none of them, say --data.class-values=[1,2," in error
 
 
 def test_ids_beyond_8_bits_keep_their_numbers(folder):
@@ -169,18 +163,14 @@ def write_coco(
                 }
             )
     content = {
-        "images": [
-            {"id": number, "file_name": f"{number}.png", "height": 24, "width": 30} for number in numbers
-        ],
+        "images": [{"id": number, "file_name": f"{number}.png", "height": 24, "width": 30} for number in numbers],
         "annotations": annotations,
         "categories": [{"id": 1 + i, "name": name} for i, name in enumerate(categories)],
     }
     Path(path).write_text(json.dumps(content))
 
 
-COCO_ROW = (
-    [0] * 10 + [1] * 5 + [0] * 5 + [IGNORED] * 10
-)  # the smaller instance wins; neither nothing nor crowds count
+COCO_ROW = [0] * 10 + [1] * 5 + [0] * 5 + [IGNORED] * 10  # the smaller instance wins; neither nothing nor crowds count
 
 
 def test_cocos_file_stands_in_place_of_a_folder_of_masks(folder, capsys):
@@ -216,9 +206,7 @@ def test_cocos_file_teaches_heads_and_stores_and_judges_labels(folder, capsys):
         assert Head.load("head.safetensors").class_names == ("stripe", "box")
     assert main(["annotate", "photos", "labels", "--teacher", "masks:coco.json", "--device", "cpu"]) == 0
     cells = LabelStore("labels")["stripe/1.png"].dense().argmax(axis=2)
-    assert (
-        cells[:, :10] == 1
-    ).all()  # photos/stripe is class 1; the polygon is of the category "stripe" here
+    assert (cells[:, :10] == 1).all()  # photos/stripe is class 1; the polygon is of the category "stripe" here
     assert (cells[:, 10:15] == 0).all()
     capsys.readouterr()
     assert main(["inspect", "labels", "--masks", "coco.json", "--images", "photos"]) == 0
@@ -243,9 +231,7 @@ def test_what_cocos_file_says_becomes_class_ids(folder):
         return ids[0].tolist()
 
     assert row() == COCO_ROW
-    assert row(class_names=("stripe", "box")) == [
-        {0: 1, 1: 0}.get(class_id, class_id) for class_id in COCO_ROW
-    ]
+    assert row(class_names=("stripe", "box")) == [{0: 1, 1: 0}.get(class_id, class_id) for class_id in COCO_ROW]
     assert row(background="rest") == [*COCO_ROW[:20], *[2] * 5, *[IGNORED] * 5]
     for changes, message in (
         ({"class_names": ("box", "car")}, r"all\.json: .*its categories must be these classes"),

@@ -14,14 +14,7 @@ from segment_cases import write_image, write_mask
 from tokenlabel.data.masks import decode_mask
 from tokenlabel.data.scenes import write_scenes
 from tokenlabel.runtime.errors import DataError, ImageError
-from tokenlabel.segmentation.augment import (
-    SegmentTransform,
-    distorted,
-    draw_crop,
-    fitted_size,
-    padded,
-    resize_mask,
-)
+from tokenlabel.segmentation.augment import SegmentTransform, distorted, draw_crop, fitted_size, padded, resize_mask
 from tokenlabel.segmentation.classes import IGNORED, known_classes, numbered_classes
 from tokenlabel.segmentation.data import SegmentDataset, collate
 from tokenlabel.segmentation.layouts import classes_of, open_pairs, other_pairs
@@ -48,10 +41,7 @@ def test_settings_of_other_layouts_are_refused(tmp_path: Path) -> None:
     write_image(tmp_path / "images/1.png", (4, 5))
     write_mask(tmp_path / "masks/1.png", np.zeros((4, 5), np.uint8))
     config = SegmentDataConfig(
-        layout=Layout.FOLDERS,
-        train=str(tmp_path / "images"),
-        masks=str(tmp_path / "masks"),
-        class_names=("a",),
+        layout=Layout.FOLDERS, train=str(tmp_path / "images"), masks=str(tmp_path / "masks"), class_names=("a",)
     )
     with pytest.raises(DataError, match="layout folders has no splits"):
         other_pairs(config, ["a"], split="train")
@@ -141,16 +131,12 @@ def test_what_is_wrong_is_said_before_training(tmp_path: Path) -> None:
         pairs_of(layout=Layout.ADE20K, root=str(tmp_path))
     config = folders(tmp_path)
     write_image(tmp_path / "images/a/2.jpg", (2, 2))
-    with pytest.raises(
-        DataError, match=r"masks: 1 of 2 images have no mask there \(a/2\.jpg\); expected a/2\.png"
-    ):
+    with pytest.raises(DataError, match=r"masks: 1 of 2 images have no mask there \(a/2\.jpg\); expected a/2\.png"):
         pairs_of(**config)
 
 
 def test_masks_that_are_none_are_named(tmp_path: Path) -> None:
-    with pytest.raises(
-        DataError, match=r"1\.png: holds the values 7, 9, .* 2 classes have the values 0-1, 255"
-    ):
+    with pytest.raises(DataError, match=r"1\.png: holds the values 7, 9, .* 2 classes have the values 0-1, 255"):
         pairs_of(**folders(tmp_path, ((7, 1), (1, 9)))).read(0)
     with pytest.raises(DataError, match=r"has 1 x 4 pixels \(height x width\), its image .* 2 x 2"):
         pairs_of(**folders(tmp_path, ((0, 0, 0, 0),))).check()
@@ -260,9 +246,7 @@ def test_crops_avoid_those_that_one_class_fills() -> None:
     mask[:, :4] = IGNORED
     starts = [draw_crop(mask, (8, 8), max_ratio=0.75, rng=np.random.default_rng(s)) for s in range(60)]
     shares = [np.bincount(mask[:, left : left + 8].ravel() + 1, minlength=3)[1:] for _, left in starts]
-    assert (
-        np.mean([two.max() < 0.75 * two.sum() for two in shares]) > 0.9
-    )  # of all places a third is like this
+    assert np.mean([two.max() < 0.75 * two.sum() for two in shares]) > 0.9  # of all places a third is like this
     assert all(0 <= top <= 12 and 0 <= left <= 12 for top, left in starts)
     first = [draw_crop(mask, (8, 8), max_ratio=1.0, rng=np.random.default_rng(s))[1] for s in range(60)]
     assert min(first) < 4

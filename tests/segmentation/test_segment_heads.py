@@ -11,21 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.models.upernet.modeling_upernet import UperNetFCNHead, UperNetHead
 
-from tokenlabel.models.decoders import (
-    DecodeHead,
-    FCNHead,
-    LinearHead,
-    NeckKind,
-    UPerNetHead,
-    find_levels,
-    resized,
-)
-from tokenlabel.models.segmentation import (
-    HeadKind,
-    SegmentationModel,
-    SegmentModelConfig,
-    create_segmentation_model,
-)
+from tokenlabel.models.decoders import DecodeHead, FCNHead, LinearHead, NeckKind, UPerNetHead, find_levels, resized
+from tokenlabel.models.segmentation import HeadKind, SegmentationModel, SegmentModelConfig, create_segmentation_model
 
 WIDTHS = [8, 12, 16, 24]
 # Small backbones: of one scale, without a class token, of stages, of stages and windows.
@@ -35,12 +22,7 @@ BACKBONES: dict[str, dict[str, Any]] = {
     "vit_tiny_patch16_224": {"depth": 5, "embed_dim": 16, "num_heads": 2},
     "test_resnet": {},
     "test_convnext": {},
-    "swin_tiny_patch4_window7_224": {
-        "depths": (1, 1, 1, 1),
-        "embed_dim": 16,
-        "num_heads": (1,) * 4,
-        "window_size": 2,
-    },
+    "swin_tiny_patch4_window7_224": {"depths": (1, 1, 1, 1), "embed_dim": 16, "num_heads": (1,) * 4, "window_size": 2},
 }
 
 
@@ -111,9 +93,7 @@ def test_the_linear_head_is_one_linear_map_of_each_place() -> None:
 
 @settings(max_examples=20)
 @given(st.integers(1, 4), st.integers(1, 9), st.integers(1, 9), st.integers(2, 5))
-def test_upernet_takes_maps_of_any_number_and_size(
-    levels: int, height: int, width: int, classes: int
-) -> None:
+def test_upernet_takes_maps_of_any_number_and_size(levels: int, height: int, width: int, classes: int) -> None:
     head = UPerNetHead(WIDTHS[:levels], classes, width=4).eval()
     found = head([torch.randn(1, w, height, width) for w in WIDTHS[:levels]])
     assert found.shape == (1, classes, height, width)

@@ -16,13 +16,7 @@ from tokenlabel.models.decoders import HeadOutputs
 from tokenlabel.models.segmentation import SegmentationModel, SegmentOutputs
 from tokenlabel.segmentation.classes import IGNORED
 from tokenlabel.segmentation.evaluation import confusion, figures_of
-from tokenlabel.segmentation.inference import (
-    Segmenter,
-    most_probable,
-    slide_logits,
-    whole_logits,
-    window_starts,
-)
+from tokenlabel.segmentation.inference import Segmenter, most_probable, slide_logits, whole_logits, window_starts
 from tokenlabel.segmentation.recipe import SegmentEvalConfig
 
 
@@ -118,9 +112,7 @@ def test_images_are_filled_up_to_what_a_model_takes() -> None:
     st.integers(1, 40),
     st.integers(0, 99),
 )
-def test_the_most_probable_class_of_several_views(
-    grids: list[tuple[int, int]], num_classes: int, seed: int
-) -> None:
+def test_the_most_probable_class_of_several_views(grids: list[tuple[int, int]], num_classes: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     views = [4 * torch.randn(num_classes, *grid, generator=generator) for grid in grids]
     found = most_probable(views, (7, 9))
@@ -202,9 +194,7 @@ def test_looks_that_cannot_be_are_refused() -> None:
         SegmentEvalConfig(short_side_px=-5)
     with pytest.raises(ValueError, match=r"eval\.max_aspect must be at least 1"):
         SegmentEvalConfig(max_aspect=0.5)
-    with pytest.raises(
-        ValueError, match="windows of 512 x 512 px that lie 512 and 600 px apart leave pixels out"
-    ):
+    with pytest.raises(ValueError, match="windows of 512 x 512 px that lie 512 and 600 px apart leave pixels out"):
         Segmenter(Local(), SegmentEvalConfig(stride_px=(512, 600)), window_px=(512, 512))
     whole = SegmentEvalConfig(mode="whole", stride_px=(600, 600))
     Segmenter(Local(), whole, window_px=(512, 512))
@@ -229,9 +219,7 @@ def test_the_confusion_matrix_counts_each_pixel(num_classes: int, num_pixels: in
 def test_figures_are_those_of_sets_of_pixels(num_classes: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     truth, said = rng.integers(0, num_classes, (2, 30)).astype(np.int16)
-    found = figures_of(
-        confusion(torch.from_numpy(said.astype(np.int64)), torch.from_numpy(truth), num_classes)
-    )
+    found = figures_of(confusion(torch.from_numpy(said.astype(np.int64)), torch.from_numpy(truth), num_classes))
     ious, accuracies = [], []
     for c in range(num_classes):
         mine, theirs = set(np.flatnonzero(said == c)), set(np.flatnonzero(truth == c))

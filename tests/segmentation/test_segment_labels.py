@@ -130,9 +130,7 @@ def test_a_teacher_of_few_masks_labels_all_images_and_a_network_learns_from_both
 )
 def test_maps_are_learnt_as_finely_as_they_are(here, cells, finer, changes):
     masked = {path.name for path in Path("few/masks").iterdir()}
-    write_store(
-        "fine", [path.name for path in Path("images").iterdir() if path.name not in masked][:1], grid=cells
-    )
+    write_store("fine", [path.name for path in Path("images").iterdir() if path.name not in masked][:1], grid=cells)
     task = build(recipe_for(Path("none"), **plain(data__labels="fine", **changes)), device=CPU)
     assert task.loss.finer == finer
     times = f", {finer} times as fine, by fine" if finer > 1 else "that of each location by fine"
@@ -194,9 +192,7 @@ def test_two_processes_and_small_parts_have_the_loss_of_one(here):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("forkserver")
-    processes = [
-        context.Process(target=rank_of_two, args=(rank, port, recipe, here / "two")) for rank in (0, 1)
-    ]
+    processes = [context.Process(target=rank_of_two, args=(rank, port, recipe, here / "two")) for rank in (0, 1)]
     for process in processes:
         process.start()
     for process in processes:
@@ -216,10 +212,7 @@ def test_two_processes_and_small_parts_have_the_loss_of_one(here):
             ("--data.train=images", "--data.labels=others", "--data.masks=few/masks"),
             "others: labels of other classes than the masks'",
         ),
-        (
-            ("--data.train=images", "--data.labels=strange"),
-            "20 of 20 images without a mask have no label (",
-        ),
+        (("--data.train=images", "--data.labels=strange"), "20 of 20 images without a mask have no label ("),
         (
             ("--data.train=images", "--data.labels=labels", "--data.masks=foreign"),
             "foreign: 20 of 20 images have no mask there",
@@ -261,9 +254,7 @@ def test_maps_that_are_coarser_than_a_classs_objects_are_said_with_the_figure(he
 
 def test_a_segmentation_run_refuses_what_is_for_other_teachers(here, capsys):
     assert train(capsys, "--data.train", "few", "--out", "run", "--num_steps", "1")[0] == 0
-    assert (
-        main(["annotate", "images", "maps", "--teacher", "run", "--crop", "center", "--device", "cpu"]) == 2
-    )
+    assert main(["annotate", "images", "maps", "--teacher", "run", "--crop", "center", "--device", "cpu"]) == 2
     assert "run is a segmentation run, for which there is no --crop" in capsys.readouterr().err
     assert main(["annotate", "images", "maps", "--teacher", "run", "--size", "48", "--scales=[1,1.5]"]) == 0
     assert len(LabelStore("maps")) == 20

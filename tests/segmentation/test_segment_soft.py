@@ -34,11 +34,7 @@ def sample_of(seed: int, num_classes: int, *, kind: str) -> SegmentSample:
     transform = SegmentTransform(SegmentAugmentConfig(scale=(0.5, 1.5)), CROP_PX)
     shown, classes, view = transform(pixels, mask if kind == "mask" else None, rng)
     probs = rng.dirichlet([0.4] * num_classes, size=(4, 7)).astype(np.float32)
-    score_map = {
-        "mask": None,
-        "map": from_probabilities(probs, topk=2),
-        "unknown": unknown_map(num_classes),
-    }[kind]
+    score_map = {"mask": None, "map": from_probabilities(probs, topk=2), "unknown": unknown_map(num_classes)}[kind]
     image = torch.from_numpy(np.ascontiguousarray(shown)).permute(2, 0, 1)
     return SegmentSample(image, torch.from_numpy(classes), f"{seed}.png", view, score_map)
 
@@ -56,9 +52,7 @@ def dense_target(sample: SegmentSample, grid: tuple[int, int], num_classes: int)
         point = np.array([(column + (j + 0.5) / count) / columns, (row + (i + 0.5) / count) / rows])
         x, y = sample.view.to_source(point)
         edge = EDGE_TOLERANCE  # as `covers` takes it
-        is_seen = (
-            region.left - edge <= x <= region.right + edge and region.top - edge <= y <= region.bottom + edge
-        )
+        is_seen = region.left - edge <= x <= region.right + edge and region.top - edge <= y <= region.bottom + edge
         if not (sample.view.covers(point) and is_seen):
             continue
         x, y = np.clip(x * width - 0.5, 0, width - 1), np.clip(y * height - 0.5, 0, height - 1)
@@ -77,9 +71,7 @@ def oracle(samples: list[SegmentSample], logits: torch.Tensor, finer: int = 1) -
         if sample.score_map is None:
             size = list(sample.mask.shape)
             large = F.interpolate(of_image[None], size=size, mode="bilinear", align_corners=False)
-            per_pixel = F.cross_entropy(
-                large, sample.mask[None].long(), ignore_index=IGNORED, reduction="none"
-            )
+            per_pixel = F.cross_entropy(large, sample.mask[None].long(), ignore_index=IGNORED, reduction="none")
             losses.append(per_pixel.mean())
         else:
             target = torch.from_numpy(dense_target(sample, grid, len(of_image)))
@@ -108,9 +100,7 @@ def test_the_soft_loss_is_that_of_a_dense_oracle_beside_masks(kinds, sizes, fine
     loss = head_loss(outputs, collate(samples), SegmentLossConfig(finer=finer))
     expected = oracle(samples, outputs.logits, finer)
     torch.testing.assert_close(loss, expected, atol=1e-6, rtol=0, check_dtype=False)
-    for ours, theirs in zip(
-        torch.autograd.grad(loss, wanted), torch.autograd.grad(expected, wanted), strict=True
-    ):
+    for ours, theirs in zip(torch.autograd.grad(loss, wanted), torch.autograd.grad(expected, wanted), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
 
 

@@ -24,11 +24,7 @@ from tokenlabel.data.scenes import write_scenes
 from tokenlabel.labels.store import LabelStore
 from tokenlabel.models import create_model
 from tokenlabel.models.runs import list_checkpoints
-from tokenlabel.models.segmentation import (
-    SegmentModelConfig,
-    create_segmentation_model,
-    load_segmentation_weights,
-)
+from tokenlabel.models.segmentation import SegmentModelConfig, create_segmentation_model, load_segmentation_weights
 from tokenlabel.runtime.configuration import config_from_dict
 from tokenlabel.runtime.distributed import Ranks, joined_ranks
 from tokenlabel.runtime.errors import ConfigError, ModelError
@@ -153,11 +149,7 @@ def figures_of_run(run, ranks):
     pairs = build(trained.recipe, device=CPU).val_pairs
     assert pairs is not None
     figures = evaluate_segmentation(
-        segmenter_of(trained, CPU),
-        pairs,
-        device=CPU,
-        autocast=torch.autocast("cpu", enabled=False),
-        ranks=ranks,
+        segmenter_of(trained, CPU), pairs, device=CPU, autocast=torch.autocast("cpu", enabled=False), ranks=ranks
     )
     del figures["images_per_s"]
     return figures
@@ -199,18 +191,14 @@ def test_a_classifier_of_another_size_becomes_the_backbone(tmp_path):
     model = new_model(img_size=(24, 36))
     load_segmentation_weights(model, tmp_path / "classifier.safetensors")
     ours, theirs = model.backbone.state_dict(), classifier.state_dict()
-    assert all(
-        torch.equal(ours[name], theirs[name]) for name in theirs if name.startswith("backbone.blocks.")
-    )
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs if name.startswith("backbone.blocks."))
     assert ours["backbone.pos_embed"].shape == (1, 1 + 4 * 6, 16)
 
 
 def as_published(model, *, changes=()):
     """Return the tensors of a model under the names of the published files, which have no classifier in there."""
     renamed = {
-        name.replace("neck.side", "backbone.side").replace(
-            "backbone.backbone.", "backbone."
-        ): tensor.contiguous()
+        name.replace("neck.side", "backbone.side").replace("backbone.backbone.", "backbone."): tensor.contiguous()
         for name, tensor in model.state_dict().items()
         if not name.startswith(("backbone.backbone.head", "backbone.token_head", "backbone.backbone.norm."))
     }
@@ -363,9 +351,7 @@ def test_one_image_at_once_is_too_few_for_upernet(scenes, tmp_path):
 def test_predictions_of_the_same_name_are_refused(run, tmp_path, capsys):
     for name in ("one.jpg", "one.png"):
         write_image(tmp_path / "photos" / name, (30, 41))
-    assert (
-        main(["segment", "predict", str(run), str(tmp_path / "photos"), "--out", str(tmp_path / "out")]) == 2
-    )
+    assert main(["segment", "predict", str(run), str(tmp_path / "photos"), "--out", str(tmp_path / "out")]) == 2
     assert "would both be written to one.png" in capsys.readouterr().err
 
 
@@ -400,7 +386,5 @@ def test_a_report_shows_figures_classes_and_pictures(run, tmp_path, capsys):
     figures = json.loads((tmp_path / "eval.json").read_text())
     assert f"<td>{figures['miou']:.1%}</td>" in page
     assert "<td>background</td>" in page
-    assert (
-        page.count("the truth") == 2 * 12
-    )  # caption and alternative text of each val image, once for both runs
+    assert page.count("the truth") == 2 * 12  # caption and alternative text of each val image, once for both runs
     capsys.readouterr()

@@ -28,9 +28,7 @@ def found_of(**rows):
     """Rows as lists of (top1, loss) by seed; None for a run that is not there."""
     runs = {
         row: {
-            seed: RunRecord(
-                plan=row, name=row, seed=seed, figures={"top1": values[0], "loss": values[1]}, curve=()
-            )
+            seed: RunRecord(plan=row, name=row, seed=seed, figures={"top1": values[0], "loss": values[1]}, curve=())
             for seed, values in enumerate(rows.get(row, []))
             if values is not None
         }
@@ -98,11 +96,7 @@ def test_nothing_finished_is_a_table_without_figures():
 
 def test_learning_curves_are_means_over_seeds():
     found = found_of(a=[(0.8, 1.0), (0.8, 1.0)])
-    runs = {
-        "a": {
-            seed: replace(run, curve=((10, seed / 100), (20, 0.2))) for seed, run in found.runs["a"].items()
-        }
-    }
+    runs = {"a": {seed: replace(run, curve=((10, seed / 100), (20, 0.2))) for seed, run in found.runs["a"].items()}}
     curves = learning_curves(replace(found, runs=runs))
     (_, lines) = curves["top-1 on val (%) against steps"]
     assert lines["row a"] == [(10.0, pytest.approx(0.5)), (20.0, pytest.approx(20.0))]

@@ -13,15 +13,7 @@ from studies.__main__ import main, parsed, study_of
 from studies.measures import FinishedRun, label_truth, predictions
 from studies.records import RunRecord, read_records, write_records
 from studies.runs import counted_cost, environment_of_one, finished_runs, run_job, write_list
-from studies.tables import (
-    Step,
-    Study,
-    StudyError,
-    filled,
-    names_in,
-    read_table,
-    read_testbed,
-)
+from studies.tables import Step, Study, StudyError, filled, names_in, read_table, read_testbed
 from tokenlabel.data.images import has_classes
 from tokenlabel.data.scenes import write_scenes
 from tokenlabel.data.sources import open_images
@@ -138,10 +130,7 @@ def test_a_record_is_of_a_plan_with_its_steps_and_knows_no_folder(tiny):
     ours = study_in(tiny)
     plan = ours.plans["tiny"]["token"]
     assert replace(ours, out=Path("elsewhere")).plans["tiny"]["token"].digest == plan.digest
-    steps = {
-        **ours.testbed.steps,
-        "labels": Step(command="annotate {scenes}/train {here} --teacher resnet18"),
-    }
+    steps = {**ours.testbed.steps, "labels": Step(command="annotate {scenes}/train {here} --teacher resnet18")}
     other = replace(ours, testbed=replace(ours.testbed, steps=steps))
     assert other.plans["tiny"]["token"].digest != plan.digest
     assert ours.plans["tiny"]["swapped"].digest != plan.digest
@@ -283,9 +272,7 @@ def test_a_process_gets_one_of_the_gpus_that_this_one_may_use(monkeypatch):
 
 def test_labels_are_held_against_the_masks_of_other_crops_for_each_seed(tiny):
     """And tokens have nothing to get right in a run that never trained their head."""
-    figures = [
-        json.loads((tiny / "out" / "runs" / "base" / seed / "measures.json").read_text()) for seed in "01"
-    ]
+    figures = [json.loads((tiny / "out" / "runs" / "base" / seed / "measures.json").read_text()) for seed in "01"]
     assert 0.9 < figures[0]["label_truth"] <= 1
     trained = load_run(tiny / "out" / "runs" / "base" / "0")
     without = replace(trained.recipe, loss=replace(trained.recipe.loss, beta=0.0))
@@ -325,9 +312,7 @@ def test_every_row_is_a_recipe_on_every_testbed(testbed_name):
     lacking = () if testbed_name == "embedded" else ("truth", "truth_swapped", "exact")
     tables = study.tables
     tables = [
-        replace(
-            table, differences=[], rows={name: row for name, row in table.rows.items() if name not in lacking}
-        )
+        replace(table, differences=[], rows={name: row for name, row in table.rows.items() if name not in lacking})
         for table in tables
     ]
     study = replace(study, tables=tables)
@@ -342,12 +327,7 @@ def test_every_row_is_a_recipe_on_every_testbed(testbed_name):
 def test_rows_that_are_the_same_run_once():
     """MixToken with token labels is a row of `mixing`, `defects`, `labels` and `distillation`."""
     four = study_of(parsed(["mixing", "defects", "labels", "distillation", "--seeds", "1", "--out", "out"]))
-    rows = [
-        ("mixing", "token_mixtoken"),
-        ("defects", "aligned"),
-        ("labels", "token"),
-        ("distillation", "token"),
-    ]
+    rows = [("mixing", "token_mixtoken"), ("defects", "aligned"), ("labels", "token"), ("distillation", "token")]
     assert {four.plans[table][row].name for table, row in rows} == {"base"}
     assert [job.seed for job in four.jobs()] == [0] * sum(len(t.rows) for t in four.tables)
 
@@ -380,10 +360,7 @@ def test_each_seed_of_segmentation_begins_with_a_backbone_of_its_own():
         (("[swapped, token]", "[swapped, tokne]"), "name a row 'tokne'"),
         (("title: Tiny\n", ""), "title"),
         (("[top1, token_accuracy", "[top1, tokens"), r"no metric \['tokens'\]; known: top1"),
-        (
-            ("metrics: [top1, token_accuracy, probe_accuracy, label_truth, step_s]", "metrics: []"),
-            "no metric at all",
-        ),
+        (("metrics: [top1, token_accuracy, probe_accuracy, label_truth, step_s]", "metrics: []"), "no metric at all"),
         (("[[swapped, token]]", "[[swapped]]"), r"expected pairs of rows.*\['swapped'\]"),
         (("token: {title: token labels}", "token:"), "rows.token: expected a mapping"),
     ],

@@ -76,9 +76,7 @@ def config(**changes) -> AnnotateConfig:
 
 
 def run(images, labels, teacher=None, **changes):
-    return annotate_by(
-        teacher or ByColour(), ImageFolder(images), labels, config=config(**changes), device=CPU
-    )
+    return annotate_by(teacher or ByColour(), ImageFolder(images), labels, config=config(**changes), device=CPU)
 
 
 def test_every_place_of_images_of_any_shape_is_labelled(images, tmp_path):
@@ -133,9 +131,7 @@ def test_a_second_call_labels_only_what_is_missing(images, tmp_path):
 
 def test_another_teacher_does_not_write_into_the_store(images, tmp_path):
     run(images, tmp_path / "labels")
-    with pytest.raises(
-        StoreError, match=r"preprocessing\.size is 16 there, 32 here\); choose another folder"
-    ):
+    with pytest.raises(StoreError, match=r"preprocessing\.size is 16 there, 32 here\); choose another folder"):
         run(images, tmp_path / "labels", ByColour(size=32))
 
 
@@ -234,10 +230,7 @@ def test_images_that_are_listed_are_labelled_anew(bitmaps, tmp_path, capsys):
     assert (LabelStore(tmp_path / "labels")["blue/wide.bmp"].top_class_ids[:, 0] == 0).all()
 
     # Another content of the file is another request, and another list labels the same images once more.
-    assert (
-        run(bitmaps, tmp_path / "labels", again=keys_file(tmp_path, "blue/wide.bmp", "# once more")).num_anew
-        == 1
-    )
+    assert run(bitmaps, tmp_path / "labels", again=keys_file(tmp_path, "blue/wide.bmp", "# once more")).num_anew == 1
     assert max(generations(tmp_path / "labels")) == "4"
 
 
@@ -261,15 +254,12 @@ def test_labelling_anew_goes_on_where_it_was_stopped(images, tmp_path):
     assert done.num_labelled == 10 - num_done
     assert run(images, tmp_path / "labels", again=again).num_labelled == 0
     assert len(LabelStore(tmp_path / "labels")) == 10
-    assert (
-        run(images, tmp_path / "new", again=again).num_labelled == 10
-    )  # there is nothing yet to be labelled again
+    assert run(images, tmp_path / "new", again=again).num_labelled == 10  # there is nothing yet to be labelled again
     assert run(images, tmp_path / "new", again=again).num_labelled == 0
 
 
 @pytest.mark.parametrize(
-    "line",
-    ["images/red/square.png", "./red/square.png", "red/square.png ", '"red/square.png"', "{}/red/square.png"],
+    "line", ["images/red/square.png", "./red/square.png", "red/square.png ", '"red/square.png"', "{}/red/square.png"]
 )
 def test_lists_as_find_and_spreadsheets_write_them_are_taken(images, tmp_path, monkeypatch, line):
     monkeypatch.chdir(images.parent)
@@ -307,14 +297,10 @@ def packed_in_tar(images: Path) -> TarImages:
 
 
 @pytest.mark.parametrize("opened", [ImageFolder, packed_in_tar])
-def test_images_that_were_replaced_are_named_and_labelled_anew(
-    bitmaps, tmp_path, capsys, monkeypatch, opened
-):
+def test_images_that_were_replaced_are_named_and_labelled_anew(bitmaps, tmp_path, capsys, monkeypatch, opened):
     def run_on_it(**changes):
         capsys.readouterr()
-        done = annotate_by(
-            ByColour(), opened(bitmaps), tmp_path / "labels", config=config(**changes), device=CPU
-        )
+        done = annotate_by(ByColour(), opened(bitmaps), tmp_path / "labels", config=config(**changes), device=CPU)
         return done.num_labelled, capsys.readouterr().err
 
     run_on_it()
@@ -324,9 +310,7 @@ def test_images_that_were_replaced_are_named_and_labelled_anew(
     assert "no image is known to have been replaced" in run_on_it(again="changed")[1]
     repaint(bitmaps / "red" / "square.bmp", "green", "green")
     Image.new("RGB", (9, 9)).save(bitmaps / "blue" / "wide.bmp")
-    expected = (
-        "2 images were replaced since labelling (blue/wide.bmp, red/square.bmp); --again changed labels anew"
-    )
+    expected = "2 images were replaced since labelling (blue/wide.bmp, red/square.bmp); --again changed labels anew"
     count, said = run_on_it()
     assert (count, expected in said) == (0, True)
     monkeypatch.setattr("tokenlabel.teachers.todo.MAX_READ", 0)
@@ -334,11 +318,7 @@ def test_images_that_were_replaced_are_named_and_labelled_anew(
     assert "1 image was replaced since labelling (blue/wide.bmp)" in said
     assert "images were modified since labelling and kept their size; --again changed reads them" in said
     inspect = partial(inspect_store, LabelStore(tmp_path / "labels"), source=opened(bitmaps))
-    assert (
-        inspect().replaced
-        == inspect(InspectConfig(verify=True)).replaced
-        == ("blue/wide.bmp", "red/square.bmp")
-    )
+    assert inspect().replaced == inspect(InspectConfig(verify=True)).replaced == ("blue/wide.bmp", "red/square.bmp")
     assert "replaced                2 of the images since" in as_text(inspect().as_dict())
     monkeypatch.setattr("tokenlabel.labels.inspection.find_replaced", partial(find_replaced, max_read=0))
     assert "which kept their size: --verify reads them" in as_text(inspect().as_dict())
@@ -375,9 +355,7 @@ def test_stores_that_do_not_say_what_images_they_are_of(images, tmp_path, capsys
 
 def test_two_calls_at_once(images, tmp_path, capsys):
     with ThreadPoolExecutor(2) as pool:
-        calls = [
-            pool.submit(run, images, tmp_path / "labels", ByColour(seconds_a_batch=0.2)) for _ in range(2)
-        ]
+        calls = [pool.submit(run, images, tmp_path / "labels", ByColour(seconds_a_batch=0.2)) for _ in range(2)]
         assert [call.result().num_labelled for call in calls] == [9, 9]
     capsys.readouterr()
     assert len(LabelStore(tmp_path / "labels", duplicates="refuse")) == 9
@@ -403,9 +381,7 @@ def test_failures_of_other_images_stay_noted_while_they_exist(images, tmp_path):
 
 def test_a_store_that_cannot_be_written_is_enough_where_nothing_is_missing(images, tmp_path, monkeypatch):
     run(images, tmp_path / "labels")
-    before = {
-        path.name: path.stat().st_mtime_ns for path in [tmp_path / "labels", *(tmp_path / "labels").iterdir()]
-    }
+    before = {path.name: path.stat().st_mtime_ns for path in [tmp_path / "labels", *(tmp_path / "labels").iterdir()]}
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     assert run(images, tmp_path / "labels").num_present == 9
     assert before == {
@@ -416,9 +392,7 @@ def test_a_store_that_cannot_be_written_is_enough_where_nothing_is_missing(image
         run(images, tmp_path / "labels")
 
 
-def test_the_command_line_labels_anew_and_says_what_a_store_holds_twice(
-    bitmaps, tmp_path, capsys, monkeypatch
-):
+def test_the_command_line_labels_anew_and_says_what_a_store_holds_twice(bitmaps, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("tokenlabel.teachers.annotation.load_teachers", lambda *_: ByColour())
 
@@ -544,9 +518,7 @@ def test_what_a_class_map_leaves_out_is_renormalised_by_default(many_classes, ca
     assert re.search(r"labels: 0\.0% of [\d,]+ cells keep nothing", capsys.readouterr().err)
     store = LabelStore("labels")
     assert store.manifest.teacher["class_map"]["nowhere"] == "renormalise"
-    teacher = load_teacher(
-        "test_resnet", config(teacher="test_resnet", size=64), CPU, weights="teacher.safetensors"
-    )
+    teacher = load_teacher("test_resnet", config(teacher="test_resnet", size=64), CPU, weights="teacher.safetensors")
     pixels, _ = teacher.input.of(Image.open("images/red/wide.png"))
     probs = teacher.probabilities(torch.from_numpy(pixels).permute(2, 0, 1)[None])[0].detach().numpy()
     ours = np.stack([probs[..., 2], probs[..., 3], probs[..., :2].sum(axis=2)], axis=2)
@@ -559,10 +531,7 @@ def test_a_store_goes_on_with_what_it_was_made_with(many_classes, images, capsys
     assert "keep nothing" not in capsys.readouterr().err
     assert LabelStore("labels").manifest.teacher["class_map"]["nowhere"] == "spread evenly"
     assert annotate_with_map() == 2
-    assert (
-        "made with --outside spread there, renormalise here; `--outside spread` goes on"
-        in capsys.readouterr().err
-    )
+    assert "made with --outside spread there, renormalise here; `--outside spread` goes on" in capsys.readouterr().err
     write_image(images / "red" / "new.png", "red", "red")
     (images.parent / "map.csv").write_text("0,red\n1,blue\n2,blue\n3,green\n")
     assert annotate_with_map() == 2, "and another class map"
@@ -646,9 +615,7 @@ def test_masks_go_with_no_other_teacher(images):
 
 
 @settings(max_examples=50, deadline=None)
-@given(
-    shapes=st.lists(st.sampled_from([(4, 4, 3), (2, 8, 3), (8, 2, 3)]), max_size=40), size=st.integers(1, 5)
-)
+@given(shapes=st.lists(st.sampled_from([(4, 4, 3), (2, 8, 3), (8, 2, 3)]), max_size=40), size=st.integers(1, 5))
 def test_batches_have_one_shape_and_hold_every_image_once(shapes, size):
     images = [TeacherImage(str(i), np.zeros(shape, np.uint8), WHOLE_IMAGE) for i, shape in enumerate(shapes)]
     batches = list(by_shape(images, size))
@@ -706,9 +673,7 @@ def num_labels(folder) -> int:
     return len(LabelStore(folder)) if (folder / "manifest.json").exists() else 0
 
 
-@pytest.mark.parametrize(
-    ("num_images", "num_kills"), [(300, 3), pytest.param(1500, 20, marks=pytest.mark.long)]
-)
+@pytest.mark.parametrize(("num_images", "num_kills"), [(300, 3), pytest.param(1500, 20, marks=pytest.mark.long)])
 def test_killed_ranks_lose_nothing_but_their_open_files(tmp_path, num_images, num_kills):
     rng = random.Random(0)
     for i in range(num_images):

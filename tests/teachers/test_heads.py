@@ -59,9 +59,7 @@ FAMILIES = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("name", "options", "width"), FAMILIES, ids=lambda part: part if isinstance(part, str) else ""
-)
+@pytest.mark.parametrize(("name", "options", "width"), FAMILIES, ids=lambda part: part if isinstance(part, str) else "")
 @torch.no_grad()
 def test_the_vector_of_a_location_is_that_of_an_image_that_shows_it_everywhere(name, options, width):
     """Oracle: one location after the other, put everywhere, through the network's own `forward_head`."""
@@ -228,16 +226,7 @@ def test_words_of_a_backbone_label_images_that_have_other_classes(images, tmp_pa
     """As users run it: processes, relative paths; a store of words knows its words by the head's hash."""
     monkeypatch.chdir(images)
     head, store = str(tmp_path / "words.safetensors"), str(tmp_path / "labels")
-    options = [
-        "--backbone",
-        "resnet10t",
-        "--weights",
-        "resnet10t.safetensors",
-        "--from",
-        "words",
-        "--words",
-        "6",
-    ]
+    options = ["--backbone", "resnet10t", "--weights", "resnet10t.safetensors", "--from", "words", "--words", "6"]
     run = [sys.executable, "-m", "tokenlabel"]
     subprocess.run([*run, "fit-head", "images", head, *options, "--size", "64"], check=True)
     subprocess.run([*run, "annotate", "images", store, "--teacher", head, "--topk", "2"], check=True)
@@ -277,9 +266,7 @@ def test_the_same_command_finds_its_head_and_another_does_not_write_over_it(imag
     assert fit(images, head, "--from", "words", "--words", "4") == 0
     assert "is there, fitted by the same command" in capsys.readouterr().err
     assert fit(images, head, "--from", "words", "--words", "5") == 2
-    assert (
-        "was fitted with other options (words); name another file, or --overwrite" in capsys.readouterr().err
-    )
+    assert "was fitted with other options (words); name another file, or --overwrite" in capsys.readouterr().err
     assert head.read_bytes() == first
     assert fit(images, head, "--from", "words", "--words", "5", "--overwrite") == 0
     assert Head.load(head).num_classes == 5
@@ -293,25 +280,17 @@ def test_the_same_command_finds_its_head_and_another_does_not_write_over_it(imag
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (
-            ("--from", "words"),
-            "too few for 8,192 words; give more images, a larger --size, or --words of at most",
-        ),
+        (("--from", "words"), "too few for 8,192 words; give more images, a larger --size, or --words of at most"),
         (("--from", "wrods"), "--from is labels, words, text, masks:DIR, or a file of embeddings"),
         (("--from", "masks:nowhere"), "nowhere: no such folder of masks"),
-        (
-            ("--from", "labels", "--words", "9"),
-            "--words: means nothing for a head --from labels; leave it out",
-        ),
+        (("--from", "labels", "--words", "9"), "--words: means nothing for a head --from labels; leave it out"),
         (("--from", "text"), "no file of class names"),
         (("--from", "nowhere.npy"), "no file of class names"),
         (("--from", "words", "--words", "1"), "--words must be at least 2"),
         (("--from", "words", "--weights", "nowhere.safetensors"), "nowhere.safetensors"),
     ],
 )
-def test_what_cannot_be_fitted_says_so_in_one_line_and_leaves_nothing(
-    images, tmp_path, capsys, options, message
-):
+def test_what_cannot_be_fitted_says_so_in_one_line_and_leaves_nothing(images, tmp_path, capsys, options, message):
     assert fit(images, tmp_path / "head.safetensors", *options) == 2
     assert message in [*filter(None, capsys.readouterr().err.splitlines())][-1]
     assert not [*tmp_path.iterdir()]
@@ -323,13 +302,7 @@ def test_images_that_do_not_decode_are_passed_over(images, tmp_path, capsys):
         (tmp_path / "images" / "a" / path.name).write_bytes(path.read_bytes())
     (tmp_path / "images" / "a" / "broken.png").write_bytes(b"no image")
     weights = ["--weights", str(images / "resnet10t.safetensors"), "--size", "64"]
-    command = [
-        "fit-head",
-        str(tmp_path / "images"),
-        str(tmp_path / "head.safetensors"),
-        "--backbone",
-        "resnet10t",
-    ]
+    command = ["fit-head", str(tmp_path / "images"), str(tmp_path / "head.safetensors"), "--backbone", "resnet10t"]
     assert main([*command, *weights, "--from", "words", "--words", "3"]) == 0
     assert "1 of 7 images were passed over (a/broken.png" in capsys.readouterr().err
 
@@ -340,14 +313,7 @@ def test_a_head_belongs_to_the_weights_that_it_was_fitted_on(images, tmp_path, c
     torch.manual_seed(1)
     model = timm.create_model("resnet10t", num_classes=3)
     save_file(model.state_dict(), tmp_path / "other.safetensors")
-    command = [
-        "annotate",
-        str(images / "images"),
-        str(tmp_path / "labels"),
-        "--teacher",
-        str(head),
-        "--weights",
-    ]
+    command = ["annotate", str(images / "images"), str(tmp_path / "labels"), "--teacher", str(head), "--weights"]
     assert main([*command, str(tmp_path / "other.safetensors")]) == 2
     assert "was fitted on resnet10t with other weights" in capsys.readouterr().err
     # The classifier is no part of the backbone: another one, or none, changes nothing.
@@ -372,10 +338,7 @@ def test_embeddings_of_image_text_networks_are_vectors_and_transformers_keep_the
 
 def test_words_of_two_heads_are_not_averaged_and_mirror_images_are(images, tmp_path):
     for seed in "01":
-        assert (
-            fit(images, tmp_path / f"{seed}.safetensors", "--from", "words", "--words", "4", "--seed", seed)
-            == 0
-        )
+        assert fit(images, tmp_path / f"{seed}.safetensors", "--from", "words", "--words", "4", "--seed", seed) == 0
     files = [str(tmp_path / f"{seed}.safetensors") for seed in "01"]
     with pytest.raises(ModelError, match="visual words of one head mean nothing to another"):
         load_teachers(TeacherConfig(teacher=files), [], CPU)
@@ -410,9 +373,7 @@ def test_in_python_it_is_what_the_page_shows(images, tmp_path, monkeypatch):
     page = (Path(__file__).parents[2] / "docs" / "heads.md").read_text(encoding="utf-8")
     code = page.split("```python\n")[1].split("```")[0]
     small = 'backbone="resnet10t", weights="resnet10t.safetensors", size=64'
-    code = code.replace('backbone="vit_small_patch16_dinov3.lvd1689m"', small).replace(
-        "words=8192", "words=4"
-    )
+    code = code.replace('backbone="vit_small_patch16_dinov3.lvd1689m"', small).replace("words=8192", "words=4")
     assert small in code
     for name in ("images", "resnet10t.safetensors"):
         (tmp_path / name).symlink_to(images / name)
@@ -424,9 +385,7 @@ def test_in_python_it_is_what_the_page_shows(images, tmp_path, monkeypatch):
     assert len(names["store"]) == 12
 
 
-@given(
-    seed=st.integers(0, 99), length=st.integers(1, 3), soft=st.booleans(), decay=st.sampled_from(DECAYS[:3])
-)
+@given(seed=st.integers(0, 99), length=st.integers(1, 3), soft=st.booleans(), decay=st.sampled_from(DECAYS[:3]))
 @settings(max_examples=15, deadline=None)
 def test_linear_heads_are_at_the_least_of_their_loss(seed, length, soft, decay):
     """Oracle: the loss bag by bag in a loop; around what is fitted it is larger in every direction."""
@@ -477,9 +436,7 @@ def colours(tmp_path_factory):
 
 
 @pytest.mark.parametrize("source", ["labels", "masks:masks"])
-def test_heads_from_labels_and_masks_find_the_classes_where_they_are(
-    colours, tmp_path, monkeypatch, capsys, source
-):
+def test_heads_from_labels_and_masks_find_the_classes_where_they_are(colours, tmp_path, monkeypatch, capsys, source):
     monkeypatch.chdir(colours)
     head, store = str(tmp_path / "head.safetensors"), str(tmp_path / "labels")
     command = ["--backbone", "resnet10t", "--weights", "resnet10t.safetensors", "--size", "64"]
@@ -516,24 +473,13 @@ def test_few_masks_are_enough_and_their_classes_may_have_names_of_their_own(colo
     ]
     assert main([*command, "--from", f"masks:{tmp_path / 'masks'}"]) == 2
     assert "holds 2, which is no id of 2 classes" in capsys.readouterr().err
-    assert (
-        main(
-            [*command, "--from", f"masks:{tmp_path / 'masks'}", "--class-names", str(tmp_path / "names.txt")]
-        )
-        == 0
-    )
+    assert main([*command, "--from", f"masks:{tmp_path / 'masks'}", "--class-names", str(tmp_path / "names.txt")]) == 0
     head = Head.load(tmp_path / "head.safetensors")
     assert (head.class_names, head.fitted["images"]) == (("a", "b", "c"), 3)
     # Its classes are not those of the images.
     assert (
         main(
-            [
-                "annotate",
-                str(colours / "images"),
-                str(tmp_path / "l"),
-                "--teacher",
-                str(tmp_path / "head.safetensors"),
-            ]
+            ["annotate", str(colours / "images"), str(tmp_path / "l"), "--teacher", str(tmp_path / "head.safetensors")]
         )
         == 2
     )
@@ -547,13 +493,7 @@ def test_labels_of_one_class_or_of_one_image_each_are_refused(colours, tmp_path,
         ("images/red/0.png\tred\nimages/blue/1.png\tblue\n", "none of 2 classes has two images"),
     ):
         (colours / "list.txt").write_text(lines)
-        command = [
-            "fit-head",
-            str(colours / "list.txt"),
-            str(tmp_path / "head.safetensors"),
-            "--backbone",
-            "resnet10t",
-        ]
+        command = ["fit-head", str(colours / "list.txt"), str(tmp_path / "head.safetensors"), "--backbone", "resnet10t"]
         assert main([*command, *weights]) == 2
         assert message in capsys.readouterr().err
 
@@ -562,22 +502,11 @@ def test_embeddings_from_a_file_are_scaled_cosines(colours, tmp_path, capsys):
     rows = np.random.default_rng(0).normal(size=(2, 512)).astype(np.float32)
     np.save(tmp_path / "two.npy", rows)
     np.save(tmp_path / "narrow.npy", rows[:, :100])
-    save_file(
-        {"embeddings": torch.from_numpy(rows), "other": torch.zeros(3, 3)}, tmp_path / "two.safetensors"
-    )
+    save_file({"embeddings": torch.from_numpy(rows), "other": torch.zeros(3, 3)}, tmp_path / "two.safetensors")
     weights = ["--weights", str(colours / "resnet10t.safetensors"), "--size", "64"]
-    command = [
-        "fit-head",
-        str(colours / "classes.txt"),
-        str(tmp_path / "head.safetensors"),
-        "--backbone",
-        "resnet10t",
-    ]
+    command = ["fit-head", str(colours / "classes.txt"), str(tmp_path / "head.safetensors"), "--backbone", "resnet10t"]
     for file in ("two.npy", "two.safetensors"):
-        assert (
-            main([*command, *weights, "--from", str(tmp_path / file), "--temperature", "0.05", "--overwrite"])
-            == 0
-        )
+        assert main([*command, *weights, "--from", str(tmp_path / file), "--temperature", "0.05", "--overwrite"]) == 0
         head = Head.load(tmp_path / "head.safetensors")
         assert (head.kind, head.class_names, head.scale) == ("file", ("blue", "red"), pytest.approx(20))
         vector = torch.randn(512)
@@ -606,9 +535,7 @@ def test_texts_are_the_mean_of_their_prompts_and_other_backbones_are_refused(
     colours, images, tmp_path, monkeypatch, capsys
 ):
     asked = []
-    monkeypatch.setattr(
-        "tokenlabel.teachers.texts.load_tower", lambda name: asked.append(name) or OneHotTower()
-    )
+    monkeypatch.setattr("tokenlabel.teachers.texts.load_tower", lambda name: asked.append(name) or OneHotTower())
     command = [
         "fit-head",
         str(colours / "classes.txt"),
@@ -620,12 +547,7 @@ def test_texts_are_the_mean_of_their_prompts_and_other_backbones_are_refused(
     ]
     assert main([*command, "--backbone", CLIP, "--weights", str(images / f"{CLIP}.safetensors")]) == 0
     head = Head.load(tmp_path / "head.safetensors")
-    assert (asked, head.kind, head.scale, head.class_names) == (
-        [CLIP],
-        "text",
-        pytest.approx(100),
-        ("blue", "red"),
-    )
+    assert (asked, head.kind, head.scale, head.class_names) == ([CLIP], "text", pytest.approx(100), ("blue", "red"))
     for row, name in zip(head.matrix, head.class_names, strict=True):
         vectors = [np.bincount([*prompt.format(name).encode()], minlength=512) for prompt in PROMPTS]
         mean = np.mean([vector / np.linalg.norm(vector) for vector in vectors], axis=0)
@@ -633,9 +555,7 @@ def test_texts_are_the_mean_of_their_prompts_and_other_backbones_are_refused(
     monkeypatch.undo()
     weights = ["--weights", str(images / "resnet10t.safetensors"), "--overwrite"]
     assert main([*command, "--backbone", "resnet10t", *weights]) == 2
-    assert (
-        "resnet10t: its text tower is not known, if it has one; known are those of" in capsys.readouterr().err
-    )
+    assert "resnet10t: its text tower is not known, if it has one; known are those of" in capsys.readouterr().err
 
 
 def test_a_text_tower_of_open_clip():
@@ -646,9 +566,7 @@ def test_a_text_tower_of_open_clip():
     network = open_clip.CLIP(embed_dim=24, vision_cfg=vision, text_cfg=text).eval()
 
     def tokenizer(texts):
-        return torch.tensor(
-            [[1, *(byte % 256 for byte in text.encode()[:38]), 299, *[0] * 40][:40] for text in texts]
-        )
+        return torch.tensor([[1, *(byte % 256 for byte in text.encode()[:38]), 299, *[0] * 40][:40] for text in texts])
 
     embeddings = text_embeddings(OpenClipTower(network, tokenizer, 100.0), ["cat", "dog"])
     assert embeddings.shape == (2, 24)
@@ -669,9 +587,7 @@ def test_a_head_teaches_in_the_step_and_words_do_not(colours, images, tmp_path):
     torch.testing.assert_close(of_locations, offline.probabilities(pixels))
     assert fit(images, tmp_path / "words.safetensors", "--from", "words", "--words", "4") == 0
     with pytest.raises(ModelError, match="says visual words, not classes; label the images once"):
-        load_online_teacher(
-            OnlineTeacherConfig(name=str(tmp_path / "words.safetensors")), ["blue", "red"], CPU
-        )
+        load_online_teacher(OnlineTeacherConfig(name=str(tmp_path / "words.safetensors")), ["blue", "red"], CPU)
 
 
 def test_a_fit_that_was_stopped_leaves_nothing(images, tmp_path, monkeypatch, capsys):

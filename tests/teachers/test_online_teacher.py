@@ -47,9 +47,7 @@ def teacher(network, *, fixed_size_px=None, precision: Literal["fp32", "bf16"] =
 
 
 def some_images(img_size=(64, 96)):
-    return torch.randint(
-        0, 256, (2, 3, *img_size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
-    )
+    return torch.randint(0, 256, (2, 3, *img_size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
 @torch.no_grad()
@@ -110,10 +108,7 @@ def test_what_is_outside_of_its_classes_is_left_out_or_spread(network, tmp_path)
         return loaded
 
     online = load()
-    said, own = (
-        online.probabilities(some_images()),
-        NetworkOnlineTeacher(online.teacher).probabilities(some_images()),
-    )
+    said, own = (online.probabilities(some_images()), NetworkOnlineTeacher(online.teacher).probabilities(some_images()))
     for got, plain in zip(said, own, strict=True):
         ours = torch.stack([plain[..., :2].sum(dim=-1), plain[..., 2], plain[..., 3]], dim=-1)
         torch.testing.assert_close(got, ours / ours.sum(dim=-1, keepdim=True))
@@ -139,9 +134,7 @@ def test_it_is_loaded_by_name_with_weights_from_a_file(network, tmp_path):
     assert loaded is not None
     data = resolve_data_config({}, model=network)
     images = some_images((96, 96))
-    seen = (images / 255 - torch.tensor(data["mean"])[:, None, None]) / torch.tensor(data["std"])[
-        :, None, None
-    ]
+    seen = (images / 255 - torch.tensor(data["mean"])[:, None, None]) / torch.tensor(data["std"])[:, None, None]
     with torch.no_grad():
         expected = F.softmax(network(seen), dim=1)
     torch.testing.assert_close(loaded.probabilities(images)[0], expected, atol=1e-5, rtol=1e-4)

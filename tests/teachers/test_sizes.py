@@ -64,9 +64,7 @@ def teacher(network: DenseNetwork, *, chosen: bool = False) -> NetworkTeacher:
 def test_a_larger_size_is_proposed_where_it_agrees_better(source):
     line = proposed_size(teacher(Larger(80)), source, range(7), CPU)
     assert line is not None
-    assert line.startswith(
-        "larger: of 6 whole images at 64 px it names the class of its own crop in 0, at 80 px in 6"
-    )
+    assert line.startswith("larger: of 6 whole images at 64 px it names the class of its own crop in 0, at 80 px in 6")
     assert "--size 80," in line
     assert "1.6 times the work" in line
 

@@ -123,10 +123,7 @@ def test_the_published_teacher_gives_18_by_18():
 
 @pytest.mark.parametrize(
     ("name", "reason"),
-    [
-        ("pit_ti_224", "not one vector for each"),
-        ("crossvit_tiny_240", "forward_intermediates|several branches"),
-    ],
+    [("pit_ti_224", "not one vector for each"), ("crossvit_tiny_240", "forward_intermediates|several branches")],
 )
 def test_heads_that_cannot_be_moved_are_refused_by_name(name, reason):
     backbone = timm_model(name, num_classes=5).eval()
@@ -274,9 +271,7 @@ def test_members_of_another_size_get_the_images_resized():
 def test_flipping_turns_maps_back():
     images = some_images((16, 32))
     teacher = ByColour()
-    torch.testing.assert_close(
-        Ensemble([teacher], flip=True).probabilities(images), teacher.probabilities(images)
-    )
+    torch.testing.assert_close(Ensemble([teacher], flip=True).probabilities(images), teacher.probabilities(images))
 
     class LooksLeft(ByColour):
         def probabilities(self, images):
@@ -306,9 +301,7 @@ def test_class_maps_sum_and_drop():
 
 def test_renormalised_probabilities_are_conditional_on_our_classes():
     class_map = ClassMap(np.array([1, -1, 1, 0, -1]), 3, outside="renormalise")
-    far = (
-        1e-4  # of the probability is on ours, then next to nothing, then all, then what no network should say
-    )
+    far = 1e-4  # of the probability is on ours, then next to nothing, then all, then what no network should say
     probs = torch.tensor(
         [
             [0.1, 0.2, 0.3, 0.1, 0.3],
@@ -392,10 +385,7 @@ def test_networks_of_other_sources_that_were_trained_on_images_and_texts():
 @pytest.mark.parametrize(
     ("name", "what"),
     [
-        (
-            "vit_base_patch16_clip_224.openai",
-            r"512 outputs are an embedding, not classes.*laion2b_ft_in12k_in1k",
-        ),
+        ("vit_base_patch16_clip_224.openai", r"512 outputs are an embedding, not classes.*laion2b_ft_in12k_in1k"),
         ("vit_small_patch14_dinov2.lvd142m", "weights have no classifier"),
     ],
 )

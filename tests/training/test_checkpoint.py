@@ -10,13 +10,7 @@ from tokenlabel.models.load import load_model
 from tokenlabel.models.runs import list_checkpoints, read_state, read_tensors
 from tokenlabel.runtime.configuration import config_from_dict
 from tokenlabel.runtime.errors import ModelError
-from tokenlabel.training.checkpoint import (
-    TrainState,
-    load_checkpoint,
-    load_run,
-    prune_checkpoints,
-    save_checkpoint,
-)
+from tokenlabel.training.checkpoint import TrainState, load_checkpoint, load_run, prune_checkpoints, save_checkpoint
 from tokenlabel.training.optim import create_ema, create_optimizer
 from tokenlabel.training.recipe import OptimConfig, Recipe
 
@@ -59,9 +53,7 @@ def save(run, step, trained):
 
 
 def same_weights(one, other):
-    return all(
-        torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True)
-    )
+    return all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
 
 
 def test_a_loaded_state_goes_on_bit_by_bit(tmp_path):
@@ -183,10 +175,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, file):
     room = 1000  # less than either file
     if file == "state.json":  # smaller than the tensors: these must not be what fails
         trained = TrainState(torch.nn.Identity(), torch.optim.SGD([torch.nn.Parameter(torch.ones(1))]), None)
-    with (
-        files_of_at_most(room),
-        pytest.raises(ModelError, match=r"(?i)too large.*earlier checkpoints are intact"),
-    ):
+    with files_of_at_most(room), pytest.raises(ModelError, match=r"(?i)too large.*earlier checkpoints are intact"):
         save(tmp_path, 2, trained)
     assert [int(path.name) for path in list_checkpoints(tmp_path)] == [1]
     assert load_checkpoint(first, trained_for(0)) == 1
@@ -203,9 +192,7 @@ def test_a_run_from_pretrained_weights_is_loaded_without_fetching_them(tmp_path,
     }
     model = create_model("resnet10t", num_classes=3, img_size=(64, 64))
     trained = TrainState(model, torch.optim.SGD(model.parameters()), None)
-    save_checkpoint(
-        tmp_path, 1, trained, recipe=config_from_dict(recipe, Recipe, name="test"), class_names=CLASS_NAMES
-    )
+    save_checkpoint(tmp_path, 1, trained, recipe=config_from_dict(recipe, Recipe, name="test"), class_names=CLASS_NAMES)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert same_weights(load_run(tmp_path).model, model)
     larger = load_model(tmp_path, img_size=96)

@@ -29,9 +29,7 @@ VIT = {
 
 
 def recipe_in_groups(scenes, **changes):  # noqa: F811
-    return recipe_for(
-        scenes, **({"model": VIT, "mix__group_size": 2, "erase": {"probability": 0.5}} | changes)
-    )
+    return recipe_for(scenes, **({"model": VIT, "mix__group_size": 2, "erase": {"probability": 0.5}} | changes))
 
 
 def losses_of(recipe, *, num_steps=4):
@@ -46,9 +44,7 @@ def plain_losses(scenes):  # noqa: F811
     return losses_of(recipe_in_groups(scenes))
 
 
-@pytest.mark.parametrize(
-    "changes", [{"micro_batch_size": 2}, {"micro_batch_size": 4}, {"micro_batch_size": 100}]
-)
+@pytest.mark.parametrize("changes", [{"micro_batch_size": 2}, {"micro_batch_size": 4}, {"micro_batch_size": 100}])
 def test_parts_of_a_batch_add_up_to_it(scenes, plain_losses, changes):  # noqa: F811
     for found, expected in zip(losses_of(recipe_in_groups(scenes, **changes)), plain_losses, strict=True):
         assert found == pytest.approx(expected, abs=1e-5)
@@ -66,9 +62,7 @@ def test_a_compiled_model_gives_the_same_losses(scenes, tmp_path):  # noqa: F811
     output, _ = process.communicate()
     assert process.returncode == 0, output
     train(recipe_for(scenes, epochs=2), tmp_path / "plain", device=CPU)
-    ours, theirs = (
-        [line["loss"] for line in read_metrics(tmp_path / name)] for name in ("compiled", "plain")
-    )
+    ours, theirs = ([line["loss"] for line in read_metrics(tmp_path / name)] for name in ("compiled", "plain"))
     assert ours == pytest.approx(theirs, abs=1e-4)
 
 
@@ -139,9 +133,7 @@ def test_the_newest_the_best_and_every_so_many_are_kept(scenes, tmp_path):  # no
 
 def test_a_loss_that_is_not_a_number_names_the_step_and_its_images(scenes, tmp_path):  # noqa: F811
     recipe = recipe_in_groups(scenes, optim__lr=1e30, optim__warmup_lr=1e30)
-    with pytest.raises(
-        ValueError, match=r"at step 1 on the images \d/\d+\.png, .* lies in .*diverged"
-    ) as stop:
+    with pytest.raises(ValueError, match=r"at step 1 on the images \d/\d+\.png, .* lies in .*diverged") as stop:
         train(recipe, tmp_path / "run", device=CPU)
     assert "optim.lr" in str(stop.value)
     (folder,) = list_checkpoints(tmp_path / "run" / "diverged")
@@ -228,13 +220,10 @@ def test_two_processes_train_as_one(scenes, tmp_path):  # noqa: F811
         expected = [line for line in read_metrics(tmp_path / other) if line["kind"] == "train"]
         found = [line for line in read_metrics(tmp_path / name) if line["kind"] == "train"]
         for part in ("loss", "class_loss", "token_loss", "gradient_norm"):
-            assert [line[part] for line in found] == pytest.approx(
-                [line[part] for line in expected], abs=1e-5
-            )
+            assert [line[part] for line in found] == pytest.approx([line[part] for line in expected], abs=1e-5)
         assert weights_differ_by(tmp_path / name, tmp_path / other) < 1e-4
         first, last = (
-            [line for line in read_metrics(tmp_path / run) if line["kind"] == "eval"][-1]
-            for run in (other, name)
+            [line for line in read_metrics(tmp_path / run) if line["kind"] == "eval"][-1] for run in (other, name)
         )
         assert (last["num_images"], last["top1"]) == (20, first["top1"])
         assert last["loss"] == pytest.approx(first["loss"], abs=1e-4)

@@ -19,12 +19,7 @@ from tokenlabel.models.weights import adapter_name
 from tokenlabel.runtime.configuration import config_as_dict, config_from_dict
 from tokenlabel.runtime.errors import ConfigError
 from tokenlabel.training.checkpoint import TrainState, load_run, save_checkpoint, with_recipe
-from tokenlabel.training.export import (
-    export_run,
-    write_hub_folder,
-    write_onnx,
-    write_safetensors,
-)
+from tokenlabel.training.export import export_run, write_hub_folder, write_onnx, write_safetensors
 from tokenlabel.training.optim import create_ema, create_optimizer
 from tokenlabel.training.recipe import Recipe
 
@@ -103,16 +98,11 @@ def test_timm_opens_the_folder(tmp_path: Path, case: tuple[str, tuple[int, int],
     images = torch.randn(2, 3, *case[1])
     outputs = trained.model(images)
     combined = case in (LVVIT, T2T)
-    torch.testing.assert_close(
-        again(images), outputs.logits(Inference.COMBINED if combined else Inference.CLASS)
-    )
+    torch.testing.assert_close(again(images), outputs.logits(Inference.COMBINED if combined else Inference.CLASS))
     assert json.loads((folder / "config.json").read_text())["label_names"] == CLASS_NAMES
     evaluated = load_model(f"local-dir:{folder}", at_test_size=True)  # as `tokenlabel eval` opens it
     assert (evaluated.img_size, evaluated.class_names) == (case[1], tuple(CLASS_NAMES))
-    assert (evaluated.crop_fraction, evaluated.interpolation.value) == (
-        trained.recipe.eval.crop_fraction,
-        "bicubic",
-    )
+    assert (evaluated.crop_fraction, evaluated.interpolation.value) == (trained.recipe.eval.crop_fraction, "bicubic")
     assert ("register_with_timm" in (folder / "README.md").read_text()) == combined
     if not combined:
         token_head = load_file(folder / "token_head.safetensors")
@@ -139,9 +129,7 @@ def test_volo_gets_its_token_head_back(tmp_path: Path) -> None:
 def save_run(run: Path, case: tuple[str, tuple[int, int], dict[str, Any]]) -> LoadedModel:
     trained = trained_model(*case)
     optim = trained.recipe.optim
-    state = TrainState(
-        trained.model, create_optimizer(trained.model, optim), create_ema(trained.model, optim)
-    )
+    state = TrainState(trained.model, create_optimizer(trained.model, optim), create_ema(trained.model, optim))
     save_checkpoint(run, 1, state, recipe=trained.recipe, class_names=CLASS_NAMES)
     return trained
 

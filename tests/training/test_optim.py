@@ -48,14 +48,7 @@ def test_the_rate_rises_in_the_warm_up_and_never_after(step):
 
 def small_model():
     return create_model(
-        "lvvit_t",
-        num_classes=3,
-        img_size=(16, 16),
-        patch_size=8,
-        depth=1,
-        width=16,
-        num_heads=2,
-        stem_width=8,
+        "lvvit_t", num_classes=3, img_size=(16, 16), patch_size=8, depth=1, width=16, num_heads=2, stem_width=8
     )
 
 

@@ -6,13 +6,7 @@ import yaml
 
 from tokenlabel.cli import main
 from tokenlabel.core.config import Mixing
-from tokenlabel.runtime.configuration import (
-    config_as_dict,
-    config_from_dict,
-    read_yaml,
-    settings,
-    write_config,
-)
+from tokenlabel.runtime.configuration import config_as_dict, config_from_dict, read_yaml, settings, write_config
 from tokenlabel.runtime.errors import ConfigError
 from tokenlabel.training.recipe import Recipe, find_recipe, read_recipe, recipe_content, recipe_names
 
@@ -40,9 +34,7 @@ def write(tmp_path):
 
 
 def test_a_recipe_survives_being_written_and_read(write, tmp_path):
-    recipe = read(
-        write(MINIMAL | {"mix": {"kind": "mixtoken"}, "model": {"name": "x", "options": {"depth": 2}}})
-    )
+    recipe = read(write(MINIMAL | {"mix": {"kind": "mixtoken"}, "model": {"name": "x", "options": {"depth": 2}}}))
     assert recipe.mix.kind is Mixing.MIXTOKEN
     write_config(recipe, tmp_path / "again.yaml")
     assert read(tmp_path / "again.yaml") == recipe
@@ -58,10 +50,7 @@ def test_a_written_recipe_names_every_field(write):
     ("change", "words"),
     [
         ({"bach_size": 3}, ["bach_size", "did you mean batch_size"]),
-        (
-            {"optim": {"lr": 1e-3, "lr_batch_size": 100, "wieght_decay": 1}},
-            ["wieght_decay", "optim.weight_decay"],
-        ),
+        ({"optim": {"lr": 1e-3, "lr_batch_size": 100, "wieght_decay": 1}}, ["wieght_decay", "optim.weight_decay"]),
         ({"epochs": "many"}, ["epochs", "many"]),
         ({"mix": {"kind": "mixtokens"}}, ["mix.kind", "mixtokens"]),
         ({"precision": "fp12"}, ["precision", "fp12"]),
@@ -150,10 +139,7 @@ def test_options_override_a_recipe_that_extends_another_and_what_is_printed_is_w
         ("bad.yaml", ["bad.yaml: unknown key optim.wieght_decay", "did you mean optim.weight_decay"]),
         ("[deit_s, deit_b]", ["one.yaml: extends takes the name of one recipe", "['deit_s', 'deit_b']"]),
         ("flat.yaml", ["flat.yaml: optim: expected a mapping of fields, got 3"]),
-        (
-            "segment_scenes",
-            ["segment_scenes.yaml: unknown key", "is it a recipe of tokenlabel segment train?"],
-        ),
+        ("segment_scenes", ["segment_scenes.yaml: unknown key", "is it a recipe of tokenlabel segment train?"]),
     ],
 )
 def test_a_recipe_that_cannot_be_extended_is_named_in_one_line(base, words, tmp_path, capsys):

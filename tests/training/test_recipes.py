@@ -41,9 +41,7 @@ from tokenlabel.training.trainer import prepare, train_step
 
 CPU = torch.device("cpu")
 NAMES = [name for name in recipe_names() if not name.startswith("segment_")]
-NETWORKS = [
-    name for name in NAMES if name != "finetune"
-]  # whose network is that of the run that it begins with
+NETWORKS = [name for name in NAMES if name != "finetune"]  # whose network is that of the run that it begins with
 
 # The beginning of a model's name: options that make it small, and a size that it takes.
 SMALL = {
@@ -86,9 +84,7 @@ def head(name):
 def small(name, data, *, labels):
     """The recipe with a small model, ten images a step, on the scenes."""
     recipe = nested(name)
-    options, img_size = next(
-        small for prefix, small in SMALL.items() if recipe["model"]["name"].startswith(prefix)
-    )
+    options, img_size = next(small for prefix, small in SMALL.items() if recipe["model"]["name"].startswith(prefix))
     recipe["model"] |= {"img_size": [img_size, img_size], "options": options}
     recipe["model"]["name"] = recipe["model"]["name"].replace("mixer_b16", "mixer_s16")  # has no options
     recipe["data"] = {"train": str(data / "scenes" / "train"), "num_workers": 0}
@@ -175,8 +171,7 @@ def test_fine_tuning_at_another_size_begins_with_the_average_of_the_first_run(da
 def test_mixup_takes_turns_with_cutmix(data):
     recipe = small("deit_s", data, labels=False)
     plans = [
-        draw_mix(recipe.mix, 5, (2, 2), (32, 32), generator=torch.Generator().manual_seed(seed))
-        for seed in range(200)
+        draw_mix(recipe.mix, 5, (2, 2), (32, 32), generator=torch.Generator().manual_seed(seed)) for seed in range(200)
     ]
     num_mixups = sum(plan is not None and plan.mask.shape[1:] == (1, 1) for plan in plans)
     assert 70 <= num_mixups <= 130
@@ -241,15 +236,7 @@ def test_the_training_guide_and_the_heads_name_options_that_exist():
     parser = ArgumentParser(exit_on_error=False)
     add_recipe_arguments(parser)
     known = {option for action in parser._actions for option in action.option_strings}
-    known |= {
-        "--out",
-        "--dry-run",
-        "--tensorboard",
-        "--changed-numerics",
-        "--output",
-        "--teacher",
-        "--size",
-    }
+    known |= {"--out", "--dry-run", "--tensorboard", "--changed-numerics", "--output", "--teacher", "--size"}
     known |= {"--class-map", "--images", "--num-classes", "--precision", "--model.options", "--recipe"}
     known |= {"--backbone", "--from"}
     guide = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
@@ -265,6 +252,4 @@ def test_the_training_guide_and_the_heads_name_options_that_exist():
 def test_the_training_guide_lists_every_recipe():
     guide = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
     listed = set(re.findall(r"`(\w+)`", guide[guide.index("## Recipes") :]))
-    assert {
-        name for name in NAMES if name not in listed and name.removesuffix("_token") not in listed
-    } == set()
+    assert {name for name in NAMES if name not in listed and name.removesuffix("_token") not in listed} == set()

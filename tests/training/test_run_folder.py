@@ -125,10 +125,7 @@ class TestWhatMayChange:
         more = recipe(Path("data"), data__num_workers=9)
         assert "data.num_workers" in check_run_folder(unbroken, more, [*"0123456789"], None)
 
-    @pytest.mark.parametrize(
-        "option",
-        ["--micro_batch_size=4", "--precision=fp16"],
-    )
+    @pytest.mark.parametrize("option", ["--micro_batch_size=4", "--precision=fp16"])
     def test_rounding_may_by_an_option_and_the_metrics_say_so(self, here, capsys, option):
         name, _, value = option[2:].partition("=")
         assert continued(option) == 2
@@ -180,13 +177,9 @@ class TestWhatMayChange:
         Path("moved/scenes/train/3/new.png").unlink()
         train_segmentation(smaller, Path("seg"), device=CPU, changed_numerics=True)
         assert int(list_checkpoints(Path("seg"))[-1].name) == 2
-        with pytest.raises(
-            ConfigError, match=r"other classes, 11 there, 11 here \(gone: background; new: rest"
-        ):
+        with pytest.raises(ConfigError, match=r"other classes, 11 there, 11 here \(gone: background; new: rest"):
             train_segmentation(
-                segment_recipe("moved/scenes", precision="bf16", data__background="rest"),
-                Path("seg"),
-                device=CPU,
+                segment_recipe("moved/scenes", precision="bf16", data__background="rest"), Path("seg"), device=CPU
             )
 
 
@@ -221,10 +214,7 @@ class TestWhoseClassesAndImages:
     @pytest.mark.parametrize(
         ("change", "words"),
         [
-            (
-                lambda root: shutil.copy(root / "3/00003.png", root / "3/new.png"),
-                ["41 here", "1 new (3/new.png)"],
-            ),
+            (lambda root: shutil.copy(root / "3/00003.png", root / "3/new.png"), ["41 here", "1 new (3/new.png)"]),
             (lambda root: (root / "3/00003.png").unlink(), ["39 here", "1 gone (3/00003.png)"]),
             (
                 lambda root: (root / "3/00003.png").rename(root / "3/other.png"),
@@ -271,9 +261,7 @@ class TestWhoseClassesAndImages:
         (here / "run/images.gz").write_bytes(b"\0\0")
         shutil.copy(here / "data/scenes/train/3/00003.png", here / "data/scenes/train/3/9.png")
         assert continued("--data.labels=null", "--loss.beta=0") == 2
-        assert (
-            "other images or labels: the images, of which images.gz no longer says" in capsys.readouterr().err
-        )
+        assert "other images or labels: the images, of which images.gz no longer says" in capsys.readouterr().err
         (here / "data/scenes/train/3/9.png").unlink()
         (here / "run/images.json").unlink()
         assert continued() == 0
@@ -301,34 +289,19 @@ class TestImagesWithoutALabel:
         path = here / "data/scenes/train/3/00003.png"
         sound = path.read_bytes()
         path.write_bytes(b"not an image")
-        words = [
-            "annotate",
-            "data/scenes/train",
-            "own",
-            "--teacher",
-            "run",
-            "--device",
-            "cpu",
-            "--size",
-            "24",
-        ]
+        words = ["annotate", "data/scenes/train", "own", "--teacher", "run", "--device", "cpu", "--size", "24"]
         assert main(words) == 0
         path.write_bytes(sound)
         capsys.readouterr()
         assert continued("--data.labels", "own", run="new") == 0
         error = capsys.readouterr().err
-        assert (
-            "1 of 40 images have no label in the store (3/00003.png): their tokens learn from nothing"
-            in error
-        )
+        assert "1 of 40 images have no label in the store (3/00003.png): their tokens learn from nothing" in error
 
     def test_more_than_a_tenth_is_refused_with_an_option_that_helps(self, here, capsys):
         self.some(5)
         assert continued("--data.labels", "data/some", run="new") == 2
         error = capsys.readouterr().err
-        assert (
-            "5 of 40 images have no label in the store (0/00000.png, 0/00010.png, 0/00020.png, ...)" in error
-        )
+        assert "5 of 40 images have no label in the store (0/00000.png, 0/00010.png, 0/00020.png, ...)" in error
         assert "--data.max-missing, now 0.1" in error
         assert continued("--data.max-missing=2", run="new") == 2
         assert "--data.max-missing must be at least 0 and at most 1" in capsys.readouterr().err
@@ -344,9 +317,7 @@ class TestImagesWithoutALabel:
         batch, other = (collate([of.train_set[0, i] for i in range(0, 40, 3)]) for of in (task, whole))
         assert torch.equal(batch.images, other.images)
         outputs = task.model(normalize_images(batch.images, mean=task.model.mean, std=task.model.std))
-        targets, others = (
-            make_targets(b, of.supervision, task.grid) for of, b in ((task, batch), (whole, other))
-        )
+        targets, others = (make_targets(b, of.supervision, task.grid) for of, b in ((task, batch), (whole, other)))
         assert targets.tokens is not None
         assert others.tokens is not None
         known = torch.tensor([key not in lacking for key in batch.keys])
@@ -382,9 +353,7 @@ class TestImagesWithoutALabel:
         views = torch.eye(2, 3).expand(2, 1, 2, 3) + torch.tensor([[0, 0, -0.4], [0, 0, 0.3]])
         for mode in LogitsMode:
             targets = align(collate_score_maps(maps), views, (3, 3), logits=mode)
-            assert (
-                targets.weight[0].abs().sum() == targets.excess[0].abs().sum() == targets.floor[0].sum() == 0
-            )
+            assert targets.weight[0].abs().sum() == targets.excess[0].abs().sum() == targets.floor[0].sum() == 0
             assert targets.weight[1].sum() > 0
 
     def test_eval_holds_the_tokens_against_the_labels_that_there_are(self, here, capsys):
@@ -513,9 +482,7 @@ class TestWhatIsRead:
         assert "1 image (3/00003.png) that cannot be decoded, of 40" in error
         assert words[1] in error  # and this goes through:
         assert continued(*words, run="new") == 0
-        assert "\n1 of 40 images do not decode, and are left out: 3/00003.png\n" in (
-            said := capsys.readouterr().err
-        )
+        assert "\n1 of 40 images do not decode, and are left out: 3/00003.png\n" in (said := capsys.readouterr().err)
         assert said.count("3/00003.png") == 2, "once for each split"
         assert json.loads((here / "new/images.json").read_text())["train"]["broken"] == ["3/00003.png"]
         shutil.copy(here / "data/scenes/train/3/00013.png", broken[0])
@@ -577,13 +544,9 @@ class TestTimeouts:
     def test_a_step_waits_for_minutes_and_what_ranks_do_apart_for_days(self, monkeypatch):
         waits = {}
         monkeypatch.setenv("WORLD_SIZE", "2")
-        monkeypatch.setattr(
-            distributed.dist, "init_process_group", lambda *_, timeout: waits.update(step=timeout)
-        )
+        monkeypatch.setattr(distributed.dist, "init_process_group", lambda *_, timeout: waits.update(step=timeout))
         monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: None)
-        monkeypatch.setattr(
-            distributed.dist, "new_group", lambda backend, timeout: waits.update({backend: timeout})
-        )
+        monkeypatch.setattr(distributed.dist, "new_group", lambda backend, timeout: waits.update({backend: timeout}))
         with joined_ranks(CPU) as ranks:
             assert current_ranks() is ranks
         assert current_ranks().world_size == 1

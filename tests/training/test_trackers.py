@@ -62,32 +62,12 @@ def test_wandb_that_is_not_installed_is_an_error_that_says_what_to_install(tmp_p
 
 def test_wandb_offline_holds_the_figures_of_a_run_that_was_stopped_and_continued(tmp_path):
     write_scenes(tmp_path / "scenes", num_train=20, num_val=10, seed=0)
-    command = [
-        sys.executable,
-        "-m",
-        "tokenlabel",
-        "train",
-        "--recipe",
-        "demo_class_labels",
-        "--out",
-        "runs/first",
-    ]
-    more = [
-        "--data.train",
-        "scenes/train",
-        "--data.val",
-        "scenes/val",
-        "--batch-size",
-        "10",
-        "--device",
-        "cpu",
-    ]
+    command = [sys.executable, "-m", "tokenlabel", "train", "--recipe", "demo_class_labels", "--out", "runs/first"]
+    more = ["--data.train", "scenes/train", "--data.val", "scenes/val", "--batch-size", "10", "--device", "cpu"]
     few = ["--epochs", "2", "--optim.warmup-epochs", "0", "--data.num-workers", "0", "--wandb"]
     environment = os.environ | {"WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
     for _ in range(2):
-        done = subprocess.run(
-            [*command, *more, *few], cwd=tmp_path, env=environment, capture_output=True, text=True
-        )
+        done = subprocess.run([*command, *more, *few], cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     (run_id,) = {path.name for path in (tmp_path / "runs" / "first" / "wandb").glob("offline-*/run-*.wandb")}
     assert (tmp_path / "runs" / "first" / "wandb.id").read_text() in run_id

@@ -69,14 +69,7 @@ def nested_recipe(scenes, **changes):
         "model": {
             "name": "lvvit_t",
             "img_size": [24, 24],
-            "options": {
-                "patch_size": 6,
-                "depth": 2,
-                "width": 16,
-                "num_heads": 2,
-                "stem_width": 8,
-                "drop_path": 0.2,
-            },
+            "options": {"patch_size": 6, "depth": 2, "width": 16, "num_heads": 2, "stem_width": 8, "drop_path": 0.2},
         },
         "optim": {"lr": 2e-3, "lr_batch_size": 8, "warmup_epochs": 1, "ema_decay": 0.9},
         "augment": {"crop_scale": [0.35, 1.0]},
@@ -112,15 +105,7 @@ def test_a_run_leaves_its_recipe_metrics_and_model(scenes, tmp_path):
     assert [line["step"] for line in lines if line["kind"] == "eval"] == [10, NUM_STEPS]
     last = [line for line in lines if line["kind"] == "train"][-1]
     assert last["step"] == NUM_STEPS
-    assert {
-        "loss",
-        "class_loss",
-        "token_loss",
-        "gradient_norm",
-        "lr",
-        "images_per_s",
-        "targets_share",
-    } <= set(last)
+    assert {"loss", "class_loss", "token_loss", "gradient_norm", "lr", "images_per_s", "targets_share"} <= set(last)
     assert last["loss"] == pytest.approx(last["class_loss"] + 0.5 * last["token_loss"])
     assert load_run(tmp_path / "run").class_names == tuple(map(str, range(10)))
 
@@ -260,14 +245,9 @@ def test_without_labels_the_token_head_stays_as_it_was_made(scenes, tmp_path):
 def test_fine_tuning_begins_with_the_weights_of_another_run(scenes, tmp_path):
     train(recipe_for(scenes), tmp_path / "first", device=CPU)
     (folder,) = list_checkpoints(tmp_path / "first")[-1:]
-    frozen = recipe_for(
-        scenes, epochs=1, model__weights=str(folder), model__frozen_layers=1, optim__ema_decay=None
-    )
+    frozen = recipe_for(scenes, epochs=1, model__weights=str(folder), model__frozen_layers=1, optim__ema_decay=None)
     train(frozen, tmp_path / "second", device=CPU)
-    before, after = (
-        load_file(folder / "model.safetensors"),
-        load_run(tmp_path / "second").model.state_dict(),
-    )
+    before, after = (load_file(folder / "model.safetensors"), load_run(tmp_path / "second").model.state_dict())
     layers = load_run(tmp_path / "second").model.layers()
     assert all(torch.equal(after[name], before[name]) == (layer == 0) for name, layer in layers.items())
 

@@ -43,19 +43,14 @@ def made(tmp_path_factory):
     root = tmp_path_factory.mktemp("unlabelled")
     write_scenes(root / "scenes", num_train=40, num_val=20, seed=0)
     for split in ("train", "val"):
-        keys = [
-            path.relative_to(root / "scenes" / split)
-            for path in sorted((root / "scenes" / split).rglob("*.png"))
-        ]
+        keys = [path.relative_to(root / "scenes" / split) for path in sorted((root / "scenes" / split).rglob("*.png"))]
         flat = root / f"flat_{split}"
         flat.mkdir()
         for key in keys:
             shutil.copy(root / "scenes" / split / key, flat / key.as_posix().replace("/", "_"))
         write_words(root / f"words_{split}", [key.as_posix() for key in keys], root / "scenes" / split)
         write_words(root / f"flat_words_{split}", [path.name for path in sorted(flat.iterdir())], flat)
-    keys = sorted(
-        path.relative_to(root / "scenes").as_posix() for path in (root / "scenes/train").rglob("*.png")
-    )
+    keys = sorted(path.relative_to(root / "scenes").as_posix() for path in (root / "scenes/train").rglob("*.png"))
     lines = [f"{key},{key.split('/')[1] if number % 4 == 0 else ''}" for number, key in enumerate(keys)]
     (root / "scenes" / "some.csv").write_text("path,label\n" + "\n".join(lines) + "\n")
     write_words(root / "words_some", keys[::2], root / "scenes")
@@ -100,9 +95,7 @@ def run(capsys, *words):
 
 
 def train(capsys, *words):
-    return run(
-        capsys, "train", "--recipe", "small.yaml", "--data.num_workers", "0", "--device", "cpu", *words
-    )
+    return run(capsys, "train", "--recipe", "small.yaml", "--data.num_workers", "0", "--device", "cpu", *words)
 
 
 FLAT = ("--data.train", "flat_train", "--data.labels", "flat_words_train")
@@ -161,29 +154,14 @@ def test_a_network_without_classes_is_evaluated_by_its_tokens_and_its_features(h
 
 def test_a_classifier_begins_with_the_network_of_a_run_and_new_heads(here, capsys):
     assert train(capsys, *FLAT, "--out", "run", "--epochs", "1")[0] == 0
-    few = (
-        "--data.train",
-        "scenes/some.csv",
-        "--data.val",
-        "scenes/val",
-        "--model.weights",
-        "run",
-        "--out",
-        "few",
-    )
+    few = ("--data.train", "scenes/some.csv", "--data.val", "scenes/val", "--model.weights", "run", "--out", "few")
     small = ("--epochs", "2", "--min_epoch_steps", "3", "--precision", "fp32", "--device", "cpu")
     status, said = run(capsys, "train", "--recipe", "finetune", *few, *small, "--data.num_workers", "0")
     assert status == 0, said
     made = yaml.safe_load(Path("few/recipe.yaml").read_text())["model"]
     before = yaml.safe_load(Path("run/recipe.yaml").read_text())["model"]
-    assert (made["name"], made["img_size"], made["options"]) == (
-        before["name"],
-        before["img_size"],
-        before["options"],
-    )
-    state = json.loads(
-        next(Path("few/checkpoints").glob("0*6/state.json")).read_text()
-    )  # 2 epochs of 3 steps
+    assert (made["name"], made["img_size"], made["options"]) == (before["name"], before["img_size"], before["options"])
+    state = json.loads(next(Path("few/checkpoints").glob("0*6/state.json")).read_text())  # 2 epochs of 3 steps
     assert (len(state["class_names"]), state["token_classes"]) == (10, None)
     assert "top1" in figures("few")
 
@@ -215,10 +193,7 @@ def test_some_images_have_a_class_and_some_a_label(here, capsys):
     assert "training images: 40 images, 10 with a class, 20 with a label map" in said
     status, said = train(capsys, *data, "--out", "dry", "--dry-run")
     assert status == 0, said
-    assert (
-        "40 images, 10 with a class, 20 with a label map; 10 classes and 12 visual words for the tokens"
-        in said
-    )
+    assert "40 images, 10 with a class, 20 with a label map; 10 classes and 12 visual words for the tokens" in said
 
 
 def test_images_of_another_folder_have_no_classes_whatever_its_layout(here, capsys):
@@ -255,10 +230,7 @@ def test_the_loss_is_a_mean_over_images_whatever_is_known_of_each(here):
 def recipe_of(train, labels, **changes):
     data = {"train": train, "labels": labels, "num_workers": 0, "max_missing": 0.5}
     nested = nested_recipe(Path("scenes"), mix__kind="none", eval__every_epochs=9)
-    nested["model"]["options"] |= {
-        "conv_stem": False,
-        "drop_path": 0.0,
-    }  # without BatchNorm, over a process's images
+    nested["model"]["options"] |= {"conv_stem": False, "drop_path": 0.0}  # without BatchNorm, over a process's images
     return config_from_dict({**nested, "data": data, **changes}, Recipe, name="test")
 
 
@@ -315,17 +287,12 @@ def test_a_run_goes_on_with_the_words_that_it_began_with_alone(here, capsys):
     assert train(capsys, *FLAT, "--out", "run", "--epochs", "1")[0] == 0
     other = {"teacher": {"name": "words", "words": "another"}}
     write_words(
-        Path("other"),
-        [path.name for path in sorted(Path("flat_train").iterdir())],
-        Path("flat_train"),
-        **other,
+        Path("other"), [path.name for path in sorted(Path("flat_train").iterdir())], Path("flat_train"), **other
     )
     again = ("--data.train", "flat_train", "--data.labels", "other", "--out", "run", "--epochs", "1")
     status, said = train(capsys, *again)
     assert status == 2
-    assert (
-        "12 visual words of the head abc, these labels are about 12 visual words of the head another" in said
-    )
+    assert "12 visual words of the head abc, these labels are about 12 visual words of the head another" in said
 
 
 def test_a_run_that_speaks_words_teaches_is_a_backbone_and_is_reported(here, capsys):
@@ -340,17 +307,7 @@ def test_a_run_that_speaks_words_teaches_is_a_backbone_and_is_reported(here, cap
     status, said = train(capsys, *labelled, "--model.weights", "run")
     assert status == 0, said
     assert "token_head" not in said  # which goes on with what it knows
-    head = (
-        "fit-head",
-        "scenes/train",
-        "head.safetensors",
-        "--backbone",
-        "run",
-        "--from",
-        "words",
-        "--words",
-        "8",
-    )
+    head = ("fit-head", "scenes/train", "head.safetensors", "--backbone", "run", "--from", "words", "--words", "8")
     status, said = run(capsys, *head, "--device", "cpu")
     assert status == 0, said
     status, said = run(capsys, "report", "run", "next", "--output", "report.html")

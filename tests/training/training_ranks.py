@@ -29,9 +29,7 @@ def train_together(recipes, *, stopped=()):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tokenlabel.classification.task"])
     answers = context.SimpleQueue()
-    ranks = [
-        context.Process(target=_train_rank, args=(rank, port, recipes, stopped, answers)) for rank in (0, 1)
-    ]
+    ranks = [context.Process(target=_train_rank, args=(rank, port, recipes, stopped, answers)) for rank in (0, 1)]
     for process in ranks:
         process.start()
     said = dict(answers.get() for _ in ranks)
@@ -55,9 +53,7 @@ def _train_rank(rank, port, recipes, stopped, answers):
             if run in stopped and rank == 1:
                 threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
             reads[run] = []
-            ImageFiles.read = lambda self, index, keys=reads[run]: (
-                keys.append(self.keys[index]) or read(self, index)
-            )
+            ImageFiles.read = lambda self, index, keys=reads[run]: keys.append(self.keys[index]) or read(self, index)
             task = build(recipe, device=CPU)
             ImageFiles.read = read
             try:

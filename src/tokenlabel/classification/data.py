@@ -127,11 +127,7 @@ def _with_classes(recipe: Recipe, source: ImageSource, store: LabelStore | None)
             f"annotate` make labels and give --data.labels{beta}, or {NEED_CLASSES}{folder}"
         )
     classes = store.manifest.classes
-    return (
-        without_classes(source, classes.labels)
-        if _takes_classes_of_maps(recipe) and not classes.words
-        else source
-    )
+    return without_classes(source, classes.labels) if _takes_classes_of_maps(recipe) and not classes.words else source
 
 
 def _token_classes(recipe: Recipe, source: ImageSource, store: LabelStore | None) -> ClassList:

@@ -69,9 +69,7 @@ def batch_album(
             blend = _pixels(_mixed(images, mix, i), model)
             classes = mixed.tokens and map_of_targets(mixed.tokens, i, grid, len(token_class_names))
             tiles.append(Tile(blend, "mixed, as trained on", classes))
-        pictures.append(
-            (tiles, {"key": batch.keys[i], "caption": _class_target(mixed.class_token, i, class_names)})
-        )
+        pictures.append((tiles, {"key": batch.keys[i], "caption": _class_target(mixed.class_token, i, class_names)}))
     return make_album(pictures, [*map(with_words, token_class_names)])
 
 
@@ -140,12 +138,7 @@ class Answering(Evaluator):
         self.maps = {key: map_of_logits(logits) for key, logits in zip(self.pixels, found, strict=True)}
 
     def write(
-        self,
-        run: Path,
-        keys: Sequence[str],
-        class_names: Sequence[str],
-        token_class_names: Sequence[str],
-        **more: Any,
+        self, run: Path, keys: Sequence[str], class_names: Sequence[str], token_class_names: Sequence[str], **more: Any
     ) -> None:
         """Write the answers and the pictures into a run folder. `keys`: of all images, in order."""
         names = [*map(with_words, class_names)]
@@ -199,17 +192,13 @@ def _class_target(targets: TokenTargets, i: int, names: Sequence[str]) -> str:
     return f"target of the class token: {told}" if told else ""
 
 
-def _mixed(
-    images: Float[Tensor, "B 3 height width"], mix: MixPlan, i: int
-) -> Float[Tensor, "3 height width"]:
+def _mixed(images: Float[Tensor, "B 3 height width"], mix: MixPlan, i: int) -> Float[Tensor, "3 height width"]:
     pair, mask = images[[i, int(mix.partner[i])]], mix.mask[[i, i]]
     return mix_images(pair, MixPlan(mask, torch.tensor([1, 0], device=pair.device), mix.on_tokens))[0]
 
 
 def _pixels(image: Float[Tensor, "3 height width"], model: TokenModel) -> NDArray[np.uint8]:
-    mean, std = (
-        torch.tensor(numbers, device=image.device)[:, None, None] for numbers in (model.mean, model.std)
-    )
+    mean, std = (torch.tensor(numbers, device=image.device)[:, None, None] for numbers in (model.mean, model.std))
     pixels = ((image * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
     return pixels.permute(1, 2, 0).cpu().numpy()
 

@@ -65,9 +65,7 @@ def train(
     cannot be trained on, `Interrupted` after SIGINT or SIGTERM.
     """
     try:
-        return train_in(
-            run, recipe, build, device=device, trackers=trackers, changed_numerics=changed_numerics
-        )
+        return train_in(run, recipe, build, device=device, trackers=trackers, changed_numerics=changed_numerics)
     except ImageError as error:
         # Of an image that was trusted, or broke since; from a data worker it comes after its traceback.
         reason = str(error).rstrip().splitlines()[-1].rpartition("ImageError: ")[2]
@@ -112,10 +110,7 @@ class ClassifierTask(Task[Recipe]):
     def batches(self, sampler: BatchSampler) -> Iterable[Batch]:
         """Return the augmented batches of a sampler."""
         loader = make_loader(
-            self.train_set,
-            sampler,
-            num_workers=self.recipe.data.num_workers,
-            pin_memory=self.device.type == "cuda",
+            self.train_set, sampler, num_workers=self.recipe.data.num_workers, pin_memory=self.device.type == "cuda"
         )
         return read_ahead(self.train_set.source, sampler, loader)
 
@@ -162,9 +157,7 @@ class ClassifierTask(Task[Recipe]):
         height_px, width_px = recipe.model.img_size
         tokens = f" and {self.token_classes} for the tokens" if self.token_classes is not None else ""
         classes = f"{len(self.class_names):,} classes" if self.class_names else "no classes"
-        labels = (
-            " + ".join(recipe.data.label_folders) if self.supervision.stored else recipe.loss.teacher.name
-        )
+        labels = " + ".join(recipe.data.label_folders) if self.supervision.stored else recipe.loss.teacher.name
         source = f"labels of tokens by {labels}" if self.supervision.labels_tokens else "no labels of tokens"
         return Summary(
             network=recipe.model.name,
@@ -172,9 +165,7 @@ class ClassifierTask(Task[Recipe]):
             targets=f"{rows} x {columns} tokens; {source}",
         )
 
-    def evaluate(
-        self, model: nn.Module, ranks: Ranks, *, run: Path | None = None, **about: Any
-    ) -> dict[str, Any]:
+    def evaluate(self, model: nn.Module, ranks: Ranks, *, run: Path | None = None, **about: Any) -> dict[str, Any]:
         """Return the figures of a model on the val images, and of probes; write answers and pictures into `run`."""
         assert isinstance(model, TokenModel)
         figures: dict[str, Any] = {}
@@ -212,10 +203,7 @@ class ClassifierTask(Task[Recipe]):
         """Yield this rank's part of images that are evaluated on, on the device."""
         recipe = self.recipe
         sampler = EvalBatchSampler(
-            num_images=len(dataset),
-            batch_size=recipe.eval.batch_size,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
+            num_images=len(dataset), batch_size=recipe.eval.batch_size, rank=ranks.rank, world_size=ranks.world_size
         )
         num_workers = recipe.data.num_workers if len(dataset) >= _MANY_IMAGES else 0
         loader = make_loader(dataset, sampler, num_workers=num_workers)

@@ -156,9 +156,7 @@ def _sample_points(grid: tuple[int, int], samples: int, device: torch.device) ->
     )
 
 
-def _with_region(
-    views: Float[Tensor, "B F 2 3"], regions: Float[Tensor, "B 4"]
-) -> Float[Tensor, "B frames 2 3"]:
+def _with_region(views: Float[Tensor, "B F 2 3"], regions: Float[Tensor, "B 4"]) -> Float[Tensor, "B frames 2 3"]:
     """Return the frames of the views and, as the last, the map to fractions of the teacher's region."""
     # The region is one more frame: points outside of it are not covered, without further code.
     start, end = regions[:, :2], regions[:, 2:]

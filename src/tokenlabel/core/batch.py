@@ -76,9 +76,7 @@ def collate_score_maps(score_maps: Sequence[ScoreMap]) -> ScoreMapBatch:
         raise ValueError(f"score maps over {counts} classes in one batch; all must be over the same classes")
     kind = score_maps[0].kind
     if any(m.kind is not kind for m in score_maps):
-        raise ValueError(
-            "score maps of logits and of probabilities in one batch; take one label store for all images"
-        )
+        raise ValueError("score maps of logits and of probabilities in one batch; take one label store for all images")
     num_maps = len(score_maps)
     height, width, topk = (max(m.codes.shape[axis] for m in score_maps) for axis in range(3))
     classes = np.zeros((num_maps, max(len(m.palette) for m in score_maps)), np.int64)
@@ -209,11 +207,7 @@ def normalize_images(
         raise ValueError(
             f"expected pixels from 0 to 255 as uint8, got {images.dtype}; pass a batch's images as they are"
         )
-    if (
-        len(mean) != 3
-        or len(std) != 3
-        or not all(0 <= m <= 1 and 0 < s <= 1 for m, s in zip(mean, std, strict=True))
-    ):
+    if len(mean) != 3 or len(std) != 3 or not all(0 <= m <= 1 and 0 < s <= 1 for m, s in zip(mean, std, strict=True)):
         raise ValueError(
             f"mean and std: expected three numbers each, for pixels in [0, 1], got {mean} and {std}; divide those for "
             "pixels from 0 to 255 by 255"

@@ -68,9 +68,7 @@ class MixConfig:
                 f"mix.probability and mix.mixup_share are shares, got {self.probability} and {self.mixup_share}"
             )
         if not (0 < self.alpha < inf and 0 < self.mixup_alpha < inf):
-            raise ConfigError(
-                f"mix.alpha and mix.mixup_alpha must be above 0, got {self.alpha} and {self.mixup_alpha}"
-            )
+            raise ConfigError(f"mix.alpha and mix.mixup_alpha must be above 0, got {self.alpha} and {self.mixup_alpha}")
         check_numbers(self, "mix.", group_size=NATURAL)
         if self.mixup_share > 0 and self.kind is not Mixing.CUTMIX:
             raise ConfigError(
@@ -113,9 +111,7 @@ class ErasingConfig:
     def __post_init__(self) -> None:
         low, high = self.area
         if not (0 <= self.probability <= 1 and 0 < low <= high < 1):
-            raise ValueError(
-                f"erasing needs a probability of 0 to 1 and an area range inside 0 to 1, got {self}"
-            )
+            raise ValueError(f"erasing needs a probability of 0 to 1 and an area range inside 0 to 1, got {self}")
         check_numbers(self, "erase.", max_boxes=NATURAL)
 
 

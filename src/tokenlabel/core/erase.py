@@ -26,9 +26,7 @@ def erase(
     `generator` is on the CPU; the noise is drawn on the images' device, seeded from it.
     """
     boxes = draw_boxes(len(images), (images.shape[2], images.shape[3]), config, generator)
-    masks = box_masks(
-        boxes.to(images.device), (images.shape[2], images.shape[3])
-    )  # [boxes, B, height, width]
+    masks = box_masks(boxes.to(images.device), (images.shape[2], images.shape[3]))  # [boxes, B, height, width]
     seed = int(torch.randint(2**62, (), generator=generator))
     noise = torch.Generator(images.device).manual_seed(seed)
     for mask in masks:
@@ -64,9 +62,7 @@ def draw_boxes(
     return torch.stack([top, left, height, width], dim=2) * there[..., None]
 
 
-def box_masks(
-    boxes: Int[Tensor, "boxes B 4"], img_size: tuple[int, int]
-) -> Bool[Tensor, "boxes B height width"]:
+def box_masks(boxes: Int[Tensor, "boxes B 4"], img_size: tuple[int, int]) -> Bool[Tensor, "boxes B height width"]:
     """Return which pixels of images of (height, width) lie in each box."""
     top, left, height, width = boxes.unbind(dim=2)  # each [boxes, B]
     y, x = (torch.arange(side, device=boxes.device) for side in img_size)

@@ -58,13 +58,7 @@ class Box:
 
     @classmethod
     def from_pixels(
-        cls,
-        *,
-        left_px: float,
-        top_px: float,
-        width_px: float,
-        height_px: float,
-        image_size_px: Size,
+        cls, *, left_px: float, top_px: float, width_px: float, height_px: float, image_size_px: Size
     ) -> Box:
         """Return the box of a rectangle of pixels; `image_size_px` is (width, height)."""
         image_width_px, image_height_px = pair(image_size_px, name="image_size_px")
@@ -204,9 +198,7 @@ class View:
         sine, cosine = math.sin(math.radians(degrees)), math.cos(math.radians(degrees))
         # Pixels are square, fractions are not: the turn happens in pixels.
         to_y, to_x = sine * width_px / height_px, -sine * height_px / width_px
-        return cls(
-            _matrix(cosine, to_x, (1 - cosine - to_x) / 2, to_y, cosine, (1 - cosine - to_y) / 2)[None]
-        )
+        return cls(_matrix(cosine, to_x, (1 - cosine - to_x) / 2, to_y, cosine, (1 - cosine - to_y) / 2)[None])
 
     @classmethod
     def shear(cls, x: float, y: float, *, size_px: Size) -> View:

@@ -65,9 +65,7 @@ def token_label_loss(
     return TokenLabelLoss(class_part + beta * token_part, class_part.detach(), token_part.detach())
 
 
-def head_cross_entropy(
-    tokens: Float[Tensor, "B N D"], head: nn.Module, targets: TokenTargets
-) -> Float[Tensor, ""]:
+def head_cross_entropy(tokens: Float[Tensor, "B N D"], head: nn.Module, targets: TokenTargets) -> Float[Tensor, ""]:
     """Return the mean over tokens of weight * H(target, softmax(head(tokens))), the fused way where that saves memory.
 
     `head`: any module that maps the features of tokens, or a 1 x 1 convolution, which is a linear map of channels.
@@ -79,9 +77,7 @@ def head_cross_entropy(
     # Only with more classes than features are logits larger than the features whose gradient the fused form keeps.
     if head.weight.shape[0] > head.weight.shape[1]:
         return linear_cross_entropy(tokens, head, targets)
-    logits = (
-        linear(tokens, head.weight.flatten(1), head.bias) if isinstance(head, nn.Conv2d) else head(tokens)
-    )
+    logits = linear(tokens, head.weight.flatten(1), head.bias) if isinstance(head, nn.Conv2d) else head(tokens)
     return sparse_cross_entropy(logits, targets).mean()
 
 
@@ -141,9 +137,7 @@ def _check_same_tokens(outputs: Tensor, targets: TokenTargets) -> None:
 
 class _SparseCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, classes: Tensor, excess: Tensor, floor: Tensor, weight: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, classes: Tensor, excess: Tensor, floor: Tensor, weight: Tensor) -> Tensor:
         exact = torch.promote_types(logits.dtype, torch.float32)
         loss = torch.empty_like(floor, dtype=exact)
         slices, buffer = _blocks(logits, logits.shape[2], exact)
@@ -166,11 +160,7 @@ class _SparseCrossEntropy(torch.autograd.Function):
             z, scale = logits[images], grad_loss[images]
             probs = torch.softmax(z, dim=2, dtype=grad_loss.dtype, out=buffer[: len(z)])  # [b, N, C]
             grad_logits[images] = _to_gradient(
-                probs,
-                classes[images],
-                scale[..., None] * excess[images],
-                scale * floor[images],
-                scale * weight[images],
+                probs, classes[images], scale[..., None] * excess[images], scale * floor[images], scale * weight[images]
             )
         return grad_logits, None, None, None, None
 
@@ -197,19 +187,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
             block, part = tokens[images].to(narrow), tuple(t[images] for t in targets)
             room = buffer[: len(block)]
             loss += _loss_with_gradient(
-                linear(block, matrix, bias),
-                part,
-                room,
-                gradient_scale=gradient_scale if with_gradients else None,
+                linear(block, matrix, bias), part, room, gradient_scale=gradient_scale if with_gradients else None
             )
             if with_gradients:
                 grad_bias += room.sum(dim=(0, 1))
                 gradient = room.to(narrow)
                 grad_tokens[images] = linear(gradient, matrix.T, None)
                 for rows in blocks(num_classes, width, tokens.device):
-                    grad_weight[rows] += linear(
-                        gradient[:, :, rows].flatten(0, 1).T, block.flatten(0, 1).T, None
-                    )
+                    grad_weight[rows] += linear(gradient[:, :, rows].flatten(0, 1).T, block.flatten(0, 1).T, None)
         ctx.save_for_backward(grad_tokens, grad_weight, None if head_bias is None else grad_bias)
         num_tokens = tokens.shape[0] * tokens.shape[1]
         ctx.divisor = gradient_scale * num_tokens
@@ -223,13 +208,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_tokens, grad_weight, grad_bias = ctx.saved_tensors
         # Shape [1], not []: multiplied by a scalar tensor, float16 gradients would stay in float16.
         scale = (grad_loss / ctx.divisor).view(1)
-        return (
-            grad_tokens * scale,
-            grad_weight * scale,
-            None if grad_bias is None else grad_bias * scale,
-            None,
-            None,
-        )
+        return (grad_tokens * scale, grad_weight * scale, None if grad_bias is None else grad_bias * scale, None, None)
 
 
 def _loss_with_gradient(

@@ -86,9 +86,7 @@ def sample_mix(
         return None
     num_images = coerced(num_images, int, name="num_images")
     if num_images < 1 or not 0 < alpha < math.inf:
-        raise ValueError(
-            f"expected num_images of at least 1 and alpha above 0, finite; got {num_images} and {alpha}"
-        )
+        raise ValueError(f"expected num_images of at least 1 and alpha above 0, finite; got {num_images} and {alpha}")
     # PyTorch samples no Beta distribution from a generator, so its generator seeds NumPy's.
     rng = np.random.default_rng(int(torch.randint(1 << 62, (), generator=generator)))
     draws = num_images if per_sample else 1
@@ -127,9 +125,7 @@ def join_plans(plans: Sequence[MixPlan | None], group_size: int) -> MixPlan | No
     )
 
 
-def mix_images(
-    images: Float[Tensor, "B c height width"], plan: MixPlan | None
-) -> Float[Tensor, "B c height width"]:
+def mix_images(images: Float[Tensor, "B c height width"], plan: MixPlan | None) -> Float[Tensor, "B c height width"]:
     """Mix pixels by the plan, its mask drawn to the size of the images; without one they stay as they are.
 
     For patches that don't overlap this equals mixing their embeddings (MixToken).

@@ -157,9 +157,7 @@ class TokenModel(nn.Module, ABC):
 def check_ascending(layers: Sequence[int], *, name: str) -> None:
     """Raise ValueError unless the layers are at least one number from 0 up, each larger than the one before."""
     if not layers or layers[0] < 0 or list(layers) != sorted(set(layers)):
-        raise ValueError(
-            f"layers of {name} are counted from 0 and named in ascending order, got {list(layers)}"
-        )
+        raise ValueError(f"layers of {name} are counted from 0 and named in ascending order, got {list(layers)}")
 
 
 def _fsdp_blocks(module: nn.Module) -> list[nn.Module]:

@@ -68,10 +68,7 @@ def align_as_published(
 
 
 def _roi_align(
-    score_maps: ScoreMapBatch,
-    first: Float[Tensor, "B 2"],
-    last: Float[Tensor, "B 2"],
-    grid: tuple[int, int],
+    score_maps: ScoreMapBatch, first: Float[Tensor, "B 2"], last: Float[Tensor, "B 2"], grid: tuple[int, int]
 ) -> Float[Tensor, "B U h w"]:
     """Return the maps of logits of all palette entries, 0 where a cell did not keep them, cropped to boxes.
 

@@ -105,9 +105,7 @@ def turned_map(score_map: ScoreMap, orientation: int) -> ScoreMap:
     """
     if orientation == 1:
         return score_map
-    codes, probs = (
-        np.ascontiguousarray(turned(values, orientation)) for values in (score_map.codes, score_map.probs)
-    )
+    codes, probs = (np.ascontiguousarray(turned(values, orientation)) for values in (score_map.codes, score_map.probs))
     return replace(score_map, codes=codes, probs=probs, region=turned_box(score_map.region, orientation))
 
 
@@ -136,16 +134,12 @@ def from_top(
     _check_finite(scores, name=name)
     if class_ids.min() < 0 or class_ids.max() >= num_classes:
         raise ValueError(
-            f"{name}: class ids run from {class_ids.min()} to {class_ids.max()}, "
-            f"expected 0 to {num_classes - 1}"
+            f"{name}: class ids run from {class_ids.min()} to {class_ids.max()}, expected 0 to {num_classes - 1}"
         )
     if kind is Kind.PROBABILITIES:
         scores = _checked_probabilities(class_ids, scores, num_classes=num_classes, name=name)
     order = np.argsort(-scores, axis=2, kind="stable")
-    class_ids, scores = (
-        np.take_along_axis(class_ids, order, axis=2),
-        np.take_along_axis(scores, order, axis=2),
-    )
+    class_ids, scores = (np.take_along_axis(class_ids, order, axis=2), np.take_along_axis(scores, order, axis=2))
     kept = (scores > 0) | (kind is Kind.LOGITS)
     palette = np.unique(class_ids[kept]) if kept.any() else class_ids[0, 0, :1]
     codes = np.where(kept, np.searchsorted(palette, class_ids), 0)
@@ -201,17 +195,13 @@ def from_mask(
         )
     labelled = mask != unlabelled
     class_ids = np.where(labelled, mask, 0).astype(np.int64)
-    return from_top(
-        class_ids[..., None], labelled[..., None].astype(np.float32), num_classes=num_classes, name=name
-    )
+    return from_top(class_ids[..., None], labelled[..., None].astype(np.float32), num_classes=num_classes, name=name)
 
 
 def unknown_map(num_classes: int, *, kind: Kind = Kind.PROBABILITIES) -> ScoreMap:
     """Return the map of an image of which nothing is known: one cell beside the image, so that no token reads it."""
     nothing = np.zeros((1, 1, 1))
-    return from_top(
-        nothing.astype(np.int64), nothing, num_classes=num_classes, region=Box(2, 2, 3, 3), kind=kind
-    )
+    return from_top(nothing.astype(np.int64), nothing, num_classes=num_classes, region=Box(2, 2, 3, 3), kind=kind)
 
 
 def _check_finite(scores: NDArray[np.floating[Any]], *, name: str) -> None:

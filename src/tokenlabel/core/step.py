@@ -23,15 +23,7 @@ from torch import Tensor, nn
 
 from tokenlabel.core.align import align
 from tokenlabel.core.batch import Batch, ScoreMapBatch, normalize_images
-from tokenlabel.core.config import (
-    ClassTarget,
-    ErasingConfig,
-    Extent,
-    LossConfig,
-    MixConfig,
-    Mixing,
-    TokenChoice,
-)
+from tokenlabel.core.config import ClassTarget, ErasingConfig, Extent, LossConfig, MixConfig, Mixing, TokenChoice
 from tokenlabel.core.erase import erase, erased_share
 from tokenlabel.core.losses import TokenLabelLoss, sparse_cross_entropy, token_label_loss
 from tokenlabel.core.mix import MixPlan, join_plans, mix_targets, sample_mix
@@ -136,12 +128,7 @@ def erase_and_draw(
 
 
 def draw_mix(
-    config: MixConfig,
-    num_images: int,
-    grid: tuple[int, int],
-    img_size: tuple[int, int],
-    *,
-    generator: torch.Generator,
+    config: MixConfig, num_images: int, grid: tuple[int, int], img_size: tuple[int, int], *, generator: torch.Generator
 ) -> MixPlan | None:
     """Draw how images are mixed; None if they are not."""
     if torch.rand((), generator=generator) >= config.probability:
@@ -150,13 +137,7 @@ def draw_mix(
     if config.mixup_share > 0 and torch.rand((), generator=generator) < config.mixup_share:
         kind, alpha = Mixing.MIXUP, config.mixup_alpha
     return sample_mix(
-        kind,
-        num_images,
-        grid=grid,
-        img_size=img_size,
-        alpha=alpha,
-        per_sample=config.per_sample,
-        generator=generator,
+        kind, num_images, grid=grid, img_size=img_size, alpha=alpha, per_sample=config.per_sample, generator=generator
     )
 
 
@@ -198,9 +179,7 @@ class Supervision:
                 "leave data.labels out, or let it label the class token by loss.class_target teacher"
             )
         if self.teacher is not None and loss.extent is Extent.IMAGE:
-            raise ConfigError(
-                "loss.extent image is for stored maps: loss.teacher sees the crop only; leave it at crop"
-            )
+            raise ConfigError("loss.extent image is for stored maps: loss.teacher sees the crop only; leave it at crop")
 
     @property
     def labels_tokens(self) -> bool:
@@ -282,12 +261,7 @@ def student_loss(outputs: Outputs, targets: Targets, supervision: Supervision) -
 
 def _teacher_labels(
     batch: Batch, supervision: Supervision
-) -> tuple[
-    ScoreMapBatch | None,
-    Float[Tensor, "B F 2 3"],
-    Float[Tensor, "B C"] | None,
-    Float[Tensor, " B"],
-]:
+) -> tuple[ScoreMapBatch | None, Float[Tensor, "B F 2 3"], Float[Tensor, "B C"] | None, Float[Tensor, " B"]]:
     """Return score maps for the tokens with their views, and the teacher's label of each whole image with its weight.
 
     Tokens are labelled by the store if there is one, whole images by the online teacher if there is one. An image for

@@ -132,11 +132,7 @@ class EvalTransform:
         )
         left, top = round((resized_width - width) / 2), round((resized_height - height) / 2)
         box = Box.from_pixels(
-            left_px=left,
-            top_px=top,
-            width_px=width,
-            height_px=height,
-            image_size_px=(resized_width, resized_height),
+            left_px=left, top_px=top, width_px=width, height_px=height, image_size_px=(resized_width, resized_height)
         )
         return np.ascontiguousarray(resized[top : top + height, left : left + width]), View.crop(box)
 
@@ -149,11 +145,7 @@ class EvalTransform:
 
 
 def draw_crop(
-    image_size_px: tuple[int, int],
-    *,
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
-    rng: np.random.Generator,
+    image_size_px: tuple[int, int], *, scale: tuple[float, float], ratio: tuple[float, float], rng: np.random.Generator
 ) -> tuple[int, int, int, int]:
     """Return left, top, width and height of a random crop of an image of (width, height), all in whole
     pixels.
@@ -194,9 +186,7 @@ def _pixels(image: Image.Image | NDArray[np.uint8]) -> NDArray[np.uint8]:
     pixels = np.array(image.convert("RGB")) if isinstance(image, Image.Image) else image
     if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.shape[2:] != (3,):
         what = f"{getattr(pixels, 'dtype', type(pixels).__name__)} of shape {tuple(getattr(pixels, 'shape', ()))}"
-        raise ValueError(
-            f"expected an image of Pillow or pixels [height, width, 3] as NumPy's uint8, got {what}"
-        )
+        raise ValueError(f"expected an image of Pillow or pixels [height, width, 3] as NumPy's uint8, got {what}")
     return pixels
 
 

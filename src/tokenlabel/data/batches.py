@@ -192,9 +192,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
     """
     score_maps = [sample.score_map for sample in samples if sample.score_map is not None]
     if score_maps and len(score_maps) < len(samples):
-        raise DataError(
-            f"{len(samples) - len(score_maps)} of the {len(samples)} samples of a batch have no score map"
-        )
+        raise DataError(f"{len(samples) - len(score_maps)} of the {len(samples)} samples of a batch have no score map")
     # Channels last, as decoders write them: each image is copied into shared memory as one block.
     pixels = stack([sample.image.permute(1, 2, 0) for sample in samples])  # [B, height, width, 3]
     return Batch(
@@ -242,17 +240,11 @@ def _other_classes(theirs: ClassList, ours: ClassList) -> DataError:
 
 def _classes_of(store: CheckableLabels) -> ClassList:
     manifest = store.manifest
-    return getattr(manifest, "classes", None) or ClassList(
-        manifest.num_classes, tuple(manifest.class_names or ())
-    )
+    return getattr(manifest, "classes", None) or ClassList(manifest.num_classes, tuple(manifest.class_names or ()))
 
 
 def check_labels(
-    source: ImageSource,
-    store: CheckableLabels,
-    *,
-    max_missing: float = 0.1,
-    classes: ClassList | None = None,
+    source: ImageSource, store: CheckableLabels, *, max_missing: float = 0.1, classes: ClassList | None = None
 ) -> int:
     """Return how many images have no label in a store, and say so.
 

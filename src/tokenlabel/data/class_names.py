@@ -14,14 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from textwrap import shorten
 
-from tokenlabel.data.classes import (
-    are_numbers,
-    assumed_order,
-    composed,
-    ids_among,
-    natural_order,
-    same_classes,
-)
+from tokenlabel.data.classes import are_numbers, assumed_order, composed, ids_among, natural_order, same_classes
 from tokenlabel.runtime.errors import ConfigError
 from tokenlabel.runtime.process import listed, say
 
@@ -67,9 +60,7 @@ def match_classes(
             say(assumed_order(ours, them) + overrule)
             return list(range(count))
     if ours and min(numbers) >= 0 and max(numbers) < count and len(set(numbers)) == len(ours):
-        pairs = listed(
-            [f"{name} = {theirs[i]}" if theirs else name for name, i in zip(ours, numbers, strict=True)]
-        )
+        pairs = listed([f"{name} = {theirs[i]}" if theirs else name for name, i in zip(ours, numbers, strict=True)])
         say(f"assuming the images' class numbers are ids of {them}'s {count:,} classes: {pairs}{overrule}")
         return numbers
     ids = _ids_by_words(ours, theirs)
@@ -133,9 +124,7 @@ def read_class_names(path: str | Path, ours: Sequence[str] = (), *, option: str 
         kinds = "neither `natural` nor `sorted`, nor a file" if option.endswith("class-order") else "no file"
         raise ConfigError(f"{option} {path}: {kinds} of class names ({error})".lstrip()) from error
     if repeated := [name for name, times in Counter(map(composed, names)).items() if times > 1]:
-        raise ConfigError(
-            f"{option} {path}: names several classes {listed(list(map(repr, repeated)))}".lstrip()
-        )
+        raise ConfigError(f"{option} {path}: names several classes {listed(list(map(repr, repeated)))}".lstrip())
     return names
 
 

@@ -57,9 +57,7 @@ class ClassList:
 
     def __str__(self) -> str:
         what = "visual words" if self.words else "classes"
-        return f"{self.count:,} {what}" + (
-            f" ({listed(list(self.names))})" if self.names and not self.words else ""
-        )
+        return f"{self.count:,} {what}" + (f" ({listed(list(self.names))})" if self.names and not self.words else "")
 
 
 def ids_among(names: Sequence[str], others: Sequence[str]) -> list[int]:
@@ -94,9 +92,7 @@ def difference(theirs: Sequence[str], ours: Sequence[str], *, count: int, them: 
     )
 
 
-def strangers(
-    ours: Sequence[str], theirs: Sequence[str], ids: Sequence[int], *, count: int, them: str
-) -> str:
+def strangers(ours: Sequence[str], theirs: Sequence[str], ids: Sequence[int], *, count: int, them: str) -> str:
     """Return which of the images' classes, those whose id is -1, are none of theirs; what looks alike is told apart."""
     first, *others = (name for name, index in zip(ours, ids, strict=True) if index < 0)
     text = f"{first!r} is no class of {them}"
@@ -121,15 +117,11 @@ def named_classes(names: Sequence[str]) -> tuple[list[str], NDArray[np.int64]]:
     if others:
         missing = [name for name in others if name.lower() in ("nan", "none", "null", "na", "n/a")]
         if numbers and missing:
-            raise DataError(
-                f"{missing[0]} is no class among numbers such as {min(numbers)}; remove these images"
-            )
+            raise DataError(f"{missing[0]} is no class among numbers such as {min(numbers)}; remove these images")
         return sorted_classes(names)
     of_name = {name: int(name.split(".")[0]) for name in numbers}
     if wrong := [name for name, number in of_name.items() if not 0 <= number < _MAX_CLASSES]:
-        raise DataError(
-            f"{wrong[0]} is no class: numbers of classes are ids, 0 and up, below {_MAX_CLASSES:,}"
-        )
+        raise DataError(f"{wrong[0]} is no class: numbers of classes are ids, 0 and up, below {_MAX_CLASSES:,}")
     ids = np.array([of_name[name] for name in names], np.int64)
     return [str(number) for number in range(int(ids.max()) + 1)], ids
 
@@ -188,9 +180,7 @@ def composed(name: str) -> str:
 def _outline(name: str) -> str:
     """Return what a reader sees of a name: without case, spaces and invisible signs."""
     plain = unicodedata.normalize("NFKC", name).casefold()
-    return "".join(
-        c for c in plain if not (c.isspace() or unicodedata.category(c) in ("Cf", "Cc") or c in "_-")
-    )
+    return "".join(c for c in plain if not (c.isspace() or unicodedata.category(c) in ("Cf", "Cc") or c in "_-"))
 
 
 def _knows(them: str) -> str:

@@ -117,9 +117,7 @@ class CocoMasks:
         """Where the PNGs of a panoptic file lie: in the folder of its name beside it, as published."""
         return self.path.with_suffix("")
 
-    def _panoptic(
-        self, segments: Sequence[Sequence[int]], png: Path
-    ) -> UInt16[NDArray[np.uint16], "height width"]:
+    def _panoptic(self, segments: Sequence[Sequence[int]], png: Path) -> UInt16[NDArray[np.uint16], "height width"]:
         """Return the values of a PNG whose colours are the numbers of segments: red + 256 green + 65,536 blue."""
         try:
             pixels = np.asarray(Image.open(io.BytesIO(png.read_bytes())).convert("RGB"), np.int64)
@@ -129,9 +127,7 @@ class CocoMasks:
         value_of = {number: CROWD if is_crowd else category for number, category, is_crowd in segments}
         value_of[0] = unlabelled_value(len(self.class_names))
         if unknown := [str(number) for number in found.tolist() if number not in value_of]:
-            raise DataError(
-                f"{png}: holds the segments {listed(unknown)}, which {self.path} does not describe"
-            )
+            raise DataError(f"{png}: holds the segments {listed(unknown)}, which {self.path} does not describe")
         values = np.array([value_of[number] for number in found.tolist()], np.uint16)
         return values[places.reshape(pixels.shape[:2])]
 
@@ -144,16 +140,12 @@ def instance_mask(segmentation: Any, size_px: tuple[int, int]) -> Bool[NDArray[n
     if isinstance(segmentation, dict):
         if list(segmentation.get("size", ())) != list(size_px):
             given = " x ".join(map(str, segmentation.get("size", ())))
-            raise ValueError(
-                f"is of {given} pixels (height x width), its image of {size_px[0]} x {size_px[1]}"
-            )
+            raise ValueError(f"is of {given} pixels (height x width), its image of {size_px[0]} x {size_px[1]}")
         counts = segmentation.get("counts")
         runs = np.array(run_lengths(counts) if isinstance(counts, str) else counts, np.int64)
         num_px = size_px[0] * size_px[1]
         if runs.ndim != 1 or (runs < 0).any() or runs.sum() != num_px:
-            raise ValueError(
-                f"has runs of {runs.sum():,} pixels, its image {size_px[0]} x {size_px[1]} = {num_px:,}"
-            )
+            raise ValueError(f"has runs of {runs.sum():,} pixels, its image {size_px[0]} x {size_px[1]} = {num_px:,}")
         # The first run is outside of the instance, the second inside, and so on.
         inside = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
         return inside.reshape(size_px[::-1]).T  # runs go down the columns
@@ -191,10 +183,7 @@ def run_lengths(text: str) -> list[int]:
 
 
 def painted(
-    pieces: Sequence[tuple[Bool[NDArray[np.bool_], "height width"], int]],
-    size_px: tuple[int, int],
-    *,
-    unlabelled: int,
+    pieces: Sequence[tuple[Bool[NDArray[np.bool_], "height width"], int]], size_px: tuple[int, int], *, unlabelled: int
 ) -> UInt16[NDArray[np.uint16], "height width"]:
     """Return the value of each pixel of (height, width): of the smallest piece there, of equal ones the later.
 
@@ -215,9 +204,7 @@ def _content(path: Path) -> dict[str, Any]:
     return content
 
 
-def _described(
-    content: dict[str, Any], values: dict[int, int], *, is_panoptic: bool
-) -> dict[str, dict[str, Any]]:
+def _described(content: dict[str, Any], values: dict[int, int], *, is_panoptic: bool) -> dict[str, dict[str, Any]]:
     """Return what is known of the mask of each image, by its name: as `CocoMasks.read` takes it.
 
     `values`: of each category's id. Raises ValueError for references to nothing, KeyError for what is left out.
@@ -234,9 +221,7 @@ def _described(
     for annotation in content["annotations"]:
         number = annotation["file_name" if is_panoptic else "id"]
         if annotation["image_id"] not in names:
-            raise ValueError(
-                f"annotation {number} is of the image {annotation['image_id']}, which it does not list"
-            )
+            raise ValueError(f"annotation {number} is of the image {annotation['image_id']}, which it does not list")
         name = names[annotation["image_id"]]
         pieces = annotation["segments_info"] if is_panoptic else [annotation]
         for piece in pieces:

@@ -5,16 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from tokenlabel.data.randaugment import parse_randaugment
-from tokenlabel.runtime.coercion import (
-    COUNT,
-    ONE_OPTION,
-    PART,
-    POSITIVE,
-    SHARE,
-    Choice,
-    check_numbers,
-    coerced_fields,
-)
+from tokenlabel.runtime.coercion import COUNT, ONE_OPTION, PART, POSITIVE, SHARE, Choice, check_numbers, coerced_fields
 
 
 class Interpolation(Choice):

@@ -51,16 +51,7 @@ _PARTS = {
     **dict.fromkeys(("val", "valid", "validation", "valset", "dev", "devset", "eval", "evaluation"), "val"),
     **dict.fromkeys(("test", "testing", "testset", "pred", "holdout", "unlabeled", "unlabelled", "extra"), "test"),
 }  # fmt: skip
-_BESIDE_PARTS = {
-    "set",
-    "split",
-    "seg",
-    "data",
-    "images",
-    "image",
-    "imgs",
-    "img",
-}  # seg_train, test_set, train2017
+_BESIDE_PARTS = {"set", "split", "seg", "data", "images", "image", "imgs", "img"}  # seg_train, test_set, train2017
 _IMAGE_FOLDERS = {"images", "image", "imgs", "img", "jpegimages", "leftimg8bit", "photos", "pictures"}
 _TRUTH_FOLDERS = {
     "masks", "mask", "annotations", "annotation", "labels", "segmentationclass", "gtfine", "gt", "segmentation",
@@ -131,9 +122,7 @@ def list_images(root: Path) -> Listing:
 def _entries(root: Path, path: str, found: Listing) -> list[os.DirEntry[str]]:
     """Return what lies in a folder, and note in the listing when it had changed last and how many links it has."""
     try:
-        found.read[path] = (
-            (root / path).stat().st_mtime_ns
-        )  # before its content: what comes meanwhile is newer
+        found.read[path] = (root / path).stat().st_mtime_ns  # before its content: what comes meanwhile is newer
         with os.scandir(root / path) as entries:
             inside = list(entries)
     except OSError as error:
@@ -243,12 +232,7 @@ _OVERRULE = "if they are classes, rename them or write a list of images with the
 
 
 def mistaken_layout(
-    place: str | Path,
-    folders: Sequence[str],
-    images: Sequence[str],
-    *,
-    packed: bool = False,
-    within: str = "",
+    place: str | Path, folders: Sequence[str], images: Sequence[str], *, packed: bool = False, within: str = ""
 ) -> str | None:
     """Say what is wrong if `folders`, the first ones of all paths, are clearly no classes, and what was meant.
 
@@ -275,9 +259,7 @@ def mistaken_layout(
     if deeper := mistaken_layout(place, inner, below, packed=packed, within=f"{within}{only}/"):
         return deeper
     if only.lower() in {*_CONTAINERS, Path(place).name.lower()}:
-        return (
-            f"{place}: all lies in {within}{only}, which holds {listed(inner)}; {instead(only)} ({_OVERRULE})"
-        )
+        return f"{place}: all lies in {within}{only}, which holds {listed(inner)}; {instead(only)} ({_OVERRULE})"
     return None
 
 
@@ -307,9 +289,7 @@ def _taken_parts(folders: Sequence[str], images: Sequence[str], instead: Callabl
 def _taken_container(folders: Sequence[str], images: Sequence[str]) -> str | None:
     """Say that a folder such as `images` is no class, where it holds folders that are called as those beside it."""
     for name in (name for name in folders if name.lower() in _NO_CLASSES):
-        inner = {
-            path.split("/", 2)[1] for path in images if path.startswith(f"{name}/") and path.count("/") > 1
-        }
+        inner = {path.split("/", 2)[1] for path in images if path.startswith(f"{name}/") and path.count("/") > 1}
         if both := sorted(inner & {*folders}):
             return (
                 f"{name} holds {listed(both)}, as the folder beside it is called, so it is no class; move it "
@@ -335,7 +315,4 @@ def doubtful_layout(place: str | Path, folders: Sequence[str], images: Sequence[
     if len(first) < 2 or any(names != first for names in others) or all(map(str.isdecimal, first)):
         return remarks
     each = "each of these folders" if others else "this folder"
-    return [
-        *remarks,
-        f"{each} holds {listed(sorted(first))}: if these are the classes, name {place}/{folders[0]}",
-    ]
+    return [*remarks, f"{each} holds {listed(sorted(first))}: if these are the classes, name {place}/{folders[0]}"]

@@ -89,9 +89,7 @@ def _load(name: str, text: str) -> tuple[str, Dataset]:
     try:
         import datasets
     except ImportError as error:
-        raise DataError(
-            f"{name}: needs `pip install 'tokenlabel[datasets]'` ({first_line(error)})"
-        ) from error
+        raise DataError(f"{name}: needs `pip install 'tokenlabel[datasets]'` ({first_line(error)})") from error
     place, *parts = [text] if Path(text).is_dir() else text.split(":")
     if not place or len(parts) > 2 or not all(parts):
         raise DataError(f"{name}: expected {PREFIX}NAME, {PREFIX}NAME:SPLIT or {PREFIX}NAME:CONFIG:SPLIT")
@@ -103,9 +101,7 @@ def _load(name: str, text: str) -> tuple[str, Dataset]:
         elif any(Path(place, file).is_file() for file in ("state.json", "dataset_dict.json")):
             found = datasets.load_from_disk(place)
         else:
-            raise ValueError(
-                f"{place} is no folder that save_to_disk wrote; name image files without {PREFIX}"
-            )
+            raise ValueError(f"{place} is no folder that save_to_disk wrote; name image files without {PREFIX}")
     except Exception as error:  # of the hub, of Arrow, of what files hold
         where = "" if Path(place).is_dir() else f"no folder {place} here, nor on the hub: "
         raise DataError(f"{name}: {where}{first_line(error)}") from error

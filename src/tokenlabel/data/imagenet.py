@@ -55,12 +55,7 @@ class EvaluationSet:
 
 
 def read_folder(
-    root: Path,
-    class_names: Sequence[str],
-    num_classes: int,
-    *,
-    assumed: bool = False,
-    order: str | None = None,
+    root: Path, class_names: Sequence[str], num_classes: int, *, assumed: bool = False, order: str | None = None
 ) -> EvaluationSet:
     """Read images whose folders are named after classes of the model, all of them or some; all classes compete.
 
@@ -72,9 +67,7 @@ def read_folder(
     if order is not None:
         known = () if assumed else class_names
         class_names, assumed = class_order(order, source.class_names, known, count=num_classes), False
-    return EvaluationSet(
-        as_classes_of(source, class_names, num_classes, root, assumed=assumed, option="--class-order")
-    )
+    return EvaluationSet(as_classes_of(source, class_names, num_classes, root, assumed=assumed, option="--class-order"))
 
 
 def read_v2(root: Path, class_names: Sequence[str], num_classes: int) -> EvaluationSet:
@@ -115,9 +108,7 @@ def corruption_folders(root: Path) -> dict[tuple[str, int], Path]:
 
     Raises DataError unless all 15 corruptions are there at all 5 severities; the four extra ones are left out.
     """
-    folders = {
-        (name, severity): root / name / str(severity) for name in ALEXNET_ERRORS for severity in SEVERITIES
-    }
+    folders = {(name, severity): root / name / str(severity) for name in ALEXNET_ERRORS for severity in SEVERITIES}
     missing = [str(path.relative_to(root)) for path in folders.values() if not path.is_dir()]
     if missing:
         raise DataError(
@@ -166,9 +157,7 @@ def read_multi_labels(path: Path, class_names: Sequence[str]) -> dict[str, list[
     ids = dict(zip(named, ids_among(named, class_names), strict=True))
     of_image = {key: [ids[c] if isinstance(c, str) else c for c in classes] for key, classes in found.items()}
     for key, classes in of_image.items():
-        if strange := [
-            c for c, place in zip(found[key], classes, strict=True) if place not in range(len(class_names))
-        ]:
+        if strange := [c for c, place in zip(found[key], classes, strict=True) if place not in range(len(class_names))]:
             raise DataError(
                 f"{path}: {key} has the class {strange[0]!r}, which the model does not: it knows "
                 f"{listed(list(class_names))} ({len(class_names):,} classes)"
@@ -176,9 +165,7 @@ def read_multi_labels(path: Path, class_names: Sequence[str]) -> dict[str, list[
     return of_image
 
 
-def _read_subset(
-    root: Path, class_names: Sequence[str], num_classes: int, *, file: str, name: str
-) -> EvaluationSet:
+def _read_subset(root: Path, class_names: Sequence[str], num_classes: int, *, file: str, name: str) -> EvaluationSet:
     # The WordNet id of each of the model's classes, in the model's order.
     of_model = np.empty(NUM_IMAGENET_CLASSES, object)
     of_model[imagenet_ids(class_names, num_classes, root)] = imagenet_names(num_classes)
@@ -237,12 +224,6 @@ def imagenet_ids(class_names: Sequence[str], num_classes: int, where: str | Path
         return np.arange(num_classes)
     ids = np.array(ids_among(names, class_names))
     if num_classes != len(names) or ids.min() < 0:
-        has = (
-            f" has {num_classes}"
-            if num_classes != len(names)
-            else f"'s are others ({listed(list(class_names))})"
-        )
-        raise DataError(
-            f"{where} is for models of ImageNet-1k's 1,000 classes, this one{has}; read it as a folder"
-        )
+        has = f" has {num_classes}" if num_classes != len(names) else f"'s are others ({listed(list(class_names))})"
+        raise DataError(f"{where} is for models of ImageNet-1k's 1,000 classes, this one{has}; read it as a folder")
     return ids

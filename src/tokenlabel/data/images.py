@@ -317,9 +317,7 @@ def _joined_groups(sources: Sequence[ImageSource]) -> tuple[NDArray[np.int64] | 
         for source, first in zip(sources, firsts, strict=False)
         for group, file in (getattr(source, "files", None) or {}).items()
     }
-    return np.concatenate(
-        [of_source + first for of_source, first in zip(groups, firsts, strict=False)]
-    ), files
+    return np.concatenate([of_source + first for of_source, first in zip(groups, firsts, strict=False)]), files
 
 
 def describe(source: ImageSource, place: str | Path) -> str:

@@ -25,12 +25,7 @@ MANY_IMAGES = 10_000
 UNREADABLE = (OSError, ValueError, KeyError, EOFError, BadZipFile)
 """What `read_arrays`, and looking for an array in what it returns, raises for files that are damaged or others."""
 
-_DECIDING = (
-    "classes",
-    "folders",
-    "images",
-    "sources",
-)  # modules that decide what is an image, and of which class
+_DECIDING = ("classes", "folders", "images", "sources")  # modules that decide what is an image, and of which class
 _TICK_S = 2.0  # a folder that was changed so shortly before may change again within its file system's clock
 
 

@@ -49,9 +49,7 @@ def decode_mask(data: bytes, name: str) -> NDArray[np.integer]:
         reason = "it is of no known format" if isinstance(error, UnidentifiedImageError) else error
         raise DataError(f"{name}: does not decode as an image ({reason or type(error).__name__})") from error
     if image.format in _LOSSY:
-        raise DataError(
-            f"{name}: is a {image.format}, which rounds the numbers of classes; save masks as PNG"
-        )
+        raise DataError(f"{name}: is a {image.format}, which rounds the numbers of classes; save masks as PNG")
     if values.ndim == 3 and _is_grey(values):
         values = values[:, :, 0]
     if values.ndim == 3:

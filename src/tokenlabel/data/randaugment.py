@@ -94,18 +94,14 @@ def parse_randaugment(name: str) -> RandAugment:
     """
     start, *options = name.split("-")
     if start != "rand":
-        raise ConfigError(
-            f"randaugment {name!r}: expected a name that begins with 'rand-', as rand-m9-mstd0.5-inc1"
-        )
+        raise ConfigError(f"randaugment {name!r}: expected a name that begins with 'rand-', as rand-m9-mstd0.5-inc1")
     given = dict(_parse_option(option, name) for option in options)
     if len(given) < len(options):
         raise ConfigError(f"randaugment {name!r}: names an option twice")
     weights, replace = _choose_operations(name, given)
     num_ops = int(given.get("n", 2))
     if not replace and num_ops > len(weights):
-        raise ConfigError(
-            f"randaugment {name!r}: draws {num_ops} different operations of only {len(weights)}"
-        )
+        raise ConfigError(f"randaugment {name!r}: draws {num_ops} different operations of only {len(weights)}")
     magnitude_std = float(given.get("mstd", 0))
     return RandAugment(
         weights=weights,
@@ -208,9 +204,7 @@ _PLAIN = {
     "TranslateXRel": 0.1,
     "TranslateYRel": 0.1,
 }
-_INCREASING = {
-    f"{name}Increasing" if f"{name}Increasing" in COLOURS else name: w for name, w in _PLAIN.items()
-}
+_INCREASING = {f"{name}Increasing" if f"{name}Increasing" in COLOURS else name: w for name, w in _PLAIN.items()}
 
 _OPERATION_SETS: dict[str, dict[str, float]] = {
     "3a": {"SolarizeIncreasing": 1, "Desaturate": 1, "GaussianBlur": 1},

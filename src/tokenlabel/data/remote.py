@@ -11,15 +11,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from tokenlabel.data.images import NO_TIME, ImageSource
-from tokenlabel.data.tar_index import (
-    INDEX_NAME,
-    TarIndex,
-    last_starts,
-    load_index,
-    mark_of,
-    save_index,
-    scan_tars,
-)
+from tokenlabel.data.tar_index import INDEX_NAME, TarIndex, last_starts, load_index, mark_of, save_index, scan_tars
 from tokenlabel.data.tars import TarImages, refuse_parts
 from tokenlabel.runtime.cache import cached_index, exclusive, fetch, fetched_ahead, refuse_small_cache
 from tokenlabel.runtime.errors import DataError, RemoteError
@@ -36,9 +28,7 @@ class RemoteTars(TarImages):
     version than the index. Raises RemoteError, when an image is read, for a file that cannot be had.
     """
 
-    def __init__(
-        self, tars: Sequence[RemoteFile], index: TarIndex, marks: NDArray[np.int64] | None = None
-    ) -> None:
+    def __init__(self, tars: Sequence[RemoteFile], index: TarIndex, marks: NDArray[np.int64] | None = None) -> None:
         super().__init__([], index)
         self.tars, self._marks, self.remarks = list(tars), marks, list[str]()
 
@@ -98,9 +88,7 @@ def open_remote(url: str) -> RemoteTars:
     return images
 
 
-def read_ahead(
-    source: ImageSource, batches: Iterable[Sequence[tuple[int, int]]], results: Iterable[T]
-) -> Iterable[T]:
+def read_ahead(source: ImageSource, batches: Iterable[Sequence[tuple[int, int]]], results: Iterable[T]) -> Iterable[T]:
     """Return results, one for each batch of (epoch, index); while they are taken, the files of the next are fetched."""
     files: Mapping[int, RemoteFile] = getattr(source, "files", None) or {}
     if not files:

@@ -19,15 +19,10 @@ from tokenlabel.runtime.coercion import Size, pair
 MEAN_COLOUR = (124, 116, 104)
 
 _FILL = np.array(MEAN_COLOUR, np.uint8)
-_ROUNDING = np.float32(
-    1e-3
-)  # keeps a whole number that float32 takes for a little less from being rounded down
+_ROUNDING = np.float32(1e-3)  # keeps a whole number that float32 takes for a little less from being rounded down
 
 
-RESAMPLING = {
-    Interpolation.BILINEAR: Image.Resampling.BILINEAR,
-    Interpolation.BICUBIC: Image.Resampling.BICUBIC,
-}
+RESAMPLING = {Interpolation.BILINEAR: Image.Resampling.BILINEAR, Interpolation.BICUBIC: Image.Resampling.BICUBIC}
 
 
 def resize(pixels: NDArray[np.uint8], size_px: Size, interpolation: Interpolation | str) -> NDArray[np.uint8]:
@@ -69,9 +64,7 @@ def warp(pixels: NDArray[np.uint8], view: View, interpolation: Interpolation | s
         resampling = RESAMPLING[interpolation]
         affine = Image.Transform.AFFINE
         shown = np.array(
-            image.transform(
-                (width, height), affine, matrix.ravel().tolist(), resampling, fillcolor=MEAN_COLOUR
-            )
+            image.transform((width, height), affine, matrix.ravel().tolist(), resampling, fillcolor=MEAN_COLOUR)
         )
     if len(view.frames) > 1:
         shown[~view.covered_pixels((height, width))] = MEAN_COLOUR
@@ -115,12 +108,7 @@ def _taps(parts: NDArray[np.float32], interpolation: Interpolation) -> tuple[int
     if interpolation is Interpolation.BILINEAR:
         return 0, [1 - parts, parts]
     squares, cubes = parts**2, parts**3
-    return -1, [
-        -parts + 2 * squares - cubes,
-        1 - 2 * squares + cubes,
-        parts + squares - cubes,
-        cubes - squares,
-    ]
+    return -1, [-parts + 2 * squares - cubes, 1 - 2 * squares + cubes, parts + squares - cubes, cubes - squares]
 
 
 def _rows_from(pixels: NDArray[np.uint8], starts: NDArray[np.int64], num_pixels: int) -> NDArray[np.float32]:

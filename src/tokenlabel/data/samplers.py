@@ -86,8 +86,7 @@ class BatchSampler:
                 in_use = {int(epoch) for epoch in epochs[mine]}
                 orders = {epoch: orders[epoch] if epoch in orders else self._order(epoch) for epoch in in_use}
                 yield [
-                    (int(e), int(orders[int(e)][place]))
-                    for e, place in zip(epochs[mine], places[mine], strict=True)
+                    (int(e), int(orders[int(e)][place])) for e, place in zip(epochs[mine], places[mine], strict=True)
                 ]
 
     @property

@@ -161,6 +161,4 @@ def _holds(root: Path, description: dict[str, int]) -> bool:
     if found == description:
         return True
     other = f"holds scenes made with {found}, asked for {description}"
-    raise DataError(
-        f"{root}: {other if found else 'expected a new folder or one with scenes in it'}; {remedy}"
-    )
+    raise DataError(f"{root}: {other if found else 'expected a new folder or one with scenes in it'}; {remedy}")

@@ -12,23 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from tokenlabel.data.classes import named_classes
-from tokenlabel.data.folders import (
-    EXTENSIONS,
-    UNREAD_PICTURES,
-    holds_images_alone,
-    in_brackets,
-    list_images,
-    part_of,
-)
+from tokenlabel.data.folders import EXTENSIONS, UNREAD_PICTURES, holds_images_alone, in_brackets, list_images, part_of
 from tokenlabel.data.hf_datasets import HFImages, as_hf_dataset
-from tokenlabel.data.images import (
-    ImageFiles,
-    ImageFolder,
-    ImageSource,
-    describe,
-    has_classes,
-    without_classes,
-)
+from tokenlabel.data.images import ImageFiles, ImageFolder, ImageSource, describe, has_classes, without_classes
 from tokenlabel.data.remote import open_remote
 from tokenlabel.data.tar_index import INDEX_NAME
 from tokenlabel.data.tars import TarImages, read_index, tar_files
@@ -108,9 +94,7 @@ def open_aloud(path: str | Path, *, classes: bool = True) -> ImageSource:
                 f"{source.root}, or absolute"
             )
         if absent:
-            say(
-                f"{path}: of {len(looked_for)} files that were looked for, {len(absent)} are absent ({listed(absent)})"
-            )
+            say(f"{path}: of {len(looked_for)} files that were looked for, {len(absent)} are absent ({listed(absent)})")
     return source
 
 
@@ -147,17 +131,12 @@ class ListedImages(ImageFiles):
         keys, named = [key for key, _ in entries], [name for _, name in entries if name is not None]
         parts = {name: part_of(name) for name in set(named)}
         if len(set(parts.values())) > 1 and all(parts.values()):
-            raise DataError(
-                f"{path}: {listed(sorted(parts))} are parts of a data set, no classes; list each apart"
-            )
+            raise DataError(f"{path}: {listed(sorted(parts))} are parts of a data set, no classes; list each apart")
         try:
             class_names, ids = named_classes(named) if named else ([], np.zeros(0, np.int64))
         except DataError as error:
             raise DataError(f"{path}: {error}") from error
-        has_class, class_ids = (
-            np.array([name is not None for _, name in entries]),
-            np.zeros(len(keys), np.int64),
-        )
+        has_class, class_ids = (np.array([name is not None for _, name in entries]), np.zeros(len(keys), np.int64))
         class_ids[has_class] = ids
         super().__init__(path.parent, keys, class_ids, class_names, passed_over, has_class)
         self.remarks = remarks
@@ -182,9 +161,7 @@ def _distinct_entries(
     twice, times = Counter(key for key, _ in found).most_common(1)[0]
     if times > 1:
         classes = sorted({str(name) for key, name in found if key == twice})
-        raise DataError(
-            f"{path}: {twice} is listed with {len(classes)} classes ({listed(classes)}); an image has one"
-        )
+        raise DataError(f"{path}: {twice} is listed with {len(classes)} classes ({listed(classes)}); an image has one")
     return found
 
 
@@ -208,11 +185,7 @@ def _entries(
             continue
         of_images = [i for i, cell in enumerate(cells) if _is_image(cell)]
         if len(of_images) != 1 or len(cells) > 2:
-            many = (
-                "; more columns need a first line that names them, such as path,label"
-                if len(cells) > 2
-                else ""
-            )
+            many = "; more columns need a first line that names them, such as path,label" if len(cells) > 2 else ""
             raise DataError(
                 f"{path}, line {number}: expected the path of an image ({', '.join(EXTENSIONS)}), or a path and a "
                 f"class (with a tab between where the class has spaces or commas{many}); got {lines[number - 1]!r}"
@@ -243,10 +216,7 @@ def _rows(path: Path, lines: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
         for i in says:
             line = lines[i].strip()
             quoted = line.startswith('"') and next(csv.reader([line], delimiter=" "))
-            yield (
-                i + 1,
-                quoted or ([line] if _is_image(line) else [cell.strip() for cell in line.rsplit(" ", 1)]),
-            )
+            yield (i + 1, quoted or ([line] if _is_image(line) else [cell.strip() for cell in line.rsplit(" ", 1)]))
         return
     first = says[0] if says else 0
     reader = csv.reader(
@@ -273,14 +243,10 @@ def _are_headings(cells: Sequence[str]) -> bool:
     if any(_is_picture(cell) for cell in cells):
         return False
     words = {re.sub(r"[^a-z]", "", cell.lower()) for cell in cells}
-    return bool(words & (_PATH_HEADINGS | _CLASS_HEADINGS)) or not any(
-        "." in cell or "/" in cell for cell in cells
-    )
+    return bool(words & (_PATH_HEADINGS | _CLASS_HEADINGS)) or not any("." in cell or "/" in cell for cell in cells)
 
 
-def _in_utf8(
-    entries: list[tuple[str, str | None]], path: Path, remarks: list[str]
-) -> list[tuple[str, str | None]]:
+def _in_utf8(entries: list[tuple[str, str | None]], path: Path, remarks: list[str]) -> list[tuple[str, str | None]]:
     """Return entries with what is not UTF-8 read as spreadsheets of Windows write it, unless a path is a file so."""
 
     def decoded(text: str) -> str:
@@ -320,14 +286,10 @@ def _columns(path: Path, rows: Sequence[tuple[int, list[str]]], remarks: list[st
     for i in others:
         found = {part for _, cells in rows[1:] if i < len(cells) and (part := part_of(cells[i]))}
         if len(found) > 1:
-            raise DataError(
-                f"{path}: its column {headings[i]} says {listed(sorted(found))}; write a list of each part"
-            )
+            raise DataError(f"{path}: its column {headings[i]} says {listed(sorted(found))}; write a list of each part")
     chosen = [*paths, *classes]
     unread = [headings[i] for i in others if i not in chosen]
-    said = f"path from column {headings[paths[0]]}" + (
-        f", class from {headings[classes[0]]}" if classes else ""
-    )
+    said = f"path from column {headings[paths[0]]}" + (f", class from {headings[classes[0]]}" if classes else "")
     remarks.append(said + (f"; not read: {listed(unread)}" if unread else ""))
     return chosen
 

@@ -86,9 +86,7 @@ def scan_tars(names: Sequence[str | Path], local: Callable[[int], Path] | None =
     if mistake and (not numbers or len({part_of(name) for name in folders} - {None}) > 1):
         raise DataError(mistake)
     keys = (
-        _images_of_samples(images, passed_over, where=where)
-        if numbers
-        else without_masks(sorted(images), passed_over)
+        _images_of_samples(images, passed_over, where=where) if numbers else without_masks(sorted(images), passed_over)
     )
     stems = [(images[key][0], _stem(key)) for key in keys] if numbers else []
     # Without .cls files the first folder is the class; where no image lies in a folder, there are none.
@@ -100,9 +98,7 @@ def scan_tars(names: Sequence[str | Path], local: Callable[[int], Path] | None =
         few = f"{where}: {len(lacking):,} of {len(keys):,} images have"
         if numbers:
             raise DataError(f"{few} no .cls file ({listed(lacking)})")
-        advice = (
-            "; if each tar file is a class, unpack it into a folder of its name" if len(names) > 1 else ""
-        )
+        advice = "; if each tar file is a class, unpack it into a folder of its name" if len(names) > 1 else ""
         beside = f"; {passed_over_text(passed_over)}" if passed_over else ""
         raise DataError(
             f"{few} neither a .cls file nor a folder that names their class ({listed(lacking)}){advice}{beside}"
@@ -123,9 +119,7 @@ def _read_members(content: _Content, tar: int, path: Path, names: Sequence[str |
             number = _class_number(text, where=f"{called}: {name}")
             other = content.numbers.setdefault((tar, _stem(name)), number)
             if other != number:
-                raise DataError(
-                    f"{called}: {_stem(name)} has two classes in .cls files, {other} and {number}"
-                )
+                raise DataError(f"{called}: {_stem(name)} has two classes in .cls files, {other} and {number}")
         elif kind is not None:
             content.passed_over[kind] += 1
         elif name in content.images:
@@ -153,9 +147,7 @@ def _images_of_samples(
                 f"meant; name it {stem}.jpg or .png and the others {stem}.WORD.png, or leave them out"
             )
         chosen += own
-        passed_over.update(
-            f"{key[len(stem) :].lower()} beside the sample's image" for key in found if key not in own
-        )
+        passed_over.update(f"{key[len(stem) :].lower()} beside the sample's image" for key in found if key not in own)
     return sorted(chosen)
 
 
@@ -217,9 +209,7 @@ def load_index(path: Path) -> tuple[TarIndex, list[str], NDArray[np.int64], NDAr
         index = TarIndex(keys, arrays["places"], class_names, arrays["class_ids"], passed_over)
         return index, tars, arrays["sizes"], arrays["marks"]
     except UNREADABLE as error:
-        raise DataError(
-            f"{path}: cannot be read as an index of tar files; write it again, or delete it"
-        ) from error
+        raise DataError(f"{path}: cannot be read as an index of tar files; write it again, or delete it") from error
 
 
 def last_starts(places: NDArray[np.int64], num_tars: int) -> list[int]:

@@ -14,15 +14,7 @@ from numpy.typing import NDArray
 
 from tokenlabel.data.folders import part_of
 from tokenlabel.data.images import describe
-from tokenlabel.data.tar_index import (
-    INDEX_NAME,
-    TarIndex,
-    last_starts,
-    load_index,
-    mark_of,
-    save_index,
-    scan_tars,
-)
+from tokenlabel.data.tar_index import INDEX_NAME, TarIndex, last_starts, load_index, mark_of, save_index, scan_tars
 from tokenlabel.runtime.errors import DataError, ImageError
 from tokenlabel.runtime.process import listed, say
 
@@ -43,11 +35,7 @@ class TarImages:
     def __init__(self, paths: Sequence[str | Path], index: TarIndex | None = None) -> None:
         self.paths = [Path(path) for path in paths]
         self.index = scan_tars(self.paths) if index is None else index
-        self.keys, self.class_ids, self.class_names = (
-            self.index.keys,
-            self.index.class_ids,
-            self.index.class_names,
-        )
+        self.keys, self.class_ids, self.class_names = (self.index.keys, self.index.class_ids, self.index.class_names)
         self.passed_over = self.index.passed_over
         self._read_ahead = False
         self._open: OrderedDict[int, _OpenFile] = OrderedDict()
@@ -144,9 +132,7 @@ def refuse_parts(folder: str | Path, names: Sequence[str]) -> None:
                 parts.setdefault(part, name)
     if len(parts) > 1:
         some = listed([*parts.values()])
-        raise DataError(
-            f"{folder}: holds tar files of several parts of a data set ({some}); give each a folder"
-        )
+        raise DataError(f"{folder}: holds tar files of several parts of a data set ({some}); give each a folder")
 
 
 def _is_tar(path: Path) -> bool:
@@ -179,9 +165,7 @@ def read_index(folder: Path, paths: Sequence[Path]) -> TarImages:
     raise DataError(f"{path}: the tar files beside it have changed since; write it again, or delete it")
 
 
-def _fingerprints(
-    paths: Sequence[Path], places: NDArray[np.int64]
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _fingerprints(paths: Sequence[Path], places: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return the bytes of each tar file, and a checksum of the header of the last image in it."""
     sizes, marks = np.empty(len(paths), np.int64), np.empty(len(paths), np.int64)
     for i, (path, start) in enumerate(zip(paths, last_starts(places, len(paths)), strict=True)):

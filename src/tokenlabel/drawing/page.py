@@ -67,17 +67,14 @@ class Page:
         if num_others := len(shown) - len(named):
             chips.append(_chip(f"{num_others:,} {OTHERS}", _OTHER_COLOUR))
         maps = (album.class_map(tile) for album, picture in pictures for tile in picture["tiles"])
-        if any(
-            found is not None and ((found.ids < 0).any() or found.region != (0, 0, 1, 1)) for found in maps
-        ):
+        if any(found is not None and ((found.ids < 0).any() or found.region != (0, 0, 1, 1)) for found in maps):
             chips.append('<span><i class="unsaid"></i>no label</span>')
         return f'<p class="legend">{"".join(chips)}</p>' if chips else ""
 
     def figure(self, tiles: Iterable[tuple[Album, Mapping[str, Any]]], caption: str) -> str:
         """Return tiles side by side over one caption (HTML). Each tile's own text stands below it."""
         shown = "".join(
-            f"<div>{self._tile(album, tile)}<small>{html.escape(tile['text'])}</small></div>"
-            for album, tile in tiles
+            f"<div>{self._tile(album, tile)}<small>{html.escape(tile['text'])}</small></div>" for album, tile in tiles
         )
         return f'<figure><div class="tiles">{shown}</div><figcaption>{caption}</figcaption></figure>'
 
@@ -85,8 +82,7 @@ class Page:
         """Add a section with all pictures of an album, each with all its tiles in a row."""
         pictures = [(album, picture) for picture in album.about["pictures"]]
         figures = [
-            self.figure([(album, tile) for tile in picture["tiles"]], caption(picture))
-            for _, picture in pictures
+            self.figure([(album, tile) for tile in picture["tiles"]], caption(picture)) for _, picture in pictures
         ]
         broad = " broad" if any(len(picture["tiles"]) > _FEW_TILES for _, picture in pictures) else ""
         self.add(title, self.legend(pictures), f'<div class="pictures{broad}">{"".join(figures)}</div>')
@@ -102,15 +98,10 @@ class Page:
             for name, sheet in self._sheets.items()
         )
         text = _PAGE.format(
-            title=html.escape(self.title),
-            heading=_breakable(self.title),
-            sheets=sheets,
-            body="\n".join(self.sections),
+            title=html.escape(self.title), heading=_breakable(self.title), sheets=sheets, body="\n".join(self.sections)
         )
         try:
-            write_whole(
-                output, [text.encode("utf-8", "backslashreplace")]
-            )  # names of files need not be UTF-8
+            write_whole(output, [text.encode("utf-8", "backslashreplace")])  # names of files need not be UTF-8
         except OSError as error:
             raise _unwritable(output, error.strerror or str(error)) from error
 
@@ -136,10 +127,7 @@ class Page:
 
     def _map(self, classes: ClassGrid, names: Sequence[str]) -> str:
         """Return a map as an image of one pixel a cell, laid over the part of the photograph that it is about."""
-        colours = [
-            *(self._colours.get(name, _OTHER_COLOUR) for name in names),
-            (0, 0, 0),
-        ]  # -1 takes the last
+        colours = [*(self._colours.get(name, _OTHER_COLOUR) for name in names), (0, 0, 0)]  # -1 takes the last
         strength = np.ones(classes.ids.shape) if classes.strength is None else classes.strength
         pixels = np.empty((*classes.ids.shape, 4), np.uint8)
         pixels[..., :3] = np.array(colours, np.uint8)[classes.ids]
@@ -180,14 +168,10 @@ def check_output(output: Path) -> None:
 def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Return a table; the first column is set to the left, the others to the right."""
     head = "".join(
-        f"<th{' class=short' if len(heading) <= _SHORT else ''}>{_breakable(heading)}</th>"
-        for heading in headings
+        f"<th{' class=short' if len(heading) <= _SHORT else ''}>{_breakable(heading)}</th>" for heading in headings
     )
     body = "".join("<tr>" + "".join(f"<td>{_breakable(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return (
-        '<div class="wide" tabindex="0">'
-        f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-    )
+    return f'<div class="wide" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _breakable(text: str) -> str:

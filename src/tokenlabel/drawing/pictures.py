@@ -51,9 +51,7 @@ class ClassGrid:
 
 
 def top_classes(
-    ids: Int[NDArray[np.integer[Any]], "h w"],
-    probs: Float[NDArray[np.floating[Any]], "h w"],
-    num_classes: int,
+    ids: Int[NDArray[np.integer[Any]], "h w"], probs: Float[NDArray[np.floating[Any]], "h w"], num_classes: int
 ) -> ClassGrid:
     """Return the map of each cell's most probable class, the stronger the further its probability is above chance.
 
@@ -131,9 +129,7 @@ def make_album(
                 numbers[id(tile.photo)] = len(photos)
                 photos.append(fitted(tile.photo))
             number = numbers[id(tile.photo)]
-            packed.append(
-                {"photo": number, "text": tile.text, "map": _packed(tile.classes, found, photos[number])}
-            )
+            packed.append({"photo": number, "text": tile.text, "map": _packed(tile.classes, found, photos[number])})
         entries.append({**facts, "tiles": packed})
     sheet, boxes = _contact_sheet(photos)
     names = [class_names[i] if i < len(class_names) else str(i) for i in found]

@@ -75,12 +75,9 @@ def assess(name: str | Path, options: EvalOptions, *, device: torch.device | str
         found = assessment.of_corruptions() if options.set == "imagenet-c" else assessment.of_images()
     about: Figures = {"network": network.name, "img_size": list(network.img_size)}
     about |= {} if network.step is None else {"step": network.step}
-    named = (
-        network.num_classes > 0
-    )  # without a class head nothing is inferred: tokens and features are judged
+    named = network.num_classes > 0  # without a class head nothing is inferred: tokens and features are judged
     labelled = {
-        head.value: {**about, **({"inference": head.value} if named else {}), **_nested(found[head])}
-        for head in heads
+        head.value: {**about, **({"inference": head.value} if named else {}), **_nested(found[head])} for head in heads
     }
     return labelled if options.inference == "all" else labelled[heads[0].value]
 
@@ -151,9 +148,7 @@ class _Assessment:
             of_tokens = self._pass(images, {Inference.CLASS: [truth]}, store=store)
             about = self._class_names() if others is None else others.labels
             if (absent := truth.absent(about)) and not (others and others.words):
-                say(
-                    f"no {name} shows {len(absent):,} classes ({listed(absent)}): {name}_miou leaves them out"
-                )
+                say(f"no {name} shows {len(absent):,} classes ({listed(absent)}): {name}_miou leaves them out")
             of_tokens[Inference.CLASS].pop("images_per_s")
             found = {head: figures | of_tokens[Inference.CLASS] for head, figures in found.items()}
         return {head: figures | probes for head, figures in found.items()}
@@ -162,11 +157,7 @@ class _Assessment:
         """Raise ConfigError for what a network without class head cannot be asked."""
         network, options = self.network, self.options
         options.leave_out(
-            f"{network.name} has no class head, so it names no classes",
-            "real",
-            "masks",
-            "per_class",
-            "multi_labels",
+            f"{network.name} has no class head, so it names no classes", "real", "masks", "per_class", "multi_labels"
         )
         asked = options.data or (network.recipe and network.recipe.data.val)
         if (options.data is not None or not probes) and not self._labels():
@@ -302,15 +293,9 @@ class _Assessment:
                 f"{self.network.name} has no head for tokens that was trained; leave --masks and --labels out"
             )
         if masks and others is not None:
-            raise ConfigError(
-                f"{self.network.name}: its tokens are about {others}, no masks; leave --masks out"
-            )
+            raise ConfigError(f"{self.network.name}: its tokens are about {others}, no masks; leave --masks out")
         if masks is not None:
-            say_order(
-                self._class_names(),
-                them="the masks'",
-                overrule="write these classes' ids if not",
-            )
+            say_order(self._class_names(), them="the masks'", overrule="write these classes' ids if not")
             truth = MaskFolder(
                 masks,
                 num_classes=self.network.num_classes,
@@ -336,9 +321,7 @@ def as_text(figures: Figures) -> str:
     if of_classes:
         lines.append("")
         width = max(map(len, of_classes))
-        lines += [
-            f"{name:<{width}}  {top1:6.1%}" for name, top1 in sorted(of_classes.items(), key=itemgetter(1))
-        ]
+        lines += [f"{name:<{width}}  {top1:6.1%}" for name, top1 in sorted(of_classes.items(), key=itemgetter(1))]
     return "\n".join(lines)
 
 

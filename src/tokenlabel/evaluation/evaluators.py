@@ -113,9 +113,7 @@ class Calibration(Evaluator):
         # Sums over the images of a bin as products with one-hot rows: exact in float64, and they add up over ranks.
         bins = (confidence * NUM_BINS).ceil().long().clamp(1, NUM_BINS) - 1
         one_hot = F.one_hot(bins, NUM_BINS).double()  # [B, bins]
-        self._count(
-            images=one_hot.sum(dim=0), confidence=confidence @ one_hot, right=right @ one_hot
-        )  # each [bins]
+        self._count(images=one_hot.sum(dim=0), confidence=confidence @ one_hot, right=right @ one_hot)  # each [bins]
 
     def figures(self) -> Iterator[tuple[str, float]]:
         """Yield ece."""
@@ -136,8 +134,7 @@ class PerClass(Evaluator):
         right = rank_of_class(predictions.logits, class_ids) < 1
         num_classes = len(self.class_names)
         self._count(
-            images=class_ids.bincount(minlength=num_classes),
-            right=class_ids[right].bincount(minlength=num_classes),
+            images=class_ids.bincount(minlength=num_classes), right=class_ids[right].bincount(minlength=num_classes)
         )
 
     def figures(self) -> Iterator[tuple[str, float]]:
@@ -173,11 +170,7 @@ class TokenTruth(Evaluator):
         """Count tokens that say a class each, against targets aligned from true masks."""
         objects, classes = object_tokens(truth)
         shown, found = classes[objects], predicted[objects]
-        of_class = {
-            "shown": shown,
-            "found": found,
-            "hits": shown[shown == found],
-        }  # three rows of C, not C x C
+        of_class = {"shown": shown, "found": found, "hits": shown[shown == found]}  # three rows of C, not C x C
         self._count(**{name: ids.bincount(minlength=num_classes) for name, ids in of_class.items()})
 
     def absent(self, class_names: Sequence[str]) -> list[str]:
@@ -212,9 +205,7 @@ class RealLabels(Evaluator):
         names = [key.rpartition("/")[2] for key in predictions.batch.keys]
         unknown = [name for name in names if name not in self.labels]
         if unknown:
-            raise ValueError(
-                f"the ReaL labels know no image {unknown[0]}; they belong to ImageNet's val images"
-            )
+            raise ValueError(f"the ReaL labels know no image {unknown[0]}; they belong to ImageNet's val images")
         guesses = predictions.logits.argmax(dim=1).tolist()
         judged = [(guess, self.labels[name]) for guess, name in zip(guesses, names, strict=True)]
         self._count(

@@ -21,9 +21,7 @@ from tokenlabel.data.coco import COCO_SUFFIX, CocoMasks
 from tokenlabel.data.decoding import orientation_of
 from tokenlabel.data.images import ImageSource
 from tokenlabel.data.masks import check_upright, decode_mask, mask_names, unlabelled_value
-from tokenlabel.evaluation.evaluators import (
-    object_tokens,
-)
+from tokenlabel.evaluation.evaluators import object_tokens
 from tokenlabel.labels.store import LabelStore
 from tokenlabel.runtime.errors import DataError
 from tokenlabel.runtime.process import listed, say
@@ -103,9 +101,7 @@ class MaskFolder:
                 f"({self._ignored}): --ignore-index says another id of none, --class-map FILE of `annotate` all others"
             )
         if self.num_classes > 255 and max(held, default=0) == 255:
-            say(
-                f"{self.folder}: 255 is the class {class_names[255]!r} of {self.num_classes:,}, nothing is 65535"
-            )
+            say(f"{self.folder}: 255 is the class {class_names[255]!r} of {self.num_classes:,}, nothing is 65535")
         elif {*held} == {0, 255} and len(np.unique(self._source.class_ids[drawn])) > 1:
             raise DataError(
                 f"{self.folder}: masks hold 0 and 255 alone, and 255 stands for no class: only {class_names[0]!r} (0) "
@@ -162,11 +158,7 @@ def agreement(guess: TokenTargets, truth: TokenTargets, num_classes: int) -> tup
 
 
 def mask_agreement(
-    store: LabelStore,
-    masks: str | Path,
-    *,
-    source: ImageSource | None = None,
-    ignore_index: int | None = None,
+    store: LabelStore, masks: str | Path, *, source: ImageSource | None = None, ignore_index: int | None = None
 ) -> float:
     """Return the share of object cells of a store's maps whose most probable class is that of the true mask.
 
@@ -174,17 +166,13 @@ def mask_agreement(
     Images without a mask are left out, which is said. `source`: the images, which know their orientation.
     """
     num_classes, names = store.manifest.num_classes, store.manifest.class_names
-    truth_of = MaskFolder(
-        masks, num_classes=num_classes, ignore_index=ignore_index, source=source, class_names=names
-    )
+    truth_of = MaskFolder(masks, num_classes=num_classes, ignore_index=ignore_index, source=source, class_names=names)
     truth_of.check(names or tuple(map(str, range(num_classes))), all_needed=False)
     is_stored, indices = store.manifest.orientation == Orientation.STORED, {}
     if is_stored and source is not None:
         indices = {key: index for index, key in enumerate(source.keys)}
     elif is_stored:
-        say(
-            "the maps lie as the files store their pixels: name the images (--images) if any have an orientation tag"
-        )
+        say("the maps lie as the files store their pixels: name the images (--images) if any have an orientation tag")
     keys = [*store.keys()]
     with_mask = [key for key in keys if key in truth_of]
     if not with_mask:
@@ -197,12 +185,8 @@ def mask_agreement(
         if source is not None and key in indices:
             score_map = turned_map(score_map, orientation_of(source.read(indices[key])))
         height, width, _ = score_map.codes.shape
-        seen = torch.from_numpy(
-            stack_views([View.crop(score_map.region)])
-        )  # locations are then the map's cells
-        guess, truth = (
-            align(collate_score_maps([m]), seen, (height, width)) for m in (score_map, truth_of[key])
-        )
+        seen = torch.from_numpy(stack_views([View.crop(score_map.region)]))  # locations are then the map's cells
+        guess, truth = (align(collate_score_maps([m]), seen, (height, width)) for m in (score_map, truth_of[key]))
         counts = agreement(guess, truth, num_classes)
         right, total = right + counts[0], total + counts[1]
     if not total:

@@ -20,10 +20,7 @@ from tokenlabel.data.batches import TokenLabelDataset
 from tokenlabel.data.imagenet import as_classes_of
 from tokenlabel.data.images import ImageSource, has_classes
 from tokenlabel.data.sources import open_images
-from tokenlabel.evaluation.evaluators import (
-    Evaluator,
-    Predictions,
-)
+from tokenlabel.evaluation.evaluators import Evaluator, Predictions
 from tokenlabel.evaluation.masks import MaskFolder
 from tokenlabel.models import Outputs
 from tokenlabel.runtime.distributed import Precision, Ranks, autocast, usable_device

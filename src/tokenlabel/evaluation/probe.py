@@ -54,9 +54,7 @@ def fit_probe(
     x_mean, y_mean = x.mean(dim=0), y.mean(dim=0)
     x, y = x - x_mean, y - y_mean  # so that the ridge does not shrink the bias
     covariance = x.T @ x / len(x)
-    shrinkage = (
-        ridge * covariance.diagonal().mean() * torch.eye(len(covariance), dtype=x.dtype, device=x.device)
-    )
+    shrinkage = ridge * covariance.diagonal().mean() * torch.eye(len(covariance), dtype=x.dtype, device=x.device)
     weight = torch.linalg.solve(covariance + shrinkage, x.T @ y / len(x))
     return LinearProbe(weight=weight, bias=y_mean - x_mean @ weight)
 
@@ -97,9 +95,7 @@ def probe_sets(
     else:
         order = np.argsort(source.class_ids, kind="stable")  # every other image of each class
         source, others = (ImageSubset(source, np.sort(order[start::2])) for start in (0, 1))
-    say(
-        f"probes of frozen features learn from {len(source):,} images, and are tested on {len(others):,} others"
-    )
+    say(f"probes of frozen features learn from {len(source):,} images, and are tested on {len(others):,} others")
     return TokenLabelDataset(source, transform), TokenLabelDataset(others, transform)
 
 
@@ -107,15 +103,11 @@ def with_classes_only(source: ImageSource, place: str | Path) -> ImageSource:
     """Return the images of a source that have a class. Raises ConfigError unless two classes have two images each."""
     known = has_classes(source)
     counts = np.bincount(source.class_ids[known], minlength=1)
-    found, single = (
-        [source.class_names[i] for i in np.flatnonzero(which)] for which in (counts, counts == 1)
-    )
+    found, single = ([source.class_names[i] for i in np.flatnonzero(which)] for which in (counts, counts == 1))
     if len(found) < 2 or single:
         what = "no classes" if not found else f"one class only ({found[0]})"
         what = what if len(found) < 2 else f"only one image of some classes ({listed(single)})"
-        raise ConfigError(
-            f"{place}: its images have {what}; probes need two classes at least, and two images of each"
-        )
+        raise ConfigError(f"{place}: its images have {what}; probes need two classes at least, and two images of each")
     return source if known.all() else ImageSubset(source, np.flatnonzero(known))
 
 
@@ -169,9 +161,7 @@ def _of_all_ranks(
     return torch.cat(features), torch.cat(classes)
 
 
-def _mean_tokens(
-    model: TokenModel, batches: Iterable[Batch]
-) -> tuple[Float[Tensor, "n D"], Int[Tensor, " n"]]:
+def _mean_tokens(model: TokenModel, batches: Iterable[Batch]) -> tuple[Float[Tensor, "n D"], Int[Tensor, " n"]]:
     features, classes = [], []
     for batch in batches:
         outputs = model(normalize_images(batch.images, mean=model.mean, std=model.std))

@@ -101,9 +101,7 @@ def unpack(record: bytes, *, num_classes: int, empty_is_even: bool = False) -> S
         if flags & _HAS_REGION:
             region, start = _region(record, start), start + _REGION.size
     if not (height and width and topk and num_named):
-        raise StoreError(
-            f"a map of {height} x {width} cells, {topk} entries, {num_named} classes holds nothing"
-        )
+        raise StoreError(f"a map of {height} x {width} cells, {topk} entries, {num_named} classes holds nothing")
     shape = (height, width, topk)
     if number == _RAW:
         palette, codes, probs = _read_raw(record, start, shape, num_named, kind)
@@ -112,16 +110,12 @@ def unpack(record: bytes, *, num_classes: int, empty_is_even: bool = False) -> S
     elif number == _BY_CELL:
         palette, codes, probs = _read_by_cell(record, start, shape, num_named)
     else:
-        raise StoreError(
-            f"a record of encoding {number}, known are {_RAW} to {_BY_CLASS}: a newer tokenlabel?"
-        )
+        raise StoreError(f"a record of encoding {number}, known are {_RAW} to {_BY_CLASS}: a newer tokenlabel?")
     # Codes and ids index into tensors later on, where a wrong one could end the program.
     if _largest(codes) >= num_named:
         raise StoreError(f"a code of {codes.max()} in a palette of {num_named}")
     if _largest(palette.view(_UINT32)) >= num_classes:
-        raise StoreError(
-            f"class ids from {palette.min()} to {palette.max()}, expected 0 to {num_classes - 1}"
-        )
+        raise StoreError(f"class ids from {palette.min()} to {palette.max()}, expected 0 to {num_classes - 1}")
     return ScoreMap(palette, codes, probs, num_classes, region, kind, empty_is_even)
 
 
@@ -175,9 +169,7 @@ def _raw_body(score_map: ScoreMap) -> bytes:
         with np.errstate(over="ignore"):
             values = score_map.probs.astype(_FLOAT16)
         if not np.isfinite(values).all():
-            raise StoreError(
-                f"logits are kept as float16, at most 65504; got {np.abs(score_map.probs).max():.6g}"
-            )
+            raise StoreError(f"logits are kept as float16, at most 65504; got {np.abs(score_map.probs).max():.6g}")
     else:
         values = on_grid(score_map.probs, RAW_STEPS).astype(_UINT16)
     codes = score_map.codes.astype(_code_type(len(score_map.palette)))
@@ -193,9 +185,7 @@ def _read_raw(
     codes_start = values_start + 2 * num_entries
     end = codes_start + num_entries * code_type.itemsize
     if len(record) != end:
-        raise StoreError(
-            f"a map of {shape} over {num_named} classes takes {end} bytes, the record has {len(record)}"
-        )
+        raise StoreError(f"a map of {shape} over {num_named} classes takes {end} bytes, the record has {len(record)}")
     palette = np.ndarray(num_named, _INT32, record, start)
     codes = np.ndarray(shape, code_type, record, codes_start)
     if kind is Kind.LOGITS:

@@ -71,9 +71,7 @@ def find_replaced(
     """
     num_threads = max(_NUM_THREADS, os.cpu_count() or 1)
     states = in_threads(partial(_compare, store, source, read_all), range(len(source)), num_threads)
-    of_state = {
-        state: [index for index, of_index in enumerate(states) if of_index is state] for state in _State
-    }
+    of_state = {state: [index for index, of_index in enumerate(states) if of_index is state] for state in _State}
     replaced, unsure = of_state[_State.REPLACED], of_state[_State.UNSURE]
     if read_all or max_read is None or len(unsure) <= max_read:
         looks = in_threads(partial(_differs, store, source), unsure, num_threads)

@@ -158,9 +158,7 @@ def inspect_store(
         bytes_per_image=store.num_bytes() / max(1, len(store)),
         **_means(summaries),
         **_agreement(known),
-        agreement_missing=None
-        if known
-        else _why_unknown(store, source, [summary.key for summary in summaries]),
+        agreement_missing=None if known else _why_unknown(store, source, [summary.key for summary in summaries]),
         suspects=tuple(_suspect(summary, class_id, store) for summary, class_id in suspects),
         uncertain=tuple(by_entropy(summaries)[: config.num_suspects]),
         num_verified=len(store) if config.verify else None,
@@ -216,9 +214,7 @@ def _why_unknown(store: LabelStore, source: ImageSource | None, keys: Sequence[s
         return "no label was looked at"
     ours = listed([repr(shortened_path(key)) for key in keys])
     if source is None:
-        classes = (
-            f"none of its classes ({listed(list(names))})" if names else "no classes: these have no names"
-        )
+        classes = f"none of its classes ({listed(list(names))})" if names else "no classes: these have no names"
         return f"the first folders of its keys ({ours}) are {classes}; name the images by --images"
     if not source.class_names:
         return "the images have no classes"
@@ -270,9 +266,7 @@ def _sampled(store: LabelStore, count: int) -> Iterator[str]:
     """Return the keys of labels drawn at random, of all if `count` is 0 or more than there are."""
     if count == 0 or len(store) <= count:
         return store.keys()
-    return (
-        store.key_at(i) for i in np.random.default_rng(0).choice(len(store), count, replace=False).tolist()
-    )
+    return (store.key_at(i) for i in np.random.default_rng(0).choice(len(store), count, replace=False).tolist())
 
 
 def _mean(values: Sequence[float]) -> float:

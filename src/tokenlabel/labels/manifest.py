@@ -23,9 +23,7 @@ MAX_MANIFEST_BYTES = 1 << 28
 # The entry of a class map that says what became of the probability of classes that it leaves out.
 OUTSIDE = "teacher.class_map.nowhere"
 
-_REPAIR = (
-    "put a copy back: the command that made these labels writes an equal one first thing, into another folder"
-)
+_REPAIR = "put a copy back: the command that made these labels writes an equal one first thing, into another folder"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +67,7 @@ class Manifest:
             object.__setattr__(self, name, json.loads(json.dumps(getattr(self, name))))
         problem = ""
         if self.num_classes < 2 or self.topk < 1:
-            problem = (
-                f"labels need 2 classes and 1 kept a cell at least; got {self.num_classes} and {self.topk}"
-            )
+            problem = f"labels need 2 classes and 1 kept a cell at least; got {self.num_classes} and {self.topk}"
         elif not 0 <= self.tolerance < 1:
             problem = f"the tolerance of labels must be at least 0 and below 1, got {self.tolerance}"
         elif self.class_names and len(self.class_names) != self.num_classes:
@@ -148,17 +144,12 @@ def _without_names(described: Any) -> Any:
     if not isinstance(described, dict):
         return described
     return {
-        key: _without_names(value)
-        for key, value in described.items()
-        if key != "name" or "weights" not in described
+        key: _without_names(value) for key, value in described.items() if key != "name" or "weights" not in described
     }
 
 
 def update_failures(
-    folder: str | Path,
-    failures: Sequence[Failure],
-    *,
-    others: Callable[[str], bool] = lambda key: False,
+    folder: str | Path, failures: Sequence[Failure], *, others: Callable[[str], bool] = lambda key: False
 ) -> None:
     """Write to a store's manifest which images could not be labelled, in place of those it had.
 

@@ -42,9 +42,7 @@ def as_text(figures: Mapping[str, Any]) -> str:
         *(f"{name:<24}{text}".rstrip() for name, text in (*_about_store(figures), *_about_maps(figures))),
     ]
     if figures["uncertain"]:
-        sampled = (
-            "" if figures["num_sampled"] == figures["num_images"] else " of those looked at (--sample 0: all)"
-        )
+        sampled = "" if figures["num_sampled"] == figures["num_images"] else " of those looked at (--sample 0: all)"
         lines += ["", f"least certain{sampled}: a mask of these would teach most"]
     lines += [
         f"  {shortened_path(image['key'], MAX_KEY)}: {image['entropy_bits']:.2f} bits a place, "
@@ -53,9 +51,7 @@ def as_text(figures: Mapping[str, Any]) -> str:
     ]
     lines += _suspect_lines("least agreement: perhaps their class is wrong", figures["suspects"])
     if folds := figures.get("out_of_fold"):
-        agree = (
-            f"{folds['agreement']:.1%} of {folds['num_images']:,} images have the class that they look like"
-        )
+        agree = f"{folds['agreement']:.1%} of {folds['num_images']:,} images have the class that they look like"
         lines += ["", f"out of fold, {agree}", *_suspect_lines("least of all", folds["suspects"])[1:]]
     if figures["num_verified"] is not None:
         lines += ["", f"verified {figures['num_verified']:,} labels, {len(figures['broken']):,} broken"]
@@ -70,10 +66,7 @@ def _about_store(figures: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         names = listed(list(figures["replaced"]))
         yield "replaced", f"{count:,} of the images since labelling ({names}): annotate --again changed"
     if count := figures["num_unsure"]:
-        yield (
-            "modified",
-            f"{count:,} of the images since labelling, which kept their size: --verify reads them",
-        )
+        yield ("modified", f"{count:,} of the images since labelling, which kept their size: --verify reads them")
     size, num_files = figures["bytes_per_image"], figures["num_files"]
     yield "size", f"{size:,.0f} bytes an image, files: {num_files:,}, encoding {figures['encoding']}"
     yield "teacher", _in_a_line(figures["teacher"])
@@ -119,9 +112,7 @@ def _in_a_line(settings: Mapping[str, Any]) -> str:
         members = [_in_a_line(member) for member in settings["members"]]
         more = f" + {len(members) - 3} more" if len(members) > 3 else ""
         return f"{' + '.join(members[:3])}{more}; {_in_a_line({k: v for k, v in settings.items() if k != 'members'})}"
-    return ", ".join(
-        f"{name} {_in_short(value)}" for name, value in settings.items() if value not in (None, False)
-    )
+    return ", ".join(f"{name} {_in_short(value)}" for name, value in settings.items() if value not in (None, False))
 
 
 def _in_short(value: Any) -> str:
@@ -138,9 +129,7 @@ def map_of_scores(score_map: ScoreMap) -> ClassGrid:
     """Return the most probable class of each cell of a score map, over the part of the image that the teacher saw."""
     probs = as_probabilities(score_map).probs
     best = probs.argmax(axis=2, keepdims=True)
-    found = top_classes(
-        score_map.top_class_ids, np.take_along_axis(probs, best, 2)[..., 0], score_map.num_classes
-    )
+    found = top_classes(score_map.top_class_ids, np.take_along_axis(probs, best, 2)[..., 0], score_map.num_classes)
     region = score_map.region
     return replace(found, region=(region.left, region.top, region.right, region.bottom))
 
@@ -155,9 +144,7 @@ def write_pictures(store: LabelStore, source: ImageSource, output: Path, *, coun
     index_of = {key: index for index, key in enumerate(source.keys)}
     keys = [key for key in store.keys() if key in index_of]  # noqa: SIM118  (a store is no dict)
     if not keys:
-        raise StoreError(
-            f"{output}: none of the {len(source):,} images has a label in this store; give its own images"
-        )
+        raise StoreError(f"{output}: none of the {len(source):,} images has a label in this store; give its own images")
     drawn = np.random.default_rng(0).permutation(len(keys))[:SAMPLE].tolist()
     summaries = [summarize(keys[i], store[keys[i]]) for i in drawn]
     class_of, manifest = class_finder(store, source), store.manifest
@@ -191,9 +178,7 @@ def _members(
     by_certainty = sorted(summaries, key=lambda summary: -summary.top1_prob)
     known = [(summary, class_id) for summary in summaries if (class_id := class_of(summary.key)) is not None]
     doubtful = [summary for summary, _ in by_doubt(known)]
-    return dict(
-        zip(SECTIONS, (by_certainty[:count], by_certainty[::-1][:count], doubtful[:count]), strict=True)
-    )
+    return dict(zip(SECTIONS, (by_certainty[:count], by_certainty[::-1][:count], doubtful[:count]), strict=True))
 
 
 def _about(store: LabelStore, num_looks: int, num_keys: int) -> str:
@@ -217,9 +202,7 @@ def _caption(summary: MapSummary, names: Sequence[str], class_id: int | None) ->
     """Return as HTML which image it is, its class, and the classes that have most of its map."""
     best = np.argsort(-summary.class_probs, kind="stable")[:NUM_NAMED].tolist()
     shares = [
-        (names[int(summary.class_ids[i])], float(summary.class_probs[i]))
-        for i in best
-        if summary.class_probs[i] > 0
+        (names[int(summary.class_ids[i])], float(summary.class_probs[i])) for i in best if summary.class_probs[i] > 0
     ]
     own = "" if class_id is None else f", class {html.escape(names[class_id])}"
     said = " · ".join(f"{html.escape(name)}: {share:.0%}" for name, share in shares)

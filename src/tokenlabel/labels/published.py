@@ -141,15 +141,11 @@ def _class_names(ours: Sequence[str], num_classes: int) -> tuple[str, ...]:
     if ours and all(name.isdecimal() and int(name) < num_classes for name in ours):
         named = {int(name): name for name in ours}
         if len(named) == len(ours):
-            say(
-                f"classes that are called by numbers ({listed(list(ours))}) are taken for the files' of these ids"
-            )
+            say(f"classes that are called by numbers ({listed(list(ours))}) are taken for the files' of these ids")
             return tuple(named.get(class_id, str(class_id)) for class_id in range(num_classes))
     if len(ours) == num_classes:
         pairs = [f"{class_id} is {name!r}" for class_id, name in enumerate(ours)]
-        say(
-            f"the files do not name their classes; taken to be those of the images, in order: {listed(pairs)}"
-        )
+        say(f"the files do not name their classes; taken to be those of the images, in order: {listed(pairs)}")
         return tuple(ours)
     if ours:
         say(
@@ -166,11 +162,7 @@ def label_path(folder: Path, key: str) -> Path:
 
 
 def read_label_file(
-    path: str | Path,
-    *,
-    num_classes: int,
-    layout: PublishedLayout | str = PublishedLayout.HW,
-    region: Box = WHOLE_IMAGE,
+    path: str | Path, *, num_classes: int, layout: PublishedLayout | str = PublishedLayout.HW, region: Box = WHOLE_IMAGE
 ) -> ScoreMap:
     """Return a published label file as a map of logits.
 
@@ -183,9 +175,7 @@ def read_label_file(
         logits, ids = logits.swapaxes(1, 2), ids.swapaxes(1, 2)
     class_ids = np.moveaxis(ids, 0, 2)  # [H, W, K]
     if not (class_ids == np.floor(class_ids)).all() or class_ids.min() < 0:
-        raise StoreError(
-            f"{path}: its second half should be class ids, got {class_ids.min()} to {class_ids.max()}"
-        )
+        raise StoreError(f"{path}: its second half should be class ids, got {class_ids.min()} to {class_ids.max()}")
     # Ids are in the type of the logits, float16, which rounds 2049 to 2048.
     if class_ids.max() >= FIRST_UNCERTAIN_ID:
         raise StoreError(
@@ -225,9 +215,7 @@ class _Job:
             return key, Failure(key, reason)
         try:
             region = WHOLE_IMAGE if self.crop is None else _centre(self.source.read(index), self.crop)
-            score_map = read_label_file(
-                path, num_classes=self.manifest.num_classes, layout=self.layout, region=region
-            )
+            score_map = read_label_file(path, num_classes=self.manifest.num_classes, layout=self.layout, region=region)
             if len(self.agreements) < NUM_COMPARED and self.manifest.class_names:
                 own = self.source.class_names[int(self.source.class_ids[index])]
                 best = best_class(summarize(key, score_map))
@@ -241,14 +229,8 @@ class _Job:
         if not self.agreements:
             return
         share = sum(self.agreements) / len(self.agreements)
-        doubt = (
-            ": perhaps these are other images, or other classes in this order"
-            if share <= MIN_AGREEMENT
-            else ""
-        )
-        say(
-            f"the best class of {share:.0%} of {len(self.agreements):,} maps looked at is their image's{doubt}"
-        )
+        doubt = ": perhaps these are other images, or other classes in this order" if share <= MIN_AGREEMENT else ""
+        say(f"the best class of {share:.0%} of {len(self.agreements):,} maps looked at is their image's{doubt}")
 
 
 def _topk_of(paths: Sequence[Path], *, folder: str | Path) -> int:
@@ -279,12 +261,7 @@ def _read_file(path: Path) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever torch's reader runs into in a broken file
         raise StoreError(f"{path}: cannot be read as a label file ({first_line(error)})") from error
-    if (
-        not isinstance(content, torch.Tensor)
-        or content.ndim != 4
-        or content.shape[0] != 2
-        or not content.numel()
-    ):
+    if not isinstance(content, torch.Tensor) or content.ndim != 4 or content.shape[0] != 2 or not content.numel():
         got = list(content.shape) if isinstance(content, torch.Tensor) else type(content).__name__
         raise StoreError(f"{path}: expected a tensor [2, K, H, W] of logits and class ids, got {got}")
     logits, ids = content.float().numpy()

@@ -264,9 +264,7 @@ def _layout(path: Path, header: bytes, num_data_bytes: int) -> tuple[int, int, i
             f"{path}: its header is not that of a label file, or was altered; {_ANNOTATE_AGAIN}"
         ) from error
     if version != (STORE_FORMAT, VERSION):
-        raise StoreError(
-            f"{path}: holds {version}, this version of tokenlabel reads {(STORE_FORMAT, VERSION)}"
-        )
+        raise StoreError(f"{path}: holds {version}, this version of tokenlabel reads {(STORE_FORMAT, VERSION)}")
     generation = str(metadata.get("generation", "0"))
     if all(type(count) is int and count >= 0 for count in (num_records, num_key_bytes)):
         index_end = num_records * _ROW.size

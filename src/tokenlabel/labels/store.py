@@ -22,15 +22,7 @@ from numpy.typing import NDArray
 from tokenlabel.core.scores import ScoreMap
 from tokenlabel.labels.encoding import unpack
 from tokenlabel.labels.manifest import Failure, Manifest, read_manifest
-from tokenlabel.labels.shards import (
-    SHARD_SUFFIX,
-    Fingerprint,
-    Shard,
-    key_bytes,
-    key_hash,
-    key_text,
-    open_shard,
-)
+from tokenlabel.labels.shards import SHARD_SUFFIX, Fingerprint, Shard, key_bytes, key_hash, key_text, open_shard
 from tokenlabel.runtime.cache import local_copy
 from tokenlabel.runtime.errors import StoreError
 from tokenlabel.runtime.hub import is_hub_name, local_name
@@ -82,8 +74,7 @@ class LabelStore:
         hashes = np.concatenate([np.zeros(0, np.uint64), *(of_shard for _, of_shard in opened)])
         # One number for the file and the row in it: sorted along with the hashes, 16 bytes a record are all there is.
         rows = [
-            np.arange(shard.num_records, dtype=np.uint64) | np.uint64(i << 32)
-            for i, shard in enumerate(self.shards)
+            np.arange(shard.num_records, dtype=np.uint64) | np.uint64(i << 32) for i, shard in enumerate(self.shards)
         ]
         locations = np.concatenate([np.zeros(0, np.uint64), *rows])
         # Stable, so that of equal hashes the record of the file that counts more stays in front.
@@ -106,9 +97,7 @@ class LabelStore:
     def __getitem__(self, key: str) -> ScoreMap:
         record = self.packed(key)
         try:
-            return unpack(
-                record, num_classes=self.manifest.num_classes, empty_is_even=self.manifest.empty_is_even
-            )
+            return unpack(record, num_classes=self.manifest.num_classes, empty_is_even=self.manifest.empty_is_even)
         except StoreError as error:
             raise StoreError(f"{self._where()}: the record of {key!r} cannot be used: {error}") from error
 
@@ -260,9 +249,7 @@ def _find_duplicates(
     superseded = counts != np.arange(len(rows))
     generations = np.array([shard.generation for shard in shards])[numbers]
     differ = superseded & (generations == generations[counts])
-    differ &= (rows["record_length"] != rows["record_length"][counts]) | (
-        rows["checksum"] != rows["checksum"][counts]
-    )
+    differ &= (rows["record_length"] != rows["record_length"][counts]) | (rows["checksum"] != rows["checksum"][counts])
     return positions[superseded], sorted(map(text, np.unique(counts[differ]).tolist()))
 
 

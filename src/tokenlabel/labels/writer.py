@@ -13,14 +13,7 @@ from types import TracebackType
 
 from tokenlabel.core.scores import ScoreMap
 from tokenlabel.labels.encoding import Encoding, pack
-from tokenlabel.labels.manifest import (
-    MANIFEST_FILE,
-    Manifest,
-    no_store,
-    read_manifest,
-    update_failures,
-    write_manifest,
-)
+from tokenlabel.labels.manifest import MANIFEST_FILE, Manifest, no_store, read_manifest, update_failures, write_manifest
 from tokenlabel.labels.shards import SHARD_SUFFIX, UNKNOWN, Fingerprint, write_shard
 from tokenlabel.labels.store import LabelStore
 from tokenlabel.runtime.errors import StoreError
@@ -81,22 +74,13 @@ class LabelStoreWriter:
         self._open.append((key, record))
         self._images.append(image)
         self._open_bytes += len(record)
-        if (
-            self._open_bytes >= self._max_shard_bytes
-            or time.monotonic() - self._open_since_s >= self._max_shard_s
-        ):
+        if self._open_bytes >= self._max_shard_bytes or time.monotonic() - self._open_since_s >= self._max_shard_s:
             self.flush()
 
     def flush(self) -> None:
         """Write the records that are still in memory as one file."""
         if self._open:
-            write_shard(
-                self.folder,
-                self._open,
-                images=self._images,
-                generation=self._generation,
-                again=self._again,
-            )
+            write_shard(self.folder, self._open, images=self._images, generation=self._generation, again=self._again)
         self._open, self._images, self._open_bytes = [], [], 0
 
     def __enter__(self) -> LabelStoreWriter:
@@ -195,24 +179,16 @@ def remove_leftovers(folder: Path) -> None:
 def _make_store(folder: Path, manifest: Manifest) -> None:
     """Write the manifest of a new store; of one that is there, see that it has labels of the same kind."""
     if as_url(folder):
-        raise StoreError(
-            f"{as_url(folder)}: labels are written to a folder of this machine; copy it there afterwards"
-        )
+        raise StoreError(f"{as_url(folder)}: labels are written to a folder of this machine; copy it there afterwards")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         is_file = isinstance(error, (FileExistsError, NotADirectoryError))
-        raise StoreError(
-            no_store(folder) if is_file else f"{folder}: cannot be made ({error.strerror})"
-        ) from error
+        raise StoreError(no_store(folder) if is_file else f"{folder}: cannot be made ({error.strerror})") from error
     with locked(folder):  # of two that make it at once, the second finds what the first has made
         if (folder / MANIFEST_FILE).exists():
             differences = read_manifest(folder).differences(manifest)
-            problem = (
-                f"{folder}: holds other labels ({differences[0]}); choose another folder"
-                if differences
-                else ""
-            )
+            problem = f"{folder}: holds other labels ({differences[0]}); choose another folder" if differences else ""
         elif any(folder.glob(f"*{SHARD_SUFFIX}")):
             problem = no_store(folder)
         elif {*folder.iterdir()} - {*folder.glob(UNFINISHED)}:

@@ -224,9 +224,7 @@ def create_timm_adapter(
     Raises ValueError for options or a size that the model cannot take.
     """
     rates = [
-        option
-        for option, value in options.items()
-        if option.endswith("_rate") and isinstance(value, (int, float))
+        option for option, value in options.items() if option.endswith("_rate") and isinstance(value, (int, float))
     ]
     check_numbers(SimpleNamespace(**options), "model.options.", **dict.fromkeys(rates, "[0, 1)"))
     try:
@@ -238,9 +236,7 @@ def create_timm_adapter(
     except (*REFUSALS, OSError) as error:
         missing = options.get("pretrained") and isinstance(error, OSError)
         remedy = "; give --model.weights FILE and --model.options.pretrained false" if missing else ""
-        raise ValueError(
-            f"{name} cannot be made with the options {options}: {first_line(error)}{remedy}"
-        ) from error
+        raise ValueError(f"{name} cannot be made with the options {options}: {first_line(error)}{remedy}") from error
     adapter = TimmAdapter(
         backbone,
         name=name,

@@ -52,9 +52,7 @@ class Levels:
     has_stages: bool
 
 
-def find_levels(
-    backbone: TimmAdapter, img_size: tuple[int, int], *, layers: Sequence[int] | None = None
-) -> Levels:
+def find_levels(backbone: TimmAdapter, img_size: tuple[int, int], *, layers: Sequence[int] | None = None) -> Levels:
     """Find out which layers of a backbone to read, by running it once on a blank image of (height, width).
 
     `layers`: these, in place of our choice: the last layer of each of the four coarsest stages, or, in a network of
@@ -281,9 +279,7 @@ class ConvBlock(nn.Module):
         return F.relu_(self.bn(self.conv(features)))
 
 
-def resized(
-    features: Float[Tensor, "B D h w"], like: Float[Tensor, "B D2 h2 w2"]
-) -> Float[Tensor, "B D h2 w2"]:
+def resized(features: Float[Tensor, "B D h w"], like: Float[Tensor, "B D2 h2 w2"]) -> Float[Tensor, "B D h2 w2"]:
     """Return a map on the grid of another, resized bilinearly."""
     if features.shape[2:] == like.shape[2:]:
         return features

@@ -31,11 +31,7 @@ from tokenlabel.models.runs import (
     read_weights,
     token_classes_of,
 )
-from tokenlabel.models.segmentation import (
-    SegmentationModel,
-    SegmentModelConfig,
-    create_segmentation_model,
-)
+from tokenlabel.models.segmentation import SegmentationModel, SegmentModelConfig, create_segmentation_model
 from tokenlabel.models.weight_files import names_in_order, read_class_names
 from tokenlabel.runtime.coercion import Size, pair
 from tokenlabel.runtime.configuration import config_from_dict
@@ -110,9 +106,7 @@ def load_model(
     given, name = str(name), local_name(name)
     if is_run(name):
         if weights is not None:
-            raise ModelError(
-                f"{name} is a run and has weights of its own; leave --weights out (one of several: '')"
-            )
+            raise ModelError(f"{name} is a run and has weights of its own; leave --weights out (one of several: '')")
         loaded = _load_run(name, size, segments=segments)
     else:
         weights = _known(name, weights)
@@ -131,9 +125,7 @@ def _known(name: str, weights: str | Path | None) -> str | None:
         )
     weights = None if weights is None else local_name(weights).removeprefix("local-dir:")
     if weights is not None and not Path(weights).exists():
-        raise ModelError(
-            f"{weights}: no such file; --weights takes a checkpoint file, a checkpoint folder or a run"
-        )
+        raise ModelError(f"{weights}: no such file; --weights takes a checkpoint file, a checkpoint folder or a run")
     return weights
 
 
@@ -174,14 +166,10 @@ def _load_run(path: str, img_size: tuple[int, int] | None, *, segments: bool | N
 
 def _segmentation_network(config: Mapping[str, Any], num_classes: int, *, name: str) -> SegmentationModel:
     config = {**config, "options": options_without_weights(config["options"])}
-    return create_segmentation_model(
-        config_from_dict(config, SegmentModelConfig, name=name), num_classes=num_classes
-    )
+    return create_segmentation_model(config_from_dict(config, SegmentModelConfig, name=name), num_classes=num_classes)
 
 
-def _classifier(
-    config: Mapping[str, Any], num_classes: int, token_classes: ClassList | None, **changes: Any
-) -> Any:
+def _classifier(config: Mapping[str, Any], num_classes: int, token_classes: ClassList | None, **changes: Any) -> Any:
     given = {"img_size": config["img_size"], **options_without_weights(config["options"]), **changes}
     count = None if token_classes is None else token_classes.count
     return create_model(config["name"], num_classes=num_classes, num_token_classes=count, **given)
@@ -220,20 +208,13 @@ def _heads(usual: Inference) -> tuple[Inference, ...]:
 
 
 def _load_by_name(
-    name: str,
-    weights: str | None,
-    img_size: tuple[int, int] | None,
-    *,
-    at_test_size: bool,
-    as_backbone: bool,
+    name: str, weights: str | None, img_size: tuple[int, int] | None, *, at_test_size: bool, as_backbone: bool
 ) -> LoadedModel:
     preset = get_pretrained_cfg(name, allow_unregistered=True) if weights is None else None
     if preset is not None and not as_backbone:  # before anything is downloaded
         check_classes(name, asdict(preset))
     if preset is not None and not preset.has_weights:
-        raise ModelError(
-            f"{name} has no weights that could be downloaded; give a checkpoint file by --weights"
-        )
+        raise ModelError(f"{name} has no weights that could be downloaded; give a checkpoint file by --weights")
     about = _stated(name, weights)
     model, options = network_by_name(name, weights, about, img_size=img_size, as_backbone=as_backbone)
     network = model.backbone if isinstance(model, TimmAdapter) else model
@@ -289,9 +270,7 @@ def _stated(name: str, weights: str | None) -> dict[str, Any]:
     return {"uses_token_labels": about.get("uses_token_labels", True)}
 
 
-def _class_names(
-    num_classes: int, weights: str | None, config: Mapping[str, Any]
-) -> tuple[tuple[str, ...], bool]:
+def _class_names(num_classes: int, weights: str | None, config: Mapping[str, Any]) -> tuple[tuple[str, ...], bool]:
     """Return the class names of a network, as its weights or timm state them, and whether they are a guess."""
     stated = read_class_names(weights) if weights is not None else ()
     stated = stated or names_in_order(config.get("label_names"))

@@ -16,12 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tokenlabel.core.linear import linear
-from tokenlabel.models.vision_transformer import (
-    TransformerConfig,
-    VisionTransformer,
-    configured,
-    initialise_linear,
-)
+from tokenlabel.models.vision_transformer import TransformerConfig, VisionTransformer, configured, initialise_linear
 from tokenlabel.runtime.coercion import Size
 
 
@@ -38,22 +33,16 @@ class LVViTConfig(TransformerConfig):
     conv_stem: bool = True
 
     def __post_init__(self) -> None:
-        TransformerConfig.__post_init__(
-            self
-        )  # with slots, `super()` would look at the class before they were made
+        TransformerConfig.__post_init__(self)  # with slots, `super()` would look at the class before they were made
         if self.patch_size < 2 or self.patch_size % 2:
-            raise ValueError(
-                f"patch_size must be even (the stem halves the image first), got {self.patch_size}"
-            )
+            raise ValueError(f"patch_size must be even (the stem halves the image first), got {self.patch_size}")
 
 
 LVVIT_CONFIGS = {
     "lvvit_t": LVViTConfig(depth=12, width=240, num_heads=4, residual_divisor=1.0, drop_path=0.1),
     "lvvit_s": LVViTConfig(depth=16, width=384, num_heads=6, residual_divisor=2.0, drop_path=0.1),
     "lvvit_m": LVViTConfig(depth=20, width=512, num_heads=8, residual_divisor=2.0, drop_path=0.2),
-    "lvvit_l": LVViTConfig(
-        depth=24, width=768, num_heads=12, stem_width=128, residual_divisor=3.0, drop_path=0.3
-    ),
+    "lvvit_l": LVViTConfig(depth=24, width=768, num_heads=12, stem_width=128, residual_divisor=3.0, drop_path=0.3),
 }
 
 
@@ -66,14 +55,7 @@ class LVViT(VisionTransformer):
     config: LVViTConfig
     stem_names = r"^cls_token|pos_embed|patch_embed"
 
-    def __init__(
-        self,
-        config: LVViTConfig,
-        *,
-        num_classes: int = 1000,
-        img_size: Size = 224,
-        **options: Any,
-    ) -> None:
+    def __init__(self, config: LVViTConfig, *, num_classes: int = 1000, img_size: Size = 224, **options: Any) -> None:
         config = configured(config, options)
         super().__init__(config, num_classes=num_classes, patch_size_px=config.patch_size, img_size=img_size)
         self.patch_embed = ConvStem(config) if config.conv_stem else LinearStem(config)

@@ -10,12 +10,7 @@ from typing import Any
 
 import timm
 import torch
-from timm.models import (
-    build_model_with_cfg,
-    generate_default_cfgs,
-    get_arch_pretrained_cfgs,
-    register_model,
-)
+from timm.models import build_model_with_cfg, generate_default_cfgs, get_arch_pretrained_cfgs, register_model
 from torch import Tensor, nn
 
 from tokenlabel.models.lvvit import LVVIT_CONFIGS, LVViT
@@ -149,11 +144,7 @@ def check_classes(name: str, preset: Mapping[str, Any]) -> None:
     of_embedding = is_embedding(preset)
     if num_classes and not of_embedding:
         return
-    what = (
-        f"{num_classes} outputs are an embedding, not classes"
-        if of_embedding
-        else "weights have no classifier"
-    )
+    what = f"{num_classes} outputs are an embedding, not classes" if of_embedding else "weights have no classifier"
     published = get_arch_pretrained_cfgs(preset.get("architecture") or "")
     others = [o for o, config in published.items() if config.num_classes and not is_embedding(vars(config))]
     raise ModelError(

@@ -25,9 +25,7 @@ def resize_positions(
     num_prefix = positions.shape[1] - grid[0] * grid[1]
     planes = positions[:, num_prefix:].unflatten(1, grid).permute(0, 3, 1, 2)  # [1, D, h, w]
     resized = F.interpolate(planes.float(), size=new_grid, mode="bicubic", align_corners=False)
-    return torch.cat(
-        [positions[:, :num_prefix], resized.to(positions.dtype).flatten(2).transpose(1, 2)], dim=1
-    )
+    return torch.cat([positions[:, :num_prefix], resized.to(positions.dtype).flatten(2).transpose(1, 2)], dim=1)
 
 
 def resize_all_positions(

@@ -41,12 +41,7 @@ class PlainClassifier(nn.Module):
 
 
 def network_by_name(
-    name: str,
-    weights: str | None,
-    about: Mapping[str, Any],
-    *,
-    img_size: tuple[int, int] | None,
-    as_backbone: bool,
+    name: str, weights: str | None, about: Mapping[str, Any], *, img_size: tuple[int, int] | None, as_backbone: bool
 ) -> tuple[Any, dict[str, Any]]:
     """Return a network with pretrained weights or those of a file, and the options that it was made with."""
     preset = get_pretrained_cfg(name, allow_unregistered=True)
@@ -77,9 +72,7 @@ def _takes_any_size(name: str, options: Mapping[str, Any]) -> bool:
     return True
 
 
-def _from_file(
-    name: str, path: str, options: dict[str, Any], about: Mapping[str, Any], *, img_size: Any
-) -> Any:
+def _from_file(name: str, path: str, options: dict[str, Any], about: Mapping[str, Any], *, img_size: Any) -> Any:
     """Return a network with a file's weights: an adapter where these have a trained token head, else timm's own.
 
     It is made once, unless the file has another number of classes than it says, or timm has to adapt its tensors.

@@ -73,10 +73,7 @@ def read_state(folder: Path) -> dict[str, Any]:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder}/state.json cannot be read ({error}); {_GO_BACK}") from error
-    if (
-        not isinstance(state, dict)
-        or not {"format", "step", "recipe", "class_names", "sha256"} <= state.keys()
-    ):
+    if not isinstance(state, dict) or not {"format", "step", "recipe", "class_names", "sha256"} <= state.keys():
         raise ModelError(f"{folder}/state.json was altered: it lacks what a checkpoint says; {_GO_BACK}")
     if state["format"] != CHECKPOINT_FORMAT:
         raise ModelError(

@@ -203,9 +203,7 @@ def create_segmentation_model(config: SegmentModelConfig, *, num_classes: int) -
             decode_head = FCNHead(widths, num_classes, width=width, dropout=dropout)
         case HeadKind.LINEAR:
             decode_head = LinearHead(widths, num_classes)
-    model = SegmentationModel(
-        backbone, levels, neck=neck, decode_head=decode_head, auxiliary_head=auxiliary_head
-    )
+    model = SegmentationModel(backbone, levels, neck=neck, decode_head=decode_head, auxiliary_head=auxiliary_head)
     model.unreached = _leave_unreached(model, config.img_size)
     if config.freeze_backbone:
         model.freeze_backbone()
@@ -213,9 +211,7 @@ def create_segmentation_model(config: SegmentModelConfig, *, num_classes: int) -
 
 
 def _create_backbone(config: SegmentModelConfig) -> TimmAdapter:
-    create = partial(
-        create_model, config.name, num_classes=1, img_size=config.img_size
-    )  # its head is not used
+    create = partial(create_model, config.name, num_classes=1, img_size=config.img_size)  # its head is not used
     try:  # timm's ViTs take images of other sizes only if told so
         backbone = create(**{"dynamic_img_size": True, **config.options})
     except ValueError:  # other networks do not know the option
@@ -289,9 +285,7 @@ def _own_entries(module: nn.Module) -> list[str]:
 _PUBLISHED_NECK, _NECK = "backbone.side_layer", "neck.side_layer"
 
 
-def load_segmentation_weights(
-    model: SegmentationModel, path: str | Path, *, average: bool = False
-) -> frozenset[str]:
+def load_segmentation_weights(model: SegmentationModel, path: str | Path, *, average: bool = False) -> frozenset[str]:
     """Load what a file or a run holds, a backbone or a whole segmentation model; return what starts anew.
 
     `path`: a published file (`.pth`, `.safetensors`), a run folder or one of its checkpoints; of these the averaged

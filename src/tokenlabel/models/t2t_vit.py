@@ -16,12 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tokenlabel.models.vision_transformer import (
-    TransformerConfig,
-    VisionTransformer,
-    configured,
-    initialise_linear,
-)
+from tokenlabel.models.vision_transformer import TransformerConfig, VisionTransformer, configured, initialise_linear
 from tokenlabel.runtime.coercion import Size
 
 # Pixels between the centres of neighbouring tokens: the windows move by 4, 2 and 2.
@@ -58,14 +53,7 @@ class T2TViT(VisionTransformer):
 
     stem_names = r"^cls_token|pos_embed|tokens_to_token"
 
-    def __init__(
-        self,
-        config: T2TViTConfig,
-        *,
-        num_classes: int = 1000,
-        img_size: Size = 224,
-        **options: Any,
-    ) -> None:
+    def __init__(self, config: T2TViTConfig, *, num_classes: int = 1000, img_size: Size = 224, **options: Any) -> None:
         config = configured(config, options)
         scale = config.width**-0.5 if config.scale_by_width else None
         super().__init__(
@@ -142,9 +130,7 @@ def sinusoids(num_positions: int, width: int) -> Float[Tensor, "M D"]:
     return torch.where(channels % 2 == 0, angles.sin(), angles.cos()).float()
 
 
-def _gather_neighbours(
-    tokens: Float[Tensor, "B N D"], grid: tuple[int, int]
-) -> Float[Tensor, "B quarter nine_D"]:
+def _gather_neighbours(tokens: Float[Tensor, "B N D"], grid: tuple[int, int]) -> Float[Tensor, "B quarter nine_D"]:
     """Lay tokens on their grid and return the 3 x 3 neighbourhood of every second one in each direction."""
     planes = tokens.transpose(1, 2).unflatten(2, grid)  # [B, D, h, w]
     return F.unfold(planes, kernel_size=3, stride=2, padding=1).transpose(1, 2)

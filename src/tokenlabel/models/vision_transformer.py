@@ -42,9 +42,7 @@ class TransformerConfig:
         check_numbers(self, depth=NATURAL, width=NATURAL, num_heads=NATURAL)
         check_numbers(self, residual_divisor=POSITIVE, mlp_ratio=POSITIVE, drop_path="[0, 1)")
         if self.width % self.num_heads:
-            raise ValueError(
-                f"width {self.width} is not a multiple of num_heads {self.num_heads}; change one of them"
-            )
+            raise ValueError(f"width {self.width} is not a multiple of num_heads {self.num_heads}; change one of them")
 
 
 Config = TypeVar("Config", bound=TransformerConfig)
@@ -108,9 +106,7 @@ class VisionTransformer(nn.Module, ABC):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
         self.blocks = nn.ModuleList(
             Block(
-                config,
-                drop_path=config.drop_path * index / max(1, config.depth - 1),
-                attention_scale=attention_scale,
+                config, drop_path=config.drop_path * index / max(1, config.depth - 1), attention_scale=attention_scale
             )
             for index in range(config.depth)
         )
@@ -137,9 +133,7 @@ class VisionTransformer(nn.Module, ABC):
         """Return one row of logits an image."""
         return self.forward_head(self.forward_features(x))
 
-    def embed(
-        self, images: Float[Tensor, "B 3 height width"], plan: MixPlan | None = None
-    ) -> Float[Tensor, "B M D"]:
+    def embed(self, images: Float[Tensor, "B 3 height width"], plan: MixPlan | None = None) -> Float[Tensor, "B M D"]:
         """Return the tokens that enter the first block, the class token first; a plan mixes patch embeddings."""
         patches = self.embed_patches(images)
         if plan is not None:
@@ -187,9 +181,7 @@ class VisionTransformer(nn.Module, ABC):
             tokens = self._run(block, tokens)
             if index in wanted:
                 patches = (self.norm(tokens) if norm else tokens)[:, 1:]
-                found.append(
-                    patches.unflatten(1, grid).permute(0, 3, 1, 2) if output_fmt == "NCHW" else patches
-                )
+                found.append(patches.unflatten(1, grid).permute(0, 3, 1, 2) if output_fmt == "NCHW" else patches)
             if stop_early and intermediates_only and index == max(wanted):
                 break
         return found if intermediates_only else (self.norm(tokens), found)
@@ -253,9 +245,7 @@ def _block_indices(indices: int | Sequence[int] | None, *, depth: int) -> list[i
 class Block(nn.Module):
     """Attention, then an MLP, each normalised before and divided by the residual divisor after."""
 
-    def __init__(
-        self, config: TransformerConfig, *, drop_path: float, attention_scale: float | None = None
-    ) -> None:
+    def __init__(self, config: TransformerConfig, *, drop_path: float, attention_scale: float | None = None) -> None:
         super().__init__()
         self.residual_divisor = config.residual_divisor
         self.norm1 = nn.LayerNorm(config.width)

@@ -48,11 +48,7 @@ HARMLESS: list[Any] = [
     *(Namespace, date, datetime, time, timedelta, timezone, np.dtype, np.ndarray),
     *{type(np.dtype(code)) for code in "?bBhHiIlLqQefdgFDSUOM"},
     *((kind, f"{room}.{name}") for name, kind in _PATHS.items() for room in ("pathlib", "pathlib._local")),
-    *(
-        (f, f"numpy.{room}.multiarray.{name}")
-        for name, f in _NUMPY_VALUES.items()
-        for room in ("core", "_core")
-    ),
+    *((f, f"numpy.{room}.multiarray.{name}") for name, f in _NUMPY_VALUES.items() for room in ("core", "_core")),
 ]
 
 
@@ -192,9 +188,7 @@ def read_class_names(path: str | Path) -> tuple[str, ...]:
                 found = json.loads((file.metadata() or {}).get("class_names", "null"))
         elif path.is_file() and path.suffix != ".npz":  # of the original ViTs
             contents = _read_pickle(path)
-            stated = (
-                contents[key] for key in NAMES_KEYS if isinstance(contents.get(key), (list, tuple, dict))
-            )
+            stated = (contents[key] for key in NAMES_KEYS if isinstance(contents.get(key), (list, tuple, dict)))
             found = next(stated, None)
         if found is None and (path.is_dir() or path.name in ("model.safetensors", "ema.safetensors")):
             state = folder / "state.json"

@@ -91,14 +91,10 @@ def load(
     by_name = [name for name in heads if tokens == "classes" or not name.startswith("token_head.")]
     new_heads = tuple(sorted(_fit_heads(found, wanted, heads, path, rows, by_name) - {*spared}))
     as_classifier = _begin_as_classifier(model, found, new_heads) if tokens == "classes" else []
-    fitting = {
-        name: found[name] for name in wanted if name in found and found[name].shape == wanted[name].shape
-    }
+    fitting = {name: found[name] for name in wanted if name in found and found[name].shape == wanted[name].shape}
     model.load_state_dict(fitting, strict=False)
     resized = tuple(
-        name
-        for name in fitting
-        if name not in heads and old_shapes.get(name) not in (None, wanted[name].shape)
+        name for name in fitting if name not in heads and old_shapes.get(name) not in (None, wanted[name].shape)
     )
     if anew := [name for name in new_heads if name not in as_classifier]:
         LOGGER.warning("%s has nothing for %s: they start anew", path, ", ".join(anew))
@@ -157,9 +153,7 @@ def build_with(create: Callable[..., nn.Module], weights: Weights, *, like: nn.M
     with _missing_in_timm() as missing:
         try:
             with torch.random.fork_rng(devices=[]), hub_or_cache(online=False):
-                network = create(
-                    num_classes=overlay["num_classes"], pretrained=True, pretrained_cfg_overlay=overlay
-                )
+                network = create(num_classes=overlay["num_classes"], pretrained=True, pretrained_cfg_overlay=overlay)
         except Exception as error:  # timm's loaders raise whatever they run into
             missing.append(first_line(error))
     if missing:
@@ -252,9 +246,7 @@ def _fit_heads(
             new.add(name)
     for (ours, count), taken in kept.items():
         if taken and taken != {row: row for row in range(max(ours, count))}:
-            say(
-                f"{path}: {len(taken):,} of {ours:,} classes begin with their rows of its heads for {count:,}, by name"
-            )
+            say(f"{path}: {len(taken):,} of {ours:,} classes begin with their rows of its heads for {count:,}, by name")
     return new
 
 
@@ -266,11 +258,7 @@ def _begin_as_classifier(model: Any, found: dict[str, Tensor], new: Collection[s
     head = f"backbone.{classifiers(model.backbone)[0]}"
     for name, own in names.items():
         classifier = found.get(name.replace("token_head", head))
-        if (
-            name not in new
-            or classifier is None
-            or classifier.flatten(1 if own.ndim > 1 else 0).shape != own.shape
-        ):
+        if name not in new or classifier is None or classifier.flatten(1 if own.ndim > 1 else 0).shape != own.shape:
             return []
     found |= {name: found[name.replace("token_head", head)].reshape(own.shape) for name, own in names.items()}
     return list(names)
@@ -317,11 +305,7 @@ def misfit(
             ("it lacks", sorted(called(name) for name in lacks if not name.endswith("num_batches_tracked"))),
             (
                 "it has",
-                sorted(
-                    called(name)
-                    for name in found.keys() - wanted.keys()
-                    if not name.startswith("token_head.")
-                ),
+                sorted(called(name) for name in found.keys() - wanted.keys() if not name.startswith("token_head.")),
             ),
             ("sizes differ:", others),
         )

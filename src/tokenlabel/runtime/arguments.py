@@ -53,9 +53,7 @@ def new_parser(verb: str, description: str) -> ArgumentParser:
                 super().add_argument(action)
 
         def _split_lines(self, text: str, width: int) -> list[str]:
-            return [
-                line for part in text.split("\n") for line in super(Formatter, self)._split_lines(part, width)
-            ]
+            return [line for part in text.split("\n") for line in super(Formatter, self)._split_lines(part, width)]
 
     return jsonargparse.ArgumentParser(
         prog=f"tokenlabel {verb}",
@@ -68,10 +66,7 @@ def new_parser(verb: str, description: str) -> ArgumentParser:
 
 
 def parse(
-    parser: ArgumentParser,
-    arguments: list[str],
-    *,
-    read_recipe: Callable[[str], dict[str, Any]] | None = None,
+    parser: ArgumentParser, arguments: list[str], *, read_recipe: Callable[[str], dict[str, Any]] | None = None
 ) -> Namespace:
     """Return parsed arguments. Raises ValueError of one line, with the near names of an unknown one.
 
@@ -99,9 +94,7 @@ def parse(
             namespace[action.dest] = value  # YAML reads #1 and &a as nothing
     for name in ("out", "output", "pictures", "head"):  # before the work, not after it
         path = namespace.get(name)
-        if isinstance(path, Path) and (
-            problem := _why_unwritable(path, name if name in _options(parser) else "")
-        ):
+        if isinstance(path, Path) and (problem := _why_unwritable(path, name if name in _options(parser) else "")):
             raise ValueError(problem)
     return namespace
 
@@ -127,15 +120,9 @@ def _advice(parser: ArgumentParser, message: str, words: list[str]) -> str:
     if message.startswith("the following") and "recipe" in options and not words[0].startswith("--recipe="):
         return "; --recipe NAME has most that a run needs (--help lists the names)"
     if "nrecognized arguments" in message:
-        given = [
-            action
-            for action in parser._actions
-            if any(word.startswith(f"--{action.dest}=") for word in words)
-        ]
+        given = [action for action in parser._actions if any(word.startswith(f"--{action.dest}=") for word in words)]
         several = [
-            options[action.dest]
-            for action in given
-            if list[str] in get_args(getattr(action, "_typehint", None))
+            options[action.dest] for action in given if list[str] in get_args(getattr(action, "_typehint", None))
         ]
         return f"; to name several, write {several[0]} before each" if several else ""
     if re.match(r"--[\w.-]+: expected dict, got '\{", message):
@@ -164,9 +151,7 @@ def configured(parser: ArgumentParser, options: Namespace, config: type[Config])
         raise ValueError(re.sub(keys, option, str(error))) from error
 
 
-def parse_config(
-    parser: ArgumentParser, arguments: list[str], config: type[Config]
-) -> tuple[Namespace, Config]:
+def parse_config(parser: ArgumentParser, arguments: list[str], config: type[Config]) -> tuple[Namespace, Config]:
     """Return parsed arguments, and the dataclass whose fields a parser takes beside those that it has already."""
     from tokenlabel.runtime.configuration import add_config_arguments
 
@@ -294,9 +279,7 @@ def write_json(path: Path | None, figures: dict[str, Any]) -> None:
 
 def add_device(parser: ArgumentParser) -> None:
     """Let a parser take `--device`."""
-    parser.add_argument(
-        "--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one"
-    )
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one")
 
 
 def add_run_arguments(parser: ArgumentParser) -> None:
@@ -305,13 +288,9 @@ def add_run_arguments(parser: ArgumentParser) -> None:
         "--out", "--run", type=Path, required=True, help="folder of the run: recipe, metrics, checkpoints"
     )
     add_device(parser)
+    parser.add_argument("--tensorboard", action="store_true", help="write OUT/tensorboard as well (extra: tensorboard)")
     parser.add_argument(
-        "--tensorboard", action="store_true", help="write OUT/tensorboard as well (extra: tensorboard)"
-    )
-    parser.add_argument(
-        "--wandb",
-        action="store_true",
-        help="log to Weights & Biases as well (extra: wandb; WANDB_PROJECT, WANDB_MODE)",
+        "--wandb", action="store_true", help="log to Weights & Biases as well (extra: wandb; WANDB_PROJECT, WANDB_MODE)"
     )
     parser.add_argument(
         "--changed-numerics",

@@ -20,9 +20,7 @@ def with_open_streams(run: Callable[[], int]) -> int:
     """Return the exit status of a command whose output may go to a pipe, such as `tokenlabel inspect labels | head`."""
     try:
         for stream in (sys.stdout, sys.stderr):
-            if isinstance(
-                stream, io.TextIOWrapper
-            ):  # names of files need not be UTF-8, nor need the terminal
+            if isinstance(stream, io.TextIOWrapper):  # names of files need not be UTF-8, nor need the terminal
                 stream.reconfigure(errors="backslashreplace")
         try:
             return run()

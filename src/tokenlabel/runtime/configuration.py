@@ -49,9 +49,7 @@ def add_config_arguments(parser: jsonargparse.ArgumentParser, config: type) -> N
     _list_groups(parser, config)
     for name, action in list(parser._option_string_actions.items()):
         # The table that argparse finds options in takes all spellings; the action's own list is what help shows.
-        dashed = name.replace("_", "-").rstrip(
-            "-"
-        )  # a field that is a keyword ends in _, as PEP 8 says: from_
+        dashed = name.replace("_", "-").rstrip("-")  # a field that is a keyword ends in _, as PEP 8 says: from_
         parser._option_string_actions[dashed] = action
         if name == action.option_strings[0] and name != "-h":
             action.option_strings = [dashed]
@@ -82,9 +80,7 @@ def _list_groups(parser: jsonargparse.ArgumentParser, config: type, prefix: str 
         group.metavar, group.help = "FIELDS", "\n".join(texts)
 
 
-def config_of(
-    parser: jsonargparse.ArgumentParser, namespace: jsonargparse.Namespace, config: type[Config]
-) -> Config:
+def config_of(parser: jsonargparse.ArgumentParser, namespace: jsonargparse.Namespace, config: type[Config]) -> Config:
     """Return the dataclass whose fields are among parsed arguments (see `add_config_arguments`)."""
     parsed = parser.instantiate(namespace)
     names = get_type_hints(config)
@@ -193,9 +189,7 @@ def flattened(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def explain(
-    error: Exception, known: Sequence[str], *, options: Mapping[str, str] = MappingProxyType({})
-) -> str:
+def explain(error: Exception, known: Sequence[str], *, options: Mapping[str, str] = MappingProxyType({})) -> str:
     """Return the message of a parser's error on one line, with the near names of an unknown key among `known`.
 
     `options`: what keys are called where they were typed.
@@ -209,9 +203,7 @@ def explain(
         return f"the following arguments are required: {', '.join(missing)}"
     if wrong := re.fullmatch(r'Parser key "(.+?)"(?: element \d+)?: (?:Not of type \w+: )?(.+)', message):
         key, reason = wrong.groups()
-        if mismatch := re.search(
-            r"Expected an? (.+?)\. Got value: (.*)|types: \[(.+?)\] Err.* value: (.*)", reason
-        ):
+        if mismatch := re.search(r"Expected an? (.+?)\. Got value: (.*)|types: \[(.+?)\] Err.* value: (.*)", reason):
             kind, value = filter(None, mismatch.groups())
             kind = re.sub(r"<class '(.+?)'>|typing\.", r"\1", kind).replace("NoneType", "null")
             kind = re.sub(r"Literal\[(.+?)\]", lambda found: f"one of {found[1]}".replace("'", ""), kind)

@@ -165,11 +165,7 @@ def _named_device(device: torch.device | str, option: str) -> torch.device:
     try:
         found = torch.device(device)
         torch.empty(0, device=found).cpu()  # a name alone says nothing: `cuda:7` parses anywhere
-    except (
-        AssertionError,
-        RuntimeError,
-        TypeError,
-    ) as error:  # by name; without CUDA; `meta`; numbers of no device
+    except (AssertionError, RuntimeError, TypeError) as error:  # by name; without CUDA; `meta`; numbers of no device
         reason = str(error).splitlines()[0].partition(". ")[0]
         if "device type at start" in reason or "Invalid device" in reason:
             reason = "no such device"

@@ -63,9 +63,7 @@ def _download(repo: str, kind: str, revision: str | None) -> Path:
         raise ConfigError(f"{name}: {reason}") from error
 
 
-_NOT_THERE = (
-    "not there, or private and not yours: check the name and REVISION, and log in (`hf auth login`, HF_TOKEN)"
-)
+_NOT_THERE = "not there, or private and not yours: check the name and REVISION, and log in (`hf auth login`, HF_TOKEN)"
 
 
 def status_of(error: Exception) -> int:

@@ -132,9 +132,7 @@ S = TypeVar("S")
 T = TypeVar("T")
 
 
-def ahead(
-    pool: ThreadPoolExecutor, function: Callable[[S], T], items: Iterable[S], depth: int
-) -> Iterator[T]:
+def ahead(pool: ThreadPoolExecutor, function: Callable[[S], T], items: Iterable[S], depth: int) -> Iterator[T]:
     """Yield the function of each item in order, working on up to `depth` of them in the background."""
     waiting: deque[Future[T]] = deque()
     # What is done is given out before more is begun, so that few results wait in memory.

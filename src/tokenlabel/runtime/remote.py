@@ -25,17 +25,7 @@ T = TypeVar("T")
 _NUM_TRIES = 3
 _NUM_ASKED = 16  # files at a time, for their sizes
 # What file systems call the version of a file, the surest first.
-_VERSIONS = (
-    "ETag",
-    "etag",
-    "crc32c",
-    "md5Hash",
-    "blob_id",
-    "LastModified",
-    "Last-Modified",
-    "mtime",
-    "updated",
-)
+_VERSIONS = ("ETag", "etag", "crc32c", "md5Hash", "blob_id", "LastModified", "Last-Modified", "mtime", "updated")
 _CREDENTIALS = {
     "s3": "AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, name them; FSSPEC_S3_ANON=true needs none",
     "gs": "`gcloud auth application-default login` makes them; FSSPEC_GS_TOKEN=anon needs none",
@@ -179,9 +169,7 @@ def filesystem_of(url: str) -> tuple[Any, str]:
     except ImportError as error:
         raise RemoteError(f"{url}: needs `pip install 'tokenlabel[cloud]'` ({first_line(error)})") from error
     except ValueError as error:
-        raise RemoteError(
-            f"{url}: expected s3://, gs://, https://, hf:// or a path ({first_line(error)})"
-        ) from error
+        raise RemoteError(f"{url}: expected s3://, gs://, https://, hf:// or a path ({first_line(error)})") from error
 
 
 def _patience_s() -> float:

@@ -89,9 +89,7 @@ class WandB:
                 recipe = yaml.safe_load(self._recipe.read_text(encoding="utf-8"))
                 self._run.config.update(recipe, allow_val_change=True)
             self._recipe = None
-        figures = {
-            f"{line['kind']}/{name}": value for name, value in line.items() if isinstance(value, int | float)
-        }
+        figures = {f"{line['kind']}/{name}": value for name, value in line.items() if isinstance(value, int | float)}
         figures.pop(f"{line['kind']}/step")
         self._run.log({"step": line["step"], **figures})
 

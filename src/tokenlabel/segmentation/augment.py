@@ -33,9 +33,7 @@ class SegmentTransform:
     def __init__(self, config: SegmentAugmentConfig, img_size: Size) -> None:
         self.config, self.img_size = config, pair(img_size)
 
-    def __call__(
-        self, pixels: Pixels, mask: Mask | None, rng: np.random.Generator
-    ) -> tuple[NewPixels, NewMask, View]:
+    def __call__(self, pixels: Pixels, mask: Mask | None, rng: np.random.Generator) -> tuple[NewPixels, NewMask, View]:
         """Return pixels and class ids of one size, and the view of the image that they show.
 
         What lies outside of the image has the mean colour and no class. Without a mask no pixel has a class, and the
@@ -43,9 +41,7 @@ class SegmentTransform:
         """
         config = self.config
         factor = rng.uniform(*config.scale)
-        size_px = fitted_size(
-            pixels.shape[:2], config.short_side_px, max_aspect=config.max_aspect, factor=factor
-        )
+        size_px = fitted_size(pixels.shape[:2], config.short_side_px, max_aspect=config.max_aspect, factor=factor)
         max_ratio = 1.0 if mask is None else config.category_max_ratio
         mask = np.full(size_px, IGNORED, np.int16) if mask is None else resize_mask(mask, size_px)
         top, left = draw_crop(mask, self.img_size, max_ratio=max_ratio, rng=rng)
@@ -74,9 +70,7 @@ def _view(
     All are (rows, columns): the image's size, the window's top left corner and size, and the size in the end.
     """
     (top, left), (height, width) = corner, window_px
-    box = Box.from_pixels(
-        left_px=left, top_px=top, width_px=width, height_px=height, image_size_px=size_px[::-1]
-    )
+    box = Box.from_pixels(left_px=left, top_px=top, width_px=width, height_px=height, image_size_px=size_px[::-1])
     view = View.crop(box)
     if is_flipped:
         view = view.then(View.flip_horizontal())
@@ -100,15 +94,12 @@ def fitted_size(
 def resize_mask(mask: Mask, size_px: tuple[int, int]) -> NewMask:
     """Return a mask of another size (height, width): each pixel takes the class at its centre."""
     rows, columns = (
-        ((np.arange(new) + 0.5) * (old / new)).astype(np.int64)
-        for new, old in zip(size_px, mask.shape, strict=True)
+        ((np.arange(new) + 0.5) * (old / new)).astype(np.int64) for new, old in zip(size_px, mask.shape, strict=True)
     )
     return mask[rows[:, None], columns]
 
 
-def draw_crop(
-    mask: Mask, size_px: tuple[int, int], *, max_ratio: float, rng: np.random.Generator
-) -> tuple[int, int]:
+def draw_crop(mask: Mask, size_px: tuple[int, int], *, max_ratio: float, rng: np.random.Generator) -> tuple[int, int]:
     """Return top and left of a random crop of (height, width), whole if the image is large enough.
 
     Crops that show one class alone, or one on more than `max_ratio` of the pixels that count, are drawn again, up
@@ -117,9 +108,7 @@ def draw_crop(
     height, width = size_px
     top = left = 0
     for _ in range(NUM_CROP_TRIES):
-        top, left = (
-            int(rng.integers(max(0, have - want) + 1)) for have, want in zip(mask.shape, size_px, strict=True)
-        )
+        top, left = (int(rng.integers(max(0, have - want) + 1)) for have, want in zip(mask.shape, size_px, strict=True))
         if max_ratio >= 1:
             break
         window = mask[top : top + height, left : left + width]

@@ -114,13 +114,9 @@ def numbered_classes(
     """
     every = [*names, *([background] if background is not None else [])]
     if not every or len(every) > MAX_CLASSES or len(set(every)) < len(every):
-        raise DataError(
-            f"expected 1 to {MAX_CLASSES:,} different names of classes, got {len(every):,}: {every[:5]}"
-        )
+        raise DataError(f"expected 1 to {MAX_CLASSES:,} different names of classes, got {len(every):,}: {every[:5]}")
     if values and len(values) != len(names):
-        raise DataError(
-            f"data.class_values holds {len(values)} values of {len(names)} classes; give one a class"
-        )
+        raise DataError(f"data.class_values holds {len(values)} values of {len(names)} classes; give one a class")
     none = unlabelled_value(len(names))
     of_classes = [*(values or range(len(names))), *([none] if background is not None else [])]
     of_none = ignored if ignored is not None else {none} - {*of_classes}

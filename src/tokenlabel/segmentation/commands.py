@@ -9,13 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokenlabel.runtime.arguments import (
-    add_device,
-    device_of,
-    new_parser,
-    parse,
-    write_json,
-)
+from tokenlabel.runtime.arguments import add_device, device_of, new_parser, parse, write_json
 from tokenlabel.runtime.coercion import COUNT, check_numbers
 from tokenlabel.runtime.errors import ConfigError, ModelError, refuse
 
@@ -37,11 +31,7 @@ A class for every pixel: FCN and UPerNet heads on any backbone. docs/segmentatio
 
 def run_segment(arguments: list[str]) -> int:
     """Run one of the commands; return its exit status."""
-    commands: dict[str, Callable[[list[str]], int]] = {
-        "train": _train,
-        "eval": _evaluate,
-        "predict": _predict,
-    }
+    commands: dict[str, Callable[[list[str]], int]] = {"train": _train, "eval": _evaluate, "predict": _predict}
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(USAGE)
         return 0
@@ -107,17 +97,13 @@ def _eval_options(arguments: list[str]) -> Namespace:
     _add_network(parser)
     parser.add_argument("--split", help="part of the data set; that which the recipe evaluates on by default")
     parser.add_argument("--images", help="any folder of images, in place of the recipe's")
-    parser.add_argument(
-        "--masks", help="their masks, with the recipe's values, or COCO's file about them (.json)"
-    )
+    parser.add_argument("--masks", help="their masks, with the recipe's values, or COCO's file about them (.json)")
     parser.add_argument("--num-workers", type=int, default=0, help="processes that decode images")
     parser.add_argument("--output", type=Path, help="also write the figures to this JSON file")
     options = parse(parser, arguments)
     check_numbers(options, "--", num_workers=COUNT)
     if options.split and (options.images or options.masks):
-        raise ConfigError(
-            "--split names a part of the data set, --images and --masks other folders; leave one out"
-        )
+        raise ConfigError("--split names a part of the data set, --images and --masks other folders; leave one out")
     return options
 
 
@@ -159,9 +145,7 @@ def _predict_options(arguments: list[str]) -> Namespace:
     _add_network(parser)
     parser.add_argument("images", type=Path, nargs="+", help="image files or folders of them")
     parser.add_argument("--out", type=Path, help="folder for masks/, overlays/ and classes.json")
-    parser.add_argument(
-        "--store", type=Path, help="label store for soft predictions, on the grid of the model's head"
-    )
+    parser.add_argument("--store", type=Path, help="label store for soft predictions, on the grid of the model's head")
     options = parse(parser, arguments)
     is_folder = len(options.images) == 1 and options.images[0].is_dir()
     refuse(
@@ -169,8 +153,7 @@ def _predict_options(arguments: list[str]) -> Namespace:
             "name --out for masks and overlays, --store for soft predictions, or both": not (
                 options.out or options.store
             ),
-            "--store takes one folder of images: keys of labels are relative to it": options.store
-            and not is_folder,
+            "--store takes one folder of images: keys of labels are relative to it": options.store and not is_folder,
         }
     )
     return options
@@ -179,19 +162,13 @@ def _predict_options(arguments: list[str]) -> Namespace:
 def _add_network(parser: ArgumentParser) -> None:
     """Let a parser take a model and how it looks at images."""
     parser.add_argument(
-        "network",
-        type=Path,
-        help="run folder, one checkpoint folder of it, or, with --recipe, a published file",
+        "network", type=Path, help="run folder, one checkpoint folder of it, or, with --recipe, a published file"
     )
     parser.add_argument("--recipe", help="the recipe that a published file goes with, by name or as a file")
     parser.add_argument("--root", help="folder of the data set, in place of the recipe's")
-    parser.add_argument(
-        "--mode", choices=["slide", "whole"], help="windows, or all at once; the recipe's by default"
-    )
+    parser.add_argument("--mode", choices=["slide", "whole"], help="windows, or all at once; the recipe's by default")
     parser.add_argument("--stride", type=int, help="distance of windows in pixels")
-    parser.add_argument(
-        "--short-side", type=int, help="resize images to this shorter side; 0 leaves them as they are"
-    )
+    parser.add_argument("--short-side", type=int, help="resize images to this shorter side; 0 leaves them as they are")
     parser.add_argument(
         "--scales", type=float, nargs="+", help="average over these sizes, such as .5 .75 1 1.25 1.5 1.75"
     )
@@ -232,9 +209,7 @@ def _network(options: Namespace) -> LoadedModel:
     try:
         return replace(loaded, recipe=replace(recipe, eval=replace(recipe.eval, **changes)))
     except ValueError as error:  # it names the recipe's fields
-        spelled = re.sub(
-            r"^eval\.(\w+?)(_px)?(?= must)", lambda field: f"--{field[1].replace('_', '-')}", str(error)
-        )
+        spelled = re.sub(r"^eval\.(\w+?)(_px)?(?= must)", lambda field: f"--{field[1].replace('_', '-')}", str(error))
         raise ValueError(spelled) from error
 
 

@@ -59,9 +59,7 @@ def evaluate_segmentation(
             on_sample(sample, predicted)
     matrices = ranks.all_gather(matrix.cpu())
     figures = asdict(figures_of(torch.stack(matrices).sum(dim=0)))
-    by_class = {
-        kind: dict(zip(names, figures.pop(kind), strict=True)) for kind in ("class_iou", "class_accuracy")
-    }
+    by_class = {kind: dict(zip(names, figures.pop(kind), strict=True)) for kind in ("class_iou", "class_accuracy")}
     absent = [name for name, accuracy in by_class["class_accuracy"].items() if accuracy is None]
     seconds = time.perf_counter() - started
     return {

@@ -76,9 +76,7 @@ class Segmenter:
             size_px = fitted_size(
                 pixels.shape[:2], self.config.short_side_px, max_aspect=self.config.max_aspect, factor=scale
             )
-            scaled = (
-                pixels if size_px == pixels.shape[:2] else resize(pixels, size_px, Interpolation.BILINEAR)
-            )
+            scaled = pixels if size_px == pixels.shape[:2] else resize(pixels, size_px, Interpolation.BILINEAR)
             batch = torch.from_numpy(scaled).permute(2, 0, 1)[None].to(image.device)
             images = normalize_images(batch, mean=self.model.mean, std=self.model.std)
             yield self.logits(images)[0]
@@ -157,17 +155,13 @@ def window_starts(length_px: int, window_px: int, stride_px: int) -> list[int]:
     return [min(i * stride_px, max(0, length_px - window_px)) for i in range(num_windows)]
 
 
-def most_probable(
-    views: Sequence[Float[Tensor, "C _ _"]], size_px: tuple[int, int]
-) -> Int[Tensor, "height width"]:
+def most_probable(views: Sequence[Float[Tensor, "C _ _"]], size_px: tuple[int, int]) -> Int[Tensor, "height width"]:
     """Return the most probable class of each pixel of an image of `size_px` (height, width).
 
     `views`: logits of the image in any sizes. Each view is resized to the image's, then probabilities are averaged.
     Works through the classes in groups: all classes in the size of a photo would take gigabytes.
     """
-    groups = [
-        slice(start, start + _CLASSES_AT_ONCE) for start in range(0, views[0].shape[0], _CLASSES_AT_ONCE)
-    ]
+    groups = [slice(start, start + _CLASSES_AT_ONCE) for start in range(0, views[0].shape[0], _CLASSES_AT_ONCE)]
     log_sums = [None] * len(views) if len(views) == 1 else [_log_sum(view, groups, size_px) for view in views]
     best = torch.full(size_px, -torch.inf, device=views[0].device)
     classes = torch.zeros(size_px, dtype=torch.long, device=views[0].device)

@@ -86,9 +86,7 @@ def _names_beside(config: SegmentDataConfig) -> list[str]:
 def _check_folders(*folders: Path | None) -> None:
     for folder in folders:
         if folder is not None and not folder.is_dir():
-            raise DataError(
-                f"{folder}: no such folder; docs/segmentation.md shows how data sets are laid out"
-            )
+            raise DataError(f"{folder}: no such folder; docs/segmentation.md shows how data sets are laid out")
 
 
 def classes_of(config: SegmentDataConfig, names: Sequence[str]) -> Classes:
@@ -164,9 +162,7 @@ def _checked(
     for image in sorted(listing.images if names is None else names):
         found[image] = next((name for name in mask_of(image) if name in there), "")
         if is_one_folder and found[image] == image:
-            raise DataError(
-                f"{images / image}: is an image and its own mask; keep images and masks in two folders"
-            )
+            raise DataError(f"{images / image}: is an image and its own mask; keep images and masks in two folders")
     bare = [image for image, mask in found.items() if not mask]
     num_masked = len(found) - len(bare)
     if bare and (all_needed or not num_masked):
@@ -229,10 +225,7 @@ def _described(
         raise DataError(f"{masks}: {unlike}; its categories must be these classes")
     none = (unlabelled_value(len(names)),) if config.background is None else ()
     classes = numbered_classes(
-        names,
-        background=config.background,
-        values=[theirs.index(name) for name in names],
-        ignored=(CROWD, *none),
+        names, background=config.background, values=[theirs.index(name) for name in names], ignored=(CROWD, *none)
     )
     keys = sorted(list_images(images).images)
     name_of = masks.names_of(keys)
@@ -244,9 +237,7 @@ def _described(
         )
     say(f"{images}: {len(name_of):,} images with masks of {len(names):,} classes ({listed(list(names))})")
     if absent := sorted({*masks.names}.difference(name_of.values())):
-        say(
-            f"{masks}: {len(absent):,} of its images are not in {images} and are passed over ({listed(absent)})"
-        )
+        say(f"{masks}: {len(absent):,} of its images are not in {images} and are passed over ({listed(absent)})")
     return ImageMaskPairs(classes, images, masks, [(key, name_of.get(key, "")) for key in keys])
 
 

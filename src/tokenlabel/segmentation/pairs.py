@@ -90,17 +90,13 @@ class ImageMaskPairs:
             first = next(iter(errors.values()))
             more = f" (and {len(others):,} more of {len(looks):,} pairs: {listed(others)})" if others else ""
             raise type(first)(f"{first}{more}") from first
-        masks = {
-            self.mask_names[index]: look for index, look in looks.items() if not isinstance(look, ValueError)
-        }
+        masks = {self.mask_names[index]: look for index, look in looks.items() if not isinstance(look, ValueError)}
         if num_turned := sum(is_turned for *_, is_turned in masks.values()):
             say(
                 f"{self._images}: an orientation tag turns {num_turned:,} of {len(looks):,} images looked at; their "
                 "masks are taken to lie upright, as people see the images"
             )
-        self._check_values(
-            {name: counts for name, (counts, *_) in masks.items()}, is_all=is_all, to_train=to_train
-        )
+        self._check_values({name: counts for name, (counts, *_) in masks.items()}, is_all=is_all, to_train=to_train)
         colour_of: dict[int, tuple[bytes, str]] = {}
         for name, (_, colours, _) in masks.items():
             for value, colour in colours.items():
@@ -148,9 +144,7 @@ class ImageMaskPairs:
 
     def _decoded(
         self, index: int
-    ) -> tuple[
-        UInt8[NDArray[np.uint8], "height width 3"], Integer[NDArray[np.integer], "height width"] | None
-    ]:
+    ) -> tuple[UInt8[NDArray[np.uint8], "height width 3"], Integer[NDArray[np.integer], "height width"] | None]:
         """Return RGB pixels and the values of their mask, if there is one."""
         image, mask = self._images / self.keys[index], self._mask(self.mask_names[index])
         data = _bytes(image)

@@ -50,8 +50,7 @@ def predict_files(
     for kind in ("masks", "overlays"):
         (out / kind).mkdir(parents=True, exist_ok=True)
     legend = {
-        name: f"#{bytes(colour).hex()}"
-        for name, colour in zip(classes.names, classes.colours.tolist(), strict=True)
+        name: f"#{bytes(colour).hex()}" for name, colour in zip(classes.names, classes.colours.tolist(), strict=True)
     }
     (out / "classes.json").write_text(json.dumps(legend, indent=1) + "\n", encoding="utf-8")
     segmenter.model.eval()

@@ -98,8 +98,7 @@ class SegmentDataConfig:
                 and (self.class_names or self.background),
                 f"{kind} has its own values; leave data.class_values and data.ignore_index out": not is_folders
                 and gives_values,
-                "data.val_masks are masks of images; name these with data.val": self.val_masks
-                and not self.val,
+                "data.val_masks are masks of images; name these with data.val": self.val_masks and not self.val,
             }
         )
 
@@ -141,9 +140,7 @@ class SegmentAugmentConfig:
         check_numbers(self, "augment.", category_max_ratio=PART, horizontal_flip=SHARE)
         low, high = self.scale
         if low > high:
-            raise ConfigError(
-                f"augment.scale must be two numbers with 0 < first <= second, got {low} and {high}"
-            )
+            raise ConfigError(f"augment.scale must be two numbers with 0 < first <= second, got {low} and {high}")
 
 
 @dataclass(frozen=True, kw_only=True)

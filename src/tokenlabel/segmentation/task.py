@@ -20,15 +20,7 @@ from tokenlabel.core.losses import head_cross_entropy
 from tokenlabel.core.step import Part
 from tokenlabel.data.batches import make_loader
 from tokenlabel.data.samplers import BatchSampler
-from tokenlabel.drawing.pictures import (
-    PICTURES_FOLDER,
-    Album,
-    ClassGrid,
-    Tile,
-    fitted,
-    make_album,
-    top_classes,
-)
+from tokenlabel.drawing.pictures import PICTURES_FOLDER, Album, ClassGrid, Tile, fitted, make_album, top_classes
 from tokenlabel.models.decoders import HeadOutputs
 from tokenlabel.models.segmentation import (
     HeadKind,
@@ -127,17 +119,13 @@ class SegmentTask(Task):
             table=[("value", "class", "pixels", "share"), *rows_of_masks] if rows_of_masks else [],
         )
 
-    def evaluate(
-        self, model: nn.Module, ranks: Ranks, *, run: Path | None = None, **about: Any
-    ) -> dict[str, Any]:
+    def evaluate(self, model: nn.Module, ranks: Ranks, *, run: Path | None = None, **about: Any) -> dict[str, Any]:
         """Return the figures of a model on the val images of the recipe; write pictures of some into `run`."""
         pairs = self.val_pairs
         if pairs is None:
             return {}
         assert isinstance(model, SegmentationModel)
-        shown = [
-            pairs.keys[i] for i in np.unique(np.linspace(0, len(pairs) - 1, NUM_VAL).astype(int)).tolist()
-        ]
+        shown = [pairs.keys[i] for i in np.unique(np.linspace(0, len(pairs) - 1, NUM_VAL).astype(int)).tolist()]
         pictures: dict[str, tuple[list[Tile], dict[str, str]]] = {}
 
         def keep(sample: SegmentSample, predicted: Int[Tensor, "height width"]) -> None:
@@ -156,9 +144,7 @@ class SegmentTask(Task):
         if run is not None and ranks.is_first:
             found = {key: picture for of_rank in of_ranks for key, picture in of_rank.items()}
             about["class_iou"] = figures["class_iou"]
-            album = make_album(
-                [found[key] for key in shown], self.class_names, colours=pairs.classes.colours, **about
-            )
+            album = make_album([found[key] for key in shown], self.class_names, colours=pairs.classes.colours, **about)
             album.write(run / PICTURES_FOLDER, "val")
         return {name: value for name, value in figures.items() if not name.startswith("class_")}
 
@@ -169,11 +155,7 @@ def _val_picture(
     """Return a val image, with its mask and with what was predicted, and what is to be read below it."""
     truth, pixels = sample.mask.numpy(), np.asarray(fitted(sample.image.permute(1, 2, 0).numpy()))
     counted = truth != IGNORED
-    right = (
-        f"{(predicted == truth)[counted].mean():.0%} of the pixels right"
-        if counted.any()
-        else "no pixel counts"
-    )
+    right = f"{(predicted == truth)[counted].mean():.0%} of the pixels right" if counted.any() else "no pixel counts"
     tiles = [Tile(pixels, "image"), Tile(pixels, "the truth", _class_map(truth, pixels))]
     tiles.append(Tile(pixels, "prediction", _class_map(predicted, pixels)))
     return tiles, {"key": sample.key, "answer": right}
@@ -269,9 +251,7 @@ def build(recipe: SegmentRecipe, *, device: torch.device, run: Path | None = Non
     images = RunImages(run, train_pairs.classes.names)
     for split, pairs in (("train", train_pairs), ("val", val_pairs)):
         if pairs is not None:
-            images.broken(
-                split, pairs.keys, [], check="decode", find=partial(_raise_for_broken, pairs, split)
-            )
+            images.broken(split, pairs.keys, [], check="decode", find=partial(_raise_for_broken, pairs, split))
     if store is not None:
         num_missing = current_ranks().on_main(lambda: check_labels(store, train_pairs))
         images.note_labels(store, num_missing=num_missing, num_masks=len(train_pairs.with_mask))

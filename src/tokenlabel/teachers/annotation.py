@@ -83,9 +83,7 @@ class AnnotateConfig(TeacherConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_numbers(
-            self, topk=NATURAL, batch_size=NATURAL, num_workers=COUNT, shard_s=POSITIVE, tolerance="[0, 1)"
-        )
+        check_numbers(self, topk=NATURAL, batch_size=NATURAL, num_workers=COUNT, shard_s=POSITIVE, tolerance="[0, 1)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,13 +150,14 @@ def make_teacher(config: AnnotateConfig, source: ImageSource, device: torch.devi
             raise ModelError("--ignore-index is for masks (--teacher masks:DIR); leave it out")
         return load_teachers(config, source.class_names, device)
     plain = AnnotateConfig(teacher=config.teacher)
-    given = [
-        f"--{name.replace('_', '-')}" for name in OF_NETWORKS if getattr(config, name) != getattr(plain, name)
-    ]
+    given = [f"--{name.replace('_', '-')}" for name in OF_NETWORKS if getattr(config, name) != getattr(plain, name)]
     refuse(
         {
-            "masks go with no other teacher and no network's options; leave "
-            f"{', '.join(given) or 'one'} out": len(names) > 1 or given,
+            f"masks go with no other teacher and no network's options; leave {', '.join(given) or 'one'} out": len(
+                names
+            )
+            > 1
+            or given,
             "--teacher masks: names no folder; expected masks:DIR": not folders[0],
             "--class-map says which ids are classes, others are none; leave --ignore-index out": config.class_map
             is not None
@@ -278,9 +277,7 @@ def _say_absent(held_by_ranks: Sequence[set[int]], class_names: Sequence[str]) -
         say(f"no mask holds {len(absent):,} of {len(class_names):,} classes ({listed(absent)})")
 
 
-def _say_size(
-    teacher: Teacher | MaskTeacher, source: ImageSource, indices: list[int], device: torch.device
-) -> None:
+def _say_size(teacher: Teacher | MaskTeacher, source: ImageSource, indices: list[int], device: torch.device) -> None:
     """Say which size agrees better with a single network's own crops, if one does."""
     while isinstance(teacher, Ensemble) and len(teacher.members) == 1:  # with a class map
         teacher = teacher.members[0]
@@ -325,9 +322,7 @@ def _note_failures(folder: Path, source: ImageSource, failures: list[Failure]) -
     mine = cache(lambda: frozenset(source.keys))
     root = getattr(source, "root", None)
     update_failures(
-        folder,
-        failures,
-        others=lambda key: root is not None and key not in mine() and (root / key).is_file(),
+        folder, failures, others=lambda key: root is not None and key not in mine() and (root / key).is_file()
     )
 
 

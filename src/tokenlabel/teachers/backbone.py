@@ -86,9 +86,7 @@ def backbone_of(
     """
     about: Mapping[str, Any] = head.backbone
     if not about:
-        raise ModelError(
-            f"{name}: does not say what backbone it belongs to; `tokenlabel fit-head` makes heads"
-        )
+        raise ModelError(f"{name}: does not say what backbone it belongs to; `tokenlabel fit-head` makes heads")
     fitted = about["preprocessing"]
     backbone_name, file = about["name"], weights or about["weights_file"]
     if weights is not None and is_run(weights):

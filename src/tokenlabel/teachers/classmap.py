@@ -53,10 +53,7 @@ class ClassMap:
     @property
     def description(self) -> dict[str, Any]:
         """What it does, for the manifest of a store."""
-        return {
-            "targets": self.targets.tolist(),
-            "nowhere": "renormalise" if self.renormalises else "spread evenly",
-        }
+        return {"targets": self.targets.tolist(), "nowhere": "renormalise" if self.renormalises else "spread evenly"}
 
     def apply(self, probs: Float[Tensor, "*dims T"]) -> Float[Tensor, "*dims C"]:
         """Return the probabilities of the data set's classes.
@@ -94,9 +91,7 @@ def class_map_for(
     option = f"{options}class-map"
     if not ours:
         if spec not in (None, BY_ORDER):
-            raise ConfigError(
-                f"{option} {spec}: the images have no classes that it could lead to; leave it out"
-            )
+            raise ConfigError(f"{option} {spec}: the images have no classes that it could lead to; leave it out")
         if assumed:
             say_imagenet(theirs, them="the teacher", option=f"{options}class-order")
         return None
@@ -109,9 +104,7 @@ def class_map_for(
         ours, theirs, count=num_theirs, assumed=assumed, them="the teacher", option=f"{options}class-order"
     )
     if len(set(ids)) < len(ids) or -1 in ids or (spec is None and num_theirs != len(ours)):
-        raise ConfigError(
-            _refusal(spec, theirs, ours, ids, count=num_theirs, assumed=assumed, options=options)
-        )
+        raise ConfigError(_refusal(spec, theirs, ours, ids, count=num_theirs, assumed=assumed, options=options))
     targets = np.full(num_theirs, -1)
     targets[ids] = np.arange(len(ours))
     return None if spec is None and ids == list(range(len(ours))) else ClassMap(targets, len(ours))
@@ -126,9 +119,7 @@ def _take_order(theirs: Sequence[str], ours: Sequence[str], *, num_theirs: int, 
     say(f"{'WARNING: ' if turned else ''}{option} order: the teacher's class is the images', {listed(pairs)}")
 
 
-def _map_of_file(
-    path: str, theirs: Sequence[str], ours: Sequence[str], *, num_theirs: int, option: str
-) -> ClassMap:
+def _map_of_file(path: str, theirs: Sequence[str], ours: Sequence[str], *, num_theirs: int, option: str) -> ClassMap:
     targets = read_class_map(path, theirs, ours, num_theirs=num_theirs)
     reached = set(targets)
     if lacking := [name for i, name in enumerate(ours) if i not in reached]:
@@ -167,9 +158,7 @@ def _refusal(
     return f"{difference(theirs, ours, count=count, them='the teacher')}. {advice}"
 
 
-def read_class_map(
-    path: str | Path, theirs: Sequence[str], ours: Sequence[str], *, num_theirs: int
-) -> list[int]:
+def read_class_map(path: str | Path, theirs: Sequence[str], ours: Sequence[str], *, num_theirs: int) -> list[int]:
     """Return for each of the teacher's classes the class that a file sends it to, -1 for none.
 
     A line of the file holds the teacher's class and the images' class, each by name or by id (counted from
@@ -189,18 +178,14 @@ def read_class_map(
     for number, line in enumerate(lines, start=1):
         if not line.strip() or line.startswith("#"):
             continue
-        fields = [
-            field.strip() for field in next(csv.reader([line], delimiter="\t" if "\t" in line else ","))
-        ]
+        fields = [field.strip() for field in next(csv.reader([line], delimiter="\t" if "\t" in line else ","))]
         where = f"{path}, line {number}"
         if len(fields) != 2:
             raise ConfigError(
                 f"{where}: expected the teacher's class, a tab or comma, and ours; got {shorten(line, 80)!r}"
             )
         rows.append((where, fields[0], fields[1]))
-    named = zip(
-        ids_among([row[1] for row in rows], theirs), ids_among([row[2] for row in rows], ours), strict=True
-    )
+    named = zip(ids_among([row[1] for row in rows], theirs), ids_among([row[2] for row in rows], ours), strict=True)
     for (where, source_name, target_name), (source, target) in zip(rows, named, strict=True):
         if source < 0:
             source = _number(source_name, theirs, num_theirs, where=where, whose="teacher's")

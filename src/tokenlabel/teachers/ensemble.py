@@ -68,9 +68,7 @@ class Ensemble(Teacher):
 
     def check(self, images: UInt8[Tensor, "B 3 height width"]) -> str:
         """Check each member."""
-        return "; ".join(
-            member.check(member.input.resized(images, mode="bilinear")) for member in self.members
-        )
+        return "; ".join(member.check(member.input.resized(images, mode="bilinear")) for member in self.members)
 
     def top(
         self, images: UInt8[Tensor, "B 3 height width"], k: int
@@ -78,9 +76,7 @@ class Ensemble(Teacher):
         """Return the k most probable classes of each location, by blocks of images where the classes are very many."""
         num_locations = images[0, 0].numel() // min(member.input.stride_px for member in self.members) ** 2
         size = max(1, MAX_LOGITS // (num_locations * max(member.num_classes for member in self.members)))
-        class_ids, probs = zip(
-            *(super(Ensemble, self).top(block, k) for block in images.split(size)), strict=True
-        )
+        class_ids, probs = zip(*(super(Ensemble, self).top(block, k) for block in images.split(size)), strict=True)
         return torch.cat(class_ids), torch.cat(probs)
 
     def probabilities(self, images: UInt8[Tensor, "B 3 height width"]) -> Float[Tensor, "B h w C"]:
@@ -154,12 +150,9 @@ def _load_members(config: TeacherConfig, device: torch.device) -> list[Teacher]:
     if files == [None]:
         files = [None] * len(names)
     if len(files) != len(names):
-        raise ModelError(
-            f"{len(names)} teachers, but {len(files)} files of weights; give one for each, in order"
-        )
+        raise ModelError(f"{len(names)} teachers, but {len(files)} files of weights; give one for each, in order")
     members = [
-        load_teacher(name, config, device, weights=file or None)
-        for name, file in zip(names, files, strict=True)
+        load_teacher(name, config, device, weights=file or None) for name, file in zip(names, files, strict=True)
     ]
     if config.scales and not all(isinstance(member, SegmenterTeacher) for member in members):
         raise ModelError("--scales is for segmentation runs; leave it out")

@@ -104,9 +104,7 @@ class FitConfig:
     """Of what is drawn: locations, first words."""
 
     def __post_init__(self) -> None:
-        check_numbers(
-            self, "--", size=NATURAL, words="[2, inf)", topk=NATURAL, batch_size=NATURAL, num_workers=COUNT
-        )
+        check_numbers(self, "--", size=NATURAL, words="[2, inf)", topk=NATURAL, batch_size=NATURAL, num_workers=COUNT)
         check_numbers(self, "--", temperature=POSITIVE)
         kind = kind_of(self.from_)
         plain = {field.name: field.default for field in fields(self)}
@@ -116,9 +114,7 @@ class FitConfig:
             if kind not in kinds and getattr(self, name) != plain[name]
         ]
         if misplaced:
-            raise ModelError(
-                f"{listed(misplaced)}: means nothing for a head --from {self.from_}; leave it out"
-            )
+            raise ModelError(f"{listed(misplaced)}: means nothing for a head --from {self.from_}; leave it out")
 
 
 def fit_head(
@@ -242,9 +238,7 @@ def _from_labels(vectors: Vectors, config: FitConfig, _: None) -> Head:
     num_classes, weights = len(vectors.source.class_names), torch.ones(len(truth), device=bags.device)
     held_out = _held_out(truth.cpu(), seed=config.seed).to(bags.device)
     if not held_out.any():
-        raise ModelError(
-            f"--from labels: none of {num_classes:,} classes has two images, so none can be held out"
-        )
+        raise ModelError(f"--from labels: none of {num_classes:,} classes has two images, so none can be held out")
     accuracy_of = partial(_map_accuracy, bags=bags[held_out, 1:], truth=truth[held_out])
     tried: dict[str, tuple[float, float, Examples]] = {}
     for pooling in ("mean", "instances") if config.pooling == "auto" else (config.pooling,):
@@ -255,9 +249,7 @@ def _from_labels(vectors: Vectors, config: FitConfig, _: None) -> Head:
         tried[pooling] = (accuracy_of(fit), fit.decay, examples)
     best = max(tried, key=lambda pooling: tried[pooling][0])
     measured = " and ".join(f"{accuracy:.1%} ({pooling})" for pooling, (accuracy, *_) in tried.items())
-    say(
-        f"the mean of the map is right for {measured} of {int(held_out.sum()):,} held-out images; takes {best}"
-    )
+    say(f"the mean of the map is right for {measured} of {int(held_out.sum()):,} held-out images; takes {best}")
     accuracy, decay, examples = tried[best]
     fit = fit_linear(examples, decay)  # on all images, the held-out ones included
     return Head(
@@ -283,9 +275,7 @@ def _labelled_bags(vectors: Vectors) -> tuple[Float[Tensor, "n L D"], Int[Tensor
     indices = labelled[spread(len(labelled), MAX_SAMPLE_BYTES // (of_a_vector * (1 + VECTORS_PER_IMAGE)))]
     length = min(MAX_LOCATIONS, MAX_SAMPLE_BYTES // (of_a_vector * len(indices)) - 1)
     bags, keys = vectors.bags(indices.tolist(), length)
-    class_of = dict(
-        zip((source.keys[i] for i in indices.tolist()), source.class_ids[indices].tolist(), strict=True)
-    )
+    class_of = dict(zip((source.keys[i] for i in indices.tolist()), source.class_ids[indices].tolist(), strict=True))
     return bags, torch.tensor([class_of[key] for key in keys], device=bags.device)
 
 
@@ -316,11 +306,7 @@ def _check_masks(source: ImageSource, config: FitConfig) -> tuple[MaskFolder, li
     if len(names) < 2:
         raise ModelError("masks need the names of their classes by id: give --class-names FILE, one a line")
     masks = MaskFolder(
-        folder,
-        num_classes=len(names),
-        ignore_index=config.ignore_index,
-        source=source,
-        class_names=names,
+        folder, num_classes=len(names), ignore_index=config.ignore_index, source=source, class_names=names
     )
     masks.check(names, all_needed=False)
     indices = [index for index, key in enumerate(source.keys) if key in masks]

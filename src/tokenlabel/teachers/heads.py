@@ -156,9 +156,7 @@ class Head(nn.Module):
         except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise ModelError(f"{path}: is damaged ({first_line(error)}); fit it again") from error
         if head.hash != about.get("hash"):
-            raise ModelError(
-                f"{path}: is damaged (its numbers are not those that were written); fit it again"
-            )
+            raise ModelError(f"{path}: is damaged (its numbers are not those that were written); fit it again")
         return head
 
 
@@ -194,16 +192,14 @@ def _check(head: Head) -> None:
     tensors = [tensor for tensor in (head.matrix, bias, center) if tensor is not None]
     refuse(
         {
-            f"expected a kind of {', '.join(get_args(Kind))}, got {head.kind!r}": head.kind
-            not in get_args(Kind),
+            f"expected a kind of {', '.join(get_args(Kind))}, got {head.kind!r}": head.kind not in get_args(Kind),
             f"expected 2 classes at least, and a bias for each; got {num_classes}": num_classes < 2
             or (bias is not None and bias.shape != (num_classes,)),
             f"expected a center of {width} numbers, got {center is not None and tuple(center.shape)}": center
             is not None
             and center.shape != (width,),
             f"{num_classes} classes, but {len(names)} class names": names and len(names) != num_classes,
-            f"a head from {head.kind} needs the names of its {num_classes} classes": not names
-            and head.kind != "words",
+            f"a head from {head.kind} needs the names of its {num_classes} classes": not names and head.kind != "words",
             "expected finite numbers and a positive scale": not head.scale > 0
             or not all(bool(tensor.isfinite().all()) for tensor in tensors),
         },

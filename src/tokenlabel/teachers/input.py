@@ -133,11 +133,7 @@ def input_of(
 
 def _stride(length_px: int, num_locations: int) -> int:
     """Return the stride that makes so many locations of a side; a convolutional net's where it does not divide."""
-    return (
-        2 ** round(math.log2(length_px / num_locations))
-        if length_px % num_locations
-        else length_px // num_locations
-    )
+    return 2 ** round(math.log2(length_px / num_locations)) if length_px % num_locations else length_px // num_locations
 
 
 def _takes(network: DenseNetwork, img_size: tuple[int, int]) -> bool:

@@ -85,12 +85,7 @@ class Labelling:
             failures=self.failures,
         )
         yield from label_batches(
-            self.teacher,
-            batches,
-            self.manifest,
-            device=self.device,
-            num_workers=self.num_workers,
-            cells=self.cells,
+            self.teacher, batches, self.manifest, device=self.device, num_workers=self.num_workers, cells=self.cells
         )
 
 
@@ -245,9 +240,7 @@ def _packed(
 ) -> tuple[str, bytes]:
     """Return the record of an image. Raises ValueError, naming the image, for scores that are not finite."""
     seen, class_ids, probs = scored
-    score_map = from_top(
-        class_ids, probs, num_classes=manifest.num_classes, region=seen.region, name=seen.key
-    )
+    score_map = from_top(class_ids, probs, num_classes=manifest.num_classes, region=seen.region, name=seen.key)
     if manifest.orientation == Orientation.STORED:
         score_map = turned_map(score_map, OPPOSITE[seen.orientation])
     return seen.key, pack_for(manifest, seen.key, score_map)

@@ -21,13 +21,7 @@ from tokenlabel.runtime.hub import local_name
 from tokenlabel.segmentation.inference import Segmenter
 from tokenlabel.segmentation.recipe import SegmentRecipe
 from tokenlabel.teachers.backbone import backbone_of, check_locations
-from tokenlabel.teachers.dense import (
-    ClassifierNetwork,
-    DenseLogits,
-    DenseNetwork,
-    HeadNetwork,
-    TokenNetwork,
-)
+from tokenlabel.teachers.dense import ClassifierNetwork, DenseLogits, DenseNetwork, HeadNetwork, TokenNetwork
 from tokenlabel.teachers.heads import HEAD_SUFFIX, Head
 from tokenlabel.teachers.input import TeacherInput, cells_of, input_of, made_for
 from tokenlabel.training.checkpoint import with_recipe
@@ -240,9 +234,7 @@ class SegmenterTeacher(Teacher):
         return self.segmenter.grid_of(size_px) if self.cells is None else cells_of(size_px, self.cells)
 
 
-def load_teacher(
-    name: str, config: TeacherConfig, device: torch.device, *, weights: str | None = None
-) -> Teacher:
+def load_teacher(name: str, config: TeacherConfig, device: torch.device, *, weights: str | None = None) -> Teacher:
     """Return one network as teacher, by its name.
 
     `name`: a run folder that `tokenlabel train` or `segment train` made or one of its checkpoints, `lvvit_s` and the
@@ -253,12 +245,8 @@ def load_teacher(
         return _by_head(name, config, device, weights=weights)
     found = load_model(name, weights=weights, img_size=made_for(name, config.size), segments=None)
     if found.segments:
-        if given := [
-            f"--{option}" for option in ("crop", "head") if getattr(config, option) not in ("none", "auto")
-        ]:
-            raise ModelError(
-                f"{name} is a segmentation run, for which there is no {', '.join(given)}; leave it out"
-            )
+        if given := [f"--{option}" for option in ("crop", "head") if getattr(config, option) not in ("none", "auto")]:
+            raise ModelError(f"{name} is a segmentation run, for which there is no {', '.join(given)}; leave it out")
         return SegmenterTeacher(with_recipe(found, SegmentRecipe), config, device)
     network = _dense_network(found, name, config.head).eval().to(device).requires_grad_(False)
     network = network.to(memory_format=torch.channels_last)
@@ -281,9 +269,7 @@ def load_teacher(
     )
 
 
-def _by_head(
-    name: str, config: TeacherConfig, device: torch.device, *, weights: str | None
-) -> NetworkTeacher:
+def _by_head(name: str, config: TeacherConfig, device: torch.device, *, weights: str | None) -> NetworkTeacher:
     """Return a head and its backbone as a teacher: everything but the weights is in the head's file."""
     if config.head != "auto":
         raise ModelError(f"{name} is a head itself; leave --head out")

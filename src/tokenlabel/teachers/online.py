@@ -23,9 +23,7 @@ class NetworkOnlineTeacher:
     stride; at their own size if None. A network of fixed size always gets that. `class_map`: where its classes go.
     """
 
-    def __init__(
-        self, teacher: NetworkTeacher, *, size: int | None = None, class_map: ClassMap | None = None
-    ) -> None:
+    def __init__(self, teacher: NetworkTeacher, *, size: int | None = None, class_map: ClassMap | None = None) -> None:
         self.teacher, self.size, self.class_map = teacher, size, class_map
 
     @torch.no_grad()  # not inference_mode: its targets are kept for the backward pass
@@ -55,11 +53,7 @@ def load_online_teacher(
     teacher = load_teacher(
         config.name,
         TeacherConfig(
-            teacher=config.name,
-            size=config.size,
-            head=config.head,
-            precision=config.precision,
-            compile=config.compile,
+            teacher=config.name, size=config.size, head=config.head, precision=config.precision, compile=config.compile
         ),
         device,
         weights=config.weights,

@@ -52,9 +52,7 @@ def proposed_size(
         counts = {other: agreeing(replace(teacher.input, size=other)) for other in [size, *others]}
     except (ModelError, ValueError):  # a network that takes no larger images
         return None
-    best = max(
-        counts, key=lambda other: (counts[other], -other)
-    )  # of equal ones the smallest, which costs least
+    best = max(counts, key=lambda other: (counts[other], -other))  # of equal ones the smallest, which costs least
     if counts[best] - counts[size] < _MIN_GAIN:
         return None
     return (

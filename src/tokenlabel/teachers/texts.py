@@ -64,10 +64,7 @@ PAIRS: dict[str, tuple[str, str]] = {
     "vit_pe_core_base_patch16_224.fb": ("PE-Core-B-16", "meta"),
     "vit_pe_core_large_patch14_336.fb": ("PE-Core-L-14-336", "meta"),
     **{f"vit_{timm}.webli": (f"ViT-{clip}", "webli") for timm, clip in _SIGLIP.items()},
-    **{
-        f"vit_{timm}.v2_webli": (f"ViT-{clip}".replace("LIP", "LIP2"), "webli")
-        for timm, clip in _SIGLIP.items()
-    },
+    **{f"vit_{timm}.v2_webli": (f"ViT-{clip}".replace("LIP", "LIP2"), "webli") for timm, clip in _SIGLIP.items()},
 }
 
 
@@ -95,9 +92,7 @@ def load_tower(backbone: str) -> OpenClipTower:
     try:
         import open_clip  # pyright: ignore[reportMissingImports]  (the extra `text`)
     except ImportError:
-        raise ModelError(
-            "--from text needs open_clip, which is not installed: pip install tokenlabel[text]"
-        ) from None
+        raise ModelError("--from text needs open_clip, which is not installed: pip install tokenlabel[text]") from None
     name, pretrained = PAIRS[backbone]
     try:
         with hub_or_cache():
@@ -119,9 +114,7 @@ def text_embeddings(tower: Any, class_names: Sequence[str]) -> Float[Tensor, "C 
     return torch.stack(rows)
 
 
-def head_of_embeddings(
-    from_: str, names: Sequence[str], backbone: Backbone, temperature: float | None
-) -> Head:
+def head_of_embeddings(from_: str, names: Sequence[str], backbone: Backbone, temperature: float | None) -> Head:
     """Return the head of the embeddings of class names: scaled cosines.
 
     `from_`: `text` for the backbone's own text tower, or a file of embeddings. `temperature`: of the cosines; the
@@ -155,11 +148,7 @@ def _read_embeddings(path: Path) -> Float[Tensor, "C D"]:
         if path.suffix == ".npy":
             return torch.from_numpy(np.load(path, allow_pickle=False).astype(np.float32))
         tensors = load_file(path)
-        matrices = (
-            [tensors["embeddings"]]
-            if "embeddings" in tensors
-            else [t for t in tensors.values() if t.ndim == 2]
-        )
+        matrices = [tensors["embeddings"]] if "embeddings" in tensors else [t for t in tensors.values() if t.ndim == 2]
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(f"--from {path}: cannot be read as embeddings ({first_line(error)})") from error
     if len(matrices) != 1 or matrices[0].ndim != 2:

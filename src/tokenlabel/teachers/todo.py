@@ -106,9 +106,7 @@ def _request(path: Path, source: ImageSource) -> tuple[list[int], str]:
             f"--again {path}: cannot be read ({error.strerror}); expected a text file with a key a line, or {CHANGED}"
         ) from error
     indices = {key: index for index, key in enumerate(source.keys)}
-    lines = (
-        content.decode("utf-8", "surrogateescape").removeprefix("\ufeff").replace("\r\n", "\n").split("\n")
-    )
+    lines = content.decode("utf-8", "surrogateescape").removeprefix("\ufeff").replace("\r\n", "\n").split("\n")
     lines = [line for line in lines if line in indices or (line.strip() and line[0] != "#")]
     asked = [*dict.fromkeys(_key_of(line, indices, getattr(source, "root", None)) for line in lines)]
     unknown = [line for line in asked if line not in indices]

@@ -67,9 +67,7 @@ class Vectors:
                 images = images.contiguous(memory_format=torch.channels_last)
                 with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
                     if number == 0:
-                        said = check_locations(
-                            network, images, name=name, precision=self.precision, has_classes=False
-                        )
+                        said = check_locations(network, images, name=name, precision=self.precision, has_classes=False)
                         say(said)
                     vectors = network(images)
                 yield seen, vectors
@@ -89,9 +87,7 @@ class Vectors:
         filled = num_images = 0
         for seen, vectors in self.of(indices.tolist()):
             for item, locations in zip(seen, vectors.locations.flatten(1, 2), strict=True):
-                chosen = self._drawn(
-                    item.key, len(locations), min(of_each, len(sample) - filled, len(locations))
-                )
+                chosen = self._drawn(item.key, len(locations), min(of_each, len(sample) - filled, len(locations)))
                 sample[filled : filled + len(chosen)] = locations[chosen]
                 filled, num_images = filled + len(chosen), num_images + 1
         return sample[:filled], num_images
@@ -124,15 +120,11 @@ class Vectors:
             for item, locations in zip(seen, vectors.locations.flatten(1, 2), strict=True):
                 mask = masks[item.key]
                 of_class = torch.zeros(len(locations), masks.num_classes)
-                of_class[:, mask.palette.astype(np.int64)] = torch.from_numpy(shares(mask, grid)).flatten(
-                    0, 1
-                )
+                of_class[:, mask.palette.astype(np.int64)] = torch.from_numpy(shares(mask, grid)).flatten(0, 1)
                 chosen = self._drawn(item.key, len(locations), min(most, len(locations)))
                 chosen = chosen[of_class[chosen].sum(dim=1).numpy() > 0]
                 owner = torch.full((len(chosen),), float(len(parts)))
-                parts.append(
-                    (locations[chosen].half(), of_class[chosen].to(self.device), owner.to(self.device))
-                )
+                parts.append((locations[chosen].half(), of_class[chosen].to(self.device), owner.to(self.device)))
         vectors, of_class, owners = (torch.cat(part) for part in zip(*parts, strict=True))
         return vectors, of_class, owners
 

@@ -113,9 +113,7 @@ def _spread(num_vectors: int, most: int) -> Int[Tensor, " m"]:
 
 def _scale(cosines: Float[Tensor, "m W"], topk: int) -> float:
     """Return the inverse temperature at which the topk words of a location hold .9 of its mass on average."""
-    k = min(
-        topk, max(1, cosines.shape[1] // 4)
-    )  # of few words, those that are kept could hold all at any scale
+    k = min(topk, max(1, cosines.shape[1] // 4))  # of few words, those that are kept could hold all at any scale
     cosines = cosines.sort(dim=1, descending=True).values
     low, high = 1.0, 1e4
     for _ in range(30):  # bisection of the logarithm, far below what a float tells apart

@@ -33,13 +33,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tokenlabel.data.classes import ClassList
 from tokenlabel.models.load import LoadedModel, load_model
-from tokenlabel.models.runs import (
-    CHECKPOINT_FORMAT,
-    list_checkpoints,
-    newest_checkpoint,
-    read_state,
-    read_tensors,
-)
+from tokenlabel.models.runs import CHECKPOINT_FORMAT, list_checkpoints, newest_checkpoint, read_state, read_tensors
 from tokenlabel.runtime.configuration import config_as_dict, config_from_dict
 from tokenlabel.runtime.distributed import Ranks
 from tokenlabel.runtime.errors import ModelError

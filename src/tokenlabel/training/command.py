@@ -6,14 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from tokenlabel.runtime.arguments import (
-    add_run_arguments,
-    configured,
-    device_of,
-    new_parser,
-    parse,
-    train_by_arguments,
-)
+from tokenlabel.runtime.arguments import add_run_arguments, configured, device_of, new_parser, parse, train_by_arguments
 from tokenlabel.runtime.process import is_main_process
 from tokenlabel.training.recipe import TrainingConfig, add_recipe_arguments, recipe_content
 

@@ -78,10 +78,7 @@ def _sizes(trainer: Trainer, summary: Summary) -> list[tuple[str, str]]:
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     part = recipe.batch_size // ranks.world_size // trainer.grad_accum_steps
     return [
-        (
-            "model",
-            f"{summary.network}: {sum(p.numel() for p in parameters):,} parameters, {trained:,} trained",
-        ),
+        ("model", f"{summary.network}: {sum(p.numel() for p in parameters):,} parameters, {trained:,} trained"),
         ("images", summary.images),
         ("targets", summary.targets),
         (
@@ -100,10 +97,7 @@ def _schedule(trainer: Trainer) -> list[tuple[str, str]]:
     quarters = [num_steps * quarter // 4 for quarter in (1, 2, 3)]
     places = sorted({0, min(warmup, num_steps - 1), *quarters, num_steps - 1})
     rates = ", ".join(f"{trainer.learning_rate(step):.3g} at {step:,}" for step in places)
-    return [
-        ("steps", f"{num_steps:,}, {trainer.steps_per_epoch:,} an epoch"),
-        ("learning rate", rates),
-    ]
+    return [("steps", f"{num_steps:,}, {trainer.steps_per_epoch:,} an epoch"), ("learning rate", rates)]
 
 
 def _costs(trainer: Trainer, steps: _Steps) -> list[tuple[str, str]]:
@@ -114,10 +108,7 @@ def _costs(trainer: Trainer, steps: _Steps) -> list[tuple[str, str]]:
     where = "of the GPU" if trainer.task.device.type == "cuda" else "of this process"
     return [
         ("a step", f"{total_s:.3g} s: {parts}"),
-        (
-            "the run",
-            f"{timedelta(seconds=round(total_s * trainer.num_steps))} on this machine, without evaluation",
-        ),
+        ("the run", f"{timedelta(seconds=round(total_s * trainer.num_steps))} on this machine, without evaluation"),
         ("memory", f"{peak_memory_bytes(trainer.task.device) / 1e9:.3g} GB at most, {where}"),
         ("losses", _spelled(steps.values)),
     ]
@@ -135,10 +126,7 @@ def _rows(summary: Summary) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
     lines = [
         "  ".join(
-            [
-                row[0].ljust(widths[0]),
-                *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)),
-            ]
+            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
         )
         for row in shown
     ]

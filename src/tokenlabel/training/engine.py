@@ -103,12 +103,7 @@ def _train(
     )
     step = _resume(trainer, run)
     log = RunLog(
-        run,
-        start_step=step,
-        num_steps=trainer.num_steps,
-        title=run.name,
-        active=ranks.is_first,
-        trackers=trackers,
+        run, start_step=step, num_steps=trainer.num_steps, title=run.name, active=ranks.is_first, trackers=trackers
     )
     figures = None if changes_figures(changes) else ranks.on_main(lambda: _evaluated(run, step))
     if changed := numerics(changes):
@@ -189,9 +184,7 @@ def _loop(
     return figures or {}
 
 
-def _pictured(
-    trainer: Trainer, run: Path, batches: Iterator[Any], step: int, watch: Stopwatch
-) -> Iterator[Any]:
+def _pictured(trainer: Trainer, run: Path, batches: Iterator[Any], step: int, watch: Stopwatch) -> Iterator[Any]:
     """Write pictures of the first batch that a run takes, unless it has some; return all batches, that one included."""
     folder, task = run / PICTURES_FOLDER, trainer.task
     is_known = step > 0 and (folder / "train.json").exists()
@@ -327,9 +320,7 @@ def _prune(trainer: Trainer, run: Path, done: int) -> None:
     if config.keep_every_epochs is not None:
         spared |= {step for step in steps if trainer.due(step, config.keep_every_epochs)}
     lines = read_metrics(run) if config.keep_best else []
-    evals = [
-        line for line in lines if line["kind"] == "eval" and line["step"] in steps and task.metric in line
-    ]
+    evals = [line for line in lines if line["kind"] == "eval" and line["step"] in steps and task.metric in line]
     best = max(evals, key=lambda line: line[task.metric])["step"] if evals else None
     prune_checkpoints(run, spared | ({best} if best else set()), best=best)
 

@@ -52,11 +52,9 @@ def export_run(
         {
             f"{out}: expected a name in .safetensors or .onnx, or a folder without a suffix": out.suffix
             not in (".safetensors", ".onnx", ""),
-            f"{out}: only .onnx has outputs to choose; leave `dense` and `inference` out": out.suffix
-            != ".onnx"
+            f"{out}: only .onnx has outputs to choose; leave `dense` and `inference` out": out.suffix != ".onnx"
             and (dense or inference is not None),
-            f"{out} is there already; give another name, or allow to overwrite it": out.exists()
-            and not overwrite,
+            f"{out} is there already; give another name, or allow to overwrite it": out.exists() and not overwrite,
             f"{out}: is no folder that an export made, so it is not replaced; give another name": out.is_dir()
             and not _is_export(out),
         }
@@ -70,9 +68,7 @@ def export_run(
             case ".safetensors":
                 write_safetensors(trained, temporary)
             case ".onnx":
-                write_onnx(
-                    trained, temporary, inference=inference or trained.recipe.eval.inference, dense=dense
-                )
+                write_onnx(trained, temporary, inference=inference or trained.recipe.eval.inference, dense=dense)
             case _:
                 write_hub_folder(trained, temporary)
         if out.is_dir():
@@ -99,9 +95,7 @@ def write_safetensors(trained: LoadedModel, path: Path) -> None:
     tensors = {name: tensor.contiguous() for name, tensor in model.backbone.state_dict().items()}
     adds_up = hasattr(model.backbone, "aux_head") and trained.token_classes is None
     token_head = "aux_head" if adds_up else "token_head"
-    tensors |= {
-        f"{token_head}.{name}": value.contiguous() for name, value in model.token_head.state_dict().items()
-    }
+    tensors |= {f"{token_head}.{name}": value.contiguous() for name, value in model.token_head.state_dict().items()}
     path.write_bytes(save(tensors, metadata={"format": "pt", **description}))
 
 
@@ -159,11 +153,7 @@ def write_hub_folder(trained: LoadedModel, folder: Path) -> None:
     """
     folder.mkdir()
     model, recipe = trained.model, trained.recipe.model
-    factory_only = (
-        "stage",
-        "pretrained_cfg",
-        "pretrained_cfg_overlay",
-    )  # timm gives the rest to the constructor
+    factory_only = ("stage", "pretrained_cfg", "pretrained_cfg_overlay")  # timm gives the rest to the constructor
     options = options_without_weights(recipe.options)
     options = {key: value for key, value in options.items() if key not in factory_only}
     assert isinstance(model, TimmAdapter)
@@ -188,9 +178,7 @@ def write_hub_folder(trained: LoadedModel, folder: Path) -> None:
     save_for_hf(network, str(folder), model_config=labels, model_args=options, safe_serialization=True)
     card = _model_card(recipe.name, needs_us=recipe.name in OUR_MODELS)
     (folder / "README.md").write_text(card, encoding="utf-8")
-    shutil.copymode(
-        folder / "README.md", folder / "model.safetensors"
-    )  # safetensors keeps it from other users
+    shutil.copymode(folder / "README.md", folder / "model.safetensors")  # safetensors keeps it from other users
 
 
 def _backbone_with_token_head(model: TimmAdapter, *, trained: bool) -> Any:

@@ -60,9 +60,7 @@ def outer_steps(config: OptimConfig, steps_per_epoch: int) -> tuple[int, int]:
     return warmup, round(config.cooldown_epochs * steps_per_epoch)
 
 
-def learning_rate(
-    step: int, config: OptimConfig, *, batch_size: int, steps_per_epoch: int, num_steps: int
-) -> float:
+def learning_rate(step: int, config: OptimConfig, *, batch_size: int, steps_per_epoch: int, num_steps: int) -> float:
     """Return the learning rate of a step: linear warm-up, schedule, cool-down; scaled by the batch size."""
     scale = batch_size / config.lr_batch_size
     warmup, cooldown = outer_steps(config, steps_per_epoch)

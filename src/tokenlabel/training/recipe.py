@@ -12,23 +12,8 @@ import jsonargparse
 from tokenlabel.core.config import ErasingConfig, Inference, LossConfig, MixConfig
 from tokenlabel.data.config import AugmentConfig
 from tokenlabel.data.decoding import ImageCheck
-from tokenlabel.runtime.coercion import (
-    COUNT,
-    NATURAL,
-    ONE_OPTION,
-    PART,
-    POSITIVE,
-    SHARE,
-    check_numbers,
-    coerced_fields,
-)
-from tokenlabel.runtime.configuration import (
-    add_config_arguments,
-    check_keys,
-    config_from_dict,
-    overlaid,
-    read_yaml,
-)
+from tokenlabel.runtime.coercion import COUNT, NATURAL, ONE_OPTION, PART, POSITIVE, SHARE, check_numbers, coerced_fields
+from tokenlabel.runtime.configuration import add_config_arguments, check_keys, config_from_dict, overlaid, read_yaml
 from tokenlabel.runtime.errors import ConfigError, near_names
 from tokenlabel.runtime.hub import local_name
 from tokenlabel.runtime.runlog import RECIPE_FILE
@@ -166,14 +151,7 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         check_numbers(self, "optim.", lr=POSITIVE, lr_batch_size=NATURAL, clip_grad_norm=POSITIVE)
-        at_least_0 = (
-            "min_lr",
-            "warmup_lr",
-            "warmup_epochs",
-            "warmup_steps",
-            "cooldown_epochs",
-            "weight_decay",
-        )
+        at_least_0 = ("min_lr", "warmup_lr", "warmup_epochs", "warmup_steps", "cooldown_epochs", "weight_decay")
         check_numbers(self, "optim.", **dict.fromkeys(at_least_0, COUNT))
         check_numbers(self, "optim.", layer_decay=PART, ema_decay="[0, 1)")
 
@@ -207,9 +185,7 @@ class EvalConfig:
         positive = {"every_epochs": POSITIVE, "crop_fraction": PART}
         check_numbers(self, "eval.", **positive, batch_size=NATURAL)
         if self.probe_test is not None and self.probe is None:
-            raise ConfigError(
-                "eval.probe_test tests probes that learn from eval.probe; name that folder, too"
-            )
+            raise ConfigError("eval.probe_test tests probes that learn from eval.probe; name that folder, too")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,17 +269,13 @@ RecipeKind = TypeVar("RecipeKind", bound=TrainingConfig)
 def add_recipe_arguments(parser: jsonargparse.ArgumentParser, kind: type[TrainingConfig] = Recipe) -> None:
     """Let a parser take `--recipe NAME|FILE` and every field of a recipe as `--a.b value`."""
     names = ", ".join(recipe_names())
-    parser.add_argument(
-        "--recipe", action="config", help=f"one of {names}, or a YAML file; options override it"
-    )
+    parser.add_argument("--recipe", action="config", help=f"one of {names}, or a YAML file; options override it")
     add_config_arguments(parser, kind)
 
 
 def recipe_names() -> list[str]:
     """Return the names of the recipes in the package."""
-    return sorted(
-        path.name.removesuffix(".yaml") for path in _folder().iterdir() if path.name.endswith(".yaml")
-    )
+    return sorted(path.name.removesuffix(".yaml") for path in _folder().iterdir() if path.name.endswith(".yaml"))
 
 
 def find_recipe(name: str | Path, *, beside: Path | None = None) -> Path:
@@ -339,9 +311,7 @@ def recipe_content(name: str | Path, kind: type[TrainingConfig]) -> dict[str, An
     while path is not None:
         if path.resolve() in {file.resolve() for file in chain}:
             files = ", which extends ".join(map(str, [*chain, path]))
-            raise ConfigError(
-                f"{files}: recipes that extend each other have no beginning; leave one extends out"
-            )
+            raise ConfigError(f"{files}: recipes that extend each other have no beginning; leave one extends out")
         chain[path] = nested = read_yaml(path)
         base = nested.pop("extends", None)
         if base is not None and not isinstance(base, str):

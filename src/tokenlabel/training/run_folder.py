@@ -217,9 +217,7 @@ def check_run_folder(
             )
         if images is not None:
             if not read_images(run):
-                say(
-                    f"{run}: holds no {IMAGES_FILE}; images and labels are taken to be those that it began with"
-                )
+                say(f"{run}: holds no {IMAGES_FILE}; images and labels are taken to be those that it began with")
             _refuse_images(run, images)
     write_config(recipe, run / RECIPE_FILE)
     if images is not None:
@@ -247,9 +245,7 @@ def _changes(run: Path, recipe: TrainingConfig, of_checkpoint: dict[str, Any]) -
     path, ours, of_each = run / RECIPE_FILE, settings(recipe), []
     for nested in [of_checkpoint] + ([read_yaml(path)] if path.exists() else []):
         theirs = flattened(nested)
-        names = [
-            name for name in theirs | ours if name in theirs or ".options." in name
-        ]  # else younger than the run
+        names = [name for name in theirs | ours if name in theirs or ".options." in name]  # else younger than the run
         unlike = [name for name in names if theirs.get(name) != ours.get(name)]
         of_each.append({name: (theirs.get(name), ours.get(name)) for name in unlike})
     # Free fields differ from the last start; the others from whichever is nearer, see above.
@@ -303,9 +299,7 @@ def _refuse_images(run: Path, images: RunImages) -> None:
             unlike.append(f"the images, of which {LIST_FILE} no longer says what they were")
     theirs, ours = (flattened(entries.get("labels", {})) for entries in (before, now))
     names = [name for name in theirs | ours if theirs.get(name) != ours.get(name)] if theirs and ours else []
-    unlike += [
-        f"labels.{name}: {_short(theirs.get(name))} there, {_short(ours.get(name))} here" for name in names
-    ]
+    unlike += [f"labels.{name}: {_short(theirs.get(name))} there, {_short(ours.get(name))} here" for name in names]
     if unlike:
         raise ConfigError(
             f"{run} was trained on other images or labels: {'; '.join(unlike)}; give those that it had, or choose "

@@ -75,9 +75,7 @@ class Task(ABC, Generic[RecipeT]):
         """Return what a dry run says of the task."""
 
     @abstractmethod
-    def evaluate(
-        self, model: nn.Module, ranks: Ranks, *, run: Path | None = None, **about: Any
-    ) -> dict[str, Any]:
+    def evaluate(self, model: nn.Module, ranks: Ranks, *, run: Path | None = None, **about: Any) -> dict[str, Any]:
         """Return the figures of a model (the averaged one) over all ranks; none where there is nothing to ask.
 
         The first rank writes what is to be seen of it into `run`, a run folder: pictures, to which `about` is added,

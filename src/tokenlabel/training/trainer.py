@@ -111,9 +111,7 @@ def prepare(task: Task[Any], ranks: Ranks) -> Trainer:
     ema = create_ema(model, recipe.optim, sharded=recipe.sharded)
     if recipe.sharded:
         if not dist.is_initialized():
-            raise ConfigError(
-                "sharded divides a model among processes; start them with torchrun, or set it to false"
-            )
+            raise ConfigError("sharded divides a model among processes; start them with torchrun, or set it to false")
         for module in (model, ema.module) if ema else (model,):
             shard(module, module.fsdp_blocks(), task.device)
     if recipe.compile != "no":
