@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.measure import Row, Settings, interleave, ratios
-from tokenlabel.core import linear
+from tokenlabel.core import kernels
 from tokenlabel.models import create_model, vision_transformer
 
 SMALL = {"patch_size": 8, "depth": 4, "width": 128, "num_heads": 4, "stem_width": 32}
@@ -51,7 +51,7 @@ def _compare(
 
     def step_of_pytorch() -> None:
         with ExitStack() as swaps:
-            swaps.enter_context(patch.object(linear, "_wants_onednn", lambda input: False))
+            swaps.enter_context(patch.object(kernels, "_wants_onednn", lambda input: False))
             swaps.enter_context(patch.object(vision_transformer.Attention, "forward", _attention))
             step()
 

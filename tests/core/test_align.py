@@ -10,11 +10,10 @@ from label_cases import TensorSizes, aligned_point_by_point, dense_map, draw_box
 from PIL import Image
 from torchvision.ops import roi_align
 
-from tokenlabel.core import blocks
-from tokenlabel.core.align import align, enough_samples
+from tokenlabel.core import kernels
+from tokenlabel.core.align import align, enough_samples, image_labels, whole_views
 from tokenlabel.core.batch import collate_score_maps
 from tokenlabel.core.geometry import Box, View, stack_views
-from tokenlabel.core.pooling import image_labels, whole_views
 from tokenlabel.core.scores import Kind, ScoreMap, from_mask, from_probabilities, from_top
 
 seeds = st.integers(0, 2**32 - 1)
@@ -206,7 +205,7 @@ def test_an_image_is_aligned_alike_in_any_company_and_any_block(seed):
     alone = [align_one(m, v, (3, 2)).dense(10)[0] for m, v in zip(maps, views, strict=True)]
     for block_size in (1, 1 << 20):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setitem(blocks.BLOCK_SIZE, "cpu", block_size)
+            patch.setitem(kernels.BLOCK_SIZE, "cpu", block_size)
             stacked = torch.from_numpy(stack_views(views))
             together = align(collate_score_maps(maps), stacked, (3, 2))
         torch.testing.assert_close(together.dense(10), torch.stack(alone), atol=1e-6, rtol=1e-5)

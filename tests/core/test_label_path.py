@@ -8,7 +8,7 @@ from torch import nn
 
 from benchmarks.label_path import GRID, dense_targets, draw_boxes, draw_score_map, make_case
 from benchmarks.measure import Settings, peak_bytes
-from tokenlabel.core import blocks
+from tokenlabel.core import kernels
 from tokenlabel.core.align import align
 from tokenlabel.core.batch import collate_score_maps
 from tokenlabel.core.config import Mixing
@@ -74,7 +74,7 @@ def test_targets_take_a_twentieth_of_the_memory_of_the_dense_form():
 
 def test_the_fused_head_takes_a_tenth_of_the_memory_of_head_and_loss(monkeypatch):
     """With blocks as small beside the batch as they are beside 12,544 tokens and 21,841 classes."""
-    monkeypatch.setitem(blocks.BLOCK_SIZE, "cpu", 1 << 18)
+    monkeypatch.setitem(kernels.BLOCK_SIZE, "cpu", 1 << 18)
     case = make_case(4000, SETTINGS, num_images=16)
     targets = align(case.score_maps, case.views, GRID)
     tokens, head = torch.randn(16, GRID[0] * GRID[1], WIDTH, requires_grad=True), nn.Linear(WIDTH, 4000)

@@ -9,7 +9,7 @@ from loss_ranks import ModelWithLoss, gradients, gradients_of_ranks
 from torch import distributed as dist
 from torch import nn
 
-from tokenlabel.core import blocks
+from tokenlabel.core import kernels
 from tokenlabel.core.align import align
 from tokenlabel.core.batch import collate_score_maps
 from tokenlabel.core.config import Mixing
@@ -134,7 +134,7 @@ def test_large_logits_do_not_overflow():
 
 @pytest.mark.parametrize("block_size", [1, 700, 1 << 20])
 def test_blocks_do_not_change_the_result(block_size, monkeypatch):
-    monkeypatch.setitem(blocks.BLOCK_SIZE, "cpu", block_size)
+    monkeypatch.setitem(kernels.BLOCK_SIZE, "cpu", block_size)
     targets = draw_targets(np.random.default_rng(1), (7, 4), 50, weighted=True)
     assert_equal_in_value_and_gradient(draw_logits(1, 7, 4, 50), targets)
 
@@ -162,7 +162,7 @@ def test_under_autocast_the_loss_stays_in_float32():
 
 
 def test_nothing_of_the_size_of_the_logits_is_made_but_their_gradient(monkeypatch):
-    monkeypatch.setitem(blocks.BLOCK_SIZE, "cpu", 2 * 49 * 1000)
+    monkeypatch.setitem(kernels.BLOCK_SIZE, "cpu", 2 * 49 * 1000)
     targets = draw_targets(np.random.default_rng(0), (16, 49), 1000)
     logits = draw_logits(0, 16, 49, 1000, dtype=torch.float32)
     with TensorSizes() as made:
@@ -194,7 +194,7 @@ def test_the_fused_head_equals_head_and_loss(seed, num_images, num_tokens, num_c
     tokens = draw_logits(seed, num_images, num_tokens, 8)
     head = draw_head(seed, 8, num_classes, bias=bias)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(blocks.BLOCK_SIZE, "cpu", num_tokens * num_classes * (1 + seed % 2))
+        patch.setitem(kernels.BLOCK_SIZE, "cpu", num_tokens * num_classes * (1 + seed % 2))
         assert_fused_equals_unfused(tokens, head, targets, tolerance=1e-10)
 
 
@@ -223,7 +223,7 @@ def test_the_fused_head_under_autocast():
 
 def test_the_fused_head_in_half_precision_sums_many_tokens_without_overflow(monkeypatch):
     """8,192 tokens with features of 16 that all miss class 3: the weight's gradient sums to 131,072 on the way."""
-    monkeypatch.setitem(blocks.BLOCK_SIZE, "cpu", 1 << 20)
+    monkeypatch.setitem(kernels.BLOCK_SIZE, "cpu", 1 << 20)
     head = draw_head(0, 4, 8, dtype=torch.float32)
     tokens = torch.full((8, 1024, 4), 16.0).requires_grad_()
     nothing = torch.zeros(8, 1024)
@@ -314,7 +314,7 @@ def test_two_ranks_end_with_the_gradient_of_the_whole_batch(tmp_path):
 
 def test_the_fused_head_never_holds_all_logits(monkeypatch):
     num_images, num_tokens, width, num_classes = 8, 49, 16, 1000
-    monkeypatch.setitem(blocks.BLOCK_SIZE, "cpu", num_tokens * num_classes)
+    monkeypatch.setitem(kernels.BLOCK_SIZE, "cpu", num_tokens * num_classes)
     targets = draw_targets(np.random.default_rng(0), (num_images, num_tokens), num_classes)
     tokens = draw_logits(0, num_images, num_tokens, width, dtype=torch.float32)
     head = draw_head(0, width, num_classes, dtype=torch.float32)
@@ -327,7 +327,7 @@ def test_the_objective_is_fused_where_logits_outgrow_features(monkeypatch):
     """Both ways lead to the same numbers; large logits are not made whole."""
     rng, num_classes = np.random.default_rng(0), 500
     on_class, on_tokens = draw_targets(rng, (6, 1), num_classes), draw_targets(rng, (6, 8), num_classes)
-    monkeypatch.setitem(blocks.BLOCK_SIZE, "cpu", 8 * num_classes)
+    monkeypatch.setitem(kernels.BLOCK_SIZE, "cpu", 8 * num_classes)
     linear = draw_head(0, 4, num_classes)
     wrapped = nn.Sequential(linear)  # not a bare linear layer
     largest, results = [], []

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from label_cases import aligned_point_by_point, dense_targets, draw_box, draw_view
 from torch import nn
 
-from tokenlabel.core.align import align, enough_samples
+from tokenlabel.core.align import align, enough_samples, image_labels, softened
 from tokenlabel.core.batch import Batch, collate_score_maps, normalize_images
 from tokenlabel.core.config import (
     ClassTarget,
@@ -30,7 +30,6 @@ from tokenlabel.core.geometry import View, stack_views
 from tokenlabel.core.losses import sparse_cross_entropy, token_label_loss
 from tokenlabel.core.mix import MixPlan
 from tokenlabel.core.outputs import Outputs
-from tokenlabel.core.pooling import image_labels, softened
 from tokenlabel.core.scores import Kind, from_probabilities, from_top
 from tokenlabel.core.step import Part, Supervision, Targets, TrainStep, make_targets, student_loss, top_score_maps
 from tokenlabel.core.step import draw_mix as draw_mix_plan

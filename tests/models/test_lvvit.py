@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tokenlabel.core.config import Inference
-from tokenlabel.core.linear import Linear, linear, product
+from tokenlabel.core.kernels import Linear, linear, product
 from tokenlabel.core.losses import token_label_loss
 from tokenlabel.core.mix import MixPlan, mix_images
 from tokenlabel.core.targets import class_targets

@@ -1,4 +1,4 @@
-"""Score maps + views + a token grid -> the soft label of every token.
+"""Score maps + views + a token grid -> the soft label of every token, and of whole images (last in this file).
 
 The map of one image names few distinct classes, so it becomes one plane of excess per palette entry and one
 plane of floor. Each token samples these planes at a few points, which the image's view takes back to the source image:
@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tokenlabel.core.batch import ScoreMapBatch
-from tokenlabel.core.blocks import blocks
 from tokenlabel.core.config import LogitsMode
 from tokenlabel.core.geometry import EDGE_TOLERANCE
+from tokenlabel.core.kernels import blocks
 from tokenlabel.core.published import align_as_published, probabilities_of_cells
 from tokenlabel.core.scores import Kind
 from tokenlabel.core.targets import TokenTargets
@@ -59,7 +59,10 @@ def align(
             return align_as_published(score_maps, views, grid)
         score_maps = probabilities_of_cells(score_maps, logits)
     (num_images, height, width), num_tokens = score_maps.codes.shape[:3], grid[0] * grid[1]
-    num_planes, frames = score_maps.classes.shape[1] + 1, _with_region(views, score_maps.regions)
+    num_planes, (start, end) = score_maps.classes.shape[1] + 1, score_maps.regions[..., None].split(2, dim=1)
+    # The teacher's region is one more frame, the last: points outside of it are not covered, without further code.
+    in_region = torch.cat([views[:, -1, :, :2], views[:, -1, :, 2:] - start], dim=2) / (end - start)  # [B, 2, 3]
+    frames = torch.cat([views, in_region[:, None]], dim=1)  # [B, F + 1, 2, 3]
     pooled = score_maps.probs.new_empty(num_images, num_tokens, num_planes)  # [B, N, U + 1]
     weight = score_maps.probs.new_empty(num_images, num_tokens)
     by_count: dict[int, list[int]] = {}
@@ -156,15 +159,6 @@ def _sample_points(grid: tuple[int, int], samples: int, device: torch.device) ->
     )
 
 
-def _with_region(views: Float[Tensor, "B F 2 3"], regions: Float[Tensor, "B 4"]) -> Float[Tensor, "B frames 2 3"]:
-    """Return the frames of the views and, as the last, the map to fractions of the teacher's region."""
-    # The region is one more frame: points outside of it are not covered, without further code.
-    start, end = regions[:, :2], regions[:, 2:]
-    in_region = views[:, -1].clone()  # [B, 2, 3]
-    in_region[..., 2] -= start
-    return torch.cat([views, (in_region / (end - start)[..., None])[:, None]], dim=1)
-
-
 def _sample_locations(
     score_maps: ScoreMapBatch, frames: Float[Tensor, "B F 2 3"], points: Float[Tensor, "2 S N"]
 ) -> tuple[Float[Tensor, "B 2 S N"], Bool[Tensor, "B S N"]]:
@@ -179,3 +173,47 @@ def _sample_locations(
     locations = (in_frames[:, -1] * sizes).sub_(0.5).clamp_min_(0)
     covered = in_frames.sub_(0.5).abs_().amax(dim=(1, 2)) <= 0.5 + EDGE_TOLERANCE
     return locations.minimum(sizes - 1), covered
+
+
+def whole_views(num_images: int, device: torch.device) -> Float[Tensor, "B 1 2 3"]:
+    """Return views that show whole images as they are."""
+    return torch.eye(2, 3, device=device).expand(num_images, 1, 2, 3)
+
+
+def image_labels(
+    score_maps: ScoreMapBatch,
+    views: Float[Tensor, "B F 2 3"],
+    class_ids: Int[Tensor, " B"],
+    *,
+    map_mode: LogitsMode | str = LogitsMode.ZERO,
+) -> tuple[Float[Tensor, "B C"], Bool[Tensor, " B"]]:
+    """Return one soft label an image: the mean of its map over the part of the teacher's region that the view shows.
+
+    Also return which images show any of it; the label of the others is the ground truth.
+    Source: Yun et al., "Re-labeling ImageNet", CVPR 2021.
+    """
+    pooled = align(score_maps, views, (1, 1), logits=map_mode)
+    labels = pooled.dense(score_maps.num_classes)[:, 0] / pooled.weight.clamp_min(1e-12)
+    return torch.where(pooled.weight > 0, labels, one_hot(class_ids, labels)), pooled.weight[:, 0] > 0
+
+
+def softened(probs: Float[Tensor, "B C"], temperature: float) -> Float[Tensor, "B C"]:
+    """Return the distributions of the same logits divided by a temperature: p ** (1 / temperature), summing to 1."""
+    return probs if temperature == 1 else (probs.log() / temperature).softmax(dim=1)
+
+
+def most_probable(probs: Float[Tensor, "B C"]) -> Float[Tensor, "B C"]:
+    """Return one-hot rows of each row's most probable class."""
+    return one_hot(probs.argmax(dim=1), probs)
+
+
+def one_hot(class_ids: Int[Tensor, " B"], like: Float[Tensor, "B C"]) -> Float[Tensor, "B C"]:
+    """Return rows of probability 1 for the given classes."""
+    return torch.zeros_like(like).scatter_(1, class_ids[:, None], 1.0)
+
+
+def every_class(probs: Float[Tensor, "B C"]) -> TokenTargets:
+    """Return distributions over all classes as the targets of one token an image."""
+    ones = probs.new_ones(len(probs), 1)
+    classes = torch.arange(probs.shape[1], device=probs.device).expand(len(probs), -1)
+    return TokenTargets(classes, excess=probs[:, None], floor=torch.zeros_like(ones), weight=ones)

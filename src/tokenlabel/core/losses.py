@@ -14,8 +14,7 @@ from jaxtyping import Float, Integer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from tokenlabel.core.blocks import blocks
-from tokenlabel.core.linear import Linear, linear
+from tokenlabel.core.kernels import Linear, blocks, linear
 from tokenlabel.core.outputs import Outputs
 from tokenlabel.core.targets import TokenTargets
 from tokenlabel.core.targets import class_targets as targets_of

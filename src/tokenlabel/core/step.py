@@ -21,14 +21,13 @@ import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 
-from tokenlabel.core.align import align
+from tokenlabel.core.align import align, every_class, image_labels, most_probable, one_hot, softened, whole_views
 from tokenlabel.core.batch import Batch, ScoreMapBatch, normalize_images
 from tokenlabel.core.config import ClassTarget, ErasingConfig, Extent, LossConfig, MixConfig, Mixing, TokenChoice
 from tokenlabel.core.erase import erase, erased_share
 from tokenlabel.core.losses import TokenLabelLoss, sparse_cross_entropy, token_label_loss
 from tokenlabel.core.mix import MixPlan, join_plans, mix_targets, sample_mix
 from tokenlabel.core.outputs import Outputs, TokenModel
-from tokenlabel.core.pooling import every_class, image_labels, most_probable, one_hot, softened, whole_views
 from tokenlabel.core.targets import TokenTargets, class_targets
 from tokenlabel.runtime.errors import ConfigError
 from tokenlabel.runtime.runlog import Stopwatch

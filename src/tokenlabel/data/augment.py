@@ -70,11 +70,9 @@ class TrainTransform:
         left, top, width, height = draw_crop(
             (width_px, height_px), scale=config.crop_scale, ratio=config.crop_ratio, rng=rng
         )
-        box = Box.from_pixels(
-            left_px=left, top_px=top, width_px=width, height_px=height, image_size_px=(width_px, height_px)
-        )
-        view = View.crop(box)
-        resized = resize(pixels[top : top + height, left : left + width], self.img_size, interpolation)
+        right, bottom = left + width, top + height
+        view = View.crop(Box(left / width_px, top / height_px, right / width_px, bottom / height_px))
+        resized = resize(pixels[top:bottom, left:right], self.img_size, interpolation)
         if rng.random() < config.horizontal_flip:
             resized, view = flipped(resized, axis=1), view.then(View.flip_horizontal())
         if rng.random() < config.vertical_flip:

@@ -15,7 +15,7 @@ from typing import Any, Protocol, SupportsIndex, runtime_checkable
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torch.utils.data._utils.collate import default_collate_fn_map  # where PyTorch wants new types entered
 
 from tokenlabel.core.batch import Batch, Sample, collate_score_maps
@@ -25,7 +25,7 @@ from tokenlabel.data.classes import ClassList, difference, ids_among, say_order
 from tokenlabel.data.decoding import decode_pixels, orientation_of
 from tokenlabel.data.images import ImageSource, has_classes
 from tokenlabel.data.samplers import FOR_SAMPLE, BatchSampler, EvalBatchSampler
-from tokenlabel.data.workers import prepare_worker, process_context, stack
+from tokenlabel.data.workers import prepare_worker, process_context, stack_shared
 from tokenlabel.runtime.coercion import COUNT, NATURAL, check_number
 from tokenlabel.runtime.errors import DataError
 from tokenlabel.runtime.process import listed, say
@@ -175,7 +175,8 @@ class TokenLabelDataset(Dataset[Sample]):
         if self._labels is not None and key not in self._labels:
             manifest = self._labels.manifest
             return unknown_map(manifest.num_classes, kind=getattr(manifest, "kind", Kind.PROBABILITIES))
-        return None if self.store is None else turned_map(self.store[key], orientation)
+        score_map = None if self.store is None else self.store[key]
+        return turned_map(score_map, orientation) if score_map is not None and orientation != 1 else score_map
 
     def __len__(self) -> int:
         """Return how many images there are."""
@@ -194,7 +195,8 @@ def collate(samples: Sequence[Sample]) -> Batch:
     if score_maps and len(score_maps) < len(samples):
         raise DataError(f"{len(samples) - len(score_maps)} of the {len(samples)} samples of a batch have no score map")
     # Channels last, as decoders write them: each image is copied into shared memory as one block.
-    pixels = stack([sample.image.permute(1, 2, 0) for sample in samples])  # [B, height, width, 3]
+    rows = [sample.image.permute(1, 2, 0) for sample in samples]
+    pixels = torch.stack(rows) if get_worker_info() is None else stack_shared(rows)  # [B, height, width, 3]
     return Batch(
         images=pixels.permute(0, 3, 1, 2),
         class_ids=torch.tensor([sample.class_id for sample in samples]),

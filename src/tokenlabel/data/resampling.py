@@ -13,7 +13,6 @@ from torch.nn import functional as F
 
 from tokenlabel.core.geometry import View
 from tokenlabel.data.config import Interpolation
-from tokenlabel.runtime.coercion import Size, pair
 
 # The mean of ImageNet's pixels, which timm fills with, too.
 MEAN_COLOUR = (124, 116, 104)
@@ -25,7 +24,9 @@ _ROUNDING = np.float32(1e-3)  # keeps a whole number that float32 takes for a li
 RESAMPLING = {Interpolation.BILINEAR: Image.Resampling.BILINEAR, Interpolation.BICUBIC: Image.Resampling.BICUBIC}
 
 
-def resize(pixels: NDArray[np.uint8], size_px: Size, interpolation: Interpolation | str) -> NDArray[np.uint8]:
+def resize(
+    pixels: NDArray[np.uint8], size_px: tuple[int, int], interpolation: Interpolation | str
+) -> NDArray[np.uint8]:
     """Resize pixels [h, w, 3] to (height, width), with antialiasing.
 
     Within a level of Pillow's (bicubic: but for single pixels beside hard edges that overshoot), and several
@@ -34,7 +35,7 @@ def resize(pixels: NDArray[np.uint8], size_px: Size, interpolation: Interpolatio
     # Torch's fast path wants one image, channels last, without gaps between its rows.
     image = torch.from_numpy(pixels).permute(2, 0, 1)[None].contiguous(memory_format=torch.channels_last)
     mode = Interpolation(interpolation).value
-    resized = F.interpolate(image, size=pair(size_px, name="size_px"), mode=mode, antialias=True)
+    resized = F.interpolate(image, size=size_px, mode=mode, antialias=True)
     return resized[0].permute(1, 2, 0).contiguous().numpy()
 
 

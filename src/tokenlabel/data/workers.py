@@ -55,8 +55,9 @@ class Slabs:
 _slabs: Slabs | None = None
 
 
-def stack(tensors: Sequence[Tensor]) -> Tensor:
-    """Return tensors of one shape as one; in a worker it lies in memory that is shared with the main process."""
+def stack_shared(tensors: Sequence[Tensor]) -> Tensor:
+    """Return tensors of one shape as one, in a worker: in memory that is shared with the main process."""
+    # A loader that somebody else made has workers without slabs.
     return default_collate(list(tensors)) if _slabs is None else _slabs.stack(tensors)
 
 

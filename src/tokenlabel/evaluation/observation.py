@@ -13,8 +13,8 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from tokenlabel.core.batch import Batch, normalize_images
-from tokenlabel.core.blocks import blocks
 from tokenlabel.core.config import Inference
+from tokenlabel.core.kernels import blocks
 from tokenlabel.data.augment import EvalTransform
 from tokenlabel.data.batches import TokenLabelDataset
 from tokenlabel.data.imagenet import as_classes_of

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tokenlabel.core.linear import linear
+from tokenlabel.core.kernels import linear
 from tokenlabel.models.vision_transformer import TransformerConfig, VisionTransformer, configured, initialise_linear
 from tokenlabel.runtime.coercion import Size
 

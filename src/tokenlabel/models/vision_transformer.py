@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from tokenlabel.core.linear import Linear
+from tokenlabel.core.kernels import Linear
 from tokenlabel.core.mix import MixPlan, mix_tokens
 from tokenlabel.models.positions import resize_positions
 from tokenlabel.runtime.coercion import NATURAL, POSITIVE, Size, check_numbers, coerced_fields, pair

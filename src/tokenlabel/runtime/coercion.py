@@ -100,6 +100,9 @@ def _converted(value: Any, kind: Any, name: str) -> Any:
 
 def pair(size: Size, *, name: str = "img_size") -> tuple[int, int]:
     """Return a size as two numbers of at least 1; one number stands for both."""
+    # What the code itself passes on, several times a step, needs no second look.
+    if type(size) is tuple and len(size) == 2 and all(type(side) is int and side > 0 for side in size):
+        return size
     sides = coerced(size, tuple[int, int], name=name)
     check_number(sides, NATURAL, name=name)
     return sides

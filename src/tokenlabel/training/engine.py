@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -148,28 +148,24 @@ def _loop(
     # A checkpoint is written before the evaluation of its step.
     if figures is None and start_step and trainer.due(start_step, eval_every_epochs):
         figures = _evaluate(trainer, run, log, start_step)  # the run was stopped before it could
-    watch, window = Stopwatch(), Window(ranks)
-
-    def report(done: int) -> None:
-        if window.results:
-            _report(trainer, run, log, done, window, watch)
+    watch, results = Stopwatch(), list[StepResult]()  # of the steps since the last report
 
     def save(done: int) -> None:
-        report(done)  # a state that diverged is never saved
+        _report(trainer, run, log, done, results, watch)  # a state that diverged is never saved
         _write_checkpoint(trainer, run, done)
 
     with caught_signals() as received:
         batches = _pictured(trainer, run, batches, start_step, watch)
         for step in range(start_step, trainer.num_steps):
-            window.add(train_step(trainer, batches, step, watch))
+            results.append(train_step(trainer, batches, step, watch))
             done, is_last = step + 1, step + 1 == trainer.num_steps
             log.bar.update()
             if done % LOG_EVERY_STEPS == 0:
-                report(done)
-            # Asked of all ranks at once, so that they agree.
+                _report(trainer, run, log, done, results, watch)
+            # The ranks agree on whether to stop: a signal may have reached some of them only.
             stopping = ranks.all_reduce_max(received[0] if received else 0)
             saved = trainer.due(done, checkpoint.every_epochs) or stopping > 0
-            if saved:  # before the evaluation, which may take longer than who stops the run will wait
+            if saved:  # before the evaluation, which may take longer than whoever stops the run will wait
                 save(done)
             if trainer.due(done, eval_every_epochs) and (is_last or not stopping):
                 figures = _evaluate(trainer, run, log, done)
@@ -232,44 +228,37 @@ class Divergence:
     keys: Sequence[str]
 
 
-@dataclass(eq=False)
-class Window:
-    """Collects what steps say until it is asked for, so that the device need not be waited for at each."""
+def _means(results: Sequence[StepResult], ranks: Ranks, done: int) -> tuple[dict[str, float], Divergence | None]:
+    """Return the mean of each value over some steps and all ranks. All ranks call this.
 
-    ranks: Ranks
-    results: list[StepResult] = field(default_factory=list)
-
-    def add(self, result: StepResult) -> None:
-        """Take in the result of one more step."""
-        self.results.append(result)
-
-    def means(self, done: int) -> tuple[dict[str, float], Divergence | None]:
-        """Return the mean of each value over the window's steps and all ranks, and forget them.
-
-        `done`: the number of steps that the run has done. All ranks call this.
-        """
-        results, self.results = self.results, []
-        values = {
-            name: torch.stack([result.values[name].float() for result in results]).tolist()
-            for name in results[0].values
-        }
-        every = self.ranks.all_gather(values)
-        means = {name: float(np.mean([rank[name] for rank in every])) for name in values}
-        for name, what in (("loss", "loss"), ("gradient_norm", "norm of the gradient")):
-            if math.isfinite(means.get(name, 0.0)):
-                continue
-            of_steps = np.array([rank[name] for rank in every])  # [ranks, steps]
-            number = int(np.argmin(np.isfinite(of_steps).all(axis=0)))
-            rank = int(np.argmin(np.isfinite(of_steps[:, number])))
-            keys = self.ranks.all_gather(results[number].keys)[rank]
-            return means, Divergence(done - len(results) + number, what, of_steps[rank, number], keys)
-        return means, None
+    `done`: the number of steps that the run has done, the last of `results` included.
+    """
+    # The first look at the steps' tensors: only here is the device waited for.
+    values = {
+        name: torch.stack([result.values[name].float() for result in results]).tolist() for name in results[0].values
+    }
+    every = ranks.all_gather(values)
+    means = {name: float(np.mean([rank[name] for rank in every])) for name in values}
+    for name, what in (("loss", "loss"), ("gradient_norm", "norm of the gradient")):
+        if math.isfinite(means.get(name, 0.0)):
+            continue
+        of_steps = np.array([rank[name] for rank in every])  # [ranks, steps]
+        number = int(np.argmin(np.isfinite(of_steps).all(axis=0)))
+        rank = int(np.argmin(np.isfinite(of_steps[:, number])))
+        keys = ranks.all_gather(results[number].keys)[rank]
+        return means, Divergence(done - len(results) + number, what, of_steps[rank, number], keys)
+    return means, None
 
 
-def _report(trainer: Trainer, run: Path, log: RunLog, done: int, window: Window, watch: Stopwatch) -> None:
-    """Write what the steps since the last report said. Raises ValueError if the loss is not finite."""
-    num_steps, seconds = len(window.results), watch.lap()
-    means, divergence = window.means(done)
+def _report(trainer: Trainer, run: Path, log: RunLog, done: int, results: list[StepResult], watch: Stopwatch) -> None:
+    """Write the means over the steps since the last report, and forget these. Raises ValueError for a loss that is
+    not finite.
+    """
+    if not results:
+        return
+    num_steps, seconds = len(results), watch.lap()
+    means, divergence = _means(results, trainer.ranks, done)
+    results.clear()
     if divergence is not None:
         _stop(trainer, run, done, divergence)
     total_s = seconds.pop("total")

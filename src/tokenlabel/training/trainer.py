@@ -44,13 +44,13 @@ class Trainer:
     forward: nn.Module
     grad_accum_steps: int
 
-    @property
+    @cached_property
     def steps_per_epoch(self) -> int:
         """Steps in which every image is seen once, or more often where these were too few."""
         recipe = self.task.recipe
         return max(recipe.min_epoch_steps, self.task.num_images // recipe.batch_size)
 
-    @property
+    @cached_property
     def num_steps(self) -> int:
         """Steps of the whole run."""
         recipe = self.task.recipe
