@@ -141,11 +141,11 @@ def _cells_of_tokens(
     rows = y * width + first[:, None, None, None]
     cells = rows[:, :, None] + x[:, None]  # [B, 2, 2, S, N]
     shares = (share_y * (covered / num_samples)[:, None])[:, :, None] * share_x[:, None]
-
-    def by_token(reads: Tensor) -> Tensor:
-        return reads.reshape(num_images, -1, num_tokens).transpose(1, 2).reshape(num_images * num_tokens, -1)
-
-    return by_token(cells), by_token(shares)
+    cells, shares = (
+        reads.reshape(num_images, -1, num_tokens).transpose(1, 2).reshape(num_images * num_tokens, -1)
+        for reads in (cells, shares)
+    )
+    return cells, shares
 
 
 def _sample_points(grid: tuple[int, int], samples: int, device: torch.device) -> Float[Tensor, "2 S N"]:

@@ -137,7 +137,9 @@ class Batch:
     has_class: Bool[Tensor, " B"]
 
     def to(self, device: torch.device | str) -> Batch:
-        """Return the batch on another device."""
+        """Return the batch on another device; itself where it lies there."""
+        if self.images.device == torch.device(device):
+            return self
         return Batch(
             images=self.images.to(device, non_blocking=True),
             class_ids=self.class_ids.to(device, non_blocking=True),

@@ -174,7 +174,7 @@ class View:
     @classmethod
     def crop(cls, box: Box) -> View:
         """Return the view of a crop. The box may reach over the image's edges (padding)."""
-        return cls(_matrix(box.width, 0, box.left, 0, box.height, box.top)[None])
+        return cls(_matrix(box.right - box.left, 0, box.left, 0, box.bottom - box.top, box.top)[None])
 
     @classmethod
     def flip_horizontal(cls) -> View:

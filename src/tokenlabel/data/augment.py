@@ -51,7 +51,9 @@ class TrainTransform:
     ) -> tuple[NDArray[np.uint8], View]:
         """Return pixels [height, width, 3] and the view that they show."""
         config, pixels = self.config, _pixels(image)
-        interpolation = _draw_interpolation(config.interpolation, rng)
+        interpolation = config.interpolation
+        if interpolation is Interpolation.RANDOM:
+            interpolation = Interpolation.BICUBIC if rng.random() < 0.5 else Interpolation.BILINEAR
         if config.order is Order.BEFORE_CROP:
             pixels, change = self._changed(pixels, interpolation, rng)
             pixels, crop = self._cropped_andflipped(pixels, interpolation, rng)
@@ -61,7 +63,9 @@ class TrainTransform:
             pixels, change = self._changed(pixels, interpolation, rng)
             view = crop if change is None else crop.then(change)
         colours = [_draw_three_augment(rng)] if config.three_augment else []
-        return recoloured(pixels, colours + _draw_jitter(config.jitter, rng)), view
+        if rng.random() < config.jitter.probability:
+            colours += _draw_jitter(config.jitter, rng)
+        return recoloured(pixels, colours) if colours else pixels, view
 
     def _cropped_andflipped(
         self, pixels: NDArray[np.uint8], interpolation: Interpolation, rng: np.random.Generator
@@ -84,14 +88,16 @@ class TrainTransform:
     ) -> tuple[NDArray[np.uint8], View | None]:
         """Apply the random warp and RandAugment: all warps at once (None for none), then the changes of colour."""
         size_px = (pixels.shape[1], pixels.shape[0])
-        warps, colours = _draw_warps(self.config.warp, rng, size_px=size_px), []
+        warps, colours = list[View](), list[ColourChange]()
+        if rng.random() < self.config.warp.probability:
+            warps += _draw_warps(self.config.warp, rng, size_px=size_px)
         if self._randaugment is not None:
             changes = self._randaugment.draw(rng, size_px=size_px)
             warps, colours = warps + changes.warps, changes.colours
-        if not warps:
-            return recoloured(pixels, colours), None
-        view = one_view(warps)
-        return recoloured(warp(pixels, view, interpolation), colours), view
+        view = one_view(warps) if warps else None
+        if view is not None:
+            pixels = warp(pixels, view, interpolation)
+        return recoloured(pixels, colours) if colours else pixels, view
 
 
 class EvalTransform:
@@ -172,8 +178,6 @@ def one_view(warps: Sequence[View]) -> View:
 
 def recoloured(pixels: NDArray[np.uint8], changes: Sequence[ColourChange]) -> NDArray[np.uint8]:
     """Return pixels [height, width, 3] after changes of colour."""
-    if not changes:
-        return pixels
     image = Image.fromarray(pixels)
     for change in changes:
         image = change(image)
@@ -188,16 +192,8 @@ def _pixels(image: Image.Image | NDArray[np.uint8]) -> NDArray[np.uint8]:
     return pixels
 
 
-def _draw_interpolation(interpolation: Interpolation, rng: np.random.Generator) -> Interpolation:
-    if interpolation is Interpolation.RANDOM:
-        return Interpolation.BICUBIC if rng.random() < 0.5 else Interpolation.BILINEAR
-    return interpolation
-
-
 def _draw_warps(config: WarpConfig, rng: np.random.Generator, *, size_px: tuple[int, int]) -> list[View]:
     """Draw the random warp of an image of `size_px` (width, height)."""
-    if rng.random() >= config.probability:
-        return []
     degrees = rng.uniform(-config.degrees, config.degrees)
     shear_x, shear_y = rng.uniform(-config.shear, config.shear, 2)
     right, down = rng.uniform(-config.translate, config.translate, 2)
@@ -219,8 +215,7 @@ def _draw_three_augment(rng: np.random.Generator) -> ColourChange:
 
 
 def _draw_jitter(config: ColourJitter, rng: np.random.Generator) -> list[ColourChange]:
-    if rng.random() >= config.probability:
-        return []
+    """Draw changes of colour in random order, those of a range above 0."""
     changes = [
         change(rng.uniform(max(0, 1 - extent), 1 + extent))
         for change, extent in (

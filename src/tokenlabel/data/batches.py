@@ -99,7 +99,7 @@ class TokenLabelDataset(Dataset[Sample]):
         # their index alone while nobody had set one (-1: somebody has, or the line about it is out).
         self._clock = torch.zeros(2, dtype=torch.int64).share_memory_()
         self.source, self.transform, self.seed, self.store = source, transform, seed, store
-        self.num_classes = len(source.class_names)
+        self._num_images, self.num_classes = len(source), len(source.class_names)
         self._has_class = has_classes(source)
         self._labels = store if isinstance(store, CheckableLabels) else None
 
@@ -121,7 +121,7 @@ class TokenLabelDataset(Dataset[Sample]):
         """Return epoch and index of each; negative indices count from the end. Raises IndexError beyond it."""
         now, num_drawn = self._clock.tolist()
         pairs = [index if isinstance(index, tuple) else (now, index) for index in indices]
-        places = range(len(self))
+        places = range(self._num_images)
         found = [(operator.index(epoch), places[operator.index(index)]) for epoch, index in pairs]
         if num_drawn >= 0 and found:
             num_drawn += sum(not isinstance(index, tuple) for index in indices)
@@ -180,7 +180,7 @@ class TokenLabelDataset(Dataset[Sample]):
 
     def __len__(self) -> int:
         """Return how many images there are."""
-        return len(self.source)
+        return self._num_images
 
 
 def collate(samples: Sequence[Sample]) -> Batch:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from jaxtyping import Int
@@ -78,18 +79,17 @@ class BatchSampler:
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         orders: dict[int, NDArray[np.int64]] = {}
+        # What does not fill a step's batch at the end of an epoch is left for another one's order.
+        epoch_size = min(self.num_images, self.steps_per_epoch * self.batch_size)
         for step in range(self.start_step, self.num_steps):
-            epochs, places = self._places(step)
             for part in range(self.grad_accum_steps):
-                start = self.part_start(part)
-                mine = slice(start, start + self.part_size)
-                in_use = {int(epoch) for epoch in epochs[mine]}
+                first = step * self.batch_size + self.part_start(part)
+                epochs, places = np.divmod(first + np.arange(self.part_size), epoch_size)
+                in_use = {int(epoch) for epoch in epochs}  # two where images are fewer than a batch
                 orders = {epoch: orders[epoch] if epoch in orders else self._order(epoch) for epoch in in_use}
-                yield [
-                    (int(e), int(orders[int(e)][place])) for e, place in zip(epochs[mine], places[mine], strict=True)
-                ]
+                yield [(int(e), int(orders[int(e)][place])) for e, place in zip(epochs, places, strict=True)]
 
-    @property
+    @cached_property
     def part_size(self) -> int:
         """How many images each list has."""
         return self.batch_size // (self.world_size * self.grad_accum_steps)
@@ -97,12 +97,6 @@ class BatchSampler:
     def part_start(self, part: int) -> int:
         """Return the place within a step's batch of the first image of this rank's given part."""
         return (self.rank * self.grad_accum_steps + part) * self.part_size
-
-    def _places(self, step: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return the epoch of each image of a step's batch and its place in the epoch's order."""
-        in_use = min(self.num_images, self.steps_per_epoch * self.batch_size)
-        places = step * self.batch_size + np.arange(self.batch_size)
-        return places // in_use, places % in_use
 
     def _order(self, epoch: int) -> NDArray[np.int64]:
         if self.order is not None:

@@ -104,8 +104,10 @@ class TimmAdapter(TokenModel):
             raise ValueError(f"expected normalised images, got {images.dtype}; normalize_images makes them")
         features = self._features((images.shape[2], images.shape[3]))
         seen, dense = self._run(images, plan, features.from_stage)
+        logits = self.backbone.forward_head(seen)
         return Outputs(
-            class_logits=self._class_logits(seen),
+            # A backbone without a classifier pools all the same: its logits are [B, 0] (see `token_label_loss`).
+            class_logits=logits if self.num_classes else logits.flatten(1)[:, :0],
             tokens=self._tokens(dense, features),
             token_head=self.token_head,
             grid=features.grid,
@@ -154,11 +156,6 @@ class TimmAdapter(TokenModel):
             return seen, seen
         seen, (dense,) = self.backbone.forward_intermediates(images, indices=[from_stage])
         return seen, dense
-
-    def _class_logits(self, seen: Any) -> Float[Tensor, "B C"]:
-        """Return the classifier's logits; [B, 0] of a backbone without one, which pools all the same (see losses)."""
-        logits = self.backbone.forward_head(seen)
-        return logits if self.num_classes else logits.flatten(1)[:, :0]
 
     def _tokens(self, dense: Tensor, features: Features) -> Float[Tensor, "B N D"]:
         if features.layout is FeatureLayout.SEQUENCE:
