@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from tokenlabel.runtime.coercion import Size, pair
 
-T = TypeVar("T", bound=np.generic)
+Scalar = TypeVar("Scalar", bound=np.generic)
 
 # A point may miss a frame by this much (a tenth of a pixel at 10,000 px) before it counts as outside.
 EDGE_TOLERANCE = 1e-5
@@ -87,7 +87,7 @@ _TURNS = {
 OPPOSITE = {orientation: orientation for orientation in _TURNS} | {6: 8, 8: 6}
 
 
-def turned(values: NDArray[T], orientation: int) -> NDArray[T]:
+def turned(values: NDArray[Scalar], orientation: int) -> NDArray[Scalar]:
     """Return values [rows, columns, ...] in upright orientation; `values` are in that of the file's stored pixels.
 
     `orientation`: the file's EXIF tag, 1 to 8; `OPPOSITE[orientation]` turns them back. Nothing is copied.
@@ -148,7 +148,7 @@ class View:
         return points @ self.matrix[:, :2].T + self.matrix[:, 2]
 
     def covers(self, points: NDArray[np.float64]) -> NDArray[np.bool_]:
-        """Say for each point [..., 2] of the augmented image whether it shows a part of the source."""
+        """Return for each point [..., 2] of the augmented image whether it shows a part of the source."""
         in_frames = np.einsum("fij,...j->...fi", self.frames[:, :, :2], points) + self.frames[:, :, 2]
         inside = (in_frames >= -EDGE_TOLERANCE) & (in_frames <= 1 + EDGE_TOLERANCE)  # [..., F, 2]
         return np.asarray(inside.all(axis=(-2, -1)))

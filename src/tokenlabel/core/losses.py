@@ -137,6 +137,7 @@ def _check_same_tokens(outputs: Tensor, targets: TokenTargets) -> None:
 class _SparseCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, classes: Tensor, excess: Tensor, floor: Tensor, weight: Tensor) -> Tensor:
+        """Return the loss of each token [B, N]; only the logits are kept, not their softmax."""
         exact = torch.promote_types(logits.dtype, torch.float32)
         loss = torch.empty_like(floor, dtype=exact)
         slices, buffer = _blocks(logits, logits.shape[2], exact)
@@ -152,6 +153,7 @@ class _SparseCrossEntropy(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad_loss: Tensor
     ) -> tuple[Tensor | None, ...]:
+        """Return the gradient of the logits, (weight * softmax - target) * grad_loss, block by block."""
         logits, classes, excess, floor, weight = ctx.saved_tensors
         grad_logits = torch.empty_like(logits)
         slices, buffer = _blocks(logits, logits.shape[2], grad_loss.dtype)
@@ -174,6 +176,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         targets: tuple[Tensor, ...],
         with_gradients: bool,
     ) -> Tensor:
+        """Return the mean loss; gradients are computed here, where a block's logits are at hand."""
         narrow, exact = _linear_dtype(tokens), torch.promote_types(tokens.dtype, torch.float32)
         matrix, bias = head_weight.to(narrow), None if head_bias is None else head_bias.to(narrow)
         num_classes, width = head_weight.shape
@@ -204,6 +207,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad_loss: Tensor
     ) -> tuple[Tensor | None, ...]:
+        """Return the gradients of tokens, weight and bias, scaled by that of the mean loss."""
         grad_tokens, grad_weight, grad_bias = ctx.saved_tensors
         # Shape [1], not []: multiplied by a scalar tensor, float16 gradients would stay in float16.
         scale = (grad_loss / ctx.divisor).view(1)

@@ -61,7 +61,7 @@ class CheckableLabels(ScoreMaps, Protocol):
         ...
 
     def __contains__(self, key: str, /) -> bool:
-        """Say whether there is a score map for an image."""
+        """Return whether there is a score map for an image."""
         ...
 
 
@@ -134,7 +134,7 @@ class TokenLabelDataset(Dataset[Sample]):
         return found
 
     def _draws(self, index: int) -> bool:
-        """Say whether the transform takes random numbers for an image."""
+        """Return whether the transform draws random numbers for an image."""
         rng = np.random.default_rng(0)
         before = rng.bit_generator.state
         self.transform(decode_pixels(self.source.read(index), self.source.keys[index]), rng)

@@ -218,7 +218,7 @@ def _decodes(source: ImageSource, index: int) -> bool:
 
 
 def _has_sound_ends(source: ImageSource, index: int) -> bool:
-    """Say whether header and end look right; decode where an end does not say by itself that it is one."""
+    """Return whether header and end are those of a whole file; formats without such an end are decoded."""
     try:
         data = source.read(index)
     except ImageError:

@@ -277,7 +277,7 @@ def _new_token_head(features: Features, num_classes: int) -> nn.Module:
 
 
 def _mixes_embeddings(backbone: nn.Module) -> bool:
-    """Say whether the backbone was made for MixToken: ours say so, of timm's VOLO alone has a switch for it."""
+    """Return whether the backbone mixes patch embeddings (MixToken): ours, and of timm's VOLO."""
     return getattr(backbone, "mixes_embeddings", False) or hasattr(backbone, "mix_token")
 
 

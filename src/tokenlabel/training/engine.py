@@ -110,6 +110,7 @@ def _train(
         log.write(step, kind="changed_numerics", **changed)
         said = ", ".join(f"{name} {now} in place of {before}" for name, (before, now) in changed.items())
         log.say(f"from step {step:,} on with {said}")
+    _say_learning_rate(trainer, log)
     try:
         return _loop(trainer, run, log, figures, start_step=step, eval_every_epochs=eval_every_epochs)
     finally:
@@ -144,7 +145,6 @@ def _loop(
     """
     ranks, checkpoint = trainer.ranks, trainer.task.recipe.checkpoint
     batches = iter(trainer.task.batches(trainer.sampler(start_step)))
-    _say_learning_rate(trainer, log)
     # A checkpoint is written before the evaluation of its step.
     if figures is None and start_step and trainer.due(start_step, eval_every_epochs):
         figures = _evaluate(trainer, run, log, start_step)  # the run was stopped before it could

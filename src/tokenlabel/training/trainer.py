@@ -170,7 +170,7 @@ def train_step(trainer: Trainer, batches: Iterator[Any], step: int, watch: Stopw
 
 
 def _move_weights(state: TrainState, clip_norm: float | None) -> dict[str, Tensor]:
-    """Let the optimizer take a step; return the norm of the gradient.
+    """Clip gradients and take the optimizer step; return the norm of the gradient.
 
     With a scaled loss that overflowed there is no step and the norm counts as 0; `skipped` says so.
     """
