@@ -124,7 +124,7 @@ def write_onnx(trained: LoadedModel, path: Path, *, inference: Inference, dense:
         network,
         (example,),
         dynamo=True,
-        dynamic_shapes=({0: torch.export.Dim("batch")},),
+        dynamic_shapes=({0: "batch"},),  # torch 2.9 refuses Dim("batch") where its trace tells one image from more
         input_names=["pixels"],
         output_names=names,
         verbose=False,
