@@ -1,4 +1,4 @@
-"""Compile models without a graph break, mix in several ways, print the name of each that kept to one graph."""
+"""Compile models, mixed in several ways, and losses without a graph break; print the name of each that kept to one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
+from tokenlabel.core.losses import linear_cross_entropy, sparse_cross_entropy
 from tokenlabel.core.mix import MixPlan
+from tokenlabel.core.targets import TokenTargets
 from tokenlabel.models import TokenModel, create_model
 
 SMALL: dict[str, Any] = {"depth": 1, "width": 32, "num_heads": 4}
@@ -45,6 +47,36 @@ def check(model: TokenModel, *, img_size: tuple[int, int]) -> None:
     assert num_graphs == 1, f"traced {num_graphs} times"
 
 
+def check_losses() -> None:
+    """Compare compiled losses, of logits and of tokens with their head, and their gradients with themselves."""
+    weight = torch.rand(2, 3, dtype=torch.float64)
+    probs = torch.rand(2, 3, 4, dtype=torch.float64).softmax(dim=2)
+    targets = TokenTargets(
+        classes=torch.stack([torch.randperm(20)[:4] for _ in range(2)]),
+        excess=0.8 * probs * weight[..., None],
+        floor=0.2 / 20 * weight,
+        weight=weight,
+    )
+    logits = torch.randn(2, 3, 20, dtype=torch.float64, requires_grad=True)
+    tokens = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+    head = torch.nn.Linear(4, 20, dtype=torch.float64)
+
+    def of_logits() -> torch.Tensor:
+        return sparse_cross_entropy(logits, targets).mean()
+
+    def of_tokens() -> torch.Tensor:
+        return linear_cross_entropy(tokens, head, targets).mean()
+
+    for name, loss, inputs in (
+        ("sparse_cross_entropy", of_logits, [logits]),
+        ("linear_cross_entropy", of_tokens, [tokens, head.weight, head.bias]),
+    ):
+        found = torch.compile(loss, backend="aot_eager", fullgraph=True)()
+        torch.testing.assert_close(found, loss())
+        torch.testing.assert_close(torch.autograd.grad(found, inputs), torch.autograd.grad(loss(), inputs))
+        print(name, flush=True)
+
+
 def main() -> None:
     """Check all cases."""
     torch.manual_seed(0)
@@ -52,6 +84,7 @@ def main() -> None:
     for name, (model_name, options) in CASES.items():
         check(create_model(model_name, num_classes=5, img_size=img_size, **options), img_size=img_size)
         print(name, flush=True)
+    check_losses()
 
 
 if __name__ == "__main__":

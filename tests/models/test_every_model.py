@@ -165,9 +165,10 @@ def test_layers_that_there_are_not(layers: list[int], message: str) -> None:
             model.intermediates(torch.randn(1, 3, 32, 48), layers)
 
 
-def test_models_compile_to_one_graph_whatever_the_mix() -> None:
+def test_models_compile_to_one_graph_whatever_the_mix_and_losses_to_another() -> None:
     """In a process of its own: PyTorch cannot compile the checks of shapes that tests add to every function."""
     script = Path(__file__).with_name("compiled_models.py")
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["lvvit_t", "lvvit_s", "lvvit_m", "lvvit_l", "t2t_vit_14", "vit", "resnet"]
+    models, losses = [f"lvvit_{size}" for size in "tsml"], ["sparse_cross_entropy", "linear_cross_entropy"]
+    assert done.stdout.split() == [*models, "t2t_vit_14", "vit", "resnet", *losses]
