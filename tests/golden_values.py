@@ -1,11 +1,12 @@
-"""The published implementations' outputs in `golden/`, and the weights and the image that they are for."""
+"""What is in `golden/`, and the weights and the image that it is for: outputs of the published implementations, and
+losses of steps."""
 
 import json
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -46,3 +47,19 @@ def formula_image() -> Tensor:
 def golden_outputs(name: str) -> dict[str, np.ndarray]:
     with np.load(GOLDEN / f"{name}.npz") as file:
         return dict(file)
+
+
+@torch.no_grad()
+def draw_weights(model: nn.Module) -> None:
+    """Fill a model with weights that no version of PyTorch decides: NumPy draws them, in the order of their names.
+
+    What steps draw after that (mixing, erasing, dropout, drop path) is the same in torch 2.9 and 2.14; of the functions
+    that initialise models only `trunc_normal_` is not.
+    """
+    rng = np.random.Generator(np.random.PCG64(0))
+    for name, weight in sorted(model.named_parameters()):
+        if weight.ndim == 1:  # shifts, and scales of norms
+            weight.fill_(0 if name.endswith("bias") else 1)
+        else:  # kernels, then matrices and embeddings
+            std = np.prod(weight.shape[1:]) ** -0.5 if weight.ndim == 4 else 0.02
+            weight.copy_(torch.from_numpy(rng.normal(0, std, tuple(weight.shape)).astype(np.float32)))

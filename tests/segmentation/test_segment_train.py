@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from golden_values import GOLDEN
+from golden_values import GOLDEN, draw_weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -90,7 +90,9 @@ def test_a_run_leaves_its_recipe_metrics_and_model(run):
 
 def test_every_step_on_masks_alone_gives_the_losses_that_it_always_gave(scenes):
     """The golden losses are from before label maps could be learnt from."""
-    training = prepare(build(recipe_for(scenes), device=CPU), Ranks())
+    task = build(recipe_for(scenes), device=CPU)
+    draw_weights(task.model)
+    training = prepare(task, Ranks())
     batches = iter(training.task.batches(training.sampler(0)))
     for step, losses in enumerate(json.loads((GOLDEN / "segmentation.json").read_text())["masks"]):
         values = train_step(training, batches, step, Stopwatch()).values
@@ -109,7 +111,9 @@ def test_training_learns_its_images_by_heart(scenes, tmp_path):
         eval__every_epochs=100.0,
         checkpoint__every_epochs=100.0,
     )
-    train_segmentation(recipe, tmp_path / "run", device=CPU)
+    task = build(recipe, device=CPU)
+    draw_weights(task.model)
+    run_task(task, tmp_path / "run", ranks=Ranks(), eval_every_epochs=100.0)
     losses = [line["decode_loss"] for line in read_metrics(tmp_path / "run") if line["kind"] == "train"]
     assert losses[-1] < 0.5 * losses[0]
 

@@ -15,7 +15,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from golden_values import GOLDEN
+from golden_values import GOLDEN, draw_weights
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -119,7 +119,9 @@ def test_a_run_leaves_its_recipe_metrics_and_model(scenes, tmp_path):
     ],
 )
 def test_every_step_gives_the_losses_that_it_always_gave(scenes, name, changes):
-    training = prepare(build(recipe_for(scenes, **changes), device=CPU), Ranks())
+    task = build(recipe_for(scenes, **changes), device=CPU)
+    draw_weights(task.model)
+    training = prepare(task, Ranks())
     batches = iter(training.task.batches(training.sampler(0)))
     expected = json.loads((GOLDEN / "training.json").read_text())[name]
     for step, losses in enumerate(expected):
@@ -140,7 +142,9 @@ def test_training_learns_its_images_by_heart(scenes, tmp_path):
         model__options={"patch_size": 6, "depth": 2, "width": 32, "num_heads": 2, "stem_width": 16},
         loss={"label_smoothing": 0.0},
     )
-    train(recipe, tmp_path / "run", device=CPU)
+    task = build(recipe, device=CPU)
+    draw_weights(task.model)
+    run_task(task, tmp_path / "run", ranks=Ranks(), eval_every_epochs=40)
     lines = [line for line in read_metrics(tmp_path / "run") if line["kind"] == "train"]
     assert lines[-1]["class_loss"] < lines[0]["class_loss"] - 0.4
     assert lines[-1]["token_loss"] < lines[0]["token_loss"] - 0.006  # most of a scene is background
