@@ -18,8 +18,8 @@ from scipy.stats import t
 
 from tokenlabel.data.classes import ids_among
 from tokenlabel.data.sources import open_aloud
+from tokenlabel.labels.inspection import by_doubt, summarize
 from tokenlabel.labels.store import LabelStore
-from tokenlabel.labels.summaries import by_doubt, summarize
 from tokenlabel.runtime.distributed import usable_device
 from tokenlabel.teachers.backbone import load_backbone
 from tokenlabel.teachers.folds import FoldPredictions, fit_folds

@@ -15,11 +15,10 @@ from tokenlabel.core.scores import Kind, from_mask, from_probabilities, from_top
 from tokenlabel.data.images import ImageFolder
 from tokenlabel.data.sources import open_images
 from tokenlabel.labels.encoding import Encoding
-from tokenlabel.labels.inspection import InspectConfig, inspect_store, verify
+from tokenlabel.labels.inspection import InspectConfig, as_probabilities, class_finder, inspect_store, verify
 from tokenlabel.labels.manifest import Failure, Manifest
 from tokenlabel.labels.presentation import as_text, write_pictures
 from tokenlabel.labels.store import LabelStore
-from tokenlabel.labels.summaries import as_probabilities, class_finder
 from tokenlabel.labels.writer import LabelStoreWriter
 from tokenlabel.runtime.errors import StoreError
 

@@ -228,11 +228,11 @@ def test_any_number_of_records_a_key(tmp_path_factory, monkeypatch, capsys, num_
 
 def test_a_store_in_another_process_stays_as_it_was_opened(tmp_path):
     write(tmp_path / "labels", range(3))
-    sent = pickle.dumps(LabelStore(tmp_path / "labels"))
+    opened = LabelStore(tmp_path / "labels")
+    sent = pickle.dumps(opened)
     add(tmp_path / "labels", {key_of(0): 7, key_of(5): 5}, generation=1)
     assert holds(pickle.loads(sent), range(3))
     (old, *_) = pickle.loads(sent).shards
-    opened = LabelStore(tmp_path / "labels")
     old.path.unlink()
     with pytest.raises(StoreError, match=rf"{old.path.name}: was removed while the store was open"):
         pickle.loads(sent)
@@ -261,10 +261,10 @@ def test_what_is_no_store_says_what_may_be_meant(tmp_path):
             LabelStoreWriter(path, a_manifest())
     (folder / "manifest.json").unlink()
     for use in (lambda: LabelStore(folder), lambda: LabelStoreWriter(folder, a_manifest())):
-        with pytest.raises(StoreError, match=r"train: holds \.safetensors files, but no manifest\.json; put a copy"):
+        with pytest.raises(StoreError, match=r"train: holds \.safetensors files, but no manifest\.json; restore a copy"):
             use()
     (folder / "manifest.json").write_bytes(b"")
-    with pytest.raises(StoreError, match=r"manifest\.json: is not JSON .*; put a copy back"):
+    with pytest.raises(StoreError, match=r"manifest\.json: is not JSON .*; restore a copy"):
         LabelStore(folder)
 
 

@@ -1,12 +1,12 @@
 """The bytes of one score map: pure functions from a map to a record and back. NumPy and zstandard only.
 
-A record is a head and a body. `Encoding.RAW` keeps the entries as they are. `Encoding.COMPACT` leaves out those that
-are not worth their bytes and lists the others class by class, so that zstd finds what repeats: a class lies on
-neighbouring cells. docs/labels.md describes every byte.
+A record is a head and a body. `Encoding.RAW` stores the entries as they are. `Encoding.COMPACT` drops the entries that
+are not worth their bytes and lists the others class by class, which zstd compresses well: a class covers neighbouring
+cells. docs/labels.md describes every byte.
 
-Probabilities are stored as whole steps of 1/32768 (raw) or of what a compact record says, so none that is kept is off
-by as much as one step. A cell's kept mass is rounded to the nearest step first and shared by largest remainder, so
-entries never add up to another mass, and a cell that was certain stays certain.
+Probabilities are stored as whole steps of 1/32768 (raw) or of the step that a compact record names, so each is off by
+less than one step. A cell's sum is rounded to the nearest step first and then distributed by largest remainder, so
+that entries add up to the rounded sum, and a cell of probability 1 keeps it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tokenlabel.runtime.errors import StoreError
 
 
 class Encoding(Choice):
-    """How the score maps of a store are written. Every record says for itself how it was.
+    """How the score maps of a store are written. Each record names its own encoding.
 
     >>> [str(encoding) for encoding in tl.Encoding]
     ['raw', 'compact']
@@ -36,26 +36,25 @@ class Encoding(Choice):
     COMPACT = "compact"
 
 
-# Encoding and flags, H and W, steps of probability 1 (compact), K, U; little endian, like everything here.
+# Encoding and flags, H and W, steps of probability 1 (compact), K, U; little-endian, like everything here.
 _HEAD = struct.Struct("<BBHHHII")
 _REGION = struct.Struct("<4d")
 _HAS_REGION, _IS_LOGITS = 1, 2
-_RAW, _BY_CELL, _BY_CLASS = 0, 1, 2  # encodings of records; by cell is how compact ones were written at first
+_RAW, _BY_CELL, _BY_CLASS = 0, 1, 2  # encodings of records; the first compact ones were written by cell
 
 RAW_STEPS = 32768
 FINEST_STEPS = 510  # of compact records
-# Where a real map of 18 x 18 cells, 5 of 1,000 classes, takes a kilobyte: see the curve in docs/labels.md.
+# A real map of 18 x 18 cells, 5 of 1,000 classes, then takes a kilobyte: see the curve in docs/labels.md.
 DEFAULT_TOLERANCE = 0.008
-# On real maps, steps and dropping cost equally much for what they save where a step is this much of the tolerance.
+# Measured on real maps: with this ratio, coarser steps and dropped entries cost equally much per byte saved.
 _STEP_OF_TOLERANCE = 1.25
-# What a class costs at its first place, beyond the place itself, in places: a gap of the palette and a far jump.
+# The bytes that each new class costs beyond those of its places: a gap in the palette, and a long jump to its cells.
 _PLACES_OF_A_CLASS = 2
 _LOW_BITS = 3
-# A map whose compact body or number of entries would be larger is stored raw, and no reader unpacks more.
+# Larger maps are stored raw, and no reader unpacks more: a forged record cannot exhaust the memory.
 MAX_BODY_BYTES = 1 << 22
 MAX_COMPACT_ENTRIES = 1 << 20
-_UINT8, _UINT16, _UINT32 = np.dtype("<u1"), np.dtype("<u2"), np.dtype("<u4")
-_INT32, _FLOAT16 = np.dtype("<i4"), np.dtype("<f2")
+_UINT16, _UINT32, _INT32, _FLOAT16 = (np.dtype(name) for name in ("<u2", "<u4", "<i4", "<f2"))
 _ZSTD_LEVEL = 19  # 12 takes 2% more space
 _RAW_SCALE = np.float32(1 / RAW_STEPS)
 
@@ -63,19 +62,18 @@ _RAW_SCALE = np.float32(1 / RAW_STEPS)
 def pack(score_map: ScoreMap, encoding: Encoding | str, *, tolerance: float = DEFAULT_TOLERANCE) -> bytes:
     """Return the record of a score map.
 
-    `tolerance`: compact records leave out entries of less probability, and classes whose entries exceed it by too
-    little in sum; what they keep is in steps of 1.25 times the tolerance, at the finest 1/510. Their mass joins the
-    rest. A cell that keeps something keeps its best entry, unless `score_map.empty_is_even`. A map of logits (kept as
-    float16), and one beyond MAX_BODY_BYTES or MAX_COMPACT_ENTRIES, is written raw whatever `encoding` says. Raises
+    `tolerance`: compact records drop entries of less probability, and classes whose entries exceed it by too little in
+    sum; the dropped mass joins the rest. What is kept is rounded to steps of 1.25 times the tolerance, at the finest
+    1/510. A cell that keeps something keeps its best entry, unless `score_map.empty_is_even`. Maps of logits (stored as
+    float16), and maps beyond MAX_BODY_BYTES or MAX_COMPACT_ENTRIES, are written raw whatever `encoding` is. Raises
     StoreError for maps of more than 65,535 rows or columns, and for logits beyond float16.
     """
     height, width, topk = score_map.codes.shape
     if max(height, width) > 0xFFFF:
         raise StoreError(f"a record holds at most 65535 rows and columns, this map has {height} x {width}")
     if Encoding(encoding) is Encoding.COMPACT and score_map.kind is Kind.PROBABILITIES:
-        num_steps = FINEST_STEPS
-        if tolerance * _STEP_OF_TOLERANCE * FINEST_STEPS > 1:
-            num_steps = max(1, round(1 / (tolerance * _STEP_OF_TOLERANCE)))
+        step = max(tolerance * _STEP_OF_TOLERANCE, 1 / FINEST_STEPS)
+        num_steps = max(1, round(1 / step))
         steps = _worthy_steps(score_map, tolerance, num_steps)
         if (record := _compact(score_map, steps, num_steps)) is not None:
             return record
@@ -86,8 +84,8 @@ def pack(score_map: ScoreMap, encoding: Encoding | str, *, tolerance: float = DE
 def unpack(record: bytes, *, num_classes: int, empty_is_even: bool = False) -> ScoreMap:
     """Return the score map of a record; raw ones share the record's memory. `empty_is_even`: see `ScoreMap`.
 
-    Raises StoreError for anything that is not a record of a map over `num_classes` classes, before it
-    takes more memory than the record itself and 16 times MAX_BODY_BYTES.
+    Raises StoreError for anything that is not a record of a map over `num_classes` classes, before taking more memory
+    than the record and 16 times MAX_BODY_BYTES.
     """
     if len(record) < _HEAD.size:
         raise StoreError(f"a record has at least {_HEAD.size} bytes, this one {len(record)}")
@@ -99,7 +97,13 @@ def unpack(record: bytes, *, num_classes: int, empty_is_even: bool = False) -> S
             raise StoreError(f"flags {flags:#x} are unknown: a newer tokenlabel?")
         kind = Kind.LOGITS if flags & _IS_LOGITS else kind
         if flags & _HAS_REGION:
-            region, start = _region(record, start), start + _REGION.size
+            start += _REGION.size
+            if len(record) < start:
+                raise StoreError("the record ends inside its region")
+            try:
+                region = Box(*_REGION.unpack_from(record, _HEAD.size))
+            except ValueError as error:
+                raise StoreError(str(error)) from error
     if not (height and width and topk and num_named):
         raise StoreError(f"a map of {height} x {width} cells, {topk} entries, {num_named} classes holds nothing")
     shape = (height, width, topk)
@@ -111,10 +115,12 @@ def unpack(record: bytes, *, num_classes: int, empty_is_even: bool = False) -> S
         palette, codes, probs = _read_by_cell(record, start, shape, num_named)
     else:
         raise StoreError(f"a record of encoding {number}, known are {_RAW} to {_BY_CLASS}: a newer tokenlabel?")
-    # Codes and ids index into tensors later on, where a wrong one could end the program.
-    if _largest(codes) >= num_named:
+    # Codes and ids index into tensors later on, where a wrong one could crash the process. For arrays this small,
+    # argmax is twice as fast as max. As unsigned numbers, negative ids are too large.
+    if codes.item(codes.argmax()) >= num_named:
         raise StoreError(f"a code of {codes.max()} in a palette of {num_named}")
-    if _largest(palette.view(_UINT32)) >= num_classes:
+    ids = palette.view(_UINT32)
+    if ids.item(ids.argmax()) >= num_classes:
         raise StoreError(f"class ids from {palette.min()} to {palette.max()}, expected 0 to {num_classes - 1}")
     return ScoreMap(palette, codes, probs, num_classes, region, kind, empty_is_even)
 
@@ -122,22 +128,17 @@ def unpack(record: bytes, *, num_classes: int, empty_is_even: bool = False) -> S
 def on_grid(probs: NDArray[np.floating[Any]], num_steps: int) -> NDArray[np.int32]:
     """Return probabilities [..., K] as whole steps of 1 / num_steps.
 
-    A cell's sum is rounded to the nearest step; its entries are rounded down or up (largest remainders first)
-    so that they add up to it. Each is off by less than one step.
+    A cell's sum is rounded to the nearest step, and its entries are rounded down or up (largest remainders first) so
+    that they add up to it. Each is off by less than one step.
     """
-    exact = probs.astype(np.float64) * num_steps  # float32 would round some sums to the other step
+    exact = probs.astype(np.float64) * num_steps  # in float32 some sums would be rounded to another step
     steps = np.floor(exact)
-    # Entries that were rounded down furthest get the missing steps; stable, so that records are the same everywhere.
+    # The entries with the largest remainders get the missing steps; stable, so that all machines write equal records.
     missing = np.rint(exact.sum(axis=-1, keepdims=True)) - steps.sum(axis=-1, keepdims=True)
     order = np.argsort(steps - exact, axis=-1, kind="stable")
     rank = np.empty_like(order)
     np.put_along_axis(rank, order, np.broadcast_to(np.arange(probs.shape[-1]), order.shape), axis=-1)
     return (steps + (rank < missing)).astype(np.int32)
-
-
-def _largest(numbers: NDArray[np.unsignedinteger[Any]]) -> int:
-    """Return the largest number; argmax starts twice as fast as max, which matters for arrays this small."""
-    return numbers.item(numbers.argmax())
 
 
 def _head(score_map: ScoreMap, number: int, *, num_steps: int, topk: int, num_named: int) -> bytes:
@@ -148,20 +149,8 @@ def _head(score_map: ScoreMap, number: int, *, num_steps: int, topk: int, num_na
     return head if whole else head + _REGION.pack(region.left, region.top, region.right, region.bottom)
 
 
-def _region(record: bytes, start: int) -> Box:
-    if len(record) < start + _REGION.size:
-        raise StoreError("the record ends inside its region")
-    try:
-        return Box(*_REGION.unpack_from(record, start))
-    except ValueError as error:
-        raise StoreError(str(error)) from error
-
-
-# --- raw: palette int32 [U], values uint16 (steps) or float16 (logits) [H, W, K], codes [H, W, K] ---
-
-
-def _code_type(num_named: int) -> np.dtype[Any]:
-    return _UINT8 if num_named <= 1 << 8 else _UINT16 if num_named <= 1 << 16 else _UINT32
+# --- raw: palette int32 [U], values uint16 (steps) or float16 (logits) [H, W, K], codes [H, W, K] in the smallest type
+# that holds U - 1 ---
 
 
 def _raw_body(score_map: ScoreMap) -> bytes:
@@ -172,7 +161,7 @@ def _raw_body(score_map: ScoreMap) -> bytes:
             raise StoreError(f"logits are kept as float16, at most 65504; got {np.abs(score_map.probs).max():.6g}")
     else:
         values = on_grid(score_map.probs, RAW_STEPS).astype(_UINT16)
-    codes = score_map.codes.astype(_code_type(len(score_map.palette)))
+    codes = score_map.codes.astype(np.min_scalar_type(len(score_map.palette) - 1).newbyteorder("<"))
     return score_map.palette.astype(_INT32).tobytes() + values.tobytes() + codes.tobytes()
 
 
@@ -180,7 +169,7 @@ def _read_raw(
     record: bytes, start: int, shape: tuple[int, int, int], num_named: int, kind: Kind
 ) -> tuple[NDArray[np.int32], NDArray[np.unsignedinteger[Any]], NDArray[np.float32]]:
     num_entries = shape[0] * shape[1] * shape[2]
-    code_type = _code_type(num_named)
+    code_type = np.min_scalar_type(num_named - 1).newbyteorder("<")
     values_start = start + 4 * num_named
     codes_start = values_start + 2 * num_entries
     end = codes_start + num_entries * code_type.itemsize
@@ -190,12 +179,12 @@ def _read_raw(
     codes = np.ndarray(shape, code_type, record, codes_start)
     if kind is Kind.LOGITS:
         return palette, codes, np.ndarray(shape, _FLOAT16, record, values_start).astype(np.float32)
-    steps = np.ndarray(num_entries, _UINT16, record, values_start)  # one axis: multiplied twice as fast
+    steps = np.ndarray(num_entries, _UINT16, record, values_start)  # with one axis, multiplied twice as fast
     return palette, codes, (steps * _RAW_SCALE).reshape(shape)
 
 
-# --- compact: numbers, each in bytes of 255 that add up with the byte below 255 that ends it: the gaps between the
-# palette's ids [U]; the gaps between the places (code * H * W + cell) of the kept entries [n]; their steps [n] ---
+# --- compact: whole numbers, each the sum of some bytes of 255 and of the smaller byte that ends it: the gaps between
+# the palette's ids [U], the gaps between the places (code * H * W + cell) of the kept entries [n], their steps [n] ---
 
 
 def _worthy_steps(score_map: ScoreMap, tolerance: float, num_steps: int) -> NDArray[np.int32]:
@@ -206,7 +195,7 @@ def _worthy_steps(score_map: ScoreMap, tolerance: float, num_steps: int) -> NDAr
     surplus = np.bincount(codes[kept], probs[kept] - tolerance, minlength=len(score_map.palette))
     kept &= (surplus >= _PLACES_OF_A_CLASS * tolerance)[codes]
     steps = on_grid(np.where(kept, probs, 0), num_steps)
-    if not score_map.empty_is_even:  # a cell that keeps nothing would carry no loss any more
+    if not score_map.empty_is_even:  # a cell that keeps nothing would no longer contribute to the loss
         lost = np.flatnonzero(~steps.any(axis=1) & (probs > 0).any(axis=1))
         best = probs[lost].argmax(axis=1)
         steps[lost, best] = np.maximum(1, np.rint(probs[lost, best] * num_steps))
@@ -214,18 +203,18 @@ def _worthy_steps(score_map: ScoreMap, tolerance: float, num_steps: int) -> NDAr
 
 
 def _compact(score_map: ScoreMap, steps: NDArray[np.int32], num_steps: int) -> bytes | None:
-    """Return the record of the entries of which there are steps [cells, K]; None where it would be too large."""
+    """Return the record of the entries with steps [cells, K] above 0; None if it would be too large."""
     codes = score_map.codes.reshape(steps.shape)
     cells, entries = np.nonzero(steps)
     codes_kept, topk = codes[cells, entries], max(1, int(np.bincount(cells, minlength=1).max()))
-    # A map that keeps nothing names a class.
+    # A map that keeps nothing still names one class: a record has no empty palette.
     used, codes_kept = np.unique(codes_kept, return_inverse=True) if len(cells) else (codes[0, :1], cells)
     places = codes_kept.astype(np.int64) * len(steps) + cells
     order = places.argsort()
     palette, places = score_map.palette[used].astype(np.int64), places[order]
     gaps = (np.diff(ascending, prepend=-1) - 1 for ascending in (palette, places))
     where = b"".join(map(_number_bytes, gaps))
-    # Places and steps each lie together: zstd finds more in bytes of one kind than in pairs of both.
+    # All places, then all steps: zstd compresses bytes of one kind better than pairs of both.
     values = _number_bytes(steps[cells, entries][order].astype(np.int64))
     if len(where) + len(values) > MAX_BODY_BYTES or len(steps) * topk > MAX_COMPACT_ENTRIES:
         return None
@@ -234,7 +223,7 @@ def _compact(score_map: ScoreMap, steps: NDArray[np.int32], num_steps: int) -> b
 
 
 def _number_bytes(numbers: NDArray[np.int64]) -> bytes:
-    """Return whole numbers as bytes: of each as many of 255 as fit into it, then the remainder."""
+    """Return each number as bytes: as many of 255 as fit into it, then the remainder."""
     num_full = numbers // 255
     coded = np.full(len(numbers) + int(num_full.sum()), 255, np.uint8)
     coded[(num_full + 1).cumsum() - 1] = numbers % 255
@@ -252,14 +241,14 @@ def _read_by_class(
     num_kept, odd = divmod(int(np.count_nonzero(ends)) - num_named, 2)
     if num_kept < 0 or num_kept > num_cells * topk or odd or not ends[-1]:
         raise StoreError(f"its numbers do not fit {num_named} classes in a map of {shape}")
-    sums = body.cumsum(dtype=np.int32)[ends]  # what numbers add up to; no more than 2^30
+    sums = body.cumsum(dtype=np.int32)[ends]  # cumulative sums of the numbers: at most 255 * 2^22 < 2^30
     palette = sums[:num_named] + np.arange(num_named, dtype=np.int32)
     sums = sums[num_named - 1 :] - sums[num_named - 1]
     places = sums[1 : num_kept + 1] + np.arange(num_kept, dtype=np.int32)  # ascending
     if num_kept and places[-1] >= num_named * num_cells:
         raise StoreError(f"an entry of a class that is not one of the {num_named} of the palette")
     named, cells = np.divmod(places, np.int32(num_cells))
-    # The smallest type: NumPy sorts up to 16 bits by radix, several times as fast as by comparison.
+    # In the smallest type: up to 16 bits NumPy uses radix sort, several times as fast as comparisons.
     order = cells.astype(np.min_scalar_type(num_cells)).argsort(kind="stable")
     counts = np.bincount(cells, minlength=num_cells)
     if counts.max() > topk:
@@ -267,23 +256,23 @@ def _read_by_class(
     # Entries of a cell fill its row from the left.
     rows = np.arange(num_cells) * topk - counts.cumsum() + counts
     targets = rows.repeat(counts) + np.arange(num_kept)
-    codes = np.zeros(num_cells * topk, _code_type(num_named))
+    codes = np.zeros(num_cells * topk, np.min_scalar_type(num_named - 1))
     probs = np.zeros(num_cells * topk, np.float32)
     codes[targets] = named[order]
     probs[targets] = np.diff(sums[num_kept:])[order] * np.float32(1 / num_steps)
     return palette, codes.reshape(shape), probs.reshape(shape)
 
 
-# --- by cell, as compact records were written at first: gaps of the palette as uint32 in byte order [4, U], codes
-# [H, W, K] (U: nothing kept), then the kept entries' steps, class by class: their upper bits as uint8 [n], their lower
-# bits as bits [3, n] ---
+# --- by cell, as the first compact records were written: gaps of the palette as uint32, transposed to bytes [4, U],
+# codes [H, W, K] (U: nothing kept), then the steps of the kept entries, class by class: their upper bits as uint8 [n],
+# their lower bits as bits [3, n] ---
 
 
 def _read_by_cell(
     record: bytes, start: int, shape: tuple[int, int, int], num_named: int
 ) -> tuple[NDArray[np.int32], NDArray[np.unsignedinteger[Any]], NDArray[np.float32]]:
     num_entries = shape[0] * shape[1] * shape[2]
-    code_type = _code_type(num_named + 1)
+    code_type = np.min_scalar_type(num_named).newbyteorder("<")
     codes_end = 4 * num_named + num_entries * code_type.itemsize
     body = _decompress(record[start:], codes_end, codes_end + num_entries + _lower_bytes(num_entries))
     by_byte = np.frombuffer(body, np.uint8, 4 * num_named).reshape(4, num_named)
@@ -310,7 +299,7 @@ def _lower_bytes(num_kept: int) -> int:
 
 
 class _Zstd(threading.local):
-    """Each thread's own: they may not be shared, and making one takes longer than a record does."""
+    """One pair for each thread: they are not thread-safe, and making one takes longer than a record."""
 
     def __init__(self) -> None:
         self.compressor = zstandard.ZstdCompressor(level=_ZSTD_LEVEL)
@@ -321,14 +310,14 @@ _zstd = _Zstd()
 
 
 def _compress(where: bytes, values: bytes) -> bytes:
-    """Return one frame that says its length; each part has a block, and so a table of symbols, of its own."""
+    """Return one zstd frame with its content size; each part is a block, so has its own table of symbols."""
     stream = _zstd.compressor.compressobj(size=len(where) + len(values))
     first = stream.compress(where) + stream.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
     return first + stream.compress(values) + stream.flush()
 
 
 def _decompress(frame: bytes, min_bytes: int, max_bytes: int) -> bytes:
-    """Return what a frame holds. It says how much that is, and the library takes as much memory: ask first."""
+    """Decompress a frame. The library allocates the size that the frame claims, so that is checked first."""
     try:
         num_bytes = zstandard.frame_content_size(frame)
         if not min_bytes <= num_bytes <= min(max_bytes, MAX_BODY_BYTES):

@@ -1,4 +1,4 @@
-"""What a label store says about itself: FOLDER/manifest.json."""
+"""The manifest of a label store, FOLDER/manifest.json: what made its labels, and which classes they are about."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from tokenlabel.data.classes import ClassList, composed
 from tokenlabel.labels.encoding import DEFAULT_TOLERANCE, Encoding
 from tokenlabel.labels.shards import SHARD_SUFFIX, write_atomically
 from tokenlabel.runtime.coercion import coerced, coerced_fields
-from tokenlabel.runtime.errors import StoreError
+from tokenlabel.runtime.errors import StoreError, refuse
 from tokenlabel.runtime.process import listed, locked
 
 MANIFEST_FILE = "manifest.json"
-FORMAT_VERSION = 1  # raised when older versions would misread a store
+FORMAT_VERSION = 1  # incremented when older versions would misread a store
 MAX_MANIFEST_BYTES = 1 << 28
-# The entry of a class map that says what became of the probability of classes that it leaves out.
+# What a class map does with the probability of classes that it maps to none (`annotate --outside`).
 OUTSIDE = "teacher.class_map.nowhere"
 
-_REPAIR = "put a copy back: the command that made these labels writes an equal one first thing, into another folder"
+_REPAIR = "restore a copy: the command that made these labels starts by writing an equal one, into another folder"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,13 +38,13 @@ class Failure:
 @dataclass(frozen=True, slots=True, kw_only=True)
 @coerced_fields
 class Manifest:
-    """What holds for all labels of a store.
+    """The settings that all labels of a store have in common.
 
-    `class_names`: of the labels, in the order of their ids; empty where they have none (see `words`). `topk`: what a
-    cell keeps at the most. `kind`: see `scores.Kind`. `encoding`: of what is written from now on; each
-    record says its own. `teacher`, `preprocessing`: what made the labels and what it saw, for people and for
-    comparison. `tolerance`: of new compact records, see `encoding.pack`. `orientation`: how maps lie on images whose
-    files have a tag. `failures`: the images that the last call could not label.
+    `class_names`: in the order of the class ids; empty if the classes have no names (see `words`). `topk`: the most
+    classes that a cell keeps. `kind`: see `scores.Kind`. `encoding`: of new records; each record names its own.
+    `teacher`, `preprocessing`: what made the labels and what it was shown, to be read and compared. `tolerance`: of new
+    compact records, see `encoding.pack`. `orientation`: how maps lie on images whose files have an EXIF orientation.
+    `failures`: the images that the last call could not label.
 
     >>> manifest = tl.Manifest(num_classes=2, class_names=("ant", "bee"), topk=2)
     >>> manifest.differences(tl.Manifest(num_classes=3, topk=2))[0]
@@ -63,59 +63,57 @@ class Manifest:
     failures: tuple[Failure, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("teacher", "preprocessing"):  # as they will be read back: no tuples
+        for name in ("teacher", "preprocessing"):  # as they are read back from JSON: with lists, not tuples
             object.__setattr__(self, name, json.loads(json.dumps(getattr(self, name))))
-        problem = ""
-        if self.num_classes < 2 or self.topk < 1:
-            problem = f"labels need 2 classes and 1 kept a cell at least; got {self.num_classes} and {self.topk}"
-        elif not 0 <= self.tolerance < 1:
-            problem = f"the tolerance of labels must be at least 0 and below 1, got {self.tolerance}"
-        elif self.class_names and len(self.class_names) != self.num_classes:
-            problem = f"{self.num_classes} classes, but {len(self.class_names)} class names"
-        if problem:
-            raise StoreError(problem)
+        count, names = self.num_classes, self.class_names
+        faults = {
+            f"labels need 2 classes and 1 kept a cell at least; got {count} and {self.topk}": count < 2
+            or self.topk < 1,
+            f"the tolerance of labels must be at least 0 and below 1, got {self.tolerance}": not 0
+            <= self.tolerance
+            < 1,
+            f"{count} classes, but {len(names)} class names": names and len(names) != count,
+        }
+        refuse(faults, StoreError)
 
     @property
     def classes(self) -> ClassList:
-        """What the labels are about."""
+        """The classes of the labels."""
         return ClassList(self.num_classes, self.class_names, self.words)
 
     @property
     def empty_is_even(self) -> bool:
-        """Whether cells that keep nothing are even distributions: unless a class map left out what they show."""
+        """Whether a cell that keeps nothing is a uniform distribution; not if a class map dropped what it shows."""
         class_map = self.teacher.get("class_map")
         return not (isinstance(class_map, dict) and class_map.get("nowhere") == "renormalise")
 
     @property
     def saw_images(self) -> bool:
-        """Whether the teacher decoded the images; masks and files of others were made without."""
+        """Whether the teacher decoded the images; masks and imported label files do not need them."""
         return self.teacher.get("name") not in ("masks", "published label files")
 
     @property
     def words(self) -> str:
-        """The hash of the head whose visual words the classes are, which tells them from those of any other head.
-
-        "" where they are classes with names, or without.
-        """
+        """The hash of the head whose visual words the classes are; "" if they are classes of other kinds."""
         return str(self.teacher.get("words", ""))
 
     def origin(self) -> dict[str, Any]:
-        """Return what made the labels, for people and for comparison."""
+        """Return what made the labels, which checkpoints compare and reports show."""
         names = ("num_classes", "kind", "topk", "teacher", "preprocessing")
         return {name: _without_names(getattr(self, name)) for name in names}
 
     def differences(self, other: Manifest) -> list[str]:
-        """Return in words what keeps labels of two manifests from being of one kind."""
+        """Return why labels of two manifests cannot be used together, a message for each difference."""
         compared = ("num_classes", "class_names", "kind", "topk", "orientation", "teacher", "preprocessing")
         ours, theirs = ({name: _without_names(getattr(m, name)) for name in compared} for m in (self, other))
         unlike = [difference for name in compared for difference in _unlike(name, ours[name], theirs[name])]
-        # An option mends this one, if it is the only one.
+        # Last: its message names an option that helps only if there is no other difference.
         unlike.sort(key=lambda difference: difference[0] == OUTSIDE)
-        return [_in_words(*difference) for difference in unlike]
+        return [_difference_text(*difference) for difference in unlike]
 
 
 def _unlike(name: str, ours: Any, theirs: Any) -> Iterator[tuple[str, Any, Any]]:
-    """Yield every entry in which two descriptions differ: its name, and what it is in each."""
+    """Yield the name and both values of every entry in which two descriptions differ."""
     if isinstance(ours, dict) and isinstance(theirs, dict):
         for key in sorted(ours.keys() | theirs.keys()):
             yield from _unlike(f"{name}.{key}", ours.get(key), theirs.get(key))
@@ -128,7 +126,7 @@ def _unlike(name: str, ours: Any, theirs: Any) -> Iterator[tuple[str, Any, Any]]
         yield name, ours, theirs
 
 
-def _in_words(name: str, ours: Any, theirs: Any) -> str:
+def _difference_text(name: str, ours: Any, theirs: Any) -> str:
     if name == OUTSIDE:
         there, here = (str(value).removesuffix(" evenly") for value in (ours, theirs))
         return f"made with --outside {there} there, {here} here; `--outside {there}` goes on with that store"
@@ -136,7 +134,7 @@ def _in_words(name: str, ours: Any, theirs: Any) -> str:
 
 
 def _without_names(described: Any) -> Any:
-    """Return a description without the name of any network that is known by its weights: a path may be spelt anew."""
+    """Drop the names of networks that have a hash of their weights: the path to the same weights may change."""
     if isinstance(described, str):
         return composed(described)
     if isinstance(described, (list, tuple)):
@@ -151,9 +149,9 @@ def _without_names(described: Any) -> Any:
 def update_failures(
     folder: str | Path, failures: Sequence[Failure], *, others: Callable[[str], bool] = lambda key: False
 ) -> None:
-    """Write to a store's manifest which images could not be labelled, in place of those it had.
+    """Replace the failures in a store's manifest, which is written only if they change.
 
-    `others`: whether the failure of a key that it had stays. Nothing is written if nothing changes.
+    `others`: whether an earlier failure of this key is kept.
     """
     with locked(Path(folder)):
         manifest = read_manifest(folder)
@@ -164,7 +162,7 @@ def update_failures(
 
 
 def read_manifest(folder: str | Path) -> Manifest:
-    """Return the manifest of a store. Raises StoreError if there is none or it cannot be understood."""
+    """Return the manifest of a store. Raises StoreError if there is none, or if it cannot be read or is invalid."""
     path = Path(folder) / MANIFEST_FILE
     try:
         if path.stat().st_size > MAX_MANIFEST_BYTES:
@@ -193,14 +191,14 @@ def read_manifest(folder: str | Path) -> Manifest:
 
 
 def _manifest(content: dict[str, Any]) -> Manifest:
-    # The first stores kept every entry, and had no word for the orientation.
+    # Defaults for the first stores, which kept every entry and did not name the orientation.
     found = {"tolerance": 0.0, "orientation": Orientation.STORED, **content}
     kinds = get_type_hints(Manifest)
     return Manifest(**{name: coerced(found[name], kind, name=name) for name, kind in kinds.items()})
 
 
 def no_store(folder: Path) -> str:
-    """Return why a path without a manifest is no label store, and what may have been meant."""
+    """Return the message for a path without a manifest: why it is no label store, and what may have been meant."""
     if folder.is_file():
         meant = f"; did you mean {folder.parent}?" if (folder.parent / MANIFEST_FILE).exists() else ""
         return f"{folder}: is a file, and a label store is a folder{meant}"
@@ -212,7 +210,7 @@ def no_store(folder: Path) -> str:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write the manifest of a store, whole or not at all."""
+    """Write the manifest of a store atomically."""
     content = {"format_version": FORMAT_VERSION, **asdict(manifest)}
     write_atomically(folder / MANIFEST_FILE, [(json.dumps(content, indent=1) + "\n").encode()])
 

@@ -1,9 +1,9 @@
-"""What people read of a label store: its figures as text, and a page of score maps over their images. No torch."""
+"""A label store for people: its statistics as text, and an HTML page of score maps over their images. No torch."""
 
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,12 @@ from tokenlabel.data.decoding import decode_pixels, orientation_of
 from tokenlabel.data.images import ImageSource
 from tokenlabel.drawing.page import Page, check_output
 from tokenlabel.drawing.pictures import ClassGrid, Tile, make_album, top_classes
-from tokenlabel.labels.inspection import shortened_path
+from tokenlabel.labels.inspection import MapSummary, as_probabilities, by_doubt, class_finder, shortened_path, summarize
 from tokenlabel.labels.store import LabelStore
-from tokenlabel.labels.summaries import MapSummary, as_probabilities, by_doubt, class_finder, summarize
 from tokenlabel.runtime.errors import ImageError, StoreError
 from tokenlabel.runtime.process import listed, say
 
-MAX_KEY = 200  # longer ones are cut
+MAX_KEY = 200  # longer ones are shortened
 SAMPLE = 2000
 NUM_NAMED = 4
 SECTIONS = {
@@ -33,7 +32,7 @@ SECTIONS = {
 
 
 def as_text(figures: Mapping[str, Any]) -> str:
-    """Return the figures of `Inspection.as_dict` for people, and of those that inspect adds (masks, out of fold)."""
+    """Return the statistics of `Inspection.as_dict`, and what `inspect` adds (masks, out of fold), as lines of text."""
     reasons = ": manifest.json says why" if figures["num_failures"] else ""
     failed = "image" if figures["num_failures"] == 1 else "images"
     lines = [
@@ -59,7 +58,7 @@ def as_text(figures: Mapping[str, Any]) -> str:
 
 
 def _about_store(figures: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield what holds for the whole store; first what people should know before they trust the figures."""
+    """Yield what holds for the whole store; first what is to be known before the statistics are trusted."""
     if count := figures["num_superseded"]:
         yield "superseded", f"{count:,} records, by newer, equal or earlier ones; merge leaves them out"
     if count := figures["num_replaced"]:
@@ -75,7 +74,7 @@ def _about_store(figures: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _about_maps(figures: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield the figures of the maps that were looked at."""
+    """Yield the statistics of the sampled maps."""
     yield "looked at", f"{figures['num_sampled']:,} labels"
     yield "rows x columns", ", ".join(f"{size} ({n:,})" for size, n in figures["map_sizes"].items())
     yield "distinct classes", f"{figures['classes_per_map']:.1f} a map"
@@ -112,33 +111,30 @@ def _in_a_line(settings: Mapping[str, Any]) -> str:
         members = [_in_a_line(member) for member in settings["members"]]
         more = f" + {len(members) - 3} more" if len(members) > 3 else ""
         return f"{' + '.join(members[:3])}{more}; {_in_a_line({k: v for k, v in settings.items() if k != 'members'})}"
-    return ", ".join(f"{name} {_in_short(value)}" for name, value in settings.items() if value not in (None, False))
+    return ", ".join(f"{name} {_shortened(value)}" for name, value in settings.items() if value not in (None, False))
 
 
-def _in_short(value: Any) -> str:
-    """Return a value of a manifest as people want to read it: the size of a class map, the start of a list."""
+def _shortened(value: Any) -> str:
+    """Return a value of a manifest as text: the size of a class map, the start of a list, the end of a path."""
     if isinstance(value, Mapping) and "targets" in value:
         kept = [target for target in value["targets"] if target >= 0]
         return f"{len(kept):,} of {len(value['targets']):,} classes to {len(set(kept)):,} ({value.get('nowhere')})"
     if isinstance(value, list) and len(value) > 4:
-        return f"[{listed([_in_short(entry) for entry in value])}]"
+        return f"[{listed([_shortened(entry) for entry in value])}]"
     return shortened_path(str(value))
 
 
 def map_of_scores(score_map: ScoreMap) -> ClassGrid:
-    """Return the most probable class of each cell of a score map, over the part of the image that the teacher saw."""
-    probs = as_probabilities(score_map).probs
-    best = probs.argmax(axis=2, keepdims=True)
-    found = top_classes(score_map.top_class_ids, np.take_along_axis(probs, best, 2)[..., 0], score_map.num_classes)
-    region = score_map.region
+    """Return the most probable class of each cell, placed on the part of the image that the teacher saw."""
+    highest, region = as_probabilities(score_map).probs.max(axis=2), score_map.region
+    found = top_classes(score_map.top_class_ids, highest, score_map.num_classes)
     return replace(found, region=(region.left, region.top, region.right, region.bottom))
 
 
 def write_pictures(store: LabelStore, source: ImageSource, output: Path, *, count: int = 12) -> None:
-    """Write an HTML page of maps over their images, `count` a section (see `SECTIONS`).
+    """Write an HTML page of maps over their images, `count` in each of `SECTIONS`, from 2,000 drawn at random.
 
-    The maps are looked for among 2,000 drawn at random. Raises StoreError if none of the images has a label,
-    ConfigError for a file that cannot be written.
+    Raises StoreError if none of the images has a label, ConfigError if the file cannot be written.
     """
     check_output(output)
     index_of = {key: index for index, key in enumerate(source.keys)}
@@ -148,7 +144,10 @@ def write_pictures(store: LabelStore, source: ImageSource, output: Path, *, coun
     drawn = np.random.default_rng(0).permutation(len(keys))[:SAMPLE].tolist()
     summaries = [summarize(keys[i], store[keys[i]]) for i in drawn]
     class_of, manifest = class_finder(store, source), store.manifest
-    members = _members(summaries, class_of, count)
+    by_certainty = sorted(summaries, key=lambda summary: -summary.top1_prob)
+    known = [(summary, own) for summary in summaries if (own := class_of(summary.key)) is not None]
+    doubtful = [summary for summary, _ in by_doubt(known)[:count]]
+    members = dict(zip(SECTIONS, (by_certainty[:count], by_certainty[::-1][:count], doubtful), strict=True))
     names = [*map(with_words, manifest.classes.labels)]
     pictures = {}
     for summary in {summary.key: summary for shown in members.values() for summary in shown}.values():
@@ -156,7 +155,7 @@ def write_pictures(store: LabelStore, source: ImageSource, output: Path, *, coun
             tiles = _tiles(store, summary.key, source.read(index_of[summary.key]))
             caption = _caption(summary, names, class_of(summary.key))
             pictures[summary.key] = (tiles, {"key": summary.key, "caption": caption})
-        except ImageError as error:  # it was sound when the teacher saw it
+        except ImageError as error:  # corrupted after it was labelled
             say(f"{error}: its picture is left out")
     album = make_album(pictures.values(), names)
     of_keys: dict[str, dict[str, Any]] = {picture["key"]: picture for picture in album.about["pictures"]}
@@ -169,16 +168,6 @@ def write_pictures(store: LabelStore, source: ImageSource, output: Path, *, coun
         if figures:
             page.add(title, f"<p>{SECTIONS[title]}</p>", f'<div class="pictures">{"".join(figures)}</div>')
     page.write(output)
-
-
-def _members(
-    summaries: Sequence[MapSummary], class_of: Callable[[str], int | None], count: int
-) -> dict[str, list[MapSummary]]:
-    """Return the maps of each of `SECTIONS`."""
-    by_certainty = sorted(summaries, key=lambda summary: -summary.top1_prob)
-    known = [(summary, class_id) for summary in summaries if (class_id := class_of(summary.key)) is not None]
-    doubtful = [summary for summary, _ in by_doubt(known)]
-    return dict(zip(SECTIONS, (by_certainty[:count], by_certainty[::-1][:count], doubtful[:count]), strict=True))
 
 
 def _about(store: LabelStore, num_looks: int, num_keys: int) -> str:
@@ -199,7 +188,7 @@ def _tiles(store: LabelStore, key: str, data: bytes) -> list[Tile]:
 
 
 def _caption(summary: MapSummary, names: Sequence[str], class_id: int | None) -> str:
-    """Return as HTML which image it is, its class, and the classes that have most of its map."""
+    """Return the HTML caption of a map: key, class, certainty, and the most probable classes over the whole map."""
     best = np.argsort(-summary.class_probs, kind="stable")[:NUM_NAMED].tolist()
     shares = [
         (names[int(summary.class_ids[i])], float(summary.class_probs[i])) for i in best if summary.class_probs[i] > 0

@@ -1,8 +1,8 @@
-"""The label files that the token labeling and ReLabel toolboxes published in 2021, into a label store.
+"""Imports the label files that the token labeling and ReLabel toolboxes published in 2021 into a label store.
 
-One `.pt` file an image, CLASSFOLDER/NAME.pt with the image's name up to its first dot: a tensor [2, K, H, W],
-first the top logits (float16), then their class ids in the same type. ReLabel's differ only in their size (15
-x 15); its one label an image is `align` with a grid of 1 x 1.
+One `.pt` file an image, CLASSFOLDER/NAME.pt with the image's name up to its first dot: a tensor [2, K, H, W] of the top
+logits (float16) and their class ids in the same type. ReLabel's files differ only in their size (15 x 15); its one
+label for each image is what `align` gives for a grid of 1 x 1.
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ from tokenlabel.data.class_names import imagenet_ids
 from tokenlabel.data.images import ImageSource
 from tokenlabel.data.sources import open_aloud
 from tokenlabel.labels.encoding import Encoding
+from tokenlabel.labels.inspection import summarize
 from tokenlabel.labels.manifest import Failure, Manifest, update_failures
 from tokenlabel.labels.store import LabelStore
-from tokenlabel.labels.summaries import best_class, summarize
 from tokenlabel.labels.writer import LabelStoreWriter, pack_for
 from tokenlabel.runtime.coercion import COUNT, Choice, check_numbers, coerced_fields
 from tokenlabel.runtime.errors import StoreError, first_line
 from tokenlabel.runtime.process import ahead, listed, say, thread_pool
 
-# From here on float16 cannot tell neighbouring integers apart.
+# Class ids are stored as float16, which represents integers exactly only up to this one.
 FIRST_UNCERTAIN_ID = 2048
 MAX_FILE_BYTES = 1 << 26
 NUM_READ_AHEAD = 1024
-# Readable files that are asked how many classes a place keeps.
+# Files that are read at the start to find K, how many classes a cell keeps.
 NUM_PROBED = 10
-# Maps whose best class is compared with their image's, and the least share that should agree: teachers of ImageNet
-# reach four fifths, another order of its classes a thousandth.
+# Maps whose best class is compared with their image's class, and the least share that should agree: teachers of
+# ImageNet reach 80%, with the classes in another order .1%.
 NUM_COMPARED, MIN_AGREEMENT = 1000, 0.3
 
 
 class PublishedLayout(Choice):
-    """The order of a file's last two axes: rows then columns, or columns then rows."""
+    """The order of the last two axes of a file: rows and columns, or columns and rows."""
 
     HW = "hw"
     WH = "wh"
@@ -84,12 +84,12 @@ class Imported:
 def import_labels(
     files: str | Path, folder: str | Path, images: str | Path | ImageSource, config: ImportConfig
 ) -> Imported:
-    """Put published label files into the store `folder`, as logits, for those images that it has no label of.
+    """Write published label files into the store `folder`, as logits, for the images that have no label in it.
 
-    `files`: the folder of class folders of `.pt` files; the images may be of some of their classes only. Says which
-    class each id is taken for where names leave that open, and how often map and class of an image agree. Images
-    without a file, with a broken one, or whose names are the same up to the first dot are listed in the store's
-    manifest. Raises StoreError if there is no file for any image, and StoreError if the folder holds other labels.
+    `files`: a folder of class folders of `.pt` files, of which the images may have only some. Prints which class each
+    id is assumed to be if names do not tell, and how often the best class of a map is that of its image. Images without
+    a file, with a corrupt one, or with equal names up to the first dot are listed in the store's manifest. Raises
+    StoreError if there is no file for any image, and if the folder holds other labels.
     """
     source = open_aloud(images) if isinstance(images, (str, Path)) else images
     class_names = _class_names(source.class_names, config.num_classes)
@@ -117,7 +117,10 @@ def import_labels(
             else:
                 writer.add_record(key, outcome)
     update_failures(folder, failures)
-    job.say_agreement()
+    if looks := job.agreements:
+        share = sum(looks) / len(looks)
+        doubt = ": perhaps these are other images, or other classes in this order" if share <= MIN_AGREEMENT else ""
+        say(f"the best class of {share:.0%} of {len(looks):,} maps looked at is their image's{doubt}")
     return Imported(
         num_images=len(source),
         num_present=len(source) - len(missing),
@@ -127,10 +130,10 @@ def import_labels(
 
 
 def _class_names(ours: Sequence[str], num_classes: int) -> tuple[str, ...]:
-    """Return the names of the files' classes by those of the images, which may be of some of them; () if unknown.
+    """Return the names of the files' classes, derived from those of the images; () if they are unknown.
 
-    WordNet ids and numbers say which class they are. Other names do not; as many as there are classes are taken in
-    order. Raises StoreError for more.
+    WordNet ids and numbers identify a class, so the images may have only some classes. Other names are assumed to be in
+    order, if there are as many as classes. Raises StoreError for more.
     """
     if len(ours) > num_classes:
         raise StoreError(
@@ -156,7 +159,7 @@ def _class_names(ours: Sequence[str], num_classes: int) -> tuple[str, ...]:
 
 
 def label_path(folder: Path, key: str) -> Path:
-    """Return where the published toolboxes keep the label of an image: only its class folder and its stem count."""
+    """Return the path of an image's label file: its class folder, and its name up to the first dot."""
     path = PurePosixPath(key)
     return folder / path.parent.name / f"{path.name.split('.', 1)[0]}.pt"
 
@@ -166,8 +169,8 @@ def read_label_file(
 ) -> ScoreMap:
     """Return a published label file as a map of logits.
 
-    Nothing in the file is run. Raises StoreError for what is no such file, or names class ids that
-    float16 cannot hold, and ValueError for ids beyond `num_classes` and for logits that are not finite.
+    No code in the file is run. Raises StoreError for other files and for class ids that float16 cannot represent, and
+    ValueError for ids beyond `num_classes` and for logits that are not finite.
     """
     path = Path(path)
     logits, ids = _read_file(path)
@@ -176,7 +179,7 @@ def read_label_file(
     class_ids = np.moveaxis(ids, 0, 2)  # [H, W, K]
     if not (class_ids == np.floor(class_ids)).all() or class_ids.min() < 0:
         raise StoreError(f"{path}: its second half should be class ids, got {class_ids.min()} to {class_ids.max()}")
-    # Ids are in the type of the logits, float16, which rounds 2049 to 2048.
+    # float16 rounds 2049 to 2048: larger ids may have been other ones.
     if class_ids.max() >= FIRST_UNCERTAIN_ID:
         raise StoreError(
             f"{path}: names class {class_ids.max():.0f}, but float16 tells ids apart only below {FIRST_UNCERTAIN_ID}; "
@@ -194,9 +197,9 @@ def read_label_file(
 
 @dataclass(frozen=True, eq=False)
 class _Job:
-    """Where the label of each image is, and how it is read.
+    """Where the label file of each image is, and how to read it, for the threads that do.
 
-    `shared`: paths of several images. `agreements`: of the first maps, whether their best class is their image's.
+    `shared`: paths that belong to several images. `agreements`: whether the best class of a map is its image's.
     """
 
     source: ImageSource
@@ -208,7 +211,7 @@ class _Job:
     agreements: list[bool] = field(default_factory=list)
 
     def record(self, index: int) -> tuple[str, bytes | Failure]:
-        """Return an image's key and its record, or why it has none."""
+        """Return the key of an image and its record, or why it has none."""
         key, path = self.source.keys[index], self.paths[index]
         if path in self.shared:
             reason = f"shares {path.name} with another image: their names are equal up to the first dot"
@@ -218,23 +221,15 @@ class _Job:
             score_map = read_label_file(path, num_classes=self.manifest.num_classes, layout=self.layout, region=region)
             if len(self.agreements) < NUM_COMPARED and self.manifest.class_names:
                 own = self.source.class_names[int(self.source.class_ids[index])]
-                best = best_class(summarize(key, score_map))
+                best = summarize(key, score_map).best_class
                 self.agreements.append(own == self.manifest.class_names[best])
             return key, pack_for(self.manifest, key, score_map)
         except (ValueError, OSError) as error:
             return key, Failure(key, str(error))
 
-    def say_agreement(self) -> None:
-        """Say how often the best class of a map is its image's; without names of classes nobody knows."""
-        if not self.agreements:
-            return
-        share = sum(self.agreements) / len(self.agreements)
-        doubt = ": perhaps these are other images, or other classes in this order" if share <= MIN_AGREEMENT else ""
-        say(f"the best class of {share:.0%} of {len(self.agreements):,} maps looked at is their image's{doubt}")
-
 
 def _topk_of(paths: Sequence[Path], *, folder: str | Path) -> int:
-    """Return how many classes a place keeps: the most of the first few files that can be read."""
+    """Return how many classes a cell keeps: the most of the first few files that can be read."""
     found: list[int] = []
     problem: Exception | None = None
     for path in (path for path in paths if path.exists()):
@@ -259,7 +254,7 @@ def _read_file(path: Path) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         raise StoreError(f"{path}: {path.stat().st_size:,} bytes are too many for a label file")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever torch's reader runs into in a broken file
+    except Exception as error:  # torch.load raises errors of many types for corrupt files
         raise StoreError(f"{path}: cannot be read as a label file ({first_line(error)})") from error
     if not isinstance(content, torch.Tensor) or content.ndim != 4 or content.shape[0] != 2 or not content.numel():
         got = list(content.shape) if isinstance(content, torch.Tensor) else type(content).__name__
@@ -278,7 +273,7 @@ def _crop_fraction(region: str) -> float | None:
 
 
 def _centre(data: bytes, fraction: float) -> Box:
-    """Return the centred square of an encoded image, by its size; its pixels are not decoded."""
+    """Return the centred square of an encoded image; only its header is read, the pixels are not decoded."""
     with Image.open(io.BytesIO(data)) as image:
         width_px, height_px = image.size
     side_px = fraction * min(width_px, height_px)

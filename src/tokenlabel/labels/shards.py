@@ -2,12 +2,12 @@
 
 It holds three uint8 tensors, one after the other:
 
-    index    [N, 32]   a row a record: hash of its key, where key and record lie, their lengths, a checksum
-    keys     [bytes]   the keys in UTF-8, one after the other, filled up with zeros to a multiple of 8
-    payload  [bytes]   the records, each beginning at a multiple of 8
+    index    [N, 32]   a row a record: hash of its key, offsets and lengths of key and record, a checksum
+    keys     [bytes]   the keys in UTF-8, one after the other, padded with zeros to a multiple of 8
+    payload  [bytes]   the records, each starting at a multiple of 8
 
-and, in its metadata, the format's version and the CRC-32 of `index` and of `keys`. Where the images that the
-records were made of are known, `payload` ends with N rows of 16 bytes that say so: older readers never look there.
+The metadata holds the format's version and the CRC-32 of `index` and of `keys`. If the images that were labelled are
+known, `payload` ends with N fingerprints of 16 bytes, where older readers never look.
 docs/labels.md describes every byte.
 """
 
@@ -54,13 +54,13 @@ _ROW_TYPE = np.dtype(
 _IMAGE = struct.Struct("<qII")  # a Fingerprint
 _HASH = _HEADER_BYTES = struct.Struct("<Q")
 _ALIGNMENT = 8
-_ANNOTATE_AGAIN = "remove the file and annotate again: only its images are done anew"
+_ANNOTATE_AGAIN = "remove the file and annotate again: only its images are labelled again"
 
 
 class Fingerprint(NamedTuple):
-    """What the file of an image was when it was labelled.
+    """The file of an image at the time when it was labelled.
 
-    `time_ns`: when it was last modified, 0 if unknown. `num_bytes`: its length, modulo 2**32; 0 if nothing is known of
+    `time_ns`: its modification time, 0 if unknown. `num_bytes`: its length, modulo 2**32; 0 if nothing is known about
     the image. `crc32`: of its bytes.
     """
 
@@ -73,7 +73,7 @@ UNKNOWN = Fingerprint()
 
 
 def key_bytes(key: str) -> bytes:
-    """Return a key as it is stored; file names that are not valid UTF-8 keep their bytes."""
+    """Return a key as it is stored. File names that are not valid UTF-8 keep their bytes."""
     return os.fspath(key).encode("utf-8", "surrogateescape")
 
 
@@ -83,7 +83,7 @@ def key_text(name: bytes) -> str:
 
 
 def key_hash(name: bytes) -> int:
-    """Return the 64-bit hash by which a key is found: BLAKE2b of 8 bytes, read little endian."""
+    """Return the 64-bit hash of a stored key: BLAKE2b with a digest of 8 bytes, little-endian."""
     return _HASH.unpack(blake2b(name, digest_size=_HASH.size).digest())[0]
 
 
@@ -95,23 +95,23 @@ def write_shard(
     generation: int = 0,
     again: str = "",
 ) -> Path:
-    """Write (key, record) pairs into a new file of the folder and return it.
+    """Write (key, record) pairs into a new file of the folder and return its path.
 
-    The file is complete and on the disk before it gets its name, which is made of its content. `images`: the
-    fingerprint of each record's image, or nothing. `generation`, `again`: see `Shard`.
+    The file gets its name, a hash of its content, once it is complete and on disk. `images`: the fingerprint of each
+    record's image, or nothing. `generation`, `again`: see `Shard`.
     """
     names = [key_bytes(key) for key, _ in records]
-    # Keys lie apart from records, so that opening a store of a million reads 32 bytes and a name each, and no label.
+    # Keys are stored apart from the records, so that opening a store reads 32 bytes and a key a record, and no maps.
     rows, payload, key_start, record_start = [], [], 0, 0
     for name, (key, record) in zip(names, records, strict=True):
         if len(name) > MAX_KEY_BYTES:
             raise StoreError(f"{key[:80]}...: a key has at most {MAX_KEY_BYTES} bytes, this one {len(name)}")
-        checksum = crc32(record, crc32(name))  # of both: a record under another key is found, too
+        checksum = crc32(record, crc32(name))  # of both, so that a record under another's key is detected
         rows.append(_ROW.pack(key_hash(name), record_start, len(record), key_start, len(name), 0, checksum))
-        payload += (record, _padding(len(record)))
+        payload += (record, bytes(-len(record) % _ALIGNMENT))
         key_start += len(name)
         record_start += len(record) + len(payload[-1])
-    index, keys = b"".join(rows), b"".join([*names, _padding(key_start)])
+    index, keys = b"".join(rows), b"".join([*names, bytes(-key_start % _ALIGNMENT)])
     fingerprints = b"".join(_IMAGE.pack(*image) for image in images)
     metadata = {
         "format": STORE_FORMAT,
@@ -127,15 +127,15 @@ def write_shard(
     metadata |= {"generation": str(generation)} if generation else {}
     metadata |= {"again": again} if again else {}
     header = json.dumps({"__metadata__": metadata, **_tensors(len(rows), len(keys), record_start)}).encode()
-    header += b" " * (-len(header) % _ALIGNMENT)  # so that arrays may be views of the mapped file
-    # The header holds the checksums of all but the records, and the index those of the records.
+    header += b" " * (-len(header) % _ALIGNMENT)  # so that arrays can be views of the mapped file
+    # The header holds the checksums of everything but the records, and the index those of the records.
     path = folder / f"{blake2b(header + index, digest_size=10).hexdigest()}{SHARD_SUFFIX}"
     write_atomically(path, [_HEADER_BYTES.pack(len(header)), header, index, keys, *payload])
     return path
 
 
 def write_atomically(path: Path, parts: Iterable[bytes]) -> None:
-    """Write a file, part by part, so that it appears under its name only when all of it is on the disk."""
+    """Write a file part by part; it gets its name once all of it is on disk. Raises StoreError if it cannot."""
     try:
         write_whole(path, parts)
     except OSError as error:
@@ -146,11 +146,11 @@ def write_atomically(path: Path, parts: Iterable[bytes]) -> None:
 
 @dataclass(slots=True, eq=False)
 class Shard:
-    """A file of records for reading. Made by `open_shard`, which has checked its structure and index.
+    """A file of records, open for reading. Made by `open_shard`, which checks its structure and its index.
 
-    `generation`: how often images had been labelled anew when it was written; a key's record of the highest one
-    counts. `again`: the request for that which it answers, if one. `images_crc32`: of the fingerprints; None if it
-    has none.
+    `generation`: how often images had been labelled again when it was written; the record of a key with the highest
+    one is used. `again`: the id of the request (`annotate --again FILE`) that it was written for, "" if there was none.
+    `images_crc32`: of the fingerprints; None if it has none.
     """
 
     path: Path
@@ -171,8 +171,14 @@ class Shard:
         _, _, _, start, length, _, _ = _ROW.unpack_from(mapped, self.index_start + row * _ROW.size)
         return mapped[self.keys_start + start : self.keys_start + start + length]
 
+    def checksum(self, row: int) -> tuple[int, int]:
+        """Return length and checksum of the record of a row, which two equal records of a key have in common."""
+        mapped = self._mapped or self._map()
+        _, _, length, _, _, _, checksum = _ROW.unpack_from(mapped, self.index_start + row * _ROW.size)
+        return length, checksum
+
     def read(self, row: int) -> bytes:
-        """Return the record of a row. Raises StoreError if it does not have its checksum."""
+        """Return the record of a row. Raises StoreError if its checksum is wrong."""
         mapped = self._mapped or self._map()
         _, start, length, _, _, _, checksum = _ROW.unpack_from(mapped, self.index_start + row * _ROW.size)
         start, name = start + self.payload_start, self.key(row)
@@ -180,7 +186,7 @@ class Shard:
         if crc32(record, crc32(name)) != checksum:
             raise StoreError(
                 f"{self.path}: the record of {key_text(name)!r} was altered (its checksum is another); `tokenlabel "
-                "annotate --again FILE` labels the images anew whose keys FILE lists"
+                "annotate --again FILE` labels the images again whose keys FILE lists"
             )
         return record
 
@@ -197,16 +203,8 @@ class Shard:
             self._images = images
         return Fingerprint(*_IMAGE.unpack_from(self._images, row * _IMAGE.size))
 
-    def table(self) -> tuple[NDArray[Any], NDArray[np.uint8]]:
-        """Read the rows [N] of the index, and the bytes of the keys that they point into."""
-        with _opened(self.path) as file:
-            file.seek(self.index_start)
-            index = file.read(self.keys_start - self.index_start)
-            keys = file.read(self.payload_start - self.keys_start)
-        return np.frombuffer(index, _ROW_TYPE), np.frombuffer(keys, np.uint8)
-
     def _map(self) -> mmap.mmap:
-        """Map the file: at the first read, so that every process makes its own."""
+        """Map the file into memory, at the first read: a store of many files opens without mapping any."""
         with _opened(self.path) as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         if len(mapped) != self.num_bytes:
@@ -218,8 +216,8 @@ class Shard:
 def open_shard(path: Path) -> tuple[Shard, NDArray[np.uint64]]:
     """Return a shard and the hashes of its keys [N], in the order of the rows.
 
-    Raises StoreError if the file is no shard, was cut short, or has an altered index; its records are checked
-    when they are read.
+    Raises StoreError if the file is no shard, is truncated, or has a corrupt index. Records are checked when they are
+    read.
     """
     with _opened(path) as file:
         num_bytes = os.fstat(file.fileno()).st_size
@@ -239,21 +237,21 @@ def open_shard(path: Path) -> tuple[Shard, NDArray[np.uint64]]:
         raise StoreError(f"{path}: its index was altered (a key lies outside of the keys); {_ANNOTATE_AGAIN}")
     data_start = 8 + header_bytes
     shard = Shard(
-        path,
-        num_bytes,
-        num_records,
-        data_start,
-        data_start + index_end,
-        data_start + keys_end,
-        int(metadata.get("generation", "0")),
-        str(metadata.get("again", "")),
-        str(metadata["images_crc32"]) if "images_crc32" in metadata else None,
+        path=path,
+        num_bytes=num_bytes,
+        num_records=num_records,
+        index_start=data_start,
+        keys_start=data_start + index_end,
+        payload_start=data_start + keys_end,
+        generation=int(metadata.get("generation", "0")),
+        again=str(metadata.get("again", "")),
+        images_crc32=str(metadata["images_crc32"]) if "images_crc32" in metadata else None,
     )
-    return shard, rows["hash"].copy()  # a quarter of the index, which can go
+    return shard, rows["hash"].copy()  # a copy, so that the rest of the index, three quarters of it, is freed
 
 
 def _layout(path: Path, header: bytes, num_data_bytes: int) -> tuple[int, int, int, dict[str, Any]]:
-    """Return the number of records, where index and keys end, and the metadata that a header tells."""
+    """Parse a header: return the number of records, where index and keys end, and the metadata."""
     try:
         tensors = json.loads(header)
         metadata = tensors.pop("__metadata__")
@@ -266,7 +264,9 @@ def _layout(path: Path, header: bytes, num_data_bytes: int) -> tuple[int, int, i
     if version != (STORE_FORMAT, VERSION):
         raise StoreError(f"{path}: holds {version}, this version of tokenlabel reads {(STORE_FORMAT, VERSION)}")
     generation = str(metadata.get("generation", "0"))
-    if all(type(count) is int and count >= 0 for count in (num_records, num_key_bytes)):
+    if all(
+        type(count) is int and count >= 0 for count in (num_records, num_key_bytes)
+    ):  # `type`: JSON's true is an int
         index_end = num_records * _ROW.size
         keys_end = index_end + num_key_bytes
         fingerprint_bytes = num_records * _IMAGE.size if "images_crc32" in metadata else 0
@@ -283,13 +283,10 @@ def _layout(path: Path, header: bytes, num_data_bytes: int) -> tuple[int, int, i
 
 
 def _tensors(num_records: int, num_key_bytes: int, num_payload_bytes: int) -> dict[str, Any]:
-    """Return what safetensors' header says of three uint8 tensors that lie one after the other."""
+    """Return the safetensors header of the three uint8 tensors."""
     tensors, start = {}, 0
-    for name, shape in (
-        ("index", [num_records, _ROW.size]),
-        ("keys", [num_key_bytes]),
-        ("payload", [num_payload_bytes]),
-    ):
+    shapes = {"index": [num_records, _ROW.size], "keys": [num_key_bytes], "payload": [num_payload_bytes]}
+    for name, shape in shapes.items():
         end = start + math.prod(shape)
         tensors[name] = {"dtype": "U8", "shape": shape, "data_offsets": [start, end]}
         start = end
@@ -304,7 +301,3 @@ def _opened(path: Path) -> Any:
         if isinstance(error, FileNotFoundError):
             problem = "was removed while the store was open; start again, and keep the files of a store that is read"
         raise StoreError(f"{path}: {problem}") from error
-
-
-def _padding(num_bytes: int) -> bytes:
-    return bytes(-num_bytes % _ALIGNMENT)

@@ -1,4 +1,4 @@
-"""Writing a label store: new ones, more labels for one that is there, and several stores into one. NumPy only."""
+"""Writing a label store: a new one, more labels into an existing one, several stores into one. NumPy only."""
 
 from __future__ import annotations
 
@@ -22,12 +22,11 @@ from tokenlabel.runtime.remote import as_url
 
 
 class LabelStoreWriter:
-    """Adds labels to a store, which it makes if there is none in the folder.
+    """Adds labels to a store, which is created if the folder has none. A context manager.
 
-    A context manager; records are kept in memory until they make a file: after `max_shard_bytes`, or
-    `max_shard_s` seconds after the file's first record, whichever comes first, and at the end.
-    `generation`: labels of a higher one take the place of those that images had before (see `Shard`).
-    Raises StoreError if the folder holds something else, or labels of another kind.
+    Records stay in memory until they are written as one file: after `max_shard_bytes`, or `max_shard_s` seconds after
+    its first record, whichever comes first, and at the end. `generation`: labels of a higher one replace those that
+    images had before (see `Shard`). Raises StoreError if the folder holds something else, or labels of another kind.
 
     >>> even = np.full((4, 4, 2), 0.5, np.float32)  # of both classes in each of 4 x 4 cells
     >>> score_map = tl.ScoreMap(np.array([0, 1]), np.zeros((4, 4, 2), np.uint8) + [0, 1], even, num_classes=2)
@@ -50,26 +49,24 @@ class LabelStoreWriter:
         self.folder = Path(folder)
         self.manifest = manifest
         self._generation, self._again = generation, again
-        self._max_shard_bytes = max_shard_bytes
-        self._max_shard_s = max_shard_s
+        self._max_shard_bytes, self._max_shard_s = max_shard_bytes, max_shard_s
         self._open: list[tuple[str, bytes]] = []
         self._images: list[Fingerprint] = []
-        self._open_bytes = 0
-        self._open_since_s = 0.0
+        self._open_bytes, self._open_since_s = 0, 0.0
         self._keys: set[str] = set()
         _make_store(self.folder, manifest)
 
     def add(self, key: str, score_map: ScoreMap, image: Fingerprint = UNKNOWN) -> None:
-        """Add the label of an image. Raises StoreError for a map of other classes and a key given twice."""
+        """Add the label of an image. Raises StoreError for a map of other classes, and for a key given twice."""
         self.add_record(key, pack_for(self.manifest, key, score_map), image)
 
     def add_record(self, key: str, record: bytes, image: Fingerprint = UNKNOWN) -> None:
-        """Add a label that `pack_for` has packed already; `image`: what it was made of."""
+        """Add a record made by `pack_for`. `image`: the fingerprint of the image."""
         key = os.fspath(key)
         if key in self._keys:
             raise StoreError(f"{self.folder}: {key} was given twice")
         self._keys.add(key)
-        # From the first record on, not the last file: a slow teacher loses at most `max_shard_s` seconds to a kill.
+        # Counted from the first record, not from the last file: a kill loses at most `max_shard_s` seconds of work.
         self._open_since_s = time.monotonic() if not self._open else self._open_since_s
         self._open.append((key, record))
         self._images.append(image)
@@ -78,7 +75,7 @@ class LabelStoreWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Write the records that are still in memory as one file."""
+        """Write the records that are in memory as one file."""
         if self._open:
             write_shard(self.folder, self._open, images=self._images, generation=self._generation, again=self._again)
         self._open, self._images, self._open_bytes = [], [], 0
@@ -89,17 +86,15 @@ class LabelStoreWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if not isinstance(error, StoreError):  # a full disk would only fail again
+        if not isinstance(error, StoreError):  # after one, such as of a full disk, writing would only fail again
             self.flush()
 
 
 def pack_for(manifest: Manifest, key: str, score_map: ScoreMap) -> bytes:
     """Return the record of an image's score map, which must be of the manifest's classes, kind and topk."""
     topk = score_map.codes.shape[2]
-    got, expected = (
-        (score_map.num_classes, score_map.kind.value, f"topk {topk}"),
-        (manifest.num_classes, manifest.kind.value, f"topk {manifest.topk}"),
-    )
+    got = (score_map.num_classes, score_map.kind.value, f"topk {topk}")
+    expected = (manifest.num_classes, manifest.kind.value, f"topk {manifest.topk}")
     if got[:2] != expected[:2] or topk > manifest.topk:
         raise StoreError(f"{key}: a map of (classes, kind, topk) {got} in a store of {expected}")
     try:
@@ -117,34 +112,35 @@ def merge_stores(
     tolerance: float | None = None,
     duplicates: str = "first",
 ) -> LabelStore:
-    """Copy the labels of several stores into a new one with few files, each record checked; return it.
+    """Copy the labels of several stores into a new one with few files, verify each record, and return the new store.
 
-    Only records that count are copied, with their generations. `encoding`: write all records anew in this one; by
-    default they stay as they are. `tolerance`: write them anew as compact records of this tolerance. `duplicates`: as
-    for LabelStore. An output that is there already is continued: its labels stay where the stores have none of a higher
-    generation. Raises StoreError for stores of different labels, and for an output that is the only store, lies in one,
-    or has labels in another encoding, or of another tolerance, than what was asked for.
+    Superseded records are left out; generations are kept. `encoding`: encode all records again in this one; by default
+    they stay as they are. `tolerance`: encode them again as compact records of this tolerance. `duplicates`: as for
+    LabelStore. An existing output is continued: its labels stay unless the stores have one of a higher generation.
+    Raises StoreError for stores of different kinds of labels, and for an output that is the only store, lies inside
+    one, or holds labels in another encoding or of another tolerance than requested.
 
     >>> len(tl.merge_stores(["labels"], "merged"))
     8
     """
     folders = [folders] if isinstance(folders, (str, Path)) else folders
     _check_output(folders, output)
-    if tolerance is not None and Encoding(encoding or Encoding.COMPACT) is not Encoding.COMPACT:
-        raise ValueError("--tolerance is of compact records; leave --encoding out")
+    encoding = encoding and Encoding(encoding)
     if tolerance is not None:
+        if encoding is Encoding.RAW:
+            raise ValueError("--tolerance is of compact records; leave --encoding out")
         encoding = Encoding.COMPACT
     store = LabelStore(*folders, duplicates=duplicates)
-    wanted = {"encoding": encoding and Encoding(encoding), "tolerance": tolerance}
+    wanted = {"encoding": encoding, "tolerance": tolerance}
     wanted = {name: value for name, value in wanted.items() if value is not None}
     manifest = replace(store.manifest, **wanted)
     with LabelStoreWriter(output, manifest):
         present = LabelStore(output)
-    for name, value in wanted.items():  # of an output that was there
+    for name, value in wanted.items():  # an existing output keeps its own manifest
         if (there := getattr(present.manifest, name)) != value:
             of = f"of tolerance {there:g}" if name == "tolerance" else f"in encoding {there}"
             raise StoreError(f"{output}: holds labels {of}; choose another folder")
-    for generation, keys in groupby(store.keys(), key=store.generation):  # files come in this order
+    for generation, keys in groupby(store.keys(), key=store.generation):  # `keys` yields them in this order
         assert generation is not None
         with LabelStoreWriter(output, manifest, generation=generation) as writer:
             for key in keys:
@@ -156,7 +152,7 @@ def merge_stores(
 
 
 def _check_output(folders: Sequence[str | Path], output: str | Path) -> None:
-    """Raise for stores that cannot be copied into a folder: none, that folder alone, and one that it lies in."""
+    """Refuse an output that is the only store to copy, or lies inside of one."""
     if not folders:
         raise ValueError("folders: expected at least one store to copy")
     whole, stores = Path(output).resolve(), {Path(folder).resolve(): folder for folder in folders}
@@ -169,15 +165,15 @@ def _check_output(folders: Sequence[str | Path], output: str | Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what writers that were killed left behind: unfinished files that nobody has touched for a while."""
+    """Remove the unfinished files of killed writers: those that were not written to for a while."""
     for path in folder.glob(UNFINISHED):
-        with suppress(OSError):  # another process may have been faster, and a folder may be for reading only
+        with suppress(OSError):  # another process may have removed it, or the folder may be read-only
             if time.time() - path.stat().st_mtime > ABANDONED_S:
                 path.unlink()
 
 
 def _make_store(folder: Path, manifest: Manifest) -> None:
-    """Write the manifest of a new store; of one that is there, see that it has labels of the same kind."""
+    """Write the manifest of a new store; check that an existing one holds labels of the same kind."""
     if as_url(folder):
         raise StoreError(f"{as_url(folder)}: labels are written to a folder of this machine; copy it there afterwards")
     try:
@@ -185,7 +181,7 @@ def _make_store(folder: Path, manifest: Manifest) -> None:
     except OSError as error:
         is_file = isinstance(error, (FileExistsError, NotADirectoryError))
         raise StoreError(no_store(folder) if is_file else f"{folder}: cannot be made ({error.strerror})") from error
-    with locked(folder):  # of two that make it at once, the second finds what the first has made
+    with locked(folder):  # if two processes create it at once, the second one finds the manifest of the first
         if (folder / MANIFEST_FILE).exists():
             differences = read_manifest(folder).differences(manifest)
             problem = f"{folder}: holds other labels ({differences[0]}); choose another folder" if differences else ""
