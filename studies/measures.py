@@ -19,9 +19,9 @@ from tokenlabel.core.config import Inference
 from tokenlabel.data.augment import TrainTransform
 from tokenlabel.data.batches import ScoreMaps, TokenLabelDataset, collate
 from tokenlabel.data.sources import open_images
-from tokenlabel.evaluation.evaluators import Accuracy, Calibration, TokenTruth
+from tokenlabel.evaluation.assessment import evaluation_set
+from tokenlabel.evaluation.evaluators import Accuracy, Calibration, TokenTruth, observe
 from tokenlabel.evaluation.masks import MaskFolder, agreement
-from tokenlabel.evaluation.observation import evaluation_set, observe
 from tokenlabel.evaluation.probe import image_figures, probe_figures
 from tokenlabel.labels.store import LabelStore
 from tokenlabel.models.load import LoadedModel
@@ -256,8 +256,7 @@ def _observed(
     finished: FinishedRun, truth: ScoreMaps | None, inference: Inference, evaluators: Sequence[Any]
 ) -> Figures:
     model, precision = finished.trained.model, finished.trained.recipe.precision
-    batches, device = finished.images("val", truth), finished.device
-    return observe(model, batches, {inference: evaluators}, device=device, precision=precision)[inference]
+    return observe(model, finished.images("val", truth), {inference: evaluators}, precision=precision)[inference]
 
 
 def _batches(dataset: Any, device: torch.device, chosen: Sequence[int] | None = None) -> Iterator[Batch]:

@@ -327,7 +327,7 @@ def evaluate(parser: ArgumentParser, arguments: list[str]) -> int:
     """Evaluate a run (its averaged weights if it has them) or a model by its name on a folder of images. Under
     torchrun the processes divide the images.
     """
-    from tokenlabel.evaluation.options import EvalOptions
+    from tokenlabel.evaluation.options import EvalOptions, as_text
 
     parser.add_argument("network", help="run folder, one checkpoint folder of it, or the name of a model")
     parser.add_argument("--json", action="store_true", help="one line of JSON")
@@ -335,7 +335,7 @@ def evaluate(parser: ArgumentParser, arguments: list[str]) -> int:
     add_device(parser)
     options, config = parse_config(parser, arguments, EvalOptions)
 
-    from tokenlabel.evaluation.assessment import as_text, assess
+    from tokenlabel.evaluation.assessment import assess
 
     figures = assess(options.network, config, device=device_of(options.device))
     if is_main_process():

@@ -23,8 +23,7 @@ import tokenlabel as tl
 from tokenlabel.core.batch import Batch
 from tokenlabel.core.config import LossConfig, MixConfig
 from tokenlabel.core.scores import from_mask, from_top
-from tokenlabel.evaluation.evaluators import Accuracy
-from tokenlabel.evaluation.observation import observe
+from tokenlabel.evaluation.evaluators import Accuracy, observe
 from tokenlabel.evaluation.options import EvalOptions
 from tokenlabel.labels.encoding import pack
 from tokenlabel.labels.inspection import InspectConfig
@@ -280,9 +279,9 @@ def predictions_and_choices_of_tokens_go_by_name():
     model = tl.create_model("lvvit_t", num_classes=2, img_size=16, depth=1, width=16, num_heads=2)
     batches = [next(iter(DataLoader(dataset(), batch_size=8)))]
     with contextlib.redirect_stderr(io.StringIO()):
-        figures = observe(model, batches, {tl.Inference.CLASS: [Accuracy()]}, device="cpu", precision="fp32")
+        figures = observe(model, batches, {tl.Inference.CLASS: [Accuracy()]}, precision="fp32")
     assert figures[tl.Inference.CLASS]["num_images"] == 8
-    refuses(lambda: observe(model, batches, {}, device="cpu", precision="half"), "precision", "bf16")
+    refuses(lambda: observe(model, batches, {}, precision="half"), "precision", "bf16")
 
 
 def a_dataset_is_indexed_as_any_other():

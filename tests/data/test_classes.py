@@ -24,7 +24,7 @@ from tokenlabel.data.class_names import class_order
 from tokenlabel.data.classes import ids_among
 from tokenlabel.data.imagenet import SETS, read_real_labels
 from tokenlabel.data.images import ImageFolder
-from tokenlabel.evaluation.observation import evaluation_set
+from tokenlabel.evaluation.assessment import evaluation_set
 from tokenlabel.labels.manifest import Manifest
 from tokenlabel.labels.store import LabelStore
 from tokenlabel.labels.writer import LabelStoreWriter

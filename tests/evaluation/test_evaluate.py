@@ -10,16 +10,13 @@ from tokenlabel.core.batch import Batch, collate_score_maps
 from tokenlabel.core.config import Inference
 from tokenlabel.core.geometry import Box, View, stack_views
 from tokenlabel.core.scores import from_mask
-from tokenlabel.evaluation.evaluators import Accuracy, Calibration, TokenTruth, object_tokens
+from tokenlabel.evaluation.evaluators import Accuracy, Calibration, TokenTruth, object_tokens, observe
 from tokenlabel.evaluation.masks import MaskFolder, agreement, mask_agreement
-from tokenlabel.evaluation.observation import observe
 from tokenlabel.labels.manifest import Manifest
 from tokenlabel.labels.store import LabelStore
 from tokenlabel.labels.writer import LabelStoreWriter
 from tokenlabel.models import Outputs, TokenModel
 from tokenlabel.runtime.coercion import pair
-
-CPU = torch.device("cpu")
 
 
 class Oracle(TokenModel):
@@ -67,7 +64,7 @@ def batch_of(masks, class_ids, score_maps=None):
 
 def run(batches, model=None):
     evaluators = [Accuracy(), Calibration(), TokenTruth()]
-    return observe(model or Oracle(), batches, {Inference.CLASS: evaluators}, device=CPU)[Inference.CLASS]
+    return observe(model or Oracle(), batches, {Inference.CLASS: evaluators})[Inference.CLASS]
 
 
 def test_accuracy_counts_every_image_once():

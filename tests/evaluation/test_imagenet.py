@@ -28,8 +28,8 @@ from tokenlabel.data.imagenet import (
     read_multi_labels,
     read_real_labels,
 )
-from tokenlabel.evaluation.assessment import as_text, assess
-from tokenlabel.evaluation.options import EvalOptions
+from tokenlabel.evaluation.assessment import assess
+from tokenlabel.evaluation.options import EvalOptions, as_text
 from tokenlabel.models.load import load_model
 
 CPU = torch.device("cpu")

@@ -30,7 +30,7 @@ from tokenlabel.data.batches import collate
 from tokenlabel.data.decoding import ImageCheck
 from tokenlabel.data.images import ImageFiles
 from tokenlabel.data.sources import open_images
-from tokenlabel.evaluation.observation import evaluation_set
+from tokenlabel.evaluation.assessment import evaluation_set
 from tokenlabel.labels.store import LabelStore
 from tokenlabel.labels.writer import LabelStoreWriter
 from tokenlabel.models.runs import list_checkpoints

@@ -15,7 +15,7 @@ from tokenlabel.data.decoding import ImageCheck, find_broken
 from tokenlabel.data.folders import NEED_CLASSES
 from tokenlabel.data.images import ImageSource, JoinedImages, describe, has_classes, without_classes
 from tokenlabel.data.sources import open_aloud, refuse_single_class
-from tokenlabel.evaluation.observation import evaluation_set
+from tokenlabel.evaluation.assessment import evaluation_set
 from tokenlabel.labels.store import LabelStore
 from tokenlabel.runtime.cache import NUM_AHEAD, refuse_small_cache
 from tokenlabel.runtime.distributed import current_ranks

@@ -29,8 +29,7 @@ from tokenlabel.data.images import has_classes
 from tokenlabel.data.remote import read_ahead
 from tokenlabel.data.samplers import BatchSampler, EvalBatchSampler, shard_order
 from tokenlabel.drawing.pictures import Album
-from tokenlabel.evaluation.evaluators import Accuracy, Calibration, Evaluator, TokenTruth
-from tokenlabel.evaluation.observation import observe
+from tokenlabel.evaluation.evaluators import Accuracy, Calibration, Evaluator, TokenTruth, observe
 from tokenlabel.evaluation.probe import image_figures, probe_sets
 from tokenlabel.models import TokenModel, create_model, load_published
 from tokenlabel.models.runs import read_description
@@ -182,7 +181,6 @@ class ClassifierTask(Task[Recipe]):
                 model,
                 self._eval_batches(self.val_set, ranks),
                 {inference: [*evaluators, answering]},
-                device=self.device,
                 precision=self.recipe.precision,
                 ranks=ranks,
             )

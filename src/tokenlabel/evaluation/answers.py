@@ -1,4 +1,4 @@
-"""RUN/answers.npz: the class that a run found in each val image at its last evaluation. No torch."""
+"""RUN/answers.npz: the predictions of a run for its val images at its last evaluation. No torch."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ ANSWERS_FILE = "answers.npz"
 
 @dataclass(frozen=True, eq=False)
 class Answers:
-    """The answers to n images, in the order of their data set.
+    """The predictions for n images, in the order of their data set.
 
-    `truth`, `guesses`: class ids, the truth -1 where it is not known. `probs`: of the guesses, as the run sees it.
+    `truth`, `guesses`: class ids; a truth of -1 is unknown. `probs`: the probabilities of the guesses.
     """
 
     keys: tuple[str, ...]
@@ -31,7 +31,7 @@ class Answers:
     class_names: tuple[str, ...]
 
     def write(self, run: Path) -> None:
-        """Write the answers into a run folder in place of those of an earlier evaluation."""
+        """Write the predictions into a run folder, in place of those of an earlier evaluation."""
         buffer = io.BytesIO()
         np.savez_compressed(
             buffer,
@@ -45,7 +45,7 @@ class Answers:
 
 
 def read_answers(run: Path) -> Answers | None:
-    """Return what `Answers.write` left in a run folder; None where nothing is whole there."""
+    """Return the predictions in a run folder; None if there is no intact file."""
     try:
         with np.load(run / ANSWERS_FILE) as file:
             arrays = (file["truth"], file["guesses"], file["probs"])
@@ -55,7 +55,7 @@ def read_answers(run: Path) -> Answers | None:
 
 
 def _packed(names: Sequence[str]) -> NDArray[np.uint8]:
-    """Return names as bytes: no path and no name of a folder holds a 0, and arrays of text take four bytes a letter."""
+    """Return names joined by 0, which no path contains: NumPy's arrays of strings take four bytes a character."""
     return np.frombuffer("\0".join(names).encode("utf-8", "surrogateescape"), np.uint8)
 
 

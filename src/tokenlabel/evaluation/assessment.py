@@ -1,10 +1,10 @@
-"""`tokenlabel eval`: a network held against a data set, in one process or under torchrun."""
+"""`tokenlabel eval`: evaluates a network on a data set, in one process or under torchrun."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from operator import itemgetter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from tokenlabel.data.decoding import ImageCheck
 from tokenlabel.data.imagenet import (
     SETS,
     EvaluationSet,
+    as_classes_of,
     corruption_figures,
     corruption_folders,
     imagenet_ids,
@@ -28,9 +29,9 @@ from tokenlabel.data.imagenet import (
     read_multi_labels,
     read_real_labels,
 )
-from tokenlabel.data.images import ImageFiles, ImageSource
+from tokenlabel.data.images import ImageFiles, ImageSource, has_classes
 from tokenlabel.data.samplers import EvalBatchSampler
-from tokenlabel.data.sources import open_aloud
+from tokenlabel.data.sources import open_aloud, open_images
 from tokenlabel.evaluation.evaluators import (
     Accuracy,
     Calibration,
@@ -39,9 +40,9 @@ from tokenlabel.evaluation.evaluators import (
     PerClass,
     RealLabels,
     TokenTruth,
+    observe,
 )
 from tokenlabel.evaluation.masks import MaskFolder
-from tokenlabel.evaluation.observation import observe
 from tokenlabel.evaluation.options import EvalOptions
 from tokenlabel.evaluation.probe import image_figures, probe_sets
 from tokenlabel.labels.store import LabelStore
@@ -52,15 +53,17 @@ from tokenlabel.runtime.distributed import Ranks, joined_ranks, usable_device
 from tokenlabel.runtime.errors import ConfigError
 from tokenlabel.runtime.process import listed, say
 from tokenlabel.training.checkpoint import with_recipe
+from tokenlabel.training.recipe import Recipe
 from tokenlabel.training.run_folder import sound_images
 
 Figures = dict[str, Any]
 
 
 def assess(name: str | Path, options: EvalOptions, *, device: torch.device | str) -> Figures:
-    """Return the figures of a network on a data set, over all ranks; with inference `all`, of each way to predict.
+    """Return the metrics of a network on a data set, over all ranks; with inference `all`, of each way to predict.
 
-    `name`: a run, a checkpoint folder, or the name of a model. Raises ValueError for what does not fit together.
+    `name`: a run, a checkpoint folder, or the name of a model. Raises ValueError for options, images or classes that do
+    not fit the network.
     """
     options.check()
     device = usable_device(device)
@@ -68,44 +71,36 @@ def assess(name: str | Path, options: EvalOptions, *, device: torch.device | str
     network = with_recipe(replace(loaded, img_size=pair(options.size)) if options.size else loaded)
     if options.set != "folder" or options.multi_labels is not None:
         network = _named(network, options.class_order)
-    heads = chosen_heads(network, options.inference)
+    heads = _chosen_heads(network, options.inference)
     network.model.to(device, memory_format=torch.channels_last).requires_grad_(False)
     with joined_ranks(device) as ranks:
         assessment = _Assessment(network, options, heads, ranks, device)
         found = assessment.of_corruptions() if options.set == "imagenet-c" else assessment.of_images()
     about: Figures = {"network": network.name, "img_size": list(network.img_size)}
     about |= {} if network.step is None else {"step": network.step}
-    named = network.num_classes > 0  # without a class head nothing is inferred: tokens and features are judged
+    named = network.num_classes > 0  # without a class head only tokens and features are evaluated
     labelled = {
         head.value: {**about, **({"inference": head.value} if named else {}), **_nested(found[head])} for head in heads
     }
     return labelled if options.inference == "all" else labelled[heads[0].value]
 
 
-def chosen_heads(network: LoadedModel, wanted: str | None) -> tuple[Inference, ...]:
-    """Return the ways to predict that `wanted` means: one by name, `all`, or the usual one.
-
-    Raises ConfigError for a head that was never trained.
-    """
+def _chosen_heads(network: LoadedModel, wanted: str | None) -> tuple[Inference, ...]:
+    """Return the ways to predict: by default the first one. Raises ConfigError for a head that was never trained."""
     if wanted is None:
         return network.heads[:1]
     if wanted == "all":
         return tuple(head for head in Inference if head in network.heads)
-    if Inference(wanted) not in network.heads and network.token_classes is not None:
-        raise ConfigError(
-            f"{network.name}: its tokens are about {network.token_classes}, not its {network.num_classes:,} classes; "
-            "evaluate it with --inference class"
-        )
     if Inference(wanted) not in network.heads:
-        raise ConfigError(
-            f"{network.name} was trained without token labels, so its token head says nothing; "
-            "evaluate it with --inference class"
-        )
+        about = f": its tokens are about {network.token_classes}, not its {network.num_classes:,} classes"
+        if network.token_classes is None:
+            about = " was trained without token labels, so its token head says nothing"
+        raise ConfigError(f"{network.name}{about}; evaluate it with --inference class")
     return (Inference(wanted),)
 
 
 def _named(network: LoadedModel, order: str | None) -> LoadedModel:
-    """Return a network with the class names that the user gives it, or say that they are taken for ImageNet's."""
+    """Return a network with the class names that the user gives it, or print that ImageNet's are assumed."""
     if order is not None:
         known = () if network.names_assumed else network.class_names
         names = class_order(order, (), known, count=network.num_classes)
@@ -117,7 +112,7 @@ def _named(network: LoadedModel, order: str | None) -> LoadedModel:
 
 @dataclass(frozen=True, eq=False)
 class _Assessment:
-    """A network about to be shown images, on its device."""
+    """An evaluation: the network, on its device, and what to evaluate it on."""
 
     network: LoadedModel
     options: EvalOptions
@@ -126,7 +121,7 @@ class _Assessment:
     device: torch.device
 
     def of_images(self) -> dict[Inference, Figures]:
-        """Return the figures of one set of images, and of probes."""
+        """Return the metrics on one set of images, and of probes, by the way to predict."""
         names, options = self._class_names(), self.options
         probes = self._probe_figures()
         if not self.network.num_classes:
@@ -135,7 +130,7 @@ class _Assessment:
                 return {head: dict(probes) for head in self.heads}
         if options.multi_labels is not None:
             of_image = read_multi_labels(options.multi_labels, names)
-            none = np.zeros(len(of_image), np.int64)  # `MultiLabel` has the classes, any number an image
+            none = np.zeros(len(of_image), np.int64)  # not used: `MultiLabel` has the classes of each image
             source = ImageFiles(self._folder(), [*of_image], none, names)
             say(f"{self._folder()}: {len(of_image):,} images, each of any number of classes")
             images = self._sound(EvaluationSet(source))
@@ -154,7 +149,7 @@ class _Assessment:
         return {head: figures | probes for head, figures in found.items()}
 
     def _check_without_classes(self, probes: Figures) -> None:
-        """Raise ConfigError for what a network without class head cannot be asked."""
+        """Raise ConfigError for options that need a class head, and if there is nothing else to evaluate."""
         network, options = self.network, self.options
         options.leave_out(
             f"{network.name} has no class head, so it names no classes", "real", "masks", "per_class", "multi_labels"
@@ -168,7 +163,7 @@ class _Assessment:
             )
 
     def _probe_figures(self) -> Figures:
-        """Return how well probes of the frozen features name the images of --probe, or of the run's own."""
+        """Return the accuracy of probes of the frozen features on the images of --probe, or the recipe's."""
         network, options, recipe = self.network, self.options, self.network.recipe
         probe, test = options.probe, options.probe_test
         if probe is None and recipe is not None and recipe.eval.probe is not None and options.data is None:
@@ -183,7 +178,7 @@ class _Assessment:
         return image_figures(network.model.eval(), *batches, num_classes=num_classes, ranks=self.ranks)
 
     def _labels(self) -> list[str]:
-        """Return the folders of a teacher's labels of the images; none where there are none."""
+        """Return the folders of a teacher's labels of the images, if there are any."""
         recipe, options = self.network.recipe, self.options
         if options.labels is not None:
             return [str(options.labels)]
@@ -204,7 +199,7 @@ class _Assessment:
         )
 
     def of_corruptions(self) -> dict[Inference, Figures]:
-        """Return the figures of ImageNet-C."""
+        """Return the metrics of ImageNet-C, by the way to predict."""
         top1: dict[Inference, dict[tuple[str, int], float]] = {head: {} for head in self.heads}
         for corruption, folder in corruption_folders(self._folder()).items():
             images = SETS["folder"](folder, self.network.class_names, self.network.num_classes)
@@ -221,15 +216,13 @@ class _Assessment:
         *,
         store: ScoreMaps | None = None,
     ) -> dict[Inference, Figures]:
-        """Show all images to the network once."""
-        network, options = self.network, self.options
+        """Run the network once over all images."""
         dataset = TokenLabelDataset(images.source, self._transform(), seed=0, store=store)
         return observe(
-            network.model,
+            self.network.model,
             self._batches(dataset),
             evaluators,
-            device=self.device,
-            precision=options.precision or network.precision,
+            precision=self.options.precision or self.network.precision,
             ranks=self.ranks,
             competing=None if images.competing is None else torch.from_numpy(images.competing),
         )
@@ -260,7 +253,7 @@ class _Assessment:
         return folder
 
     def _sound(self, images: EvaluationSet, *, when_skipping: bool = False) -> EvaluationSet:
-        """Return the set without images that do not decode; `when_skipping`: look only if these are left out."""
+        """Return the set without images that do not decode. `when_skipping`: check only if these are left out."""
         recipe, skip_broken = self.network.recipe, self.options.skip_broken
         if skip_broken is None:
             skip_broken = recipe is not None and recipe.data.skip_broken
@@ -286,7 +279,7 @@ class _Assessment:
         return found
 
     def _token_truths(self, source: ImageSource) -> Iterator[tuple[str, ScoreMaps]]:
-        """Yield what the tokens are held against, under the name of the figures."""
+        """Yield the dense labels to compare the tokens with, and the prefix of the metrics' names."""
         masks, labels, others = self.options.masks, self._labels(), self.network.token_classes
         if (masks or self.options.labels) and not self.network.has_token_head:
             raise ConfigError(
@@ -311,30 +304,34 @@ class _Assessment:
             yield "teacher", store
 
 
-def as_text(figures: Figures) -> str:
-    """Return figures as lines for people: one figure a line, classes last, from the worst to the best."""
-    if all(isinstance(value, dict) for value in figures.values()):
-        return "\n\n".join(as_text(of_head) for of_head in figures.values())
-    plain = {name: value for name, value in figures.items() if not isinstance(value, dict)}
-    lines = [f"{name:<20} {_shown(name, value)}" for name, value in plain.items()]
-    of_classes = figures.get("per_class", {})
-    if of_classes:
-        lines.append("")
-        width = max(map(len, of_classes))
-        lines += [f"{name:<{width}}  {top1:6.1%}" for name, top1 in sorted(of_classes.items(), key=itemgetter(1))]
-    return "\n".join(lines)
-
-
-def _shown(name: str, value: Any) -> str:
-    if not isinstance(value, float):
-        return " x ".join(map(str, value)) if isinstance(value, list) else str(value)
-    if name == "loss" or name.startswith(("mce", "ce_")):
-        return f"{value:.4f}"
-    return f"{value:,.1f}" if name == "images_per_s" else f"{value:.2%}"
-
-
 def _nested(figures: Figures) -> Figures:
-    """Return the figures with those of single classes in a dictionary of their own."""
+    """Return the figures with `per_class/NAME` of all classes in one dictionary."""
     plain = {name: value for name, value in figures.items() if "/" not in name}
     of_classes = {name.partition("/")[2]: value for name, value in figures.items() if "/" in name}
     return {**plain, "per_class": of_classes} if of_classes else plain
+
+
+def evaluation_set(
+    recipe: Recipe,
+    *,
+    class_names: Sequence[str],
+    data: str | Path | None = None,
+    sound: Callable[[ImageSource], ImageSource] | None = None,
+) -> TokenLabelDataset:
+    """Return the images that a recipe evaluates on, or those in the folder `data`, transformed for the model.
+
+    `class_names`: of the model; empty if it has no class head, which allows images of any layout. `sound`: leaves out
+    images that do not decode; by default as the recipe says. Raises ValueError if there are no images, or if one has a
+    class that the model does not have.
+    """
+    folder = data or recipe.data.val
+    if folder is None:
+        raise ValueError("the run has no val images of its own; name images with --data")
+    if sound is None:
+        skip_broken, check = recipe.data.skip_broken, recipe.data.check
+        sound = partial(sound_images, skip_broken=skip_broken, check=check, option=None)
+    source = sound(open_images(folder, classes=bool(class_names)))
+    if class_names and (has_classes(source).any() or not recipe.eval.labels):
+        source = as_classes_of(source, class_names, len(class_names), folder)
+    transform = EvalTransform(recipe.model.img_size, crop_fraction=recipe.eval.crop_fraction)
+    return TokenLabelDataset(source, transform, seed=recipe.seed)

@@ -1,14 +1,15 @@
-"""Evaluators: each is shown what a model says of batches of images, and yields named figures at the end.
+"""Evaluators: metrics that accumulate over batches, and the loop that runs a model once for all of them.
 
-An evaluator keeps sums, never means, so that several processes add theirs up and the result is exact: every image
-counts once, however they are divided.
+An evaluator keeps sums, never means, so that processes can add theirs up exactly, however the images are divided.
 """
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,12 +18,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tokenlabel.core.align import align
-from tokenlabel.core.batch import Batch
+from tokenlabel.core.batch import Batch, normalize_images
+from tokenlabel.core.config import Inference
+from tokenlabel.core.kernels import blocks
 from tokenlabel.core.outputs import Outputs
 from tokenlabel.core.targets import TokenTargets
-from tokenlabel.runtime.distributed import Ranks
+from tokenlabel.runtime.distributed import Precision, Ranks, autocast
 
-# A token shows an object, and can be right or wrong about it, if its mask covers this much of the token's cell.
+# A token is judged if a class of the mask covers at least this share of its cell.
 OBJECT_SHARE = 0.25
 # Equal bins of confidence of the expected calibration error (Guo et al. 2017).
 NUM_BINS = 15
@@ -30,10 +33,10 @@ NUM_BINS = 15
 
 @dataclass(frozen=True, eq=False)
 class Predictions:
-    """A batch, on the device, and what a model says of it.
+    """A batch, on the device, and the outputs of a model for it.
 
     `logits`: of one way to predict, in float32. `token_classes`: the most probable class of each token of the `grid`
-    (h, w), where the batch has score maps to hold it against. `outputs`: all that the model said.
+    (h, w), if the batch has score maps to compare them with. `outputs`: all outputs.
     """
 
     batch: Batch
@@ -44,21 +47,21 @@ class Predictions:
 
 
 class Evaluator(ABC):
-    """Adds up over batches what it yields as figures."""
+    """A metric or several, computed from sums over batches."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
 
     @abstractmethod
     def add(self, predictions: Predictions) -> None:
-        """Count a batch."""
+        """Add a batch to the sums."""
 
     @abstractmethod
     def figures(self) -> Iterator[tuple[str, float]]:
-        """Yield names and values, over what was counted on all ranks once `join` was called."""
+        """Yield names and values of the metrics: over the images of all ranks, once `join` was called."""
 
     def join(self, ranks: Ranks) -> None:
-        """Add up the sums of all ranks. Each must have been given other images."""
+        """Add up the sums of all ranks, each of which must have seen other images."""
         of_ranks = ranks.all_gather(self.sums)
         names = dict.fromkeys(name for sums in of_ranks for name in sums)
         self.sums = {name: self._joined([sums[name] for sums in of_ranks if name in sums]) for name in names}
@@ -75,11 +78,57 @@ class Evaluator(ABC):
         return float(self.sums[name]) if name in self.sums else 0.0
 
 
+@torch.inference_mode()
+def observe(
+    model: Any,
+    batches: Iterable[Batch],
+    evaluators: Mapping[Inference, Sequence[Evaluator]],
+    *,
+    precision: Precision = "fp32",
+    ranks: Ranks = Ranks(),  # noqa: B008  (immutable)
+    competing: Bool[Tensor, " C"] | None = None,
+) -> dict[Inference, dict[str, Any]]:
+    """Run a model once over batches on its device; return the metrics of each way to predict, and images_per_s.
+
+    `model`: anything that returns `Outputs`. `batches`: this rank's part of the images. `competing`: the classes among
+    which predictions choose; all if None.
+    """
+    model.eval()
+    started, num_images = time.perf_counter(), 0
+    for batch in batches:
+        device = batch.images.device
+        with autocast(device, precision):
+            outputs = model(normalize_images(batch.images, mean=model.mean, std=model.std))
+            logits_of = {inference: outputs.logits(inference).float() for inference in evaluators}
+            token_classes = _token_classes(outputs) if batch.score_maps is not None else None
+        for inference, logits in logits_of.items():
+            chosen = logits if competing is None else logits.masked_fill(~competing.to(device), -torch.inf)
+            for evaluator in evaluators[inference]:
+                evaluator.add(Predictions(batch, outputs.grid, chosen, token_classes, outputs))
+        num_images += len(batch.images)
+    spent = ranks.all_gather((num_images, time.perf_counter() - started))
+    # All ranks wait for the slowest one, so its time is the time that the evaluation takes.
+    speed = {"images_per_s": sum(n for n, _ in spent) / max(seconds for _, seconds in spent)}
+    for evaluator in (evaluator for of_one in evaluators.values() for evaluator in of_one):
+        evaluator.join(ranks)
+    return {
+        inference: {name: value for evaluator in of_one for name, value in evaluator.figures()} | speed
+        for inference, of_one in evaluators.items()
+    }
+
+
+def _token_classes(outputs: Outputs) -> Int[Tensor, "B N"]:
+    """Return the most probable class of each token, by blocks of images: logits of 65,536 words take gigabytes."""
+    tokens, head = outputs.tokens, outputs.token_head
+    num_numbers = tokens.shape[1] * head(tokens[:1, :1]).shape[2]
+    return torch.cat([head(tokens[part]).argmax(dim=2) for part in blocks(len(tokens), num_numbers, tokens.device)])
+
+
 class Accuracy(Evaluator):
-    """Top-1, top-5 and the mean cross entropy against the images' classes; ties count against a model."""
+    """Top-1, top-5 and the mean cross-entropy; ties count against the model."""
 
     def add(self, predictions: Predictions) -> None:
-        """Count a batch."""
+        """Add a batch to the sums."""
         class_ids = predictions.batch.class_ids
         ranks = rank_of_class(predictions.logits, class_ids)
         self._count(
@@ -100,17 +149,16 @@ class Accuracy(Evaluator):
 
 
 class Calibration(Evaluator):
-    """Expected calibration error: how far confidence is from accuracy, over 15 equal bins of confidence.
+    """Expected calibration error over 15 equal bins of confidence; bin i of n holds confidences in (i/n, (i+1)/n].
 
-    ece = sum over bins of (images of the bin / all images) * |accuracy of the bin - mean confidence of the bin|;
-    bin i of n holds confidences in (i/n, (i+1)/n].
+    ece = sum over bins of (images of the bin / all images) * |accuracy of the bin - mean confidence of the bin|
     """
 
     def add(self, predictions: Predictions) -> None:
-        """Count a batch."""
+        """Add a batch to the sums."""
         confidence, guess = predictions.logits.double().softmax(dim=1).max(dim=1)
         right = (guess == predictions.batch.class_ids).double()
-        # Sums over the images of a bin as products with one-hot rows: exact in float64, and they add up over ranks.
+        # Sums over the images of each bin, as products with one-hot rows.
         bins = (confidence * NUM_BINS).ceil().long().clamp(1, NUM_BINS) - 1
         one_hot = F.one_hot(bins, NUM_BINS).double()  # [B, bins]
         self._count(images=one_hot.sum(dim=0), confidence=confidence @ one_hot, right=right @ one_hot)  # each [bins]
@@ -129,7 +177,7 @@ class PerClass(Evaluator):
         self.class_names = list(class_names)
 
     def add(self, predictions: Predictions) -> None:
-        """Count a batch."""
+        """Add a batch to the sums."""
         class_ids = predictions.batch.class_ids
         right = rank_of_class(predictions.logits, class_ids) < 1
         num_classes = len(self.class_names)
@@ -139,19 +187,18 @@ class PerClass(Evaluator):
 
     def figures(self) -> Iterator[tuple[str, float]]:
         """Yield the top-1 of each class that has images as per_class/NAME."""
-        for name, right, num_images in zip(
-            self.class_names, self.sums["right"].tolist(), self.sums["images"].tolist(), strict=True
-        ):
+        counts = (self.sums[name].tolist() for name in ("right", "images"))
+        for name, right, num_images in zip(self.class_names, *counts, strict=True):
             if num_images:
                 yield f"per_class/{name}", right / num_images
 
 
 class TokenTruth(Evaluator):
-    """What the tokens say against the score maps of the batches: true masks', or a teacher's.
+    """Accuracy and mean IoU of the tokens against the score maps of the batches, which are true masks or a teacher's.
 
-    The class that a token finds most probable is held against the one that covers most of its cell, over the tokens
-    of which a class covers at least `OBJECT_SHARE`. miou: the mean over classes of hits / (hits + misses + false
-    alarms), over these tokens. `name`: what the figures' names begin with.
+    The most probable class of a token is compared with the class that covers most of its cell, over the tokens of which
+    a class covers at least `OBJECT_SHARE`. miou: the mean over classes of hits / (hits + misses + false alarms), over
+    these tokens. `name`: the prefix of the metrics' names.
     """
 
     def __init__(self, name: str = "token") -> None:
@@ -159,7 +206,7 @@ class TokenTruth(Evaluator):
         self.name = name
 
     def add(self, predictions: Predictions) -> None:
-        """Count a batch."""
+        """Add a batch to the sums."""
         batch = predictions.batch
         if batch.score_maps is None or predictions.token_classes is None:
             return
@@ -167,19 +214,19 @@ class TokenTruth(Evaluator):
         self.add_tokens(predictions.token_classes, truth, num_classes=batch.score_maps.num_classes)
 
     def add_tokens(self, predicted: Int[Tensor, "B N"], truth: TokenTargets, *, num_classes: int) -> None:
-        """Count tokens that say a class each, against targets aligned from true masks."""
+        """Add the predicted class of each token to the sums. `truth`: targets aligned from true masks."""
         objects, classes = object_tokens(truth)
         shown, found = classes[objects], predicted[objects]
         of_class = {"shown": shown, "found": found, "hits": shown[shown == found]}  # three rows of C, not C x C
         self._count(**{name: ids.bincount(minlength=num_classes) for name, ids in of_class.items()})
 
     def absent(self, class_names: Sequence[str]) -> list[str]:
-        """Return the classes that no token that was judged shows."""
+        """Return the classes that no judged token shows."""
         shown = self.sums["shown"] if "shown" in self.sums else torch.zeros(len(class_names))
         return [name for name, count in zip(class_names, shown.tolist(), strict=True) if not count]
 
     def figures(self) -> Iterator[tuple[str, float]]:
-        """Yield num_object_tokens, NAME_accuracy and NAME_miou; nothing where no token was to be judged."""
+        """Yield num_NAMEs_judged, NAME_accuracy and NAME_miou; nothing if no token was judged."""
         if "shown" not in self.sums or not self.sums["shown"].sum():
             return
         hits, shown = self.sums["hits"], self.sums["shown"]  # [C]
@@ -190,7 +237,7 @@ class TokenTruth(Evaluator):
 
 
 class RealLabels(Evaluator):
-    """ReaL accuracy: a prediction is right if it is among an image's labels; images without any are left out.
+    """ReaL accuracy: a prediction is right if it is one of the image's labels; images without labels are left out.
 
     `labels`: the class ids of each image, by the last part of its key. Source: Beyer et al., "Are we done with
     ImageNet?", 2020.
@@ -201,7 +248,7 @@ class RealLabels(Evaluator):
         self.labels = labels
 
     def add(self, predictions: Predictions) -> None:
-        """Count a batch. Raises ValueError for an image that the labels don't know."""
+        """Add a batch to the sums. Raises ValueError for an image that the labels do not name."""
         names = [key.rpartition("/")[2] for key in predictions.batch.keys]
         unknown = [name for name in names if name not in self.labels]
         if unknown:
@@ -221,18 +268,17 @@ class RealLabels(Evaluator):
 
 
 class MultiLabel(Evaluator):
-    """Mean average precision over the classes that any image has. `labels`: the class ids of each image, by key.
+    """Mean average precision over the classes that occur. `labels`: the class ids of each image, by key.
 
-    Average precision is the mean, over a class's images, of the precision among all images scored at least as high.
+    Average precision: the mean, over the images of a class, of the precision among all images with at least its score.
     """
 
     def __init__(self, labels: Mapping[str, Sequence[int]]) -> None:
         super().__init__()
         self.labels = labels
-        self.sums = {}
 
     def add(self, predictions: Predictions) -> None:
-        """Keep the scores of a batch."""
+        """Keep the scores and the labels of a batch: average precision needs all of them."""
         truth = torch.zeros_like(predictions.logits, dtype=torch.bool)
         for row, key in enumerate(predictions.batch.keys):
             truth[row, list(self.labels[key])] = True
@@ -252,22 +298,22 @@ class MultiLabel(Evaluator):
 
 
 def average_precision(scores: Float[Tensor, " n"], truth: Bool[Tensor, " n"]) -> float:
-    """Return the mean precision at the ranks of the true ones, in order of falling scores; ties count together."""
+    """Return the mean precision at the ranks of the true ones, by descending score; ties have one rank."""
     order = scores.argsort(descending=True)
     ranked, right = scores[order], truth[order]
     hits = right.cumsum(dim=0)
-    # The last rank of each group of equal scores is where all of the group has been seen.
+    # The precision at a score counts all images with that score, so it is taken at the last one of a tie.
     last = torch.searchsorted(-ranked, -ranked, right=True) - 1
     return float((hits[last] / (last + 1))[right].double().mean())
 
 
 def rank_of_class(logits: Float[Tensor, "B C"], class_ids: Int[Tensor, " B"]) -> Int[Tensor, " B"]:
-    """Return how many classes come before the image's own; ties and NaN count against it."""
+    """Return the rank of each image's class, from 0; ties and NaN count against it."""
     own = logits.gather(1, class_ids[:, None])
     return logits.shape[1] - 1 - (logits < own).sum(dim=1)
 
 
 def object_tokens(truth: TokenTargets) -> tuple[Bool[Tensor, "B N"], Int[Tensor, "B N"]]:
-    """Return which tokens show an object, by targets aligned from true masks, and the class of each."""
+    """Return which tokens are judged, given targets aligned from true masks, and the class that each token shows."""
     share, entry = truth.excess.max(dim=2)  # [B, N]
     return share >= OBJECT_SHARE, truth.classes.gather(1, entry)

@@ -1,4 +1,4 @@
-"""True dense labels: masks read like a label store, and how the maps of a store agree with them."""
+"""Masks read like a label store, and the agreement of a store's maps with them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tokenlabel.labels.store import LabelStore
 from tokenlabel.runtime.errors import DataError
 from tokenlabel.runtime.process import listed, say
 
-# Masks that are looked at before the work begins.
+# Masks that are checked before the work begins.
 NUM_CHECKED = 64
 
 
@@ -34,9 +34,9 @@ class MaskFolder:
     """True dense labels: a folder of masks laid out like the images, or COCO's file of them, read like a label store.
 
     The mask of `3/0001.jpg` is `3/0001.png` (see `mask_names`): one channel of class ids. `ignore_index`: the id of
-    pixels that show no class; by default 255, or 65535 where 255 is a class. `source`: the images, to refuse masks that
-    lie on their stored pixels where an orientation tag turns these. `class_names`: by them the categories of COCO's
-    file find their ids, others are none; without them ids are the categories in their order.
+    pixels without a class; by default 255, or 65535 if 255 is a class. `source`: the images, to refuse masks in the
+    orientation of the stored pixels if an EXIF tag rotates these. `class_names`: the names of COCO's categories that
+    have an id, in their order; all of them if empty.
     """
 
     def __init__(
@@ -64,18 +64,18 @@ class MaskFolder:
             self._ids = self._coco.ids_of(class_names, unlabelled=self._ignored)
 
     def __getitem__(self, key: str) -> ScoreMap:
-        """Return the mask of an image as a score map of certainties."""
+        """Return the mask of an image as a score map whose probabilities are 1."""
         path, values = self._read(key)
         return from_mask(values, num_classes=self.num_classes, unlabelled=self._ignored, name=str(path))
 
     def __contains__(self, key: str) -> bool:
-        """Say whether an image has a mask."""
+        """Return True if an image has a mask."""
         return key in self._coco_names if self._coco else self._path(key).exists()
 
     def check(self, class_names: Sequence[str], *, all_needed: bool = True) -> None:
-        """Raise DataError if images of the source have no mask, or if a class seems to be written as the id of none.
+        """Raise DataError if masks are missing (`all_needed`), or if some of them hold ids that are no class.
 
-        Masks of 0 and 255 of images of several classes: 255 must be one of them. `all_needed`: no mask may be missing.
+        Also for masks of only 0 and 255 of images of several classes: there 255 probably is a class.
         """
         if self._source is None:
             return
@@ -91,7 +91,7 @@ class MaskFolder:
         drawn = np.linspace(0, len(self._source) - 1, min(len(self._source), NUM_CHECKED)).astype(int)
         held: dict[int, str] = {}
         for index in drawn.tolist():
-            with suppress(ValueError):  # when it is its turn, it is named
+            with suppress(ValueError):  # the error is raised when this mask is used
                 path, values = self._read(self._source.keys[int(index)])
                 held |= dict.fromkeys(np.unique(values).tolist(), str(path))
         if strange := sorted({*held} - {*range(self.num_classes), self._ignored}):
@@ -132,7 +132,7 @@ class MaskFolder:
 
     @cached_property
     def _coco_names(self) -> dict[str, str]:
-        """What COCO's file calls the images."""
+        """The names of the images in COCO's file, by their keys."""
         assert self._coco is not None
         return self._coco.names_of(self._coco.names if self._source is None else self._source.keys)
 
@@ -141,15 +141,15 @@ class MaskFolder:
         return {} if self._source is None else {key: i for i, key in enumerate(self._source.keys)}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Send no index of the images: each process makes its own."""
+        """Leave out the indices of the images when pickled: they may be large, and each process makes its own."""
         own = ("_indices", "_coco_names")
         return {name: value for name, value in vars(self).items() if name not in own}
 
 
 def agreement(guess: TokenTargets, truth: TokenTargets, num_classes: int) -> tuple[int, int]:
-    """Return how many object tokens `guess` (aligned scores of a teacher) gets right, and how many it labels.
+    """Return for how many object tokens `guess` (aligned scores of a teacher) is right, and how many it labels.
 
-    A token that lies outside what the teacher saw has no label, and is not judged.
+    Tokens outside of what the teacher saw have no label, and do not count.
     """
     objects, classes = object_tokens(truth)
     objects &= guess.weight > 0
@@ -160,10 +160,10 @@ def agreement(guess: TokenTargets, truth: TokenTargets, num_classes: int) -> tup
 def mask_agreement(
     store: LabelStore, masks: str | Path, *, source: ImageSource | None = None, ignore_index: int | None = None
 ) -> float:
-    """Return the share of object cells of a store's maps whose most probable class is that of the true mask.
+    """Return the share of a store's cells, of those whose mask shows an object, whose best class is the mask's.
 
-    `masks`: a folder of true dense labels, laid out like the images, or COCO's file; `ignore_index`: see `MaskFolder`.
-    Images without a mask are left out, which is said. `source`: the images, which know their orientation.
+    `masks`, `ignore_index`: see `MaskFolder`. Prints how many images have a mask; the others are left out. `source`:
+    the images, for their orientation.
     """
     num_classes, names = store.manifest.num_classes, store.manifest.class_names
     truth_of = MaskFolder(masks, num_classes=num_classes, ignore_index=ignore_index, source=source, class_names=names)
@@ -185,7 +185,8 @@ def mask_agreement(
         if source is not None and key in indices:
             score_map = turned_map(score_map, orientation_of(source.read(indices[key])))
         height, width, _ = score_map.codes.shape
-        seen = torch.from_numpy(stack_views([View.crop(score_map.region)]))  # locations are then the map's cells
+        # In a view of the teacher's region, and on a grid of the map's size, each token is one cell.
+        seen = torch.from_numpy(stack_views([View.crop(score_map.region)]))
         guess, truth = (align(collate_score_maps([m]), seen, (height, width)) for m in (score_map, truth_of[key]))
         counts = agreement(guess, truth, num_classes)
         right, total = right + counts[0], total + counts[1]

@@ -1,4 +1,4 @@
-"""What a network's frozen features know: of locations, by a linear probe on true masks; of images, by two probes."""
+"""Probes of a network's frozen features: linear on tokens (by true masks), linear and nearest neighbours on images."""
 
 from __future__ import annotations
 
@@ -63,9 +63,9 @@ def fit_probe(
 def probe_figures(
     model: TokenModel, train: Iterable[Batch], val: Iterable[Batch], *, num_classes: int
 ) -> dict[str, float]:
-    """Return probe_accuracy and probe_miou on val batches of a probe fitted to train batches; both carry true masks.
+    """Return probe_accuracy and probe_miou, on val batches, of a token probe fitted on train batches.
 
-    Tokens that show an object take part, and are judged as those of `TokenTruth`.
+    Both have true masks. Only tokens that show an object count, as in `TokenTruth`.
     """
     features, classes = [], []
     for batch in train:
@@ -84,12 +84,12 @@ def probe_figures(
 def probe_sets(
     probe: str | Path, test: str | Path | None, transform: EvalTransform
 ) -> tuple[TokenLabelDataset, TokenLabelDataset]:
-    """Return the images that probes learn from, of the folder `probe`, and those that they are tested on.
+    """Return the images that probes are fitted on, from the folder `probe`, and those that they are tested on.
 
-    Without `test` every other image of a class is for the test. Raises ConfigError for images of fewer than two
-    classes, or of one image of a class.
+    Without `test`, every other image of each class is for the test. Raises ConfigError for images of fewer than two
+    classes, or with one image of a class.
     """
-    source = with_classes_only(open_images(probe), probe)
+    source = _with_classes(open_images(probe), probe)
     if test is not None:
         others = as_classes_of(open_images(test), source.class_names, len(source.class_names), test)
     else:
@@ -99,8 +99,8 @@ def probe_sets(
     return TokenLabelDataset(source, transform), TokenLabelDataset(others, transform)
 
 
-def with_classes_only(source: ImageSource, place: str | Path) -> ImageSource:
-    """Return the images of a source that have a class. Raises ConfigError unless two classes have two images each."""
+def _with_classes(source: ImageSource, place: str | Path) -> ImageSource:
+    """Return the images that have a class. Raises ConfigError unless there are two, with two images each."""
     known = has_classes(source)
     counts = np.bincount(source.class_ids[known], minlength=1)
     found, single = ([source.class_names[i] for i in np.flatnonzero(which)] for which in (counts, counts == 1))
@@ -120,14 +120,12 @@ def image_figures(
     num_classes: int,
     ranks: Ranks = Ranks(),  # noqa: B008  (immutable)
 ) -> dict[str, float]:
-    """Return image_probe and knn: how often probes of the mean token, fitted to train batches, name val images right.
+    """Return image_probe and knn: the accuracy, on val batches, of probes of the mean token fitted on train batches.
 
-    image_probe is linear (`fit_probe`); knn is the vote of the `NUM_NEIGHBOURS` nearest by cosine, after the mean
-    of the training images is taken away. Batches are this rank's part of the images, in `num_classes` classes.
+    image_probe is linear (`fit_probe`); knn is the vote of the `NUM_NEIGHBOURS` nearest images by cosine, after the
+    mean of the training images is subtracted. Batches are this rank's part of the images, in `num_classes` classes.
     """
-    (features, classes), (val_features, val_classes) = (
-        _of_all_ranks(_mean_tokens(model, batches), ranks) for batches in (train, val)
-    )
+    (features, classes), (val_features, val_classes) = (_mean_tokens(model, part, ranks) for part in (train, val))
     probe = fit_probe(features, classes, num_classes=num_classes)
     found = nearest_classes(features, classes, val_features, num_classes=num_classes)
     return {
@@ -149,24 +147,22 @@ def nearest_classes(
     near = F.normalize(queries - centre, dim=1) @ F.normalize(features - centre, dim=1).T  # [m, n]
     similarity, index = near.topk(min(k, len(features)), dim=1)
     votes = queries.new_zeros(len(queries), num_classes)
-    # A vote counts 1, and less than a k-th more the nearer it is.
+    # A vote counts 1, plus at most 1 / (2k) for its similarity: all k of these are less than a vote and only break ties.
     votes.scatter_add_(1, classes[index], 1 + (similarity + 1) / (4 * k))
     return votes.argmax(dim=1)
 
 
-def _of_all_ranks(
-    of_rank: tuple[Float[Tensor, "n D"], Int[Tensor, " n"]], ranks: Ranks
+def _mean_tokens(
+    model: TokenModel, batches: Iterable[Batch], ranks: Ranks
 ) -> tuple[Float[Tensor, "n D"], Int[Tensor, " n"]]:
-    features, classes = zip(*ranks.all_gather([part.cpu() for part in of_rank]), strict=True)
-    return torch.cat(features), torch.cat(classes)
-
-
-def _mean_tokens(model: TokenModel, batches: Iterable[Batch]) -> tuple[Float[Tensor, "n D"], Int[Tensor, " n"]]:
+    """Return the mean token and the class of each image, of all ranks."""
     features, classes = [], []
     for batch in batches:
         outputs = model(normalize_images(batch.images, mean=model.mean, std=model.std))
         features.append(outputs.tokens.float().mean(dim=1))
         classes.append(batch.class_ids)
+    of_ranks = ranks.all_gather((torch.cat(features).cpu(), torch.cat(classes).cpu()))
+    features, classes = zip(*of_ranks, strict=True)
     return torch.cat(features), torch.cat(classes)
 
 
