@@ -147,7 +147,7 @@ def nearest_classes(
     near = F.normalize(queries - centre, dim=1) @ F.normalize(features - centre, dim=1).T  # [m, n]
     similarity, index = near.topk(min(k, len(features)), dim=1)
     votes = queries.new_zeros(len(queries), num_classes)
-    # A vote counts 1, plus at most 1 / (2k) for its similarity: all k of these are less than a vote and only break ties.
+    # A vote counts 1, plus at most 1 / (2k) for its similarity: k of these are less than a vote and only break ties.
     votes.scatter_add_(1, classes[index], 1 + (similarity + 1) / (4 * k))
     return votes.argmax(dim=1)
 
