@@ -261,9 +261,7 @@ def test_what_is_no_store_says_what_may_be_meant(tmp_path):
             LabelStoreWriter(path, a_manifest())
     (folder / "manifest.json").unlink()
     for use in (lambda: LabelStore(folder), lambda: LabelStoreWriter(folder, a_manifest())):
-        with pytest.raises(
-            StoreError, match=r"holds \.safetensors files, but no manifest\.json; restore a copy"
-        ):
+        with pytest.raises(StoreError, match=r"holds \.safetensors files, but no manifest\.json; restore a copy"):
             use()
     (folder / "manifest.json").write_bytes(b"")
     with pytest.raises(StoreError, match=r"manifest\.json: is not JSON .*; restore a copy"):
