@@ -29,7 +29,7 @@ class Learner(nn.Module):
         network, batch = self.network, batch.to(next(self.parameters()).device)
         outputs = network(tl.normalize_images(batch.images, mean=network.mean, std=network.std))  # +
         targets = tl.align(batch.score_maps, batch.views, outputs.grid)  # +
-        loss = tl.token_label_loss(outputs, batch.class_ids, targets, beta=0.5).total  # +
+        loss = tl.token_label_loss(outputs, batch.class_targets(), targets, beta=0.5).total  # +
         return {"loss": loss}
 
 

@@ -26,7 +26,7 @@ class Classifier(lightning.LightningModule):
         """Return the loss of a batch."""
         outputs = self.model(tl.normalize_images(batch.images, mean=self.model.mean, std=self.model.std))  # +
         targets = tl.align(batch.score_maps, batch.views, outputs.grid)  # +
-        loss = tl.token_label_loss(outputs, batch.class_ids, targets, beta=0.5).total  # +
+        loss = tl.token_label_loss(outputs, batch.class_targets(), targets, beta=0.5).total  # +
         self.log("loss", loss, batch_size=len(batch.images), prog_bar=True)
         return loss
 

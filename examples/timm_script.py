@@ -58,7 +58,7 @@ def main() -> None:
         batch = batch.to(args.device)
         outputs = model(tl.normalize_images(batch.images, mean=model.mean, std=model.std))  # +
         targets = tl.align(batch.score_maps, batch.views, outputs.grid)  # +
-        loss = tl.token_label_loss(outputs, batch.class_ids, targets, beta=0.5).total  # +
+        loss = tl.token_label_loss(outputs, batch.class_targets(), targets, beta=0.5).total  # +
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from timm.data.random_erasing import RandomErasing
 
 from tokenlabel.core.config import ErasingConfig, ErasingMode
-from tokenlabel.core.erase import box_masks, draw_boxes, erase, erased_share
+from tokenlabel.core.erase import box_masks, draw_boxes, erase
+from tokenlabel.core.mix import cell_means
 from tokenlabel.core.targets import TokenTargets
 
 fast = settings(max_examples=30, deadline=None)
@@ -97,7 +98,7 @@ def test_tokens_lose_weight_by_their_erased_share():
         floor=torch.full((1, 4), 0.1),
         weight=torch.full((1, 4), 0.8),
     )
-    reweighted = targets.scaled(1 - erased_share(mask, (2, 2)))
+    reweighted = targets.scaled(1 - cell_means(mask.float(), (2, 2)))
     kept = np.array([1 - 6 / 8, 1, 1, 1])
     np.testing.assert_allclose(reweighted.weight[0], 0.8 * kept, rtol=1e-6)
     np.testing.assert_allclose(reweighted.dense(4), targets.dense(4).numpy() * kept[None, :, None], rtol=1e-6)

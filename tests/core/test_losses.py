@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -378,3 +380,26 @@ def test_models_of_many_classes_are_trained_through_the_fused_head(monkeypatch, 
     targets = draw_targets(np.random.default_rng(0), (2, num_tokens), 1000)
     token_label_loss(outputs, class_targets(torch.zeros(2, dtype=torch.int64)), targets)
     assert taken == [outputs.token_head]
+
+
+def test_targets_over_other_classes_or_on_another_grid_are_refused():
+    """Sums that fit by accident would train on wrong numbers: 10 classes' floors under 20 logits, (h, w) as (w, h)."""
+    targets = replace(class_targets([1, 2], num_classes=10), grid=(1, 1))
+    with pytest.raises(ValueError, match="logits over 20 classes, targets over 10"):
+        sparse_cross_entropy(torch.zeros(2, 1, 20), targets)
+    with pytest.raises(ValueError, match="logits over 20 classes, targets over 10"):
+        linear_cross_entropy(torch.zeros(2, 1, 4), nn.Linear(4, 20), targets)
+    tokens = TokenTargets(torch.zeros(2, 1).long(), torch.ones(2, 6, 1), torch.zeros(2, 6), torch.ones(2, 6), 3, (2, 3))
+    outputs = Outputs(torch.zeros(2, 10), torch.zeros(2, 6, 8), nn.Linear(8, 3), grid=(3, 2))
+    with pytest.raises(ValueError, match=r"grid of \(2, 3\) tokens .* outputs on \(3, 2\)"):
+        token_label_loss(outputs, torch.tensor([0, 1]), tokens)
+
+
+def test_a_model_without_class_head_takes_class_ids_that_it_has_no_use_for():
+    """As a batch of images without classes holds them: zeros."""
+    outputs = Outputs(torch.zeros(2, 0), torch.randn(2, 4, 8), nn.Linear(8, 3), grid=(2, 2))
+    tokens = class_targets([1, 2], num_classes=3)
+    tokens = TokenTargets(tokens.classes, torch.ones(2, 4, 1), torch.zeros(2, 4), torch.ones(2, 4), num_classes=3)
+    loss = token_label_loss(outputs, torch.zeros(2, dtype=torch.long), tokens)
+    assert loss.class_part == 0
+    assert loss.total == 0.5 * loss.token_part

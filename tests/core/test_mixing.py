@@ -7,7 +7,7 @@ from label_cases import dense_targets, draw_targets
 from torch.nn import functional as F
 
 from tokenlabel.core.config import Mixing
-from tokenlabel.core.mix import MixPlan, join_plans, mix_images, mix_targets, mix_tokens, sample_mix
+from tokenlabel.core.mix import MixPlan, cell_means, join_plans, mix_images, mix_targets, mix_tokens, sample_mix
 from tokenlabel.core.targets import class_targets
 
 MIXES = [Mixing.MIXTOKEN, Mixing.CUTMIX, Mixing.MIXUP]
@@ -271,3 +271,12 @@ def plan_of(mixing, *, num_images, seed):
     return sample_mix(
         mixing, num_images, grid=(2, 2), img_size=(4, 4), per_sample=True, generator=torch.Generator().manual_seed(seed)
     )
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 5), st.integers(1, 5), st.integers(0, 99))
+def test_means_of_cells_are_those_of_the_pixels_that_they_cover(height, width, h, w, seed):
+    """Also where pixels do not divide by cells: of a mask each pixel of which is h x w finer ones."""
+    mask = torch.rand(2, height, width, generator=torch.Generator().manual_seed(seed))
+    finer = mask.repeat_interleave(h, dim=1).repeat_interleave(w, dim=2)  # [2, h * height, w * width]
+    expected = finer.unflatten(2, (w, width)).unflatten(1, (h, height)).mean(dim=(2, 4))
+    torch.testing.assert_close(cell_means(mask, (h, w)), expected.flatten(1))

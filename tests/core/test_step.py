@@ -196,7 +196,7 @@ def test_targets_of_stored_maps_agree_image_by_image(seed, config):
 @settings(max_examples=30)
 @given(seeds, configs(extents=(Extent.CROP,)), st.integers(1, 6))
 def test_targets_of_a_teacher_in_the_step_agree_image_by_image(seed, config, topk):
-    """Its maps are of the augmented images, so views change nothing; its word on the image is its own."""
+    """Its maps lie on the augmented images; what these do not show of their source has no label."""
     config = dataclasses.replace(config, teacher=OnlineTeacherConfig(name="a", topk=topk))
     rng = np.random.default_rng(seed)
     batch, _ = draw_batch(rng, stored=False)
@@ -204,8 +204,9 @@ def test_targets_of_a_teacher_in_the_step_agree_image_by_image(seed, config, top
     got = make_targets(batch, Supervision(loss=config, stored=False, teacher=teacher), GRID, mix=plan)
     maps = [map_of_best_classes(probs, topk) for probs in teacher.of_locations]
     labels = list(teacher.of_images)
-    whole = dataclasses.replace(batch, views=torch.from_numpy(stack_views([View.identity()] * NUM_IMAGES)))
-    tokens, weights = plain_tokens(config, maps, whole)
+    as_seen = torch.from_numpy(stack_views([View.identity()] * NUM_IMAGES))
+    on_crops = dataclasses.replace(batch, views=torch.cat([batch.views, as_seen], dim=1))
+    tokens, weights = plain_tokens(config, maps, on_crops)
     shares = plan.mask.double().flatten(1).numpy()
     tokens = smooth_and_mix(tokens, weights, shares, plan, config.label_smoothing)
     check(got, [*expected_class_targets(config, batch, labels, plan), tokens], batch.num_classes)
@@ -360,7 +361,7 @@ def test_erased_tokens_lose_their_weight():
     gone = torch.zeros(NUM_IMAGES, 12, 18, dtype=torch.bool)
     gone[:, :6, :6] = True  # the first of 2 x 3 tokens
     supervision = Supervision(loss=LossConfig(), stored=True)
-    kept, whole = (make_targets(batch, supervision, GRID, gone=mask).tokens for mask in (gone, None))
+    kept, whole = (make_targets(batch, supervision, GRID, erased=mask).tokens for mask in (gone, None))
     assert kept is not None
     assert whole is not None
     expected = whole.weight.clone()
@@ -379,14 +380,14 @@ def test_a_step_is_its_stages_in_order():
     for ignore in (False, True):
         erase_by = ErasingConfig(probability=1.0, area=(0.2, 0.3), ignore_erased=ignore)
         part, no_autocast = Part(0, 5, 0), torch.autocast("cpu", enabled=False)
-        step = TrainStep(model, supervision, erase=erase_by, mix=mix_by, autocast=no_autocast)
+        step = TrainStep(model, supervision, erasing=erase_by, mixing=mix_by, autocast=no_autocast)
         got = step(batch, part, Stopwatch())
         generator = part.generator()
         images, gone = erase(
             normalize_images(batch.images, mean=model.mean, std=model.std), erase_by, generator=generator
         )
         plan = draw_mix_plan(mix_by, NUM_IMAGES, GRID, (12, 18), generator=generator)
-        targets = make_targets(batch, supervision, GRID, mix=plan, gone=gone if ignore else None)
+        targets = make_targets(batch, supervision, GRID, mix=plan, erased=gone if ignore else None)
         expected = student_loss(model(images, plan), targets, supervision)
         assert torch.equal(got["loss"], expected.total)
         assert torch.equal(got["token_loss"], expected.token_part)
@@ -441,7 +442,7 @@ def test_a_teacher_sees_images_before_they_are_erased_and_mixed():
     gone = torch.ones(NUM_IMAGES, 12, 18, dtype=torch.bool)
     config = LossConfig(teacher=OnlineTeacherConfig(name="a"))
     make_targets(
-        batch, Supervision(loss=config, stored=False, teacher=Watching(rng)), GRID, mix=draw_mix(rng), gone=gone
+        batch, Supervision(loss=config, stored=False, teacher=Watching(rng)), GRID, mix=draw_mix(rng), erased=gone
     )
     assert len(seen) == 1
     assert torch.equal(seen[0], batch.images)

@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from label_cases import dense_targets, draw_targets
 
+from tokenlabel.core.mix import MixPlan, mix_targets
 from tokenlabel.core.targets import TokenTargets, class_targets
 
 cases = st.tuples(st.integers(0, 2**32 - 1), st.integers(1, 4), st.integers(1, 6), st.integers(2, 12))
@@ -67,3 +68,20 @@ def test_class_targets_are_certain(num_classes):
     class_ids = torch.tensor([0, num_classes - 1, 1])
     dense = class_targets(class_ids).dense(num_classes)
     assert torch.equal(dense, torch.nn.functional.one_hot(class_ids, num_classes)[:, None].float())
+
+
+def test_targets_are_mixed_on_their_own_grid_and_over_their_own_classes_only():
+    targets = draw((0, 2, 6, 4))
+    plan = MixPlan(torch.full((2, 1, 1), 0.5), torch.tensor([1, 0]), on_tokens=False)
+    assert mix_targets(targets, plan, (2, 3)).weight.shape == (2, 6)
+    with pytest.raises(ValueError, match=r"shares of \(2, 1\) .* targets of \(2, 6\)"):
+        mix_targets(targets, plan, (1, 1))
+    ours, theirs = (class_targets([0, 1], num_classes=count) for count in (3, 5))
+    with pytest.raises(ValueError, match="3 and 5 classes"):
+        ours.blended(theirs, torch.full((2, 1), 0.5))
+
+
+def test_how_many_classes_there_are_is_known_or_asked_for():
+    assert class_targets([0, 1], num_classes=3).smoothed(0.3).dense().shape == (2, 1, 3)
+    with pytest.raises(ValueError, match="give num_classes"):
+        class_targets([0, 1]).dense()

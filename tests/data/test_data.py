@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
@@ -292,6 +292,14 @@ class TestDataset:
         assert sample.score_map is store["dog/3.png"]
         assert sample.image.shape == (3, *SIZE_PX)
 
+    def test_it_says_what_tokens_learn_and_refuses_the_same_classes_in_another_order(self):
+        keys = ImagesInMemory().keys
+        assert dataset(store=LabelsInMemory(keys)).num_token_classes == 2
+        others = LabelsInMemory(keys, class_names=("ant", "bee", "fly"), num_classes=3)
+        assert (dataset(store=others).num_classes, dataset(store=others).num_token_classes) == (2, 3)
+        with pytest.raises(DataError, match="dog"):
+            dataset(store=LabelsInMemory(keys, class_names=("dog", "cat")))
+
     def test_a_sample_is_a_function_of_seed_epoch_and_index(self):
         def right(seed, epoch, index):
             return dataset(seed)[epoch, index].view.matrix[0, 0]
@@ -344,6 +352,12 @@ class TestCollate:
         assert batch.num_classes == 2
         assert batch.score_maps is not None
         assert batch.score_maps.num_classes == 2
+
+    def test_class_targets_of_images_without_a_class_have_weight_0(self):
+        batch = collate([replace(dataset()[0, i], has_class=i != 1) for i in range(3)])
+        assert batch.class_targets().dense()[:, 0].tolist() == [[1, 0], [0, 0], [1, 0]]
+        assert batch.class_targets().weight.flatten().tolist() == [1, 0, 1]
+        assert replace(batch, num_classes=0).class_targets().weight.flatten().tolist() == [1, 0, 1]
 
     def test_without_a_store_there_are_no_score_maps(self):
         assert collate([dataset()[0, 0]]).score_maps is None

@@ -325,3 +325,11 @@ def test_no_files_at_all(data):
     run(data)
     with pytest.raises(StoreError, match=r"preprocessing\.layout"):
         run(data, layout=PublishedLayout.WH)
+
+
+def test_kept_logits_far_below_0_are_a_distribution_all_the_same():
+    content = torch.stack([torch.full((2, 1, 1), -300.0), torch.tensor([3.0, 5.0])[:, None, None]])
+    maps = collate_score_maps([as_map(content)])
+    views = torch.from_numpy(stack_views([View.identity()]))
+    found = align(maps, views, (1, 1), logits=LogitsMode.KEPT).dense(NUM_CLASSES)[0, 0]
+    assert (float(found[3]), float(found[5])) == (0.5, 0.5)

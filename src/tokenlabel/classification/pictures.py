@@ -49,10 +49,10 @@ def batch_album(
     model, supervision = step.model, step.supervision
     images = normalize_images(batch.images, mean=model.mean, std=model.std)
     grid = model.grid_for((images.shape[2], images.shape[3]))
-    images, gone, mix = erase_and_draw(images, grid, part, erase_by=step.erase, mix_by=step.mix)
+    images, erased, mix = erase_and_draw(images, grid, part, erasing=step.erasing, mixing=step.mixing)
     # What a token would learn without the mix, and what it is trained on.
-    alone = make_targets(batch, supervision, grid, gone=gone)
-    mixed = make_targets(batch, supervision, grid, mix=mix, gone=gone)
+    alone = make_targets(batch, supervision, grid, erased=erased)
+    mixed = make_targets(batch, supervision, grid, mix=mix, erased=erased)
     pictures = []
     for i, original in enumerate(originals):
         tiles = []

@@ -101,8 +101,8 @@ class ClassifierTask(Task[Recipe]):
         self.step = TrainStep(
             self.model,
             self.supervision,
-            erase=self.recipe.erase,
-            mix=self.recipe.mix,
+            erasing=self.recipe.erase,
+            mixing=self.recipe.mix,
             autocast=autocast(self.device, self.recipe.precision),
         )
 

@@ -54,9 +54,9 @@ def align(
     if score_maps is None:
         raise ValueError("the batch has no score maps to align; give the data set a label store (store=)")
     views = torch.as_tensor(views, device=score_maps.probs.device)
-    if score_maps.kind is Kind.LOGITS or logits is LogitsMode.PUBLISHED:
-        if logits is LogitsMode.PUBLISHED:
-            return align_as_published(score_maps, views, grid)
+    if logits is LogitsMode.PUBLISHED:
+        return align_as_published(score_maps, views, grid)
+    if score_maps.kind is Kind.LOGITS:
         score_maps = probabilities_of_cells(score_maps, logits)
     (num_images, height, width), num_tokens = score_maps.codes.shape[:3], grid[0] * grid[1]
     num_planes, (start, end) = score_maps.classes.shape[1] + 1, score_maps.regions[..., None].split(2, dim=1)
@@ -78,11 +78,18 @@ def align(
         for block in blocks(len(indices), numbers_each, pooled.device):
             images = block if len(by_count) == 1 else indices[block]  # a slice copies nothing
             pooled[images], weight[images] = _pooled(score_maps.of_images(images), frames[images], points)
-    return TokenTargets(score_maps.classes, excess=pooled[..., :-1], floor=pooled[..., -1], weight=weight)
+    return TokenTargets(
+        score_maps.classes,
+        excess=pooled[..., :-1],
+        floor=pooled[..., -1],
+        weight=weight,
+        num_classes=score_maps.num_classes,
+        grid=grid,
+    )
 
 
 def enough_samples(shape: tuple[int, int], grid: tuple[int, int]) -> int:
-    """Return how many samples, per token and axis, read every cell of a map (h, w) if the view shows all of it.
+    """Return how many samples, per token and axis, read every cell of a map (h, w) of which the view shows all.
 
     Rounded up to one of 2, 3, 4, 6, 8, 12, 16, ..., so that images of different sizes often share one number.
     """
@@ -97,10 +104,10 @@ def _pooled(
     """Return each token's weighted sum over the map's planes, and the sum of its weights."""
     num_images, num_tokens = len(frames), points.shape[2]
     cells, shares = _cells_of_tokens(score_maps, frames, points)
-    says_something = (score_maps.probs > 0).any(dim=3) | score_maps.empty_is_even[:, None, None]  # [B, H, W]
+    is_labelled = (score_maps.probs > 0).any(dim=3) | score_maps.empty_is_even[:, None, None]  # [B, H, W]
     # Cells without a label count 0. Multiplying by 1 is exact, and index_select of floats takes a sixth of the time of
     # boolean indexing.
-    counts = says_something.float().flatten().index_select(0, cells.flatten()).view_as(shares)
+    counts = is_labelled.float().flatten().index_select(0, cells.flatten()).view_as(shares)
     shares = shares * counts
     planes = _planes(score_maps).flatten(0, 2)  # [B * H * W, U + 1]
     # A weighted sum of rows is what embedding_bag computes, without a copy of the rows: [B * N, reads, U + 1].
@@ -171,6 +178,7 @@ def _sample_locations(
     in_frames = torch.addcmul(torch.addcmul(origin, by_x, x), by_y, y)  # [B, F, 2, S, N], fractions
     sizes = score_maps.sizes[:, :, None, None]
     locations = (in_frames[:, -1] * sizes).sub_(0.5).clamp_min_(0)
+    # Last, since it overwrites `in_frames`, one of the largest tensors here.
     covered = in_frames.sub_(0.5).abs_().amax(dim=(1, 2)) <= 0.5 + EDGE_TOLERANCE
     return locations.minimum(sizes - 1), covered
 
@@ -193,7 +201,7 @@ def image_labels(
     Source: Yun et al., "Re-labeling ImageNet", CVPR 2021.
     """
     pooled = align(score_maps, views, (1, 1), logits=map_mode)
-    labels = pooled.dense(score_maps.num_classes)[:, 0] / pooled.weight.clamp_min(1e-12)
+    labels = pooled.dense()[:, 0] / pooled.weight.clamp_min(1e-12)
     return torch.where(pooled.weight > 0, labels, one_hot(class_ids, labels)), pooled.weight[:, 0] > 0
 
 
@@ -210,10 +218,3 @@ def most_probable(probs: Float[Tensor, "B C"]) -> Float[Tensor, "B C"]:
 def one_hot(class_ids: Int[Tensor, " B"], like: Float[Tensor, "B C"]) -> Float[Tensor, "B C"]:
     """Return rows of probability 1 for the given classes."""
     return torch.zeros_like(like).scatter_(1, class_ids[:, None], 1.0)
-
-
-def every_class(probs: Float[Tensor, "B C"]) -> TokenTargets:
-    """Return distributions over all classes as the targets of one token an image."""
-    ones = probs.new_ones(len(probs), 1)
-    classes = torch.arange(probs.shape[1], device=probs.device).expand(len(probs), -1)
-    return TokenTargets(classes, excess=probs[:, None], floor=torch.zeros_like(ones), weight=ones)

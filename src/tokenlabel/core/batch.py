@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tokenlabel.core.geometry import View
 from tokenlabel.core.scores import Kind, ScoreMap
+from tokenlabel.core.targets import TokenTargets, class_targets
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +41,7 @@ class ScoreMapBatch:
 
     def to(self, device: torch.device | str) -> ScoreMapBatch:
         """Return the batch on another device."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+        return self._each(lambda tensor: moved(tensor, device))
 
     def pin_memory(self) -> ScoreMapBatch:
         """Return the batch in page-locked memory (the data loader calls this)."""
@@ -140,37 +141,27 @@ class Batch:
         """Return the batch on another device; itself where it lies there."""
         if self.images.device == torch.device(device):
             return self
-        return Batch(
-            images=self.images.to(device, non_blocking=True),
-            class_ids=self.class_ids.to(device, non_blocking=True),
-            has_class=self.has_class.to(device, non_blocking=True),
-            num_classes=self.num_classes,
-            views=self.views.to(device, non_blocking=True),
-            score_maps=self.score_maps and self.score_maps.to(device),
-            keys=self.keys,
-        )
+        return self._each(lambda tensor: moved(tensor, device), self.score_maps and self.score_maps.to(device))
 
     def pin_memory(self) -> Batch:
         """Return the batch in page-locked memory (the data loader calls this)."""
-        return Batch(
-            images=self.images.pin_memory(),
-            class_ids=self.class_ids.pin_memory(),
-            has_class=self.has_class.pin_memory(),
-            num_classes=self.num_classes,
-            views=self.views.pin_memory(),
-            score_maps=self.score_maps and self.score_maps.pin_memory(),
-            keys=self.keys,
-        )
+        return self._each(Tensor.pin_memory, self.score_maps and self.score_maps.pin_memory())
+
+    def class_targets(self) -> TokenTargets:
+        """Return the ground truth as class targets; those of images without a class have weight 0."""
+        targets = class_targets(self.class_ids, num_classes=self.num_classes or None)
+        return targets.scaled(self.has_class[:, None].float())
+
+    def _each(self, change: Callable[[Tensor], Tensor], score_maps: ScoreMapBatch | None) -> Batch:
+        names = ("images", "class_ids", "has_class", "views")
+        return replace(self, score_maps=score_maps, **{name: change(getattr(self, name)) for name in names})
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle all but the images as NumPy arrays: each tensor in shared memory costs 0.1 ms in both processes."""
         maps = self.score_maps
         names = [field.name for field in fields(maps)] if maps is not None else []
-        return {
-            **{name: _by_value(value) for name, value in vars(self).items()},
-            "images": self.images,
-            "score_maps": {name: _by_value(getattr(maps, name)) for name in names} or None,
-        }
+        sent = {"images": self.images, "score_maps": {name: _by_value(getattr(maps, name)) for name in names} or None}
+        return sent | {name: _by_value(value) for name, value in vars(self).items() if name not in sent}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         sent = {name: _as_tensor(value) for name, value in state.items()}
@@ -179,6 +170,12 @@ class Batch:
         if maps := state["score_maps"]:
             sent["score_maps"] = ScoreMapBatch(**{name: _as_tensor(value) for name, value in maps.items()})
         self.__dict__.update(sent)
+
+
+def moved(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """Return a tensor on another device, without waiting where that is a GPU."""
+    # A copy to the CPU that nobody waits for may be read before it is there.
+    return tensor.to(device, non_blocking=torch.device(device).type != "cpu")
 
 
 def _by_value(value: Any) -> Any:
@@ -216,8 +213,9 @@ def normalize_images(
         )
     width_px = images.shape[3]
     # The channels of a whole row side by side: broadcasting three numbers at a time is ten times as slow.
-    scale = torch.tensor([1 / (255 * s) for s in std], device=images.device).repeat(width_px)
-    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=images.device)
+    # Made on the CPU: on a GPU, torch.tensor would wait for the device.
+    scale = moved(torch.tensor([1 / (255 * s) for s in std]), images.device).repeat(width_px)
+    shift = moved(torch.tensor([-m / s for m, s in zip(mean, std, strict=True)]), images.device)
     rows = images.permute(0, 2, 3, 1).flatten(2).float()  # [B, height, width * 3]
     rows = rows.mul_(scale).add_(shift.repeat(width_px)).to(dtype)
     return rows.unflatten(2, (width_px, 3)).permute(0, 3, 1, 2)

@@ -10,7 +10,6 @@ import math
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn import functional as F
 
 from tokenlabel.core.config import ErasingConfig, ErasingMode
 
@@ -33,11 +32,6 @@ def erase(
         fill = _fill(images, config.mode, noise)
         images = torch.where(mask[:, None], fill, images)
     return images, masks.any(dim=0)
-
-
-def erased_share(gone: Bool[Tensor, "B height width"], grid: tuple[int, int]) -> Float[Tensor, "B N"]:
-    """Return the share of each token's cell on a grid (h, w) that was erased."""
-    return F.adaptive_avg_pool2d(gone[:, None].float(), grid).flatten(1)
 
 
 def draw_boxes(

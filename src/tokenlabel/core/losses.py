@@ -42,7 +42,8 @@ def token_label_loss(
     `token_targets`: one for each output token (None: no token labels, the token part is 0). A model without class head
     (logits [B, 0]) has a class part of 0. Tokens of weight 0 carry no
     loss but count in the mean, so that the mean over two ranks is the mean over both batches.
-    Raises ValueError for class targets of another type, and for targets that do not fit the outputs' images and tokens.
+    Raises ValueError for class targets of another type, and for targets that do not fit the outputs' images, tokens
+    and classes.
     Source: Jiang et al., "All Tokens Matter", NeurIPS 2021, equation 4.
 
     >>> outputs = tl.Outputs(torch.zeros(2, 4), torch.zeros(2, 9, 8), torch.nn.Linear(8, 4), grid=(3, 3))
@@ -52,14 +53,19 @@ def token_label_loss(
     """
     if not 0 <= beta < math.inf:
         raise ValueError(f"beta: expected a finite number of at least 0, got {beta}")
-    if not isinstance(class_targets, TokenTargets):
-        class_targets = targets_of(class_targets, num_classes=outputs.class_logits.shape[1])
-    if outputs.class_logits.shape[1]:
+    if num_classes := outputs.class_logits.shape[1]:
+        if not isinstance(class_targets, TokenTargets):
+            class_targets = targets_of(class_targets, num_classes=num_classes)
         class_part = sparse_cross_entropy(outputs.class_logits[:, None], class_targets).mean()
     else:  # no class head: 0, yet with gradients of 0, as DDP waits for one of every parameter
         class_part = outputs.class_logits.float().sum()
     if token_targets is None:
         return TokenLabelLoss(class_part, class_part.detach(), torch.zeros_like(class_part))
+    if getattr(token_targets, "grid", None) not in (None, tuple(outputs.grid)):
+        raise ValueError(
+            f"targets on a grid of {token_targets.grid} tokens (h, w) for outputs on {tuple(outputs.grid)}; align the "
+            "score maps to the grid that the model reports (outputs.grid)"
+        )
     token_part = head_cross_entropy(outputs.tokens, outputs.token_head, token_targets)
     return TokenLabelLoss(class_part + beta * token_part, class_part.detach(), token_part.detach())
 
@@ -70,10 +76,10 @@ def head_cross_entropy(tokens: Float[Tensor, "B N D"], head: nn.Module, targets:
     `head`: any module that maps the features of tokens, or a 1 x 1 convolution, which is a linear map of channels.
     """
     # Exactly such a layer: what wraps or parametrises one has a type of its own.
-    is_plain = type(head) in (nn.Linear, Linear, nn.Conv2d)
-    if not is_plain or not isinstance(head, (nn.Linear, nn.Conv2d)):
+    if type(head) not in (nn.Linear, Linear, nn.Conv2d):
         return sparse_cross_entropy(head(tokens), targets).mean()
-    # Only with more classes than features are logits larger than the features whose gradient the fused form keeps.
+    assert isinstance(head, (nn.Linear, nn.Conv2d))
+    # The fused form keeps a gradient of [B, N, D], the plain one logits of [B, N, C].
     if head.weight.shape[0] > head.weight.shape[1]:
         return linear_cross_entropy(tokens, head, targets)
     logits = linear(tokens, head.weight.flatten(1), head.bias) if isinstance(head, nn.Conv2d) else head(tokens)
@@ -85,6 +91,7 @@ def sparse_cross_entropy(logits: Float[Tensor, "B N C"], targets: TokenTargets) 
 
         weight * H = - sum over u of excess[u] * z[classes[u]] - floor * sum over c of z[c],  z = log softmax
 
+    (With raw logits in place of z, weight * logsumexp is added: excesses and floors of all classes sum to the weight.)
     Equal to the dense soft cross entropy, in float32 (float64 for float64 logits) whatever the logits' dtype.
     Beside the logits and their gradient it takes B x N x U numbers and one block; the dense form takes the
     target, the log-softmax and their product, each B x N x C.
@@ -95,7 +102,7 @@ def sparse_cross_entropy(logits: Float[Tensor, "B N C"], targets: TokenTargets) 
     tensor([[4.],
             [4.]])
     """
-    _check_same_tokens(logits, targets)
+    _check_same_tokens(logits, targets, num_classes=logits.shape[2])
     loss = _SparseCrossEntropy.apply(logits, targets.classes, targets.excess, targets.floor, targets.weight)
     assert isinstance(loss, Tensor)
     return loss
@@ -110,19 +117,19 @@ def linear_cross_entropy(
     targets).mean()`, but logits and their gradient exist for one block of images at a time, under autocast in its
     dtype. The gradients are computed together with the loss; backward() only scales them. A convolution must be 1 x 1.
     """
-    _check_same_tokens(tokens, targets)
+    _check_same_tokens(tokens, targets, num_classes=head.weight.shape[0])
     loss = _LinearCrossEntropy.apply(
         tokens,
         head.weight.flatten(1),  # itself, unless the head is a convolution
         head.bias,
         (targets.classes, targets.excess, targets.floor, targets.weight),
-        torch.is_grad_enabled(),
+        torch.is_grad_enabled(),  # in forward() it is off for every Function
     )
     assert isinstance(loss, Tensor)
     return loss
 
 
-def _check_same_tokens(outputs: Tensor, targets: TokenTargets) -> None:
+def _check_same_tokens(outputs: Tensor, targets: TokenTargets, *, num_classes: int) -> None:
     if not isinstance(targets, TokenTargets):
         raise ValueError(
             f"expected TokenTargets, as `align` and `class_targets` make them, got {type(targets).__name__}"
@@ -131,6 +138,11 @@ def _check_same_tokens(outputs: Tensor, targets: TokenTargets) -> None:
         raise ValueError(
             f"outputs of {tuple(outputs.shape[:2])} (images, tokens) do not fit targets of "
             f"{tuple(targets.weight.shape)}; align the score maps to the grid that the model reports"
+        )
+    if targets.num_classes not in (None, num_classes):
+        raise ValueError(
+            f"logits over {num_classes:,} classes, targets over {targets.num_classes:,}; create the model with as many "
+            "classes as its labels have (num_classes, and num_token_classes for those of the tokens)"
         )
 
 
@@ -186,14 +198,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         slices, buffer = _blocks(tokens, num_classes, exact)
         gradient_scale = _float16_scale(narrow, tokens_a_block=slices[0].stop * tokens.shape[1])
         for images in slices:
-            block, part = tokens[images].to(narrow), tuple(t[images] for t in targets)
-            room = buffer[: len(block)]
-            loss += _loss_with_gradient(
-                linear(block, matrix, bias), part, room, gradient_scale=gradient_scale if with_gradients else None
-            )
+            block, of_block = tokens[images].to(narrow), tuple(t[images] for t in targets)
+            logits, out = linear(block, matrix, bias), buffer[: len(block)]
+            scale = gradient_scale if with_gradients else None
+            loss += _loss_with_gradient(logits, of_block, out, gradient_scale=scale)
             if with_gradients:
-                grad_bias += room.sum(dim=(0, 1))
-                gradient = room.to(narrow)
+                grad_bias += out.sum(dim=(0, 1))
+                gradient = out.to(narrow)
                 grad_tokens[images] = linear(gradient, matrix.T, None)
                 for rows in blocks(num_classes, width, tokens.device):
                     grad_weight[rows] += linear(gradient[:, :, rows].flatten(0, 1).T, block.flatten(0, 1).T, None)
@@ -215,14 +226,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _loss_with_gradient(
-    logits: Tensor, targets: tuple[Tensor, ...], room: Tensor, *, gradient_scale: float | None
+    logits: Tensor, targets: tuple[Tensor, ...], out: Tensor, *, gradient_scale: float | None
 ) -> Tensor:
-    """Return the sum of the loss over a block, and leave its gradient times `gradient_scale` in `room` [b, N, C]."""
+    """Return the sum of the loss over a block, and leave its gradient times `gradient_scale` in `out` [b, N, C]."""
     classes, excess, floor, weight = targets
-    logits = logits.to(room.dtype)
-    loss = _cross_entropy(torch.log_softmax(logits, dim=2, out=room), classes, excess, floor).sum()
+    logits = logits.to(out.dtype)
+    loss = _cross_entropy(torch.log_softmax(logits, dim=2, out=out), classes, excess, floor).sum()
     if gradient_scale is not None:
-        probs = torch.softmax(logits, dim=2, out=room)  # cheaper than exp of the log-softmax
+        probs = torch.softmax(logits, dim=2, out=out)  # cheaper than exp of the log-softmax
         _to_gradient(probs, classes, gradient_scale * excess, gradient_scale * floor, gradient_scale * weight)
     return loss
 
@@ -240,7 +251,7 @@ def _to_gradient(probs: Tensor, classes: Tensor, excess: Tensor, floor: Tensor, 
 
 
 def _blocks(rows: Tensor, num_classes: int, dtype: torch.dtype) -> tuple[list[slice], Tensor]:
-    """Return slices of the batch [B, N, ...], and room for the logits of one of them.
+    """Return slices of the batch [B, N, ...], and a buffer for the logits of one of them.
 
     Memory that is new to a process costs more to touch than the arithmetic on it, hence one buffer for all.
     """

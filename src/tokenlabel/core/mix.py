@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from tokenlabel.core.batch import moved
 from tokenlabel.core.config import Mixing
 from tokenlabel.core.targets import TokenTargets
 from tokenlabel.runtime.coercion import Size, coerced, pair
@@ -47,17 +48,11 @@ class MixPlan:
 
         Exact for any two grids, so that the mean over cells is the share of the image.
         """
-        num_rows, num_columns = pair(grid, name="grid")
-        rows = _overlaps(num_rows, self.mask.shape[1], self.mask.device)
-        columns = _overlaps(num_columns, self.mask.shape[2], self.mask.device)
-        # Autocast would round the shares of targets to half precision.
-        with torch.autocast(self.mask.device.type, enabled=False):
-            return (rows @ self.mask @ columns.T).flatten(1)
+        return cell_means(self.mask, pair(grid, name="grid"))
 
     def to(self, device: torch.device | str) -> MixPlan:
         """Return the plan on another device."""
-        mask, partner = (t.to(device, non_blocking=True) for t in (self.mask, self.partner))
-        return MixPlan(mask, partner, self.on_tokens)
+        return MixPlan(moved(self.mask, device), moved(self.partner, device), self.on_tokens)
 
 
 def sample_mix(
@@ -111,17 +106,16 @@ def join_plans(plans: Sequence[MixPlan | None], group_size: int) -> MixPlan | No
 
     Plans are of one kind, or CutMix and Mixup; a group without one is not mixed. None where no group is.
     """
-    some = next((plan for plan in plans if plan is not None), None)
-    if some is None or len(plans) == 1:
-        return some
-    itself = torch.arange(group_size)
-    none = MixPlan(torch.zeros_like(some.mask), itself, some.on_tokens)
-    every = [plan or none for plan in plans]
-    rows, columns = (max(plan.mask.shape[axis] for plan in every) for axis in (1, 2))
+    first = next((plan for plan in plans if plan is not None), None)
+    if first is None or len(plans) == 1:
+        return first
+    no_mix = MixPlan(torch.zeros_like(first.mask), torch.arange(group_size), first.on_tokens)
+    of_groups = [plan or no_mix for plan in plans]
+    rows, columns = (max(plan.mask.shape[axis] for plan in of_groups) for axis in (1, 2))
     return MixPlan(
-        mask=torch.cat([plan.mask.expand(-1, rows, columns) for plan in every]),
-        partner=torch.cat([plan.partner + i * group_size for i, plan in enumerate(every)]),
-        on_tokens=some.on_tokens,
+        mask=torch.cat([plan.mask.expand(-1, rows, columns) for plan in of_groups]),
+        partner=torch.cat([plan.partner + i * group_size for i, plan in enumerate(of_groups)]),
+        on_tokens=first.on_tokens,
     )
 
 
@@ -169,7 +163,7 @@ def _boxes(area: NDArray[np.float64], size: tuple[int, int], rng: np.random.Gene
     """Return masks [draws, rows, columns], true inside a box of (about) the given share of the area."""
     inside = []
     for length in size:  # rows, then columns
-        half = (np.sqrt(area) * length).astype(int) // 2
+        half = (np.sqrt(area) * length).astype(int) // 2  # boxes of an even size, as in the published code
         centre = rng.integers(length, size=len(area))
         index = np.arange(length)
         inside.append((index >= (centre - half)[:, None]) & (index < (centre + half)[:, None]))
@@ -177,8 +171,17 @@ def _boxes(area: NDArray[np.float64], size: tuple[int, int], rng: np.random.Gene
     return rows[:, :, None] & columns[:, None, :]
 
 
+def cell_means(mask: Float[Tensor, "B rows columns"], grid: tuple[int, int]) -> Float[Tensor, "B N"]:
+    """Return the mean of a mask over each cell of a grid (h, w), exact for any two grids."""
+    rows = _overlaps(grid[0], mask.shape[1], mask.device)
+    columns = _overlaps(grid[1], mask.shape[2], mask.device)
+    # Autocast would round the shares of targets to half precision.
+    with torch.autocast(mask.device.type, enabled=False):
+        return (rows @ mask @ columns.T).flatten(1)
+
+
 def _overlaps(num_cells: int, num_pieces: int, device: torch.device) -> Float[Tensor, "cells pieces"]:
-    """Return how much of each of `num_cells` equal parts of a length each of `num_pieces` equal parts covers."""
+    """Divide a length into equal cells and into equal pieces; return the share of each cell that each piece covers."""
     # In units of 1 / (cells * pieces) all ends are whole numbers.
     cells = num_pieces * torch.arange(num_cells + 1, device=device)
     pieces = num_cells * torch.arange(num_pieces + 1, device=device)

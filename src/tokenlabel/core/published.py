@@ -1,4 +1,4 @@
-"""Maps of logits, as in the label files published in 2021, turned into targets: our way, or as the published code does.
+"""Maps of logits, as in the label files of 2021: softmax of each cell (`zero`, `kept`), or as then `published`.
 
 `align` calls these functions; nothing else computes with logits of maps.
 """
@@ -20,7 +20,9 @@ from tokenlabel.core.targets import TokenTargets
 
 def probabilities_of_cells(score_maps: ScoreMapBatch, mode: LogitsMode) -> ScoreMapBatch:
     """Return maps of logits as probabilities, cell by cell."""
-    largest = score_maps.probs.amax(dim=3, keepdim=True).clamp_min(0)
+    largest = score_maps.probs.amax(dim=3, keepdim=True)
+    # Classes that a cell did not keep stand at logit 0; without them the largest kept one is taken off, however low.
+    largest = largest.clamp_min(0) if mode is LogitsMode.ZERO else largest.nan_to_num(neginf=0.0)
     kept = (score_maps.probs - largest).exp()  # [B, H, W, K]
     num_absent = score_maps.num_classes - score_maps.probs.isfinite().sum(dim=3, keepdim=True)
     absent = num_absent * (-largest).exp() if mode is LogitsMode.ZERO else 0.0
@@ -51,20 +53,21 @@ def align_as_published(
     pooled = _roi_align(score_maps, first, last, grid)  # [B, U, h, w]
     covered_x, covered_y = (_covered(first[:, i], last[:, i], grid[1 - i]) for i in (0, 1))
     weight = covered_y[:, None, :, None] * covered_x[:, None, None, :]  # [B, 1, h, w]
-    turned = (scale < 0)[:, :, None, None, None].unbind(dim=1)
+    mirrored_x, mirrored_y = (scale < 0)[:, :, None, None, None].unbind(dim=1)
     planes = torch.cat([pooled, weight], dim=1)
-    for dim, mirrored in ((3, turned[0]), (2, turned[1])):
+    for dim, mirrored in ((3, mirrored_x), (2, mirrored_y)):
         planes = torch.where(mirrored, planes.flip(dim), planes)
     planes = planes.flatten(2).transpose(1, 2)  # [B, N, U + 1]
     pooled, weight = planes[..., :-1], planes[..., -1]
 
     largest = pooled.amax(dim=2, keepdim=True).clamp_min(0)
-    # exp of each logit minus the largest, not yet divided by Z: of a class at logit 0, and what each of the palette has
-    # beyond that.
+    # exp(logit - largest), not yet divided by Z: `unnamed` of a class at logit 0, `above` what each class of the
+    # palette has beyond that.
     unnamed = (-largest).exp()
     above = (pooled - largest).exp() - unnamed
     per_unit = weight[..., None] / (score_maps.num_classes * unnamed + above.sum(dim=2, keepdim=True))
-    return TokenTargets(score_maps.classes, above * per_unit, (unnamed * per_unit)[..., 0], weight)
+    floor, count = (unnamed * per_unit)[..., 0], score_maps.num_classes
+    return TokenTargets(score_maps.classes, above * per_unit, floor, weight, num_classes=count, grid=grid)
 
 
 def _roi_align(
@@ -78,9 +81,10 @@ def _roi_align(
     logits = score_maps.probs.nan_to_num(neginf=0.0)  # padding is minus infinity; here it must add 0
     planes = logits.new_zeros(num_images, height, width, score_maps.classes.shape[1])
     planes = planes.scatter_add_(3, score_maps.codes.long(), logits).permute(0, 3, 1, 2)
+    # As published: `aligned=False` after a shift of half a cell, which makes boxes of less than a cell one cell wide.
     boxes = torch.cat([first * score_maps.sizes - 0.5, last * score_maps.sizes - 0.5], dim=1)
     pooled = planes.new_empty(num_images, planes.shape[1], *grid)
-    for w, h in {(int(w), int(h)) for w, h in score_maps.sizes.tolist()}:  # one size, one call
+    for h, w in set(score_maps.shapes):  # one size, one call; `sizes` would wait for the device
         (rows,) = torch.where((score_maps.sizes == score_maps.sizes.new_tensor([w, h])).all(dim=1))
         corners = torch.cat([torch.arange(len(rows), device=boxes.device)[:, None], boxes[rows]], dim=1)
         pooled[rows] = roi_align(planes[rows, :, :h, :w].contiguous(), corners, output_size=grid)

@@ -48,6 +48,7 @@ class ScoreMap:
     `Kind.LOGITS` the values are the logits of the kept classes, and every entry is kept.)
     `empty_is_even`: a cell that keeps nothing is an even distribution, as unlabelled pixels are in stores of masks;
     by default it says nothing, and tokens get no label of it.
+    The constructor checks nothing; `from_top`, `from_probabilities` and `from_mask` do.
     `region`: the part of the upright image that the teacher saw; cell (row i, column j) covers
     x in [j/W, (j+1)/W), y in [i/H, (i+1)/H) of it.
 
@@ -121,7 +122,8 @@ def from_top(
     """Build a score map from the kept classes of each cell.
 
     `class_ids` [H, W, K] ints in [0, num_classes), distinct within a cell where the score is not 0;
-    `scores` [H, W, K]: probabilities (a cell's sum at most 1) or logits, as `kind` says.
+    `scores` [H, W, K]: probabilities (a cell's sum at most 1; of a cell that names all classes, they are rescaled to a
+    sum of 1) or logits, as `kind` says.
     `name` is what error messages call the map: give the image's key.
     Raises ValueError for what `ScoreMap` cannot hold.
     """
@@ -213,7 +215,10 @@ def _check_finite(scores: NDArray[np.floating[Any]], *, name: str) -> None:
 def _checked_probabilities(
     class_ids: NDArray[np.integer[Any]], probs: NDArray[np.floating[Any]], *, num_classes: int, name: str
 ) -> NDArray[np.float32]:
-    """Return the probabilities, rescaled in cells whose sum is off by rounding; raise ValueError for larger errors."""
+    """Return the probabilities, rescaled to a sum of 1 in cells that name all classes, and where rounding made it more.
+
+    Raises ValueError for what is no distribution.
+    """
     sums = probs.sum(axis=2, dtype=np.float64)
     if probs.min() < 0 or sums.max() > 1 + SUM_TOLERANCE:
         raise ValueError(

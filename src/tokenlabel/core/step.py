@@ -21,12 +21,12 @@ import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 
-from tokenlabel.core.align import align, every_class, image_labels, most_probable, one_hot, softened, whole_views
-from tokenlabel.core.batch import Batch, ScoreMapBatch, normalize_images
+from tokenlabel.core.align import align, image_labels, most_probable, one_hot, softened, whole_views
+from tokenlabel.core.batch import Batch, ScoreMapBatch, moved, normalize_images
 from tokenlabel.core.config import ClassTarget, ErasingConfig, Extent, LossConfig, MixConfig, Mixing, TokenChoice
-from tokenlabel.core.erase import erase, erased_share
+from tokenlabel.core.erase import erase
 from tokenlabel.core.losses import TokenLabelLoss, sparse_cross_entropy, token_label_loss
-from tokenlabel.core.mix import MixPlan, join_plans, mix_targets, sample_mix
+from tokenlabel.core.mix import MixPlan, cell_means, join_plans, mix_targets, sample_mix
 from tokenlabel.core.outputs import Outputs, TokenModel
 from tokenlabel.core.targets import TokenTargets, class_targets
 from tokenlabel.runtime.errors import ConfigError
@@ -36,8 +36,8 @@ from tokenlabel.runtime.runlog import Stopwatch
 class TrainStep(nn.Module):
     """Computes the loss of one micro-batch. An `nn.Module`, so that DistributedDataParallel can wrap it.
 
-    `erase`, `mix`: how images are erased and mixed. `supervision`: where the labels come from. `autocast`: the context
-    of the forward pass.
+    `erasing`, `mixing`: how images are erased and mixed. `supervision`: where the labels come from. `autocast`: the
+    context of the forward pass.
     """
 
     def __init__(
@@ -45,13 +45,13 @@ class TrainStep(nn.Module):
         model: TokenModel,
         supervision: Supervision,
         *,
-        erase: ErasingConfig,
-        mix: MixConfig,
+        erasing: ErasingConfig,
+        mixing: MixConfig,
         autocast: torch.autocast,
     ) -> None:
         super().__init__()
         self.model, self.supervision, self.autocast = model, supervision, autocast
-        self.erase, self.mix = erase, mix
+        self.erasing, self.mixing = erasing, mixing
         if not supervision.labels_tokens:
             model.freeze_token_head()
 
@@ -61,9 +61,9 @@ class TrainStep(nn.Module):
         images = normalize_images(batch.images, mean=model.mean, std=model.std)  # [B, 3, height, width]
         grid = model.grid_for((images.shape[2], images.shape[3]))
         with watch.part("targets"):
-            # `gone`: the erased pixels, if tokens lose weight by them. `mix`: only the plan, the model applies it.
-            images, gone, mix = erase_and_draw(images, grid, part, erase_by=self.erase, mix_by=self.mix)
-            targets = make_targets(batch, supervision, grid, mix=mix, gone=gone)
+            # `erased`: which pixels, if tokens lose weight by them. `mix`: the plan only, the model applies it.
+            images, erased, mix = erase_and_draw(images, grid, part, erasing=self.erasing, mixing=self.mixing)
+            targets = make_targets(batch, supervision, grid, mix=mix, erased=erased)
         with self.autocast:
             outputs = model(images, mix)  # mixes by the plan: pixels, or patch embeddings (MixToken)
             loss = student_loss(outputs, targets, supervision)
@@ -94,17 +94,17 @@ def erase_and_draw(
     grid: tuple[int, int],
     part: Part,
     *,
-    erase_by: ErasingConfig,
-    mix_by: MixConfig,
+    erasing: ErasingConfig,
+    mixing: MixConfig,
 ) -> tuple[Float[Tensor, "B 3 height width"], Bool[Tensor, "B height width"] | None, MixPlan | None]:
     """Erase boxes of normalised images and draw a mixing plan; return the images, the erased pixels and the plan.
 
-    The erased pixels are None unless `erase_by.ignore_erased`: then they lower the weight of their tokens. The plan is
-    None where nothing is mixed. Each group of `mix_by.group_size` images has random numbers of its own, seeded by its
+    The erased pixels are None unless `erasing.ignore_erased`: then they lower the weight of their tokens. The plan is
+    None where nothing is mixed. Each group of `mixing.group_size` images has random numbers of its own, seeded by its
     index in the batch, so the result does not depend on how a batch is divided among micro-batches and processes.
     Raises ConfigError for a micro-batch that does not divide into groups.
     """
-    group_size = mix_by.group_size or len(images)
+    group_size = mixing.group_size or len(images)
     if len(images) % group_size:
         raise ConfigError(
             f"mix.group_size {group_size} does not divide the {len(images)} images that go through the model at once"
@@ -114,16 +114,16 @@ def erase_and_draw(
     for index in range(0, len(images), group_size):
         generator = part.generator(index)
         group = images[index : index + group_size]
-        if erase_by.probability > 0:
-            group, mask = erase(group, erase_by, generator=generator)
+        if erasing.probability > 0:
+            group, mask = erase(group, erasing, generator=generator)
             masks.append(mask)
         groups.append(group)
-        plans.append(draw_mix(mix_by, group_size, grid, img_size, generator=generator))
+        plans.append(draw_mix(mixing, group_size, grid, img_size, generator=generator))
     plan = join_plans(plans, group_size)
     if masks:
         images = groups[0] if len(groups) == 1 else torch.cat(groups)
-    gone = torch.cat(masks) if masks and erase_by.ignore_erased else None
-    return images, gone, plan and plan.to(images.device)
+    erased = torch.cat(masks) if masks and erasing.ignore_erased else None
+    return images, erased, plan and plan.to(images.device)
 
 
 def draw_mix(
@@ -191,8 +191,8 @@ class Targets:
     """The training targets of a micro-batch.
 
     `class_token`: of the class logits, one token an image. `tokens`: one for each output token, None without token
-    labels. `softened`: the teacher's for the class logits divided by the temperature; None at temperature 1, where
-    `class_token` includes it, and without a teacher of the class token.
+    labels. `softened`: the teacher's target of the class logits divided by the temperature, where that is not 1; at
+    temperature 1 it is blended into `class_token`.
     """
 
     class_token: TokenTargets
@@ -206,41 +206,92 @@ def make_targets(
     grid: tuple[int, int],
     *,
     mix: MixPlan | None = None,
-    gone: Bool[Tensor, "B height width"] | None = None,
+    erased: Bool[Tensor, "B height width"] | None = None,
 ) -> Targets:
     """Return the targets of a batch: its labels aligned to the token grid (h, w), smoothed, and mixed by the plan.
 
-    `gone`: pixels that were erased; each token's weight is lowered by its share of them. Class token and tokens may be
-    about different classes; each part is smoothed over its own. Images without classes have class targets of weight 0.
+    `erased`: pixels that were erased; each token's weight is lowered by its share of them. Class token and tokens may
+    be about different classes; each part is smoothed over its own. Images without classes have class targets of weight
+    0.
     """
-    loss = supervision.loss
-    maps, views, teacher_probs, teacher_weight = _teacher_labels(batch, supervision)
+    teacher, smoothing = supervision.teacher, supervision.loss.label_smoothing
+    online = None if teacher is None else teacher.probabilities(batch.images)
     tokens = None
     if supervision.labels_tokens:
-        assert maps is not None
-        tokens = align(maps, views, grid, logits=loss.map_mode)  # [B, N]
-        if loss.tokens is TokenChoice.CONFIDENT:
-            tokens = tokens.scaled(are_confident(tokens, loss.token_threshold).to(tokens.weight.dtype))
-        if gone is not None:
-            tokens = tokens.scaled(1 - erased_share(gone, grid))
-        tokens = mix_targets(tokens.smoothed(loss.label_smoothing, maps.num_classes), mix, grid)
-    class_token = class_targets(batch.class_ids).scaled(batch.has_class[:, None].to(torch.float32))
-    soft = None
-    if teacher_probs is not None:  # the class token learns from a teacher, alone or beside the ground truth
-        probs = most_probable(teacher_probs) if loss.hard else softened(teacher_probs, loss.temperature)
-        from_teacher = every_class(probs).scaled(teacher_weight[:, None])
-        share = 1.0 if loss.class_target is ClassTarget.TEACHER else loss.teacher_share
-        shares = torch.full_like(class_token.weight, share)
-        if loss.temperature == 1:
-            class_token = class_token.blended(from_teacher, shares)
-        else:  # two cross-entropies, of different logits: one target cannot hold both
-            class_token, soft = class_token.scaled(1 - shares), from_teacher.scaled(shares)
-    class_token, soft = (
-        target and mix_targets(target.smoothed(loss.label_smoothing, max(1, batch.num_classes)), mix, (1, 1))
-        for target in (class_token, soft)
-    )
-    assert class_token is not None
+        tokens = token_targets(batch, supervision, grid, online)
+        if erased is not None:
+            tokens = tokens.scaled(1 - cell_means(erased.float(), grid))
+        tokens = mix_targets(tokens.smoothed(smoothing), mix, grid)
+    class_token, soft = class_token_targets(batch, supervision, online)
+    # Without any class (C = 0) there is no class head, and nothing reads these targets.
+    num_classes = max(1, batch.num_classes)
+    class_token = mix_targets(class_token.smoothed(smoothing, num_classes), mix, (1, 1))
+    if soft is not None:
+        soft = mix_targets(soft.smoothed(smoothing, num_classes), mix, (1, 1))
     return Targets(class_token, tokens, soft)
+
+
+OnlineLabels = tuple[Float[Tensor, "B C"], Float[Tensor, "B h w C"]]
+"""What an online teacher predicts for a batch (`OnlineTeacher.probabilities`)."""
+
+
+def token_targets(
+    batch: Batch, supervision: Supervision, grid: tuple[int, int], online: OnlineLabels | None
+) -> TokenTargets:
+    """Return the targets of the tokens, by the stored maps if there are some, else by those of an online teacher."""
+    loss, maps, views = supervision.loss, batch.score_maps, batch.views
+    if not supervision.stored:
+        assert online is not None
+        maps = top_score_maps(online[1], loss.teacher.topk)
+        # The teacher saw the augmented images themselves: its maps need no crop, so the last frame is the identity. The
+        # views stay frames before it: what a warp moved in from outside of the image is not covered.
+        views = torch.cat([views, whole_views(len(views), views.device)], dim=1)
+    tokens = align(maps, views, grid, logits=loss.map_mode)  # [B, N]
+    if loss.tokens is TokenChoice.CONFIDENT:
+        tokens = tokens.scaled(are_confident(tokens, loss.token_threshold).to(tokens.weight.dtype))
+    return tokens
+
+
+def class_token_targets(
+    batch: Batch, supervision: Supervision, online: OnlineLabels | None
+) -> tuple[TokenTargets, TokenTargets | None]:
+    """Return the targets of the class logits, and those of the logits divided by the temperature, if that is not 1."""
+    loss, truth = supervision.loss, batch.class_targets()
+    if loss.class_target is ClassTarget.TRUTH:
+        return truth, None
+    probs, weight = _teacher_of_images(batch, supervision, online)
+    probs = most_probable(probs) if loss.hard else softened(probs, loss.temperature)
+    from_teacher = class_targets(probs).scaled(weight[:, None])
+    # With `both`, an image without a class counts with the teacher's share only: each part has the weight of its share.
+    share = 1.0 if loss.class_target is ClassTarget.TEACHER else loss.teacher_share
+    shares = torch.full_like(truth.weight, share)
+    if loss.temperature == 1:
+        return truth.blended(from_teacher, shares), None
+    # Two cross-entropies, of different logits: one target cannot hold both.
+    return truth.scaled(1 - shares), from_teacher.scaled(shares)
+
+
+def _teacher_of_images(
+    batch: Batch, supervision: Supervision, online: OnlineLabels | None
+) -> tuple[Float[Tensor, "B C"], Float[Tensor, " B"]]:
+    """Return the teacher's label of each whole image, by the online teacher if there is one, and its weight.
+
+    Where the teacher says nothing of what is seen (of a crop beside its region, say) the ground truth takes its place.
+    An image without a stored map has weight 0: it was never looked at, and counts as unknown. So has one of which
+    neither teacher nor truth say anything.
+    """
+    loss, maps, views = supervision.loss, batch.score_maps, batch.views
+    if online is not None:
+        probs, _ = online
+        is_labelled = probs.amax(dim=1) > 0
+        probs = torch.where(is_labelled[:, None], probs, one_hot(batch.class_ids, probs))
+        is_known = is_labelled | batch.has_class
+    else:
+        assert maps is not None
+        image_views = views if loss.extent is Extent.CROP else whole_views(len(views), views.device)
+        probs, is_labelled = image_labels(maps, image_views, batch.class_ids, map_mode=loss.map_mode)
+        is_known = (is_labelled | batch.has_class) & maps.are_known()
+    return probs, is_known.float()
 
 
 def student_loss(outputs: Outputs, targets: Targets, supervision: Supervision) -> TokenLabelLoss:
@@ -258,32 +309,6 @@ def student_loss(outputs: Outputs, targets: Targets, supervision: Supervision) -
     return replace(loss, total=loss.total + soft, class_part=loss.class_part + soft.detach())
 
 
-def _teacher_labels(
-    batch: Batch, supervision: Supervision
-) -> tuple[ScoreMapBatch | None, Float[Tensor, "B F 2 3"], Float[Tensor, "B C"] | None, Float[Tensor, " B"]]:
-    """Return score maps for the tokens with their views, and the teacher's label of each whole image with its weight.
-
-    Tokens are labelled by the store if there is one, whole images by the online teacher if there is one. An image for
-    which the teacher predicts nothing gets its ground truth instead; one without a map in the store has weight 0.
-    """
-    loss, maps, views, teacher_probs = supervision.loss, batch.score_maps, batch.views, None
-    weight = batch.class_ids.new_ones(len(batch.class_ids), dtype=torch.float32)
-    if supervision.teacher is not None:
-        image_probs, location_probs = supervision.teacher.probabilities(batch.images)
-        is_labelled = image_probs.amax(dim=1, keepdim=True) > 0
-        teacher_probs = torch.where(is_labelled, image_probs, one_hot(batch.class_ids, image_probs))
-        weight = (is_labelled[:, 0] | batch.has_class).to(weight.dtype)
-        if supervision.labels_tokens and not supervision.stored:
-            maps = top_score_maps(location_probs, loss.teacher.topk)
-            # The teacher saw the augmented images themselves, so its maps need no crop.
-            views = whole_views(len(location_probs), location_probs.device)
-    elif loss.class_target is not ClassTarget.TRUTH and maps is not None:
-        image_views = views if loss.extent is Extent.CROP else whole_views(len(views), views.device)
-        teacher_probs, is_labelled = image_labels(maps, image_views, batch.class_ids, map_mode=loss.map_mode)
-        weight = ((is_labelled | batch.has_class) & maps.are_known()).to(weight.dtype)
-    return maps, views, teacher_probs if loss.class_target is not ClassTarget.TRUTH else None, weight
-
-
 def top_score_maps(probs: Float[Tensor, "B h w C"], topk: int) -> ScoreMapBatch:
     """Return score maps that keep, for each image, the `topk` classes with the highest mean probability.
 
@@ -297,8 +322,8 @@ def top_score_maps(probs: Float[Tensor, "B h w C"], topk: int) -> ScoreMapBatch:
         classes=classes,
         codes=torch.arange(classes.shape[1], device=probs.device).expand_as(kept),
         probs=kept,
-        sizes=probs.new_tensor([width, height]).expand(num_images, 2),
-        regions=probs.new_tensor([0, 0, 1, 1]).expand(num_images, 4),
+        sizes=moved(torch.tensor([width, height], dtype=probs.dtype), probs.device).expand(num_images, 2),
+        regions=moved(torch.tensor([0, 0, 1, 1], dtype=probs.dtype), probs.device).expand(num_images, 4),
         empty_is_even=torch.zeros(num_images, dtype=torch.bool, device=probs.device),
         num_classes=num_classes,
         shapes=((height, width),) * num_images,

@@ -14,7 +14,7 @@ token.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int, Integer
@@ -28,11 +28,13 @@ _SUM_TOLERANCE = 0.01
 class TokenTargets:
     """Sparse soft labels of a batch: B images, N tokens, U palette entries.
 
-    `classes`: class ids. Padding names any class with excess 0; a class named twice adds up.
+    `classes`: class ids. Padding entries have excess 0. A class may occur twice: its excesses add.
     `excess`, `floor`: see the module's head; both already multiplied by `weight`.
     `weight`: how much of a token is labelled, in [0, 1]; a token of weight 0 carries no loss.
+    `num_classes`, `grid`: the number of classes C, and the tokens (h, w), where they are known: the loss compares them
+    with those of the logits.
 
-    >>> tl.class_targets([2, 0], num_classes=3).smoothed(0.3, num_classes=3).dense(3)[:, 0]
+    >>> tl.class_targets([2, 0], num_classes=3).smoothed(0.3).dense()[:, 0]
     tensor([[0.1000, 0.1000, 0.8000],
             [0.8000, 0.1000, 0.1000]])
     """
@@ -41,18 +43,27 @@ class TokenTargets:
     excess: Float[Tensor, "B N U"]
     floor: Float[Tensor, "B N"]
     weight: Float[Tensor, "B N"]
+    num_classes: int | None = None
+    grid: tuple[int, int] | None = None
 
-    def smoothed(self, epsilon: float, num_classes: int) -> TokenTargets:
+    def smoothed(self, epsilon: float, num_classes: int | None = None) -> TokenTargets:
         """Return (1 - epsilon) * target + epsilon / C: label smoothing that keeps the sum at 1."""
-        return TokenTargets(
-            classes=self.classes,
-            excess=self.excess * (1 - epsilon),
-            floor=self.floor * (1 - epsilon) + self.weight * (epsilon / num_classes),
-            weight=self.weight,
-        )
+        even = self.weight * (epsilon / self._count(num_classes))
+        return replace(self, excess=self.excess * (1 - epsilon), floor=self.floor * (1 - epsilon) + even)
 
     def blended(self, other: TokenTargets, share: Float[Tensor, "B N"]) -> TokenTargets:
-        """Return (1 - share) * self + share * other, token by token."""
+        """Return (1 - share) * self + share * other, token by token.
+
+        Raises ValueError for shares and targets of other tokens, and for targets over another number of classes.
+        """
+        if not share.shape == self.weight.shape == other.weight.shape:
+            raise ValueError(
+                f"shares of {tuple(share.shape)} (images, tokens) for targets of {tuple(self.weight.shape)} and "
+                f"{tuple(other.weight.shape)}; mix on the grid of the targets"
+            )
+        counts = {self.num_classes, other.num_classes} - {None}
+        if len(counts) > 1:
+            raise ValueError(f"targets over {' and '.join(map(str, sorted(counts)))} classes cannot be blended")
         ours, num_ours = 1 - share, self.classes.shape[1]
         classes = torch.cat([self.classes, other.classes], dim=1)
         # Products are written where they end up; torch.cat of two products would copy both.
@@ -64,37 +75,41 @@ class TokenTargets:
             excess=excess,
             floor=self.floor * ours + other.floor * share,
             weight=self.weight * ours + other.weight * share,
+            num_classes=next(iter(counts), None),
+            grid=self.grid,
         )
 
     def scaled(self, share: Float[Tensor, "B N"]) -> TokenTargets:
         """Return the targets with each token's weight multiplied by a share in [0, 1]."""
-        return TokenTargets(
-            classes=self.classes,
-            excess=self.excess * share[..., None],
-            floor=self.floor * share,
-            weight=self.weight * share,
+        return replace(
+            self, excess=self.excess * share[..., None], floor=self.floor * share, weight=self.weight * share
         )
 
     def hardened(self) -> TokenTargets:
-        """Return the targets with each token's whole weight on its most probable class; 0 where none is."""
+        """Return the targets with each token's whole weight on its most probable class; 0 where none is.
+
+        For targets that name no class twice: before they are blended or mixed.
+        """
         highest = self.excess.max(dim=2, keepdim=True)
         weight = self.weight * (highest.values[..., 0] > 0)
         excess = torch.zeros_like(self.excess).scatter_(2, highest.indices, weight[..., None])
-        return TokenTargets(self.classes, excess=excess, floor=torch.zeros_like(self.floor), weight=weight)
+        return replace(self, excess=excess, floor=torch.zeros_like(self.floor), weight=weight)
 
     def of_images(self, indices: Int[Tensor, " B"]) -> TokenTargets:
         """Return the targets of other images of the batch."""
-        return TokenTargets(
-            classes=self.classes[indices],
-            excess=self.excess[indices],
-            floor=self.floor[indices],
-            weight=self.weight[indices],
-        )
+        names = ("classes", "excess", "floor", "weight")
+        return replace(self, **{name: getattr(self, name)[indices] for name in names})
 
-    def dense(self, num_classes: int) -> Float[Tensor, "B N C"]:
+    def dense(self, num_classes: int | None = None) -> Float[Tensor, "B N C"]:
         """Return the targets (times weight) of all classes. Training needs this for one token an image at most."""
-        full = self.floor[..., None].repeat(1, 1, num_classes)  # [B, N, C]
+        full = self.floor[..., None].repeat(1, 1, self._count(num_classes))  # [B, N, C]
         return full.scatter_add(2, self.classes[:, None, :].expand_as(self.excess), self.excess)
+
+    def _count(self, num_classes: int | None) -> int:
+        count = self.num_classes if num_classes is None else num_classes
+        if count is None:
+            raise ValueError("these targets do not know how many classes there are; give num_classes")
+        return count
 
 
 def class_targets(
@@ -129,6 +144,7 @@ def class_targets(
             excess=ones[..., None],  # [B, 1, 1]
             floor=torch.zeros_like(ones),
             weight=ones,
+            num_classes=num_classes,
         )
     if num_classes not in (None, labels.shape[1]):
         raise ValueError(f"probabilities of {labels.shape[1]} classes for a model of {num_classes}")
@@ -140,4 +156,5 @@ def class_targets(
             f"{float(labels.min()):.3g} and sums from {float(weight.min()):.3g} to {float(weight.max()):.3g}"
         )
     classes = torch.arange(labels.shape[1], device=labels.device).expand(len(labels), -1)
-    return TokenTargets(classes, excess=labels[:, None], floor=torch.zeros_like(weight), weight=weight)
+    floor = torch.zeros_like(weight)
+    return TokenTargets(classes, excess=labels[:, None], floor=floor, weight=weight, num_classes=labels.shape[1])

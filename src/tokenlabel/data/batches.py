@@ -69,8 +69,10 @@ class TokenLabelDataset(Dataset[Sample]):
     """Augmented images with the score maps of their sources, as a function of (seed, epoch, index).
 
     `dataset[epoch, index]` draws every random number of a sample anew from these three. `store` maps keys to
-    score maps; an image that a label store lacks has a map that says nothing. Raises ImageError for an image that
-    does not decode. A subclass that changes samples overrides `__getitems__`, which makes them all: the data
+    score maps; an image that a label store lacks has a map that says nothing. `num_classes` is of the images,
+    `num_token_classes` of the score maps (`token_classes`), which may be about others. Raises DataError for a store
+    that names the images' classes in another order, or some of them, and ImageError for an image that does not decode.
+    A subclass that changes samples overrides `__getitems__`, which makes them all: the data
     loader asks for whole batches and nothing else.
 
     `dataset[index]` takes the epoch from the last `set_epoch`, so that any sampler and a plain `DataLoader` do.
@@ -102,6 +104,11 @@ class TokenLabelDataset(Dataset[Sample]):
         self._num_images, self.num_classes = len(source), len(source.class_names)
         self._has_class = has_classes(source)
         self._labels = store if isinstance(store, CheckableLabels) else None
+        names = source.class_names
+        self.token_classes = ClassList(len(names), tuple(names))
+        if self._labels is not None:
+            self.token_classes = classes_of_labels(names, self._labels, aloud=False)
+        self.num_token_classes = self.token_classes.count
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -212,21 +219,21 @@ def collate(samples: Sequence[Sample]) -> Batch:
 default_collate_fn_map[Sample] = lambda samples, **_: collate(samples)
 
 
-def classes_of_labels(class_names: Sequence[str], store: CheckableLabels) -> ClassList:
-    """Return what the labels in a store are about: the images' classes, or others, which is said.
+def classes_of_labels(class_names: Sequence[str], store: CheckableLabels, *, aloud: bool = True) -> ClassList:
+    """Return what the labels in a store are about: the images' classes, or others, which is said if `aloud`.
 
     Raises DataError for a list that was meant to be that of the images, and is not: one that names some of them, or
     all in another order.
     """
     ours, theirs = ClassList(len(class_names), tuple(class_names)), _classes_of(store)
     if theirs.is_same(ours):
-        if not theirs.names:
+        if not theirs.names and aloud:
             say_order(class_names, them="the labels'", overrule=_SETTLED)
         return ours
     common = sum(place >= 0 for place in ids_among(ours.names, theirs.names)) if not theirs.words else 0
     if common and (common < ours.count or theirs.count == ours.count):
         raise _other_classes(theirs, ours)
-    if ours.count:
+    if ours.count and aloud:
         say(f"tokens learn the {theirs} of the labels, the class token the {ours} of the images")
     return theirs
 
