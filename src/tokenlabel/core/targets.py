@@ -61,7 +61,7 @@ class TokenTargets:
                 f"shares of {tuple(share.shape)} (images, tokens) for targets of {tuple(self.weight.shape)} and "
                 f"{tuple(other.weight.shape)}; mix on the grid of the targets"
             )
-        counts = {self.num_classes, other.num_classes} - {None}
+        counts = {count for count in (self.num_classes, other.num_classes) if count is not None}
         if len(counts) > 1:
             raise ValueError(f"targets over {' and '.join(map(str, sorted(counts)))} classes cannot be blended")
         ours, num_ours = 1 - share, self.classes.shape[1]
