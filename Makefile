@@ -31,7 +31,7 @@ demo-fast: $(READY)  ## the same stages in under 90 seconds, with fewer images a
 	$(BIN)/tokenlabel demo --fast
 
 test: $(READY)  ## the tests (five to six minutes on two cores)
-	$(BIN)/python -m pytest -n 2 -m 'not long and not gpu'
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not long and not gpu'  # what a file's tests share is made once
 
 test-long: $(READY)  ## the tests that take longer: 20 kills, whole studies
 	$(BIN)/python -m pytest -m long
