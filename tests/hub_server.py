@@ -6,8 +6,9 @@ import base64
 import hashlib
 import json
 import re
+import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 from typing import Any
@@ -22,6 +23,12 @@ class Hub(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.repos: dict[str, dict[str, Any]] = {}
+        self.connections: list[socket.socket] = []
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        connection, address = super().get_request()
+        self.connections.append(connection)
+        return connection, address
 
     @property
     def url(self) -> str:
@@ -44,6 +51,9 @@ def running_hub() -> Iterator[Hub]:
     finally:
         hub.shutdown()
         thread.join()
+        for connection in hub.connections:  # clients keep them open for their next requests
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
         hub.server_close()
 
 

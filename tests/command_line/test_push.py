@@ -1,7 +1,5 @@
 """What is pushed to a hub is read by its name; a hub in small runs on this machine."""
 
-import json
-import os
 import re
 import subprocess
 import sys
@@ -10,25 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from command_process import CommandProcess
 from hub_server import TOKEN, running_hub
 from PIL import Image
 
-# Runs a list of commands in one process, as torch loads slowly, and prints [status, stdout, stderr] of each.
-PROCESS = """
-import contextlib, io, json, sys, traceback
-from tokenlabel.cli import main
-
-done = []
-for words in json.load(sys.stdin):
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            status = main(words)
-        except BaseException:
-            status = traceback.format_exc()
-    done.append((status, out.getvalue(), err.getvalue()))
-print(json.dumps(done))
-"""
 SMALL = "--epochs 1 --min-epoch-steps 1 --batch-size 8 --micro-batch-size 8 --data.num-workers 0 --precision fp32"
 COMMANDS = f"""
 train --recipe small_data --out run --data.train images --data.val images --model.name test_vit --loss.beta 0 \
@@ -55,6 +38,7 @@ eval hf://me/absent --data images
 eval hf://me/run@v9 --data images
 eval hf://me --data images
 """
+UNREACHED = "push own me/own --licence mit"
 
 
 @pytest.fixture(scope="module")
@@ -65,21 +49,15 @@ def pushed(tmp_path_factory):
         path = folder / "images" / ("ant", "bee")[i % 2] / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (40, 48, 3), np.uint8)).save(path)
+    (folder / "own").mkdir()
     lines = COMMANDS.replace("\\\n", "").strip().splitlines()
     with running_hub() as hub:
-        run = {"HF_ENDPOINT": hub.url, "HF_HOME": str(folder / "cache"), "HF_TOKEN": TOKEN, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            [sys.executable, "-c", PROCESS],
-            input=json.dumps([line.split() for line in lines]),
-            cwd=folder,
-            env=os.environ | run,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        assert TOKEN not in done.stdout + done.stderr
-    outcomes = json.loads(done.stdout.splitlines()[-1])
+        process = CommandProcess(folder, {"HF_ENDPOINT": hub.url, "HF_HOME": str(folder / "cache"), "HF_TOKEN": TOKEN})
+        outcomes = [process.run(*line.split()) for line in lines]
+    with process:  # the hub is gone
+        lines.append(UNREACHED)
+        outcomes.append(process.run(*UNREACHED.split()))
+        assert TOKEN not in process.errors() + str(outcomes)
     said = {" ".join(line.split()): outcome for line, outcome in zip(lines, outcomes, strict=True)}
     repeated = [outcome for line, outcome in zip(lines, outcomes, strict=True) if "--dry-run" in line]
     return folder, said, hub.repos, repeated
@@ -109,8 +87,8 @@ def card(repos, name):
 
 def test_all_are_private_and_named_as_they_are_read(pushed):
     _, said, repos, _ = pushed
-    assert said_by(said, "push run me/run --licence Apache-2.0")[:2] == [0, "hf://me/run\n"]
-    assert said_by(said, "push labels")[:2] == [0, "hf://datasets/me/labels\n"]
+    assert said_by(said, "push run me/run --licence Apache-2.0")[:2] == (0, "hf://me/run\n")
+    assert said_by(said, "push labels")[:2] == (0, "hf://datasets/me/labels\n")
     assert repos.keys() == {"models/me/run", "datasets/me/labels", "models/me/head"}
     assert all(repo["private"] for repo in repos.values())
 
@@ -143,7 +121,7 @@ def test_checksums_are_those_of_the_files(pushed):
 
 def test_timm_reads_a_pushed_run_without_us(pushed):
     folder, _, _, repeated = pushed
-    assert repeated[0][:2] == [0, "folder\n"]
+    assert repeated[0][:2] == (0, "folder\n")
     code = "import timm; print(timm.create_model('local-dir:folder', pretrained=True).num_classes)"
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
     assert done.stdout == "2\n"
@@ -188,12 +166,6 @@ def test_a_card_without_licence_and_a_folder_that_is_there_are_refused(pushed):
     assert "is there already" in refusal(repeated[1])
 
 
-def test_without_a_network_a_push_says_so(tmp_path):
-    (tmp_path / "own").mkdir()
-    run = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": TOKEN}
-    words = [sys.executable, "-m", "tokenlabel", "push", "own", "me/own", "--licence", "mit"]
-    done = subprocess.run(words, cwd=tmp_path, env=os.environ | run, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (
-        2,
-        "tokenlabel push: error: me/own: the hub cannot be reached; --dry-run FOLDER writes what would be sent\n",
-    )
+def test_without_a_network_a_push_says_so(pushed):
+    message = "me/own: the hub cannot be reached; --dry-run FOLDER writes what would be sent"
+    assert pushed[1][UNREACHED] == (2, "", f"tokenlabel push: error: {message}\n")

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from command_process import CommandProcess
 from segment_cases import write_image
 
 from tokenlabel.cli import VERBS
@@ -16,11 +17,9 @@ from tokenlabel.core.scores import from_mask
 from tokenlabel.labels.manifest import Manifest
 from tokenlabel.labels.writer import LabelStoreWriter
 
-# One process runs all, one after the other as in a shell: starting Python and torch is what takes the time.
-DRIVER = """
-import contextlib, io, json, sys, traceback
+# The demo, smaller.
+SETUP = """
 from tokenlabel import demo
-from tokenlabel.cli import main
 
 few = ("--epochs=1", "--batch-size=10", "--data.num-workers=0", "--eval.every-epochs=1")
 demo.FAST = demo.DemoSize(
@@ -29,16 +28,6 @@ demo.FAST = demo.DemoSize(
     teacher_overrides=(*few, "--model.options.channels=[8,8,8,8]"),
     student_overrides=(*few, "--model.options.depth=1"),
 )
-done = []
-for words in json.load(sys.stdin):
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            status = main(words)
-        except BaseException:
-            status = traceback.format_exc()
-    done.append((status, out.getvalue(), err.getvalue()))
-print(json.dumps(done))
 """
 
 COMMANDS = """
@@ -112,16 +101,9 @@ def test_every_verb_takes_paths_of_the_folder_it_runs_in(tmp_path: Path) -> None
             tar.add(tmp_path / "images" / name / "0.png", f"{name}/0.png")
     assert {words[0] for words in commands()} == set(VERBS)
 
-    process = subprocess.run(
-        [sys.executable, "-c", DRIVER],
-        input=json.dumps([*commands(), *(words for words, _ in refused())]),
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    done = json.loads(process.stdout.splitlines()[-1])
-    done, wrong = done[: len(commands())], done[len(commands()) :]
+    with CommandProcess(tmp_path, setup=SETUP) as process:
+        done = [process.run(*words) for words in commands()]
+        wrong = [process.run(*words) for words, _ in refused()]
     said = {" ".join(words[:2]): (out, err) for words, (_, out, err) in zip(commands(), done, strict=True)}
     failed = [(words, result) for words, result in zip(commands(), done, strict=True) if result[0] != 0]
     assert not failed, "\n".join(f"{words}: {status}\n{err[-2000:]}" for words, (status, _, err) in failed)

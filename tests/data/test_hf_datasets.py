@@ -1,13 +1,12 @@
 """Datasets of Hugging Face as images: the same images as in a folder, in Python and as commands."""
 
 import io
-import os
 import pickle
-import subprocess
 import sys
 
 import numpy as np
 import pytest
+from command_process import CommandProcess
 from PIL import Image
 
 import tokenlabel as tl
@@ -149,21 +148,17 @@ def test_the_extra_is_named_where_it_is_missing(monkeypatch):
 
 
 def test_commands_label_a_dataset_and_train_on_it(here):
-    def run(*words):
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-        command = [sys.executable, "-m", "tokenlabel", *words]
-        return subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True, check=False)
-
     for i, path in enumerate(sorted((here / "train").glob("*/*.png"))):
         (here / "masks/train").mkdir(parents=True, exist_ok=True)
         mask = here / "masks/train" / path.relative_to(here / "train")
         mask.rename(here / "masks/train" / f"{i}.png")
-    done = run("annotate", "hf-dataset:saved:train", "labels", "--teacher", "masks:masks", "--size", "8")
-    assert done.returncode == 0, done.stderr
-    assert "hf-dataset:saved:train: 20 images of 10 classes" in done.stderr
-    done = run("train", *TRAIN.split(), "--model.options", OPTIONS)
-    assert done.returncode == 0, done.stderr
-    assert "training images: 20 images, 20 with a class, 20 with a label map" in done.stderr
-    done = run("eval", "runs/first", "--data", "hf-dataset:nowhere:val")
-    assert done.returncode == 2
-    assert "no folder nowhere here, nor on the hub" in done.stderr.splitlines()[-1]
+    with CommandProcess(here, {"HF_HUB_OFFLINE": "1"}) as process:
+        done = process.run("annotate", "hf-dataset:saved:train", "labels", "--teacher", "masks:masks", "--size", "8")
+        assert done.status == 0, done
+        assert "hf-dataset:saved:train: 20 images of 10 classes" in done.err
+        done = process.run("train", *TRAIN.split(), "--model.options", OPTIONS)
+        assert done.status == 0, done
+        assert "training images: 20 images, 20 with a class, 20 with a label map" in done.err
+        done = process.run("eval", "runs/first", "--data", "hf-dataset:nowhere:val")
+        assert done.status == 2, done
+        assert "no folder nowhere here, nor on the hub" in done.err.splitlines()[-1]

@@ -1,12 +1,11 @@
 """One network by all its names: its run, its checkpoint, its exports, and what `eval` says of each by default."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from command_process import CommandProcess
 
 from tokenlabel.core.config import Inference
 from tokenlabel.data.scenes import write_scenes
@@ -19,33 +18,27 @@ TRAIN = """train --out run --data.train scenes/train --data.val scenes/val --dat
  --model.options {"depth":1,"width":16,"num_heads":2,"patch_size":8,"stem_width":8}"""
 
 
-def tokenlabel(*words: str) -> str:
-    done = subprocess.run([sys.executable, "-m", "tokenlabel", *words], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path_factory.mktemp("load"))
-        write_scenes(Path("scenes"), num_train=40, num_val=20, seed=0)
-        tokenlabel("annotate", "scenes/train", "labels", "--teacher", "masks:scenes/masks/train", "--size", "6")
-        tokenlabel(*TRAIN.split())
-        tokenlabel("export", "run", "run.safetensors")
-        tokenlabel("export", "run", "hub")
-        yield Path.cwd()
+    """A folder with a run, its exports and, in `run.json` and `export.json`, the figures of both."""
+    folder = tmp_path_factory.mktemp("load")
+    write_scenes(folder / "scenes", num_train=40, num_val=20, seed=0)
+    with CommandProcess(folder) as process:
+        process.check("annotate", "scenes/train", "labels", "--teacher", "masks:scenes/masks/train", "--size", "6")
+        process.check(*TRAIN.split())
+        process.check("export", "run", "run.safetensors")
+        process.check("export", "run", "hub")
+        of_export = ["lvvit_t", "--weights", "run.safetensors", "--data", "scenes/val"]
+        for name, words in (("run", ["run"]), ("export", of_export)):
+            process.check("eval", *words, "--output", f"{name}.json", "--num-workers", "0", "--device", "cpu")
+    return folder
 
 
-def test_a_run_and_its_export_have_the_same_figures_by_default(folder, monkeypatch):
-    monkeypatch.chdir(folder)
-    found = {}
-    for name, words in {"run": ["run"], "export": ["lvvit_t", "--weights", "run.safetensors"]}.items():
-        data = [] if len(words) == 1 else ["--data", "scenes/val"]
-        figures = json.loads(tokenlabel("eval", *words, *data, "--json", "--num-workers", "0", "--device", "cpu"))
+def test_a_run_and_its_export_have_the_same_figures_by_default(folder):
+    found = {name: json.loads((folder / f"{name}.json").read_text()) for name in ("run", "export")}
+    for figures in found.values():
         for key in ("network", "images_per_s", "step"):
             figures.pop(key, None)
-        found[name] = figures
     assert found["run"]["inference"] == "tokens"
     assert found["run"]["img_size"] == [32, 24]
     assert found["export"] == found["run"]

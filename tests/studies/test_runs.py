@@ -1,7 +1,11 @@
 """`python -m studies`: its tables and testbeds, runs that are shared and continue, and what is written."""
 
+import io
 import json
 import shutil
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +18,7 @@ from studies.measures import FinishedRun, label_truth, predictions
 from studies.records import RunRecord, read_records, write_records
 from studies.runs import counted_cost, environment_of_one, finished_runs, run_job, write_list
 from studies.tables import Step, Study, StudyError, filled, names_in, read_table, read_testbed
+from tokenlabel.cli import main as tokenlabel
 from tokenlabel.data.images import has_classes
 from tokenlabel.data.scenes import write_scenes
 from tokenlabel.data.sources import open_images
@@ -50,6 +55,19 @@ steps:
   scenes: {scenes: {num_train: 20, num_val: 10, seed: 0}}
   labels: "annotate {scenes}/train {here} --teacher masks:{scenes}/masks/train --size 12"
 """
+
+
+def run_here(command, *, stdout, **_):
+    """Run the command of a step in this process, in place of `subprocess.run`: torch loads slowly."""
+    python, dash_m, program, *arguments = map(str, command)
+    assert (python, dash_m, program) == (sys.executable, "-m", "tokenlabel")
+    with io.TextIOWrapper(stdout, write_through=True) as log, redirect_stdout(log), redirect_stderr(log):
+        return subprocess.CompletedProcess(command, tokenlabel(arguments))
+
+
+@pytest.fixture
+def steps_here(monkeypatch):
+    monkeypatch.setattr("studies.runs.subprocess.run", run_here)
 
 
 @pytest.fixture(scope="module")
@@ -381,6 +399,7 @@ def test_unknown_names_have_their_neighbours():
         Study(tables=[table], testbed=read_testbed("imagenet"), out=Path("out"))
 
 
+@pytest.mark.usefixtures("steps_here")
 def test_segmentation_begins_with_the_backbone_of_its_seed(tmp_path):
     (tmp_path / "bed.yaml").write_text(
         """
@@ -405,6 +424,7 @@ steps:
     assert found["not_run"] == {"a": [0]}
 
 
+@pytest.mark.usefixtures("steps_here")
 def test_a_few_masks_beside_soft_maps_are_a_row_that_runs(tmp_path):
     testbed = (Path(__file__).parents[2] / "studies/testbeds/few_masks.yaml").read_text()
     for full, small in (

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import timm
 import torch
+from command_process import CommandProcess
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -75,18 +74,19 @@ def here(tmp_path_factory):
     save_file(timm.create_model("resnet10t", num_classes=2).state_dict(), root / "teacher.safetensors")
     save_file(timm.create_model("resnet10t").state_dict(), root / "resnet10t.safetensors")
     teacher = ["--teacher", "resnet10t", "--weights", "teacher.safetensors", "--class-map", "order"]
-    command = [sys.executable, "-m", "tokenlabel", "annotate", "images", "labels", *teacher, "--size", "64"]
-    subprocess.run(command, check=True, cwd=root, capture_output=True)
+    options = ["--probabilities", "probs.npz", "--output", "figures.json", "--num-suspects", "2"]
+    with CommandProcess(root) as process:
+        process.check("annotate", "images", "labels", *teacher, "--size", "64")
+        printed = process.check("inspect", "labels", "--images", "images", *BACKBONE, *options)
+    (root / "printed.txt").write_text(printed)
     return root
 
 
 def test_inspect_finds_the_image_in_the_wrong_folder_and_writes_what_cleanlab_takes(here):
     """As users run it."""
-    command = [sys.executable, "-m", "tokenlabel", "inspect", "labels", "--images", "images", *BACKBONE]
-    options = ["--probabilities", "probs.npz", "--output", "figures.json", "--num-suspects", "2"]
-    done = subprocess.run([*command, *options], check=True, cwd=here, capture_output=True, text=True)
-    assert "out of fold, " in done.stdout
-    assert "red/5.png: red has" in done.stdout.split("out of fold, ")[1].splitlines()[2]
+    printed = (here / "printed.txt").read_text()
+    assert "out of fold, " in printed
+    assert "red/5.png: red has" in printed.split("out of fold, ")[1].splitlines()[2]
     figures = json.loads((here / "figures.json").read_text())["out_of_fold"]
     assert figures["num_images"] == 24
     assert figures["suspects"][0]["key"] == "red/5.png"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from command_process import CommandProcess
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -223,13 +222,13 @@ def fit(images, head, *options, backbone="resnet10t"):
 
 
 def test_words_of_a_backbone_label_images_that_have_other_classes(images, tmp_path, monkeypatch, capsys):
-    """As users run it: processes, relative paths; a store of words knows its words by the head's hash."""
+    """As users run it: a process, relative paths; a store of words knows its words by the head's hash."""
     monkeypatch.chdir(images)
     head, store = str(tmp_path / "words.safetensors"), str(tmp_path / "labels")
     options = ["--backbone", "resnet10t", "--weights", "resnet10t.safetensors", "--from", "words", "--words", "6"]
-    run = [sys.executable, "-m", "tokenlabel"]
-    subprocess.run([*run, "fit-head", "images", head, *options, "--size", "64"], check=True)
-    subprocess.run([*run, "annotate", "images", store, "--teacher", head, "--topk", "2"], check=True)
+    with CommandProcess(images) as process:
+        process.check("fit-head", "images", head, *options, "--size", "64")
+        process.check("annotate", "images", store, "--teacher", head, "--topk", "2")
     words = Head.load(head)
     labels = tl.LabelStore(store)
     assert len(labels) == 12

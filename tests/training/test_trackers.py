@@ -5,6 +5,7 @@ from contextlib import closing
 
 import pytest
 import torch
+from command_process import CommandProcess
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_train import nested_recipe, write_labels
 
@@ -62,13 +63,12 @@ def test_wandb_that_is_not_installed_is_an_error_that_says_what_to_install(tmp_p
 
 def test_wandb_offline_holds_the_figures_of_a_run_that_was_stopped_and_continued(tmp_path):
     write_scenes(tmp_path / "scenes", num_train=20, num_val=10, seed=0)
-    command = [sys.executable, "-m", "tokenlabel", "train", "--recipe", "demo_class_labels", "--out", "runs/first"]
+    command = ["train", "--recipe", "demo_class_labels", "--out", "runs/first"]
     more = ["--data.train", "scenes/train", "--data.val", "scenes/val", "--batch-size", "10", "--device", "cpu"]
     few = ["--epochs", "2", "--optim.warmup-epochs", "0", "--data.num-workers", "0", "--wandb"]
-    environment = os.environ | {"WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
-    for _ in range(2):
-        done = subprocess.run([*command, *more, *few], cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+    with CommandProcess(tmp_path, {"WANDB_MODE": "offline"}) as process:
+        for _ in range(2):
+            process.check(*command, *more, *few)
     (run_id,) = {path.name for path in (tmp_path / "runs" / "first" / "wandb").glob("offline-*/run-*.wandb")}
     assert (tmp_path / "runs" / "first" / "wandb.id").read_text() in run_id
     first, _ = sorted((tmp_path / "runs" / "first" / "wandb").glob("offline-*/run-*.wandb"))
