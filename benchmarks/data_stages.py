@@ -70,7 +70,7 @@ def stages(photos: list[bytes]) -> dict[str, Ways]:
         ),
         "normalise": (lambda: normalize_images(batch, mean=MEAN, std=STD), lambda: plainly_normalised(batch)),
     }
-    sheared = View.shear(0.27, 0, size_px=(SIDE_PX, SIDE_PX))
+    sheared = View.shear(0.27, 0, img_size=(SIDE_PX, SIDE_PX))
     for name in (Interpolation.BILINEAR, Interpolation.BICUBIC):
         ways[f"resize, {name}"] = (
             lambda name=name: [resize(pixels, (SIDE_PX, SIDE_PX), name) for pixels in decoded],
@@ -80,7 +80,7 @@ def stages(photos: list[bytes]) -> dict[str, Ways]:
             lambda name=name: [warp(crop, sheared, name) for crop in crops],
             lambda name=name: [plainly_warped(crop, sheared, name) for crop in crops],
         )
-    turned = View.rotation(27, size_px=(SIDE_PX, SIDE_PX)).then(sheared)
+    turned = View.rotation(27, img_size=(SIDE_PX, SIDE_PX)).then(sheared)
     y, x = (np.mgrid[:SIDE_PX, :SIDE_PX] + 0.5) / SIDE_PX
     ways["what two warps cover"] = (
         lambda: [turned.covered_pixels((SIDE_PX, SIDE_PX)) for _ in photos],

@@ -54,9 +54,9 @@ def draw_change(rng: np.random.Generator) -> View:
         case 2:
             return View.flip_vertical()
         case 3:
-            return View.rotation(rng.uniform(-50, 50), size_px=(width_px, height_px))
+            return View.rotation(rng.uniform(-50, 50), img_size=(height_px, width_px))
         case 4:
-            return View.shear(*rng.uniform(-0.4, 0.4, 2), size_px=(width_px, height_px))
+            return View.shear(*rng.uniform(-0.4, 0.4, 2), img_size=(height_px, width_px))
         case _:
             return View.translation(*rng.uniform(-0.4, 0.4, 2))
 

@@ -151,8 +151,8 @@ def sizes_are_numbers_or_pairs():
     ):
         for transform in (tl.TrainTransform(tl.AugmentConfig(), size), tl.EvalTransform(size)):
             assert transform(pixels, np.random.default_rng(0))[0].shape == (*expected, 3)
-    np.testing.assert_array_equal(tl.View.rotation(9, size_px=5).frames, tl.View.rotation(9, size_px=(5, 5)).frames)
-    np.testing.assert_array_equal(tl.View.shear(1, 0, size_px=5).frames, tl.View.shear(1, 0, size_px=(5, 5)).frames)
+    np.testing.assert_array_equal(tl.View.rotation(9, img_size=5).frames, tl.View.rotation(9, img_size=(5, 5)).frames)
+    np.testing.assert_array_equal(tl.View.shear(1, 0, img_size=5).frames, tl.View.shear(1, 0, img_size=(5, 5)).frames)
     model = tl.create_model("lvvit_t", num_classes=2, img_size=32, depth=1)
     assert model.grid == (2, 2)
     assert model.grid_for(64) == model.grid_for([64, 64]) == model.grid_for(np.int64(64)) == (4, 4)

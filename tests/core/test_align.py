@@ -131,7 +131,7 @@ def test_weights_are_the_covered_parts_of_the_tokens():
 
 def test_what_a_warp_lost_on_the_way_is_not_labelled():
     size_px = (40, 40)
-    view = View.rotation(40, size_px=size_px).then(View.rotation(-40, size_px=size_px))
+    view = View.rotation(40, img_size=size_px[::-1]).then(View.rotation(-40, img_size=size_px[::-1]))
     weight = align_one(from_mask(np.array([[1]]), num_classes=2), view, (8, 8)).weight.view(8, 8)
     assert weight[[0, 0, -1, -1], [0, -1, 0, -1]].tolist() == [0, 0, 0, 0]
     assert (weight[2:6, 2:6] == 1).all()
@@ -158,13 +158,13 @@ def test_labels_move_as_the_pixels_of_wide_and_tall_images_do(change, size_px):
     mask = (rows * 3 + columns) % 7
     image = Image.fromarray(mask.astype(np.uint8)).resize(size_px, Image.Resampling.NEAREST)
     if change == "rotate":
-        warped, view = image.rotate(25, fillcolor=7), View.rotation(25, size_px=size_px)
+        warped, view = image.rotate(25, fillcolor=7), View.rotation(25, img_size=size_px[::-1])
     else:
         x, right_px, down_px = (0.3, 0, 0) if change == "shear" else (0, 14, -7)
         coefficients = (1, x, -right_px, 0, 1, -down_px)
         warped = image.transform(size_px, Image.Transform.AFFINE, coefficients, fillcolor=7)
         moved = View.translation(right_px / width_px, down_px / height_px)
-        view = View.shear(x, 0, size_px=size_px) if x else moved
+        view = View.shear(x, 0, img_size=size_px[::-1]) if x else moved
     grid = (height_px // 3, width_px // 3)
     targets = align_one(from_mask(mask, num_classes=7), view, grid)
     tokens = np.asarray(warped).reshape(grid[0], 3, grid[1], 3).transpose(0, 2, 1, 3).reshape(-1, 9)

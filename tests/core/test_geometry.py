@@ -34,7 +34,7 @@ def changes(draw):
     if kind == "translate":
         return View.translation(a, b), lambda x, y: (x - a, y - b)
     if kind == "shear":
-        return View.shear(a, b, size_px=size_px), lambda x, y: (
+        return View.shear(a, b, img_size=size_px[::-1]), lambda x, y: (
             (x * width_px + a * y * height_px) / width_px,
             (y * height_px + b * x * width_px) / height_px,
         )
@@ -46,7 +46,7 @@ def changes(draw):
         angle -= math.radians(degrees)  # angles count counter-clockwise, as on paper
         return 0.5 + radius * math.cos(angle) / width_px, 0.5 - radius * math.sin(angle) / height_px
 
-    return View.rotation(degrees, size_px=size_px), turn_back
+    return View.rotation(degrees, img_size=size_px[::-1]), turn_back
 
 
 @given(st.lists(changes(), min_size=1, max_size=5), st.lists(st.tuples(fractions, fractions), min_size=1))
@@ -84,7 +84,7 @@ def test_identity_changes_nothing():
 
 
 def test_turning_and_turning_back_loses_the_corners():
-    there, back = View.rotation(30, size_px=(64, 64)), View.rotation(-30, size_px=(64, 64))
+    there, back = View.rotation(30, img_size=(64, 64)), View.rotation(-30, img_size=(64, 64))
     view = there.then(back)
     np.testing.assert_allclose(view.matrix, View.identity().matrix, atol=1e-12)
     points = np.array([[0.02, 0.02], [0.98, 0.02], [0.02, 0.98], [0.98, 0.98], [0.5, 0.5], [0.5, 0.05]])
@@ -94,7 +94,7 @@ def test_turning_and_turning_back_loses_the_corners():
 @given(seeds)
 def test_crops_and_flips_inside_the_image_add_no_frame(seed):
     rng = np.random.default_rng(seed)
-    turned = View.rotation(20, size_px=(50, 40))
+    turned = View.rotation(20, img_size=(40, 50))
     for view in (View.identity(), turned):
         for _ in range(3):
             left, top, right, bottom = *rng.uniform(0, 0.4, 2), *rng.uniform(0.6, 1, 2)
@@ -115,7 +115,7 @@ def test_covered_pixels_are_those_whose_centres_are_covered(seed, size_px):
 
 
 def test_a_turn_after_a_crop_keeps_the_crop_in_mind():
-    view = View.crop(Box(0.4, 0.4, 0.6, 0.6)).then(View.rotation(45, size_px=(30, 30)))
+    view = View.crop(Box(0.4, 0.4, 0.6, 0.6)).then(View.rotation(45, img_size=(30, 30)))
     assert len(view.frames) == 2
     corner = np.array([0.01, 0.01])
     assert np.all((view.to_source(corner) > 0) & (view.to_source(corner) < 1))  # inside the source ...
@@ -126,7 +126,7 @@ def test_a_turn_after_a_crop_keeps_the_crop_in_mind():
 @pytest.mark.parametrize("degrees", [0, 10, 45, 90, 135, 180, -30, 271.5])
 def test_rotation_is_pillows(size_px, degrees):
     _assert_same_places(
-        View.rotation(degrees, size_px=size_px),
+        View.rotation(degrees, img_size=size_px[::-1]),
         size_px,
         lambda image: image.rotate(degrees, Image.Resampling.BILINEAR, fillcolor=-1),
     )
@@ -138,7 +138,7 @@ def test_rotation_is_pillows(size_px, degrees):
 )
 def test_shear_and_translation_are_pillows_affine_transforms(size_px, x, y, right_px, down_px):
     translation = View.translation(right_px / size_px[0], down_px / size_px[1])
-    view = View.shear(x, y, size_px=size_px).then(translation) if x or y else translation
+    view = View.shear(x, y, img_size=size_px[::-1]).then(translation) if x or y else translation
     coefficients = (1, x, -right_px, y, 1, -down_px)
     _assert_same_places(
         view,
@@ -150,7 +150,7 @@ def test_shear_and_translation_are_pillows_affine_transforms(size_px, x, y, righ
 
 
 def test_crop_is_pillows_crop_and_resize():
-    box = Box.from_pixels(left_px=9, top_px=3, width_px=20, height_px=12, image_size_px=(40, 24))
+    box = Box.from_pixels(left_px=9, top_px=3, width_px=20, height_px=12, img_size=(24, 40))
     _assert_same_places(
         View.crop(box), (40, 24), lambda image: image.resize((60, 36), Image.Resampling.BILINEAR, box=(9, 3, 29, 15))
     )
@@ -178,7 +178,7 @@ def _assert_same_places(view, size_px, change):
 
 
 def test_box_of_pixels():
-    box = Box.from_pixels(left_px=10, top_px=5, width_px=20, height_px=10, image_size_px=(40, 20))
+    box = Box.from_pixels(left_px=10, top_px=5, width_px=20, height_px=10, img_size=(20, 40))
     assert box == Box(0.25, 0.25, 0.75, 0.75)
     assert (box.width, box.height) == (0.5, 0.5)
 
@@ -194,7 +194,7 @@ def test_empty_or_endless_boxes_are_refused(sides):
 def test_stacked_views_end_with_the_source():
     short, long = (
         View.flip_horizontal(),
-        View.rotation(10, size_px=(20, 30)).then(View.shear(0.2, 0, size_px=(20, 30))),
+        View.rotation(10, img_size=(30, 20)).then(View.shear(0.2, 0, img_size=(30, 20))),
     )
     stacked = stack_views([short, long])
     assert stacked.shape == (2, 2, 2, 3)

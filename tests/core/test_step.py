@@ -31,7 +31,16 @@ from tokenlabel.core.losses import sparse_cross_entropy, token_label_loss
 from tokenlabel.core.mix import MixPlan
 from tokenlabel.core.outputs import Outputs
 from tokenlabel.core.scores import Kind, from_probabilities, from_top
-from tokenlabel.core.step import Part, Supervision, Targets, TrainStep, make_targets, student_loss, top_score_maps
+from tokenlabel.core.step import (
+    FOR_MODEL,
+    Part,
+    Supervision,
+    Targets,
+    TrainStep,
+    make_targets,
+    student_loss,
+    top_score_maps,
+)
 from tokenlabel.core.step import draw_mix as draw_mix_plan
 from tokenlabel.core.targets import class_targets
 from tokenlabel.models import create_model
@@ -502,3 +511,11 @@ def test_options_that_make_no_sense_are_refused(options, named):
 )
 def test_a_store_is_read_only_where_it_is_used(options, reads):
     assert LossConfig(**options).reads_labels is reads
+
+
+def test_a_model_draws_other_numbers_than_erasing_and_mixing():
+    """Else the first images to be mixed would be those that drop path drops."""
+    part = Part(seed=3, step=5, start=8)
+    torch.manual_seed(part.random_seed(purpose=FOR_MODEL))
+    assert not torch.equal(torch.rand(8), torch.rand(8, generator=part.generator()))
+    assert part.random_seed(2) == Part(seed=3, step=5, start=10).random_seed()

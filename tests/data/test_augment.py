@@ -123,7 +123,7 @@ class TestViewsAreExact:
 
     def test_rotating_there_and_back_loses_the_corners_and_nothing_else(self):
         pixels = np.array(photo((80, 50)))
-        view = one_view([View.rotation(30, size_px=(80, 50)), View.rotation(-30, size_px=(80, 50))])
+        view = one_view([View.rotation(30, img_size=(50, 80)), View.rotation(-30, img_size=(50, 80))])
         shown, covered = warp(pixels, view, Interpolation.BICUBIC), view.covers(pixel_centres((50, 80)))
         np.testing.assert_array_equal(shown[covered], pixels[covered])
         assert (shown[~covered] == MEAN_COLOUR).all()
@@ -282,7 +282,7 @@ class TestRandAugment:
     def test_geometric_operations_make_timms_pixels(self, name, sign):
         image = photo((50, 40))
         for magnitude in (0, 2.5, 9, 10):
-            view = WARPS[name](sign * magnitude / 10, image.size)
+            view = WARPS[name](sign * magnitude / 10, image.size[::-1])
             ours = warp(np.array(image), one_view([view]), Interpolation.BICUBIC)
             off = np.abs(ours.astype(int) - self.timms(name, magnitude, sign, image))
             assert np.quantile(off, 0.999) <= 1  # the last bit of a coordinate may decide about a border pixel
@@ -342,7 +342,7 @@ class TestRandAugment:
     def test_operations_are_drawn_as_often_as_asked(self):
         rng = np.random.default_rng(0)
         policy = parse_randaugment("rand-n2-p0.5-m9-inc1")
-        drawn = [policy.draw(rng, size_px=(30, 20)) for _ in range(600)]
+        drawn = [policy.draw(rng, img_size=(20, 30)) for _ in range(600)]
         assert np.mean([len(d.warps) + len(d.colours) for d in drawn]) == pytest.approx(1, abs=0.1)
         assert np.mean([len(d.warps) for d in drawn]) == pytest.approx(5 / 15, abs=0.07)
         assert max(len(d.warps) for d in drawn) == 2
@@ -360,7 +360,7 @@ class TestRandAugment:
                 num_ops=1,
                 probability=1,
             )
-            views = [rotation.draw(rng, size_px=(30, 30)).warps[0] for _ in range(400)]
+            views = [rotation.draw(rng, img_size=(30, 30)).warps[0] for _ in range(400)]
             return np.array([np.degrees(np.arcsin(view.matrix[1, 0])) for view in views])
 
         assert sorted(set(degrees("rand-m9").round(3))) == [-27, 27]

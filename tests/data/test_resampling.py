@@ -45,7 +45,7 @@ def pillows(pixels, view, interpolation):
 def test_shears_and_translations_make_pillows_pixels(interpolation, size_px, shear, moved, along_y, seed):
     pixels = noise(size_px, seed)
     shears, moves = ((0, shear), (0, moved)) if along_y else ((shear, 0), (moved, 0))
-    view = View.shear(*shears, size_px=size_px).then(View.translation(*moves))
+    view = View.shear(*shears, img_size=size_px[::-1]).then(View.translation(*moves))
     view = View(view.frames[-1:])  # what several warps cut off is not Pillow's business
     shown, expected = warp(pixels, view, interpolation), pillows(pixels, view, interpolation)
     off = np.abs(shown.astype(int) - expected).max(axis=2)

@@ -111,7 +111,7 @@ def test_the_published_mode_is_for_logits_and_for_crops_only():
     identity = torch.from_numpy(stack_views([View.identity()]))
     with pytest.raises(ValueError, match="for labels of logits"):
         align(collate_score_maps([probabilities]), identity, (1, 1), logits=LogitsMode.PUBLISHED)
-    turned = torch.from_numpy(stack_views([View.rotation(10, size_px=(4, 4))]))
+    turned = torch.from_numpy(stack_views([View.rotation(10, img_size=(4, 4))]))
     with pytest.raises(ValueError, match="crops and flips only"):
         align(collate_score_maps([as_map(draw_file(0))]), turned, (1, 1), logits=LogitsMode.PUBLISHED)
 

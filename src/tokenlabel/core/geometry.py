@@ -32,7 +32,7 @@ class Box:
     >>> box = tl.Box(left=0.25, right=0.75)
     >>> box.width, box.height
     (0.5, 1.0)
-    >>> tl.Box.from_pixels(left_px=0, top_px=0, width_px=32, height_px=48, image_size_px=(64, 48))
+    >>> tl.Box.from_pixels(left_px=0, top_px=0, width_px=32, height_px=48, img_size=(48, 64))
     Box(left=0.0, top=0.0, right=0.5, bottom=1.0)
     """
 
@@ -57,11 +57,9 @@ class Box:
         return self.bottom - self.top
 
     @classmethod
-    def from_pixels(
-        cls, *, left_px: float, top_px: float, width_px: float, height_px: float, image_size_px: Size
-    ) -> Box:
-        """Return the box of a rectangle of pixels; `image_size_px` is (width, height)."""
-        image_width_px, image_height_px = pair(image_size_px, name="image_size_px")
+    def from_pixels(cls, *, left_px: float, top_px: float, width_px: float, height_px: float, img_size: Size) -> Box:
+        """Return the box of a rectangle of pixels of an image of `img_size` (height, width)."""
+        image_height_px, image_width_px = pair(img_size)
         return cls(
             left=left_px / image_width_px,
             top=top_px / image_height_px,
@@ -136,8 +134,8 @@ class View:
     def then(self, later: View) -> View:
         """Return the view of an image that `later` made out of the image that this view describes.
 
-        Frames that nothing can fall out of (those that contain the whole augmented image) are dropped, so that
-        crops and flips never add one.
+        Frames that contain the whole augmented image can cut nothing off, and are dropped: crops and flips
+        never add one.
         """
         frames = [*later.frames, *(_compose(frame, later.matrix) for frame in self.frames[:-1])]
         kept = [frame for frame in frames if not _contains_unit_square(frame)]
@@ -153,14 +151,14 @@ class View:
         inside = (in_frames >= -EDGE_TOLERANCE) & (in_frames <= 1 + EDGE_TOLERANCE)  # [..., F, 2]
         return np.asarray(inside.all(axis=(-2, -1)))
 
-    def covered_pixels(self, size_px: Size) -> NDArray[np.bool_]:
-        """Return `covers` for all pixel centres of an augmented image of `size_px` (height, width): [height, width].
+    def covered_pixels(self, img_size: Size) -> NDArray[np.bool_]:
+        """Return `covers` for all pixel centres of an augmented image of `img_size` (height, width): [height, width].
 
         The terms of x and y are computed separately and broadcast, which is tens of times as fast.
         """
-        size_px = pair(size_px, name="size_px")
-        y, x = ((np.arange(side) + 0.5) / side for side in size_px)
-        covered = np.ones(size_px, np.bool_)
+        img_size = pair(img_size)
+        y, x = ((np.arange(side) + 0.5) / side for side in img_size)
+        covered = np.ones(img_size, np.bool_)
         for along_x, along_y, shift in self.frames.reshape(-1, 3):
             point = along_x * x + (along_y * y + shift)[:, None]  # [height, width]
             covered &= (point >= -EDGE_TOLERANCE) & (point <= 1 + EDGE_TOLERANCE)
@@ -192,21 +190,21 @@ class View:
         return cls(_matrix(1, 0, -right, 0, 1, -down)[None])
 
     @classmethod
-    def rotation(cls, degrees: float, *, size_px: Size) -> View:
-        """Return the view of an image of `size_px` (width, height) turned counter-clockwise about its centre."""
-        width_px, height_px = pair(size_px, name="size_px")
+    def rotation(cls, degrees: float, *, img_size: Size) -> View:
+        """Return the view of an image of `img_size` (height, width) turned counter-clockwise about its centre."""
+        height_px, width_px = pair(img_size)
         sine, cosine = math.sin(math.radians(degrees)), math.cos(math.radians(degrees))
         # Pixels are square, fractions are not: the turn happens in pixels.
         to_y, to_x = sine * width_px / height_px, -sine * height_px / width_px
         return cls(_matrix(cosine, to_x, (1 - cosine - to_x) / 2, to_y, cosine, (1 - cosine - to_y) / 2)[None])
 
     @classmethod
-    def shear(cls, x: float, y: float, *, size_px: Size) -> View:
-        """Return the view of an image of `size_px` (width, height) sheared about its top left corner.
+    def shear(cls, x: float, y: float, *, img_size: Size) -> View:
+        """Return the view of an image of `img_size` (height, width) sheared about its top left corner.
 
-        Source x = x + shear_x * y and source y = y + shear_y * x, in pixels.
+        The point (u, v) shows the source at (u + x * v, v + y * u), in pixels.
         """
-        width_px, height_px = pair(size_px, name="size_px")
+        height_px, width_px = pair(img_size)
         return cls(_matrix(1, x * height_px / width_px, 0, y * width_px / height_px, 1, 0)[None])
 
 

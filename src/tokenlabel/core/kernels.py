@@ -39,7 +39,7 @@ def linear(
     """Return `input @ weight.T + bias`, in float32 on the CPU by oneDNN, else as PyTorch does it."""
     if not _wants_onednn(input):
         return F.linear(input, weight, bias)
-    return product(input.flatten(0, -2), weight, bias).view(*input.shape[:-1], -1)
+    return product(input.flatten(0, -2), weight, bias).view(*input.shape[:-1], weight.shape[0])
 
 
 def _wants_onednn(input: Tensor) -> bool:

@@ -33,7 +33,7 @@ class Outputs:
 
     @property
     def token_logits(self) -> Float[Tensor, "B N C"]:
-        """The logits of every token, computed anew at each access."""
+        """The logits of every token, computed anew at each access, by a head that takes [B, N, D]."""
         return self.token_head(self.tokens)
 
     def logits(self, inference: Inference | str) -> Float[Tensor, "B C"]:
@@ -49,7 +49,7 @@ class Outputs:
             )
         if inference is Inference.TOKENS:
             return of_tokens.mean(dim=1)
-        return self.class_logits + 0.5 * of_tokens.amax(dim=1)
+        return self.class_logits + 0.5 * of_tokens.amax(dim=1)  # the authors' constant, whatever loss.beta was
 
 
 class TokenModel(nn.Module, ABC):

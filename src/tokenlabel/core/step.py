@@ -70,6 +70,10 @@ class TrainStep(nn.Module):
         return {"loss": loss.total, "class_loss": loss.class_part, "token_loss": loss.token_part}
 
 
+FOR_MODEL = 1
+"""The purpose of the seed of what a model draws: drop path and dropout."""
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
     """One micro-batch of a step; `start` is the index of its first image in the batch of all processes."""
@@ -78,9 +82,13 @@ class Part:
     step: int
     start: int
 
-    def random_seed(self, index: int = 0) -> int:
-        """Return the random seed of a group of images, whose first one has the given index in the micro-batch."""
-        entropy = np.random.SeedSequence([self.seed, self.step, self.start + index])
+    def random_seed(self, index: int = 0, *, purpose: int | None = None) -> int:
+        """Return the random seed of a group of images, whose first one has the given index in the micro-batch.
+
+        `purpose`: a number above 0 for what must not repeat the random numbers of erasing and mixing (`FOR_MODEL`).
+        """
+        words = [self.seed, self.step, self.start + index]
+        entropy = np.random.SeedSequence(words if purpose is None else [*words, purpose])
         # 63 bits: the seed is not negative as a signed integer either.
         return int(entropy.generate_state(1, np.uint64)[0] >> 1)
 

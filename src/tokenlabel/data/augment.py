@@ -1,9 +1,9 @@
 """Augmentation: pixels, and the view that says exactly where they came from.
 
 A transform takes an RGB image (Pillow's, or its pixels) and a source of randomness; it returns pixels
-[height, width, 3] uint8 and their `View`. Pixels take an antialiased crop-resize, then one resampling for all
-warps together, then changes of colour. What a warp moves in from outside of the image gets `MEAN_COLOUR`, and
-the view does not cover it.
+[height, width, 3] uint8 and their `View`. Pixels are cropped and resized once (antialiased), warped once, by all warps
+together, and then change colour; with `order: before_crop` the crop comes last. What a warp moves in from outside of
+the image gets `MEAN_COLOUR`, and the view does not cover it.
 """
 
 from __future__ import annotations
@@ -55,19 +55,19 @@ class TrainTransform:
         if interpolation is Interpolation.RANDOM:
             interpolation = Interpolation.BICUBIC if rng.random() < 0.5 else Interpolation.BILINEAR
         if config.order is Order.BEFORE_CROP:
-            pixels, change = self._changed(pixels, interpolation, rng)
-            pixels, crop = self._cropped_andflipped(pixels, interpolation, rng)
+            pixels, change = self._warp_and_recolour(pixels, interpolation, rng)
+            pixels, crop = self._crop_and_flip(pixels, interpolation, rng)
             view = crop if change is None else change.then(crop)
         else:
-            pixels, crop = self._cropped_andflipped(pixels, interpolation, rng)
-            pixels, change = self._changed(pixels, interpolation, rng)
+            pixels, crop = self._crop_and_flip(pixels, interpolation, rng)
+            pixels, change = self._warp_and_recolour(pixels, interpolation, rng)
             view = crop if change is None else crop.then(change)
         colours = [_draw_three_augment(rng)] if config.three_augment else []
         if rng.random() < config.jitter.probability:
             colours += _draw_jitter(config.jitter, rng)
         return recoloured(pixels, colours) if colours else pixels, view
 
-    def _cropped_andflipped(
+    def _crop_and_flip(
         self, pixels: NDArray[np.uint8], interpolation: Interpolation, rng: np.random.Generator
     ) -> tuple[NDArray[np.uint8], View]:
         config, (height_px, width_px) = self.config, pixels.shape[:2]
@@ -83,16 +83,16 @@ class TrainTransform:
             resized, view = flipped(resized, axis=0), view.then(View.flip_vertical())
         return resized, view
 
-    def _changed(
+    def _warp_and_recolour(
         self, pixels: NDArray[np.uint8], interpolation: Interpolation, rng: np.random.Generator
     ) -> tuple[NDArray[np.uint8], View | None]:
         """Apply the random warp and RandAugment: all warps at once (None for none), then the changes of colour."""
-        size_px = (pixels.shape[1], pixels.shape[0])
+        img_size = (pixels.shape[0], pixels.shape[1])
         warps, colours = list[View](), list[ColourChange]()
         if rng.random() < self.config.warp.probability:
-            warps += _draw_warps(self.config.warp, rng, size_px=size_px)
+            warps += _draw_warps(self.config.warp, rng, img_size=img_size)
         if self._randaugment is not None:
-            changes = self._randaugment.draw(rng, size_px=size_px)
+            changes = self._randaugment.draw(rng, img_size=img_size)
             warps, colours = warps + changes.warps, changes.colours
         view = one_view(warps) if warps else None
         if view is not None:
@@ -136,7 +136,7 @@ class EvalTransform:
         )
         left, top = round((resized_width - width) / 2), round((resized_height - height) / 2)
         box = Box.from_pixels(
-            left_px=left, top_px=top, width_px=width, height_px=height, image_size_px=(resized_width, resized_height)
+            left_px=left, top_px=top, width_px=width, height_px=height, img_size=(resized_height, resized_width)
         )
         return np.ascontiguousarray(resized[top : top + height, left : left + width]), View.crop(box)
 
@@ -192,14 +192,14 @@ def _pixels(image: Image.Image | NDArray[np.uint8]) -> NDArray[np.uint8]:
     return pixels
 
 
-def _draw_warps(config: WarpConfig, rng: np.random.Generator, *, size_px: tuple[int, int]) -> list[View]:
-    """Draw the random warp of an image of `size_px` (width, height)."""
+def _draw_warps(config: WarpConfig, rng: np.random.Generator, *, img_size: tuple[int, int]) -> list[View]:
+    """Draw the random warp of an image of `img_size` (height, width)."""
     degrees = rng.uniform(-config.degrees, config.degrees)
     shear_x, shear_y = rng.uniform(-config.shear, config.shear, 2)
     right, down = rng.uniform(-config.translate, config.translate, 2)
     return [
-        View.rotation(degrees, size_px=size_px),
-        View.shear(shear_x, shear_y, size_px=size_px),
+        View.rotation(degrees, img_size=img_size),
+        View.shear(shear_x, shear_y, img_size=img_size),
         View.translation(right, down),
     ]
 

@@ -155,7 +155,7 @@ class TokenLabelDataset(Dataset[Sample]):
         """Return the samples of a batch (the data loader calls this), by indices or pairs of epoch and index."""
         epochs_and_indices = self._with_epochs(indices)
         images = [self._image(epoch, index) for epoch, index in epochs_and_indices]
-        # All labels after all images: an image leaves nothing else in the caches, and a label takes twice as long.
+        # All labels after all images: decoding evicts the CPU caches, and a label right after it takes twice as long.
         return [
             Sample(
                 image=torch.from_numpy(pixels).permute(2, 0, 1),

@@ -60,8 +60,8 @@ class RandAugment:
     num_ops: int = 2
     probability: float = 0.5
 
-    def draw(self, rng: np.random.Generator, *, size_px: tuple[int, int]) -> Changes:
-        """Draw what happens to an image of `size_px` (width, height)."""
+    def draw(self, rng: np.random.Generator, *, img_size: tuple[int, int]) -> Changes:
+        """Draw what happens to an image of `img_size` (height, width)."""
         shares = np.fromiter(self.weights.values(), float)
         names = rng.choice(list(self.weights), self.num_ops, replace=self.replace, p=shares / shares.sum())
         changes = Changes([], [])
@@ -70,7 +70,7 @@ class RandAugment:
             if rng.random() >= self.probability:
                 continue
             if name in WARPS:
-                changes.warps.append(WARPS[name](level, size_px))
+                changes.warps.append(WARPS[name](level, img_size))
             else:
                 changes.colours.append(COLOURS[name](level))
         return changes
@@ -156,13 +156,13 @@ def _increasing(change: Callable[[float], ColourChange]) -> Callable[[float], Co
 
 
 WARPS: dict[str, Callable[[float, tuple[int, int]], View]] = {
-    "Rotate": lambda level, size_px: View.rotation(30 * level, size_px=size_px),
-    "ShearX": lambda level, size_px: View.shear(0.3 * level, 0, size_px=size_px),
-    "ShearY": lambda level, size_px: View.shear(0, 0.3 * level, size_px=size_px),
-    "TranslateXRel": lambda level, size_px: View.translation(-0.45 * level, 0),
-    "TranslateYRel": lambda level, size_px: View.translation(0, -0.45 * level),
+    "Rotate": lambda level, img_size: View.rotation(30 * level, img_size=img_size),
+    "ShearX": lambda level, img_size: View.shear(0.3 * level, 0, img_size=img_size),
+    "ShearY": lambda level, img_size: View.shear(0, 0.3 * level, img_size=img_size),
+    "TranslateXRel": lambda level, img_size: View.translation(-0.45 * level, 0),
+    "TranslateYRel": lambda level, img_size: View.translation(0, -0.45 * level),
 }
-"""From a level and an image's size (width, height) to the view that the operation makes."""
+"""From a level and an image's size (height, width) to the view that the operation makes."""
 
 COLOURS: dict[str, Callable[[float], ColourChange]] = {
     "AutoContrast": lambda level: ImageOps.autocontrast,

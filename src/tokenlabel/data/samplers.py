@@ -79,7 +79,7 @@ class BatchSampler:
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         orders: dict[int, NDArray[np.int64]] = {}
-        # What does not fill a step's batch at the end of an epoch is left for another one's order.
+        # Images beyond the last full batch are dropped; each epoch's order drops others.
         epoch_size = min(self.num_images, self.steps_per_epoch * self.batch_size)
         for step in range(self.start_step, self.num_steps):
             for part in range(self.grad_accum_steps):

@@ -40,7 +40,7 @@ class TimmAdapter(TokenModel):
     `num_token_classes`: what the tokens are about; the classes of the images if None.
 
     Class logits are the backbone's own. A backbone that has a token head (VOLO, LV-ViT) hands it over. Plans mix
-    pixels, or, in these two, whose stems overlap, patch embeddings.
+    pixels, or, in VOLO and LV-ViT, whose stems overlap, patch embeddings.
     Raises ModelError for a backbone that has no token grid, ValueError for images that it cannot take.
     """
 

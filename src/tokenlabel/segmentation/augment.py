@@ -70,7 +70,7 @@ def _view(
     All are (rows, columns): the image's size, the window's top left corner and size, and the size in the end.
     """
     (top, left), (height, width) = corner, window_px
-    box = Box.from_pixels(left_px=left, top_px=top, width_px=width, height_px=height, image_size_px=size_px[::-1])
+    box = Box.from_pixels(left_px=left, top_px=top, width_px=width, height_px=height, img_size=size_px)
     view = View.crop(box)
     if is_flipped:
         view = view.then(View.flip_horizontal())

@@ -45,7 +45,7 @@ def train_in(
     trackers: Sequence[Tracker] = (),
     changed_numerics: bool = False,
 ) -> dict[str, Any]:
-    """Train the task that `build` makes of a recipe in a run folder, alone there; see `run_task`."""
+    """Train the task that `build` makes of a recipe, holding the lock of the run folder; see `run_task`."""
     device, run = usable_device(device), Path(run)
     check_apart(run, *recipe.data.image_folders)
     with joined_ranks(device) as ranks, locked(run, ranks):
@@ -70,7 +70,7 @@ def run_task(
 ) -> dict[str, Any]:
     """Train a task in a run folder, from its newest checkpoint if there is one; return its last evaluation.
 
-    `trackers` hear every line of metrics (on the first rank). `changed_numerics`: go on with another rounding (see
+    `trackers` receive every line of metrics (on the first rank). `changed_numerics`: go on with another rounding (see
     `check_run_folder`).
     The folder receives recipe.yaml, metrics.jsonl and checkpoints/. Raises ConfigError if it holds a run of
     another recipe or other images, `Interrupted` after SIGINT or SIGTERM on any rank, ValueError.
@@ -105,7 +105,7 @@ def _train(
     log = RunLog(
         run, start_step=step, num_steps=trainer.num_steps, title=run.name, active=ranks.is_first, trackers=trackers
     )
-    figures = None if changes_figures(changes) else ranks.on_main(lambda: _evaluated(run, step))
+    figures = None if changes_figures(changes) else ranks.on_main(lambda: _logged_evaluation(run, step))
     if changed := numerics(changes):
         log.write(step, kind="changed_numerics", **changed)
         said = ", ".join(f"{name} {now} in place of {before}" for name, (before, now) in changed.items())
@@ -196,7 +196,7 @@ def _pictured(trainer: Trainer, run: Path, batches: Iterator[Any], step: int, wa
     return itertools.chain([first], batches)
 
 
-def _evaluated(run: Path, step: int) -> dict[str, Any] | None:
+def _logged_evaluation(run: Path, step: int) -> dict[str, Any] | None:
     """Return the figures of an evaluation at a step that was written down; None if there was none."""
     lines = [line for line in read_metrics(run) if line["kind"] == "eval" and line["step"] == step]
     return {k: v for k, v in lines[-1].items() if k not in ("step", "kind")} if lines else None
@@ -260,7 +260,7 @@ def _report(trainer: Trainer, run: Path, log: RunLog, done: int, results: list[S
     means, divergence = _means(results, trainer.ranks, done)
     results.clear()
     if divergence is not None:
-        _stop(trainer, run, done, divergence)
+        _raise_divergence(trainer, run, done, divergence)
     total_s = seconds.pop("total")
     shares = {f"{name}_share": part_s / total_s for name, part_s in seconds.items()}
     images_per_s = trainer.task.recipe.batch_size * num_steps / total_s
@@ -277,7 +277,7 @@ def _report(trainer: Trainer, run: Path, log: RunLog, done: int, results: list[S
     log.bar.set_postfix(loss=f"{means['loss']:.3f}", images_per_s=f"{images_per_s:.0f}")
 
 
-def _stop(trainer: Trainer, run: Path, done: int, divergence: Divergence) -> None:
+def _raise_divergence(trainer: Trainer, run: Path, done: int, divergence: Divergence) -> None:
     """Save what is left of a run that diverged, away from its checkpoints, and raise ValueError."""
     folder = _write_checkpoint(trainer, run / "diverged", done)
     keys = divergence.keys

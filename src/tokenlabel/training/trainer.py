@@ -23,7 +23,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from tokenlabel.core.step import Part
+from tokenlabel.core.step import FOR_MODEL, Part
 from tokenlabel.data.samplers import BatchSampler
 from tokenlabel.runtime.distributed import Ranks, shard
 from tokenlabel.runtime.errors import ConfigError
@@ -46,7 +46,7 @@ class Trainer:
 
     @cached_property
     def steps_per_epoch(self) -> int:
-        """Steps in which every image is seen once, or more often where these were too few."""
+        """Steps of an epoch of the schedule: each image once, or more often to make `min_epoch_steps`."""
         recipe = self.task.recipe
         return max(recipe.min_epoch_steps, self.task.num_images // recipe.batch_size)
 
@@ -91,7 +91,7 @@ class Trainer:
         return self.sampler(0)
 
     def part(self, step: int, number: int) -> Part:
-        """Return which images of a step's batch are this process's part of a number: what is random in it follows."""
+        """Return micro-batch `number` of this process in a step; its random numbers are seeded by it."""
         return Part(self.task.recipe.seed, step, self._sampler.part_start(number))
 
 
@@ -99,7 +99,7 @@ def prepare(task: Task[Any], ranks: Ranks) -> Trainer:
     """Return a task with its optimizer and average, made ready for the processes and the precision of its recipe."""
     recipe, model = task.recipe, task.model
     grad_accum_steps = _grad_accum_steps(recipe, ranks)
-    for parameter in model.parameters():  # convolutions run faster so
+    for parameter in model.parameters():  # channels last, as the images: faster convolutions
         if parameter.ndim == 4:
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
     if recipe.grad_checkpointing:
@@ -138,7 +138,7 @@ def _grad_accum_steps(recipe: TrainingConfig, ranks: Ranks) -> int:
 
 @dataclass(frozen=True, eq=False)
 class StepResult:
-    """What a step said: its losses and the norm of its gradient, and the keys of this rank's images."""
+    """The values of a step, losses and the norm of its gradient, and the keys of this rank's images."""
 
     values: dict[str, Tensor]
     keys: Sequence[str]
@@ -155,21 +155,21 @@ def train_step(trainer: Trainer, batches: Iterator[Any], step: int, watch: Stopw
         with watch.part("data"):
             batch = next(batches).to(task.device)
         part = trainer.part(step, number)
-        torch.manual_seed(part.random_seed())  # drop path and dropout
-        with _gradients_meet(trainer, number == grad_accum_steps - 1):
+        torch.manual_seed(part.random_seed(purpose=FOR_MODEL))
+        with _sync_only_last(trainer, number == grad_accum_steps - 1):
             losses = trainer.forward(batch, part, watch)
             loss = losses["loss"] / grad_accum_steps
             (state.scaler.scale(loss) if state.scaler else loss).backward()
         sums = {name: sums.get(name, 0) + loss.detach() / grad_accum_steps for name, loss in losses.items()}
         keys += batch.keys
     set_learning_rate(state.optimizer, trainer.learning_rate(step))
-    sums |= _move_weights(state, recipe.optim.clip_grad_norm)
+    sums |= _optimizer_step(state, recipe.optim.clip_grad_norm)
     if state.ema is not None:
         state.ema.update(state.model, step=step)
     return StepResult(sums, keys)
 
 
-def _move_weights(state: TrainState, clip_norm: float | None) -> dict[str, Tensor]:
+def _optimizer_step(state: TrainState, clip_norm: float | None) -> dict[str, Tensor]:
     """Clip gradients and take the optimizer step; return the norm of the gradient.
 
     With a scaled loss that overflowed there is no step and the norm counts as 0; `skipped` says so.
@@ -189,7 +189,7 @@ def _move_weights(state: TrainState, clip_norm: float | None) -> dict[str, Tenso
     return {"gradient_norm": norm.nan_to_num(0, 0, 0), "skipped": (~norm.isfinite()).float()}
 
 
-def _gradients_meet(trainer: Trainer, last: bool) -> AbstractContextManager[None]:
+def _sync_only_last(trainer: Trainer, last: bool) -> AbstractContextManager[None]:
     """Return a context in which backward() averages gradients over processes only if it is a step's last."""
     model, forward = trainer.state.model, trainer.forward
     # Averaging after each part would send gradients as often as there are parts, for the same sum.
