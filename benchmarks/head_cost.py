@@ -57,16 +57,14 @@ def main() -> None:
 def _vectors(options: argparse.Namespace) -> Vectors:
     backbone = load_backbone(options.backbone, CPU, weights=options.weights, size=options.size)
     source = open_images(options.images)
-    return Vectors(backbone=backbone, source=source, device=CPU, precision="fp32", batch_size=64, num_workers=2, seed=0)
+    return Vectors(backbone=backbone, source=source)
 
 
 def _speed(vectors: Vectors, rounds: int) -> None:
     input, network, count = vectors.backbone.input, vectors.backbone.network.backbone, len(vectors.source)
 
     def bare() -> None:
-        batches = seen_batches(
-            vectors.source, input, range(count), batch_size=64, num_workers=2, strict=False, failures=[]
-        )
+        batches = seen_batches(vectors.source, input, range(count), batch_size=64, num_workers=2, failures=[])
         for seen in batches:
             images = normalize_images(as_tensor(seen, CPU), mean=input.mean, std=input.std)
             with torch.inference_mode():

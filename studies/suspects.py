@@ -44,10 +44,7 @@ def main() -> None:
     of_store = ids_among(source.class_names, store.manifest.class_names)
     summaries = [summarize(key, store[key]) for key in source.keys]
     backbone = load_backbone(options.backbone, device, weights=options.weights, size=options.size)
-    vectors = Vectors(
-        backbone=backbone, source=source, device=device, precision="fp32", batch_size=64, num_workers=2, seed=0
-    )
-    found, keys = vectors.of_images(range(len(source)))
+    found, keys = Vectors(backbone=backbone, source=source).of_images(range(len(source)))
     row_of = {key: row for row, key in enumerate(source.keys)}
     found = found[torch.tensor(np.argsort([row_of[key] for key in keys]))]
     print("| planted | way | precision of 20 | average precision |\n|---|---|---|---|")

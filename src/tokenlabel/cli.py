@@ -239,11 +239,11 @@ def _judged_otherwise(store: LabelStore, source: ImageSource | None, options: Na
             store, options.masks, source=source, ignore_index=options.ignore_index
         )
     if source and options.out_of_fold:
+        from tokenlabel.teachers.fitting import FitConfig
         from tokenlabel.teachers.folds import predict_out_of_fold
 
-        found = predict_out_of_fold(
-            source, options.out_of_fold, weights=options.weights, size=options.size, device=device_of(options.device)
-        )
+        config = FitConfig(backbone=options.out_of_fold, from_="labels", weights=options.weights, size=options.size)
+        found = predict_out_of_fold(source, config, device=device_of(options.device))
         figures["out_of_fold"] = found.figures(options.num_suspects)
         if options.probabilities:
             found.save(options.probabilities)

@@ -31,9 +31,8 @@ from tokenlabel.labels.writer import LabelStoreWriter
 from tokenlabel.models import TimmAdapter, create_model
 from tokenlabel.runtime.errors import ConfigError, DataError
 from tokenlabel.teachers.classmap import class_map_for
-from tokenlabel.teachers.ensemble import name_classes
+from tokenlabel.teachers.ensemble import load_online_teacher, name_classes
 from tokenlabel.teachers.networks import TeacherConfig, load_teacher
-from tokenlabel.teachers.online import load_online_teacher
 from tokenlabel.training.checkpoint import TrainState, load_run, save_checkpoint
 from tokenlabel.training.recipe import DataConfig, EvalConfig, ModelConfig, OptimConfig, Recipe
 

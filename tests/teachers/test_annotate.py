@@ -582,7 +582,7 @@ def test_large_masks_are_averaged_over_cells(tmp_path_factory, height, width, si
     folder = tmp_path_factory.mktemp("masks")
     mask = np.random.default_rng(seed).choice([0, 1, 4, 255], size=(height, width))
     write_mask(folder / "x.png", mask)
-    read = MaskTeacher(folder, num_classes=5, size=size).score_map("x.jpg", topk=5)
+    read = MaskTeacher(folder, class_names="abcde", size=size).score_map("x.jpg", topk=5)
     h, w, _ = read.codes.shape
     assert (h, w) == (height, width) if height * width <= size**2 else h * w <= size**2 + height + width
     for row in range(h):

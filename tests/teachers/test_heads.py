@@ -21,10 +21,9 @@ from tokenlabel.core.config import OnlineTeacherConfig
 from tokenlabel.runtime.errors import ModelError
 from tokenlabel.teachers.backbone import load_backbone
 from tokenlabel.teachers.dense import ClassifierNetwork, HeadNetwork
-from tokenlabel.teachers.ensemble import load_teachers
+from tokenlabel.teachers.ensemble import load_online_teacher, load_teachers
 from tokenlabel.teachers.heads import Head
 from tokenlabel.teachers.networks import TeacherConfig
-from tokenlabel.teachers.online import load_online_teacher
 from tokenlabel.teachers.regression import DECAYS, Examples, cross_entropy, fit_linear
 from tokenlabel.teachers.texts import PROMPTS, OpenClipTower, text_embeddings
 from tokenlabel.teachers.words import fit_words
@@ -303,7 +302,7 @@ def test_images_that_do_not_decode_are_passed_over(images, tmp_path, capsys):
     weights = ["--weights", str(images / "resnet10t.safetensors"), "--size", "64"]
     command = ["fit-head", str(tmp_path / "images"), str(tmp_path / "head.safetensors"), "--backbone", "resnet10t"]
     assert main([*command, *weights, "--from", "words", "--words", "3"]) == 0
-    assert "1 of 7 images were passed over (a/broken.png" in capsys.readouterr().err
+    assert "1 of 7 images were skipped (a/broken.png" in capsys.readouterr().err
 
 
 def test_a_head_belongs_to_the_weights_that_it_was_fitted_on(images, tmp_path, capsys):

@@ -15,9 +15,9 @@ from tokenlabel.data.config import Interpolation
 from tokenlabel.runtime.errors import ConfigError, ModelError
 from tokenlabel.teachers.classmap import ClassMap
 from tokenlabel.teachers.dense import ClassifierNetwork
+from tokenlabel.teachers.ensemble import NetworkOnlineTeacher, load_online_teacher
 from tokenlabel.teachers.input import TeacherInput
 from tokenlabel.teachers.networks import NetworkTeacher
-from tokenlabel.teachers.online import NetworkOnlineTeacher, load_online_teacher
 
 CPU = torch.device("cpu")
 MEAN, STD = (0.2, 0.4, 0.6), (0.3, 0.2, 0.1)

@@ -13,7 +13,7 @@ from tokenlabel.data.sources import open_images
 from tokenlabel.teachers.dense import DenseLogits, DenseNetwork
 from tokenlabel.teachers.input import TeacherInput
 from tokenlabel.teachers.networks import NetworkTeacher
-from tokenlabel.teachers.sizes import proposed_size
+from tokenlabel.teachers.todo import proposed_size
 
 CPU = torch.device("cpu")
 
@@ -58,7 +58,9 @@ def teacher(network: DenseNetwork, *, chosen: bool = False) -> NetworkTeacher:
         std=(0.5, 0.5, 0.5),
     )
     crop = None if chosen else replace(input, crop_fraction=0.875)
-    return NetworkTeacher(network, input, description={"name": "larger"}, evaluated_on=crop)
+    larger = NetworkTeacher(network, input, description={"name": "larger"})
+    larger.evaluated_on = crop
+    return larger
 
 
 def test_a_larger_size_is_proposed_where_it_agrees_better(source):

@@ -22,10 +22,9 @@ from tokenlabel.models.names import check_classes
 from tokenlabel.runtime.errors import ConfigError, ModelError
 from tokenlabel.teachers.classmap import ClassMap, class_map_for
 from tokenlabel.teachers.dense import ClassifierNetwork, TokenNetwork
-from tokenlabel.teachers.ensemble import Ensemble, load_teachers
+from tokenlabel.teachers.ensemble import Ensemble, load_online_teacher, load_teachers
 from tokenlabel.teachers.input import TeacherInput
 from tokenlabel.teachers.networks import NetworkTeacher, Teacher, TeacherConfig, load_teacher
-from tokenlabel.teachers.online import load_online_teacher
 
 CPU = torch.device("cpu")
 

@@ -38,7 +38,7 @@ from tokenlabel.runtime.distributed import Ranks, autocast
 from tokenlabel.runtime.errors import ConfigError, ImageError
 from tokenlabel.runtime.process import say
 from tokenlabel.runtime.runlog import Tracker
-from tokenlabel.teachers.online import load_online_teacher
+from tokenlabel.teachers.ensemble import load_online_teacher
 from tokenlabel.training.engine import train_in
 from tokenlabel.training.recipe import ModelConfig, Recipe
 from tokenlabel.training.run_folder import RunImages

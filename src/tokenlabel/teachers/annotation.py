@@ -1,8 +1,7 @@
-"""Annotate: a teacher looks at every image once, and its dense score maps go into a label store.
+"""`tokenlabel annotate`: a teacher predicts a dense score map of every image, which is written to a label store.
 
-Threads decode images ahead and pack score maps behind the teacher, so that it never waits for either. What
-the store has already is left out, unless it is to be labelled again, so a call that was stopped is continued by the
-same call. Under torchrun the ranks divide what is to be done at the start; each writes files of its own.
+Images that have a label are skipped, unless they are to be labelled again, so the same call continues one that was
+stopped. Under torchrun the images are divided among the ranks at the start, and each rank writes files of its own.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
@@ -39,10 +38,9 @@ from tokenlabel.teachers.ensemble import Ensemble, class_map_of, load_teachers
 from tokenlabel.teachers.labelling import Labelling
 from tokenlabel.teachers.masks import MASKS, MAX_IDS, MaskTeacher
 from tokenlabel.teachers.networks import NetworkTeacher, Teacher, TeacherConfig
-from tokenlabel.teachers.sizes import ENOUGH_IMAGES, proposed_size
-from tokenlabel.teachers.todo import Todo, find_todo
+from tokenlabel.teachers.todo import ENOUGH_IMAGES, Todo, find_todo, proposed_size
 
-# Options that mean nothing for masks.
+# Options that have no effect for masks.
 OF_NETWORKS = (
     "weights", "crop", "head", "flip", "cells", "scales", "class_order", "precision", "compile",
 )  # fmt: skip
@@ -50,7 +48,7 @@ OF_NETWORKS = (
 
 @dataclass(frozen=True, kw_only=True)
 class AnnotateConfig(TeacherConfig):
-    """Which labels to make, and how.
+    """How to label images.
 
     >>> tl.AnnotateConfig(teacher="masks:masks", encoding="raw").topk
     5
@@ -61,25 +59,25 @@ class AnnotateConfig(TeacherConfig):
     """
 
     topk: int = 5
-    """Classes that each location keeps; the probability of the others is kept as one number."""
+    """Classes that each location keeps; the probability of the others is stored as one number."""
     encoding: Encoding = Encoding.COMPACT
-    """How records are written: compact is a fifth of the size of raw, which is finer and faster to read."""
+    """How records are written: compact takes a fifth of the size of raw, which is more exact and faster to read."""
     tolerance: float | None = None
-    """Of compact records: the least probability that is worth its bytes. Less is left out, what stays is in steps of
-    1.25 times this; 0 keeps all in steps of 1/510. By default .008, and in a store that is there what it began with."""
+    """Of compact records: entries of less probability are dropped, the others are rounded to steps of 1.25 times this;
+    0 keeps all, in steps of 1/510. By default .008, and in an existing store the tolerance that it began with."""
     batch_size: int | None = None
-    """Images that the teacher sees at once; by default 64 on a GPU and 16 on a CPU."""
+    """Images a batch; by default 64 on a GPU and 16 on a CPU."""
     num_workers: int = 2
     """Threads that decode images, and as many that pack score maps."""
     shard_s: float = 300.0
-    """Seconds after which labels are on the disk at the latest, so what a kill may cost."""
+    """Labels are written to disk after at most so many seconds, which is what a kill may cost."""
     ignore_index: int | None = None
     """Of masks: the id of pixels without a class; by default 255, with more than 255 classes 65535."""
     strict: bool = False
-    """Stop at the first image that does not decode; by default they are listed and passed over."""
+    """Stop at the first image that does not decode; by default such images are skipped and listed."""
     again: str | None = None
-    """Label images anew that have a label: a text file of their keys, one a line, or `changed` for those that were
-    replaced since. Their new labels count as soon as they are written; until then the old ones do."""
+    """Label images again that have a label: a text file of their keys, one a line, or `changed` for those that were
+    replaced since. A new label is used as soon as it is written; until then the old one is."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -88,20 +86,20 @@ class AnnotateConfig(TeacherConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class Annotation:
-    """What a call to annotate did, on all ranks together."""
+    """The result of a call to `annotate`, over all ranks."""
 
     num_images: int
     num_present: int
-    """Images that had a label before, and keep it."""
+    """Images that had a label and keep it."""
     num_labelled: int
     num_anew: int
-    """How many of these had a label before."""
+    """How many of these had a label."""
     failures: tuple[Failure, ...]
     images_per_s: float
     bytes_per_image: float | None
-    """Of the records of these labels; None where there are none."""
+    """Mean size of the new records; None if there are none."""
     empty_cells: float | None
-    """Share of the cells labelled in this call that keep no class; None where networks labelled none."""
+    """Share of the cells labelled in this call that keep no class; None if networks labelled none."""
 
 
 def annotate(
@@ -111,12 +109,11 @@ def annotate(
     *,
     device: torch.device | str | None = None,
 ) -> Annotation:
-    """Label every image that has no label yet in the store `folder`, which is made if there is none.
+    """Label every image that has no label in the store `folder`, which is created if there is none.
 
-    With `again`, label some images anew as well; a call that was stopped is continued by the same call there, too.
-    Raises ModelError for a teacher that cannot do it, StoreError if the folder holds other labels,
-    ValueError for scores that are not finite (naming the image), ImageError for an image that does not decode
-    if `strict`.
+    With `again`, label some images again, too. The same call continues one that was stopped. Raises ModelError for a
+    teacher that has no dense map or does not fit the classes, StoreError if the folder holds other labels, ValueError
+    that names the image for scores that are not finite, and, if `strict`, ImageError for an image that does not decode.
 
     >>> done = tl.annotate("images", "labels", tl.AnnotateConfig(teacher="masks:masks", size=8))
     >>> done.num_present + done.num_labelled, done.failures
@@ -130,7 +127,7 @@ def annotate(
 
 
 def _refuse_amid_images(folder: Path, source: ImageSource) -> None:
-    """Raise StoreError for a folder among those of the images: whoever opens them next would take it for a class."""
+    """Raise StoreError for a store inside the folder of the images, where it would count as a class later on."""
     if isinstance(source, ImageFolder):
         root, folder_path = source.root.resolve(), folder.resolve()
         inside = root in folder_path.parents and folder_path.relative_to(root).as_posix()
@@ -142,7 +139,7 @@ def _refuse_amid_images(folder: Path, source: ImageSource) -> None:
 
 
 def make_teacher(config: AnnotateConfig, source: ImageSource, device: torch.device) -> Teacher | MaskTeacher:
-    """Return what labels the images, over their classes."""
+    """Return the teacher of a configuration, over the classes of the images."""
     names = [config.teacher] if isinstance(config.teacher, str) else config.teacher
     folders = [name.removeprefix(MASKS) for name in names if name.startswith(MASKS)]
     if not folders:
@@ -173,12 +170,11 @@ def make_teacher(config: AnnotateConfig, source: ImageSource, device: torch.devi
         class_map = class_map_for(config.class_map, (), source.class_names, num_theirs=MAX_IDS)
     teacher = MaskTeacher(
         folders[0],
-        num_classes=len(source.class_names),
+        class_names=source.class_names,
         size=config.size,
         class_map=class_map,
         ignore_index=config.ignore_index,
         source=source,
-        class_names=source.class_names,
     )
     teacher.masks.check(source.class_names, all_needed=False)
     return teacher
@@ -192,68 +188,73 @@ def annotate_by(
     config: AnnotateConfig,
     device: torch.device,
 ) -> Annotation:
-    """Do what `annotate` does with a teacher of your own, which must be on the device."""
+    """Label images as `annotate` does, with a teacher of your own, which must be on the device."""
     started, folder = time.perf_counter(), Path(folder)
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # pinned memory would open the first GPU otherwise
+        torch.cuda.set_device(device)  # otherwise pinning memory creates a context on the first GPU, too
     teacher = _over_classes_of(source, teacher, config)
-    manifest = _manifest(teacher, source, config)
-    if (folder / MANIFEST_FILE).exists():
-        manifest = _going_on(manifest, folder, config.tolerance)
     job = Labelling(
         teacher=teacher,
         source=FingerprintedImages(source),
-        manifest=manifest,
+        manifest=_manifest(teacher, source, folder, config),
         device=device,
         batch_size=config.batch_size or (16 if device.type == "cpu" else 64),
         num_workers=config.num_workers,
         strict=config.strict,
     )
-    with joined_ranks() as ranks:
-        todo = ranks.on_main(lambda: find_todo(source, folder, manifest, config.again))
-        num_bytes = sum(ranks.all_gather(_write_labels(job, source, folder, todo, config, ranks)))
-        failures = [failure for of_rank in ranks.all_gather(job.failures) for failure in of_rank]
-        cells = sum(ranks.all_gather(job.cells), Counter())
-        if ranks.is_first:
-            _note_failures(folder, source, failures)
-        if isinstance(teacher, MaskTeacher) and len(todo.indices) == len(source):
-            _say_absent(ranks.all_gather(teacher.held), source.class_names)
-    if cells["all"] and isinstance(teacher, Ensemble) and teacher.renormalises:
-        say(
-            f"{folder}: {cells['empty'] / cells['all']:.1%} of {cells['all']:,} cells keep nothing, since the teacher "
-            f"has less than {MIN_MASS} of its probability there on these classes: they carry no loss"
-        )
+    todo, num_bytes, failures, cells = _label(job, source, folder, config)
     num_labelled = len(todo.indices) - len(failures)
-    anew = {source.keys[index] for index in todo.anew}
+    empty_cells = cells["empty"] / cells["all"] if cells["all"] else None
+    if empty_cells is not None and isinstance(teacher, Ensemble) and teacher.renormalises:
+        say(
+            f"{folder}: {empty_cells:.1%} of {cells['all']:,} cells keep nothing, since the teacher has less than "
+            f"{MIN_MASS} of its probability there on these classes: they carry no loss"
+        )
     return Annotation(
         num_images=len(source),
         num_present=len(source) - len(todo.indices),
         num_labelled=num_labelled,
-        num_anew=len(anew.difference(failure.key for failure in failures)),
+        num_anew=len({source.keys[index] for index in todo.anew} - {failure.key for failure in failures}),
         failures=tuple(failures),
         images_per_s=num_labelled / (time.perf_counter() - started),
         bytes_per_image=num_bytes / num_labelled if num_labelled else None,
-        empty_cells=cells["empty"] / cells["all"] if cells["all"] else None,
+        empty_cells=empty_cells,
     )
+
+
+def _label(
+    job: Labelling, source: ImageSource, folder: Path, config: AnnotateConfig
+) -> tuple[Todo, int, list[Failure], Counter[str]]:
+    """Label images with all ranks; return which, the size of the records in bytes, the failures, and `job.cells`."""
+    with joined_ranks() as ranks:
+        todo = ranks.on_main(lambda: find_todo(source, folder, job.manifest, config.again))
+        num_bytes = sum(ranks.all_gather(_write_labels(job, source, folder, todo, config, ranks)))
+        failures = [failure for of_rank in ranks.all_gather(job.failures) for failure in of_rank]
+        cells = sum(ranks.all_gather(job.cells), Counter())
+        if ranks.is_first:
+            _write_failures(folder, source, failures)
+        if isinstance(job.teacher, MaskTeacher) and len(todo.indices) == len(source):
+            held = set().union(*ranks.all_gather(job.teacher.held))
+            if absent := [name for class_id, name in enumerate(source.class_names) if class_id not in held]:
+                say(f"no mask holds {len(absent):,} of {len(source.class_names):,} classes ({listed(absent)})")
+    return todo, num_bytes, failures, cells
 
 
 def _over_classes_of(
     source: ImageSource, teacher: Teacher | MaskTeacher, config: AnnotateConfig
 ) -> Teacher | MaskTeacher:
-    """Return a teacher of the caller's over the classes of the images, which one by `make_teacher` has already."""
+    """Map the classes of a teacher of the caller's to those of the images; `make_teacher` has done it for others."""
     is_asked = config.class_map is None and source.class_names
     if not is_asked or not isinstance(teacher, Teacher) or teacher.words or teacher.own_classes:
         return teacher
     class_map = class_map_of(teacher, None, source.class_names)
-    if class_map is None:
-        return teacher
-    return Ensemble([teacher], class_map=replace(class_map, outside=config.outside))
+    return Ensemble([teacher], class_map=replace(class_map, outside=config.outside)) if class_map else teacher
 
 
 def _write_labels(
     job: Labelling, source: ImageSource, folder: Path, todo: Todo, config: AnnotateConfig, ranks: Ranks
 ) -> int:
-    """Write the labels of this rank's share of the images; return how many bytes the records have."""
+    """Write the labels of this rank's share of the images; return the size of the records in bytes."""
     images, mine, num_bytes = job.source, todo.share(source, ranks), 0
     assert isinstance(images, FingerprintedImages)
     writer = LabelStoreWriter(
@@ -265,44 +266,37 @@ def _write_labels(
             num_bytes += len(record)
             writer.add_record(key, record, images.take(key))
             bar.update()
-            if bar.n == 1 and len(mine) >= ENOUGH_IMAGES:  # once the first label is there
+            if bar.n == 1 and len(mine) >= ENOUGH_IMAGES:  # once the teacher has shown that it works
                 _say_size(job.teacher, source, mine, job.device)
     return num_bytes
 
 
-def _say_absent(held_by_ranks: Sequence[set[int]], class_names: Sequence[str]) -> None:
-    held = set().union(*held_by_ranks)
-    absent = [name for class_id, name in enumerate(class_names) if class_id not in held]
-    if absent:
-        say(f"no mask holds {len(absent):,} of {len(class_names):,} classes ({listed(absent)})")
-
-
 def _say_size(teacher: Teacher | MaskTeacher, source: ImageSource, indices: list[int], device: torch.device) -> None:
-    """Say which size agrees better with a single network's own crops, if one does."""
-    while isinstance(teacher, Ensemble) and len(teacher.members) == 1:  # with a class map
+    """Print which size labels better, if one does, for a single network."""
+    while isinstance(teacher, Ensemble) and len(teacher.members) == 1:  # a network with a class map
         teacher = teacher.members[0]
     if isinstance(teacher, NetworkTeacher) and (advice := proposed_size(teacher, source, indices, device)):
         say(advice)
 
 
-def _manifest(teacher: Teacher | MaskTeacher, source: ImageSource, config: AnnotateConfig) -> Manifest:
+def _manifest(teacher: Teacher | MaskTeacher, source: ImageSource, folder: Path, config: AnnotateConfig) -> Manifest:
+    """Return the manifest of the labels. An existing store keeps its tolerance and orientation, which is printed."""
     networks = isinstance(teacher, Teacher)
     names = tuple(source.class_names) or (teacher.class_names if networks else ())
     if networks and teacher.own_classes:
         names = teacher.class_names
-    return Manifest(
+    tolerance = config.tolerance
+    manifest = Manifest(
         num_classes=teacher.num_classes,
         class_names=() if networks and teacher.words else names,
         topk=min(config.topk, teacher.num_classes),
         encoding=config.encoding,
-        tolerance=DEFAULT_TOLERANCE if config.tolerance is None else config.tolerance,
+        tolerance=DEFAULT_TOLERANCE if tolerance is None else tolerance,
         teacher=teacher.description,
         preprocessing=teacher.input.as_dict() if networks else teacher.preprocessing,
     )
-
-
-def _going_on(manifest: Manifest, folder: Path, tolerance: float | None) -> Manifest:
-    """Return a manifest with what the store in a folder began with, and say so where it is not the default."""
+    if not (folder / MANIFEST_FILE).exists():
+        return manifest
     began = read_manifest(folder)
     if tolerance not in (None, began.tolerance):
         raise StoreError(
@@ -317,8 +311,8 @@ def _going_on(manifest: Manifest, folder: Path, tolerance: float | None) -> Mani
     return replace(manifest, orientation=began.orientation, tolerance=began.tolerance)
 
 
-def _note_failures(folder: Path, source: ImageSource, failures: list[Failure]) -> None:
-    """Write down which images failed; those of other images that lie beside these stay noted while they exist."""
+def _write_failures(folder: Path, source: ImageSource, failures: list[Failure]) -> None:
+    """Write the failures of these images to the manifest; those of other images beside them stay while these exist."""
     mine = cache(lambda: frozenset(source.keys))
     root = getattr(source, "root", None)
     update_failures(
@@ -328,8 +322,8 @@ def _note_failures(folder: Path, source: ImageSource, failures: list[Failure]) -
 
 @contextmanager
 def _sigterm_stops() -> Iterator[None]:
-    """Let SIGTERM end this process the orderly way, writing what is finished."""
-    if threading.current_thread() is not threading.main_thread():
+    """Let SIGTERM raise SystemExit, so that the labels in memory are written."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield
         return
     before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))

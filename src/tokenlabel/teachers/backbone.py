@@ -1,8 +1,7 @@
-"""Backbones: networks without their classifier, found by name, that give a vector for every location of an image."""
+"""Backbones: networks without their classifier that give a vector for every location of an image."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,12 +21,12 @@ from tokenlabel.teachers.input import TeacherInput, input_of, made_for
 
 @dataclass(frozen=True, eq=False)
 class Backbone:
-    """A network that gives vectors [B, D] of images and [B, h, w, D] of their locations, frozen, on its device.
+    """A frozen network that gives vectors [B, D] of images and [B, h, w, D] of their locations.
 
-    The vector of a location is what the network's own `forward_head` gives for an image that shows this location
-    everywhere: before the last linear layer of a classifier, after the projection of image-text networks, where the
-    vectors of texts lie. `description`: name, hash of the weights without the classifier, preprocessing and licence,
-    as head files keep them.
+    The vector of a location is the output of the network's own `forward_head` for an image that shows this location
+    everywhere: the input of the last linear layer of a classifier, or, of an image-text network, the projection into
+    the space of text embeddings. `description`: name, hash of the weights without the classifier, preprocessing and
+    licence, as stored in head files.
     """
 
     network: ClassifierNetwork
@@ -36,8 +35,13 @@ class Backbone:
 
     @property
     def width(self) -> int:
-        """D, the numbers of a vector."""
+        """D, the dimension of a vector."""
         return self.network.num_classes
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the network."""
+        return next(self.network.parameters()).device
 
 
 def load_backbone(
@@ -48,14 +52,14 @@ def load_backbone(
     size: int | None = None,
     crop: Literal["none", "center"] = "none",
 ) -> Backbone:
-    """Return a network without its classifier, by the names that `--teacher` takes.
+    """Return a network without its classifier, by a name as for `--teacher`.
 
-    `size`: images are seen at an area of size x size px; the network's own if None. Raises ModelError if there is
-    none, and for one that gives no vector for each location.
+    `size`: images are resized to an area of size x size px; the network's own size if None. Raises ModelError if there
+    is no such network, or if it gives no vector for each location.
     """
     found = load_model(name, weights=weights, img_size=made_for(name, size), as_backbone=True)
     model = found.model.backbone
-    if not found.is_embedding:  # an image-text network's last layer leads to where the vectors of texts lie
+    if not found.is_embedding:  # the last layer of an image-text network projects into the space of text embeddings
         model.reset_classifier(0)
     network = ClassifierNetwork(model, name=name).eval().to(device).requires_grad_(False)
     network = network.to(memory_format=torch.channels_last)
@@ -79,12 +83,12 @@ def backbone_of(
     size: int | None = None,
     crop: Literal["none", "center"] = "none",
 ) -> Backbone:
-    """Return the backbone that a head was fitted on, at the head's image size unless another is given.
+    """Return the backbone that a head was fitted on, at the head's image size unless another one is given.
 
-    `name`: the head's file. `weights`: the backbone's file of weights, or its run folder if that was moved; what was
-    given when the head was fitted if None. Raises ModelError for a backbone with other weights.
+    `name`: the head's file. `weights`: the backbone's file of weights, or its run folder if that was moved; by default
+    the one that was used to fit the head. Raises ModelError for a backbone with other weights.
     """
-    about: Mapping[str, Any] = head.backbone
+    about = head.backbone
     if not about:
         raise ModelError(f"{name}: does not say what backbone it belongs to; `tokenlabel fit-head` makes heads")
     fitted = about["preprocessing"]
@@ -98,7 +102,7 @@ def backbone_of(
         )
     is_path = "/" in backbone_name and ":" not in backbone_name  # of a run; the hub's names have a colon
     place = file or (backbone_name if is_path else None)
-    if place is not None and not Path(place).exists():  # moved, or relative to another working directory
+    if place is not None and not Path(place).exists():  # it was moved, or is relative to another working directory
         raise ModelError(
             f"{name}: {place}, the weights of its backbone {about['name']}, is not there; give their file or run by "
             "--weights"
@@ -122,15 +126,15 @@ def check_locations(
     precision: str,
     has_classes: bool = True,
 ) -> str:
-    """Return in a sentence how a network's locations agree with what it says of whole normalised images.
+    """Return a sentence on how the mean over a network's locations agrees with its output for whole images.
 
-    `has_classes`: its outputs are logits, not vectors, of which a cosine tells more than the largest number. Where it
-    averages features and its head is linear, the mean over locations must be its own output; raises ModelError where
-    it is not.
+    `images`: normalised. `has_classes`: the outputs are logits, which are compared by their largest one, not vectors,
+    which are compared by their cosine. If the network averages features and its head is linear, the two must be equal;
+    raises ModelError if they are not.
     """
     if dense.averages_linearly(images):
-        own_and_locations = dense.evidence(images)
-        own, mean = own_and_locations.image.float(), own_and_locations.locations.float().mean(dim=(1, 2))
+        outputs = dense.evidence(images)
+        own, mean = outputs.image.float(), outputs.locations.float().mean(dim=(1, 2))
         tolerance = (1e-3 if precision == "fp32" else 5e-2) * float(own.abs().max())
         off = float((own - mean).abs().max())
         if not off <= tolerance:

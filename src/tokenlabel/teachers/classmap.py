@@ -1,4 +1,4 @@
-"""From a teacher's classes to those of the data set."""
+"""Maps a teacher's classes to those of the data set."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from tokenlabel.runtime.process import listed, say
 
 BY_ORDER, BY_NAME = "order", "names"
 
-# Below this much on classes of ours, a location shows something else: what is left of it is no evidence.
+# With less probability than this on the data set's classes, a location shows something else, and keeps nothing.
 MIN_MASS = 1e-3
 
 
 @dataclass(frozen=True, eq=False)
 class ClassMap:
-    """Where each of a teacher's classes goes: `targets` [teacher's classes], -1 for nowhere.
+    """The class that each of a teacher's classes is mapped to: `targets` [teacher's classes], -1 for none.
 
-    Many may go to one, whose probability is their sum. `outside` says what becomes of what goes nowhere. renormalise:
-    it is left out, and the others are probabilities given that one of our classes is shown; all are 0, so that nothing
-    is kept, where less than .001 goes to them. spread: it is spread evenly over all classes.
+    Probabilities of classes that are mapped to the same one are added. `outside`: what to do with those of classes that
+    are mapped to none. renormalise: drop them and scale the others to sum to 1, or set all to 0 (nothing is kept) if
+    these have less than .001 together. spread: spread them evenly over all classes.
     """
 
     targets: NDArray[np.int64]
@@ -47,18 +47,18 @@ class ClassMap:
 
     @property
     def renormalises(self) -> bool:
-        """Whether anything is left out."""
+        """Whether the probability of some classes is dropped."""
         return self.outside == "renormalise" and bool((self.targets < 0).any())
 
     @property
     def description(self) -> dict[str, Any]:
-        """What it does, for the manifest of a store."""
+        """The map as JSON, for the manifest of a store."""
         return {"targets": self.targets.tolist(), "nowhere": "renormalise" if self.renormalises else "spread evenly"}
 
     def apply(self, probs: Float[Tensor, "*dims T"]) -> Float[Tensor, "*dims C"]:
         """Return the probabilities of the data set's classes.
 
-        Averages over members and mirror images come before: the mean of renormalised ones is another one.
+        To be applied after averaging over members and mirrored images: renormalising first gives another mean.
         """
         mapped = np.flatnonzero(self.targets >= 0)
         kept = probs[..., torch.from_numpy(mapped).to(probs.device)]
@@ -66,7 +66,7 @@ class ClassMap:
         found = probs.new_zeros(*probs.shape[:-1], self.num_classes).index_add_(-1, targets, kept)
         if self.renormalises:
             mass = found.sum(dim=-1, keepdim=True)
-            # NaN is not below anything: it stays, and whoever packs the map refuses it.
+            # NaN < MIN_MASS is false, so NaN is kept, and raises an error when the map is packed.
             return torch.where(mass < MIN_MASS, 0.0, found / mass)
         nowhere = (probs.sum(dim=-1, keepdim=True) - kept.sum(dim=-1, keepdim=True)).clamp_min(0)
         return found + nowhere / self.num_classes
@@ -81,12 +81,12 @@ def class_map_for(
     assumed: bool = False,
     options: str = "--",
 ) -> ClassMap | None:
-    """Return how a teacher's classes become those of the images; None where they are the same in the same order.
+    """Return the map from a teacher's classes to those of the images; None if they are the same in the same order.
 
-    `spec`: None if they must be the same; "order" if they are in the same order, whatever they are called;
-    "names" to match equal names; else a file of pairs (see `read_class_map`). `theirs`: the teacher's class
-    names, empty if it does not know them; `assumed`: see `match_classes`. `ours`: the images' class names, empty
-    if they have no classes. `options`: what `class-map` and `class-order` follow where they are given.
+    `spec`: None if they must be the same; "order" if they are in the same order by other names; "names" to match equal
+    names; else a file of pairs (see `_read_class_map`). `theirs`: the teacher's class names, empty if unknown;
+    `assumed`: see `match_classes`. `ours`: the images' class names, empty if they have no classes. `options`: what
+    precedes the names of the options `class-map` and `class-order` in messages.
     """
     option = f"{options}class-map"
     if not ours:
@@ -104,14 +104,21 @@ def class_map_for(
         ours, theirs, count=num_theirs, assumed=assumed, them="the teacher", option=f"{options}class-order"
     )
     if len(set(ids)) < len(ids) or -1 in ids or (spec is None and num_theirs != len(ours)):
-        raise ConfigError(_refusal(spec, theirs, ours, ids, count=num_theirs, assumed=assumed, options=options))
+        advice = ""
+        if assumed:
+            advice = (
+                f". Its names are ImageNet's, by their number; {options}class-order natural, sorted or FILE overrules"
+            )
+        raise ConfigError(
+            _refusal(spec, theirs, ours, ids, count=num_theirs, options=options) + advice * (spec is None)
+        )
     targets = np.full(num_theirs, -1)
     targets[ids] = np.arange(len(ours))
     return None if spec is None and ids == list(range(len(ours))) else ClassMap(targets, len(ours))
 
 
 def _take_order(theirs: Sequence[str], ours: Sequence[str], *, num_theirs: int, option: str) -> None:
-    """Say which class of the teacher is which of the images, where they are paired by their order alone."""
+    """Print which class of the teacher is taken for which of the images."""
     if num_theirs != len(ours):
         raise ConfigError(f"{difference((), ours, count=num_theirs, them='the teacher')}: no common order")
     pairs = [f"{theirs[i] if theirs else i} = {name}" for i, name in enumerate(ours)]
@@ -120,7 +127,7 @@ def _take_order(theirs: Sequence[str], ours: Sequence[str], *, num_theirs: int, 
 
 
 def _map_of_file(path: str, theirs: Sequence[str], ours: Sequence[str], *, num_theirs: int, option: str) -> ClassMap:
-    targets = read_class_map(path, theirs, ours, num_theirs=num_theirs)
+    targets = _read_class_map(path, theirs, ours, num_theirs=num_theirs)
     reached = set(targets)
     if lacking := [name for i, name in enumerate(ours) if i not in reached]:
         raise ConfigError(
@@ -131,16 +138,9 @@ def _map_of_file(path: str, theirs: Sequence[str], ours: Sequence[str], *, num_t
 
 
 def _refusal(
-    spec: str | None,
-    theirs: Sequence[str],
-    ours: Sequence[str],
-    ids: Sequence[int],
-    *,
-    count: int,
-    assumed: bool,
-    options: str,
+    spec: str | None, theirs: Sequence[str], ours: Sequence[str], ids: Sequence[int], *, count: int, options: str
 ) -> str:
-    """Return why a teacher's classes are not those of the images, and what to do."""
+    """Return the message for a teacher whose classes do not match those of the images."""
     option = f"{options}class-map"
     if -1 not in ids and len(set(ids)) < len(ids):
         times = Counter(ids)
@@ -149,21 +149,18 @@ def _refusal(
     if spec == BY_NAME:
         advice = "" if theirs else f"; name its classes with {options}class-order FILE"
         return f"{option} names: {strangers(ours, theirs, ids, count=count, them='the teacher')}{advice}"
-    advice = (
-        f"Give {option} a file of pairs (or `{BY_NAME}` to match equal names, `{BY_ORDER}` if the classes are the same "
-        "by another name)"
+    return (
+        f"{difference(theirs, ours, count=count, them='the teacher')}. Give {option} a file of pairs (or `{BY_NAME}` "
+        f"to match equal names, `{BY_ORDER}` if the classes are the same by another name)"
     )
-    if assumed:
-        advice += f". Its names are ImageNet's, by their number; {options}class-order natural, sorted or FILE overrules"
-    return f"{difference(theirs, ours, count=count, them='the teacher')}. {advice}"
 
 
-def read_class_map(path: str | Path, theirs: Sequence[str], ours: Sequence[str], *, num_theirs: int) -> list[int]:
-    """Return for each of the teacher's classes the class that a file sends it to, -1 for none.
+def _read_class_map(path: str | Path, theirs: Sequence[str], ours: Sequence[str], *, num_theirs: int) -> list[int]:
+    """Return for each of the teacher's classes the class that a file maps it to, -1 for none.
 
-    A line of the file holds the teacher's class and the images' class, each by name or by id (counted from
-    0), with a tab or a comma between; lines that begin with # are passed over. A `.json` is a mapping from the
-    teacher's classes to those of the images. Raises ConfigError that names the line.
+    A line holds the teacher's class and the images' class, each by name or by id (from 0), separated by a tab or a
+    comma; lines that begin with # are skipped. A `.json` file is a mapping from the teacher's classes to those of the
+    images. Raises ConfigError that names the line.
     """
     targets = [-1] * num_theirs
     try:
@@ -198,7 +195,7 @@ def read_class_map(path: str | Path, theirs: Sequence[str], ours: Sequence[str],
 
 
 def _number(text: str, names: Sequence[str], count: int, *, where: str, whose: str) -> int:
-    """Return the class id that a field of a class map is, which is no name."""
+    """Return the class id in a field of a class map that is no name of a class."""
     if text.isdecimal() and int(text) < count:
         return int(text)
     known = f" ({listed(list(names))})" if names else ""

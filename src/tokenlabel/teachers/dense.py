@@ -1,9 +1,9 @@
 """Networks with logits, or vectors, for every location of an image.
 
-The dense map of a network is its own head, whatever layers it has, applied at every position of its last features:
-what it would give for an image that shows this position's features everywhere. That is logits of a classifier and a
-vector of a backbone, for which a head in a file answers (heads.py). A network with a head for its tokens (LV-ViT,
-VOLO) answers with that.
+The dense map of a network is its own head, whatever layers it has, applied at every position of its last features: the
+output for an image that shows the features of this position everywhere. These are logits of a classifier, or vectors
+of a backbone, to which a head from a file is applied (heads.py). Networks with a head for their tokens (LV-ViT, VOLO)
+use that.
 """
 
 from __future__ import annotations
@@ -28,23 +28,20 @@ from tokenlabel.models.features import (
 from tokenlabel.runtime.errors import ModelError, first_line
 from tokenlabel.teachers.heads import Head
 
-# So many logits of a head exist at once, 128 MiB of float32: those of 64 images and 65,536 words would be 4 GB.
+# At most so many logits of a head are computed at once, 128 MiB of float32; 64 images and 65,536 words have 4 GB.
 MAX_LOGITS = 1 << 25
 
 
 @dataclass(frozen=True, eq=False)
 class DenseLogits:
-    """What a network says of whole images [B, C], and of every location of them [B, h, w, C]: logits, or vectors."""
+    """The logits, or vectors, of whole images [B, C] and of all their locations [B, h, w, C]."""
 
     image: Float[Tensor, "B C"]
     locations: Float[Tensor, "B h w C"]
 
 
 class DenseNetwork(nn.Module, ABC):
-    """A network with logits for the image and for every location.
-
-    `answers_with`: which of its heads answers for the locations.
-    """
+    """A network with logits for the image and for every location. `answers_with`: the head that gives the latter."""
 
     num_classes: int
     answers_with: Literal["classifier", "tokens", "head"]
@@ -55,14 +52,14 @@ class DenseNetwork(nn.Module, ABC):
 
     @abstractmethod
     def grid_for(self, img_size: tuple[int, int]) -> tuple[int, int]:
-        """Return rows and columns of the locations of images of (height, width); ValueError if it can't take them."""
+        """Return rows and columns of the locations of images of (height, width); ValueError if it cannot take them."""
 
     def averages_linearly(self, images: Float[Tensor, "B 3 height width"]) -> bool:
-        """Say whether what `evidence` says of images has to be the mean of what it says of their locations."""
+        """Return True if `evidence` of whole images must be the mean of that of their locations."""
         return False
 
     def evidence(self, images: Float[Tensor, "B 3 height width"]) -> DenseLogits:
-        """Return what the network itself says of images and locations: its logits, or the vectors that a head gets."""
+        """Return the network's own outputs: its logits, or the vectors that are the input of a head."""
         return self(images)
 
     def top(
@@ -74,9 +71,9 @@ class DenseNetwork(nn.Module, ABC):
 
 
 class TokenNetwork(DenseNetwork):
-    """A network with a head for its tokens, which answers for the locations.
+    """A network with a head for its tokens, which gives the logits of the locations.
 
-    `has_one_list`: whether its class token is about the same classes; else the mean token answers for the image.
+    `has_one_list`: whether its class token has the same classes; if not, the image has the mean logits of the tokens.
     """
 
     answers_with = "tokens"
@@ -99,7 +96,7 @@ class TokenNetwork(DenseNetwork):
 
 
 class HeadNetwork(DenseNetwork):
-    """A backbone, for whose locations a head answers."""
+    """A backbone with a head from a file, which is applied to the vectors of all locations."""
 
     answers_with = "head"
 
@@ -132,16 +129,15 @@ class HeadNetwork(DenseNetwork):
         return self.backbone.grid_for(img_size)
 
     def averages_linearly(self, images: Float[Tensor, "B 3 height width"]) -> bool:
-        """Say whether an image's vector has to be the mean of its locations' vectors."""
+        """Return True if the vector of an image must be the mean of the vectors of its locations."""
         return self.backbone.averages_linearly(images)
 
 
 class ClassifierNetwork(DenseNetwork):
     """A timm network whose head is applied at every position.
 
-    `num_classes`: how many numbers the head gives: of a network whose classifier was taken away, the width of its
-    vectors, known after the first `grid_for`. `name` is what errors call it. Raises ModelError where the head
-    cannot be moved.
+    `num_classes`: the size of the head's output. Of a network without classifier it is the dimension of its vectors,
+    known after the first `grid_for`. `name`: for error messages. Raises ModelError if the head cannot be applied so.
     """
 
     answers_with = "classifier"
@@ -165,10 +161,10 @@ class ClassifierNetwork(DenseNetwork):
         return self._features(img_size).grid
 
     def averages_linearly(self, images: Float[Tensor, "B 3 height width"]) -> bool:
-        """Say whether the head is linear in the features and blind to prefix tokens, tried out on images."""
+        """Return True if the head is linear in the features and ignores prefix tokens, by a test on the images."""
         num_prefix = self._features((images.shape[2], images.shape[3])).num_prefix
         head, seen = self.backbone.forward_head, self.backbone.forward_features(images)
-        # What is linear maps the mean of two inputs to the mean of its outputs; any second input will do.
+        # A linear map takes the mean of two inputs to the mean of their outputs; any second input will do.
         other = 1 - 2 * seen.flip(1)
         if num_prefix:
             of_other_prefix = torch.cat([other[:, :num_prefix], seen[:, num_prefix:]], dim=1)
@@ -182,10 +178,10 @@ class ClassifierNetwork(DenseNetwork):
         return self._features_of[img_size]
 
     def _laid_out(self, seen: Any, img_size: tuple[int, int]) -> Features:
-        """Return how features lie in what the head gets of images of a size.
+        """Return the layout of the features in the head's input, for images of a size.
 
-        A size that was not seen before is like another one: a blank image for each of the shapes that photographs have
-        would cost as much as they do.
+        For a new size it is derived from that of another size: photographs have so many shapes that running a blank
+        image for each would double the work.
         """
         if img_size not in self._features_of and self._features_of and isinstance(seen, Tensor):
             (height_px, width_px), known = next(iter(self._features_of.items()))
@@ -201,7 +197,7 @@ class ClassifierNetwork(DenseNetwork):
 
     @torch.no_grad()
     def _measure(self, img_size: tuple[int, int]) -> Features:
-        """Run one blank image of this size and see whether the head can answer for its positions."""
+        """Run a blank image of this size to find the layout of its features, and check the head at each position."""
         if not hasattr(self.backbone, "forward_intermediates"):
             raise ModelError(f"{self.name} has no dense map: it lacks timm's forward_intermediates")
         seen, last = run_blank(self.backbone, img_size, stage=-1, name=self.name)

@@ -1,4 +1,4 @@
-"""Several teachers as one: their distributions averaged, over mirror images too, and mapped to other classes."""
+"""Teachers over the classes of the images: ensembles, for labels that are stored, and one that runs in each step."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
+from tokenlabel.core.config import OnlineTeacherConfig
 from tokenlabel.data.class_names import class_order
 from tokenlabel.data.classes import same_classes
 from tokenlabel.runtime.errors import ModelError, refuse
@@ -18,16 +19,16 @@ from tokenlabel.runtime.process import listed, say
 from tokenlabel.teachers.classmap import ClassMap, class_map_for
 from tokenlabel.teachers.dense import MAX_LOGITS
 from tokenlabel.teachers.input import cells_of
-from tokenlabel.teachers.networks import SegmenterTeacher, Teacher, TeacherConfig, load_teacher
+from tokenlabel.teachers.networks import NetworkTeacher, SegmenterTeacher, Teacher, TeacherConfig, load_teacher
 
 
 class Ensemble(Teacher):
     """Averages the distributions of its members.
 
-    Images are made for the first member; others get them resized where they need another size. Maps of
-    different grids are resampled to the finest, or to about cells x `cells`: bilinearly, or averaged where that is
-    coarser. `flip`: members also see the mirror image, and their maps of it are turned back. `class_map`: where the
-    members' classes go in the end. Raises ModelError for members of different classes.
+    `input` is that of the first member; others get its images resized if they need another size. Maps of different
+    grids are resampled to the finest one, or to about `cells` x `cells`: bilinearly, or averaged if that is coarser.
+    `flip`: also average with the mirrored maps of the mirrored images. `class_map`: applied to the average. Raises
+    ModelError for members of different classes.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class Ensemble(Teacher):
         self.members = list(members)
         self.flip, self.cells = flip, cells
         self.class_map = class_map
-        # Who knows its classes speaks for all.
+        # The classes of all are those of a member that names its own.
         first = min(self.members, key=lambda member: (not member.class_names, member.names_assumed))
         for other in self.members:
             _check_alike(first, other)
@@ -50,7 +51,7 @@ class Ensemble(Teacher):
         self.own_classes = first.own_classes and class_map is None
         self.class_names = () if class_map else first.class_names
         self.names_assumed = class_map is None and first.names_assumed
-        # Of a size that every member takes.
+        # Sides that are a multiple of the strides of all members.
         stride_px = math.lcm(*(member.input.stride_px for member in self.members))
         self.input = replace(self.members[0].input, stride_px=stride_px)
         self.description = {
@@ -63,7 +64,7 @@ class Ensemble(Teacher):
 
     @property
     def renormalises(self) -> bool:
-        """Whether probability that the class map sends to no class is left out."""
+        """Whether the class map drops the probability of some classes."""
         return self.class_map is not None and self.class_map.renormalises
 
     def check(self, images: UInt8[Tensor, "B 3 height width"]) -> str:
@@ -73,7 +74,7 @@ class Ensemble(Teacher):
     def top(
         self, images: UInt8[Tensor, "B 3 height width"], k: int
     ) -> tuple[Int[Tensor, "B h w K"], Float[Tensor, "B h w K"]]:
-        """Return the k most probable classes of each location, by blocks of images where the classes are very many."""
+        """Return the k most probable classes of each location, by blocks of images if there are very many classes."""
         num_locations = images[0, 0].numel() // min(member.input.stride_px for member in self.members) ** 2
         size = max(1, MAX_LOGITS // (num_locations * max(member.num_classes for member in self.members)))
         class_ids, probs = zip(*(super(Ensemble, self).top(block, k) for block in images.split(size)), strict=True)
@@ -95,7 +96,7 @@ class Ensemble(Teacher):
 
 
 def _check_alike(first: Teacher, other: Teacher) -> None:
-    """Raise ModelError for teachers whose distributions are about different classes."""
+    """Raise ModelError for teachers of different classes."""
     known = first.class_names and other.class_names
     refuse(
         {
@@ -114,15 +115,15 @@ def _check_alike(first: Teacher, other: Teacher) -> None:
 
 
 def load_teachers(config: TeacherConfig, class_names: Sequence[str], device: torch.device) -> Teacher:
-    """Return the teacher or teachers of a configuration as one, over the classes of the images.
+    """Return the teacher or the ensemble of a configuration, over the classes of the images.
 
-    `class_names`: of the images; empty if they have no classes. Raises ModelError or ConfigError for what
-    does not exist or fit.
+    `class_names`: of the images; empty if they have no classes. Raises ModelError or ConfigError if a teacher does not
+    exist, or its classes do not match.
     """
     members = _load_members(config, device)
     for member in members:
         name_classes(member, config.class_order, class_names)
-    # A segmentation model makes maps of any number of cells itself, out of what it says of pixels.
+    # A segmentation model predicts pixels, so it makes maps of any number of cells itself.
     cells = None if all(isinstance(member, SegmenterTeacher) for member in members) else config.cells
     alone = len(members) == 1 and not config.flip and cells is None
     teacher = members[0] if alone else Ensemble(members, flip=config.flip, cells=cells)
@@ -133,13 +134,13 @@ def load_teachers(config: TeacherConfig, class_names: Sequence[str], device: tor
                 f"assuming {member.description['name']}'s {member.num_classes:,} classes are the other teacher's in "
                 f"its order: {listed(pairs)}; overrule with --class-order natural, sorted or FILE"
             )
-    if (teacher.words or teacher.own_classes) and config.class_map is None:  # the labels are about these
+    if (teacher.words or teacher.own_classes) and config.class_map is None:  # labels are about its own classes
         return teacher
     class_map = class_map_of(teacher, config.class_map, class_names)
     if class_map is not None:
         class_map = replace(class_map, outside=config.outside)
         teacher = Ensemble(members, flip=config.flip, cells=cells, class_map=class_map)
-    if class_names:  # those of the images from now on, whatever it was that paired them
+    if class_names:  # the classes match by now, though their names may be spelled otherwise
         teacher.class_names, teacher.names_assumed = tuple(class_names), False
     return teacher
 
@@ -176,7 +177,7 @@ def class_map_of(
 def name_classes(
     teacher: Teacher, order: str | None, class_names: Sequence[str], *, option: str = "--class-order"
 ) -> None:
-    """Let a teacher's classes be what the user says that they are, if he does; see `class_order`."""
+    """Set the class names of a teacher if the user gives them; see `class_order`."""
     if order is not None:
         known = () if teacher.names_assumed else teacher.class_names
         names = class_order(order, class_names, known, count=teacher.num_classes, option=option)
@@ -192,3 +193,58 @@ def _resampled(probs: Float[Tensor, "B h w C"], grid: tuple[int, int]) -> Float[
     else:
         planes = F.interpolate(planes, size=grid, mode="bilinear", align_corners=False)
     return planes.permute(0, 2, 3, 1)
+
+
+class NetworkOnlineTeacher:
+    """A teacher that runs in the training step, on the augmented images, resized to what it takes.
+
+    `size`: images are resized to an area of about size x size pixels at their own aspect ratio, each side a multiple of
+    the teacher's stride; None keeps their size. A network of fixed size always gets that. `class_map`: applied to the
+    predictions.
+    """
+
+    def __init__(self, teacher: NetworkTeacher, *, size: int | None = None, class_map: ClassMap | None = None) -> None:
+        self.teacher, self.size, self.class_map = teacher, size, class_map
+
+    @torch.no_grad()  # not inference_mode: autograd could not save its targets for the backward pass
+    def probabilities(
+        self, images: UInt8[Tensor, "B 3 height width"]
+    ) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B h w C"]]:
+        """Return the distributions of whole images and of all their locations, in float32.
+
+        They are 0 if the class map drops what is shown.
+        """
+        logits = self.teacher.logits(self.teacher.input.resized(images, size=self.size, mode="bicubic"))
+        of_images, of_locations = logits.image.float().softmax(dim=1), logits.locations.float().softmax(dim=3)
+        if self.class_map is None:
+            return of_images, of_locations
+        return self.class_map.apply(of_images), self.class_map.apply(of_locations)
+
+
+def load_online_teacher(
+    config: OnlineTeacherConfig, class_names: Sequence[str], device: torch.device
+) -> NetworkOnlineTeacher | None:
+    """Return the teacher of a configuration over the classes of the images; None if it names none.
+
+    Raises ModelError or ConfigError if the teacher does not exist, or its classes do not match.
+    """
+    if config.name is None:
+        return None
+    teacher = load_teacher(
+        config.name,
+        TeacherConfig(
+            teacher=config.name, size=config.size, head=config.head, precision=config.precision, compile=config.compile
+        ),
+        device,
+        weights=config.weights,
+    )
+    if teacher.words or not isinstance(teacher, NetworkTeacher):
+        what = "says visual words, not classes" if teacher.words else "holds a segmentation model"
+        raise ModelError(
+            f"loss.teacher.name {config.name}: {what}; label the images once (`tokenlabel annotate IMAGES labels "
+            f"--teacher {config.name}`) and give data.labels"
+        )
+    name_classes(teacher, config.class_order, class_names, option="--loss.teacher.class-order")
+    class_map = class_map_of(teacher, config.class_map, class_names, options="--loss.teacher.")
+    class_map = class_map and replace(class_map, outside=config.outside)
+    return NetworkOnlineTeacher(teacher, size=config.size, class_map=class_map)

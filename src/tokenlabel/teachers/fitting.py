@@ -1,11 +1,12 @@
-"""Fit a head on a backbone: from class labels, from masks, from class names, from a file, or from images alone.
+"""Fit a head on a backbone: from class labels, masks, class names, a file of embeddings, or from images alone.
 
-The backbone sees each image once and is the expensive part; of its vectors a sample of bounded size is kept, in half
-precision (MAX_SAMPLE_BYTES, or in proportion to the words), and the head is fitted on that.
+The backbone, the expensive part, sees each image once. A sample of its vectors is kept, in half precision and of
+bounded size (MAX_SAMPLE_BYTES, or proportional to the number of words), and the head is fitted on that.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -38,13 +39,13 @@ VECTORS_PER_WORD, LEAST_VECTORS = 32, 1 << 16
 """Size of the sample that words are fitted on. In half precision: 64 bytes x words x width, or 131 kB x width."""
 
 MAX_SAMPLE_BYTES = 2 << 30
-"""Size of the sample that heads from labels and masks are fitted on; of very many images some are left out."""
+"""Size of the sample that heads from labels and masks are fitted on; some images are left out if there are too many."""
 
 MAX_LOCATIONS = 64
-"""The most that is taken of an image with a class label."""
+"""The most locations that are taken from an image with a class label."""
 
 HELD_OUT = 0.2
-"""Share of the images by which the weight decay is chosen, and how locations learn from the labels of images."""
+"""Share of the images on which the weight decay and the pooling are chosen."""
 
 FROM = "labels, words, text, masks:DIR, or a file of embeddings (.npy, .safetensors)"
 
@@ -57,7 +58,7 @@ OPTIONS_OF = {
     "class_names": ("masks",),
     "ignore_index": ("masks",),
 }
-"""Which options mean something for which kinds of heads only."""
+"""Options that only some kinds of heads use."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,22 +74,22 @@ class FitConfig:
     """A run folder, or the name of a model (timm's, lvvit_s and the like), with or without a classifier of its own."""
     from_: str
     """labels: class labels of the images. masks:DIR: masks of (some of) the images, PNG class ids laid out like them;
-    masks:FILE.json: COCO's file of them. words: the images alone (visual words). text: class names; IMAGES is a file of
-    them, one a line. A file: embeddings [C, D] of class names (.npy, .safetensors), which IMAGES lists."""
+    masks:FILE.json: COCO's file of them. words: the images alone (visual words). text: class names; IMAGES is a file
+    with one a line. A file: embeddings [C, D] (.npy, .safetensors) of the class names in IMAGES."""
     weights: str | None = None
     """Checkpoint file of the backbone (.safetensors, or .pth without code in it); timm's pretrained weights if none."""
     size: int | None = None
-    """The image is seen at an area of size x size pixels; the backbone's own size if none."""
+    """Images are resized to an area of size x size pixels; the backbone's own size if none."""
     words: int = 8192
-    """How many visual words."""
+    """Number of visual words."""
     topk: int = 5
-    """The temperature of words lets the topk most probable ones of a location hold .9 of its mass: as many as
-    `annotate` is going to keep."""
+    """The temperature of words is chosen so that the topk most probable ones of a location hold .9 of the probability:
+    as many as `annotate` keeps."""
     temperature: float | None = None
-    """Of the cosines of words, texts and embeddings, in place of the fitted one, the text tower's own, and .01."""
+    """Of the cosines of words, texts and embeddings; by default fitted, the text tower's own, and .01."""
     pooling: Literal["auto", "mean", "instances"] = "auto"
-    """How locations learn from the class label of their image. mean: the mean of their vectors has to show the class;
-    instances: one of them has to; auto: whichever does better on held-out images."""
+    """How locations learn from the class label of their image. mean: the mean of their vectors shows the class;
+    instances: at least one of them does; auto: whichever is better on held-out images."""
     class_names: str | None = None
     """Names of the masks' classes by their ids, a file of one a line; by default COCO's categories, or the images'
     classes in their order."""
@@ -97,11 +98,11 @@ class FitConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 runs the backbone under autocast."""
     batch_size: int = 64
-    """Images that the backbone sees at once."""
+    """Images a batch."""
     num_workers: int = 2
     """Threads that decode images."""
     seed: int = 0
-    """Of what is drawn: locations, first words."""
+    """Of the random choices: locations, initial words."""
 
     def __post_init__(self) -> None:
         check_numbers(self, "--", size=NATURAL, words="[2, inf)", topk=NATURAL, batch_size=NATURAL, num_workers=COUNT)
@@ -125,10 +126,10 @@ def fit_head(
     device: torch.device | str | None = None,
     overwrite: bool = False,
 ) -> Head:
-    """Fit a head, write it to `file` (.safetensors) and return it; return what is there if it was fitted likewise.
+    """Fit a head, write it to `file` (.safetensors) and return it; one fitted by the same config before is returned.
 
-    Raises ModelError where there is another head, or where what it is to be fitted on does not do; errors of the
-    images and of the backbone as `annotate` does.
+    Raises ModelError if the file holds another head, or if the images, labels or masks do not allow the fit; and what
+    `annotate` raises for images and backbones.
 
     >>> config = tl.FitConfig(backbone="test_vit", weights="test_vit.safetensors", size=64, from_="labels")
     >>> tl.fit_head("images", "head.safetensors", config).class_names
@@ -136,8 +137,8 @@ def fit_head(
     """
     config, file = coerced(config, FitConfig, name="config"), Path(file)
     asked = {**asdict(config), "images": str(images) if isinstance(images, (str, Path)) else None}
-    if (there := _there(file, asked, overwrite=overwrite)) is not None:
-        return there
+    if (existing := _existing(file, asked, overwrite=overwrite)) is not None:
+        return existing
     kind, device = kind_of(config.from_), usable_device(device)
     if kind in ("text", "file"):
         if not isinstance(images, (str, Path)):
@@ -147,27 +148,21 @@ def fit_head(
         head = head_of_embeddings(config.from_, names, backbone, config.temperature)
     else:
         source = open_aloud(images) if isinstance(images, (str, Path)) else images
-        check = {"labels": _check_labels, "masks": _check_masks, "words": lambda source, config: None}[kind]
-        asked_of_source = check(source, config)  # before anything is downloaded
-        backbone = load_backbone(config.backbone, device, weights=config.weights, size=config.size)
-        vectors = Vectors(
-            backbone=backbone,
-            source=source,
-            device=device,
-            precision=config.precision,
-            batch_size=config.batch_size,
-            num_workers=config.num_workers,
-            seed=config.seed,
-        )
-        fit = {"labels": _from_labels, "masks": _from_masks, "words": _from_words}[kind]
-        head = fit(vectors, config, asked_of_source)
+        masks = _check_masks(source, config) if kind == "masks" else None  # before anything is downloaded
+        if kind == "labels":
+            refuse_single_class(source, "--from labels")
+        vectors = load_vectors(source, config, device)
+        if masks is not None:
+            head = _from_masks(vectors, config, *masks)
+        else:
+            head = _from_labels(vectors, config) if kind == "labels" else _from_words(vectors, config)
     head.fitted["asked"] = asked
     head.save(file)
     return head
 
 
 def kind_of(from_: str) -> Kind:
-    """Return what kind of head `--from` asks for."""
+    """Return the kind of head that `--from` names."""
     if from_.startswith(MASKS) and from_ != MASKS:
         return "masks"
     if Path(from_).suffix in (".npy", HEAD_SUFFIX):
@@ -178,8 +173,20 @@ def kind_of(from_: str) -> Kind:
     raise ModelError(f"--from is {FROM}; got {from_!r}")
 
 
-def _there(file: Path, asked: dict[str, Any], *, overwrite: bool) -> Head | None:
-    """Return the head that a file holds if it was fitted as is asked for; refuse to write over anything else."""
+def load_vectors(source: ImageSource, config: FitConfig, device: torch.device) -> Vectors:
+    """Load the backbone of a configuration and return the vectors of images by it."""
+    return Vectors(
+        backbone=load_backbone(config.backbone, device, weights=config.weights, size=config.size),
+        source=source,
+        precision=config.precision,
+        batch_size=config.batch_size,
+        num_workers=config.num_workers,
+        seed=config.seed,
+    )
+
+
+def _existing(file: Path, asked: dict[str, Any], *, overwrite: bool) -> Head | None:
+    """Return the head in a file if it was fitted with the same options; refuse to overwrite anything else."""
     if file.suffix != HEAD_SUFFIX:
         raise ModelError(f"{file}: a head is a {HEAD_SUFFIX} file; name one")
     if not file.exists():
@@ -200,7 +207,7 @@ def _there(file: Path, asked: dict[str, Any], *, overwrite: bool) -> Head | None
     return Head.load(file)
 
 
-def _from_words(vectors: Vectors, config: FitConfig, _: None) -> Head:
+def _from_words(vectors: Vectors, config: FitConfig) -> Head:
     sample, num_images = vectors.locations(max(LEAST_VECTORS, VECTORS_PER_WORD * config.words))
     if len(sample) < config.words:
         raise ModelError(
@@ -228,12 +235,8 @@ def _from_words(vectors: Vectors, config: FitConfig, _: None) -> Head:
     )
 
 
-def _check_labels(source: ImageSource, config: FitConfig) -> None:
-    refuse_single_class(source, "--from labels")
-
-
-def _from_labels(vectors: Vectors, config: FitConfig, _: None) -> Head:
-    """Fit on means of locations, and on locations of which one has to show the class; take what maps better."""
+def _from_labels(vectors: Vectors, config: FitConfig) -> Head:
+    """Fit on the means of locations, and on bags of locations of which one shows the class; return the better head."""
     bags, truth = _labelled_bags(vectors)
     num_classes, weights = len(vectors.source.class_names), torch.ones(len(truth), device=bags.device)
     held_out = _held_out(truth.cpu(), seed=config.seed).to(bags.device)
@@ -243,8 +246,8 @@ def _from_labels(vectors: Vectors, config: FitConfig, _: None) -> Head:
     tried: dict[str, tuple[float, float, Examples]] = {}
     for pooling in ("mean", "instances") if config.pooling == "auto" else (config.pooling,):
         examples = Examples(bags[:, :1] if pooling == "mean" else bags[:, 1:], truth, weights, num_classes)
-        # By how often the map is right, not by cross entropy: that wants decays so weak that single locations, which
-        # are farther apart than the means that were fitted, are too sure of themselves.
+        # By the accuracy of the maps, not by cross-entropy: that prefers decays so weak that single locations, which
+        # lie farther apart than the means that were fitted, are overconfident.
         fit = choose_decay(examples.of(~held_out), lambda fit: -accuracy_of(fit))
         tried[pooling] = (accuracy_of(fit), fit.decay, examples)
     best = max(tried, key=lambda pooling: tried[pooling][0])
@@ -269,7 +272,7 @@ def _from_labels(vectors: Vectors, config: FitConfig, _: None) -> Head:
 
 
 def _labelled_bags(vectors: Vectors) -> tuple[Float[Tensor, "n L D"], Int[Tensor, " n"]]:
-    """Return the mean of the locations and some locations of each labelled image, within the memory, and its class."""
+    """Return, within MAX_SAMPLE_BYTES, the mean and some of the locations of each labelled image, and its class."""
     source, of_a_vector = vectors.source, 2 * vectors.backbone.width  # bytes
     labelled = np.flatnonzero(has_classes(source))
     indices = labelled[spread(len(labelled), MAX_SAMPLE_BYTES // (of_a_vector * (1 + VECTORS_PER_IMAGE)))]
@@ -280,13 +283,13 @@ def _labelled_bags(vectors: Vectors) -> tuple[Float[Tensor, "n L D"], Int[Tensor
 
 
 def _map_accuracy(fit: LinearFit, bags: Float[Tensor, "n L D"], truth: Int[Tensor, " n"]) -> float:
-    """Return for how many images the mean distribution of their locations has the right class first."""
+    """Return the share of images for which the mean distribution of their locations has the right class."""
     guesses = [fit.logits(block).softmax(dim=2).mean(dim=1).argmax(dim=1) for block in bags.split(256)]
     return float((torch.cat(guesses) == truth).float().mean())
 
 
 def _held_out(class_ids: Tensor, *, seed: int) -> Bool[Tensor, " n"]:
-    """Draw a fifth of each class, one at least, of classes with two images at least."""
+    """Draw a fifth of each class that has at least two images, and at least one image of it."""
     held_out = torch.zeros(len(class_ids), dtype=torch.bool)
     generator = torch.Generator().manual_seed(seed)
     for class_id in class_ids.unique():
@@ -318,9 +321,10 @@ def _check_masks(source: ImageSource, config: FitConfig) -> tuple[MaskFolder, li
     return masks, names, indices
 
 
-def _from_masks(vectors: Vectors, config: FitConfig, found: tuple[MaskFolder, list[str], list[int]]) -> Head:
-    """Fit on locations, whose targets are the shares of the classes in their cells."""
-    masks, names, indices = found
+def _from_masks(
+    vectors: Vectors, config: FitConfig, masks: MaskFolder, names: Sequence[str], indices: Sequence[int]
+) -> Head:
+    """Fit on locations; the targets are the shares of the classes in their cells."""
     of_a_location = 2 * vectors.backbone.width + 4 * len(names)  # bytes
     most = max(1, MAX_SAMPLE_BYTES // (of_a_location * len(indices)))
     sample, cells, owners = vectors.cells(masks, indices, most)

@@ -1,7 +1,7 @@
-"""What heads say of images whose label they were not fitted on: a label that they contradict may be wrong.
+"""Out-of-fold predictions: a label that a head contradicts, which was fitted without it, may be wrong.
 
-Each image is left out of the fit of one of five linear heads on frozen vectors, which then says what the image shows
-(cross-validated prediction: Northcutt et al., "Confident Learning", JAIR 2021).
+Five linear heads on frozen vectors are each fitted on four fifths of the images and predict the others (Northcutt et
+al., "Confident Learning", JAIR 2021).
 """
 
 from __future__ import annotations
@@ -23,16 +23,15 @@ from tokenlabel.labels.inspection import Suspect
 from tokenlabel.runtime.distributed import usable_device
 from tokenlabel.runtime.errors import ModelError
 from tokenlabel.runtime.process import write_whole
-from tokenlabel.teachers.backbone import load_backbone
+from tokenlabel.teachers.fitting import FitConfig, load_vectors
 from tokenlabel.teachers.regression import Examples, choose_decay, cross_entropy, fit_linear
-from tokenlabel.teachers.vectors import Vectors
 
 NUM_FOLDS = 5
 
 
 @dataclass(frozen=True, eq=False)
 class FoldPredictions:
-    """Probabilities [n, C] of images by heads that were fitted without them, and the images' own labels [n]."""
+    """Probabilities [n, C] of images by heads that were fitted without them, and the labels [n] of the images."""
 
     keys: list[str]
     class_ids: Int[NDArray[np.int64], " n"]
@@ -45,7 +44,7 @@ class FoldPredictions:
         return float((self.probs.argmax(axis=1) == self.class_ids).mean())
 
     def suspects(self, count: int) -> list[Suspect]:
-        """Return the images that another class fits best, those whose own is the least probable beside it first."""
+        """Return the images whose best class is not their label, by the quotient of the two probabilities."""
         rows = np.arange(len(self.keys))
         own, best = self.probs[rows, self.class_ids], self.probs.argmax(axis=1)
         doubt = own / self.probs[rows, best]
@@ -62,7 +61,7 @@ class FoldPredictions:
         ]
 
     def figures(self, num_suspects: int) -> dict[str, Any]:
-        """Return what `tokenlabel inspect` says of them."""
+        """Return what `tokenlabel inspect` reports."""
         suspects = [asdict(suspect) for suspect in self.suspects(num_suspects)]
         return {"num_images": len(self.keys), "agreement": self.agreement, "suspects": suspects}
 
@@ -76,46 +75,30 @@ class FoldPredictions:
 
 
 def predict_out_of_fold(
-    source: ImageSource,
-    backbone: str,
-    *,
-    weights: str | None = None,
-    size: int | None = None,
-    device: torch.device | str | None = None,
-    batch_size: int = 64,
-    num_workers: int = 2,
-    seed: int = 0,
+    source: ImageSource, config: FitConfig, *, device: torch.device | str | None = None
 ) -> FoldPredictions:
-    """Return what heads on a frozen backbone say of images that they were fitted without.
+    """Return the predictions of heads, fitted as `fit_head` does from labels, for images that they were fitted without.
 
-    The arguments are those of `fit_head`. Two bytes an image and number of a vector are kept. Raises ModelError where
-    fewer than five images of a class, or of one class only, can be read.
+    Keeps the vectors of all images, in half precision. Raises ModelError if no class has five images that can be read,
+    or if there is only one class.
     """
     refuse_single_class(source, "--out-of-fold")
-    device = usable_device(device)
-    vectors = Vectors(
-        backbone=load_backbone(backbone, device, weights=weights, size=size),
-        source=source,
-        device=device,
-        precision="fp32",
-        batch_size=batch_size,
-        num_workers=num_workers,
-        seed=seed,
+    found, keys = load_vectors(source, config, usable_device(device)).of_images(
+        np.flatnonzero(has_classes(source)).tolist()
     )
-    found, keys = vectors.of_images(np.flatnonzero(has_classes(source)).tolist())
     class_of = dict(zip(source.keys, source.class_ids.tolist(), strict=True))
-    truth = torch.tensor([class_of[key] for key in keys], device=device)
+    truth = torch.tensor([class_of[key] for key in keys], device=found.device)
     names = list(source.class_names)
-    probs = fit_folds(found, truth, num_classes=len(names), seed=seed)
+    probs = fit_folds(found, truth, num_classes=len(names), seed=config.seed)
     return FoldPredictions(keys, truth.cpu().numpy(), probs.cpu().numpy(), names)
 
 
 def fit_folds(
     vectors: Float[Tensor, "n D"], class_ids: Int[Tensor, " n"], *, num_classes: int, seed: int = 0
 ) -> Float[Tensor, "n C"]:
-    """Return the probabilities of each vector's classes by a linear head that was fitted on the other folds.
+    """Return the class probabilities of each vector by a linear head that was fitted on the other folds.
 
-    Raises ModelError where no class has as many examples as there are folds.
+    Raises ModelError if no class has as many examples as there are folds.
     """
     fold_of = folds(class_ids.cpu(), seed=seed).to(class_ids.device)
     if int(fold_of.max()) + 1 < NUM_FOLDS:
@@ -124,8 +107,8 @@ def fit_folds(
         )
     ones = torch.ones(len(class_ids), device=class_ids.device)
     examples = Examples(vectors[:, None], class_ids, ones, num_classes)
-    # One decay for all folds: chosen on the second fold, by heads of the third to the last. By cross entropy, since
-    # what is asked of these heads is how probable a label is.
+    # One decay for all folds, chosen on the second fold by heads fitted on the third to the last. By cross-entropy:
+    # these heads are used for the probability of a label.
     judge = examples.of(fold_of == 1)
     decay = choose_decay(examples.of(fold_of > 1), lambda fit: cross_entropy(fit, judge)).decay
     probs = vectors.new_empty(len(vectors), num_classes, dtype=torch.float32)
@@ -136,7 +119,7 @@ def fit_folds(
 
 
 def folds(class_ids: Int[Tensor, " n"], *, seed: int) -> Int[Tensor, " n"]:
-    """Return the fold of each image, 0 to 4, drawn so that each class is spread evenly."""
+    """Return the fold of each image, 0 to 4, drawn so that each class is divided evenly."""
     fold_of = torch.empty_like(class_ids)
     generator = torch.Generator().manual_seed(seed)
     for class_id in class_ids.unique():

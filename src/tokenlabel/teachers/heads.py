@@ -1,7 +1,7 @@
-"""Heads: what makes a teacher of a backbone without classes, in a small file of its own.
+"""Heads: linear layers that make a backbone a teacher, each in a small file.
 
-HEAD.safetensors holds the tensors `matrix` [C, D] and, where the head has them, `bias` [C] and `center` [D]; all else
-is JSON under the key `head` of the file's metadata.
+HEAD.safetensors holds the tensors `matrix` [C, D] and, optionally, `bias` [C] and `center` [D]; everything else is JSON
+under the key `head` of the file's metadata.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ _KEY = "head"  # of the metadata
 class Head(nn.Module):
     """A distribution over C classes for each vector of a backbone: `softmax(scale * x @ matrix.T + bias)`.
 
-    `matrix` [C, D] float32, `bias` [C], `center` [D]. Where `normalised`, x is the vector minus `center`, at length 1,
-    and so are the rows of the matrix: scaled cosines. `kind`: what it was made from. `class_names`: C of them;
-    words have none but their numbers. `fitted`, `backbone`: what it was fitted on and how well, and the backbone that
-    its vectors come from; both as JSON holds them.
+    `matrix` [C, D] float32, `bias` [C], `center` [D]. If `normalised`, x is the vector minus `center`, scaled to length
+    1, as the rows of the matrix are, so logits are scaled cosines. `kind`: what the head was fitted on.
+    `class_names`: C names; visual words have none. `fitted`, `backbone`: how it was fitted and how well, and the
+    backbone of its vectors, both as JSON.
 
     >>> head = tl.Head(torch.eye(2), kind="labels", class_names=["ant", "bee"])
     >>> ids, probs = head.top(torch.tensor([[0.0, 3.0]]), k=1)
@@ -71,22 +71,22 @@ class Head(nn.Module):
 
     @property
     def num_classes(self) -> int:
-        """C: how many classes, or words."""
+        """C, the number of classes or words."""
         return len(self.matrix)
 
     @property
     def width(self) -> int:
-        """D: the numbers of a vector."""
+        """D, the dimension of a vector."""
         return self.matrix.shape[1]
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """The names of the classes; `word 0` and so on for visual words, which mean nothing without the head's hash."""
+        """The names of the classes; `word 0` and so on for visual words, whose numbers mean nothing in another head."""
         return self._class_names or tuple(f"word {i}" for i in range(self.num_classes))
 
     @property
     def hash(self) -> str:
-        """What tells this head from any other: of all numbers, the class names and the backbone's weights."""
+        """A hash of all tensors, the class names and the backbone's weights, which identifies this head."""
         digest = hashlib.blake2b(digest_size=16)
         about = [self.kind, self.scale, self.normalised, self._class_names, self.backbone.get("weights")]
         digest.update(json.dumps(about).encode())
@@ -95,7 +95,7 @@ class Head(nn.Module):
         return f"blake2b:{digest.hexdigest()}"
 
     def forward(self, features: Float[Tensor, "*locations D"]) -> Float[Tensor, "*locations C"]:
-        """Return the logits of vectors, in float32 whatever their precision: a cosine times 50 is too fine for bf16."""
+        """Return the logits of vectors, always in float32: bf16 is too coarse for a cosine times 50."""
         with torch.autocast(features.device.type, enabled=False):
             x = features.float()
             if self.center is not None:
@@ -111,7 +111,7 @@ class Head(nn.Module):
         return top.indices, (top.values - logits.logsumexp(dim=1, keepdim=True)).exp()
 
     def extra_repr(self) -> str:
-        """Return what the head is in a few words, for people."""
+        """Return a short description of the head."""
         licence = self.backbone.get("licence")
         return (
             f"{self.num_classes:,} {'words' if self.kind == 'words' else f'classes from {self.kind}'} of vectors of "
@@ -119,7 +119,7 @@ class Head(nn.Module):
         )
 
     def save(self, path: str | Path) -> None:
-        """Write the head to a file that appears whole or not at all."""
+        """Write the head to a file, atomically."""
         tensors = {"matrix": self.matrix, "bias": self.bias, "center": self.center}
         about = {
             "format": _HEAD_FORMAT,
@@ -136,7 +136,7 @@ class Head(nn.Module):
 
     @staticmethod
     def load(path: str | Path) -> Head:
-        """Return the head of a file. Raises ModelError for one that is missing, damaged, or holds something else."""
+        """Return the head of a file. Raises ModelError if it is missing, damaged, or holds something else."""
         path = local_name(path)
         about = read_about(path)
         try:
@@ -161,7 +161,7 @@ class Head(nn.Module):
 
 
 def read_about(path: str | Path) -> dict[str, Any]:
-    """Return what a head file says of itself, without its tensors. Raises ModelError as `Head.load` does."""
+    """Return the metadata of a head file, without its tensors. Raises ModelError as `Head.load` does."""
     path = local_name(path)
     try:
         with safe_open(path, framework="pt") as file:
@@ -186,22 +186,18 @@ def read_about(path: str | Path) -> dict[str, Any]:
 
 
 def _check(head: Head) -> None:
-    """Raise ValueError for what is no head."""
-    num_classes, width = head.matrix.shape
-    bias, center, names = head.bias, head.center, head._class_names
-    tensors = [tensor for tensor in (head.matrix, bias, center) if tensor is not None]
+    (num_classes, width), names = head.matrix.shape, head._class_names
+    bias, center = (None if tensor is None else tuple(tensor.shape) for tensor in (head.bias, head.center))
+    finite = all(bool(tensor.isfinite().all()) for tensor in head.buffers())
     refuse(
         {
             f"expected a kind of {', '.join(get_args(Kind))}, got {head.kind!r}": head.kind not in get_args(Kind),
             f"expected 2 classes at least, and a bias for each; got {num_classes}": num_classes < 2
-            or (bias is not None and bias.shape != (num_classes,)),
-            f"expected a center of {width} numbers, got {center is not None and tuple(center.shape)}": center
-            is not None
-            and center.shape != (width,),
+            or bias not in (None, (num_classes,)),
+            f"expected a center of {width} numbers, got {center}": center not in (None, (width,)),
             f"{num_classes} classes, but {len(names)} class names": names and len(names) != num_classes,
             f"a head from {head.kind} needs the names of its {num_classes} classes": not names and head.kind != "words",
-            "expected finite numbers and a positive scale": not head.scale > 0
-            or not all(bool(tensor.isfinite().all()) for tensor in tensors),
+            "expected finite numbers and a positive scale": not head.scale > 0 or not finite,
         },
         ValueError,
     )

@@ -1,4 +1,4 @@
-"""What a teacher sees of an image: its size, its crop, and which part of the image that is."""
+"""The input of a teacher: the size and the crop of an image, and the region that the crop covers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from tokenlabel.core.geometry import WHOLE_IMAGE, Box, View
+from tokenlabel.core.geometry import WHOLE_IMAGE, Box
 from tokenlabel.data.augment import EvalTransform
 from tokenlabel.data.config import Interpolation
 from tokenlabel.data.resampling import RESAMPLING
@@ -30,10 +30,10 @@ from tokenlabel.teachers.dense import DenseNetwork
 class TeacherInput:
     """How images become a teacher's input.
 
-    The whole image, resized with antialiasing to an area of about `size` x `size` pixels at its own aspect,
-    each side a multiple of `stride_px`; in its own size if `size` is None. With `fixed_size_px` (height, width) the
-    whole image squeezed into that. With `crop_fraction` the largest centred square, of which that fraction of each side
-    is kept, at `size` x `size`. `mean`, `std`: what the pixels in [0, 1] are normalised with afterwards.
+    By default the whole image, resized with antialiasing to an area of about `size` x `size` pixels at its own aspect
+    ratio, each side a multiple of `stride_px`; at its own size if `size` is None. With `fixed_size_px` (height, width)
+    the whole image, resized to that. With `crop_fraction` the centred square whose sides are this fraction of the
+    shorter side, at `size` x `size`. `mean`, `std`: pixels in [0, 1] are normalised with these afterwards.
     """
 
     size: int | None
@@ -52,11 +52,11 @@ class TeacherInput:
             return image_size_px[1], image_size_px[0]
         if self.crop_fraction is not None:
             return self.size, self.size
-        aspect = math.sqrt(image_size_px[0] / image_size_px[1])  # keeps the area at any aspect
+        aspect = math.sqrt(image_size_px[0] / image_size_px[1])  # the root: the area is the same at any aspect ratio
         return self._rounded(self.size / aspect), self._rounded(self.size * aspect)
 
     def of(self, image: Image.Image) -> tuple[NDArray[np.uint8], Box]:
-        """Return the pixels [height, width, 3] that the teacher gets of an RGB image, and the part they show."""
+        """Return the pixels [height, width, 3] that the teacher gets of an RGB image, and the region they show."""
         height_px, width_px = self.size_px(image.size)
         if self.crop_fraction is None:
             seen = image.resize((width_px, height_px), RESAMPLING[self.interpolation])
@@ -64,15 +64,16 @@ class TeacherInput:
         centre = EvalTransform(
             (height_px, width_px), crop_fraction=self.crop_fraction, interpolation=self.interpolation
         )
-        pixels, view = centre(image, np.random.default_rng(0))  # nothing is drawn
-        return pixels, _box(view)
+        pixels, view = centre(image, np.random.default_rng(0))  # not random: the generator is not used
+        (width, _, left), (_, height, top) = view.matrix.tolist()  # of a view that only crops and resizes
+        return pixels, Box(left=left, top=top, right=left + width, bottom=top + height)
 
     def resized(
         self, images: UInt8[Tensor, "B 3 height width"], *, size: int | None = None, mode: str
     ) -> UInt8[Tensor, "B 3 h w"]:
-        """Return images that are tensors already, resized by `mode` to the nearest size that the network takes.
+        """Resize tensors of images by `mode` to the nearest size that the network takes.
 
-        `size`: to an area of about size x size pixels first; their own if None.
+        `size`: to an area of about size x size pixels; that of the images if None.
         """
         height_px, width_px = images.shape[2:]
         scale = 1.0 if size is None else size / (height_px * width_px) ** 0.5
@@ -91,29 +92,25 @@ class TeacherInput:
 
 
 def cells_of(size_px: tuple[int, ...], cells: int) -> tuple[int, int]:
-    """Return rows and columns of a grid of about cells x cells over an image of (height, width), at its aspect."""
+    """Return rows and columns of a grid of about cells x cells at the aspect ratio of an image of (height, width)."""
     scale = cells / math.sqrt(math.prod(size_px))
     return max(1, round(size_px[0] * scale)), max(1, round(size_px[1] * scale))
 
 
-def _box(crop: View) -> Box:
-    """Return the part of an image that a view shows which only crops and resizes."""
-    (width, _, left), (_, height, top) = crop.matrix.tolist()
-    return Box(left=left, top=top, right=left + width, bottom=top + height)
-
-
 def made_for(name: str, size: int | None) -> int | None:
-    """Return the size that a network shall be made for: a run's is its own, whatever its images' size."""
+    """Return the image size to build a network for: None for a run, which is built for its own size."""
     return None if is_run(name) else size
 
 
 def input_of(
     found: LoadedModel, network: DenseNetwork, *, size: int | None, crop: Literal["none", "center"]
 ) -> TeacherInput:
-    """Return how images become a network's input. Raises ModelError for a size that it cannot take."""
+    """Return how images become a network's input. Raises ModelError for a size that it does not take."""
     size = size or max(found.img_size)
     try:
-        stride_px = _stride(found.img_size[1], network.grid_for(found.img_size)[1])
+        width_px, columns = found.img_size[1], network.grid_for(found.img_size)[1]
+        # Convolutions with padding may give columns that do not divide the width; their strides are powers of 2.
+        stride_px = 2 ** round(math.log2(width_px / columns)) if width_px % columns else width_px // columns
         fixed = found.fixed_size or not _takes(network, (size, size + stride_px))
         network.grid_for((size, size))
     except ModelError:
@@ -129,11 +126,6 @@ def input_of(
         mean=found.model.mean,
         std=found.model.std,
     )
-
-
-def _stride(length_px: int, num_locations: int) -> int:
-    """Return the stride that makes so many locations of a side; a convolutional net's where it does not divide."""
-    return 2 ** round(math.log2(length_px / num_locations)) if length_px % num_locations else length_px // num_locations
 
 
 def _takes(network: DenseNetwork, img_size: tuple[int, int]) -> bool:

@@ -1,4 +1,4 @@
-"""The way of images through a teacher: decoded ahead of it, packed behind it, so that it waits for neither."""
+"""The pipeline from images to records: threads decode ahead of the teacher and pack behind it, so it never waits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import UInt8
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -27,21 +27,20 @@ from tokenlabel.teachers.input import TeacherInput
 from tokenlabel.teachers.masks import MaskTeacher
 from tokenlabel.teachers.networks import Teacher
 
-S = TypeVar("S")
 T = TypeVar("T")
 
-# Images that wait for others of their shape at the most, or four batches: photographs have a few dozen shapes.
+# At most so many images (or four batches) wait for others of their shape: photographs have a few dozen shapes.
 MAX_WAITING_IMAGES = 256
 
-# Score maps that may wait to be packed while the teacher goes on.
+# At most so many score maps wait to be packed.
 NUM_PACKED_AHEAD = 1024
 
 
 @dataclass(frozen=True, eq=False)
 class TeacherImage:
-    """An image as its teacher sees it: pixels [height, width, 3], and the part of the image that they show.
+    """An image as its teacher sees it: pixels [height, width, 3], and the region of the image that they show.
 
-    `orientation`: the tag of its file.
+    `orientation`: the EXIF orientation of its file, 1 to 8.
     """
 
     key: str
@@ -52,10 +51,10 @@ class TeacherImage:
 
 @dataclass(frozen=True, eq=False)
 class Labelling:
-    """Who labels which images, how. `num_workers`: threads that decode, and as many that pack.
+    """A teacher, the images that it labels, and how.
 
-    `strict`: raise for an image that does not decode; by default it is added to `failures`. `cells`: counts
-    `all` of them, and the `empty` ones, which keep no class.
+    `num_workers`: threads that decode, and as many that pack. `strict`: raise if an image does not decode; by default
+    it is added to `failures`. `cells`: counts `all` cells, and the `empty` ones, which keep no class.
     """
 
     teacher: Teacher | MaskTeacher
@@ -69,21 +68,15 @@ class Labelling:
     cells: Counter[str] = field(default_factory=Counter)
 
     def labels(self, indices: Sequence[int]) -> Iterator[tuple[str, bytes]]:
-        """Yield the key and the record of each image that has a label, in no particular order."""
+        """Yield the key and the record of each image that can be labelled, in no particular order."""
+        failures = None if self.strict else self.failures
         if isinstance(self.teacher, MaskTeacher):
             with thread_pool(self.num_workers) as pool:
                 masks = partial(_from_mask, self.teacher, self.source, self.manifest, self.strict)
-                yield from _sound(ahead(pool, masks, indices, 2 * self.batch_size), self.failures)
+                yield from _without_failures(ahead(pool, masks, indices, 2 * self.batch_size), failures)
             return
-        batches = seen_batches(
-            self.source,
-            self.teacher.input,
-            indices,
-            batch_size=self.batch_size,
-            num_workers=self.num_workers,
-            strict=self.strict,
-            failures=self.failures,
-        )
+        sizes = {"batch_size": self.batch_size, "num_workers": self.num_workers}
+        batches = seen_batches(self.source, self.teacher.input, indices, **sizes, failures=failures)
         yield from label_batches(
             self.teacher, batches, self.manifest, device=self.device, num_workers=self.num_workers, cells=self.cells
         )
@@ -96,28 +89,21 @@ def seen_batches(
     *,
     batch_size: int,
     num_workers: int,
-    strict: bool,
-    failures: list[Failure],
+    failures: list[Failure] | None,
 ) -> Iterator[list[TeacherImage]]:
-    """Yield images as a teacher sees them in batches of one shape, decoded ahead by threads; add to the failures."""
+    """Yield images as a teacher sees them, in batches of one shape, decoded ahead by threads.
+
+    Images that do not decode are added to `failures`; if that is None, the first one raises ImageError.
+    """
     with thread_pool(num_workers) as pool:
-        seen = ahead(pool, partial(_see, source, input, strict), indices, 2 * batch_size)
-        yield from by_shape(_sound(seen, failures), batch_size)
+        seen = ahead(pool, partial(_see, source, input, failures is None), indices, 2 * batch_size)
+        yield from by_shape(_without_failures(seen, failures), batch_size)
 
 
 def as_tensor(seen: Sequence[TeacherImage], device: torch.device) -> UInt8[Tensor, "B 3 height width"]:
-    """Return images of one shape on a device, without waiting for a GPU."""
+    """Return images of one shape on a device. Copies from pinned memory, so that a GPU is not waited for."""
     images = torch.from_numpy(np.stack([item.pixels for item in seen])).permute(0, 3, 1, 2)
     return (images.pin_memory() if device.type == "cuda" else images).to(device, non_blocking=True)
-
-
-def _sound(items: Iterable[T | Failure], failures: list[Failure]) -> Iterator[T]:
-    """Yield what is no failure, and add the others to the failures."""
-    for item in items:
-        if isinstance(item, Failure):
-            failures.append(item)
-        else:
-            yield item
 
 
 def label_batches(
@@ -129,35 +115,41 @@ def label_batches(
     num_workers: int,
     cells: Counter[str],
 ) -> Iterator[tuple[str, bytes]]:
-    """Yield the key and the record of each image of batches, packed by threads while the teacher goes on.
+    """Yield the key and the record of each image, packed by threads while the teacher goes on.
 
     Adds to `cells`, see `Labelling`.
     """
 
-    def counted(batch: _Scored) -> Iterator[tuple[TeacherImage, NDArray[np.int64], NDArray[np.float32]]]:
-        for seen, class_ids, probs in batch.images():
-            highest = probs[:, :, 0]  # the most probable class comes first
+    def counted() -> Iterator[_Scored]:
+        for scored in _scored(teacher, batches, manifest.topk, device):
+            highest = scored[2][:, :, 0]  # classes are sorted by probability
             cells.update({"all": highest.size, "empty": int((highest == 0).sum())})
-            yield seen, class_ids, probs
+            yield scored
 
     with thread_pool(num_workers) as pool:
-        scored = _one_behind(_scored(teacher, batches, manifest.topk, device))
-        images = (item for batch in scored for item in counted(batch))
-        yield from ahead(pool, partial(_packed, manifest), images, NUM_PACKED_AHEAD)
+        yield from ahead(pool, partial(_packed, manifest), counted(), NUM_PACKED_AHEAD)
+
+
+def _without_failures(items: Iterable[T | Failure], failures: list[Failure] | None) -> Iterator[T]:
+    for item in items:
+        if isinstance(item, Failure):
+            assert failures is not None
+            failures.append(item)
+        else:
+            yield item
 
 
 def _from_mask(
     teacher: MaskTeacher, source: ImageSource, manifest: Manifest, strict: bool, index: int
 ) -> tuple[str, bytes] | Failure:
-    """Return the record of an image's mask. Raises ValueError for ids that are no class; if `strict`, for any."""
     key = source.keys[index]
     with suppress(ImageError):
-        source.read(index)  # for its fingerprint: the label is made of the mask, but belongs to this image
+        source.read(index)  # for the fingerprint: the label belongs to the image, though it is made from the mask
     try:
         score_map = teacher.score_map(key, manifest.topk)
         if manifest.orientation == Orientation.STORED:
             score_map = turned_map(score_map, OPPOSITE[orientation_of(source.read(index))])
-    except (DataError, ImageError) as error:  # not for ids that are no class: then the class list is wrong
+    except (DataError, ImageError) as error:  # other ValueErrors are ids of no class: then the class list is wrong
         if strict:
             raise
         return Failure(key, str(error))
@@ -165,7 +157,6 @@ def _from_mask(
 
 
 def _see(source: ImageSource, input: TeacherInput, strict: bool, index: int) -> TeacherImage | Failure:
-    """Decode an image and show it to a teacher. Raises ImageError if it does not decode, if `strict`."""
     key = source.keys[index]
     try:
         data = source.read(index)
@@ -178,14 +169,14 @@ def _see(source: ImageSource, input: TeacherInput, strict: bool, index: int) -> 
 
 
 def by_shape(items: Iterable[TeacherImage], batch_size: int) -> Iterator[list[TeacherImage]]:
-    """Yield batches of images of one shape; smaller ones at the end, and where many shapes wait for company."""
+    """Yield batches of images of one shape; smaller ones at the end, and if too many images wait for others."""
     waiting: dict[tuple[int, ...], list[TeacherImage]] = {}
     num_waiting, max_waiting = 0, max(MAX_WAITING_IMAGES, 4 * batch_size)
     for item in items:
         batch = waiting.setdefault(item.pixels.shape, [])
         batch.append(item)
         num_waiting += 1
-        if num_waiting >= max_waiting:  # of too many shapes: the fullest batch goes as it is
+        if num_waiting >= max_waiting:  # there are too many shapes: the largest batch goes as it is
             batch = max(waiting.values(), key=len)
         if len(batch) >= batch_size or num_waiting >= max_waiting:
             num_waiting -= len(batch)
@@ -193,64 +184,53 @@ def by_shape(items: Iterable[TeacherImage], batch_size: int) -> Iterator[list[Te
     yield from waiting.values()
 
 
-@dataclass(frozen=True, eq=False)
-class _Scored:
-    """The most probable classes of the locations of a batch, perhaps still on their way from the device."""
-
-    seen: list[TeacherImage]
-    class_ids: Int[Tensor, "B h w K"]
-    probs: Float[Tensor, "B h w K"]
-    arrived: torch.cuda.Event | None
-
-    def images(self) -> Iterator[tuple[TeacherImage, NDArray[np.int64], NDArray[np.float32]]]:
-        """Wait for the numbers; yield each image with its class ids and probabilities [h, w, K]."""
-        if self.arrived is not None:
-            self.arrived.synchronize()
-        yield from zip(self.seen, self.class_ids.numpy(), self.probs.numpy(), strict=True)
+_Scored = tuple[TeacherImage, NDArray[np.int64], NDArray[np.float32]]
+"""An image, and class ids and probabilities [h, w, K] of its locations."""
 
 
 def _scored(
     teacher: Teacher, batches: Iterable[list[TeacherImage]], topk: int, device: torch.device
 ) -> Iterator[_Scored]:
-    """Yield what the teacher says of each batch, without waiting for a GPU; say how well it is placed at first."""
+    """Yield the most probable classes of each image; print at the start how well the locations fit the whole image."""
+    pending: deque[tuple[list[TeacherImage], Tensor, Tensor, torch.cuda.Event | None]] = deque()
     for number, seen in enumerate(batches):
         with torch.inference_mode():
             images = as_tensor(seen, device)
-            if number == 0:  # eight show whether the map is right, and cost next to nothing
+            if number == 0:  # eight images show it, and cost little
                 say(teacher.check(images[:8]))
-            scored = _Scored(seen, *_on_cpu(*teacher.top(images, topk)))
-        yield scored
+            pending.append((seen, *_on_cpu(*teacher.top(images, topk))))
+        # One batch behind: while this thread waits for the results of a batch, the GPU works on the next one.
+        if len(pending) > 1:
+            yield from _arrived(*pending.popleft())
+    for batch in pending:
+        yield from _arrived(*batch)
 
 
 def _on_cpu(class_ids: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, torch.cuda.Event | None]:
-    """Start copying results to the CPU; return them with the event of their arrival."""
+    """Start copying results to the CPU; return them and the event that says when they have arrived."""
     if class_ids.device.type != "cuda":
         return class_ids, probs, None
     landing = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in (class_ids, probs)]
     for target, result in zip(landing, (class_ids, probs), strict=True):
         target.copy_(result, non_blocking=True)
     arrived = torch.cuda.Event()
-    # Of the results' own GPU: by default it would be recorded on the current one, where nothing is to be waited for.
+    # On the stream of the results' GPU: by default an event is recorded on the current GPU, which may be another.
     arrived.record(torch.cuda.current_stream(class_ids.device))
     return landing[0], landing[1], arrived
 
 
-def _packed(
-    manifest: Manifest, scored: tuple[TeacherImage, NDArray[np.int64], NDArray[np.float32]]
-) -> tuple[str, bytes]:
-    """Return the record of an image. Raises ValueError, naming the image, for scores that are not finite."""
+def _arrived(
+    seen: list[TeacherImage], class_ids: Tensor, probs: Tensor, arrived: torch.cuda.Event | None
+) -> Iterator[_Scored]:
+    if arrived is not None:
+        arrived.synchronize()
+    yield from zip(seen, class_ids.numpy(), probs.numpy(), strict=True)
+
+
+def _packed(manifest: Manifest, scored: _Scored) -> tuple[str, bytes]:
+    """Return key and record of an image. Raises ValueError that names the image if scores are not finite."""
     seen, class_ids, probs = scored
     score_map = from_top(class_ids, probs, num_classes=manifest.num_classes, region=seen.region, name=seen.key)
     if manifest.orientation == Orientation.STORED:
         score_map = turned_map(score_map, OPPOSITE[seen.orientation])
     return seen.key, pack_for(manifest, seen.key, score_map)
-
-
-def _one_behind(items: Iterable[T]) -> Iterator[T]:
-    """Yield each item only when the next one has been asked for, so that a GPU has work meanwhile."""
-    last: deque[T] = deque()
-    for item in items:
-        last.append(item)
-        if len(last) > 1:
-            yield last.popleft()
-    yield from last

@@ -1,4 +1,4 @@
-"""Segmentation masks in place of a teacher: what each location shows is known."""
+"""Segmentation masks in place of a teacher."""
 
 from __future__ import annotations
 
@@ -22,33 +22,31 @@ MAX_IDS = 65_536  # ids of a mask, which has up to 16 bits
 
 
 class MaskTeacher:
-    """Turns masks into score maps of certainties.
+    """Turns masks into score maps.
 
-    `folder`: see `MaskFolder`. `size`: masks of more than size x size pixels are averaged over cells down to that area,
-    at their own aspect; a cell then has the share of each class that it shows, and what it shows of pixels without a
-    class is spread evenly over all classes. None keeps every pixel. `class_map`: from the masks' ids to the data set's
-    classes; what goes nowhere is unlabelled. `ignore_index`, `source`, `class_names`: see
-    `MaskFolder`.
+    `class_names`: of the data set. `size`: masks of more than size x size pixels are averaged down to cells of that
+    area, at their own aspect ratio: a cell has the share of each class in it, and the share of pixels without a class
+    is spread evenly over all classes. None keeps every pixel. `class_map`: from the masks' ids to the classes; ids that
+    it maps to none are unlabelled. `folder`, `ignore_index`, `source`: see `MaskFolder`.
     """
 
     def __init__(
         self,
         folder: str | Path,
         *,
-        num_classes: int,
+        class_names: Sequence[str],
         size: int | None = None,
         class_map: ClassMap | None = None,
         ignore_index: int | None = None,
         source: ImageSource | None = None,
-        class_names: Sequence[str] = (),
     ) -> None:
-        self.num_classes = num_classes
+        self.num_classes = len(class_names)
         self._size = size
         self._class_map = class_map
         self.masks = MaskFolder(
             Path(folder),
-            num_classes=MAX_IDS if class_map else num_classes,
-            ignore_index=-1 if class_map else ignore_index,  # the class map says itself what is no class
+            num_classes=MAX_IDS if class_map else self.num_classes,
+            ignore_index=-1 if class_map else ignore_index,  # with a class map, ids that it does not map are no class
             source=source,
             class_names=() if class_map else class_names,
         )
@@ -77,7 +75,7 @@ class MaskTeacher:
         merged = planes[:, :, ids >= 0] @ np.eye(len(found), dtype=np.float32)[entry]  # [h, w, classes]
         self.held.update(found[merged.any(axis=(0, 1))].tolist())
         unlabelled = 1 - merged.sum(axis=2, keepdims=True)
-        # Of what is unlabelled, each class gets its share; those that a cell does not keep get theirs as its rest.
+        # The unlabelled share is spread evenly: kept classes get their part here, the others as the cell's rest.
         merged += np.where(merged > 0, unlabelled / self.num_classes, 0)
         num_kept = min(topk, max(1, int((merged > 0).sum(axis=2).max())))
         kept = np.argsort(-merged, axis=2, kind="stable")[:, :, :num_kept]
@@ -92,13 +90,13 @@ class MaskTeacher:
 
 
 def _shortened(class_map: ClassMap) -> ClassMap:
-    """Return a class map without the ids from 255 on that are behind the last one that goes anywhere."""
+    """Return a class map without the unmapped ids at its end (but at least 255), so that the manifest stays small."""
     used = max(255, 1 + int(np.flatnonzero(class_map.targets >= 0).max(initial=0)))
     return ClassMap(class_map.targets[:used], class_map.num_classes)
 
 
 def shares(score_map: ScoreMap, grid: tuple[int, int]) -> NDArray[np.float32]:
-    """Return the probability of each palette entry in each cell of another grid [h, w, U], averaged by area."""
+    """Return the probability of each palette entry on another grid [h, w, U], averaged over areas."""
     height, width, _ = score_map.codes.shape
     planes = np.zeros((len(score_map.palette), height, width), np.float32)
     rows, columns = np.ogrid[:height, :width]

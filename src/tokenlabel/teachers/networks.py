@@ -1,4 +1,4 @@
-"""Teachers: what says of every location of an image which classes it shows, found by name."""
+"""Teachers: networks that predict a distribution over classes for every location of an image, and how to load them."""
 
 from __future__ import annotations
 
@@ -28,14 +28,12 @@ from tokenlabel.training.checkpoint import with_recipe
 
 
 class Teacher(ABC):
-    """Gives every location of an image a distribution over `num_classes` classes.
+    """Predicts a distribution over `num_classes` classes for every location of an image.
 
-    `input`: what it has to be given of an image. `class_names`: empty if it does not know them; `names_assumed`: they
-    are ImageNet's, by their number alone. `words`: the hash of the head whose visual words the classes are, "" where
-    they are classes with names. `own_classes`: whether its labels are about its own classes, whatever classes the
-    folders of the images have: a pixel shows what it shows.
-    `description`: who it is, for the manifest of a store; labels of teachers with equal descriptions may
-    share a store.
+    `input`: how images become its input. `class_names`: empty if they are unknown; `names_assumed`: taken to be
+    ImageNet's, by their number alone. `words`: the hash of the head whose visual words the classes are, "" for other
+    classes. `own_classes`: its labels are about its own classes, not those of the images' folders (segmentation).
+    `description`: for the manifest of a store; only labels of teachers with equal descriptions share a store.
     """
 
     num_classes: int
@@ -48,10 +46,7 @@ class Teacher(ABC):
 
     @abstractmethod
     def check(self, images: UInt8[Tensor, "B 3 height width"]) -> str:
-        """Return in a sentence how the locations agree with what is said of the whole images.
-
-        Raises ModelError where they must agree and don't.
-        """
+        """Return a sentence on how the locations agree with the whole images; ModelError if they must, and do not."""
 
     @abstractmethod
     def probabilities(self, images: UInt8[Tensor, "B 3 height width"]) -> Float[Tensor, "B h w C"]:
@@ -68,7 +63,7 @@ class Teacher(ABC):
 @dataclass(frozen=True, kw_only=True)
 @coerced_fields
 class TeacherConfig:
-    """Which network labels the images, and what it sees of them."""
+    """Which network labels the images, and how it sees them."""
 
     teacher: str | list[str]
     """A run folder, of segmentation too, the name of a model (timm's, lvvit_s and the like), or a head that `fit-head`
@@ -78,28 +73,29 @@ class TeacherConfig:
     """Checkpoint file (.safetensors, or .pth without code in it), one for each teacher ("" for one that needs none);
     timm's pretrained weights if none."""
     size: int | None = None
-    """The image is seen at an area of size x size pixels, masks are averaged down to size x size cells; the teacher's
+    """Images are resized to an area of size x size pixels, masks are averaged down to size x size cells; the teacher's
     own size if none."""
     cells: int | None = None
-    """Maps have about cells x cells cells, at the image's aspect; by default as many as the teacher's own."""
+    """Maps have about cells x cells cells, at the image's aspect ratio; by default the teacher's own grid."""
     scales: list[float] | None = None
-    """Of a segmentation run: look at the image in each of these sizes, relative to its own, and average; by default
-    those of its recipe."""
+    """Of a segmentation run: average its predictions at these sizes, relative to the image's; by default those of its
+    recipe."""
     crop: Literal["none", "center"] = "none"
-    """none: the whole image at its own aspect; center: the square that it was evaluated on, as published."""
+    """none: the whole image at its own aspect ratio; center: the square crop that the teacher was evaluated on."""
     head: Literal["auto", "classifier", "tokens"] = "auto"
-    """Which head answers for the locations; auto: one for tokens where it was trained, else the classifier."""
+    """Which head predicts the locations; auto: the one for tokens if it was trained, else the classifier."""
     flip: bool = False
-    """Average with what the teacher says of the mirror image."""
+    """Average with the predictions for the mirror image."""
     class_map: str | None = None
     """How the teacher's classes become those of the images: a file with a pair of names or ids a line; `names` to
     match equal names; `order` if they are the same by another name. By default they must be the same."""
     outside: Literal["renormalise", "spread"] = "renormalise"
-    """What becomes of the probability that a class map sends to no class. renormalise: the others are scaled to sum to
-    1, and a location with less than .001 of its probability on them keeps nothing; spread: all classes share it."""
+    """What to do with the probability of classes that a class map maps to none. renormalise: the others are scaled to
+    sum to 1, and a location with less than .001 of its probability on them keeps nothing; spread: all classes share
+    it."""
     class_order: str | None = None
-    """The classes of a teacher that does not say their names: `sorted` or `natural` (10 behind 9, as timm's scripts
-    sort folders) for those of the images in this order; else a file with its class names, one a line, or `.json`."""
+    """The classes of a teacher that does not name them: `sorted` or `natural` (10 after 9, as timm's scripts sort
+    folders) for those of the images in this order; else a file with its class names, one a line, or `.json`."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 runs the teacher under autocast."""
     compile: bool = False
@@ -112,10 +108,12 @@ class TeacherConfig:
 
 
 class NetworkTeacher(Teacher):
-    """A network as teacher; `dense` is what makes it one.
+    """A classifier, or a backbone with a head, as teacher.
 
-    `evaluated_on`: the crops that it was evaluated on, where it sees something else and nobody chose what.
+    `evaluated_on`: the crops that it was evaluated on, if it sees whole images by default; `proposed_size` uses it.
     """
+
+    evaluated_on: TeacherInput | None = None
 
     def __init__(
         self,
@@ -124,16 +122,12 @@ class NetworkTeacher(Teacher):
         *,
         description: dict[str, Any],
         class_names: tuple[str, ...] = (),
-        names_assumed: bool = False,
         words: str = "",
         precision: Literal["fp32", "bf16"] = "fp32",
-        evaluated_on: TeacherInput | None = None,
     ) -> None:
-        self.dense, self.evaluated_on = dense, evaluated_on
-        self.input = input
-        self.num_classes = dense.num_classes
-        self.class_names, self.names_assumed, self.words = class_names, names_assumed, words
-        self.description = description
+        self.dense, self.input, self.num_classes = dense, input, dense.num_classes
+        self.class_names, self.words = class_names, words
+        self.description = {**description, **({"words": words} if words else {})}
         self.precision = coerced(precision, Literal["fp32", "bf16"], name="precision")
 
     def logits(self, images: UInt8[Tensor, "B 3 height width"]) -> DenseLogits:
@@ -145,12 +139,12 @@ class NetworkTeacher(Teacher):
         return torch.autocast(images.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def normalised(self, images: UInt8[Tensor, "B 3 height width"]) -> Float[Tensor, "B 3 height width"]:
-        """Return images as the network takes them, in float32, channels last in memory."""
+        """Return images as the network takes them, in float32 and channels-last memory format."""
         normalised = normalize_images(images, mean=self.input.mean, std=self.input.std)
         return normalised.contiguous(memory_format=torch.channels_last)
 
     def check(self, images: UInt8[Tensor, "B 3 height width"]) -> str:
-        """Hold the mean over locations against the network's own output; see `check_locations`."""
+        """Compare the mean over locations with the network's own output; see `check_locations`."""
         with self._autocast(images):
             return check_locations(
                 self.dense, self.normalised(images), name=self.description["name"], precision=self.precision
@@ -169,10 +163,10 @@ class NetworkTeacher(Teacher):
 
 
 class SegmenterTeacher(Teacher):
-    """A segmentation model as teacher. It looks at images as in its evaluation: whole or by windows, at its scales.
+    """A segmentation model as teacher; it predicts as in its evaluation: whole images or windows, at several scales.
 
-    `cells`: maps have about cells x cells cells at the image's aspect, each the mean over its pixels; None for the grid
-    that the model's head ends on.
+    `cells`: maps have about cells x cells cells at the image's aspect ratio, each the mean over its pixels; None for
+    the grid of the model's head.
     """
 
     own_classes = True
@@ -182,7 +176,7 @@ class SegmenterTeacher(Teacher):
         if config.scales:
             looks = replace(looks, scales=tuple(config.scales))
         if config.size is not None:
-            looks = replace(looks, short_side_px=None)  # the size is the one that was asked for
+            looks = replace(looks, short_side_px=None)  # --size replaces it
         if config.compile:
             model.compile()
         self.segmenter = Segmenter(model, looks, window_px=found.img_size)
@@ -210,7 +204,7 @@ class SegmenterTeacher(Teacher):
         }
 
     def check(self, images: UInt8[Tensor, "B 3 height width"]) -> str:
-        """Return how large the maps of the first images are."""
+        """Return the size of the maps of the first images."""
         grid = self._grid((images.shape[2], images.shape[3]))
         return (
             f"{self.description['name']}: {grid[0]} x {grid[1]} cells for an image of {images.shape[2]} x "
@@ -235,11 +229,11 @@ class SegmenterTeacher(Teacher):
 
 
 def load_teacher(name: str, config: TeacherConfig, device: torch.device, *, weights: str | None = None) -> Teacher:
-    """Return one network as teacher, by its name.
+    """Return one network as teacher.
 
-    `name`: a run folder that `tokenlabel train` or `segment train` made or one of its checkpoints, `lvvit_s` and the
-    like (with weights), whatever `timm.create_model` takes, or a head file. Raises ModelError if there is none, for a
-    head that does not fit its backbone, for a network that has no dense map, and for options that it cannot follow.
+    `name`: a run folder of `tokenlabel train` or `segment train` or one of its checkpoints, `lvvit_s` and the like
+    (with weights), a name for `timm.create_model`, or a head file. Raises ModelError if there is none, for a head that
+    does not fit its backbone, for a network without a dense map, and for options that do not apply.
     """
     if local_name(name).endswith(HEAD_SUFFIX):
         return _by_head(name, config, device, weights=weights)
@@ -257,27 +251,24 @@ def load_teacher(name: str, config: TeacherConfig, device: torch.device, *, weig
     others = found.token_classes if isinstance(network, TokenNetwork) else None
     words = others.words if others is not None else ""
     chosen = config.size is not None or config.crop != "none" or input.fixed_size_px is not None
-    return NetworkTeacher(
-        network,
-        input,
-        evaluated_on=None if chosen or words else input_of(found, network, size=None, crop="center"),
-        description={**description, **({"words": words} if words else {})},
-        class_names=found.class_names if others is None else others.names,
-        names_assumed=found.names_assumed,
-        words=words,
-        precision=config.precision,
+    names = found.class_names if others is None else others.names
+    teacher = NetworkTeacher(
+        network, input, description=description, class_names=names, words=words, precision=config.precision
     )
+    teacher.names_assumed = found.names_assumed
+    if not chosen and not words:
+        teacher.evaluated_on = input_of(found, network, size=None, crop="center")
+    return teacher
 
 
 def _by_head(name: str, config: TeacherConfig, device: torch.device, *, weights: str | None) -> NetworkTeacher:
-    """Return a head and its backbone as a teacher: everything but the weights is in the head's file."""
+    """Return a head and its backbone as a teacher. The head's file describes everything but the weights."""
     if config.head != "auto":
         raise ModelError(f"{name} is a head itself; leave --head out")
     head = Head.load(name)
     backbone = backbone_of(head, name, device, weights=weights, size=config.size, crop=config.crop)
     network = HeadNetwork(backbone.network, head.to(device)).eval()
     fitted = {key: value for key, value in head.fitted.items() if key != "asked"}
-    words = head.hash if head.kind == "words" else ""
     if config.compile:
         network.backbone.compile()
     return NetworkTeacher(
@@ -290,10 +281,9 @@ def _by_head(name: str, config: TeacherConfig, device: torch.device, *, weights:
             "head": head.hash,
             "head_fitted": {"from": head.kind, "scale": head.scale, **fitted},
             "backbone": {key: head.backbone[key] for key in ("name", "licence") if key in head.backbone},
-            **({"words": words} if words else {}),
         },
         class_names=head.class_names,
-        words=words,
+        words=head.hash if head.kind == "words" else "",
         precision=config.precision,
     )
 

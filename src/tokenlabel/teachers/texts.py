@@ -1,4 +1,4 @@
-"""Class names as vectors: of a file, or of the text tower trained beside a backbone (open_clip; the extra `text`)."""
+"""Embeddings of class names: from a file, or by the text tower of an image-text network (open_clip; extra `text`)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tokenlabel.teachers.heads import Head
 
 FILE_TEMPERATURE = 0.01
 
-# What a class is embedded in; a location shows a part of a photograph as often as a whole thing.
+# A location often shows a part of an object, so prompts name parts and close-ups, too.
 PROMPTS = (
     "{}",
     "a photo of a {}.",
@@ -46,7 +46,7 @@ _SIGLIP = {
     "so400m_patch14_siglip_378": "SO400M-14-SigLIP-378",
 }
 
-# timm's name of a backbone, and open_clip's name and weights of the network that it is the image tower of.
+# By timm's name of an image tower: open_clip's name of the whole network, and of its weights.
 PAIRS: dict[str, tuple[str, str]] = {
     "vit_base_patch32_clip_224.openai": ("ViT-B-32-quickgelu", "openai"),
     "vit_base_patch16_clip_224.openai": ("ViT-B-16-quickgelu", "openai"),
@@ -70,7 +70,7 @@ PAIRS: dict[str, tuple[str, str]] = {
 
 @dataclass(frozen=True, eq=False)
 class OpenClipTower:
-    """The text tower of an open_clip network, with its tokenizer. `scale`: the inverse temperature of its training."""
+    """The text tower of an open_clip network, with its tokenizer. `scale`: the learned inverse temperature."""
 
     network: Any
     tokenizer: Any
@@ -83,7 +83,7 @@ class OpenClipTower:
 
 
 def load_tower(backbone: str) -> OpenClipTower:
-    """Return the text tower of a backbone by timm's name. Raises ModelError for one that has none, or is unknown."""
+    """Return the text tower of a backbone by timm's name. Raises ModelError if it has none, or is unknown."""
     if backbone not in PAIRS:
         raise ModelError(
             f"{backbone}: its text tower is not known, if it has one; known are those of {listed(sorted(PAIRS), 5)}. "
@@ -106,7 +106,7 @@ def load_tower(backbone: str) -> OpenClipTower:
 
 
 def text_embeddings(tower: Any, class_names: Sequence[str]) -> Float[Tensor, "C D"]:
-    """Return the mean direction of each class's name in all PROMPTS, of length 1. `tower`: has `encode`."""
+    """Return the mean direction of the embeddings of each class in all PROMPTS, of length 1. `tower`: has `encode`."""
     rows = []
     for name in class_names:
         vectors = tower.encode([prompt.format(name.replace("_", " ")) for prompt in PROMPTS])
@@ -115,10 +115,10 @@ def text_embeddings(tower: Any, class_names: Sequence[str]) -> Float[Tensor, "C 
 
 
 def head_of_embeddings(from_: str, names: Sequence[str], backbone: Backbone, temperature: float | None) -> Head:
-    """Return the head of the embeddings of class names: scaled cosines.
+    """Return the head whose logits are scaled cosines with the embeddings of class names.
 
-    `from_`: `text` for the backbone's own text tower, or a file of embeddings. `temperature`: of the cosines; the
-    tower's own, and .01, if None. Raises ModelError for embeddings that are not those of these names and this backbone.
+    `from_`: `text` for the backbone's own text tower, or a file of embeddings. `temperature`: of the cosines; if None
+    that of the tower, or .01. Raises ModelError for embeddings of another number of classes or another dimension.
     """
     name = backbone.description["name"]
     if from_ == "text":
@@ -143,7 +143,7 @@ def head_of_embeddings(from_: str, names: Sequence[str], backbone: Backbone, tem
 
 
 def _read_embeddings(path: Path) -> Float[Tensor, "C D"]:
-    """Return the one matrix of a file, or that called `embeddings`."""
+    """Return the matrix in a file, or the one called `embeddings` if there are several."""
     try:
         if path.suffix == ".npy":
             return torch.from_numpy(np.load(path, allow_pickle=False).astype(np.float32))

@@ -1,28 +1,42 @@
-"""Which images of a source a call to `annotate` labels: those without a label, and those to be labelled anew."""
+"""Which images a call to `annotate` labels (those without a label, and those to label again), and a better size."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Container
-from dataclasses import dataclass
+from collections.abc import Container, Sequence
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 
+import torch
+from PIL import Image
+
+from tokenlabel.data.decoding import decode_image
 from tokenlabel.data.images import ImageSource
 from tokenlabel.labels.fingerprints import MAX_READ, Replaced, find_replaced
 from tokenlabel.labels.manifest import Manifest
 from tokenlabel.labels.store import LabelStore
 from tokenlabel.labels.writer import LabelStoreWriter, remove_leftovers
 from tokenlabel.runtime.distributed import Ranks
-from tokenlabel.runtime.errors import StoreError
+from tokenlabel.runtime.errors import ImageError, ModelError, StoreError
 from tokenlabel.runtime.process import listed, say
+from tokenlabel.teachers.input import TeacherInput
+from tokenlabel.teachers.labelling import TeacherImage, as_tensor
+from tokenlabel.teachers.networks import NetworkTeacher
 
 CHANGED = "changed"
+
+NUM_TRIED = 128
+ENOUGH_IMAGES = 10_000
+"""From so many images on, sizes are tried, which costs as much as labelling some 750 images."""
+
+_FACTORS = (1.25, 1.5)
+_MIN_GAIN = 4  # images; fewer of 128 may well be chance
 
 
 @dataclass(frozen=True, kw_only=True)
 class Todo:
-    """The indices of the images to label, of those among them that have a label, and what files of the new ones say."""
+    """The indices of the images to label. `anew`: of those that have a label. Others: see `LabelStoreWriter`."""
 
     indices: list[int]
     anew: list[int]
@@ -30,7 +44,7 @@ class Todo:
     request: str
 
     def share(self, source: ImageSource, ranks: Ranks) -> list[int]:
-        """Return what a rank does of the images: of tar files a stretch, so that one rank reads each file, once."""
+        """Return the images of a rank: of tar files a contiguous part, so that most files are read by one rank only."""
         groups = getattr(source, "groups", None)
         if groups is None:
             return self.indices[ranks.rank :: ranks.world_size]
@@ -40,9 +54,9 @@ class Todo:
 
 
 def find_todo(source: ImageSource, folder: Path, manifest: Manifest, again: str | None) -> Todo:
-    """Make the store if there is none; return what is to be labelled, and say what else was replaced.
+    """Create the store if there is none; return the images to label, and print which others were replaced.
 
-    `again`: see `AnnotateConfig`. Raises StoreError for a store of other labels, and one that cannot be written to.
+    `again`: see `AnnotateConfig`. Raises StoreError for a store of other labels, or one that cannot be written to.
     """
     asked, request = _request(Path(again), source) if again not in (None, CHANGED) else ([], "")
     with LabelStoreWriter(folder, manifest):
@@ -57,7 +71,8 @@ def find_todo(source: ImageSource, folder: Path, manifest: Manifest, again: str 
             but = f", but {unknown:,} labels do not say what image they were made of" if unknown else ""
             say(f"{folder}: no image is known to have been replaced since labelling{but}")
     else:
-        # A call that goes on leaves out what the one before it did, if that is sound and of the image as it is now.
+        # A call that continues another one skips the labels that this one made, if they are intact and the image is
+        # still the same.
         done = store.answers(request) if asked else set()
         done.difference_update(source.keys[index] for index in replaced.indices)
         keys = ((index, source.keys[index]) for index in asked if index not in missing)
@@ -80,7 +95,7 @@ def find_todo(source: ImageSource, folder: Path, manifest: Manifest, again: str 
 
 
 def _say_replaced(folder: Path, keys: list[str], replaced: Replaced, *, are_all: bool) -> None:
-    """Say which images were replaced since labelling and keep their label all the same, `are_all` of them perhaps."""
+    """Print which images were replaced and keep their old label. `are_all`: all labelled images were."""
     if keys:
         elsewhere = "; if these are other images of the same names, give them a folder of their own"
         say(
@@ -95,9 +110,9 @@ def _say_replaced(folder: Path, keys: list[str], replaced: Replaced, *, are_all:
 
 
 def _request(path: Path, source: ImageSource) -> tuple[list[int], str]:
-    """Return the indices of the images whose keys a file lists, and a name for this request, made of its content.
+    """Return the indices of the images whose keys a file lists, and an id of this request, a hash of the file.
 
-    Raises ValueError for a file that cannot be read, lists nothing, or lists what is no key of the images.
+    Raises ValueError if the file cannot be read, lists nothing, or lists something that is no key of an image.
     """
     try:
         content = path.read_bytes()
@@ -117,7 +132,7 @@ def _request(path: Path, source: ImageSource) -> tuple[list[int], str]:
 
 
 def _key_of(line: str, keys: Container[str], root: Path | None) -> str:
-    """Return the key that a line names, as it is or as a path to the image; the line itself if it names none."""
+    """Return the key that a line names, as a key or as a path to the image; the line itself if it names none."""
     if line in keys:
         return line
     text = line.strip().strip("\"'")
@@ -135,3 +150,52 @@ def _is_sound(store: LabelStore, key: str) -> bool:
     except StoreError:
         return False
     return True
+
+
+def proposed_size(
+    teacher: NetworkTeacher, source: ImageSource, indices: Sequence[int], device: torch.device
+) -> str | None:
+    """Return a message that proposes a larger size, if it labels the first images better; None if none does.
+
+    Better: on more images, the mean over the locations of the whole image has the class that the network predicts for
+    the crop that it was evaluated on. None for teachers whose size or crop was chosen by the user.
+    """
+    crop = teacher.evaluated_on
+    if crop is None or teacher.input.size is None:
+        return None
+    images: list[Image.Image] = []
+    for index in indices[:NUM_TRIED]:
+        try:
+            images.append(decode_image(source.read(index), source.keys[index]))
+        except ImageError:
+            continue
+    own = [_class_of(teacher, crop, image, device, whole=False) for image in images]
+
+    def _agreeing(input: TeacherInput) -> int:
+        found = (_class_of(teacher, input, image, device, whole=True) for image in images)
+        return sum(ours == theirs for ours, theirs in zip(own, found, strict=True))
+
+    size, stride_px = teacher.input.size, teacher.input.stride_px
+    others = [round(size * factor / stride_px) * stride_px for factor in _FACTORS]
+    try:
+        counts = {other: _agreeing(replace(teacher.input, size=other)) for other in [size, *others]}
+    except (ModelError, ValueError):  # the network does not take larger images
+        return None
+    best = max(counts, key=lambda other: (counts[other], -other))  # of equal ones the cheapest
+    if counts[best] - counts[size] < _MIN_GAIN:
+        return None
+    return (
+        f"{teacher.description['name']}: of {len(images)} whole images at {size} px it names the class of its own crop "
+        f"in {counts[size]}, at {best} px in {counts[best]}: --size {best}, into another folder, may label better, for "
+        f"{(best / size) ** 2:.1f} times the work"
+    )
+
+
+def _class_of(
+    teacher: NetworkTeacher, input: TeacherInput, image: Image.Image, device: torch.device, *, whole: bool
+) -> int:
+    """Return the class of the mean over all locations (`whole`), or of the network's own output."""
+    with torch.inference_mode():
+        logits = teacher.logits(as_tensor([TeacherImage("", *input.of(image))], device))
+    scores = logits.locations.float().mean(dim=(1, 2)) if whole else logits.image.float()
+    return int(scores.argmax(dim=1))

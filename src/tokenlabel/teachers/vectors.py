@@ -1,4 +1,4 @@
-"""The vectors of images, streamed through a backbone; what is kept of them is a sample of bounded size."""
+"""Streams images through a backbone and keeps a sample of bounded size of their vectors."""
 
 from __future__ import annotations
 
@@ -26,49 +26,40 @@ from tokenlabel.teachers.labelling import TeacherImage, as_tensor, seen_batches
 from tokenlabel.teachers.masks import shares
 
 VECTORS_PER_IMAGE = 8
-"""The least that is taken of an image, where there are more than enough images."""
+"""The least number of vectors that is taken from an image, if there are more than enough images."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Vectors:
-    """The vectors of images by a backbone: never more than a batch of them at once, but for the samples below.
+    """The vectors of images by a backbone: never more than a batch of them at once, except for the samples below.
 
-    Samples are in half precision, on the backbone's device, and drawn by `seed` and the images' keys.
+    Samples are in half precision, on the backbone's device, and drawn by `seed` and the keys of the images.
     """
 
     backbone: Backbone
     source: ImageSource
-    device: torch.device
-    precision: Literal["fp32", "bf16"]
-    batch_size: int
-    num_workers: int
-    seed: int
+    precision: Literal["fp32", "bf16"] = "fp32"
+    batch_size: int = 64
+    num_workers: int = 2
+    seed: int = 0
 
     def of(self, indices: Sequence[int]) -> Iterator[tuple[list[TeacherImage], DenseLogits]]:
-        """Yield images and the vectors of them and their locations, batch by batch; check the first batch.
+        """Yield images with the vectors of the whole image and of its locations, batch by batch.
 
-        Images that do not decode are passed over, and said at the end. Raises ModelError where none does.
+        Images that do not decode are skipped, and listed at the end. Raises ModelError if none does.
         """
         input, network, failures = self.backbone.input, self.backbone.network, list[Failure]()
-        name = self.backbone.description["name"]
-        batches = seen_batches(
-            self.source,
-            input,
-            indices,
-            batch_size=self.batch_size,
-            num_workers=self.num_workers,
-            strict=False,
-            failures=failures,
-        )
+        name, device = self.backbone.description["name"], self.backbone.device
+        sizes = {"batch_size": self.batch_size, "num_workers": self.num_workers}
+        batches = seen_batches(self.source, input, indices, **sizes, failures=failures)
         bf16 = self.precision == "bf16"
         with tqdm(total=len(indices), desc=f"vectors of {name}", unit="img") as bar:
             for number, seen in enumerate(batches):
-                images = normalize_images(as_tensor(seen, self.device), mean=input.mean, std=input.std)
+                images = normalize_images(as_tensor(seen, device), mean=input.mean, std=input.std)
                 images = images.contiguous(memory_format=torch.channels_last)
-                with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+                with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                     if number == 0:
-                        said = check_locations(network, images, name=name, precision=self.precision, has_classes=False)
-                        say(said)
+                        say(check_locations(network, images, name=name, precision=self.precision, has_classes=False))
                     vectors = network(images)
                 yield seen, vectors
                 bar.update(len(seen))
@@ -76,10 +67,10 @@ class Vectors:
             raise ModelError(f"none of {len(indices):,} images decodes ({failures[0].reason})")
         if failures:
             reasons = listed([failure.reason for failure in failures])
-            say(f"{len(failures):,} of {len(indices):,} images were passed over ({reasons})")
+            say(f"{len(failures):,} of {len(indices):,} images were skipped ({reasons})")
 
     def locations(self, most: int) -> tuple[Float[Tensor, "n D"], int]:
-        """Return up to `most` vectors of locations, drawn evenly from the images, and of how many images they are."""
+        """Return up to `most` vectors of locations, drawn evenly from the images, and the number of these images."""
         count = len(self.source)
         of_each = max(VECTORS_PER_IMAGE, math.ceil(most / count))
         indices = spread(count, math.ceil(most / of_each))
@@ -93,7 +84,7 @@ class Vectors:
         return sample[:filled], num_images
 
     def of_images(self, indices: Sequence[int]) -> tuple[Float[Tensor, "n D"], list[str]]:
-        """Return the vector of each image as a whole, and the keys of the images."""
+        """Return the vector of each whole image, and the keys of the images."""
         kept, keys = self._empty(len(indices)), list[str]()
         for seen, vectors in self.of(indices):
             kept[len(keys) : len(keys) + len(seen)] = vectors.image
@@ -101,7 +92,7 @@ class Vectors:
         return kept[: len(keys)], keys
 
     def bags(self, indices: Sequence[int], length: int) -> tuple[Float[Tensor, "n L D"], list[str]]:
-        """Return the mean of each image's locations and `length` of them, and the keys of the images."""
+        """Return for each image the mean of its locations, then `length` of them; and the keys of the images."""
         bags, keys = self._empty(len(indices), 1 + length), list[str]()
         for seen, vectors in self.of(indices):
             for item, locations in zip(seen, vectors.locations.flatten(1, 2), strict=True):
@@ -113,7 +104,7 @@ class Vectors:
     def cells(
         self, masks: MaskFolder, indices: Sequence[int], most: int
     ) -> tuple[Float[Tensor, "n D"], Float[Tensor, "n C"], Float[Tensor, " n"]]:
-        """Return up to `most` locations of each image, the share of each class in their cells, and whose they are."""
+        """Return up to `most` locations of each image, the share of each class in their cells, and the image of each."""
         parts: list[tuple[Tensor, Tensor, Tensor]] = []
         for seen, vectors in self.of(indices):
             grid = (vectors.locations.shape[1], vectors.locations.shape[2])
@@ -123,21 +114,21 @@ class Vectors:
                 of_class[:, mask.palette.astype(np.int64)] = torch.from_numpy(shares(mask, grid)).flatten(0, 1)
                 chosen = self._drawn(item.key, len(locations), min(most, len(locations)))
                 chosen = chosen[of_class[chosen].sum(dim=1).numpy() > 0]
-                owner = torch.full((len(chosen),), float(len(parts)))
-                parts.append((locations[chosen].half(), of_class[chosen].to(self.device), owner.to(self.device)))
+                owner, device = torch.full((len(chosen),), float(len(parts))), self.backbone.device
+                parts.append((locations[chosen].half(), of_class[chosen].to(device), owner.to(device)))
         vectors, of_class, owners = (torch.cat(part) for part in zip(*parts, strict=True))
         return vectors, of_class, owners
 
     def _empty(self, *size: int) -> Tensor:
-        return torch.empty(*size, self.backbone.width, dtype=torch.half, device=self.device)
+        return torch.empty(*size, self.backbone.width, dtype=torch.half, device=self.backbone.device)
 
     def _drawn(self, key: str, count: int, most: int) -> NDArray[np.int64]:
-        """Draw `most` of `count` locations of an image, with repetition only where there are fewer."""
-        # By the key, not by the place in the list: with more images, the old ones give the same vectors.
+        """Draw `most` of `count` locations of an image, with repetition only if there are fewer."""
+        # Seeded by the key, not by the index: when images are added, the old ones give the same vectors.
         rng = np.random.default_rng((self.seed, *key.encode("utf-8", "surrogateescape")))
         return np.resize(rng.permutation(count), most)
 
 
 def spread(count: int, most: int) -> NDArray[np.int64]:
-    """Return at most so many of the numbers below `count`, evenly spread."""
+    """Return at most `most` of the numbers below `count`, evenly spaced."""
     return np.unique(np.linspace(0, count - 1, min(count, most)).astype(np.int64))
