@@ -108,12 +108,8 @@ class FitConfig:
         check_numbers(self, "--", size=NATURAL, words="[2, inf)", topk=NATURAL, batch_size=NATURAL, num_workers=COUNT)
         check_numbers(self, "--", temperature=POSITIVE)
         kind = kind_of(self.from_)
-        plain = {field.name: field.default for field in fields(self)}
-        misplaced = [
-            f"--{name.replace('_', '-')}"
-            for name, kinds in OPTIONS_OF.items()
-            if kind not in kinds and getattr(self, name) != plain[name]
-        ]
+        given = {field.name for field in fields(self) if getattr(self, field.name) != field.default}
+        misplaced = [f"--{n.replace('_', '-')}" for n, kinds in OPTIONS_OF.items() if n in given and kind not in kinds]
         if misplaced:
             raise ModelError(f"{listed(misplaced)}: means nothing for a head --from {self.from_}; leave it out")
 

@@ -104,7 +104,7 @@ class Vectors:
     def cells(
         self, masks: MaskFolder, indices: Sequence[int], most: int
     ) -> tuple[Float[Tensor, "n D"], Float[Tensor, "n C"], Float[Tensor, " n"]]:
-        """Return up to `most` locations of each image, the share of each class in their cells, and the image of each."""
+        """Return up to `most` locations of each image, the share of each class in their cells, and their image."""
         parts: list[tuple[Tensor, Tensor, Tensor]] = []
         for seen, vectors in self.of(indices):
             grid = (vectors.locations.shape[1], vectors.locations.shape[2])
