@@ -104,14 +104,11 @@ def class_map_for(
         ours, theirs, count=num_theirs, assumed=assumed, them="the teacher", option=f"{options}class-order"
     )
     if len(set(ids)) < len(ids) or -1 in ids or (spec is None and num_theirs != len(ours)):
-        advice = ""
-        if assumed:
-            advice = (
-                f". Its names are ImageNet's, by their number; {options}class-order natural, sorted or FILE overrules"
-            )
-        raise ConfigError(
-            _refusal(spec, theirs, ours, ids, count=num_theirs, options=options) + advice * (spec is None)
-        )
+        problem = _refusal(spec, theirs, ours, ids, count=num_theirs, options=options)
+        if assumed and spec is None:
+            overrule = f"{options}class-order natural, sorted or FILE overrules"
+            problem += f". Its names are ImageNet's, by their number; {overrule}"
+        raise ConfigError(problem)
     targets = np.full(num_theirs, -1)
     targets[ids] = np.arange(len(ours))
     return None if spec is None and ids == list(range(len(ours))) else ClassMap(targets, len(ours))
