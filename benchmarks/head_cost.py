@@ -22,7 +22,7 @@ from benchmarks.measure import Settings, interleave, peak_bytes
 from tokenlabel import AnnotateConfig, Head, annotate, class_targets, create_model, open_images, token_label_loss
 from tokenlabel.core.batch import normalize_images
 from tokenlabel.core.targets import TokenTargets
-from tokenlabel.teachers import words
+from tokenlabel.teachers import solvers
 from tokenlabel.teachers.backbone import load_backbone
 from tokenlabel.teachers.labelling import as_tensor, seen_batches
 from tokenlabel.teachers.vectors import Vectors
@@ -84,9 +84,9 @@ def _speed(vectors: Vectors, rounds: int) -> None:
 def _stores(vectors: Vectors, options: argparse.Namespace) -> None:
     sample, _ = vectors.locations(VECTORS_PER_WORD * max(options.words))
     for num_words in options.words:
-        words.NUM_ROUNDS = 8 if num_words < 65_536 else 0
+        solvers.NUM_ROUNDS = 8 if num_words < 65_536 else 0
         started = time.perf_counter()
-        found = words.fit_words(sample, min(num_words, len(sample)), topk=TOPK, seed=0)
+        found = solvers.fit_words(sample, min(num_words, len(sample)), topk=TOPK, seed=0)
         seconds = time.perf_counter() - started
         head = Head(
             found.matrix,
@@ -102,7 +102,7 @@ def _stores(vectors: Vectors, options: argparse.Namespace) -> None:
             done = annotate(options.label or options.images, Path(folder) / "labels", config)
             size = sum(path.stat().st_size for path in (Path(folder) / "labels").glob("*") if path.suffix != ".json")
         print(
-            f"{len(found.matrix):,} words of {len(sample):,} vectors ({words.NUM_ROUNDS} rounds, {seconds:.0f} s): "
+            f"{len(found.matrix):,} words of {len(sample):,} vectors ({solvers.NUM_ROUNDS} rounds, {seconds:.0f} s): "
             f"{size / done.num_labelled:.0f} bytes an image, {done.images_per_s:.1f} images/s labelled, "
             f"scale {found.scale:.1f}",
             flush=True,

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from tokenlabel.cli import main
 from tokenlabel.runtime.errors import ModelError
 from tokenlabel.teachers.folds import NUM_FOLDS, FoldPredictions, fit_folds, folds
-from tokenlabel.teachers.regression import Examples, fit_linear
+from tokenlabel.teachers.solvers import Examples, fit_linear
 
 BACKBONE = ["--out-of-fold", "resnet10t", "--weights", "resnet10t.safetensors", "--size", "64"]
 

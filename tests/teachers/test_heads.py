@@ -24,9 +24,8 @@ from tokenlabel.teachers.dense import ClassifierNetwork, HeadNetwork
 from tokenlabel.teachers.ensemble import load_online_teacher, load_teachers
 from tokenlabel.teachers.heads import Head
 from tokenlabel.teachers.networks import TeacherConfig
-from tokenlabel.teachers.regression import DECAYS, Examples, cross_entropy, fit_linear
+from tokenlabel.teachers.solvers import DECAYS, Examples, cross_entropy, fit_linear, fit_words
 from tokenlabel.teachers.texts import PROMPTS, OpenClipTower, text_embeddings
-from tokenlabel.teachers.words import fit_words
 
 CPU = torch.device("cpu")
 CLIP, EUPE = "vit_xsmall_patch16_clip_224.tinyclip_yfcc15m", "vit_tiny_patch16_dinov3_qkvb.eupe_lvd1689m"

@@ -50,7 +50,7 @@ from tokenlabel.models import TokenModel
 from tokenlabel.models.load import LoadedModel, load_model
 from tokenlabel.runtime.coercion import pair
 from tokenlabel.runtime.distributed import Ranks, joined_ranks, usable_device
-from tokenlabel.runtime.errors import ConfigError
+from tokenlabel.runtime.errors import ConfigError, refuse
 from tokenlabel.runtime.process import listed, say
 from tokenlabel.training.checkpoint import with_recipe
 from tokenlabel.training.recipe import Recipe
@@ -281,12 +281,14 @@ class _Assessment:
     def _token_truths(self, source: ImageSource) -> Iterator[tuple[str, ScoreMaps]]:
         """Yield the dense labels to compare the tokens with, and the prefix of the metrics' names."""
         masks, labels, others = self.options.masks, self._labels(), self.network.token_classes
-        if (masks or self.options.labels) and not self.network.has_token_head:
-            raise ConfigError(
-                f"{self.network.name} has no head for tokens that was trained; leave --masks and --labels out"
-            )
-        if masks and others is not None:
-            raise ConfigError(f"{self.network.name}: its tokens are about {others}, no masks; leave --masks out")
+        name, has_head = self.network.name, self.network.has_token_head
+        refuse(
+            {
+                f"{name} has no head for tokens that was trained; leave --masks and --labels out": not has_head
+                and (masks or self.options.labels),
+                f"{name}: its tokens are about {others}, no masks; leave --masks out": masks and others is not None,
+            }
+        )
         if masks is not None:
             say_order(self._class_names(), them="the masks'", overrule="write these classes' ids if not")
             truth = MaskFolder(

@@ -181,20 +181,16 @@ def read_manifest(folder: str | Path) -> Manifest:
     elif (name := content.get("encoding")) not in known:
         problem = f"labels in encoding {name!r}, this version of tokenlabel reads {' and '.join(known)}; annotate again"
     else:
+        # Defaults for the first stores, which kept every entry and did not name the orientation.
+        found = {"tolerance": 0.0, "orientation": Orientation.STORED, **content}
         try:
-            return _manifest(content)
+            hints = get_type_hints(Manifest)
+            return Manifest(**{name: coerced(found[name], kind, name=name) for name, kind in hints.items()})
         except (ValueError, TypeError, KeyError) as error:
             problem = str(error)
             if not isinstance(error, StoreError):
                 problem = f"an entry is missing or of the wrong type ({error})"
     raise StoreError(f"{path}: {problem}")
-
-
-def _manifest(content: dict[str, Any]) -> Manifest:
-    # Defaults for the first stores, which kept every entry and did not name the orientation.
-    found = {"tolerance": 0.0, "orientation": Orientation.STORED, **content}
-    kinds = get_type_hints(Manifest)
-    return Manifest(**{name: coerced(found[name], kind, name=name) for name, kind in kinds.items()})
 
 
 def no_store(folder: Path) -> str:

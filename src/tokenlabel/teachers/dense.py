@@ -31,6 +31,9 @@ from tokenlabel.teachers.heads import Head
 # At most so many logits of a head are computed at once, 128 MiB of float32; 64 images and 65,536 words have 4 GB.
 MAX_LOGITS = 1 << 25
 
+TopClasses = tuple[Int[Tensor, "B h w K"], Float[Tensor, "B h w K"]]
+"""The ids and the probabilities of the K most probable classes of each location, the most probable first."""
+
 
 @dataclass(frozen=True, eq=False)
 class DenseLogits:
@@ -62,9 +65,7 @@ class DenseNetwork(nn.Module, ABC):
         """Return the network's own outputs: its logits, or the vectors that are the input of a head."""
         return self(images)
 
-    def top(
-        self, images: Float[Tensor, "B 3 height width"], k: int
-    ) -> tuple[Int[Tensor, "B h w K"], Float[Tensor, "B h w K"]]:
+    def top(self, images: Float[Tensor, "B 3 height width"], k: int) -> TopClasses:
         """Return the k most probable classes of every location and their probabilities, the most probable first."""
         top = self(images).locations.float().softmax(dim=3).topk(k, dim=3)
         return top.indices, top.values
@@ -114,9 +115,7 @@ class HeadNetwork(DenseNetwork):
         """Return the vectors of images and locations."""
         return self.backbone(images)
 
-    def top(
-        self, images: Float[Tensor, "B 3 height width"], k: int
-    ) -> tuple[Int[Tensor, "B h w K"], Float[Tensor, "B h w K"]]:
+    def top(self, images: Float[Tensor, "B 3 height width"], k: int) -> TopClasses:
         """Return the k most probable classes of every location, by blocks of locations: see MAX_LOGITS."""
         vectors = self.backbone(images).locations
         blocks = vectors.flatten(0, 2).split(max(1, MAX_LOGITS // self.num_classes))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -17,7 +17,7 @@ from tokenlabel.data.classes import same_classes
 from tokenlabel.runtime.errors import ModelError, refuse
 from tokenlabel.runtime.process import listed, say
 from tokenlabel.teachers.classmap import ClassMap, class_map_for
-from tokenlabel.teachers.dense import MAX_LOGITS
+from tokenlabel.teachers.dense import MAX_LOGITS, TopClasses
 from tokenlabel.teachers.input import cells_of
 from tokenlabel.teachers.networks import NetworkTeacher, SegmenterTeacher, Teacher, TeacherConfig, load_teacher
 
@@ -71,9 +71,7 @@ class Ensemble(Teacher):
         """Check each member."""
         return "; ".join(member.check(member.input.resized(images, mode="bilinear")) for member in self.members)
 
-    def top(
-        self, images: UInt8[Tensor, "B 3 height width"], k: int
-    ) -> tuple[Int[Tensor, "B h w K"], Float[Tensor, "B h w K"]]:
+    def top(self, images: UInt8[Tensor, "B 3 height width"], k: int) -> TopClasses:
         """Return the k most probable classes of each location, by blocks of images if there are very many classes."""
         num_locations = images[0, 0].numel() // min(member.input.stride_px for member in self.members) ** 2
         size = max(1, MAX_LOGITS // (num_locations * max(member.num_classes for member in self.members)))

@@ -30,10 +30,17 @@ from tokenlabel.runtime.process import listed, say
 from tokenlabel.teachers.backbone import load_backbone
 from tokenlabel.teachers.heads import HEAD_SUFFIX, Head, Kind, read_about
 from tokenlabel.teachers.masks import MASKS
-from tokenlabel.teachers.regression import Examples, LinearFit, choose_decay, cross_entropy, fit_linear
+from tokenlabel.teachers.solvers import (
+    KEPT_MASS,
+    Examples,
+    LinearFit,
+    choose_decay,
+    cross_entropy,
+    fit_linear,
+    fit_words,
+)
 from tokenlabel.teachers.texts import head_of_embeddings
 from tokenlabel.teachers.vectors import VECTORS_PER_IMAGE, Vectors, spread
-from tokenlabel.teachers.words import KEPT_MASS, fit_words
 
 VECTORS_PER_WORD, LEAST_VECTORS = 32, 1 << 16
 """Size of the sample that words are fitted on. In half precision: 64 bytes x words x width, or 131 kB x width."""

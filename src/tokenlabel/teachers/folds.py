@@ -24,7 +24,7 @@ from tokenlabel.runtime.distributed import usable_device
 from tokenlabel.runtime.errors import ModelError
 from tokenlabel.runtime.process import write_whole
 from tokenlabel.teachers.fitting import FitConfig, load_vectors
-from tokenlabel.teachers.regression import Examples, choose_decay, cross_entropy, fit_linear
+from tokenlabel.teachers.solvers import Examples, choose_decay, cross_entropy, fit_linear
 
 NUM_FOLDS = 5
 

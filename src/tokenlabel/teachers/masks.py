@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,11 @@ class MaskTeacher:
         source: ImageSource | None = None,
     ) -> None:
         self.num_classes = len(class_names)
-        self._size = size
-        self._class_map = class_map
+        self._size, self._class_map = size, class_map
+        about = None
+        if class_map:  # without the ids behind the last one that is mapped (but at least 255): the manifest stays small
+            num_used = max(255, 1 + int(np.flatnonzero(class_map.targets >= 0).max(initial=0)))
+            about = replace(class_map, targets=class_map.targets[:num_used], outside="spread").description
         self.masks = MaskFolder(
             Path(folder),
             num_classes=MAX_IDS if class_map else self.num_classes,
@@ -53,7 +57,8 @@ class MaskTeacher:
         self.held: set[int] = set()  # the classes that masks have shown so far
         self.description: dict[str, Any] = {
             "name": "masks",
-            "class_map": class_map and _shortened(class_map).description,
+            "class_map": class_map
+            and replace(class_map, targets=class_map.targets[:num_used], outside="spread").description,
             "unlabelled": "spread evenly",
         }
         self.preprocessing: dict[str, Any] = {"size": size}
@@ -66,7 +71,10 @@ class MaskTeacher:
         Raises DataError for a mask that cannot be read, another ValueError for ids that are no class.
         """
         mask = self.masks[key]
-        planes = shares(mask, self._grid(mask.codes.shape[:2]))  # [h, w, U]
+        grid = (height, width) = mask.codes.shape[:2]
+        if self._size is not None and height * width > self._size**2:
+            grid = cells_of(grid, self._size)
+        planes = shares(mask, grid)  # [h, w, U]
         ids = mask.palette if self._class_map is None else self._class_map.targets[mask.palette]
         found, entry = np.unique(ids[ids >= 0], return_inverse=True)
         if len(found) == 0:
@@ -81,18 +89,6 @@ class MaskTeacher:
         kept = np.argsort(-merged, axis=2, kind="stable")[:, :, :num_kept]
         probs = np.take_along_axis(merged, kept, axis=2)
         return from_top(found[kept], probs, num_classes=self.num_classes, name=key)
-
-    def _grid(self, mask_size: tuple[int, ...]) -> tuple[int, int]:
-        height, width = mask_size
-        if self._size is None or height * width <= self._size**2:
-            return height, width
-        return cells_of(mask_size, self._size)
-
-
-def _shortened(class_map: ClassMap) -> ClassMap:
-    """Return a class map without the unmapped ids at its end (but at least 255), so that the manifest stays small."""
-    used = max(255, 1 + int(np.flatnonzero(class_map.targets >= 0).max(initial=0)))
-    return ClassMap(class_map.targets[:used], class_map.num_classes)
 
 
 def shares(score_map: ScoreMap, grid: tuple[int, int]) -> NDArray[np.float32]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from tokenlabel.core.batch import normalize_images
@@ -21,7 +21,14 @@ from tokenlabel.runtime.hub import local_name
 from tokenlabel.segmentation.inference import Segmenter
 from tokenlabel.segmentation.recipe import SegmentRecipe
 from tokenlabel.teachers.backbone import backbone_of, check_locations
-from tokenlabel.teachers.dense import ClassifierNetwork, DenseLogits, DenseNetwork, HeadNetwork, TokenNetwork
+from tokenlabel.teachers.dense import (
+    ClassifierNetwork,
+    DenseLogits,
+    DenseNetwork,
+    HeadNetwork,
+    TokenNetwork,
+    TopClasses,
+)
 from tokenlabel.teachers.heads import HEAD_SUFFIX, Head
 from tokenlabel.teachers.input import TeacherInput, cells_of, input_of, made_for
 from tokenlabel.training.checkpoint import with_recipe
@@ -52,9 +59,7 @@ class Teacher(ABC):
     def probabilities(self, images: UInt8[Tensor, "B 3 height width"]) -> Float[Tensor, "B h w C"]:
         """Return the distribution of each location of images that `input` made, in float32."""
 
-    def top(
-        self, images: UInt8[Tensor, "B 3 height width"], k: int
-    ) -> tuple[Int[Tensor, "B h w K"], Float[Tensor, "B h w K"]]:
+    def top(self, images: UInt8[Tensor, "B 3 height width"], k: int) -> TopClasses:
         """Return the k most probable classes of each location and their probabilities, the most probable first."""
         top = self.probabilities(images).topk(k, dim=3)
         return top.indices, top.values
@@ -150,9 +155,7 @@ class NetworkTeacher(Teacher):
                 self.dense, self.normalised(images), name=self.description["name"], precision=self.precision
             )
 
-    def top(
-        self, images: UInt8[Tensor, "B 3 height width"], k: int
-    ) -> tuple[Int[Tensor, "B h w K"], Float[Tensor, "B h w K"]]:
+    def top(self, images: UInt8[Tensor, "B 3 height width"], k: int) -> TopClasses:
         """Return the k most probable classes of each location and their probabilities, the most probable first."""
         with self._autocast(images):
             return self.dense.top(self.normalised(images), k)
@@ -217,9 +220,7 @@ class SegmenterTeacher(Teacher):
         with autocast(images.device, self.precision):
             return torch.stack([self.segmenter.probabilities(image, grid) for image in images])
 
-    def top(
-        self, images: UInt8[Tensor, "B 3 height width"], k: int
-    ) -> tuple[Int[Tensor, "B h w K"], Float[Tensor, "B h w K"]]:
+    def top(self, images: UInt8[Tensor, "B 3 height width"], k: int) -> TopClasses:
         """Return the k most probable classes of each cell, image by image: all classes of a batch may be gigabytes."""
         tops = [self.probabilities(image[None]).topk(k, dim=3) for image in images]
         return torch.cat([top.indices for top in tops]), torch.cat([top.values for top in tops])
