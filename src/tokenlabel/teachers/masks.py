@@ -57,8 +57,7 @@ class MaskTeacher:
         self.held: set[int] = set()  # the classes that masks have shown so far
         self.description: dict[str, Any] = {
             "name": "masks",
-            "class_map": class_map
-            and replace(class_map, targets=class_map.targets[:num_used], outside="spread").description,
+            "class_map": about,
             "unlabelled": "spread evenly",
         }
         self.preprocessing: dict[str, Any] = {"size": size}
