@@ -71,7 +71,7 @@ class Evaluator(ABC):
 
     def _count(self, **counts: Tensor) -> None:
         for name, count in counts.items():
-            added = count.detach().to("cpu", torch.float64)
+            added = count.detach().to("cpu", torch.float64)  # exact for counts up to 2^53
             self.sums[name] = self.sums[name] + added if name in self.sums else added
 
     def _total(self, name: str) -> float:
@@ -309,6 +309,7 @@ def average_precision(scores: Float[Tensor, " n"], truth: Bool[Tensor, " n"]) ->
 
 def rank_of_class(logits: Float[Tensor, "B C"], class_ids: Int[Tensor, " B"]) -> Int[Tensor, " B"]:
     """Return the rank of each image's class, from 0; ties and NaN count against it."""
+    # By what is smaller, not by what is larger: a comparison with NaN or with an equal logit is false.
     own = logits.gather(1, class_ids[:, None])
     return logits.shape[1] - 1 - (logits < own).sum(dim=1)
 

@@ -193,7 +193,7 @@ def _worthy_steps(score_map: ScoreMap, tolerance: float, num_steps: int) -> NDAr
     probs, codes = score_map.probs.reshape(-1, topk), score_map.codes.reshape(-1, topk)
     kept = (probs >= tolerance) & (probs > 0)
     surplus = np.bincount(codes[kept], probs[kept] - tolerance, minlength=len(score_map.palette))
-    kept &= (surplus >= _PLACES_OF_A_CLASS * tolerance)[codes]
+    kept &= (surplus >= _PLACES_OF_A_CLASS * tolerance)[codes]  # not classes that cost more bytes than they are worth
     steps = on_grid(np.where(kept, probs, 0), num_steps)
     if not score_map.empty_is_even:  # a cell that keeps nothing would no longer contribute to the loss
         lost = np.flatnonzero(~steps.any(axis=1) & (probs > 0).any(axis=1))
@@ -225,6 +225,7 @@ def _compact(score_map: ScoreMap, steps: NDArray[np.int32], num_steps: int) -> b
 def _number_bytes(numbers: NDArray[np.int64]) -> bytes:
     """Return each number as bytes: as many of 255 as fit into it, then the remainder."""
     num_full = numbers // 255
+    # Without a loop: fill all bytes with 255, then put each remainder where the bytes of its number end.
     coded = np.full(len(numbers) + int(num_full.sum()), 255, np.uint8)
     coded[(num_full + 1).cumsum() - 1] = numbers % 255
     return coded.tobytes()
@@ -243,7 +244,7 @@ def _read_by_class(
         raise StoreError(f"its numbers do not fit {num_named} classes in a map of {shape}")
     sums = body.cumsum(dtype=np.int32)[ends]  # cumulative sums of the numbers: at most 255 * 2^22 < 2^30
     palette = sums[:num_named] + np.arange(num_named, dtype=np.int32)
-    sums = sums[num_named - 1 :] - sums[num_named - 1]
+    sums = sums[num_named - 1 :] - sums[num_named - 1]  # of the numbers behind the palette; the first is 0
     places = sums[1 : num_kept + 1] + np.arange(num_kept, dtype=np.int32)  # ascending
     if num_kept and places[-1] >= num_named * num_cells:
         raise StoreError(f"an entry of a class that is not one of the {num_named} of the palette")

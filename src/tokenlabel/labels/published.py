@@ -107,6 +107,7 @@ def import_labels(
     shared = {path for path, count in Counter(paths).items() if count > 1}
     job = _Job(source, paths, shared, manifest, config.layout, _crop_fraction(config.region))
     failures: list[Failure] = []
+    # Threads, not processes: reading files and decoding them release the GIL.
     with LabelStoreWriter(folder, manifest) as writer, thread_pool(config.num_workers) as pool:
         store = LabelStore(folder)
         missing = [index for index, key in enumerate(source.keys) if key not in store]

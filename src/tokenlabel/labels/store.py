@@ -192,6 +192,7 @@ class LabelStore:
 
     def _find(self, key: str) -> tuple[Shard, int] | None:
         """Return the file and the row that hold a key; None if there is none."""
+        # Hashes are uniform, so their first bits are a good index: a binary search among about four is left.
         name = key_bytes(key)
         wanted = key_hash(name)
         first_bits = wanted >> self._shift

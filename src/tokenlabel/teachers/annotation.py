@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -205,7 +205,8 @@ def annotate_by(
     todo, num_bytes, failures, cells = _label(job, source, folder, config)
     num_labelled = len(todo.indices) - len(failures)
     empty_cells = cells["empty"] / cells["all"] if cells["all"] else None
-    if empty_cells is not None and isinstance(teacher, Ensemble) and teacher.renormalises:
+    class_map = teacher.class_map if isinstance(teacher, Ensemble) else None
+    if empty_cells is not None and class_map is not None and class_map.renormalises:
         say(
             f"{folder}: {empty_cells:.1%} of {cells['all']:,} cells keep nothing, since the teacher has less than "
             f"{MIN_MASS} of its probability there on these classes: they carry no loss"
@@ -293,7 +294,7 @@ def _manifest(teacher: Teacher | MaskTeacher, source: ImageSource, folder: Path,
         encoding=config.encoding,
         tolerance=DEFAULT_TOLERANCE if tolerance is None else tolerance,
         teacher=teacher.description,
-        preprocessing=teacher.input.as_dict() if networks else teacher.preprocessing,
+        preprocessing=asdict(teacher.input) if networks else teacher.preprocessing,
     )
     if not (folder / MANIFEST_FILE).exists():
         return manifest

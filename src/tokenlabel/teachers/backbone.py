@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -69,7 +69,7 @@ def load_backbone(
         "weights": fingerprint(model),
         "weights_file": weights,
         "licence": found.licence,
-        "preprocessing": input.as_dict(),
+        "preprocessing": asdict(input),
     }
     return Backbone(network, input, description)
 
@@ -135,9 +135,10 @@ def check_locations(
     if dense.averages_linearly(images):
         outputs = dense.evidence(images)
         own, mean = outputs.image.float(), outputs.locations.float().mean(dim=(1, 2))
+        # Rounding of float32, or of bf16, relative to the largest output.
         tolerance = (1e-3 if precision == "fp32" else 5e-2) * float(own.abs().max())
         off = float((own - mean).abs().max())
-        if not off <= tolerance:
+        if not off <= tolerance:  # written so that NaN is refused
             raise ModelError(
                 f"{name}: averages its features, yet the mean over its locations is {off:.3g} off its own output"
             )

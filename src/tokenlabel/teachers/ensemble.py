@@ -62,17 +62,13 @@ class Ensemble(Teacher):
             **({"cells": cells} if cells else {}),
         }
 
-    @property
-    def renormalises(self) -> bool:
-        """Whether the class map drops the probability of some classes."""
-        return self.class_map is not None and self.class_map.renormalises
-
     def check(self, images: UInt8[Tensor, "B 3 height width"]) -> str:
         """Check each member."""
         return "; ".join(member.check(member.input.resized(images, mode="bilinear")) for member in self.members)
 
     def top(self, images: UInt8[Tensor, "B 3 height width"], k: int) -> TopClasses:
         """Return the k most probable classes of each location, by blocks of images if there are very many classes."""
+        # The dense distributions of a batch over 65,536 words would take gigabytes.
         num_locations = images[0, 0].numel() // min(member.input.stride_px for member in self.members) ** 2
         size = max(1, MAX_LOGITS // (num_locations * max(member.num_classes for member in self.members)))
         class_ids, probs = zip(*(super(Ensemble, self).top(block, k) for block in images.split(size)), strict=True)
@@ -84,7 +80,7 @@ class Ensemble(Teacher):
         for member in self.members:
             seen = member.input.resized(images, mode="bilinear")
             maps.append(member.probabilities(seen))
-            if self.flip:
+            if self.flip:  # both are mirrored along the width: axis 3 of images, axis 2 of maps
                 maps.append(member.probabilities(seen.flip(3)).flip(2))
         grid = max(((m.shape[1], m.shape[2]) for m in maps), key=math.prod)
         if self.cells is not None:
@@ -186,6 +182,7 @@ def _resampled(probs: Float[Tensor, "B h w C"], grid: tuple[int, int]) -> Float[
     if probs.shape[1:3] == grid:
         return probs
     planes = probs.permute(0, 3, 1, 2)
+    # Averaged if coarser: interpolation would read only some of the cells. Both keep the sum of 1 at each location.
     if grid[0] <= probs.shape[1] and grid[1] <= probs.shape[2]:
         planes = F.adaptive_avg_pool2d(planes, grid)
     else:

@@ -61,6 +61,7 @@ class Head(nn.Module):
         backbone: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        # Buffers, not parameters: a head is frozen, and moves with `.to(device)`.
         for name, tensor in (("matrix", matrix), ("bias", bias), ("center", center)):
             self.register_buffer(name, None if tensor is None else tensor.detach().float().contiguous())
         self.kind: Kind = kind
@@ -155,7 +156,7 @@ class Head(nn.Module):
             )
         except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise ModelError(f"{path}: is damaged ({first_line(error)}); fit it again") from error
-        if head.hash != about.get("hash"):
+        if head.hash != about.get("hash"):  # safetensors has no checksum
             raise ModelError(f"{path}: is damaged (its numbers are not those that were written); fit it again")
         return head
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -82,10 +82,6 @@ class TeacherInput:
             return images
         found = F.interpolate(images.float(), img_size, mode=mode, antialias=True, align_corners=False)
         return found.round().clamp(0, 255).to(torch.uint8)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the fields for a manifest."""
-        return asdict(self)
 
     def _rounded(self, side_px: float) -> int:
         return max(1, round(side_px / self.stride_px)) * self.stride_px

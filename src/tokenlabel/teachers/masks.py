@@ -55,11 +55,7 @@ class MaskTeacher:
             class_names=() if class_map else class_names,
         )
         self.held: set[int] = set()  # the classes that masks have shown so far
-        self.description: dict[str, Any] = {
-            "name": "masks",
-            "class_map": about,
-            "unlabelled": "spread evenly",
-        }
+        self.description: dict[str, Any] = {"name": "masks", "class_map": about, "unlabelled": "spread evenly"}
         self.preprocessing: dict[str, Any] = {"size": size}
         if ignore_index is not None:
             self.preprocessing["ignore_index"] = ignore_index
@@ -79,6 +75,7 @@ class MaskTeacher:
         if len(found) == 0:
             nothing = np.full(planes.shape[:2], -1)
             return from_mask(nothing, num_classes=self.num_classes, unlabelled=-1, name=key)
+        # Several ids may be mapped to one class: a product with one-hot rows adds up their shares.
         merged = planes[:, :, ids >= 0] @ np.eye(len(found), dtype=np.float32)[entry]  # [h, w, classes]
         self.held.update(found[merged.any(axis=(0, 1))].tolist())
         unlabelled = 1 - merged.sum(axis=2, keepdims=True)

@@ -119,6 +119,7 @@ def _fits(examples: Examples, decays: tuple[float, ...]) -> list[LinearFit]:
             penalty = decay / 2 * weight.square().sum()
             penalty.backward()
             value = penalty.detach()
+            # backward() for each block: the graph of one block at a time is in memory.
             for block in examples.blocks():
                 matrix = weight / std
                 loss = _loss(matrix, offset - matrix @ mean, block) / total
@@ -135,7 +136,7 @@ def _fits(examples: Examples, decays: tuple[float, ...]) -> list[LinearFit]:
 def _loss(matrix: Float[Tensor, "C D"], bias: Float[Tensor, " C"], block: Examples) -> Float[Tensor, ""]:
     """Return the weighted sum of the cross-entropies of bags."""
     logits = F.linear(block.vectors.to(matrix.dtype), matrix, bias)  # [b, L, C]
-    pooled = logits.logsumexp(dim=1) - math.log(logits.shape[1])
+    pooled = logits.logsumexp(dim=1) - math.log(logits.shape[1])  # a bag of one vector keeps its logits
     return (F.cross_entropy(pooled, block.targets, reduction="none") * block.weights).sum()
 
 
@@ -212,6 +213,7 @@ def fit_words(vectors: Float[Tensor, "n D"], num_words: int, *, topk: int, seed:
 
 
 def _mean(vectors: Float[Tensor, "n D"]) -> Float[Tensor, " D"]:
+    # In float64, by blocks: the sample is in half precision, and a copy in double would take four times its memory.
     total = torch.zeros(vectors.shape[1], dtype=torch.float64, device=vectors.device)
     for block in vectors.split(1 << 14):
         total += block.double().sum(dim=0)

@@ -121,8 +121,9 @@ def _request(path: Path, source: ImageSource) -> tuple[list[int], str]:
             f"--again {path}: cannot be read ({error.strerror}); expected a text file with a key a line, or {CHANGED}"
         ) from error
     indices = {key: index for index, key in enumerate(source.keys)}
+    # Keys that are not UTF-8 keep their bytes, as in stores; editors of other systems may have added a BOM and CRs.
     lines = content.decode("utf-8", "surrogateescape").removeprefix("\ufeff").replace("\r\n", "\n").split("\n")
-    lines = [line for line in lines if line in indices or (line.strip() and line[0] != "#")]
+    lines = [line for line in lines if line in indices or (line.strip() and line[0] != "#")]  # a key may begin with #
     asked = [*dict.fromkeys(_key_of(line, indices, getattr(source, "root", None)) for line in lines)]
     unknown = [line for line in asked if line not in indices]
     if unknown or not asked:

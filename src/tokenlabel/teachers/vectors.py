@@ -72,6 +72,7 @@ class Vectors:
     def locations(self, most: int) -> tuple[Float[Tensor, "n D"], int]:
         """Return up to `most` vectors of locations, drawn evenly from the images, and the number of these images."""
         count = len(self.source)
+        # A few vectors from each of many images differ more than many from a few.
         of_each = max(VECTORS_PER_IMAGE, math.ceil(most / count))
         indices = spread(count, math.ceil(most / of_each))
         sample = self._empty(min(most, of_each * len(indices)))
@@ -113,7 +114,7 @@ class Vectors:
                 of_class = torch.zeros(len(locations), masks.num_classes)
                 of_class[:, mask.palette.astype(np.int64)] = torch.from_numpy(shares(mask, grid)).flatten(0, 1)
                 chosen = self._drawn(item.key, len(locations), min(most, len(locations)))
-                chosen = chosen[of_class[chosen].sum(dim=1).numpy() > 0]
+                chosen = chosen[of_class[chosen].sum(dim=1).numpy() > 0]  # not those that show no class at all
                 owner, device = torch.full((len(chosen),), float(len(parts))), self.backbone.device
                 parts.append((locations[chosen].half(), of_class[chosen].to(device), owner.to(device)))
         vectors, of_class, owners = (torch.cat(part) for part in zip(*parts, strict=True))
