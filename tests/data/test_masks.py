@@ -314,7 +314,7 @@ class TestTeacherAndTruth:
         assert main(["annotate", "images", "labels", "--teacher", "masks:masks", "--device", "cpu"]) == 2
         said = capsys.readouterr().err
         assert "1.png: holds 7, which is no id of 2 classes (0 = cat to 1 = dog) nor of none (255)" in said
-        assert "--ignore-index says another id of none" in said
+        assert "--ignore-index sets the id of none" in said
 
     def test_another_id_stands_for_nothing(self):
         self.masks([[0, 11], [11, 0]], [[1, 1], [11, 1]])

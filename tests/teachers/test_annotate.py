@@ -110,10 +110,10 @@ def test_a_store_goes_on_with_the_tolerance_that_it_was_begun_with(images, tmp_p
     manifest.write_text(json.dumps(old))
     (tmp_path / "later.png").rename(images / "red" / "wide.png")
     capsys.readouterr()
-    with pytest.raises(StoreError, match=r"was begun with --tolerance 0, got 0\.02; leave --tolerance out"):
+    with pytest.raises(StoreError, match=r"was started with --tolerance 0, got 0\.02; leave --tolerance out"):
         run(images, labels, tolerance=0.02)
     assert run(images, labels).num_labelled == 1
-    assert "goes on with --tolerance 0, with which it was begun" in capsys.readouterr().err
+    assert "continues with --tolerance 0, with which it was started" in capsys.readouterr().err
     store = LabelStore(labels)
     assert store.manifest.tolerance == 0
     run(images, tmp_path / "all", tolerance=0)
@@ -216,7 +216,7 @@ def test_images_that_are_listed_are_labelled_anew(bitmaps, tmp_path, capsys):
 
     # The same command has nothing left to do, but for what was replaced once more, and for a record that is broken.
     assert run(bitmaps, tmp_path / "labels", again=again).num_labelled == 0
-    assert "keys.txt: what it lists was labelled anew before" in capsys.readouterr().err
+    assert "keys.txt: the images that it lists were labelled again before" in capsys.readouterr().err
     repaint(bitmaps / "red" / "square.bmp", "red", "blue")
     assert run(bitmaps, tmp_path / "labels", again=again).num_anew == 1
     assert LabelStore(tmp_path / "labels")["red/square.bmp"].top_class_ids[0, 0] == 2
@@ -310,7 +310,7 @@ def test_images_that_were_replaced_are_named_and_labelled_anew(bitmaps, tmp_path
     assert "no image is known to have been replaced" in run_on_it(again="changed")[1]
     repaint(bitmaps / "red" / "square.bmp", "green", "green")
     Image.new("RGB", (9, 9)).save(bitmaps / "blue" / "wide.bmp")
-    expected = "2 images were replaced since labelling (blue/wide.bmp, red/square.bmp); --again changed labels anew"
+    expected = "2 images were replaced since labelling (blue/wide.bmp, red/square.bmp); --again changed labels them"
     count, said = run_on_it()
     assert (count, expected in said) == (0, True)
     monkeypatch.setattr("tokenlabel.teachers.todo.MAX_READ", 0)
@@ -531,7 +531,7 @@ def test_a_store_goes_on_with_what_it_was_made_with(many_classes, images, capsys
     assert "keep nothing" not in capsys.readouterr().err
     assert LabelStore("labels").manifest.teacher["class_map"]["nowhere"] == "spread evenly"
     assert annotate_with_map() == 2
-    assert "made with --outside spread there, renormalise here; `--outside spread` goes on" in capsys.readouterr().err
+    assert "made with --outside spread there, renormalise here; `--outside spread` continues" in capsys.readouterr().err
     write_image(images / "red" / "new.png", "red", "red")
     (images.parent / "map.csv").write_text("0,red\n1,blue\n2,blue\n3,green\n")
     assert annotate_with_map() == 2, "and another class map"

@@ -261,7 +261,7 @@ def test_the_same_command_finds_its_head_and_another_does_not_write_over_it(imag
     first = head.read_bytes()
     capsys.readouterr()
     assert fit(images, head, "--from", "words", "--words", "4") == 0
-    assert "is there, fitted by the same command" in capsys.readouterr().err
+    assert "exists, fitted by the same command" in capsys.readouterr().err
     assert fit(images, head, "--from", "words", "--words", "5") == 2
     assert "was fitted with other options (words); name another file, or --overwrite" in capsys.readouterr().err
     assert head.read_bytes() == first
@@ -269,7 +269,7 @@ def test_the_same_command_finds_its_head_and_another_does_not_write_over_it(imag
     assert Head.load(head).num_classes == 5
     save_file({"weight": torch.zeros(2)}, head)
     assert fit(images, head, "--from", "words", "--overwrite") == 2
-    assert "is in the way and no head" in capsys.readouterr().err
+    assert "exists and is no head" in capsys.readouterr().err
     assert fit(images, tmp_path / "head.pth", "--from", "words") == 2
     assert "a head is a .safetensors file" in capsys.readouterr().err
 
@@ -583,7 +583,7 @@ def test_a_head_teaches_in_the_step_and_words_do_not(colours, images, tmp_path):
     offline = load_teachers(TeacherConfig(teacher=str(head)), ["blue", "red"], CPU)
     torch.testing.assert_close(of_locations, offline.probabilities(pixels))
     assert fit(images, tmp_path / "words.safetensors", "--from", "words", "--words", "4") == 0
-    with pytest.raises(ModelError, match="says visual words, not classes; label the images once"):
+    with pytest.raises(ModelError, match="predicts visual words, not classes; label the images once"):
         load_online_teacher(OnlineTeacherConfig(name=str(tmp_path / "words.safetensors")), ["blue", "red"], CPU)
 
 

@@ -149,7 +149,7 @@ def test_a_network_without_classes_is_evaluated_by_its_tokens_and_its_features(h
     assert "learn from 40 images, and are tested on 20 others" in said
     status, said = run(capsys, "eval", "run", "--data", "scenes/val")
     assert status == 2
-    assert "has no class head and cannot be held against the classes of scenes/val; give --probe DIR" in said
+    assert "has no class head and cannot be evaluated on the classes of scenes/val; give --probe DIR" in said
 
 
 def test_a_classifier_begins_with_the_network_of_a_run_and_new_heads(here, capsys):

@@ -94,7 +94,7 @@ def _chosen_heads(network: LoadedModel, wanted: str | None) -> tuple[Inference, 
     if Inference(wanted) not in network.heads:
         about = f": its tokens are about {network.token_classes}, not its {network.num_classes:,} classes"
         if network.token_classes is None:
-            about = " was trained without token labels, so its token head says nothing"
+            about = " was trained without token labels, so its token head is untrained"
         raise ConfigError(f"{network.name}{about}; evaluate it with --inference class")
     return (Inference(wanted),)
 
@@ -156,7 +156,7 @@ class _Assessment:
         )
         asked = options.data or (network.recipe and network.recipe.data.val)
         if (options.data is not None or not probes) and not self._labels():
-            at = f" and cannot be held against the classes of {asked}" if asked else ""
+            at = f" and cannot be evaluated on the classes of {asked}" if asked else ""
             raise ConfigError(
                 f"{network.name} has no class head{at}; give --probe DIR, a few images with classes, for probes of its "
                 "features, or --labels STORE of --data, for how far its tokens agree with the teacher"

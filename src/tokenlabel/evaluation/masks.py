@@ -98,7 +98,7 @@ class MaskFolder:
             raise DataError(
                 f"{held[strange[0]]}: holds {listed(list(map(str, strange)))}, which is no id of {self.num_classes:,} "
                 f"classes (0 = {class_names[0]} to {self.num_classes - 1} = {class_names[-1]}) nor of none "
-                f"({self._ignored}): --ignore-index says another id of none, --class-map FILE of `annotate` all others"
+                f"({self._ignored}): --ignore-index sets the id of none, --class-map FILE of `annotate` maps all others"
             )
         if self.num_classes > 255 and max(held, default=0) == 255:
             say(f"{self.folder}: 255 is the class {class_names[255]!r} of {self.num_classes:,}, nothing is 65535")

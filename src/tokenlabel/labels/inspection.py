@@ -180,7 +180,7 @@ def verify(store: LabelStore) -> Iterator[tuple[str, str]]:
 
 @dataclass(frozen=True, eq=False)
 class MapSummary:
-    """The statistics of one score map, means over its cells; a cell that says nothing counts as 0.
+    """The statistics of one score map, means over its cells; a cell that keeps nothing counts as 0.
 
     `class_ids` [U]: the classes that cells keep. `class_probs` [U]: their probability, counting the cells that keep
     them. `class_shares` [U]: the same, counting their shares of the rest of the other cells, too. `even_share`: that of
@@ -203,7 +203,7 @@ class MapSummary:
 
     @property
     def best_class(self) -> int:
-        """The most probable class over all cells; -1 for a map that says nothing."""
+        """The most probable class over all cells; -1 for a map that keeps nothing."""
         return int(self.class_ids[self.class_probs.argmax()]) if self.class_probs.max() > 0 else -1
 
     def prob_of(self, class_id: int) -> float:

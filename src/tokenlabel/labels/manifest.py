@@ -129,7 +129,7 @@ def _unlike(name: str, ours: Any, theirs: Any) -> Iterator[tuple[str, Any, Any]]
 def _difference_text(name: str, ours: Any, theirs: Any) -> str:
     if name == OUTSIDE:
         there, here = (str(value).removesuffix(" evenly") for value in (ours, theirs))
-        return f"made with --outside {there} there, {here} here; `--outside {there}` goes on with that store"
+        return f"made with --outside {there} there, {here} here; `--outside {there}` continues that store"
     return f"{name} is {_short(ours)} there, {_short(theirs)} here"
 
 

@@ -27,7 +27,7 @@ NUM_NAMED = 4
 SECTIONS = {
     "Most certain": "The best class of a location has the highest probability here, on average over the map.",
     "Least certain": "The best class of a location has the lowest probability here.",
-    "Least agreement": "The map says another class than the image's: perhaps that class is wrong.",
+    "Least agreement": "The most probable class of the map is not the image's: perhaps that one is wrong.",
 }
 
 

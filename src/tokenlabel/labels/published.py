@@ -184,7 +184,7 @@ def read_label_file(
     if class_ids.max() >= FIRST_UNCERTAIN_ID:
         raise StoreError(
             f"{path}: names class {class_ids.max():.0f}, but float16 tells ids apart only below {FIRST_UNCERTAIN_ID}; "
-            "annotate anew instead"
+            "annotate again instead"
         )
     return from_top(
         class_ids.astype(np.int64),

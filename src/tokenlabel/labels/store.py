@@ -1,6 +1,6 @@
 """Reading a label store: a folder of immutable files that maps an image's key to its score map. NumPy only.
 
-FOLDER/manifest.json says what made the labels and which classes they are about. Every other file (see `shards`) is
+FOLDER/manifest.json describes what made the labels and which classes they are about. Every other file (see `shards`) is
 written once by one writer and holds records. Writers (`writer`) never touch each other's files and readers only ever
 see whole ones, so any number of processes may write and read at once, and a kill loses only the records of the files
 that were not finished. If several records have the same key, the one of the highest generation is used, and among

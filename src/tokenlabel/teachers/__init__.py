@@ -1,1 +1,1 @@
-"""Who says what every location of an image shows, and the way of a whole data set through them into a store."""
+"""Teachers, which predict what every location of an image shows, and the pipeline that labels a data set with one."""

@@ -156,7 +156,7 @@ def make_teacher(config: AnnotateConfig, source: ImageSource, device: torch.devi
             > 1
             or given,
             "--teacher masks: names no folder; expected masks:DIR": not folders[0],
-            "--class-map says which ids are classes, others are none; leave --ignore-index out": config.class_map
+            "with --class-map, ids that it does not name are no class; leave --ignore-index out": config.class_map
             is not None
             and config.ignore_index is not None,
         },
@@ -301,12 +301,12 @@ def _manifest(teacher: Teacher | MaskTeacher, source: ImageSource, folder: Path,
     began = read_manifest(folder)
     if tolerance not in (None, began.tolerance):
         raise StoreError(
-            f"{folder}: was begun with --tolerance {began.tolerance:g}, got {tolerance:g}; leave --tolerance out, or "
+            f"{folder}: was started with --tolerance {began.tolerance:g}, got {tolerance:g}; leave --tolerance out, or "
             "choose another folder"
         )
     if tolerance is None and began.tolerance != DEFAULT_TOLERANCE and manifest.encoding is Encoding.COMPACT:
         say(
-            f"{folder}: goes on with --tolerance {began.tolerance:g}, with which it was begun (the default is "
+            f"{folder}: continues with --tolerance {began.tolerance:g}, with which it was started (the default is "
             f"{DEFAULT_TOLERANCE:g})"
         )
     return replace(manifest, orientation=began.orientation, tolerance=began.tolerance)

@@ -234,7 +234,7 @@ def load_online_teacher(
         weights=config.weights,
     )
     if teacher.words or not isinstance(teacher, NetworkTeacher):
-        what = "says visual words, not classes" if teacher.words else "holds a segmentation model"
+        what = "predicts visual words, not classes" if teacher.words else "holds a segmentation model"
         raise ModelError(
             f"loss.teacher.name {config.name}: {what}; label the images once (`tokenlabel annotate IMAGES labels "
             f"--teacher {config.name}`) and give data.labels"

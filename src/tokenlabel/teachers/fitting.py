@@ -197,7 +197,7 @@ def _existing(file: Path, asked: dict[str, Any], *, overwrite: bool) -> Head | N
     try:
         fitted = read_about(file)["fitted"]
     except ModelError as error:
-        raise ModelError(f"{file}: is in the way and no head; move it, or name another file") from error
+        raise ModelError(f"{file}: exists and is no head; move it, or name another file") from error
     if overwrite:
         return None
     others = [key for key, value in asked.items() if fitted.get("asked", {}).get(key) != value]
@@ -206,7 +206,7 @@ def _existing(file: Path, asked: dict[str, Any], *, overwrite: bool) -> Head | N
             f"{file}: holds a head that was fitted with other options ({listed(others)}); name another file, or "
             "--overwrite this one"
         )
-    say(f"{file}: is there, fitted by the same command; --overwrite fits it anew")
+    say(f"{file}: exists, fitted by the same command; --overwrite fits it again")
     return Head.load(file)
 
 

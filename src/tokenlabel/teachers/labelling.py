@@ -115,7 +115,7 @@ def label_batches(
     num_workers: int,
     cells: Counter[str],
 ) -> Iterator[tuple[str, bytes]]:
-    """Yield the key and the record of each image, packed by threads while the teacher goes on.
+    """Yield the key and the record of each image, packed by threads while the teacher continues.
 
     Adds to `cells`, see `Labelling`.
     """
@@ -207,7 +207,7 @@ def _scored(
 
 
 def _on_cpu(class_ids: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, torch.cuda.Event | None]:
-    """Start copying results to the CPU; return them and the event that says when they have arrived."""
+    """Start copying results to the CPU; return them and the event of their arrival."""
     if class_ids.device.type != "cuda":
         return class_ids, probs, None
     landing = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in (class_ids, probs)]

@@ -79,7 +79,7 @@ def find_todo(source: ImageSource, folder: Path, manifest: Manifest, again: str 
         anew = {index for index, key in keys if key not in done or not _is_sound(store, key)}
         if asked and not anew and missing.isdisjoint(asked):
             say(
-                f"{again}: what it lists was labelled anew before; to do so once more, change the file, if only by a "
+                f"{again}: the images that it lists were labelled again before; to do so once more, change the file, if only by a "
                 "line that begins with #"
             )
     others = [source.keys[index] for index in replaced.indices if index not in anew]
@@ -100,12 +100,12 @@ def _say_replaced(folder: Path, keys: list[str], replaced: Replaced, *, are_all:
         elsewhere = "; if these are other images of the same names, give them a folder of their own"
         say(
             f"{folder}: {_images_were(len(keys))} replaced since labelling ({listed(keys)}); --again {CHANGED} labels "
-            f"anew what was{elsewhere if are_all else ''}"
+            f"them again{elsewhere if are_all else ''}"
         )
     if replaced.num_unsure:
         say(
             f"{folder}: {_images_were(replaced.num_unsure)} modified since labelling and kept their size; --again "
-            f"{CHANGED} reads them, and labels anew what was replaced"
+            f"{CHANGED} reads them, and labels those again that were replaced"
         )
 
 
