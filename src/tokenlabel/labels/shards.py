@@ -198,7 +198,7 @@ class Shard:
             images = (self._mapped or self._map())[self.num_bytes - self.num_records * _IMAGE.size :]
             if str(crc32(images)) != self.images_crc32:
                 raise StoreError(
-                    f"{self.path}: its fingerprints of images were altered (their checksum is another); {_ANNOTATE_AGAIN}"
+                    f"{self.path}: its fingerprints were altered (their checksum is another); {_ANNOTATE_AGAIN}"
                 )
             self._images = images
         return Fingerprint(*_IMAGE.unpack_from(self._images, row * _IMAGE.size))
