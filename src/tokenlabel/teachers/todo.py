@@ -79,8 +79,8 @@ def find_todo(source: ImageSource, folder: Path, manifest: Manifest, again: str 
         anew = {index for index, key in keys if key not in done or not _is_sound(store, key)}
         if asked and not anew and missing.isdisjoint(asked):
             say(
-                f"{again}: the images that it lists were labelled again before; to do so once more, change the file, if "
-                "only by a line that begins with #"
+                f"{again}: the images that it lists were labelled again before; to do so once more, change the "
+                "file, if only by a line that begins with #"
             )
     others = [source.keys[index] for index in replaced.indices if index not in anew]
     _say_replaced(folder, others, replaced, are_all=len(others) == len(source) - len(missing))
