@@ -45,7 +45,7 @@ api: $(READY)  ## docs/api.md from the docstrings of the public names
 wheel-test:  ## the wheel in a fresh environment and an empty folder, as a stranger uses it (fetches PyTorch)
 	release/wheel.sh $(PYTHON)
 
-floors:  ## the tests on the oldest torch, torchvision, timm and jsonargparse that we name (fetches PyTorch)
+floors:  ## the tests on the oldest torch, torchvision and timm that we name (fetches PyTorch)
 	release/floors.sh $(PYTHON)
 
 lint: $(READY)  ## ruff: style and formatting

@@ -5,7 +5,7 @@
 #   benchmarks/gpu.sh - OUT --device cpu --tiny     with what is installed; runs everything in small
 #
 # WHEELS holds what PyTorch's image lacks: pip download -d WHEELS --python-version 3.12 --only-binary :all: --no-deps
-#   timm jsonargparse jaxtyping wadler-lindig safetensors zstandard typeshed-client docstring-parser tqdm huggingface-hub filelock
+#   timm jaxtyping wadler-lindig safetensors zstandard tqdm huggingface-hub filelock
 set -uo pipefail
 [ $# -ge 2 ] || { sed -n '2,9p' "$0" >&2; exit 2; }
 wheels=$1 out=$2

@@ -15,7 +15,7 @@ from studies.records import read_records, write_records
 from studies.results import write_results
 from studies.runs import finished_runs, run_all, run_job
 from studies.tables import Study, StudyError, names_in, read_table, read_testbed
-from tokenlabel.runtime.arguments import add_device, device_of, new_parser, parse
+from tokenlabel.runtime.arguments import Parser, add_device, device_of, parse
 from tokenlabel.runtime.coercion import NATURAL, check_numbers
 from tokenlabel.runtime.command import run_command
 from tokenlabel.runtime.distributed import launched_ranks
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def parsed(arguments: Sequence[str]) -> Any:
     """Return what the words of the command line say."""
-    parser = new_parser(
+    parser = Parser(
         "studies",
         "Train every row of tables with several seeds, measure, and say which differences are larger than their "
         "spread. The same command continues; under torchrun each process trains whole runs.",
@@ -61,7 +61,7 @@ def parsed(arguments: Sequence[str]) -> Any:
     parser.prog = COMMAND
     path: dict[str, Any] = {"type": Path}
     several: dict[str, Any] = {"nargs": "*", "action": "append", "default": []}
-    for name, more, text in (
+    choices: tuple[tuple[str, dict[str, Any], str], ...] = (
         ("tables", {"nargs": "+"}, f"{', '.join(names_in('tables'))}, all, or YAML files"),
         ("--on", {}, f"{', '.join(names_in('testbeds'))}, or a YAML file; what the table says by default"),
         ("--out", path | {"required": True}, "folder of steps, runs and results"),
@@ -73,7 +73,8 @@ def parsed(arguments: Sequence[str]) -> Any:
         ("--results", path, "also write the results as one Markdown page to this file"),
         ("--record", path, "keep finished runs in this file too; train none that it has, whichever machine did"),
         ("--collect", {"action": "store_true"}, "run nothing: write the results of what there is"),
-    ):
+    )
+    for name, more, text in choices:
         parser.add_argument(name, help=text, **more)
     add_device(parser)
     options = parse(parser, list(arguments))

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenlabel import __version__
-from tokenlabel.runtime.arguments import add_device, device_of, new_parser, parse, parse_config, write_json
+from tokenlabel.runtime.arguments import Parser, add_device, device_of, parse, parse_config, write_json
 from tokenlabel.runtime.coercion import NATURAL, check_numbers
 from tokenlabel.runtime.command import USAGE_ERROR, run_command, with_open_streams
 from tokenlabel.runtime.process import is_main_process, say
 
 if TYPE_CHECKING:
-    from jsonargparse import ArgumentParser, Namespace
+    from argparse import Namespace
 
     from tokenlabel.data.images import ImageSource
     from tokenlabel.labels.store import LabelStore
@@ -41,12 +41,12 @@ class Verb:
 VERBS: dict[str, Verb] = {}
 
 
-def verb(name: str, summary: str) -> Callable[[Callable[[ArgumentParser, list[str]], int]], Any]:
+def verb(name: str, summary: str) -> Callable[[Callable[[Parser, list[str]], int]], Any]:
     """Make a command of a function of its parser and its arguments, whose docstring is what `--help` begins with."""
 
-    def register(function: Callable[[ArgumentParser, list[str]], int]) -> Callable[..., int]:
+    def register(function: Callable[[Parser, list[str]], int]) -> Callable[..., int]:
         description = " ".join((function.__doc__ or "").split())
-        VERBS[name] = Verb(lambda arguments: function(new_parser(name, description), arguments), summary)
+        VERBS[name] = Verb(lambda arguments: function(Parser(name, description), arguments), summary)
         return function
 
     return register
@@ -78,7 +78,7 @@ def _run(arguments: list[str]) -> int:
 
 
 @verb("demo", "every stage on data that ships with a dependency: start here")
-def demo(parser: ArgumentParser, arguments: list[str]) -> int:
+def demo(parser: Parser, arguments: list[str]) -> int:
     """Train with token labels on scenes of real handwritten digits; nothing is downloaded."""
     parser.add_argument(
         "--out", type=Path, help="folder of everything that the demo makes: runs/demo, runs/demo-fast with --fast"
@@ -95,7 +95,7 @@ def demo(parser: ArgumentParser, arguments: list[str]) -> int:
 
 
 @verb("index", "what is where in tar files, for data sets too large for folders")
-def index(parser: ArgumentParser, arguments: list[str]) -> int:
+def index(parser: Parser, arguments: list[str]) -> int:
     """Look through a folder of tar files once, so that it opens at once from then on."""
     from tokenlabel.data.tars import write_index
 
@@ -106,7 +106,7 @@ def index(parser: ArgumentParser, arguments: list[str]) -> int:
 
 
 @verb("annotate", "a teacher writes a dense score map for every image")
-def annotate(parser: ArgumentParser, arguments: list[str]) -> int:
+def annotate(parser: Parser, arguments: list[str]) -> int:
     """Let a teacher look at every image once and store what it says of every location of it."""
     from tokenlabel.teachers.annotation import AnnotateConfig
     from tokenlabel.teachers.annotation import annotate as annotate_images
@@ -129,7 +129,7 @@ def annotate(parser: ArgumentParser, arguments: list[str]) -> int:
 
 
 @verb("fit-head", "make a teacher of any backbone: visual words, or a head from labels, masks or texts")
-def fit_head(parser: ArgumentParser, arguments: list[str]) -> int:
+def fit_head(parser: Parser, arguments: list[str]) -> int:
     """Make a teacher of any backbone: fit a head on its features and write it to a small file, which `annotate
     --teacher` takes. A fit that was stopped leaves nothing.
     """
@@ -151,7 +151,7 @@ def fit_head(parser: ArgumentParser, arguments: list[str]) -> int:
 
 
 @verb("inspect", "what is in a label store")
-def inspect(parser: ArgumentParser, arguments: list[str]) -> int:
+def inspect(parser: Parser, arguments: list[str]) -> int:
     """Say what is in a label store, how sure its teacher was, and which labels look wrong."""
     from tokenlabel.labels.inspection import InspectConfig, inspect_store
     from tokenlabel.labels.presentation import as_text, write_pictures
@@ -166,7 +166,7 @@ def inspect(parser: ArgumentParser, arguments: list[str]) -> int:
 
         source = open_aloud(options.images)
     figures = inspect_store(store, config, source=source).as_dict()
-    figures |= _judged_otherwise(store, source, options)
+    figures |= _judged_otherwise(store, source, options, config.num_suspects)
     if source and options.pictures:
         write_pictures(store, source, options.pictures)
         say(f"{options.pictures}: maps over their images")
@@ -175,7 +175,7 @@ def inspect(parser: ArgumentParser, arguments: list[str]) -> int:
     return 0
 
 
-def _add_inspect_arguments(parser: ArgumentParser) -> None:
+def _add_inspect_arguments(parser: Parser) -> None:
     parser.add_argument("store", type=Path, nargs="+", help="folders of labels, read as one")
     parser.add_argument(
         "--images", type=Path, help=f"the images, to know their classes, and whether they were replaced: {IMAGES_HELP}"
@@ -227,7 +227,9 @@ def _check_inspect(options: Namespace) -> None:
             raise ValueError(problem)
 
 
-def _judged_otherwise(store: LabelStore, source: ImageSource | None, options: Namespace) -> dict[str, Any]:
+def _judged_otherwise(
+    store: LabelStore, source: ImageSource | None, options: Namespace, num_suspects: int
+) -> dict[str, Any]:
     """Return what masks say of the labels, and heads out of fold of the images' classes, where they are asked."""
     figures: dict[str, Any] = {}
     if options.masks:
@@ -244,14 +246,14 @@ def _judged_otherwise(store: LabelStore, source: ImageSource | None, options: Na
 
         config = FitConfig(backbone=options.out_of_fold, from_="labels", weights=options.weights, size=options.size)
         found = predict_out_of_fold(source, config, device=device_of(options.device))
-        figures["out_of_fold"] = found.figures(options.num_suspects)
+        figures["out_of_fold"] = found.figures(num_suspects)
         if options.probabilities:
             found.save(options.probabilities)
     return figures
 
 
 @verb("import-labels", "the label files published in 2021, into a store")
-def import_labels(parser: ArgumentParser, arguments: list[str]) -> int:
+def import_labels(parser: Parser, arguments: list[str]) -> int:
     """Put the label files published in 2021 into a store, for images that you have."""
     from tokenlabel.labels.published import ImportConfig
     from tokenlabel.labels.published import import_labels as import_files
@@ -270,7 +272,7 @@ def import_labels(parser: ArgumentParser, arguments: list[str]) -> int:
 
 
 @verb("merge", "several stores into one")
-def merge(parser: ArgumentParser, arguments: list[str]) -> int:
+def merge(parser: Parser, arguments: list[str]) -> int:
     """Copy the labels of several stores into one with few files, each record checked."""
     from tokenlabel.labels.encoding import Encoding
     from tokenlabel.labels.writer import merge_stores
@@ -295,7 +297,7 @@ def merge(parser: ArgumentParser, arguments: list[str]) -> int:
     return 0
 
 
-def _add_duplicates(parser: ArgumentParser) -> None:
+def _add_duplicates(parser: Parser) -> None:
     """Let a verb that reads label stores take `--duplicates`."""
     parser.add_argument(
         "--duplicates",
@@ -323,7 +325,7 @@ VERBS["train"] = Verb(train, "train a model by a recipe, with token labels or wi
 
 
 @verb("eval", "accuracy of a run or a model, and of its tokens where masks are known")
-def evaluate(parser: ArgumentParser, arguments: list[str]) -> int:
+def evaluate(parser: Parser, arguments: list[str]) -> int:
     """Evaluate a run (its averaged weights if it has them) or a model by its name on a folder of images. Under
     torchrun the processes divide the images.
     """
@@ -355,7 +357,7 @@ VERBS["segment"] = Verb(segment, "train, eval or predict: a class for every pixe
 
 
 @verb("export", "a trained model as safetensors, ONNX, or a folder for timm and the hub")
-def export(parser: ArgumentParser, arguments: list[str]) -> int:
+def export(parser: Parser, arguments: list[str]) -> int:
     """Write a run's model as .safetensors, .onnx, or a folder that timm and the hub take."""
     parser.add_argument("run", type=Path, help="run folder, or one checkpoint folder of it")
     parser.add_argument("out", type=Path, help="NAME.safetensors, NAME.onnx, or a folder")
@@ -374,7 +376,7 @@ def export(parser: ArgumentParser, arguments: list[str]) -> int:
 
 
 @verb("push", "a run, labels or a head to the Hugging Face hub, with a card")
-def push(parser: ArgumentParser, arguments: list[str]) -> int:
+def push(parser: Parser, arguments: list[str]) -> int:
     """Send a run, a label store or a head to the Hugging Face hub, private unless --public, with a card of what
     is known of it. Wherever a run, labels, a head or a model is read, hf://USER/NAME names it from then on.
     """
@@ -397,7 +399,7 @@ def push(parser: ArgumentParser, arguments: list[str]) -> int:
 
 
 @verb("report", "one HTML file with the curves, tables and pictures of runs")
-def report(parser: ArgumentParser, arguments: list[str]) -> int:
+def report(parser: Parser, arguments: list[str]) -> int:
     """Write one self-contained HTML file about one or more runs."""
     parser.add_argument("runs", type=Path, nargs="+", help="run folders")
     parser.add_argument("--output", type=Path, default=Path("report.html"), help="the file to write")

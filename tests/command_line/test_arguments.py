@@ -6,18 +6,17 @@ from pathlib import Path
 import pytest
 
 from tokenlabel.cli import VERBS, main
-from tokenlabel.runtime.arguments import configured, device_of, new_parser, parse
-from tokenlabel.runtime.configuration import add_config_arguments, config_from_dict, config_of, read_yaml
+from tokenlabel.runtime.arguments import Parser, configured, device_of, parse, parse_config
+from tokenlabel.runtime.configuration import config_from_dict, read_yaml
 from tokenlabel.teachers.annotation import AnnotateConfig
 from tokenlabel.training.recipe import Recipe, add_recipe_arguments, recipe_content
 
 
 def read(*arguments: str) -> AnnotateConfig:
-    parser = new_parser("annotate", "")
+    parser = Parser("annotate", "")
     parser.add_argument("images")
     parser.add_argument("store")
-    add_config_arguments(parser, AnnotateConfig)
-    return config_of(parser, parse(parser, [*arguments]), AnnotateConfig)
+    return parse_config(parser, [*arguments], AnnotateConfig)[1]
 
 
 @pytest.mark.parametrize(
@@ -101,7 +100,7 @@ def test_dashes_of_other_kinds_are_not_taken_for_values(written):
 def test_other_words_for_true_and_false(word, value):
     for words in (["--strict", word], [f"--strict={word}"]):
         assert read("images", "labels", "--teacher", "t", *words).strict is value
-    parser = new_parser("x", "")
+    parser = Parser("x", "")
     parser.add_argument("--fast", action="store_true")
     assert parse(parser, ["--fast", word]).fast is value
     with pytest.raises(ValueError, match="--fast: expected true or false, got 'perhaps'"):
@@ -115,7 +114,7 @@ def test_a_home_folder_behind_an_equals_sign(monkeypatch):
 
 @pytest.mark.parametrize(("option", "is_file"), [("--out", True), ("--output", False)])
 def test_a_file_is_no_folder_and_a_folder_no_file(option, is_file, tmp_path):
-    parser = new_parser("x", "")
+    parser = Parser("x", "")
     parser.add_argument(option, type=Path)
     path = tmp_path / "there"
     path.write_text("") if is_file else path.mkdir()
@@ -124,7 +123,7 @@ def test_a_file_is_no_folder_and_a_folder_no_file(option, is_file, tmp_path):
 
 
 def test_options_that_take_several_words_or_none():
-    parser = new_parser("x", "")
+    parser = Parser("x", "")
     parser.add_argument("--scales", type=float, nargs="+")
     parser.add_argument("--set", nargs="*", action="append", default=[])
     parser.add_argument("--fast", action="store_true")
@@ -143,7 +142,7 @@ def test_names_in_a_list_stay_words():
 
 
 def recipe_of(*arguments: str) -> Recipe:
-    parser = new_parser("train", "")
+    parser = Parser("train", "")
     parser.add_argument("--out", "--run", type=Path, required=True)
     add_recipe_arguments(parser)
     options = parse(
@@ -220,7 +219,7 @@ def test_a_device_that_is_none(name):
             "own.yaml: unknown key optim.wieght_decay; did you mean optim.weight_decay",
         ),
         ("data: a", "own.yaml: data: expected a mapping of fields, got 'a'"),
-        ("data: {train: [a]}", "--data.train: expected str"),
+        ("data: {train: [a]}", "own.yaml: data.train: expected str, got"),
     ],
 )
 def test_a_recipe_that_is_none_is_named_and_keeps_its_keys(text, message, tmp_path, monkeypatch):
@@ -292,3 +291,21 @@ def test_a_gone_name_is_refused_by_its_new_one(tmp_path):
     path.write_text("model: {name: x, size_px: 96}\n")
     with pytest.raises(ValueError, match=r"own\.yaml: unknown key model\.size_px; it is called model\.img_size now"):
         recipe_of("--recipe", str(path), "--out", "out", "--data.train", "a")
+
+
+@pytest.mark.parametrize(
+    "verb", [*VERBS.keys() - {"demo", "segment"}, "segment train", "segment eval", "segment predict"]
+)
+def test_a_verb_alone_says_what_it_needs(verb, capsys):
+    assert main(verb.split()) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert ": error: the following arguments are required: " in line
+
+
+def test_what_print_config_prints_is_a_recipe(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = ["--recipe", "demo_teacher", "--epochs", "3", "--model.options.depth", "2", "--data.train", "a"]
+    with pytest.raises(SystemExit):
+        main(["train", *words, "--print-config"])
+    Path("own.yaml").write_text(capsys.readouterr().out)
+    assert recipe_of("--recipe", "own.yaml", "--out", "out") == recipe_of(*words, "--out", "out")

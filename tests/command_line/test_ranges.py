@@ -158,7 +158,7 @@ TRAIN = "train --recipe demo_teacher --out ./out --data.train ./images"
         (f"{TRAIN} --augment.jitter.hue 1", "--augment.jitter.hue must be at least 0 and at most 0.5, got 1.0"),
         (f"{TRAIN} --optim.lr .nan", "--optim.lr must be a finite number, got nan"),
         (f"{TRAIN} --epochs many", "--epochs: expected int or null, got 'many'"),
-        (f"{TRAIN} --precision fp64", "--precision: expected one of fp32, bf16, fp16, got 'fp64'"),
+        (f"{TRAIN} --precision fp64", "--precision: expected one of fp32, bf16, fp16; got 'fp64'"),
         ("annotate ./images ./labels --teacher x --topk 0", "--topk must be at least 1, got 0"),
         ("inspect ./labels --sample -1", "--sample must be at least 0, got -1"),
         ("import-labels ./a ./b --images ./c --num-classes 0", "--num-classes must be at least 2, got 0"),

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-from jsonargparse import ArgumentParser
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -23,6 +22,7 @@ from tokenlabel.labels.manifest import Manifest
 from tokenlabel.labels.published import ImportConfig, import_labels
 from tokenlabel.labels.writer import LabelStoreWriter
 from tokenlabel.models import create_model
+from tokenlabel.runtime.arguments import Parser
 from tokenlabel.runtime.configuration import config_from_dict
 from tokenlabel.runtime.distributed import Ranks
 from tokenlabel.runtime.errors import ConfigError
@@ -233,9 +233,9 @@ def test_a_run_labels_the_images_for_its_successor(data, tmp_path):
 
 
 def test_the_training_guide_and_the_heads_name_options_that_exist():
-    parser = ArgumentParser(exit_on_error=False)
+    parser = Parser("train", "")
     add_recipe_arguments(parser)
-    known = {option for action in parser._actions for option in action.option_strings}
+    known = {*parser.options}
     known |= {"--out", "--dry-run", "--tensorboard", "--changed-numerics", "--output", "--teacher", "--size"}
     known |= {"--class-map", "--images", "--num-classes", "--precision", "--model.options", "--recipe"}
     known |= {"--backbone", "--from"}

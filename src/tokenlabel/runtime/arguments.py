@@ -1,102 +1,224 @@
-"""What the verbs of the command line share: their parsers, recipes by name, devices, and figures as files.
-
-What parsing needs is imported when it parses, so that `tokenlabel --help` answers at once.
-"""
+"""What the verbs of the command line share: their parsers, recipes by name, devices, and figures as files."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-from collections.abc import Callable
-from contextlib import suppress
+from argparse import SUPPRESS, Action, ArgumentParser, HelpFormatter, Namespace
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from types import UnionType
-from typing import TYPE_CHECKING, Any, TypeVar, Union, get_args, get_origin
+from types import NoneType
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
 import yaml
 
+from tokenlabel.runtime.coercion import Choice, arms_of
+from tokenlabel.runtime.configuration import (
+    REQUIRED,
+    TRUTH,
+    Setting,
+    built,
+    check_keys,
+    is_config,
+    meant,
+    missing_fields,
+    overlaid,
+    plain,
+    settings_of,
+    with_defaults,
+    with_types,
+)
 from tokenlabel.runtime.errors import near_names
-from tokenlabel.runtime.process import is_main_process, write_whole
+from tokenlabel.runtime.process import write_whole
 
 if TYPE_CHECKING:
-    from argparse import Action
-
     import torch
-    from jsonargparse import ArgumentParser, Namespace
 
 Config = TypeVar("Config")
 
-# Options that have a shorter name, too.
-_SHORT = {"--data.ignore": "--data.ignore-index"}
-_TRUTH: dict[str, str] = {
-    **dict.fromkeys(("true", "yes", "on", "1"), "true"),
-    **dict.fromkeys(("false", "no", "off", "0"), "false"),
-}
+# Other names of options, which help does not show.
+_SHORT = {"--data.ignore": "--data.ignore-index", "--run": "--out"}
 
 
-def new_parser(verb: str, description: str) -> ArgumentParser:
-    """Return a parser that raises instead of ending the process."""
-    import jsonargparse
+class Parser(ArgumentParser):
+    """A parser that raises ValueError of one line instead of ending the process, and takes the fields of a dataclass.
 
-    from tokenlabel.runtime.configuration import HIDDEN
+    `config`: the dataclass. `settings`: its fields by the options that set them. They are read in this module, by the
+    annotations of the fields; argparse lists them in the help, and names those that are missing.
+    """
 
-    class Formatter(jsonargparse.DefaultHelpFormatter):
-        """Lists what is not hidden, and keeps the line breaks of help texts: one field of a group a line."""
+    def __init__(self, verb: str, description: str) -> None:
+        super().__init__(f"tokenlabel {verb}", description=description, allow_abbrev=False, formatter_class=_Formatter)
+        self.config: type | None = None
+        self.settings: dict[str, Setting] = {}
 
-        def add_usage(self, usage: Any, actions: Any, *others: Any, **options: Any) -> None:
-            listed = [action for action in actions if not hasattr(action, HIDDEN)]
-            super().add_usage(usage, listed, *others, **options)
+    def error(self, message: str) -> NoReturn:
+        """Raise ValueError for what argparse says."""
+        message = re.sub(r"^argument (.+?): invalid (\w+) value: ", r"\1: expected \2, got ", message)
+        if choice := re.match(r"argument (.+?): invalid choice: (.+) \(choose from (.+)\)", message):
+            message = f"{choice[1]}: expected one of {choice[3]}; got {choice[2]}".replace("'", "")
+        raise ValueError(message)
 
-        def add_argument(self, action: Action) -> None:
-            if not hasattr(action, HIDDEN):
-                super().add_argument(action)
+    @property
+    def options(self) -> list[str]:
+        """All options that the parser takes, by the spelling that help shows."""
+        own = [action.option_strings[-1] for action in self._actions if action.option_strings]
+        return list(dict.fromkeys([*own, *self.settings]))
 
-        def _split_lines(self, text: str, width: int) -> list[str]:
-            return [line for part in text.split("\n") for line in super(Formatter, self)._split_lines(part, width)]
+    def find(self, written: str) -> tuple[str, str] | None:
+        """Return the option that a word spells, and a key: of `--model.options.depth` `--model.options` and `depth`."""
+        option, keys = _SHORT.get(written, written).replace("_", "-"), list[str]()
+        while option.startswith("-"):
+            is_mapping = option in self.settings and get_origin(self.settings[option].kind) is dict
+            if is_mapping or (not keys and (option in self.settings or option in self._option_string_actions)):
+                return option, ".".join(keys).replace("-", "_")
+            option, _, last = option.rpartition(".")
+            keys.insert(0, last)
+        return None
 
-    return jsonargparse.ArgumentParser(
-        prog=f"tokenlabel {verb}",
-        formatter_class=Formatter,
-        description=description,
-        exit_on_error=False,
-        allow_abbrev=False,
-        print_config="--print-config",
-    )
+
+class _Formatter(HelpFormatter):
+    """Shows defaults, and keeps the line breaks of help texts: one field of a group a line."""
+
+    def _get_help_string(self, action: Action) -> str | None:
+        has_default = action.option_strings and action.nargs != 0 and action.default not in (None, SUPPRESS, [])
+        return f"{action.help} (default: %(default)s)" if has_default else action.help
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return [line for part in text.split("\n") for line in super(_Formatter, self)._split_lines(part, width)]
+
+
+def add_config_arguments(parser: Parser, config: type) -> None:
+    """Let a parser take every field of a dataclass, nested ones as `--a.b value`, groups as a mapping of fields.
+
+    Help lists the fields of a group, or, of one that is ONE_OPTION, the group with its fields. Whatever it lists, the
+    parser takes both: `--erase '{probability: .25, mode: pixel}'` and `--erase.mode pixel`.
+    """
+    parser.config = config
+    sections = {"": parser.add_argument_group(_title(config))}
+    for setting in settings_of(config):
+        group, _, field = setting.name.rpartition(".")
+        option = f"--{setting.name.replace('_', '-')}".rstrip("-")  # a field that is a keyword ends in _: from_
+        parser.settings[option] = setting
+        if group not in sections:
+            continue  # in a group that help lists as one option
+        if not is_config(setting.kind):
+            choices, is_required = _choices(setting.kind), setting.default is REQUIRED
+            text = f"{setting.text} ({'required' if is_required else f'default: {_default(setting)}'})"
+            metavar = choices or field.upper().rstrip("_")
+        elif setting.one_option:
+            inside = (_described(inner) for inner in settings_of(setting.kind) if not is_config(inner.kind))
+            metavar, is_required = "FIELDS", False
+            text = "\n".join([f"as '{{FIELD: VALUE, ...}}', or each as {option}.FIELD VALUE:", *inside])
+        else:
+            sections[setting.name] = parser.add_argument_group(_title(setting.kind))
+            continue
+        more: dict[str, Any] = {"help": text.replace("%", "%%"), "metavar": metavar, "default": SUPPRESS}
+        sections[group].add_argument(option, dest=setting.name, required=is_required, **more)
+
+
+def _title(config: type) -> str:
+    return " ".join((config.__doc__ or "").split("\n\n")[0].split()).rstrip(".")
+
+
+def _choices(kind: Any) -> str:
+    """Return the values that a field takes, in braces; "" where it takes others."""
+    (arm, *others) = (arm for arm in arms_of(kind) if arm is not NoneType)
+    values = ("true", "false") if arm is bool else get_args(arm) if get_origin(arm) is Literal else ()
+    if isinstance(arm, type) and issubclass(arm, Choice):
+        values = tuple(arm)
+    return "" if others or not values else "{" + ",".join(values) + "}"
+
+
+def _default(setting: Setting) -> str:
+    return json.dumps(plain(setting.default)).replace('"', "")
+
+
+def _described(setting: Setting) -> str:
+    """Return the line of a field in the help of its group."""
+    choices = "" if setting.kind is bool else _choices(setting.kind)
+    return f"{setting.name}{choices and ' '}{choices} ({_default(setting)}): {setting.text}"
 
 
 def parse(
-    parser: ArgumentParser, arguments: list[str], *, read_recipe: Callable[[str], dict[str, Any]] | None = None
+    parser: Parser, arguments: list[str], *, read_recipe: Callable[[str], dict[str, Any]] | None = None
 ) -> Namespace:
-    """Return parsed arguments. Raises ValueError of one line, with the near names of an unknown one.
+    """Return parsed arguments; `fields` of them is what options say of the parser's dataclass, as nested dicts.
 
-    `read_recipe`: what the recipe that `--recipe` names sets, as nested dicts.
+    Raises ValueError of one line, with the near names of an unknown option. `read_recipe`: what the recipe that
+    `--recipe` names sets, as nested dicts; other options override it wherever they stand.
     """
-    from jsonargparse import ArgumentError
-
-    from tokenlabel.runtime.configuration import explain, fitted
-
-    words = spelled_out(parser, arguments)
-    if read_recipe:
-        names = [word.partition("=")[2] for word in words if word.startswith("--recipe=")]
-        # Read here, so that errors name the file; before all else, so that options override it.
-        recipes = [f"--recipe={json.dumps(fitted(read_recipe(name), parser))}" for name in names]
-        words = [*recipes, *(word for word in words if not word.startswith("--recipe="))]
+    words, given = _spelled_out(parser, arguments)
+    recipes = [word.partition("=")[2] for word in words if word.startswith("--recipe=")] if read_recipe else []
+    fields: dict[str, Any] = {}
+    if config := parser.config:
+        for name in recipes:
+            fields = overlaid(fields, read_recipe(name), config)  # type: ignore[misc]
+        fields = _typed(parser, fields, given)
+        if "--print-config" in words:
+            print(yaml.safe_dump(with_defaults(fields, config), sort_keys=False), end="")
+            raise SystemExit(0)
+        known, missing = {setting.name for setting in parser.settings.values()}, missing_fields(fields, config)
+        for action in parser._actions:  # so that one error names what is missing of these and of argparse's own
+            action.required = action.dest in missing if action.dest in known else action.required
     try:
-        namespace = parser.parse_args(words)
-    except ArgumentError as error:
-        message = explain(error, [action.dest for action in parser._actions], options=_options(parser))
-        raise ValueError(message + _advice(parser, message, words)) from error
-    for option, _, value in (word.partition("=") for word in words):
-        action = parser._option_string_actions.get(option)
-        is_name = str in get_args(getattr(action, "_typehint", None)) and value.lower() not in ("null", "~")
-        if action and is_name and namespace.get(action.dest) is None:
-            namespace[action.dest] = value  # YAML reads #1 and &a as nothing
+        options, strangers = parser.parse_known_args(words)
+    except ValueError as error:
+        lacks_recipe = read_recipe and not recipes and "are required" in str(error)
+        advice = "; --recipe NAME has most that a run needs (--help lists the names)" if lacks_recipe else ""
+        raise ValueError(f"{error}{advice}") from error
+    if strangers:
+        several = [option for option, _, _ in given if list[str] in arms_of(parser.settings[option].kind)]
+        advice = f"; to name several, write {several[0]} before each" if several else ""
+        raise ValueError(f"unrecognized arguments: {' '.join(strangers)}{advice}")
     for name in ("out", "output", "pictures", "head"):  # before the work, not after it
-        path = namespace.get(name)
-        if isinstance(path, Path) and (problem := _why_unwritable(path, name if name in _options(parser) else "")):
+        path = getattr(options, name, None)
+        if isinstance(path, Path) and (problem := _why_unwritable(path, name if f"--{name}" in parser.options else "")):
             raise ValueError(problem)
-    return namespace
+    options.fields = fields
+    return options
+
+
+def _typed(parser: Parser, fields: dict[str, Any], given: list[tuple[str, str, str]]) -> dict[str, Any]:
+    """Return the fields of a recipe as options change them, each with the type of its annotation."""
+    assert parser.config
+    for i, (option, key, text) in enumerate(given):
+        before = [other for name, _, other in given[:i] if name == option]
+        adds = before and list[str] in arms_of(parser.settings[option].kind)  # --teacher A --teacher B
+        fields = _with_option(parser, fields, option, key, [*before, text] if adds else text)
+    try:
+        return with_types(fields, parser.config)
+    except ValueError as error:
+        raise _naming_options(parser, error) from error
+
+
+def _with_option(
+    parser: Parser, fields: dict[str, Any], option: str, key: str, text: str | list[str]
+) -> dict[str, Any]:
+    """Return fields of a dataclass with one that an option sets, or one `key` in the mapping that it takes."""
+    setting, value = parser.settings[option], text
+    if key:
+        mapping: Any = fields
+        for name in setting.name.split("."):
+            mapping = mapping.get(name) or {}
+        value = {**mapping, key: meant(text, Any)}
+    elif is_config(setting.kind) or get_origin(setting.kind) is dict:
+        value = meant(text, dict)
+        if isinstance(value, dict) and any(":" in str(name) and value[name] is None for name in value):
+            raise ValueError(
+                f"{option}: expected '{{NAME: VALUE, NAME: VALUE}}', in quotes and with a space behind each colon, "
+                f"got {text!r}"
+            )
+    if is_config(setting.kind):
+        if not isinstance(value, dict):
+            inside = ", ".join(name for name in parser.settings if name.startswith(f"{option}."))
+            raise ValueError(f"{option}: expected a mapping of fields, got {text!r}; one value goes to {inside}")
+        check_keys(value, setting.kind, f"{setting.name}.")
+    for name in reversed(setting.name.split(".")):
+        value = {name: value}
+    assert parser.config
+    return overlaid(fields, value, parser.config)  # type: ignore[arg-type]
 
 
 def _why_unwritable(path: Path, option: str) -> str | None:
@@ -108,167 +230,94 @@ def _why_unwritable(path: Path, option: str) -> str | None:
             return f"--{option} {path}: is a folder; name a file, which may be in it"
         return None
     folder = next(folder for folder in path.absolute().parents if folder.exists())
-    reason = f"nothing can be made in {folder}" if folder.is_dir() else f"{folder} is a file"
     if folder.is_dir() and os.access(folder, os.W_OK):
         return None
+    reason = f"nothing can be made in {folder}" if folder.is_dir() else f"{folder} is a file"
     return f"{path}: cannot be written ({reason}); choose another place"
 
 
-def _advice(parser: ArgumentParser, message: str, words: list[str]) -> str:
-    """Return what to do about an error of the parser, where it does not say that itself."""
-    options = _options(parser)
-    if message.startswith("the following") and "recipe" in options and not words[0].startswith("--recipe="):
-        return "; --recipe NAME has most that a run needs (--help lists the names)"
-    if "nrecognized arguments" in message:
-        given = [action for action in parser._actions if any(word.startswith(f"--{action.dest}=") for word in words)]
-        several = [
-            options[action.dest] for action in given if list[str] in get_args(getattr(action, "_typehint", None))
-        ]
-        return f"; to name several, write {several[0]} before each" if several else ""
-    if re.match(r"--[\w.-]+: expected dict, got '\{", message):
-        return "; write '{NAME: VALUE, NAME: VALUE}', in quotes and with a space behind each colon"
-    if group := re.match(r"(--[\w.-]+): expected a mapping", message):
-        inside = [option for option in options.values() if option.startswith(f"{group[1]}.")]
-        return f"; one value goes to {', '.join(inside)}"
-    return ""
-
-
-def configured(parser: ArgumentParser, options: Namespace, config: type[Config]) -> Config:
+def configured(parser: Parser, options: Namespace, config: type[Config]) -> Config:
     """Return the dataclass whose fields are among parsed arguments; its errors name options."""
-    from tokenlabel.runtime.configuration import config_of
-
     try:
-        return config_of(parser, options, config)
+        return built(options.fields, config)
     except ValueError as error:
-        known = _options(parser)
-
-        def option(found: re.Match[str]) -> str:
-            # A message may leave the group out.
-            fields = (field for field in known if f".{field}".endswith(f".{found[0]}"))
-            return known.get(next(fields, ""), found[0])
-
-        keys = r"^[\w.]+(?= must )|(?<![-\w./])[a-z][a-z.]*_[\w.]*\w"
-        raise ValueError(re.sub(keys, option, str(error))) from error
+        raise _naming_options(parser, error) from error
 
 
-def parse_config(parser: ArgumentParser, arguments: list[str], config: type[Config]) -> tuple[Namespace, Config]:
+def _naming_options(parser: Parser, error: ValueError) -> ValueError:
+    """Return an error whose message has options in place of the fields of the parser's dataclass."""
+    known = {setting.name: option for option, setting in parser.settings.items()}
+
+    def option(found: re.Match[str]) -> str:
+        # A message may leave the group out.
+        fields = (field for field in known if f".{field}".endswith(f".{found[0]}"))
+        return known.get(next(fields, ""), found[0])
+
+    keys = r"^[\w.]+(?= must |: expected )|(?<![-\w./])[a-z][a-z.]*_[\w.]*\w"
+    return ValueError(re.sub(keys, option, str(error)))
+
+
+def parse_config(parser: Parser, arguments: list[str], config: type[Config]) -> tuple[Namespace, Config]:
     """Return parsed arguments, and the dataclass whose fields a parser takes beside those that it has already."""
-    from tokenlabel.runtime.configuration import add_config_arguments
-
     add_config_arguments(parser, config)
     options = parse(parser, arguments)
     return options, configured(parser, options, config)
 
 
-def _options(parser: ArgumentParser) -> dict[str, str]:
-    """Return the options by the keys that they set."""
-    return {action.dest: action.option_strings[-1] for action in parser._actions if action.option_strings}
+def _spelled_out(parser: Parser, arguments: Iterable[str]) -> tuple[list[str], list[tuple[str, str, str]]]:
+    """Return arguments for argparse, and the options of the parser's dataclass: option, key in its mapping, value.
 
-
-def spelled_out(parser: ArgumentParser, arguments: list[str]) -> list[str]:
-    """Return arguments as the parser wants them: `--option=value`, so that no value is taken for an option.
-
-    `--strict` alone is `--strict=true`; `--class_map` is `--class-map`; an option that takes one name or several
-    (`--teacher A --teacher B`) adds to what it was given before; numbers and names of a tuple may stand between commas,
-    one number for a pair. A value is any word but an option's name; that it may be behind a `=`. Raises ValueError for
-    options that do not exist, for those without a value, and for empty words.
+    A word behind an option is its value, whatever it looks like, unless it is the name of an option; that it may be
+    behind a `=`. `--strict` alone is true; `--class_map` is `--class-map`. Raises ValueError for options that do not
+    exist, for those without a value, and for empty words.
     """
-    words: list[str] = []
-    given: set[str] = set()
-    rest = list(arguments)
+    words, given, rest = list[str](), list[tuple[str, str, str]](), list(arguments)
     while rest:
         word = rest.pop(0)
         if word == "--":  # only positional arguments follow
-            return [*words, word, *rest]
+            return [*words, word, *rest], given
         written, equals, value = word.partition("=")
-        found = _find_option(parser, written)
+        found = parser.find(written)
         if found is None:
             _refuse_unknown(parser, word)
             words.append(word)
             continue
-        option, action = found
-        kind = getattr(action, "_typehint", None)
-        if kind is bool or get_args(kind) == (bool, type(None)) or action.nargs == 0:
+        option, key = found
+        setting, shown = parser.settings.get(option), f"{option}.{key}".rstrip(".")
+        num_values = None if setting else parser._option_string_actions[option].nargs
+        if num_values == 0 or (setting and bool in arms_of(setting.kind)):  # a switch
             if not equals:
-                value = rest.pop(0) if rest and rest[0].lower() in _TRUTH else "true"
-            words += _as_switch(option, value, takes_value=action.nargs != 0)
-        elif action.nargs is not None:
-            words.append(f"{option}{equals}{value}")  # a flag, or several values, which argparse counts
-        else:
-            value = _as_value(option, value if equals else _next_value(parser, option, rest), kind)
-            adds = option in given and str in get_args(kind) and f"{option}+" in parser._option_string_actions
-            given.add(option)
-            words.append(f"{option}{'+' if adds else ''}={value}")
-    return words
+                value = rest.pop(0) if rest and rest[0].lower() in TRUTH else "true"
+            value = TRUTH.get(value.lower(), value)
+            if value not in ("true", "false"):
+                raise ValueError(f"{shown}: expected true or false, got {value!r}")
+        elif num_values is None:
+            if not equals and (not rest or parser.find(rest[0].partition("=")[0])):
+                raise ValueError(f"{shown}: expected a value" + (f", got the option {rest[0]}" if rest else ""))
+            value = value if equals else rest.pop(0)
+            if not value and option != "--weights":  # there it stands for a teacher's own
+                raise ValueError(
+                    f"{shown}: expected a value, got an empty word; is a variable of the shell not set? (null is none)"
+                )
+            value = str(Path(value).expanduser()) if value.startswith("~/") else value  # no shell expands it behind a =
+        if setting:
+            given.append((option, key, value))
+        elif num_values == 0:
+            words += [option] * (value == "true")
+        else:  # several values follow, which argparse counts
+            words.append(f"{option}={value}" if num_values is None else f"{option}{equals}{value}")
+    return words, given
 
 
-def _refuse_unknown(parser: ArgumentParser, word: str) -> None:
+def _refuse_unknown(parser: Parser, word: str) -> None:
     """Raise ValueError for an empty word, and for one that looks like an option."""
     if not word:
         raise ValueError("an empty word among the arguments; is a variable of the shell not set?")
     written = word.partition("=")[0]
-    dashed = "--" + written.lstrip("-\u2013\u2014")  # as word processors write two dashes
-    if written.startswith("--") or (written[:1] in "-\u2013\u2014" and _find_option(parser, dashed)):
-        raise ValueError(f"unrecognized arguments: {word}{_near_options(parser, written)}")
-
-
-def _as_switch(option: str, value: str, *, takes_value: bool) -> list[str]:
-    """Return a switch that is on or off, with its value or, where it takes none, as it stands or not at all."""
-    value = _TRUTH.get(value.lower(), value)
-    if value not in ("true", "false"):
-        raise ValueError(f"{option}: expected true or false, got {value!r}")
-    return [f"{option}={value}"] if takes_value else [option] * (value == "true")
-
-
-def _next_value(parser: ArgumentParser, option: str, rest: list[str]) -> str:
-    """Take the value of an option from the words behind it."""
-    if not rest or _find_option(parser, rest[0].partition("=")[0]):
-        raise ValueError(f"{option}: expected a value" + (f", got the option {rest[0]}" if rest else ""))
-    return rest.pop(0)
-
-
-def _as_value(option: str, value: str, kind: Any) -> str:
-    """Return an option's value as the parser wants it."""
-    if not value and option != "--weights":  # there it stands for a teacher's own
-        raise ValueError(
-            f"{option}: expected a value, got an empty word; is a variable of the shell not set? (null is none)"
-        )
-    if value.startswith("~/"):  # which shells leave alone behind a `=`
-        value = str(Path(value).expanduser())
-    value = _as_list(value, kind)
-    if value.startswith("[") and (list[str] in get_args(kind) or get_args(kind) == (str, ...)):
-        with suppress(yaml.YAMLError):  # names such as 0 and no, which YAML reads as something else
-            value = json.dumps(yaml.load(value, yaml.BaseLoader))
-    return value
-
-
-def _as_list(value: str, kind: Any) -> str:
-    """Return a tuple as YAML's list: from `a,b` and `(1,2)`, a pair of whole numbers from `96` and `96x64`, too."""
-    kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
-    tuples = [kind for kind in kinds if get_origin(kind) is tuple]
-    if not tuples or value.startswith("[") or value == "null" or (int in kinds and "," not in value):
-        return value
-    if tuples == [tuple[int, int]]:
-        value = re.sub(r"^(\d+)x(\d+)$", r"\1,\2", value)
-        value = f"{value},{value}" if value.isdecimal() else value
-    return f"[{value.removeprefix('(').removesuffix(')')}]"
-
-
-def _find_option(parser: ArgumentParser, written: str) -> tuple[str, Action] | None:
-    """Return an option as help shows it and its action, from any spelling; `--model.options.depth` is of a mapping."""
-    group, key = _SHORT.get(written, written).replace("_", "-"), ""
-    while group.startswith("-"):
-        action = parser._option_string_actions.get(group)
-        if action is not None and (not key or get_origin(getattr(action, "_typehint", None)) is dict):
-            return action.option_strings[-1] + key.replace("-", "_"), action
-        group, _, last = group.rpartition(".")
-        key = f".{last}{key}"
-    return None
-
-
-def _near_options(parser: ArgumentParser, written: str) -> str:
-    known = [option[2:] for option in _options(parser).values()]
-    return near_names(written.lstrip("-\u2013\u2014").replace("_", "-"), known, prefix="--")
+    bare = written.lstrip("-\u2013\u2014")  # as word processors write two dashes
+    if written.startswith("--") or (written[:1] in "-\u2013\u2014" and parser.find(f"--{bare}")):
+        known = [option[2:] for option in parser.options]
+        raise ValueError(f"unrecognized arguments: {word}{near_names(bare.replace('_', '-'), known, prefix='--')}")
 
 
 def write_json(path: Path | None, figures: dict[str, Any]) -> None:
@@ -277,44 +326,9 @@ def write_json(path: Path | None, figures: dict[str, Any]) -> None:
         write_whole(path, json.dumps(figures, indent=1) + "\n")
 
 
-def add_device(parser: ArgumentParser) -> None:
+def add_device(parser: Parser) -> None:
     """Let a parser take `--device`."""
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one")
-
-
-def add_run_arguments(parser: ArgumentParser) -> None:
-    """Let a parser take where a run goes, on what device, who hears of it, and whether its numerics may change."""
-    parser.add_argument(
-        "--out", "--run", type=Path, required=True, help="folder of the run: recipe, metrics, checkpoints"
-    )
-    add_device(parser)
-    parser.add_argument("--tensorboard", action="store_true", help="write OUT/tensorboard as well (extra: tensorboard)")
-    parser.add_argument(
-        "--wandb", action="store_true", help="log to Weights & Biases as well (extra: wandb; WANDB_PROJECT, WANDB_MODE)"
-    )
-    parser.add_argument(
-        "--changed-numerics",
-        action="store_true",
-        help="go on with another micro batch, precision, compile, ...: what changes rounding or which images go "
-        "through the model together; noted in metrics.jsonl",
-    )
-
-
-def train_by_arguments(train: Callable[..., dict[str, Any]], recipe: Any, options: Namespace) -> int:
-    """Train by the options of `add_run_arguments`, and print its figures as JSON, or else its last metrics."""
-    from tokenlabel.runtime.runlog import read_metrics, trackers_of
-
-    with trackers_of(options.out, tensorboard=options.tensorboard, wandb=options.wandb) as trackers:
-        figures = train(
-            recipe,
-            options.out,
-            device=device_of(options.device),
-            trackers=trackers,
-            changed_numerics=options.changed_numerics,
-        )
-    if is_main_process():
-        print(json.dumps(figures or read_metrics(options.out)[-1]))
-    return 0
 
 
 def device_of(name: str) -> torch.device:

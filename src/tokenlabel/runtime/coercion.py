@@ -15,7 +15,7 @@ from enum import StrEnum
 from functools import cache
 from numbers import Real
 from pathlib import Path
-from types import UnionType
+from types import NoneType, UnionType
 from typing import Any, Literal, SupportsIndex, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
@@ -45,6 +45,11 @@ class Choice(StrEnum):
         raise ValueError(f"{cls.__name__}: expected one of {', '.join(cls)}; got {value!r}")
 
 
+def arms_of(kind: Any) -> tuple[Any, ...]:
+    """Return the types of which an annotation takes any: those of a union, else itself."""
+    return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+
+
 def coerced_fields(config: type[T]) -> type[T]:
     """Coerce the fields of a dataclass, before its own checks; goes below `@dataclass`, subclasses inherit it."""
     check: Callable[[Any], None] | None = getattr(config, "__post_init__", None)
@@ -69,7 +74,7 @@ def coerced(value: Any, kind: Any, *, name: str) -> Any:
     """
     result = _converted(value, kind, name)
     if result is _UNLIKE:
-        expected = kind.__name__ if isinstance(kind, type) and not get_args(kind) else str(kind)
+        expected = " or ".join("null" if arm is NoneType else _called(arm) for arm in arms_of(kind))
         raise ValueError(f"{name}: expected {expected}, got {value!r}")
     return result
 
@@ -78,7 +83,17 @@ def _converted(value: Any, kind: Any, name: str) -> Any:
     """Return the value of a kind, _UNLIKE for what does not stand for one; a wrong part of it raises."""
     origin, arms = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
-        return _one_of(value, kind, [arm for arm in arms if arm is not type(None)], name=name)
+        if value is None and NoneType in arms:
+            return None
+        arms = [arm for arm in arms if arm is not NoneType]
+        if len(arms) == 1:
+            return _converted(value, arms[0], name)
+        for arm in arms:  # in the order in which they are written: `int | float` keeps 1 an int
+            try:
+                return coerced(value, arm, name=name)
+            except ValueError:
+                pass
+        return _UNLIKE
     if origin is Literal:
         if not (isinstance(value, str) and value in arms):
             raise ValueError(f"{name}: expected one of {', '.join(arms)}; got {value!r}")
@@ -108,26 +123,12 @@ def pair(size: Size, *, name: str = "img_size") -> tuple[int, int]:
     return sides
 
 
-def _one_of(value: Any, kind: Any, arms: Sequence[Any], *, name: str) -> Any:
-    if value is None and len(arms) < len(get_args(kind)):
-        return None
-    if len(arms) == 1:
-        return coerced(value, arms[0], name=name)
-    for arm in arms:  # in the order in which they are written: `int | float` keeps 1 an int
-        try:
-            return coerced(value, arm, name=name)
-        except ValueError:
-            pass
-    return _UNLIKE
-
-
 def _plain(value: Any, kind: type, *, name: str) -> Any:
     """Coerce to a type that has no parts."""
     if issubclass(kind, Choice):
-        try:
-            return kind(value)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
+        if value not in [*kind]:
+            raise ValueError(f"{name}: expected one of {', '.join(kind)}; got {value!r}")
+        return kind(value)
     if is_dataclass(kind) and isinstance(value, Mapping):
         known = [field.name for field in fields(kind)]
         for key in value:
@@ -141,6 +142,11 @@ def _plain(value: Any, kind: type, *, name: str) -> Any:
         return _UNLIKE if is_dataclass(kind) and not isinstance(value, kind) else value
     stands_for_it, make = _SCALARS[kind]
     return make(value) if stands_for_it(value) else _UNLIKE
+
+
+def _called(kind: Any) -> str:
+    """Return what messages call an annotation."""
+    return getattr(get_origin(kind) or kind, "__name__") if get_origin(kind) in (None, dict) else str(kind)  # noqa: B009
 
 
 def _is_whole(value: Any) -> bool:

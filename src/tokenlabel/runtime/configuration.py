@@ -5,86 +5,80 @@ An unknown key or a value of a wrong type is an error that names the key and the
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import inspect
 import re
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Iterator
+from contextlib import suppress
 from enum import Enum
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, TypeGuard, TypeVar, get_args, get_type_hints
+from types import NoneType
+from typing import Any, Literal, NamedTuple, TypeGuard, TypeVar, get_args, get_origin, get_type_hints
 
-import jsonargparse
 import yaml
-from jsonargparse.typing import register_type
 
+from tokenlabel.runtime.coercion import arms_of, coerced
 from tokenlabel.runtime.errors import ConfigError, near_names
 from tokenlabel.runtime.process import write_whole
 
 Config = TypeVar("Config")
 
-HIDDEN = "_hidden"
-"""Attribute of an option that help does not list (`help=SUPPRESS` would leave it out of --print-config as well)."""
+REQUIRED = dataclasses.MISSING
+
+TRUTH: dict[str, str] = {
+    **dict.fromkeys(("true", "yes", "on", "1"), "true"),
+    **dict.fromkeys(("false", "no", "off", "0"), "false"),
+}
 
 
-def add_config_arguments(parser: jsonargparse.ArgumentParser, config: type) -> None:
-    """Let a parser take every field of a dataclass, nested ones as `--a.b value`; enums go by their values.
+class _Loader(yaml.SafeLoader):
+    """Reads 1e-3 as a number, as YAML 1.2 does; PyYAML wants 1.0e-3."""
 
-    Help and messages show one name of each option, with dashes; others of it (underscores, `--run` for `--out`) go on
-    working in silence: argparse looks names up in a table of its own, and shows those that the action lists.
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+class Setting(NamedTuple):
+    """A field of a dataclass, or of one nested in it: `name` is dotted, `kind` its annotation.
+
+    `default`: REQUIRED if there is none. `one_option`: help lists the group as one option (see `ONE_OPTION`).
     """
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    for kind in enums_of(config):
-        register_type(
-            kind,
-            serializer=lambda member: member.value,
-            deserializer=kind,
-            fail_already_registered=False,  # by another parser of this process
-        )
-    parser.add_class_arguments(config)
-    for action in parser._actions:  # argparse keeps what `--help` shows nowhere else
-        kind = getattr(action, "_typehint", None)
-        if isinstance(kind, type) and issubclass(kind, Enum):
-            action.metavar = "{" + ",".join(member.value for member in kind) + "}"
-            action.default = kind[action.default].value if isinstance(action.default, str) else action.default
-    _list_groups(parser, config)
-    for name, action in list(parser._option_string_actions.items()):
-        # The table that argparse finds options in takes all spellings; the action's own list is what help shows.
-        dashed = name.replace("_", "-").rstrip("-")  # a field that is a keyword ends in _, as PEP 8 says: from_
-        parser._option_string_actions[dashed] = action
-        if name == action.option_strings[0] and name != "-h":
-            action.option_strings = [dashed]
+
+    name: str
+    kind: Any
+    default: Any
+    text: str
+    one_option: bool
 
 
-def _list_groups(parser: jsonargparse.ArgumentParser, config: type, prefix: str = "") -> None:
-    """Let help list the fields of each nested dataclass, or, of one that is ONE_OPTION, the dataclass with its fields.
-
-    Whatever help lists, the parser takes both: `--erase '{probability: .25, mode: pixel}'` and `--erase.mode pixel`.
-    """
-    hints = get_type_hints(config)
-    for field in (field for field in dataclasses.fields(config) if _is_config(hints[field.name])):
-        name = prefix + field.name
-        (group,) = (action for action in parser._actions if action.dest == name)
-        inside = [action for action in parser._actions if action.dest.startswith(f"{name}.")]
-        if not field.metadata.get("one_option"):
-            setattr(group, HIDDEN, True)
-            _list_groups(parser, hints[field.name], f"{name}.")
-            continue
-        texts = [f"as '{{FIELD: VALUE, ...}}', or each as --{name}.FIELD VALUE:"]
-        for action in inside:
-            shown = str(action.metavar or "")
-            of_choices = f" {shown}" if shown.startswith("{") and action.type is not bool else ""
-            default = "null" if action.default is None else str(action.default).lower()
-            written = " ".join((action.help or "").split())
-            texts.append(f"{action.dest.removeprefix(f'{name}.')}{of_choices} ({default}): {written}")
-            setattr(action, HIDDEN, True)
-        group.metavar, group.help = "FIELDS", "\n".join(texts)
+def settings_of(config: type, prefix: str = "") -> Iterator[Setting]:
+    """Yield the fields of a dataclass, each group (a nested dataclass) before the fields in it."""
+    hints, texts = get_type_hints(config), _field_docstrings(config)
+    for field in dataclasses.fields(config):
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        name, kind = prefix + field.name, hints[field.name]
+        yield Setting(name, kind, default, texts.get(field.name, ""), bool(field.metadata.get("one_option")))
+        if is_config(kind):
+            yield from settings_of(kind, f"{name}.")
 
 
-def config_of(parser: jsonargparse.ArgumentParser, namespace: jsonargparse.Namespace, config: type[Config]) -> Config:
-    """Return the dataclass whose fields are among parsed arguments (see `add_config_arguments`)."""
-    parsed = parser.instantiate(namespace)
-    names = get_type_hints(config)
-    return config(**{name: parsed[name] for name in names})
+@cache
+def _field_docstrings(config: type) -> dict[str, str]:
+    """Return the string below each field, which Python itself drops."""
+    texts: dict[str, str] = {}
+    for kind in reversed(config.__mro__[:-1]):  # not `object`, whose source is not Python
+        (definition,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
+        assert isinstance(definition, ast.ClassDef)
+        for field, below in pairwise(definition.body):
+            if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr) and isinstance(field.target, ast.Name):
+                texts[field.target.id] = " ".join(str(ast.literal_eval(below.value)).split())
+    return texts
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -99,63 +93,106 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def config_from_dict(nested: dict[str, Any], config: type[Config], *, name: str) -> Config:
-    """Return the dataclass of nested dicts, as in a YAML file; `name` is what errors call it."""
-    parser = jsonargparse.ArgumentParser(exit_on_error=False)
-    add_config_arguments(parser, config)
+    """Return the dataclass of nested dicts, as in a YAML file. Raises ConfigError that begins with `name`."""
     try:
-        return config_of(parser, parser.parse_object(fitted(nested, parser)), config)
-    except (jsonargparse.ArgumentError, ValueError) as error:
-        raise ConfigError(f"{name}: {explain(error, _field_names(config))}") from error
+        check_keys(nested, config)
+        typed = with_types(nested, config)
+        if missing := missing_fields(typed, config):
+            raise ConfigError(f"the following fields are required: {', '.join(missing)}")
+        return built(typed, config)
+    except ValueError as error:
+        raise ConfigError(f"{name}: {error}") from error
 
 
-def check_keys(nested: dict[str, Any], config: type, *, name: str) -> None:
-    """Raise ConfigError, which begins with `name`, for a key that a dataclass does not have, and for a group that is
-    no mapping.
+def check_keys(nested: dict[str, Any], config: type, prefix: str = "") -> None:
+    """Raise ConfigError for a key that a dataclass does not have, and for a group that is no mapping."""
+    known = {setting.name: setting.kind for setting in settings_of(config, prefix)}
+    for key, value in nested.items():
+        name = f"{prefix}{key}"
+        if name not in known:
+            raise ConfigError(f"unknown key {name}{near_names(name, [k for k in known if not is_config(known[k])])}")
+        if is_config(known[name]) and value is not None:
+            if not isinstance(value, dict):
+                raise ConfigError(f"{name}: expected a mapping of fields, got {value!r}")
+            check_keys(value, known[name], f"{name}.")
+
+
+def missing_fields(nested: dict[str, Any], config: type) -> list[str]:
+    """Return the dotted names of the fields without a default that nested dicts do not set."""
+    given = flattened(nested)
+    return [
+        s.name for s in settings_of(config) if s.default is REQUIRED and not is_config(s.kind) and s.name not in given
+    ]
+
+
+def with_types(nested: dict[str, Any], config: type, prefix: str = "") -> dict[str, Any]:
+    """Return nested dicts, whose keys were checked, with each value as its field has it.
+
+    Raises ValueError that begins with the dotted name of a field.
     """
-    known = _field_names(config)
+    hints, typed = get_type_hints(config), dict[str, Any]()
+    for key, value in nested.items():
+        kind, name = hints[key], f"{prefix}{key}"
+        is_group = is_config(kind)
+        typed[key] = (
+            with_types(value or {}, kind, f"{name}.") if is_group else coerced(meant(value, kind), kind, name=name)
+        )
+    return typed
 
-    def check(nested: dict[str, Any], kind: type, prefix: str) -> None:
-        hints = get_type_hints(kind)
-        for key, value in nested.items():
-            if key not in hints:
-                raise ConfigError(f"{name}: unknown key {prefix}{key}{near_names(f'{prefix}{key}', known)}")
-            if _is_config(hints[key]) and value is not None:
-                if not isinstance(value, dict):
-                    raise ConfigError(f"{name}: {prefix}{key}: expected a mapping of fields, got {value!r}")
-                check(value, hints[key], f"{prefix}{key}.")
 
-    check(nested, config, "")
+def built(typed: dict[str, Any], config: type[Config]) -> Config:
+    """Return the dataclass of what `with_types` returned."""
+    groups = {key: kind for key, kind in get_type_hints(config).items() if is_config(kind)}
+    return config(**typed | {key: built(typed.get(key, {}), kind) for key, kind in groups.items()})
+
+
+def meant(value: Any, kind: Any) -> Any:
+    """Return what a word of the command line, or of a YAML file, stands for where a field has an annotation.
+
+    Names stay as they are written, also `no` and `1`. A tuple may be written `1,2` or `(1, 2)`, a pair of whole numbers
+    96x64 or, where both are the same, 96. What is no text passes as it is.
+    """
+    arms = arms_of(kind)
+    if value is False and any("no" in get_args(arm) for arm in arms):
+        return "no"  # YAML reads the bare word as false
+    if not isinstance(value, str):
+        return value
+    if value in ("null", "~") and NoneType in arms:
+        return None
+    if any(get_origin(arm) is tuple for arm in arms) and not value.startswith("["):
+        value = re.sub(r"^(\d+)x(\d+)$", r"\1,\2", value) if tuple[int, int] in arms else value
+        if "," in value or not (int in arms or tuple[int, int] in arms):
+            value = f"[{value.removeprefix('(').removesuffix(')')}]"
+    loader = _Loader
+    if value.startswith("[") and (list[str] in arms or tuple[str, ...] in arms):
+        loader = yaml.BaseLoader  # leaves names such as 0 and no as they are
+    elif any(arm in (str, Path) or get_origin(arm) is Literal or _is_enum(arm) for arm in arms):
+        return value
+    with suppress(yaml.YAMLError):
+        return yaml.load(TRUTH.get(value.lower(), value) if bool in arms else value, loader)  # type: ignore[arg-type]
+    return value
 
 
 def overlaid(base: dict[str, Any], nested: dict[str, Any], config: type) -> dict[str, Any]:
     """Return what `nested` says of a dataclass over what `base` says: groups field by field, values as a whole."""
     hints, result = get_type_hints(config), dict(base)
     for key, value in nested.items():
-        if not _is_config(hints[key]):
+        if not is_config(hints[key]):
             result[key] = value
         elif value is not None or key not in base:
             result[key] = overlaid(base.get(key) or {}, value or {}, hints[key])
     return result
 
 
-def fitted(nested: dict[str, Any], parser: jsonargparse.ArgumentParser) -> dict[str, Any]:
-    """Return what a YAML file holds with what people write there in place of what fields take, as on the command line.
-
-    One number stands for a pair of them, a group without fields sets none, and YAML reads the word `no` as false.
-    """
-    for action in parser._actions:
-        kind, (*groups, name) = getattr(action, "_typehint", None), action.dest.split(".")
-        inner: Any = nested
-        for group in groups:
-            if isinstance(inner, dict) and inner.get(group, group) is None:
-                del inner[group]
-            inner = inner.get(group) if isinstance(inner, dict) else None
-        value = inner.get(name) if isinstance(inner, dict) else None
-        if kind == tuple[int, int] and type(value) is int:
-            inner[name] = [value, value]
-        elif value is False and "no" in get_args(kind):
-            inner[name] = "no"
-    return nested
+def with_defaults(nested: dict[str, Any], config: type) -> dict[str, Any]:
+    """Return nested dicts with the defaults of what they leave out, None for what is required, as YAML knows them."""
+    return {
+        name: with_defaults(nested.get(name, {}), kind)
+        if is_config(kind)
+        else plain(nested.get(name, None if default is REQUIRED else default))
+        for name, kind, default, *_ in settings_of(config)
+        if "." not in name
+    }
 
 
 def write_config(config: Any, path: str | Path) -> None:
@@ -165,15 +202,16 @@ def write_config(config: Any, path: str | Path) -> None:
 
 def config_as_dict(config: Any) -> dict[str, Any]:
     """Return a dataclass as nested dicts of what YAML and JSON know."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: plain(entry) for key, entry in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [plain(entry) for entry in value]
-        return value.value if isinstance(value, Enum) else value
-
     return plain(dataclasses.asdict(config))
+
+
+def plain(value: Any) -> Any:
+    """Return a value with lists for tuples and values for members of enums, as YAML and JSON know them."""
+    if isinstance(value, dict):
+        return {key: plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(entry) for entry in value]
+    return value.value if isinstance(value, Enum) else value
 
 
 def settings(config: Any) -> dict[str, Any]:
@@ -189,49 +227,10 @@ def flattened(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def explain(error: Exception, known: Sequence[str], *, options: Mapping[str, str] = MappingProxyType({})) -> str:
-    """Return the message of a parser's error on one line, with the near names of an unknown key among `known`.
-
-    `options`: what keys are called where they were typed.
-    """
-    message = " ".join(str(error).split())
-    if unknown := re.search(r"(?:Group '(.+?)' does not accept option|Option) '(.+?)'", message):
-        key = ".".join(filter(None, unknown.groups()))
-        return f"unknown key {key}{near_names(key, known)}"
-    if required := re.search(r"arguments are required: (.+)", message):
-        missing = [options.get(key, key) for key in required[1].split(", ")]
-        return f"the following arguments are required: {', '.join(missing)}"
-    if wrong := re.fullmatch(r'Parser key "(.+?)"(?: element \d+)?: (?:Not of type \w+: )?(.+)', message):
-        key, reason = wrong.groups()
-        if mismatch := re.search(r"Expected an? (.+?)\. Got value: (.*)|types: \[(.+?)\] Err.* value: (.*)", reason):
-            kind, value = filter(None, mismatch.groups())
-            kind = re.sub(r"<class '(.+?)'>|typing\.", r"\1", kind).replace("NoneType", "null")
-            kind = re.sub(r"Literal\[(.+?)\]", lambda found: f"one of {found[1]}".replace("'", ""), kind)
-            reason = f"expected {kind.replace(', ', ' or ') if mismatch[3] else kind}, got {value!r}"
-        if group := re.match(r"Unable to load config '(.*?)'", reason):
-            reason = f"expected a mapping of fields or a YAML file, got {group[1]!r}"
-        return f"{options.get(key, key)}: {reason}"
-    return message
-
-
-def _is_config(kind: Any) -> TypeGuard[type]:
+def is_config(kind: Any) -> TypeGuard[type]:
+    """Return True if an annotation is a dataclass: a group of fields."""
     return isinstance(kind, type) and dataclasses.is_dataclass(kind)
 
 
-def _field_names(config: type, prefix: str = "") -> list[str]:
-    names = []
-    for name, kind in get_type_hints(config).items():
-        nested = _field_names(kind, f"{prefix}{name}.") if _is_config(kind) else []
-        names += nested or [prefix + name]
-    return names
-
-
-def enums_of(config: type) -> set[type[Enum]]:
-    """Return the enums among the fields of a dataclass and of those nested in it."""
-    found: set[type[Enum]] = set()
-    for kind in get_type_hints(config).values():
-        if _is_config(kind):
-            found |= enums_of(kind)
-        elif isinstance(kind, type) and issubclass(kind, Enum):
-            found.add(kind)
-    return found
+def _is_enum(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Enum)

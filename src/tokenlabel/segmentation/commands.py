@@ -9,12 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokenlabel.runtime.arguments import add_device, device_of, new_parser, parse, write_json
+from tokenlabel.runtime.arguments import Parser, add_device, device_of, parse, write_json
 from tokenlabel.runtime.coercion import COUNT, check_numbers
 from tokenlabel.runtime.errors import ConfigError, ModelError, refuse
 
 if TYPE_CHECKING:
-    from jsonargparse import ArgumentParser, Namespace
+    from argparse import Namespace
 
     from tokenlabel.models.load import LoadedModel
 
@@ -89,7 +89,7 @@ def _evaluate(arguments: list[str]) -> int:
 
 
 def _eval_options(arguments: list[str]) -> Namespace:
-    parser = new_parser(
+    parser = Parser(
         "segment eval",
         "Evaluate a run (its averaged weights if it has them) or a published file on images with masks. "
         "Under torchrun the processes divide the images.",
@@ -138,7 +138,7 @@ def _predict(arguments: list[str]) -> int:
 
 
 def _predict_options(arguments: list[str]) -> Namespace:
-    parser = new_parser(
+    parser = Parser(
         "segment predict",
         "Write the class of every pixel of images: masks with a palette and overlays, or soft maps into a label store.",
     )
@@ -159,7 +159,7 @@ def _predict_options(arguments: list[str]) -> Namespace:
     return options
 
 
-def _add_network(parser: ArgumentParser) -> None:
+def _add_network(parser: Parser) -> None:
     """Let a parser take a model and how it looks at images."""
     parser.add_argument(
         "network", type=Path, help="run folder, one checkpoint folder of it, or, with --recipe, a published file"

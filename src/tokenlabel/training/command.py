@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from tokenlabel.runtime.arguments import add_run_arguments, configured, device_of, new_parser, parse, train_by_arguments
+from tokenlabel.runtime.arguments import Parser, add_device, configured, device_of, parse
 from tokenlabel.runtime.process import is_main_process
+from tokenlabel.runtime.runlog import read_metrics, trackers_of
 from tokenlabel.training.recipe import TrainingConfig, add_recipe_arguments, recipe_content
 
 
@@ -23,8 +26,19 @@ def run_train(
 
     `task` imports, where help is not all that was asked for, the functions that train and that build a task.
     """
-    parser = new_parser(verb, f"{description} The same command continues a run that was stopped.")
-    add_run_arguments(parser)
+    parser = Parser(verb, f"{description} The same command continues a run that was stopped.")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the run: recipe, metrics, checkpoints")
+    add_device(parser)
+    parser.add_argument("--tensorboard", action="store_true", help="write OUT/tensorboard as well (extra: tensorboard)")
+    parser.add_argument(
+        "--wandb", action="store_true", help="log to Weights & Biases as well (extra: wandb; WANDB_PROJECT, WANDB_MODE)"
+    )
+    parser.add_argument(
+        "--changed-numerics",
+        action="store_true",
+        help="go on with another micro batch, precision, compile, ...: what changes rounding or which images go "
+        "through the model together; noted in metrics.jsonl",
+    )
     parser.add_argument(
         "--dry-run",
         action="store_true",
@@ -34,15 +48,18 @@ def run_train(
     options = parse(parser, arguments, read_recipe=lambda name: recipe_content(name, recipe_type))
     recipe: Any = configured(parser, options, recipe_type)
     train, build = task()
-    if not options.dry_run:
-        return train_by_arguments(train, recipe, options)
-
-    from tokenlabel.training.dry_run import dry_run
-    from tokenlabel.training.run_folder import check_apart
-
-    check_apart(options.out, *recipe.data.image_folders)
     device = device_of(options.device)
-    text = dry_run(partial(build, recipe, device=device), options.out, device=device)
+    if options.dry_run:
+        from tokenlabel.training.dry_run import dry_run
+        from tokenlabel.training.run_folder import check_apart
+
+        check_apart(options.out, *recipe.data.image_folders)
+        text = dry_run(partial(build, recipe, device=device), options.out, device=device)
+    else:
+        with trackers_of(options.out, tensorboard=options.tensorboard, wandb=options.wandb) as trackers:
+            changed = options.changed_numerics
+            figures = train(recipe, options.out, device=device, trackers=trackers, changed_numerics=changed)
+        text = json.dumps(figures or read_metrics(options.out)[-1]) if is_main_process() else ""
     if is_main_process():
         print(text, flush=True)
     return 0

@@ -7,13 +7,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import jsonargparse
-
 from tokenlabel.core.config import ErasingConfig, Inference, LossConfig, MixConfig
 from tokenlabel.data.config import AugmentConfig
 from tokenlabel.data.decoding import ImageCheck
+from tokenlabel.runtime.arguments import Parser, add_config_arguments
 from tokenlabel.runtime.coercion import COUNT, NATURAL, ONE_OPTION, PART, POSITIVE, SHARE, check_numbers, coerced_fields
-from tokenlabel.runtime.configuration import add_config_arguments, check_keys, config_from_dict, overlaid, read_yaml
+from tokenlabel.runtime.configuration import check_keys, config_from_dict, overlaid, read_yaml, with_types
 from tokenlabel.runtime.errors import ConfigError, near_names
 from tokenlabel.runtime.hub import local_name
 from tokenlabel.runtime.runlog import RECIPE_FILE
@@ -266,10 +265,11 @@ class Recipe(TrainingConfig):
 RecipeKind = TypeVar("RecipeKind", bound=TrainingConfig)
 
 
-def add_recipe_arguments(parser: jsonargparse.ArgumentParser, kind: type[TrainingConfig] = Recipe) -> None:
+def add_recipe_arguments(parser: Parser, kind: type[TrainingConfig] = Recipe) -> None:
     """Let a parser take `--recipe NAME|FILE` and every field of a recipe as `--a.b value`."""
     names = ", ".join(recipe_names())
-    parser.add_argument("--recipe", action="config", help=f"one of {names}, or a YAML file; options override it")
+    parser.add_argument("--recipe", help=f"one of {names}, or a YAML file; options override it")
+    parser.add_argument("--print-config", action="store_true", help="print the recipe as options change it, and stop")
     add_config_arguments(parser, kind)
 
 
@@ -320,14 +320,13 @@ def recipe_content(name: str | Path, kind: type[TrainingConfig]) -> dict[str, An
     content: dict[str, Any] = {}
     for path, nested in reversed(chain.items()):
         try:
-            check_keys(nested, kind, name=str(path))
-        except ConfigError as error:
+            check_keys(nested, kind)
+            content = overlaid(content, with_types(nested, kind), kind)
+        except ValueError as error:
             segments = any("layout" in (each.get("data") or {}) for each in chain.values())
-            if segments != issubclass(kind, Recipe):
-                raise
             verb = "segment train" if segments else "train"
-            raise ConfigError(f"{error} (is it a recipe of tokenlabel {verb}?)") from error
-        content = overlaid(content, nested, kind)
+            advice = f" (is it a recipe of tokenlabel {verb}?)" if segments == issubclass(kind, Recipe) else ""
+            raise ConfigError(f"{path}: {error}{advice}") from error
     return content
 
 
