@@ -17,8 +17,8 @@ from studies.runs import finished_runs, run_all, run_job
 from studies.tables import Study, StudyError, names_in, read_table, read_testbed
 from tokenlabel.runtime.arguments import Parser, add_device, device_of, parse
 from tokenlabel.runtime.coercion import NATURAL, check_numbers
-from tokenlabel.runtime.command import run_command
 from tokenlabel.runtime.distributed import launched_ranks
+from tokenlabel.runtime.process import run_command
 
 COMMAND = "python -m studies"
 

@@ -9,15 +9,14 @@ import difflib
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenlabel import __version__
 from tokenlabel.runtime.arguments import Parser, add_device, device_of, parse, parse_config, write_json
 from tokenlabel.runtime.coercion import NATURAL, check_numbers
-from tokenlabel.runtime.command import USAGE_ERROR, run_command, with_open_streams
-from tokenlabel.runtime.process import is_main_process, say
+from tokenlabel.runtime.errors import refuse
+from tokenlabel.runtime.process import USAGE_ERROR, is_main_process, run_command, say, with_open_streams
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -30,26 +29,27 @@ IMAGES_HELP = "a folder with one folder a class, .tar files (WebDataset) or a fo
 IGNORE_INDEX_HELP = "the id of pixels without a class in --masks; by default 255, with more than 255 classes 65535"
 
 
-@dataclass(frozen=True, slots=True)
-class Verb:
-    """A command and what `tokenlabel --help` says of it."""
+OVERVIEW = """usage: tokenlabel VERB ...
 
-    run: Callable[[list[str]], int]
-    summary: str
+Train vision models with token labeling: one soft label for every output token.
 
+{verbs}
 
-VERBS: dict[str, Verb] = {}
+`tokenlabel VERB --help` explains a verb. TOKENLABEL_TRACEBACK=1 shows where an error came from."""
+
+VERBS: dict[str, tuple[Callable[[list[str]], int], str]] = {}
+"""What each verb runs, given its arguments, and what `tokenlabel --help` says of it."""
 
 
 def verb(name: str, summary: str) -> Callable[[Callable[[Parser, list[str]], int]], Any]:
-    """Make a command of a function of its parser and its arguments, whose docstring is what `--help` begins with."""
+    """Make a verb of a function of a parser and arguments, whose docstring is what `--help` begins with."""
 
-    def register(function: Callable[[Parser, list[str]], int]) -> Callable[..., int]:
+    def _register(function: Callable[[Parser, list[str]], int]) -> Callable[..., int]:
         description = " ".join((function.__doc__ or "").split())
-        VERBS[name] = Verb(lambda arguments: function(Parser(name, description), arguments), summary)
+        VERBS[name] = (lambda arguments: function(Parser(name, description), arguments)), summary
         return function
 
-    return register
+    return _register
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,7 +61,9 @@ def _run(arguments: list[str]) -> int:
     if arguments[:1] == ["help"] and arguments[1:]:
         arguments = [*arguments[1:], "--help"]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(_overview())
+        width = max(map(len, VERBS))
+        verbs = "\n".join(f"  {name:<{width}}  {summary}" for name, (_, summary) in VERBS.items())
+        print(OVERVIEW.format(verbs=verbs))
         return 0
     if arguments[0] == "--version":
         print(f"tokenlabel {__version__}")
@@ -70,22 +72,16 @@ def _run(arguments: list[str]) -> int:
     if name not in VERBS:
         near = difflib.get_close_matches(name, VERBS, n=1)
         advice = f"did you mean {near[0]}?" if near else f"known: {', '.join(VERBS)}"
-        if name == "compare":
-            advice = "tables of recipes are `python -m studies` in the repository (docs/studies.md)"
         print(f"tokenlabel: no verb {name!r}; {advice}", file=sys.stderr)
         return USAGE_ERROR
-    return run_command(f"tokenlabel {name}", VERBS[name].run, rest)
+    return run_command(f"tokenlabel {name}", VERBS[name][0], rest)
 
 
 @verb("demo", "every stage on data that ships with a dependency: start here")
 def demo(parser: Parser, arguments: list[str]) -> int:
     """Train with token labels on scenes of real handwritten digits; nothing is downloaded."""
-    parser.add_argument(
-        "--out", type=Path, help="folder of everything that the demo makes: runs/demo, runs/demo-fast with --fast"
-    )
-    parser.add_argument(
-        "--fast", action="store_true", help="all stages in under 90 seconds, with fewer images and steps"
-    )
+    parser.add_argument("--out", type=Path, help="folder of all results: runs/demo, runs/demo-fast with --fast")
+    parser.add_argument("--fast", action="store_true", help="all stages in 90 seconds: fewer images and steps")
     options = parse(parser, arguments)
 
     from tokenlabel.demo import FAST, FULL, run_demo
@@ -96,7 +92,7 @@ def demo(parser: Parser, arguments: list[str]) -> int:
 
 @verb("index", "what is where in tar files, for data sets too large for folders")
 def index(parser: Parser, arguments: list[str]) -> int:
-    """Look through a folder of tar files once, so that it opens at once from then on."""
+    """Write an index of a folder of tar files, so that it opens at once from then on."""
     from tokenlabel.data.tars import write_index
 
     parser.add_argument("images", type=Path, help="folder of .tar files; the index is written beside them")
@@ -107,7 +103,7 @@ def index(parser: Parser, arguments: list[str]) -> int:
 
 @verb("annotate", "a teacher writes a dense score map for every image")
 def annotate(parser: Parser, arguments: list[str]) -> int:
-    """Let a teacher look at every image once and store what it says of every location of it."""
+    """Run a teacher on every image once and store its class scores for every location."""
     from tokenlabel.teachers.annotation import AnnotateConfig
     from tokenlabel.teachers.annotation import annotate as annotate_images
 
@@ -152,14 +148,27 @@ def fit_head(parser: Parser, arguments: list[str]) -> int:
 
 @verb("inspect", "what is in a label store")
 def inspect(parser: Parser, arguments: list[str]) -> int:
-    """Say what is in a label store, how sure its teacher was, and which labels look wrong."""
+    """Describe a label store: what is in it, how certain its teacher was, and which labels look wrong."""
     from tokenlabel.labels.inspection import InspectConfig, inspect_store
     from tokenlabel.labels.presentation import as_text, write_pictures
     from tokenlabel.labels.store import LabelStore
 
     _add_inspect_arguments(parser)
     options, config = parse_config(parser, arguments, InspectConfig)
-    _check_inspect(options)
+    check_numbers(options, "--", size=NATURAL)
+    no_images, no_masks, no_folds = not options.images, not options.masks, not options.out_of_fold
+    refuse(
+        {
+            "--pictures needs the images that the labels belong to; name them with --images": no_images
+            and options.pictures,
+            "--ignore-index is an id in masks; give --masks, or leave it out": no_masks
+            and options.ignore_index is not None,
+            "--out-of-fold needs the images and their classes; name them with --images": no_images
+            and options.out_of_fold,
+            "--weights, --size and --probabilities are about --out-of-fold BACKBONE; leave them out": no_folds
+            and (options.weights or options.size or options.probabilities),
+        }
+    )
     store, source = LabelStore(*options.store, duplicates=options.duplicates), None
     if options.images:
         from tokenlabel.data.sources import open_aloud
@@ -177,9 +186,7 @@ def inspect(parser: Parser, arguments: list[str]) -> int:
 
 def _add_inspect_arguments(parser: Parser) -> None:
     parser.add_argument("store", type=Path, nargs="+", help="folders of labels, read as one")
-    parser.add_argument(
-        "--images", type=Path, help=f"the images, to know their classes, and whether they were replaced: {IMAGES_HELP}"
-    )
+    parser.add_argument("--images", type=Path, help=f"the images, for their classes and changes of them: {IMAGES_HELP}")
     parser.add_argument("--pictures", type=Path, help="write an HTML page of maps over images to this file")
     parser.add_argument("--masks", type=Path, help="true dense labels (PNG class ids): how often the maps are right")
     parser.add_argument("--ignore-index", type=int, help=IGNORE_INDEX_HELP)
@@ -195,36 +202,14 @@ def _add_inspect_arguments(parser: Parser) -> None:
         type=Path,
         help="of --out-of-fold: write pred_probs, labels, keys and class_names to this .npz, as cleanlab takes them",
     )
+    _add_duplicates(parser)
+    _add_figures(parser)
+
+
+def _add_figures(parser: Parser) -> None:
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
     parser.add_argument("--output", type=Path, help="also write the figures to this JSON file")
     add_device(parser)
-    _add_duplicates(parser)
-
-
-def _check_inspect(options: Namespace) -> None:
-    """Raise ValueError for options of inspect that need another one, or are nothing without it."""
-    check_numbers(options, "--", size=NATURAL)
-    of_folds = options.weights or options.size or options.probabilities
-    for is_wrong, problem in (
-        (
-            options.pictures and not options.images,
-            "--pictures needs the images that the labels belong to; name them with --images",
-        ),
-        (
-            options.ignore_index is not None and not options.masks,
-            "--ignore-index is an id in masks; give --masks, or leave it out",
-        ),
-        (
-            options.out_of_fold and not options.images,
-            "--out-of-fold needs the images and their classes; name them with --images",
-        ),
-        (
-            of_folds and not options.out_of_fold,
-            "--weights, --size and --probabilities are about --out-of-fold BACKBONE; leave them out",
-        ),
-    ):
-        if is_wrong:
-            raise ValueError(problem)
 
 
 def _judged_otherwise(
@@ -278,27 +263,20 @@ def merge(parser: Parser, arguments: list[str]) -> int:
     from tokenlabel.labels.writer import merge_stores
 
     parser.add_argument("stores", type=Path, nargs="+", help="folders of labels, then the folder to write")
-    parser.add_argument(
-        "--encoding", choices=[*map(str, Encoding)], help="write every record anew in this one; as it is if none"
-    )
-    parser.add_argument(
-        "--tolerance", type=float, help="write every record anew, compact, as annotate with this tolerance"
-    )
+    parser.add_argument("--encoding", choices=[*map(str, Encoding)], help="write every record anew in this encoding")
+    parser.add_argument("--tolerance", type=float, help="write every record anew, compact, with this tolerance")
     _add_duplicates(parser)
     options = parse(parser, arguments)
     *folders, output = options.stores
     if not folders:
         raise ValueError("merge takes at least one store to read and, as the last, the folder to write")
-    encoding = Encoding(options.encoding) if options.encoding else None
-    merged = merge_stores(
-        folders, output, encoding=encoding, tolerance=options.tolerance, duplicates=options.duplicates
-    )
+    more = {"tolerance": options.tolerance, "duplicates": options.duplicates}
+    merged = merge_stores(folders, output, encoding=options.encoding and Encoding(options.encoding), **more)
     print(f"{output}: {len(merged):,} labels")
     return 0
 
 
 def _add_duplicates(parser: Parser) -> None:
-    """Let a verb that reads label stores take `--duplicates`."""
     parser.add_argument(
         "--duplicates",
         choices=["first", "refuse"],
@@ -307,21 +285,19 @@ def _add_duplicates(parser: Parser) -> None:
     )
 
 
-def train(arguments: list[str]) -> int:
-    """Train a model by a recipe."""
+@verb("train", "train a model by a recipe, with token labels or without")
+def train(parser: Parser, arguments: list[str]) -> int:
+    """Train a model by a recipe. The same command continues a run that was stopped."""
     from tokenlabel.training.command import run_train
     from tokenlabel.training.recipe import Recipe
 
-    def task() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    def _task() -> tuple[Callable[..., Any], Callable[..., Any]]:
         from tokenlabel.classification.task import build
         from tokenlabel.classification.task import train as train_by_recipe
 
         return train_by_recipe, build
 
-    return run_train(arguments, Recipe, task, verb="train", description="Train a model by a recipe.")
-
-
-VERBS["train"] = Verb(train, "train a model by a recipe, with token labels or without")
+    return run_train(parser, arguments, Recipe, _task)
 
 
 @verb("eval", "accuracy of a run or a model, and of its tokens where masks are known")
@@ -332,9 +308,7 @@ def evaluate(parser: Parser, arguments: list[str]) -> int:
     from tokenlabel.evaluation.options import EvalOptions, as_text
 
     parser.add_argument("network", help="run folder, one checkpoint folder of it, or the name of a model")
-    parser.add_argument("--json", action="store_true", help="one line of JSON")
-    parser.add_argument("--output", type=Path, help="also write the figures to this JSON file")
-    add_device(parser)
+    _add_figures(parser)
     options, config = parse_config(parser, arguments, EvalOptions)
 
     from tokenlabel.evaluation.assessment import assess
@@ -346,14 +320,12 @@ def evaluate(parser: Parser, arguments: list[str]) -> int:
     return 0
 
 
-def segment(arguments: list[str]) -> int:
+@verb("segment", "train, eval or predict: a class for every pixel, from any backbone")
+def segment(_: Parser, arguments: list[str]) -> int:
     """Train, evaluate or use a segmentation model."""
     from tokenlabel.segmentation.commands import run_segment
 
     return run_segment(arguments)
-
-
-VERBS["segment"] = Verb(segment, "train, eval or predict: a class for every pixel, from any backbone")
 
 
 @verb("export", "a trained model as safetensors, ONNX, or a folder for timm and the hub")
@@ -410,16 +382,6 @@ def report(parser: Parser, arguments: list[str]) -> int:
     write_report(options.runs, options.output)
     print(options.output)
     return 0
-
-
-def _overview() -> str:
-    width = max(map(len, VERBS))
-    verbs = "\n".join(f"  {name:<{width}}  {verb.summary}" for name, verb in VERBS.items())
-    return (
-        "usage: tokenlabel VERB ...\n\n"
-        "Train vision models with token labeling: one soft label for every output token.\n\n"
-        f"{verbs}\n\n`tokenlabel VERB --help` explains a verb. TOKENLABEL_TRACEBACK=1 shows where an error came from."
-    )
 
 
 def _print_some(reasons: list[str]) -> None:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tokenlabel.data.coco import CROWD, CocoMasks, instance_mask, painted, run_lengths
+from tokenlabel.data.masks import CROWD, CocoMasks, instance_mask, painted, run_lengths
 from tokenlabel.runtime.errors import DataError
 
 pycoco: Any = pycocotools.mask  # its stubs know of no lists of polygons

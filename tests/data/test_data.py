@@ -107,7 +107,7 @@ class TestImageFolder:
         write(tmp_path / "cat/a.b.png")
         assert list(open_images(str(tmp_path)).keys) == ["cat/a.b.jpg", "cat/a.b.png", "cat/a.c.jpg"]
 
-    def test_hidden_files_are_passed_over_and_links_followed(self, tmp_path):
+    def test_hidden_files_are_skipped_and_links_followed(self, tmp_path):
         write(tmp_path / "elsewhere/cat/a.png")
         write(tmp_path / "root/dog/._b.png")
         write(tmp_path / "root/dog/b.png")

@@ -49,8 +49,8 @@ def pack(path, members):
     return path
 
 
-def passed_over(source):
-    return getattr(source, "passed_over", {})
+def skipped(source):
+    return getattr(source, "skipped", {})
 
 
 def complaint(capsys, *arguments):
@@ -69,10 +69,10 @@ class TestTheLine:
         lay(*(f"images/train/ant/{i}.HEIC" for i in range(12)), data=b"ftypheic")
         lay("images/train/ant/.DS_Store", "images/train/bee/Thumbs.db", "images/train/bee/README", data=b"x")
 
-    def test_verbs_say_what_they_opened_and_what_they_passed_over(self, capsys):
+    def test_verbs_say_what_they_opened_and_what_they_skipped(self, capsys):
         lay(*(f"masks/{name}/{i}.png" for name in ("ant", "bee") for i in range(4)), data=mask_png())
         line = (
-            "images/train: 8 images of 2 classes (ant, bee); passed over 15 files: 12 .heic (not read: convert them), "
+            "images/train: 8 images of 2 classes (ant, bee); skipped 15 files: 12 .heic (not read: convert them), "
             "1 .db, 1 hidden, 1 without an extension\n"
         )
         for arguments, status in (
@@ -83,13 +83,13 @@ class TestTheLine:
             assert main(arguments) == status
             out, err = capsys.readouterr()
             assert err.count(line) == 1
-            assert "passed over" not in out
+            assert "skipped" not in out
 
     def test_tar_files_and_their_index_say_the_same(self, capsys):
         members = {f"./{name}/{i}.png": png(i) for name in ("ant", "bee") for i in range(2)}
         pack("tars/a.tar", members | {"ant/._0.png": b"", "__MACOSX/ant/._1.png": b"", "ant/0.heic": b""})
         lay("tars/._a.tar", data=b"left by macOS")
-        line = "2 classes (ant, bee); passed over 3 files: 1 .heic (not read: convert them), 1 hidden, 1 in __MACOSX\n"
+        line = "2 classes (ant, bee); skipped 3 files: 1 .heic (not read: convert them), 1 hidden, 1 in __MACOSX\n"
         open_aloud("tars")
         assert capsys.readouterr().err.endswith(line)
         assert main(["index", "tars"]) == 0
@@ -100,13 +100,13 @@ class TestTheLine:
     def test_subsets_and_lists(self):
         some = ImageSubset(open_images("images/train"), np.array([0, 1, 5]))
         line = describe(some, "x")
-        assert line.startswith("x: 3 images of 2 classes (ant, bee); passed over 20 files: 12 .heic (not")
+        assert line.startswith("x: 3 images of 2 classes (ant, bee); skipped 20 files: 12 .heic (not")
         assert "5 left out" in line
         Path("list.csv").write_text(
             "images/train/ant/1.png,1\nimages/train/ant/2.png,1\nimages/train/ant/3.png,3\nb.heic,1\n"
         )
         assert describe(open_images("list.csv"), "x") == (
-            "x: 3 images of 2 classes (1, 3); no image of 2 classes (0, 2): numbers are class ids, from 0; passed over "
+            "x: 3 images of 2 classes (1, 3); no image of 2 classes (0, 2): numbers are class ids, from 0; skipped "
             "1 file: 1 .heic (not read: convert them)"
         )
 
@@ -133,11 +133,11 @@ class TestWhatIsPassedOver:
         )  # fmt: skip
         source = open_images("images")
         assert list(source.keys) == ["ant/1.png", "bee/deep/2.png"]
-        assert passed_over(source) == {
+        assert skipped(source) == {
             "hidden": 1, "@eaDir/": 1, "__MACOSX/": 1, ".thumbnails/": 1, "lost+found/": 1, ".ipynb_checkpoints/": 1,
             "$RECYCLE.BIN/": 1, "#recycle/": 1, ".hidden/": 1, "Thumbnails/": 1, "#snapshot/": 1,
         }  # fmt: skip
-        assert "; passed over 1 file and 10 folders: 1 #recycle/, 1 #snapshot/" in describe(source, "images")
+        assert "; skipped 1 file and 10 folders: 1 #recycle/, 1 #snapshot/" in describe(source, "images")
         lay("classes/thumbs/1.png", "classes/fists/1.png")
         assert open_images("classes").class_names == ["fists", "thumbs"]
 
@@ -155,7 +155,7 @@ class TestWhatIsPassedOver:
         source = open_images("images")
         assert len(source) == 12 + 1 + 1 + 1
         assert [key for key in source.keys if not key[4].isdecimal()][-1] == "bee/one.png"
-        assert passed_over(source) == {
+        assert skipped(source) == {
             "linked to a folder above": 3, "linked to a folder that was read": 1, "linked to nothing": 1
         }  # fmt: skip
 
@@ -185,14 +185,14 @@ class TestWhatIsPassedOver:
             "normal/y.b.png",
             "normal/z_mask.png",
         ]
-        assert passed_over(source) == {"named as masks or thumbnails of images beside them": 5}
+        assert skipped(source) == {"named as masks or thumbnails of images beside them": 5}
 
     def test_what_a_class_folder_holds_instead_of_images_is_said(self, capsys):
         lay("images/ant/1.png")
         lay("images/bee/1.heic", "images/bee/2.heic", data=b"x")
         message = train_complaint(capsys, "images")
         assert "1 class folder (bee) without images" in message
-        assert "passed over 2 files: 2 .heic (not read: convert them)" in message
+        assert "skipped 2 files: 2 .heic (not read: convert them)" in message
 
     def test_a_pipe_with_the_name_of_an_image_is_not_waited_for(self):
         lay("images/ant/1.png", "images/bee/1.png")
@@ -345,7 +345,7 @@ class TestTarFiles:
         source = open_images(pack("x.tar", {name: png() for name in names} | {f"{stem}.cls": b"3"}))
         assert list(source.keys) == images
         assert source.class_ids.tolist() == [3]
-        assert sum(passed_over(source).values()) == len(names) - 1
+        assert sum(skipped(source).values()) == len(names) - 1
 
     @pytest.mark.parametrize("names", [("x.left.jpg", "x.right.jpg"), ("x.jpg", "x.png")])
     def test_a_sample_of_several_images_is_refused(self, names):
@@ -361,9 +361,9 @@ class TestTarFiles:
             ({"x.jpg": b"", "x.coarse.cls": b"1", "x.fine.cls": b"2"}, "x has two classes in .cls files, 1 and 2"),
             (
                 {"x.jpg": b"", "a/y.jpg": b"", "x.json": b"{}"},
-                r"neither a \.cls file nor a folder .*\(x\.jpg\); passed over 1 file: 1 \.json",
+                r"neither a \.cls file nor a folder .*\(x\.jpg\); skipped 1 file: 1 \.json",
             ),
-            ({"n01.tar": b""}, r"no images .*passed over 1 file: 1 \.tar"),
+            ({"n01.tar": b""}, r"no images .*skipped 1 file: 1 \.tar"),
         ],
     )
     def test_refused_in_a_line(self, members, message):
@@ -381,7 +381,7 @@ class TestTarFiles:
             link = tarfile.TarInfo("bee/2.png")
             link.type, link.linkname = tarfile.SYMTYPE, "1.png"
             tar.addfile(link)
-        assert passed_over(open_images("x.tar")) == {"links or special": 1}
+        assert skipped(open_images("x.tar")) == {"links or special": 1}
 
 
 class TestLists:

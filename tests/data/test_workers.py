@@ -74,7 +74,7 @@ def test_an_error_in_a_worker_is_told_in_its_own_words(monkeypatch, capsys):
         except ImageError:
             ExceptionWrapper(where="in DataLoader worker process 0").reraise()
 
-    monkeypatch.setitem(cli.VERBS, "train", cli.Verb(meet_a_broken_image, ""))
+    monkeypatch.setitem(cli.VERBS, "train", (meet_a_broken_image, ""))
     assert cli.main(["train"]) == 2
     message = "cat/7.jpg: does not decode as an image (broken data stream)"
     assert capsys.readouterr().err == f"tokenlabel train: error: {message}\n"

@@ -531,7 +531,7 @@ def test_what_stopped_the_first_rank_is_said_once_on_each_machine(monkeypatch, c
     def fail(_):
         raise FirstRankError("disk full")
 
-    monkeypatch.setitem(cli.VERBS, "train", replace(cli.VERBS["train"], run=fail))
+    monkeypatch.setitem(cli.VERBS, "train", (fail, ""))
     said = []
     for local_rank in ("0", "1"):
         monkeypatch.setenv("LOCAL_RANK", local_rank)

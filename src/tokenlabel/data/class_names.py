@@ -1,4 +1,4 @@
-"""What a network's classes are called: by a file, by ImageNet's lists, by WordNet's words, or by assumption.
+"""The names of a network's classes: from a file, ImageNet's lists or WordNet's words, or by assumption.
 
 ImageNet's are read from the tables that timm ships, where possible without timm, which imports torch and takes seconds.
 """
@@ -38,7 +38,7 @@ def match_classes(
     them: str = "the model",
     option: str = "--class-order",
 ) -> list[int]:
-    """Return which of a network's `count` classes each of the images' classes is, -1 for none; say what is assumed.
+    """Return the id that each of the images' classes has among a network's `count`, -1 for none; print assumptions.
 
     `theirs`: the network's class names in its order, empty if nobody knows them; `assumed`: they are ImageNet's by
     their number alone. Names decide where any is known to both. Where none is, as many classes as a network without
@@ -71,7 +71,7 @@ def match_classes(
 
 
 def say_imagenet(names: Sequence[str], *, them: str, option: str) -> None:
-    """Say that a network's classes are taken for ImageNet's by their number."""
+    """Print that a network's classes are assumed to be ImageNet's, by their number."""
     pairs = ", ".join(f"{i} = {name}" for i, name in enumerate(names[:3]))
     say(
         f"assuming {them}'s {len(names):,} classes are ImageNet's, by their number: {pairs}; overrule with {option} "

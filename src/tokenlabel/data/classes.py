@@ -1,8 +1,7 @@
-"""Whose class is which: two lists of classes compared by name, and what has to be assumed said aloud.
+"""Compare two lists of classes by name, and print what has to be assumed.
 
-Networks, label stores and images all have classes. Wherever two of them meet, they are compared here: as they are
-spelt, else in one Unicode form (macOS writes an é as two characters). Where one side has no names the order is a
-guess, and a line says which.
+Networks, label stores and images all have classes. Names are compared as they are spelt, else in one Unicode form
+(macOS writes an é as two characters). Where one side has no names, their order is assumed, and a line says which.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ class ClassList:
     words: str = ""
 
     def is_same(self, other: ClassList) -> bool:
-        """Say whether two lists are one, as far as they tell: without names their number has to do."""
+        """Return True if two lists are the same, by their names if both have some, else by their number."""
         if self.count != other.count or self.words != other.words:
             return False
         return not (self.names and other.names) or bool(self.words) or same_classes(self.names, other.names)
@@ -72,7 +71,7 @@ def ids_among(names: Sequence[str], others: Sequence[str]) -> list[int]:
 
 
 def same_classes(names: Sequence[str], others: Sequence[str]) -> bool:
-    """Say whether two lists name the same classes in the same order."""
+    """Return True if two lists name the same classes in the same order."""
     return len(names) == len(others) and ids_among(names, others) == list(range(len(others)))
 
 
@@ -84,10 +83,11 @@ def difference(theirs: Sequence[str], ours: Sequence[str], *, count: int, them: 
     if count != len(ours):
         return f"{both} ({listed(list(theirs))} against {listed(list(ours)) or 'none'})"
     first = next(i for i, index in enumerate(ids_among(ours, theirs)) if index != i)
-    a, b = _told_apart(theirs[first], ours[first])
+    show = ascii if _outline(theirs[first]) == _outline(ours[first]) else repr  # escapes tell lookalikes apart
     num_common = sum(index >= 0 for index in ids_among(ours, theirs))
     return (
-        f"class {first} is {a} to {them} and {b} to the images; {num_common:,} names are common to both "
+        f"class {first} is {show(theirs[first])} to {them} and {show(ours[first])} to the images; {num_common:,} names "
+        "are common to both "
         f"({listed(list(theirs))} against {listed(list(ours))})"
     )
 
@@ -136,7 +136,7 @@ def sorted_classes(names: Sequence[str]) -> tuple[list[str], NDArray[np.int64]]:
 
 
 def equal_looking(names: Iterable[str]) -> str | None:
-    """Say which two classes look the same (an accent in two Unicode forms), if any do."""
+    """Return an error message if two classes look the same (an accent in two Unicode forms); None if none do."""
     seen = dict[str, str]()
     for name in names:
         if (other := seen.setdefault(composed(name).strip(), name)) != name:
@@ -145,7 +145,7 @@ def equal_looking(names: Iterable[str]) -> str | None:
 
 
 def say_order(ours: Sequence[str], *, them: str, overrule: str) -> None:
-    """Say that what has class ids without names is taken to have the images' classes, unless these are numbers."""
+    """Print that class ids without names are assumed to be of the images' classes, unless these are numbers."""
     if not are_numbers(ours):
         say(f"{assumed_order(ours, them)}; {overrule}")
 
@@ -168,7 +168,7 @@ def assumed_order(ours: Sequence[str], them: str) -> str:
 
 
 def are_numbers(names: Sequence[str]) -> bool:
-    """Say whether names are the ids themselves, or none at all: they don't say what the classes are."""
+    """Return True if names are just the ids, or if there are none: they do not tell what the classes are."""
     return list(names) == [str(i) for i in range(len(names))]
 
 
@@ -185,10 +185,6 @@ def _outline(name: str) -> str:
 
 def _knows(them: str) -> str:
     return f"{them} {'know' if them.endswith('s') else 'knows'}"
-
-
-def _told_apart(a: str, b: str) -> tuple[str, str]:
-    return (ascii(a), ascii(b)) if _outline(a) == _outline(b) else (repr(a), repr(b))
 
 
 def natural_order(name: str) -> list[str | int]:

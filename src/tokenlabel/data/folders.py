@@ -1,4 +1,4 @@
-"""What lies in folders and archives: images, files that are passed over and why, and layouts that are no classes."""
+"""What is in folders and archives: images, files that are skipped and why, and layouts that are clearly no classes."""
 
 from __future__ import annotations
 
@@ -64,14 +64,14 @@ NEED_CLASSES = "put each into a folder named after its class, or list paths and 
 
 @dataclass
 class Listing:
-    """What is below a folder: paths of images relative to it, the folders in it, and what was passed over by kind.
+    """What is below a folder: paths of images relative to it, the folders in it, and the skipped files by kind.
 
-    `read`: when each folder that was read had changed last, in ns. `num_links`: links that were met.
+    `read`: the modification time of each folder that was read, in ns. `num_links`: symbolic links that were met.
     """
 
     images: list[str] = field(default_factory=list)
     folders: list[str] = field(default_factory=list)
-    passed_over: Counter[str] = field(default_factory=Counter)
+    skipped: Counter[str] = field(default_factory=Counter)
     read: dict[str, int] = field(default_factory=dict)
     num_links: int = 0
 
@@ -92,25 +92,30 @@ class _Folder(NamedTuple):
 
 
 def list_images(root: Path) -> Listing:
-    """Look through a folder, links followed; each folder is read once, whatever links lead to it.
+    """List the images below a folder, following links; each folder is read once, however many links lead to it.
 
-    So a link to a folder above (`ant/up -> ..`) adds nothing, and of a folder and links to it the folder itself counts.
-    Raises DataError for a folder that links put into two classes, and one that may not be read.
+    So a link to a folder above (`ant/up -> ..`) adds nothing. Raises DataError for a folder that links put into two
+    classes, and for one that cannot be read.
     """
     found, seen = Listing(), dict[str, str]()  # by real path
     here = os.path.realpath(root)
     folders, links = [_Folder("", here, (here,))], list[_Folder]()
-    while folders or links:  # links last: what they lead to has its own name by then
+    while folders or links:  # links last, so that a folder counts under its own name rather than under a link's
         folder = (folders or links).pop()
         if folder.real in seen:
-            _refuse_two_classes(root, seen[folder.real], folder.path)
-            found.passed_over["linked to a folder that was read"] += 1
+            first = seen[folder.real]
+            if first.split("/", 1)[0] != folder.path.split("/", 1)[0]:
+                raise DataError(
+                    f"{root}: {first} and {folder.path} are one folder, by a link; an image has one class: remove the "
+                    "link"
+                )
+            found.skipped["linked to a folder that was read"] += 1
             continue
         seen[folder.real] = folder.path
         for entry in _entries(root, folder.path, found):
             inner = folder.inner(entry)
-            if kind := _passed_over_entry(entry, inner):
-                found.passed_over[kind] += 1
+            if kind := _skipped_entry(entry, inner):
+                found.skipped[kind] += 1
             elif entry.is_dir():
                 (links if entry.is_symlink() else folders).append(inner)
                 found.folders += [] if folder.path else [inner.path]
@@ -120,7 +125,7 @@ def list_images(root: Path) -> Listing:
 
 
 def _entries(root: Path, path: str, found: Listing) -> list[os.DirEntry[str]]:
-    """Return what lies in a folder, and note in the listing when it had changed last and how many links it has."""
+    """Return the entries of a folder; note its modification time and its links in the listing."""
     try:
         found.read[path] = (root / path).stat().st_mtime_ns  # before its content: what comes meanwhile is newer
         with os.scandir(root / path) as entries:
@@ -131,40 +136,33 @@ def _entries(root: Path, path: str, found: Listing) -> list[os.DirEntry[str]]:
     return inside
 
 
-def _passed_over_entry(entry: os.DirEntry[str], inner: _Folder) -> str | None:
-    """Return as which kind an entry of a folder is passed over; None for an image and for a folder to look through."""
+def _skipped_entry(entry: os.DirEntry[str], inner: _Folder) -> str | None:
+    """Return the kind as which an entry of a folder is skipped; None for an image and for a folder to look through."""
     if entry.is_dir():
-        if _passed_over_folder(inner.path):
+        if _skipped_folder(inner.path):
             return f"{entry.name}/"
         is_above = entry.is_symlink() and any(f"{path}/".startswith(f"{inner.real}/") for path in inner.above)
         return "linked to a folder above" if is_above else None
     if not entry.is_file():
         return "linked to nothing" if entry.is_symlink() else "special"
-    return _passed_over_file(entry.name)
+    return _skipped_file(entry.name)
 
 
 def holds_images_alone(root: Path) -> bool:
-    """Say whether images lie in a folder itself, and no folder in it that is not passed over."""
+    """Return True if a folder holds images itself, and no folders but such as are skipped."""
     with os.scandir(root) as entries:
         inside = [(entry.name, entry.is_dir()) for entry in entries]
-    has_folders = any(is_dir and not _passed_over_folder(name) for name, is_dir in inside)
-    return not has_folders and any(not is_dir and _passed_over_file(name) is None for name, is_dir in inside)
+    has_folders = any(is_dir and not _skipped_folder(name) for name, is_dir in inside)
+    return not has_folders and any(not is_dir and _skipped_file(name) is None for name, is_dir in inside)
 
 
-def _refuse_two_classes(root: Path, first: str, second: str) -> None:
-    if first.split("/", 1)[0] != second.split("/", 1)[0]:
-        raise DataError(
-            f"{root}: {first} and {second} are one folder, by a link; an image has one class: remove the link"
-        )
-
-
-def why_passed_over(path: str) -> str | None:
-    """Return what kind of file is passed over: hidden, or by its folder or its extension; None for an image."""
+def why_skipped(path: str) -> str | None:
+    """Return what kind of file is skipped: hidden, or by its folder or its extension; None for an image."""
     folder, _, name = path.rpartition("/")
-    return _passed_over_folder(folder) or _passed_over_file(name)
+    return _skipped_folder(folder) or _skipped_file(name)
 
 
-def _passed_over_file(name: str) -> str | None:
+def _skipped_file(name: str) -> str | None:
     if name.startswith("."):
         return "hidden"
     _, dot, extension = name.lower().rpartition(".")
@@ -172,7 +170,7 @@ def _passed_over_file(name: str) -> str | None:
 
 
 @lru_cache(1024)
-def _passed_over_folder(path: str) -> str | None:
+def _skipped_folder(path: str) -> str | None:
     for depth, name in enumerate(path.split("/")):
         if name.startswith("."):
             return "hidden"
@@ -181,37 +179,37 @@ def _passed_over_folder(path: str) -> str | None:
     return None
 
 
-def passed_over_text(passed_over: Mapping[str, int]) -> str:
-    """Return "passed over 15 files and 1 folder: 12 .heic (not read: convert them), 3 hidden, 1 @eaDir/"."""
-    kinds = sorted(passed_over.items(), key=lambda kind: (-kind[1], kind[0]))
+def skipped_text(skipped: Mapping[str, int]) -> str:
+    """Return "skipped 15 files and 1 folder: 12 .heic (not read: convert them), 3 hidden, 1 @eaDir/"."""
+    kinds = sorted(skipped.items(), key=lambda kind: (-kind[1], kind[0]))
     remedies = {**dict.fromkeys(UNREAD_PICTURES, "convert"), **dict.fromkeys(_ARCHIVES, "unpack")}
     notes = [
         f"{count:,} {kind}" + (f" (not read: {remedies[kind]} them)" if kind in remedies else "")
         for kind, count in kinds
     ]
     num_folders = sum(count for kind, count in kinds if kind.endswith("/"))
-    numbers = {"file": sum(passed_over.values()) - num_folders, "folder": num_folders}
+    numbers = {"file": sum(skipped.values()) - num_folders, "folder": num_folders}
     counts = [f"{n:,} {noun}{'' if n == 1 else 's'}" for noun, n in numbers.items() if n]
-    return f"passed over {' and '.join(counts)}: {listed(notes, most=8)}"
+    return f"skipped {' and '.join(counts)}: {listed(notes, most=8)}"
 
 
-def in_brackets(passed_over: Mapping[str, int]) -> str:
-    """Return " (passed over ...)", to go behind an error; "" where nothing was."""
-    return f" ({passed_over_text(passed_over)})" if passed_over else ""
+def in_brackets(skipped: Mapping[str, int]) -> str:
+    """Return " (skipped ...)", to go behind an error; "" where nothing was."""
+    return f" ({skipped_text(skipped)})" if skipped else ""
 
 
-def without_masks(paths: Sequence[str], passed_over: Counter[str]) -> list[str]:
+def without_masks(paths: Sequence[str], skipped: Counter[str]) -> list[str]:
     """Return paths less those of masks beside their image (x.seg.png, x_mask.png by x.jpg), which are counted."""
     masks = {path: path[: found.start()] for path in paths if (found := _MASK.search(path))}
     stems = {path.rpartition(".")[0] for path in paths} if masks else set()
     kept = [path for path in paths if masks.get(path) not in stems]
     if len(kept) < len(paths):
-        passed_over["named as masks or thumbnails of images beside them"] = len(paths) - len(kept)
+        skipped["named as masks or thumbnails of images beside them"] = len(paths) - len(kept)
     return kept
 
 
 def is_named_as_mask(path: str) -> bool:
-    """Say whether a name ends as those of masks and depth maps do: x.seg.png, x_mask.png."""
+    """Return True if a file is named like a mask or a depth map: x.seg.png, x_mask.png."""
     return _MASK.search(path) is not None
 
 
@@ -234,7 +232,7 @@ _OVERRULE = "if they are classes, rename them or write a list of images with the
 def mistaken_layout(
     place: str | Path, folders: Sequence[str], images: Sequence[str], *, packed: bool = False, within: str = ""
 ) -> str | None:
-    """Say what is wrong if `folders`, the first ones of all paths, are clearly no classes, and what was meant.
+    """Return an error message if `folders`, the first ones of all paths, are clearly no classes; None if they may be.
 
     `packed`: they lie in tar files, which cannot be opened in part. `within`: the folder below `place` where they lie.
     """
@@ -264,7 +262,7 @@ def mistaken_layout(
 
 
 def _taken_parts(folders: Sequence[str], images: Sequence[str], instead: Callable[[str], str]) -> str | None:
-    """Say that folders are the parts of a data set, where they are of several, all are, or one holds what lies beside.
+    """Return an error message if folders are splits (train, val): several ones, all, or one that holds its siblings.
 
     `instead`: what to do to get what a folder holds.
     """
@@ -287,7 +285,7 @@ def _taken_parts(folders: Sequence[str], images: Sequence[str], instead: Callabl
 
 
 def _taken_container(folders: Sequence[str], images: Sequence[str]) -> str | None:
-    """Say that a folder such as `images` is no class, where it holds folders that are called as those beside it."""
+    """Return an error message if a folder such as `images` holds folders with the names of those beside it."""
     for name in (name for name in folders if name.lower() in _NO_CLASSES):
         inner = {path.split("/", 2)[1] for path in images if path.startswith(f"{name}/") and path.count("/") > 1}
         if both := sorted(inner & {*folders}):
@@ -299,7 +297,7 @@ def _taken_container(folders: Sequence[str], images: Sequence[str]) -> str | Non
 
 
 def doubtful_layout(place: str | Path, folders: Sequence[str], images: Sequence[str]) -> list[str]:
-    """Say what may be no class by its name, and what else may be the classes.
+    """Return warnings: folders that may be no classes by their names, and folders that may be the classes instead.
 
     These are the folders in the only one, or those that all hold, without an image besides (art/ant, ink/ant).
     """

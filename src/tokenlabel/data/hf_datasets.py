@@ -80,7 +80,7 @@ class HFImages(ImageFiles):
 
 
 def as_hf_dataset(name: str | Path) -> str | None:
-    """Return the name of a dataset as text, None for other names."""
+    """Return a name that is one of a dataset as text, None for any other."""
     return str(name) if str(name).startswith(PREFIX) else None
 
 

@@ -22,7 +22,7 @@ from tokenlabel.data.folders import (
     in_brackets,
     list_images,
     mistaken_layout,
-    passed_over_text,
+    skipped_text,
     without_masks,
 )
 from tokenlabel.data.listings import MANY_IMAGES, Strings, are_settled, are_unchanged, recall, remember
@@ -30,10 +30,10 @@ from tokenlabel.runtime.errors import DataError, ImageError
 from tokenlabel.runtime.process import listed
 from tokenlabel.runtime.remote import RemoteFile
 
-# The time of modification that sources give which know the sizes of their images only.
+# The modification time that a source gives if it knows only the sizes of its images.
 NO_TIME = -1
 
-_KEPT = ("class_names", "passed_over", "remarks")  # what is kept of a listing beside its arrays
+_KEPT = ("class_names", "skipped", "remarks")  # what is kept of a listing beside its arrays
 
 
 @runtime_checkable
@@ -43,11 +43,11 @@ class ImageSource(Protocol):
     `keys` are unique and name the same image for ever: label stores file its scores under them. `class_ids`
     [n] index into `class_names`. A source is sent to data loader processes, so it must pickle, and cheaply.
 
-    A source may have more: `passed_over` counts by kind the files beside the images that are none. `has_class` [n]
-    says of which images the class is known (see `has_classes`); the class id of others is 0. `groups` [n] is the
-    number of the file that each image lies in, `files` the `RemoteFile` of each group behind a URL. `streamed()`
-    returns the same images for reading group by group (see `TarImages.streamed`). `stat(index)` returns the bytes of
-    an image and when it was modified, in ns. `remarks` are lines for people.
+    Optional attributes: `skipped`, the number of other files beside the images, by kind. `has_class` [n], True where
+    the class is known (see `has_classes`); other images have class id 0. `groups` [n], the number of the file that
+    each image lies in, and `files`, the `RemoteFile` of each group behind a URL. `streamed()` returns the same images
+    for reading group by group (see `TarImages.streamed`). `stat(index)` returns the size of an image in bytes and its
+    modification time in ns. `remarks` are lines to print.
     """
 
     @property
@@ -75,7 +75,7 @@ class ImageSource(Protocol):
 
 
 def has_classes(source: ImageSource) -> NDArray[np.bool_]:
-    """Return of which images [n] of a source the class is known: of all or of none, where it does not say."""
+    """Return a mask [n] of the images whose class is known: all or none, unless the source has `has_class`."""
     known = getattr(source, "has_class", None)
     return np.full(len(source), bool(source.class_names)) if known is None else known
 
@@ -92,26 +92,26 @@ class ImageFiles:
         keys: Sequence[str],
         class_ids: NDArray[np.int64],
         class_names: Sequence[str],
-        passed_over: Mapping[str, int] | None = None,
+        skipped: Mapping[str, int] | None = None,
         has_class: NDArray[np.bool_] | None = None,
     ) -> None:
         self.root, self.class_ids, self.class_names = root, class_ids, list(class_names)
         self.keys = keys if isinstance(keys, Strings) else Strings(keys)
-        self.passed_over, self.has_class, self.remarks = dict(passed_over or {}), has_class, list[str]()
+        self.skipped, self.has_class, self.remarks = dict(skipped or {}), has_class, list[str]()
 
     def _recalled(self, kind: str, path: Path, is_true: Callable[[dict[str, Any]], bool]) -> bool:
-        """Take what an earlier process found at a path, if it is true by what was kept with it; say whether."""
+        """Take what an earlier process found at a path if that is still true; return True if it is."""
         found = recall(kind, path)
         if found is None or not is_true(found[1]):
             return False
         arrays, about = found
         self.root, self.keys = path if path.is_dir() else path.parent, Strings.unpacked(arrays["keys"])
         self.class_ids, self.has_class = arrays["class_ids"], arrays.get("has_class")
-        self.class_names, self.passed_over, self.remarks = (about[name] for name in _KEPT)
+        self.class_names, self.skipped, self.remarks = (about[name] for name in _KEPT)
         return True
 
     def _remember(self, kind: str, path: Path, **proof: Any) -> None:
-        """Keep what was found, with what says whether it is still true, for the next process."""
+        """Keep what was found for the next process, with the proof by which `_recalled` knows that it is still true."""
         if len(self) >= MANY_IMAGES:
             arrays = {"keys": self.keys.packed(), "class_ids": self.class_ids}
             arrays |= {} if self.has_class is None else {"has_class": self.has_class}
@@ -140,7 +140,7 @@ class ImageFolder(ImageFiles):
 
     Keys are whole paths relative to the root, with "/" and the extension, sorted by class, then by path.
     Class ids follow the sorted names of the class folders, as in torchvision. Names that begin with a dot, what file
-    systems leave behind and masks beside their images are passed over, links are followed (see `list_images`).
+    systems leave behind and masks beside their images are skipped, links are followed (see `list_images`).
     `classes`: False takes all images, whatever the folders in it are called, and none has a class. Raises
     DataError for a root that is missing or holds no images and, with classes, for anything but class folders with
     images in each, and for folders that clearly are something else than classes (see `mistaken_layout`).
@@ -154,10 +154,10 @@ class ImageFolder(ImageFiles):
             return
         began_s, listing = time.time(), list_images(root)
         names = sorted(listing.folders) if classes else []
-        images = without_masks(listing.images, listing.passed_over)
+        images = without_masks(listing.images, listing.skipped)
         problem = _wrong_with(root, listing, names, images) if classes else None
         if not classes and not images:
-            problem = f"{root}: no images ({', '.join(EXTENSIONS)}) in it{in_brackets(listing.passed_over)}"
+            problem = f"{root}: no images ({', '.join(EXTENSIONS)}) in it{in_brackets(listing.skipped)}"
         if problem:
             raise DataError(problem)
         if classes:
@@ -168,20 +168,20 @@ class ImageFolder(ImageFiles):
         else:
             images.sort()
             class_ids = np.zeros(len(images), np.int64)
-        super().__init__(root, images, class_ids, names, listing.passed_over)
+        super().__init__(root, images, class_ids, names, listing.skipped)
         self.remarks = doubtful_layout(root, names, images) if classes else []
         if not listing.num_links and are_settled(listing.read, began_s):
             self._remember(kind, root, folders=listing.read)
 
 
 def _wrong_with(root: Path, listing: Listing, names: Sequence[str], images: Sequence[str]) -> str | None:
-    """Say why a folder is no folder of class folders called `names`, with images in each; None if it is one."""
+    """Return what is wrong with a folder of class folders called `names`; None if each holds images."""
     if mistake := mistaken_layout(root, names, listing.images):
         return mistake
     if stray := sorted(path for path in listing.images if "/" not in path):
         above = "" if names else f"; if {root.absolute().name} is a class, name the folder above"
         return f"{root}: {counted(stray, 'image')} outside of any class folder; {NEED_CLASSES}{above}"
-    beside = in_brackets(listing.passed_over)
+    beside = in_brackets(listing.skipped)
     if not names:
         return f"{root}: expected one folder a class with images in it, found no folder{beside}"
     if alike := equal_looking(names):
@@ -226,10 +226,10 @@ class ImageSubset:
         return getattr(self._source, "files", None)
 
     @property
-    def passed_over(self) -> Mapping[str, int]:
-        """How many files the other source passed over, by kind, and how many of its images are not among these."""
+    def skipped(self) -> Mapping[str, int]:
+        """How many files the other source skipped, by kind, and how many of its images are not among these."""
         left_out = len(self._source) - len(self)
-        others: Mapping[str, int] = getattr(self._source, "passed_over", {})
+        others: Mapping[str, int] = getattr(self._source, "skipped", {})
         return {**others, "left out": others.get("left out", 0) + left_out} if left_out else others
 
     def streamed(self) -> ImageSource:
@@ -287,7 +287,16 @@ class JoinedImages:
         self.keys, self.class_names = Strings(keys), first.class_names
         self.class_ids = np.concatenate([source.class_ids for source in self._sources])
         self.has_class = np.concatenate([has_classes(source) for source in self._sources])
-        self.groups, self.files = _joined_groups(self._sources)
+        groups: list[Any] = [getattr(source, "groups", None) for source in self._sources]
+        self.groups: NDArray[np.int64] | None = None
+        self.files: dict[int, RemoteFile] = {}
+        if all(of_source is not None for of_source in groups):
+            # The groups of each source are numbered on from those of the sources before it.
+            firsts = [0, *accumulate(int(of_source.max()) + 1 for of_source in groups)]
+            self.groups = np.concatenate([of_source + first for of_source, first in zip(groups, firsts, strict=False)])
+            for source, first in zip(self._sources, firsts, strict=False):
+                files = getattr(source, "files", None) or {}
+                self.files |= {first + group: file for group, file in files.items()}
 
     def streamed(self) -> ImageSource:
         """Return the same images, for reading group by group (see `TarImages.streamed`)."""
@@ -303,25 +312,8 @@ class JoinedImages:
         return int(self._starts[-1])
 
 
-def _joined_groups(sources: Sequence[ImageSource]) -> tuple[NDArray[np.int64] | None, dict[int, RemoteFile]]:
-    """Return the group of each image of several sources, and the file behind a URL of each group that is one.
-
-    The groups of a source are counted on from those of the source before it. None where a source has no groups.
-    """
-    groups = [found for source in sources if (found := getattr(source, "groups", None)) is not None]
-    if len(groups) < len(sources):
-        return None, {}
-    firsts = [0, *accumulate(int(of_source.max()) + 1 for of_source in groups)]
-    files = {
-        first + group: file
-        for source, first in zip(sources, firsts, strict=False)
-        for group, file in (getattr(source, "files", None) or {}).items()
-    }
-    return np.concatenate([of_source + first for of_source, first in zip(groups, firsts, strict=False)]), files
-
-
 def describe(source: ImageSource, place: str | Path) -> str:
-    """Return how many images of which classes a source has, and what it passed over, in one line for people."""
+    """Return how many images of which classes a source has, and what it skipped, in one line for people."""
     names, line = source.class_names, f"{place}: {_plural(len(source), 'image')}"
     known = has_classes(source)
     if names:
@@ -335,8 +327,8 @@ def describe(source: ImageSource, place: str | Path) -> str:
             line += ": numbers are class ids, from 0"
     else:
         line += " without classes"
-    if passed_over := getattr(source, "passed_over", None):
-        line += f"; {passed_over_text(passed_over)}"
+    if skipped := getattr(source, "skipped", None):
+        line += f"; {skipped_text(skipped)}"
     line = "; ".join([line, *getattr(source, "remarks", ())])
     # Names of files may hold anything, and a terminal would obey it.
     return re.sub(r"[\x00-\x1f]", "?", line).encode("utf-8", "backslashreplace").decode()

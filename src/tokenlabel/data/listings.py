@@ -1,4 +1,4 @@
-"""Names by the million: compact in memory, and kept on disk with what was found of them, for the next process."""
+"""Millions of names: compact in memory, and cached on disk for the next process."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from tokenlabel.runtime.cache import cached_index
 from tokenlabel.runtime.errors import RemoteError
 
 MANY_IMAGES = 10_000
-"""Fewer are found as fast as what is kept of them."""
+"""Below this number, listing a folder again is as fast as reading the cache."""
 
 UNREADABLE = (OSError, ValueError, KeyError, EOFError, BadZipFile)
-"""What `read_arrays`, and looking for an array in what it returns, raises for files that are damaged or others."""
+"""What `read_arrays`, and a lookup in what it returns, raise for a file that is damaged or of another kind."""
 
 _DECIDING = ("classes", "folders", "images", "sources")  # modules that decide what is an image, and of which class
-_TICK_S = 2.0  # a folder that was changed so shortly before may change again within its file system's clock
+_TICK_S = 2.0  # file systems round times, so a later change of a folder may get the time of one so shortly before
 
 
 class Strings(Sequence[str]):
-    """A sequence of strings in one buffer, so that a million of them take their text and 8 bytes each.
+    """A sequence of strings in one buffer: each takes its UTF-8 bytes and 8 more."""
 
-    Python's own would also be copied page by page into every process that counts references to them.
-    """
+    # A list of str would cost 50 bytes more for each, and every forked worker would get its own copy of it: counting
+    # references writes to the pages that the strings lie in.
 
     def __init__(self, strings: Sequence[str]) -> None:
         encoded = [s.encode("utf-8", "surrogateescape") for s in strings]
@@ -104,9 +104,9 @@ def remember(kind: str, path: Path, arrays: Mapping[str, NDArray[Any]], about: M
 
 
 def are_unchanged(root: Path, folders: Mapping[str, int]) -> bool:
-    """Say whether folders below a root are those that were read: nothing came, went or was renamed in them.
+    """Return True if folders below a root are as they were read: nothing was added, removed or renamed in them.
 
-    `folders`: the time of each, in ns.
+    `folders`: the modification time of each, in ns.
     """
     try:
         return all((root / name).stat().st_mtime_ns == time_ns for name, time_ns in folders.items())
@@ -115,7 +115,7 @@ def are_unchanged(root: Path, folders: Mapping[str, int]) -> bool:
 
 
 def are_settled(folders: Mapping[str, int], began_s: float) -> bool:
-    """Say whether a change of folders after they were read, which began at `began_s`, would show in their times."""
+    """Return True if any change to folders since they were read, from `began_s` on, will show in their times."""
     return max(folders.values(), default=0) < (began_s - _TICK_S) * 1e9
 
 
@@ -128,6 +128,6 @@ def _path(kind: str, path: Path, *, make: bool) -> Path:
 
 @cache
 def _rules() -> str:
-    """Return what tells apart versions of the code that decides what images and classes are."""
+    """Return a hash of the code that decides what images and classes are: another version lists anew."""
     code = (Path(__file__).with_name(f"{name}.py").read_bytes() for name in _DECIDING)
     return blake2b(b"".join(code), digest_size=8).hexdigest()

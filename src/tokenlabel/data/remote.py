@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,10 +23,10 @@ T = TypeVar("T")
 
 
 class RemoteTars(TarImages):
-    """Images in tar files behind URLs. A whole file is fetched into the cache by who reads its first image.
+    """Images in tar files behind URLs. Reading the first image of a file downloads the whole file into the cache.
 
-    `marks`: of each file the checksum of a header, where a published index says it: a copy without it is of another
-    version than the index. Raises RemoteError, when an image is read, for a file that cannot be had.
+    `marks`: the checksum of one header in each file, from a published index; a file with another checksum is refused.
+    `read` raises RemoteError for a file that cannot be downloaded.
     """
 
     def __init__(self, tars: Sequence[RemoteFile], index: TarIndex, marks: NDArray[np.int64] | None = None) -> None:
@@ -46,21 +47,18 @@ class RemoteTars(TarImages):
         return int(self.index.places[index, 2]), NO_TIME
 
     def _path(self, tar: int) -> Path:
-        return fetch(self.tars[tar], self._is_indexed(tar))
+        return fetch(self.tars[tar], partial(self._check_indexed, tar))
 
     def _name(self, tar: int) -> str:
         return self.tars[tar].url
 
-    def _is_indexed(self, tar: int) -> Callable[[Path], None]:
-        def check(path: Path) -> None:
-            if self._marks is not None:
-                start = last_starts(self.index.places, len(self.tars))[tar]
-                if mark_of(path, start) != self._marks[tar]:
-                    raise DataError(
-                        f"{self._name(tar)}: is another than {INDEX_NAME} beside it was written for; write it again"
-                    )
-
-        return check
+    def _check_indexed(self, tar: int, path: Path) -> None:
+        """Raise DataError if the copy of a file is not the one that the published index describes."""
+        start = last_starts(self.index.places, len(self.tars))[tar]
+        if self._marks is not None and mark_of(path, start) != self._marks[tar]:
+            raise DataError(
+                f"{self._name(tar)}: is another than {INDEX_NAME} beside it was written for; write it again"
+            )
 
 
 def open_remote(url: str) -> RemoteTars:
@@ -89,20 +87,20 @@ def open_remote(url: str) -> RemoteTars:
 
 
 def read_ahead(source: ImageSource, batches: Iterable[Sequence[tuple[int, int]]], results: Iterable[T]) -> Iterable[T]:
-    """Return results, one for each batch of (epoch, index); while they are taken, the files of the next are fetched."""
+    """Yield the results of batches of (epoch, index), and download the files of later batches in the meantime."""
     files: Mapping[int, RemoteFile] = getattr(source, "files", None) or {}
     if not files:
         return results
     groups, reached = getattr(source, "groups"), 0  # noqa: B009  (no part of every source)
 
-    def taken() -> Iterator[T]:
+    def _taken() -> Iterator[T]:
         nonlocal reached
         with fetched_ahead(_first_uses(groups, files, batches), lambda: reached):
             for result in results:
                 yield result
                 reached += 1
 
-    return taken()
+    return _taken()
 
 
 def _first_uses(
@@ -152,14 +150,14 @@ def _looked_through(files: Sequence[RemoteFile]) -> TarIndex:
         reached = 0
         with tqdm(total=len(files), unit="tar", disable=not is_main_process()) as bar:
 
-            def local(tar: int) -> Path:
+            def _local(tar: int) -> Path:
                 nonlocal reached
                 reached = tar
                 bar.update()
                 return fetch(files[tar])
 
             with fetched_ahead(enumerate(files), lambda: reached):
-                index = scan_tars([file.url for file in files], local)
+                index = scan_tars([file.url for file in files], _local)
         none = np.zeros(0, np.int64)
         save_index(path, index, [file.url for file in files], none, none)
     return index

@@ -88,7 +88,7 @@ def _place(
     height_px: int,
     rng: np.random.Generator,
 ) -> bool:
-    """Draw one of the digits where nothing is yet, in place; say whether there was room."""
+    """Draw one of the digits on free space, in place; return False if there is none."""
     image = images[int(rng.integers(len(images)))]
     width_px = max(3, round(image.width * height_px / image.height))
     ink = np.asarray(image.resize((width_px, height_px), Image.Resampling.BICUBIC), np.float32) / 255
@@ -150,7 +150,7 @@ def _cut_to_ink(ink: NDArray[np.uint8]) -> Image.Image:
 
 
 def _holds(root: Path, description: dict[str, int]) -> bool:
-    """Say whether the folder already holds the described scenes; refuse one that holds something else."""
+    """Return True if the folder already holds the described scenes. Raises DataError if it holds anything else."""
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         return False
     remedy = "name another folder or delete this one"

@@ -43,41 +43,41 @@ def open_images(path: str | Path, *, classes: bool = True) -> ImageSource:
     """
     if name := as_hf_dataset(path):
         return HFImages(name, classes=classes)
+    if images := _packed_or_listed(path):
+        return images if classes else without_classes(images)
+    path = Path(path)
+    return ImageFolder(path, classes=classes and not (path.is_dir() and holds_images_alone(path)))
+
+
+def _packed_or_listed(path: str | Path) -> ImageSource | None:
+    """Return the images of tar files or of a list; None for any other folder, and for nothing at a path."""
     if url := as_url(path):
-        images = open_remote(url)
-    elif not (path := Path(path)).exists() and len(names := expanded(str(path))) > 1:
-        images = TarImages(sorted(names))
-    elif path.is_file():
-        images = _in_file(path)
-    elif path.is_dir() and (tars := tar_files(path)):
-        images = _in_tars(path, tars)
-    else:
-        return ImageFolder(path, classes=classes and not (path.is_dir() and holds_images_alone(path)))
-    return images if classes else without_classes(images)
-
-
-def _in_file(path: Path) -> ImageSource:
-    if path.suffix.lower() == ".tar":
+        return open_remote(url)
+    path = Path(path)
+    if not path.exists() and len(names := expanded(str(path))) > 1:
+        return TarImages(sorted(names))
+    if path.is_file() and path.suffix.lower() == ".tar":
         return TarImages([path])
-    if path.suffix.lower() in LIST_SUFFIXES:
+    if path.is_file() and path.suffix.lower() in LIST_SUFFIXES:
         return ListedImages(path)
-    raise DataError(
-        f"{path}: expected a folder of images, a .tar file (not compressed) or a list "
-        f"({', '.join(LIST_SUFFIXES)}); unpack archives of other kinds"
-    )
-
-
-def _in_tars(path: Path, tars: Sequence[Path]) -> ImageSource:
+    if path.is_file():
+        raise DataError(
+            f"{path}: expected a folder of images, a .tar file (not compressed) or a list "
+            f"({', '.join(LIST_SUFFIXES)}); unpack archives of other kinds"
+        )
+    tars = tar_files(path) if path.is_dir() else []
+    if not tars:
+        return None
     if folder := next((name.split("/")[0] for name in list_images(path).images if "/" in name), None):
         raise DataError(
-            f"{path}: holds tar files ({tars[0].name}) and folders of images ({folder}); which are "
-            "meant? Move one kind elsewhere"
+            f"{path}: holds tar files ({tars[0].name}) and folders of images ({folder}); which are meant? Move one "
+            "kind elsewhere"
         )
     return read_index(path, tars) if (path / INDEX_NAME).exists() else TarImages(tars)
 
 
 def open_aloud(path: str | Path, *, classes: bool = True) -> ImageSource:
-    """Open images and say how many there are, of which classes, and what was passed over: the start of every command.
+    """Open images; print how many there are, of which classes, and what was skipped. Every command starts with it.
 
     Raises DataError as `open_images` does, and for a list of which no file is there.
     """
@@ -111,12 +111,12 @@ def refuse_single_class(source: ImageSource, place: str | Path) -> None:
 
 
 class ListedImages(ImageFiles):
-    """Images that a text file lists, one a line: a path, and its class behind a tab, comma, semicolon or space.
+    """Images that a text file lists, one per line: a path, and its class behind a tab, comma, semicolon or space.
 
     Paths are relative to the list's folder (or absolute) and are the keys, without "./" and with "/" for a backslash.
     Classes are names, or numbers if all of them are; images may have none, all or some of them: a teacher can label
     them all the same. What spreadsheets write is understood: quotes, a byte-order mark, UTF-16, and a first
-    line of headings, by which path and class are found among more columns. Lines that begin with # are passed over.
+    line of headings, by which path and class are found among more columns. Lines that begin with # are skipped.
     Raises DataError that names the line. `remarks`: what was assumed.
     """
 
@@ -126,8 +126,8 @@ class ListedImages(ImageFiles):
         content = blake2b(data, digest_size=16).hexdigest()
         if self._recalled("list", path, lambda about: about["content"] == content):
             return
-        remarks, passed_over = list[str](), Counter[str]()
-        entries = _distinct_entries(path, data, remarks, passed_over)
+        remarks, skipped = list[str](), Counter[str]()
+        entries = _distinct_entries(path, data, remarks, skipped)
         keys, named = [key for key, _ in entries], [name for _, name in entries if name is not None]
         parts = {name: part_of(name) for name in set(named)}
         if len(set(parts.values())) > 1 and all(parts.values()):
@@ -138,25 +138,25 @@ class ListedImages(ImageFiles):
             raise DataError(f"{path}: {error}") from error
         has_class, class_ids = (np.array([name is not None for _, name in entries]), np.zeros(len(keys), np.int64))
         class_ids[has_class] = ids
-        super().__init__(path.parent, keys, class_ids, class_names, passed_over, has_class)
+        super().__init__(path.parent, keys, class_ids, class_names, skipped, has_class)
         self.remarks = remarks
         if not any("\0" in key for key in keys):  # which ends each key where they are kept
             self._remember("list", path, content=content)
 
 
 def _distinct_entries(
-    path: Path, data: bytes, remarks: list[str], passed_over: Counter[str]
+    path: Path, data: bytes, remarks: list[str], skipped: Counter[str]
 ) -> list[tuple[str, str | None]]:
     """Return the key and the class of each image of a list, once. Raises DataError for none, and for two classes."""
-    entries = [*_entries(path, data, remarks, passed_over)]
+    entries = [*_entries(path, data, remarks, skipped)]
     if not entries:
-        raise DataError(f"{path}: lists no images{in_brackets(passed_over)}")
+        raise DataError(f"{path}: lists no images{in_brackets(skipped)}")
     strange = next((key for key, _ in entries if "\\" in key and "/" not in key), None)
     if strange is not None and not (path.parent / strange).exists():  # written on Windows
         entries = [(key.replace("\\", "/"), name) for key, name in entries]
     distinct = dict.fromkeys((key.removeprefix("./"), name) for key, name in entries)
     if len(distinct) < len(entries):  # a line for each object, say
-        passed_over["listed again"] += len(entries) - len(distinct)
+        skipped["listed again"] += len(entries) - len(distinct)
     found = _in_utf8([*distinct], path, remarks)
     twice, times = Counter(key for key, _ in found).most_common(1)[0]
     if times > 1:
@@ -165,9 +165,7 @@ def _distinct_entries(
     return found
 
 
-def _entries(
-    path: Path, data: bytes, remarks: list[str], passed_over: Counter[str]
-) -> Iterator[tuple[str, str | None]]:
+def _entries(path: Path, data: bytes, remarks: list[str], skipped: Counter[str]) -> Iterator[tuple[str, str | None]]:
     """Yield the path and the class of each image that a list of some content names."""
     lines = _lines(data)
     rows = list(_rows(path, lines))
@@ -181,7 +179,7 @@ def _entries(
         while cells and not cells[-1]:
             cells = cells[:-1]
         if unread := [cell for cell in cells if cell.lower().endswith(UNREAD_PICTURES)]:
-            passed_over[Path(unread[0]).suffix.lower()] += 1
+            skipped[Path(unread[0]).suffix.lower()] += 1
             continue
         of_images = [i for i, cell in enumerate(cells) if _is_image(cell)]
         if len(of_images) != 1 or len(cells) > 2:
@@ -239,7 +237,7 @@ def _splits(line: str, mark: str) -> bool:
 
 
 def _are_headings(cells: Sequence[str]) -> bool:
-    """Say whether the first row of a list names its columns."""
+    """Return True if the first row of a list names its columns."""
     if any(_is_picture(cell) for cell in cells):
         return False
     words = {re.sub(r"[^a-z]", "", cell.lower()) for cell in cells}
@@ -260,7 +258,7 @@ def _in_utf8(entries: list[tuple[str, str | None]], path: Path, remarks: list[st
 
 
 def _is_escaped(text: str) -> bool:
-    """Say whether a text has bytes that are not UTF-8."""
+    """Return True if a text has bytes that are not UTF-8."""
     return not text.isascii() and any("\udc80" <= sign <= "\udcff" for sign in text)
 
 

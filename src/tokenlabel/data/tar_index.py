@@ -7,9 +7,8 @@ import tarfile
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,8 +20,8 @@ from tokenlabel.data.folders import (
     is_named_as_mask,
     mistaken_layout,
     part_of,
-    passed_over_text,
-    why_passed_over,
+    skipped_text,
+    why_skipped,
     without_masks,
 )
 from tokenlabel.data.listings import UNREADABLE, Strings, read_arrays, write_arrays
@@ -33,150 +32,133 @@ INDEX_NAME = "tokenlabel-index.npz"
 
 _BLOCK_BYTES = 512  # of a tar file's headers
 
+_Place = tuple[int, int, int]  # the number of a tar file, the first byte and the bytes of an image in it
+
 
 @dataclass(frozen=True, eq=False)
 class TarIndex:
     """What is where in tar files: `places` [n, 3] are the file's number, the first byte and the bytes of each image.
 
-    `passed_over`: how many other files there are, by kind.
+    `skipped`: how many other files there are, by kind.
     """
 
     keys: Strings
     places: NDArray[np.int64]
     class_names: list[str]
     class_ids: NDArray[np.int64]
-    passed_over: dict[str, int]
-
-
-@dataclass(eq=False)
-class _Content:
-    """What was met in tar files: places of images by their names, and the numbers of .cls files by sample."""
-
-    images: dict[str, tuple[int, int, int]] = field(default_factory=dict)
-    numbers: dict[tuple[int, str], str] = field(default_factory=dict)
-    passed_over: Counter[str] = field(default_factory=Counter)
-
-
-class _Member(NamedTuple):
-    """A file in a tar file. `kind`: why it is passed over; None for an image. `text`: of a .cls file."""
-
-    name: str
-    kind: str | None
-    start: int
-    num_bytes: int
-    text: bytes | None
+    skipped: dict[str, int]
 
 
 def scan_tars(names: Sequence[str | Path], local: Callable[[int], Path] | None = None) -> TarIndex:
     """Return what is in tar files, by looking at the header of every member.
 
-    `local`: where the file of a number is, for names that are no paths.
+    `local`: where the file of a number is, for names that are no paths. Raises DataError as `TarImages` does.
     """
     where = str(names[0]) if len(names) == 1 else str(names[0]).rpartition("/")[0] or "."
-    content = _Content()
-    for tar, path in enumerate(names):
-        _read_members(content, tar, local(tar) if local else Path(path), names)
-    images, numbers, passed_over = content.images, content.numbers, content.passed_over
+    images, numbers, skipped = dict[str, _Place](), dict[tuple[int, str], str](), Counter[str]()
+    for tar, called in enumerate(names):
+        for name, kind, start, num_bytes, text in _members(local(tar) if local else Path(called), called):
+            if text is not None:
+                number = _class_number(text, f"{called}: {name}")
+                other = numbers.setdefault((tar, _stem(name)), number)
+                if other != number:
+                    raise DataError(f"{called}: {_stem(name)} has two classes in .cls files, {other} and {number}")
+                continue
+            if kind is None and name in images:
+                raise DataError(f"{called}: {name} is there twice (also in {names[images[name][0]]})")
+            if kind is None:
+                images[name] = (tar, start, num_bytes)
+            else:
+                skipped[kind] += 1
     if not images:
-        beside = in_brackets(passed_over)
-        raise DataError(f"{where}: no images ({', '.join(EXTENSIONS)}) in {len(names)} tar files{beside}")
+        raise DataError(f"{where}: no images ({', '.join(EXTENSIONS)}) in {len(names)} tar files{in_brackets(skipped)}")
     folders = sorted({key.split("/", 1)[0] for key in images if "/" in key})
     mistake = mistaken_layout(where, folders, [*images], packed=True)
     # Where .cls files say the classes, folders may be called as they like, unless they are several parts of a data set.
     if mistake and (not numbers or len({part_of(name) for name in folders} - {None}) > 1):
         raise DataError(mistake)
-    keys = (
-        _images_of_samples(images, passed_over, where=where) if numbers else without_masks(sorted(images), passed_over)
-    )
-    stems = [(images[key][0], _stem(key)) for key in keys] if numbers else []
-    # Without .cls files the first folder is the class; where no image lies in a folder, there are none.
-    of_images = [numbers.get(stem) for stem in stems] or [
-        key.rpartition("/")[0].split("/", 1)[0] or None for key in keys
-    ]
+    keys = _images_of_samples(images, skipped, where) if numbers else without_masks(sorted(images), skipped)
+    class_names, class_ids = _classes(keys, images, numbers, where, len(names), skipped)
+    places = np.array([images[key] for key in keys], np.int64)
+    return TarIndex(Strings(keys), places, class_names, class_ids, dict(skipped))
+
+
+def _members(path: Path, called: str | Path) -> Iterator[tuple[str, str | None, int, int, bytes | None]]:
+    """Yield each file in a tar file: its name, why it is skipped (None for an image), its first byte and its length.
+
+    Last, what a .cls file holds, None for others.
+    """
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                if member.isdir():
+                    continue
+                name = member.name.removeprefix("./").lstrip("/")
+                kind = why_skipped(name) if member.isfile() else "links or special"
+                content = tar.extractfile(member) if kind == ".cls" else None
+                yield name, kind, member.offset_data, member.size, content.read(32) if content else None
+    except (OSError, tarfile.TarError) as error:
+        raise DataError(f"{called}: cannot be read as a tar file, uncompressed ({error})") from error
+
+
+def _classes(
+    keys: Sequence[str],
+    images: Mapping[str, _Place],
+    numbers: Mapping[tuple[int, str], str],
+    where: str,
+    num_tars: int,
+    skipped: Counter[str],
+) -> tuple[list[str], NDArray[np.int64]]:
+    """Return the class names, and the class id of each image: by .cls files, or, without any, by the first folder."""
+    if numbers:
+        of_images = [numbers.get((images[key][0], _stem(key))) for key in keys]
+    else:
+        of_images = [key.split("/", 1)[0] if "/" in key else None for key in keys]
     lacking = [key for key, name in zip(keys, of_images, strict=True) if name is None]
-    if lacking and (numbers or len(lacking) < len(keys)):
-        few = f"{where}: {len(lacking):,} of {len(keys):,} images have"
-        if numbers:
-            raise DataError(f"{few} no .cls file ({listed(lacking)})")
-        advice = "; if each tar file is a class, unpack it into a folder of its name" if len(names) > 1 else ""
-        beside = f"; {passed_over_text(passed_over)}" if passed_over else ""
+    if not lacking:
+        return (named_classes if numbers else sorted_classes)([name for name in of_images if name is not None])
+    few = f"{where}: {len(lacking):,} of {len(keys):,} images have"
+    if numbers:
+        raise DataError(f"{few} no .cls file ({listed(lacking)})")
+    if len(lacking) < len(keys):
+        advice = "; if each tar file is a class, unpack it into a folder of its name" if num_tars > 1 else ""
+        beside = f"; {skipped_text(skipped)}" if skipped else ""
         raise DataError(
             f"{few} neither a .cls file nor a folder that names their class ({listed(lacking)}){advice}{beside}"
         )
-    classes = [name for name in of_images if name is not None]
-    class_names, class_ids = [], np.zeros(len(keys), np.int64)
-    if classes:
-        class_names, class_ids = named_classes(classes) if numbers else sorted_classes(classes)
-    places = np.array([images[key] for key in keys], np.int64)
-    return TarIndex(Strings(keys), places, class_names, class_ids, dict(passed_over))
+    return [], np.zeros(len(keys), np.int64)
 
 
-def _read_members(content: _Content, tar: int, path: Path, names: Sequence[str | Path]) -> None:
-    """Note what is in the tar file of a number. Raises DataError for what is there twice."""
-    called = names[tar]
-    for name, kind, start, num_bytes, text in _members(path, called):
-        if text is not None:
-            number = _class_number(text, where=f"{called}: {name}")
-            other = content.numbers.setdefault((tar, _stem(name)), number)
-            if other != number:
-                raise DataError(f"{called}: {_stem(name)} has two classes in .cls files, {other} and {number}")
-        elif kind is not None:
-            content.passed_over[kind] += 1
-        elif name in content.images:
-            raise DataError(f"{called}: {name} is there twice (also in {names[content.images[name][0]]})")
-        else:
-            content.images[name] = (tar, start, num_bytes)
-
-
-def _images_of_samples(
-    images: Mapping[str, tuple[int, int, int]], passed_over: Counter[str], *, where: str
-) -> list[str]:
+def _images_of_samples(images: Mapping[str, _Place], skipped: Counter[str], where: str) -> list[str]:
     """Return the path of the image of each sample, sorted; count the sample's other pictures, such as masks."""
     samples: defaultdict[tuple[int, str], list[str]] = defaultdict(list)
     for key, (tar, _, _) in images.items():
         samples[tar, _stem(key)].append(key)
     chosen: list[str] = []
     for (_, stem), found in samples.items():
-        own = found
-        if len(found) > 1:
-            own = [key for key in found if key.count(".", len(stem)) == 1]
-            own = own or [key for key in found if not is_named_as_mask(key)]
+        own = [key for key in found if key.count(".", len(stem)) == 1] if len(found) > 1 else found
+        own = own or [key for key in found if not is_named_as_mask(key)]
         if len(own) != 1:
             raise DataError(
                 f"{where}: the sample {stem} has {len(found)} images ({listed(found)}), and nothing says which is "
                 f"meant; name it {stem}.jpg or .png and the others {stem}.WORD.png, or leave them out"
             )
         chosen += own
-        passed_over.update(f"{key[len(stem) :].lower()} beside the sample's image" for key in found if key not in own)
+        skipped.update(f"{key[len(stem) :].lower()} beside the sample's image" for key in found if key not in own)
     return sorted(chosen)
 
 
-def _members(path: Path, called: str | Path) -> Iterator[_Member]:
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                name = member.name.removeprefix("./").lstrip("/")
-                if member.isdir():
-                    continue
-                kind = why_passed_over(name) if member.isfile() else "links or special"
-                content = tar.extractfile(member) if kind == ".cls" else None
-                text = content.read(32) if content else None
-                yield _Member(name, kind, member.offset_data, member.size, text)
-    except (OSError, tarfile.TarError) as error:
-        raise DataError(f"{called}: cannot be read as a tar file, uncompressed ({error})") from error
+def _class_number(text: bytes, where: str) -> str:
+    number = text.decode("ascii", "replace").strip()
+    if not number.isdecimal():
+        raise DataError(f"{where}: expected the number of a class, 0 or above, got {text!r}")
+    return str(int(number))
 
 
 def _stem(name: str) -> str:
     """Return a path up to the first dot of its last part, by which WebDataset tells what belongs together."""
     folder, slash, last = name.rpartition("/")
     return folder + slash + last.split(".", 1)[0]
-
-
-def _class_number(text: bytes, *, where: str) -> str:
-    number = text.decode("ascii", "replace").strip()
-    if not number.isdecimal():
-        raise DataError(f"{where}: expected the number of a class, 0 or above, got {text!r}")
-    return str(int(number))
 
 
 def save_index(
@@ -191,8 +173,8 @@ def save_index(
         "places": index.places,
         "class_names": Strings(index.class_names).packed(),
         "class_ids": index.class_ids,
-        "passed_over": Strings(list(index.passed_over)).packed(),
-        "num_passed_over": np.array([*index.passed_over.values()], np.int64),
+        "passed_over": Strings(list(index.skipped)).packed(),
+        "num_passed_over": np.array([*index.skipped.values()], np.int64),
     }
     write_arrays(path, arrays)
 
@@ -204,9 +186,9 @@ def load_index(path: Path) -> tuple[TarIndex, list[str], NDArray[np.int64], NDAr
         tars, class_names, kinds = (
             [*Strings.unpacked(arrays[name])] for name in ("tars", "class_names", "passed_over")
         )
-        passed_over = dict(zip(kinds, arrays["num_passed_over"].tolist(), strict=True))
+        skipped = dict(zip(kinds, arrays["num_passed_over"].tolist(), strict=True))
         keys = Strings.unpacked(arrays["keys"])
-        index = TarIndex(keys, arrays["places"], class_names, arrays["class_ids"], passed_over)
+        index = TarIndex(keys, arrays["places"], class_names, arrays["class_ids"], skipped)
         return index, tars, arrays["sizes"], arrays["marks"]
     except UNREADABLE as error:
         raise DataError(f"{path}: cannot be read as an index of tar files; write it again, or delete it") from error

@@ -1,4 +1,4 @@
-"""Images in tar files, as WebDataset writes them, read in place; and an index that spares looking through them."""
+"""Images in tar files, as WebDataset writes them, read in place; and an index, so that they open at once."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class TarImages:
         self.paths = [Path(path) for path in paths]
         self.index = scan_tars(self.paths) if index is None else index
         self.keys, self.class_ids, self.class_names = (self.index.keys, self.index.class_ids, self.index.class_names)
-        self.passed_over = self.index.passed_over
+        self.skipped = self.index.skipped
         self._read_ahead = False
         self._open: OrderedDict[int, _OpenFile] = OrderedDict()
 
@@ -48,8 +48,8 @@ class TarImages:
     def streamed(self) -> TarImages:
         """Return the same images, for reading tar file by tar file: the first image asked for fetches its whole file.
 
-        The system then reads each file once from end to end, ahead of who asks, into memory that it may take
-        back. Only for an order that stays within a few files at a time (`shard_order`).
+        The kernel then reads each file once, sequentially and ahead of use, into its page cache. Only for an order
+        that stays within a few files at a time (`shard_order`).
         """
         streamed = TarImages(self.paths, self.index)
         streamed._read_ahead = True
@@ -100,7 +100,7 @@ class TarImages:
 
 
 class _OpenFile:
-    """A file that is open for as long as somebody holds this."""
+    """A file that stays open as long as any thread holds this."""
 
     def __init__(self, path: Path, *, read_ahead: bool) -> None:
         self.descriptor = os.open(path, os.O_RDONLY)
@@ -108,7 +108,7 @@ class _OpenFile:
             os.posix_fadvise(self.descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
 
     def is_removed(self) -> bool:
-        """Say whether the file has no name any longer, and its room on the disk goes with this."""
+        """Return True if the file was deleted: its space on the disk is freed when this closes."""
         return os.fstat(self.descriptor).st_nlink == 0
 
     def __del__(self) -> None:
@@ -118,7 +118,7 @@ class _OpenFile:
 
 def tar_files(folder: Path) -> list[Path]:
     """Return the tar files in a folder. Raises DataError if they are of several parts of a data set."""
-    tars = sorted(path for path in folder.iterdir() if _is_tar(path))
+    tars = sorted(p for p in folder.glob("[!.]*") if p.suffix.lower() == ".tar" and p.is_file())
     refuse_parts(folder, [path.name for path in tars])
     return tars
 
@@ -133,10 +133,6 @@ def refuse_parts(folder: str | Path, names: Sequence[str]) -> None:
     if len(parts) > 1:
         some = listed([*parts.values()])
         raise DataError(f"{folder}: holds tar files of several parts of a data set ({some}); give each a folder")
-
-
-def _is_tar(path: Path) -> bool:
-    return path.suffix.lower() == ".tar" and not path.name.startswith(".") and path.is_file()
 
 
 def write_index(folder: str | Path) -> Path:

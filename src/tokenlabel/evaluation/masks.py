@@ -17,10 +17,9 @@ from tokenlabel.core.batch import collate_score_maps
 from tokenlabel.core.geometry import View, stack_views
 from tokenlabel.core.scores import Orientation, ScoreMap, from_mask, turned_map
 from tokenlabel.core.targets import TokenTargets
-from tokenlabel.data.coco import COCO_SUFFIX, CocoMasks
 from tokenlabel.data.decoding import orientation_of
 from tokenlabel.data.images import ImageSource
-from tokenlabel.data.masks import check_upright, decode_mask, mask_names, unlabelled_value
+from tokenlabel.data.masks import COCO_SUFFIX, CocoMasks, check_upright, decode_mask, mask_names, unlabelled_value
 from tokenlabel.evaluation.evaluators import object_tokens
 from tokenlabel.labels.store import LabelStore
 from tokenlabel.runtime.errors import DataError

@@ -1,14 +1,14 @@
-"""Whole files from behind URLs, in a cache of a stated size that any number of processes share.
+"""Whole files from behind URLs, in a cache of limited size that any number of processes share.
 
-TOKENLABEL_CACHE names the folder of the cache, by default ~/.cache/tokenlabel; TOKENLABEL_CACHE_SIZE what it may
-hold, such as 500GB, by default 100GB. No torch.
+TOKENLABEL_CACHE is the folder of the cache, by default ~/.cache/tokenlabel; TOKENLABEL_CACHE_SIZE its size, such as
+500GB, by default 100GB. No torch.
 
-    files/     copies of files, called by a digest of their URL, size and version
-    folders/   copies of whole folders; who uses one keeps a shared lock on it
+    files/     copies of files, named by a digest of their URL, size and version
+    folders/   copies of whole folders; a process that uses one holds a shared lock on it
     indexes/   what was found in folders and tar files
-    locks/     files that processes lock in turn
+    locks/     lock files
 
-Names that begin with a dot are of downloads that go on: a reservation ends in the bytes that it keeps room for.
+Names that begin with a dot belong to downloads in progress: a reservation's name ends in the bytes that it reserves.
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ from tokenlabel.runtime.remote import (
 )
 
 NUM_AHEAD = 3
-"""Files that are fetched while others are read."""
+"""Files to download while others are read."""
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 def fetch(file: RemoteFile, check: Callable[[Path], None] = lambda path: None) -> Path:
-    """Return the copy of a file in the cache, which is made if it is not there; the least recently used ones go for it.
+    """Return the copy of a file in the cache; download it if it is not there, in place of the least recently used.
 
-    A file that breaks off is tried again, three times in all. `check`: is called with a new copy before it counts.
-    Processes that want the same file wait for the first of them. Raises RemoteError that names the file.
+    A download that breaks off is tried three times in all. `check` is called with a new copy before other processes
+    see it. Processes that want the same file wait for the first of them. Raises RemoteError that names the file.
     """
     path = _folder("files") / file.cached_as
     if _is_there(path, file):  # without a lock: names are of versions, and files appear whole
         return path
-    with exclusive(f"{path.name[:2]}.lock"):  # one of 256
+    with exclusive(f"{path.name[:2]}.lock"):  # one of 256: a lock a file would leave as many lock files behind
         if not _is_there(path, file):
             with _room(file.num_bytes, file.url) as moved:
                 download(file, path, moved, check)
@@ -60,9 +60,9 @@ def fetch(file: RemoteFile, check: Callable[[Path], None] = lambda path: None) -
 
 
 def local_copy(name: str | Path) -> Path:
-    """Return a path as it is; of the URL of a file or a folder, a copy of all of it in the cache, checked by size.
+    """Return a path unchanged; for the URL of a file or a folder, the path of a whole copy in the cache.
 
-    It is made once for each version of the files, is whole or not there, and stays while this process runs.
+    It is downloaded once for each version of the files, and kept at least as long as this process runs.
     """
     url = as_url(name)
     if url is None:
@@ -89,15 +89,15 @@ def local_copy(name: str | Path) -> Path:
 
 @contextmanager
 def fetched_ahead(wanted: Iterable[tuple[int, RemoteFile]], reached: Callable[[], int]) -> Iterator[None]:
-    """Fetch files in the background, in the order in which they are wanted, a few ahead of who reads them.
+    """Download files in the background, in the order in which they are needed, NUM_AHEAD of them ahead of the reader.
 
-    `wanted`: when a file is wanted first (a number of a batch, say), and which. `reached`: that number, now. A file
-    that cannot be had is left to its reader, who names it.
+    `wanted`: the number of the batch that needs a file first, and the file. `reached` returns the number of the current
+    batch. Errors are ignored here: the reader tries again, and raises them.
     """
     stop, order, waiting = threading.Event(), threading.Lock(), list[int]()
     todo = iter(wanted)
 
-    def work() -> None:
+    def _work() -> None:
         while True:
             with order:
                 when, file = next(todo, (0, None))
@@ -112,7 +112,7 @@ def fetched_ahead(wanted: Iterable[tuple[int, RemoteFile]], reached: Callable[[]
                 fetch(file)
 
     for _ in range(NUM_AHEAD):  # daemons, so that no server keeps a process from ending
-        threading.Thread(target=work, daemon=True).start()
+        threading.Thread(target=_work, daemon=True).start()
     try:
         yield
     finally:
@@ -120,7 +120,7 @@ def fetched_ahead(wanted: Iterable[tuple[int, RemoteFile]], reached: Callable[[]
 
 
 def cache_bytes() -> int:
-    """Return how much the cache may hold. Raises RemoteError for a size that is none."""
+    """Return the size of the cache in bytes. Raises RemoteError if TOKENLABEL_CACHE_SIZE is no size."""
     text = os.environ.get("TOKENLABEL_CACHE_SIZE") or "100GB"
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?B?)", text.strip().upper())
     unit = found and (found[2] if found[2] in _UNITS else f"{found[2]}B")
@@ -146,12 +146,12 @@ def cached_index(digest: str, *, make: bool = True) -> Path:
 
 
 def exclusive(name: str) -> AbstractContextManager[None]:
-    """Do something that one process does at a time, of those that share the cache."""
+    """Hold a lock that one of the processes that share the cache has at a time."""
     return locked(_folder("locks") / name)
 
 
 def _is_there(path: Path, file: RemoteFile) -> bool:
-    """Say whether the cache has a file, and note that it is used."""
+    """Return True if the cache has a file, and mark it as used now."""
     try:
         status = path.stat()
         if status.st_size != file.num_bytes:  # a disk that lost it
@@ -165,11 +165,11 @@ def _is_there(path: Path, file: RemoteFile) -> bool:
 
 @contextmanager
 def _room(num_bytes: int, url: str) -> Iterator[Callable[[], None]]:
-    """Keep room for so many bytes in the cache; what was used least recently goes for them.
+    """Reserve bytes in the cache, in place of the least recently used; yield a function to call at each progress.
 
-    Returns what is to be called at each progress. Raises RemoteError where they never fit.
+    Raises RemoteError if they never fit.
     """
-    # A file that other processes see stands for bytes that are still on their way; its time says that it is alive.
+    # Other processes count this file's name as bytes in use; its modification time tells them that we are alive.
     reservation = _folder("files") / f".{os.urandom(4).hex()}-{num_bytes}.tmp"
     with exclusive("room.lock"):
         _make_room(num_bytes, url)
@@ -181,7 +181,7 @@ def _room(num_bytes: int, url: str) -> Iterator[Callable[[], None]]:
 
 
 def _make_room(num_bytes: int, url: str) -> None:
-    """Remove what was used least recently until so many bytes fit. Only for who holds `room.lock`."""
+    """Remove the least recently used until so many bytes fit. The caller holds `room.lock`."""
     room = cache_bytes() - num_bytes
     if room < 0:
         raise RemoteError(
@@ -204,7 +204,7 @@ def _make_room(num_bytes: int, url: str) -> None:
 
 
 def _reserved_bytes(path: Path) -> int:
-    """Return how much room an unfinished download has reserved; one that was abandoned is removed."""
+    """Return the bytes that a download in progress has reserved; remove one that was abandoned."""
     if time.time() - path.stat().st_mtime > ABANDONED_S:
         _remove(path)
         return 0
@@ -219,7 +219,7 @@ _held: dict[Path, int] = {}
 
 
 def _hold(folder: Path) -> bool:
-    """Keep a folder of the cache from being removed for as long as this process runs; say whether it is there."""
+    """Keep a folder in the cache as long as this process runs, by a shared lock; return False if it is not there."""
     with exclusive("room.lock"):
         if not folder.is_dir():
             return False
@@ -232,7 +232,7 @@ def _hold(folder: Path) -> bool:
 
 
 def _let_go(folder: Path) -> bool:
-    """Say whether no process holds a folder of the cache."""
+    """Return True if no process holds a folder of the cache."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

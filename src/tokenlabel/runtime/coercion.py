@@ -1,7 +1,7 @@
-"""What people write in Python, as what the code means by it: names of choices, lists for tuples, paths as text.
+"""Convert arguments to their annotated types: enums from their values, tuples from lists, paths from strings.
 
-Public functions coerce at their door and configurations when they are made; behind the door types are exact. A value
-that means nothing is a ValueError of one line that names what was expected.
+Public functions convert their arguments and configurations their fields; inner functions get exact types. A value that
+cannot be converted is a ValueError of one line that names what was expected.
 """
 
 from __future__ import annotations
@@ -30,15 +30,14 @@ T = TypeVar("T")
 _UNLIKE = object()
 
 Size = SupportsIndex | Sequence[Any]
-"""What functions take for a size: a pair, or one number for both sides."""
-
+"""A size as functions take it: a pair, or one number for both sides."""
 
 ONE_OPTION = {"one_option": True}
 """Metadata of a field whose type is a dataclass: help lists it as one option, `--erase`, not each of its fields."""
 
 
 class Choice(StrEnum):
-    """An enum that a door calls with a member or its value: `Mixing("cutmix")`. Anything else is a ValueError."""
+    """An enum whose members can be given by their values: `Mixing("cutmix")`. Anything else is a ValueError."""
 
     @classmethod
     def _missing_(cls, value: object) -> Any:
@@ -51,7 +50,7 @@ def arms_of(kind: Any) -> tuple[Any, ...]:
 
 
 def coerced_fields(config: type[T]) -> type[T]:
-    """Coerce the fields of a dataclass, before its own checks; goes below `@dataclass`, subclasses inherit it."""
+    """Convert the fields of a dataclass before its `__post_init__`; goes below `@dataclass`, subclasses inherit it."""
     check: Callable[[Any], None] | None = getattr(config, "__post_init__", None)
 
     def __post_init__(self: Any) -> None:  # noqa: N807
@@ -66,11 +65,10 @@ def coerced_fields(config: type[T]) -> type[T]:
 
 
 def coerced(value: Any, kind: Any, *, name: str) -> Any:
-    """Return a value as the annotation `kind` has it: its own type, or what stands for it without loss.
+    """Convert a value to the annotated type `kind`, without loss; raise ValueError that begins with `name`.
 
-    Members go by their values, configurations by dicts, `tuple` by any sequence (a pair of whole numbers by one of
-    them), `Path` and `str` by each other, numbers by NumPy's. What is not known to be either passes as it is.
-    Raises ValueError that begins with `name`.
+    Enums are made from their values, dataclasses from dicts, tuples from any sequence (a pair of ints from one int),
+    `Path` and `str` from each other, numbers from NumPy's. Other types pass unchecked.
     """
     result = _converted(value, kind, name)
     if result is _UNLIKE:
@@ -80,7 +78,7 @@ def coerced(value: Any, kind: Any, *, name: str) -> Any:
 
 
 def _converted(value: Any, kind: Any, name: str) -> Any:
-    """Return the value of a kind, _UNLIKE for what does not stand for one; a wrong part of it raises."""
+    """Return the converted value, or _UNLIKE if it cannot be converted; a wrong part of it raises."""
     origin, arms = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
         if value is None and NoneType in arms:
@@ -124,7 +122,7 @@ def pair(size: Size, *, name: str = "img_size") -> tuple[int, int]:
 
 
 def _plain(value: Any, kind: type, *, name: str) -> Any:
-    """Coerce to a type that has no parts."""
+    """Convert to a type without type arguments."""
     if issubclass(kind, Choice):
         if value not in [*kind]:
             raise ValueError(f"{name}: expected one of {', '.join(kind)}; got {value!r}")

@@ -1,4 +1,4 @@
-"""Processes that torchrun started together: which of them this is, and how they tell each other things."""
+"""The processes that torchrun started: their ranks, and how they exchange values."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from tokenlabel.runtime.process import environment_number, keep_freed_memory
 T = TypeVar("T")
 Precision = Literal["fp32", "bf16", "fp16"]
 
-# Ranks that exchange objects have each done a share of their own (labelled, evaluated, looked at images), however long
-# that took the slowest. In a step they work side by side: one that is late by this much hangs, and all should end.
+# Before ranks exchange objects, each has done a share of its own (labelled, evaluated, checked images), which may take
+# the slowest very long. In a training step they run in lockstep: one that is late by STEP_PATIENCE hangs, so all end.
 PATIENCE = timedelta(days=7)
 STEP_PATIENCE = timedelta(minutes=30)
 
@@ -54,9 +54,9 @@ class Ranks:
         return values[0]
 
     def on_main(self, action: Callable[[], T]) -> T:
-        """Let the first rank do something; return its result on every rank, which must pickle.
+        """Call a function on the first rank only; return its result on every rank, which must pickle.
 
-        If it fails, so do all: the first rank raises its error, the others FirstRankError with its message.
+        If it raises, all ranks raise: the first one its error, the others FirstRankError with its message.
         """
         if self.world_size == 1:
             return action()
@@ -74,7 +74,7 @@ class Ranks:
         return result  # type: ignore[return-value]
 
     def share_buffers(self, model: nn.Module) -> None:
-        """Give every rank the first one's buffers of a model, such as BatchNorm's means."""
+        """Copy the buffers of a model, such as BatchNorm's means, from the first rank to all."""
         if self.world_size > 1:
             for buffer in model.buffers():
                 dist.broadcast(buffer, src=0)
@@ -97,7 +97,7 @@ class Ranks:
 
 
 def launched_ranks() -> Ranks:
-    """Return what torchrun's environment says; a single rank without torchrun."""
+    """Return the ranks by torchrun's environment variables; a single rank without torchrun."""
     rank, world_size, local_rank = map(environment_number, ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     return Ranks(rank, world_size, local_rank)
 
@@ -174,10 +174,10 @@ def _named_device(device: torch.device | str, option: str) -> torch.device:
 
 
 def shard(model: nn.Module, parts: Iterable[nn.Module], device: torch.device) -> None:
-    """Divide a model's weights among all ranks (FSDP2): each part is put together only while it computes.
+    """Shard a model's weights over all ranks (FSDP2); each part is gathered only while it computes.
 
-    What belongs to none of the parts stays together from the forward pass to the end of the backward pass, as
-    losses that work through a head of the model need it.
+    What belongs to none of the parts stays gathered from the forward to the end of the backward pass, since losses
+    may call a head of the model after its forward pass.
     """
     for parameter in model.parameters():
         parameter.data = parameter.data.contiguous()  # FSDP2 takes no other layout

@@ -1,6 +1,6 @@
-"""The errors that somebody catches, what became of old names, and messages of other libraries on one line.
+"""Exception classes, renamed and removed options, and helpers for error messages.
 
-What users can cause is a ValueError of one line; all others are plain ones.
+An error that a user can cause is a ValueError with a message of one line.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import Any
 
 RENAMED = {"size_px": "img_size", "size-px": "img-size"}
-"""Fields and options that are called otherwise now."""
+"""Renamed fields and options."""
 
 GONE = {
     "overfit": "for a few images by heart, train on a list file of them: --data.train FEW.txt --loss.label-smoothing 0",
@@ -21,35 +21,35 @@ GONE = {
     "erase.min_aspect": "boxes are up to 1 / 0.3 times as high as wide, and as wide as high; leave it out",
     "eval.num_workers": "evaluation takes data.num_workers processes, from 5,000 images on",
 }
-"""What fields and options that there are no longer are replaced by."""
+"""Removed fields and options, and what to do instead."""
 
 
 class ConfigError(ValueError):
-    """What somebody asks for, in a recipe, an option or a call, that does not exist or does not fit."""
+    """A recipe, an option or an argument asks for something that does not exist or does not fit."""
 
 
 class DataError(ValueError):
-    """Images, masks or lists of images that cannot be used as they are."""
+    """Images, masks or lists of images cannot be used as they are."""
 
 
 class ImageError(ValueError):
-    """An image that does not decode. The message names it."""
+    """An image does not decode. The message names it."""
 
 
 class RemoteError(ValueError):
-    """Files behind a URL that cannot be had. The message names one."""
+    """A file behind a URL cannot be downloaded. The message names it."""
 
 
 class StoreError(ValueError):
-    """Labels on disk that cannot be used as they are."""
+    """Labels on disk cannot be used as they are."""
 
 
 class ModelError(ValueError):
-    """Networks, their weights and heads that do not exist, cannot be read, or cannot do what they are to do."""
+    """A network, its weights or a head does not exist, cannot be read, or cannot do what is asked."""
 
 
 class FirstRankError(ValueError):
-    """What the first rank does for all ranks failed there."""
+    """The first rank failed at what it does for all ranks."""
 
 
 def import_extra(module: str, extra: str, what: str, *, otherwise: str = "") -> Any:
@@ -61,12 +61,12 @@ def import_extra(module: str, extra: str, what: str, *, otherwise: str = "") -> 
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of an error's message, for a message of one line of our own."""
+    """Return the first line of the message of another library's error."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def near_names(word: str, known: Sequence[str], *, prefix: str = "") -> str:
-    """Return a clause that says what became of `word`, or names the known words nearest to it, or those beside it.
+    """Return a hint about an unknown word: what became of it, or the nearest known words, or those beside it.
 
     `prefix`: what stands before each name.
     """
@@ -89,7 +89,7 @@ def near_names(word: str, known: Sequence[str], *, prefix: str = "") -> str:
 
 
 def refuse(faults: Mapping[str, object], error: type[ValueError] = ConfigError) -> None:
-    """Raise an error with the first message whose value is true: what must not be, as a table."""
+    """Raise an error with the first message whose condition is true."""
     for message, is_so in faults.items():
         if is_so:
             raise error(message)

@@ -1,4 +1,4 @@
-"""Names on the Hugging Face hub, and what lies there of runs, label stores, heads and models, as local paths."""
+"""Runs, label stores, heads and models on the Hugging Face hub: download them by name."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def local_name(name: str | Path) -> str:
 
 
 def is_hub_name(name: str | Path) -> bool:
-    """Say whether a name is that of a whole repository of the hub, not of a file or folder in one."""
+    """Return True for the name of a whole repository of the hub, False for a file or folder in one."""
     return _NAME.fullmatch(str(name)) is not None
 
 
@@ -73,11 +73,11 @@ def status_of(error: Exception) -> int:
 
 @contextmanager
 def hub_or_cache(*, online: bool = True) -> Iterator[None]:
-    """Let what the hub's library fetches come from its cache where the hub cannot be reached, or shall not be.
+    """Let huggingface_hub read from its cache alone where the hub does not answer, or if not `online`.
 
-    Left alone, the hub's library tries each file six times before it looks there: a minute for one model. So it is told
-    that it is offline unless something answers within REACH_WITHIN_S. Raises OSError for what neither has.
+    Raises OSError for what is not in the cache.
     """
+    # By itself it tries each file six times before it looks into the cache: a minute for one model.
     from huggingface_hub import constants
     from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
@@ -93,20 +93,21 @@ def hub_or_cache(*, online: bool = True) -> Iterator[None]:
 
 
 def hub_answers() -> bool:
-    """Ask once. In a thread: looking up a name, or a firewall that drops packets, has no time limit of its own."""
+    """Return True if the hub answers within REACH_WITHIN_S."""
+    # In a thread: a DNS lookup, or a firewall that drops packets, has no time limit of its own.
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
 
     answers: list[bool] = []
 
-    def ask() -> None:
+    def _ask() -> None:
         try:
             get_session().head(constants.ENDPOINT, timeout=REACH_WITHIN_S)
             answers.append(True)
         except Exception:  # whatever networks, proxies and their libraries raise
             answers.append(False)
 
-    thread = Thread(target=ask, daemon=True)
+    thread = Thread(target=_ask, daemon=True)
     thread.start()
     thread.join(REACH_WITHIN_S)
     return answers == [True]

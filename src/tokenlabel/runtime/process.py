@@ -1,4 +1,4 @@
-"""What any process does beside its work: lines for people, signals, whole files, locks, threads, memory.
+"""What any process does beside its work: how it ends, lines for people, signals, whole files, locks, threads, memory.
 
 No torch, so that every command may ask at once.
 """
@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import io
 import json
 import os
 import platform
+import select
 import signal
 import sys
 from collections import deque
@@ -18,11 +20,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 from tqdm import tqdm
 
-from tokenlabel.runtime.errors import DataError
+from tokenlabel.runtime.errors import DataError, FirstRankError
 
 
 def environment_number(name: str) -> int:
@@ -31,7 +33,7 @@ def environment_number(name: str) -> int:
 
 
 def is_main_process() -> bool:
-    """Say whether this process speaks and writes for all."""
+    """Return True in the process that prints and writes for all (rank 0)."""
     return environment_number("RANK") == 0
 
 
@@ -42,7 +44,7 @@ def say(line: str) -> None:
 
 
 def listed(names: list[str], most: int = 3) -> str:
-    """Return the first names, and ", ..." only where there are more: `a, b, c` of three, `a, b, c, ...` of four."""
+    """Return the first names, and ", ..." if there are more: `a, b, c, ...`."""
     return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
@@ -56,15 +58,15 @@ class Interrupted(Exception):  # noqa: N818  (not an error: somebody asked the r
 
 @contextmanager
 def caught_signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM in a list, so that a step is never cut in two; a second one ends at once."""
+    """Yield a list that collects SIGINT and SIGTERM, so that no step is interrupted; a second one raises at once."""
     received: list[int] = []
 
-    def remember(number: int, _: object) -> None:
+    def _remember(number: int, _: object) -> None:
         if received:
             raise KeyboardInterrupt
         received.append(number)
 
-    before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, _remember) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield received
     finally:
@@ -72,13 +74,70 @@ def caught_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+USAGE_ERROR = 2
+
+
+def with_open_streams(run: Callable[[], int]) -> int:
+    """Return the exit status of a command whose output may go to a pipe, such as `tokenlabel inspect labels | head`."""
+    try:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):  # names of files need not be UTF-8, nor need the terminal
+                stream.reconfigure(errors="backslashreplace")
+        try:
+            return run()
+        finally:
+            sys.stdout.flush()  # here, where it can be handled, not when the interpreter ends
+    except BrokenPipeError as error:
+        unread = [stream for stream in (sys.stdout, sys.stderr) if _nobody_reads(stream)]
+        for stream in unread:  # no error, and nothing is left to say: not by the interpreter either
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        if not unread:
+            print(f"tokenlabel: error: {error}", file=sys.stderr)
+        return 128 + signal.SIGPIPE if unread else USAGE_ERROR
+
+
+def run_command(command: str, run: Callable[[list[str]], int], arguments: list[str]) -> int:
+    """Run a function on its arguments; return the exit status, after one line of what stopped it."""
+    try:
+        return run(arguments)
+    except Interrupted as stop:
+        print(f"{command}: {stop}", file=sys.stderr)
+        return stop.exit_status
+    except KeyboardInterrupt:
+        print(f"\n{command}: stopped; the same command continues", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        if isinstance(error, BrokenPipeError) or os.environ.get("TOKENLABEL_TRACEBACK"):
+            raise
+        if not isinstance(error, FirstRankError) or environment_number("LOCAL_RANK") == 0:  # once a machine
+            print(f"{command}: error: {_own_message(error)}", file=sys.stderr)
+        return USAGE_ERROR
+
+
+def _own_message(error: Exception) -> str:
+    """Return the message of an error; one from a data worker comes with the worker's traceback before it."""
+    if isinstance(error, OSError) and isinstance(error.filename, str) and error.strerror:
+        return f"{error.filename}: {error.strerror}"  # without its number
+    message = str(error).rstrip()
+    if message.startswith("Caught ") and "Traceback" in message:
+        return message.splitlines()[-1].partition(": ")[2]
+    return message
+
+
+def _nobody_reads(stream: TextIO) -> bool:
+    """Return True if a stream is a pipe whose reader has closed it."""
+    poll = select.poll()
+    poll.register(stream.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
 UNFINISHED = ".*.tmp"
-"""What files that are being written, or were when their process was killed, are called."""
+"""The pattern of names of files that are being written, or were when their process was killed."""
 ABANDONED_S = 600.0
-"""An unfinished file that nobody has written to for so long is a killed process's."""
+"""An unfinished file that was not written to for so many seconds belongs to a killed process."""
 
 _WRITE_BYTES = 1 << 20
-_STRETCH = 256  # items that a thread takes at a time: handing them out one by one takes longer than some take
+_STRETCH = 256  # items a task: scheduling them one by one takes longer than the function does
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of <malloc.h>
 
 
@@ -89,7 +148,7 @@ def write_whole(path: Path, content: str | Iterable[bytes]) -> None:
     """
     parts = [content.encode()] if isinstance(content, str) else content
     path.parent.mkdir(parents=True, exist_ok=True)
-    # No process number: processes of two machines may have the same, and threads do.
+    # Random rather than the process id, which threads share, and which may be the same on another machine.
     temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
     try:
         with temporary.open("wb", buffering=_WRITE_BYTES) as file:
@@ -99,7 +158,7 @@ def write_whole(path: Path, content: str | Iterable[bytes]) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    # The name is on the disk only when its folder is, too.
+    # The new name itself survives a power cut only once the folder is on the disk, too.
     descriptor = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -112,7 +171,7 @@ def locked(path: Path) -> Iterator[None]:
     """Lock a folder, or a file that is made if it is not there: of several processes one at a time."""
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        with suppress(OSError):  # some network file systems cannot: then two may do the same
+        with suppress(OSError):  # some network file systems have no locks: two processes may then do the same work
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
@@ -133,9 +192,9 @@ T = TypeVar("T")
 
 
 def ahead(pool: ThreadPoolExecutor, function: Callable[[S], T], items: Iterable[S], depth: int) -> Iterator[T]:
-    """Yield the function of each item in order, working on up to `depth` of them in the background."""
+    """Yield the results of a function for each item, in order; compute up to `depth` of them in the background."""
     waiting: deque[Future[T]] = deque()
-    # What is done is given out before more is begun, so that few results wait in memory.
+    # Finished results are yielded before more work is submitted, so that few wait in memory.
     for item in items:
         waiting.append(pool.submit(function, item))
         while waiting and (len(waiting) >= depth or waiting[0].done()):
@@ -146,7 +205,7 @@ def ahead(pool: ThreadPoolExecutor, function: Callable[[S], T], items: Iterable[
 
 @contextmanager
 def thread_pool(num_workers: int) -> Iterator[ThreadPoolExecutor]:
-    """Return a pool of threads that drops what it has not begun when it is left."""
+    """Yield a thread pool that cancels what it has not started on exit."""
     pool = ThreadPoolExecutor(max(1, num_workers))
     try:
         yield pool
@@ -155,7 +214,7 @@ def thread_pool(num_workers: int) -> Iterator[ThreadPoolExecutor]:
 
 
 def in_threads(function: Callable[[S], T], items: Sequence[S], num_threads: int) -> list[T]:
-    """Return the function of each item, computed by several threads that take a stretch of items at a time."""
+    """Return the results of a function for each item, computed by several threads."""
     stretches = [items[i : i + _STRETCH] for i in range(0, len(items), _STRETCH)]
     with ThreadPoolExecutor(num_threads) as pool:
         found = pool.map(lambda stretch: [function(item) for item in stretch], stretches)
@@ -164,12 +223,12 @@ def in_threads(function: Callable[[S], T], items: Sequence[S], num_threads: int)
 
 @cache
 def keep_freed_memory() -> bool:
-    """Let the allocator keep what is freed for the next tensors, where that is glibc's; return whether it does.
+    """Let glibc's allocator keep freed memory for the next tensors; return False for another allocator.
 
-    By default glibc gives blocks of more than 32 MiB back to the kernel as soon as they are free. The activations of a
-    batch are such blocks, so a network on a CPU waits for new pages, filled with zeros, at every layer. The process
-    stays as large as it was at its largest. An allocator put in glibc's place (LD_PRELOAD) goes its own way.
+    The process stays as large as it was at its largest.
     """
+    # By default glibc returns blocks of more than 32 MiB to the kernel as soon as they are freed. The activations of a
+    # batch are such blocks, so a network on a CPU would wait for new, zeroed pages at every layer.
     if platform.system() != "Linux" or platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt

@@ -7,6 +7,7 @@ of the libraries: AWS_PROFILE, HF_TOKEN, FSSPEC_S3_ENDPOINT_URL, ... No torch.
 from __future__ import annotations
 
 import math
+import operator
 import os
 import re
 import threading
@@ -23,7 +24,7 @@ from tokenlabel.runtime.errors import RemoteError, first_line
 T = TypeVar("T")
 
 _NUM_TRIES = 3
-_NUM_ASKED = 16  # files at a time, for their sizes
+_NUM_ASKED = 16  # requests at a time, for sizes of files
 # What file systems call the version of a file, the surest first.
 _VERSIONS = ("ETag", "etag", "crc32c", "md5Hash", "blob_id", "LastModified", "Last-Modified", "mtime", "updated")
 _CREDENTIALS = {
@@ -35,7 +36,7 @@ _CREDENTIALS = {
 
 @dataclass(frozen=True, slots=True)
 class RemoteFile:
-    """A file behind a URL as it was found: `version` is what its server tells versions apart by, "" if by nothing."""
+    """A file behind a URL. `version`: what its server tells versions apart by (an ETag, a checksum, a time), or ""."""
 
     url: str
     num_bytes: int
@@ -43,13 +44,13 @@ class RemoteFile:
 
     @property
     def cached_as(self) -> str:
-        """The name of its copy in the cache, another one for another version."""
+        """The name of its copy in the cache; other versions have other names."""
         name = self.url.partition("?")[0].rstrip("/").rpartition("/")[2]
         return f"{digest_of([self])}-{name[-100:]}"
 
 
 def as_url(name: str | Path) -> str | None:
-    """Return the URL that a name is, None for a path; a URL that went through `Path` gets its second slash back."""
+    """Return a name that is a URL, None for a path. `Path` drops one of two slashes, which is put back."""
     found = re.fullmatch(r"([a-zA-Z][a-zA-Z0-9+.-]+):(//?)([^/].*)", os.fspath(name), re.DOTALL)
     if found is None or (found[2] == "/" and not isinstance(name, Path)):
         return None
@@ -59,7 +60,7 @@ def as_url(name: str | Path) -> str | None:
 
 
 def expanded(name: str) -> list[str]:
-    """Return the names that braces stand for: train-{000..127}.tar, {a,b}.tar. Raises RemoteError for no range."""
+    """Expand braces: train-{000..127}.tar, {a,b}.tar. Raises RemoteError for a range that is none."""
     found = re.search(r"\{([^{}]*)\}", name)
     if found is None:
         return [name]
@@ -106,24 +107,16 @@ def download(
     """
     from fsspec.callbacks import Callback
 
-    class Progress(Callback):
-        def __init__(self, *watching: Callable[[], None]) -> None:
-            super().__init__()
-            self._watching = watching
-
-        def call(self, *_: Any, **__: Any) -> None:
-            for watch in self._watching:
-                watch()
-
     filesystem, name = filesystem_of(file.url)
     path.parent.mkdir(parents=True, exist_ok=True)
 
-    def attempt(progress: Callable[[], None]) -> Path:
+    def _attempt(progress: Callable[[], None]) -> Path:
+        watch = Callback(hooks={"progress": lambda *_, **__: progress(), "moved": lambda *_, **__: moved()})
         # A name of its own: an attempt that was given up may still write.
         temporary = path.with_name(f".{os.urandom(4).hex()}.part")
         try:
             temporary.touch()
-            filesystem.get_file(name, str(temporary), callback=Progress(progress, moved))
+            filesystem.get_file(name, str(temporary), callback=watch)
             found = temporary.stat().st_size
             if found != file.num_bytes:
                 raise ConnectionError(f"broke off after {found:,} of {file.num_bytes:,} bytes")
@@ -132,7 +125,7 @@ def download(
             raise
         return temporary
 
-    temporary = patiently(file.url, attempt)
+    temporary = patiently(file.url, _attempt)
     try:
         check(temporary)
         temporary.replace(path)
@@ -181,7 +174,7 @@ def _patience_s() -> float:
 
 
 def patiently(url: str, attempt: Callable[[Callable[[], None]], T]) -> T:
-    """Do something with a server, again if it fails in passing. `attempt` is given what to call at each progress."""
+    """Call `attempt` with a function to call at each progress, up to three times if errors are transient."""
     for number in range(_NUM_TRIES):  # half a second, then a second, between tries
         try:
             return _while_moving(attempt)
@@ -195,22 +188,17 @@ def patiently(url: str, attempt: Callable[[Callable[[], None]], T]) -> T:
 
 
 def _while_moving(attempt: Callable[[Callable[[], None]], T]) -> T:
-    """Return what a call returns. Raises TimeoutError once there was no progress for longer than patience is.
-
-    A thread does it, which is left to itself then: not every file system takes a timeout, or keeps to it.
-    """
+    """Return what a call returns. Raises TimeoutError once it made no progress for TOKENLABEL_TIMEOUT seconds."""
+    # In a thread, which is abandoned on a timeout: not every file system takes a timeout, or keeps to it.
     outcome, moved, patience = Future[T](), [time.monotonic()], _patience_s()
 
-    def progress() -> None:
-        moved[0] = time.monotonic()
-
-    def run() -> None:
+    def _run() -> None:
         try:
-            outcome.set_result(attempt(progress))
+            outcome.set_result(attempt(lambda: operator.setitem(moved, 0, time.monotonic())))
         except BaseException as error:
             outcome.set_exception(error)
 
-    threading.Thread(target=run, daemon=True).start()
+    threading.Thread(target=_run, daemon=True).start()
     while not wait([outcome], timeout=patience / 10).done:
         if time.monotonic() - moved[0] > patience:
             raise TimeoutError
@@ -218,7 +206,7 @@ def _while_moving(attempt: Callable[[Callable[[], None]], T]) -> T:
 
 
 def _is_final(error: Exception) -> bool:
-    """Say whether the same call would fail again."""
+    """Return True if the same call would fail again."""
     kinds = (FileNotFoundError, PermissionError, NotADirectoryError, ImportError, ValueError)
     return (
         (isinstance(error, kinds) and not isinstance(error, UnicodeError))

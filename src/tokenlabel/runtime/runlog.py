@@ -1,4 +1,4 @@
-"""What a run says while it goes: metrics.jsonl for programs, a progress bar for people, trackers beside both."""
+"""Logging of a run: metrics.jsonl, a progress bar, and trackers such as TensorBoard."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tokenlabel.runtime.errors import ConfigError, first_line, import_extra
 from tokenlabel.runtime.process import is_main_process, write_whole
 
 Tracker = Callable[[dict[str, Any]], None]
-"""Is called with each line of metrics: `step`, `kind` (train or eval) and figures by name; in one process only."""
+"""Called in the main process with each line of metrics: `step`, `kind` (train or eval) and figures by name."""
 
 
 class TensorBoard:
@@ -100,7 +100,7 @@ class WandB:
 
 @contextmanager
 def trackers_of(run: Path, *, tensorboard: bool, wandb: bool) -> Iterator[list[Tracker]]:
-    """Yield the trackers that a run is to have, on the rank that speaks for all; closed in the end."""
+    """Yield the trackers of a run, on the main process only; close them in the end."""
     with ExitStack() as stack:
         kinds = [kind for kind, wanted in ((TensorBoard, tensorboard), (WandB, wandb)) if wanted]
         folders = {TensorBoard: run / "tensorboard", WandB: run}
@@ -114,12 +114,11 @@ METRICS_FILE, RECIPE_FILE = "metrics.jsonl", "recipe.yaml"  # of a run folder
 
 
 class RunLog:
-    """Appends one JSON object a line to RUN/metrics.jsonl and keeps a progress bar on the terminal.
+    """Appends a JSON object per line to RUN/metrics.jsonl and shows a progress bar.
 
     Every line has `step`, the number of steps that were done when it was written. A run that continues from an
     earlier step drops the lines that it will write again, so that the file reads like that of an unbroken run.
-    One that is not `active` says and writes nothing: of many processes, one speaks for all. `trackers` hear every
-    line that is written.
+    Unless `active` (in the main process), it writes and prints nothing. `trackers` are called with every line.
     """
 
     def __init__(
@@ -189,8 +188,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 class Stopwatch:
     """Adds up the seconds spent in named parts of a step.
 
-    On a GPU work is only queued, so times of parts are those of the host; a part that waits (for data, for the
-    loss) shows what it waited for.
+    On a GPU these are the times of the host, which only queues work; a part that synchronizes includes the wait.
     """
 
     def __init__(self) -> None:
@@ -208,7 +206,7 @@ class Stopwatch:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Let the time inside the block count as nothing."""
+        """Do not count the time inside the block."""
         start = time.perf_counter()
         try:
             yield

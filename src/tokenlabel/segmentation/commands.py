@@ -49,8 +49,8 @@ def _train(arguments: list[str]) -> int:
 
         return train_segmentation, build
 
-    description = "Train a segmentation model by a recipe."
-    return run_train(arguments, SegmentRecipe, task, verb="segment train", description=description)
+    description = "Train a segmentation model by a recipe. The same command continues a run that was stopped."
+    return run_train(Parser("segment train", description), arguments, SegmentRecipe, task)
 
 
 def _evaluate(arguments: list[str]) -> int:

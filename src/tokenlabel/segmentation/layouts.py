@@ -9,9 +9,8 @@ from pathlib import Path
 
 from tokenlabel.data.class_names import read_class_names
 from tokenlabel.data.classes import difference, same_classes
-from tokenlabel.data.coco import COCO_SUFFIX, CROWD, CocoMasks
-from tokenlabel.data.folders import EXTENSIONS, list_images, passed_over_text, without_masks
-from tokenlabel.data.masks import mask_names, unlabelled_value
+from tokenlabel.data.folders import EXTENSIONS, list_images, skipped_text, without_masks
+from tokenlabel.data.masks import COCO_SUFFIX, CROWD, CocoMasks, mask_names, unlabelled_value
 from tokenlabel.labels.manifest import read_manifest
 from tokenlabel.runtime.coercion import coerced
 from tokenlabel.runtime.errors import DataError
@@ -172,12 +171,12 @@ def _checked(
             f"{masks}: {len(bare):,} of {len(found):,} images have no mask there ({listed(bare)}); expected "
             f"{next(iter(mask_of(bare[0])))} for {bare[0]}{f', found {listed(others)}' if others else ''}{lossy}"
         )
-    passed_over = f"; {passed_over_text(listing.passed_over)}" if listing.passed_over else ""
+    skipped = f"; {skipped_text(listing.skipped)}" if listing.skipped else ""
     if not found:
-        raise DataError(f"{images}: no images ({', '.join(EXTENSIONS)}){passed_over}")
+        raise DataError(f"{images}: no images ({', '.join(EXTENSIONS)}){skipped}")
     say(
         f"{images}: {num_masked:,} images with masks of {len(classes.names):,} classes ({listed(list(classes.names))})"
-        f"{f', {len(bare):,} without' if bare else ''}{passed_over}"
+        f"{f', {len(bare):,} without' if bare else ''}{skipped}"
     )
     return ImageMaskPairs(classes, images, masks, [*found.items()])
 

@@ -12,10 +12,9 @@ import numpy as np
 from jaxtyping import Int16, Integer, UInt8
 from numpy.typing import NDArray
 
-from tokenlabel.data.coco import CocoMasks
 from tokenlabel.data.decoding import DECODE_ALL_UP_TO, decode_pixels, orientation_of
 from tokenlabel.data.listings import Strings
-from tokenlabel.data.masks import check_upright, decode_mask, palette_of
+from tokenlabel.data.masks import CocoMasks, check_upright, decode_mask, palette_of
 from tokenlabel.runtime.errors import DataError, ImageError
 from tokenlabel.runtime.process import listed, say
 from tokenlabel.segmentation.classes import IGNORED, Classes

@@ -16,7 +16,7 @@ from PIL import Image
 
 from tokenlabel.core.scores import from_probabilities
 from tokenlabel.data.decoding import decode_pixels
-from tokenlabel.data.folders import EXTENSIONS, list_images, passed_over_text
+from tokenlabel.data.folders import EXTENSIONS, list_images, skipped_text
 from tokenlabel.data.sources import open_aloud
 from tokenlabel.labels.fingerprints import FingerprintedImages
 from tokenlabel.labels.manifest import Manifest
@@ -136,8 +136,8 @@ def _files(place: Path, out: Path) -> list[tuple[Path, Path]]:
     found = [place / name for name in sorted(listing.images)]
     found = [path for path in found if not any(path.resolve().is_relative_to(folder) for folder in written)]
     if found:
-        passed_over = f"; {passed_over_text(listing.passed_over)}" if listing.passed_over else ""
-        say(f"{place}: {len(found):,} images{passed_over}")
+        skipped = f"; {skipped_text(listing.skipped)}" if listing.skipped else ""
+        say(f"{place}: {len(found):,} images{skipped}")
     else:
         raise DataError(f"{place}: no image file, and no folder of images ({', '.join(EXTENSIONS)})")
     return [(place, path) for path in found]

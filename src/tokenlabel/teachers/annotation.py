@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from tokenlabel.data.classes import say_order
-from tokenlabel.data.folders import why_passed_over
+from tokenlabel.data.folders import why_skipped
 from tokenlabel.data.images import ImageFolder, ImageSource
 from tokenlabel.data.remote import read_ahead
 from tokenlabel.data.sources import open_aloud
@@ -131,7 +131,7 @@ def _refuse_amid_images(folder: Path, source: ImageSource) -> None:
     if isinstance(source, ImageFolder):
         root, folder_path = source.root.resolve(), folder.resolve()
         inside = root in folder_path.parents and folder_path.relative_to(root).as_posix()
-        if inside and why_passed_over(f"{inside}/0.jpg") is None:
+        if inside and why_skipped(f"{inside}/0.jpg") is None:
             raise StoreError(
                 f"{folder}: lies among the images of {source.root}, where it would count as a class; name a folder "
                 "elsewhere"

@@ -18,9 +18,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tokenlabel.data.class_names import read_class_names
-from tokenlabel.data.coco import COCO_SUFFIX, CocoMasks
 from tokenlabel.data.images import ImageSource, has_classes
-from tokenlabel.data.masks import mask_names
+from tokenlabel.data.masks import COCO_SUFFIX, CocoMasks, mask_names
 from tokenlabel.data.sources import open_aloud, refuse_single_class
 from tokenlabel.evaluation.masks import MaskFolder
 from tokenlabel.runtime.coercion import COUNT, NATURAL, POSITIVE, check_numbers, coerced, coerced_fields

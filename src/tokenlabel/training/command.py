@@ -15,18 +15,15 @@ from tokenlabel.training.recipe import TrainingConfig, add_recipe_arguments, rec
 
 
 def run_train(
+    parser: Parser,
     arguments: list[str],
     recipe_type: type[TrainingConfig],
     task: Callable[[], tuple[Callable[..., dict[str, Any]], Callable[..., Any]]],
-    *,
-    verb: str,
-    description: str,
 ) -> int:
     """Train by a recipe, or dry-run it; return the exit status.
 
     `task` imports, where help is not all that was asked for, the functions that train and that build a task.
     """
-    parser = Parser(verb, f"{description} The same command continues a run that was stopped.")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run: recipe, metrics, checkpoints")
     add_device(parser)
     parser.add_argument("--tensorboard", action="store_true", help="write OUT/tensorboard as well (extra: tensorboard)")
@@ -47,8 +44,7 @@ def run_train(
     add_recipe_arguments(parser, recipe_type)
     options = parse(parser, arguments, read_recipe=lambda name: recipe_content(name, recipe_type))
     recipe: Any = configured(parser, options, recipe_type)
-    train, build = task()
-    device = device_of(options.device)
+    (train, build), device = task(), device_of(options.device)
     if options.dry_run:
         from tokenlabel.training.dry_run import dry_run
         from tokenlabel.training.run_folder import check_apart
