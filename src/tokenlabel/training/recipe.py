@@ -321,7 +321,8 @@ def recipe_content(name: str | Path, kind: type[TrainingConfig]) -> dict[str, An
     for path, nested in reversed(chain.items()):
         try:
             check_keys(nested, kind)
-            content = overlaid(content, with_types(nested, kind), kind)
+            with_types(nested, kind)  # for its errors, which name the file here
+            content = overlaid(content, nested, kind)
         except ValueError as error:
             segments = any("layout" in (each.get("data") or {}) for each in chain.values())
             verb = "segment train" if segments else "train"
