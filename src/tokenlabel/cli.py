@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import json
 import sys
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,8 +20,6 @@ from tokenlabel.runtime.errors import refuse
 from tokenlabel.runtime.process import USAGE_ERROR, is_main_process, run_command, say, with_open_streams
 
 if TYPE_CHECKING:
-    from argparse import Namespace
-
     from tokenlabel.data.images import ImageSource
     from tokenlabel.labels.store import LabelStore
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from textwrap import shorten
 
 from tokenlabel.data.classes import are_numbers, assumed_order, composed, ids_among, natural_order, same_classes
-from tokenlabel.runtime.errors import ConfigError
+from tokenlabel.runtime.errors import ConfigError, refuse
 from tokenlabel.runtime.process import listed, say
 
 SORTED, NATURAL = "sorted", "natural"
@@ -95,16 +95,15 @@ def class_order(
         names = sorted(ours, key=natural_order if order == NATURAL else None)
     else:
         raise ConfigError(f"{option} {order}: the images have no classes; give a file of names")
-    if not are_numbers(known) and not same_classes(known, names):
-        raise ConfigError(
+    refuse(
+        {
             f"{option} {order}: the network says itself that its classes are {listed(list(known))}, not "
-            f"{listed(names)}; leave the option out, or map them"
-        )
-    if len(names) != count:
-        raise ConfigError(
+            f"{listed(names)}; leave the option out, or map them": not are_numbers(known)
+            and not same_classes(known, names),
             f"{option} {order}: that is {len(names):,} classes, the network knows {count:,}; give a file with the name "
-            "of each of them, in its order"
-        )
+            "of each of them, in its order": len(names) != count,
+        }
+    )
     return names
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,10 +15,8 @@ from tokenlabel.data.tar_index import INDEX_NAME, TarIndex, last_starts, load_in
 from tokenlabel.data.tars import TarImages, refuse_parts
 from tokenlabel.runtime.cache import cached_index, exclusive, fetch, fetched_ahead, refuse_small_cache
 from tokenlabel.runtime.errors import DataError, RemoteError
-from tokenlabel.runtime.process import is_main_process, listed, say
+from tokenlabel.runtime.process import T, is_main_process, listed, say
 from tokenlabel.runtime.remote import RemoteFile, digest_of, expanded, folder_urls, remote_files
-
-T = TypeVar("T")
 
 
 class RemoteTars(TarImages):

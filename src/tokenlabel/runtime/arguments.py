@@ -9,7 +9,7 @@ from argparse import SUPPRESS, Action, ArgumentParser, HelpFormatter, Namespace
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import NoneType
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin
 
 import yaml
 
@@ -17,6 +17,7 @@ from tokenlabel.runtime.coercion import Choice, arms_of
 from tokenlabel.runtime.configuration import (
     REQUIRED,
     TRUTH,
+    Config,
     Setting,
     built,
     check_keys,
@@ -34,8 +35,6 @@ from tokenlabel.runtime.process import write_whole
 
 if TYPE_CHECKING:
     import torch
-
-Config = TypeVar("Config")
 
 # Other names of options, which help does not show.
 _SHORT = {"--data.ignore": "--data.ignore-index", "--run": "--out"}

@@ -16,16 +16,15 @@ from functools import cache
 from numbers import Real
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, SupportsIndex, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, SupportsIndex, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 
 from tokenlabel.runtime.errors import ConfigError, near_names
+from tokenlabel.runtime.process import T
 
 NATURAL, COUNT = "[1, inf)", "[0, inf)"
 POSITIVE, SHARE, PART = "(0, inf)", "[0, 1]", "(0, 1]"
-
-T = TypeVar("T")
 
 _UNLIKE = object()
 

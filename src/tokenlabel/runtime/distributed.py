@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Literal, TypeVar
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -17,9 +17,8 @@ from torch.distributed.fsdp import fully_shard
 
 from tokenlabel.runtime.coercion import coerced
 from tokenlabel.runtime.errors import FirstRankError
-from tokenlabel.runtime.process import environment_number, keep_freed_memory
+from tokenlabel.runtime.process import T, environment_number, keep_freed_memory
 
-T = TypeVar("T")
 Precision = Literal["fp32", "bf16", "fp16"]
 
 # Before ranks exchange objects, each has done a share of its own (labelled, evaluated, checked images), which may take

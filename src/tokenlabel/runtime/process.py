@@ -26,6 +26,9 @@ from tqdm import tqdm
 
 from tokenlabel.runtime.errors import DataError, FirstRankError
 
+S = TypeVar("S")
+T = TypeVar("T")
+
 
 def environment_number(name: str) -> int:
     """Return a number that torchrun sets (RANK, WORLD_SIZE, LOCAL_RANK); that of a single process without it."""
@@ -185,10 +188,6 @@ def read_json(path: Path) -> Any:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise DataError(f"{path}: cannot be read as JSON ({reason})") from error
-
-
-S = TypeVar("S")
-T = TypeVar("T")
 
 
 def ahead(pool: ThreadPoolExecutor, function: Callable[[S], T], items: Iterable[S], depth: int) -> Iterator[T]:

@@ -17,11 +17,10 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from tokenlabel.runtime.errors import RemoteError, first_line
-
-T = TypeVar("T")
+from tokenlabel.runtime.process import T
 
 _NUM_TRIES = 3
 _NUM_ASKED = 16  # requests at a time, for sizes of files
