@@ -23,10 +23,8 @@ if TYPE_CHECKING:
     from tokenlabel.data.images import ImageSource
     from tokenlabel.labels.store import LabelStore
 
-MOST_REASONS = 10
 IMAGES_HELP = "a folder with one folder a class, .tar files (WebDataset) or a folder of them, or a list file"
 IGNORE_INDEX_HELP = "the id of pixels without a class in --masks; by default 255, with more than 255 classes 65535"
-
 
 OVERVIEW = """usage: tokenlabel VERB ...
 
@@ -36,16 +34,18 @@ Train vision models with token labeling: one soft label for every output token.
 
 `tokenlabel VERB --help` explains a verb. TOKENLABEL_TRACEBACK=1 shows where an error came from."""
 
+_Run = Callable[[Parser, list[str]], int | None]
+
 VERBS: dict[str, tuple[Callable[[list[str]], int], str]] = {}
 """What each verb runs, given its arguments, and what `tokenlabel --help` says of it."""
 
 
-def verb(name: str, summary: str) -> Callable[[Callable[[Parser, list[str]], int]], Any]:
+def verb(name: str, summary: str) -> Callable[[_Run], _Run]:
     """Make a verb of a function of a parser and arguments, whose docstring is what `--help` begins with."""
 
-    def _register(function: Callable[[Parser, list[str]], int]) -> Callable[..., int]:
+    def _register(function: _Run) -> _Run:
         description = " ".join((function.__doc__ or "").split())
-        VERBS[name] = (lambda arguments: function(Parser(name, description), arguments)), summary
+        VERBS[name] = (lambda arguments: function(Parser(name, description), arguments) or 0), summary
         return function
 
     return _register
@@ -82,7 +82,6 @@ def demo(parser: Parser, arguments: list[str]) -> int:
     parser.add_argument("--out", type=Path, help="folder of all results: runs/demo, runs/demo-fast with --fast")
     parser.add_argument("--fast", action="store_true", help="all stages in 90 seconds: fewer images and steps")
     options = parse(parser, arguments)
-
     from tokenlabel.demo import FAST, FULL, run_demo
 
     out = options.out or Path("runs/demo-fast" if options.fast else "runs/demo")
@@ -90,63 +89,57 @@ def demo(parser: Parser, arguments: list[str]) -> int:
 
 
 @verb("index", "what is where in tar files, for data sets too large for folders")
-def index(parser: Parser, arguments: list[str]) -> int:
+def index(parser: Parser, arguments: list[str]) -> None:
     """Write an index of a folder of tar files, so that it opens at once from then on."""
     from tokenlabel.data.tars import write_index
 
     parser.add_argument("images", type=Path, help="folder of .tar files; the index is written beside them")
     options = parse(parser, arguments)
     print(write_index(options.images))
-    return 0
 
 
 @verb("annotate", "a teacher writes a dense score map for every image")
-def annotate(parser: Parser, arguments: list[str]) -> int:
+def annotate(parser: Parser, arguments: list[str]) -> None:
     """Run a teacher on every image once and store its class scores for every location."""
-    from tokenlabel.teachers.annotation import AnnotateConfig
-    from tokenlabel.teachers.annotation import annotate as annotate_images
+    from tokenlabel.teachers import annotation
 
     parser.add_argument("images", type=Path, help=IMAGES_HELP)
     parser.add_argument("store", type=Path, help="folder of the labels; what is there already is kept")
     add_device(parser)
-    options, config = parse_config(parser, arguments, AnnotateConfig)
-    done = annotate_images(options.images, options.store, config, device=device_of(options.device))
-    if not is_main_process():
-        return 0
-    anew = f" ({done.num_anew:,} anew)" if done.num_anew else ""
-    print(
-        f"{options.store}: {done.num_labelled:,} images labelled{anew}, {done.num_present:,} had been, "
-        f"{len(done.failures):,} failed; {done.images_per_s:,.0f} images/s"
-        + ("" if done.bytes_per_image is None else f", {done.bytes_per_image:,.0f} bytes an image")
-    )
-    _print_some([failure.reason for failure in done.failures])
-    return 0
+    options, config = parse_config(parser, arguments, annotation.AnnotateConfig)
+    done = annotation.annotate(options.images, options.store, config, device=device_of(options.device))
+    if is_main_process():
+        anew = f" ({done.num_anew:,} anew)" if done.num_anew else ""
+        size = "" if done.bytes_per_image is None else f", {done.bytes_per_image:,.0f} bytes an image"
+        print(
+            f"{options.store}: {done.num_labelled:,} images labelled{anew}, {done.num_present:,} had been, "
+            f"{len(done.failures):,} failed; {done.images_per_s:,.0f} images/s{size}"
+        )
+        _print_some([failure.reason for failure in done.failures])
 
 
 @verb("fit-head", "make a teacher of any backbone: visual words, or a head from labels, masks or texts")
-def fit_head(parser: Parser, arguments: list[str]) -> int:
-    """Make a teacher of any backbone: fit a head on its features and write it to a small file, which `annotate
-    --teacher` takes. A fit that was stopped leaves nothing.
-    """
-    from tokenlabel.teachers.fitting import FitConfig
-    from tokenlabel.teachers.fitting import fit_head as fit
+def fit_head(parser: Parser, arguments: list[str]) -> int | None:
+    """Fit a head on any backbone's features and write it to a small file, which `annotate --teacher` takes."""
+    from tokenlabel.teachers import fitting
 
     parser.add_argument("images", type=Path, help=IMAGES_HELP)
     parser.add_argument("head", type=Path, help="file of the head, HEAD.safetensors")
     parser.add_argument("--overwrite", action="store_true", help="replace a head that is there")
     add_device(parser)
-    options, config = parse_config(parser, arguments, FitConfig)
+    options, config = parse_config(parser, arguments, fitting.FitConfig)
     try:
-        head = fit(options.images, options.head, config, device=device_of(options.device), overwrite=options.overwrite)
+        more = {"device": device_of(options.device), "overwrite": options.overwrite}
+        head = fitting.fit_head(options.images, options.head, config, **more)
     except KeyboardInterrupt:
         print("\ntokenlabel fit-head: stopped; nothing was written", file=sys.stderr)
         return 130
     print(f"{options.head}: {head.extra_repr()}")
-    return 0
+    return None
 
 
 @verb("inspect", "what is in a label store")
-def inspect(parser: Parser, arguments: list[str]) -> int:
+def inspect(parser: Parser, arguments: list[str]) -> None:
     """Describe a label store: what is in it, how certain its teacher was, and which labels look wrong."""
     from tokenlabel.labels.inspection import InspectConfig, inspect_store
     from tokenlabel.labels.presentation import as_text, write_pictures
@@ -180,7 +173,6 @@ def inspect(parser: Parser, arguments: list[str]) -> int:
         say(f"{options.pictures}: maps over their images")
     write_json(options.output, figures)
     print(json.dumps(figures) if options.json else as_text(figures))
-    return 0
 
 
 def _add_inspect_arguments(parser: Parser) -> None:
@@ -189,18 +181,12 @@ def _add_inspect_arguments(parser: Parser) -> None:
     parser.add_argument("--pictures", type=Path, help="write an HTML page of maps over images to this file")
     parser.add_argument("--masks", type=Path, help="true dense labels (PNG class ids): how often the maps are right")
     parser.add_argument("--ignore-index", type=int, help=IGNORE_INDEX_HELP)
-    parser.add_argument(
-        "--out-of-fold",
-        metavar="BACKBONE",
-        help="find wrong classes by heads on this network, each fitted without the images that it judges",
-    )
+    text = "find wrong classes by heads on this network, each fitted without the images that it judges"
+    parser.add_argument("--out-of-fold", metavar="BACKBONE", help=text)
     parser.add_argument("--weights", help="of --out-of-fold: checkpoint file of the network")
     parser.add_argument("--size", type=int, help="of --out-of-fold: images are seen at size x size pixels")
-    parser.add_argument(
-        "--probabilities",
-        type=Path,
-        help="of --out-of-fold: write pred_probs, labels, keys and class_names to this .npz, as cleanlab takes them",
-    )
+    text = "of --out-of-fold: write pred_probs, labels, keys and class_names to this .npz, as cleanlab takes them"
+    parser.add_argument("--probabilities", type=Path, help=text)
     _add_duplicates(parser)
     _add_figures(parser)
 
@@ -221,9 +207,8 @@ def _judged_otherwise(
         from tokenlabel.evaluation.masks import mask_agreement
 
         say_order(store.manifest.class_names, them="the masks'", overrule="write these classes' ids if not")
-        figures["mask_agreement"] = mask_agreement(
-            store, options.masks, source=source, ignore_index=options.ignore_index
-        )
+        ignore = options.ignore_index
+        figures["mask_agreement"] = mask_agreement(store, options.masks, source=source, ignore_index=ignore)
     if source and options.out_of_fold:
         from tokenlabel.teachers.fitting import FitConfig
         from tokenlabel.teachers.folds import predict_out_of_fold
@@ -237,33 +222,33 @@ def _judged_otherwise(
 
 
 @verb("import-labels", "the label files published in 2021, into a store")
-def import_labels(parser: Parser, arguments: list[str]) -> int:
+def import_labels(parser: Parser, arguments: list[str]) -> None:
     """Put the label files published in 2021 into a store, for images that you have."""
-    from tokenlabel.labels.published import ImportConfig
-    from tokenlabel.labels.published import import_labels as import_files
+    from tokenlabel.labels import published
 
     parser.add_argument("files", type=Path, help="folder of class folders of .pt files")
     parser.add_argument("store", type=Path, help="folder of the labels; what is there already is kept")
     parser.add_argument("--images", type=Path, required=True, help=IMAGES_HELP)
-    options, config = parse_config(parser, arguments, ImportConfig)
-    done = import_files(options.files, options.store, options.images, config)
+    options, config = parse_config(parser, arguments, published.ImportConfig)
+    done = published.import_labels(options.files, options.store, options.images, config)
     print(
         f"{options.store}: {done.num_imported:,} labels imported, {done.num_present:,} had been, "
         f"{len(done.failures):,} failed"
     )
     _print_some([failure.reason for failure in done.failures])
-    return 0
 
 
 @verb("merge", "several stores into one")
-def merge(parser: Parser, arguments: list[str]) -> int:
+def merge(parser: Parser, arguments: list[str]) -> None:
     """Copy the labels of several stores into one with few files, each record checked."""
     from tokenlabel.labels.encoding import Encoding
     from tokenlabel.labels.writer import merge_stores
 
     parser.add_argument("stores", type=Path, nargs="+", help="folders of labels, then the folder to write")
-    parser.add_argument("--encoding", choices=[*map(str, Encoding)], help="write every record anew in this encoding")
-    parser.add_argument("--tolerance", type=float, help="write every record anew, compact, with this tolerance")
+    parser.add_argument(
+        "--encoding", choices=[*map(str, Encoding)], help="write records anew, so encoded; by default as they are"
+    )
+    parser.add_argument("--tolerance", type=float, help="write records anew, compact, as annotate does with it")
     _add_duplicates(parser)
     options = parse(parser, arguments)
     *folders, output = options.stores
@@ -272,16 +257,11 @@ def merge(parser: Parser, arguments: list[str]) -> int:
     more = {"tolerance": options.tolerance, "duplicates": options.duplicates}
     merged = merge_stores(folders, output, encoding=options.encoding and Encoding(options.encoding), **more)
     print(f"{output}: {len(merged):,} labels")
-    return 0
 
 
 def _add_duplicates(parser: Parser) -> None:
-    parser.add_argument(
-        "--duplicates",
-        choices=["first", "refuse"],
-        default="first",
-        help="what to do with images that several files label differently: take the first file by name, or refuse",
-    )
+    text = "what to do with images that several files label differently: take the first file by name, or refuse"
+    parser.add_argument("--duplicates", choices=["first", "refuse"], default="first", help=text)
 
 
 @verb("train", "train a model by a recipe, with token labels or without")
@@ -300,23 +280,19 @@ def train(parser: Parser, arguments: list[str]) -> int:
 
 
 @verb("eval", "accuracy of a run or a model, and of its tokens where masks are known")
-def evaluate(parser: Parser, arguments: list[str]) -> int:
-    """Evaluate a run (its averaged weights if it has them) or a model by its name on a folder of images. Under
-    torchrun the processes divide the images.
-    """
+def evaluate(parser: Parser, arguments: list[str]) -> None:
+    """Evaluate a run (its averaged weights if it has some) or a model by its name; torchrun divides the images."""
     from tokenlabel.evaluation.options import EvalOptions, as_text
 
     parser.add_argument("network", help="run folder, one checkpoint folder of it, or the name of a model")
     _add_figures(parser)
     options, config = parse_config(parser, arguments, EvalOptions)
-
     from tokenlabel.evaluation.assessment import assess
 
     figures = assess(options.network, config, device=device_of(options.device))
     if is_main_process():
         write_json(options.output, figures)
         print(json.dumps(figures) if options.json else as_text(figures))
-    return 0
 
 
 @verb("segment", "train, eval or predict: a class for every pixel, from any backbone")
@@ -328,7 +304,7 @@ def segment(_: Parser, arguments: list[str]) -> int:
 
 
 @verb("export", "a trained model as safetensors, ONNX, or a folder for timm and the hub")
-def export(parser: Parser, arguments: list[str]) -> int:
+def export(parser: Parser, arguments: list[str]) -> None:
     """Write a run's model as .safetensors, .onnx, or a folder that timm and the hub take."""
     parser.add_argument("run", type=Path, help="run folder, or one checkpoint folder of it")
     parser.add_argument("out", type=Path, help="NAME.safetensors, NAME.onnx, or a folder")
@@ -336,56 +312,46 @@ def export(parser: Parser, arguments: list[str]) -> int:
     parser.add_argument("--dense", action="store_true", help="ONNX: the logits of every token, too")
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
     options = parse(parser, arguments)
-
     from tokenlabel.core.config import Inference
     from tokenlabel.training.export import export_run
 
-    inference = Inference(options.inference) if options.inference else None
-    export_run(options.run, options.out, inference=inference, dense=options.dense, overwrite=options.overwrite)
+    more = {"dense": options.dense, "overwrite": options.overwrite}
+    export_run(options.run, options.out, inference=options.inference and Inference(options.inference), **more)
     print(options.out)
-    return 0
 
 
 @verb("push", "a run, labels or a head to the Hugging Face hub, with a card")
-def push(parser: Parser, arguments: list[str]) -> int:
-    """Send a run, a label store or a head to the Hugging Face hub, private unless --public, with a card of what
-    is known of it. Wherever a run, labels, a head or a model is read, hf://USER/NAME names it from then on.
-    """
+def push(parser: Parser, arguments: list[str]) -> None:
+    """Upload a run, a label store or a head to the Hugging Face hub with a card; hf://USER/NAME reads it from there."""
     parser.add_argument("thing", type=Path, help="run folder, folder of labels, or HEAD.safetensors")
     parser.add_argument("repo", help="USER/NAME")
+    parser.add_argument("--licence", "--license", help="such as apache-2.0; by default the teacher's, if it is known")
     parser.add_argument(
-        "--licence", "--license", help="as the hub names it, such as apache-2.0; that of the teacher where it is known"
+        "--public", action="store_true", help="let everybody see it; a new repository is private if not"
     )
-    parser.add_argument("--public", action="store_true", help="let everybody see it, if it is new")
     parser.add_argument("--dry-run", type=Path, metavar="FOLDER", help="write what would be sent to this folder")
     options = parse(parser, arguments)
-
     from tokenlabel.push import push as push_to_hub
 
-    name = push_to_hub(
-        options.thing, options.repo, licence=options.licence, public=options.public, folder=options.dry_run
-    )
+    more = {"licence": options.licence, "public": options.public, "folder": options.dry_run}
+    name = push_to_hub(options.thing, options.repo, **more)
     print(options.dry_run or name)
-    return 0
 
 
 @verb("report", "one HTML file with the curves, tables and pictures of runs")
-def report(parser: Parser, arguments: list[str]) -> int:
+def report(parser: Parser, arguments: list[str]) -> None:
     """Write one self-contained HTML file about one or more runs."""
     parser.add_argument("runs", type=Path, nargs="+", help="run folders")
     parser.add_argument("--output", type=Path, default=Path("report.html"), help="the file to write")
     options = parse(parser, arguments)
-
     from tokenlabel.report import write_report
 
     write_report(options.runs, options.output)
     print(options.output)
-    return 0
 
 
 def _print_some(reasons: list[str]) -> None:
-    """Print the first few of many lines."""
-    for reason in reasons[:MOST_REASONS]:
-        print(f"  {reason}")
-    if len(reasons) > MOST_REASONS:
-        print(f"  ... and {len(reasons) - MOST_REASONS:,} more; the store's manifest lists all")
+    shown = reasons[:10]
+    print("".join(f"  {reason}\n" for reason in shown), end="")
+    if len(reasons) > len(shown):
+        print(f"  ... and {len(reasons) - len(shown):,} more; the store's manifest lists all")

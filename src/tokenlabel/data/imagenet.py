@@ -9,6 +9,7 @@ from __future__ import annotations
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -85,21 +86,27 @@ def read_v2(root: Path, class_names: Sequence[str], num_classes: int) -> Evaluat
     return EvaluationSet(ImageSubset(source, class_ids=ids[source.class_ids], class_names=class_names))
 
 
-def read_a(root: Path, class_names: Sequence[str], num_classes: int) -> EvaluationSet:
-    """Read ImageNet-A: WordNet ids of 200 classes, among which predictions choose."""
-    return _read_subset(root, class_names, num_classes, file="imagenet_a_synsets.txt", name="ImageNet-A")
-
-
-def read_r(root: Path, class_names: Sequence[str], num_classes: int) -> EvaluationSet:
-    """Read ImageNet-R: WordNet ids of 200 classes, among which predictions choose."""
-    return _read_subset(root, class_names, num_classes, file="imagenet_r_synsets.txt", name="ImageNet-R")
+def _read_subset(root: Path, class_names: Sequence[str], num_classes: int, *, name: str) -> EvaluationSet:
+    """Read ImageNet-A or -R: WordNet ids of 200 classes, among which predictions choose."""
+    # The WordNet id of each of the model's classes, in the model's order.
+    of_model = np.empty(NUM_IMAGENET_CLASSES, object)
+    of_model[imagenet_ids(class_names, num_classes, root)] = imagenet_names(num_classes)
+    data = pkgutil.get_data(timm.data.__name__, f"_info/{name.lower().replace('-', '_')}_synsets.txt")
+    assert data is not None, f"timm ships the classes of {name}"
+    wanted = data.decode().split()
+    source = open_aloud(root)
+    strange = [found for found in source.class_names if found not in wanted]
+    if strange:
+        raise DataError(f"{root}: {name} has {len(wanted)} classes, and {strange[0]!r} is none of them")
+    competing = np.isin(of_model.astype(str), wanted)
+    return EvaluationSet(as_classes_of(source, of_model.tolist(), num_classes, root), competing)
 
 
 SETS: dict[str, Callable[[Path, Sequence[str], int], EvaluationSet]] = {
     "folder": read_folder,
     "imagenet-v2": read_v2,
-    "imagenet-a": read_a,
-    "imagenet-r": read_r,
+    "imagenet-a": partial(_read_subset, name="ImageNet-A"),
+    "imagenet-r": partial(_read_subset, name="ImageNet-R"),
 }
 
 
@@ -163,21 +170,6 @@ def read_multi_labels(path: Path, class_names: Sequence[str]) -> dict[str, list[
                 f"{listed(list(class_names))} ({len(class_names):,} classes)"
             )
     return of_image
-
-
-def _read_subset(root: Path, class_names: Sequence[str], num_classes: int, *, file: str, name: str) -> EvaluationSet:
-    # The WordNet id of each of the model's classes, in the model's order.
-    of_model = np.empty(NUM_IMAGENET_CLASSES, object)
-    of_model[imagenet_ids(class_names, num_classes, root)] = imagenet_names(num_classes)
-    data = pkgutil.get_data(timm.data.__name__, f"_info/{file}")
-    assert data is not None, f"timm ships {file}"
-    wanted = data.decode().split()
-    source = open_aloud(root)
-    strange = [found for found in source.class_names if found not in wanted]
-    if strange:
-        raise DataError(f"{root}: {name} has {len(wanted)} classes, and {strange[0]!r} is none of them")
-    competing = np.isin(of_model.astype(str), wanted)
-    return EvaluationSet(as_classes_of(source, of_model.tolist(), num_classes, root), competing)
 
 
 def as_classes_of(

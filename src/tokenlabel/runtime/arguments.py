@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin
 
 import yaml
 
-from tokenlabel.runtime.coercion import Choice, arms_of
+from tokenlabel.runtime.coercion import arms_of, is_choice
 from tokenlabel.runtime.configuration import (
     REQUIRED,
     TRUTH,
@@ -125,8 +125,7 @@ def _choices(kind: Any) -> str:
     """Return the values that a field takes, in braces; "" where it takes others."""
     (arm, *others) = (arm for arm in arms_of(kind) if arm is not NoneType)
     values = ("true", "false") if arm is bool else get_args(arm) if get_origin(arm) is Literal else ()
-    if isinstance(arm, type) and issubclass(arm, Choice):
-        values = tuple(arm)
+    values = tuple(arm) if is_choice(arm) else values
     return "" if others or not values else "{" + ",".join(values) + "}"
 
 

@@ -16,7 +16,7 @@ from functools import cache
 from numbers import Real
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, SupportsIndex, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, SupportsIndex, TypeGuard, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 
@@ -41,6 +41,11 @@ class Choice(StrEnum):
     @classmethod
     def _missing_(cls, value: object) -> Any:
         raise ValueError(f"{cls.__name__}: expected one of {', '.join(cls)}; got {value!r}")
+
+
+def is_choice(kind: Any) -> TypeGuard[type[Choice]]:
+    """Return True if an annotation is an enum whose members can be given by their values."""
+    return isinstance(kind, type) and issubclass(kind, Choice)
 
 
 def arms_of(kind: Any) -> tuple[Any, ...]:
@@ -122,7 +127,7 @@ def pair(size: Size, *, name: str = "img_size") -> tuple[int, int]:
 
 def _plain(value: Any, kind: type, *, name: str) -> Any:
     """Convert to a type without type arguments."""
-    if issubclass(kind, Choice):
+    if is_choice(kind):
         if value not in [*kind]:
             raise ValueError(f"{name}: expected one of {', '.join(kind)}; got {value!r}")
         return kind(value)

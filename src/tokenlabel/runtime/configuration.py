@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple, TypeGuard, TypeVar, get_args, get_o
 
 import yaml
 
-from tokenlabel.runtime.coercion import arms_of, coerced
+from tokenlabel.runtime.coercion import arms_of, coerced, is_choice
 from tokenlabel.runtime.errors import ConfigError, near_names
 from tokenlabel.runtime.process import write_whole
 
@@ -166,7 +166,7 @@ def meant(value: Any, kind: Any) -> Any:
     loader = _Loader
     if value.startswith("[") and (list[str] in arms or tuple[str, ...] in arms):
         loader = yaml.BaseLoader  # leaves names such as 0 and no as they are
-    elif any(arm in (str, Path) or get_origin(arm) is Literal or _is_enum(arm) for arm in arms):
+    elif any(arm in (str, Path) or get_origin(arm) is Literal or is_choice(arm) for arm in arms):
         return value
     with suppress(yaml.YAMLError):
         return yaml.load(TRUTH.get(value.lower(), value) if bool in arms else value, loader)  # type: ignore[arg-type]
@@ -230,7 +230,3 @@ def flattened(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def is_config(kind: Any) -> TypeGuard[type]:
     """Return True if an annotation is a dataclass: a group of fields."""
     return isinstance(kind, type) and dataclasses.is_dataclass(kind)
-
-
-def _is_enum(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, Enum)

@@ -134,20 +134,17 @@ def joined_ranks(device: torch.device | None = None) -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
-def default_device() -> torch.device:
-    """Return this rank's GPU, or the CPU where there is none."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", launched_ranks().local_rank % torch.cuda.device_count())
-
-
 def usable_device(device: torch.device | str | None, *, option: str = "device") -> torch.device:
     """Return a device that computes here; "auto" and None take this rank's GPU if there is one.
 
     Where that is the CPU, this process keeps the memory that it frees (`keep_freed_memory`). `option`: what the error
     calls it. Raises ValueError of one line for what is none.
     """
-    found = default_device() if device in (None, "auto") else _named_device(device, option)
+    if device in (None, "auto"):
+        local_rank, num_gpus = launched_ranks().local_rank, torch.cuda.device_count()
+        found = torch.device("cuda", local_rank % num_gpus) if torch.cuda.is_available() else torch.device("cpu")
+    else:
+        found = _named_device(device, option)
     if found.type == "cpu":
         keep_freed_memory()
     return found

@@ -102,9 +102,8 @@ class WandB:
 def trackers_of(run: Path, *, tensorboard: bool, wandb: bool) -> Iterator[list[Tracker]]:
     """Yield the trackers of a run, on the main process only; close them in the end."""
     with ExitStack() as stack:
-        kinds = [kind for kind, wanted in ((TensorBoard, tensorboard), (WandB, wandb)) if wanted]
-        folders = {TensorBoard: run / "tensorboard", WandB: run}
-        trackers = [kind(folders[kind]) for kind in kinds if is_main_process()]
+        kinds = ((TensorBoard, run / "tensorboard", tensorboard), (WandB, run, wandb))
+        trackers = [kind(folder) for kind, folder, is_wanted in kinds if is_wanted and is_main_process()]
         for tracker in trackers:
             stack.callback(tracker.close)
         yield [*trackers]
