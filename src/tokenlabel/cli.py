@@ -34,16 +34,16 @@ Train vision models with token labeling: one soft label for every output token.
 
 `tokenlabel VERB --help` explains a verb. TOKENLABEL_TRACEBACK=1 shows where an error came from."""
 
-_Run = Callable[[Parser, list[str]], int | None]
+_Function = Callable[[Parser, list[str]], int | None]
 
 VERBS: dict[str, tuple[Callable[[list[str]], int], str]] = {}
 """What each verb runs, given its arguments, and what `tokenlabel --help` says of it."""
 
 
-def verb(name: str, summary: str) -> Callable[[_Run], _Run]:
+def verb(name: str, summary: str) -> Callable[[_Function], _Function]:
     """Make a verb of a function of a parser and arguments, whose docstring is what `--help` begins with."""
 
-    def _register(function: _Run) -> _Run:
+    def _register(function: _Function) -> _Function:
         description = " ".join((function.__doc__ or "").split())
         VERBS[name] = (lambda arguments: function(Parser(name, description), arguments) or 0), summary
         return function
@@ -167,7 +167,7 @@ def inspect(parser: Parser, arguments: list[str]) -> None:
 
         source = open_aloud(options.images)
     figures = inspect_store(store, config, source=source).as_dict()
-    figures |= _judged_otherwise(store, source, options, config.num_suspects)
+    figures |= _judge(store, source, options, config.num_suspects)
     if source and options.pictures:
         write_pictures(store, source, options.pictures)
         say(f"{options.pictures}: maps over their images")
@@ -197,10 +197,8 @@ def _add_figures(parser: Parser) -> None:
     add_device(parser)
 
 
-def _judged_otherwise(
-    store: LabelStore, source: ImageSource | None, options: Namespace, num_suspects: int
-) -> dict[str, Any]:
-    """Return what masks say of the labels, and heads out of fold of the images' classes, where they are asked."""
+def _judge(store: LabelStore, source: ImageSource | None, options: Namespace, num_suspects: int) -> dict[str, Any]:
+    """Return the agreement with --masks, and suspects by heads --out-of-fold."""
     figures: dict[str, Any] = {}
     if options.masks:
         from tokenlabel.data.classes import say_order
@@ -231,10 +229,8 @@ def import_labels(parser: Parser, arguments: list[str]) -> None:
     parser.add_argument("--images", type=Path, required=True, help=IMAGES_HELP)
     options, config = parse_config(parser, arguments, published.ImportConfig)
     done = published.import_labels(options.files, options.store, options.images, config)
-    print(
-        f"{options.store}: {done.num_imported:,} labels imported, {done.num_present:,} had been, "
-        f"{len(done.failures):,} failed"
-    )
+    counts = f"{done.num_imported:,} labels imported, {done.num_present:,} had been, {len(done.failures):,} failed"
+    print(f"{options.store}: {counts}")
     _print_some([failure.reason for failure in done.failures])
 
 
@@ -245,9 +241,7 @@ def merge(parser: Parser, arguments: list[str]) -> None:
     from tokenlabel.labels.writer import merge_stores
 
     parser.add_argument("stores", type=Path, nargs="+", help="folders of labels, then the folder to write")
-    parser.add_argument(
-        "--encoding", choices=[*map(str, Encoding)], help="write records anew, so encoded; by default as they are"
-    )
+    parser.add_argument("--encoding", choices=[*map(str, Encoding)], help="write records anew, encoded so")
     parser.add_argument("--tolerance", type=float, help="write records anew, compact, as annotate does with it")
     _add_duplicates(parser)
     options = parse(parser, arguments)
@@ -271,10 +265,9 @@ def train(parser: Parser, arguments: list[str]) -> int:
     from tokenlabel.training.recipe import Recipe
 
     def _task() -> tuple[Callable[..., Any], Callable[..., Any]]:
-        from tokenlabel.classification.task import build
-        from tokenlabel.classification.task import train as train_by_recipe
+        from tokenlabel.classification import task
 
-        return train_by_recipe, build
+        return task.train, task.build
 
     return run_train(parser, arguments, Recipe, _task)
 
@@ -326,9 +319,7 @@ def push(parser: Parser, arguments: list[str]) -> None:
     parser.add_argument("thing", type=Path, help="run folder, folder of labels, or HEAD.safetensors")
     parser.add_argument("repo", help="USER/NAME")
     parser.add_argument("--licence", "--license", help="such as apache-2.0; by default the teacher's, if it is known")
-    parser.add_argument(
-        "--public", action="store_true", help="let everybody see it; a new repository is private if not"
-    )
+    parser.add_argument("--public", action="store_true", help="let everybody see it; else a new one is private")
     parser.add_argument("--dry-run", type=Path, metavar="FOLDER", help="write what would be sent to this folder")
     options = parse(parser, arguments)
     from tokenlabel.push import push as push_to_hub
