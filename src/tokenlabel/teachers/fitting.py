@@ -41,21 +41,17 @@ from tokenlabel.teachers.solvers import (
 from tokenlabel.teachers.texts import head_of_embeddings
 from tokenlabel.teachers.vectors import VECTORS_PER_IMAGE, Vectors, spread
 
+# Vectors that words are fitted on. In half precision these are 64 bytes x words x width, or 131 kB x width.
 VECTORS_PER_WORD, LEAST_VECTORS = 32, 1 << 16
-"""Size of the sample that words are fitted on. In half precision: 64 bytes x words x width, or 131 kB x width."""
-
+# Of the vectors that heads from labels and masks are fitted on; some images are left out if there are too many.
 MAX_SAMPLE_BYTES = 2 << 30
-"""Size of the sample that heads from labels and masks are fitted on; some images are left out if there are too many."""
-
+# The most that are taken from an image with a class label.
 MAX_LOCATIONS = 64
-"""The most locations that are taken from an image with a class label."""
-
+# Share of the images on which the weight decay and the pooling are chosen.
 HELD_OUT = 0.2
-"""Share of the images on which the weight decay and the pooling are chosen."""
 
 FROM = "labels, words, text, masks:DIR, or a file of embeddings (.npy, .safetensors)"
-
-
+# The options that only some kinds of heads use.
 OPTIONS_OF = {
     "words": ("words",),
     "topk": ("words",),
@@ -64,7 +60,6 @@ OPTIONS_OF = {
     "class_names": ("masks",),
     "ignore_index": ("masks",),
 }
-"""Options that only some kinds of heads use."""
 
 
 @dataclass(frozen=True, kw_only=True)
