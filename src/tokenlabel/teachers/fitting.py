@@ -194,8 +194,7 @@ def _existing(file: Path, asked: dict[str, Any], *, overwrite: bool) -> Head | N
         raise ModelError(f"{file}: exists and is no head; move it, or name another file") from error
     if overwrite:
         return None
-    others = [key for key, value in asked.items() if fitted.get("asked", {}).get(key) != value]
-    if others:
+    if others := [key for key, value in asked.items() if fitted.get("asked", {}).get(key) != value]:
         raise ModelError(
             f"{file}: holds a head that was fitted with other options ({listed(others)}); name another file, or "
             "--overwrite this one"
