@@ -277,13 +277,6 @@ def test_help_shows_one_spelling(capsys):
         assert re.findall(r"--[a-z.-]*_[a-z_.]*|--run\b|--[a-z.-]+\+", shown) == [], verb
 
 
-def test_the_docs_show_one_spelling():
-    root = Path(__file__).parents[2]
-    texts = [root / "README.md", *root.glob("docs/*.md"), *root.glob("src/tokenlabel/recipes/*.yaml")]
-    for path in texts:
-        assert re.findall(r"--(?!model\.options)[a-z][a-z.-]*_[a-z_.]*|--run\b", path.read_text()) == [], path.name
-
-
 def test_a_gone_name_is_refused_by_its_new_one(tmp_path):
     with pytest.raises(ValueError, match=r"--model\.size-px; it is called --model\.img-size now"):
         recipe_of("--out", "out", "--data.train", "a", "--model.size-px", "96")

@@ -591,13 +591,13 @@ class TestLoader:
     @pytest.mark.parametrize(("ending", "status"), [("raise SystemExit(3)", 3), ("os.kill(os.getpid(), 9)", -9)])
     def test_workers_end_with_the_main_process_however_it_ends(self, ending, status):
         script = f"""if __name__ == "__main__":
-            import os, sys
+            import multiprocessing, os, sys
             sys.path.insert(0, {str(Path(__file__).parent)!r})
             from test_data import BatchSampler, dataset, make_loader
             sampler = BatchSampler(num_images=10, batch_size=4, seed=1, num_steps=99)
             batches = iter(make_loader(dataset(), sampler, num_workers=1))
             next(batches)
-            print(batches._workers[0].pid, flush=True)
+            print(multiprocessing.active_children()[0].pid, flush=True)
             {ending}"""
         main_process = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, timeout=60, check=False)
         assert main_process.returncode == status

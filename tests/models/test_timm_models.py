@@ -12,7 +12,7 @@ from golden_values import formula_image, formula_weights, golden_outputs, publis
 from safetensors.torch import save_file
 from timm.data.config import resolve_data_config
 from timm.models import save_for_hf
-from timm.optim._param_groups import param_groups_layer_decay
+from timm.optim import create_optimizer_v2
 from torch import nn
 
 from tokenlabel.core.config import Inference
@@ -110,7 +110,8 @@ def test_classifier_can_be_reset() -> None:
 
 def test_layer_decay_and_checkpointing() -> None:
     model = make(drop_path_rate=0.0).train()
-    scales = {group["lr_scale"] for group in param_groups_layer_decay(model, layer_decay=0.5)}
+    optimizer = create_optimizer_v2(model, opt="sgd", lr=1.0, layer_decay=0.5)
+    scales = {group["lr_scale"] for group in optimizer.param_groups}
     assert scales == {1.0, 0.5, 0.25, 0.125, 0.0625}  # heads and norm, three blocks, stem
     images = torch.randn(2, 3, 32, 48)
     model(images).sum().backward()
