@@ -12,7 +12,7 @@ from golden_values import formula_image, formula_weights, golden_outputs, publis
 from safetensors.torch import save_file
 from timm.data.config import resolve_data_config
 from timm.models import save_for_hf
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2  # pyright: ignore[reportPrivateImportUsage]  (timm lists no __all__)
 from torch import nn
 
 from tokenlabel.core.config import Inference
