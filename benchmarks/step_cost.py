@@ -27,7 +27,6 @@ from benchmarks.data_speed import write_photos
 from benchmarks.label_path import draw_boxes, draw_score_map
 from benchmarks.measure import Row, Settings, interleave, ratios
 from benchmarks.synthetic_maps import NUM_CLASSES, TOPK, synthetic_maps
-from tokenlabel.classification.data import Counts
 from tokenlabel.classification.task import ClassifierTask
 from tokenlabel.core.batch import Batch, collate_score_maps
 from tokenlabel.core.config import LossConfig, MixConfig, Mixing
@@ -151,7 +150,7 @@ def _training(case: Case, settings: Settings, beta: float) -> Trainer:
         train_set=TokenLabelDataset(source, TrainTransform(recipe.augment, SIZE_PX), seed=0),
         val_set=None,
         supervision=Supervision(loss=recipe.loss, stored=beta > 0),
-        counts=Counts(case.num_images, case.num_images, case.num_images if beta > 0 else 0),
+        counts=f"{case.num_images:,} images",
         device=settings.device,
     )
     return prepare(task, Ranks())

@@ -22,7 +22,7 @@ from studies.charts import curve_chart
 from studies.measures import METRICS
 from studies.records import Records, RunRecord
 from studies.tables import Study, Table
-from tokenlabel.drawing.charts import as_svg
+from tokenlabel.drawing.page import as_svg
 from tokenlabel.runtime.process import write_whole
 
 # A claim needs so many seeds.

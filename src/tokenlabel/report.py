@@ -1,8 +1,7 @@
-"""`tokenlabel report`: run folders, side by side, as one self-contained HTML file.
+"""`tokenlabel report`: compare run folders in one self-contained HTML file.
 
-All that it reads lies in the run folders (recipe.yaml, metrics.jsonl, eval.json, answers.npz, pictures/), so it works
-wherever they were copied to, while a run goes on, and when the images are gone. It imports no torch, and opens no
-images and no label stores.
+It reads only files of the run folders (recipe.yaml, metrics.jsonl, eval.json, answers.npz, pictures/), no images, no
+label stores, and imports no torch: so it works on copied folders, during training, and without the data.
 """
 
 from __future__ import annotations
@@ -20,8 +19,7 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 
 from tokenlabel.data.class_names import with_words
-from tokenlabel.drawing.charts import line_chart, run_legend
-from tokenlabel.drawing.page import Page, caption, check_output, shortened, table
+from tokenlabel.drawing.page import Page, caption, check_output, line_chart, run_legend, shortened, table
 from tokenlabel.drawing.pictures import PICTURES_FOLDER, Album, read_album
 from tokenlabel.evaluation.answers import Answers, read_answers
 from tokenlabel.runtime.configuration import flattened, read_yaml
@@ -31,7 +29,7 @@ from tokenlabel.runtime.runlog import RECIPE_FILE, read_metrics
 
 NUM_CLASSES, NUM_DISAGREEMENTS = 20, 20
 
-# What figures are called, and how they are written; others stand under their own names.
+# Titles and formats of figures; others have their own names.
 COLUMNS = {
     "top1": ("top-1", "{:.1%}"),
     "top5": ("top-5", "{:.1%}"),
@@ -52,7 +50,7 @@ SPEEDS = {
     "data_share": ("waiting for data", "{:.1%}"),
     "targets_share": ("making targets", "{:.1%}"),
 }
-# Title, kind of line, figure, factor.
+# Charts: title, kind of line in metrics.jsonl, figure, factor.
 PANELS = (
     ("training loss", "train", "loss", 1),
     ("training loss, class token", "train", "class_loss", 1),
@@ -67,47 +65,49 @@ PANELS = (
 
 @dataclass(frozen=True, eq=False)
 class RunRecord:
-    """What a run folder says about a run. `name`: what it is called on the page."""
+    """The content of a run folder.
+
+    `name`: on the page. `recipe`: settings by dotted names, as written by any version. `lines`: of metrics.jsonl.
+    """
 
     name: str
     folder: Path
     recipe: dict[str, Any]
-    """The settings under their dotted names, as the run wrote them: of any version."""
     lines: list[dict[str, Any]]
 
     def of(self, kind: str) -> list[dict[str, Any]]:
-        """Return the lines of metrics of a kind, `train` or `eval`."""
+        """Return the metrics of a kind, `train` or `eval`."""
         return [line for line in self.lines if line["kind"] == kind]
 
     @cached_property
     def final(self) -> dict[str, Any]:
-        """The figures of `tokenlabel eval` if its output lies in the run folder, else of the last evaluation."""
+        """The figures of `tokenlabel eval` if the run folder has its output, else of the last evaluation."""
         try:
             figures = json.loads((self.folder / "eval.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return (self.of("eval") or [{}])[-1]
-        return figures.get(str(self.recipe.get("eval.inference")), figures)  # of one of several ways to predict
+        return figures.get(str(self.recipe.get("eval.inference")), figures)  # perhaps by kind of inference
 
     @cached_property
     def answers(self) -> Answers | None:
-        """The answer to each val image."""
+        """The prediction for each val image, if the run is a classifier's."""
         return read_answers(self.folder)
 
     @cached_property
     def albums(self) -> dict[str, Album]:
-        """The pictures that the run wrote, by their kind."""
+        """The albums of the run by kind."""
         found = {kind: read_album(self.folder / PICTURES_FOLDER, kind) for kind in ("train", "val")}
         return {kind: album for kind, album in found.items() if album is not None}
 
     @property
     def progress(self) -> str:
-        """How many steps were taken, of how many if the pictures say so."""
+        """The number of steps taken, and of how many if the albums state it."""
         done = self.lines[-1]["step"] if self.lines else 0
         planned = next((album.about.get("num_steps") for album in self.albums.values()), None)
         return f"{done:,}" if planned in (None, done) else f"{done:,} of {planned:,}"
 
     def minutes_at(self, step: int) -> float:
-        """Return how long the training steps before a step took; evaluations and pauses are left out."""
+        """Return the training time before a step, without evaluations and pauses."""
         seconds, before = 0.0, 0
         for line in self.of("train"):
             if before >= step:
@@ -118,34 +118,28 @@ class RunRecord:
 
 
 def write_report(runs: Sequence[Path], output: Path) -> None:
-    """Write the report of run folders to an HTML file, which needs no other file and no network.
+    """Write the report of run folders to a self-contained HTML file.
 
-    Raises ConfigError for a folder that holds no run, for two names of one run, and for a file that cannot be written.
+    Raises ConfigError for a folder without a run, for the same folder twice, and for a file that cannot be written.
     """
     check_output(output)
     records = [read_run(run, name) for run, name in short_names(runs).items()]
-    page = Page(
-        "tokenlabel: " + ", ".join(record.name for record in records),
-        [album for record in records for album in record.albums.values()],
-    )
+    names = [record.name for record in records]
+    page = Page(f"tokenlabel: {', '.join(names)}", [album for r in records for album in r.albums.values()])
     page.add("Results", _results(records), _remarks(records))
     if curves := list(_curves(records)):
-        page.add(
-            "Curves", run_legend([record.name for record in records]), f'<div class="curves">{"".join(curves)}</div>'
-        )
+        page.add("Curves", run_legend(names), f'<div class="curves">{"".join(curves)}</div>')
     _add_classes(page, records)
     _add_disagreements(page, records)
     _add_train_pictures(page, records)
-    _add_val_pictures(page, records)
+    if names := [record.name for record in records if "val" in record.albums]:
+        page.add(f"What {listed(names)} say{'s' * (len(names) == 1)} about val images", _val_pictures(page, records))
     page.add("Settings" if len(records) == 1 else "Settings that differ", _settings(records))
     page.write(output)
 
 
 def short_names(runs: Sequence[Path]) -> dict[Path, str]:
-    """Return for each run folder the end of its path, as long as it takes to tell all of them apart.
-
-    Raises ConfigError for two names of one folder.
-    """
+    """Return for each run folder the shortest end of its path that is unique. Raises ConfigError for duplicates."""
     of_paths: dict[Path, Path] = {}
     for run in runs:
         if (other := of_paths.setdefault(run.resolve(), run)) is not run:
@@ -159,20 +153,17 @@ def short_names(runs: Sequence[Path]) -> dict[Path, str]:
 
 
 def read_run(run: Path, name: str) -> RunRecord:
-    """Return what a run folder holds, under a name. Raises ConfigError if it is none."""
+    """Return the content of a run folder. Raises ConfigError if it is none."""
     if not (run / RECIPE_FILE).is_file():
-        inside = sorted(path.parent for path in run.glob(f"*/{RECIPE_FILE}"))
+        inside = sorted(str(path.parent) for path in run.glob(f"*/{RECIPE_FILE}"))
         found = f"holds no {RECIPE_FILE}" if run.exists() else "no such folder"
-        meant = (
-            f"its runs {listed([str(path) for path in inside])}"
-            if inside
-            else "a run folder that `tokenlabel train` made"
-        )
+        meant = f"its runs {listed(inside)}" if inside else "a run folder that `tokenlabel train` made"
         raise ConfigError(f"{run}: {found}; give {meant}")
     return RunRecord(name, run, flattened(read_yaml(run / RECIPE_FILE)), read_metrics(run))
 
 
 def _results(records: Sequence[RunRecord]) -> str:
+    """Return the table of figures: those of the last evaluation, and medians of the training speed."""
     numbers = [
         {name: value for name, value in record.final.items() if isinstance(value, float) and name != "images_per_s"}
         for record in records
@@ -180,23 +171,19 @@ def _results(records: Sequence[RunRecord]) -> str:
     others = {name: (name.replace("_", " "), "{:.3g}") for found in numbers for name in found if name not in COLUMNS}
     columns = {name: column for name, column in {**COLUMNS, **others}.items() if any(name in n for n in numbers)}
     rows = []
-    for record, found in zip(records, numbers, strict=True):
+    for record, figures in zip(records, numbers, strict=True):
         train = record.of("train")
-        speeds = {
-            name: float(np.median([line[name] for line in train]))
-            for name in SPEEDS
-            if train and all(name in line for line in train)
-        }
-        figures = {**speeds, **found} if speeds else found
-        shown = [
-            form.format(figures[name]) if name in figures else "–" for name, (_, form) in {**columns, **SPEEDS}.items()
-        ]
+        for name in SPEEDS:
+            if train and all(name in line for line in train):
+                figures[name] = float(np.median([line[name] for line in train]))
+        forms = {**columns, **SPEEDS}.items()
+        shown = [form.format(figures[name]) if name in figures else "–" for name, (_, form) in forms]
         rows.append([record.name, record.progress, *shown])
     return table(["run", "steps", *(heading for heading, _ in {**columns, **SPEEDS}.values())], rows)
 
 
 def _remarks(records: Sequence[RunRecord]) -> str:
-    """Return what a reader has to know of the figures and of what is missing."""
+    """Return notes on the figures and on missing files."""
     remarks = []
     for record in records:
         if absent := record.final.get("absent_classes"):
@@ -213,7 +200,7 @@ def _remarks(records: Sequence[RunRecord]) -> str:
 def _curves(records: Sequence[RunRecord]) -> Iterator[str]:
     """Yield charts of the losses and of accuracy against steps, and of accuracy against time."""
     for title, kind, name, factor in PANELS:
-        # Where a loss has parts, these tell more.
+        # If a loss has parts, only these are drawn.
         of_runs = [
             [
                 (line["step"], factor * line[name])
@@ -234,14 +221,14 @@ def _curves(records: Sequence[RunRecord]) -> Iterator[str]:
 def class_accuracies(
     guesses: Int[NDArray[np.integer[Any]], " n"], truth: Int[NDArray[np.integer[Any]], " n"], num_classes: int
 ) -> Float[NDArray[np.float64], " C"]:
-    """Return the share of each class's images that is guessed right; NaN for a class without images."""
+    """Return the accuracy on the images of each class; NaN for a class without images."""
     totals = np.bincount(truth, minlength=num_classes)
     right = np.bincount(truth[guesses == truth], minlength=num_classes)
     return np.divide(right, totals, out=np.full(num_classes, np.nan), where=totals > 0)
 
 
 def _comparable(records: Sequence[RunRecord]) -> dict[str, Answers]:
-    """Return the answers of the first run that has some, and of those that answered the same images, by name."""
+    """Return predictions by run: of the first run that has some, and of those with the same images and classes."""
     found = {record.name: record.answers for record in records if record.answers is not None}
     first = next(iter(found.values()), None)
     return {
@@ -268,7 +255,7 @@ def _add_classes(page: Page, records: Sequence[RunRecord]) -> None:
 
 
 def _class_table(of_runs: Mapping[str, Mapping[str, float]]) -> str:
-    """Return the classes that change most between the first two runs, or for a single run its worst."""
+    """Return a table of the classes that differ most between the first two runs, or of the worst of a single run."""
     names, (first, *rest) = [*of_runs], [*of_runs.values()]
     known = [name for name, value in first.items() if not np.isnan(value)]
     headings = ["class", *names]
@@ -276,7 +263,7 @@ def _class_table(of_runs: Mapping[str, Mapping[str, float]]) -> str:
     if rest:
         change = {name: first[name] - rest[0].get(name, np.nan) for name in known}
         known.sort(key=lambda name: -abs(np.nan_to_num(change[name])))
-        headings.append("first over second, points")  # their names are in the headings before it
+        headings.append("first over second, points")
     else:
         known.sort(key=first.__getitem__)
     rows = []
@@ -326,14 +313,8 @@ def _add_train_pictures(page: Page, records: Sequence[RunRecord]) -> None:
         page.add_album(title, album)
 
 
-def _add_val_pictures(page: Page, records: Sequence[RunRecord]) -> None:
-    names = [record.name for record in records if "val" in record.albums]
-    if names:
-        page.add(f"What {listed(names)} say{'s' * (len(names) == 1)} about val images", _val_pictures(page, records))
-
-
 def _val_pictures(page: Page, records: Sequence[RunRecord], keys: set[str] | None = None) -> str:
-    """Return val images (of some keys alone) with what every run says of them, side by side; "" if there are none."""
+    """Return val images (`keys`: only these) with the predictions of all runs side by side; "" if there are none."""
     of_keys: dict[str, list[tuple[RunRecord, Album, dict[str, Any]]]] = {}
     for record in records:
         if album := record.albums.get("val"):

@@ -163,7 +163,7 @@ def test_what_cannot_be_done_is_said_in_a_line(pushed, command, words):
 def test_a_card_without_licence_and_a_folder_that_is_there_are_refused(pushed):
     _, said, _, repeated = pushed
     assert "needs a licence" in refusal(said["push run me/run"])
-    assert "is there already" in refusal(repeated[1])
+    assert "exists already" in refusal(repeated[1])
 
 
 def test_without_a_network_a_push_says_so(pushed):

@@ -59,7 +59,7 @@ train --recipe demo_class_labels --out ./more --data.train ./demo/scenes/train -
 """
 
 REFUSED = """
-train --recipe demo_class_labels --out ./demo/scenes/train/run --data.train ./demo/scenes/train: lies in the images
+train --recipe demo_class_labels --out ./demo/scenes/train/run --data.train ./demo/scenes/train: is inside the images
 train --recipe demo_class_labels --out ./x --data.train ./demo/scenes/train --model.name LVViT-S: did you mean lvvit_s
 eval ./mode: segmentation model
 eval ./out/checkpoints: did you mean the run, out?

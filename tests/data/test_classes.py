@@ -453,7 +453,7 @@ def test_val_images_may_hold_some_of_the_classes(tmp_path, capsys, monkeypatch):
     save_run("run", ["cat", "bee", "ant"])
     done = run(capsys, *train, "--out", "runs/tuned", "--model.weights", "run/checkpoints/00000001")
     assert done.status == 0
-    assert "3 of 3 classes begin with their rows of its heads for 3, by name" in done.said  # not ant as cat
+    assert "3 of 3 classes are initialised from its heads for 3, by name" in done.said  # not ant as cat
 
 
 def write_labels(folder: str, class_names: tuple[str, ...], classes: list[str]) -> None:

@@ -21,9 +21,8 @@ from tokenlabel.labels.store import LabelStore
 from tokenlabel.models import create_model
 from tokenlabel.runtime.errors import DataError, ModelError
 from tokenlabel.segmentation import pairs as pairs_module
-from tokenlabel.segmentation.classes import IGNORED, numbered_classes
 from tokenlabel.segmentation.layouts import open_pairs
-from tokenlabel.segmentation.pairs import ImageMaskPairs
+from tokenlabel.segmentation.pairs import IGNORED, ImageMaskPairs, numbered_classes
 from tokenlabel.segmentation.recipe import Layout, SegmentDataConfig
 from tokenlabel.teachers.annotation import AnnotateConfig, annotate
 from tokenlabel.training.checkpoint import TrainState, save_checkpoint
@@ -109,7 +108,7 @@ class TestFiles:
         assert list(pairs.mask_names) == [*names[:6], "twice.png", "twice.png"]
         said = capsys.readouterr().err
         assert "several images have the same mask, and count each: twice.png" in said
-        assert "masks: 1 masks belong to no image and are passed over (old/g.png)" in said
+        assert "masks: 1 masks belong to no image and are skipped (old/g.png)" in said
         pairs.check()
         for name in ("c.jpg", "d.jpg", "deep/e.f.jpg", "deep/h.jpg"):
             assert MaskFolder(tmp_path / "masks", num_classes=2)[name].codes.shape == (2, 2, 1)
@@ -156,7 +155,7 @@ class TestFiles:
         write_mask(tmp_path / "masks/a.png", (np.arange(8)[:, None] > 3).repeat(4, axis=1))
         pairs = two_folders(tmp_path, ["dark", "light"])
         pairs.check()
-        assert "tag turns 1 of 1 images looked at; their masks are taken to lie upright" in capsys.readouterr().err
+        assert "tag turns 1 of 1 checked images; their masks are assumed to be upright" in capsys.readouterr().err
         pixels, ids = pairs.read(0)
         assert ((pixels[..., 0] > 100) == ids).all()
         write_mask(tmp_path / "masks/a.png", np.arange(8)[None].repeat(4, axis=0) > 3)
@@ -187,7 +186,7 @@ class TestValues:
             ([0, 1, 2, 255], ["a", "b"], "holds the value 2, which is no class",
              {"class_values": (1, 2), "ignore_index": (0, 255)}),
             ([0, 1, 65535], ["a", "b"], "holds the value 65535, which is no class; 2 classes have the values 0-1, 255; "
-             "if 65535 is none, say --data.ignore-index 65535", {"ignore_index": 65535}),
+             "if 65535 is none, set --data.ignore-index 65535", {"ignore_index": 65535}),
             ([0, 5000], ["a", "b"], "holds the value 5000, which is no class", {"class_values": (0, 5000)}),
         ],
     )  # fmt: skip
@@ -224,9 +223,9 @@ class TestValues:
         two_folders(tmp_path, ["road", "dog", "tree"]).check()
         told = capsys.readouterr().err
         assert "holds 1 of 3 classes (dog)" in told
-        assert "if these are the classes in order, say --data.class-values=[0,2,255]" in told
+        assert "if these are the classes in order, set --data.class-values=[0,2,255]" in told
         monkeypatch.setattr(pairs_module, "DECODE_ALL_UP_TO", 2)
-        monkeypatch.setattr(pairs_module, "NUM_DRAWN", 3)
+        monkeypatch.setattr(pairs_module, "_NUM_CHECKED", 3)
         two_folders(tmp_path, ["road", "dog", "tree"]).check()  # of many, some are looked at
         assert "none of 3 masks holds 1 of 3 classes (dog)" in capsys.readouterr().err
 

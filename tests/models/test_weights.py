@@ -128,7 +128,7 @@ def test_another_class_count_drops_the_heads_and_says_so(tmp_path: Path, caplog:
         loaded = load_published(other, tmp_path)
     assert loaded.new_heads == ("backbone.head.bias", "backbone.head.weight", "token_head.bias", "token_head.weight")
     assert "head.weight" in caplog.text
-    assert "start anew" in caplog.text
+    assert "newly initialised" in caplog.text
     assert torch.equal(other.state_dict()["backbone.head.weight"], own_head)
     torch.testing.assert_close(other.state_dict()["backbone.norm.weight"], one.state_dict()["backbone.norm.weight"])
     torch.testing.assert_close(
@@ -334,9 +334,9 @@ def below(prefix: str, tensors: dict[str, Tensor], **others: Tensor) -> dict[str
         ({"epoch": 3, "net": {"weights": below("net.", BARE)}}, ""),
         (
             {"state_dict": below("model.", BARE, **{"loss.weight": torch.ones(3)}), "hyper_parameters": {"a": 1}},
-            "passes over loss.weight (1 tensors)",
+            "skips loss.weight (1 tensors)",
         ),
-        (below("encoder.backbone.", BARE, n_averaged=torch.tensor(3)), "passes over n_averaged"),
+        (below("encoder.backbone.", BARE, n_averaged=torch.tensor(3)), "skips n_averaged"),
         ({"state_dict": {f"layer._orig_mod.{n}".removeprefix("layer."): t for n, t in BARE.items()}}, ""),
         (
             {"optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}, "names": below("m.", {"a": torch.ones(1)})}}
@@ -354,7 +354,7 @@ def test_networks_are_found_below_any_key_and_prefix(
     assert states_equal(model.backbone.state_dict(), BARE)
     said = capfd.readouterr().err
     assert passed_over in said
-    assert ("passes over" in said) == bool(passed_over)
+    assert ("skips" in said) == bool(passed_over)
 
 
 @pytest.mark.parametrize(
@@ -503,7 +503,7 @@ def test_training_begins_with_the_rows_of_its_own_classes(
     Path("recipe.json").write_text(json.dumps(recipe))
     assert main(["train", "--recipe", "recipe.json", "--out", "run", "--device", "cpu"]) == 0
     said = capfd.readouterr().err
-    assert "imagenet.ckpt: 2 of 3 classes begin with their rows of its heads for 1,000, by name" in said
+    assert "imagenet.ckpt: 2 of 3 classes are initialised from its heads for 1,000, by name" in said
     assert "imagenet.ckpt has no token head: it begins as the classifier" in said
     begun: Any = load_run("run").model
     classifier, published = begun.backbone.head.weight, theirs.head.weight

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ from tokenlabel.evaluation.evaluators import Predictions
 from tokenlabel.models import TokenModel
 from tokenlabel.models.load import load_model
 from tokenlabel.report import class_accuracies, read_run, short_names
+from tokenlabel.runtime.distributed import Ranks
 
 FEW = ("--epochs=1", "--batch-size=10", "--data.num-workers=0", "--model.options.depth=1", "--device=cpu")
 
@@ -143,7 +145,7 @@ class TestReport:
         assert "first: is a folder" in refusal(capsys, "first", "--output", "first")
         for output in ("page.html/x.html", "/proc/x.html"):
             assert f"{output}: cannot be written (" in refusal(capsys, "first", "--output", output)
-        assert "is there and no page" in refusal(capsys, "first", "--output", "first/recipe.yaml")
+        assert "exists and is no page" in refusal(capsys, "first", "--output", "first/recipe.yaml")
         assert Path("page.html").read_text() == "<!doctype html>older"
         assert "model:" in Path("first/recipe.yaml").read_text()
 
@@ -223,7 +225,13 @@ class TestWhatARunWrites:
             return evaluator
 
         whole, parts = asked(slice(None)), [asked(slice(0, 2)), asked(slice(2, 6))]
-        parts[0].merge((part.answers, part.pixels, part.maps) for part in parts)
+        gathered = [(part.answers, part.pixels, part.maps) for part in parts]
+
+        class TwoRanks(Ranks):
+            def all_gather(self, value: Any) -> Any:
+                return gathered
+
+        parts[0].join(TwoRanks(world_size=2))
         assert parts[0].answers == whole.answers
         assert parts[0].pixels.keys() == {*keys[1:5]}
         assert {key: int(pixels[0, 0, 0]) for key, pixels in parts[0].pixels.items()} == {

@@ -15,8 +15,8 @@ from segment_cases import BACKBONE, write_image, write_mask
 
 from tokenlabel import Head, LabelStore
 from tokenlabel.cli import main
-from tokenlabel.segmentation.classes import IGNORED, numbered_classes
 from tokenlabel.segmentation.layouts import open_pairs
+from tokenlabel.segmentation.pairs import IGNORED, numbered_classes
 from tokenlabel.segmentation.recipe import Layout, SegmentDataConfig
 
 NUM_CLASSES = 300
@@ -94,16 +94,16 @@ def test_a_dry_run_says_what_the_values_of_masks_mean_and_draws_the_first_pairs(
     assert [line.split() for line in table] == [
         ["0", "sky", "864", "40.0%"],
         ["1", "road", "1,080", "50.0%"],
-        ["11", "(does", "not", "count)", "216", "10.0%"],
-        ["2", "car", "0", "no", "mask", "holds", "it"],
+        ["11", "(ignored)", "216", "10.0%"],
+        ["2", "car", "0", "in", "no", "mask"],
     ]
     page = Path("run/first_batch.html").read_text()
     assert page.count("<small>its mask</small>") == 2
-    for text in ("</i>sky</span>", "</i>road</span>", "no label</span>", "<td>(does not count)</td>"):
+    for text in ("</i>sky</span>", "</i>road</span>", "no label</span>", "<td>(ignored)</td>"):
         assert text in page
     assert [path.name for path in Path("run").iterdir()] == ["first_batch.html"]
     assert main(["segment", "train", "--recipe", "recipe.yaml", "--out", "images/run", "--dry-run"]) == 2
-    assert "--out images/run: lies in the images images" in capsys.readouterr().err
+    assert "--out images/run: is inside the images images" in capsys.readouterr().err
 
 
 def test_a_value_that_is_no_class_is_named_with_what_to_say(folder, capsys):
@@ -114,7 +114,7 @@ def test_a_value_that_is_no_class_is_named_with_what_to_say(folder, capsys):
     assert main(["segment", "train", "--recipe", "recipe.yaml", "--out", "run"]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert "0.png: holds the value 11, which is no class; 11 classes have the values 0-10, 255" in error
-    assert "; if 11 is none, say --data.ignore-index 11; if 0 is none of them, say --data.class-values=[1,2," in error
+    assert "; if 11 is none, set --data.ignore-index 11; if 0 is none of them, set --data.class-values=[1,2," in error
 
 
 def test_ids_beyond_8_bits_keep_their_numbers(folder):
@@ -181,7 +181,7 @@ def test_cocos_file_stands_in_place_of_a_folder_of_masks(folder, capsys):
     assert main(["segment", "train", "--recipe", "recipe.yaml", "--out", "run"]) == 0
     captured = capsys.readouterr()
     assert "images: 3 images with masks of 2 classes (box, stripe)" in captured.err
-    assert "few.json: 1 of its images are not in images and are passed over (7.png)" in captured.err
+    assert "few.json: 1 of its images are not in images and are skipped (7.png)" in captured.err
     write_coco("turned.json", [0, 1, 2], categories=("stripe", "box"))  # other ids, the same names
     assert main(["segment", "eval", "run", "--images", "images", "--masks", "turned.json"]) == 0
     assert set(json.loads(capsys.readouterr().out)["class_iou"]) == {"box", "stripe"}
@@ -235,7 +235,7 @@ def test_what_cocos_file_says_becomes_class_ids(folder):
     assert row(background="rest") == [*COCO_ROW[:20], *[2] * 5, *[IGNORED] * 5]
     for changes, message in (
         ({"class_names": ("box", "car")}, r"all\.json: .*its categories must be these classes"),
-        ({"ignore_index": 3}, r"all\.json: says itself which class each pixel has"),
+        ({"ignore_index": 3}, r"all\.json: defines the class of each pixel itself"),
     ):
         with pytest.raises(ValueError, match=message):
             row(**changes)

@@ -14,10 +14,18 @@ from segment_cases import write_image, write_mask
 from tokenlabel.data.masks import decode_mask
 from tokenlabel.data.scenes import write_scenes
 from tokenlabel.runtime.errors import DataError, ImageError
-from tokenlabel.segmentation.augment import SegmentTransform, distorted, draw_crop, fitted_size, padded, resize_mask
-from tokenlabel.segmentation.classes import IGNORED, known_classes, numbered_classes
-from tokenlabel.segmentation.data import SegmentDataset, collate
+from tokenlabel.segmentation.data import (
+    SegmentDataset,
+    SegmentTransform,
+    collate,
+    distorted,
+    draw_crop,
+    fitted_size,
+    padded,
+    resize_mask,
+)
 from tokenlabel.segmentation.layouts import classes_of, open_pairs, other_pairs
+from tokenlabel.segmentation.pairs import IGNORED, known_classes, numbered_classes
 from tokenlabel.segmentation.recipe import Layout, SegmentAugmentConfig, SegmentDataConfig, Split
 
 

@@ -14,9 +14,16 @@ from torch.nn import functional as F
 from tokenlabel.core.scores import from_probabilities
 from tokenlabel.models.decoders import HeadOutputs
 from tokenlabel.models.segmentation import SegmentationModel, SegmentOutputs
-from tokenlabel.segmentation.classes import IGNORED
-from tokenlabel.segmentation.evaluation import confusion, figures_of
-from tokenlabel.segmentation.inference import Segmenter, most_probable, slide_logits, whole_logits, window_starts
+from tokenlabel.segmentation.inference import (
+    Segmenter,
+    confusion,
+    figures_of,
+    most_probable,
+    slide_logits,
+    whole_logits,
+    window_starts,
+)
+from tokenlabel.segmentation.pairs import IGNORED
 from tokenlabel.segmentation.recipe import SegmentEvalConfig
 
 
@@ -194,7 +201,7 @@ def test_looks_that_cannot_be_are_refused() -> None:
         SegmentEvalConfig(short_side_px=-5)
     with pytest.raises(ValueError, match=r"eval\.max_aspect must be at least 1"):
         SegmentEvalConfig(max_aspect=0.5)
-    with pytest.raises(ValueError, match="windows of 512 x 512 px that lie 512 and 600 px apart leave pixels out"):
+    with pytest.raises(ValueError, match="windows of 512 x 512 px at a stride of 512 x 600 px leave pixels out"):
         Segmenter(Local(), SegmentEvalConfig(stride_px=(512, 600)), window_px=(512, 512))
     whole = SegmentEvalConfig(mode="whole", stride_px=(600, 600))
     Segmenter(Local(), whole, window_px=(512, 512))
@@ -225,11 +232,11 @@ def test_figures_are_those_of_sets_of_pixels(num_classes: int, seed: int) -> Non
         mine, theirs = set(np.flatnonzero(said == c)), set(np.flatnonzero(truth == c))
         ious.append(len(mine & theirs) / len(mine | theirs) if mine | theirs else None)
         accuracies.append(len(mine & theirs) / len(theirs) if theirs else None)
-    assert found.class_iou == pytest.approx(ious)
-    assert found.class_accuracy == pytest.approx(accuracies)
-    assert found.miou == pytest.approx(np.mean([x for x in ious if x is not None]))
-    assert found.mean_accuracy == pytest.approx(np.mean([x for x in accuracies if x is not None]))
-    assert found.pixel_accuracy == pytest.approx(np.mean(truth == said))
+    assert found["class_iou"] == pytest.approx(ious)
+    assert found["class_accuracy"] == pytest.approx(accuracies)
+    assert found["miou"] == pytest.approx(np.mean([x for x in ious if x is not None]))
+    assert found["mean_accuracy"] == pytest.approx(np.mean([x for x in accuracies if x is not None]))
+    assert found["pixel_accuracy"] == pytest.approx(np.mean(truth == said))
 
 
 def test_masks_without_any_class_have_no_figures() -> None:

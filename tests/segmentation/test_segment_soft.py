@@ -13,9 +13,8 @@ from tokenlabel.core.config import TokenChoice
 from tokenlabel.core.geometry import EDGE_TOLERANCE
 from tokenlabel.core.scores import from_probabilities, unknown_map
 from tokenlabel.models.decoders import HeadOutputs
-from tokenlabel.segmentation.augment import SegmentTransform
-from tokenlabel.segmentation.classes import IGNORED
-from tokenlabel.segmentation.data import SegmentSample, collate
+from tokenlabel.segmentation.data import SegmentSample, SegmentTransform, collate
+from tokenlabel.segmentation.pairs import IGNORED
 from tokenlabel.segmentation.recipe import SegmentAugmentConfig, SegmentLossConfig
 from tokenlabel.segmentation.task import head_loss
 

@@ -29,8 +29,7 @@ from tokenlabel.runtime.configuration import config_from_dict
 from tokenlabel.runtime.distributed import Ranks, joined_ranks
 from tokenlabel.runtime.errors import ConfigError, ModelError
 from tokenlabel.runtime.runlog import Stopwatch, read_metrics
-from tokenlabel.segmentation.evaluation import evaluate_segmentation
-from tokenlabel.segmentation.inference import segmenter_of
+from tokenlabel.segmentation.inference import evaluate_segmentation, segmenter_of
 from tokenlabel.segmentation.recipe import SegmentRecipe
 from tokenlabel.segmentation.task import build, pixel_loss, train_segmentation
 from tokenlabel.training.checkpoint import load_run
@@ -153,7 +152,7 @@ def figures_of_run(run, ranks):
     pairs = build(trained.recipe, device=CPU).val_pairs
     assert pairs is not None
     figures = evaluate_segmentation(
-        segmenter_of(trained, CPU), pairs, device=CPU, autocast=torch.autocast("cpu", enabled=False), ranks=ranks
+        segmenter_of(trained, CPU), pairs, autocast=torch.autocast("cpu", enabled=False), ranks=ranks
     )
     del figures["images_per_s"]
     return figures

@@ -10,7 +10,7 @@ from studies.charts import curve_chart
 from studies.records import RunRecord
 from studies.results import Found, as_json, as_markdown, interval_chart, learning_curves, spread_of, summary
 from studies.tables import Row, Table
-from tokenlabel.drawing.charts import as_svg
+from tokenlabel.drawing.page import as_svg
 
 TABLE = Table(
     name="made_up",

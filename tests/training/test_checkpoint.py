@@ -131,7 +131,7 @@ def test_another_format_is_refused(tmp_path):
     folder = save(tmp_path, 1, trained_for(1))
     state = json.loads((folder / "state.json").read_text())
     (folder / "state.json").write_text(json.dumps(state | {"format": 99}))
-    with pytest.raises(ModelError, match=r"format 99.*train anew in another folder"):
+    with pytest.raises(ModelError, match=r"format 99.*train in another folder"):
         load_run(folder)
 
 

@@ -139,7 +139,7 @@ def test_runs_are_exported_by_the_suffix_and_nothing_is_lost(tmp_path: Path) -> 
     out = tmp_path / "deep" / "model.safetensors"
     export_run(tmp_path / "run", out)
     assert {adapter_name(name) for name in load_file(out)} == trained.model.state_dict().keys()
-    with pytest.raises(ConfigError, match=r"model.safetensors is there already"):
+    with pytest.raises(ConfigError, match=r"model.safetensors exists already"):
         export_run(tmp_path / "run", out)
     export_run(tmp_path / "run", out, overwrite=True)
     folder = tmp_path / "hub"

@@ -261,7 +261,7 @@ class TestWhoseClassesAndImages:
         (here / "run/images.gz").write_bytes(b"\0\0")
         shutil.copy(here / "data/scenes/train/3/00003.png", here / "data/scenes/train/3/9.png")
         assert continued("--data.labels=null", "--loss.beta=0") == 2
-        assert "other images or labels: the images, of which images.gz no longer says" in capsys.readouterr().err
+        assert "other images or labels: the images (images.gz, their list, is missing" in capsys.readouterr().err
         (here / "data/scenes/train/3/9.png").unlink()
         (here / "run/images.json").unlink()
         assert continued() == 0
@@ -502,7 +502,7 @@ class TestWhatIsRead:
         assert continued(f"--data.num_workers={num_workers}", run="new") == 2
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert error.startswith("tokenlabel train: error: 3/00003.png: does not decode as an image (")
-        assert "restore it (of val images: or remove it), or begin a run with --data.skip-broken" in error
+        assert "restore it (or remove a val image), or start a run with --data.skip-broken" in error
         if not num_workers:
             assert continued("--data.skip-broken", run="new") == 0
 

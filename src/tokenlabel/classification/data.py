@@ -1,4 +1,4 @@
-"""What a classifier's run learns from and is evaluated on: images and labels of a recipe, opened and checked."""
+"""Open and check the training and validation data of a classifier's recipe: images, classes and labels."""
 
 from __future__ import annotations
 
@@ -25,47 +25,35 @@ from tokenlabel.training.recipe import Recipe
 from tokenlabel.training.run_folder import RunImages, sound_images
 
 
-@dataclass(frozen=True, slots=True)
-class Counts:
-    """How many training images there are, with a class of their own, and with a map of a label store."""
-
-    images: int
-    with_class: int
-    with_map: int
-
-    def __str__(self) -> str:
-        return f"{self.images:,} images, {self.with_class:,} with a class, {self.with_map:,} with a label map"
-
-
 @dataclass(frozen=True, eq=False)
 class TrainingData:
     """Training images that decode, and their labels.
 
-    `token_classes`: what the tokens are about, the classes of the images or others in the `store`. `images`: what the
-    run folder is to know of them.
+    `token_classes`: the classes of the tokens, those of the images or others in the `store`. `counts`: "N images, ...",
+    for messages. `images`: what the run folder records about them.
     """
 
     source: ImageSource
     store: LabelStore | None
     token_classes: ClassList
-    counts: Counts
+    counts: str
     images: RunImages
 
     @property
     def other_token_classes(self) -> ClassList | None:
-        """What the tokens are about, where these are other classes than the images'."""
+        """The classes of the tokens if they differ from the images', else None."""
         return None if self.token_classes.is_same(class_list(self.source)) else self.token_classes
 
 
 def open_training_data(recipe: Recipe, run: Path | None) -> TrainingData:
-    """Return the training images and labels of a recipe; say how many there are.
+    """Return the training images and labels of a recipe, and print how many there are.
 
-    `run`: the folder of the run, where an earlier start may have written down which images decode. Of several ranks the
-    first one looks at images and labels. Raises ValueError for what cannot be trained on.
+    `run`: the run folder, where an earlier start may have recorded which images decode. The first rank checks images
+    and labels for all. Raises ValueError for data that cannot be trained on.
     """
     source = _open(recipe)
     folders = recipe.data.label_folders if recipe.loss.reads_labels else []
-    # Opened by the first rank for all, so that labels that are added meanwhile are seen by none.
+    # Opened on the first rank and sent to all: labels may be added meanwhile, and all ranks must see the same ones.
     store = current_ranks().on_main(lambda: LabelStore(*folders)) if folders else None
     source = _with_classes(recipe, source, store)
     images = RunImages(run, source.class_names)
@@ -76,14 +64,15 @@ def open_training_data(recipe: Recipe, run: Path | None) -> TrainingData:
         check = partial(check_labels, source, store, max_missing=most, classes=token_classes)
         num_missing = current_ranks().on_main(check)
         images.note_labels(store, num_missing=num_missing)
-    num_images, num_with_class = len(source), int(has_classes(source).sum())
-    counts = Counts(num_images, num_with_class, num_images - num_missing if store is not None else 0)
+    num_with_map = len(source) - num_missing if store is not None else 0
+    num_with_class = int(has_classes(source).sum())
+    counts = f"{len(source):,} images, {num_with_class:,} with a class, {num_with_map:,} with a label map"
     say(f"training images: {counts}")
     return TrainingData(source, store, token_classes, counts, images)
 
 
 def open_val_set(recipe: Recipe, data: TrainingData) -> TokenLabelDataset | None:
-    """Return the val images of a recipe, with their labels where there are some; None without val images."""
+    """Return the val images of a recipe and their labels, if it names some; None without val images."""
     if not recipe.data.val:
         return None
     sound = partial(_sound, recipe, data.images, "val")
@@ -94,7 +83,7 @@ def open_val_set(recipe: Recipe, data: TrainingData) -> TokenLabelDataset | None
 
 
 def _open(recipe: Recipe) -> ImageSource:
-    """Return the training images, those without classes last."""
+    """Return the training images; those of `data.unlabelled` come last."""
     data = recipe.data
     source = open_aloud(data.train)
     if data.unlabelled is not None:
@@ -104,15 +93,16 @@ def _open(recipe: Recipe) -> ImageSource:
         refuse_small_cache(
             [*files.values()], at_once=data.tar_window and data.tar_window + 1 + NUM_AHEAD, remedy=remedy
         )
+    # With a window, tar files are read one after the other, without jumping to single images.
     streamed = getattr(source, "streamed", None)
     return source if data.tar_window is None or streamed is None else streamed()
 
 
 def _with_classes(recipe: Recipe, source: ImageSource, store: LabelStore | None) -> ImageSource:
-    """Return images with the classes that the class head is for.
+    """Return images with the classes of the class head.
 
-    Images without classes leave no class head, unless the teacher labels the class token: then it is for the classes of
-    the store. Raises DataError where there is nothing to learn from.
+    If no image has a class, there is no class head, unless the store labels the class token: then its classes are the
+    store's. Raises DataError if there is nothing to learn from.
     """
     place = recipe.data.train
     if has_classes(source).any():
@@ -131,10 +121,10 @@ def _with_classes(recipe: Recipe, source: ImageSource, store: LabelStore | None)
 
 
 def _token_classes(recipe: Recipe, source: ImageSource, store: LabelStore | None) -> ClassList:
-    """Return what the tokens are about: the classes of the images, or others in the store.
+    """Return the classes of the tokens: those of the images, or others in the store.
 
-    Raises DataError for labels of a list that was meant to be that of the images and is not, ConfigError for class
-    targets out of labels that are about something else, and for predictions that add up logits of two lists.
+    Raises DataError for labels whose classes almost match those of the images, ConfigError for class targets from
+    labels of other classes, and for inference that adds logits of different classes.
     """
     ours, loss = class_list(source), recipe.loss
     theirs = ours if store is None else classes_of_labels(source.class_names, store)
@@ -155,7 +145,7 @@ def _token_classes(recipe: Recipe, source: ImageSource, store: LabelStore | None
 
 
 def _takes_classes_of_maps(recipe: Recipe) -> bool:
-    """Say whether the class token learns what a store's maps say of the images."""
+    """Return True if the targets of the class token come from a store's maps."""
     return recipe.loss.class_target is not ClassTarget.TRUTH and not recipe.loss.has_online_teacher
 
 
@@ -165,7 +155,7 @@ def class_list(source: ImageSource) -> ClassList:
 
 
 def _val_labels(recipe: Recipe, source: ImageSource, token_classes: ClassList) -> LabelStore | None:
-    """Return the labels of the val images. Raises ConfigError where nothing could be held against the model."""
+    """Return the labels of the val images. Raises ConfigError if they have neither labels nor classes."""
     folders = recipe.eval.label_folders
     if folders:
         store = current_ranks().on_main(lambda: LabelStore(*folders))
@@ -173,7 +163,7 @@ def _val_labels(recipe: Recipe, source: ImageSource, token_classes: ClassList) -
         return store
     if not has_classes(source).any():
         raise ConfigError(
-            f"{recipe.data.val}: without classes and without labels nothing can be said of these images; give "
+            f"{recipe.data.val}: images without classes and labels cannot be evaluated; give "
             "--eval.labels, made by the head that labelled the training images, or leave data.val out (--eval.probe "
             "takes a few images with classes)"
         )
@@ -183,15 +173,13 @@ def _val_labels(recipe: Recipe, source: ImageSource, token_classes: ClassList) -
 def _sound(
     recipe: Recipe, images: RunImages, split: str, source: ImageSource, store: LabelStore | None = None
 ) -> ImageSource:
-    """Return the images that decode, as an earlier start of the run found, or a teacher that labelled them.
-
-    Who wants broken images left out does not trust the labels: images may have broken since.
-    """
+    """Return the images that decode, by an earlier start of the run or by the teacher that labelled them."""
     check, skip_broken = recipe.data.check, recipe.data.skip_broken
+    # With skip_broken all images are decoded again: some may have broken since they were labelled.
     trusts_labels = check is ImageCheck.AUTO and not skip_broken
     labelled = store if store and trusts_labels and store.manifest.saw_images else None
 
-    def find(among: list[int] | None) -> list[int]:
+    def _find(among: list[int] | None) -> list[int]:
         if labelled is not None and among is None:
             among = np.flatnonzero(~labelled.holds(source.keys)).tolist()
         return find_broken(source, check, among)
@@ -204,7 +192,7 @@ def _sound(
         source.keys,
         classes if known.any() else [],
         check=f"{check}, but for images with labels" if labelled else check.value,
-        find=find,
+        find=_find,
     )
     option = "--data.skip-broken"
     return sound_images(source, skip_broken=skip_broken, check=check, option=option, find=found)

@@ -1,14 +1,14 @@
-"""What a classifier's run writes down while it has its data: its first batch, and its answers to the val images."""
+"""Albums of a classifier's run: its first batch with its targets, and its predictions for the val images."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -41,16 +41,16 @@ def batch_album(
     class_names: Sequence[str],
     token_class_names: Sequence[str],
 ) -> Album:
-    """Return the first images of a part of a batch as the step is trained on them: erased, mixed, with their targets.
+    """Return an album of the first images of a micro-batch as the step trains on them: erased, mixed, with targets.
 
-    Everything random in it is a function of the part, so drawing it once more changes nothing. `originals`: the
-    images before augmentation, of as many as are to be shown.
+    `originals`: those images before augmentation. All random numbers are functions of `part`, so drawing them again
+    changes nothing.
     """
     model, supervision = step.model, step.supervision
     images = normalize_images(batch.images, mean=model.mean, std=model.std)
     grid = model.grid_for((images.shape[2], images.shape[3]))
     images, erased, mix = erase_and_draw(images, grid, part, erasing=step.erasing, mixing=step.mixing)
-    # What a token would learn without the mix, and what it is trained on.
+    # The targets before mixing, for the picture, and those of training.
     alone = make_targets(batch, supervision, grid, erased=erased)
     mixed = make_targets(batch, supervision, grid, mix=mix, erased=erased)
     pictures = []
@@ -74,15 +74,24 @@ def batch_album(
 
 
 def map_of_targets(targets: TokenTargets, i: int, grid: tuple[int, int], num_classes: int) -> ClassGrid:
-    """Return the most probable class of each token (h, w) of an image of a batch."""
-    ids, probs = _most_probable(targets, i)
+    """Return the most probable class of each token (h, w) of image `i` of a batch, with its target times weight."""
+    classes, excess = _excess(targets, i)
+    best, entry = excess.max(dim=1)
+    ids, probs = classes[entry].cpu().numpy(), (best + targets.floor[i]).cpu().numpy()
     return top_classes(ids.reshape(grid), probs.reshape(grid), num_classes)
 
 
-class Answering(Evaluator):
-    """Keeps what a model says of each image, and of every token of some.
+def _excess(targets: TokenTargets, i: int) -> tuple[Int[Tensor, " U"], Float[Tensor, "N U"]]:
+    """Return the classes of an image's targets, each once, and the excess of each token for each of them."""
+    classes, place = targets.classes[i].unique(return_inverse=True)  # after mixing a class may have two entries
+    excess = targets.excess[i]
+    return classes, excess.new_zeros(len(excess), len(classes)).index_add(1, place, excess)
 
-    `shown`: the keys of these images; `of_tokens`: whether tokens were trained to say something.
+
+class Answering(Evaluator):
+    """Collects the prediction for each image, and for the tokens of the images whose keys are in `shown`.
+
+    `of_tokens`: the token head was trained.
     """
 
     def __init__(self, shown: Collection[str], *, of_tokens: bool) -> None:
@@ -93,9 +102,9 @@ class Answering(Evaluator):
         self.maps: dict[str, ClassGrid] = {}
 
     def add(self, predictions: Predictions) -> None:
-        """Keep the answers to a batch."""
+        """Keep the predictions for a batch."""
         batch, outputs = predictions.batch, predictions.outputs
-        if predictions.logits.shape[1]:  # else there are no classes to answer with
+        if predictions.logits.shape[1]:  # the model has a class head
             probs, guesses = predictions.logits.softmax(dim=1).max(dim=1)
             truth = torch.where(batch.has_class, batch.class_ids, -1)
             rows = zip(truth.tolist(), guesses.tolist(), probs.tolist(), strict=True)
@@ -105,28 +114,24 @@ class Answering(Evaluator):
                 continue
             self.pixels[key] = batch.images[i].permute(1, 2, 0).cpu().numpy()
             if self.of_tokens and outputs is not None:
-                # In float32, as the head is: evaluators are called outside of autocast.
+                # In float32, like the head's weights: evaluators are called outside autocast.
                 logits = outputs.token_head(outputs.tokens[i : i + 1].float())[0]
                 self.maps[key] = map_of_logits(logits.unflatten(0, outputs.grid))
 
     def join(self, ranks: Ranks) -> None:
-        """Put together what all ranks kept."""
-        self.merge(ranks.all_gather((self.answers, self.pixels, self.maps)))
-
-    def merge(self, kept: Iterable[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]) -> None:
-        """Add what others kept of other images."""
-        for answers, pixels, maps in kept:
+        """Collect the predictions of all ranks."""
+        for answers, pixels, maps in ranks.all_gather((self.answers, self.pixels, self.maps)):
             self.answers |= answers
             self.pixels |= pixels
             self.maps |= maps
 
     def figures(self) -> Iterator[tuple[str, float]]:
-        """Yield no figures."""
+        """Yield nothing: this evaluator has no figures."""
         yield from ()
 
     @torch.inference_mode()
     def ask_classifier(self, model: TokenModel, name: str, autocast: torch.autocast) -> None:
-        """Keep what the classifier of a model says when it is moved from location to location, if it can be."""
+        """Replace the maps by the classifier applied at every location, as dense teachers do, if the model allows."""
         device, pixels = next(model.parameters()).device, np.stack([*self.pixels.values()])
         images = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(device)
         network = ClassifierNetwork(model.backbone if isinstance(model, TimmAdapter) else model, name=name)
@@ -140,7 +145,7 @@ class Answering(Evaluator):
     def write(
         self, run: Path, keys: Sequence[str], class_names: Sequence[str], token_class_names: Sequence[str], **more: Any
     ) -> None:
-        """Write the answers and the pictures into a run folder. `keys`: of all images, in order."""
+        """Write predictions and pictures into a run folder. `keys`: of all images, in order."""
         names = [*map(with_words, class_names)]
         if self.answers:
             truth, guesses, probs = map(np.array, zip(*(self.answers[key] for key in keys), strict=True))
@@ -161,38 +166,29 @@ class Answering(Evaluator):
 
 
 def map_of_logits(logits: Float[Tensor, "h w C"]) -> ClassGrid:
-    """Return the most probable class of each location."""
+    """Return the most probable class of each location and its probability."""
     probs, ids = logits.float().softmax(dim=2).max(dim=2)
     return top_classes(ids.cpu().numpy(), probs.cpu().numpy(), logits.shape[2])
 
 
 def shown_keys(keys: Sequence[str]) -> list[str]:
-    """Return the keys of the val images that are drawn: spread over all, always the same ones."""
+    """Return the keys of the val images in the album, evenly spaced: the same ones in every evaluation."""
     chosen = np.linspace(0, len(keys) - 1, min(NUM_VAL, len(keys))).astype(int)
     return [str(keys[i]) for i in chosen.tolist()]
 
 
-def _most_probable(targets: TokenTargets, i: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Return the class with the highest target of each token of an image, and the target (times weight)."""
-    classes, place = targets.classes[i].unique(return_inverse=True)  # a mix may name a class twice
-    excess = targets.excess[i]  # [N, U]
-    sums = excess.new_zeros(len(excess), len(classes)).index_add(1, place, excess)
-    best, entry = sums.max(dim=1)
-    return classes[entry].cpu().numpy(), (best + targets.floor[i]).cpu().numpy()
-
-
 def _class_target(targets: TokenTargets, i: int, names: Sequence[str]) -> str:
-    """Return the two classes that the class token of an image is trained most towards."""
-    classes, place = targets.classes[i].unique(return_inverse=True)
-    sums = targets.excess.new_zeros(len(classes)).index_add(0, place, targets.excess[i, 0])
-    probs, entries = sums.topk(min(2, len(sums)))
+    """Return the two classes with the highest class target of an image, as text."""
+    classes, excess = _excess(targets, i)
+    probs, entries = excess[0].topk(min(2, len(classes)))
     floor = targets.floor[i, 0]
     shares = [(int(classes[e]), float(p + floor)) for p, e in zip(probs, entries, strict=True) if p > 0]
-    told = ", ".join(f"{with_words(names[c])} {share:.2f}" for c, share in shares)
-    return f"target of the class token: {told}" if told else ""
+    text = ", ".join(f"{with_words(names[c])} {share:.2f}" for c, share in shares)
+    return f"target of the class token: {text}" if text else ""
 
 
 def _mixed(images: Float[Tensor, "B 3 height width"], mix: MixPlan, i: int) -> Float[Tensor, "3 height width"]:
+    # A batch of this image and its partner: mixing all images for one picture would be slow.
     pair, mask = images[[i, int(mix.partner[i])]], mix.mask[[i, i]]
     return mix_images(pair, MixPlan(mask, torch.tensor([1, 0], device=pair.device), mix.on_tokens))[0]
 
@@ -204,7 +200,7 @@ def _pixels(image: Float[Tensor, "3 height width"], model: TokenModel) -> NDArra
 
 
 def _score_map(maps: ScoreMapBatch, i: int) -> ScoreMap:
-    """Return the map of an image as it was before it was padded for its batch."""
+    """Return the score map of an image without the padding of its batch."""
     rows, columns = maps.shapes[i]
     left, top, right, bottom = maps.regions[i].tolist()
     return ScoreMap(

@@ -1,6 +1,6 @@
-"""Training a classifier with token labels: what its images, its step and its evaluation are.
+"""Train a classifier with token labels: its images, step and evaluation.
 
-What a step does is in `core/step.py`; the engine does the rest.
+The step is in `core/step.py`, the loop in `training/engine.py`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from tokenlabel.classification.data import Counts, open_training_data, open_val_set
+from tokenlabel.classification.data import open_training_data, open_val_set
 from tokenlabel.classification.pictures import NUM_TRAIN, Answering, batch_album, shown_keys
 from tokenlabel.core.batch import Batch
 from tokenlabel.core.step import Part, Supervision, TrainStep
@@ -44,7 +44,7 @@ from tokenlabel.training.recipe import ModelConfig, Recipe
 from tokenlabel.training.run_folder import RunImages
 from tokenlabel.training.tasks import Summary, Task
 
-# Starting processes takes seconds: below this many images evaluation decodes them itself.
+# Below this many images evaluation decodes in its own process: starting workers takes seconds.
 _MANY_IMAGES = 5000
 
 
@@ -58,27 +58,27 @@ def train(
 ) -> dict[str, Any]:
     """Train by a recipe in a run folder, from its newest checkpoint if there is one; return the last evaluation.
 
-    Under torchrun all processes train together. The folder receives recipe.yaml, metrics.jsonl and checkpoints/;
-    `trackers` hear every line of the metrics. `changed_numerics`: go on with another rounding (see `check_run_folder`).
-    Raises ConfigError if it holds a run of another recipe or another process trains there, ValueError for data that
-    cannot be trained on, `Interrupted` after SIGINT or SIGTERM.
+    Under torchrun all processes train together. Writes recipe.yaml, metrics.jsonl and checkpoints/; `trackers` are
+    called with every line of the metrics. `changed_numerics`: continue although rounding changes (see
+    `check_run_folder`). Raises ConfigError if the folder holds a run of another recipe or another process trains there,
+    ValueError for data that cannot be trained on, `Interrupted` after SIGINT or SIGTERM.
     """
     try:
         return train_in(run, recipe, build, device=device, trackers=trackers, changed_numerics=changed_numerics)
     except ImageError as error:
-        # Of an image that was trusted, or broke since; from a data worker it comes after its traceback.
+        # An image that was not decoded before, or broke since. A data worker's error begins with its traceback.
         reason = str(error).rstrip().splitlines()[-1].rpartition("ImageError: ")[2]
         raise ImageError(
-            f"{reason}; restore it (of val images: or remove it), or begin a run with --data.skip-broken, which "
-            "leaves such images out"
+            f"{reason}; restore it (or remove a val image), or start a run with --data.skip-broken, which "
+            "skips such images"
         ) from error
 
 
 @dataclass(eq=False)
 class ClassifierTask(Task[Recipe]):
-    """A network that learns from class labels and token labels, or from one of them.
+    """Training of a classifier on class labels, token labels, or both.
 
-    `probe_sets`: images with classes that probes of frozen features learn from, and that they are tested on.
+    `counts`: describes the images in a dry run. `probe_sets`: images with classes to train and test probes on.
     """
 
     recipe: Recipe
@@ -87,14 +87,14 @@ class ClassifierTask(Task[Recipe]):
     val_set: TokenLabelDataset | None
     supervision: Supervision
     device: torch.device
-    counts: Counts
+    counts: str
     token_classes: ClassList | None = None
     probe_sets: tuple[TokenLabelDataset, TokenLabelDataset] | None = None
     images: RunImages | None = None
 
     def __post_init__(self) -> None:
         self.class_names = self.train_set.source.class_names
-        # What there is of: the accuracy, else what probes find in the features, else agreement with the teacher.
+        # The first that exists: accuracy, probes of the features, agreement with the teacher.
         self.metric = "top1" if self._judges_classes else "knn" if self.probe_sets else "teacher_accuracy"
         self.num_images = len(self.train_set)
         self.grid = self.model.grid_for(self.recipe.model.img_size)
@@ -107,14 +107,14 @@ class ClassifierTask(Task[Recipe]):
         )
 
     def batches(self, sampler: BatchSampler) -> Iterable[Batch]:
-        """Return the augmented batches of a sampler."""
+        """Return the augmented batches in the order of a sampler."""
         loader = make_loader(
             self.train_set, sampler, num_workers=self.recipe.data.num_workers, pin_memory=self.device.type == "cuda"
         )
         return read_ahead(self.train_set.source, sampler, loader)
 
     def order(self) -> Callable[[int], NDArray[np.int64]] | None:
-        """Return the order that goes from tar file to tar file, if the recipe wants it."""
+        """Return the order that reads tar files one after the other, if the recipe has `data.tar_window`."""
         window, seed = self.recipe.data.tar_window, self.recipe.seed
         if window is None:
             return None
@@ -127,17 +127,17 @@ class ClassifierTask(Task[Recipe]):
 
     @property
     def token_class_names(self) -> list[str]:
-        """The names of what the tokens are about; numbers where nobody says them."""
+        """The class names of the tokens; numbers if they are unknown."""
         return self.class_names if self.token_classes is None else self.token_classes.labels
 
     @property
     def _judges_classes(self) -> bool:
-        """Whether there are val images with classes that the class head may name."""
+        """True if there are val images with classes, and a class head."""
         val_set = self.val_set
         return val_set is not None and bool(self.class_names) and bool(has_classes(val_set.source).any())
 
     def picture(self, batch: Batch, part: Part, indices: Sequence[tuple[int, int]]) -> Album:
-        """Return the first images of a batch as they are trained on."""
+        """Return an album of the first images of a batch as they are trained on."""
         source = self.train_set.source
         shown = [index for _, index in indices[:NUM_TRAIN]]
         assert isinstance(self.step, TrainStep)
@@ -151,7 +151,7 @@ class ClassifierTask(Task[Recipe]):
         )
 
     def summary(self) -> Summary:
-        """Return what a dry run says of the task."""
+        """Return the description of the task in a dry run."""
         recipe, (rows, columns) = self.recipe, self.grid
         height_px, width_px = recipe.model.img_size
         tokens = f" and {self.token_classes} for the tokens" if self.token_classes is not None else ""
@@ -165,40 +165,36 @@ class ClassifierTask(Task[Recipe]):
         )
 
     def evaluate(self, model: nn.Module, ranks: Ranks, *, run: Path | None = None, **about: Any) -> dict[str, Any]:
-        """Return the figures of a model on the val images, and of probes; write answers and pictures into `run`."""
+        """Evaluate a model on the val images and by probes; write predictions and pictures into `run`."""
         assert isinstance(model, TokenModel)
         figures: dict[str, Any] = {}
         if self.probe_sets is not None:
             learn, test = (self._eval_batches(dataset, ranks) for dataset in self.probe_sets)
             names = self.probe_sets[0].source.class_names
             figures |= image_figures(model.eval(), learn, test, num_classes=len(names), ranks=ranks)
-        if self.val_set is not None:
-            evaluators: list[Evaluator] = [Accuracy(), Calibration()] if self._judges_classes else []
-            evaluators += [TokenTruth("teacher")] if self.val_set.store is not None else []
-            keys, inference = self.val_set.source.keys, self.recipe.eval.inference
-            answering = Answering(shown_keys(keys), of_tokens=self.supervision.labels_tokens)
-            observed = observe(
-                model,
-                self._eval_batches(self.val_set, ranks),
-                {inference: [*evaluators, answering]},
-                precision=self.recipe.precision,
-                ranks=ranks,
-            )
-            figures |= observed[inference]
-            if run is not None and ranks.is_first:
-                self._write_answers(answering, model, run, **about)
-        return figures
-
-    def _write_answers(self, answering: Answering, model: TokenModel, run: Path, **about: Any) -> None:
-        assert self.val_set is not None
-        recipe = self.recipe
-        if not self.supervision.labels_tokens and not recipe.sharded:
-            answering.ask_classifier(model, recipe.model.name, autocast(self.device, recipe.precision))
-        keys = self.val_set.source.keys
-        answering.write(run, keys, self.class_names, self.token_class_names, **about)
+        val_set = self.val_set
+        if val_set is None:
+            return figures
+        evaluators: list[Evaluator] = [Accuracy(), Calibration()] if self._judges_classes else []
+        evaluators += [TokenTruth("teacher")] if val_set.store is not None else []
+        keys, recipe = val_set.source.keys, self.recipe
+        answering = Answering(shown_keys(keys), of_tokens=self.supervision.labels_tokens)
+        observed = observe(
+            model,
+            self._eval_batches(val_set, ranks),
+            {recipe.eval.inference: [*evaluators, answering]},
+            precision=recipe.precision,
+            ranks=ranks,
+        )
+        if run is not None and ranks.is_first:
+            # A sharded model cannot run on one rank alone.
+            if not self.supervision.labels_tokens and not recipe.sharded:
+                answering.ask_classifier(model, recipe.model.name, autocast(self.device, recipe.precision))
+            answering.write(run, keys, self.class_names, self.token_class_names, **about)
+        return figures | observed[recipe.eval.inference]
 
     def _eval_batches(self, dataset: TokenLabelDataset, ranks: Ranks) -> Iterable[Batch]:
-        """Yield this rank's part of images that are evaluated on, on the device."""
+        """Yield this rank's share of a data set for evaluation, on the device."""
         recipe = self.recipe
         sampler = EvalBatchSampler(
             num_images=len(dataset), batch_size=recipe.eval.batch_size, rank=ranks.rank, world_size=ranks.world_size
@@ -212,23 +208,23 @@ class ClassifierTask(Task[Recipe]):
 def build(recipe: Recipe, *, device: torch.device, run: Path | None = None) -> ClassifierTask:
     """Build the data, the model and the supervision of a recipe, and check that they fit together.
 
-    `run`: the folder of the run, see `open_training_data`.
+    `run`: the run folder, see `open_training_data`.
     """
     data = open_training_data(recipe, run)
     source, img_size = data.source, recipe.model.img_size
-    torch.manual_seed(recipe.seed)
-    model = _begin(recipe.model, class_names=source.class_names, token_classes=data.token_classes)
-    probes = None
+    torch.manual_seed(recipe.seed)  # right before the model: no earlier draw changes its initial weights
+    model = _initial_model(recipe.model, class_names=source.class_names, token_classes=data.token_classes)
     teacher = load_online_teacher(recipe.loss.teacher, source.class_names, device)
     val_set = open_val_set(recipe, data)
+    probes = None
     if recipe.eval.probe is not None:
         plain = EvalTransform(img_size, crop_fraction=recipe.eval.crop_fraction)
         probes = probe_sets(recipe.eval.probe, recipe.eval.probe_test, plain)
-    transform = TrainTransform(recipe.augment, img_size)
+    train_set = TokenLabelDataset(source, TrainTransform(recipe.augment, img_size), seed=recipe.seed, store=data.store)
     return ClassifierTask(
         recipe=recipe,
         model=model.to(device),
-        train_set=TokenLabelDataset(source, transform, seed=recipe.seed, store=data.store),
+        train_set=train_set,
         val_set=val_set,
         supervision=Supervision(loss=recipe.loss, stored=data.store is not None, teacher=teacher),
         device=device,
@@ -239,8 +235,8 @@ def build(recipe: Recipe, *, device: torch.device, run: Path | None = None) -> C
     )
 
 
-def _begin(config: ModelConfig, *, class_names: list[str], token_classes: ClassList) -> TokenModel:
-    """Return the model as it is before the first step."""
+def _initial_model(config: ModelConfig, *, class_names: list[str], token_classes: ClassList) -> TokenModel:
+    """Return the model with its initial weights, new or from `config.weights`."""
     model = create_model(
         config.name,
         num_classes=len(class_names),
@@ -262,11 +258,11 @@ def _begin(config: ModelConfig, *, class_names: list[str], token_classes: ClassL
 
 
 def _rows(path: str, class_names: list[str], count: int) -> dict[int, int]:
-    """Return which row of the heads in a file each class has, by the names that it states, else by ImageNet's."""
+    """Return each class's row in heads of `count` rows, by the class names in the file, else by ImageNet's."""
     stated = read_class_names(path)
     theirs = stated if len(stated) == count else () if stated else imagenet_names(count)
     rows = {row: i for row, i in enumerate(ids_among(class_names, theirs)) if i >= 0}
     if stated and not rows and count == len(class_names):
         unlike = difference(theirs, class_names, count=count, them="the file")
-        say(f"{path}: {unlike}: its heads begin with what they knew of the others")
+        say(f"{path}: {unlike}: its heads are loaded although they are for other classes")
     return rows

@@ -1,7 +1,7 @@
-"""One self-contained HTML page: sections, tables, curves, and pictures of albums under one legend of colours. No torch.
+"""Self-contained HTML pages: sections, tables, line charts, and pictures with a common legend of class colours.
 
-A photograph is in the page once, on its album's sheet, however often it is shown; a map is a tiny image that the
-browser stretches over it.
+Each photograph is stored once, on its album's contact sheet, of which a CSS background shows the part; a class map is a
+tiny image that the browser scales over it. No torch; matplotlib is imported for charts only.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import html
 import io
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -22,23 +22,26 @@ from tokenlabel.drawing.pictures import Album, ClassGrid, class_colour
 from tokenlabel.runtime.errors import ConfigError
 from tokenlabel.runtime.process import write_whole
 
-# So many classes have a colour of their own; the others share one, or nobody could tell them apart.
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Number of classes with a colour of their own: more colours could not be told apart. All other classes share one.
 NUM_COLOURS = 20
-OTHERS, _OTHER_COLOUR = "others", (128, 128, 128)
-# Opacity of a cell, from one that is hardly more than chance to a certain one. (0, 0, 0): where nothing is said.
-_FAINTEST, _STRONGEST, _UNSAID = 70, 195, (0, 0, 0, 165)
-# Photographs this small are shown with their pixels sharp.
+_OTHER_COLOUR = (128, 128, 128)
+# Opacity of a cell at chance level and of a certain one; colour and opacity of a cell without a label.
+_FAINTEST, _STRONGEST, _UNLABELLED = 70, 195, (0, 0, 0, 165)
+# Smaller photographs are scaled without smoothing.
 _SMALL_PX = 128
-# Headings of so many letters are not broken; names longer than `_LONG` lose their middle.
+# Shorter headings are not broken into lines; longer names lose their middle.
 _SHORT, _LONG = 12, 64
-# More tiles than these take a row of the page for themselves.
+# Pictures of more tiles take the full width of the page.
 _FEW_TILES = 3
 
 Picture = Mapping[str, Any]
 
 
 class Page:
-    """A page in the making. `albums`: all whose pictures it may show: a class has one colour on the whole page."""
+    """A page under construction. `albums`: all that it may show, so that a class has one colour on the whole page."""
 
     def __init__(self, title: str, albums: Iterable[Album] = ()) -> None:
         self.title = title
@@ -59,27 +62,27 @@ class Page:
         self.sections.append(f"<section><h2>{_breakable(title)}</h2>{''.join(parts)}</section>")
 
     def legend(self, pictures: Iterable[tuple[Album, Picture]]) -> str:
-        """Return the classes that the maps of pictures show, with their colours, the most frequent first."""
+        """Return the classes in the maps of pictures with their colours as HTML, the most frequent first."""
         pictures = list(pictures)
         shown = _by_frequency(pictures)
         named = [name for name in shown if name in self._colours]
         chips = [_chip(name, self._colours[name]) for name in named]
         if num_others := len(shown) - len(named):
-            chips.append(_chip(f"{num_others:,} {OTHERS}", _OTHER_COLOUR))
+            chips.append(_chip(f"{num_others:,} others", _OTHER_COLOUR))
         maps = (album.class_map(tile) for album, picture in pictures for tile in picture["tiles"])
         if any(found is not None and ((found.ids < 0).any() or found.region != (0, 0, 1, 1)) for found in maps):
             chips.append('<span><i class="unsaid"></i>no label</span>')
         return f'<p class="legend">{"".join(chips)}</p>' if chips else ""
 
     def figure(self, tiles: Iterable[tuple[Album, Mapping[str, Any]]], caption: str) -> str:
-        """Return tiles side by side over one caption (HTML). Each tile's own text stands below it."""
+        """Return tiles side by side, each over its text, with a common caption (HTML)."""
         shown = "".join(
             f"<div>{self._tile(album, tile)}<small>{html.escape(tile['text'])}</small></div>" for album, tile in tiles
         )
         return f'<figure><div class="tiles">{shown}</div><figcaption>{caption}</figcaption></figure>'
 
     def add_album(self, title: str, album: Album) -> None:
-        """Add a section with all pictures of an album, each with all its tiles in a row."""
+        """Add a section with all pictures of an album."""
         pictures = [(album, picture) for picture in album.about["pictures"]]
         figures = [
             self.figure([(album, tile) for tile in picture["tiles"]], caption(picture)) for _, picture in pictures
@@ -88,10 +91,7 @@ class Page:
         self.add(title, self.legend(pictures), f'<div class="pictures{broad}">{"".join(figures)}</div>')
 
     def write(self, output: Path) -> None:
-        """Write the page, which needs no other file and no network, in place of an older one.
-
-        Raises ConfigError for a path that cannot be written to and for a file that is no page.
-        """
+        """Write the page, or replace an older one. Raises ConfigError, see `check_output`."""
         check_output(output)
         sheets = "\n".join(
             f".s{name} {{ background-image: url(data:image/jpeg;base64,{base64.b64encode(sheet).decode()}) }}"
@@ -101,7 +101,7 @@ class Page:
             title=html.escape(self.title), heading=_breakable(self.title), sheets=sheets, body="\n".join(self.sections)
         )
         try:
-            write_whole(output, [text.encode("utf-8", "backslashreplace")])  # names of files need not be UTF-8
+            write_whole(output, [text.encode("utf-8", "backslashreplace")])  # file names may not be UTF-8
         except OSError as error:
             raise _unwritable(output, error.strerror or str(error)) from error
 
@@ -109,7 +109,7 @@ class Page:
         self._sheets[album.name] = album.sheet
         left, top, width, height = album.about["photos"][tile["photo"]]
         sheet_width, sheet_height = album.about["size"]
-        # Percentages of a background's position are of what is left over of it beside the tile.
+        # CSS: percentages of a background's position refer to its size minus that of the tile.
         across, down = (
             100 * start / max(1, whole - part)
             for start, part, whole in ((left, width, sheet_width), (top, height, sheet_height))
@@ -126,13 +126,13 @@ class Page:
         return f'<div class="tile s{album.name}{small}" role="img" aria-label="{label}" style="{style}">{over}</div>'
 
     def _map(self, classes: ClassGrid, names: Sequence[str]) -> str:
-        """Return a map as an image of one pixel a cell, laid over the part of the photograph that it is about."""
-        colours = [*(self._colours.get(name, _OTHER_COLOUR) for name in names), (0, 0, 0)]  # -1 takes the last
+        """Return a map as an <img> of one pixel a cell, placed over its region of the photograph."""
+        colours = [*(self._colours.get(name, _OTHER_COLOUR) for name in names), (0, 0, 0)]  # the last for id -1
         strength = np.ones(classes.ids.shape) if classes.strength is None else classes.strength
         pixels = np.empty((*classes.ids.shape, 4), np.uint8)
         pixels[..., :3] = np.array(colours, np.uint8)[classes.ids]
         pixels[..., 3] = _FAINTEST + (_STRONGEST - _FAINTEST) * strength
-        pixels[classes.ids < 0] = _UNSAID
+        pixels[classes.ids < 0] = _UNLABELLED
         left, top, right, bottom = (100 * edge for edge in classes.region)
         style = f"left: {left:.3f}%; top: {top:.3f}%; width: {right - left:.3f}%; height: {bottom - top:.3f}%"
         buffer = io.BytesIO()
@@ -142,31 +142,29 @@ class Page:
 
 
 def caption(picture: Picture) -> str:
-    """Return as HTML which image a picture is of, and what its album says of it."""
+    """Return the key of a picture's image and its caption as HTML."""
     text = f", {picture['caption']}" if picture.get("caption") else ""
     return f"<b>{html.escape(picture['key'])}</b>{html.escape(text)}"
 
 
 def check_output(output: Path) -> None:
-    """Raise ConfigError where a page cannot be written, and for a file that is there and is no page."""
+    """Raise ConfigError if a page cannot be written, or would replace a file that is no page."""
     try:
+        folder = next((folder for folder in output.absolute().parents if folder.exists()), output)
+        if not folder.is_dir() or not os.access(folder, os.W_OK):
+            raise _unwritable(output, f"{folder} is no folder that can be written to")
         with output.open("rb") as file:
             start = file.read(len(_START)).decode("utf-8", "replace")
     except FileNotFoundError:
-        folder = next((folder for folder in output.absolute().parents if folder.exists()), output)
-        if not folder.is_dir() or not os.access(folder, os.W_OK):
-            raise _unwritable(output, f"{folder} is no folder that can be written to") from None
         return
     except OSError as error:
         raise _unwritable(output, error.strerror or str(error)) from error
     if start and start != _START:
-        raise ConfigError(f"{output}: is there and no page; choose another file, or remove it")
-    if not os.access(output.absolute().parent, os.W_OK):
-        raise _unwritable(output, f"{output.absolute().parent} cannot be written to")
+        raise ConfigError(f"{output}: exists and is no page; choose another file, or remove it")
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a table; the first column is set to the left, the others to the right."""
+    """Return a table as HTML, the first column left-aligned, the others right-aligned."""
     head = "".join(
         f"<th{' class=short' if len(heading) <= _SHORT else ''}>{_breakable(heading)}</th>" for heading in headings
     )
@@ -175,17 +173,17 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _breakable(text: str) -> str:
-    """Return text as HTML in which long names of runs and settings break behind their parts, not amid a word."""
+    """Return text as HTML that may break after the parts of long names of runs and settings."""
     return re.sub(r"([/,=_]|\.(?=[a-z]))(?=\w)", r"\1<wbr>", html.escape(text))
 
 
 def shortened(name: str) -> str:
-    """Return a name; of a very long one its start and its end, by which it is told from others."""
+    """Return a name, or the start and the end of a very long one."""
     return name if len(name) <= _LONG else f"{name[: _LONG // 2]}...{name[-_LONG // 3 :]}"
 
 
 def _by_frequency(pictures: Iterable[tuple[Album, Picture]]) -> list[str]:
-    """Return the classes in the maps of pictures, the most frequent first: each map counts 1, however fine it is."""
+    """Return the classes in the maps of pictures, the most frequent first; each map has the same weight."""
     counts: dict[str, float] = {}
     for album, picture in pictures:
         for tile in picture["tiles"]:
@@ -203,6 +201,54 @@ def _chip(name: str, colour: tuple[int, int, int]) -> str:
 
 def _unwritable(output: Path, reason: str) -> ConfigError:
     return ConfigError(f"{output}: cannot be written ({reason}); choose another file")
+
+
+def line_chart(title: str, x_name: str, of_runs: Sequence[Sequence[tuple[float, float]]]) -> Iterator[str]:
+    """Yield a line chart as SVG; nothing without points. `of_runs`: points (x, y) of each run, as in `run_legend`."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    if not any(of_runs):
+        return
+    figure = Figure(figsize=(4.6, 2.9), layout="constrained")
+    figure.patch.set_alpha(0)
+    axis = figure.subplots()
+    axis.patch.set_alpha(0)
+    for number, points in enumerate(of_runs):
+        if points:  # a single point is no line: draw a dot
+            line, dot = "-" if number < 10 else "--", "o" if len(points) == 1 else ""
+            x, y = zip(*points, strict=True)
+            axis.plot(x, y, linewidth=1.4, color=f"C{number % 10}", linestyle=line, marker=dot, markersize=4)
+    axis.set_title(title, fontsize=10)
+    axis.set_xlabel(x_name, fontsize=9)
+    axis.tick_params(labelsize=8)
+    axis.xaxis.set_major_locator(MaxNLocator(5, integer=x_name == "step", min_n_ticks=1))
+    axis.grid(alpha=0.3)
+    yield as_svg(figure).replace("#000000", "currentColor")  # black axes follow the page's dark or light text
+
+
+def as_svg(figure: Figure) -> str:
+    """Return a figure as an <svg> element."""
+    import matplotlib as mpl
+
+    buffer = io.StringIO()
+    # Without salt and date the same figure would differ between calls.
+    with mpl.rc_context({"svg.hashsalt": "tokenlabel"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    svg = buffer.getvalue()
+    return svg[svg.index("<svg") :]
+
+
+def run_legend(names: Sequence[str]) -> str:
+    """Return the colours of runs in `line_chart` as HTML."""
+    from matplotlib.colors import to_hex
+
+    chips = (
+        f'<span><i style="background: {to_hex(f"C{number % 10}")}"></i>{html.escape(name)}'
+        f"{' (dashed)' if number >= 10 else ''}</span>"
+        for number, name in enumerate(names)
+    )
+    return f'<p class="legend">{"".join(chips)}</p>'
 
 
 _START = "<!doctype html>"

@@ -1,13 +1,12 @@
-"""Albums: photographs with maps of classes over them, as runs write them down and pages show them.
+"""Albums: photographs with class maps, which runs write and HTML pages show. No torch.
 
-A run writes an album of a kind (`train`, `val`) while it has its data at hand, so that a report needs neither the
-images nor the network:
+A run writes an album of each kind (`train`, `val`) while its data is loaded, so that a report needs neither images nor
+network:
 
     RUN/pictures/KIND-CHECKSUM.jpg    a contact sheet of all photographs of the album
-    RUN/pictures/KIND.json            what they are, and which class each cell of a grid over them has
+    RUN/pictures/KIND.json            their places on it, texts, and the class of each cell of the maps
 
-The sheet is written first and the JSON names it: a run that is killed in between leaves the album that was there. No
-torch.
+The sheet is written first and the JSON names it: a run that is killed in between leaves the old album intact.
 """
 
 from __future__ import annotations
@@ -30,19 +29,19 @@ from PIL import Image
 from tokenlabel.runtime.process import write_whole
 
 PICTURES_FOLDER = "pictures"
-# Photographs are drawn within these (width, height), and only ever made smaller.
+# Photographs are reduced to fit into (width, height), never enlarged.
 PHOTO_PX = (224, 320)
 _COLUMNS, _QUALITY = 6, 88
-# Photographs begin at multiples of a block of JPEG's, so that none runs into its neighbour.
+# Photographs are aligned to JPEG's blocks, so that compression does not mix neighbours.
 _BLOCK_PX = 16
 
 
 @dataclass(frozen=True, eq=False)
 class ClassGrid:
-    """The class of each cell of a grid over a part of an image.
+    """The class of each cell of a grid over a region of an image.
 
-    `ids` [h, w]: class ids, -1 where nothing is said. `strength` [h, w] in [0, 1]: how strongly a cell is tinted; all
-    alike if None. `region`: left, top, right and bottom of the part, as fractions of the image.
+    `ids` [h, w]: class ids, -1 without a label. `strength` [h, w] in [0, 1]: opacity of a cell; 1 if None. `region`:
+    left, top, right and bottom, as fractions of the image.
     """
 
     ids: Int[NDArray[np.integer[Any]], "h w"]
@@ -53,9 +52,9 @@ class ClassGrid:
 def top_classes(
     ids: Int[NDArray[np.integer[Any]], "h w"], probs: Float[NDArray[np.floating[Any]], "h w"], num_classes: int
 ) -> ClassGrid:
-    """Return the map of each cell's most probable class, the stronger the further its probability is above chance.
+    """Return a map of the most probable classes; its strength is the probability above chance, scaled to [0, 1].
 
-    A cell of probability 0 says nothing.
+    A cell of probability 0 has no label.
     """
     above = (probs * num_classes - 1) / max(1, num_classes - 1)
     return ClassGrid(np.where(probs > 0, ids, -1), above.clip(0, 1))
@@ -63,7 +62,7 @@ def top_classes(
 
 @dataclass(frozen=True, eq=False)
 class Tile:
-    """A photograph, perhaps with a map over it. Tiles of one array show one photograph of the sheet."""
+    """A photograph, with a class map over it or not. Tiles of the same array share a photograph of the sheet."""
 
     photo: UInt8[NDArray[np.uint8], "height width 3"]
     text: str
@@ -72,11 +71,11 @@ class Tile:
 
 @dataclass(frozen=True, eq=False)
 class Album:
-    """Pictures as they are written down.
+    """Pictures as they are stored.
 
-    `sheet`: a JPEG of all photographs. `about`: what KIND.json holds: `size` of the sheet and `photos`, the left, top,
-    width and height of each on it; `classes`, the names of those that occur, and `colours`, theirs where they have
-    their own; `pictures`: dicts with the `tiles` of each picture, and whatever else was said of it.
+    `sheet`: a JPEG of all photographs. `about`: the content of KIND.json: `size` of the sheet and `photos`, left, top,
+    width and height of each on it; `classes`, the names of those that occur, and their `colours` or None; `pictures`,
+    dicts with the `tiles` of each picture and its other entries.
     """
 
     sheet: bytes
@@ -84,11 +83,11 @@ class Album:
 
     @property
     def name(self) -> str:
-        """A name of the sheet: those of equal sheets are equal."""
+        """The checksum of the sheet."""
         return f"{zlib.crc32(self.sheet):08x}"
 
     def write(self, folder: Path, kind: str, **more: Any) -> None:
-        """Write the album into a folder in place of another of its kind; `more` goes into the JSON."""
+        """Write the album into a folder, in place of another of its kind, with `more` entries in the JSON."""
         sheet = f"{kind}-{self.name}.jpg"
         write_whole(folder / sheet, [self.sheet])
         write_whole(folder / f"{kind}.json", json.dumps({**more, "sheet": sheet, **self.about}) + "\n")
@@ -97,7 +96,7 @@ class Album:
                 older.unlink(missing_ok=True)
 
     def class_map(self, tile: Mapping[str, Any]) -> ClassGrid | None:
-        """Return the map of a tile, of ids into `about["classes"]`; None if it has none."""
+        """Return the map of a tile in `about["pictures"]`, with ids into `about["classes"]`, or None."""
         packed = tile.get("map")
         if packed is None:
             return None
@@ -113,14 +112,15 @@ def make_album(
     colours: UInt8[NDArray[np.uint8], "C 3"] | None = None,
     **more: Any,
 ) -> Album:
-    """Return an album of pictures: the tiles of each, and what else is to be known of it.
+    """Return an album of pictures, given as tiles and other entries such as `key` and `caption`.
 
-    `class_names`: of the ids in the maps; ids beyond them are called by their number. `more`: entries of the album.
+    `class_names`: of the ids in the maps; further ids are named by their number. `more`: entries of the album.
     """
     photos: list[Image.Image] = []
     numbers: dict[int, int] = {}
-    pictures = list(pictures)  # arrays are told apart by their address, so all of them have to live on
-    found = sorted({i for tiles, _ in pictures for tile in tiles if tile.classes for i in _ids(tile.classes)})
+    pictures = list(pictures)  # keeps all arrays alive: they are identified by id() below
+    maps = [tile.classes for tiles, _ in pictures for tile in tiles if tile.classes]
+    found = sorted({i for classes in maps for i in np.unique(classes.ids[classes.ids >= 0]).tolist()})
     entries = []
     for tiles, facts in pictures:
         packed = []
@@ -139,7 +139,7 @@ def make_album(
 
 
 def read_album(folder: Path, kind: str) -> Album | None:
-    """Return what `Album.write` left in a folder; None where nothing is whole there."""
+    """Return the album of a kind that `Album.write` wrote into a folder; None if it is missing or damaged."""
     try:
         about = json.loads((folder / f"{kind}.json").read_text(encoding="utf-8"))
         return Album((folder / about["sheet"]).read_bytes(), about)
@@ -148,28 +148,25 @@ def read_album(folder: Path, kind: str) -> Album | None:
 
 
 def fitted(pixels: UInt8[NDArray[np.uint8], "height width 3"]) -> Image.Image:
-    """Return an image no larger than photographs are drawn, at its own aspect."""
+    """Return an image reduced to `PHOTO_PX` if it is larger, keeping its aspect ratio."""
     image = Image.fromarray(np.ascontiguousarray(pixels))
     image.thumbnail(PHOTO_PX, Image.Resampling.BICUBIC)
     return image
 
 
 def class_colour(number: int) -> tuple[int, int, int]:
-    """Return a colour for a class; classes that are near in number get colours that are far apart."""
+    """Return a colour for a class; ids close to each other have distant colours."""
     hue = (number * 0.381966) % 1  # the golden angle
     lightness = (0.5, 0.62, 0.4)[number // 8 % 3]
     red, green, blue = colorsys.hls_to_rgb(hue, lightness, 0.85)
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
-def _ids(classes: ClassGrid) -> list[int]:
-    return np.unique(classes.ids[classes.ids >= 0]).tolist()
-
-
 def _packed(classes: ClassGrid | None, found: Sequence[int], photo: Image.Image) -> dict[str, Any] | None:
-    """Return a map as JSON, no finer than its photo: places among the classes found, from 1 on, 0 for none."""
+    """Return a map as JSON, no finer than its photo. Ids are indices into the classes found plus 1, 0 for none."""
     if classes is None:
         return None
+    # A map of one cell a pixel, as of a mask, would be larger than the photograph.
     rows, columns = (
         np.arange(min(length, most)) * length // min(length, most)
         for length, most in zip(classes.ids.shape, (photo.height, photo.width), strict=True)
@@ -194,7 +191,7 @@ def _unpacked(text: str) -> NDArray[np.unsignedinteger[Any]]:
 
 
 def _contact_sheet(photos: Sequence[Image.Image]) -> tuple[Image.Image, list[list[int]]]:
-    """Return all photographs on one, row by row, and the left, top, width and height of each."""
+    """Return one image of all photographs, and left, top, width and height of each."""
     widest, highest = (
         -(-max((photo.size[axis] for photo in photos), default=1) // _BLOCK_PX) * _BLOCK_PX for axis in (0, 1)
     )
@@ -210,5 +207,5 @@ def _contact_sheet(photos: Sequence[Image.Image]) -> tuple[Image.Image, list[lis
 
 def _jpeg(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=_QUALITY, subsampling=0)
+    image.save(buffer, "JPEG", quality=_QUALITY, subsampling=0)  # full resolution of colours: pictures are small
     return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""Models that give every token its own logits: LV-ViT, T2T-ViT and any timm classifier with a token grid."""
+"""Models with logits for every token: LV-ViT, T2T-ViT and any timm classifier with a token grid."""
 
 from __future__ import annotations
 
@@ -31,14 +31,12 @@ __all__ = [
 def create_model(
     name: str, *, num_classes: int, img_size: Size, num_token_classes: int | None = None, **options: Any
 ) -> TokenModel:
-    """Return a new model; docs/models.md lists what there is.
+    """Return a new model; docs/models.md lists them.
 
-    `name`: `lvvit_t|s|m|l`, `t2t_vit_14|19|24`, or any that timm knows. `img_size`: (height, width) of the images.
-    `num_classes`: 0 for no class head. `num_token_classes`: what the tokens are about, where these are other classes
-    than the images'.
-    `options`: `stage` (see `TimmAdapter`), the fields of `LVViTConfig` or `T2TViTConfig`, for timm's models whatever
-    `timm.create_model` takes. Raises ValueError for unknown names and options, and for sizes that the model
-    cannot take.
+    `name`: `lvvit_t|s|m|l`, `t2t_vit_14|19|24`, or any name of a timm model. `img_size`: (height, width) of the images.
+    `num_classes`: 0 for no class head. `num_token_classes`: number of classes of the tokens, if they differ from the
+    images'. `options`: `stage` (see `TimmAdapter`), the fields of `LVViTConfig` or `T2TViTConfig`, for timm's models
+    any argument of `timm.create_model`. Raises ValueError for unknown names and options, and for unsupported sizes.
 
     >>> model = tl.create_model("test_vit", num_classes=2, img_size=64)
     >>> outputs = model(torch.zeros(1, 3, 64, 64))

@@ -1,8 +1,8 @@
-"""Decoders: from a backbone's feature maps to a class for every location.
+"""Decoders for semantic segmentation: from a backbone's feature maps to the logits of every location.
 
 A backbone with stages (a CNN, Swin) has maps of several scales; for one without, a neck makes them. A head (UPerNet,
-FCN, or one linear map) turns the maps into logits. Parameters are named as in the published checkpoints: `side_layer1`
-to `4` in the neck, `conv` and `bn` in each block, `conv_seg` for the classifier.
+FCN, or one linear layer) turns the maps into logits. Parameters have the names of the published checkpoints:
+`side_layer1` to `4` in the neck, `conv` and `bn` in each block, `conv_seg` for the classifier.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ POOL_SCALES = (1, 2, 3, 6)
 
 
 class NeckKind(Choice):
-    """What stands between a network without stages and the head: the neck of four scales, FCN's, or nothing.
+    """The neck between a backbone without stages and the head: a pyramid of four scales, FCN's, or none.
 
-    AUTO: what the head wants, and nothing where there are stages.
+    AUTO: by the head; none for a backbone with stages.
     """
 
     AUTO = "auto"
@@ -39,11 +39,10 @@ class NeckKind(Choice):
 
 @dataclass(frozen=True, slots=True)
 class Levels:
-    """Which layers of a backbone give the maps that a head reads.
+    """The layers of a backbone that a head reads.
 
-    `layers`: as `TokenModel.intermediates` counts them, the finest map first. `widths`: of each map.
-    `multiple_px`: images whose sides are multiples of it are not cut anywhere on the way.
-    `has_stages`: whether the maps differ in scale already.
+    `layers`: indices for `TokenModel.intermediates`, the finest map first. `widths`: channels of each map.
+    `multiple_px`: the sides of images must be multiples of it. `has_stages`: the maps differ in scale.
     """
 
     layers: tuple[int, ...]
@@ -53,17 +52,15 @@ class Levels:
 
 
 def find_levels(backbone: TimmAdapter, img_size: tuple[int, int], *, layers: Sequence[int] | None = None) -> Levels:
-    """Find out which layers of a backbone to read, by running it once on a blank image of (height, width).
+    """Choose the layers that a head reads by running the backbone once on a blank image of (height, width).
 
-    `layers`: these, in place of our choice: the last layer of each of the four coarsest stages, or, in a network of
-    one scale, four blocks: the last and those 3, 6 and 9 before it, or evenly spread ones if it is less deep.
-    Raises ValueError for a backbone that does not say what its layers are.
+    By default the last layer of each of the four coarsest stages, or, where all layers have one scale, four blocks:
+    the last and those 3, 6 and 9 before it, or evenly spread ones in a shallower network. `layers`: these instead.
+    Raises ValueError for a backbone without timm's `feature_info`.
     """
     stages = getattr(backbone.backbone, "feature_info", None)
     if not stages:
-        raise ValueError(
-            f"{backbone.name} does not say which layers it has (timm's feature_info); choose another backbone"
-        )
+        raise ValueError(f"{backbone.name} lacks timm's feature_info, which lists its layers; choose another backbone")
     asked = tuple(layers) if layers is not None else tuple(range(len(stages)))
     image = next(backbone.parameters()).new_zeros(1, 3, *img_size)
     was_training = backbone.training
@@ -71,12 +68,15 @@ def find_levels(backbone: TimmAdapter, img_size: tuple[int, int], *, layers: Seq
         shapes = [tuple(features.shape[1:]) for features in backbone.eval().intermediates(image, asked)]
     backbone.train(was_training)
     has_stages = len(set(shapes)) > 1
+    # Stages end where the next map is of another size.
     chosen = list(range(len(asked)))
     if layers is None and has_stages:
         ends = [i for i in chosen if i + 1 == len(shapes) or shapes[i] != shapes[i + 1]]
         chosen = ends[-NUM_LEVELS:]
     elif layers is None:
-        chosen = _spread_depths(len(stages))
+        published = [len(stages) - 1 - PUBLISHED_SPACING * i for i in range(NUM_LEVELS)][::-1]
+        evenly = sorted({-(-(i + 1) * len(stages) // NUM_LEVELS) - 1 for i in range(NUM_LEVELS)})
+        chosen = published if published[0] > 0 else evenly
     return Levels(
         layers=tuple(asked[i] for i in chosen),
         widths=tuple(shapes[i][2] for i in chosen),
@@ -85,19 +85,12 @@ def find_levels(backbone: TimmAdapter, img_size: tuple[int, int], *, layers: Seq
     )
 
 
-def _spread_depths(num_layers: int) -> list[int]:
-    """Return four blocks as published, or evenly spread where the network is too shallow for that."""
-    published = [num_layers - 1 - PUBLISHED_SPACING * i for i in range(NUM_LEVELS)][::-1]
-    evenly = sorted({-(-(i + 1) * num_layers // NUM_LEVELS) - 1 for i in range(NUM_LEVELS)})
-    return published if published[0] > 0 else evenly
-
-
 class Neck(nn.Module):
-    """Maps of several scales from maps of one: strides 4, 8, 16, 16 under a patch of 16.
+    """Maps of several scales from maps of one: strides 4, 8, 16, 16 for patches of 16 pixels.
 
-    Deconvolutions make the first two finer; each is followed by BatchNorm, ReLU, and a linear map with both, again.
-    `kind` FCN: the first two stay as they are, the last is made finer by 2. Parameters are named as in the
-    published checkpoints, where they lie in the backbone.
+    The first two maps are upsampled by a transposed convolution, BatchNorm, ReLU and a 1 x 1 convolution with both.
+    `kind` FCN: only the last map is upsampled, by 2. Parameters have the names of the published checkpoints, where
+    they belong to the backbone.
     """
 
     def __init__(self, width: int, *, kind: NeckKind | str, last_width: int) -> None:
@@ -114,14 +107,10 @@ class Neck(nn.Module):
         self.widths = (width, width, width, last_width)
 
     def forward(self, maps: Sequence[Float[Tensor, "B D h w"]]) -> list[Float[Tensor, "B _ _ _"]]:
-        """Return the four maps; of fewer than four, some serve twice."""
+        """Return four maps; where there are fewer, some are used more than once."""
         sides = (self.side_layer1, self.side_layer2, self.side_layer3, self.side_layer4)
-        return [side(features) for side, features in zip(sides, spread(maps), strict=True)]
-
-
-def spread(maps: Sequence[Tensor]) -> list[Tensor]:
-    """Return four maps out of one to four, in order, each as often as evenly goes."""
-    return [maps[index * len(maps) // NUM_LEVELS] for index in range(NUM_LEVELS)]
+        # Evenly: of two maps each is used twice.
+        return [side(maps[index * len(maps) // NUM_LEVELS]) for index, side in enumerate(sides)]
 
 
 def _finer(width: int, new_width: int, *, factor: int) -> list[nn.Module]:
@@ -134,7 +123,7 @@ def _mapped(width: int, new_width: int) -> list[nn.Module]:
 
 
 class DecodeHead(nn.Module, ABC):
-    """Logits of every location from feature maps of one image at several scales, the finest first."""
+    """Logits of every location from feature maps at several scales, the finest first."""
 
     def __init__(self, width: int, num_classes: int, *, dropout: float) -> None:
         super().__init__()
@@ -143,22 +132,22 @@ class DecodeHead(nn.Module, ABC):
 
     @abstractmethod
     def features(self, maps: Sequence[Float[Tensor, "B _ _ _"]]) -> Float[Tensor, "B D h w"]:
-        """Return the features that are classified, on the grid that the head ends on."""
+        """Return the features that `conv_seg` classifies."""
 
     def outputs(self, maps: Sequence[Float[Tensor, "B _ _ _"]]) -> HeadOutputs:
-        """Return the features, of which dropout has taken its share, and what classifies them."""
+        """Return the features after dropout, and their classifier."""
         return HeadOutputs(self.dropout(self.features(maps)), self.conv_seg)
 
     def forward(self, maps: Sequence[Float[Tensor, "B _ _ _"]]) -> Float[Tensor, "B C h w"]:
-        """Return logits on the grid that the head ends on."""
+        """Return logits on the head's grid."""
         return self.outputs(maps).logits
 
 
 @dataclass(frozen=True, eq=False)
 class HeadOutputs:
-    """The last features of a head and the 1 x 1 convolution that makes logits of them.
+    """The last features of a head and the 1 x 1 convolution that turns them into logits.
 
-    They are kept apart so that a loss can work through the logits in pieces.
+    They are kept apart so that a loss can compute the logits in chunks.
     """
 
     features: Float[Tensor, "B D h w"]
@@ -171,29 +160,27 @@ class HeadOutputs:
 
     @property
     def logits(self) -> Float[Tensor, "B C h w"]:
-        """The logits of every location, computed anew at each access."""
+        """The logits of every location, computed at each access."""
         return self.classifier(self.features)
 
     def enlarged(self, times: int) -> HeadOutputs:
-        """Return outputs on a grid so many times as fine, interpolated bilinearly.
-
-        Of features: a 1 x 1 convolution of them is the interpolated logits, which need not exist.
-        """
+        """Return outputs on a grid `times` as fine, interpolated bilinearly."""
+        # A 1 x 1 convolution commutes with interpolation, so the large logits need not exist.
         size = (times * self.grid[0], times * self.grid[1])
         finer = F.interpolate(self.features, size=size, mode="bilinear", align_corners=False)
         return HeadOutputs(finer, self.classifier)
 
     def of_images(self, numbers: list[int]) -> HeadOutputs:
-        """Return the outputs of some images of the batch, in ascending order."""
+        """Return the outputs of some images of the batch, given in ascending order."""
         if len(numbers) == len(self.features):
             return self  # indexing would copy the features of all, and their gradient once more
         return HeadOutputs(self.features[numbers], self.classifier)
 
 
 class UPerNetHead(DecodeHead):
-    """UPerNet: pyramid pooling over the coarsest map, then a feature pyramid down to the finest.
+    """UPerNet: pyramid pooling of the coarsest map, then a feature pyramid down to the finest, the head's grid.
 
-    `widths`: of the maps that it gets, at least one. Logits come on the grid of the first.
+    `widths`: channels of the maps, at least one.
     Source: Xiao et al., "Unified Perceptual Parsing for Scene Understanding", 2018.
     """
 
@@ -213,7 +200,7 @@ class UPerNetHead(DecodeHead):
         pooled = [resized(pool(maps[-1]), maps[-1]) for pool in self.psp_modules]
         levels = [lateral(finer) for lateral, finer in zip(self.lateral_convs, maps[:-1], strict=True)]
         levels.append(self.bottleneck(torch.cat([maps[-1], *pooled], dim=1)))
-        for coarse in range(len(levels) - 1, 0, -1):  # what a level knows goes to the next finer one
+        for coarse in range(len(levels) - 1, 0, -1):  # top-down pathway of the feature pyramid
             levels[coarse - 1] = levels[coarse - 1] + resized(levels[coarse], levels[coarse - 1])
         smooth = [conv(level) for conv, level in zip(self.fpn_convs, levels[:-1], strict=True)]
         together = [resized(level, levels[0]) for level in (*smooth, levels[-1])]
@@ -221,9 +208,9 @@ class UPerNetHead(DecodeHead):
 
 
 class FCNHead(DecodeHead):
-    """FCN: convolutions over one of the maps, the `level`-th.
+    """FCN: two convolutions of one of the maps, `maps[level]`, whose result is concatenated with the map.
 
-    `concatenate`: classify from the map and the convolutions' result side by side.
+    `auxiliary`: a single convolution without concatenation, for the second head of training.
     Source: Long et al., "Fully Convolutional Networks for Semantic Segmentation", 2015.
     """
 
@@ -234,19 +221,18 @@ class FCNHead(DecodeHead):
         *,
         width: int,
         dropout: float = 0.1,
-        num_convs: int = 2,
-        concatenate: bool = True,
         level: int = -1,
+        auxiliary: bool = False,
     ) -> None:
         super().__init__(width, num_classes, dropout=dropout)
         self.level = level
-        inner = [widths[level]] + [width] * (num_convs - 1)
+        inner = [widths[level]] if auxiliary else [widths[level], width]
         self.convs = nn.Sequential(*(ConvBlock(before, width, kernel_px=3) for before in inner))
-        self.conv_cat = ConvBlock(widths[level] + width, width, kernel_px=3) if concatenate else None
+        self.conv_cat = ConvBlock(widths[level] + width, width, kernel_px=3) if not auxiliary else None
         self.apply(_initialise)
 
     def features(self, maps: Sequence[Float[Tensor, "B _ _ _"]]) -> Float[Tensor, "B D h w"]:
-        """Return features on the grid of the map that the head reads."""
+        """Return features on the grid of the map."""
         features = self.convs(maps[self.level])
         if self.conv_cat is not None:
             features = self.conv_cat(torch.cat([maps[self.level], features], dim=1))
@@ -254,7 +240,7 @@ class FCNHead(DecodeHead):
 
 
 class LinearHead(DecodeHead):
-    """One linear map of the last features, normalised channel by channel: what is there to be read off."""
+    """BatchNorm and one linear layer on the last map: a linear probe of the features."""
 
     def __init__(self, widths: Sequence[int], num_classes: int) -> None:
         super().__init__(widths[-1], num_classes, dropout=0.0)
@@ -267,7 +253,7 @@ class LinearHead(DecodeHead):
 
 
 class ConvBlock(nn.Module):
-    """A convolution without bias that keeps the size, BatchNorm, ReLU."""
+    """Convolution without bias and with padding, BatchNorm, ReLU."""
 
     def __init__(self, width: int, new_width: int, *, kernel_px: int = 1) -> None:
         super().__init__()
@@ -275,19 +261,19 @@ class ConvBlock(nn.Module):
         self.bn = nn.BatchNorm2d(new_width)
 
     def forward(self, features: Float[Tensor, "B D h w"]) -> Float[Tensor, "B D2 h w"]:
-        """Return the new features."""
+        """Return features of `new_width` channels on the same grid."""
         return F.relu_(self.bn(self.conv(features)))
 
 
 def resized(features: Float[Tensor, "B D h w"], like: Float[Tensor, "B D2 h2 w2"]) -> Float[Tensor, "B D h2 w2"]:
-    """Return a map on the grid of another, resized bilinearly."""
+    """Return features resized bilinearly to the grid of another map."""
     if features.shape[2:] == like.shape[2:]:
         return features
     return F.interpolate(features, size=like.shape[2:], mode="bilinear", align_corners=False)
 
 
 def _initialise(module: nn.Module) -> None:
-    """Start convolutions as the published heads do: the classifier near 0, the others for ReLU."""
+    # As the published heads: the classifier (the one with a bias) near 0, the others for ReLU.
     if not isinstance(module, nn.Conv2d):
         return
     if module.bias is None:

@@ -1,4 +1,4 @@
-"""How the features of a timm model are laid out: found by running it once, not by knowing its name."""
+"""The memory layout of a timm model's features, found by running the model once."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from tokenlabel.runtime.errors import first_line
 
-# What timm models raise for sizes and options that they cannot take.
+# Raised by timm models for image sizes and options that they do not support.
 REFUSALS = (RuntimeError, AssertionError, TypeError, ValueError, IndexError)
 
 
 class FeatureLayout(StrEnum):
-    """How a model's features are laid out."""
+    """Axes of a model's features."""
 
     MAP = "B D h w"
     CHANNELS_LAST_MAP = "B h w D"
@@ -28,10 +28,10 @@ class FeatureLayout(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Features:
-    """What one run of a model shows about its features.
+    """The layout of a model's features.
 
-    `from_stage`: None if the tokens are in what the classifier gets, else the index that
-    `forward_intermediates` takes. `num_prefix`: tokens of a sequence before those of the grid.
+    `from_stage`: index for `forward_intermediates`; None if the classifier's own input has the tokens.
+    `num_prefix`: tokens of a sequence before those of the grid.
     """
 
     layout: FeatureLayout
@@ -42,8 +42,8 @@ class Features:
 
 
 def classifier_features(seen: Any, grid: tuple[int, int]) -> Features | None:
-    """Say how the features that the classifier gets hold the grid; None if they don't."""
-    if not isinstance(seen, Tensor):  # several branches
+    """Return the layout of the classifier's input `seen`; None if it has no token grid."""
+    if not isinstance(seen, Tensor):  # a network of several branches
         return None
     if seen.ndim == 4 and tuple(seen.shape[2:]) == grid:
         return Features(FeatureLayout.MAP, grid, seen.shape[1])
@@ -56,10 +56,10 @@ def classifier_features(seen: Any, grid: tuple[int, int]) -> Features | None:
 
 
 def one_position_each(seen: Tensor, features: Features) -> Tensor:
-    """Return features [B * h * w, ...] of images that show one position's features everywhere.
+    """Return features [B * h * w, ...] of images that have the features of one position everywhere.
 
-    In a sequence the prefix tokens are copies as well, so heads on the class token, on several, and on the
-    mean of the others all see this position.
+    The prefix tokens of a sequence are copies of it, too: heads may read the class token, several tokens, or the mean
+    of the others.
     """
     match features.layout:
         case FeatureLayout.MAP:
@@ -68,15 +68,15 @@ def one_position_each(seen: Tensor, features: Features) -> Tensor:
             return seen.flatten(0, 2)[:, None, None, :]  # [B * h * w, 1, 1, D]
         case FeatureLayout.SEQUENCE:
             positions = seen[:, features.num_prefix :].flatten(0, 1)[:, None, :]
-            return positions.expand(-1, features.num_prefix + 1, -1)  # [B * N, P + 1, D]
+            return positions.expand(-1, features.num_prefix + 1, -1)  # [B * N, P + 1, D], a view without copies
 
 
 def run_blank(
     backbone: Any, img_size: tuple[int, int], *, stage: int, name: str, where: str = ""
 ) -> tuple[Any, Float[Tensor, "1 D h w"]]:
-    """Return what a classifier gets of one blank image, and the map that a stage ends with.
+    """Return the classifier's input for one blank image, and the output map of a stage.
 
-    A model's own answer is the only one that holds for all of timm's. Raises ValueError for a size that it cannot take.
+    Running the model is the only way that works for all of timm's. Raises ValueError for an unsupported size.
     """
     image = next(backbone.parameters()).new_zeros(1, 3, *img_size)
     try:
@@ -90,7 +90,7 @@ def run_blank(
 
 @contextmanager
 def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Put a module into evaluation mode, and each of its parts back into its own mode afterwards."""
+    """Switch to evaluation mode, and restore the mode of each submodule afterwards: some may be frozen."""
     modes = {part: part.training for part in module.modules()}
     module.eval()
     try:

@@ -1,40 +1,57 @@
-"""The names of models: ours under timm's roof (`timm.create_model("lvvit_s")`), what a name means, and why none."""
+"""Models by name: ours registered with timm, what is wrong with a name, and networks with pretrained weights."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from timm.models import build_model_with_cfg, generate_default_cfgs, get_arch_pretrained_cfgs, register_model
+from jaxtyping import Float
+from timm.data.config import resolve_data_config
+from timm.models import (
+    build_model_with_cfg,
+    generate_default_cfgs,
+    get_arch_pretrained_cfgs,
+    get_pretrained_cfg,
+    register_model,
+)
 from torch import Tensor, nn
 
+from tokenlabel.core.outputs import Outputs
+from tokenlabel.models.adapter import TimmAdapter
+from tokenlabel.models.features import REFUSALS
 from tokenlabel.models.lvvit import LVVIT_CONFIGS, LVViT
 from tokenlabel.models.positions import resize_all_positions
 from tokenlabel.models.t2t_vit import T2T_VIT_CONFIGS, T2TViT
 from tokenlabel.models.vision_transformer import VisionTransformer
-from tokenlabel.runtime.errors import ModelError
+from tokenlabel.models.weight_files import find_weights, read_class_names
+from tokenlabel.models.weights import build_with, count_classes, load, misfit
+from tokenlabel.runtime.coercion import pair
+from tokenlabel.runtime.errors import ModelError, first_line
+from tokenlabel.runtime.hub import hub_or_cache, options_without_weights
 from tokenlabel.runtime.process import listed
 
 FILE_ENDINGS = (".pth", ".pt", ".tar", ".safetensors", ".npz", ".bin", ".onnx", ".ckpt")
 
-# In timm's names of networks trained on images and texts. Their head projects into the space of the texts, and timm
-# calls the width of that space num_classes; the same networks fine-tuned on ImageNet ("_ft_in1k") have classes.
+# Parts of timm's names of image-text networks. Their head projects into the text embedding space, whose width timm
+# calls num_classes; the same networks fine-tuned on ImageNet ("_ft_in1k") have classes.
 IMAGE_TEXT, FINE_TUNED = re.compile("clip|pe_core"), "_ft_in"
 
 OUR_MODELS = (*LVVIT_CONFIGS, *T2T_VIT_CONFIGS)
 
-# Read by timm when a model of this module is registered.
+# timm reads this global of the module that registers a model.
 default_cfgs = generate_default_cfgs(
     {
         name: {
             "num_classes": 1000,
             "input_size": (3, 224, 224),
-            "fixed_input_size": True,  # the model takes `img_size`
+            "fixed_input_size": True,  # the constructor takes `img_size`
             "crop_pct": 0.9,
             "interpolation": "bicubic",
             "mean": VisionTransformer.mean,
@@ -48,7 +65,7 @@ default_cfgs = generate_default_cfgs(
 
 
 def register_with_timm() -> None:
-    """Make `timm.create_model("lvvit_t")` and its sisters work; calling it again does nothing."""
+    """Register our models, so that `timm.create_model("lvvit_t")` works; calling it again does nothing."""
     for name in OUR_MODELS:
         if not timm.is_model(name):
             register_model(_entry_point(name))
@@ -57,7 +74,7 @@ def register_with_timm() -> None:
 def _entry_point(name: str) -> Callable[..., nn.Module]:
     kind, configs = (LVViT, LVVIT_CONFIGS) if name in LVVIT_CONFIGS else (T2TViT, T2T_VIT_CONFIGS)
 
-    def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    def _create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         return build_model_with_cfg(
             kind,
             name,
@@ -68,37 +85,35 @@ def _entry_point(name: str) -> Callable[..., nn.Module]:
             **kwargs,
         )
 
-    create.__name__ = name  # timm registers a model under its function's name
-    return create
+    _create.__name__ = name  # timm registers a model under its function's name
+    return _create
 
 
 def _fit_weights(tensors: dict[str, Any], model: VisionTransformer) -> dict[str, Tensor]:
-    """Return a checkpoint's tensors for a model of this image size; timm itself sees to the class count.
-
-    A file without a head for tokens gets one that says nothing: class logits + 0.5 * max(0) are class logits.
-    """
+    """Return a checkpoint's tensors for a model of another image size; timm itself adapts the number of classes."""
     inner = tensors.get("state_dict", tensors)
     found = {name.removeprefix("module."): tensor for name, tensor in inner.items()}
-    _, height_px, width_px = model.pretrained_cfg["input_size"]  # of the images that they were saved for
+    _, height_px, width_px = model.pretrained_cfg["input_size"]  # of the saved weights
     grid = (height_px // model.patch_size_px, width_px // model.patch_size_px)
     fits = found["pos_embed"].shape[1] == 1 + grid[0] * grid[1]
     resize_all_positions(found, model, grid=grid if fits else None, name="the pretrained weights")
-    for part in ("weight", "bias") if "head.weight" in found else ():  # one without classes has no heads
+    # A missing token head becomes zeros: class logits + 0.5 * max(0) are class logits. Without classes there is none.
+    for part in ("weight", "bias") if "head.weight" in found else ():
         found.setdefault(f"aux_head.{part}", torch.zeros_like(found[f"head.{part}"]))
     return found
 
 
 def why_unknown(name: str, *, weights_option: str) -> str | None:
-    """Return why a name means no model, and what was meant perhaps ("" if nothing comes close); None if it means one.
+    """Return why a name is no model, with a suggestion ("" if none comes close); None if it is one.
 
-    `weights_option`: where a file of weights belongs.
+    `weights_option`: the option that takes a file of weights.
     """
     if name in OUR_MODELS or name.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
         return None
     architecture, dot, tag = name.partition(".")
     tags = [known.partition(".")[2] for known in get_arch_pretrained_cfgs(architecture)]
     if timm.is_model(architecture) and (not dot or tag in tags):
-        return None  # whatever folder of this name there may be
+        return None  # even if there is a folder of this name
     path, advice = Path(name), f"give the name of its network, and the file by {weights_option} {name}"
     if path.is_dir():
         return _about_folder(path)
@@ -137,8 +152,7 @@ def _about_folder(folder: Path) -> str:
 def check_classes(name: str, preset: Mapping[str, Any]) -> None:
     """Raise ModelError for a network without classes, by its pretrained configuration in timm.
 
-    That is one without a classifier, or an image-text network as wide as its embeddings (unless its configuration
-    names classes).
+    It has no classifier, or it is an image-text network whose outputs are its embedding.
     """
     num_classes = preset["num_classes"]
     of_embedding = is_embedding(preset)
@@ -148,7 +162,7 @@ def check_classes(name: str, preset: Mapping[str, Any]) -> None:
     published = get_arch_pretrained_cfgs(preset.get("architecture") or "")
     others = [o for o, config in published.items() if config.num_classes and not is_embedding(vars(config))]
     raise ModelError(
-        f"{name}: its {what}, so it says nothing of classes; as a teacher it needs a head (`tokenlabel fit-head IMAGES "
+        f"{name}: its {what}, so it predicts no classes; as a teacher it needs a head (`tokenlabel fit-head IMAGES "
         f"head.safetensors --backbone {name} --from words`, then --teacher head.safetensors), to predict classes "
         "it must be fine-tuned (`tokenlabel train --model.name ... --model.options.pretrained true`)"
         + (f", or take weights that were trained to classify ({listed(others)})" if others else "")
@@ -156,7 +170,7 @@ def check_classes(name: str, preset: Mapping[str, Any]) -> None:
 
 
 def is_embedding(preset: Mapping[str, Any]) -> bool:
-    """Say whether a network's outputs are an embedding, by its pretrained configuration in timm."""
+    """Return True if a network's outputs are an embedding, by its pretrained configuration in timm."""
     architecture = preset.get("architecture") or ""
     embeddings = {
         config.num_classes
@@ -165,3 +179,92 @@ def is_embedding(preset: Mapping[str, Any]) -> bool:
     }
     is_image_text = IMAGE_TEXT.search(f"{architecture}.{preset.get('tag')}") and not preset.get("label_names")
     return bool(is_image_text) and preset["num_classes"] in embeddings - {0}
+
+
+class PlainClassifier(nn.Module):
+    """A timm classifier as a model of `Outputs`: its logits are also those of the only token."""
+
+    def __init__(self, backbone: Any) -> None:
+        super().__init__()
+        data = resolve_data_config({}, model=backbone)
+        self.backbone, self.mean, self.std = backbone, tuple(data["mean"]), tuple(data["std"])
+        self.num_classes: int = backbone.num_classes
+
+    def forward(self, images: Float[Tensor, "B 3 height width"]) -> Outputs:
+        """Return the network's logits for normalised images."""
+        logits = self.backbone(images)
+        return Outputs(logits, logits[:, None], nn.Identity(), (1, 1))
+
+
+def network_by_name(
+    name: str, weights: str | None, about: Mapping[str, Any], *, img_size: tuple[int, int] | None, as_backbone: bool
+) -> tuple[Any, dict[str, Any]]:
+    """Return a network with timm's pretrained weights or those of a file, and its constructor arguments.
+
+    `about`: the description in the file, see `runs.description_of`.
+    """
+    preset = get_pretrained_cfg(name, allow_unregistered=True)
+    options = options_without_weights(about.get("options", {}))
+    wanted = img_size or about.get("img_size")
+    if preset is not None and preset.fixed_input_size:
+        if as_backbone and _takes_any_size(name, options):
+            options["dynamic_img_size"] = True
+        elif wanted:
+            options["img_size"] = pair(wanted)
+    try:
+        if weights is not None:
+            return _from_file(name, weights, options, about, img_size=wanted), options
+        with hub_or_cache(online=not name.startswith("local-dir:")):
+            return timm.create_model(name, pretrained=True, **options), options
+    except Exception as error:  # timm, the hub and HTTP libraries raise errors of many kinds
+        advice = "give a checkpoint file by --weights" if weights is None else "is it of this model?"
+        raise ModelError(f"the weights of {name} cannot be loaded ({first_line(error)}); {advice}") from error
+
+
+def _takes_any_size(name: str, options: Mapping[str, Any]) -> bool:
+    """Return True if the model supports timm's `dynamic_img_size`."""
+    try:
+        with torch.device("meta"):  # without memory or initialisation
+            timm.create_model(name, **{**options, "dynamic_img_size": True})
+    except REFUSALS:  # timm does not say which models have the option
+        return False
+    return True
+
+
+def _from_file(name: str, path: str, options: dict[str, Any], about: Mapping[str, Any], *, img_size: Any) -> Any:
+    """Return a network with a file's weights: a TimmAdapter if they have a trained token head, else timm's module."""
+    stage = options.pop("stage", None)
+    create = partial(timm.create_model, name, **options)
+    stated = read_class_names(path)
+    with hub_or_cache(online=False):
+        network: Any = create(**({"num_classes": len(stated)} if stated else {}))
+    weights = find_weights(path, network.state_dict(), average=None)
+    num_classes = count_classes(weights, network)
+    # Created once more only for another number of classes, or below where timm has to adapt the tensors.
+    if num_classes != network.num_classes:
+        with hub_or_cache(online=False):
+            network = create(num_classes=num_classes)
+    if weights.token_head and about["uses_token_labels"]:
+        size = pair(img_size or network.pretrained_cfg["input_size"][1:])
+        others = about.get("token_classes")
+        model = TimmAdapter(
+            network,
+            name=name,
+            num_classes=num_classes,
+            img_size=size,
+            stage=stage,
+            num_token_classes=others and others["count"],
+        )
+        model.rebuild = create
+        new_heads = load(model, weights, tokens="same" if others else "classes").new_heads
+        untrained = any(name.startswith("token_head.") for name in new_heads)
+        return network if untrained else model
+    if hasattr(network, "aux_head"):
+        network.aux_head = None  # the file has no trained one
+    if weights.path.suffix == ".npz" or misfit(weights.backbone, network.state_dict(), spared=()):
+        network = build_with(create, replace(weights, token_head={}), like=network)
+        if hasattr(network, "aux_head"):
+            network.aux_head = None
+    else:
+        network.load_state_dict(weights.backbone, strict=False)  # files may lack BatchNorm's counts of batches
+    return network

@@ -1,6 +1,6 @@
-"""Run folders and their checkpoints, read, and what these and exported files say of their network.
+"""Read run folders, their checkpoints, and the description of the network in checkpoints and exported files.
 
-`training/checkpoint.py` says what is in a checkpoint, and writes it.
+`training/checkpoint.py` documents the format of checkpoints, and writes them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from tokenlabel.data.classes import ClassList
-from tokenlabel.runtime.errors import ModelError
+from tokenlabel.runtime.errors import ModelError, refuse
 from tokenlabel.runtime.hub import local_name
 
 CHECKPOINT_FORMAT = 2
@@ -32,13 +32,13 @@ def list_checkpoints(run: Path) -> list[Path]:
 
 
 def is_run(path: str | Path) -> bool:
-    """Say whether a path is a run folder with a checkpoint, or a checkpoint folder."""
+    """Return True if a path is a run folder with a checkpoint, or a checkpoint folder."""
     path = Path(local_name(path))
     return (path / "state.json").exists() or bool(list_checkpoints(path))
 
 
 def newest_checkpoint(path: str | Path) -> Path:
-    """Return the newest checkpoint of a run folder; a checkpoint folder itself is returned as it is."""
+    """Return the newest checkpoint of a run folder, or the path itself if it is a checkpoint. Raises ModelError."""
     path = Path(local_name(path))
     if (path / "state.json").exists():
         return path
@@ -51,18 +51,18 @@ def newest_checkpoint(path: str | Path) -> Path:
 
 
 def checkpoint_or_file(path: str | Path) -> Path:
-    """Return the newest checkpoint of a run folder; any other path as it is."""
+    """Return the newest checkpoint of a run folder; any other path unchanged."""
     return newest_checkpoint(path) if is_run(path) else Path(local_name(path).removeprefix("local-dir:"))
 
 
 def read_weights(folder: Path, state: dict[str, Any]) -> dict[str, Tensor]:
-    """Return the weights to use of a checkpoint: the averaged ones where there are some."""
+    """Return the weights of a checkpoint for evaluation: its EMA weights, if there are any."""
     name = "ema.safetensors" if "ema.safetensors" in state["sha256"] else "model.safetensors"
     return read_tensors(folder, name, state)
 
 
 def token_classes_of(state: dict[str, Any]) -> ClassList:
-    """Return what the tokens of a checkpoint are about, by its state."""
+    """Return the classes of the tokens of a checkpoint, by its state: those of the images unless it names others."""
     others, names = state.get("token_classes"), state["class_names"]
     return ClassList(len(names), tuple(names)) if others is None else ClassList.from_dict(others)
 
@@ -73,18 +73,21 @@ def read_state(folder: Path) -> dict[str, Any]:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder}/state.json cannot be read ({error}); {_GO_BACK}") from error
-    if not isinstance(state, dict) or not {"format", "step", "recipe", "class_names", "sha256"} <= state.keys():
-        raise ModelError(f"{folder}/state.json was altered: it lacks what a checkpoint says; {_GO_BACK}")
-    if state["format"] != CHECKPOINT_FORMAT:
-        raise ModelError(
-            f"{folder}: checkpoint format {state['format']}, this version of tokenlabel reads "
-            f"{CHECKPOINT_FORMAT}; train anew in another folder, or go on with the version that wrote it"
-        )
+    keys, found = {"format", "step", "recipe", "class_names", "sha256"}, state if isinstance(state, dict) else {}
+    refuse(
+        {
+            f"{folder}/state.json was altered: it lacks entries of a checkpoint; {_GO_BACK}": not keys <= found.keys(),
+            f"{folder}: checkpoint format {found.get('format')}, this version of tokenlabel reads {CHECKPOINT_FORMAT}; "
+            "train in another folder, or continue with the version that wrote it": found.get("format")
+            != CHECKPOINT_FORMAT,
+        },
+        ModelError,
+    )
     return state
 
 
 def read_tensors(folder: Path, name: str, state: dict[str, Any]) -> dict[str, Tensor]:
-    """Return the tensors of a file of a checkpoint, its checksum checked. Raises ModelError."""
+    """Return the tensors of a checkpoint's file. Raises ModelError, also if its checksum differs."""
     path = folder / name
     try:
         data = path.read_bytes()
@@ -92,35 +95,30 @@ def read_tensors(folder: Path, name: str, state: dict[str, Any]) -> dict[str, Te
         raise ModelError(f"{path}: cannot be read ({error.strerror}); {_GO_BACK}") from error
     if hashlib.sha256(data).hexdigest() != state["sha256"].get(name):
         raise ModelError(f"{path}: was cut short or altered (its checksum is another); {_GO_BACK}")
-    # safetensors returns them in another order in each process; ranks meet once for each that is divided among them.
+    # safetensors' order differs between processes, but loading sharded tensors needs one collective call for each.
     return dict(sorted(load(data).items()))
 
 
-def options_without_weights(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a model's options for a model whose weights are at hand, so that timm fetches and reads none."""
-    return {k: v for k, v in options.items() if k not in ("pretrained", "checkpoint_path", "cache_dir")}
-
-
 def description_of(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a recipe, as plain data, says of its network and of how that is used, as exports state it."""
+    """Return the description of a network in exported files, from its recipe as plain data."""
     model, loss = recipe["model"], recipe["loss"]
-    taught = recipe["data"]["labels"] is not None or loss["teacher"]["name"] is not None
+    has_labels = recipe["data"]["labels"] is not None or loss["teacher"]["name"] is not None
     return {
         "model": model["name"],
         "img_size": model["img_size"],
         "options": model["options"],
         "crop_fraction": recipe["eval"]["crop_fraction"],
-        "interpolation": "bicubic",  # of every recipe
+        "interpolation": "bicubic",  # in every recipe
         "inference": recipe["eval"]["inference"],
         "precision": recipe["precision"],
-        "uses_token_labels": taught and loss["beta"] > 0,
+        "uses_token_labels": has_labels and loss["beta"] > 0,
     }
 
 
 def read_description(path: str | Path) -> dict[str, Any]:
-    """Return what a file or checkpoint of ours says of its network, see `description_of`; nothing of another's.
+    """Return the description of a network in a file or checkpoint of ours, see `description_of`; else an empty dict.
 
-    `token_classes`: what the tokens are about, where it is something else than what the class token is about.
+    It may also hold `token_classes`, if the tokens have other classes than the images.
     """
     path = checkpoint_or_file(path)
     state = (path if path.is_dir() else path.parent) / "state.json"

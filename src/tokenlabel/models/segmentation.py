@@ -1,4 +1,4 @@
-"""A backbone of this package under a segmentation head: feature maps, neck, head, and a second head for training."""
+"""Segmentation models: a backbone, a neck, a head, and a second head for training; and the weights they begin with."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from tokenlabel.models.decoders import (
     find_levels,
 )
 from tokenlabel.models.runs import is_run, newest_checkpoint
-from tokenlabel.models.weight_files import Weights, read_checkpoint
-from tokenlabel.models.weights import LOGGER, load, load_published, misfit
+from tokenlabel.models.weight_files import Weights, find_weights, read_checkpoint
+from tokenlabel.models.weights import LOGGER, load, misfit
 from tokenlabel.runtime.coercion import COUNT, NATURAL, POSITIVE, Choice, check_numbers, coerced_fields
 from tokenlabel.runtime.errors import ModelError
 
 
 class HeadKind(Choice):
-    """UPERNET: pooling pyramid and feature pyramid. FCN: two convolutions. LINEAR: one linear map of each location."""
+    """UPERNET: pooling pyramid and feature pyramid. FCN: two convolutions. LINEAR: one linear layer."""
 
     UPERNET = "upernet"
     FCN = "fcn"
@@ -43,26 +43,26 @@ class HeadKind(Choice):
 @dataclass(frozen=True, kw_only=True)
 @coerced_fields
 class SegmentModelConfig:
-    """Which network to train."""
+    """Backbone, neck and head of a segmentation model."""
 
     name: str
     """Backbone: `lvvit_t`, `lvvit_s`, `lvvit_m`, `lvvit_l`, `t2t_vit_14`, ..., or the name of any timm model."""
     img_size: tuple[int, int] = (512, 512)
-    """Height and width of the crops that it is trained on."""
+    """Height and width of the training crops."""
     options: dict[str, Any] = field(default_factory=dict)
-    """What else the backbone's constructor takes, such as `drop_path`, or `pretrained` for timm's."""
+    """Other arguments of the backbone's constructor, such as `drop_path`, or `pretrained` for timm's."""
     weights: str | None = None
-    """Weights to begin with: a run of `tokenlabel train` or `segment train`, or a published file."""
+    """Initial weights: a run of `tokenlabel train` or `segment train`, or a published file."""
     average: bool = False
-    """Take the running average (EMA) in that file; of our own runs it is taken anyway, where there is one."""
+    """Take the EMA weights in that file; from our own runs they are taken anyway."""
     layers: tuple[int, ...] | None = None
-    """Which layers of the backbone the head reads, from 0; by default four as published, or the last stages."""
+    """Layers of the backbone that the head reads, from 0; by default four as published, or the last stages."""
     norm_eps: float | None = None
-    """Epsilon of the backbone's LayerNorms (1e-6 in the published models); none leaves it as the backbone has it."""
+    """Epsilon of the backbone's LayerNorms (1e-6 in the published models); by default the backbone's own."""
     freeze_backbone: bool = False
-    """Train the head alone."""
+    """Train only neck and heads."""
     neck: NeckKind = NeckKind.AUTO
-    """pyramid, fcn, none, or auto: what the head wants of a backbone that has no stages."""
+    """pyramid, fcn, none, or auto: by the head, for a backbone without stages."""
     neck_width: int = 2048
     """Channels of the neck's last map."""
     head: HeadKind = HeadKind.UPERNET
@@ -70,9 +70,9 @@ class SegmentModelConfig:
     head_width: int = 256
     """Channels inside the heads."""
     dropout: float = 0.1
-    """Share of the channels that the heads drop before they classify."""
+    """Dropout of channels before the classifier of each head."""
     auxiliary: bool = True
-    """Train a second, small FCN head on the last map but one; it is not used afterwards."""
+    """Add a small FCN head on the last map but one for training."""
 
     def __post_init__(self) -> None:
         check_numbers(self, "model.", img_size=NATURAL, neck_width=NATURAL, head_width=NATURAL)
@@ -81,14 +81,14 @@ class SegmentModelConfig:
 
 @dataclass(frozen=True, eq=False)
 class SegmentOutputs:
-    """What the heads end with; `second` is None in evaluation and without a second head."""
+    """Outputs of the heads; `second` is None in evaluation mode and without a second head."""
 
     head: HeadOutputs
     second: HeadOutputs | None
 
     @property
     def logits(self) -> Float[Tensor, "B C h w"]:
-        """The logits on the grid that the head ends on, computed anew at each access."""
+        """The logits on the head's grid, computed at each access."""
         return self.head.logits
 
     @property
@@ -98,11 +98,11 @@ class SegmentOutputs:
 
 
 class SegmentationModel(nn.Module):
-    """A backbone, a neck where it has no stages, a head, and a second head that only training uses.
+    """A backbone, a neck if it has no stages, a head, and a second head that is used only in training.
 
-    What no head reaches (the backbone's last norm, its classifier) is kept, but not trained.
-    `mean`, `std`: what pixels in [0, 1] are normalised with. `multiple_px`: images with sides of multiples of it are
-    not cut at the edges. `unreached`: the entries of the model's state that nothing depends on.
+    `mean`, `std`: normalisation of pixels in [0, 1]. `multiple_px`: the sides of images must be multiples of it.
+    `unreached`: entries of the state dict on which no output depends (the backbone's last norm, its classifier); they
+    are not trained.
     """
 
     def __init__(
@@ -122,25 +122,23 @@ class SegmentationModel(nn.Module):
         self.unreached: frozenset[str] = frozenset()
 
     def forward(self, images: Float[Tensor, "B 3 height width"]) -> SegmentOutputs:
-        """Return what the heads make of normalised images."""
+        """Return the outputs of the heads for normalised images."""
         maps = self.maps(images)
-        use_auxiliary = self.training and self.auxiliary_head is not None
-        return SegmentOutputs(
-            head=self.decode_head.outputs(maps),
-            second=self.auxiliary_head.outputs(maps) if use_auxiliary and self.auxiliary_head else None,
-        )
+        head = self.decode_head.outputs(maps)  # first: both heads draw random numbers for dropout
+        auxiliary_head = self.auxiliary_head if self.training else None
+        return SegmentOutputs(head, None if auxiliary_head is None else auxiliary_head.outputs(maps))
 
     def maps(self, images: Float[Tensor, "B 3 height width"]) -> list[Float[Tensor, "B _ _ _"]]:
-        """Return the maps that the heads read, the finest first, channels first."""
+        """Return the feature maps for the heads, the finest first, channels first."""
         found = self.backbone.intermediates(images, self.levels.layers)
         maps = [features.permute(0, 3, 1, 2) for features in found]  # [B, D, h, w]
         return self.neck(maps) if self.neck is not None else maps
 
     @torch.no_grad()
     def grid_for(self, img_size: tuple[int, int]) -> tuple[int, int]:
-        """Return the (rows, columns) that the head ends on, found by running the model on a blank image.
+        """Return the (rows, columns) of the head's grid for images of (height, width), multiples of `multiple_px`.
 
-        `img_size`: (height, width), multiples of `multiple_px`.
+        Runs the model on a blank image.
         """
         was_training = self.training
         logits = self.eval()(next(self.parameters()).new_zeros(1, 3, *img_size)).logits
@@ -148,41 +146,41 @@ class SegmentationModel(nn.Module):
         return logits.shape[2], logits.shape[3]
 
     def no_weight_decay(self) -> set[str]:
-        """Return the names of the parameters that weight decay leaves alone, beside biases and norms."""
+        """Return the names of parameters without weight decay, beside biases and norms."""
         return {f"backbone.{name}" for name in self.backbone.no_weight_decay()}
 
     def layers(self) -> dict[str, int]:
-        """Return the layer of each parameter by its name: the backbone's own, and the highest for neck and heads."""
+        """Return the layer of each parameter by name: the backbone's own, the last one for neck and heads."""
         layers = {f"backbone.{name}": layer for name, layer in self.backbone.layers().items()}
         top = max(layers.values())
         return {name: layers.get(name, top) for name, _ in self.named_parameters()}
 
     def freeze_backbone(self) -> None:
-        """Stop the backbone from training: no gradients, no new statistics, no drop path, from now on."""
+        """Freeze the backbone for good: no gradients, and evaluation mode (BatchNorm, drop path)."""
         self.backbone.requires_grad_(False)
         self._backbone_is_frozen = True
         self.train(self.training)
 
     def train(self, mode: bool = True) -> SegmentationModel:
-        """Set training or evaluation mode, as PyTorch does, but leave a frozen backbone in evaluation mode."""
+        """Set training or evaluation mode; a frozen backbone stays in evaluation mode."""
         super().train(mode)
         if self._backbone_is_frozen:
             self.backbone.eval()
         return self
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep no activations inside the backbone's blocks, compute them again in the backward pass."""
+        """Recompute activations of the backbone's blocks in the backward pass instead of storing them."""
         self.backbone.set_grad_checkpointing(enable)
 
     def fsdp_blocks(self) -> list[nn.Module]:
-        """Return the blocks that the backbone repeats: what sharded training wraps one by one."""
+        """Return the backbone's repeated blocks, which sharded training wraps one by one."""
         return self.backbone.fsdp_blocks()
 
 
 def create_segmentation_model(config: SegmentModelConfig, *, num_classes: int) -> SegmentationModel:
-    """Return a new model with the weights that it is born with (`config.weights` are for `load_segmentation_weights`).
+    """Return a new model; `config.weights` are loaded by `load_segmentation_weights`.
 
-    Raises ValueError for names, options, sizes and layers that do not exist or do not go together.
+    Raises ValueError for names, options, sizes and layers that do not exist or do not fit together.
     """
     backbone = _create_backbone(config)
     levels = find_levels(backbone, config.img_size, layers=config.layers)
@@ -190,12 +188,10 @@ def create_segmentation_model(config: SegmentModelConfig, *, num_classes: int) -
     widths = neck.widths if neck is not None else levels.widths
     width, dropout = config.head_width, config.dropout
     auxiliary_head = None
-    # Created before the other head: what either draws decides the initial weights.
+    # Created before the other head, always: the order of random draws decides the initial weights.
     if config.auxiliary and config.head is not HeadKind.LINEAR:
         level = -min(2, len(widths))  # the last map but one, where there are two
-        auxiliary_head = FCNHead(
-            widths, num_classes, width=width, dropout=dropout, num_convs=1, concatenate=False, level=level
-        )
+        auxiliary_head = FCNHead(widths, num_classes, width=width, dropout=dropout, level=level, auxiliary=True)
     match config.head:
         case HeadKind.UPERNET:
             decode_head = UPerNetHead(widths, num_classes, width=width, dropout=dropout)
@@ -245,9 +241,9 @@ def _create_neck(config: SegmentModelConfig, levels: Levels) -> Neck | None:
 
 
 def _leave_unreached(model: SegmentationModel, img_size: tuple[int, int]) -> frozenset[str]:
-    """Stop the parameters from training that no head depends on: parallel training waits for the gradient of each.
+    """Freeze the parameters on which no head depends; return the entries of the state dict of such modules.
 
-    Return the entries of the model's state that belong to such parts.
+    DDP would wait for their gradients forever.
     """
     image = next(model.parameters()).new_zeros(1, 3, *img_size)
     was_training = model.training
@@ -255,7 +251,7 @@ def _leave_unreached(model: SegmentationModel, img_size: tuple[int, int]) -> fro
     heads = [head for head in (model.decode_head, model.auxiliary_head) if head is not None]
     pending = [head(maps).grad_fn for head in heads]
     model.train(was_training)
-    # From the heads' outputs back through the graph of gradients; a node that is a parameter's holds it as `variable`.
+    # Walk back from the outputs through the autograd graph; the leaf node of a parameter holds it as `variable`.
     seen, reached = set(), set()
     while pending:
         node = pending.pop()
@@ -264,20 +260,15 @@ def _leave_unreached(model: SegmentationModel, img_size: tuple[int, int]) -> fro
             reached.add(id(getattr(node, "variable", None)))
             pending.extend(before for before, _ in node.next_functions)
     unreached: set[str] = set()
-    # Whole modules only: one of which a head reaches anything has to be in a file.
+    # Whole modules only: a checkpoint must have all of a module that is used in part.
     for prefix, module in model.named_modules():
         own = [p for p in module.parameters(recurse=False) if p.requires_grad]
         if own and not any(id(parameter) in reached for parameter in own):
-            unreached |= {f"{prefix}.{name}" for name in _own_entries(module)}
+            inner = tuple(f"{name}." for name, _ in module.named_children())
+            unreached |= {f"{prefix}.{name}" for name in module.state_dict() if not name.startswith(inner)}
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.requires_grad and id(parameter) in reached)
     return frozenset(unreached)
-
-
-def _own_entries(module: nn.Module) -> list[str]:
-    """Return the entries of a module's state that do not belong to modules inside it."""
-    inner = tuple(f"{name}." for name, _ in module.named_children())
-    return [name for name in module.state_dict() if not name.startswith(inner)]
 
 
 # Published LV-ViT + UPerNet files name the backbone's parameters `backbone.NAME` (ours: `backbone.backbone.NAME`), with
@@ -286,12 +277,12 @@ _PUBLISHED_NECK, _NECK = "backbone.side_layer", "neck.side_layer"
 
 
 def load_segmentation_weights(model: SegmentationModel, path: str | Path, *, average: bool = False) -> frozenset[str]:
-    """Load what a file or a run holds, a backbone or a whole segmentation model; return what starts anew.
+    """Load a backbone or a whole segmentation model from a file or a run; return the parameters that stay new.
 
-    `path`: a published file (`.pth`, `.safetensors`), a run folder or one of its checkpoints; of these the averaged
-    weights, where there are some. `average`: take the average in a published file. The backbone adapts to another image
-    size as in `load_published`. Classifiers for other classes are left out and start anew, with a warning.
-    Raises ModelError, and leaves the model alone, where anything else does not fit: it lists the names.
+    `path`: a published file (`.pth`, `.safetensors`), a run folder or one of its checkpoints (their EMA weights, if
+    any). `average`: take the EMA weights of a published file. The backbone adapts to another image size as in
+    `load_published`. Classifiers for other classes stay new, with a warning. Raises ModelError that lists the names if
+    anything else does not fit; the model is then unchanged.
     """
     path = newest_checkpoint(path) if is_run(path) else Path(path)
     if path.is_dir():
@@ -299,7 +290,8 @@ def load_segmentation_weights(model: SegmentationModel, path: str | Path, *, ave
     found = read_checkpoint(path, average=average)
     spared = {key.removeprefix("backbone.") for key in model.unreached}
     if not any(key.startswith("decode_head.") for key in found):
-        load_published(model.backbone, path, average=average, spared=spared)
+        weights = find_weights(path, model.backbone.backbone.state_dict(), average=average)
+        load(model.backbone, weights, spared=spared)
         return frozenset(name for name, _ in model.named_parameters() if not name.startswith("backbone."))
     backbone, heads = _backbone_and_heads(found, path)
     if model.auxiliary_head is None:
@@ -314,15 +306,15 @@ def load_segmentation_weights(model: SegmentationModel, path: str | Path, *, ave
     }
     if complaint := misfit(heads, wanted, spared=model.unreached | other_classes):
         raise ModelError(f"{path} is for another model or other options: {complaint}")
-    load(model.backbone, backbone, spared=spared)  # all of it or, with an error, nothing
+    load(model.backbone, backbone, spared=spared)  # loads nothing if it raises
     model.load_state_dict({key: heads[key] for key in heads.keys() - other_classes}, strict=False)
     if other_classes:
-        LOGGER.warning("%s is for other classes: %s start anew", path, ", ".join(sorted(other_classes)))
+        LOGGER.warning("%s is for other classes: %s are newly initialised", path, ", ".join(sorted(other_classes)))
     return frozenset(other_classes)
 
 
 def _backbone_and_heads(found: Mapping[str, Tensor], path: Path) -> tuple[Weights, dict[str, Tensor]]:
-    """Return the tensors of a whole model as those of its backbone and, by our names, those of neck and heads."""
+    """Split the tensors of a whole model into those of its backbone and, by our names, of neck and heads."""
     backbone, token_head, heads = {}, {}, {}
     for key, tensor in found.items():
         inner = key.removeprefix("backbone.").removeprefix("backbone.")

@@ -1,6 +1,6 @@
-"""Files of weights: which tensors of a network lie in a checkpoint of anybody's, under which key and prefix.
+"""Find the tensors of a network in a checkpoint of any layout: under which key and prefix, and with which classes.
 
-Files are never allowed to run code: pickles are read with `weights_only=True`.
+Files cannot run code: pickles are read with `weights_only=True`.
 """
 
 from __future__ import annotations
@@ -28,22 +28,24 @@ from tokenlabel.models.runs import checkpoint_or_file
 from tokenlabel.runtime.errors import ModelError, first_line
 from tokenlabel.runtime.process import listed, say
 
-# How files and modules call a running average of the weights: state_dict_ema, model_ema.module., teacher. (DINO's).
+# Keys and prefixes of averaged weights: state_dict_ema, model_ema.module., teacher. (DINO's).
 AVERAGE = re.compile(r"(^|[._/])(ema|swa|avg|averaged?|teacher)([._/]|$)")
 
-# What torch.compile and FSDP put into names, anywhere in them.
+# Inserted into names, at any depth, by torch.compile, FSDP and activation checkpointing.
 WRAPPED = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
-# Heads for tokens: ours, and what networks that were made with one call it.
+# Token heads: ours, and those of networks that have one themselves.
 TOKEN_HEADS = ("token_head.", "aux_head.")
 
-# What people call the class names beside the weights.
+# Keys of class names beside the weights.
 NAMES_KEYS = ("class_names", "classes", "class_to_idx", "idx_to_class", "id2label", "label2id")
 
-# Beside tensors, pickles may hold the options of the run and figures; none of these runs code.
+# Beside tensors, pickles often hold the options and figures of a run. Unpickling these types runs no code.
+# A path of another operating system becomes a pure one, and `pathlib._local` is where Python 3.13 pickles them from.
 _PATHS = {"PosixPath": pathlib.PurePosixPath, "WindowsPath": pathlib.PureWindowsPath}
 _PATHS |= {f"Pure{name}": kind for name, kind in _PATHS.items()}
 _NUMPY_VALUES = {"scalar": np.float32(0).__reduce__()[0], "_reconstruct": np.zeros(1).__reduce__()[0]}
+# NumPy 2 renamed `numpy.core` to `numpy._core`; pickles have the name of the version that wrote them.
 HARMLESS: list[Any] = [
     *(Namespace, date, datetime, time, timedelta, timezone, np.dtype, np.ndarray),
     *{type(np.dtype(code)) for code in "?bBhHiIlLqQefdgFDSUOM"},
@@ -54,7 +56,7 @@ HARMLESS: list[Any] = [
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """The tensors of a network in a file, by the network's names; `prefix` is what the file has before them."""
+    """The tensors of a network in a file, by the network's names. `prefix`: what precedes these in the file."""
 
     path: Path
     prefix: str
@@ -62,16 +64,16 @@ class Weights:
     token_head: dict[str, Tensor]
 
     def name_in_file(self, name: str) -> str:
-        """Return what the file calls a tensor of an adapter, or would call it."""
+        """Return the name in the file of a tensor of a `TimmAdapter`."""
         if name.startswith("backbone."):
             return self.prefix + name.removeprefix("backbone.")
         return self.prefix.removesuffix("backbone.") + name
 
 
 def find_weights(path: str | Path, wanted: Collection[str], *, average: bool | None = False) -> Weights:
-    """Return the tensors of a network with the names `wanted`, wherever in a file they lie; say what is passed over.
+    """Return the tensors of a network with the names `wanted`, at any key and prefix; print which others are skipped.
 
-    `average`: see `load_published`; None takes the averaged ones where there are some.
+    `average`: see `load_published`; None takes averaged weights if there are any.
     """
     path = checkpoint_or_file(path)
     if path.suffix == ".npz" and path.is_file():
@@ -89,16 +91,15 @@ def find_weights(path: str | Path, wanted: Collection[str], *, average: bool | N
             outside.append(name)
     if outside:
         where = ": ".join(part for part in (group, prefix) if part)
-        say(f"{path}: takes {where}, and passes over {listed(outside)} ({len(outside):,} tensors)")
+        say(f"{path}: takes {where}, and skips {listed(outside)} ({len(outside):,} tensors)")
     return Weights(path, prefix, backbone, token_head)
 
 
 def read_checkpoint(path: str | Path, *, average: bool = False) -> dict[str, Tensor]:
-    """Return the tensors of a checkpoint by name, without the `module.` that parallel training puts before.
+    """Return the tensors of a checkpoint by name, without a prefix such as `module.` of DataParallel.
 
-    `path`: a file, or a folder with `model.safetensors` (the average: `ema.safetensors`), as our runs write.
-
-    Raises ModelError for what cannot be read without running its code, and for a file without `average`.
+    `path`: a file, or a folder with `model.safetensors` (with `average` `ema.safetensors`), as in our runs.
+    Raises ModelError for what cannot be read without running code, and for a file without averaged weights.
     """
     path, groups = _read(checkpoint_or_file(path), average=average)
     group, prefix = _choose(groups, (), average=average, path=path)
@@ -106,7 +107,7 @@ def read_checkpoint(path: str | Path, *, average: bool = False) -> dict[str, Ten
 
 
 def _read(path: Path, *, average: bool | None) -> tuple[Path, dict[str, dict[str, Tensor]]]:
-    """Return the file, and the dictionaries of tensors in it by their keys ("" for the outermost)."""
+    """Return the file, and its dictionaries of tensors by key ("" for the outermost)."""
     if path.is_dir():
         names = ("ema.safetensors", "model.safetensors")
         name = names[not average] if average is not None else names[not (path / names[0]).exists()]
@@ -123,7 +124,7 @@ def _read(path: Path, *, average: bool | None) -> tuple[Path, dict[str, dict[str
 
 
 def _groups(contents: Mapping[Any, Any], name: str = "") -> Iterator[tuple[str, dict[str, Tensor]]]:
-    # Checkpoints nest: weights, their averages and the optimizer's state under keys of their own.
+    # Checkpoints are nested: weights, their averages and the optimizer's state under keys of their own.
     named = {key: value for key, value in contents.items() if isinstance(key, str)}
     tensors = {WRAPPED.sub("", key): value for key, value in named.items() if isinstance(value, Tensor)}
     if tensors:
@@ -136,19 +137,19 @@ def _groups(contents: Mapping[Any, Any], name: str = "") -> Iterator[tuple[str, 
 def _choose(
     groups: dict[str, dict[str, Tensor]], wanted: Collection[str], *, average: bool | None, path: Path
 ) -> tuple[str, str]:
-    """Return the key of a dictionary and the prefix in it under which most of the wanted names are.
+    """Return the key of a dictionary, and the prefix in it under which most of the wanted names are.
 
-    Where few are, timm may know the names: then only what wraps a whole model is a prefix.
+    If few are found, the names may be of a layout that timm translates: then the prefix is only that of a wrapper.
     """
     votes: Counter[tuple[str, str]] = Counter()
     for group, tensors in groups.items():
         for name in tensors:
-            # A name votes for each prefix that leaves a name of the network: `module.net.head.weight` for `module.net.`
-            # and, where the network has a `net`, for `module.`. The true prefix gets the votes of all tensors.
+            # A name votes for each prefix whose removal leaves a name of the network: `module.net.head.weight` for
+            # `module.net.` and, if the network has a `net`, for `module.`. All tensors vote for the true prefix.
             starts = [0, *(match.end() for match in re.finditer(r"\.", name))]
             votes.update((group, name[:start]) for start in starts if name[start:] in wanted)
     most = max(votes.values(), default=0)
-    if 4 * most < len(wanted) or not wanted:  # names of another layout, which timm translates
+    if 4 * most < len(wanted) or not wanted:
         votes = Counter({(group, _wrapper(tensors)): len(tensors) for group, tensors in groups.items()})
         most = max(votes.values())
     places = [place for place, count in votes.most_common() if 2 * count >= most]
@@ -163,7 +164,7 @@ def _choose(
 
 
 def _wrapper(tensors: Collection[str]) -> str:
-    """Return what most names begin with, if it is what people call a whole model."""
+    """Return the common prefix of most names, if it is a usual name of a wrapped model."""
     prefix = ""
     while True:
         inner = Counter(name[len(prefix) :].partition(".")[0] for name in tensors if name.startswith(prefix))
@@ -174,10 +175,10 @@ def _wrapper(tensors: Collection[str]) -> str:
 
 
 def read_class_names(path: str | Path) -> tuple[str, ...]:
-    """Return the class names that come with a file of weights; none if nobody says them.
+    """Return the class names that come with a file of weights; empty if there are none.
 
-    They are in the metadata of our exports, beside our checkpoints, in the config.json of a folder for timm, and where
-    people put them in a .pth: `class_names`, `classes`, or a mapping such as `class_to_idx`.
+    They are in the metadata of our exports, the state.json of our checkpoints, the config.json of a folder for timm,
+    or in a .pth as `class_names`, `classes`, or a mapping such as `class_to_idx`.
     """
     path = checkpoint_or_file(path)
     folder = path if path.is_dir() else path.parent
@@ -186,7 +187,7 @@ def read_class_names(path: str | Path) -> tuple[str, ...]:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
                 found = json.loads((file.metadata() or {}).get("class_names", "null"))
-        elif path.is_file() and path.suffix != ".npz":  # of the original ViTs
+        elif path.is_file() and path.suffix != ".npz":  # the original ViTs
             contents = _read_pickle(path)
             stated = (contents[key] for key in NAMES_KEYS if isinstance(contents.get(key), (list, tuple, dict)))
             found = next(stated, None)
@@ -199,7 +200,7 @@ def read_class_names(path: str | Path) -> tuple[str, ...]:
 
 
 def names_in_order(names: Any) -> tuple[str, ...]:
-    """Return class names as files state them: a list, names by id, which may have gaps, or ids by name."""
+    """Return class names in the order of their ids, from a list, names by id (gaps allowed), or ids by name."""
     if isinstance(names, dict):
         is_by_name = all(isinstance(place, int) for place in names.values())
         pairs = [(place, name) if is_by_name else (name, place) for name, place in names.items()]

@@ -1,4 +1,4 @@
-"""Weights from files into networks: of other image sizes and class counts, and under other names that timm knows."""
+"""Load weights into networks of other image sizes and class counts, or with other names that timm translates."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,19 +26,19 @@ LOGGER = logging.getLogger(__name__)
 
 Tokens = Literal["classes", "same", "other"]
 
-# Where the classifiers of files lie that timm renames; what its own are called, their configurations say.
+# Names of classifiers in files that timm renames. The names in its own models are in their configurations.
 CLASSIFIERS = ("head", "head.fc", "fc", "classifier", "last_linear")
 
-# Where timm looks for weights, and how many rows of its own files it passes over.
+# Where timm looks for weights, and how many rows of the classifier in its own files it skips.
 HUB_FIELDS = ("url", "file", "hf_hub_id", "hf_hub_filename", "source", "label_offset")
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """What became of a file's tensors, apart from those that were simply taken.
+    """The tensors of a model that a file did not fill as they are.
 
-    `new_heads`: parameters that the file has nothing for: its heads are for other classes, or it has none for tokens.
-    `resized`: tensors that were resized, such as position embeddings to another grid.
+    `new_heads`: parameters of heads that the file lacks or has for other classes. `resized`: resized tensors, such as
+    position embeddings for another grid.
     """
 
     new_heads: tuple[str, ...]
@@ -52,15 +53,14 @@ def load_published(
     grid: tuple[int, int] | None = None,
     rows: Callable[[int], Mapping[int, int]] | None = None,
     tokens: Tokens = "classes",
-    spared: Collection[str] = (),
 ) -> Loaded:
-    """Load a checkpoint, anybody's or our own, into a model of another image size or class count, too.
+    """Load a checkpoint of anybody's into a model, which may be of another image size or class count.
 
-    `model`: any of ours, a `TimmAdapter`. `path`: `.safetensors`, `.pth`, `.pth.tar` and the like, or one of our
-    checkpoint folders. `average`: take the running average (EMA) of the weights in the file. For the rest see `load`.
+    `model`: a `TimmAdapter`, such as `create_model` returns. `path`: `.safetensors`, `.pth`, `.pth.tar` and the like,
+    or one of our checkpoint folders. `average`: take the EMA weights in the file. For the rest see `load`.
     """
     weights = find_weights(path, model.backbone.state_dict(), average=average)
-    return load(model, weights, grid=grid, rows=rows, tokens=tokens, spared=spared)
+    return load(model, weights, grid=grid, rows=rows, tokens=tokens)
 
 
 def load(
@@ -72,15 +72,15 @@ def load(
     tokens: Tokens = "classes",
     spared: Collection[str] = (),
 ) -> Loaded:
-    """Load the tensors of a file into a model; timm itself adapts those of other sizes and names.
+    """Load the tensors of a file into a model; timm itself adapts other sizes and names.
 
-    `grid`: the token grid (h, w) of the file's position embeddings; left out, it is the model's where the number
-    fits, else square. `rows`: which row each class of the model has in a head of so many, for those that it knows by
-    name; heads of another class count without any start anew, with a warning. A token head that the file lacks begins
-    as the classifier. `tokens`: what the file's token head is about: the classes that its classifier is for, as the
-    model's is; something else, but the same as the model's; or other things, so that the model's starts anew.
-    `spared`: what of the model need not fit.
-    Raises ModelError, and leaves the model alone, where anything else does not fit.
+    `grid`: token grid (h, w) of the file's position embeddings; by default the model's if the number fits, else square.
+    `rows`: a function from the row count of a head in the file to the row of each class that the model and the file
+    share by name; a head of another class count without shared classes stays new, with a warning. A token head that the
+    file lacks begins as the classifier. `tokens`: the classes of the file's token head: "classes", those of its
+    classifier, as in the model; "same", others than those, but the model's; "other": the model's token head stays new.
+    `spared`: names in the model that need not fit. Raises ModelError if anything else does not fit; the model is then
+    unchanged.
     """
     path, wanted = weights.path, model.state_dict()
     if tokens == "other":
@@ -88,7 +88,7 @@ def load(
     modules = ("token_head.", *(f"backbone.{name}." for name in classifiers(model.backbone)))
     heads = [name for name in wanted if name.startswith(modules)]
     found, old_shapes = _adapt(model, weights, grid=grid, spared={*heads, *spared})
-    by_name = [name for name in heads if tokens == "classes" or not name.startswith("token_head.")]
+    by_name = [name for name in heads if tokens == "classes" or not name.startswith("token_head.")] if rows else []
     new_heads = tuple(sorted(_fit_heads(found, wanted, heads, path, rows, by_name) - {*spared}))
     as_classifier = _begin_as_classifier(model, found, new_heads) if tokens == "classes" else []
     fitting = {name: found[name] for name in wanted if name in found and found[name].shape == wanted[name].shape}
@@ -97,7 +97,7 @@ def load(
         name for name in fitting if name not in heads and old_shapes.get(name) not in (None, wanted[name].shape)
     )
     if anew := [name for name in new_heads if name not in as_classifier]:
-        LOGGER.warning("%s has nothing for %s: they start anew", path, ", ".join(anew))
+        LOGGER.warning("%s has nothing for %s: they are newly initialised", path, ", ".join(anew))
     if as_classifier:
         say(f"{path} has no token head: it begins as the classifier")
     if resized:
@@ -108,40 +108,41 @@ def load(
 def _adapt(
     model: Any, weights: Weights, *, grid: tuple[int, int] | None, spared: Collection[str]
 ) -> tuple[dict[str, Tensor], dict[str, torch.Size]]:
-    """Return a file's tensors as the model has them, but for those spared; and the sizes that they had."""
+    """Return a file's tensors in the model's names and sizes, apart from `spared`; and their sizes in the file."""
     wanted, name = model.state_dict(), str(weights.path)
     found = {f"backbone.{key}": tensor for key, tensor in weights.backbone.items()}
     token_head = {f"token_head.{key}": tensor for key, tensor in weights.token_head.items()}
     shapes = {key: tensor.shape for key, tensor in found.items()}
     create: Callable[..., nn.Module] | None = model.rebuild
-    # Our own networks have one way to other sizes, timm's have theirs: each knows what else depends on the grid.
+    # Our own networks have only position embeddings to resize; timm's may have more that depends on the grid.
     ours = isinstance(model.backbone, VisionTransformer) or create is None
     if ours or grid is not None:
         resize_all_positions(found, model, grid=grid, name=name)
-    complaint = misfit(found, wanted, spared=spared, called=weights.name_in_file)
+    differences = partial(misfit, wanted=wanted, spared=spared, called=weights.name_in_file)
+    complaint = differences(found)
     if complaint and not ours and create is not None:
         backbone = {key.removeprefix("backbone."): tensor for key, tensor in found.items()}
-        with suppress(ModelError):  # what differs says more than what timm says of it
+        with suppress(ModelError):  # the list of names below says more than timm's error
             network = build_with(create, replace(weights, backbone=backbone), like=model.backbone)
             found = {adapter_name(key): tensor for key, tensor in network.state_dict().items()}
-            complaint = misfit(found, wanted, spared=spared, called=weights.name_in_file)
-    if complaint and not ours:  # VOLO, CaiT and others have no way to other sizes in timm
+            complaint = differences(found)
+    if complaint and not ours:  # timm cannot resize VOLO, CaiT and others
         with suppress(ModelError):
             resize_all_positions(found, model, grid=grid, name=name)
-            complaint = misfit(found, wanted, spared=spared, called=weights.name_in_file)
+            complaint = differences(found)
     if complaint:
         raise ModelError(f"{name} is for another model or other options: {complaint}")
     return found | token_head, shapes
 
 
 def build_with(create: Callable[..., nn.Module], weights: Weights, *, like: nn.Module) -> nn.Module:
-    """Return a timm model with a file's weights and classes, which timm adapts: names, image size, patch size.
+    """Return a new timm model with a file's weights and classes: timm adapts names, image size and patch size.
 
     `create`: makes the model as `timm.create_model` does. `like`: one that it made. Raises ModelError.
     """
-    # timm adapts weights only on their way into a model that it creates: so the file passes for the pretrained ones.
+    # timm adapts weights only while it creates a model, so the file is passed off as the pretrained weights.
     overlay: dict[str, Any] = dict.fromkeys(HUB_FIELDS) | {"num_classes": count_classes(weights, like)}
-    if weights.path.suffix == ".npz":  # of the original ViTs, which timm reads its own way
+    if weights.path.suffix == ".npz":  # of the original ViTs in JAX, which timm has a loader for
         overlay |= {"file": str(weights.path), "custom_load": True}
     else:
         tensors = dict(weights.backbone)
@@ -149,7 +150,7 @@ def build_with(create: Callable[..., nn.Module], weights: Weights, *, like: nn.M
             tensors |= {f"aux_head.{name}": tensor for name, tensor in weights.token_head.items()}
         overlay |= {"state_dict": tensors, "custom_load": False}
     network: Any = None
-    # The random numbers that the network would begin with must not move those of the run.
+    # Forked, so that the initialisation of this network does not change the random numbers of the run.
     with _missing_in_timm() as missing:
         try:
             with torch.random.fork_rng(devices=[]), hub_or_cache(online=False):
@@ -173,11 +174,11 @@ def build_with(create: Callable[..., nn.Module], weights: Weights, *, like: nn.M
 
 @contextmanager
 def _missing_in_timm() -> Iterator[list[str]]:
-    """Collect what timm logs of parameters without weights: it loads some models, such as dla, without strictness."""
+    """Collect what timm logs about missing parameters: it loads some models, such as dla, with strict=False."""
     found: list[str] = []
     logger = logging.getLogger("timm.models._builder")
 
-    def collect(record: logging.LogRecord) -> bool:
+    def _collect(record: logging.LogRecord) -> bool:
         message = record.getMessage()
         if message.startswith("Missing keys"):
             found.append(message)
@@ -186,22 +187,22 @@ def _missing_in_timm() -> Iterator[list[str]]:
     level = logger.getEffectiveLevel()
     before = logger.level
     logger.setLevel(logging.INFO)
-    logger.addFilter(collect)
+    logger.addFilter(_collect)
     try:
         yield found
     finally:
-        logger.removeFilter(collect)
+        logger.removeFilter(_collect)
         logger.setLevel(before)
 
 
 def classifiers(network: Any) -> tuple[str, ...]:
-    """Return what a timm model calls its classifiers."""
+    """Return the names of a timm model's classifiers."""
     names = getattr(network, "pretrained_cfg", {}).get("classifier") or CLASSIFIERS
     return (names,) if isinstance(names, str) else tuple(names)
 
 
 def count_classes(weights: Weights, network: nn.Module) -> int:
-    """Return how many rows the classifier of such a network has in a file; 0 without one."""
+    """Return the number of classes of a network's classifier in a file; 0 if it has none."""
     if weights.path.suffix == ".npz":
         with np.load(weights.path) as arrays:
             return len(arrays["head/bias"]) if "head/bias" in arrays else 0
@@ -220,9 +221,9 @@ def _fit_heads(
     rows: Callable[[int], Mapping[int, int]] | None,
     by_name: Collection[str],
 ) -> set[str]:
-    """Put the rows of the model's classes into the heads in `found`; return the names of those that start anew.
+    """Fit the heads in `found` to the model's classes; return the names of those that stay new.
 
-    `by_name`: those whose rows are classes that `rows` knows.
+    `by_name`: the heads whose rows are classes that `rows` knows.
     """
     new: set[str] = set()
     kept: dict[tuple[int, int], Mapping[int, int]] = {}
@@ -232,10 +233,10 @@ def _fit_heads(
             new.add(name)
             continue
         counts = (len(own), len(theirs))
-        if counts not in kept and name in by_name:
-            kept[counts] = rows(len(theirs)) if rows else {}
-        # Rows of the classes that both name go to their places, the others begin as the model has them; without
-        # names a head for as many classes is taken as it is.
+        if rows and counts not in kept and name in by_name:
+            kept[counts] = rows(len(theirs))
+        # Rows of shared classes are copied, the others stay as the model has them. Without shared names a head for as
+        # many classes is loaded as it is.
         taken = kept[counts] if name in by_name else {}
         if taken and max(taken) < len(own):
             found[name] = own.clone()
@@ -246,12 +247,12 @@ def _fit_heads(
             new.add(name)
     for (ours, count), taken in kept.items():
         if taken and taken != {row: row for row in range(max(ours, count))}:
-            say(f"{path}: {len(taken):,} of {ours:,} classes begin with their rows of its heads for {count:,}, by name")
+            say(f"{path}: {len(taken):,} of {ours:,} classes are initialised from its heads for {count:,}, by name")
     return new
 
 
 def _begin_as_classifier(model: Any, found: dict[str, Tensor], new: Collection[str]) -> list[str]:
-    """Let a linear token head that the file lacks begin as its classifier, which has seen the same features."""
+    """Initialise a new linear token head with the classifier, which reads the same features; return its names."""
     if model.stage is not None or not isinstance(model.token_head, nn.Linear):
         return []
     names = {f"token_head.{name}": own for name, own in model.token_head.state_dict().items()}
@@ -265,7 +266,7 @@ def _begin_as_classifier(model: Any, found: dict[str, Tensor], new: Collection[s
 
 
 def begin_as_classifier(model: Any) -> None:
-    """Let a new linear token head begin as the classifier of its model, where it is for as many classes."""
+    """Initialise a new linear token head with the classifier of its model, if both have as many classes."""
     found = {f"backbone.{name}": tensor for name, tensor in model.backbone.state_dict().items()}
     new = [f"token_head.{name}" for name in model.token_head.state_dict()]
     names = _begin_as_classifier(model, found, new)
@@ -273,9 +274,9 @@ def begin_as_classifier(model: Any) -> None:
 
 
 def fingerprint(network: nn.Module) -> str:
-    """Return a hash of all weights, by which another training of the same network is told apart."""
+    """Return a hash of all weights, which identifies a trained network."""
     digest = hashlib.blake2b(digest_size=16)
-    # By name: the order of modules may change from one version of timm to the next.
+    # Sorted by name, as the order of modules may differ between versions of timm.
     for name, tensor in sorted(network.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
@@ -289,36 +290,34 @@ def misfit(
     spared: Collection[str],
     called: Callable[[str], str] = str,
 ) -> str:
-    """Return the first names in which tensors differ from those of a model, on both sides; "" where they fit.
+    """Return the first names that either side lacks or that differ in size, as one line; "" if all fit.
 
-    `spared`: what need not be there, or fit. `called`: what the file calls a tensor of the model.
+    `spared`: names in the model that need not fit. `called`: returns the name in the file of a tensor of the model.
     """
-    lacks = wanted.keys() - found.keys() - {*spared}
-    others = [
-        f"{called(name)} ({_size(found[name])}, not {_size(wanted[name])})"
-        for name in sorted(found.keys() & wanted.keys() - {*spared})
-        if found[name].shape != wanted[name].shape
-    ]
+
+    def _size(tensor: Tensor) -> str:
+        return " x ".join(map(str, tensor.shape)) or "a number"
+
+    lacking, extra = wanted.keys() - found.keys() - {*spared}, found.keys() - wanted.keys()
+    names = {
+        # Counts of batches, which only BatchNorm without momentum reads, may be left out.
+        "it lacks": sorted(called(name) for name in lacking if not name.endswith("num_batches_tracked")),
+        "it has": sorted(called(name) for name in extra if not name.startswith("token_head.")),
+        "sizes differ:": [
+            f"{called(name)} ({_size(found[name])}, not {_size(wanted[name])})"
+            for name in sorted(found.keys() & wanted.keys() - {*spared})
+            if found[name].shape != wanted[name].shape
+        ],
+    }
     return "; ".join(
-        f"{what} {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        for what, names in (
-            ("it lacks", sorted(called(name) for name in lacks if not name.endswith("num_batches_tracked"))),
-            (
-                "it has",
-                sorted(called(name) for name in found.keys() - wanted.keys() if not name.startswith("token_head.")),
-            ),
-            ("sizes differ:", others),
-        )
-        if names
+        f"{what} {', '.join(some[:3])}" + (f" and {len(some) - 3} more" if len(some) > 3 else "")
+        for what, some in names.items()
+        if some
     )
 
 
-def _size(tensor: Tensor) -> str:
-    return " x ".join(map(str, tensor.shape)) or "a number"
-
-
 def adapter_name(name: str) -> str:
-    """Return what a `TimmAdapter` calls a tensor of a file: of its own checkpoints, or of its backbone's."""
+    """Return the name in a `TimmAdapter` of a tensor in a file of ours or of its backbone's."""
     if name.startswith(("backbone.", "token_head.")):
         return name
     head, dot, rest = name.partition("aux_head.")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 from tokenlabel.runtime.errors import ConfigError, first_line
 
@@ -111,3 +112,8 @@ def hub_answers() -> bool:
     thread.start()
     thread.join(REACH_WITHIN_S)
     return answers == [True]
+
+
+def options_without_weights(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a model's options without those that make timm download or read weights."""
+    return {k: v for k, v in options.items() if k not in ("pretrained", "checkpoint_path", "cache_dir")}

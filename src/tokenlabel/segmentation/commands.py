@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from tokenlabel.runtime.arguments import Parser, add_device, device_of, parse, write_json
 from tokenlabel.runtime.coercion import COUNT, check_numbers
-from tokenlabel.runtime.errors import ConfigError, ModelError, refuse
+from tokenlabel.runtime.errors import ModelError, refuse
+from tokenlabel.runtime.process import listed, say
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -20,11 +21,11 @@ if TYPE_CHECKING:
 
 USAGE = """usage: tokenlabel segment train|eval|predict ...
 
-A class for every pixel: FCN and UPerNet heads on any backbone. docs/segmentation.md shows how.
+Semantic segmentation: FCN and UPerNet heads on any backbone, see docs/segmentation.md.
 
   train    train a segmentation model by a recipe
   eval     mIoU, mean accuracy and pixel accuracy of a run or of a published file
-  predict  masks and overlays of images, as PNG
+  predict  masks and overlays of images, as PNG, or soft labels in a store
 
 `tokenlabel segment train --help` explains each."""
 
@@ -44,43 +45,49 @@ def _train(arguments: list[str]) -> int:
     from tokenlabel.segmentation.recipe import SegmentRecipe
     from tokenlabel.training.command import run_train
 
-    def task() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    def _task() -> tuple[Callable[..., Any], Callable[..., Any]]:
         from tokenlabel.segmentation.task import build, train_segmentation
 
         return train_segmentation, build
 
     description = "Train a segmentation model by a recipe. The same command continues a run that was stopped."
-    return run_train(Parser("segment train", description), arguments, SegmentRecipe, task)
+    return run_train(Parser("segment train", description), arguments, SegmentRecipe, _task)
 
 
 def _evaluate(arguments: list[str]) -> int:
-    options = _eval_options(arguments)
+    parser = Parser(
+        "segment eval",
+        "Evaluate a run (its averaged weights if it has them) or a published file on images with masks. "
+        "Under torchrun the processes share the images.",
+    )
+    _add_network(parser)
+    parser.add_argument("--split", help="split of the data set; by default the one that the recipe evaluates on")
+    parser.add_argument("--images", help="any folder of images, in place of the recipe's")
+    parser.add_argument("--masks", help="their masks, with the recipe's values, or COCO's file about them (.json)")
+    parser.add_argument("--num-workers", type=int, default=0, help="processes that decode images")
+    parser.add_argument("--output", type=Path, help="also write the figures to this JSON file")
+    options = parse(parser, arguments)
+    check_numbers(options, "--", num_workers=COUNT)
+    both = "--split names a part of the data set, --images and --masks other folders; leave one out"
+    refuse({both: options.split and (options.images or options.masks)})
 
     from tokenlabel.runtime.distributed import autocast, joined_ranks
-    from tokenlabel.runtime.process import listed, say
-    from tokenlabel.segmentation.evaluation import evaluate_segmentation
-    from tokenlabel.segmentation.inference import segmenter_of
+    from tokenlabel.segmentation.inference import evaluate_segmentation, segmenter_of
     from tokenlabel.segmentation.layouts import other_pairs
 
     device = device_of(options.device)
     with joined_ranks(device) as ranks:
         trained = _network(options)
-        data, names = trained.recipe.data, trained.class_names
-        pairs = other_pairs(data, names, split=options.split, images=options.images, masks=options.masks)
+        recipe, names = trained.recipe, trained.class_names
+        pairs = other_pairs(recipe.data, names, split=options.split, images=options.images, masks=options.masks)
+        precision, num_workers = autocast(device, recipe.precision), options.num_workers
         figures = evaluate_segmentation(
-            segmenter_of(trained, device),
-            pairs,
-            device=device,
-            autocast=autocast(device, trained.recipe.precision),
-            num_workers=options.num_workers,
-            ranks=ranks,
+            segmenter_of(trained, device), pairs, autocast=precision, num_workers=num_workers, ranks=ranks
         )
     if absent := figures["absent_classes"]:
-        num_counted = sum(iou is not None for iou in figures["class_iou"].values())
-        say(
-            f"no mask holds {len(absent):,} of {len(names):,} classes ({listed(absent)}): mIoU is the mean over "
-            f"{num_counted:,}"
-        )
+        counted = f"{sum(iou is not None for iou in figures['class_iou'].values()):,}"
+        no_mask = f"no mask holds {len(absent):,} of {len(names):,} classes ({listed(absent)})"
+        say(f"{no_mask}: mIoU is the mean over {counted}")
     if ranks.is_first:
         figures = {"step": trained.step, **figures}
         write_json(options.output, figures)
@@ -88,27 +95,24 @@ def _evaluate(arguments: list[str]) -> int:
     return 0
 
 
-def _eval_options(arguments: list[str]) -> Namespace:
+def _predict(arguments: list[str]) -> int:
     parser = Parser(
-        "segment eval",
-        "Evaluate a run (its averaged weights if it has them) or a published file on images with masks. "
-        "Under torchrun the processes divide the images.",
+        "segment predict",
+        "Predict the class of every pixel: masks with a palette and overlays, or soft maps into a label store.",
     )
     _add_network(parser)
-    parser.add_argument("--split", help="part of the data set; that which the recipe evaluates on by default")
-    parser.add_argument("--images", help="any folder of images, in place of the recipe's")
-    parser.add_argument("--masks", help="their masks, with the recipe's values, or COCO's file about them (.json)")
-    parser.add_argument("--num-workers", type=int, default=0, help="processes that decode images")
-    parser.add_argument("--output", type=Path, help="also write the figures to this JSON file")
+    parser.add_argument("images", type=Path, nargs="+", help="image files or folders of them")
+    parser.add_argument("--out", type=Path, help="folder for masks/, overlays/ and classes.json")
+    parser.add_argument("--store", type=Path, help="label store for soft predictions, on the grid of the model's head")
     options = parse(parser, arguments)
-    check_numbers(options, "--", num_workers=COUNT)
-    if options.split and (options.images or options.masks):
-        raise ConfigError("--split names a part of the data set, --images and --masks other folders; leave one out")
-    return options
-
-
-def _predict(arguments: list[str]) -> int:
-    options = _predict_options(arguments)
+    is_folder = len(options.images) == 1 and options.images[0].is_dir()
+    has_output = options.out or options.store
+    refuse(
+        {
+            "name --out for masks and overlays, --store for soft predictions, or both": not has_output,
+            "--store takes one folder of images: keys of labels are relative to it": options.store and not is_folder,
+        }
+    )
 
     from tokenlabel.models.weights import fingerprint
     from tokenlabel.runtime.distributed import autocast
@@ -125,50 +129,24 @@ def _predict(arguments: list[str]) -> int:
             num_images = predict_files(segmenter, options.images, options.out, classes=classes, device=device)
             print(f"{options.out}: {num_images:,} images")
         if options.store:
+            names, teacher = trained.class_names, {"name": str(options.network), "weights": fingerprint(trained.model)}
             num_new = store_predictions(
-                segmenter,
-                options.images[0],
-                options.store,
-                class_names=trained.class_names,
-                teacher={"name": str(options.network), "weights": fingerprint(trained.model)},
-                device=device,
+                segmenter, options.images[0], options.store, class_names=names, teacher=teacher, device=device
             )
             print(f"{options.store}: {num_new:,} images labelled")
     return 0
 
 
-def _predict_options(arguments: list[str]) -> Namespace:
-    parser = Parser(
-        "segment predict",
-        "Write the class of every pixel of images: masks with a palette and overlays, or soft maps into a label store.",
-    )
-    _add_network(parser)
-    parser.add_argument("images", type=Path, nargs="+", help="image files or folders of them")
-    parser.add_argument("--out", type=Path, help="folder for masks/, overlays/ and classes.json")
-    parser.add_argument("--store", type=Path, help="label store for soft predictions, on the grid of the model's head")
-    options = parse(parser, arguments)
-    is_folder = len(options.images) == 1 and options.images[0].is_dir()
-    refuse(
-        {
-            "name --out for masks and overlays, --store for soft predictions, or both": not (
-                options.out or options.store
-            ),
-            "--store takes one folder of images: keys of labels are relative to it": options.store and not is_folder,
-        }
-    )
-    return options
-
-
 def _add_network(parser: Parser) -> None:
-    """Let a parser take a model and how it looks at images."""
+    """Add the options for a model and for how it sees images."""
     parser.add_argument(
-        "network", type=Path, help="run folder, one checkpoint folder of it, or, with --recipe, a published file"
+        "network", type=Path, help="run folder, one of its checkpoint folders, or, with --recipe, a published file"
     )
-    parser.add_argument("--recipe", help="the recipe that a published file goes with, by name or as a file")
+    parser.add_argument("--recipe", help="recipe of a published file, by name or as a file")
     parser.add_argument("--root", help="folder of the data set, in place of the recipe's")
-    parser.add_argument("--mode", choices=["slide", "whole"], help="windows, or all at once; the recipe's by default")
+    parser.add_argument("--mode", choices=["slide", "whole"], help="sliding windows or the whole image at once")
     parser.add_argument("--stride", type=int, help="distance of windows in pixels")
-    parser.add_argument("--short-side", type=int, help="resize images to this shorter side; 0 leaves them as they are")
+    parser.add_argument("--short-side", type=int, help="resize images to this shorter side; 0 keeps their size")
     parser.add_argument(
         "--scales", type=float, nargs="+", help="average over these sizes, such as .5 .75 1 1.25 1.5 1.75"
     )
@@ -177,7 +155,7 @@ def _add_network(parser: Parser) -> None:
 
 
 def _network(options: Namespace) -> LoadedModel:
-    """Return the model that the command line names, with the recipe as the command line changes it."""
+    """Return the model that the options name; its recipe has the options' values."""
     from tokenlabel.segmentation.recipe import Layout, SegmentRecipe
     from tokenlabel.training.checkpoint import load_run
 
@@ -186,38 +164,37 @@ def _network(options: Namespace) -> LoadedModel:
     else:
         loaded = _load_by_recipe(options.network, options.recipe, root=options.root)
     recipe: SegmentRecipe = loaded.recipe
+    has_root, is_folders = options.root is not None, recipe.data.layout is Layout.FOLDERS
+    has_stride, is_whole = options.stride is not None, (options.mode or recipe.eval.mode) == "whole"
     refuse(
         {
-            "--root is for known layouts; name folders with --images and --masks": options.root is not None
-            and recipe.data.layout is Layout.FOLDERS,
-            "--stride is the distance of windows, and with mode whole there are none; leave one out": options.stride
-            is not None
-            and (options.mode or recipe.eval.mode) == "whole",
+            "--root is for known layouts; name folders with --images and --masks": has_root and is_folders,
+            "--stride is the distance of windows, and with mode whole there are none; leave one out": has_stride
+            and is_whole,
         }
     )
-    if options.root is not None:
+    if has_root:
         recipe = replace(recipe, data=replace(recipe.data, root=options.root))
     changes: dict[str, Any] = {
         "mode": options.mode,
-        "stride_px": None if options.stride is None else (options.stride, options.stride),
+        "stride_px": (options.stride, options.stride) if has_stride else None,
         "scales": options.scales and tuple(options.scales),
         "flip": options.flip or None,
     }
     changes = {name: value for name, value in changes.items() if value is not None}
     if options.short_side is not None:
-        changes["short_side_px"] = options.short_side or None  # 0: as they are
+        changes["short_side_px"] = options.short_side or None  # 0: their own size
     try:
         return replace(loaded, recipe=replace(recipe, eval=replace(recipe.eval, **changes)))
-    except ValueError as error:  # it names the recipe's fields
-        spelled = re.sub(r"^eval\.(\w+?)(_px)?(?= must)", lambda field: f"--{field[1].replace('_', '-')}", str(error))
-        raise ValueError(spelled) from error
+    except ValueError as error:  # it names fields of the recipe: eval.stride_px is --stride here
+        text = re.sub(r"^eval\.(\w+?)(_px)?(?= must)", lambda field: f"--{field[1].replace('_', '-')}", str(error))
+        raise ValueError(text) from error
 
 
 def _load_by_recipe(path: Path, name: str, *, root: str | None) -> LoadedModel:
-    """Return a model from a published file, with the recipe (a name, or a file) that it goes with.
+    """Return the model of a published file and its recipe (by name, or a file), with the classes of its data.
 
-    Its classes are those of the recipe's data. Raises ModelError for a file that does not fill all of the model, such
-    as a backbone.
+    Raises ModelError for a file that does not fill all of the model, such as a backbone.
     """
     from tokenlabel.models.load import LoadedModel
     from tokenlabel.models.segmentation import create_segmentation_model, load_segmentation_weights
@@ -232,11 +209,10 @@ def _load_by_recipe(path: Path, name: str, *, root: str | None) -> LoadedModel:
     recipe = config_from_dict(nested, SegmentRecipe, name=name)
     names = classes_of(recipe.data, list(recipe.data.class_names)).names
     model = create_segmentation_model(recipe.model, num_classes=len(names))
-    new = load_segmentation_weights(model, path, average=recipe.model.average)
-    if new:
+    if missing := sorted(load_segmentation_weights(model, path, average=recipe.model.average)):
         raise ModelError(
-            f"{path}: is no whole model of {name}: it has nothing for {', '.join(sorted(new)[:3])}"
-            f"{', ...' if len(new) > 3 else ''}; train one from it (tokenlabel segment train --model.weights)"
+            f"{path}: is no whole model of {name}: it has nothing for {listed(missing)}; train one from it (tokenlabel "
+            "segment train --model.weights)"
         )
     return LoadedModel(
         name=str(path),

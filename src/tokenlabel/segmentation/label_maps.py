@@ -1,4 +1,4 @@
-"""Label maps of a store as what segmentation learns from: whether they fit the masks, and what each cell learns."""
+"""Label maps of a store as segmentation targets: checks against the masks, the grid, and the target of each cell."""
 
 from __future__ import annotations
 
@@ -17,22 +17,18 @@ from tokenlabel.labels.store import LabelStore
 from tokenlabel.runtime.distributed import current_ranks
 from tokenlabel.runtime.errors import DataError
 from tokenlabel.runtime.process import listed, say
-from tokenlabel.segmentation.augment import fitted_size
-from tokenlabel.segmentation.classes import IGNORED
-from tokenlabel.segmentation.data import SegmentBatch
-from tokenlabel.segmentation.pairs import ImageMaskPairs
+from tokenlabel.segmentation.data import SegmentBatch, fitted_size
+from tokenlabel.segmentation.pairs import IGNORED, ImageMaskPairs
 from tokenlabel.segmentation.recipe import SegmentAugmentConfig, SegmentDataConfig, SegmentLossConfig
 
-# Masks that are held against the cells of label maps.
-NUM_COMPARED = 100
-# Of the grid that maps are learnt on by default, times that of the head, along each side.
-MOST_FINER = 4
+_NUM_COMPARED = 100  # masks that are compared with the cells of label maps
+_MOST_FINER = 4  # the default grid of label maps is at most this many times as fine as the head's
 
 
 def soft_targets(batch: SegmentBatch, grid: tuple[int, int], config: SegmentLossConfig) -> TokenTargets:
-    """Return what the images of a batch that learn from label maps learn at each cell of a grid (h, w).
+    """Return the targets at each cell of a grid (h, w) of the images in `batch.soft`.
 
-    The maps follow the views of the pixels. What lies beyond an image, and an image without a map, have weight 0.
+    Maps are aligned with the augmented pixels. Cells outside an image, and images without a map, have weight 0.
     """
     assert batch.score_maps is not None
     assert batch.views is not None
@@ -44,14 +40,14 @@ def soft_targets(batch: SegmentBatch, grid: tuple[int, int], config: SegmentLoss
 
 
 def open_labels(config: SegmentDataConfig, pairs: ImageMaskPairs) -> LabelStore | None:
-    """Return the label store that images without masks learn from, None without one.
+    """Return the label store for images without masks, None if the recipe names none.
 
-    It is opened by the first rank for all, so that labels that are added meanwhile are seen by none. Raises DataError
-    for labels of other classes than those of the masks.
+    Raises DataError for labels of other classes than those of the masks.
     """
     folders = config.label_folders
     if not folders:
         return None
+    # Opened on the first rank and sent to all: labels may be added meanwhile, and all ranks must see the same ones.
     store = current_ranks().on_main(lambda: LabelStore(*folders))
     names, theirs = pairs.classes.names, store.manifest.classes
     if theirs.words or (theirs.names and not same_classes(theirs.names, names)) or theirs.count != len(names):
@@ -68,24 +64,24 @@ def open_labels(config: SegmentDataConfig, pairs: ImageMaskPairs) -> LabelStore 
 
 
 def check_labels(store: LabelStore, pairs: ImageMaskPairs) -> int:
-    """Return how many images without a mask lack a label; say so, and what is too small for the maps.
+    """Return how many images have neither mask nor label; print that, and classes too small for the label maps.
 
-    Raises DataError where none of the images without a mask has a label.
+    Raises DataError if no image without a mask has a label.
     """
     with_mask = {*pairs.with_mask}
     bare = [key for index, key in enumerate(pairs.keys) if index not in with_mask]
     missing = [key for key in bare if key not in store]
-    said = f"{len(missing):,} of {len(bare):,} images without a mask have no label ({listed(missing)})"
+    counts = f"{len(missing):,} of {len(bare):,} images without a mask have no label ({listed(missing)})"
     if missing and len(missing) == len(bare):
         raise DataError(
-            f"{said}; the store is of other images, or keys are relative to another folder: give the store that "
+            f"{counts}; the store is of other images, or keys are relative to another folder: give the store that "
             "`tokenlabel annotate` made of data.train"
         )
     if missing:
-        say(f"{said}: nothing is learnt from these; `tokenlabel annotate` labels what is missing")
+        say(f"{counts}: nothing is learnt from these; `tokenlabel annotate` labels what is missing")
     if not bare:
         say("all images have masks, and learn from these: the labels are not used")
-    for name, share, grid in too_small(store, pairs):
+    for name, share, grid in _too_small(store, pairs):
         say(
             f"label maps of {grid[0]} x {grid[1]} cells are coarser than the objects of {name!r}: {share:.0%} of its "
             "pixels in masks lie in cells that show more of another class; `annotate --cells` makes finer maps"
@@ -96,10 +92,10 @@ def check_labels(store: LabelStore, pairs: ImageMaskPairs) -> int:
 def finer_for_maps(
     store: LabelStore, pairs: ImageMaskPairs, augment: SegmentAugmentConfig, crop: tuple[tuple[int, int], ...]
 ) -> int:
-    """Return how many times as fine as a head's grid label maps are along a side, in the middle of the sizes shown.
+    """Return how many times as fine as the head's grid label maps are along a side, at most `_MOST_FINER`.
 
-    `crop`: (height, width) of a training crop, and the (rows, columns) that the head ends on for it. Judged by the
-    first image with a label; at most `MOST_FINER`.
+    `crop`: (height, width) of a training crop, and (rows, columns) of the head for it. Measured on the first image with
+    a label, at the geometric mean of the range of scales.
     """
     index = next((i for i, key in enumerate(pairs.keys) if key in store and not pairs.has_mask(i)), None)
     if index is None:
@@ -112,27 +108,26 @@ def finer_for_maps(
         side_cells / side_px * crop_px / head_cells
         for side_cells, side_px, crop_px, head_cells in zip(cells, shown_px, *crop, strict=True)
     ]
-    return min(max(1, round(math.sqrt(finer[0] * finer[1]))), MOST_FINER)
+    return min(max(1, round(math.sqrt(finer[0] * finer[1]))), _MOST_FINER)
 
 
-def too_small(store: LabelStore, pairs: ImageMaskPairs) -> list[tuple[str, float, tuple[int, int]]]:
-    """Return the classes of which most pixels lie in cells of label maps that show more of another class.
+def _too_small(store: LabelStore, pairs: ImageMaskPairs) -> list[tuple[str, float, tuple[int, int]]]:
+    """Return the classes most of whose pixels are in cells of label maps that show more of another class.
 
-    Each with the share of these pixels and a map's rows and columns. Up to `NUM_COMPARED` masks are held against the
-    maps of their own images, or of images without a mask where they have none.
+    Each with the share of these pixels and a map's (rows, columns). Compares some masks with the grid of their own
+    maps, or of any other map where they have none.
     """
     others = next((key for key in pairs.keys if key in store), None)
     if others is None or not pairs.with_mask:
         return []
     num_classes = len(pairs.classes.names)
     lost, pixels, grid = np.zeros(num_classes), np.zeros(num_classes), (1, 1)
-    chosen = np.linspace(0, len(pairs.with_mask) - 1, min(NUM_COMPARED, len(pairs.with_mask))).astype(int)
+    chosen = np.linspace(0, len(pairs.with_mask) - 1, min(_NUM_COMPARED, len(pairs.with_mask))).astype(int)
     for index in np.array(pairs.with_mask)[chosen].tolist():
-        _, mask = pairs.read(index)
-        key = pairs.keys[index]
+        key, (_, mask) = pairs.keys[index], pairs.read(index)
         height, width = store[key if key in store else others].codes.shape[:2]
         grid = (height, width)
-        counts = pixels_of_cells(mask, grid, num_classes)
+        counts = _class_counts(mask, grid, num_classes)
         is_most = counts.argmax(axis=1)[:, None] == np.arange(num_classes)
         lost += (counts * ~is_most).sum(axis=0)
         pixels += counts.sum(axis=0)
@@ -140,12 +135,13 @@ def too_small(store: LabelStore, pairs: ImageMaskPairs) -> list[tuple[str, float
     return [(pairs.classes.names[i], float(shares[i]), grid) for i in np.flatnonzero(shares > 0.5)]
 
 
-def pixels_of_cells(
+def _class_counts(
     mask: Int16[NDArray[np.int16], "height width"], grid: tuple[int, int], num_classes: int
 ) -> Int[NDArray[np.int64], "N C"]:
-    """Return how many pixels of each class each cell of a grid (h, w) over a mask shows, row by row."""
+    """Return the number of pixels of each class in each cell of a grid (h, w) over a mask, row by row."""
     rows, columns = ((np.arange(side) * cells) // side for side, cells in zip(mask.shape, grid, strict=True))
     cells = rows[:, None] * grid[1] + columns
     counted = mask != IGNORED
+    # A number for each pair of cell and class, so that one bincount does it.
     places = cells[counted] * num_classes + mask[counted]
     return np.bincount(places, minlength=grid[0] * grid[1] * num_classes).reshape(-1, num_classes)

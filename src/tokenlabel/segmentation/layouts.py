@@ -1,4 +1,4 @@
-"""Where images and masks lie: ADE20K, Pascal VOC, Cityscapes, the embedded scenes, any two folders, COCO's files."""
+"""Find the images and masks of ADE20K, Pascal VOC, Cityscapes, the embedded scenes, two folders, or COCO's files."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from tokenlabel.data.folders import EXTENSIONS, list_images, skipped_text, witho
 from tokenlabel.data.masks import COCO_SUFFIX, CROWD, CocoMasks, mask_names, unlabelled_value
 from tokenlabel.labels.manifest import read_manifest
 from tokenlabel.runtime.coercion import coerced
-from tokenlabel.runtime.errors import DataError
+from tokenlabel.runtime.errors import DataError, refuse
 from tokenlabel.runtime.process import listed, say
-from tokenlabel.segmentation.classes import Classes, known_classes, numbered_classes
-from tokenlabel.segmentation.pairs import ImageMaskPairs
+from tokenlabel.segmentation.pairs import Classes, ImageMaskPairs, known_classes, numbered_classes
 from tokenlabel.segmentation.recipe import Layout, SegmentDataConfig, Split
 
 CLASSES_FILE = "classes.txt"  # beside masks: the names of their classes, a line each
-ADE20K_SPLITS = {"train": "training", "val": "validation"}  # elsewhere they are called as here
+# What ADE20K calls its splits; the other data sets call them `train` and `val`.
+_ADE20K_SPLITS = {"train": "training", "val": "validation"}
 
 
 def open_pairs(config: SegmentDataConfig, split: Split) -> ImageMaskPairs | None:
-    """Return the pairs to train on (`split` "train") or to evaluate on ("val"); None if there are none to be.
+    """Return the pairs to train on (`split` "train") or to evaluate on ("val"); None if the recipe names none.
 
     Raises DataError for folders that are missing or empty, and for images without a mask.
     """
@@ -33,37 +33,42 @@ def open_pairs(config: SegmentDataConfig, split: Split) -> ImageMaskPairs | None
         folders = config.folders(split)
         if folders is None:
             return None
-        names = config.class_names or _names_beside(config)
+        names = config.class_names or _default_names(config)
         return _two_folders(config, names, *folders, all_needed=split == "val" or not config.labels)
     assert config.root is not None
     root = Path(config.root)
     given = config.train_split if split == "train" else config.val_split
-    part = given or split
+    part = given or (_ADE20K_SPLITS[split] if config.layout is Layout.ADE20K else split)
     match config.layout:
         case Layout.ADE20K:
-            part = given or ADE20K_SPLITS[split]
-            images = root / "images" / part
-            return _checked(known_classes("ade20k"), images, root / "annotations" / part)
+            return _checked(known_classes("ade20k"), root / "images" / part, root / "annotations" / part)
         case Layout.VOC:
-            images, names = root / "JPEGImages", [f"{name}.jpg" for name in _listed(root, part)]
-            return _checked(known_classes("voc"), images, root / "SegmentationClass", names=names)
+            names = [f"{name}.jpg" for name in _voc_list(root, part)]
+            return _checked(known_classes("voc"), root / "JPEGImages", root / "SegmentationClass", names=names)
         case Layout.CITYSCAPES:
-            images = root / "leftImg8bit" / part
             return _checked(
                 known_classes("cityscapes"),
-                images,
+                root / "leftImg8bit" / part,
                 root / "gtFine" / part,
                 mask_of=lambda name: [name.replace("_leftImg8bit", "_gtFine_labelIds")],
             )
         case Layout.SCENES:
-            images = root / part
-            digits = sorted(path.name for path in images.glob("*") if path.is_dir())
-            classes = _numbered(config, digits or ["0"])
-            return _checked(classes, images, root / "masks" / part)
+            digits = sorted(path.name for path in (root / part).glob("*") if path.is_dir())
+            return _checked(_numbered(config, digits or ["0"]), root / part, root / "masks" / part)
 
 
-def _names_beside(config: SegmentDataConfig) -> list[str]:
-    """Return the class names that lie in or beside the training masks, or else those of the labels."""
+def _voc_list(root: Path, split: str) -> list[str]:
+    path = root / "ImageSets" / "Segmentation" / f"{split}.txt"
+    try:
+        return path.read_text(encoding="utf-8").split()
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be read ({error.strerror}); data.root is the folder of one year, such as VOC2012"
+        ) from error
+
+
+def _default_names(config: SegmentDataConfig) -> list[str]:
+    """Return the class names of COCO's file, of classes.txt beside the training masks, or of the labels."""
     folders = config.folders("train")
     assert folders is not None
     images, masks = folders
@@ -89,7 +94,7 @@ def _check_folders(*folders: Path | None) -> None:
 
 
 def classes_of(config: SegmentDataConfig, names: Sequence[str]) -> Classes:
-    """Return the classes of a data set that need not be there: `names` are those of all its classes."""
+    """Return the classes of a data set, without opening it. `names`: of all its classes."""
     if config.layout in (Layout.ADE20K, Layout.VOC, Layout.CITYSCAPES):
         return known_classes(config.layout.value)
     return _numbered(config, _without_background(config, names))
@@ -103,7 +108,7 @@ def _without_background(config: SegmentDataConfig, names: Sequence[str]) -> tupl
 def _numbered(config: SegmentDataConfig, names: Sequence[str]) -> Classes:
     ignored = (config.ignore_index,) if isinstance(config.ignore_index, int) else config.ignore_index
     if config.layout is Layout.SCENES and config.background is None:
-        ignored = (255,)  # which is known there, not assumed
+        ignored = (255,)  # known there, not assumed
     return numbered_classes(names, background=config.background, values=config.class_values, ignored=ignored)
 
 
@@ -115,17 +120,22 @@ def other_pairs(
     images: str | None = None,
     masks: str | None = None,
 ) -> ImageMaskPairs:
-    """Return the pairs that a recipe evaluates on, or those of another split, or of any two folders.
+    """Return the pairs that a recipe evaluates on, those of another `split`, or those of two folders.
 
-    `names`: of all the classes of the model. Raises DataError if there are none, or if their classes are others.
+    `names`: the classes of the model. Raises DataError if there are no pairs, or if their classes differ.
     """
-    if bool(images) != bool(masks):
-        raise DataError("images and masks go together: give both folders or none")
+    has_no_splits = config.layout is Layout.FOLDERS
+    refuse(
+        {
+            "images and masks go together: give both folders or none": bool(images) != bool(masks),
+            "layout folders has no splits; name folders with --images and --masks": split is not None and has_no_splits,
+        },
+        DataError,
+    )
     if images and masks:
         return _two_folders(config, names, Path(images), Path(masks), all_needed=True)
-    if split is not None and config.layout is Layout.FOLDERS:
-        raise DataError("layout folders has no splits; name folders with --images and --masks")
-    if config.layout is Layout.FOLDERS and not config.class_names:  # where they lay once, others may lie now
+    # The classes of a run are those of its checkpoint: classes.txt may have changed since.
+    if config.layout is Layout.FOLDERS and not config.class_names:
         config = replace(config, class_names=_without_background(config, names))
     pairs = open_pairs(replace(config, val_split=split or config.val_split), "val")
     if pairs is None:
@@ -137,6 +147,34 @@ def other_pairs(
     return pairs
 
 
+def _two_folders(
+    config: SegmentDataConfig, names: Sequence[str], images: Path, masks: Path | None, *, all_needed: bool
+) -> ImageMaskPairs:
+    """Return the pairs of a folder of images and one of masks, COCO's file about them, or no masks."""
+    if masks is not None and masks.suffix == COCO_SUFFIX:
+        return _coco_pairs(config, names, images, CocoMasks(masks), all_needed=all_needed)
+    if masks is None:
+        return _unmasked(classes_of(config, names), images)
+    pairs = _checked(classes_of(config, names), images, masks, all_needed=all_needed)
+    images_of = Counter(pairs.mask_names[index] for index in pairs.with_mask)
+    shared = [mask for mask, count in images_of.items() if count > 1]
+    if shared:
+        say(f"{images}: several images have the same mask, and count each: {listed(shared)}")
+    alone = sorted(name for name in list_images(masks).images if name not in images_of)
+    if alone:
+        say(f"{masks}: {len(alone):,} masks belong to no image and are skipped ({listed(alone)})")
+    return pairs
+
+
+def _unmasked(classes: Classes, images: Path) -> ImageMaskPairs:
+    _check_folders(images)
+    found = sorted(list_images(images).images)
+    if not found:
+        raise DataError(f"{images}: no images ({', '.join(EXTENSIONS)})")
+    say(f"{images}: {len(found):,} images without masks")
+    return ImageMaskPairs(classes, images, images, [(image, "") for image in found])
+
+
 def _checked(
     classes: Classes,
     images: Path,
@@ -146,12 +184,13 @@ def _checked(
     mask_of: Callable[[str], Iterable[str]] = mask_names,
     all_needed: bool = True,
 ) -> ImageMaskPairs:
-    """Return the pairs, each of whose masks is there; say how many there are, and what was passed over.
+    """Return the pairs of images and the masks that exist; print their number and that of skipped files.
 
-    `names`: of the images, all by default. `mask_of`: what the mask of an image may be called. `all_needed`: whether an
-    image without a mask is an error.
+    `names`: of the images, by default all in the folder. `mask_of`: yields possible names of the mask of an image.
+    `all_needed`: an image without a mask is an error.
     """
     _check_folders(images, masks)
+    # One walk through the folder, as asking for each file would be slow on network file systems.
     there = {path.relative_to(masks).as_posix() for path in masks.rglob("*") if path.is_file()}
     listing = list_images(images)
     is_one_folder = images.resolve() == masks.resolve()
@@ -181,42 +220,13 @@ def _checked(
     return ImageMaskPairs(classes, images, masks, [*found.items()])
 
 
-def _unmasked(classes: Classes, images: Path) -> ImageMaskPairs:
-    """Return images of which none has a mask."""
-    _check_folders(images)
-    found = sorted(list_images(images).images)
-    if not found:
-        raise DataError(f"{images}: no images ({', '.join(EXTENSIONS)})")
-    say(f"{images}: {len(found):,} images without masks")
-    return ImageMaskPairs(classes, images, images, [(image, "") for image in found])
-
-
-def _two_folders(
-    config: SegmentDataConfig, names: Sequence[str], images: Path, masks: Path | None, *, all_needed: bool
-) -> ImageMaskPairs:
-    """Return the pairs of two folders, or of one and COCO's file; say which masks are of no image, and of several."""
-    if masks is not None and masks.suffix == COCO_SUFFIX:
-        return _described(config, names, images, CocoMasks(masks), all_needed=all_needed)
-    if masks is None:
-        return _unmasked(classes_of(config, names), images)
-    pairs = _checked(classes_of(config, names), images, masks, all_needed=all_needed)
-    images_of = Counter(pairs.mask_names[index] for index in pairs.with_mask)
-    shared = [mask for mask, count in images_of.items() if count > 1]
-    if shared:
-        say(f"{images}: several images have the same mask, and count each: {listed(shared)}")
-    alone = sorted(name for name in list_images(masks).images if name not in images_of)
-    if alone:
-        say(f"{masks}: {len(alone):,} masks belong to no image and are passed over ({listed(alone)})")
-    return pairs
-
-
-def _described(
+def _coco_pairs(
     config: SegmentDataConfig, names: Sequence[str], images: Path, masks: CocoMasks, *, all_needed: bool
 ) -> ImageMaskPairs:
-    """Return the pairs of a folder of images and of COCO's file; say which of its images are not there."""
+    """Return the pairs of a folder of images and COCO's file; print which of its images are not there."""
     if config.class_values or config.ignore_index is not None:
         raise DataError(
-            f"{masks}: says itself which class each pixel has; leave data.class_values and data.ignore_index out"
+            f"{masks}: defines the class of each pixel itself; leave data.class_values and data.ignore_index out"
         )
     names, theirs = _without_background(config, names), masks.class_names
     if {*names} != {*theirs}:
@@ -236,16 +246,5 @@ def _described(
         )
     say(f"{images}: {len(name_of):,} images with masks of {len(names):,} classes ({listed(list(names))})")
     if absent := sorted({*masks.names}.difference(name_of.values())):
-        say(f"{masks}: {len(absent):,} of its images are not in {images} and are passed over ({listed(absent)})")
+        say(f"{masks}: {len(absent):,} of its images are not in {images} and are skipped ({listed(absent)})")
     return ImageMaskPairs(classes, images, masks, [(key, name_of.get(key, "")) for key in keys])
-
-
-def _listed(root: Path, split: str) -> list[str]:
-    """Return the names that a list of Pascal VOC holds."""
-    path = root / "ImageSets" / "Segmentation" / f"{split}.txt"
-    try:
-        return path.read_text(encoding="utf-8").split()
-    except OSError as error:
-        raise DataError(
-            f"{path}: cannot be read ({error.strerror}); data.root is the folder of one year, such as VOC2012"
-        ) from error

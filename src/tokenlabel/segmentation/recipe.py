@@ -1,4 +1,4 @@
-"""A segmentation recipe: everything that decides what a run does."""
+"""The recipe of a segmentation run, as frozen dataclasses."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from tokenlabel.runtime.coercion import (
     check_numbers,
     coerced_fields,
 )
-from tokenlabel.runtime.errors import ConfigError, refuse
+from tokenlabel.runtime.errors import refuse
 from tokenlabel.training.recipe import TrainingConfig
 
 Split = Literal["train", "val"]
 
 
 class Layout(Choice):
-    """How images and masks lie on the disk.
+    """The folder structure of a data set.
 
     ADE20K: images/training/NAME.jpg and annotations/training/NAME.png. VOC: JPEGImages, SegmentationClass and
-    ImageSets/Segmentation/train.txt. CITYSCAPES: leftImg8bit/train/CITY and gtFine/train/CITY. SCENES: what
-    `tokenlabel demo` writes. FOLDERS: a folder of images and one of masks of the same names.
+    ImageSets/Segmentation/train.txt. CITYSCAPES: leftImg8bit/train/CITY and gtFine/train/CITY. SCENES: the scenes of
+    `tokenlabel demo`. FOLDERS: a folder of images and one of masks with the same names.
     """
 
     ADE20K = "ade20k"
@@ -43,24 +43,24 @@ class Layout(Choice):
 @dataclass(frozen=True, kw_only=True)
 @coerced_fields
 class SegmentDataConfig:
-    """Which images and masks to train and evaluate on."""
+    """Images, masks and labels for training and evaluation."""
 
     layout: Layout
     """ade20k, voc, cityscapes, scenes, or folders."""
     root: str | None = None
     """Folder of the data set (ADEChallengeData2016, VOC2012, cityscapes, the demo's scenes); not for folders."""
     train_split: str | None = None
-    """Part of the data set to train on; by default the one that is called so there."""
+    """Split to train on; the data set's train split by default."""
     val_split: str | None = None
-    """Part of the data set to evaluate on; by default the one that is called so there."""
+    """Split to evaluate on; the data set's val split by default."""
     train: str | None = None
     """Layout folders: training images, at any depth; without masks and labels the folder of images/ and masks/."""
     masks: str | None = None
     """Layout folders: their masks, PNGs of one channel at the same paths, or COCO's file about them (.json); with
-    labels, those that there are."""
+    labels, not every image needs one."""
     labels: str | list[str] | None = None
-    """Layout folders: label store that `tokenlabel annotate` made for the training images, or several that are read as
-    one: images without a mask learn from it."""
+    """Layout folders: label store that `tokenlabel annotate` made for the training images, or several, read as one:
+    targets of the images without a mask."""
     val: str | None = None
     """Layout folders: images to evaluate on, as train; none to skip evaluation."""
     val_masks: str | None = None
@@ -71,15 +71,15 @@ class SegmentDataConfig:
     class_values: tuple[int, ...] = ()
     """Layout folders: the value of each class in the masks, such as [0,255]; 0, 1, 2, ... by default."""
     ignore_index: int | tuple[int, ...] | None = None
-    """Layout folders: value, or values, of pixels that do not count; 255 by default, of more than 255 classes 65535."""
+    """Layout folders: value, or values, of ignored pixels; 255 by default, 65535 for more than 255 classes."""
     background: str | None = None
-    """Layouts scenes and folders: one more class, of the pixels that do not count by default; none leaves them out."""
+    """Layouts scenes and folders: name of one more class, of the pixels that are ignored by default."""
     num_workers: int = 2
     """Processes that decode and augment images."""
 
     @property
     def image_folders(self) -> list[str | None]:
-        """Where images are: no run may lie in there."""
+        """The folders of images, in which no run folder may be."""
         return [self.train, self.val]
 
     def __post_init__(self) -> None:
@@ -104,11 +104,14 @@ class SegmentDataConfig:
 
     @property
     def label_folders(self) -> list[str]:
-        """The folders of the labels; empty without labels."""
+        """The folders of `labels`; empty without labels."""
         return [self.labels] if isinstance(self.labels, str) else self.labels or []
 
     def folders(self, split: Split) -> tuple[Path, Path | None] | None:
-        """Return the folders of images and masks of layout folders; no masks where labels alone teach, or no images."""
+        """Return the folders of images and masks of layout folders.
+
+        The masks are None where all targets are labels; the result is None for a split without images.
+        """
         images, masks = (self.train, self.masks) if split == "train" else (self.val, self.val_masks)
         if images is None:
             return None
@@ -123,42 +126,41 @@ class SegmentAugmentConfig:
     """How training images and masks are augmented."""
 
     short_side_px: int | None = None
-    """Images are resized to this shorter side, before the random factor; none leaves them as they are."""
+    """Resize images to this shorter side before the random scale; none keeps their size."""
     max_aspect: float = 4.0
-    """Images whose longer side would become more than this many times that are resized by their longer side."""
+    """Longer side at most this many times short_side_px; longer images are resized by their longer side."""
     scale: tuple[float, float] = (0.5, 2.0)
-    """Range of the random factor of the size."""
+    """Range of the random scale."""
     category_max_ratio: float = 0.75
     """Crops of which one class covers more than this are drawn again, up to ten times; 1 takes the first."""
     horizontal_flip: float = 0.5
-    """Probability that left and right change places."""
+    """Probability of a horizontal flip."""
     photometric: bool = True
-    """Change brightness, contrast, saturation and hue, each of half of the images."""
+    """Change brightness, contrast, saturation and hue, each with probability 1/2."""
 
     def __post_init__(self) -> None:
         check_numbers(self, "augment.", short_side_px=NATURAL, max_aspect=NATURAL, scale=POSITIVE)
         check_numbers(self, "augment.", category_max_ratio=PART, horizontal_flip=SHARE)
         low, high = self.scale
-        if low > high:
-            raise ConfigError(f"augment.scale must be two numbers with 0 < first <= second, got {low} and {high}")
+        refuse({f"augment.scale must be two numbers with 0 < first <= second, got {low} and {high}": low > high})
 
 
 @dataclass(frozen=True, kw_only=True)
 @coerced_fields
 class SegmentLossConfig:
-    """What the heads are trained towards: the cross entropy of every pixel, and of every cell of a label map."""
+    """The loss: cross entropy of each pixel of a mask, and of each cell of a label map."""
 
     auxiliary_weight: float = 0.4
     """Weight of the second head's loss."""
     tokens: TokenChoice = TokenChoice.ALL
     """Which cells of label maps count: all; confident: those whose most probable class reaches token_threshold."""
     token_threshold: float = 0.5
-    """Least probability of cells that count, see tokens."""
+    """Minimum probability for tokens: confident."""
     finer: int | None = None
-    """Cells of label maps are learnt on a grid so many times as fine as the head's; by default as fine as the maps are,
+    """Evaluate the loss of label maps on a grid this many times as fine as the head's; by default as fine as the maps,
     up to 4 times. Memory grows with its square."""
     hard: bool = False
-    """The label of a cell is its most probable class alone."""
+    """Replace the label of a cell by its most probable class."""
 
     def __post_init__(self) -> None:
         check_numbers(self, "loss.", auxiliary_weight=COUNT, token_threshold=SHARE, finer=NATURAL)
@@ -170,21 +172,21 @@ class SegmentEvalConfig:
     """How images are segmented in evaluation and prediction."""
 
     every_epochs: float = 1.0
-    """Epochs between evaluations while it trains; the last step is always evaluated."""
+    """Epochs between evaluations in training; the last step is always evaluated."""
     mode: Literal["slide", "whole"] = "slide"
-    """slide looks through windows of the training crops' size, whole at all of an image at once."""
+    """slide: windows of the size of the training crops; whole: the whole image at once."""
     stride_px: tuple[int, int] | None = None
     """Distance of windows, down and across; by default two thirds of them, as published (341 of 512)."""
     short_side_px: int | None = None
-    """Images are resized to this shorter side, the answer back to their own size; none leaves them as they are."""
+    """Resize images to this shorter side, and the logits back; none keeps their size."""
     max_aspect: float = 4.0
-    """Images whose longer side would become more than this many times that are resized by their longer side."""
+    """Longer side at most this many times short_side_px; longer images are resized by their longer side."""
     scales: tuple[float, ...] = (1.0,)
-    """Look at the image in each of these sizes, relative to that, and average (.5, .75, ... 1.75 as published)."""
+    """Average the predictions at these relative sizes (.5, .75, ... 1.75 as published)."""
     flip: bool = False
-    """Look at it mirrored, too, and average."""
+    """Average with the prediction for the mirrored image."""
     windows_at_once: int = 4
-    """How many windows go through the model at once."""
+    """Windows in a batch."""
 
     def __post_init__(self) -> None:
         refuse({"eval.scales must be numbers above 0, got none": not self.scales})
@@ -204,11 +206,11 @@ class SegmentRecipe(TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        of_maps = self.loss.hard or self.loss.finer or self.loss.tokens is not TokenChoice.ALL
+        is_about_maps = self.loss.hard or self.loss.finer or self.loss.tokens is not TokenChoice.ALL
         refuse(
             {
                 "loss.hard, loss.finer and loss.tokens are about label maps, and there are none; give "
-                "data.labels": of_maps and not self.data.labels,
+                "data.labels": is_about_maps and not self.data.labels,
                 "sharded training is for classifiers; segmentation models fit on one GPU: leave sharded out, and take "
                 "grad_checkpointing or micro_batch_size if memory is short": self.sharded,
             }

@@ -1,4 +1,4 @@
-"""Training a segmentation model: what its images, its loss and its evaluation are. The engine does the rest."""
+"""Train a segmentation model: its images, loss and evaluation. The loop is in `training/engine.py`."""
 
 from __future__ import annotations
 
@@ -32,21 +32,25 @@ from tokenlabel.models.segmentation import (
 from tokenlabel.runtime.distributed import Ranks, autocast, current_ranks
 from tokenlabel.runtime.errors import ConfigError
 from tokenlabel.runtime.runlog import Stopwatch, Tracker
-from tokenlabel.segmentation.augment import SegmentTransform, resize_mask
-from tokenlabel.segmentation.classes import IGNORED
-from tokenlabel.segmentation.data import SegmentBatch, SegmentDataset, SegmentSample, collate
-from tokenlabel.segmentation.evaluation import evaluate_segmentation
-from tokenlabel.segmentation.inference import Segmenter
+from tokenlabel.segmentation.data import (
+    SegmentBatch,
+    SegmentDataset,
+    SegmentSample,
+    SegmentTransform,
+    collate,
+    resize_mask,
+)
+from tokenlabel.segmentation.inference import Segmenter, evaluate_segmentation
 from tokenlabel.segmentation.label_maps import check_labels, finer_for_maps, open_labels, soft_targets
 from tokenlabel.segmentation.layouts import open_pairs
-from tokenlabel.segmentation.pairs import ImageMaskPairs
+from tokenlabel.segmentation.pairs import IGNORED, ImageMaskPairs
 from tokenlabel.segmentation.recipe import SegmentLossConfig, SegmentRecipe
 from tokenlabel.training.engine import train_in
 from tokenlabel.training.run_folder import RunImages
 from tokenlabel.training.tasks import Summary, Task
 
-NUM_TRAIN, NUM_VAL = 6, 12
-PICTURE_CELL_PX = 8  # of label maps in pictures
+NUM_TRAIN, NUM_VAL = 6, 12  # images in the albums of a run
+_PICTURE_CELL_PX = 8  # of label maps in pictures
 
 
 def train_segmentation(
@@ -57,13 +61,13 @@ def train_segmentation(
     trackers: Sequence[Tracker] = (),
     changed_numerics: bool = False,
 ) -> dict[str, Any]:
-    """Train by a recipe in a run folder, as `classification.task.train` does; return the last evaluation."""
+    """Train by a recipe in a run folder like `classification.task.train`; return the last evaluation."""
     return train_in(run, recipe, build, device=device, trackers=trackers, changed_numerics=changed_numerics)
 
 
 @dataclass(eq=False)
 class SegmentTask(Task):
-    """A segmentation model that learns the class of every pixel. `loss`: the recipe's, how fine its grid is found."""
+    """Training of a segmentation model. `loss`: the recipe's, with the default of `finer` filled in."""
 
     recipe: SegmentRecipe
     loss: SegmentLossConfig
@@ -80,7 +84,7 @@ class SegmentTask(Task):
         self.step = SegmentStep(self.model, self.recipe, self.loss, self.device)
 
     def batches(self, sampler: BatchSampler) -> Iterable[SegmentBatch]:
-        """Return the augmented batches of a sampler."""
+        """Return the augmented batches in the order of a sampler."""
         return make_loader(
             self.train_set,
             sampler,
@@ -90,7 +94,7 @@ class SegmentTask(Task):
         )
 
     def picture(self, batch: SegmentBatch, part: Part, indices: Sequence[tuple[int, int]]) -> Album:
-        """Return the first images of a batch with their masks."""
+        """Return the first images of a batch with their masks or label maps."""
         pictures = []
         for i, key in enumerate(batch.keys[:NUM_TRAIN]):
             pixels = batch.images[i].permute(1, 2, 0).cpu().numpy()
@@ -102,7 +106,7 @@ class SegmentTask(Task):
         return make_album(pictures, self.class_names, colours=self.train_set.pairs.classes.colours)
 
     def summary(self) -> Summary:
-        """Return what a dry run says of the task."""
+        """Return the description of the task in a dry run."""
         recipe, pairs = self.recipe, self.train_set.pairs
         height_px, width_px = recipe.model.img_size
         rows, columns = self.model.grid_for(recipe.model.img_size)
@@ -120,7 +124,7 @@ class SegmentTask(Task):
         )
 
     def evaluate(self, model: nn.Module, ranks: Ranks, *, run: Path | None = None, **about: Any) -> dict[str, Any]:
-        """Return the figures of a model on the val images of the recipe; write pictures of some into `run`."""
+        """Evaluate a model on the val images of the recipe; write pictures of some of them into `run`."""
         pairs = self.val_pairs
         if pairs is None:
             return {}
@@ -128,19 +132,18 @@ class SegmentTask(Task):
         shown = [pairs.keys[i] for i in np.unique(np.linspace(0, len(pairs) - 1, NUM_VAL).astype(int)).tolist()]
         pictures: dict[str, tuple[list[Tile], dict[str, str]]] = {}
 
-        def keep(sample: SegmentSample, predicted: Int[Tensor, "height width"]) -> None:
+        def _keep(sample: SegmentSample, predicted: Int[Tensor, "height width"]) -> None:
             if sample.key in shown:
                 pictures[sample.key] = _val_picture(sample, predicted.cpu().numpy().astype(np.int16))
 
         figures = evaluate_segmentation(
             Segmenter(model, self.recipe.eval, window_px=self.recipe.model.img_size),
             pairs,
-            device=self.device,
             autocast=autocast(self.device, self.recipe.precision),
             ranks=ranks,
-            on_sample=keep,
+            on_sample=_keep,
         )
-        of_ranks = ranks.all_gather(pictures)
+        of_ranks = ranks.all_gather(pictures)  # each rank has segmented other images
         if run is not None and ranks.is_first:
             found = {key: picture for of_rank in of_ranks for key, picture in of_rank.items()}
             about["class_iou"] = figures["class_iou"]
@@ -152,25 +155,28 @@ class SegmentTask(Task):
 def _val_picture(
     sample: SegmentSample, predicted: Int16[NDArray[np.int16], "height width"]
 ) -> tuple[list[Tile], dict[str, str]]:
-    """Return a val image, with its mask and with what was predicted, and what is to be read below it."""
+    """Return the tiles of a val image (image, mask, prediction) and its caption."""
     truth, pixels = sample.mask.numpy(), np.asarray(fitted(sample.image.permute(1, 2, 0).numpy()))
     counted = truth != IGNORED
     right = f"{(predicted == truth)[counted].mean():.0%} of the pixels right" if counted.any() else "no pixel counts"
-    tiles = [Tile(pixels, "image"), Tile(pixels, "the truth", _class_map(truth, pixels))]
-    tiles.append(Tile(pixels, "prediction", _class_map(predicted, pixels)))
+    tiles = [
+        Tile(pixels, "image"),
+        Tile(pixels, "the truth", _class_map(truth, pixels)),
+        Tile(pixels, "prediction", _class_map(predicted, pixels)),
+    ]
     return tiles, {"key": sample.key, "answer": right}
 
 
 def _class_map(ids: Int16[NDArray[np.int16], "_ _"], photo: UInt8[NDArray[np.uint8], "_ _ 3"]) -> ClassGrid:
-    """Return classes in the size of the photograph that is shown: those of a large one would fill the memory."""
+    # At the size at which the photograph is shown: masks of large images would fill the memory of the album.
     ids = resize_mask(ids, (photo.shape[0], photo.shape[1]))
-    return ClassGrid(ids, np.full(ids.shape, 0.6))  # there, too, -1 is no class
+    return ClassGrid(ids, np.full(ids.shape, 0.6))
 
 
 def _soft_map(batch: SegmentBatch, number: int, config: SegmentLossConfig) -> ClassGrid:
-    """Return the most probable class that an image learns at each location, as strongly as it counts there."""
+    """Return the most probable class of the soft targets of an image, tinted by target times weight."""
     height, width = batch.masks.shape[1:]
-    grid = (max(1, height // PICTURE_CELL_PX), max(1, width // PICTURE_CELL_PX))
+    grid = (max(1, height // _PICTURE_CELL_PX), max(1, width // _PICTURE_CELL_PX))
     targets = soft_targets(batch, grid, config).of_images(torch.tensor([batch.soft.index(number)]))
     highest = targets.excess[0].max(dim=1)
     probs = (highest.values + targets.floor[0]).view(grid).cpu().numpy()
@@ -179,7 +185,7 @@ def _soft_map(batch: SegmentBatch, number: int, config: SegmentLossConfig) -> Cl
 
 
 class SegmentStep(nn.Module):
-    """The losses of one part of a batch; a module, as `core.step.TrainStep`."""
+    """The forward pass and the losses of a part of a batch: `core.step.TrainStep` for segmentation."""
 
     def __init__(
         self, model: SegmentationModel, recipe: SegmentRecipe, loss: SegmentLossConfig, device: torch.device
@@ -189,7 +195,7 @@ class SegmentStep(nn.Module):
         self.autocast = autocast(device, recipe.precision)
 
     def forward(self, batch: SegmentBatch, part: Part, watch: Stopwatch) -> dict[str, Tensor]:
-        """Return the loss of a batch, and those of its two heads, all of shape []."""
+        """Return the loss, averaged over the micro-batch, and those of the two heads, all of shape []."""
         recipe = self.recipe
         if len(batch.images) == 1 and recipe.model.head is HeadKind.UPERNET and not recipe.sync_batchnorm:
             raise ConfigError(
@@ -208,11 +214,12 @@ class SegmentStep(nn.Module):
 
 
 def head_loss(outputs: HeadOutputs, batch: SegmentBatch, config: SegmentLossConfig) -> Float[Tensor, ""]:
-    """Return the loss of a head, a mean over the images of a batch, whatever each of them learns from.
+    """Return the loss of a head: the mean over the images of a batch, masks and label maps alike.
 
-    An image with a mask has the mean over its pixels of their cross entropy, another the mean over the cells of the
-    head's grid, or of one `finer` times as fine, of weight * H(soft target). So the loss of a batch is the mean of
-    those of its parts. Logits are made here, under the autocast of the caller.
+    The loss of an image with a mask is the mean cross entropy of its pixels; that of another image the mean of
+    weight * H(soft target) over the cells of the head's grid, or of one `finer` times as fine. Either divides by all
+    pixels or cells, so the loss of a batch is the mean of the losses of its micro-batches. Logits are computed here,
+    under the caller's autocast.
     """
     if not batch.soft:
         return pixel_loss(outputs.logits, batch.masks)
@@ -229,10 +236,10 @@ def head_loss(outputs: HeadOutputs, batch: SegmentBatch, config: SegmentLossConf
 
 
 def pixel_loss(logits: Float[Tensor, "B C h w"], masks: Int16[Tensor, "B height width"]) -> Float[Tensor, ""]:
-    """Return the cross entropy of every pixel, summed over those that count, divided by the number of all.
+    """Return the cross entropy of pixels, summed over those that are not ignored, divided by the number of all.
 
     Logits are resized to the masks first. Dividing by all pixels, as published, makes the loss of a batch the mean of
-    those of its parts, and 0 where no pixel counts.
+    the losses of its micro-batches, and 0, not NaN, where all pixels are ignored.
     """
     enlarged = F.interpolate(logits.float(), size=masks.shape[1:], mode="bilinear", align_corners=False)
     total = F.cross_entropy(enlarged, masks.long(), ignore_index=IGNORED, reduction="sum")
@@ -242,8 +249,8 @@ def pixel_loss(logits: Float[Tensor, "B C h w"], masks: Int16[Tensor, "B height 
 def build(recipe: SegmentRecipe, *, device: torch.device, run: Path | None = None) -> SegmentTask:
     """Build the data and the model of a recipe, and check that they fit together.
 
-    `run`: the folder of the run, where an earlier start may have written down that the pairs are sound. Of several
-    ranks the first one looks at them.
+    `run`: the run folder, where an earlier start may have recorded that the pairs were checked; else the first rank
+    checks them.
     """
     train_pairs, val_pairs = (open_pairs(recipe.data, split) for split in ("train", "val"))
     assert train_pairs is not None
@@ -251,7 +258,7 @@ def build(recipe: SegmentRecipe, *, device: torch.device, run: Path | None = Non
     images = RunImages(run, train_pairs.classes.names)
     for split, pairs in (("train", train_pairs), ("val", val_pairs)):
         if pairs is not None:
-            images.broken(split, pairs.keys, [], check="decode", find=partial(_raise_for_broken, pairs, split))
+            images.broken(split, pairs.keys, [], check="decode", find=partial(_check, pairs, split))
     if store is not None:
         num_missing = current_ranks().on_main(lambda: check_labels(store, train_pairs))
         images.note_labels(store, num_missing=num_missing, num_masks=len(train_pairs.with_mask))
@@ -276,6 +283,6 @@ def build(recipe: SegmentRecipe, *, device: torch.device, run: Path | None = Non
     )
 
 
-def _raise_for_broken(pairs: ImageMaskPairs, split: str, _: list[int] | None) -> list[int]:
+def _check(pairs: ImageMaskPairs, split: str, _: list[int] | None) -> list[int]:
     pairs.check(to_train=split == "train")
-    return []
+    return []  # it raises for a broken pair

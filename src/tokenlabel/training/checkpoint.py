@@ -1,14 +1,14 @@
-"""Checkpoints: tensors as safetensors, the rest as JSON; written whole or not at all, read only if intact.
+"""Checkpoints: tensors as safetensors, the rest as JSON; written atomically, read only with correct checksums.
 
 RUN/checkpoints/00001200/ holds the state after 1,200 steps:
 
     model.safetensors      weights and buffers
-    ema.safetensors        the averaged ones, where the recipe wants them
+    ema.safetensors        their averages, if the recipe has optim.ema_decay
     optimizer.safetensors  one tensor for each entry of the optimizer's state, named INDEX.ENTRY
-    state.json             the step, the recipe, what the heads are about, versions, and the SHA-256 of the files above
+    state.json             step, recipe, class names, versions, and the SHA-256 of the files above
 
-The link RUN/checkpoints/best leads to the one that evaluated best. Tensors that are divided among processes are
-put together before they are written, so a run may continue on any number of them.
+The link RUN/checkpoints/best points to the best evaluated one. Sharded tensors are gathered before they are written,
+so a run may continue on any number of processes.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from tokenlabel.data.classes import ClassList
 from tokenlabel.models.load import LoadedModel, load_model
 from tokenlabel.models.runs import CHECKPOINT_FORMAT, list_checkpoints, newest_checkpoint, read_state, read_tensors
 from tokenlabel.runtime.configuration import config_as_dict, config_from_dict
-from tokenlabel.runtime.distributed import Ranks
+from tokenlabel.runtime.distributed import current_ranks
 from tokenlabel.runtime.errors import ModelError
 from tokenlabel.training.recipe import Recipe, TrainingConfig
 
@@ -44,13 +44,13 @@ PACKAGES = ("tokenlabel", "torch", "torchvision", "timm")
 
 @dataclass(frozen=True, eq=False)
 class TrainState:
-    """What a checkpoint holds: everything about a run that is not a function of its recipe and step."""
+    """The state in a checkpoint: everything in a run that is not a function of its recipe and step."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     ema: ModelEmaV3 | None
     scaler: torch.amp.GradScaler | None = None
-    """Scales the loss where the precision is fp16."""
+    """Scales the loss if the precision is fp16."""
 
 
 def save_checkpoint(
@@ -61,16 +61,14 @@ def save_checkpoint(
     recipe: TrainingConfig,
     class_names: list[str],
     token_classes: ClassList | None = None,
-    ranks: Ranks = Ranks(),  # noqa: B008  (immutable)
 ) -> Path:
-    """Write a checkpoint; return its folder. All ranks call this, the first one writes.
+    """Write a checkpoint; return its folder. All ranks must call this; the first one writes, and the others wait.
 
-    The folder appears under its name only when everything in it is on the disk, so a kill or a full disk at any
-    moment leaves the earlier ones as they are.
+    The folder gets its name when everything in it is on the disk, so a kill or a full disk at any moment leaves the
+    earlier checkpoints intact. Raises ModelError.
     """
-    folder = run / "checkpoints" / f"{step:08d}"
+    folder, ranks = run / "checkpoints" / f"{step:08d}", current_ranks()
     files = _tensors(state, here=ranks.is_first)
-    # All ranks wait until the first has written it.
     about = {"class_names": class_names, "token_classes": token_classes and asdict(token_classes)}
     ranks.on_main(lambda: _write(folder, step, state, files, recipe=recipe, about=about))
     return folder
@@ -85,7 +83,7 @@ def _write(
     recipe: TrainingConfig,
     about: dict[str, Any],
 ) -> None:
-    # Written beside its place and renamed when all of it is on the disk: a folder of that name is a whole checkpoint.
+    # Written under another name and renamed when complete: a folder with this name is a whole checkpoint.
     temporary = folder.with_name(f".writing-{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -99,12 +97,14 @@ def _write(
             **about,
             "loss_scale": state.scaler.state_dict() if state.scaler else {},
             "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
-            "sha256": {path.name: sha256(path) for path in sorted(temporary.iterdir())},
+            "sha256": {
+                path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(temporary.iterdir())
+            },
         }
         (temporary / "state.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         for path in (*temporary.iterdir(), temporary):
             _flush(path)
-    except (OSError, SafetensorError) as error:  # the library's own error hides that of the system
+    except (OSError, SafetensorError) as error:  # safetensors raises its own error for a full disk
         shutil.rmtree(temporary, ignore_errors=True)
         reason = getattr(error, "strerror", None) or error
         raise ModelError(
@@ -113,34 +113,29 @@ def _write(
         ) from error
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
-    _flush(folder.parent)
-
-
-def sha256(path: Path) -> str:
-    """Return the checksum of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    _flush(folder.parent)  # else a power cut could undo the rename
 
 
 def prune_checkpoints(run: Path, spared: Collection[int], *, best: int | None) -> None:
-    """Remove the checkpoints of all steps but the spared ones; let the link `best` lead to that of step `best`."""
+    """Remove the checkpoints of all steps not in `spared`; point the link `best` to that of step `best`."""
     unfinished = (run / "checkpoints").glob(".writing-*")  # of a run that was killed
     for folder in (*list_checkpoints(run), *unfinished):
         if folder.name.startswith(".") or int(folder.name) not in spared:
             shutil.rmtree(folder)
     if best is not None:
         link = run / "checkpoints" / "best"
-        temporary = link.with_name(".best")
+        temporary = link.with_name(".best")  # replaced in one step: the link always points somewhere
         temporary.unlink(missing_ok=True)
         temporary.symlink_to(f"{best:08d}", target_is_directory=True)
-        if link.is_dir() and not link.is_symlink():  # of a copied run: many tools copy what a link leads to
+        if link.is_dir() and not link.is_symlink():  # in a copied run: many tools copy the target of a link
             shutil.rmtree(link)
         temporary.replace(link)
 
 
 def load_checkpoint(folder: Path, state: TrainState) -> int:
-    """Load a checkpoint into a model, its optimizer and its average; return its step.
+    """Load a checkpoint into model, optimizer and EMA; return its step.
 
-    Raises ModelError if a file is missing, was cut short or altered, or does not fit the model.
+    Raises ModelError if a file is missing, truncated or altered, or does not fit the model.
     """
     saved = read_state(folder)
     _load_module(state.model, read_tensors(folder, "model.safetensors", saved))
@@ -153,32 +148,32 @@ def load_checkpoint(folder: Path, state: TrainState) -> int:
             f"{folder}/optimizer.safetensors is of more parameters than are trained here; start a run of your own "
             "with model.weights set to this checkpoint"
         ) from error
-    if state.scaler is not None and saved["loss_scale"]:  # none where the precision was another
+    if state.scaler is not None and saved["loss_scale"]:  # empty if the precision was another
         state.scaler.load_state_dict(saved["loss_scale"])
     return saved["step"]
 
 
 def load_run(path: str | Path, kind: type[TrainingConfig] = Recipe) -> LoadedModel:
-    """Return the model of a run folder (its newest checkpoint) or of one checkpoint folder, with its recipe.
+    """Return the model of a run folder (its newest checkpoint) or of a checkpoint folder, with its recipe.
 
-    `kind`: of the recipe, Recipe for classifiers. Its weights are the averaged ones where the recipe made an average.
-    Raises ModelError, also for a run of another kind.
+    `kind`: type of the recipe. The weights are the EMA weights, if there are any. Raises ModelError, also for a run of
+    the other task.
     """
-    newest_checkpoint(path)  # or it is none, which is not to be looked up as the name of a network
+    newest_checkpoint(path)  # raises: without a checkpoint, load_model would take the path for the name of a network
     return with_recipe(load_model(path, segments=kind is not Recipe), kind)
 
 
 def with_recipe(loaded: LoadedModel, kind: type[TrainingConfig] = Recipe) -> LoadedModel:
-    """Return a loaded model whose recipe, if it has one, is no longer plain data."""
+    """Return a loaded model with its recipe, if it has one, as a dataclass instead of plain data."""
     if loaded.recipe is None:
         return loaded
     return replace(loaded, recipe=config_from_dict(loaded.recipe, kind, name=f"recipe of {loaded.name}"))
 
 
 def _tensors(state: TrainState, *, here: bool) -> dict[str, dict[str, Tensor]]:
-    """Return the tensors of each file of a checkpoint, on the CPU and contiguous as safetensors wants them.
+    """Return the tensors of each file of a checkpoint, on the CPU and contiguous as safetensors needs them.
 
-    `here`: whether this rank needs them. All ranks must call this where tensors are divided among them.
+    `here`: this rank needs them. All ranks must call this: gathering sharded tensors is a collective operation.
     """
     optimizer = {
         f"{index}.{entry}": value
@@ -206,7 +201,7 @@ def _load_module(module: nn.Module, saved: dict[str, Tensor]) -> None:
 
 
 def _placed(saved: Tensor, like: Tensor | None) -> Tensor:
-    """Return a saved tensor divided among the ranks as `like` is."""
+    """Return a saved tensor, sharded as `like` is."""
     if isinstance(like, DTensor) and not isinstance(saved, DTensor):
         return distribute_tensor(saved.to(like.device), like.device_mesh, like.placements)
     return saved
@@ -219,7 +214,7 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Tensor]) 
         index, entry = name.split(".", 1)
         like = parameters[int(index)]
         if tensor.shape == like.shape:
-            # The same memory layout as an unbroken run has (channels last), so that not a bit differs.
+            # The memory layout of an unbroken run (channels last): another order of sums would differ in the last bit.
             tensor = torch.empty_like(like).copy_(_placed(tensor, like))
         state.setdefault(int(index), {})[entry] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

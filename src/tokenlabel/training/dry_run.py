@@ -1,9 +1,8 @@
-"""The dry run: what can be known of a long run before it starts. It saves nothing that a run would continue from."""
+"""Dry run: print size, schedule, time and memory of a run before it starts. Saves nothing that a run continues from."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from datetime import timedelta
 from itertools import chain
 from pathlib import Path
@@ -23,19 +22,11 @@ _NUM_STEPS = 3  # of a dry run, after one that is not counted
 _MAX_ROWS = 40  # of a table, as text
 
 
-@dataclass(frozen=True)
-class _Steps:
-    """What a few steps took, on average, and the losses of the last one."""
-
-    seconds: dict[str, float]
-    values: dict[str, float]
-
-
 def dry_run(make_task: Callable[[], Task[Any]], out: Path, *, device: torch.device) -> str:
-    """Take a few steps of a run and return, as text, all that follows: sizes, schedule, time, memory, loss.
+    """Take a few steps of a run; return sizes, schedule, time, memory and losses as text.
 
-    `make_task` is called within the group of processes: under torchrun all take part, and the first has the text.
-    Also draws the first images of the first batch, as they are trained on, into OUT/first_batch.html.
+    Also draws the first images of the first batch, as they are trained on, into OUT/first_batch.html. `make_task` is
+    called within the process group: under torchrun all ranks take part.
     """
     with joined_ranks(device) as ranks:
         task = make_task()
@@ -53,24 +44,9 @@ def dry_run(make_task: Callable[[], Task[Any]], out: Path, *, device: torch.devi
                 headings, *rows = summary.table
                 page.add(summary.title, table(headings, rows))
             page.write(out / PICTURES_NAME)
-        steps = _take_steps(trainer, chain([first], batches))
-        lines = [*_sizes(trainer, summary), *_schedule(trainer), *_costs(trainer, steps)]
+        lines = [*_sizes(trainer, summary), *_schedule(trainer), *_costs(trainer, chain([first], batches))]
         lines.append(("pictures", f"{out / PICTURES_NAME}: augmented images, with their targets"))
         return "\n".join([*(f"{name:<14} {text}" for name, text in lines), *_rows(summary)])
-
-
-def _take_steps(trainer: Trainer, batches: Iterator[Any]) -> _Steps:
-    """Take one step to warm up and `_NUM_STEPS` that are timed."""
-    watch = Stopwatch()
-    num_steps = min(1 + _NUM_STEPS, trainer.num_steps)
-    values: dict[str, float] = {}
-    for step in range(num_steps):
-        if step == 1:
-            watch.lap()
-        result = train_step(trainer, batches, step, watch)
-        values = {name: float(value) for name, value in result.values.items()}  # waits for the device
-    num_timed = max(1, num_steps - 1)
-    return _Steps({name: part_s / num_timed for name, part_s in watch.lap().items()}, values)
 
 
 def _sizes(trainer: Trainer, summary: Summary) -> list[tuple[str, str]]:
@@ -100,8 +76,17 @@ def _schedule(trainer: Trainer) -> list[tuple[str, str]]:
     return [("steps", f"{num_steps:,}, {trainer.steps_per_epoch:,} an epoch"), ("learning rate", rates)]
 
 
-def _costs(trainer: Trainer, steps: _Steps) -> list[tuple[str, str]]:
-    seconds = dict(steps.seconds)
+def _costs(trainer: Trainer, batches: Iterator[Any]) -> list[tuple[str, str]]:
+    """Take one step to warm up and `_NUM_STEPS` timed ones; return time, memory and the last losses."""
+    watch = Stopwatch()
+    num_steps = min(1 + _NUM_STEPS, trainer.num_steps)
+    losses: dict[str, float] = {}
+    for step in range(num_steps):
+        if step == 1:
+            watch.lap()
+        result = train_step(trainer, batches, step, watch)
+        losses = {name: float(value) for name, value in result.values.items()}  # float() waits for the device
+    seconds = {name: part_s / max(1, num_steps - 1) for name, part_s in watch.lap().items()}
     total_s = seconds.pop("total")
     shares = {**seconds, "model": total_s - sum(seconds.values())}
     parts = ", ".join(f"{name} {part_s / total_s:.0%}" for name, part_s in shares.items())
@@ -110,16 +95,12 @@ def _costs(trainer: Trainer, steps: _Steps) -> list[tuple[str, str]]:
         ("a step", f"{total_s:.3g} s: {parts}"),
         ("the run", f"{timedelta(seconds=round(total_s * trainer.num_steps))} on this machine, without evaluation"),
         ("memory", f"{peak_memory_bytes(trainer.task.device) / 1e9:.3g} GB at most, {where}"),
-        ("losses", _spelled(steps.values)),
+        ("losses", ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in losses.items())),
     ]
 
 
-def _spelled(values: dict[str, float]) -> str:
-    return ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in values.items())
-
-
 def _rows(summary: Summary) -> list[str]:
-    """Return the lines of the table, in columns; those of the longest ones stand in the page alone."""
+    """Return the lines of the summary's table in columns; a long one is cut, and whole only in the HTML page."""
     if not summary.table:
         return []
     shown = summary.table[: 1 + _MAX_ROWS]

@@ -291,13 +291,7 @@ def _raise_divergence(trainer: Trainer, run: Path, done: int, divergence: Diverg
 def _write_checkpoint(trainer: Trainer, run: Path, done: int) -> Path:
     task = trainer.task
     return save_checkpoint(
-        run,
-        done,
-        trainer.state,
-        recipe=task.recipe,
-        class_names=task.class_names,
-        token_classes=task.token_classes,
-        ranks=trainer.ranks,
+        run, done, trainer.state, recipe=task.recipe, class_names=task.class_names, token_classes=task.token_classes
     )
 
 

@@ -1,4 +1,4 @@
-"""A trained model for others: one safetensors file, an ONNX graph, or a folder for the Hugging Face hub.
+"""Export a trained model: one safetensors file, an ONNX graph, or a folder for the Hugging Face hub.
 
 ONNX needs the extra: pip install 'tokenlabel[export]'.
 """
@@ -23,13 +23,29 @@ from tokenlabel.core.config import Inference
 from tokenlabel.models import TimmAdapter, TokenModel
 from tokenlabel.models.load import LoadedModel
 from tokenlabel.models.names import OUR_MODELS
-from tokenlabel.models.runs import description_of, options_without_weights
+from tokenlabel.models.runs import description_of
 from tokenlabel.runtime.configuration import config_as_dict
 from tokenlabel.runtime.errors import ConfigError, refuse
+from tokenlabel.runtime.hub import options_without_weights
 from tokenlabel.training.checkpoint import load_run
 
-# How far an ONNX graph may be from PyTorch, as a share of the largest output.
+# Tolerance between the outputs of an ONNX graph and PyTorch, relative to the largest output.
 EXPORT_TOLERANCE = 1e-3
+REGISTER = "import tokenlabel.models  # pip install tokenlabel\n\ntokenlabel.models.register_with_timm()\n"
+_MODEL_CARD = """---
+library_name: timm
+tags: [image-classification, timm, token-labeling]
+---
+
+# {name}, trained with token labels
+
+```python
+import timm
+{register}model = timm.create_model("local-dir:FOLDER", pretrained=True)  # or "hf-hub:USER/NAME"
+```
+"""
+# A folder with any other file may be a run, or a folder of runs, and is never replaced.
+_HUB_FILES = {"config.json", "model.safetensors", "token_head.safetensors", "README.md"}
 
 
 def export_run(
@@ -40,23 +56,23 @@ def export_run(
     dense: bool = False,
     overwrite: bool = False,
 ) -> None:
-    """Write the model of a run (its averaged weights, where there are some) for others to use.
+    """Export the model of a run (its EMA weights, if there are any).
 
-    `out`: a name in `.safetensors`, in `.onnx`, or without a suffix, for a folder that timm and the hub take.
-    `inference`: how ONNX logits come about; the recipe's by default. `dense`: ONNX only, the token logits as a
-    second output. What is there already is kept unless `overwrite`. Nothing half-written is left behind.
-    Raises ConfigError.
+    `out`: a name in `.safetensors` or `.onnx`, or without a suffix for a folder for timm and the hub. `inference`:
+    the kind of logits in ONNX, by default the recipe's. `dense`: token logits as a second output, ONNX only.
+    `overwrite`: replace an earlier export. Nothing half-written is left behind. Raises ConfigError.
     """
     run, out, inference = Path(run), Path(out), None if inference is None else Inference(inference)
+    is_known, is_onnx = out.suffix in (".safetensors", ".onnx", ""), out.suffix == ".onnx"
+    chooses_outputs = dense or inference is not None
+    replaces_other = out.is_dir() and not {path.name for path in out.iterdir()} <= _HUB_FILES
     refuse(
         {
-            f"{out}: expected a name in .safetensors or .onnx, or a folder without a suffix": out.suffix
-            not in (".safetensors", ".onnx", ""),
-            f"{out}: only .onnx has outputs to choose; leave `dense` and `inference` out": out.suffix != ".onnx"
-            and (dense or inference is not None),
-            f"{out} is there already; give another name, or allow to overwrite it": out.exists() and not overwrite,
-            f"{out}: is no folder that an export made, so it is not replaced; give another name": out.is_dir()
-            and not _is_export(out),
+            f"{out}: expected a name in .safetensors or .onnx, or a folder without a suffix": not is_known,
+            f"{out}: only .onnx has outputs to choose; leave `dense` and `inference` out": chooses_outputs
+            and not is_onnx,
+            f"{out} exists already; give another name, or allow to overwrite it": out.exists() and not overwrite,
+            f"{out}: is no folder that an export made, so it is not replaced; give another name": replaces_other,
         }
     )
     trained = load_run(run)
@@ -78,16 +94,10 @@ def export_run(
         _remove(temporary)
 
 
-def _is_export(folder: Path) -> bool:
-    """Say whether a folder holds nothing but what an export writes: never a run, or a folder of runs."""
-    names = {path.name for path in folder.iterdir()}
-    return names <= {"config.json", "model.safetensors", "token_head.safetensors", "README.md"}
-
-
 def write_safetensors(trained: LoadedModel, path: Path) -> None:
-    """Write all tensors as the network itself names them (`head.weight`, `aux_head.weight`, ...).
+    """Write all tensors by the network's own names (`head.weight`, `aux_head.weight`, ...).
 
-    What it takes to build the model again is the file's metadata.
+    The metadata of the file describes how to build the model.
     """
     description = {key: json.dumps(value) for key, value in _description(trained).items()}
     model = trained.model
@@ -100,25 +110,26 @@ def write_safetensors(trained: LoadedModel, path: Path) -> None:
 
 
 def write_onnx(trained: LoadedModel, path: Path, *, inference: Inference, dense: bool) -> None:
-    """Write an ONNX graph, and compare it with PyTorch in onnxruntime.
+    """Write an ONNX graph, and compare its outputs in onnxruntime with PyTorch's.
 
-    Input: `pixels` [batch, 3, height, width], float32 in [0, 1], RGB, of the recipe's size; the graph normalises.
+    Input: `pixels` [batch, 3, height, width], float32 in [0, 1], RGB, of the recipe's size; the graph normalises them.
     Outputs: `logits` [batch, C], by `inference`, or `features` [batch, D], the mean token, of a model without class
-    head; `token_logits` [batch, h, w, C] if `dense`. The batch is of any size. Raises ExportError without the packages
-    for it, or if the graph says something else than the model.
+    head; `token_logits` [batch, h, w, C] if `dense`. The batch is of any size. Raises ConfigError without the packages
+    of the extra `export`, or if the outputs differ.
     """
     try:
         import onnxruntime
-        import onnxscript  # noqa: F401  PyTorch's exporter looks for it late, with a long traceback
+        import onnxscript  # noqa: F401  torch.onnx imports it late and fails with a long traceback
     except ImportError as error:
         raise ConfigError(f"ONNX needs {error.name}: pip install 'tokenlabel[export]'") from error
     if inference is not Inference.CLASS and trained.token_classes is not None:
         raise ConfigError(
-            f"tokens are about {trained.token_classes}, which say nothing of the classes; leave --inference "
+            f"tokens are about {trained.token_classes}, not the classes; leave --inference "
             f"{inference} out (--dense gives the tokens' logits)"
         )
     names = ["logits" if trained.model.num_classes else "features", *(["token_logits"] if dense else [])]
     network = _PixelsToLogits(trained.model, inference=inference, dense=dense)
+    # A batch of 2: torch.export takes a size of 1 for a constant, not for a dynamic dimension.
     example = torch.rand(2, 3, *trained.recipe.model.img_size, generator=torch.Generator().manual_seed(0))
     program = torch.onnx.export(
         network,
@@ -145,15 +156,15 @@ def write_onnx(trained: LoadedModel, path: Path, *, inference: Inference, dense:
 
 
 def write_hub_folder(trained: LoadedModel, folder: Path) -> None:
-    """Write a folder that `timm.create_model("local-dir:FOLDER", pretrained=True)` and the hub take.
+    """Write a folder for `timm.create_model("local-dir:FOLDER", pretrained=True)` and the hub.
 
-    It gives class logits; those of LV-ViT, T2T-ViT and VOLO are combined with their token logits, as published, where
-    these were trained. The token head of any other model is not part of what timm builds: it lies beside, in
+    timm's model returns class logits; those of LV-ViT, T2T-ViT and VOLO are combined with their token logits, as
+    published, if these were trained. The token head of any other model is not part of timm's model: it is in
     `token_head.safetensors`.
     """
     folder.mkdir()
     model, recipe = trained.model, trained.recipe.model
-    factory_only = ("stage", "pretrained_cfg", "pretrained_cfg_overlay")  # timm gives the rest to the constructor
+    factory_only = ("stage", "pretrained_cfg", "pretrained_cfg_overlay")  # timm passes the rest to the constructor
     options = options_without_weights(recipe.options)
     options = {key: value for key, value in options.items() if key not in factory_only}
     assert isinstance(model, TimmAdapter)
@@ -164,7 +175,7 @@ def write_hub_folder(trained: LoadedModel, folder: Path) -> None:
     fixed = network.pretrained_cfg.get("fixed_input_size")
     if fixed:
         options["img_size"] = recipe.img_size
-    network = copy.copy(network)  # its configuration is that of timm's weights: they saw images their own way
+    network = copy.copy(network)  # a copy: its configuration is the recipe's preprocessing, not timm's
     network.pretrained_cfg = {
         **{key: value for key, value in network.pretrained_cfg.items() if not key.startswith("test_")},
         "input_size": (3, *recipe.img_size),
@@ -176,15 +187,15 @@ def write_hub_folder(trained: LoadedModel, folder: Path) -> None:
     }
     labels = {"label_names": list(trained.class_names)} if trained.class_names else {}
     save_for_hf(network, str(folder), model_config=labels, model_args=options, safe_serialization=True)
-    card = _model_card(recipe.name, needs_us=recipe.name in OUR_MODELS)
-    (folder / "README.md").write_text(card, encoding="utf-8")
-    shutil.copymode(folder / "README.md", folder / "model.safetensors")  # safetensors keeps it from other users
+    register = REGISTER if recipe.name in OUR_MODELS else ""
+    (folder / "README.md").write_text(_MODEL_CARD.format(name=recipe.name, register=register), encoding="utf-8")
+    shutil.copymode(folder / "README.md", folder / "model.safetensors")  # safetensors writes with mode 600
 
 
 def _backbone_with_token_head(model: TimmAdapter, *, trained: bool) -> Any:
-    """Return the backbone as timm knows it: with its own token head, where it had handed one over (LV-ViT, VOLO).
+    """Return the backbone as timm builds it: with its own token head again, if it has one (LV-ViT, VOLO).
 
-    A head that was not `trained` on the classes of the class head goes as zeros, which add nothing to its logits.
+    A token head that was not `trained` on the images' classes becomes zeros, which add nothing to the class logits.
     """
     own = model.token_head
     if not (hasattr(model.backbone, "aux_head") and isinstance(own, nn.Linear)) or model.num_classes == 0:
@@ -194,12 +205,12 @@ def _backbone_with_token_head(model: TimmAdapter, *, trained: bool) -> Any:
         token_head = nn.Linear(own.in_features, model.num_classes)
         for parameter in token_head.parameters():
             nn.init.zeros_(parameter)
-    network._modules = {**network._modules, "aux_head": token_head}
+    network._modules = {**network._modules, "aux_head": token_head}  # of the shallow copy alone
     return network
 
 
 class _PixelsToLogits(nn.Module):
-    """A model on the CPU, from pixels in [0, 1] to logits and, if `dense`, a map of token logits."""
+    """The exported graph, on the CPU: from pixels in [0, 1] to logits and, if `dense`, a map of token logits."""
 
     def __init__(self, model: TokenModel, *, inference: Inference, dense: bool) -> None:
         super().__init__()
@@ -225,22 +236,6 @@ def _description(trained: LoadedModel) -> dict[str, Any]:
         "class_names": trained.class_names,
         "token_classes": trained.token_classes and asdict(trained.token_classes),
     }
-
-
-def _model_card(name: str, *, needs_us: bool) -> str:
-    register = "import tokenlabel.models\n\ntokenlabel.models.register_with_timm()\n" if needs_us else ""
-    return f"""---
-library_name: timm
-tags: [image-classification, timm, token-labeling]
----
-
-# {name}, trained with token labels
-
-```python
-import timm
-{register}model = timm.create_model("local-dir:FOLDER", pretrained=True)  # or "hf-hub:USER/NAME"
-```
-"""
 
 
 def _remove(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A recipe: everything that decides what a training run does, as YAML and as frozen dataclasses."""
+"""Recipes: all settings of a training run, as YAML files and as frozen dataclasses."""
 
 from __future__ import annotations
 
@@ -13,104 +13,100 @@ from tokenlabel.data.decoding import ImageCheck
 from tokenlabel.runtime.arguments import Parser, add_config_arguments
 from tokenlabel.runtime.coercion import COUNT, NATURAL, ONE_OPTION, PART, POSITIVE, SHARE, check_numbers, coerced_fields
 from tokenlabel.runtime.configuration import check_keys, config_from_dict, overlaid, read_yaml, with_types
-from tokenlabel.runtime.errors import ConfigError, near_names
-from tokenlabel.runtime.hub import local_name
+from tokenlabel.runtime.errors import ConfigError, near_names, refuse
+from tokenlabel.runtime.hub import local_name, options_without_weights
 from tokenlabel.runtime.runlog import RECIPE_FILE
 
-_UNSAID = (0, 0)  # an image size that nobody gave
+_UNSET = (0, 0)  # an image size that was not given
 
 
 @dataclass(frozen=True, kw_only=True)
 @coerced_fields
 class DataConfig:
-    """What to train and evaluate on."""
+    """Training and validation data."""
 
     train: str
-    """Training images: a folder with one folder a class, a list or tar files; with labels images without classes do."""
+    """Training images: a folder of class folders, a list, or tar files; with labels, classes may be missing."""
     unlabelled: str | None = None
-    """More training images, in any layout, without classes: they are learnt from where they have token labels."""
+    """More training images, in any layout, without classes; their targets are their token labels."""
     val: str | None = None
-    """Images to evaluate on, of the classes of `train` by name, all or some; none to skip evaluation."""
+    """Images to evaluate on, whose classes are among those of `train`, by name; none to skip evaluation."""
     labels: str | list[str] | None = None
-    """Label store that `tokenlabel annotate` made for `train`, or several that are read as one; none trains without
-    token labels."""
+    """Label store that `tokenlabel annotate` made for `train`, or several, read as one; none trains without token
+    labels."""
     skip_broken: bool = False
-    """Leave out images that cannot be decoded; by default one of them stops the run before it starts."""
+    """Skip images that cannot be decoded; by default one of them is an error before training starts."""
     check: ImageCheck = ImageCheck.AUTO
-    """How that is found out, once a run: decode every image; look at the ends of every file, which finds what was cut
-    off; none; auto: decode up to 10,000, ends above; what a teacher has labelled is sound, without skip_broken."""
+    """How broken images are found, once in a run: decode every image; ends: read the ends of every file, which finds
+    truncated ones; none; auto: decode up to 10,000 images, ends above, except, without skip_broken, labelled images."""
     max_missing: float = 0.1
-    """Share of the images that may have no label in the store; their tokens learn from nothing."""
+    """Fraction of the images that may have no label in the store; the targets of their tokens have weight 0."""
     num_workers: int = 2
-    """Processes that decode and augment images; those of evaluation, too, from 5,000 images on."""
+    """Processes that decode and augment images, in evaluation for 5,000 images or more."""
     tar_window: int | None = None
-    """Read tar files whole and one after the other, images of this many at a time in random order: for data that
-    fits neither memory nor a fast disk. None for one random order over all images."""
+    """Read tar files sequentially, and shuffle the images of this many at a time: for data that fits neither memory
+    nor a fast disk. None shuffles all images."""
 
     def __post_init__(self) -> None:
         check_numbers(self, "data.", max_missing=SHARE, num_workers=COUNT, tar_window=NATURAL)
 
     @property
     def label_folders(self) -> list[str]:
-        """The folders of the labels; empty without labels."""
+        """The folders of `labels`; empty without labels."""
         return [self.labels] if isinstance(self.labels, str) else self.labels or []
 
     @property
     def image_folders(self) -> list[str | None]:
-        """Where images are: no run may lie in there."""
+        """The folders of images, in which no run folder may be."""
         return [self.train, self.unlabelled, self.val]
 
 
 @dataclass(frozen=True, kw_only=True)
 @coerced_fields
 class ModelConfig:
-    """Which network to train."""
+    """The network to train."""
 
     name: str = ""
-    """`lvvit_t`, `lvvit_s`, `lvvit_m`, `lvvit_l`, `t2t_vit_14`, ..., or the name of any timm model. Left out, it is
-    that of the run in `weights`, with its image size and its options, as far as these say nothing else."""
-    img_size: tuple[int, int] = _UNSAID
-    """Height and width of the images that it sees in training and evaluation; (224, 224) by default."""
+    """`lvvit_t`, `lvvit_s`, `lvvit_m`, `lvvit_l`, `t2t_vit_14`, ..., or the name of any timm model. By default that of
+    the run in `weights`, with its img_size and options unless they are given."""
+    img_size: tuple[int, int] = _UNSET
+    """Height and width of the images in training and evaluation; (224, 224) by default."""
     options: dict[str, Any] = field(default_factory=dict)
-    """What else the model's constructor takes, such as `depth` or `drop_path`."""
+    """Other arguments of the model's constructor, such as `depth` or `drop_path`."""
     weights: str | None = None
-    """Checkpoint to begin with: a published file (.pth.tar, .safetensors), one of our run or checkpoint folders, or one
-    on the hub (hf://USER/NAME)."""
+    """Initial weights: a published file (.pth.tar, .safetensors), one of our run or checkpoint folders, or one on the
+    hub (hf://USER/NAME)."""
     average: bool = False
-    """Begin with the running average (EMA) of the weights in that checkpoint."""
+    """Take the EMA weights of that checkpoint."""
     frozen_layers: int = 0
-    """How many layers, counted from the stem, keep the weights that they begin with."""
+    """Number of frozen layers, counted from the stem."""
 
     def __post_init__(self) -> None:
         of_run = {} if self.name else _model_of_run(self.weights)
-        if self.img_size == _UNSAID:
+        if self.img_size == _UNSET:
             object.__setattr__(self, "img_size", tuple(of_run.get("img_size", (224, 224))))
         if of_run:
             object.__setattr__(self, "name", of_run["name"])
             object.__setattr__(self, "options", {**of_run.get("options", {}), **self.options})
         check_numbers(self, "model.", img_size=NATURAL, frozen_layers=COUNT)
         taken = self.options.keys() & {"name", "num_classes", "img_size", "size_px"}
-        if taken:
-            raise ConfigError(
-                f"model.options names {', '.join(sorted(taken))}, which images, model.name and model.img_size decide; "
-                "leave it out there"
-            )
+        names = ", ".join(sorted(taken))
+        where = "which images, model.name and model.img_size decide; leave it out there"
+        refuse({f"model.options names {names}, {where}": taken})
 
 
 def _model_of_run(weights: str | None) -> dict[str, Any]:
-    """Return which network a run trained, or a checkpoint holds. Raises ConfigError for anything else."""
+    """Return the model section of a run's or a checkpoint's recipe. Raises ConfigError for anything else."""
     folder = Path(local_name(weights)) if weights else None
     for path in (folder / "state.json", folder / RECIPE_FILE) if folder else ():
         if path.is_file():
             saved = read_yaml(path)
-            model = dict(saved.get("recipe", saved)["model"])
-            sources = ("pretrained", "checkpoint_path", "cache_dir")  # the weights are at hand
-            options = {key: value for key, value in model.get("options", {}).items() if key not in sources}
-            return {**model, "options": options}
+            model = saved.get("recipe", saved)["model"]
+            return {**model, "options": options_without_weights(model.get("options", {}))}
     what = "is no run" if Path(weights or ".").exists() else "is not there"
     found = f"model.weights {weights} {what}" if weights else "there is no model.weights"
     raise ConfigError(
-        f"model.name is missing, and {found} to say which network it is; give model.weights a run folder, or name a "
+        f"model.name is missing, and {found} to take it from; give model.weights a run folder, or name a "
         "model (docs/models.md)"
     )
 
@@ -118,35 +114,34 @@ def _model_of_run(weights: str | None) -> dict[str, Any]:
 @dataclass(frozen=True, kw_only=True)
 @coerced_fields
 class OptimConfig:
-    """How weights move: AdamW under a warm-up and a schedule."""
+    """AdamW and the schedule of its learning rate."""
 
     lr: float
-    """Peak learning rate at `lr_batch_size`; it scales linearly with the batch size."""
+    """Peak learning rate for `lr_batch_size`; scales linearly with the batch size."""
     lr_batch_size: int
-    """The batch size that `lr` and the other rates are stated for."""
+    """Batch size for which `lr`, `min_lr` and `warmup_lr` are given."""
     schedule: Literal["cosine", "poly", "constant"] = "cosine"
-    """How the rate falls after the warm-up: as half a cosine, in a straight line (poly of power 1), or not before the
-    cool-down."""
+    """Learning rate after the warm-up: half a cosine, poly (of power 1: linear), or constant until the cool-down."""
     min_lr: float = 1e-5
-    """Where the schedule ends; held during the cool-down. Scaled like `lr`."""
+    """Final learning rate of the schedule, and that of the cool-down. Scales like `lr`."""
     warmup_lr: float = 1e-6
-    """Where the warm-up starts. Scaled like `lr`."""
+    """Initial learning rate of the warm-up. Scales like `lr`."""
     warmup_epochs: float = 5.0
-    """Epochs of linear warm-up, counted within the recipe's epochs."""
+    """Epochs of linear warm-up, part of the recipe's epochs."""
     warmup_steps: int | None = None
     """Steps of linear warm-up, in place of epochs."""
     cooldown_epochs: float = 0.0
-    """Epochs at `min_lr` at the end, counted within the recipe's epochs."""
+    """Epochs at `min_lr` at the end, part of the recipe's epochs."""
     weight_decay: float = 0.05
-    """Decay of weights; biases, norms and what the model names (position embedding, class token) take none."""
+    """Weight decay, except of biases, norms and what the model names (position embedding, class token)."""
     layer_decay: float = 1.0
-    """Each layer learns at this times the rate of the layer above it; 1 for all alike, .65-.9 to fine-tune."""
+    """Learning rate of a layer relative to that of the layer above it; 1 for none, .65-.9 to fine-tune."""
     clip_grad_norm: float | None = None
-    """Scale gradients down to this norm; none by default, as in the paper."""
+    """Clip gradients to this norm; none by default, as in the paper."""
     ema_decay: float | None = 0.99992
-    """Average of the weights for evaluation; none to evaluate the weights themselves."""
+    """Decay of the EMA weights, which are evaluated; none evaluates the weights themselves."""
     ema_warmup: bool = True
-    """Let the average's decay grow from 0 as 1 - (1 + step) ** -2/3: in a short run .99992 alone is useless."""
+    """Increase the EMA decay from 0 as 1 - (1 + step) ** -2/3: .99992 alone needs a long run."""
 
     def __post_init__(self) -> None:
         check_numbers(self, "optim.", lr=POSITIVE, lr_batch_size=NATURAL, clip_grad_norm=POSITIVE)
@@ -158,48 +153,48 @@ class OptimConfig:
 @dataclass(frozen=True, kw_only=True)
 @coerced_fields
 class EvalConfig:
-    """How the model is evaluated while it trains and at the end."""
+    """Evaluation during training and at its end."""
 
     every_epochs: float = 1.0
     """Epochs between evaluations; the last step is always evaluated."""
     batch_size: int = 256
-    """Images a step of evaluation."""
+    """Images in a batch of evaluation."""
     inference: Inference = Inference.CLASS
-    """Which prediction counts: class, tokens, or combined (class + 0.5 max over tokens, as published)."""
+    """The evaluated prediction: class, tokens, or combined (class + 0.5 max over tokens, as published)."""
     crop_fraction: float = 0.875
-    """Share of the resized image's shorter side that the centre crop keeps."""
+    """Fraction of the resized image's shorter side that the centre crop keeps."""
     labels: str | list[str] | None = None
-    """Label store of the val images, made as that of the training images: how far the tokens agree with it."""
+    """Label store of the val images, by the same teacher: evaluates how often tokens agree with it."""
     probe: str | None = None
-    """A few images with classes, any: how well a linear probe of frozen features and nearest neighbours name them."""
+    """A few images with any classes: evaluates a linear probe and nearest neighbours of the frozen features on them."""
     probe_test: str | None = None
-    """Images that the probes are tested on; by default every other image of `probe`, which learns from the rest."""
+    """Images to test the probes on; by default every other image of `probe`."""
 
     @property
     def label_folders(self) -> list[str]:
-        """The folders of the val images' labels; empty without."""
+        """The folders of `labels`; empty without labels."""
         return [self.labels] if isinstance(self.labels, str) else self.labels or []
 
     def __post_init__(self) -> None:
         positive = {"every_epochs": POSITIVE, "crop_fraction": PART}
         check_numbers(self, "eval.", **positive, batch_size=NATURAL)
-        if self.probe_test is not None and self.probe is None:
-            raise ConfigError("eval.probe_test tests probes that learn from eval.probe; name that folder, too")
+        has_no_probe = self.probe_test is not None and self.probe is None
+        refuse({"eval.probe_test tests probes that learn from eval.probe; name that folder, too": has_no_probe})
 
 
 @dataclass(frozen=True, kw_only=True)
 @coerced_fields
 class CheckpointConfig:
-    """When the state of a run is saved, and which states are kept."""
+    """When checkpoints are written, and which are kept."""
 
     every_epochs: float = 1.0
     """Epochs between checkpoints; the last step always writes one."""
     keep: int = 2
-    """How many of the newest are kept."""
+    """Number of newest checkpoints to keep."""
     keep_best: bool = True
-    """Keep the one that evaluated best, too; `checkpoints/best` leads to it."""
+    """Also keep the best evaluated one; `checkpoints/best` links to it."""
     keep_every_epochs: float | None = None
-    """Keep one every so many epochs for good, too."""
+    """Also keep one every so many epochs for good."""
 
     def __post_init__(self) -> None:
         check_numbers(self, "checkpoint.", keep=NATURAL, every_epochs=POSITIVE, keep_every_epochs=POSITIVE)
@@ -208,7 +203,7 @@ class CheckpointConfig:
 @dataclass(frozen=True, kw_only=True)
 @coerced_fields
 class TrainingConfig:
-    """What the engine needs to know of a run, whatever it trains."""
+    """The settings of a run of any task."""
 
     optim: OptimConfig
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig, metadata=ONE_OPTION)
@@ -217,28 +212,27 @@ class TrainingConfig:
     num_steps: int | None = None
     """Steps of the run, in place of epochs."""
     min_epoch_steps: int = 1
-    """The least steps of an epoch, however few images there are: they are then seen several times in one."""
+    """Minimum steps of an epoch; with fewer images than that they are seen several times in an epoch."""
     batch_size: int
-    """Images a step: those of all processes, and of all parts that a process takes one after the other."""
+    """Global batch size: images of a step over all processes and micro-batches."""
     micro_batch_size: int | None = None
-    """The most images that a process takes through the model at once; gradients of several such parts add up to
-    the batch. None for its whole share."""
+    """Maximum images of a forward pass in a process; gradients are accumulated over several. None for its whole share
+    of the batch."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """bf16 and fp16 run the forward pass under autocast, fp16 with a scaled loss; weights and averages stay fp32."""
+    """bf16 and fp16 run the forward pass under autocast, fp16 with a scaled loss; weights and EMA stay fp32."""
     compile: Literal["no", "inductor", "aot_eager"] = "no"
-    """Compile the model by this backend of torch.compile; inductor is the fast one and needs a C++ compiler."""
+    """Backend of torch.compile; inductor is the fast one and needs a C++ compiler."""
     grad_checkpointing: bool = False
-    """Compute activations again in the backward pass: less memory, about a third more time."""
+    """Recompute activations in the backward pass: less memory, about a third more time."""
     sync_batchnorm: bool = False
-    """Let BatchNorm take its statistics over the images of all GPUs."""
+    """Synchronise BatchNorm's statistics over all GPUs."""
     sharded: bool = False
-    """Divide weights, averages and optimizer state among the processes (FSDP2): for models too large for one."""
+    """Shard weights, EMA and optimizer state over the processes (FSDP2): for models too large for one GPU."""
     seed: int = 0
-    """Decides the initial weights, the order of the images and every augmentation."""
+    """Seed of the initial weights, the order of the images and all augmentation."""
 
     def __post_init__(self) -> None:
-        if self.epochs is None and self.num_steps is None:
-            raise ConfigError("a recipe needs epochs or num_steps")
+        refuse({"a recipe needs epochs or num_steps": self.epochs is None and self.num_steps is None})
         check_numbers(self, epochs=NATURAL, num_steps=NATURAL, min_epoch_steps=NATURAL)
         check_numbers(self, batch_size=NATURAL, micro_batch_size=NATURAL)
         check_numbers(self, seed=f"[0, {2**63}]")
@@ -258,7 +252,7 @@ class Recipe(TrainingConfig):
 
     @property
     def uses_token_labels(self) -> bool:
-        """Whether tokens are trained on labels of their own."""
+        """True if the token head is trained."""
         return self.loss.beta > 0 and (self.data.labels is not None or self.loss.has_online_teacher)
 
 
@@ -266,7 +260,7 @@ RecipeKind = TypeVar("RecipeKind", bound=TrainingConfig)
 
 
 def add_recipe_arguments(parser: Parser, kind: type[TrainingConfig] = Recipe) -> None:
-    """Let a parser take `--recipe NAME|FILE` and every field of a recipe as `--a.b value`."""
+    """Add `--recipe NAME|FILE` and each field of a recipe, as `--a.b value`, to a parser."""
     names = ", ".join(recipe_names())
     parser.add_argument("--recipe", help=f"one of {names}, or a YAML file; options override it")
     parser.add_argument("--print-config", action="store_true", help="print the recipe as options change it, and stop")
@@ -279,9 +273,9 @@ def recipe_names() -> list[str]:
 
 
 def find_recipe(name: str | Path, *, beside: Path | None = None) -> Path:
-    """Return the file of a recipe given by name or as a path. Raises ConfigError with the near names.
+    """Return the file of a recipe given by name or as a path. Raises ConfigError that suggests similar names.
 
-    `beside`: the recipe that names it, from whose folder its path leads; that of the process if None.
+    `beside`: the recipe file that names it; paths are relative to its folder, by default to the current one.
     """
     path = Path(name) if beside is None else beside.parent / name
     if path.is_file():
@@ -294,17 +288,16 @@ def find_recipe(name: str | Path, *, beside: Path | None = None) -> Path:
 
 
 def read_recipe(name: str | Path, kind: type[RecipeKind]) -> RecipeKind:
-    """Return a recipe of the package by its name, or that of a YAML file. Raises ConfigError that names the file."""
+    """Return a recipe by name, or from a YAML file. Raises ConfigError that names the file."""
     return config_from_dict(recipe_content(name, kind), kind, name=str(name))
 
 
 def recipe_content(name: str | Path, kind: type[TrainingConfig]) -> dict[str, Any]:
-    """Return the fields that a recipe sets, as nested dicts, those of the recipes that it extends included.
+    """Return the fields that a recipe and those that it extends set, as nested dicts.
 
-    `extends: lvvit_s` in a file (a recipe of the package, or a path from the file's folder) takes what that recipe
-    says and changes what is said here: a group (`optim`) field by field, anything else, `model.options` too, as a
-    whole. Raises ConfigError that names the file for one that cannot be read, for keys that `kind` does not have, and
-    for recipes that extend each other.
+    `extends: lvvit_s` in a file (a recipe of the package, or a path relative to the file) inherits the fields of that
+    recipe. The file overrides groups (`optim`) field by field, anything else, such as `model.options`, as a whole.
+    Raises ConfigError that names the file if it cannot be read, has unknown keys, or if recipes extend each other.
     """
     chain: dict[Path, dict[str, Any]] = {}
     path: Path | None = find_recipe(name)

@@ -1,7 +1,7 @@
-"""Whose a run folder is: the lock, the recipe, the classes and the images of the run that may go on there.
+"""Check that a run may continue in its folder: a lock, and comparisons of recipe, classes, images and labels.
 
-RUN/recipe.yaml holds the recipe as it was last run, RUN/images.json what is known of the images (a digest, and which of
-them do not decode), RUN/images.gz the list of the training images, from which an error names what has changed.
+RUN/recipe.yaml holds the recipe of the last start, RUN/images.json a digest of the images and which of them do not
+decode, RUN/images.gz the list of the training images, so that an error can name what has changed.
 """
 
 from __future__ import annotations
@@ -24,52 +24,52 @@ from tokenlabel.data.images import ImageSource
 from tokenlabel.models.runs import list_checkpoints, read_state, token_classes_of
 from tokenlabel.runtime.configuration import flattened, read_yaml, settings, write_config
 from tokenlabel.runtime.distributed import Ranks, current_ranks
-from tokenlabel.runtime.errors import ConfigError
+from tokenlabel.runtime.errors import ConfigError, refuse
 from tokenlabel.runtime.process import listed, say, write_whole
 from tokenlabel.runtime.runlog import RECIPE_FILE
 from tokenlabel.training.recipe import TrainingConfig
 
 IMAGES_FILE, LIST_FILE, LOCK_FILE = "images.json", "images.gz", ".lock"
 
-# Fields that change nothing about what is learnt: a run goes on with others. Those of images are compared by what lies
-# there, wherever that is.
+# Fields that do not change what is learnt and may differ when a run continues. Images and labels are compared by their
+# content, not by their paths.
 _FREE = (
     "checkpoint.", "eval.", "data.train", "data.masks", "data.root", "data.val", "data.unlabelled", "data.val_masks",
     "data.val_split", "data.labels", "data.check",
     "data.max_missing", "data.num_workers",
 )  # fmt: skip
-# Fields that change the rounding, or which images share a mix or the statistics of BatchNorm.
+# Fields that change rounding, or which images share a mix or the statistics of BatchNorm.
 _NUMERICS = (
     "micro_batch_size", "compile", "precision", "grad_checkpointing", "sharded", "sync_batchnorm", "mix.group_size",
     "loss.teacher.compile", "loss.teacher.precision",
 )  # fmt: skip
-# Of the free ones, those that change the figures of an evaluation.
+# Free fields that change the figures of an evaluation.
 _FIGURES = ("eval.", "data.val", "data.root")
 _NO_FIGURES = ("eval.every_epochs", "eval.batch_size")
 
 Changes = dict[str, tuple[Any, Any]]
-"""Values of fields that differ, before and now, by the field's name."""
+"""Values before and now of the fields that differ, by name."""
 
 
 def check_apart(run: Path, *images: str | None) -> None:
-    """Raise ConfigError for a run folder in a folder of images, where its pictures would be images of a class."""
+    """Raise ConfigError for a run folder inside a folder of images, where its pictures would be taken for images."""
     for folder in filter(None, images):
         if run.resolve().is_relative_to(Path(folder).resolve()):
             raise ConfigError(
-                f"--out {run}: lies in the images {folder}, and the pictures of a run would be taken for images of a "
-                "class; choose a folder outside of it"
+                f"--out {run}: is inside the images {folder}, where the pictures of a run would be taken for images of "
+                "a class; choose a folder outside of it"
             )
 
 
 @contextmanager
 def locked(run: Path, ranks: Ranks) -> Iterator[None]:
-    """Keep a run folder, which is made, to this job. Raises ConfigError where another process trains.
+    """Create a run folder and lock it for this job. Raises ConfigError if another process trains there.
 
-    The system lets go of the lock with the process, so a kill leaves nothing behind.
+    The system releases the lock when the process ends, even if it is killed.
     """
     descriptors: list[int] = []
 
-    def take() -> None:
+    def _lock() -> None:
         try:
             run.mkdir(parents=True, exist_ok=True)
             descriptors.append(os.open(run / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666))
@@ -83,22 +83,22 @@ def locked(run: Path, ranks: Ranks) -> Iterator[None]:
             raise ConfigError(
                 f"{run}: another process trains in this folder; wait until it has ended, or choose another --out"
             ) from None
-        except OSError as error:  # some network file systems cannot
+        except OSError as error:  # some network file systems have no locks
             say(f"{run}: its file system has no locks ({error.strerror}); let no other process train there")
 
     try:
-        ranks.on_main(take)
+        ranks.on_main(_lock)
         yield
     finally:
         for descriptor in descriptors:
-            os.close(descriptor)
+            os.close(descriptor)  # which releases the lock
 
 
 class RunImages:
-    """What a run knows of its images: the first rank looks at them once, and writes it down with the run.
+    """What a run folder records about images and labels, checked once by the first rank.
 
-    `run`: where an earlier start may have written it down. `entries`: what images.json is to hold, on the first rank
-    alone: `digest`, `check` and `broken` (keys) of the images of `train` and of `val`, and what the labels are.
+    `run`: the folder, where an earlier start may have recorded them. `entries`: the content of images.json, on the
+    first rank only: `digest`, `check` and `broken` (keys) for `train` and `val`, and the origin of the labels.
     """
 
     def __init__(self, run: Path | None, class_names: Sequence[str]) -> None:
@@ -107,11 +107,11 @@ class RunImages:
         self.packed_list = b""
 
     def note_labels(self, store: Any, **counts: int) -> None:
-        """Take in which labels of a `LabelStore` the run learns from: on other ones it must not go on.
+        """Record the labels of a `LabelStore`, so that the run does not continue on others.
 
-        `counts`: what else has to stay as it is.
+        `counts`: other numbers that must not change.
         """
-        # Labels that were made anew since are other labels.
+        # The generation grows when images are annotated again.
         newest = max((shard.generation for shard in store.shards), default=0)
         self.entries["labels"] = {**counts, "annotated_again": newest or None, **store.manifest.origin()}
 
@@ -124,28 +124,26 @@ class RunImages:
         check: str,
         find: Callable[[list[int] | None], list[int]],
     ) -> list[int]:
-        """Return, on all ranks, the numbers of the images that do not decode.
+        """Return, on all ranks, the indices of the images that do not decode.
 
-        `classes`: the class of each image; empty where they have none. `find`: looks at the images of some numbers, or
-        at all, and says which are broken. `check`: how. What an earlier start found is found again; before the first
-        checkpoint broken images may have been repaired, and are looked at again. Raises ConfigError for training images
-        and classes that are not those of the run in the folder.
+        `classes`: the class of each image; empty if they have none. `find`: returns the broken ones among some indices,
+        or of all images for None. `check`: its method. The result of an earlier start is reused; before the first
+        checkpoint broken images may have been repaired, and are checked again. Raises ConfigError for training images
+        or classes that are not those of the run in the folder.
         """
 
-        def look() -> list[int]:
+        def _find() -> list[int]:
             text = _list_of(keys, classes)
             entry = {"digest": hashlib.sha256(text).hexdigest(), "check": check, "broken": []}
             if split == "train":
-                self.packed_list = gzip.compress(text, 1)
+                self.packed_list = gzip.compress(text, 1)  # the fastest level: a list may have millions of lines
             self.entries[split] = entry
             checkpoints = list_checkpoints(self.run) if self.run else []
             if self.run and checkpoints and split == "train":
                 _refuse_classes(self.run, read_state(checkpoints[-1])["class_names"], self.class_names)
                 _refuse_images(self.run, self)
-            found = read_images(self.run).get(split) if self.run else None
-            if found is None or found["digest"] != entry["digest"]:
-                numbers = find(None)
-            elif checkpoints or found["check"] == check:
+            found = read_images(self.run).get(split, {}) if self.run else {}
+            if found.get("digest") == entry["digest"] and (checkpoints or found["check"] == check):
                 known, entry["check"] = {*found["broken"]}, found["check"]
                 numbers = [number for number, key in enumerate(keys) if key in known] if known else []
                 numbers = find(numbers) if numbers and not checkpoints else numbers
@@ -154,7 +152,7 @@ class RunImages:
             entry["broken"] = [keys[number] for number in numbers]
             return numbers
 
-        return current_ranks().on_main(look)
+        return current_ranks().on_main(_find)
 
 
 def sound_images(
@@ -165,16 +163,17 @@ def sound_images(
     option: str | None,
     find: Callable[[], list[int]] | None = None,
 ) -> ImageSource:
-    """Return the images that decode, and say how many do not. All ranks call this, the first one looks.
+    """Return the images that decode, and print how many do not. All ranks must call this; the first one checks.
 
-    `find`: looks otherwise. Raises DataError for images that do not, unless `skip_broken`, which is spelt as `option`.
+    `find`: another function that returns the broken ones. `option`: the name of `skip_broken` in messages. Raises
+    DataError for broken images without `skip_broken`.
     """
     broken = find() if find else current_ranks().on_main(lambda: find_broken(source, check))
     return leave_out(source, broken, skip_broken=skip_broken, option=option)
 
 
 def read_images(run: Path) -> dict[str, Any]:
-    """Return what images.json of a run holds; nothing where there is none. Raises ConfigError if it is damaged."""
+    """Return the content of images.json of a run; empty without the file. Raises ConfigError if it is damaged."""
     path = run / IMAGES_FILE
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -182,7 +181,7 @@ def read_images(run: Path) -> dict[str, Any]:
         return {}
     except ValueError as error:
         raise ConfigError(
-            f"{path}: is damaged ({error}); remove it, and the next start looks at the images anew"
+            f"{path}: is damaged ({error}); remove it, and the next start checks the images again"
         ) from error
 
 
@@ -195,11 +194,11 @@ def check_run_folder(
     token_classes: ClassList | None = None,
     changed_numerics: bool = False,
 ) -> Changes:
-    """Make a folder that of a run, or make sure that the run that it holds may go on so; return what has changed.
+    """Check that a run may continue in a folder with this recipe, and record it there; return the changed fields.
 
-    Before its first checkpoint everything may change. After it workers, checkpoints, evaluation and paths may, if
-    classes, images and labels are the same; and, with `changed_numerics`, what changes rounding or which images go
-    through the model together. Raises ConfigError that names all that differs beyond this. For the first rank alone.
+    Before the first checkpoint everything may change. After it workers, checkpoints, evaluation and paths may, if
+    classes, images and labels are the same, and with `changed_numerics` also what changes rounding or which images
+    share a forward pass. Raises ConfigError that names all other differences. Called on the first rank only.
     """
     changes: Changes = {}
     checkpoints = list_checkpoints(run)
@@ -212,8 +211,8 @@ def check_run_folder(
         now = token_classes or ClassList(len(class_names), tuple(class_names))
         if not before.is_same(now):
             raise ConfigError(
-                f"{run}: its tokens learnt {before.described()}, these labels are about {now.described()}; give labels "
-                "by the head that it had, or choose another --out"
+                f"{run}: its tokens were trained on {before.described()}, these labels are about {now.described()}; "
+                "give labels by the same head, or choose another --out"
             )
         if images is not None:
             if not read_images(run):
@@ -227,34 +226,34 @@ def check_run_folder(
 
 
 def numerics(changes: Changes) -> Changes:
-    """Return the changes of rounding, and of which images go through the model together."""
+    """Return the changes of rounding, and of which images share a forward pass."""
     return {name: values for name, values in changes.items() if name in _NUMERICS}
 
 
 def changes_figures(changes: Changes) -> bool:
-    """Whether an evaluation that was made before the changes has to be made again."""
+    """Return True if the changes make an earlier evaluation invalid."""
     return any(name.startswith(_FIGURES) and name not in _NO_FIGURES for name in changes)
 
 
 def _changes(run: Path, recipe: TrainingConfig, of_checkpoint: dict[str, Any]) -> Changes:
-    """Return all fields that differ from those of the last start.
+    """Return the fields that differ from those of the last start.
 
-    Those that matter are compared with those of the newest checkpoint as well, and the nearer ones count: a start that
-    failed, for want of memory say, may be taken back.
+    Fields that are not free are compared with the newest checkpoint, too, and the smaller difference counts: so a start
+    that failed, perhaps for lack of memory, can be undone.
     """
     path, ours, of_each = run / RECIPE_FILE, settings(recipe), []
     for nested in [of_checkpoint] + ([read_yaml(path)] if path.exists() else []):
         theirs = flattened(nested)
-        names = [name for name in theirs | ours if name in theirs or ".options." in name]  # else younger than the run
+        # A field that the run does not know is newer than the run; options of models are free-form.
+        names = [name for name in theirs | ours if name in theirs or ".options." in name]
         unlike = [name for name in names if theirs.get(name) != ours.get(name)]
         of_each.append({name: (theirs.get(name), ours.get(name)) for name in unlike})
-    # Free fields differ from the last start; the others from whichever is nearer, see above.
     held = [{k: v for k, v in changes.items() if not _is_free(k, *v)} for changes in of_each]
     return {k: v for k, v in of_each[-1].items() if _is_free(k, *v)} | min(held, key=len)
 
 
 def _is_free(name: str, before: Any, now: Any) -> bool:
-    if name == "data.labels":
+    if name == "data.labels":  # other paths are fine, but not training with labels instead of without
         return bool(before) == bool(now)
     return any(name == free or (free.endswith(".") and name.startswith(free)) for free in _FREE)
 
@@ -262,16 +261,14 @@ def _is_free(name: str, before: Any, now: Any) -> bool:
 def _refuse_fields(run: Path, changes: Changes, changed_numerics: bool) -> None:
     held = {name: values for name, values in changes.items() if not _is_free(name, *values)}
     said = "; ".join(f"{name}: {before} there, {now} here" for name, (before, now) in held.items())
-    if held.keys() - {*_NUMERICS}:
-        raise ConfigError(
-            f"{run} holds a run of another recipe ({said}); give what it has, or choose another --out, which may begin "
-            f"from its weights (--model.weights {run})"
-        )
-    if held and not changed_numerics:
-        raise ConfigError(
-            f"{run} holds a run of another recipe ({said}); this changes rounding, or which images go through the "
-            "model together: --changed-numerics goes on so, and notes it in metrics.jsonl"
-        )
+    refuse(
+        {
+            f"{run} holds a run of another recipe ({said}); use its settings, or choose another --out, which may start "
+            f"from its weights (--model.weights {run})": held.keys() - {*_NUMERICS},
+            f"{run} holds a run of another recipe ({said}); this changes rounding, or which images share a forward "
+            "pass: --changed-numerics continues anyway, and records it in metrics.jsonl": held and not changed_numerics,
+        }
+    )
 
 
 def _refuse_classes(run: Path, before: Sequence[str], now: Sequence[str]) -> None:
@@ -284,32 +281,31 @@ def _refuse_classes(run: Path, before: Sequence[str], now: Sequence[str]) -> Non
         what.append(f"class {number} was {before[number]!r}, and is {now[number]!r}")
     raise ConfigError(
         f"{run} was trained on other classes, {len(before):,} there, {len(now):,} here ({'; '.join(what)}): "
-        "class ids would mean others; give the images that it had, or choose another --out"
+        "class ids would mean other classes; give its images, or choose another --out"
     )
 
 
 def _refuse_images(run: Path, images: RunImages) -> None:
-    """Raise ConfigError where training images or labels are not those that a run began with, and name them."""
+    """Raise ConfigError that names the differences if training images or labels are not those of the run."""
     before, now = read_images(run), images.entries
     unlike: list[str] = []
     if before and before["train"]["digest"] != now["train"]["digest"]:
         try:
             unlike += _unlike_lists((run / LIST_FILE).read_bytes(), images.packed_list)
         except (OSError, EOFError, zlib.error):
-            unlike.append(f"the images, of which {LIST_FILE} no longer says what they were")
+            unlike.append(f"the images ({LIST_FILE}, their list, is missing or damaged)")
     theirs, ours = (flattened(entries.get("labels", {})) for entries in (before, now))
+
+    def _short(value: Any) -> str:
+        return text if len(text := str(value)) <= 60 else f"{text[:57]}..."
+
     names = [name for name in theirs | ours if theirs.get(name) != ours.get(name)] if theirs and ours else []
     unlike += [f"labels.{name}: {_short(theirs.get(name))} there, {_short(ours.get(name))} here" for name in names]
     if unlike:
         raise ConfigError(
-            f"{run} was trained on other images or labels: {'; '.join(unlike)}; give those that it had, or choose "
-            f"another --out, which may begin from its weights (--model.weights {run})"
+            f"{run} was trained on other images or labels: {'; '.join(unlike)}; give those of the run, or choose "
+            f"another --out, which may start from its weights (--model.weights {run})"
         )
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _unlike_lists(before: bytes, now: bytes) -> list[str]:
@@ -325,6 +321,6 @@ def _unlike_lists(before: bytes, now: bytes) -> list[str]:
 
 
 def _list_of(keys: Sequence[str], classes: Sequence[str]) -> bytes:
-    """Return a line for each image, its key and class, in the order of the keys wherever they come from."""
+    """Return a line with key and class for each image, sorted, so that it does not depend on the order of files."""
     lines = map("\t".join, zip(keys, classes or repeat(""), strict=False))
     return "\n".join(sorted(lines)).encode("utf-8", "surrogateescape")
