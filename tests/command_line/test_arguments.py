@@ -235,7 +235,7 @@ def test_help_lists_what_can_be_read_and_every_field(verb, capsys):
         main([*verb.split(), "--help"])
     shown = capsys.readouterr().out
     assert len(re.findall("^  --", shown, re.MULTILINE)) <= 75
-    assert "keep_every_epochs (null): Keep one every so many epochs" in " ".join(shown.split())
+    assert "keep_every_epochs (null): Also keep one every so many epochs for good" in " ".join(shown.split())
 
 
 @pytest.mark.parametrize(
