@@ -99,7 +99,7 @@ def index(parser: Parser, arguments: list[str]) -> None:
 
 
 @verb("annotate", "a teacher writes a dense score map for every image")
-def annotate(parser: Parser, arguments: list[str]) -> None:
+def annotate(parser: Parser, arguments: list[str]) -> int:
     """Run a teacher on every image once and store its class scores for every location."""
     from tokenlabel.teachers import annotation
 
@@ -116,6 +116,7 @@ def annotate(parser: Parser, arguments: list[str]) -> None:
             f"{len(done.failures):,} failed; {done.images_per_s:,.0f} images/s{size}"
         )
         _print_some([failure.reason for failure in done.failures])
+    return USAGE_ERROR if done.failures and not done.num_labelled + done.num_present else 0
 
 
 @verb("fit-head", "make a teacher of any backbone: visual words, or a head from labels, masks or texts")
@@ -220,7 +221,7 @@ def _judge(store: LabelStore, source: ImageSource | None, options: Namespace, nu
 
 
 @verb("import-labels", "the label files published in 2021, into a store")
-def import_labels(parser: Parser, arguments: list[str]) -> None:
+def import_labels(parser: Parser, arguments: list[str]) -> int:
     """Put the label files published in 2021 into a store, for images that you have."""
     from tokenlabel.labels import published
 
@@ -232,6 +233,7 @@ def import_labels(parser: Parser, arguments: list[str]) -> None:
     counts = f"{done.num_imported:,} labels imported, {done.num_present:,} had been, {len(done.failures):,} failed"
     print(f"{options.store}: {counts}")
     _print_some([failure.reason for failure in done.failures])
+    return USAGE_ERROR if done.failures and not done.num_imported + done.num_present else 0
 
 
 @verb("merge", "several stores into one")

@@ -193,6 +193,7 @@ def test_a_recipe_as_editors_and_people_write_it(tmp_path):
     [
         (("--model", "lvvit_s"), "--model: expected a mapping .* one value goes to --model.name"),
         (("--data.labels", "a", "b"), "arguments: b; to name several, write --data.labels before each"),
+        (("--loss.hard", "maybe"), "arguments: maybe; --loss.hard takes true or false"),
         (("--epochs", ""), "--epochs: expected a value"),
         (("--model.options", "{depth:2,width:48}"), "in quotes and with a space behind each colon"),
     ],

@@ -261,6 +261,44 @@ def test_an_image_that_does_not_decode(data, tmp_path, capsys):
     assert main([*map(str, arguments), "--data.skip-broken=true"]) == 0
 
 
+def test_images_that_changed_after_they_were_labelled_are_said_before_training(data, tmp_path, capsys):
+    images, labels = tmp_path / "train", tmp_path / "labels"
+    shutil.copytree(data / "scenes" / "train", images)
+    masks = data / "scenes" / "masks" / "train"
+    assert main(["annotate", str(images), str(labels), "--teacher", f"masks:{masks}"]) == 0
+    options = [str(option) for option in options_for(data, tmp_path / "run", data__train=images, data__labels=labels)]
+    assert main([*options, "--dry-run"]) == 0
+    assert "were labelled" not in capsys.readouterr().err
+    shutil.copy(images / "3" / "00003.png", images / "4" / "00004.png")
+    assert main([*options, "--dry-run"]) == 0
+    assert (
+        "1 of 20 images that were looked at are not those that were labelled (4/00004.png)" in capsys.readouterr().err
+    )
+
+
+def test_annotate_fails_where_no_image_decodes(demo, tmp_path, capsys):
+    for name in ("3/a.png", "5/b.png"):
+        (tmp_path / "train" / name).parent.mkdir(parents=True)
+        (tmp_path / "train" / name).write_bytes(b"not an image")
+    options = ["--teacher", str(demo / "teacher"), "--class-map", "names"]
+    assert main(["annotate", str(tmp_path / "train"), str(tmp_path / "labels"), *options]) == 2
+    assert "2 failed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("verb", ["train", "segment train", "segment eval", "segment predict", "annotate", "merge"])
+def test_a_verb_without_a_word_says_what_it_needs(verb, capsys):
+    assert "the following arguments are required: " in complaint(capsys, verb.split())
+
+
+def test_a_want_of_memory_is_one_line(monkeypatch, capsys):
+    def allocate(words):
+        torch.empty(2**60)
+
+    monkeypatch.setitem(VERBS, "train", (allocate, ""))
+    message = complaint(capsys, ["train"])
+    assert "not enough memory; take fewer images at a time (--batch-size, in training --micro-batch-size)" in message
+
+
 def test_annotate_lists_what_does_not_decode_and_goes_on(demo, data, tmp_path, capsys):
     shutil.copytree(data / "scenes" / "train", tmp_path / "train")
     (tmp_path / "train" / "3" / "00003.png").write_bytes(b"not an image")

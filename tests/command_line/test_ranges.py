@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tokenlabel.cli import main
-from tokenlabel.core.config import LossConfig, MixConfig, OnlineTeacherConfig
+from tokenlabel.core.config import ErasingConfig, LossConfig, MixConfig, OnlineTeacherConfig
 from tokenlabel.data.config import AugmentConfig, ColourJitter, WarpConfig
 from tokenlabel.evaluation.options import EvalOptions
 from tokenlabel.labels.inspection import InspectConfig
@@ -22,6 +22,7 @@ from tokenlabel.segmentation.recipe import (
     SegmentLossConfig,
 )
 from tokenlabel.teachers.annotation import AnnotateConfig
+from tokenlabel.teachers.fitting import FitConfig
 from tokenlabel.training.recipe import (
     CheckpointConfig,
     DataConfig,
@@ -55,12 +56,12 @@ REFUSED: list[tuple[type, dict[str, Any], dict[str, list[Any]]]] = [
         },
     ),
     (DataConfig, {"train": "a"}, {"num_workers": [-1], "tar_window": [0]}),
-    (ModelConfig, {"name": "a"}, {"img_size": [(0, 32), (32, -1)], "frozen_layers": [-1]}),
+    (ModelConfig, {"name": "a"}, {"img_size": [(0, 32), (32, -1), (0, 0)], "frozen_layers": [-1]}),
     (MixConfig, {}, {"alpha": [0.0, NAN, INF], "probability": [-0.1, NAN], "group_size": [0]}),
     (EvalConfig, {}, {"batch_size": [0], "every_epochs": [0.0, NAN, INF], "crop_fraction": [0.0, 1.5, NAN]}),
     (CheckpointConfig, {}, {"keep": [0], "every_epochs": [0.0, INF], "keep_every_epochs": [-1.0, NAN]}),
     (LossConfig, {}, {"beta": [-1.0, NAN, INF], "temperature": [0.0, NAN], "label_smoothing": [NAN]}),
-    (OnlineTeacherConfig, {}, {"size": [0]}),
+    (OnlineTeacherConfig, {}, {"size": [0], "topk": [0]}),
     (
         AugmentConfig,
         {},
@@ -76,6 +77,8 @@ REFUSED: list[tuple[type, dict[str, Any], dict[str, list[Any]]]] = [
         {"teacher": "a"},
         {"topk": [0], "batch_size": [0], "num_workers": [-1], "shard_s": [0.0, NAN], "size": [0]},
     ),
+    (FitConfig, {"backbone": "a", "from_": "labels"}, {"seed": [-1, 2**70]}),
+    (ErasingConfig, {}, {"probability": [-0.1, 1.1, NAN], "area": [(0.0, 0.5), (0.5, 1.0)]}),
     (InspectConfig, {}, {"sample": [-1], "num_suspects": [-1]}),
     (ImportConfig, {"num_classes": 3}, {"num_classes": [0, 1], "num_workers": [-1]}),
     (SegmentDataConfig, {"layout": Layout.SCENES, "root": "a"}, {"num_workers": [-1]}),

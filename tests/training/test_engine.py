@@ -165,6 +165,13 @@ def test_a_run_that_is_all_warm_up_says_so(scenes, tmp_path, capsys):  # noqa: F
     assert "leave the schedule nothing of the 5 steps" in capsys.readouterr().err
 
 
+def test_an_average_that_stays_at_the_initial_weights_is_said(scenes, tmp_path, capsys):  # noqa: F811
+    changes = {"optim__ema_decay": 0.9999, "optim__ema_warmup": False}
+    train(recipe_in_groups(scenes, epochs=1, **changes), tmp_path / "run", device=CPU)
+    said = "the averaged weights, which are evaluated, will be 100% the initial ones after 5 steps"
+    assert said in capsys.readouterr().err
+
+
 def test_what_fails_on_the_first_rank_fails_on_all(monkeypatch):
     told: list = []
     monkeypatch.setattr(Ranks, "broadcast", lambda self, value: told.append(value) or told[0])

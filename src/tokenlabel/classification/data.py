@@ -16,6 +16,7 @@ from tokenlabel.data.folders import NEED_CLASSES
 from tokenlabel.data.images import ImageSource, JoinedImages, describe, has_classes, without_classes
 from tokenlabel.data.sources import open_aloud, refuse_single_class
 from tokenlabel.evaluation.assessment import evaluation_set
+from tokenlabel.labels.fingerprints import say_replaced
 from tokenlabel.labels.store import LabelStore
 from tokenlabel.runtime.cache import NUM_AHEAD, refuse_small_cache
 from tokenlabel.runtime.distributed import current_ranks
@@ -63,6 +64,7 @@ def open_training_data(recipe: Recipe, run: Path | None) -> TrainingData:
         most = recipe.data.max_missing
         check = partial(check_labels, source, store, max_missing=most, classes=token_classes)
         num_missing = current_ranks().on_main(check)
+        current_ranks().on_main(lambda: say_replaced(store, source))
         images.note_labels(store, num_missing=num_missing)
     num_with_map = len(source) - num_missing if store is not None else 0
     num_with_class = int(has_classes(source).sum())
@@ -160,6 +162,7 @@ def _val_labels(recipe: Recipe, source: ImageSource, token_classes: ClassList) -
     if folders:
         store = current_ranks().on_main(lambda: LabelStore(*folders))
         current_ranks().on_main(lambda: check_labels(source, store, max_missing=1.0, classes=token_classes))
+        current_ranks().on_main(lambda: say_replaced(store, source))
         return store
     if not has_classes(source).any():
         raise ConfigError(

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from math import inf
 from typing import Literal
 
-from tokenlabel.runtime.coercion import NATURAL, ONE_OPTION, Choice, check_numbers, coerced_fields
+from tokenlabel.runtime.coercion import (
+    COUNT,
+    NATURAL,
+    ONE_OPTION,
+    POSITIVE,
+    SHARE,
+    Choice,
+    check_numbers,
+    coerced_fields,
+)
 from tokenlabel.runtime.errors import ConfigError
 
 
@@ -63,12 +71,7 @@ class MixConfig:
     """Share of the batches that are mixed."""
 
     def __post_init__(self) -> None:
-        if not (0 <= self.probability <= 1 and 0 <= self.mixup_share <= 1):
-            raise ConfigError(
-                f"mix.probability and mix.mixup_share are shares, got {self.probability} and {self.mixup_share}"
-            )
-        if not (0 < self.alpha < inf and 0 < self.mixup_alpha < inf):
-            raise ConfigError(f"mix.alpha and mix.mixup_alpha must be above 0, got {self.alpha} and {self.mixup_alpha}")
+        check_numbers(self, "mix.", probability=SHARE, mixup_share=SHARE, alpha=POSITIVE, mixup_alpha=POSITIVE)
         check_numbers(self, "mix.", group_size=NATURAL)
         if self.mixup_share > 0 and self.kind is not Mixing.CUTMIX:
             raise ConfigError(
@@ -110,9 +113,9 @@ class ErasingConfig:
 
     def __post_init__(self) -> None:
         low, high = self.area
-        if not (0 <= self.probability <= 1 and 0 < low <= high < 1):
-            raise ValueError(f"erasing needs a probability of 0 to 1 and an area range inside 0 to 1, got {self}")
-        check_numbers(self, "erase.", max_boxes=NATURAL)
+        check_numbers(self, "erase.", probability=SHARE, area="(0, 1)", max_boxes=NATURAL)
+        if low > high:
+            raise ConfigError(f"erase.area must be two numbers with first <= second, got {low} and {high}")
 
 
 class LogitsMode(Choice):
@@ -192,7 +195,7 @@ class OnlineTeacherConfig:
     """Compile the teacher (torch.compile)."""
 
     def __post_init__(self) -> None:
-        check_numbers(self, "loss.teacher.", size=NATURAL)
+        check_numbers(self, "loss.teacher.", size=NATURAL, topk=NATURAL)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,15 +228,8 @@ class LossConfig:
     """A teacher in the step: it labels the class token if class_target wants it, the tokens if there is no store."""
 
     def __post_init__(self) -> None:
-        for name in ("label_smoothing", "teacher_share", "token_threshold"):
-            share = getattr(self, name)
-            if not 0 <= share <= 1:
-                raise ConfigError(f"loss.{name} is a share from 0 to 1, got {share}")
-        if not (0 <= self.beta < inf and 0 < self.temperature < inf and self.teacher.topk >= 1):
-            raise ConfigError(
-                "loss.beta must be at least 0, loss.temperature above 0 and loss.teacher.topk at least 1, got "
-                f"{self.beta}, {self.temperature} and {self.teacher.topk}"
-            )
+        check_numbers(self, "loss.", label_smoothing=SHARE, teacher_share=SHARE, token_threshold=SHARE)
+        check_numbers(self, "loss.", beta=COUNT, temperature=POSITIVE)
         if self.hard and self.temperature != 1:
             raise ConfigError(
                 f"loss.hard leaves nothing to soften; leave loss.temperature at 1, got {self.temperature}"

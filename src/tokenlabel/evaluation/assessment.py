@@ -45,6 +45,7 @@ from tokenlabel.evaluation.evaluators import (
 from tokenlabel.evaluation.masks import MaskFolder
 from tokenlabel.evaluation.options import EvalOptions
 from tokenlabel.evaluation.probe import image_figures, probe_sets
+from tokenlabel.labels.fingerprints import say_replaced
 from tokenlabel.labels.store import LabelStore
 from tokenlabel.models import TokenModel
 from tokenlabel.models.load import LoadedModel, load_model
@@ -303,6 +304,7 @@ class _Assessment:
         if labels:
             store = LabelStore(*labels)
             self.ranks.on_main(lambda: check_labels(source, store, max_missing=1.0, classes=others))
+            self.ranks.on_main(lambda: say_replaced(store, source))
             yield "teacher", store
 
 

@@ -7,15 +7,18 @@ from dataclasses import dataclass
 from typing import Literal
 from zlib import crc32
 
+import numpy as np
+
 from tokenlabel.data.images import NO_TIME, ImageSource, ImageSubset
 from tokenlabel.labels.shards import UNKNOWN, Fingerprint
 from tokenlabel.labels.store import LabelStore
 from tokenlabel.runtime.errors import ImageError
-from tokenlabel.runtime.process import in_threads
+from tokenlabel.runtime.process import in_threads, listed, say
 
 # Files with another modification time and the same size may have been copied or replaced; up to this many are read.
 MAX_READ = 10_000
 
+_MOST_SAMPLED = 200  # images that are looked at before training
 _NUM_THREADS = 16  # a network file system answers 16 requests at once as fast as one
 _SIZE_MASK = 0xFFFFFFFF  # records have 32 bits for the size
 
@@ -87,6 +90,23 @@ def find_replaced(
         replaced += [index for index, other in zip(unsure, is_other, strict=True) if other]
         unsure = []
     return Replaced(indices=sorted(replaced), num_unsure=len(unsure), num_unknown=states.count("unknown"))
+
+
+def say_replaced(store: LabelStore, source: ImageSource) -> None:
+    """Say how many of up to 200 images, evenly spread, are no longer those that were labelled.
+
+    Training on maps of other pixels gives no error, only a poor model.
+    """
+    sampled = np.linspace(0, len(source) - 1, min(len(source), _MOST_SAMPLED)).astype(np.int64)
+    sample = ImageSubset(source, sampled)
+    # To read one image of a tar file behind a URL is to fetch the file: there sizes have to do.
+    replaced = find_replaced(store, sample, max_read=None if getattr(source, "files", None) is None else 0).indices
+    if replaced:
+        say(
+            f"{len(replaced):,} of {len(sample):,} images that were looked at are not those that were labelled "
+            f"({listed([sample.keys[i] for i in replaced])}): their maps are of other pixels; `tokenlabel annotate "
+            "--again changed` labels them anew"
+        )
 
 
 def _stat(source: ImageSource, index: int) -> tuple[int, int] | None:

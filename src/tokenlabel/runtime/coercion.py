@@ -25,6 +25,8 @@ from tokenlabel.runtime.process import T
 
 NATURAL, COUNT = "[1, inf)", "[0, inf)"
 POSITIVE, SHARE, PART = "(0, inf)", "[0, 1]", "(0, 1]"
+SEED = f"[0, {2**63}]"
+"""What `torch.manual_seed` and NumPy's generators both take."""
 
 _UNLIKE = object()
 

@@ -11,6 +11,7 @@ import io
 import json
 import os
 import platform
+import re
 import select
 import signal
 import sys
@@ -24,7 +25,7 @@ from typing import Any, TextIO, TypeVar
 
 from tqdm import tqdm
 
-from tokenlabel.runtime.errors import DataError, FirstRankError
+from tokenlabel.runtime.errors import DataError, FirstRankError, first_line
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -79,6 +80,18 @@ def caught_signals() -> Iterator[list[int]]:
 
 USAGE_ERROR = 2
 
+# What to do about errors of PyTorch and NumPy that the code is not to blame for, by what they say.
+_REMEDIES = {
+    "out of memory|can't allocate memory|not enough memory|Unable to allocate": (
+        "not enough memory; take fewer images at a time (--batch-size, in training --micro-batch-size), smaller "
+        "ones, or less of what else was asked for"
+    ),
+    r"DataLoader worker .*(killed|exited)": (
+        "a process that reads images was killed, most often since memory ran out; take fewer by --num-workers (in "
+        "training --data.num-workers)"
+    ),
+}
+
 
 def with_open_streams(run: Callable[[], int]) -> int:
     """Return the exit status of a command whose output may go to a pipe, such as `tokenlabel inspect labels | head`."""
@@ -109,16 +122,23 @@ def run_command(command: str, run: Callable[[list[str]], int], arguments: list[s
     except KeyboardInterrupt:
         print(f"\n{command}: stopped; the same command continues", file=sys.stderr)
         return 130
-    except (ValueError, OSError) as error:
-        if isinstance(error, BrokenPipeError) or os.environ.get("TOKENLABEL_TRACEBACK"):
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        message = _own_message(error)
+        if isinstance(error, BrokenPipeError) or not message or os.environ.get("TOKENLABEL_TRACEBACK"):
             raise
         if not isinstance(error, FirstRankError) or environment_number("LOCAL_RANK") == 0:  # once a machine
-            print(f"{command}: error: {_own_message(error)}", file=sys.stderr)
+            print(f"{command}: error: {message}", file=sys.stderr)
         return USAGE_ERROR
 
 
 def _own_message(error: Exception) -> str:
-    """Return the message of an error; one from a data worker comes with the worker's traceback before it."""
+    """Return the message of an error, "" for one that the code is to blame for.
+
+    One from a data worker comes with the worker's traceback before it.
+    """
+    if not isinstance(error, (ValueError, OSError)):
+        remedies = (remedy for pattern, remedy in _REMEDIES.items() if re.search(pattern, str(error)))
+        return next((f"{remedy} ({first_line(error)})" for remedy in remedies), "")
     if isinstance(error, OSError) and isinstance(error.filename, str) and error.strerror:
         return f"{error.filename}: {error.strerror}"  # without its number
     message = str(error).rstrip()

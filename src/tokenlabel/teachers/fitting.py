@@ -22,7 +22,7 @@ from tokenlabel.data.images import ImageSource, has_classes
 from tokenlabel.data.masks import COCO_SUFFIX, CocoMasks, mask_names
 from tokenlabel.data.sources import open_aloud, refuse_single_class
 from tokenlabel.evaluation.masks import MaskFolder
-from tokenlabel.runtime.coercion import COUNT, NATURAL, POSITIVE, check_numbers, coerced, coerced_fields
+from tokenlabel.runtime.coercion import COUNT, NATURAL, POSITIVE, SEED, check_numbers, coerced, coerced_fields
 from tokenlabel.runtime.distributed import usable_device
 from tokenlabel.runtime.errors import ModelError
 from tokenlabel.runtime.process import listed, say
@@ -107,7 +107,7 @@ class FitConfig:
 
     def __post_init__(self) -> None:
         check_numbers(self, "--", size=NATURAL, words="[2, inf)", topk=NATURAL, batch_size=NATURAL, num_workers=COUNT)
-        check_numbers(self, "--", temperature=POSITIVE)
+        check_numbers(self, "--", temperature=POSITIVE, seed=SEED)
         kind = kind_of(self.from_)
         given = {field.name for field in fields(self) if getattr(self, field.name) != field.default}
         misplaced = [f"--{n.replace('_', '-')}" for n, kinds in OPTIONS_OF.items() if n in given and kind not in kinds]

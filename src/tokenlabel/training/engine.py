@@ -216,6 +216,14 @@ def _say_learning_rate(trainer: Trainer, log: RunLog) -> None:
             f"warm-up ({warmup:,} steps) and cool-down ({cooldown:,}) leave the schedule nothing of the "
             f"{trainer.num_steps:,} steps: good for trying things out, not for learning much"
         )
+    optim, num_steps = recipe.optim, trainer.num_steps
+    # Without its warm-up the average begins as the initial weights, and forgets them at the same rate all along.
+    left = 0.0 if optim.ema_decay is None or optim.ema_warmup else optim.ema_decay**num_steps
+    if left > 0.05:
+        log.say(
+            f"the averaged weights, which are evaluated, will be {left:.0%} the initial ones after {num_steps:,} "
+            f"steps: ema_decay {optim.ema_decay} is for longer runs; give --optim.ema-warmup true"
+        )
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,23 @@ from tokenlabel.core.config import ErasingConfig, Inference, LossConfig, MixConf
 from tokenlabel.data.config import AugmentConfig
 from tokenlabel.data.decoding import ImageCheck
 from tokenlabel.runtime.arguments import Parser, add_config_arguments
-from tokenlabel.runtime.coercion import COUNT, NATURAL, ONE_OPTION, PART, POSITIVE, SHARE, check_numbers, coerced_fields
+from tokenlabel.runtime.coercion import (
+    COUNT,
+    NATURAL,
+    ONE_OPTION,
+    PART,
+    POSITIVE,
+    SEED,
+    SHARE,
+    check_numbers,
+    coerced_fields,
+)
 from tokenlabel.runtime.configuration import check_keys, config_from_dict, overlaid, read_yaml, with_types
 from tokenlabel.runtime.errors import ConfigError, near_names, refuse
 from tokenlabel.runtime.hub import local_name, options_without_weights
 from tokenlabel.runtime.runlog import RECIPE_FILE
 
-_UNSET = (0, 0)  # an image size that was not given
+_UNSET = (-1, -1)  # an image size that was not given; (0, 0) is what a wrong 0 becomes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,7 +245,7 @@ class TrainingConfig:
         refuse({"a recipe needs epochs or num_steps": self.epochs is None and self.num_steps is None})
         check_numbers(self, epochs=NATURAL, num_steps=NATURAL, min_epoch_steps=NATURAL)
         check_numbers(self, batch_size=NATURAL, micro_batch_size=NATURAL)
-        check_numbers(self, seed=f"[0, {2**63}]")
+        check_numbers(self, seed=SEED)
 
 
 @dataclass(frozen=True, kw_only=True)

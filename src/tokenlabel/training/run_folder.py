@@ -176,7 +176,9 @@ def read_images(run: Path) -> dict[str, Any]:
     """Return the content of images.json of a run; empty without the file. Raises ConfigError if it is damaged."""
     path = run / IMAGES_FILE
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
+        refuse({f"expected a mapping, got {type(found).__name__}": not isinstance(found, dict)}, ValueError)
+        return found
     except FileNotFoundError:
         return {}
     except ValueError as error:
