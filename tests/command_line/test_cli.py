@@ -291,8 +291,8 @@ def test_a_verb_without_a_word_says_what_it_needs(verb, capsys):
 
 
 def test_a_want_of_memory_is_one_line(monkeypatch, capsys):
-    def allocate(words):
-        torch.empty(2**60)
+    def allocate(words: list[str]) -> int:
+        return len(torch.empty(2**60))
 
     monkeypatch.setitem(VERBS, "train", (allocate, ""))
     message = complaint(capsys, ["train"])

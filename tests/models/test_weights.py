@@ -202,6 +202,7 @@ def test_a_pickle_that_runs_code_is_refused_with_a_way_out(
         ("a.pth", b"", r"a.pth is damaged"),
         ("a.pth", b"abc", r"a.pth is damaged"),
         ("a.pth", pickled([1]), r"a.pth holds a list"),
+        ("a.pth", b"<!DOCTYPE html><html>404", r"a.pth is text that begins with '<!DOCTYPE html>"),
         ("a.pth", pickled({"epoch": 3}), r"a.pth holds no tensors; it has epoch"),
     ],
 )
@@ -209,6 +210,14 @@ def test_damaged_files_are_refused(tmp_path: Path, name: str, contents: bytes, m
     (tmp_path / name).write_bytes(contents)
     with pytest.raises(ModelError, match=message):
         read_checkpoint(tmp_path / name)
+
+
+def test_weights_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+    model = tiny()
+    next(model.parameters()).data[0] = float("nan")
+    torch.save(model.state_dict(), tmp_path / "diverged.pth")
+    with pytest.raises(ModelError, match=r"diverged\.pth holds NaN in .* \(1 tensors\); take a checkpoint before"):
+        load_published(tiny(), tmp_path / "diverged.pth")
 
 
 def test_missing_file_and_missing_average(tmp_path: Path) -> None:

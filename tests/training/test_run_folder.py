@@ -86,8 +86,7 @@ def fails_at_its_first_step(monkeypatch, *words, run="./run"):
 
     with monkeypatch.context() as patch:
         patch.setattr(engine, "train_step", fail)
-        with pytest.raises(MemoryError):
-            continued(*words, run=run)
+        assert continued(*words, run=run) == 2
 
 
 class TestWhatMayChange:

@@ -81,6 +81,10 @@ def find_weights(path: str | Path, wanted: Collection[str], *, average: bool | N
     path, groups = _read(path, average=average)
     group, prefix = _choose(groups, wanted, average=average, path=path)
     outer, tensors = prefix.removesuffix("backbone."), groups[group]
+    # Here, not where a loss or a score of some image is found to be NaN. (Inf is in masks of attention.)
+    bad = [name for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.float().isnan().any()]
+    if bad:
+        raise ModelError(f"{path} holds NaN in {listed(bad)} ({len(bad):,} tensors); take a checkpoint before that")
     backbone, token_head, outside = {}, {}, []
     for name, tensor in tensors.items():
         if (inner := name.removeprefix(outer)).startswith(TOKEN_HEADS):
@@ -221,6 +225,11 @@ def _read_pickle(path: Path) -> dict[str, Any]:
         with torch.serialization.safe_globals(HARMLESS):
             contents = torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
+        with path.open("rb") as file:
+            begin = file.read(40)
+        if begin[:1] in (b"<", b"{", b"v") and begin.isascii():  # a web page, JSON, or what Git LFS leaves for a file
+            text = f"is text that begins with {begin.decode()!r}"
+            raise ModelError(f"{path} {text}, no checkpoint; get it again") from error
         stranger = re.search(r"GLOBAL (\S+)|global (\S+)", str(error))
         what = f" ({stranger[1] or stranger[2]})" if stranger else ""
         raise ModelError(
