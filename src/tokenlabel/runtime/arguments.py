@@ -169,6 +169,9 @@ def parse(
     if strangers:
         several = [option for option, _, _ in given if list[str] in arms_of(parser.settings[option].kind)]
         advice = f"; to name several, write {several[0]} before each" if several else ""
+        before = arguments[max(0, arguments.index(strangers[0]) - 1)] if strangers[0] in arguments else ""
+        if parser.find(before):  # a switch, which stands alone where neither true nor false follows
+            advice = f"; {before} takes true or false"
         raise ValueError(f"unrecognized arguments: {' '.join(strangers)}{advice}")
     for name in ("out", "output", "pictures", "head"):  # before the work, not after it
         path = getattr(options, name, None)
