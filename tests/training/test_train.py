@@ -133,18 +133,18 @@ def test_every_step_gives_the_losses_that_it_always_gave(scenes, name, changes):
 def test_training_learns_its_images_by_heart(scenes, tmp_path):
     recipe = recipe_for(
         scenes,
-        epochs=40,
+        epochs=60,
         mix__kind="none",
         augment={"crop_scale": [0.95, 1.0], "horizontal_flip": 0.0},
-        eval__every_epochs=40,
-        checkpoint__every_epochs=40,
+        eval__every_epochs=60,
+        checkpoint__every_epochs=60,
         optim__lr=5e-3,
         model__options={"patch_size": 6, "depth": 2, "width": 32, "num_heads": 2, "stem_width": 16},
         loss={"label_smoothing": 0.0},
     )
     task = build(recipe, device=CPU)
     draw_weights(task.model)
-    run_task(task, tmp_path / "run", ranks=Ranks(), eval_every_epochs=40)
+    run_task(task, tmp_path / "run", ranks=Ranks(), eval_every_epochs=60)
     lines = [line for line in read_metrics(tmp_path / "run") if line["kind"] == "train"]
     assert lines[-1]["class_loss"] < lines[0]["class_loss"] - 0.4
     assert lines[-1]["token_loss"] < lines[0]["token_loss"] - 0.006  # most of a scene is background
