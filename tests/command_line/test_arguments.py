@@ -288,7 +288,7 @@ def test_a_gone_name_is_refused_by_its_new_one(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "verb", [*VERBS.keys() - {"demo", "segment"}, "segment train", "segment eval", "segment predict"]
+    "verb", [*sorted(VERBS.keys() - {"demo", "segment"}), "segment train", "segment eval", "segment predict"]
 )
 def test_a_verb_alone_says_what_it_needs(verb, capsys):
     assert main(verb.split()) == 2
