@@ -373,7 +373,7 @@ def test_a_folder_that_is_no_run(tmp_path, capsys):
     assert "neither a run folder with a checkpoint" in complaint(capsys, ["eval", tmp_path])
     assert "holds no recipe.yaml" in complaint(capsys, ["report", tmp_path])
     words = ("train", "--recipe", "finetune", "--data.train", tmp_path, "--out", tmp_path / "out")
-    assert "gone is not there to say" in complaint(capsys, [*words, "--model.weights", "gone"])
+    assert "gone is not there to take it from" in complaint(capsys, [*words, "--model.weights", "gone"])
     assert "no such folder; give a run folder" in complaint(capsys, ["report", tmp_path / "run"])
     for name in ("first", "second"):
         (tmp_path / name).mkdir()

@@ -492,12 +492,16 @@ def test_targets_that_nobody_can_give_are_refused():
         ({"hard": True, "temperature": 2.0, "class_target": ClassTarget.BOTH}, "nothing to soften"),
         ({"hard": True}, r"loss\.class_target"),
         ({"temperature": 2.0}, r"loss\.class_target"),
-        ({"teacher": {"topk": 0}}, "topk"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options, named):
-    with pytest.raises(ValueError, match=named):
+    with pytest.raises(ConfigError, match=named):
         LossConfig(**options)
+
+
+def test_a_teacher_that_keeps_no_class_is_refused():
+    with pytest.raises(ConfigError, match=r"loss\.teacher\.topk must be at least 1, got 0"):
+        OnlineTeacherConfig(topk=0)
 
 
 @pytest.mark.parametrize(
