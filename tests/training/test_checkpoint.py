@@ -11,8 +11,8 @@ from tokenlabel.models.runs import list_checkpoints, read_state, read_tensors
 from tokenlabel.runtime.configuration import config_from_dict
 from tokenlabel.runtime.errors import ModelError
 from tokenlabel.training.checkpoint import TrainState, load_checkpoint, load_run, prune_checkpoints, save_checkpoint
-from tokenlabel.training.optim import create_ema, create_optimizer
 from tokenlabel.training.recipe import OptimConfig, Recipe
+from tokenlabel.training.trainer import create_ema, create_optimizer
 
 OPTIONS = {"patch_size": 8, "depth": 1, "width": 16, "num_heads": 2, "stem_width": 8}
 RECIPE = config_from_dict(

@@ -20,8 +20,8 @@ from tokenlabel.runtime.configuration import config_as_dict, config_from_dict
 from tokenlabel.runtime.errors import ConfigError
 from tokenlabel.training.checkpoint import TrainState, load_run, save_checkpoint, with_recipe
 from tokenlabel.training.export import export_run, write_hub_folder, write_onnx, write_safetensors
-from tokenlabel.training.optim import create_ema, create_optimizer
 from tokenlabel.training.recipe import Recipe
+from tokenlabel.training.trainer import create_ema, create_optimizer
 
 CLASS_NAMES = ["ant", "bee", "cat"]
 LVVIT = ("lvvit_t", (24, 36), {"patch_size": 6, "depth": 2, "width": 32, "num_heads": 4, "stem_width": 8})

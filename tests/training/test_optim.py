@@ -4,8 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tokenlabel.models import create_model
-from tokenlabel.training.optim import create_ema, create_optimizer, learning_rate, set_learning_rate
 from tokenlabel.training.recipe import OptimConfig
+from tokenlabel.training.trainer import create_ema, create_optimizer, learning_rate, set_learning_rate
 
 PAPER = OptimConfig(lr=1.6e-3, lr_batch_size=1024, cooldown_epochs=10.0)
 

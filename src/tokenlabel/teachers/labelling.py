@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -22,12 +21,10 @@ from tokenlabel.data.images import ImageSource
 from tokenlabel.labels.manifest import Failure, Manifest
 from tokenlabel.labels.writer import pack_for
 from tokenlabel.runtime.errors import DataError, ImageError
-from tokenlabel.runtime.process import ahead, say, thread_pool
+from tokenlabel.runtime.process import T, ahead, say, thread_pool
 from tokenlabel.teachers.input import TeacherInput
 from tokenlabel.teachers.masks import MaskTeacher
 from tokenlabel.teachers.networks import Teacher
-
-T = TypeVar("T")
 
 # At most so many images (or four batches) wait for others of their shape: photographs have a few dozen shapes.
 MAX_WAITING_IMAGES = 256

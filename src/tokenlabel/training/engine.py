@@ -26,10 +26,9 @@ from tokenlabel.runtime.errors import ModelError
 from tokenlabel.runtime.process import Interrupted, caught_signals
 from tokenlabel.runtime.runlog import RunLog, Stopwatch, Tracker, read_metrics
 from tokenlabel.training.checkpoint import load_checkpoint, prune_checkpoints, save_checkpoint
-from tokenlabel.training.optim import outer_steps
 from tokenlabel.training.run_folder import changes_figures, check_apart, check_run_folder, locked, numerics
 from tokenlabel.training.tasks import Task
-from tokenlabel.training.trainer import StepResult, Trainer, peak_memory_bytes, prepare, train_step
+from tokenlabel.training.trainer import StepResult, Trainer, outer_steps, peak_memory_bytes, prepare, train_step
 
 LOG_EVERY_STEPS = 10
 # Figures of an evaluation that are printed beside the task's own.
