@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -295,3 +296,15 @@ def test_a_model_without_token_grid_is_refused() -> None:
 def test_what_cannot_be_made_is_refused_with_a_hint(name: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         create_model(name, num_classes=NUM_CLASSES, img_size=(64, 64), **options)
+
+
+def test_a_new_classifier_for_few_classes_begins_near_the_loss_of_a_guess():
+    """timm draws an EfficientNet's for a thousand: for three, the first logits would be about 30 times as large."""
+    model, images = create_model("test_efficientnet", num_classes=3, img_size=64), torch.randn(8, 3, 64, 64)
+    assert float(model.backbone.classifier.weight.detach().std()) == pytest.approx(0.02, rel=1e-4)
+    assert float(model.eval()(images).class_logits.std()) < 1
+    torch.manual_seed(0)
+    ours = create_model("test_efficientnet", num_classes=1000, img_size=64).backbone.state_dict()
+    torch.manual_seed(0)
+    theirs = timm.create_model("test_efficientnet", num_classes=1000).state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import timm
+import torch
 from jaxtyping import Float
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import get_pretrained_cfg, group_parameters
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from tokenlabel.core.mix import MixPlan, mix_images
 from tokenlabel.core.outputs import Outputs, TokenModel, check_ascending
 from tokenlabel.models.features import REFUSALS, FeatureLayout, Features, classifier_features, run_blank
-from tokenlabel.models.weights import begin_as_classifier
+from tokenlabel.models.weights import begin_as_classifier, classifiers
 from tokenlabel.runtime.coercion import Size, check_numbers, pair
 from tokenlabel.runtime.errors import ModelError, first_line
 from tokenlabel.runtime.hub import hub_or_cache
@@ -234,6 +235,10 @@ def create_timm_adapter(
         missing = options.get("pretrained") and isinstance(error, OSError)
         remedy = "; give --model.weights FILE and --model.options.pretrained false" if missing else ""
         raise ValueError(f"{name} cannot be made with the options {options}: {first_line(error)}{remedy}") from error
+    # Where timm keeps the classifier of its weights, a head for the tokens begins as that classifier, too.
+    keeps = options.get("pretrained") and backbone.pretrained_cfg.get("num_classes") == num_classes
+    if not keeps:
+        _shrink_classifier(backbone)
     adapter = TimmAdapter(
         backbone,
         name=name,
@@ -242,13 +247,25 @@ def create_timm_adapter(
         stage=stage,
         num_token_classes=num_token_classes,
     )
-    # Where timm keeps the classifier of its weights, a head for the tokens begins as that classifier, too.
-    keeps = options.get("pretrained") and backbone.pretrained_cfg.get("num_classes") == num_classes
     if keeps and not hasattr(backbone, "aux_head"):
         begin_as_classifier(adapter)
     without_weights = {k: v for k, v in options.items() if k not in ("pretrained", "checkpoint_path")}
     adapter.rebuild = partial(timm.create_model, name, **without_weights)
     return adapter
+
+
+@torch.no_grad()
+def _shrink_classifier(backbone: nn.Module) -> None:
+    """Scale a new classifier of large weights to a standard deviation of .02, which most of timm's begin with.
+
+    timm draws those of EfficientNets and MobileNets within 1 / sqrt(num_classes), which suits a thousand classes. For
+    few, the first logits are so large that fine-tuning begins at several times the loss of a guess.
+    """
+    modules = dict(backbone.named_modules())
+    for name in classifiers(backbone):
+        weight = getattr(modules.get(name), "weight", None)
+        if weight is not None and weight.numel() > 1 and (std := float(weight.std())) > 0.05:
+            weight.mul_(0.02 / std)
 
 
 def _pooled_norm(backbone: nn.Module, width: int) -> str | None:

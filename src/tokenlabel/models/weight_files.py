@@ -161,7 +161,7 @@ def _choose(
     plain = [place for place in places if place not in averaged]
     if average and not averaged:
         there = listed([f"{group or 'tensors'} ({len(groups[group]):,} tensors)" for group in groups])
-        raise ModelError(f"{path} has no averaged weights; it has {there}; load it without (model.average)")
+        raise ModelError(f"{path} has no averaged weights; it has {there}; load it as it is (--model.average false)")
     if averaged and average is not True and (average is None or not plain):
         say(f"{path}: takes the averaged weights ({': '.join(filter(None, averaged[0]))})")
     return (averaged if averaged and average is not False else plain or averaged)[0]
