@@ -264,7 +264,9 @@ def _shrink_classifier(backbone: nn.Module) -> None:
     modules = dict(backbone.named_modules())
     for name in classifiers(backbone):
         weight = getattr(modules.get(name), "weight", None)
-        if weight is not None and weight.numel() > 1 and (std := float(weight.std())) > 0.05:
+        if weight is None or weight.is_meta or weight.numel() < 2:  # a network of shapes only, or of no classes
+            continue
+        if (std := float(weight.std())) > 0.05:
             weight.mul_(0.02 / std)
 
 

@@ -86,8 +86,8 @@ class ModelConfig:
     weights: str | None = None
     """Initial weights: a published file (.pth.tar, .safetensors), one of our run or checkpoint folders, or one on the
     hub (hf://USER/NAME)."""
-    average: bool = False
-    """Take the EMA weights of that checkpoint."""
+    average: bool | None = False
+    """Begin with the EMA weights in that checkpoint; null in a recipe: with those if there are any."""
     frozen_layers: int = 0
     """Number of frozen layers, counted from the stem."""
 
