@@ -415,6 +415,68 @@ def doors_refuse_what_would_be_wrong_in_silence():
         refuses(call, *words)
 
 
+def doors_say_what_they_expected():
+    store, images = labels(), dataset(store=labels())
+    samples = [images[0, i] for i in range(2)]
+    batch, pixels, usual = tl.collate(samples), torch.zeros(2, 3, 16, 16, dtype=torch.uint8), {"mean": [0.5] * 3}
+    usual |= {"std": [0.5] * 3}
+    model = tl.create_model("lvvit_t", num_classes=2, img_size=16, depth=1, width=16, num_heads=2)
+    head, plan = tl.Head(torch.eye(3), kind="words"), tl.sample_mix("cutmix", 2, grid=1, img_size=16)
+    by_hand = np.stack([sample.view.frames for sample in samples])  # float64
+    assert torch.equal(
+        tl.align(batch.score_maps, by_hand, 2).dense(2), tl.align(batch.score_maps, batch.views, 2).dense(2)
+    )
+    for call, *words in (
+        (lambda: tl.normalize_images(pixels.permute(0, 2, 3, 1), **usual), "[B, 3, height, width]", "(2, 16, 16, 3)"),
+        (lambda: tl.normalize_images(pixels[0], **usual), "(3, 16, 16)"),
+        (lambda: tl.normalize_images(pixels.numpy(), **usual), "tensor", "numpy.ndarray of uint8"),
+        (lambda: tl.normalize_images(samples, **usual), "got list"),
+        (lambda: tl.normalize_images(pixels, mean=0.5, std=0.5), "three numbers", "0.5"),
+        (lambda: model(np.zeros((2, 3, 16, 16), np.float32)), "numpy.ndarray of float32", "normalize_images"),
+        (lambda: model(torch.rand(3, 16, 16)), "(3, 16, 16)"),
+        (lambda: model(torch.rand(2, 16, 16, 3)), "(2, 16, 16, 3)"),
+        (lambda: model(batch), "tokenlabel.Batch"),
+        (lambda: model(torch.rand(2, 3, 16, 16), "cutmix"), "plan", "sample_mix"),
+        (lambda: tl.mix_images(torch.rand(2, 3, 16, 16), "cutmix"), "plan", "sample_mix"),
+        (lambda: tl.mix_images(pixels, plan), "torch.uint8"),
+        (lambda: tl.open_images(None), "path", "None"),
+        (lambda: tl.LabelStore(None), "folder", "None"),
+        (lambda: tl.LabelStoreWriter(None, store.manifest), "folder", "None"),
+        (lambda: tl.LabelStoreWriter("anew", None), "manifest", "Manifest"),
+        (lambda: tl.merge_stores(["labels"], None), "output", "None"),
+        (lambda: tl.annotate(None, "anew", tl.AnnotateConfig(teacher="masks:masks")), "images", "None"),
+        (lambda: tl.annotate(data(), None, tl.AnnotateConfig(teacher="masks:masks")), "folder", "None"),
+        (lambda: tl.check_images("images/train"), "open_images"),
+        (lambda: store[0], "key", "'ant/0.png'", "got 0"),
+        (lambda: tl.collate([]), "samples", "Sample", "an empty list"),
+        (lambda: tl.collate(samples[0]), "list", "tokenlabel.Sample"),
+        (lambda: tl.collate_score_maps([None]), "score_maps", "NoneType"),
+        (lambda: tl.collate_score_maps([]), "an empty list"),
+        (lambda: tl.stack_views([]), "views", "an empty list"),
+        (lambda: tl.View.crop((0, 0, 0.5, 0.5)), "Box(left=0", "from_pixels", "(0, 0, 0.5, 0.5)"),
+        (lambda: tl.View.rotation(float("nan"), img_size=16), "finite"),
+        (lambda: tl.Box("0"), "left < right"),
+        (lambda: images[:2], "epoch and number", "slice(None, 2, None)", "for i in"),
+        (lambda: images[0, 1, 2], "epoch and number", "(0, 1, 2)"),
+        (lambda: images.set_epoch(1.5), "epoch", "1.5"),
+        (lambda: tl.TokenLabelDataset(images.source, None), "transform", "None"),
+        (lambda: tl.TokenLabelDataset(images.source, images.transform, seed=None), "seed", "None"),
+        (lambda: images.transform(np.zeros((0, 4, 3), np.uint8), np.random.default_rng(0)), "(0, 4, 3)"),
+        (lambda: tl.BatchSampler(num_images=8, batch_size=4, seed=None, num_steps=1), "BatchSampler.seed", "None"),
+        (lambda: tl.align(batch.score_maps, batch.views[:1], 2), "views", "2 score maps", "(1, "),
+        (lambda: tl.align(samples, batch.views, 2), "score_maps", "collate_score_maps", "list"),
+        (lambda: tl.token_label_loss(torch.rand(2, 3), [0, 1], None), "outputs", "torch.Tensor"),
+        (lambda: tl.token_label_loss(model(torch.rand(2, 3, 16, 16)), None, None), "class ids [B]", "None"),
+        (lambda: tl.create_model("test_vit", num_classes=2, img_size=64, num_token_classes=-3), "num_token_classes"),
+        (lambda: tl.ScoreMap(np.array([1]), np.zeros((1, 1, 1), np.uint8), np.ones((1, 1, 2)), 2), "(1, 1, 2)"),
+        (lambda: tl.Outputs(torch.zeros(2, 3), torch.zeros(2, 6, 4), model.token_head, (2, 2)), "6 tokens", "(2, 2)"),
+        (lambda: head(torch.rand(5, 4)), "[..., 3]", "(5, 4)"),
+        (lambda: head.top(torch.rand(5, 3), k=9), "k from 1 to 3", "9"),
+        (lambda: tl.Head(np.eye(3), kind="words"), "matrix", "numpy.ndarray"),
+    ):  # fmt: skip
+        refuses(call, *words)
+
+
 def stores_are_read_as_mappings_are():
     store = labels()
     assert sorted(store) == sorted(store.keys())

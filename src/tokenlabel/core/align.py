@@ -23,7 +23,7 @@ from tokenlabel.core.kernels import blocks
 from tokenlabel.core.published import align_as_published, probabilities_of_cells
 from tokenlabel.core.scores import Kind
 from tokenlabel.core.targets import TokenTargets
-from tokenlabel.runtime.coercion import Size, pair
+from tokenlabel.runtime.coercion import NATURAL, Size, check_number, described, pair
 
 
 def align(
@@ -53,7 +53,15 @@ def align(
     logits, grid = LogitsMode(logits), pair(grid, name="grid")
     if score_maps is None:
         raise ValueError("the batch has no score maps to align; give the data set a label store (store=)")
-    views = torch.as_tensor(views, device=score_maps.probs.device)
+    if not isinstance(score_maps, ScoreMapBatch):
+        raise ValueError(f"score_maps: expected what collate_score_maps returns, got {described(score_maps)}")
+    if (shape := np.shape(views))[1:] != (*shape[1:2], 2, 3) or shape[0] != len(score_maps.codes):
+        raise ValueError(
+            f"views: expected [B, F, 2, 3] for the {len(score_maps.codes)} score maps, as stack_views makes them, got "
+            f"{described(views)}"
+        )
+    check_number(samples, NATURAL, name="samples")
+    views = torch.as_tensor(views, dtype=score_maps.probs.dtype, device=score_maps.probs.device)
     if logits is LogitsMode.PUBLISHED:
         return align_as_published(score_maps, views, grid)
     if score_maps.kind is Kind.LOGITS:

@@ -14,6 +14,7 @@ from torch import Tensor
 from tokenlabel.core.geometry import View
 from tokenlabel.core.scores import Kind, ScoreMap
 from tokenlabel.core.targets import TokenTargets, class_targets
+from tokenlabel.runtime.coercion import check_several, described
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +73,7 @@ def collate_score_maps(score_maps: Sequence[ScoreMap]) -> ScoreMapBatch:
     >>> maps.num_classes
     2
     """
+    check_several(score_maps, ScoreMap, name="score_maps", made_by="store[key]")
     counts = sorted({m.num_classes for m in score_maps})
     if len(counts) > 1:
         raise ValueError(f"score maps over {counts} classes in one batch; all must be over the same classes")
@@ -202,11 +204,13 @@ def normalize_images(
     >>> tl.normalize_images(images, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)).unique()
     tensor([1.])
     """
-    if images.dtype != torch.uint8:
+    if not (isinstance(images, Tensor) and images.dtype == torch.uint8 and images.ndim == 4 and images.shape[1] == 3):
         raise ValueError(
-            f"expected pixels from 0 to 255 as uint8, got {images.dtype}; pass a batch's images as they are"
+            "expected pixels from 0 to 255 as a torch.uint8 tensor [B, 3, height, width], got "
+            f"{described(images)}; pass a batch's images as they are"
         )
-    if len(mean) != 3 or len(std) != 3 or not all(0 <= m <= 1 and 0 < s <= 1 for m, s in zip(mean, std, strict=True)):
+    are_three = all(hasattr(numbers, "__len__") and len(numbers) == 3 for numbers in (mean, std))
+    if not are_three or not all(0 <= m <= 1 and 0 < s <= 1 for m, s in zip(mean, std, strict=True)):
         raise ValueError(
             f"mean and std: expected three numbers each, for pixels in [0, 1], got {mean} and {std}; divide those for "
             "pixels from 0 to 255 by 255"

@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenlabel.runtime.coercion import Size, pair
+from tokenlabel.runtime.coercion import Size, check_several, pair
 
 Scalar = TypeVar("Scalar", bound=np.generic)
 
@@ -43,7 +44,8 @@ class Box:
 
     def __post_init__(self) -> None:
         sides = (self.left, self.top, self.right, self.bottom)
-        if not (all(map(math.isfinite, sides)) and self.left < self.right and self.top < self.bottom):
+        finite = all(isinstance(side, Real) and math.isfinite(side) for side in sides)
+        if not (finite and self.left < self.right and self.top < self.bottom):
             raise ValueError(f"a box needs left < right and top < bottom, all finite; got {self}")
 
     @property
@@ -172,6 +174,11 @@ class View:
     @classmethod
     def crop(cls, box: Box) -> View:
         """Return the view of a crop. The box may reach over the image's edges (padding)."""
+        if not isinstance(box, Box):  # four numbers would not say in which order they are, nor in which unit
+            raise ValueError(
+                "box: expected a Box in fractions of the image, such as Box(left=0, top=0, right=0.5, bottom=1) or "
+                f"Box.from_pixels(...), got {box!r}"
+            )
         return cls(_matrix(box.right - box.left, 0, box.left, 0, box.bottom - box.top, box.top)[None])
 
     @classmethod
@@ -216,6 +223,7 @@ def stack_views(views: Sequence[View]) -> NDArray[np.float32]:
     >>> tl.stack_views([tl.View.identity(), tl.View.flip_horizontal()]).shape
     (2, 1, 2, 3)
     """
+    check_several(views, View, name="views", made_by="View.crop")
     num_frames = max(len(view.frames) for view in views)
     stacked = np.broadcast_to(_matrix(1, 0, 0, 0, 1, 0), (len(views), num_frames, 2, 3)).astype(np.float32)
     for row, view in zip(stacked, views, strict=True):
@@ -224,6 +232,8 @@ def stack_views(views: Sequence[View]) -> NDArray[np.float32]:
 
 
 def _matrix(*entries: float) -> NDArray[np.float64]:
+    if not all(map(math.isfinite, entries)):
+        raise ValueError(f"a view needs finite numbers, got the matrix {entries}")
     return np.array(entries, dtype=np.float64).reshape(2, 3)
 
 

@@ -18,6 +18,7 @@ from tokenlabel.core.kernels import Linear, blocks, linear
 from tokenlabel.core.outputs import Outputs
 from tokenlabel.core.targets import TokenTargets
 from tokenlabel.core.targets import class_targets as targets_of
+from tokenlabel.runtime.coercion import described
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +54,8 @@ def token_label_loss(
     """
     if not 0 <= beta < math.inf:
         raise ValueError(f"beta: expected a finite number of at least 0, got {beta}")
+    if not hasattr(outputs, "class_logits"):
+        raise ValueError(f"outputs: expected what a model of create_model returns, got {described(outputs)}")
     if num_classes := outputs.class_logits.shape[1]:
         if not isinstance(class_targets, TokenTargets):
             class_targets = targets_of(class_targets, num_classes=num_classes)

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from tokenlabel.core.batch import moved
 from tokenlabel.core.config import Mixing
 from tokenlabel.core.targets import TokenTargets
-from tokenlabel.runtime.coercion import Size, coerced, pair
+from tokenlabel.runtime.coercion import Size, coerced, described, pair
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,6 +130,10 @@ def mix_images(images: Float[Tensor, "B c height width"], plan: MixPlan | None) 
     """
     if plan is None:
         return images
+    if not isinstance(plan, MixPlan):
+        raise ValueError(f"plan: expected what sample_mix returns, got {plan!r}")
+    if not (isinstance(images, Tensor) and images.is_floating_point()):
+        raise ValueError(f"images: expected normalised images as a tensor, got {described(images)}")
     if len(images) != len(plan.partner):
         raise ValueError(f"the plan is of {len(plan.partner)} images, got {len(images)}")
     mask = F.interpolate(plan.mask[:, None], size=images.shape[2:], mode="nearest-exact").to(images.dtype)

@@ -31,6 +31,10 @@ class Outputs:
     token_head: nn.Module
     grid: tuple[int, int]
 
+    def __post_init__(self) -> None:
+        if self.tokens.shape[1] != self.grid[0] * self.grid[1]:
+            raise ValueError(f"{self.tokens.shape[1]} tokens do not fill a grid of {self.grid} (h, w)")
+
     @property
     def token_logits(self) -> Float[Tensor, "B N C"]:
         """The logits of every token, computed anew at each access, by a head that takes [B, N, D]."""

@@ -70,6 +70,11 @@ class ScoreMap:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kind", Kind(self.kind))
+        if not np.ndim(self.palette) == 1 or np.ndim(self.codes) != 3 or np.shape(self.codes) != np.shape(self.probs):
+            raise ValueError(
+                "a score map needs a palette [U], codes [H, W, K] and probs [H, W, K]; got the shapes "
+                f"{np.shape(self.palette)}, {np.shape(self.codes)} and {np.shape(self.probs)}"
+            )
 
     @property
     def class_ids(self) -> NDArray[np.integer[Any]]:

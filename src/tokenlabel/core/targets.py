@@ -125,6 +125,8 @@ def class_targets(
     tensor([[0., 0., 1.],
             [1., 0., 0.]])
     """
+    if labels is None or isinstance(labels, str):
+        raise ValueError(f"class targets are whole class ids [B] or probabilities [B, C], got {labels!r}")
     labels = torch.as_tensor(labels)
     is_ids = labels.ndim == 1 and not (labels.is_floating_point() or labels.dtype == torch.bool)
     if not is_ids and not (labels.ndim == 2 and labels.is_floating_point()):

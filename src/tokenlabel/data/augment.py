@@ -186,7 +186,7 @@ def recoloured(pixels: NDArray[np.uint8], changes: Sequence[ColourChange]) -> ND
 
 def _pixels(image: Image.Image | NDArray[np.uint8]) -> NDArray[np.uint8]:
     pixels = np.array(image.convert("RGB")) if isinstance(image, Image.Image) else image
-    if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.shape[2:] != (3,):
+    if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.shape[2:] != (3,) or not pixels.size:
         what = f"{getattr(pixels, 'dtype', type(pixels).__name__)} of shape {tuple(getattr(pixels, 'shape', ()))}"
         raise ValueError(f"expected an image of Pillow or pixels [height, width, 3] as NumPy's uint8, got {what}")
     return pixels

@@ -26,7 +26,7 @@ from tokenlabel.data.decoding import decode_pixels, orientation_of
 from tokenlabel.data.images import ImageSource, has_classes
 from tokenlabel.data.samplers import FOR_SAMPLE, BatchSampler, EvalBatchSampler
 from tokenlabel.data.workers import prepare_worker, process_context, stack_shared
-from tokenlabel.runtime.coercion import COUNT, NATURAL, check_number
+from tokenlabel.runtime.coercion import COUNT, NATURAL, check_number, check_several, coerced
 from tokenlabel.runtime.errors import DataError
 from tokenlabel.runtime.process import listed, say
 
@@ -95,7 +95,9 @@ class TokenLabelDataset(Dataset[Sample]):
                 f"source: expected what tokenlabel.open_images(...) returns, got {type(source).__name__}; datasets of "
                 "Hugging Face are opened by name (hf-dataset:NAME:SPLIT), with an index, not streamed"
             )
-        seed = operator.index(seed)
+        if not callable(transform):
+            raise ValueError(f"transform: expected a TrainTransform or an EvalTransform, got {transform!r}")
+        seed = coerced(seed, int, name="seed")
         check_number(seed, COUNT, name="seed")
         # In memory that data workers share, however they were started: the epoch, and how many samples were drawn by
         # their index alone while nobody had set one (-1: somebody has, or the line about it is out).
@@ -120,7 +122,7 @@ class TokenLabelDataset(Dataset[Sample]):
         Without it the augmentations of every epoch are the same. (A `BatchSampler` names the epoch of each image
         itself, and a `DistributedSampler` has a `set_epoch` of its own, to be called as well.)
         """
-        number = operator.index(epoch)
+        number = coerced(epoch, int, name="epoch")
         check_number(number, COUNT, name="epoch")
         self._clock.copy_(torch.tensor([number, -1]))
 
@@ -129,7 +131,13 @@ class TokenLabelDataset(Dataset[Sample]):
         now, num_drawn = self._clock.tolist()
         pairs = [index if isinstance(index, tuple) else (now, index) for index in indices]
         places = range(self._num_images)
-        found = [(operator.index(epoch), places[operator.index(index)]) for epoch, index in pairs]
+        try:
+            found = [(operator.index(epoch), places[operator.index(index)]) for epoch, index in pairs]
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                "index: expected the number of an image, or a pair of epoch and number, got "
+                f"{', '.join(map(repr, indices))}; for several: [dataset[i] for i in range(8)]"
+            ) from error
         if num_drawn >= 0 and found:
             num_drawn += sum(not isinstance(index, tuple) for index in indices)
             self._clock[1] = num_drawn if num_drawn <= len(self) else -1
@@ -198,6 +206,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
     >>> batch.images.shape, batch.class_ids
     (torch.Size([8, 3, 32, 32]), tensor([0, 0, 0, 0, 1, 1, 1, 1]))
     """
+    check_several(samples, Sample, name="samples", made_by="dataset[index]")
     score_maps = [sample.score_map for sample in samples if sample.score_map is not None]
     if score_maps and len(score_maps) < len(samples):
         raise DataError(f"{len(samples) - len(score_maps)} of the {len(samples)} samples of a batch have no score map")

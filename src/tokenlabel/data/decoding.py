@@ -165,6 +165,8 @@ def check_images(
     >>> len(tl.check_images(tl.open_images("images"), check="decode"))
     8
     """
+    if not hasattr(source, "class_ids"):
+        raise ValueError(f"source: expected what tokenlabel.open_images(...) returns, got {source!r}")
     return leave_out(source, find_broken(source, ImageCheck(check)), skip_broken=skip_broken, option=option)
 
 

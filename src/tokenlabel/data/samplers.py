@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Int
 from numpy.typing import NDArray
 
-from tokenlabel.runtime.coercion import COUNT, NATURAL, check_number, check_numbers
+from tokenlabel.runtime.coercion import COUNT, NATURAL, check_number, check_numbers, coerced_fields
 
 # Part of each seed, so that the order of images and the augmentation of a sample draw independent numbers.
 FOR_ORDER, FOR_SAMPLE = 0, 1
@@ -35,6 +35,7 @@ def shard_order(
 
 
 @dataclass(frozen=True, kw_only=True)
+@coerced_fields
 class BatchSampler:
     """The images of each training step from `start_step` on, as lists of (epoch, index).
 

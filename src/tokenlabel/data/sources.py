@@ -18,6 +18,7 @@ from tokenlabel.data.images import ImageFiles, ImageFolder, ImageSource, describ
 from tokenlabel.data.remote import open_remote
 from tokenlabel.data.tar_index import INDEX_NAME
 from tokenlabel.data.tars import TarImages, read_index, tar_files
+from tokenlabel.runtime.coercion import check_path
 from tokenlabel.runtime.errors import DataError
 from tokenlabel.runtime.process import listed, say
 from tokenlabel.runtime.remote import as_url, expanded
@@ -41,6 +42,7 @@ def open_images(path: str | Path, *, classes: bool = True) -> ImageSource:
     >>> len(source), source.class_names, source.keys[0]
     (8, ['ant', 'bee'], 'ant/0.png')
     """
+    check_path(path, name="path")
     if name := as_hf_dataset(path):
         return HFImages(name, classes=classes)
     if images := _packed_or_listed(path):

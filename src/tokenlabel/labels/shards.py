@@ -74,7 +74,11 @@ UNKNOWN = Fingerprint()
 
 def key_bytes(key: str) -> bytes:
     """Return a key as it is stored. File names that are not valid UTF-8 keep their bytes."""
-    return os.fspath(key).encode("utf-8", "surrogateescape")
+    try:
+        name = os.fspath(key)
+    except TypeError:
+        raise ValueError(f"expected the key of an image, such as 'ant/0.png', got {key!r}") from None
+    return name.encode("utf-8", "surrogateescape")
 
 
 def key_text(name: bytes) -> str:

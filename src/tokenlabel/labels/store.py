@@ -23,6 +23,7 @@ from tokenlabel.labels.encoding import unpack
 from tokenlabel.labels.manifest import Failure, read_manifest
 from tokenlabel.labels.shards import SHARD_SUFFIX, Fingerprint, Shard, key_bytes, key_hash, key_text, open_shard
 from tokenlabel.runtime.cache import local_copy
+from tokenlabel.runtime.coercion import check_path
 from tokenlabel.runtime.errors import StoreError
 from tokenlabel.runtime.hub import is_hub_name, local_name
 from tokenlabel.runtime.process import listed, say
@@ -48,6 +49,8 @@ class LabelStore:
     def __init__(self, folder: str | Path, *more_folders: str | Path, duplicates: str = "first") -> None:
         if duplicates not in ("first", "refuse"):
             raise ValueError(f"duplicates: expected first or refuse, got {duplicates!r}")
+        for name in (folder, *more_folders):
+            check_path(name, name="folder")
         local = [Path(local_name(f)) if is_hub_name(f) else local_copy(f) for f in (folder, *more_folders)]
         folders = {f.resolve(): f for f in local}  # a folder given twice is opened once
         self.folders = tuple(folders.values())

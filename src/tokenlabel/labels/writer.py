@@ -16,6 +16,7 @@ from tokenlabel.labels.encoding import Encoding, pack
 from tokenlabel.labels.manifest import MANIFEST_FILE, Manifest, no_store, read_manifest, update_failures, write_manifest
 from tokenlabel.labels.shards import SHARD_SUFFIX, UNKNOWN, Fingerprint, write_shard
 from tokenlabel.labels.store import LabelStore
+from tokenlabel.runtime.coercion import check_path, coerced, described
 from tokenlabel.runtime.errors import StoreError
 from tokenlabel.runtime.process import ABANDONED_S, UNFINISHED, locked
 from tokenlabel.runtime.remote import as_url
@@ -46,8 +47,8 @@ class LabelStoreWriter:
         generation: int = 0,
         again: str = "",
     ) -> None:
-        self.folder = Path(folder)
-        self.manifest = manifest
+        self.folder = coerced(folder, Path, name="folder")
+        self.manifest = coerced(manifest, Manifest, name="manifest")
         self._generation, self._again = generation, again
         self._max_shard_bytes, self._max_shard_s = max_shard_bytes, max_shard_s
         self._open: list[tuple[str, bytes]] = []
@@ -92,6 +93,8 @@ class LabelStoreWriter:
 
 def pack_for(manifest: Manifest, key: str, score_map: ScoreMap) -> bytes:
     """Return the record of an image's score map, which must be of the manifest's classes, kind and topk."""
+    if not isinstance(score_map, ScoreMap):
+        raise ValueError(f"{key}: expected a ScoreMap, got {described(score_map)}")
     topk = score_map.codes.shape[2]
     got = (score_map.num_classes, score_map.kind.value, f"topk {topk}")
     expected = (manifest.num_classes, manifest.kind.value, f"topk {manifest.topk}")
@@ -123,7 +126,9 @@ def merge_stores(
     >>> len(tl.merge_stores(["labels"], "merged"))
     8
     """
-    folders = [folders] if isinstance(folders, (str, Path)) else folders
+    folders = [folders] if isinstance(folders, (str, Path)) else folders or ()
+    for name in (*folders, output):
+        check_path(name, name="folders and output")
     _check_output(folders, output)
     encoding = encoding and Encoding(encoding)
     if tolerance is not None:

@@ -11,7 +11,7 @@ from tokenlabel.models.lvvit import LVViT, LVViTConfig
 from tokenlabel.models.names import register_with_timm, why_unknown
 from tokenlabel.models.t2t_vit import T2TViT, T2TViTConfig
 from tokenlabel.models.weights import load_published
-from tokenlabel.runtime.coercion import Size, coerced, pair
+from tokenlabel.runtime.coercion import COUNT, Size, check_number, coerced, pair
 
 __all__ = [
     "Inference",
@@ -45,6 +45,8 @@ def create_model(
     """
     name, img_size = coerced(name, str, name="name"), pair(img_size)
     num_classes = coerced(num_classes, int, name="num_classes")
+    num_token_classes = coerced(num_token_classes, int | None, name="num_token_classes")
+    check_number(num_token_classes, COUNT, name="num_token_classes")
     if num_classes < 0 or (num_classes == 0 and not num_token_classes):
         raise ValueError(
             f"num_classes: expected at least 1, or 0 for a model without class head beside num_token_classes, got "

@@ -19,7 +19,7 @@ from tokenlabel.core.mix import MixPlan, mix_images
 from tokenlabel.core.outputs import Outputs, TokenModel, check_ascending
 from tokenlabel.models.features import REFUSALS, FeatureLayout, Features, classifier_features, run_blank
 from tokenlabel.models.weights import begin_as_classifier, classifiers
-from tokenlabel.runtime.coercion import Size, check_numbers, pair
+from tokenlabel.runtime.coercion import Size, check_numbers, described, pair
 from tokenlabel.runtime.errors import ModelError, first_line
 from tokenlabel.runtime.hub import hub_or_cache
 
@@ -101,8 +101,14 @@ class TimmAdapter(TokenModel):
 
     def forward(self, images: Float[Tensor, "B 3 height width"], plan: MixPlan | None = None) -> Outputs:
         """Return class logits and tokens of normalised images, mixed by the plan."""
-        if not images.is_floating_point():
-            raise ValueError(f"expected normalised images, got {images.dtype}; normalize_images makes them")
+        are_numbers = isinstance(images, Tensor) and images.is_floating_point()
+        if not (are_numbers and images.ndim == 4 and images.shape[1] == 3):
+            raise ValueError(
+                f"expected normalised images [B, 3, height, width], got {described(images)}; "
+                "normalize_images(batch.images, ...) makes them"
+            )
+        if not (plan is None or isinstance(plan, MixPlan)):
+            raise ValueError(f"plan: expected what sample_mix returns, got {plan!r}")
         features = self._features((images.shape[2], images.shape[3]))
         seen, dense = self._run(images, plan, features.from_stage)
         logits = self.backbone.forward_head(seen)

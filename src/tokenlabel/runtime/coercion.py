@@ -117,6 +117,32 @@ def _converted(value: Any, kind: Any, name: str) -> Any:
     return _plain(value, kind, name=name) if isinstance(kind, type) else value
 
 
+def described(value: Any) -> str:
+    """Return what messages call an argument of the wrong kind: its type, and of arrays dtype and shape."""
+    shape, kind = getattr(value, "shape", None), f"{type(value).__module__.partition('.')[0]}.{type(value).__name__}"
+    return kind.removeprefix("builtins.") if shape is None else f"{kind} of {value.dtype} and shape {tuple(shape)}"
+
+
+def check_several(values: Any, kind: type, *, name: str, made_by: str) -> None:
+    """Raise ValueError for anything but at least one value of a type, in a list or another sequence."""
+    if not isinstance(values, Sequence):
+        found = described(values)
+    elif all(isinstance(value, kind) for value in values):
+        found = "" if values else "an empty list"
+    else:
+        found = f"a list with {described(next(value for value in values if not isinstance(value, kind)))}"
+    if found:
+        raise ValueError(
+            f"{name}: expected a list of at least one {kind.__name__}, as {made_by} makes them, got {found}"
+        )
+
+
+def check_path(value: Any, *, name: str) -> None:
+    """Raise ValueError for anything but a string or a path; unlike `coerced` it leaves URLs as they are."""
+    if not _is_path(value):
+        raise ValueError(f"{name}: expected a path as str or Path, got {value!r}")
+
+
 def pair(size: Size, *, name: str = "img_size") -> tuple[int, int]:
     """Return a size as two numbers of at least 1; one number stands for both."""
     # What the code itself passes on, several times a step, needs no second look.

@@ -29,7 +29,7 @@ from tokenlabel.labels.encoding import DEFAULT_TOLERANCE, Encoding
 from tokenlabel.labels.fingerprints import FingerprintedImages
 from tokenlabel.labels.manifest import MANIFEST_FILE, Failure, Manifest, read_manifest, update_failures
 from tokenlabel.labels.writer import LabelStoreWriter
-from tokenlabel.runtime.coercion import COUNT, NATURAL, POSITIVE, check_numbers, coerced
+from tokenlabel.runtime.coercion import COUNT, NATURAL, POSITIVE, check_numbers, check_path, coerced
 from tokenlabel.runtime.distributed import Ranks, joined_ranks, usable_device
 from tokenlabel.runtime.errors import ModelError, StoreError, refuse
 from tokenlabel.runtime.process import listed, say
@@ -120,7 +120,11 @@ def annotate(
     (8, ())
     """
     config = coerced(config, AnnotateConfig, name="config")
-    source = open_aloud(images) if isinstance(images, (str, Path)) else images
+    check_path(folder, name="folder")
+    if isinstance(images, (str, Path)) or not hasattr(images, "class_ids"):
+        check_path(images, name="images")
+        images = open_aloud(images)
+    source = images
     _refuse_amid_images(Path(folder), source)
     device = usable_device(device)
     return annotate_by(make_teacher(config, source, device), source, folder, config=config, device=device)

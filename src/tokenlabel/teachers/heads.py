@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from tokenlabel.runtime.coercion import described
 from tokenlabel.runtime.errors import ModelError, first_line, refuse
 from tokenlabel.runtime.hub import local_name
 from tokenlabel.runtime.process import write_whole
@@ -61,6 +62,8 @@ class Head(nn.Module):
         backbone: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        if not (isinstance(matrix, Tensor) and matrix.ndim == 2):
+            raise ValueError(f"matrix: expected a tensor [classes, width], got {described(matrix)}")
         # Buffers, not parameters: a head is frozen, and moves with `.to(device)`.
         for name, tensor in (("matrix", matrix), ("bias", bias), ("center", center)):
             self.register_buffer(name, None if tensor is None else tensor.detach().float().contiguous())
@@ -97,6 +100,11 @@ class Head(nn.Module):
 
     def forward(self, features: Float[Tensor, "*locations D"]) -> Float[Tensor, "*locations C"]:
         """Return the logits of vectors, always in float32: bf16 is too coarse for a cosine times 50."""
+        if not (isinstance(features, Tensor) and features.shape[-1:] == (self.width,)):
+            raise ValueError(
+                f"expected a tensor [..., {self.width}], the width of the vectors of "
+                f"{self.backbone.get('name', 'the backbone of this head')}, got {described(features)}"
+            )
         with torch.autocast(features.device.type, enabled=False):
             x = features.float()
             if self.center is not None:
@@ -107,6 +115,11 @@ class Head(nn.Module):
 
     def top(self, features: Float[Tensor, "n D"], k: int) -> tuple[Int[Tensor, "n k"], Float[Tensor, "n k"]]:
         """Return the k most probable classes of vectors and their probabilities, the most probable first."""
+        if not 1 <= k <= self.num_classes or features.ndim != 2:
+            raise ValueError(
+                f"expected vectors [n, {self.width}] and k from 1 to {self.num_classes}, got {described(features)} "
+                f"and {k}"
+            )
         logits = self(features)
         top = logits.topk(k, dim=1)
         return top.indices, (top.values - logits.logsumexp(dim=1, keepdim=True)).exp()
