@@ -8,7 +8,9 @@ Each function is one case; `test_as_users_call.py` runs them all in one process,
 import contextlib
 import io
 import json
+import resource
 import sys
+import tarfile
 import traceback
 from functools import cache
 from pathlib import Path
@@ -475,6 +477,27 @@ def doors_say_what_they_expected():
         (lambda: tl.Head(np.eye(3), kind="words"), "matrix", "numpy.ndarray"),
     ):  # fmt: skip
         refuses(call, *words)
+
+
+def what_cannot_be_written_or_was_cut_short_is_named():
+    Path("a file").write_text("")
+    refuses(lambda: tl.LabelStoreWriter("a file/labels", labels().manifest), "a file is a file", "another place")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))  # as a full disk
+    refuses(lambda: tl.Head(torch.eye(2), kind="words").save("head.safetensors"), "head.safetensors", error=OSError)
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    tar, cut = Path("whole.tar"), Path("cut.tar")
+    with tarfile.open(tar, "w") as file:
+        file.add(data() / "ant", "ant")
+        file.add(data() / "bee", "bee")
+        end = file.offset
+    cut.write_bytes(tar.read_bytes()[:end])
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        assert len(tl.open_images(tar)) == 8
+    assert not said.getvalue()
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        assert len(tl.open_images(cut)) == 8
+    assert "cut.tar: has no end" in said.getvalue()
 
 
 def stores_are_read_as_mappings_are():

@@ -26,7 +26,7 @@ from tokenlabel.data.folders import (
 )
 from tokenlabel.data.listings import UNREADABLE, Strings, read_arrays, write_arrays
 from tokenlabel.runtime.errors import DataError
-from tokenlabel.runtime.process import listed
+from tokenlabel.runtime.process import listed, say
 
 INDEX_NAME = "tokenlabel-index.npz"
 
@@ -97,6 +97,9 @@ def _members(path: Path, called: str | Path) -> Iterator[tuple[str, str | None, 
                 kind = why_skipped(name) if member.isfile() else "links or special"
                 content = tar.extractfile(member) if kind == ".cls" else None
                 yield name, kind, member.offset_data, member.size, content.read(32) if content else None
+            end = tar.offset  # here two blocks of zeros should begin; Python does not mind if there is nothing
+        if end >= path.stat().st_size:
+            say(f"{called}: has no end, so perhaps it was cut short; what is in it so far is used")
     except (OSError, tarfile.TarError) as error:
         raise DataError(f"{called}: cannot be read as a tar file, uncompressed ({error})") from error
 

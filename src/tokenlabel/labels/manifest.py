@@ -198,6 +198,8 @@ def no_store(folder: Path) -> str:
     if folder.is_file():
         meant = f"; did you mean {folder.parent}?" if (folder.parent / MANIFEST_FILE).exists() else ""
         return f"{folder}: is a file, and a label store is a folder{meant}"
+    if file := next((parent for parent in folder.parents if parent.is_file()), None):
+        return f"{folder}: {file} is a file, and a label store is a folder; name another place"
     if any(folder.glob(f"*{SHARD_SUFFIX}")):
         return f"{folder}: holds {SHARD_SUFFIX} files, but no {MANIFEST_FILE}; {_REPAIR}"
     if inner := sorted(path.parent.name for path in folder.glob(f"*/{MANIFEST_FILE}")):

@@ -167,6 +167,10 @@ def build_with(create: Callable[..., nn.Module], weights: Weights, *, like: nn.M
             called=lambda name: weights.name_in_file(f"backbone.{name}"),
         )
         why = complaint if weights.backbone and complaint else missing[0]
+        if weights.path.suffix == ".npz" and "load_pretrained" in why:  # timm's, about a function of its own
+            why = (
+                "it has not the arrays of a ViT of JAX, the only .npz files that are read; save weights as .safetensors"
+            )
         raise ModelError(f"{weights.path} is for another model or other options: {why}")
     network.pretrained_cfg.pop("state_dict", None)
     return network

@@ -179,6 +179,9 @@ def write_whole(path: Path, content: str | Iterable[bytes]) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        error.filename = str(path)  # of a full disk Python names none
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     # The new name itself survives a power cut only once the folder is on the disk, too.

@@ -91,7 +91,7 @@ def _evaluate(arguments: list[str]) -> int:
     if ranks.is_first:
         figures = {"step": trained.step, **figures}
         write_json(options.output, figures)
-        print(json.dumps(figures))
+        print(json.dumps(figures, ensure_ascii=False))  # names of classes as they are
     return 0
 
 

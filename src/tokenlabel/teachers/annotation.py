@@ -121,10 +121,9 @@ def annotate(
     """
     config = coerced(config, AnnotateConfig, name="config")
     check_path(folder, name="folder")
-    if isinstance(images, (str, Path)) or not hasattr(images, "class_ids"):
-        check_path(images, name="images")
-        images = open_aloud(images)
-    source = images
+    source = open_aloud(images) if isinstance(images, (str, Path)) else images
+    if not hasattr(source, "class_ids"):
+        raise ValueError(f"images: expected a path or what open_images returns, got {source!r}")
     _refuse_amid_images(Path(folder), source)
     device = usable_device(device)
     return annotate_by(make_teacher(config, source, device), source, folder, config=config, device=device)
