@@ -57,7 +57,8 @@ def load_published(
     """Load a checkpoint of anybody's into a model, which may be of another image size or class count.
 
     `model`: a `TimmAdapter`, such as `create_model` returns. `path`: `.safetensors`, `.pth`, `.pth.tar` and the like,
-    or one of our checkpoint folders. `average`: take the EMA weights in the file; None if it has some. For the rest see `load`.
+    or one of our checkpoint folders. `average`: take the EMA weights in the file; None if it has some. For the rest
+    see `load`.
     """
     weights = find_weights(path, model.backbone.state_dict(), average=average)
     return load(model, weights, grid=grid, rows=rows, tokens=tokens)
