@@ -66,6 +66,13 @@ def align(
         return align_as_published(score_maps, views, grid)
     if score_maps.kind is Kind.LOGITS:
         score_maps = probabilities_of_cells(score_maps, logits)
+    return _sampled(score_maps, views, grid, samples)
+
+
+def _sampled(
+    score_maps: ScoreMapBatch, views: Float[Tensor, "B F 2 3"], grid: tuple[int, int], samples: int | None
+) -> TokenTargets:
+    """Return the targets of maps of probabilities: each token's mean over its samples, block by block of images."""
     (num_images, height, width), num_tokens = score_maps.codes.shape[:3], grid[0] * grid[1]
     num_planes, (start, end) = score_maps.classes.shape[1] + 1, score_maps.regions[..., None].split(2, dim=1)
     # The teacher's region is one more frame, the last: points outside of it are not covered, without further code.
