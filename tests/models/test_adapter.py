@@ -301,10 +301,11 @@ def test_what_cannot_be_made_is_refused_with_a_hint(name: str, options: dict[str
 def test_a_new_classifier_for_few_classes_begins_near_the_loss_of_a_guess():
     """timm draws an EfficientNet's for a thousand: for three, the first logits would be about 30 times as large."""
     model, images = create_model("test_efficientnet", num_classes=3, img_size=64), torch.randn(8, 3, 64, 64)
-    assert float(model.backbone.classifier.weight.detach().std()) == pytest.approx(0.02, rel=1e-4)
+    weight = model.get_submodule("backbone.classifier").get_parameter("weight").detach()
+    assert float(weight.std()) == pytest.approx(0.02, rel=1e-4)
     assert float(model.eval()(images).class_logits.detach().std()) < 1
     torch.manual_seed(0)
-    ours = create_model("test_efficientnet", num_classes=1000, img_size=64).backbone.state_dict()
+    ours = create_model("test_efficientnet", num_classes=1000, img_size=64).get_submodule("backbone").state_dict()
     torch.manual_seed(0)
     theirs = timm.create_model("test_efficientnet", num_classes=1000).state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
