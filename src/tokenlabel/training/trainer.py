@@ -177,10 +177,9 @@ def _optimizer_step(state: TrainState, clip_norm: float | None) -> dict[str, Ten
     if state.scaler is not None:
         state.scaler.unscale_(state.optimizer)
     # In two parts: `clip_grad_norm_` without a bound would still multiply every gradient by 1.
-    parameters = [parameter for parameter in state.model.parameters() if parameter.grad is not None]
-    norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    norm = nn.utils.get_total_norm([p.grad for p in state.model.parameters() if p.grad is not None])
     if clip_norm is not None:
-        nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
+        nn.utils.clip_grads_with_norm_(state.model.parameters(), clip_norm, norm)
     if state.scaler is not None:
         state.scaler.step(state.optimizer)
         state.scaler.update()
