@@ -190,8 +190,7 @@ class TokenLabelDataset(Dataset[Sample]):
         if self._labels is not None and key not in self._labels:
             manifest = self._labels.manifest
             return unknown_map(manifest.num_classes, kind=getattr(manifest, "kind", Kind.PROBABILITIES))
-        score_map = None if self.store is None else self.store[key]
-        return turned_map(score_map, orientation) if score_map is not None and orientation != 1 else score_map
+        return None if self.store is None else turned_map(self.store[key], orientation)
 
     def __len__(self) -> int:
         """Return how many images there are."""
