@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from studies.records import read_records, write_records
-from studies.results import write_results
+from studies.results import parts_of, write_results
 from studies.runs import finished_runs, run_all, run_job
 from studies.tables import Study, StudyError, names_in, read_table, read_testbed
 from tokenlabel.runtime.arguments import Parser, add_device, device_of, parse
@@ -35,6 +35,8 @@ def main(arguments: Sequence[str]) -> int:
             raise StudyError(f"--only {options.only}: no such run; the first of {len(jobs)} is {next(iter(jobs))}")
         print(json.dumps(run_job(study, jobs[options.only], device=device_of(options.device))))
         return 0
+    if options.results is not None:
+        parts_of(options.results)  # refuses a file of something else before anything is trained
     failures: list[str] = []
     if not options.collect:
         done = finished_runs(study, read_records(options.record))
@@ -70,7 +72,7 @@ def parsed(arguments: Sequence[str]) -> Any:
         ("--set", several | {"metavar": "KEY=VALUE"}, "settings of every run"),
         ("--jobs", {"type": int, "default": 1}, "runs at a time, each a process with one thread"),
         ("--only", {"metavar": "TABLE:ROW:SEED"}, "this run alone, here and now"),
-        ("--results", path, "also write the results as one Markdown page to this file"),
+        ("--results", path, "also write the results as the testbed's part of this Markdown page"),
         ("--record", path, "keep finished runs in this file too; train none that it has, whichever machine did"),
         ("--collect", {"action": "store_true"}, "run nothing: write the results of what there is"),
     )

@@ -1,14 +1,16 @@
 """What a study found: a page, figures and charts of each table, and one page of all.
 
 Differences between rows are taken seed by seed, and are claimed only where they are larger than their spread. Runs that
-an earlier version of a table or testbed left in the same folder do not count. What people have to say of the figures
-stands beside the page of all (results.md: results.notes.md) and becomes its introduction.
+an earlier version of a table or testbed left in the same folder do not count. The page of all has a part for each
+testbed; a study writes its own and leaves the others. What people have to say of the figures stands beside the page
+(results.md: results.TESTBED.md) and introduces the part.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +23,7 @@ from scipy.special import stdtrit
 from studies.charts import curve_chart
 from studies.measures import METRICS
 from studies.records import Records, RunRecord
-from studies.tables import Study, Table
+from studies.tables import Study, StudyError, Table
 from tokenlabel.drawing.page import as_svg
 from tokenlabel.runtime.process import write_whole
 
@@ -33,8 +35,8 @@ NUM_CHARTED = 3
 _ALSO_IN_SHORT = ("probe_accuracy",)
 
 _METHOD = """\
-The command continues where it was stopped, and this page is what it writes. Every row is trained with several seeds;
-a seed gives all rows the same initial weights, order of images, crops and mixes wherever they can be the same.
+Each part is what its command writes, which continues where it was stopped. Every row is trained with several seeds; a
+seed gives all rows the same initial weights, order of images, crops and mixes wherever they can be the same.
 Figures are means over seeds ± half of a 95% interval (Student's t). A difference is taken seed by seed, and is called
 larger than its spread where its interval leaves out 0; of twenty that do not exist, one looks so by chance. Time a step
 is that of the core or GPU that a run had, where and when it ran: rows that were trained on different machines do not
@@ -144,16 +146,34 @@ def write_results(study: Study, records: Records, *, page: Path | None, command:
         print(text)
     if page is None:
         return
-    notes = page.with_suffix(".notes.md")
-    lines = ["# Results", "", study.testbed.about.strip(), "", f"    {command}", "", _METHOD, ""]
+    notes = page.with_suffix(f".{study.testbed.name}.md")
+    lines = [f"## {study.testbed.title or study.testbed.name}", "", study.testbed.about.strip(), ""]
+    lines += [f"    {command}", ""]
     lines += [notes.read_text(encoding="utf-8").strip(), ""] if notes.is_file() else []
-    lines += ["## Every difference in short", "", summary(everything), ""]
+    lines += ["### Every difference in short", "", summary(everything), ""]
     unstarted = [found.table.title for found in everything if found not in started]
     lines += [f"Tables of which nothing was run: {', '.join(unstarted)}.", ""] if unstarted else []
     for found in started:
         images = _write_charts(found, page.parent / "images", f"results-{found.table.name}")
-        lines.append(as_markdown(found, images=[f"images/{image}" for image in images]))
-    write_whole(page, "\n".join(lines))
+        lines.append(as_markdown(found, images=[f"images/{image}" for image in images], heading="###"))
+    parts = parts_of(page)
+    # A new part comes first: what a reader should see first is what was studied last.
+    parts = ({} if study.testbed.name in parts else {study.testbed.name: ""}) | parts
+    parts[study.testbed.name] = "\n".join(lines)
+    texts = [f"<!-- part: {name} -->\n\n{part.strip()}\n" for name, part in parts.items()]
+    write_whole(page, "\n".join(["# Results", "", _METHOD, "", *texts]))
+
+
+def parts_of(page: Path) -> dict[str, str]:
+    """Return the parts of a page by their testbeds, in its order; none if there is no such file.
+
+    Raises StudyError for a file of something else, which would be lost.
+    """
+    text = page.read_text(encoding="utf-8") if page.exists() else ""
+    _, *found = re.split(r"^<!-- part: (\w+) -->$", text, flags=re.MULTILINE)
+    if text and not found:
+        raise StudyError(f"{page}: no page of results, and would be overwritten; choose another --results or remove it")
+    return dict(zip(found[::2], found[1::2], strict=True))
 
 
 def _write_charts(found: Found, folder: Path, name: str) -> list[str]:
@@ -194,10 +214,10 @@ def as_json(found: Found) -> dict[str, Any]:
     }
 
 
-def as_markdown(found: Found, *, images: Sequence[str] = ()) -> str:
+def as_markdown(found: Found, *, images: Sequence[str] = (), heading: str = "##") -> str:
     """Return a table with its differences in words. `images`: links to its charts."""
     table, missing = found.table, found.missing()
-    lines = [f"## {table.title}", "", table.question, ""]
+    lines = [f"{heading} {table.title}", "", table.question, ""]
     lines += [f"The twin of {table.twin}.", ""] if table.twin else []
     lines += [*_table_lines(found), ""]
     lines += [f"![{table.title}]({image})\n" for image in images]

@@ -76,7 +76,7 @@ class Table:
 
 @dataclass(frozen=True, kw_only=True)
 class Testbed:
-    """What tables run on. `name`: of its file."""
+    """What tables run on. `name`: of its file; `title`: of its part in a page of results."""
 
     __test__ = False  # pytest takes names that begin so for tests
 
@@ -87,6 +87,7 @@ class Testbed:
     steps: Mapping[str, Step] = field(default_factory=dict)
     presets: Mapping[str, Settings] = field(default_factory=dict)
     measure: Mapping[str, str] = field(default_factory=dict)  # folders that metrics need: masks_train, ...
+    title: str = ""
     about: str = ""  # what results on it say of themselves
     needs_data: bool = False  # whether {data} has to be given
 

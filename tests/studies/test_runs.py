@@ -96,7 +96,8 @@ def study_in(folder):
 def test_a_call_runs_what_is_missing_in_a_process_of_its_own(tiny, capsys):
     """Three of four runs are there; the fourth is a defect, which a recipe cannot name."""
     before = (tiny / "out" / "runs" / "base" / "0" / "measures.json").stat().st_mtime_ns
-    (tiny / "results.notes.md").write_text("Swapped labels are worse.\n")
+    (tiny / "results.bed.md").write_text("Swapped labels are worse.\n")
+    (tiny / "results.md").write_text("# Results\n\n<!-- part: other -->\n\n## Of another testbed\n")
     assert main([*words(tiny), "--results", str(tiny / "results.md")]) == 0
     assert capsys.readouterr().err.count("...") == 1
     assert (tiny / "out" / "runs" / "base" / "0" / "measures.json").stat().st_mtime_ns == before
@@ -108,6 +109,7 @@ def test_a_call_runs_what_is_missing_in_a_process_of_its_own(tiny, capsys):
     page = (tiny / "results.md").read_text()
     assert "x and y swapped" in page
     assert "\n\nSwapped labels are worse.\n\n" in page
+    assert page.endswith("\n\n<!-- part: other -->\n\n## Of another testbed\n")
     assert "images/results-tiny.svg" in page
     assert (tiny / "images" / "results-tiny.svg").is_file()
 
@@ -186,16 +188,23 @@ def test_records_in_the_repository_are_of_the_plans_of_today():
 
 
 def test_the_page_of_results_is_made_again_to_the_last_byte(tmp_path, monkeypatch):
-    """But for nothing: the command in it is the one that makes it."""
+    """Each part by the command that stands in it, in any order."""
     docs = Path(__file__).parents[2] / "docs"
-    (tmp_path / "docs").mkdir()
-    for name in ("results.jsonl", "results.notes.md"):
-        shutil.copy(docs / name, tmp_path / "docs" / name)
+    shutil.copytree(docs, tmp_path / "docs", ignore=shutil.ignore_patterns("results.md"))
     monkeypatch.chdir(tmp_path)
     page = (docs / "results.md").read_text()
-    command = next(line for line in page.splitlines() if line.startswith("    python -m studies "))
-    assert main([*command.split()[3:], "--collect"]) == 0
+    commands = [line for line in page.splitlines() if line.startswith("    python -m studies ")]
+    for command in reversed(commands):
+        assert main([*command.split()[3:], "--collect"]) == 0
     assert Path("docs/results.md").read_text() == page
+
+
+def test_a_file_that_is_no_page_of_results_is_kept(tiny):
+    readme = tiny / "README.md"
+    readme.write_text("# Mine\n")
+    with pytest.raises(StudyError, match=r"README\.md: no page of results"):
+        main([*words(tiny), "--results", str(readme)])
+    assert readme.read_text() == "# Mine\n"
 
 
 def test_records_are_written_as_they_were_read_and_a_broken_line_is_named(tmp_path):
