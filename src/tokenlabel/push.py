@@ -29,6 +29,7 @@ from tokenlabel.models.names import OUR_MODELS
 from tokenlabel.models.runs import is_run, newest_checkpoint, read_state
 from tokenlabel.runtime.errors import ConfigError, StoreError, first_line, refuse
 from tokenlabel.runtime.hub import HEAD_FILE, hub_answers, status_of
+from tokenlabel.runtime.process import listed
 from tokenlabel.runtime.runlog import read_metrics
 from tokenlabel.teachers.heads import HEAD_SUFFIX, Head
 from tokenlabel.training.checkpoint import load_run
@@ -246,7 +247,7 @@ def _facts(facts: Mapping[str, Any]) -> str:
 
 
 def _names_of_classes(names: tuple[str, ...]) -> list[str]:
-    return [f"Classes, in the order of their ids: {', '.join(names)}."] if 0 < len(names) <= _MAX_NAMES else []
+    return [f"Classes, in the order of their ids: {listed(names, _MAX_NAMES)}."] if 0 < len(names) <= _MAX_NAMES else []
 
 
 def _checksums(folder: Path) -> str:

@@ -118,11 +118,18 @@ def maps_of_logits_go_by_the_name_of_a_mode():
     refuses(lambda: tl.align(maps, views, "2"), "grid")
 
 
-def score_maps_go_by_the_name_of_their_kind():
+def score_maps_go_by_the_name_of_their_kind_and_are_checked_when_they_are_written():
     codes = np.zeros((1, 1, 1), np.uint8)
     one = tl.ScoreMap(np.array([1]), codes, np.ones((1, 1, 1), np.float32), 2, kind="logits")
     assert one.kind is tl.Kind.LOGITS
     refuses(lambda: tl.ScoreMap(np.array([1]), codes, one.probs, 2, kind="odds"), "Kind", "odds")
+    with tl.LabelStoreWriter("of my own", tl.Manifest(num_classes=2, topk=1)) as writer:
+        for palette, bad_codes, *words in (
+            ([1], codes, "NumPy arrays"),
+            (np.array([0.5]), codes, "class ids from 0 to 1"),
+            (one.palette, codes.astype(int) - 1, "codes", "-1 to -1"),
+        ):
+            refuses(lambda p=palette, c=bad_codes: writer.add("x", tl.ScoreMap(p, c, one.probs, 2)), "x: ", *words)
 
 
 def augmentations_go_by_name():

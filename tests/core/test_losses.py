@@ -208,11 +208,12 @@ def test_the_fused_head_under_autocast():
         assert (gradient - expected).norm() < 1.2 * (other - expected).norm() + 1e-7
 
 
-def test_the_fused_head_in_half_precision_sums_many_tokens_without_overflow(monkeypatch):
+@pytest.mark.parametrize("size", [16.0, 1000.0])
+def test_the_fused_head_in_half_precision_sums_many_tokens_without_overflow(monkeypatch, size):
     """8,192 tokens with features of 16 that all miss class 3: the weight's gradient sums to 131,072 on the way."""
     monkeypatch.setitem(kernels.BLOCK_SIZE, "cpu", 1 << 20)
     head = draw_head(0, 4, 8, dtype=torch.float32)
-    tokens = torch.full((8, 1024, 4), 16.0).requires_grad_()
+    tokens = torch.full((8, 1024, 4), size).requires_grad_()
     nothing = torch.zeros(8, 1024)
     targets = TokenTargets(torch.full((8, 1), 3), torch.ones(8, 1024, 1), nothing, nothing + 1)
     watched = [tokens, *head.parameters()]

@@ -21,7 +21,7 @@ from tokenlabel.core.config import OnlineTeacherConfig
 from tokenlabel.core.scores import from_mask
 from tokenlabel.data.batches import check_labels
 from tokenlabel.data.class_names import class_order
-from tokenlabel.data.classes import ids_among
+from tokenlabel.data.classes import ClassList, ids_among
 from tokenlabel.data.imagenet import SETS, read_real_labels
 from tokenlabel.data.images import ImageFolder
 from tokenlabel.evaluation.assessment import evaluation_set
@@ -30,6 +30,7 @@ from tokenlabel.labels.store import LabelStore
 from tokenlabel.labels.writer import LabelStoreWriter
 from tokenlabel.models import TimmAdapter, create_model
 from tokenlabel.runtime.errors import ConfigError, DataError
+from tokenlabel.runtime.process import listed
 from tokenlabel.teachers.classmap import class_map_for
 from tokenlabel.teachers.ensemble import load_online_teacher, name_classes
 from tokenlabel.teachers.networks import TeacherConfig, load_teacher
@@ -530,3 +531,9 @@ def test_sets_of_imagenet_and_real_labels_are_for_models_of_its_classes(tmp_path
     Path("real.json").write_text("[[0]]")
     done = run(capsys, *eval_words("images", "--weights", weights[12], "--real", "real.json"))
     assert (done.status, "for models of ImageNet-1k's 1,000 classes" in done.said) == (2, True)
+
+
+def test_names_with_commas_are_told_apart_where_several_are_listed():
+    names = ("tench, Tinca tinca", "a,b", "bee", "cat")
+    assert str(ClassList(4, names)) == '4 classes ("tench, Tinca tinca", a,b, bee, ...)'
+    assert listed([*map(repr, names)]) == "'tench, Tinca tinca', 'a,b', 'bee', ..."  # no second quotes

@@ -388,6 +388,19 @@ def test_a_body_of_another_length_is_refused(change, message):
         unpack(record[:16] + change(zstandard.decompress(record[16:])), num_classes=30)
 
 
+@pytest.mark.parametrize("encoding", EVERY)
+def test_values_that_no_teacher_writes_are_refused(encoding):
+    """Such as those of another program, whose checksums are right."""
+    original = random_map()
+    record = pack(replace(original, probs=(2 * original.probs).clip(max=1.9)), encoding)
+    with pytest.raises(StoreError, match=r"probabilities of a cell sum to [12]\."):
+        unpack(record, num_classes=30)
+    record = pack(replace(original, kind=Kind.LOGITS), encoding)
+    start, nan = 16 + 4 * len(original.palette), struct.pack("<e", np.nan)  # values lie behind head and palette
+    with pytest.raises(StoreError, match="logits are not finite"):
+        unpack(record[:start] + nan + record[start + 2 :], num_classes=30)
+
+
 def test_records_of_encodings_to_come_are_refused():
     record = pack(random_map(), Encoding.COMPACT)
     with pytest.raises(StoreError, match=r"encoding 3, known are 0 to 2"):

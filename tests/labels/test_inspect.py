@@ -14,7 +14,7 @@ from tokenlabel.core.geometry import Box
 from tokenlabel.core.scores import Kind, from_mask, from_probabilities, from_top
 from tokenlabel.data.images import ImageFolder
 from tokenlabel.data.sources import open_images
-from tokenlabel.labels.encoding import Encoding
+from tokenlabel.labels.encoding import Encoding, pack
 from tokenlabel.labels.inspection import InspectConfig, as_probabilities, class_finder, inspect_store, verify
 from tokenlabel.labels.manifest import Failure, Manifest
 from tokenlabel.labels.presentation import as_text, write_pictures
@@ -120,14 +120,16 @@ def test_verify_names_every_broken_record(folder):
 
 
 def test_verify_finds_what_no_teacher_writes(tmp_path):
-    too_much = from_probabilities(np.full((1, 1, 4), 0.25), 2)
-    too_much.probs[:] = 0.9
-    twice = from_probabilities(np.full((1, 1, 4), 0.25), 2)
-    twice.codes[:] = 0
+    """Records of another program, say: our own writes no such map."""
+    score_map = from_probabilities(np.full((1, 1, 4), 0.25), 2)
+    too_much, twice = replace(score_map, probs=score_map.probs * 3.6), replace(score_map, codes=score_map.codes * 0)
     with LabelStoreWriter(tmp_path, manifest()) as writer:
-        writer.add("too much", too_much)
-        writer.add("twice", twice)
-    assert [key for key, _ in verify(LabelStore(tmp_path))] == ["too much", "twice"]
+        writer.add_record("too much", pack(too_much, Encoding.RAW))
+        writer.add_record("twice", pack(twice, Encoding.RAW))
+    found = dict(verify(LabelStore(tmp_path)))
+    assert list(found) == ["too much", "twice"]
+    assert "of a cell sum to 1.8" in found["too much"]
+    assert found["twice"] == "twice: a cell names the same class twice"
 
 
 def test_logits_are_inspected_as_probabilities():

@@ -255,6 +255,9 @@ def test_ids_and_logits_that_no_map_can_hold(tmp_path):
     torch.save(torch.stack([torch.full((1, 2, 2), torch.inf), torch.zeros(1, 2, 2)]), tmp_path / "y.pt")
     with pytest.raises(ValueError, match=r"y\.pt: 4 of 4 scores are not finite"):
         read_label_file(tmp_path / "y.pt", num_classes=5)
+    torch.save(torch.stack([torch.ones(2, 2, 2), torch.zeros(2, 2, 2)]), tmp_path / "z.pt")
+    with pytest.raises(ValueError, match=r"z\.pt: a cell names the same class twice"):
+        read_label_file(tmp_path / "z.pt", num_classes=5)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from zlib import crc32
 
@@ -383,6 +384,30 @@ def test_maps_of_other_classes_are_refused(tmp_path):
             writer.add("cat", a_map(0, num_classes=12))
         with pytest.raises(StoreError, match="cat: a map of"):
             writer.add("cat", a_map(0, topk=4))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"probs": np.array([[[0.8, np.nan]]], np.float32)}, "1 of 2 scores are not finite"),
+        ({"probs": np.array([[[0.8, -0.1]]], np.float32)}, r"smallest of -0\.1"),
+        ({"probs": np.array([[[0.8, 0.9]]], np.float32)}, r"largest sum of 1\.7"),
+        ({"codes": np.array([[[1, 1]]], np.uint8)}, "names the same class twice"),
+        ({"codes": np.array([[[0, 2]]], np.uint8)}, "indices into a palette of 2; got uint8 from 0 to 2"),
+        ({"palette": np.array([7, 3])}, r"ascending class ids .* got \[7, 3\]"),
+        ({"palette": np.array([3, 10])}, r"class ids from 0 to 9, .* got \[3, 10\]"),
+        ({"palette": np.zeros(0, int)}, "not empty"),
+    ],
+)
+@pytest.mark.parametrize("encoding", Encoding)
+def test_values_that_a_map_must_not_have_are_not_written(tmp_path, encoding, change, message):
+    codes, probs = np.array([[[0, 1]]], np.uint8), np.array([[[0.8, 0.1]]], np.float32)
+    right = ScoreMap(np.array([3, 7]), codes, probs, num_classes=10)
+    with LabelStoreWriter(tmp_path / "labels", a_manifest(encoding=encoding)) as writer:
+        writer.add("ant", right)
+        with pytest.raises(ValueError, match=f"^cat: .*{message}"):
+            writer.add("cat", replace(right, **change))
+    assert list(LabelStore(tmp_path / "labels")) == ["ant"]
 
 
 @pytest.mark.parametrize(

@@ -197,7 +197,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         num_classes, width = head_weight.shape
         loss = tokens.new_zeros((), dtype=exact)
         grad_tokens = torch.empty_like(tokens, dtype=narrow)
-        grad_weight, grad_bias = torch.zeros_like(head_weight), head_weight.new_zeros(num_classes)
+        # In float32 for weights in half precision, too: they are sums over all tokens.
+        grad_weight, grad_bias = torch.zeros_like(head_weight, dtype=exact), loss.new_zeros(num_classes)
         slices, buffer = _blocks(tokens, num_classes, exact)
         gradient_scale = _float16_scale(narrow, tokens_a_block=slices[0].stop * tokens.shape[1])
         for images in slices:
@@ -209,8 +210,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_bias += out.sum(dim=(0, 1))
                 gradient = out.to(narrow)
                 grad_tokens[images] = linear(gradient, matrix.T, None)
+                features, divisor = _scaled_down(block.flatten(0, 1))
                 for rows in blocks(num_classes, width, tokens.device):
-                    grad_weight[rows] += linear(gradient[:, :, rows].flatten(0, 1).T, block.flatten(0, 1).T, None)
+                    grad_weight[rows] += linear(gradient[:, :, rows].flatten(0, 1).T, features.T, None) * divisor
         ctx.save_for_backward(grad_tokens, grad_weight, None if head_bias is None else grad_bias)
         num_tokens = tokens.shape[0] * tokens.shape[1]
         ctx.divisor = gradient_scale * num_tokens
@@ -263,13 +265,20 @@ def _blocks(rows: Tensor, num_classes: int, dtype: torch.dtype) -> tuple[list[sl
     return slices, rows.new_empty(slices[0].stop, num_tokens, num_classes, dtype=dtype)
 
 
-def _float16_scale(dtype: torch.dtype, *, tokens_a_block: int) -> float:
-    """Return a factor for a block's gradient that keeps its sum over tokens below float16's maximum, 65,504.
+# The gradient of the weights is a sum over a block's tokens of (at most 1) * (a feature), and float16 ends at 65,504.
+# GradScaler cannot prevent this overflow: these gradients are computed in the forward pass, before the loss is scaled.
+# So the sum of the first factors is kept to 1,024, and features are divided so that the largest is at most 60.
 
-    GradScaler cannot prevent this overflow: these gradients are computed in the forward pass, before the loss
-    is scaled.
-    """
+
+def _float16_scale(dtype: torch.dtype, *, tokens_a_block: int) -> float:
     return min(1.0, 1024 / tokens_a_block) if dtype is torch.float16 else 1.0
+
+
+def _scaled_down(features: Tensor) -> tuple[Tensor, Tensor | float]:
+    if features.dtype is not torch.float16:
+        return features, 1.0
+    divisor = (features.abs().amax() / 60).clamp_min(1).float().view(1)  # of shape [1], it makes products float32
+    return (features / divisor).half(), divisor
 
 
 def _linear_dtype(tensor: Tensor) -> torch.dtype:

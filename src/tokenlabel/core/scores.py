@@ -48,7 +48,7 @@ class ScoreMap:
     `Kind.LOGITS` the values are the logits of the kept classes, and every entry is kept.)
     `empty_is_even`: a cell that keeps nothing is an even distribution, as unlabelled pixels are in stores of masks;
     by default it says nothing, and tokens get no label of it.
-    The constructor checks nothing; `from_top`, `from_probabilities` and `from_mask` do.
+    The constructor checks shapes only; what writes and reads label stores checks the values, too (`check_map`).
     `region`: the part of the upright image that the teacher saw; cell (row i, column j) covers
     x in [j/W, (j+1)/W), y in [i/H, (i+1)/H) of it.
 
@@ -138,13 +138,15 @@ def from_top(
             f"{name}: class ids and scores must both be [H, W, K] and not empty; "
             f"got {class_ids.shape} and {scores.shape}"
         )
-    _check_finite(scores, name=name)
     if class_ids.min() < 0 or class_ids.max() >= num_classes:
         raise ValueError(
             f"{name}: class ids run from {class_ids.min()} to {class_ids.max()}, expected 0 to {num_classes - 1}"
         )
+    _check_cells(class_ids, scores, kind=kind, name=name)
     if kind is Kind.PROBABILITIES:
-        scores = _checked_probabilities(class_ids, scores, num_classes=num_classes, name=name)
+        sums = scores.sum(axis=2, dtype=np.float64)
+        complete = (scores > 0).sum(axis=2) == num_classes  # no other class can take the rest: the sum must be 1
+        scores = (scores / np.where(complete, sums, np.maximum(sums, 1))[..., None]).astype(np.float32)
     order = np.argsort(-scores, axis=2, kind="stable")
     class_ids, scores = (np.take_along_axis(class_ids, order, axis=2), np.take_along_axis(scores, order, axis=2))
     kept = (scores > 0) | (kind is Kind.LOGITS)
@@ -211,29 +213,42 @@ def unknown_map(num_classes: int, *, kind: Kind = Kind.PROBABILITIES) -> ScoreMa
     return from_top(nothing.astype(np.int64), nothing, num_classes=num_classes, region=Box(2, 2, 3, 3), kind=kind)
 
 
+def check_map(score_map: ScoreMap, *, name: str) -> None:
+    """Raise ValueError for a map whose values are not what `ScoreMap` says; messages begin with `name`."""
+    palette, codes, probs = score_map.palette, score_map.codes, score_map.probs
+    if not all(isinstance(array, np.ndarray) and array.size for array in (palette, codes, probs)):
+        raise ValueError(f"{name}: palette, codes and probs must be NumPy arrays that are not empty")
+    ids, last = palette.astype(np.int64), score_map.num_classes - 1
+    if palette.dtype.kind not in "iu" or ids[0] < 0 or ids[-1] > last or (np.diff(ids) <= 0).any():
+        shown = ids.tolist() if len(ids) < 9 else f"{len(ids)} from {ids.min()} to {ids.max()}"
+        raise ValueError(f"{name}: the palette must be ascending class ids from 0 to {last}; got {shown}")
+    if codes.dtype.kind not in "iu" or codes.min() < 0 or codes.max() >= len(ids):
+        raise ValueError(
+            f"{name}: codes must be indices into a palette of {len(ids)}; got {codes.dtype} from {codes.min()} to "
+            f"{codes.max()}"
+        )
+    _check_cells(codes, probs, kind=score_map.kind, name=name)
+
+
 def _check_finite(scores: NDArray[np.floating[Any]], *, name: str) -> None:
     num_finite = np.count_nonzero(np.isfinite(scores))
     if num_finite < scores.size:
         raise ValueError(f"{name}: {scores.size - num_finite} of {scores.size} scores are not finite")
 
 
-def _checked_probabilities(
-    class_ids: NDArray[np.integer[Any]], probs: NDArray[np.floating[Any]], *, num_classes: int, name: str
-) -> NDArray[np.float32]:
-    """Return the probabilities, rescaled to a sum of 1 in cells that name all classes, and where rounding made it more.
-
-    Raises ValueError for what is no distribution.
-    """
-    sums = probs.sum(axis=2, dtype=np.float64)
-    if probs.min() < 0 or sums.max() > 1 + SUM_TOLERANCE:
-        raise ValueError(
-            f"{name}: probabilities must be at least 0 and sum to at most 1 a cell; "
-            f"got a smallest of {probs.min():.3g} and a largest sum of {sums.max():.3g}"
-        )
-    kept = probs > 0
-    # Entries that are not kept get distinct negative ids here, so that none of them looks like a repeated class.
-    in_order = np.sort(np.where(kept, class_ids, -1 - np.arange(class_ids.shape[2])), axis=2)
-    if (np.diff(in_order, axis=2) == 0).any():
+def _check_cells(
+    class_ids: NDArray[np.integer[Any]], scores: NDArray[np.floating[Any]], *, kind: Kind, name: str
+) -> None:
+    """Raise ValueError for scores that are not finite or no distribution, and for a cell that names a class twice."""
+    _check_finite(scores, name=name)
+    if kind is Kind.PROBABILITIES:
+        sums = scores.sum(axis=2, dtype=np.float64)
+        if scores.min() < 0 or sums.max() > 1 + SUM_TOLERANCE:
+            raise ValueError(
+                f"{name}: probabilities must be at least 0 and sum to at most 1 a cell; "
+                f"got a smallest of {scores.min():.3g} and a largest sum of {sums.max():.3g}"
+            )
+    # Entries of score 0 get distinct negative ids here, so that none of them looks like a repeated class.
+    entries = np.where(scores != 0, class_ids.astype(np.int64), -1 - np.arange(class_ids.shape[2]))
+    if (np.diff(np.sort(entries, axis=2), axis=2) == 0).any():
         raise ValueError(f"{name}: a cell names the same class twice")
-    complete = kept.sum(axis=2) == num_classes  # no other class can take the rest: the sum must be 1
-    return (probs / np.where(complete, sums, np.maximum(sums, 1))[..., None]).astype(np.float32)

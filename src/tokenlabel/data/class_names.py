@@ -97,7 +97,7 @@ def class_order(
         raise ConfigError(f"{option} {order}: the images have no classes; give a file of names")
     refuse(
         {
-            f"{option} {order}: the network says itself that its classes are {listed(list(known))}, not "
+            f"{option} {order}: the network says itself that its classes are {listed(known)}, not "
             f"{listed(names)}; leave the option out, or map them": not are_numbers(known)
             and not same_classes(known, names),
             f"{option} {order}: that is {len(names):,} classes, the network knows {count:,}; give a file with the name "
@@ -123,7 +123,7 @@ def read_class_names(path: str | Path, ours: Sequence[str] = (), *, option: str 
         kinds = "neither `natural` nor `sorted`, nor a file" if option.endswith("class-order") else "no file"
         raise ConfigError(f"{option} {path}: {kinds} of class names ({error})".lstrip()) from error
     if repeated := [name for name, times in Counter(map(composed, names)).items() if times > 1]:
-        raise ConfigError(f"{option} {path}: names several classes {listed(list(map(repr, repeated)))}".lstrip())
+        raise ConfigError(f"{option} {path}: names several classes {listed([*map(repr, repeated)])}".lstrip())
     return names
 
 

@@ -56,7 +56,7 @@ class ClassList:
 
     def __str__(self) -> str:
         what = "visual words" if self.words else "classes"
-        return f"{self.count:,} {what}" + (f" ({listed(list(self.names))})" if self.names and not self.words else "")
+        return f"{self.count:,} {what}" + (f" ({listed(self.names)})" if self.names and not self.words else "")
 
 
 def ids_among(names: Sequence[str], others: Sequence[str]) -> list[int]:
@@ -81,14 +81,14 @@ def difference(theirs: Sequence[str], ours: Sequence[str], *, count: int, them: 
     if not theirs:
         return both
     if count != len(ours):
-        return f"{both} ({listed(list(theirs))} against {listed(list(ours)) or 'none'})"
+        return f"{both} ({listed(theirs)} against {listed(ours) or 'none'})"
     first = next(i for i, index in enumerate(ids_among(ours, theirs)) if index != i)
     show = ascii if _outline(theirs[first]) == _outline(ours[first]) else repr  # escapes tell lookalikes apart
     num_common = sum(index >= 0 for index in ids_among(ours, theirs))
     return (
         f"class {first} is {show(theirs[first])} to {them} and {show(ours[first])} to the images; {num_common:,} names "
         "are common to both "
-        f"({listed(list(theirs))} against {listed(list(ours))})"
+        f"({listed(theirs)} against {listed(ours)})"
     )
 
 
@@ -97,10 +97,10 @@ def strangers(ours: Sequence[str], theirs: Sequence[str], ids: Sequence[int], *,
     first, *others = (name for name, index in zip(ours, ids, strict=True) if index < 0)
     text = f"{first!r} is no class of {them}"
     if others:
-        text += f", nor {len(others):,} more of {len(ours):,} ({listed(list(map(repr, others)))})"
+        text += f", nor {len(others):,} more of {len(ours):,} ({listed([*map(repr, others)])})"
     if all(name.isdecimal() for name in ours):
         text += f"; class numbers are ids from 0 to {count - 1:,}, these run to {max(map(int, ours)):,}"
-    text += f"; {_knows(them)} {listed(list(theirs)) or 'no names'} ({count:,} classes)"
+    text += f"; {_knows(them)} {listed(theirs) or 'no names'} ({count:,} classes)"
     if num_so_called := Counter(theirs)[first]:
         return f"{text}, and {num_so_called} of these are called {first!r}"
     alike = next((name for name in theirs if _outline(name) == _outline(first)), None)

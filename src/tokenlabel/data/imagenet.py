@@ -167,7 +167,7 @@ def read_multi_labels(path: Path, class_names: Sequence[str]) -> dict[str, list[
         if strange := [c for c, place in zip(found[key], classes, strict=True) if place not in range(len(class_names))]:
             raise DataError(
                 f"{path}: {key} has the class {strange[0]!r}, which the model does not: it knows "
-                f"{listed(list(class_names))} ({len(class_names):,} classes)"
+                f"{listed(class_names)} ({len(class_names):,} classes)"
             )
     return of_image
 
@@ -216,6 +216,6 @@ def imagenet_ids(class_names: Sequence[str], num_classes: int, where: str | Path
         return np.arange(num_classes)
     ids = np.array(ids_among(names, class_names))
     if num_classes != len(names) or ids.min() < 0:
-        has = f" has {num_classes}" if num_classes != len(names) else f"'s are others ({listed(list(class_names))})"
+        has = f" has {num_classes}" if num_classes != len(names) else f"'s are others ({listed(class_names)})"
         raise DataError(f"{where} is for models of ImageNet-1k's 1,000 classes, this one{has}; read it as a folder")
     return ids

@@ -336,7 +336,7 @@ def describe(source: ImageSource, place: str | Path) -> str:
 
 def counted(names: Sequence[str], noun: str, plural: str | None = None) -> str:
     """Return "5 images (a, b, c, ...)"."""
-    return f"{_plural(len(names), noun, plural)} ({listed(list(names))})"
+    return f"{_plural(len(names), noun, plural)} ({listed(names)})"
 
 
 def _plural(count: int, noun: str, plural: str | None = None) -> str:

@@ -20,7 +20,7 @@ import zstandard
 from numpy.typing import NDArray
 
 from tokenlabel.core.geometry import WHOLE_IMAGE, Box
-from tokenlabel.core.scores import Kind, ScoreMap
+from tokenlabel.core.scores import SUM_TOLERANCE, Kind, ScoreMap
 from tokenlabel.runtime.coercion import Choice
 from tokenlabel.runtime.errors import StoreError
 
@@ -122,6 +122,13 @@ def unpack(record: bytes, *, num_classes: int, empty_is_even: bool = False) -> S
     ids = palette.view(_UINT32)
     if ids.item(ids.argmax()) >= num_classes:
         raise StoreError(f"class ids from {palette.min()} to {palette.max()}, expected 0 to {num_classes - 1}")
+    if kind is Kind.LOGITS:
+        if not np.isfinite(probs).all():
+            raise StoreError("some of its logits are not finite")
+        return ScoreMap(palette, codes, probs, num_classes, region, kind, empty_is_even)
+    sums = probs.reshape(-1, topk) @ np.ones(topk, np.float32)  # in a third of the time of `sum`
+    if (largest := sums.item(sums.argmax())) > 1 + 2 * SUM_TOLERANCE:  # a cell that was written may have been rounded
+        raise StoreError(f"the probabilities of a cell sum to {largest:.4g}")
     return ScoreMap(palette, codes, probs, num_classes, region, kind, empty_is_even)
 
 

@@ -12,17 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from tokenlabel.core.scores import Kind, ScoreMap
+from tokenlabel.core.scores import Kind, ScoreMap, check_map
 from tokenlabel.data.classes import composed, ids_among, say_order, strangers
 from tokenlabel.data.images import ImageSource, has_classes
 from tokenlabel.labels.fingerprints import find_replaced
 from tokenlabel.labels.manifest import Manifest, read_manifest
 from tokenlabel.labels.store import LabelStore
 from tokenlabel.runtime.coercion import COUNT, check_numbers, coerced_fields
-from tokenlabel.runtime.errors import StoreError
 from tokenlabel.runtime.process import listed, say
 
-MAX_SUM = 1.001
 MAX_TEXT = 60  # longer texts are shortened in messages
 
 
@@ -164,18 +162,9 @@ def verify(store: LabelStore) -> Iterator[tuple[str, str]]:
     """Read every label and verify its checksum; yield the key of each that cannot be right, and what is wrong."""
     for key in tqdm(store.keys(), total=len(store), desc="verify", unit="label", disable=None):
         try:
-            score_map = store[key]
-        except StoreError as error:
+            check_map(store[key], name=key)
+        except ValueError as error:
             yield key, str(error)
-            continue
-        probs = score_map.probs
-        sums = probs.sum(axis=2)
-        # Entries of probability 0 may name any class; with a negative id of its own, none counts as a repetition.
-        entries = np.where(probs != 0, score_map.codes.astype(np.int64), -1 - np.arange(probs.shape[2]))
-        if score_map.kind is Kind.PROBABILITIES and (probs.min() < 0 or sums.max() > MAX_SUM):
-            yield key, f"{key}: the probabilities of a cell sum to {sums.max():.4f}"
-        elif (np.diff(np.sort(entries, axis=2), axis=2) == 0).any():
-            yield key, f"{key}: a cell names the same class twice"
 
 
 @dataclass(frozen=True, eq=False)
@@ -321,7 +310,7 @@ def _why_unknown(store: LabelStore, source: ImageSource | None, keys: Sequence[s
         return "no label was looked at"
     ours = listed([repr(shortened_path(key)) for key in keys])
     if source is None:
-        classes = f"none of its classes ({listed(list(names))})" if names else "no classes: these have no names"
+        classes = f"none of its classes ({listed(names)})" if names else "no classes: these have no names"
         return f"the first folders of its keys ({ours}) are {classes}; name the images by --images"
     if not source.class_names:
         return "the images have no classes"
@@ -330,7 +319,7 @@ def _why_unknown(store: LabelStore, source: ImageSource | None, keys: Sequence[s
         return f"no label looked at is of one of the images: its keys are {ours}, theirs {theirs}"
     if not names:
         return f"the labels are about {count:,} classes without names, the images have {len(source.class_names):,}"
-    return f"the labels' classes ({listed(list(names))}) are not those of the images ({listed(source.class_names)})"
+    return f"the labels' classes ({listed(names)}) are not those of the images ({listed(source.class_names)})"
 
 
 def _say_what_differs(manifest: Manifest, ours: Sequence[str]) -> None:

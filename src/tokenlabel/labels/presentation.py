@@ -62,7 +62,7 @@ def _about_store(figures: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if count := figures["num_superseded"]:
         yield "superseded", f"{count:,} records, by newer, equal or earlier ones; merge leaves them out"
     if count := figures["num_replaced"]:
-        names = listed(list(figures["replaced"]))
+        names = listed(figures["replaced"])
         yield "replaced", f"{count:,} of the images since labelling ({names}): annotate --again changed"
     if count := figures["num_unsure"]:
         yield ("modified", f"{count:,} of the images since labelling, which kept their size: --verify reads them")

@@ -137,15 +137,13 @@ def _class_names(ours: Sequence[str], num_classes: int) -> tuple[str, ...]:
     order, if there are as many as classes. Raises StoreError for more.
     """
     if len(ours) > num_classes:
-        raise StoreError(
-            f"--num-classes {num_classes:,}, but the images have {len(ours):,} classes ({listed(list(ours))})"
-        )
+        raise StoreError(f"--num-classes {num_classes:,}, but the images have {len(ours):,} classes ({listed(ours)})")
     if num_classes == len(imagenet_ids()) and set(ours) <= set(imagenet_ids()):
         return imagenet_ids() if ours else ()
     if ours and all(name.isdecimal() and int(name) < num_classes for name in ours):
         named = {int(name): name for name in ours}
         if len(named) == len(ours):
-            say(f"classes that are called by numbers ({listed(list(ours))}) are taken for the files' of these ids")
+            say(f"classes that are called by numbers ({listed(ours)}) are taken for the files' of these ids")
             return tuple(named.get(class_id, str(class_id)) for class_id in range(num_classes))
     if len(ours) == num_classes:
         pairs = [f"{class_id} is {name!r}" for class_id, name in enumerate(ours)]
@@ -153,7 +151,7 @@ def _class_names(ours: Sequence[str], num_classes: int) -> tuple[str, ...]:
         return tuple(ours)
     if ours:
         say(
-            f"the images have {len(ours):,} of the files' {num_classes:,} classes ({listed(list(ours))}), and nothing "
+            f"the images have {len(ours):,} of the files' {num_classes:,} classes ({listed(ours)}), and nothing "
             "says which; labels keep their class ids, without names"
         )
     return ()

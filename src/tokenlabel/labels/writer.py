@@ -11,7 +11,7 @@ from itertools import groupby
 from pathlib import Path
 from types import TracebackType
 
-from tokenlabel.core.scores import ScoreMap
+from tokenlabel.core.scores import ScoreMap, check_map
 from tokenlabel.labels.encoding import Encoding, pack
 from tokenlabel.labels.manifest import MANIFEST_FILE, Manifest, no_store, read_manifest, update_failures, write_manifest
 from tokenlabel.labels.shards import SHARD_SUFFIX, UNKNOWN, Fingerprint, write_shard
@@ -58,7 +58,11 @@ class LabelStoreWriter:
         _make_store(self.folder, manifest)
 
     def add(self, key: str, score_map: ScoreMap, image: Fingerprint = UNKNOWN) -> None:
-        """Add the label of an image. Raises StoreError for a map of other classes, and for a key given twice."""
+        """Add the label of an image.
+
+        Raises StoreError for a map of other classes and for a key given twice, ValueError for values that `ScoreMap`
+        does not allow.
+        """
         self.add_record(key, pack_for(self.manifest, key, score_map), image)
 
     def add_record(self, key: str, record: bytes, image: Fingerprint = UNKNOWN) -> None:
@@ -92,9 +96,10 @@ class LabelStoreWriter:
 
 
 def pack_for(manifest: Manifest, key: str, score_map: ScoreMap) -> bytes:
-    """Return the record of an image's score map, which must be of the manifest's classes, kind and topk."""
+    """Return the record of an image's score map. Raises ValueError for one that the store cannot hold."""
     if not isinstance(score_map, ScoreMap):
         raise ValueError(f"{key}: expected a ScoreMap, got {described(score_map)}")
+    check_map(score_map, name=key)
     topk = score_map.codes.shape[2]
     got = (score_map.num_classes, score_map.kind.value, f"topk {topk}")
     expected = (manifest.num_classes, manifest.kind.value, f"topk {manifest.topk}")

@@ -47,9 +47,14 @@ def say(line: str) -> None:
         tqdm.write(line, file=sys.stderr)
 
 
-def listed(names: list[str], most: int = 3) -> str:
-    """Return the first names, and ", ..." if there are more: `a, b, c, ...`."""
-    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+def listed(names: Sequence[str], most: int = 3) -> str:
+    """Return the first names, and ", ..." if there are more: `a, b, c, ...`; those with a comma in them in quotes."""
+    return ", ".join(map(quoted, names[:most])) + (", ..." if len(names) > most else "")
+
+
+def quoted(name: str) -> str:
+    """Return a name as it is, but in quotes where it has a comma in it that would look like the end of the name."""
+    return name if ", " not in name or name[0] in "'\"" else f'"{name}"'
 
 
 class Interrupted(Exception):  # noqa: N818  (not an error: somebody asked the run to stop)
