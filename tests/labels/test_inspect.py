@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from dataclasses import replace
 
@@ -12,9 +13,10 @@ from PIL import Image
 from tokenlabel.cli import main
 from tokenlabel.core.geometry import Box
 from tokenlabel.core.scores import Kind, from_mask, from_probabilities, from_top
-from tokenlabel.data.images import ImageFolder
+from tokenlabel.data.images import ImageFolder, JoinedImages
 from tokenlabel.data.sources import open_images
 from tokenlabel.labels.encoding import Encoding, pack
+from tokenlabel.labels.fingerprints import FingerprintedImages, say_replaced
 from tokenlabel.labels.inspection import InspectConfig, as_probabilities, class_finder, inspect_store, verify
 from tokenlabel.labels.manifest import Failure, Manifest
 from tokenlabel.labels.presentation import as_text, write_pictures
@@ -130,6 +132,25 @@ def test_verify_finds_what_no_teacher_writes(tmp_path):
     assert list(found) == ["too much", "twice"]
     assert "of a cell sum to 1.8" in found["too much"]
     assert found["twice"] == "twice: a cell names the same class twice"
+
+
+def test_replaced_images_are_found_among_those_with_and_without_classes(tmp_path, capsys):
+    for key in ("images/ape/1.png", "images/ape/2.png", "more/3.png", "more/4.png"):
+        (tmp_path / key).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / key).write_bytes(b"png")
+    source = JoinedImages(ImageFolder(tmp_path / "images"), ImageFolder(tmp_path / "more", classes=False))
+    fingerprinted = FingerprintedImages(source)
+    with LabelStoreWriter(tmp_path / "labels", manifest()) as writer:
+        for index, key in enumerate(source.keys):
+            fingerprinted.read(index)
+            writer.add(key, certain(0), fingerprinted.take(key))
+    say_replaced(LabelStore(tmp_path / "labels"), source)
+    assert not capsys.readouterr().err
+    (tmp_path / "more/3.png").write_bytes(b"larger")
+    (tmp_path / "more/4.png").write_bytes(b"PNG")
+    os.utime(tmp_path / "more/4.png", (0, 0))
+    say_replaced(LabelStore(tmp_path / "labels"), source)
+    assert "2 of 4 images that were looked at are not those that were labelled (3.png, 4.png)" in capsys.readouterr().err
 
 
 def test_logits_are_inspected_as_probabilities():

@@ -304,8 +304,17 @@ class JoinedImages:
 
     def read(self, index: int) -> bytes:
         """Return the encoded image."""
+        source, index = self._at(index)
+        return source.read(index)
+
+    def stat(self, index: int) -> tuple[int, int] | None:
+        """Return the bytes of the image and when it was modified, in ns, if its source knows them."""
+        source, index = self._at(index)
+        return source.stat(index) if hasattr(source, "stat") else None  # type: ignore[attr-defined]
+
+    def _at(self, index: int) -> tuple[ImageSource, int]:
         number = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return self._sources[number].read(int(index - self._starts[number]))
+        return self._sources[number], int(index - self._starts[number])
 
     def __len__(self) -> int:
         """Return how many images there are."""

@@ -100,7 +100,7 @@ def say_replaced(store: LabelStore, source: ImageSource) -> None:
     sampled = np.linspace(0, len(source) - 1, min(len(source), _MOST_SAMPLED)).astype(np.int64)
     sample = ImageSubset(source, sampled)
     # To read one image of a tar file behind a URL is to fetch the file: there sizes have to do.
-    replaced = find_replaced(store, sample, max_read=None if getattr(source, "files", None) is None else 0).indices
+    replaced = find_replaced(store, sample, max_read=0 if getattr(source, "files", None) else None).indices
     if replaced:
         say(
             f"{len(replaced):,} of {len(sample):,} images that were looked at are not those that were labelled "
