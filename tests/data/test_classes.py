@@ -20,7 +20,7 @@ from tokenlabel.cli import main
 from tokenlabel.core.config import OnlineTeacherConfig
 from tokenlabel.core.scores import from_mask
 from tokenlabel.data.batches import check_labels
-from tokenlabel.data.class_names import class_order
+from tokenlabel.data.class_names import class_order, read_class_names
 from tokenlabel.data.classes import ClassList, ids_among
 from tokenlabel.data.imagenet import SETS, read_real_labels
 from tokenlabel.data.images import ImageFolder
@@ -30,7 +30,7 @@ from tokenlabel.labels.store import LabelStore
 from tokenlabel.labels.writer import LabelStoreWriter
 from tokenlabel.models import TimmAdapter, create_model
 from tokenlabel.runtime.errors import ConfigError, DataError
-from tokenlabel.runtime.process import listed
+from tokenlabel.runtime.process import listed, read_json
 from tokenlabel.teachers.classmap import class_map_for
 from tokenlabel.teachers.ensemble import load_online_teacher, name_classes
 from tokenlabel.teachers.networks import TeacherConfig, load_teacher
@@ -537,3 +537,10 @@ def test_names_with_commas_are_told_apart_where_several_are_listed():
     names = ("tench, Tinca tinca", "a,b", "bee", "cat")
     assert str(ClassList(4, names)) == '4 classes ("tench, Tinca tinca", a,b, bee, ...)'
     assert listed([*map(repr, names)]) == "'tench, Tinca tinca', 'a,b', 'bee', ..."  # no second quotes
+
+
+@pytest.mark.parametrize("read", [read_json, read_class_names])
+def test_json_nested_too_deeply_is_no_file_of_names(tmp_path, read):
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"deep\.json: .*recursion"):
+        read(tmp_path / "deep.json")

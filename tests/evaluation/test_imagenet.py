@@ -239,6 +239,10 @@ def test_images_with_several_labels_have_a_mean_average_precision(weights, tmp_p
     (tmp_path / "labels.json").write_text(json.dumps({"images/a.png": ["unicorn"]}))
     with pytest.raises(ValueError, match="'unicorn', which the model does not"):
         read_multi_labels(tmp_path / "labels.json", WNIDS)
+    for wrong, message in ((3, "to lists of classes"), ("cat", "to lists of classes"), ([True], "the class True")):
+        (tmp_path / "labels.json").write_text(json.dumps({"images/a.png": wrong}))
+        with pytest.raises(ValueError, match=rf"labels\.json: .*{message}"):
+            read_multi_labels(tmp_path / "labels.json", WNIDS)
 
 
 def test_size_and_crop_change_what_is_seen(weights, own):

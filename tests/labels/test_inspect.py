@@ -102,6 +102,14 @@ def test_an_empty_store(tmp_path):
     assert (found.num_images, found.num_verified, found.top1_prob) == (0, 0, 0.0)
 
 
+def test_names_that_a_terminal_would_obey_are_shown_without(tmp_path):
+    with LabelStoreWriter(tmp_path, manifest()) as writer:
+        writer.add("ape/\x1b[31m\n.png", certain(1, 0.5))
+    lines = as_text(inspect_store(LabelStore(tmp_path)).as_dict()).splitlines()
+    assert sum(line.startswith("  ape/?[31m?.png: ") for line in lines) == 2
+    assert not any("\x1b" in line for line in lines)
+
+
 def test_a_sample_is_drawn(folder):
     assert inspect_store(LabelStore(folder), InspectConfig(sample=2)).num_sampled == 2
     assert inspect_store(LabelStore(folder), InspectConfig(sample=0)).num_sampled == 4
@@ -150,7 +158,9 @@ def test_replaced_images_are_found_among_those_with_and_without_classes(tmp_path
     (tmp_path / "more/4.png").write_bytes(b"PNG")
     os.utime(tmp_path / "more/4.png", (0, 0))
     say_replaced(LabelStore(tmp_path / "labels"), source)
-    assert "2 of 4 images that were looked at are not those that were labelled (3.png, 4.png)" in capsys.readouterr().err
+    assert (
+        "2 of 4 images that were looked at are not those that were labelled (3.png, 4.png)" in capsys.readouterr().err
+    )
 
 
 def test_logits_are_inspected_as_probabilities():

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import struct
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 import pytest
@@ -199,6 +201,20 @@ def test_a_first_file_that_is_broken_or_keeps_fewer_classes_costs_only_itself(da
         path.write_bytes(b"cut short")
     with pytest.raises(StoreError, match="no label file can be read"):
         run(data)
+
+
+def test_an_image_that_is_broken_or_claims_to_be_huge_costs_only_itself(data):
+    huge = data / "images" / "ape" / "1.png"
+    pixels = bytearray(huge.read_bytes())
+    pixels[16:24] = struct.pack(">II", 30_000, 30_000)  # width and height, and the checksum of the header
+    pixels[29:33] = struct.pack(">I", crc32(pixels[12:29]))
+    huge.write_bytes(pixels)
+    (data / "images" / "bee" / "1.png").write_bytes(b"no image")
+    done = run(data, region="center:80")
+    assert done.num_imported == 2
+    reasons = {failure.key: failure.reason for failure in done.failures}
+    assert "ape/1.png: does not decode as an image (Image size (900000000 pixels)" in reasons["ape/1.png"]
+    assert reasons["bee/1.png"] == "bee/1.png: does not decode as an image (it is of no known format)"
 
 
 def test_images_whose_names_collide_get_no_label(data):

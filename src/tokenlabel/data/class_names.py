@@ -119,7 +119,7 @@ def read_class_names(path: str | Path, ours: Sequence[str] = (), *, option: str 
         else:
             lines = [line.strip() for line in text.split("\n") if not line.startswith("#")]
             names = _in_line_order([line for line in lines if line], ours)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         kinds = "neither `natural` nor `sorted`, nor a file" if option.endswith("class-order") else "no file"
         raise ConfigError(f"{option} {path}: {kinds} of class names ({error})".lstrip()) from error
     if repeated := [name for name, times in Counter(map(composed, names)).items() if times > 1]:

@@ -45,10 +45,14 @@ def decode_image(data: bytes, name: str) -> Image.Image:
         if orientation == 1:
             return rgb
         return Image.fromarray(np.ascontiguousarray(turned(np.asarray(rgb), orientation)))
-    except UnidentifiedImageError as error:
-        raise ImageError(f"{name}: does not decode as an image (it is of no known format)") from error
     except Exception as error:  # Pillow's decoders raise whatever their parsing runs into
-        raise ImageError(f"{name}: does not decode as an image ({error or type(error).__name__})") from error
+        raise ImageError(undecodable(name, error)) from error
+
+
+def undecodable(name: str, error: Exception) -> str:
+    """Return the message for an image that Pillow does not decode, and raises an error of whatever type for."""
+    reason = "it is of no known format" if isinstance(error, UnidentifiedImageError) else str(error)
+    return f"{name}: does not decode as an image ({reason or type(error).__name__})"
 
 
 def decode_pixels(data: bytes, name: str) -> NDArray[np.uint8]:
@@ -62,6 +66,15 @@ def decode_pixels(data: bytes, name: str) -> NDArray[np.uint8]:
         except ValueError:
             pass  # four inks, say, or damage: what can be done is for Pillow to decide
     return np.array(decode_image(data, name))
+
+
+def stored_size(data: bytes, name: str) -> tuple[int, int]:
+    """Return width and height of an encoded image as it is stored, by its header alone. Raises ImageError for none."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return image.size
+    except Exception as error:  # as in `decode_image`; of too large an image it is no OSError either
+        raise ImageError(undecodable(name, error)) from error
 
 
 def orientation_of(data: bytes, image: Image.Image | None = None) -> int:

@@ -146,7 +146,7 @@ def read_real_labels(path: Path) -> dict[str, list[int]]:
     labels = read_json(path)
     known = range(NUM_IMAGENET_CLASSES)
     if not isinstance(labels, list) or not all(
-        isinstance(ids, list) and all(class_id in known for class_id in ids) for ids in labels
+        isinstance(ids, list) and all(type(class_id) is int and class_id in known for class_id in ids) for ids in labels
     ):
         raise DataError(f"{path}: expected a list with a list of class ids, 0 to 999, for each val image")
     return {f"ILSVRC2012_val_{number:08d}.JPEG": ids for number, ids in enumerate(labels, start=1)}
@@ -158,13 +158,15 @@ def read_multi_labels(path: Path, class_names: Sequence[str]) -> dict[str, list[
     Raises DataError for a class that the model does not have.
     """
     found = read_json(path)
-    if not isinstance(found, dict):
+    if not isinstance(found, dict) or not all(isinstance(classes, list) for classes in found.values()):
         raise DataError(f"{path}: expected a mapping from paths of images to lists of classes")
     named = sorted({c for classes in found.values() for c in classes if isinstance(c, str)})
     ids = dict(zip(named, ids_among(named, class_names), strict=True))
     of_image = {key: [ids[c] if isinstance(c, str) else c for c in classes] for key, classes in found.items()}
+    known = range(len(class_names))
     for key, classes in of_image.items():
-        if strange := [c for c, place in zip(found[key], classes, strict=True) if place not in range(len(class_names))]:
+        strange = [c for c, i in zip(found[key], classes, strict=True) if type(i) is not int or i not in known]
+        if strange:
             raise DataError(
                 f"{path}: {key} has the class {strange[0]!r}, which the model does not: it knows "
                 f"{listed(class_names)} ({len(class_names):,} classes)"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +26,7 @@ from tokenlabel.data.folders import (
 )
 from tokenlabel.data.listings import MANY_IMAGES, Strings, are_settled, are_unchanged, recall, remember
 from tokenlabel.runtime.errors import DataError, ImageError
-from tokenlabel.runtime.process import listed
+from tokenlabel.runtime.process import listed, printable
 from tokenlabel.runtime.remote import RemoteFile
 
 # The modification time that a source gives if it knows only the sizes of its images.
@@ -338,9 +337,7 @@ def describe(source: ImageSource, place: str | Path) -> str:
         line += " without classes"
     if skipped := getattr(source, "skipped", None):
         line += f"; {skipped_text(skipped)}"
-    line = "; ".join([line, *getattr(source, "remarks", ())])
-    # Names of files may hold anything, and a terminal would obey it.
-    return re.sub(r"[\x00-\x1f]", "?", line).encode("utf-8", "backslashreplace").decode()
+    return printable("; ".join([line, *getattr(source, "remarks", ())]))
 
 
 def counted(names: Sequence[str], noun: str, plural: str | None = None) -> str:

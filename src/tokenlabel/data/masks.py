@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int32, UInt16
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from tokenlabel.core.geometry import turned
-from tokenlabel.data.decoding import orientation_of
+from tokenlabel.data.decoding import orientation_of, stored_size, undecodable
 from tokenlabel.data.listings import Strings
 from tokenlabel.runtime.errors import DataError, import_extra
 from tokenlabel.runtime.process import listed, read_json
@@ -61,8 +61,7 @@ def decode_mask(data: bytes, name: str) -> NDArray[np.integer]:
         values = np.asarray(image)
         orientation = orientation_of(data, image)
     except Exception as error:  # Pillow's decoders raise whatever their parsing runs into
-        reason = "it is of no known format" if isinstance(error, UnidentifiedImageError) else error
-        raise DataError(f"{name}: does not decode as an image ({reason or type(error).__name__})") from error
+        raise DataError(undecodable(name, error)) from error
     if image.format in _LOSSY:
         raise DataError(f"{name}: is a {image.format}, which rounds the numbers of classes; save masks as PNG")
     if values.ndim == 3 and _is_grey(values):
@@ -100,7 +99,7 @@ def check_upright(size_px: tuple[int, ...], data: bytes, *, mask: str, image: st
     orientation = orientation_of(data)
     if orientation < 5:
         return
-    width, height = Image.open(io.BytesIO(data)).size
+    width, height = stored_size(data, image)
     if _fits(size_px, (height, width)) and not _fits(size_px, (width, height)):
         raise DataError(
             f"{mask}: lies as {image} stores its pixels ({height} x {width}, height x width), but people see the "

@@ -19,7 +19,7 @@ from tokenlabel.drawing.pictures import ClassGrid, Tile, make_album, top_classes
 from tokenlabel.labels.inspection import MapSummary, as_probabilities, by_doubt, class_finder, shortened_path, summarize
 from tokenlabel.labels.store import LabelStore
 from tokenlabel.runtime.errors import ImageError, StoreError
-from tokenlabel.runtime.process import listed, say
+from tokenlabel.runtime.process import listed, printable, say
 
 MAX_KEY = 200  # longer ones are shortened
 SAMPLE = 2000
@@ -54,7 +54,7 @@ def as_text(figures: Mapping[str, Any]) -> str:
         lines += ["", f"out of fold, {agree}", *_suspect_lines("least of all", folds["suspects"])[1:]]
     if figures["num_verified"] is not None:
         lines += ["", f"verified {figures['num_verified']:,} labels, {len(figures['broken']):,} broken"]
-    return "\n".join([*lines, *(f"  {line}" for line in figures["broken"])])
+    return "\n".join(map(printable, [*lines, *(f"  {line}" for line in figures["broken"])]))
 
 
 def _about_store(figures: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -7,7 +7,6 @@ label for each image is what `align` gives for a grid of 1 x 1.
 
 from __future__ import annotations
 
-import io
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -17,12 +16,12 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from tqdm import tqdm
 
 from tokenlabel.core.geometry import WHOLE_IMAGE, Box
 from tokenlabel.core.scores import Kind, Orientation, ScoreMap, from_top
 from tokenlabel.data.class_names import imagenet_ids
+from tokenlabel.data.decoding import stored_size
 from tokenlabel.data.images import ImageSource
 from tokenlabel.data.sources import open_aloud
 from tokenlabel.labels.encoding import Encoding
@@ -216,7 +215,9 @@ class _Job:
             reason = f"shares {path.name} with another image: their names are equal up to the first dot"
             return key, Failure(key, reason)
         try:
-            region = WHOLE_IMAGE if self.crop is None else _centre(self.source.read(index), self.crop)
+            region = WHOLE_IMAGE
+            if self.crop is not None:
+                region = _centre(stored_size(self.source.read(index), key), self.crop)
             score_map = read_label_file(path, num_classes=self.manifest.num_classes, layout=self.layout, region=region)
             if len(self.agreements) < NUM_COMPARED and self.manifest.class_names:
                 own = self.source.class_names[int(self.source.class_ids[index])]
@@ -271,10 +272,9 @@ def _crop_fraction(region: str) -> float | None:
     return float(found[1]) / 100
 
 
-def _centre(data: bytes, fraction: float) -> Box:
-    """Return the centred square of an encoded image; only its header is read, the pixels are not decoded."""
-    with Image.open(io.BytesIO(data)) as image:
-        width_px, height_px = image.size
-    side_px = fraction * min(width_px, height_px)
+def _centre(size_px: tuple[int, int], fraction: float) -> Box:
+    """Return the centred square of an image of (width, height)."""
+    width_px, height_px = size_px
+    side_px = fraction * min(size_px)
     left, top = (1 - side_px / width_px) / 2, (1 - side_px / height_px) / 2
     return Box(left=left, top=top, right=1 - left, bottom=1 - top)

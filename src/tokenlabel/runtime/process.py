@@ -44,7 +44,12 @@ def is_main_process() -> bool:
 def say(line: str) -> None:
     """Print one line to stderr, from the main process of a job only; progress bars stay whole."""
     if is_main_process():
-        tqdm.write(line, file=sys.stderr)
+        tqdm.write(printable(line), file=sys.stderr)
+
+
+def printable(text: str) -> str:
+    """Return a line without control characters: names of files may hold any, and a terminal would obey them."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", "?", text).encode("utf-8", "backslashreplace").decode()
 
 
 def listed(names: Sequence[str], most: int = 3) -> str:
@@ -132,7 +137,7 @@ def run_command(command: str, run: Callable[[list[str]], int], arguments: list[s
         if isinstance(error, BrokenPipeError) or not message or os.environ.get("TOKENLABEL_TRACEBACK"):
             raise
         if not isinstance(error, FirstRankError) or environment_number("LOCAL_RANK") == 0:  # once a machine
-            print(f"{command}: error: {message}", file=sys.stderr)
+            print(f"{command}: error: {printable(message)}", file=sys.stderr)
         return USAGE_ERROR
 
 
@@ -213,7 +218,7 @@ def read_json(path: Path) -> Any:
     """Return what a JSON file holds. Raises DataError that names the file."""
     try:
         return json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise DataError(f"{path}: cannot be read as JSON ({reason})") from error
 
