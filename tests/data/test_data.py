@@ -2,6 +2,7 @@ import copy
 import io
 import os
 import pickle
+import struct
 import subprocess
 import sys
 import time
@@ -217,6 +218,15 @@ class TestDecodePixels:
         expected = np.asarray(decode_image(buffer.getvalue(), "a.jpg"))
         assert np.abs(pixels.astype(int) - expected).max() <= 1
         assert pixels.flags.writeable
+
+    @pytest.mark.parametrize("fast", [True, False], ids=["simplejpeg", "Pillow alone"])
+    def test_an_image_that_would_fill_the_memory_is_not_decoded(self, fast, monkeypatch):
+        if not fast:
+            monkeypatch.setattr(decoding, "simplejpeg", None)
+        photo = encoded(self.PHOTO, "JPEG")
+        size = photo.index(b"\xff\xc0") + 5  # height and width in the header of the frame
+        with pytest.raises(ImageError, match=r"a\.jpg: .*4290250000 pixels"):
+            decode_pixels(photo[:size] + struct.pack(">HH", 65500, 65500) + photo[size + 4 :], "a.jpg")
 
     @pytest.mark.parametrize("data", [b"", encoded(PHOTO, "JPEG")[:-100], b"\xff\xd8\xff nonsense"])
     def test_broken_data_is_an_error_that_names_the_image(self, data):

@@ -15,6 +15,7 @@ from tokenlabel.cli import main
 from tokenlabel.data.decoding import check_images
 from tokenlabel.data.images import ImageSubset, describe
 from tokenlabel.data.sources import open_aloud, open_images
+from tokenlabel.data.tars import refuse_parts
 from tokenlabel.runtime.errors import DataError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
@@ -329,6 +330,7 @@ class TestTarFiles:
             pack(f"tars/{name}.tar", {f"{name}.png": png(), f"{name}.cls": b"1"})
         assert "tar files of several parts" in train_complaint(capsys, "tars")
         assert "tar files of several parts" in complaint(capsys, "index", "tars")
+        refuse_parts("tars", ["train-unlabelled-0.tar", "train-unlabelled-1.tar", "more.tar"])  # one part
 
     @pytest.mark.parametrize(
         ("names", "images"),

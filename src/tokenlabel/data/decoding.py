@@ -28,6 +28,7 @@ except ImportError:  # the extra "fast"
 DECODE_ALL_UP_TO = 10_000
 
 _JPEG = b"\xff\xd8\xff"
+_MANY_PIXELS = 1 << 27  # more may be a few bytes that would fill the memory: Pillow has a limit, simplejpeg has none
 _ORIENTATION = 0x0112  # the tag of EXIF data
 _XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([1-8])')
 
@@ -62,9 +63,11 @@ def decode_pixels(data: bytes, name: str) -> NDArray[np.uint8]:
     """
     if simplejpeg is not None and data.startswith(_JPEG):
         try:
-            return np.ascontiguousarray(turned(simplejpeg.decode_jpeg(data), orientation_of(data)))
+            height, width, *_ = simplejpeg.decode_jpeg_header(data)
+            if height * width <= _MANY_PIXELS:
+                return np.ascontiguousarray(turned(simplejpeg.decode_jpeg(data), orientation_of(data)))
         except ValueError:
-            pass  # four inks, say, or damage: what can be done is for Pillow to decide
+            pass  # four inks, say, or damage: what can be done is for Pillow to decide, as of huge images
     return np.array(decode_image(data, name))
 
 

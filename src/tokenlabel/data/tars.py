@@ -125,11 +125,11 @@ def tar_files(folder: Path) -> list[Path]:
 
 def refuse_parts(folder: str | Path, names: Sequence[str]) -> None:
     """Raise DataError for names of tar files that are of several parts of a data set."""
-    parts: dict[str, str] = {}
+    parts: dict[frozenset[str], str] = {}
     for name in names:
-        for word in re.findall(r"[a-z]+", name.lower().removesuffix(".tar")):
-            if part := part_of(word):
-                parts.setdefault(part, name)
+        words = re.findall(r"[a-z]+", name.lower().removesuffix(".tar"))
+        if found := frozenset(filter(None, map(part_of, words))):  # of train-unlabelled-000.tar two, and of all alike
+            parts.setdefault(found, name)
     if len(parts) > 1:
         some = listed([*parts.values()])
         raise DataError(f"{folder}: holds tar files of several parts of a data set ({some}); give each a folder")
