@@ -88,14 +88,16 @@ def test_writing_goes_on_where_it_stopped(tmp_path):
     assert holds(LabelStore(tmp_path / "labels"), range(9))
 
 
-def test_a_writer_that_fails_keeps_what_it_was_given(tmp_path):
-
+@pytest.mark.parametrize("error", [KeyboardInterrupt, StoreError])
+def test_a_writer_that_is_stopped_keeps_what_it_was_given(tmp_path, error):
     def be_stopped():
         with LabelStoreWriter(tmp_path / "labels", a_manifest()) as writer:
             writer.add(key_of(0), a_map(0))
+            if error is StoreError:
+                writer.add(key_of(1), a_map(1, num_classes=12))
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(error):
         be_stopped()
     assert holds(LabelStore(tmp_path / "labels"), range(1))
 
@@ -444,7 +446,7 @@ def test_a_full_disk_is_one_clear_error(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(StoreError, match="No space left on device"):
+    with pytest.raises(StoreError, match="No space left on device"), writer:
         writer.flush()
     assert not list((tmp_path / "labels").glob("*.tmp"))
     assert len(LabelStore(tmp_path / "labels")) == 0

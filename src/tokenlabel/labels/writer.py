@@ -55,6 +55,7 @@ class LabelStoreWriter:
         self._images: list[Fingerprint] = []
         self._open_bytes, self._open_since_s = 0, 0.0
         self._keys: set[str] = set()
+        self._has_failed = False
         _make_store(self.folder, manifest)
 
     def add(self, key: str, score_map: ScoreMap, image: Fingerprint = UNKNOWN) -> None:
@@ -82,8 +83,14 @@ class LabelStoreWriter:
     def flush(self) -> None:
         """Write the records that are in memory as one file."""
         if self._open:
-            write_shard(self.folder, self._open, images=self._images, generation=self._generation, again=self._again)
-        self._open, self._images, self._open_bytes = [], [], 0
+            try:
+                write_shard(
+                    self.folder, self._open, images=self._images, generation=self._generation, again=self._again
+                )
+            except StoreError:  # a full disk, say: at the end it would only fail again
+                self._has_failed = True
+                raise
+        self._open, self._images, self._open_bytes, self._has_failed = [], [], 0, False
 
     def __enter__(self) -> LabelStoreWriter:
         return self
@@ -91,7 +98,7 @@ class LabelStoreWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if not isinstance(error, StoreError):  # after one, such as of a full disk, writing would only fail again
+        if not self._has_failed:
             self.flush()
 
 
