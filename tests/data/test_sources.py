@@ -209,6 +209,7 @@ def test_more_tar_files_than_a_process_keeps_open(tmp_path, monkeypatch):
         ("# val\nx/a.JPEG 65\nx/b.JPEG 2\n", ["x/a.JPEG", "x/b.JPEG"], [str(i) for i in range(66)], [65, 2]),
         ("a.png,cat\n\nb.png, cat \n", ["a.png", "b.png"], ["cat"], [0, 0]),
         ("a b.png\nc.png\n", ["a b.png", "c.png"], [], [0, 0]),
+        (f"{'w' * 300},b.png\nx,c.png\n", ["b.png", "c.png"], ["w" * 300, "x"], [0, 1]),  # no file has such a name
     ],
 )
 def test_lists(tmp_path, text, keys, class_names, class_ids):
@@ -232,6 +233,7 @@ def test_lists(tmp_path, text, keys, class_names, class_ids):
         ("a.png 1\na.png 2\n", r"a\.png is listed with 2 classes \(1, 2\)"),
         ("a.png 1\n\t2\n", r"line 2: expected the path"),
         ("a.png great white shark\n", r"line 1: expected .*a tab between"),
+        (f"a.png,{'w' * 200_000}\n", r"list\.txt: cannot be read as a list \(field larger"),
     ],
 )
 def test_lists_that_cannot_be_used(tmp_path, text, message):

@@ -103,11 +103,12 @@ def test_an_empty_store(tmp_path):
 
 
 def test_names_that_a_terminal_would_obey_are_shown_without(tmp_path):
-    with LabelStoreWriter(tmp_path, manifest()) as writer:
+    with LabelStoreWriter(tmp_path, manifest(preprocessing={"unlabelled": 0, "size": None})) as writer:
         writer.add("ape/\x1b[31m\n.png", certain(1, 0.5))
     lines = as_text(inspect_store(LabelStore(tmp_path)).as_dict()).splitlines()
     assert sum(line.startswith("  ape/?[31m?.png: ") for line in lines) == 2
     assert not any("\x1b" in line for line in lines)
+    assert f"{'preprocessing':<24}unlabelled 0" in lines
 
 
 def test_a_sample_is_drawn(folder):

@@ -23,8 +23,8 @@ def shard_order(
 
     `groups`: the group of each image. The groups lie on a circle in random order, and each image moves forward by a
     random distance of up to `window` groups. So at any time images of about `window` groups are read in random order,
-    and each group is read once. With `window` >= the number of groups it is a plain permutation. A function of
-    its arguments, the same on every rank.
+    and each group is read once, but for `window` ones, which are read at the start and at the end. With `window` >= the
+    number of groups it is a plain permutation. A function of its arguments, the same on every rank.
     """
     check_number(window, NATURAL, name="window")
     rng = np.random.default_rng((seed, FOR_ORDER, epoch))

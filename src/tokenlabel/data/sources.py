@@ -89,7 +89,7 @@ def open_aloud(path: str | Path, *, classes: bool = True) -> ImageSource:
     if isinstance(source, ListedImages):
         some = np.unique(np.linspace(0, len(source) - 1, _NUM_LOOKED_FOR).astype(int))
         looked_for = [source.keys[int(i)] for i in some]
-        absent = [key for key in looked_for if not (source.root / key).is_file()]
+        absent = [key for key in looked_for if not _is_file(source.root / key)]
         if len(absent) == len(looked_for):
             raise DataError(
                 f"{path}: no such files as it lists ({listed(absent)}); paths are relative to the list's folder, "
@@ -150,11 +150,14 @@ def _distinct_entries(
     path: Path, data: bytes, remarks: list[str], skipped: Counter[str]
 ) -> list[tuple[str, str | None]]:
     """Return the key and the class of each image of a list, once. Raises DataError for none, and for two classes."""
-    entries = [*_entries(path, data, remarks, skipped)]
+    try:
+        entries = [*_entries(path, data, remarks, skipped)]
+    except csv.Error as error:
+        raise DataError(f"{path}: cannot be read as a list ({error})") from error
     if not entries:
         raise DataError(f"{path}: lists no images{in_brackets(skipped)}")
     strange = next((key for key, _ in entries if "\\" in key and "/" not in key), None)
-    if strange is not None and not (path.parent / strange).exists():  # written on Windows
+    if strange is not None and not _is_file(path.parent / strange):  # written on Windows
         entries = [(key.replace("\\", "/"), name) for key, name in entries]
     distinct = dict.fromkeys((key.removeprefix("./"), name) for key, name in entries)
     if len(distinct) < len(entries):  # a line for each object, say
@@ -210,7 +213,7 @@ def _rows(path: Path, lines: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
         says = says[1:]
     # A first line that names a file as it stands is a path with a comma in it, not two cells.
     some = [lines[i].strip() for i in says[:2]]
-    if delimiter is None and some and not (_is_image(some[0]) and (path.parent / some[0]).is_file()):
+    if delimiter is None and some and not (_is_image(some[0]) and _is_file(path.parent / some[0])):
         delimiter = next((mark for mark in "\t;," if any(_splits(line, mark) for line in some)), None)
     if delimiter is None:
         for i in says:
@@ -253,7 +256,7 @@ def _in_utf8(entries: list[tuple[str, str | None]], path: Path, remarks: list[st
         return text.encode("utf-8", "surrogateescape").decode("cp1252", "replace")
 
     strange = {text for entry in entries for text in entry if text and _is_escaped(text)}
-    read = {text: decoded(text) for text in strange if not (path.parent / text).is_file()}
+    read = {text: decoded(text) for text in strange if not _is_file(path.parent / text)}
     if read:
         remarks.append(f"not UTF-8, read as Windows-1252: {listed(sorted(read.values()))}")
     return [(read.get(key, key), name and read.get(name, name)) for key, name in entries]
@@ -300,6 +303,13 @@ _PATH_HEADINGS = {
 _CLASS_HEADINGS = {
     "class", "label", "category", "target", "classid", "labelid", "classname", "labelname", "classes", "labels", "y",
 }  # fmt: skip
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # its name is too long, say
+        return False
 
 
 def _is_image(path: str) -> bool:

@@ -111,7 +111,9 @@ def _in_a_line(settings: Mapping[str, Any]) -> str:
         members = [_in_a_line(member) for member in settings["members"]]
         more = f" + {len(members) - 3} more" if len(members) > 3 else ""
         return f"{' + '.join(members[:3])}{more}; {_in_a_line({k: v for k, v in settings.items() if k != 'members'})}"
-    return ", ".join(f"{name} {_shortened(value)}" for name, value in settings.items() if value not in (None, False))
+    return ", ".join(
+        f"{name} {_shortened(value)}" for name, value in settings.items() if value is not None and value is not False
+    )
 
 
 def _shortened(value: Any) -> str:

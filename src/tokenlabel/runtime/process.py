@@ -92,6 +92,7 @@ USAGE_ERROR = 2
 
 # What to do about errors of PyTorch and NumPy that the code is not to blame for, by what they say.
 _REMEDIES = {
+    "maximum recursion depth exceeded while decoding a JSON": "a JSON file is nested too deeply",
     "out of memory|can't allocate memory|not enough memory|Unable to allocate": (
         "not enough memory; take fewer images at a time (--batch-size, in training --micro-batch-size), smaller "
         "ones, or less of what else was asked for"

@@ -6,6 +6,7 @@ import csv
 import json
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
@@ -172,8 +173,9 @@ def _read_class_map(path: str | Path, theirs: Sequence[str], ours: Sequence[str]
     for number, line in enumerate(lines, start=1):
         if not line.strip() or line.startswith("#"):
             continue
-        fields = [field.strip() for field in next(csv.reader([line], delimiter="\t" if "\t" in line else ","))]
-        where = f"{path}, line {number}"
+        where, fields = f"{path}, line {number}", []
+        with suppress(csv.Error):  # of a field that is too long
+            fields = [field.strip() for field in next(csv.reader([line], delimiter="\t" if "\t" in line else ","))]
         if len(fields) != 2:
             raise ConfigError(
                 f"{where}: expected the teacher's class, a tab or comma, and ours; got {shorten(line, 80)!r}"
