@@ -104,9 +104,11 @@ class _Handler(BaseHTTPRequestHandler):
             return self._json({"files": wanted})
         if found := re.fullmatch(r"/api/(\w+/[^/]+/[^/]+)/commit/[^/]+", self.path.split("?")[0]):
             for line in map(json.loads, body.splitlines()):
+                files = self.server.repos[found[1]]["files"]
                 if line["key"] == "file":
-                    content = base64.b64decode(line["value"]["content"])
-                    self.server.repos[found[1]]["files"][line["value"]["path"]] = content
+                    files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+                elif line["key"] == "deletedFile":
+                    del files[line["value"]["path"]]
             oid = self.server.commit(found[1])
             return self._json({"commitUrl": f"{self.server.url}/{found[1]}/commit/{oid}", "commitOid": oid})
         return self._json({})  # of the card's head, which is checked

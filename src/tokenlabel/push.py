@@ -24,6 +24,7 @@ from typing import Any, Literal, NamedTuple
 import yaml
 
 from tokenlabel.labels.manifest import read_manifest
+from tokenlabel.labels.shards import SHARD_SUFFIX
 from tokenlabel.labels.store import LabelStore
 from tokenlabel.models.names import OUR_MODELS
 from tokenlabel.models.runs import is_run, newest_checkpoint, read_state
@@ -36,6 +37,8 @@ from tokenlabel.training.checkpoint import load_run
 from tokenlabel.training.export import REGISTER, write_hub_folder
 
 _MAX_NAMES = 1000  # classes that a card lists
+# What an earlier push may have left there, and would be read in place of, or beside, what this one brings.
+_REPLACED = {"dataset": [f"*{SHARD_SUFFIX}"], "model": ["checkpoints/*", "token_head.safetensors", HEAD_FILE]}
 
 HEAD_CARD = """# {title}: {num_classes:,} {what} on {backbone}
 
@@ -273,7 +276,8 @@ def _send(folder: Path, repo: str, kind: str, *, public: bool) -> None:
     api = HfApi()
     try:
         api.create_repo(repo, repo_type=kind, private=not public, exist_ok=True)
-        api.upload_folder(repo_id=repo, repo_type=kind, folder_path=folder, commit_message="Upload by tokenlabel")
+        about = {"commit_message": "Upload by tokenlabel", "delete_patterns": _REPLACED[kind]}
+        api.upload_folder(repo_id=repo, repo_type=kind, folder_path=folder, **about)
     except Exception as error:  # huggingface_hub and its HTTP library raise errors of many kinds
         reason = {
             401: "the hub does not know you; log in (`hf auth login`, or HF_TOKEN)",

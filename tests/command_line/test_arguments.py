@@ -1,12 +1,13 @@
 """How options may be written on a command line."""
 
+import os
 import re
 from pathlib import Path
 
 import pytest
 
 from tokenlabel.cli import VERBS, main
-from tokenlabel.runtime.arguments import Parser, configured, device_of, parse, parse_config
+from tokenlabel.runtime.arguments import Parser, configured, device_of, parse, parse_config, write_json
 from tokenlabel.runtime.configuration import config_from_dict, read_yaml
 from tokenlabel.teachers.annotation import AnnotateConfig
 from tokenlabel.training.recipe import Recipe, add_recipe_arguments, recipe_content
@@ -122,6 +123,24 @@ def test_a_file_is_no_folder_and_a_folder_no_file(option, is_file, tmp_path):
         parse(parser, [option, str(path)])
 
 
+def test_what_is_there_but_cannot_be_written_to_is_refused_before_the_work(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)
+    for option, path in (("--output", tmp_path / "file"), ("--out", tmp_path)):
+        parser = Parser("x", "")
+        parser.add_argument(option, type=Path)
+        with pytest.raises(ValueError, match=f"{path}: cannot be written .nothing can be made in {tmp_path}"):
+            parse(parser, [option, str(path)])
+
+
+def test_figures_are_written_into_a_pipe_or_a_device():
+    reader, writer = os.pipe()
+    write_json(Path(f"/dev/fd/{writer}"), {"top1": 0.5})
+    os.close(writer)
+    with os.fdopen(reader) as file:
+        assert file.read() == '{\n "top1": 0.5\n}\n'
+
+
 def test_options_that_take_several_words_or_none():
     parser = Parser("x", "")
     parser.add_argument("--scales", type=float, nargs="+")
@@ -158,6 +177,7 @@ def test_every_spelling_of_a_recipes_options():
     assert dashed == recipe_of("--run=out", "--data.train=./data.val", "--data.num_workers=3", "--eval.batch_size", "4")
     options = recipe_of("--out", "out", "--data.train", "a", "--model.options.drop-path-rate", "./x").model.options
     assert options["drop_path_rate"] == "./x"
+    assert recipe_of("--out", "out", "--data.train", "a", "--seed", "010").seed == 10
 
 
 @pytest.mark.parametrize(
@@ -201,6 +221,13 @@ def test_a_recipe_as_editors_and_people_write_it(tmp_path):
 def test_an_error_says_what_to_write(words, message):
     with pytest.raises(ValueError, match=message):
         recipe_of("--out", "out", "--data.train", "a", *words)
+
+
+def test_each_process_of_a_job_takes_a_gpu_of_its_own(monkeypatch):
+    for name, value in {"is_available": True, "device_count": 4}.items():
+        monkeypatch.setattr(f"torch.cuda.{name}", lambda value=value: value)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert [str(device_of(name)) for name in ("auto", "cuda")] == ["cuda:3", "cuda:3"]
 
 
 @pytest.mark.parametrize("name", ["gpu", "CPU", "cuda:0:1", "meta", "mps"])

@@ -38,6 +38,8 @@ eval hf://me/absent --data images
 eval hf://me/run@v9 --data images
 eval hf://me --data images
 """
+# What an earlier push left: a checkpoint of more steps, a file of other labels.
+STALE = {"models/me/run": "checkpoints/99999999/state.json", "datasets/me/labels": "0-earlier.safetensors"}
 UNREACHED = "push own me/own --licence mit"
 
 
@@ -52,6 +54,8 @@ def pushed(tmp_path_factory):
     (folder / "own").mkdir()
     lines = COMMANDS.replace("\\\n", "").strip().splitlines()
     with running_hub() as hub:
+        for repo, name in STALE.items():
+            hub.repos[repo] = {"private": True, "files": {name: b"of an earlier push"}}
         process = CommandProcess(folder, {"HF_ENDPOINT": hub.url, "HF_HOME": str(folder / "cache"), "HF_TOKEN": TOKEN})
         outcomes = [process.run(*line.split()) for line in lines]
     with process:  # the hub is gone

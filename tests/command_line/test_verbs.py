@@ -134,6 +134,14 @@ def test_a_reader_that_goes_away_is_no_error(words: str, tmp_path: Path) -> None
         assert process.wait() == 141  # as the shell says of a program that SIGPIPE ended
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="not on this system")
+def test_output_that_does_not_fit_on_the_disk_is_an_error_of_one_line() -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run([sys.executable, "-m", "tokenlabel", "--help"], stdout=full, stderr=subprocess.PIPE)
+    assert done.stderr == b"tokenlabel: error: the output cannot be written (No space left on device)\n"
+    assert done.returncode == 2
+
+
 def test_the_console_script_is_the_same_program() -> None:
     script = Path(sys.executable).with_name("tokenlabel")
     ways = ([script], [sys.executable, "-m", "tokenlabel"])

@@ -9,9 +9,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch._utils import ExceptionWrapper
+from torch.utils.data import TensorDataset
 
 from tokenlabel import cli
-from tokenlabel.data.workers import Slabs
+from tokenlabel.data.batches import make_loader
+from tokenlabel.data.samplers import BatchSampler
+from tokenlabel.data.workers import Slabs, say_crowded
 from tokenlabel.runtime.errors import ImageError
 
 SCRIPT = f"""if __name__ == "__main__":
@@ -44,6 +47,16 @@ def test_a_signal_to_the_whole_group_stops_no_worker_before_the_trainer_ends_it(
     rest, _ = trainer.communicate("\n", timeout=60)
     assert rest.split() == ["11", "False"]
     assert trainer.returncode == 0
+
+
+def test_more_workers_than_cores_are_one_line(monkeypatch, capsys):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0}, raising=False)
+    say_crowded.cache_clear()
+    images = TensorDataset(torch.zeros(3))
+    for num_workers in (1, 3, 3):
+        make_loader(images, BatchSampler(num_images=3, batch_size=1, seed=1, num_steps=2), num_workers=num_workers)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("3 processes are to read images on 1 core:")
 
 
 @given(

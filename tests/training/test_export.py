@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from tokenlabel.core.config import Inference
 from tokenlabel.models import create_model, load_published
 from tokenlabel.models.load import LoadedModel, load_model, of_run
+from tokenlabel.models.positions import resize_positions
 from tokenlabel.models.weights import adapter_name
 from tokenlabel.runtime.configuration import config_as_dict, config_from_dict
 from tokenlabel.runtime.errors import ConfigError
@@ -62,6 +63,21 @@ def test_safetensors_hold_what_it_takes_to_build_the_model_again(tmp_path: Path)
     load_published(again, path)
     images = torch.randn(1, 3, 24, 36)
     torch.testing.assert_close(again(images).class_logits, trained.model(images).class_logits)
+
+
+@pytest.mark.parametrize(
+    ("case", "patch", "new_grid"), [(LVVIT, 6, (6, 4)), (LVVIT, 6, (6, 8)), (VIT, 16, (3, 2)), (VIT, 16, (6, 8))]
+)
+def test_positions_of_images_that_are_not_square_are_those_of_their_grid(
+    tmp_path: Path, case: tuple[str, tuple[int, int], dict[str, Any]], patch: int, new_grid: tuple[int, int]
+) -> None:
+    """Also where the model's grid has as many tokens."""
+    trained, (name, (height, width), options) = trained_model(*case), case
+    write_safetensors(trained, tmp_path / "model.safetensors")
+    again = create_model(name, num_classes=3, img_size=(new_grid[0] * patch, new_grid[1] * patch), **options)
+    load_published(again, tmp_path / "model.safetensors")
+    theirs, ours = (model.state_dict()["backbone.pos_embed"] for model in (trained.model, again))
+    torch.testing.assert_close(ours, resize_positions(theirs, (height // patch, width // patch), new_grid))
 
 
 @pytest.mark.parametrize(
@@ -115,6 +131,8 @@ def test_token_heads_that_were_never_trained_add_nothing(tmp_path: Path) -> None
     again: Any = timm.create_model(f"local-dir:{tmp_path}/hub", pretrained=True).eval()
     images = torch.randn(2, 3, *LVVIT[1])
     torch.testing.assert_close(again(images), trained.model(images).class_logits)
+    with pytest.raises(ConfigError, match="it was trained without token labels; leave --inference combined out"):
+        write_onnx(trained, tmp_path / "model.onnx", inference=Inference.COMBINED, dense=False)
 
 
 def test_volo_gets_its_token_head_back(tmp_path: Path) -> None:
@@ -158,11 +176,23 @@ def test_no_run_is_replaced_by_an_export(tmp_path: Path) -> None:
 
 def test_what_cannot_be_exported_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
     save_run(tmp_path / "run", T2T)
+    (tmp_path / "notes").touch()
+    with pytest.raises(ConfigError, match="notes: is no folder that an export made"):
+        export_run(tmp_path / "run", tmp_path / "notes", overwrite=True)
+    (tmp_path / "notes").unlink()
     with pytest.raises(ConfigError, match=r"model.pt: expected a name in .safetensors or .onnx"):
         export_run(tmp_path / "run", tmp_path / "model.pt")
     with pytest.raises(ConfigError, match=r"only .onnx has outputs"):
         export_run(tmp_path / "run", tmp_path / "hub", dense=True)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_the_weights_of_a_large_graph_lie_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.onnx._internal.exporter._onnx_program._LARGE_MODEL_THRESHOLD", 0)
+    save_run(tmp_path / "run", LVVIT)
+    export_run(tmp_path / "run", tmp_path / "model.onnx")
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "model.onnx", "model.onnx.data"}
+    onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
 
 
 def test_a_graph_that_says_something_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

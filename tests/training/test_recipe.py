@@ -1,5 +1,6 @@
 import dataclasses
 import re
+from pathlib import Path
 
 import pytest
 import yaml
@@ -8,7 +9,7 @@ from tokenlabel.cli import main
 from tokenlabel.core.config import Mixing
 from tokenlabel.runtime.configuration import config_as_dict, config_from_dict, read_yaml, settings, write_config
 from tokenlabel.runtime.errors import ConfigError
-from tokenlabel.training.recipe import Recipe, find_recipe, read_recipe, recipe_content, recipe_names
+from tokenlabel.training.recipe import ModelConfig, Recipe, find_recipe, read_recipe, recipe_content, recipe_names
 
 MINIMAL = {
     "data": {"train": "images"},
@@ -74,6 +75,9 @@ def test_no_yaml(tmp_path):
     (tmp_path / "bad.yaml").write_text("a: [1, 2")
     with pytest.raises(ConfigError, match=r"bad\.yaml"):
         read(tmp_path / "bad.yaml")
+    (tmp_path / "twice.yaml").write_text("optim: {lr: 1}\noptim: {lr_batch_size: 1}\n")
+    with pytest.raises(ConfigError, match=r"twice\.yaml.* the key optim stands there twice .*line 2"):
+        read(tmp_path / "twice.yaml")
     (tmp_path / "list.yaml").write_text("- a\n")
     with pytest.raises(ConfigError, match="mapping"):
         read(tmp_path / "list.yaml")
@@ -128,6 +132,24 @@ def test_options_override_a_recipe_that_extends_another_and_what_is_printed_is_w
     printed = yaml.safe_load(capsys.readouterr().out)
     assert (printed["epochs"], printed["optim"]["lr"], printed["model"]["name"]) == (3, 2e-3, "t2t_vit_14")
     assert "extends" not in printed
+
+
+def test_epochs_take_the_place_of_the_steps_of_a_recipe(family, capsys):
+    Path("steps.yaml").write_text("extends: base.yaml\nnum_steps: 7\noptim: {warmup_steps: 3}\n")
+    Path("epochs.yaml").write_text("extends: steps.yaml\nepochs: 2\noptim: {warmup_epochs: 1}\n")
+    found = [read_recipe(name, Recipe) for name in ("steps.yaml", "epochs.yaml")]
+    assert [(recipe.num_steps, recipe.optim.warmup_steps) for recipe in found] == [(7, 3), (None, None)]
+    with pytest.raises(SystemExit):
+        main(["train", "--recipe", "steps.yaml", "--out", "out", "--epochs", "3", "--print-config"])
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert (printed["epochs"], printed["num_steps"], printed["optim"]["warmup_steps"]) == (3, None, 3)
+
+
+def test_a_folder_whose_recipe_names_no_model_is_no_run(tmp_path):
+    for text in ("epochs: 3\n", "model:\n"):
+        (tmp_path / "recipe.yaml").write_text(text)
+        with pytest.raises(ConfigError, match=f"model.weights {tmp_path} is no run to take it from"):
+            ModelConfig(weights=str(tmp_path))
 
 
 @pytest.mark.parametrize(

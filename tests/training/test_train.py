@@ -20,6 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from tokenlabel.classification.task import build, train
+from tokenlabel.core.config import Inference
 from tokenlabel.core.scores import from_mask
 from tokenlabel.data.scenes import write_scenes
 from tokenlabel.data.tars import TarImages
@@ -190,7 +191,10 @@ def test_an_evaluation_that_a_kill_prevented_is_made_up_for(scenes, tmp_path):
     lines = read_metrics(tmp_path / "run")
     assert lines[-1]["kind"] == "eval"
     (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[:-1]))
+    best = tmp_path / "run" / "checkpoints" / "best"
+    best.unlink()
     again = train(recipe_for(scenes), tmp_path / "run", device=CPU)
+    assert (best / "state.json").exists()
     assert again["top1"] == first["top1"]
     assert [line["kind"] for line in read_metrics(tmp_path / "run")] == [line["kind"] for line in lines]
 
@@ -203,12 +207,22 @@ def test_a_signal_during_an_evaluation_is_obeyed_after_it(scenes, tmp_path, monk
         os.kill(os.getpid(), signal.SIGTERM)
         return evaluate(*arguments, **options)
 
+    laps, lap = [], Stopwatch.lap
+    monkeypatch.setattr(Stopwatch, "lap", lambda watch: laps.append(lap(watch)) or laps[-1])
     monkeypatch.setattr(task, "evaluate", stopped)
     with pytest.raises(Interrupted) as stop:
         run_task(task, tmp_path / "run", ranks=Ranks(), eval_every_epochs=1)
     evals = [line["step"] for line in read_metrics(tmp_path / "run") if line["kind"] == "eval"]
     assert [int(folder.name) for folder in list_checkpoints(tmp_path / "run")] == evals
     assert f"step {evals[0]:,}" in str(stop.value)
+    assert len(laps) == 1  # no time of the reported steps was dropped with that of the evaluation
+
+
+def test_a_token_head_that_does_not_learn_is_not_evaluated(scenes, capsys):
+    task = build(recipe_for(scenes, loss={"beta": 0.0}, eval__inference="combined"), device=CPU)
+    assert "class logits are evaluated, not eval.inference combined" in capsys.readouterr().err
+    assert task.inference is Inference.CLASS
+    assert build(recipe_for(scenes, eval__inference="combined"), device=CPU).inference is Inference.COMBINED
 
 
 def test_copies_of_checkpoints_are_left_alone(scenes, tmp_path):

@@ -19,6 +19,7 @@ from torch import nn
 from tokenlabel.classification.data import open_training_data, open_val_set
 from tokenlabel.classification.pictures import NUM_TRAIN, Answering, batch_album, shown_keys
 from tokenlabel.core.batch import Batch
+from tokenlabel.core.config import Inference
 from tokenlabel.core.step import Part, Supervision, TrainStep
 from tokenlabel.data.augment import EvalTransform, TrainTransform
 from tokenlabel.data.batches import TokenLabelDataset, make_loader
@@ -98,6 +99,10 @@ class ClassifierTask(Task[Recipe]):
         self.metric = "top1" if self._judges_classes else "knn" if self.probe_sets else "teacher_accuracy"
         self.num_images = len(self.train_set)
         self.grid = self.model.grid_for(self.recipe.model.img_size)
+        self.inference = self.recipe.eval.inference
+        if self.inference is not Inference.CLASS and not self.supervision.labels_tokens:
+            say(f"no token learns, so class logits are evaluated, not eval.inference {self.inference}")
+            self.inference = Inference.CLASS
         self.step = TrainStep(
             self.model,
             self.supervision,
@@ -182,7 +187,7 @@ class ClassifierTask(Task[Recipe]):
         observed = observe(
             model,
             self._eval_batches(val_set, ranks),
-            {recipe.eval.inference: [*evaluators, answering]},
+            {self.inference: [*evaluators, answering]},
             precision=recipe.precision,
             ranks=ranks,
         )
@@ -191,7 +196,7 @@ class ClassifierTask(Task[Recipe]):
             if not self.supervision.labels_tokens and not recipe.sharded:
                 answering.ask_classifier(model, recipe.model.name, autocast(self.device, recipe.precision))
             answering.write(run, keys, self.class_names, self.token_class_names, **about)
-        return figures | observed[recipe.eval.inference]
+        return figures | observed[self.inference]
 
     def _eval_batches(self, dataset: TokenLabelDataset, ranks: Ranks) -> Iterable[Batch]:
         """Yield this rank's share of a data set for evaluation, on the device."""

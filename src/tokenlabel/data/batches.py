@@ -25,7 +25,7 @@ from tokenlabel.data.classes import ClassList, difference, ids_among, say_order
 from tokenlabel.data.decoding import decode_pixels, orientation_of
 from tokenlabel.data.images import ImageSource, has_classes
 from tokenlabel.data.samplers import FOR_SAMPLE, BatchSampler, EvalBatchSampler
-from tokenlabel.data.workers import prepare_worker, process_context, stack_shared
+from tokenlabel.data.workers import prepare_worker, process_context, say_crowded, stack_shared
 from tokenlabel.runtime.coercion import COUNT, NATURAL, check_number, check_several, coerced
 from tokenlabel.runtime.errors import DataError
 from tokenlabel.runtime.process import listed, say
@@ -292,6 +292,12 @@ def check_labels(
     return len(missing)
 
 
+class _Loader(DataLoader[Any]):
+    def check_worker_number_rationality(self) -> None:
+        """Print one line where PyTorch warns, twice and at length."""
+        say_crowded(self.num_workers)
+
+
 def make_loader(
     dataset: Dataset[Any],
     batches: BatchSampler | EvalBatchSampler,
@@ -315,7 +321,7 @@ def make_loader(
     """
     check_number(num_workers, COUNT, name="num_workers")
     check_number(prefetch, NATURAL, name="prefetch")
-    return DataLoader(
+    return _Loader(
         dataset,
         batch_sampler=batches,
         collate_fn=collate_fn,

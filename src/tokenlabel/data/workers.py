@@ -11,11 +11,14 @@ import os
 import signal
 import threading
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import default_collate
+
+from tokenlabel.runtime.process import say
 
 
 def process_context() -> Any:
@@ -29,6 +32,17 @@ def process_context() -> Any:
     # The server imports these once, not every worker; the second one is there for what it does when imported.
     context.set_forkserver_preload(["tokenlabel.data.batches", "tokenlabel.data.worker_server"])
     return context
+
+
+@cache
+def say_crowded(num_workers: int) -> None:
+    """Print, once, that there are more workers than cores."""
+    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if num_workers > num_cores:
+        say(
+            f"{num_workers} processes are to read images on {num_cores} core{'s' * (num_cores > 1)}: more than cores "
+            "seldom help (--data.num-workers, --num-workers)"
+        )
 
 
 class Slabs:

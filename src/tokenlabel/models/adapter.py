@@ -21,7 +21,7 @@ from tokenlabel.models.features import REFUSALS, FeatureLayout, Features, classi
 from tokenlabel.models.weights import begin_as_classifier, classifiers
 from tokenlabel.runtime.coercion import Size, check_numbers, described, pair
 from tokenlabel.runtime.errors import ModelError, first_line
-from tokenlabel.runtime.hub import hub_or_cache
+from tokenlabel.runtime.hub import hub_or_cache, options_without_weights
 
 # Where timm's classifiers keep a norm that they apply to pooled features. Tokens take it too, so that the
 # token head sees what the classifier sees.
@@ -255,8 +255,7 @@ def create_timm_adapter(
     )
     if keeps and not hasattr(backbone, "aux_head"):
         begin_as_classifier(adapter)
-    without_weights = {k: v for k, v in options.items() if k not in ("pretrained", "checkpoint_path")}
-    adapter.rebuild = partial(timm.create_model, name, **without_weights)
+    adapter.rebuild = partial(timm.create_model, name, **options_without_weights(options))
     return adapter
 
 

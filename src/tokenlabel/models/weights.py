@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from tokenlabel.models.positions import resize_all_positions
+from tokenlabel.models.runs import read_description
 from tokenlabel.models.vision_transformer import VisionTransformer
 from tokenlabel.models.weight_files import Weights, find_weights
+from tokenlabel.runtime.coercion import pair
 from tokenlabel.runtime.errors import ModelError, first_line
 from tokenlabel.runtime.hub import hub_or_cache
 from tokenlabel.runtime.process import say
@@ -75,7 +77,8 @@ def load(
 ) -> Loaded:
     """Load the tensors of a file into a model; timm itself adapts other sizes and names.
 
-    `grid`: token grid (h, w) of the file's position embeddings; by default the model's if the number fits, else square.
+    `grid`: token grid (h, w) of the file's position embeddings; by default that of the image size which a file of ours
+    states, else the model's if the number fits, else square.
     `rows`: a function from the row count of a head in the file to the row of each class that the model and the file
     share by name; a head of another class count without shared classes stays new, with a warning. A token head that the
     file lacks begins as the classifier. `tokens`: the classes of the file's token head: "classes", those of its
@@ -88,7 +91,7 @@ def load(
         weights = replace(weights, token_head={})
     modules = ("token_head.", *(f"backbone.{name}." for name in classifiers(model.backbone)))
     heads = [name for name in wanted if name.startswith(modules)]
-    found, old_shapes = _adapt(model, weights, grid=grid, spared={*heads, *spared})
+    found, old_shapes = _adapt(model, weights, grid=grid or _stated_grid(model, weights), spared={*heads, *spared})
     by_name = [name for name in heads if tokens == "classes" or not name.startswith("token_head.")] if rows else []
     new_heads = tuple(sorted(_fit_heads(found, wanted, heads, path, rows, by_name) - {*spared}))
     as_classifier = _begin_as_classifier(model, found, new_heads) if tokens == "classes" else []
@@ -134,6 +137,23 @@ def _adapt(
     if complaint:
         raise ModelError(f"{name} is for another model or other options: {complaint}")
     return found | token_head, shapes
+
+
+def _stated_grid(model: Any, weights: Weights) -> tuple[int, int] | None:
+    """Return the grid of a file's position embeddings by its description, where their number would mislead."""
+    positions, own = (tensors.get("pos_embed") for tensors in (weights.backbone, model.backbone.state_dict()))
+    size, backbone = read_description(weights.path).get("img_size"), model.backbone
+    patch = getattr(backbone, "patch_size_px", None) or getattr(
+        getattr(backbone, "patch_embed", None), "patch_size", None
+    )
+    if positions is None or own is None or positions.ndim != 3 or size is None or patch is None:
+        return None
+    (height, width), (patch_height, patch_width) = size, pair(patch)
+    grid, (h, w) = (height // patch_height, width // patch_width), model.grid
+    num_prefix = own.shape[1] - h * w
+    fits = grid[0] * grid[1] == positions.shape[1] - num_prefix
+    misleads = grid != (h, w) and (grid[0] != grid[1] or grid[0] * grid[1] == h * w)
+    return grid if fits and misleads else None
 
 
 def build_with(create: Callable[..., nn.Module], weights: Weights, *, like: nn.Module) -> nn.Module:

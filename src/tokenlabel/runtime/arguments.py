@@ -224,13 +224,14 @@ def _with_option(
 
 def _why_unwritable(path: Path, option: str) -> str | None:
     """Return why nothing can be made at a path, or, of what is there, why it is not what an option takes."""
-    if path.exists():
-        if option == "out" and path.is_file():
-            return f"--out {path}: is a file; name a folder"
-        if option in ("output", "pictures") and path.is_dir():
-            return f"--{option} {path}: is a folder; name a file, which may be in it"
-        return None
-    folder = next(folder for folder in path.absolute().parents if folder.exists())
+    if option == "out" and path.is_file():
+        return f"--out {path}: is a file; name a folder"
+    if option in ("output", "pictures") and path.is_dir():
+        return f"--{option} {path}: is a folder; name a file, which may be in it"
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        return None  # a device or a pipe
+    # A file is replaced by another, so it is its folder that counts.
+    folder = path if path.is_dir() else next(folder for folder in path.absolute().parents if folder.exists())
     if folder.is_dir() and os.access(folder, os.W_OK):
         return None
     reason = f"nothing can be made in {folder}" if folder.is_dir() else f"{folder} is a file"

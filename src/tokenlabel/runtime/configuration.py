@@ -20,6 +20,7 @@ from types import NoneType
 from typing import Any, Literal, NamedTuple, TypeGuard, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
+from yaml.constructor import ConstructorError
 
 from tokenlabel.runtime.coercion import arms_of, coerced, is_choice
 from tokenlabel.runtime.errors import ConfigError, near_names
@@ -35,12 +36,29 @@ TRUTH: dict[str, str] = {
 }
 
 
-class _Loader(yaml.SafeLoader):
-    """Reads 1e-3 as a number, as YAML 1.2 does; PyYAML wants 1.0e-3."""
+class _FileLoader(yaml.SafeLoader):
+    """Refuses a key that stands twice, of which PyYAML drops the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        found: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in found:
+                raise ConstructorError(None, None, f"the key {key.value} stands there twice", key.start_mark)
+            found.add(key.value if isinstance(key, yaml.ScalarNode) else "")
+        return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
+class _WordLoader(_FileLoader):
+    """Reads 1e-3 as a number and 010 as ten, as YAML 1.2 does; PyYAML wants 1.0e-3, and takes 010 for eight."""
+
+
+_WordLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+_WordLoader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?0[0-9]+$"), list("-+0"))
+_WordLoader.add_constructor(
+    "tag:yaml.org,2002:int",
+    lambda loader, node: int(node.value) if re.fullmatch(r"[-+]?\d+", node.value) else loader.construct_yaml_int(node),
 )
 
 
@@ -84,7 +102,7 @@ def _field_docstrings(config: type) -> dict[str, str]:
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Return the mapping that a YAML file holds. Raises ConfigError that names the file."""
     try:
-        nested = yaml.safe_load(Path(path).read_text(encoding="utf-8-sig"))  # as some editors begin a file
+        nested = yaml.load(Path(path).read_text(encoding="utf-8-sig"), _FileLoader)  # as some editors begin a file
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(nested, dict):
@@ -163,7 +181,7 @@ def meant(value: Any, kind: Any) -> Any:
         value = re.sub(r"^(\d+)x(\d+)$", r"\1,\2", value) if tuple[int, int] in arms else value
         if "," in value or not (int in arms or tuple[int, int] in arms):
             value = f"[{value.removeprefix('(').removesuffix(')')}]"
-    loader = _Loader
+    loader = _WordLoader
     if value.startswith("[") and (list[str] in arms or tuple[str, ...] in arms):
         loader = yaml.BaseLoader  # leaves names such as 0 and no as they are
     elif any(arm in (str, Path) or get_origin(arm) is Literal or is_choice(arm) for arm in arms):
@@ -174,11 +192,17 @@ def meant(value: Any, kind: Any) -> Any:
 
 
 def overlaid(base: dict[str, Any], nested: dict[str, Any], config: type) -> dict[str, Any]:
-    """Return what `nested` says of a dataclass over what `base` says: groups field by field, values as a whole."""
+    """Return what `nested` says of a dataclass over what `base` says: groups field by field, values as a whole.
+
+    A field whose metadata has `instead_of`, another field, takes its place.
+    """
     hints, result = get_type_hints(config), dict(base)
+    instead = {field.name: field.metadata.get("instead_of") for field in dataclasses.fields(config)}
     for key, value in nested.items():
         if not is_config(hints[key]):
             result[key] = value
+            if value is not None and instead[key] not in nested:
+                result.pop(instead[key], None)
         elif value is not None or key not in base:
             result[key] = overlaid(base.get(key) or {}, value or {}, hints[key])
     return result

@@ -135,14 +135,17 @@ def joined_ranks(device: torch.device | None = None) -> Iterator[Ranks]:
 
 
 def usable_device(device: torch.device | str | None, *, option: str = "device") -> torch.device:
-    """Return a device that computes here; "auto" and None take this rank's GPU if there is one.
+    """Return a device that computes here; "auto" and None take a GPU if there is one. "cuda" is this rank's own.
 
     Where that is the CPU, this process keeps the memory that it frees (`keep_freed_memory`). `option`: what the error
     calls it. Raises ValueError of one line for what is none.
     """
     if device in (None, "auto"):
-        local_rank, num_gpus = launched_ranks().local_rank, torch.cuda.device_count()
-        found = torch.device("cuda", local_rank % num_gpus) if torch.cuda.is_available() else torch.device("cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if str(device) == "cuda" and torch.cuda.is_available():
+        is_launched, local_rank = "LOCAL_RANK" in os.environ, launched_ranks().local_rank
+        number = local_rank % torch.cuda.device_count() if is_launched else torch.cuda.current_device()
+        found = torch.device("cuda", number)
     else:
         found = _named_device(device, option)
     if found.type == "cpu":

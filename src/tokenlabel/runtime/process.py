@@ -6,6 +6,7 @@ No torch, so that every command may ask at once.
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import io
 import json
@@ -114,12 +115,15 @@ def with_open_streams(run: Callable[[], int]) -> int:
             return run()
         finally:
             sys.stdout.flush()  # here, where it can be handled, not when the interpreter ends
-    except BrokenPipeError as error:
+    except OSError as error:
+        is_of_streams = isinstance(error, BrokenPipeError) or error.errno in (errno.ENOSPC, errno.EIO)
+        if not is_of_streams or error.filename or os.environ.get("TOKENLABEL_TRACEBACK"):
+            raise
         unread = [stream for stream in (sys.stdout, sys.stderr) if _nobody_reads(stream)]
-        for stream in unread:  # no error, and nothing is left to say: not by the interpreter either
+        for stream in unread or [sys.stdout]:  # nothing is left to say: not by the interpreter either
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-        if not unread:
-            print(f"tokenlabel: error: {error}", file=sys.stderr)
+        if not unread:  # a full disk, for one; else it is no error
+            print(f"tokenlabel: error: the output cannot be written ({error.strerror or error})", file=sys.stderr)
         return 128 + signal.SIGPIPE if unread else USAGE_ERROR
 
 
@@ -178,9 +182,14 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of <malloc.h>
 def write_whole(path: Path, content: str | Iterable[bytes]) -> None:
     """Write a file, text (UTF-8) or bytes part by part, in place of what it held; its folder is made.
 
-    It appears under its name only when all of it is on the disk.
+    It appears under its name only when all of it is on the disk. What is no file, such as /dev/null or a pipe, is
+    written into, not replaced.
     """
     parts = [content.encode()] if isinstance(content, str) else content
+    if path.parent in (Path("/dev"), Path("/dev/fd")) or (path.exists() and not path.is_file()):
+        with path.open("wb") as file:
+            file.writelines(parts)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     # Random rather than the process id, which threads share, and which may be the same on another machine.
     temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")

@@ -55,7 +55,7 @@ def run_train(
         with trackers_of(options.out, tensorboard=options.tensorboard, wandb=options.wandb) as trackers:
             changed = options.changed_numerics
             figures = train(recipe, options.out, device=device, trackers=trackers, changed_numerics=changed)
-        text = json.dumps(figures or read_metrics(options.out)[-1]) if is_main_process() else ""
+        text = json.dumps(figures or (read_metrics(options.out) or [{}])[-1]) if is_main_process() else ""
     if is_main_process():
         print(text, flush=True)
     return 0

@@ -14,7 +14,7 @@ from tokenlabel.drawing.page import Page, table
 from tokenlabel.runtime.distributed import joined_ranks
 from tokenlabel.runtime.runlog import Stopwatch
 from tokenlabel.training.tasks import Summary, Task
-from tokenlabel.training.trainer import Trainer, peak_memory_bytes, prepare, train_step
+from tokenlabel.training.trainer import Trainer, outer_steps, peak_memory_bytes, prepare, train_step
 
 PICTURES_NAME = "first_batch.html"
 
@@ -66,10 +66,8 @@ def _sizes(trainer: Trainer, summary: Summary) -> list[tuple[str, str]]:
 
 
 def _schedule(trainer: Trainer) -> list[tuple[str, str]]:
-    num_steps, optim = trainer.num_steps, trainer.task.recipe.optim
-    warmup = optim.warmup_steps
-    if warmup is None:
-        warmup = round(optim.warmup_epochs * trainer.steps_per_epoch)
+    num_steps = trainer.num_steps
+    warmup, _ = outer_steps(trainer.task.recipe.optim, trainer.steps_per_epoch)
     quarters = [num_steps * quarter // 4 for quarter in (1, 2, 3)]
     places = sorted({0, min(warmup, num_steps - 1), *quarters, num_steps - 1})
     rates = ", ".join(f"{trainer.learning_rate(step):.3g} at {step:,}" for step in places)

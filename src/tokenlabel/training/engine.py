@@ -147,11 +147,14 @@ def _loop(
     # A checkpoint is written before the evaluation of its step.
     if figures is None and start_step and trainer.due(start_step, eval_every_epochs):
         figures = _evaluate(trainer, run, log, start_step)  # the run was stopped before it could
+        if ranks.is_first:
+            _prune(trainer, run, start_step)
     watch, results = Stopwatch(), list[StepResult]()  # of the steps since the last report
 
     def save(done: int) -> None:
         _report(trainer, run, log, done, results, watch)  # a state that diverged is never saved
-        _write_checkpoint(trainer, run, done)
+        with watch.paused():
+            _write_checkpoint(trainer, run, done)
 
     with caught_signals() as received:
         batches = _pictured(trainer, run, batches, start_step, watch)
@@ -167,8 +170,8 @@ def _loop(
             if saved:  # before the evaluation, which may take longer than whoever stops the run will wait
                 save(done)
             if trainer.due(done, eval_every_epochs) and (is_last or not stopping):
-                figures = _evaluate(trainer, run, log, done)
-                watch.lap()
+                with watch.paused():
+                    figures = _evaluate(trainer, run, log, done)
                 stopping = ranks.all_reduce_max(received[0] if received else 0)
             if stopping and not saved:
                 save(done)

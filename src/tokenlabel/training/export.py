@@ -59,8 +59,9 @@ def export_run(
     """Export the model of a run (its EMA weights, if there are any).
 
     `out`: a name in `.safetensors` or `.onnx`, or without a suffix for a folder for timm and the hub. `inference`:
-    the kind of logits in ONNX, by default the recipe's. `dense`: token logits as a second output, ONNX only.
-    `overwrite`: replace an earlier export. Nothing half-written is left behind. Raises ConfigError.
+    the kind of logits in ONNX, by default the recipe's, or class logits if no token was trained. `dense`: token logits
+    as a second output, ONNX only. `overwrite`: replace an earlier export. Nothing half-written is left behind. Raises
+    ConfigError.
     """
     run, out, inference = Path(run), Path(out), None if inference is None else Inference(inference)
     is_known, is_onnx = out.suffix in (".safetensors", ".onnx", ""), out.suffix == ".onnx"
@@ -72,26 +73,31 @@ def export_run(
             f"{out}: only .onnx has outputs to choose; leave `dense` and `inference` out": chooses_outputs
             and not is_onnx,
             f"{out} exists already; give another name, or allow to overwrite it": out.exists() and not overwrite,
-            f"{out}: is no folder that an export made, so it is not replaced; give another name": replaces_other,
+            f"{out}: is no folder that an export made, so it is not replaced; give another name": replaces_other
+            or (out.is_file() and not out.suffix),
         }
     )
     trained = load_run(run)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".writing-{out.name}")
-    _remove(temporary)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
     try:
+        written = temporary / out.name
         match out.suffix:
             case ".safetensors":
-                write_safetensors(trained, temporary)
+                write_safetensors(trained, written)
             case ".onnx":
-                write_onnx(trained, temporary, inference=inference or trained.recipe.eval.inference, dense=dense)
+                write_onnx(trained, written, inference=inference or trained.heads[0], dense=dense)
             case _:
-                write_hub_folder(trained, temporary)
+                write_hub_folder(trained, written)
         if out.is_dir():
-            _remove(out)  # a folder cannot be replaced in one step
-        temporary.replace(out)
+            shutil.rmtree(out)  # a folder cannot be replaced in one step
+        # The weights of an ONNX graph of 2 GB and more are in a file beside it, which the graph names.
+        for path in sorted(temporary.iterdir(), key=lambda path: path == written):
+            path.replace(out.with_name(path.name))
     finally:
-        _remove(temporary)
+        shutil.rmtree(temporary)
 
 
 def write_safetensors(trained: LoadedModel, path: Path) -> None:
@@ -122,11 +128,10 @@ def write_onnx(trained: LoadedModel, path: Path, *, inference: Inference, dense:
         import onnxscript  # noqa: F401  torch.onnx imports it late and fails with a long traceback
     except ImportError as error:
         raise ConfigError(f"ONNX needs {error.name}: pip install 'tokenlabel[export]'") from error
-    if inference is not Inference.CLASS and trained.token_classes is not None:
-        raise ConfigError(
-            f"tokens are about {trained.token_classes}, not the classes; leave --inference "
-            f"{inference} out (--dense gives the tokens' logits)"
-        )
+    if inference not in trained.heads:
+        of_others = f"tokens are about {trained.token_classes}, not the classes"
+        why = of_others if trained.token_classes else "it was trained without token labels"
+        raise ConfigError(f"{why}; leave --inference {inference} out (--dense gives the tokens' logits)")
     names = ["logits" if trained.model.num_classes else "features", *(["token_logits"] if dense else [])]
     network = _PixelsToLogits(trained.model, inference=inference, dense=dense)
     # A batch of 2: torch.export takes a size of 1 for a constant, not for a dynamic dimension.
@@ -236,10 +241,3 @@ def _description(trained: LoadedModel) -> dict[str, Any]:
         "class_names": trained.class_names,
         "token_classes": trained.token_classes and asdict(trained.token_classes),
     }
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

@@ -27,7 +27,7 @@ from tokenlabel.runtime.errors import ConfigError, near_names, refuse
 from tokenlabel.runtime.hub import local_name, options_without_weights
 from tokenlabel.runtime.runlog import RECIPE_FILE
 
-_UNSET = (-1, -1)  # an image size that was not given; (0, 0) is what a wrong 0 becomes
+_UNSET = (0, -1)  # an image size that was not given, and that no wrong number becomes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,8 +111,9 @@ def _model_of_run(weights: str | None) -> dict[str, Any]:
     for path in (folder / "state.json", folder / RECIPE_FILE) if folder else ():
         if path.is_file():
             saved = read_yaml(path)
-            model = saved.get("recipe", saved)["model"]
-            return {**model, "options": options_without_weights(model.get("options", {}))}
+            model = saved.get("recipe", saved).get("model") or {}
+            if "name" in model:
+                return {**model, "options": options_without_weights(model.get("options", {}))}
     what = "is no run" if Path(weights or ".").exists() else "is not there"
     found = f"model.weights {weights} {what}" if weights else "there is no model.weights"
     raise ConfigError(
@@ -136,8 +137,8 @@ class OptimConfig:
     """Final learning rate of the schedule, and that of the cool-down. Scales like `lr`."""
     warmup_lr: float = 1e-6
     """Initial learning rate of the warm-up. Scales like `lr`."""
-    warmup_epochs: float = 5.0
-    """Epochs of linear warm-up, part of the recipe's epochs."""
+    warmup_epochs: float = field(default=5.0, metadata={"instead_of": "warmup_steps"})
+    """Epochs of linear warm-up, part of the recipe's epochs; as an option in place of a recipe's warmup_steps."""
     warmup_steps: int | None = None
     """Steps of linear warm-up, in place of epochs."""
     cooldown_epochs: float = 0.0
@@ -217,8 +218,8 @@ class TrainingConfig:
 
     optim: OptimConfig
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig, metadata=ONE_OPTION)
-    epochs: int | None = None
-    """Passes over the training images."""
+    epochs: int | None = field(default=None, metadata={"instead_of": "num_steps"})
+    """Passes over the training images; as an option in place of a recipe's num_steps."""
     num_steps: int | None = None
     """Steps of the run, in place of epochs."""
     min_epoch_steps: int = 1
