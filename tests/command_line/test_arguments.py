@@ -113,7 +113,7 @@ def test_a_home_folder_behind_an_equals_sign(monkeypatch):
     assert read("images", "labels", "--teacher", "t", "--class-map=~/a.csv").class_map == "/home/me/a.csv"
 
 
-@pytest.mark.parametrize(("option", "is_file"), [("--out", True), ("--output", False)])
+@pytest.mark.parametrize(("option", "is_file"), [("--out", True), ("--output", False), ("--probabilities", False)])
 def test_a_file_is_no_folder_and_a_folder_no_file(option, is_file, tmp_path):
     parser = Parser("x", "")
     parser.add_argument(option, type=Path)

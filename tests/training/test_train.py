@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -218,11 +219,14 @@ def test_a_signal_during_an_evaluation_is_obeyed_after_it(scenes, tmp_path, monk
     assert len(laps) == 1  # no time of the reported steps was dropped with that of the evaluation
 
 
-def test_a_token_head_that_does_not_learn_is_not_evaluated(scenes, capsys):
+def test_a_token_head_that_does_not_learn_is_not_evaluated(scenes, capsys, monkeypatch):
     task = build(recipe_for(scenes, loss={"beta": 0.0}, eval__inference="combined"), device=CPU)
     assert "class logits are evaluated, not eval.inference combined" in capsys.readouterr().err
     assert task.inference is Inference.CLASS
     assert build(recipe_for(scenes, eval__inference="combined"), device=CPU).inference is Inference.COMBINED
+    monkeypatch.setattr("tokenlabel.classification.task.current_ranks", lambda: Ranks(1, 50))
+    with pytest.raises(ValueError, match="20 images don't give each of 50 processes one"):  # at once
+        replace(task)
 
 
 def test_copies_of_checkpoints_are_left_alone(scenes, tmp_path):

@@ -35,7 +35,7 @@ from tokenlabel.evaluation.probe import image_figures, probe_sets
 from tokenlabel.models import TokenModel, create_model, load_published
 from tokenlabel.models.runs import read_description
 from tokenlabel.models.weight_files import read_class_names
-from tokenlabel.runtime.distributed import Ranks, autocast
+from tokenlabel.runtime.distributed import Ranks, autocast, current_ranks
 from tokenlabel.runtime.errors import ConfigError, ImageError
 from tokenlabel.runtime.process import say
 from tokenlabel.runtime.runlog import Tracker
@@ -103,6 +103,9 @@ class ClassifierTask(Task[Recipe]):
         if self.inference is not Inference.CLASS and not self.supervision.labels_tokens:
             say(f"no token learns, so class logits are evaluated, not eval.inference {self.inference}")
             self.inference = Inference.CLASS
+        for dataset in (self.val_set, *(self.probe_sets or ())):  # for its errors, which come too late after an epoch
+            if dataset is not None:
+                self._eval_sampler(dataset, current_ranks())
         self.step = TrainStep(
             self.model,
             self.supervision,
@@ -200,14 +203,17 @@ class ClassifierTask(Task[Recipe]):
 
     def _eval_batches(self, dataset: TokenLabelDataset, ranks: Ranks) -> Iterable[Batch]:
         """Yield this rank's share of a data set for evaluation, on the device."""
-        recipe = self.recipe
-        sampler = EvalBatchSampler(
-            num_images=len(dataset), batch_size=recipe.eval.batch_size, rank=ranks.rank, world_size=ranks.world_size
-        )
-        num_workers = recipe.data.num_workers if len(dataset) >= _MANY_IMAGES else 0
+        sampler = self._eval_sampler(dataset, ranks)
+        num_workers = self.recipe.data.num_workers if len(dataset) >= _MANY_IMAGES else 0
         loader = make_loader(dataset, sampler, num_workers=num_workers)
         for batch in read_ahead(dataset.source, sampler, loader):
             yield batch.to(self.device)
+
+    def _eval_sampler(self, dataset: TokenLabelDataset, ranks: Ranks) -> EvalBatchSampler:
+        batch_size = self.recipe.eval.batch_size
+        return EvalBatchSampler(
+            num_images=len(dataset), batch_size=batch_size, rank=ranks.rank, world_size=ranks.world_size
+        )
 
 
 def build(recipe: Recipe, *, device: torch.device, run: Path | None = None) -> ClassifierTask:

@@ -173,7 +173,7 @@ def parse(
         if parser.find(before):  # a switch, which stands alone where neither true nor false follows
             advice = f"; {before} takes true or false"
         raise ValueError(f"unrecognized arguments: {' '.join(strangers)}{advice}")
-    for name in ("out", "output", "pictures", "head"):  # before the work, not after it
+    for name in ("out", "output", "pictures", "probabilities", "head"):  # before the work, not after it
         path = getattr(options, name, None)
         if isinstance(path, Path) and (problem := _why_unwritable(path, name if f"--{name}" in parser.options else "")):
             raise ValueError(problem)
@@ -226,7 +226,7 @@ def _why_unwritable(path: Path, option: str) -> str | None:
     """Return why nothing can be made at a path, or, of what is there, why it is not what an option takes."""
     if option == "out" and path.is_file():
         return f"--out {path}: is a file; name a folder"
-    if option in ("output", "pictures") and path.is_dir():
+    if option in ("output", "pictures", "probabilities") and path.is_dir():
         return f"--{option} {path}: is a folder; name a file, which may be in it"
     if path.exists() and not (path.is_file() or path.is_dir()):
         return None  # a device or a pipe

@@ -20,7 +20,7 @@ from tokenlabel.runtime.coercion import (
     coerced_fields,
 )
 from tokenlabel.runtime.errors import refuse
-from tokenlabel.training.recipe import TrainingConfig
+from tokenlabel.training.recipe import Labelled, TrainingConfig
 
 Split = Literal["train", "val"]
 
@@ -42,7 +42,7 @@ class Layout(Choice):
 
 @dataclass(frozen=True, kw_only=True)
 @coerced_fields
-class SegmentDataConfig:
+class SegmentDataConfig(Labelled):
     """Images, masks and labels for training and evaluation."""
 
     layout: Layout
@@ -101,11 +101,6 @@ class SegmentDataConfig:
                 "data.val_masks are masks of images; name these with data.val": self.val_masks and not self.val,
             }
         )
-
-    @property
-    def label_folders(self) -> list[str]:
-        """The folders of `labels`; empty without labels."""
-        return [self.labels] if isinstance(self.labels, str) else self.labels or []
 
     def folders(self, split: Split) -> tuple[Path, Path | None] | None:
         """Return the folders of images and masks of layout folders.

@@ -45,11 +45,12 @@ def run_train(
     options = parse(parser, arguments, read_recipe=lambda name: recipe_content(name, recipe_type))
     recipe: Any = configured(parser, options, recipe_type)
     (train, build), device = task(), device_of(options.device)
+    from tokenlabel.training.run_folder import check_apart
+
+    check_apart(options.out, *recipe.data.image_folders)  # before a tracker writes there
     if options.dry_run:
         from tokenlabel.training.dry_run import dry_run
-        from tokenlabel.training.run_folder import check_apart
 
-        check_apart(options.out, *recipe.data.image_folders)
         text = dry_run(partial(build, recipe, device=device), options.out, device=device)
     else:
         with trackers_of(options.out, tensorboard=options.tensorboard, wandb=options.wandb) as trackers:

@@ -30,9 +30,20 @@ from tokenlabel.runtime.runlog import RECIPE_FILE
 _UNSET = (0, -1)  # an image size that was not given, and that no wrong number becomes
 
 
+class Labelled:
+    """A group of a recipe that may name label stores."""
+
+    labels: str | list[str] | None
+
+    @property
+    def label_folders(self) -> list[str]:
+        """The folders of `labels`; empty without labels."""
+        return [self.labels] if isinstance(self.labels, str) else self.labels or []
+
+
 @dataclass(frozen=True, kw_only=True)
 @coerced_fields
-class DataConfig:
+class DataConfig(Labelled):
     """Training and validation data."""
 
     train: str
@@ -59,11 +70,6 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_numbers(self, "data.", max_missing=SHARE, num_workers=COUNT, tar_window=NATURAL)
-
-    @property
-    def label_folders(self) -> list[str]:
-        """The folders of `labels`; empty without labels."""
-        return [self.labels] if isinstance(self.labels, str) else self.labels or []
 
     @property
     def image_folders(self) -> list[str | None]:
@@ -163,7 +169,7 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 @coerced_fields
-class EvalConfig:
+class EvalConfig(Labelled):
     """Evaluation during training and at its end."""
 
     every_epochs: float = 1.0
@@ -180,11 +186,6 @@ class EvalConfig:
     """A few images with any classes: evaluates a linear probe and nearest neighbours of the frozen features on them."""
     probe_test: str | None = None
     """Images to test the probes on; by default every other image of `probe`."""
-
-    @property
-    def label_folders(self) -> list[str]:
-        """The folders of `labels`; empty without labels."""
-        return [self.labels] if isinstance(self.labels, str) else self.labels or []
 
     def __post_init__(self) -> None:
         positive = {"every_epochs": POSITIVE, "crop_fraction": PART}
