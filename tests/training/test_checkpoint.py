@@ -127,6 +127,18 @@ def test_a_missing_file_is_named(tmp_path):
         load_checkpoint(folder, trained_for(0))
 
 
+def test_another_network_than_the_recipe_makes_is_refused(tmp_path):
+    folder = save(tmp_path, 1, trained_for(1))
+    state = json.loads((folder / "state.json").read_text())
+    state["recipe"]["model"]["options"]["depth"] = 2
+    (folder / "state.json").write_text(json.dumps(state))
+    other = create_model("lvvit_t", num_classes=3, img_size=(16, 16), **OPTIONS | {"depth": 2})
+    with pytest.raises(ModelError, match=r"another network than its recipe makes here: it lacks backbone\.blocks\.1"):
+        load_checkpoint(folder, TrainState(other, torch.optim.SGD(other.parameters()), None))
+    with pytest.raises(ModelError, match=r"another network than its recipe makes here: it lacks backbone\.blocks\.1"):
+        load_run(tmp_path)
+
+
 def test_another_format_is_refused(tmp_path):
     folder = save(tmp_path, 1, trained_for(1))
     state = json.loads((folder / "state.json").read_text())

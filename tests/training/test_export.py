@@ -80,6 +80,16 @@ def test_positions_of_images_that_are_not_square_are_those_of_their_grid(
     torch.testing.assert_close(ours, resize_positions(theirs, (height // patch, width // patch), new_grid))
 
 
+def test_a_run_opens_for_images_of_another_size(tmp_path: Path) -> None:
+    """BEiT's biases by relative position are of one size; its options make it small."""
+    beit = ("beit_base_patch16_224", (64, 64), {"depth": 1, "embed_dim": 32, "num_heads": 2})
+    for case in (beit, VIT):
+        save_run(tmp_path / case[0], case)
+        loaded = load_model(tmp_path / case[0], img_size=(96, 128))
+        assert (loaded.model.grid, loaded.img_size) == ((6, 8), (96, 128))
+        assert loaded.model(torch.zeros(1, 3, 96, 128)).class_logits.shape == (1, 3)
+
+
 @pytest.mark.parametrize(
     ("case", "inference", "dense"), [(LVVIT, Inference.COMBINED, True), (RESNET, Inference.CLASS, False)]
 )

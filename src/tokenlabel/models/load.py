@@ -19,7 +19,6 @@ from tokenlabel.data.config import Interpolation
 from tokenlabel.models import create_model, register_with_timm
 from tokenlabel.models.adapter import TimmAdapter
 from tokenlabel.models.names import PlainClassifier, check_classes, is_embedding, network_by_name, why_unknown
-from tokenlabel.models.positions import resize_all_positions
 from tokenlabel.models.runs import (
     description_of,
     is_run,
@@ -30,7 +29,8 @@ from tokenlabel.models.runs import (
     token_classes_of,
 )
 from tokenlabel.models.segmentation import SegmentationModel, SegmentModelConfig, create_segmentation_model
-from tokenlabel.models.weight_files import names_in_order, read_class_names
+from tokenlabel.models.weight_files import Weights, names_in_order, read_class_names
+from tokenlabel.models.weights import load, load_all
 from tokenlabel.runtime.coercion import Size, pair
 from tokenlabel.runtime.configuration import config_from_dict
 from tokenlabel.runtime.errors import ModelError, refuse
@@ -140,7 +140,7 @@ def _load_run(path: str, img_size: tuple[int, int] | None, *, segments: bool | N
     if is_segmentation:
         typed = config_from_dict(config, SegmentModelConfig, name=f"{folder}/state.json")
         model = create_segmentation_model(typed, num_classes=len(names)).eval()
-        model.load_state_dict(tensors)
+        load_all(model, tensors, name=path)
         use = {"img_size": typed.img_size, "precision": recipe["precision"]}
         return LoadedModel(name=path, model=model, class_names=tuple(names), recipe=recipe, step=step, **use)
     others = None if state.get("token_classes") is None else token_classes_of(state)
@@ -152,10 +152,15 @@ def _load_run(path: str, img_size: tuple[int, int] | None, *, segments: bool | N
 
     own_size = pair(config["img_size"])
     model = _create(own_size)  # also for another size: its grid is that of the saved position embeddings
-    if img_size not in (None, own_size):
+    if img_size in (None, own_size):
+        load_all(model, tensors, name=path)
+    else:
         grid, model = model.grid, _create(img_size)
-        resize_all_positions(tensors, model, grid=grid, name=path)
-    model.load_state_dict(tensors)
+        parts = [
+            {name.removeprefix(part): tensor for name, tensor in tensors.items() if name.startswith(part)}
+            for part in ("backbone.", "token_head.")
+        ]
+        load(model, Weights(Path(path), "backbone.", *parts), grid=grid, tokens="same" if others else "classes")
     loaded = of_run(model, recipe, names, step=step, name=path, token_classes=others)
     return replace(loaded, img_size=img_size or loaded.img_size)
 

@@ -109,6 +109,16 @@ def load(
     return Loaded(new_heads=new_heads, resized=resized)
 
 
+def load_all(model: nn.Module, tensors: Mapping[str, Tensor], *, name: str) -> None:
+    """Load the tensors of a checkpoint of ours. Raises ModelError that says which are not those of the model."""
+    if complaint := misfit(tensors, model.state_dict(), spared=()):
+        raise ModelError(
+            f"{name} holds another network than its recipe makes here: {complaint}; its state.json names the versions "
+            "of the packages that it was trained with"
+        )
+    model.load_state_dict(tensors)
+
+
 def _adapt(
     model: Any, weights: Weights, *, grid: tuple[int, int] | None, spared: Collection[str]
 ) -> tuple[dict[str, Tensor], dict[str, torch.Size]]:

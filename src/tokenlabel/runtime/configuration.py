@@ -41,10 +41,10 @@ class _FileLoader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         found: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in found:
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in found:
                 raise ConstructorError(None, None, f"the key {key.value} stands there twice", key.start_mark)
-            found.add(key.value if isinstance(key, yaml.ScalarNode) else "")
+            found.add(key.value)
         return super().construct_mapping(node, deep)
 
 

@@ -34,6 +34,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from tokenlabel.data.classes import ClassList
 from tokenlabel.models.load import LoadedModel, load_model
 from tokenlabel.models.runs import CHECKPOINT_FORMAT, list_checkpoints, newest_checkpoint, read_state, read_tensors
+from tokenlabel.models.weights import load_all
 from tokenlabel.runtime.configuration import config_as_dict, config_from_dict
 from tokenlabel.runtime.distributed import current_ranks
 from tokenlabel.runtime.errors import ModelError
@@ -138,9 +139,10 @@ def load_checkpoint(folder: Path, state: TrainState) -> int:
     Raises ModelError if a file is missing, truncated or altered, or does not fit the model.
     """
     saved = read_state(folder)
-    _load_module(state.model, read_tensors(folder, "model.safetensors", saved))
-    if state.ema is not None:
-        _load_module(state.ema.module, read_tensors(folder, "ema.safetensors", saved))
+    modules = {"model": state.model} | ({"ema": state.ema.module} if state.ema is not None else {})
+    for name, module in modules.items():
+        tensors, now = read_tensors(folder, f"{name}.safetensors", saved), module.state_dict()
+        load_all(module, {key: _placed(tensor, now.get(key)) for key, tensor in tensors.items()}, name=str(folder))
     try:
         _load_optimizer(state.optimizer, read_tensors(folder, "optimizer.safetensors", saved))
     except IndexError as error:
@@ -195,14 +197,9 @@ def _tensors(state: TrainState, *, here: bool) -> dict[str, dict[str, Tensor]]:
     return whole
 
 
-def _load_module(module: nn.Module, saved: dict[str, Tensor]) -> None:
-    now = module.state_dict()
-    module.load_state_dict({name: _placed(tensor, now.get(name)) for name, tensor in saved.items()})
-
-
 def _placed(saved: Tensor, like: Tensor | None) -> Tensor:
     """Return a saved tensor, sharded as `like` is."""
-    if isinstance(like, DTensor) and not isinstance(saved, DTensor):
+    if isinstance(like, DTensor) and saved.shape == like.shape:
         return distribute_tensor(saved.to(like.device), like.device_mesh, like.placements)
     return saved
 
