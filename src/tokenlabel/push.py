@@ -113,8 +113,11 @@ def push(
     )
     if target is None and not hub_answers():
         raise ConfigError(f"{repo}: the hub cannot be reached; --dry-run FOLDER writes what would be sent")
-    beside = target.parent if target is not None else thing.parent  # on the same disk, so that hard links work
-    beside.mkdir(parents=True, exist_ok=True)
+    beside: Path | None = (thing if target is None else target).absolute().parent  # on one disk hard links work
+    if target is not None:
+        beside.mkdir(parents=True, exist_ok=True)
+    elif not os.access(beside, os.W_OK):
+        beside = None
     with TemporaryDirectory(prefix=".writing-", dir=beside) as temporary:
         written = Path(temporary) / "files"
         kind = _pack(thing, written, repo, licence)

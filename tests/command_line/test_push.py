@@ -25,6 +25,7 @@ push own.safetensors me/head --licence mit
 push run you/run --licence mit
 push images me/images --licence mit
 push run run --licence mit
+push typo/run me/run --licence mit
 push run me/run --licence mit --dry-run folder
 push run me/run --licence mit --dry-run folder
 eval hf://me/run --data images
@@ -154,6 +155,7 @@ def test_it_is_read_wherever_a_local_one_is(pushed, command):
         ("push run you/run", "you may not write there"),
         ("push images", "expected a run folder, a label store or a head"),
         ("push run run", "expected USER/NAME"),
+        ("push typo/run", "typo/run: expected a run folder, a label store or a head"),
         ("annotate images hf:", "labels are written to a folder of this machine"),
         ("eval hf://me/absent", "hf://me/absent: not there, or private"),
         ("eval hf://me --data", "expected hf://USER/NAME"),
@@ -162,6 +164,7 @@ def test_it_is_read_wherever_a_local_one_is(pushed, command):
 )
 def test_what_cannot_be_done_is_said_in_a_line(pushed, command, words):
     assert words in refusal(said_by(pushed[1], command))
+    assert not (pushed[0] / "typo").exists()
 
 
 def test_a_card_without_licence_and_a_folder_that_is_there_are_refused(pushed):

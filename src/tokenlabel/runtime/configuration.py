@@ -51,15 +51,16 @@ class _FileLoader(yaml.SafeLoader):
 class _WordLoader(_FileLoader):
     """Reads 1e-3 as a number and 010 as ten, as YAML 1.2 does; PyYAML wants 1.0e-3, and takes 010 for eight."""
 
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        is_decimal = re.fullmatch(r"[-+]?\d+", node.value)
+        return int(node.value) if is_decimal else super().construct_yaml_int(node)
+
 
 _WordLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
 _WordLoader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?0[0-9]+$"), list("-+0"))
-_WordLoader.add_constructor(
-    "tag:yaml.org,2002:int",
-    lambda loader, node: int(node.value) if re.fullmatch(r"[-+]?\d+", node.value) else loader.construct_yaml_int(node),
-)
+_WordLoader.add_constructor("tag:yaml.org,2002:int", _WordLoader.construct_yaml_int)
 
 
 class Setting(NamedTuple):
@@ -197,7 +198,7 @@ def overlaid(base: dict[str, Any], nested: dict[str, Any], config: type) -> dict
     A field whose metadata has `instead_of`, another field, takes its place.
     """
     hints, result = get_type_hints(config), dict(base)
-    instead = {field.name: field.metadata.get("instead_of") for field in dataclasses.fields(config)}
+    instead = {field.name: field.metadata.get("instead_of", "") for field in dataclasses.fields(config)}
     for key, value in nested.items():
         if not is_config(hints[key]):
             result[key] = value
