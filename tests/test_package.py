@@ -32,7 +32,7 @@ ROOMS = {
     "labels": "runtime core drawing data",
     "training": "runtime core drawing data models",
     "evaluation": "runtime core data models labels training",
-    "segmentation": "runtime core drawing data models labels training",
+    "segmentation": "runtime core drawing data models labels training evaluation",
     "teachers": "runtime core data models labels training evaluation segmentation",
     "classification": "runtime core drawing data models labels training evaluation teachers",
 }

@@ -6,7 +6,6 @@ Modules are imported by the verb that needs them, so that `tokenlabel --help` an
 from __future__ import annotations
 
 import difflib
-import json
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenlabel import __version__
-from tokenlabel.runtime.arguments import Parser, add_device, device_of, parse, parse_config, write_json
+from tokenlabel.runtime.arguments import Parser, add_device, add_figures, device_of, parse, parse_config, print_figures
 from tokenlabel.runtime.coercion import NATURAL, check_numbers
 from tokenlabel.runtime.errors import refuse
 from tokenlabel.runtime.process import USAGE_ERROR, is_main_process, run_command, say, with_open_streams
@@ -172,8 +171,7 @@ def inspect(parser: Parser, arguments: list[str]) -> None:
     if source and options.pictures:
         write_pictures(store, source, options.pictures)
         say(f"{options.pictures}: maps over their images")
-    write_json(options.output, figures)
-    print(json.dumps(figures) if options.json else as_text(figures))
+    print_figures(options, figures, as_text)
 
 
 def _add_inspect_arguments(parser: Parser) -> None:
@@ -189,13 +187,7 @@ def _add_inspect_arguments(parser: Parser) -> None:
     text = "of --out-of-fold: write pred_probs, labels, keys and class_names to this .npz, as cleanlab takes them"
     parser.add_argument("--probabilities", type=Path, help=text)
     _add_duplicates(parser)
-    _add_figures(parser)
-
-
-def _add_figures(parser: Parser) -> None:
-    parser.add_argument("--json", action="store_true", help="print one line of JSON")
-    parser.add_argument("--output", type=Path, help="also write the figures to this JSON file")
-    add_device(parser)
+    add_figures(parser)
 
 
 def _judge(store: LabelStore, source: ImageSource | None, options: Namespace, num_suspects: int) -> dict[str, Any]:
@@ -280,14 +272,13 @@ def evaluate(parser: Parser, arguments: list[str]) -> None:
     from tokenlabel.evaluation.options import EvalOptions, as_text
 
     parser.add_argument("network", help="run folder, one checkpoint folder of it, or the name of a model")
-    _add_figures(parser)
+    add_figures(parser)
     options, config = parse_config(parser, arguments, EvalOptions)
     from tokenlabel.evaluation.assessment import assess
 
     figures = assess(options.network, config, device=device_of(options.device))
     if is_main_process():
-        write_json(options.output, figures)
-        print(json.dumps(figures) if options.json else as_text(figures))
+        print_figures(options, figures, as_text)
 
 
 @verb("segment", "train, eval or predict: a class for every pixel, from any backbone")

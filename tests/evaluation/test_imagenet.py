@@ -111,6 +111,7 @@ def timms(weights, own):
     ("options", "message"),
     [
         ({"set": "imagenet-c", "per_class": True}, "leave --per-class out"),
+        ({"set": "imagenet-c", "probe": Path("few")}, "leave --probe out"),
         ({"multi_labels": Path("f.json"), "real": Path("real.json")}, "leave --real out"),
         ({"multi_labels": Path("f.json"), "set": "imagenet-a"}, "--set imagenet-a"),
         ({"crop_fraction": 0.0}, "--crop-fraction must be above 0 and at most 1, got 0.0"),
@@ -243,6 +244,10 @@ def test_images_with_several_labels_have_a_mean_average_precision(weights, tmp_p
         (tmp_path / "labels.json").write_text(json.dumps({"images/a.png": wrong}))
         with pytest.raises(ValueError, match=rf"labels\.json: .*{message}"):
             read_multi_labels(tmp_path / "labels.json", WNIDS)
+    for nothing in ({}, {"images/a.png": []}):
+        (tmp_path / "labels.json").write_text(json.dumps(nothing))
+        with pytest.raises(ValueError, match="expected a mapping from paths of images to lists of classes"):
+            read_multi_labels(tmp_path / "labels.json", WNIDS)
 
 
 def test_size_and_crop_change_what_is_seen(weights, own):
@@ -271,5 +276,6 @@ def test_what_does_not_fit_is_named(weights, own, tmp_path):
 def test_figures_read_as_a_table(weights, own):
     text = as_text(evaluate(weights[12], own, per_class=True))
     assert "top1" in text
+    assert "\nclass    per_class\n" in text
     assert "class07" in text
     assert "%" in text

@@ -62,7 +62,7 @@ def test_more_than_255_classes_are_trained_evaluated_and_predicted(folder, capsy
     names = [f"kind {number}" for number in range(NUM_CLASSES)]
     write_recipe({"class_names": names})
     assert main(["segment", "train", "--recipe", "recipe.yaml", "--out", "run"]) == 0
-    assert main(["segment", "eval", "run"]) == 0
+    assert main(["segment", "eval", "run", "--json"]) == 0
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert len(figures["class_iou"]) == NUM_CLASSES
     assert figures["absent_classes"] == []
@@ -183,7 +183,7 @@ def test_cocos_file_stands_in_place_of_a_folder_of_masks(folder, capsys):
     assert "images: 3 images with masks of 2 classes (box, stripe)" in captured.err
     assert "few.json: 1 of its images are not in images and are skipped (7.png)" in captured.err
     write_coco("turned.json", [0, 1, 2], categories=("stripe", "box"))  # other ids, the same names
-    assert main(["segment", "eval", "run", "--images", "images", "--masks", "turned.json"]) == 0
+    assert main(["segment", "eval", "run", "--images", "images", "--masks", "turned.json", "--json"]) == 0
     assert set(json.loads(capsys.readouterr().out)["class_iou"]) == {"box", "stripe"}
     for broken, message in (
         ({"size": [30, 24]}, "few.json: annotation 1 of 0.png is of 30 x 24 pixels (height x width), its"),

@@ -255,14 +255,18 @@ def test_the_commands_train_evaluate_and_predict(scenes, tmp_path, capsys):
     run, out = tmp_path / "run", tmp_path / "out"
     assert main(["segment", "train", "--recipe", str(recipe), "--run", str(run), "--num-steps", "2"]) == 0
     trained = json.loads(capsys.readouterr().out)
-    assert main(["segment", "eval", str(run), "--output", str(tmp_path / "eval.json")]) == 0
+    assert main(["segment", "eval", str(run), "--output", str(tmp_path / "eval.json"), "--json"]) == 0
     figures = json.loads(capsys.readouterr().out)
     assert figures == json.loads((tmp_path / "eval.json").read_text())
     assert figures["miou"] == trained["miou"]
     assert set(figures["class_iou"]) == {*"0123456789", "background"}
     changed = ["--mode", "whole", "--scales", "0.5", "1", "--flip", "--short-side", "0"]
     assert main(["segment", "eval", str(run), *changed]) == 0
-    assert json.loads(capsys.readouterr().out)["num_images"] == 20
+    about, of_classes = capsys.readouterr().out.split("\n\n")
+    assert "num_images           20\n" in about
+    assert "absent_classes       none" in about
+    assert of_classes.splitlines()[0] == "class       class_iou  class_accuracy"
+    assert len(of_classes.splitlines()) == 1 + 11
     write_image(tmp_path / "photos/a/one.jpg", (30, 41))
     assert main(["segment", "predict", str(run), str(tmp_path / "photos"), "--out", str(out)]) == 0
     with Image.open(out / "masks/a/one.png") as mask, Image.open(out / "overlays/a/one.png") as overlay:
@@ -294,6 +298,7 @@ def test_soft_predictions_go_into_a_store_on_the_grid_of_the_head(run, tmp_path,
         ((), "name --out for masks and overlays, --store for soft predictions, or both"),
         (("photos/two.png", "--store", "soft"), "--store takes one folder of images"),
         (("--store", "soft", "--flip"), "soft: holds other labels"),
+        (("--store", "soft", "--out", "photos/out"), "--out photos/out lies among the images"),
     ):
         assert main([*predict, *words]) == 2
         assert message in capsys.readouterr().err
@@ -306,7 +311,7 @@ def test_a_published_file_is_evaluated_with_its_recipe(run, scenes, tmp_path, ca
     nested["data"] |= {"class_names": list("0123456789"), "layout": "scenes"}
     recipe.write_text(yaml.safe_dump(nested))
     words = [str(tmp_path / "upernet.pth"), "--recipe", str(recipe), "--root", str(scenes)]
-    assert main(["segment", "eval", *words]) == 0
+    assert main(["segment", "eval", *words, "--json"]) == 0
     logged = [line for line in read_metrics(run) if line["kind"] == "eval"][-1]
     assert json.loads(capsys.readouterr().out)["miou"] == logged["miou"]
 

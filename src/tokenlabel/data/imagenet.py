@@ -158,7 +158,8 @@ def read_multi_labels(path: Path, class_names: Sequence[str]) -> dict[str, list[
     Raises DataError for a class that the model does not have.
     """
     found = read_json(path)
-    if not isinstance(found, dict) or not all(isinstance(classes, list) for classes in found.values()):
+    lists = [*found.values()] if isinstance(found, dict) else []
+    if not any(lists) or not all(isinstance(classes, list) for classes in lists):
         raise DataError(f"{path}: expected a mapping from paths of images to lists of classes")
     named = sorted({c for classes in found.values() for c in classes if isinstance(c, str)})
     ids = dict(zip(named, ids_among(named, class_names), strict=True))

@@ -1,10 +1,9 @@
-"""The command line of `tokenlabel eval`: its options, and its figures as text. No torch, so that help comes at once."""
+"""The options of `tokenlabel eval`, and figures of evaluations as text. No torch, so that help comes at once."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -62,7 +61,7 @@ class EvalOptions:
         """Raise ConfigError for options that exclude each other, or have no effect."""
         of_images = ("real", "masks", "labels", "per_class")
         if self.set == "imagenet-c":
-            self.leave_out("--set imagenet-c measures the top-1 alone", "multi_labels", *of_images)
+            self.leave_out("--set imagenet-c measures the top-1 alone", "multi_labels", "probe", *of_images)
         if self.multi_labels is not None:
             self.leave_out("--multi-labels measures the average precision alone", *of_images)
         refuse(
@@ -86,20 +85,26 @@ class EvalOptions:
 
 
 def as_text(figures: Mapping[str, Any]) -> str:
-    """Return figures as text, one a line; classes come last, from the worst to the best."""
-    if all(isinstance(value, dict) for value in figures.values()):
+    """Return figures as text, one a line; those of classes come last, from the worst to the best."""
+    of_classes = {name: value for name, value in figures.items() if isinstance(value, dict)}
+    if len(of_classes) == len(figures):  # of each way to predict
         return "\n\n".join(as_text(of_head) for of_head in figures.values())
-    lines = [f"{name:<20} {_shown(name, v)}" for name, v in figures.items() if not isinstance(v, dict)]
-    if of_classes := figures.get("per_class"):
-        width = max(map(len, of_classes))
-        lines.append("")
-        lines += [f"{name:<{width}}  {top1:6.1%}" for name, top1 in sorted(of_classes.items(), key=itemgetter(1))]
+    lines = [f"{name:<20} {_shown(name, value)}" for name, value in figures.items() if name not in of_classes]
+    if of_classes:
+        first = next(iter(of_classes.values()))
+        width = max(map(len, ("class", *first)))
+        lines += ["", f"{'class':<{width}}  {'  '.join(of_classes)}"]
+        for name in sorted(first, key=lambda name: (first[name] is None, first[name])):
+            cells = (f"{_shown(column, found[name]):>{len(column)}}" for column, found in of_classes.items())
+            lines.append(f"{name:<{width}}  {'  '.join(cells)}")
     return "\n".join(lines)
 
 
 def _shown(name: str, value: Any) -> str:
+    if isinstance(value, list):
+        return " x ".join(map(str, value)) if name == "img_size" else ", ".join(value) or "none"
     if not isinstance(value, float):
-        return " x ".join(map(str, value)) if isinstance(value, list) else str(value)
+        return "-" if value is None else str(value)
     if name == "loss" or name.startswith(("mce", "ce_")):
         return f"{value:.4f}"
     return f"{value:,.1f}" if name == "images_per_s" else f"{value:.2%}"

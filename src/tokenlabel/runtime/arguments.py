@@ -328,6 +328,19 @@ def write_json(path: Path | None, figures: dict[str, Any]) -> None:
         write_whole(path, json.dumps(figures, indent=1) + "\n")
 
 
+def add_figures(parser: Parser) -> None:
+    """Let a parser take how `print_figures` prints, and `--device`."""
+    parser.add_argument("--json", action="store_true", help="print one line of JSON")
+    parser.add_argument("--output", type=Path, help="also write the figures to this JSON file")
+    add_device(parser)
+
+
+def print_figures(options: Namespace, figures: dict[str, Any], as_text: Callable[[dict[str, Any]], str]) -> None:
+    """Write figures to `--output`, and print them as text, or as JSON with `--json`."""
+    write_json(options.output, figures)
+    print(json.dumps(figures) if options.json else as_text(figures))
+
+
 def add_device(parser: Parser) -> None:
     """Let a parser take `--device`."""
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokenlabel.runtime.arguments import Parser, add_device, device_of, parse, write_json
+from tokenlabel.runtime.arguments import Parser, add_device, add_figures, device_of, parse, print_figures
 from tokenlabel.runtime.coercion import COUNT, check_numbers
 from tokenlabel.runtime.errors import ModelError, refuse
 from tokenlabel.runtime.process import listed, say
@@ -61,16 +60,17 @@ def _evaluate(arguments: list[str]) -> int:
         "Under torchrun the processes share the images.",
     )
     _add_network(parser)
+    add_figures(parser)
     parser.add_argument("--split", help="split of the data set; by default the one that the recipe evaluates on")
     parser.add_argument("--images", help="any folder of images, in place of the recipe's")
     parser.add_argument("--masks", help="their masks, with the recipe's values, or COCO's file about them (.json)")
     parser.add_argument("--num-workers", type=int, default=0, help="processes that decode images")
-    parser.add_argument("--output", type=Path, help="also write the figures to this JSON file")
     options = parse(parser, arguments)
     check_numbers(options, "--", num_workers=COUNT)
     both = "--split names a part of the data set, --images and --masks other folders; leave one out"
     refuse({both: options.split and (options.images or options.masks)})
 
+    from tokenlabel.evaluation.options import as_text
     from tokenlabel.runtime.distributed import autocast, joined_ranks
     from tokenlabel.segmentation.inference import evaluate_segmentation, segmenter_of
     from tokenlabel.segmentation.layouts import other_pairs
@@ -89,9 +89,8 @@ def _evaluate(arguments: list[str]) -> int:
         no_mask = f"no mask holds {len(absent):,} of {len(names):,} classes ({listed(absent)})"
         say(f"{no_mask}: mIoU is the mean over {counted}")
     if ranks.is_first:
-        figures = {"step": trained.step, **figures}
-        write_json(options.output, figures)
-        print(json.dumps(figures, ensure_ascii=False))  # names of classes as they are
+        step = {} if trained.step is None else {"step": trained.step}
+        print_figures(options, {"network": trained.name, **step, **figures}, as_text)
     return 0
 
 
@@ -101,16 +100,19 @@ def _predict(arguments: list[str]) -> int:
         "Predict the class of every pixel: masks with a palette and overlays, or soft maps into a label store.",
     )
     _add_network(parser)
+    add_device(parser)
     parser.add_argument("images", type=Path, nargs="+", help="image files or folders of them")
     parser.add_argument("--out", type=Path, help="folder for masks/, overlays/ and classes.json")
     parser.add_argument("--store", type=Path, help="label store for soft predictions, on the grid of the model's head")
     options = parse(parser, arguments)
-    is_folder = len(options.images) == 1 and options.images[0].is_dir()
-    has_output = options.out or options.store
+    (first, *others), out = options.images, options.out
+    is_folder, is_inside = not others and first.is_dir(), out and out.resolve().is_relative_to(first.resolve())
     refuse(
         {
-            "name --out for masks and overlays, --store for soft predictions, or both": not has_output,
+            "name --out for masks and overlays, --store for soft predictions, or both": not (out or options.store),
             "--store takes one folder of images: keys of labels are relative to it": options.store and not is_folder,
+            f"--out {out} lies among the images, so that --store would label the pictures in it, too; name a folder "
+            "elsewhere": options.store and is_inside,
         }
     )
 
@@ -120,18 +122,17 @@ def _predict(arguments: list[str]) -> int:
     from tokenlabel.segmentation.layouts import classes_of
     from tokenlabel.segmentation.predictions import predict_files, store_predictions
 
-    device = device_of(options.device)
-    trained = _network(options)
+    device, trained = device_of(options.device), _network(options)
     segmenter = segmenter_of(trained, device)
     with autocast(device, trained.recipe.precision):
-        if options.out:
+        if out:
             classes = classes_of(trained.recipe.data, trained.class_names)
-            num_images = predict_files(segmenter, options.images, options.out, classes=classes, device=device)
-            print(f"{options.out}: {num_images:,} images")
+            num_images = predict_files(segmenter, options.images, out, classes=classes, device=device)
+            print(f"{out}: {num_images:,} images")
         if options.store:
             names, teacher = trained.class_names, {"name": str(options.network), "weights": fingerprint(trained.model)}
             num_new = store_predictions(
-                segmenter, options.images[0], options.store, class_names=names, teacher=teacher, device=device
+                segmenter, first, options.store, class_names=names, teacher=teacher, device=device
             )
             print(f"{options.store}: {num_new:,} images labelled")
     return 0
@@ -151,7 +152,6 @@ def _add_network(parser: Parser) -> None:
         "--scales", type=float, nargs="+", help="average over these sizes, such as .5 .75 1 1.25 1.5 1.75"
     )
     parser.add_argument("--flip", action="store_true", help="average with the mirrored image")
-    add_device(parser)
 
 
 def _network(options: Namespace) -> LoadedModel:
@@ -205,7 +205,8 @@ def _load_by_recipe(path: Path, name: str, *, root: str | None) -> LoadedModel:
 
     nested = recipe_content(name, SegmentRecipe)
     data = nested.setdefault("data", {})
-    data["root"] = root or data.get("root", ".")
+    if root or data.get("layout") != "folders":
+        data["root"] = root or data.get("root", ".")
     recipe = config_from_dict(nested, SegmentRecipe, name=name)
     names = classes_of(recipe.data, list(recipe.data.class_names)).names
     model = create_segmentation_model(recipe.model, num_classes=len(names))
@@ -221,5 +222,4 @@ def _load_by_recipe(path: Path, name: str, *, root: str | None) -> LoadedModel:
         img_size=recipe.model.img_size,
         precision=recipe.precision,
         recipe=recipe,
-        step=0,
     )

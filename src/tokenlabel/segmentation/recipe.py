@@ -20,6 +20,7 @@ from tokenlabel.runtime.coercion import (
     coerced_fields,
 )
 from tokenlabel.runtime.errors import refuse
+from tokenlabel.runtime.process import listed
 from tokenlabel.training.recipe import Labelled, TrainingConfig
 
 Split = Literal["train", "val"]
@@ -66,8 +67,8 @@ class SegmentDataConfig(Labelled):
     val_masks: str | None = None
     """Layout folders: their masks, likewise."""
     class_names: tuple[str, ...] = ()
-    """Layout folders: the name of the class of each value in the masks, from 0; by default the categories of
-    COCO's file, a line each in classes.txt beside the masks, or the classes of the labels."""
+    """Layouts folders and scenes: the name of the class of each value in the masks, from 0; by default the categories
+    of COCO's file, a line each in classes.txt beside the masks, or the classes of the labels."""
     class_values: tuple[int, ...] = ()
     """Layout folders: the value of each class in the masks, such as [0,255]; 0, 1, 2, ... by default."""
     ignore_index: int | tuple[int, ...] | None = None
@@ -87,12 +88,16 @@ class SegmentDataConfig(Labelled):
         kind, is_folders = f"data.layout {self.layout}", self.layout is Layout.FOLDERS
         names_are_known = self.layout not in (Layout.FOLDERS, Layout.SCENES)
         gives_values = self.class_values or self.ignore_index is not None
+        others = (
+            ("root", "train_split", "val_split") if is_folders else ("train", "masks", "labels", "val", "val_masks")
+        )
+        misplaced = listed([f"data.{name}" for name in others if getattr(self, name)], len(others))
+        finds = "the folders that are named" if is_folders else "data.root, which has masks of its own"
         refuse(
             {
+                f"{kind} takes its images from {finds}; leave {misplaced} out": misplaced,
                 "data.layout folders needs data.train: images, with data.masks, data.labels or both, or a folder of "
                 "images/ and masks/": is_folders and not self.train,
-                f"{kind} has masks of its own; data.masks and data.labels are for folders": not is_folders
-                and (self.masks or self.labels),
                 f"{kind} needs data.root, the folder of the data set": not is_folders and self.root is None,
                 f"{kind} has its own classes; leave data.class_names and data.background out": names_are_known
                 and (self.class_names or self.background),
