@@ -104,6 +104,8 @@ class TestFiles:
         names += ["twice.png", "old/g.png", "._a.png"]
         for name in names:
             write_mask(tmp_path / "masks" / name, [[0, 1], [1, 0]])
+        (tmp_path / "masks/deep").rename(tmp_path / "elsewhere")
+        (tmp_path / "masks/deep").symlink_to("../elsewhere")
         pairs = two_folders(tmp_path, ["road", "tree"])
         assert list(pairs.mask_names) == [*names[:6], "twice.png", "twice.png"]
         said = capsys.readouterr().err
@@ -113,7 +115,7 @@ class TestFiles:
         for name in ("c.jpg", "d.jpg", "deep/e.f.jpg", "deep/h.jpg"):
             assert MaskFolder(tmp_path / "masks", num_classes=2)[name].codes.shape == (2, 2, 1)
 
-    def test_masks_beside_their_images(self, tmp_path):
+    def test_masks_beside_their_images(self, tmp_path, capsys):
         for number in range(2):
             write_image(tmp_path / f"both/{number}.jpg", (2, 2))
             write_mask(tmp_path / f"both/{number}_seg.png", [[0, 1], [1, 0]])
@@ -126,6 +128,7 @@ class TestFiles:
         pairs = open_pairs(config, "train")
         assert pairs is not None
         assert list(zip(pairs.keys, pairs.mask_names, strict=True)) == [("0.jpg", "0_seg.png"), ("1.jpg", "1_seg.png")]
+        assert "belong to no image" not in capsys.readouterr().err
 
     @pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA"])
     def test_equal_channels_are_those_of_a_grey_mask(self, mode):
@@ -323,6 +326,23 @@ class TestTeacherAndTruth:
             annotate("images", "other", AnnotateConfig(teacher="resnet18", ignore_index=11), device=CPU)
         with pytest.raises(ValueError, match="--ignore-index 1 is one of the 2 classes"):
             annotate("images", "other", AnnotateConfig(teacher="masks:masks", ignore_index=1), device=CPU)
+
+    def test_masks_of_no_image_and_of_another_shape_are_named(self, capsys):
+        self.masks([[0, 1, 0, 1]], [[1, 0], [0, 1]])
+        write_mask(Path("masks/cat/2.png"), [[0]])
+        annotate("images", "labels", AnnotateConfig(teacher="masks:masks"), device=CPU)
+        said = capsys.readouterr().err
+        assert "masks: 1 masks belong to no image and are skipped (cat/2.png)" in said
+        assert "masks: 1 of 2 masks that were looked at have another aspect ratio than their image (cat/1.jpg)" in said
+
+    def test_masks_need_classes_of_the_images_to_stand_for(self):
+        Path("images/dog/1.jpg").rename("images/1.jpg")
+        Path("images/cat/1.jpg").rename("images/2.jpg")
+        Path("images/dog").rmdir()
+        Path("images/cat").rmdir()
+        write_mask(Path("masks/1.png"), [[0, 1], [1, 0]])
+        with pytest.raises(ModelError, match="masks hold ids of the images' classes, and these images have none"):
+            annotate("images", "labels", AnnotateConfig(teacher="masks:masks"), device=CPU)
 
     def test_more_than_255_classes(self, capsys):
         Path("many.txt").write_text("images/cat/1.jpg 255\nimages/dog/1.jpg 259\n")  # classes 0 to 259

@@ -46,6 +46,12 @@ def test_an_image_that_is_its_own_mask_is_refused(tmp_path: Path) -> None:
 def test_settings_of_other_layouts_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"data\.layout ade20k has its own classes"):
         SegmentDataConfig(layout=Layout.ADE20K, root=str(tmp_path), background="sky")
+    with pytest.raises(
+        ValueError, match=r"ade20k takes its images from data\.root, .* leave data\.train, data\.val out"
+    ):
+        SegmentDataConfig(layout=Layout.ADE20K, root=str(tmp_path), train="a", val="b")
+    with pytest.raises(ValueError, match=r"folders takes its images from .* leave data\.root, data\.val_split out"):
+        SegmentDataConfig(layout=Layout.FOLDERS, train="a", root=str(tmp_path), val_split="test")
     write_image(tmp_path / "images/1.png", (4, 5))
     write_mask(tmp_path / "masks/1.png", np.zeros((4, 5), np.uint8))
     config = SegmentDataConfig(

@@ -18,6 +18,8 @@ from torch import nn
 from tokenlabel.cli import main
 from tokenlabel.core.scores import from_mask, from_probabilities
 from tokenlabel.data.scenes import write_scenes
+from tokenlabel.data.sources import open_images
+from tokenlabel.labels.fingerprints import FingerprintedImages
 from tokenlabel.labels.manifest import Manifest
 from tokenlabel.labels.store import LabelStore
 from tokenlabel.labels.writer import LabelStoreWriter
@@ -144,6 +146,22 @@ def test_maps_alone_teach_with_the_classes_of_the_labels(here, capsys):
     state = json.loads(next(Path("run/checkpoints").glob("0*/state.json")).read_text())
     assert state["class_names"] == NAMES
     assert "miou" in [line for line in read_metrics(Path("run")) if line["kind"] == "eval"][-1]
+
+
+def test_images_that_changed_since_they_were_labelled_are_named(here, capsys):
+    shutil.copytree("images", "changed")
+    source = FingerprintedImages(open_images("changed", classes=False))
+    with LabelStoreWriter("maps", Manifest(num_classes=10, topk=1, class_names=tuple(NAMES))) as writer:
+        for index, key in enumerate(source.keys):
+            source.read(index)
+            writer.add(key, from_mask(np.zeros((4, 4), np.int64), num_classes=10), source.take(key))
+    masked = {path.name for path in Path("few/masks").iterdir()}
+    key = next(key for key in source.keys if key not in masked)
+    Image.new("RGB", (48, 48)).save(Path("changed") / key)
+    words = ("--data.train", "changed", "--data.labels", "maps", "--data.masks", "few/masks")
+    status, said = train(capsys, *words, "--out", "run", "--num-steps", "1")
+    assert status == 0, said
+    assert f"1 of 10 images that were looked at are not those that were labelled ({key})" in said
 
 
 def test_an_image_with_both_learns_from_its_mask(here):

@@ -12,7 +12,7 @@ import io
 import json
 from bisect import bisect_left
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -23,6 +23,7 @@ from PIL import Image
 
 from tokenlabel.core.geometry import turned
 from tokenlabel.data.decoding import orientation_of, stored_size, undecodable
+from tokenlabel.data.folders import list_images
 from tokenlabel.data.listings import Strings
 from tokenlabel.runtime.errors import DataError, import_extra
 from tokenlabel.runtime.process import listed, read_json
@@ -48,6 +49,19 @@ def mask_names(key: str) -> Iterator[str]:
     yield f"{key}.png"
     for ending in _ENDINGS:
         yield path.with_name(f"{path.stem}{ending}.png").as_posix()
+
+
+def find_masks(
+    masks: Path, keys: Iterable[str], names: Callable[[str], Iterable[str]] = mask_names
+) -> tuple[dict[str, str], list[str]]:
+    """Return the mask of each image in a folder, "" for none, and the images in it that are no mask of these.
+
+    `names`: yields possible names of the mask of an image.
+    """
+    # One walk through the folder, as asking for each file would be slow on network file systems.
+    there = {*list_images(masks).images}
+    found = {key: next((name for name in names(key) if name in there), "") for key in keys}
+    return found, sorted(there.difference(found.values()))
 
 
 def decode_mask(data: bytes, name: str) -> NDArray[np.integer]:
@@ -106,6 +120,12 @@ def check_upright(size_px: tuple[int, ...], data: bytes, *, mask: str, image: st
             f"photograph turned to {width} x {height} by its orientation tag (EXIF {orientation}); turn the mask "
             "likewise, or remove the tag if the stored pixels are upright"
         )
+
+
+def is_stretched(mask_px: tuple[int, ...], data: bytes, *, image: str) -> bool:
+    """Return True if a mask of (height, width) has another aspect ratio than its image, whose file holds `data`."""
+    width, height = stored_size(data, image)
+    return not _fits(mask_px, (width, height) if orientation_of(data) >= 5 else (height, width))
 
 
 def _fits(mask_px: tuple[int, ...], image_px: tuple[int, int]) -> bool:

@@ -19,7 +19,16 @@ from tokenlabel.core.scores import Orientation, ScoreMap, from_mask, turned_map
 from tokenlabel.core.targets import TokenTargets
 from tokenlabel.data.decoding import orientation_of
 from tokenlabel.data.images import ImageSource
-from tokenlabel.data.masks import COCO_SUFFIX, CocoMasks, check_upright, decode_mask, mask_names, unlabelled_value
+from tokenlabel.data.masks import (
+    COCO_SUFFIX,
+    CocoMasks,
+    check_upright,
+    decode_mask,
+    find_masks,
+    is_stretched,
+    mask_names,
+    unlabelled_value,
+)
 from tokenlabel.evaluation.evaluators import object_tokens
 from tokenlabel.labels.store import LabelStore
 from tokenlabel.runtime.errors import DataError
@@ -74,39 +83,60 @@ class MaskFolder:
     def check(self, class_names: Sequence[str], *, all_needed: bool = True) -> None:
         """Raise DataError if masks are missing (`all_needed`), or if some of them hold ids that are no class.
 
-        Also for masks of only 0 and 255 of images of several classes: there 255 probably is a class.
+        Also for masks of only 0 and 255 of images of several classes: there 255 probably is a class. Print which masks
+        belong to no image, and which have other shapes than their images.
         """
-        if self._source is None:
+        source = self._source
+        if source is None:
             return
-        missing = [key for key in self._source.keys if key not in self] if all_needed else []
+        if self._coco is None:
+            found, others = find_masks(self.folder, source.keys)
+            others = [name for name in others if name not in found]  # images beside their masks
+        else:
+            found = {key: self._coco_names.get(key, "") for key in source.keys}
+            others = sorted({*self._coco.names}.difference(found.values()))
+        # A path from elsewhere (an absolute one in a list) has its mask beside it.
+        missing = [key for key, mask in found.items() if not mask and key not in self] if all_needed else []
         if missing:
             expected = "" if self._coco else f"; expected {next(mask_names(missing[0]))} for {missing[0]}"
             raise DataError(
-                f"{self.folder}: {len(missing):,} of {len(self._source):,} images have no mask there "
+                f"{self.folder}: {len(missing):,} of {len(source):,} images have no mask there "
                 f"({listed(missing)}){expected}"
             )
-        if not self.is_assumed:
-            return
-        drawn = np.linspace(0, len(self._source) - 1, min(len(self._source), NUM_CHECKED)).astype(int)
-        held: dict[int, str] = {}
-        for index in drawn.tolist():
-            with suppress(ValueError):  # the error is raised when this mask is used
-                path, values = self._read(self._source.keys[int(index)])
-                held |= dict.fromkeys(np.unique(values).tolist(), str(path))
+        if others and any(found.values()):
+            say(f"{self.folder}: {len(others):,} masks belong to no image and are skipped ({listed(others)})")
+        there = np.array([i for i, mask in enumerate(found.values()) if mask] or range(len(source)))
+        drawn = there[np.linspace(0, len(there) - 1, min(len(there), NUM_CHECKED)).astype(int)]
+        held = self._held(source, drawn.tolist())
         if strange := sorted({*held} - {*range(self.num_classes), self._ignored}):
             raise DataError(
                 f"{held[strange[0]]}: holds {listed(list(map(str, strange)))}, which is no id of {self.num_classes:,} "
                 f"classes (0 = {class_names[0]} to {self.num_classes - 1} = {class_names[-1]}) nor of none "
                 f"({self._ignored}): --ignore-index sets the id of none, --class-map FILE of `annotate` maps all others"
             )
-        if self.num_classes > 255 and max(held, default=0) == 255:
+        if self.is_assumed and self.num_classes > 255 and max(held, default=0) == 255:
             say(f"{self.folder}: 255 is the class {class_names[255]!r} of {self.num_classes:,}, nothing is 65535")
-        elif {*held} == {0, 255} and len(np.unique(self._source.class_ids[drawn])) > 1:
+        elif self.is_assumed and {*held} == {0, 255} and len(np.unique(source.class_ids[drawn])) > 1:
             raise DataError(
                 f"{self.folder}: masks hold 0 and 255 alone, and 255 stands for no class: only {class_names[0]!r} (0) "
                 f"would be seen, never {listed(list(class_names[1:]))}; write class ids into the masks, or say "
                 "--ignore-index 255 if this is what they mean"
             )
+
+    def _held(self, source: ImageSource, indices: list[int]) -> dict[int, str]:
+        """Return the values in masks, each with the path of one; print which masks are stretched over their image."""
+        held, stretched = dict[int, str](), list[str]()
+        for index in indices:
+            with suppress(ValueError):  # the error is raised when this mask or image is used
+                path, values = self._read(key := source.keys[index])
+                held |= dict.fromkeys(np.unique(values).tolist(), str(path))
+                stretched += [key] if is_stretched(values.shape, source.read(index), image=key) else []
+        if stretched:
+            say(
+                f"{self.folder}: {len(stretched):,} of {len(indices):,} masks that were looked at have another aspect "
+                f"ratio than their image ({listed(stretched)}), over which they are stretched"
+            )
+        return held
 
     def _read(self, key: str) -> tuple[Path, NDArray[np.integer]]:
         """Return the path of an image's mask, and its values [height, width]."""

@@ -13,6 +13,7 @@ from tokenlabel.core.config import TokenChoice
 from tokenlabel.core.step import are_confident
 from tokenlabel.core.targets import TokenTargets
 from tokenlabel.data.classes import difference, same_classes
+from tokenlabel.labels.fingerprints import say_replaced
 from tokenlabel.labels.store import LabelStore
 from tokenlabel.runtime.distributed import current_ranks
 from tokenlabel.runtime.errors import DataError
@@ -64,13 +65,12 @@ def open_labels(config: SegmentDataConfig, pairs: ImageMaskPairs) -> LabelStore 
 
 
 def check_labels(store: LabelStore, pairs: ImageMaskPairs) -> int:
-    """Return how many images have neither mask nor label; print that, and classes too small for the label maps.
+    """Return how many images have neither mask nor label; print that, changed images, and classes too small for maps.
 
     Raises DataError if no image without a mask has a label.
     """
-    with_mask = {*pairs.with_mask}
-    bare = [key for index, key in enumerate(pairs.keys) if index not in with_mask]
-    missing = [key for key in bare if key not in store]
+    bare = pairs.unmasked
+    missing = [key for key in bare.keys if key not in store]
     counts = f"{len(missing):,} of {len(bare):,} images without a mask have no label ({listed(missing)})"
     if missing and len(missing) == len(bare):
         raise DataError(
@@ -79,7 +79,9 @@ def check_labels(store: LabelStore, pairs: ImageMaskPairs) -> int:
         )
     if missing:
         say(f"{counts}: nothing is learnt from these; `tokenlabel annotate` labels what is missing")
-    if not bare:
+    if len(bare):
+        say_replaced(store, bare)
+    else:
         say("all images have masks, and learn from these: the labels are not used")
     for name, share, grid in _too_small(store, pairs):
         say(

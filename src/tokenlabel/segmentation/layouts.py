@@ -10,7 +10,7 @@ from pathlib import Path
 from tokenlabel.data.class_names import read_class_names
 from tokenlabel.data.classes import difference, same_classes
 from tokenlabel.data.folders import EXTENSIONS, list_images, skipped_text, without_masks
-from tokenlabel.data.masks import COCO_SUFFIX, CROWD, CocoMasks, mask_names, unlabelled_value
+from tokenlabel.data.masks import COCO_SUFFIX, CROWD, CocoMasks, find_masks, mask_names, unlabelled_value
 from tokenlabel.labels.manifest import read_manifest
 from tokenlabel.runtime.coercion import coerced
 from tokenlabel.runtime.errors import DataError, refuse
@@ -54,7 +54,9 @@ def open_pairs(config: SegmentDataConfig, split: Split) -> ImageMaskPairs | None
             )
         case Layout.SCENES:
             digits = sorted(path.name for path in (root / part).glob("*") if path.is_dir())
-            return _checked(_numbered(config, digits or ["0"]), root / part, root / "masks" / part)
+            return _checked(
+                _numbered(config, config.class_names or digits or ["0"]), root / part, root / "masks" / part
+            )
 
 
 def _voc_list(root: Path, split: str) -> list[str]:
@@ -155,15 +157,7 @@ def _two_folders(
         return _coco_pairs(config, names, images, CocoMasks(masks), all_needed=all_needed)
     if masks is None:
         return _unmasked(classes_of(config, names), images)
-    pairs = _checked(classes_of(config, names), images, masks, all_needed=all_needed)
-    images_of = Counter(pairs.mask_names[index] for index in pairs.with_mask)
-    shared = [mask for mask, count in images_of.items() if count > 1]
-    if shared:
-        say(f"{images}: several images have the same mask, and count each: {listed(shared)}")
-    alone = sorted(name for name in list_images(masks).images if name not in images_of)
-    if alone:
-        say(f"{masks}: {len(alone):,} masks belong to no image and are skipped ({listed(alone)})")
-    return pairs
+    return _checked(classes_of(config, names), images, masks, all_needed=all_needed)
 
 
 def _unmasked(classes: Classes, images: Path) -> ImageMaskPairs:
@@ -190,21 +184,18 @@ def _checked(
     `all_needed`: an image without a mask is an error.
     """
     _check_folders(images, masks)
-    # One walk through the folder, as asking for each file would be slow on network file systems.
-    there = {path.relative_to(masks).as_posix() for path in masks.rglob("*") if path.is_file()}
-    listing = list_images(images)
-    is_one_folder = images.resolve() == masks.resolve()
+    listing, is_one_folder = list_images(images), images.resolve() == masks.resolve()
     if is_one_folder:  # x_mask.png beside x.jpg
         listing.images = without_masks(listing.images, Counter())
-    found: dict[str, str] = {}  # the mask of each image, "" for none
-    for image in sorted(listing.images if names is None else names):
-        found[image] = next((name for name in mask_of(image) if name in there), "")
-        if is_one_folder and found[image] == image:
-            raise DataError(f"{images / image}: is an image and its own mask; keep images and masks in two folders")
+    keys = sorted(listing.images if names is None else names)
+    found, others = find_masks(masks, keys, mask_of)
+    if is_one_folder:
+        others = [name for name in others if name not in found]
+        if own := [image for image, mask in found.items() if image == mask]:
+            raise DataError(f"{images / own[0]}: is an image and its own mask; keep images and masks in two folders")
     bare = [image for image, mask in found.items() if not mask]
     num_masked = len(found) - len(bare)
     if bare and (all_needed or not num_masked):
-        others = sorted(there.difference(found.values()))
         lossy = "; JPEG rounds the numbers of classes: save masks as PNG" if {*others} & {*bare} else ""
         raise DataError(
             f"{masks}: {len(bare):,} of {len(found):,} images have no mask there ({listed(bare)}); expected "
@@ -217,6 +208,11 @@ def _checked(
         f"{images}: {num_masked:,} images with masks of {len(classes.names):,} classes ({listed(list(classes.names))})"
         f"{f', {len(bare):,} without' if bare else ''}{skipped}"
     )
+    if shared := [mask for mask, count in Counter(filter(None, found.values())).items() if count > 1]:
+        say(f"{images}: several images have the same mask, and count each: {listed(shared)}")
+    # Lists of a part of the images, and pictures for people beside the masks (Cityscapes), leave others.
+    if others and names is None and mask_of is mask_names:
+        say(f"{masks}: {len(others):,} masks belong to no image and are skipped ({listed(others)})")
     return ImageMaskPairs(classes, images, masks, [*found.items()])
 
 

@@ -16,6 +16,7 @@ from jaxtyping import Int16, Integer, UInt8
 from numpy.typing import NDArray
 
 from tokenlabel.data.decoding import DECODE_ALL_UP_TO, decode_pixels, orientation_of
+from tokenlabel.data.images import ImageFiles, ImageSource, ImageSubset
 from tokenlabel.data.listings import Strings
 from tokenlabel.data.masks import MAX_CLASSES, CocoMasks, check_upright, decode_mask, palette_of, unlabelled_value
 from tokenlabel.drawing.pictures import class_colour
@@ -172,6 +173,12 @@ class ImageMaskPairs:
     def with_mask(self) -> list[int]:
         """The indices of the images that have a mask."""
         return [index for index in range(len(self)) if self.has_mask(index)]
+
+    @property
+    def unmasked(self) -> ImageSource:
+        """The images without a mask, as label stores know them."""
+        files = ImageFiles(self._images, self.keys, np.zeros(len(self), np.int64), ())
+        return ImageSubset(files, np.array([i for i in range(len(self)) if not self.has_mask(i)], np.int64))
 
     def has_mask(self, index: int) -> bool:
         """Return True if an image has a mask."""
