@@ -82,11 +82,13 @@ class RunRecord:
     @cached_property
     def final(self) -> dict[str, Any]:
         """The figures of `tokenlabel eval` if the run folder has its output, else of the last evaluation."""
+        last = (self.of("eval") or [{}])[-1]
         try:
             figures = json.loads((self.folder / "eval.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return (self.of("eval") or [{}])[-1]
-        return figures.get(str(self.recipe.get("eval.inference")), figures)  # perhaps by kind of inference
+            figures = figures.get(str(self.recipe.get("eval.inference")), figures)  # perhaps by kind of inference
+        except (OSError, ValueError, AttributeError):
+            return last
+        return figures if isinstance(figures, dict) else last
 
     @cached_property
     def answers(self) -> Answers | None:
@@ -96,8 +98,8 @@ class RunRecord:
     @cached_property
     def albums(self) -> dict[str, Album]:
         """The albums of the run by kind."""
-        found = {kind: read_album(self.folder / PICTURES_FOLDER, kind) for kind in ("train", "val")}
-        return {kind: album for kind, album in found.items() if album is not None}
+        folder = self.folder / PICTURES_FOLDER
+        return {kind: album for kind in ("train", "val") if (album := read_album(folder, kind)) is not None}
 
     @property
     def progress(self) -> str:
@@ -170,30 +172,33 @@ def _results(records: Sequence[RunRecord]) -> str:
     ]
     others = {name: (name.replace("_", " "), "{:.3g}") for found in numbers for name in found if name not in COLUMNS}
     columns = {name: column for name, column in {**COLUMNS, **others}.items() if any(name in n for n in numbers)}
+    columns |= SPEEDS
     rows = []
     for record, figures in zip(records, numbers, strict=True):
         train = record.of("train")
         for name in SPEEDS:
             if train and all(name in line for line in train):
                 figures[name] = float(np.median([line[name] for line in train]))
-        forms = {**columns, **SPEEDS}.items()
-        shown = [form.format(figures[name]) if name in figures else "–" for name, (_, form) in forms]
+        shown = [form.format(figures[name]) if name in figures else "–" for name, (_, form) in columns.items()]
         rows.append([record.name, record.progress, *shown])
-    return table(["run", "steps", *(heading for heading, _ in {**columns, **SPEEDS}.values())], rows)
+    return table(["run", "steps", *(heading for heading, _ in columns.values())], rows)
 
 
 def _remarks(records: Sequence[RunRecord]) -> str:
     """Return notes on the figures and on missing files."""
     remarks = []
     for record in records:
-        if absent := record.final.get("absent_classes"):
-            remarks.append(f"{record.name}: mIoU leaves out what no mask holds ({listed(absent)}).")
-        if not record.lines:
-            remarks.append(f"{record.name}: has taken no steps yet.")
-        elif not record.albums:
-            remarks.append(
-                f"{record.name}: holds no pictures; an older version trained it, or it was copied without pictures/."
-            )
+        figures, last = record.final, (record.of("eval") or [{}])[-1]
+        step, absent = figures.get("step", np.inf), figures.get("absent_classes") or []
+        notes = {
+            f"the figures are of step {step:,}, and the run has gone on since; `tokenlabel eval` writes those of the "
+            "newest checkpoint": step < last.get("step", 0),
+            f"mIoU leaves out what no mask holds ({listed(absent)})": absent,
+            "has taken no steps yet": not record.lines,
+            "holds no pictures; an older version trained it, or it was copied without pictures/": record.lines
+            and not record.albums,
+        }
+        remarks += [f"{record.name}: {note}." for note, applies in notes.items() if applies]
     return "".join(f'<p class="note">{html.escape(remark)}</p>' for remark in remarks)
 
 
@@ -205,7 +210,7 @@ def _curves(records: Sequence[RunRecord]) -> Iterator[str]:
             [
                 (line["step"], factor * line[name])
                 for line in record.of(kind)
-                if line.get(name) and not (name == "loss" and "class_loss" in line)
+                if line.get(name) is not None and not (name == "loss" and "class_loss" in line)
             ]
             for record in records
         ]
@@ -294,8 +299,8 @@ def _add_disagreements(page: Page, records: Sequence[RunRecord]) -> None:
             continue
         keys = {ours.keys[i] for i in places.tolist()}
         pictures = _val_pictures(page, [r for name in (right, wrong) for r in records if r.name == name], keys)
-        more = f" The {len(rows)} of which {wrong} is surest:" if len(rows) < len(places) else ""
-        note = f'<p class="note">{html.escape(more)}</p>' if more else ""
+        surest = f'<p class="note">The {len(rows)} of which {html.escape(wrong)} is surest:</p>'
+        note = surest if len(rows) < len(places) else ""
         page.add(title, pictures, note, table(["image", f"{right} says", f"{wrong} says"], rows))
 
 
@@ -314,7 +319,7 @@ def _add_train_pictures(page: Page, records: Sequence[RunRecord]) -> None:
 
 
 def _val_pictures(page: Page, records: Sequence[RunRecord], keys: set[str] | None = None) -> str:
-    """Return val images (`keys`: only these) with the predictions of all runs side by side; "" if there are none."""
+    """Return val images (`keys`: only these) with the predictions of all runs side by side."""
     of_keys: dict[str, list[tuple[RunRecord, Album, dict[str, Any]]]] = {}
     for record in records:
         if album := record.albums.get("val"):
@@ -332,8 +337,6 @@ def _val_pictures(page: Page, records: Sequence[RunRecord], keys: set[str] | Non
             tiles += maps
             captions += [text] if picture["answer"] and not maps else []
         figures.append(page.figure(tiles, "<br>".join([caption(first), *map(html.escape, captions)])))
-    if not figures:
-        return ""
     legend = page.legend((album, picture) for found in of_keys.values() for _, album, picture in found)
     broad = " broad" if len(records) > 3 else ""
     return f'{legend}<div class="pictures{broad}">{"".join(figures)}</div>'

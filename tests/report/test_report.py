@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tokenlabel import report as report_module
 from tokenlabel.classification.pictures import Answering, map_of_targets
 from tokenlabel.cli import main
 from tokenlabel.core.batch import Batch, normalize_images
@@ -135,6 +136,25 @@ class TestReport:
         assert "targets of its tokens" in page
         (Path("third/metrics.jsonl")).unlink()
         assert "third: has taken no steps yet" in report("third")
+
+    def test_figures_of_an_older_checkpoint_say_so_and_others_than_figures_are_skipped(self, here):
+        Path("first/eval.json").write_text(json.dumps({"step": 0, "top1": 0.875}))
+        page = report("first")
+        assert "<td>87.5%</td>" in page
+        assert "first: the figures are of step 0, and the run has gone on since" in page
+        for content in ("[]", "3", '{"class": 3}'):
+            Path("first/eval.json").write_text(content)
+            assert "87.5%" not in report("first")
+        Path("first/pictures/val.json").write_text('{"sheet": "val.jpg"}')
+        report("first")
+
+    def test_an_accuracy_of_0_is_a_point_of_the_curve(self, here, monkeypatch):
+        charts = {}
+        monkeypatch.setattr(report_module, "line_chart", lambda title, x, runs: charts.setdefault(title, runs) and ())
+        lines = [{"kind": "eval", "step": 1, "top1": 0.0}, {"kind": "eval", "step": 2, "top1": 0.5}]
+        Path("first/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        report("first")
+        assert charts["top-1 on val, %"] == [[(1, 0.0), (2, 50.0)]]
 
     def test_says_what_is_wrong_in_a_line_and_keeps_an_older_page(self, here, capsys):
         Path("none").mkdir()

@@ -142,8 +142,9 @@ def read_album(folder: Path, kind: str) -> Album | None:
     """Return the album of a kind that `Album.write` wrote into a folder; None if it is missing or damaged."""
     try:
         about = json.loads((folder / f"{kind}.json").read_text(encoding="utf-8"))
-        return Album((folder / about["sheet"]).read_bytes(), about)
-    except (OSError, ValueError, KeyError, TypeError):
+        is_whole = {"size", "photos", "classes", "colours", "pictures"} <= about.keys()
+        return Album((folder / about["sheet"]).read_bytes(), about) if is_whole else None
+    except (OSError, ValueError, KeyError, AttributeError):
         return None
 
 
