@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from tokenlabel.core.align import align
 from tokenlabel.core.mix import mix_images, mix_targets, sample_mix
@@ -39,6 +40,7 @@ from tokenlabel.data.sources import open_images
 from tokenlabel.labels.store import LabelStore
 from tokenlabel.runtime.arguments import write_json
 from tokenlabel.runtime.errors import ConfigError
+from tokenlabel.runtime.process import write_whole
 from tokenlabel.runtime.runlog import read_metrics
 
 Command = Callable[[Sequence[str]], int]
@@ -191,7 +193,9 @@ def write_photographs(root: Path) -> None:
     for name, file_name in PHOTOGRAPHS.items():
         path = root / "images" / f"{name}.png"
         if not path.exists():
-            Image.open(_folder_of("skimage") / "data" / file_name).convert("RGB").save(path)
+            picture = BytesIO()
+            Image.open(_folder_of("skimage") / "data" / file_name).convert("RGB").save(picture, "PNG")
+            write_whole(path, [picture.getvalue()])
     names = (f"images/{name}.png\n" for name in PHOTOGRAPHS)
     (root / "images.csv").write_text("".join(names), encoding="utf-8")
     if not (root / "teacher.safetensors").exists():
@@ -199,7 +203,7 @@ def write_photographs(root: Path) -> None:
         theirs = torch.load(file, map_location="cpu", weights_only=True).values()
         ours = timm.create_model(TEACHER).state_dict()  # the same tensors in the same order with other names
         pairs = zip(ours, theirs, strict=True)
-        save_file({name: tensor.contiguous() for name, tensor in pairs}, root / "teacher.safetensors")
+        write_whole(root / "teacher.safetensors", [save({name: tensor.contiguous() for name, tensor in pairs})])
 
 
 def _folder_of(package: str) -> Path:
