@@ -33,7 +33,7 @@ from tokenlabel.core.geometry import WHOLE_IMAGE, Box, View, stack_views
 from tokenlabel.data.images import ImageFolder
 from tokenlabel.data.sources import open_images
 from tokenlabel.data.tars import TarImages
-from tokenlabel.labels.encoding import DEFAULT_TOLERANCE
+from tokenlabel.labels.encoding import DEFAULT_TOLERANCE, Encoding
 from tokenlabel.labels.fingerprints import find_replaced
 from tokenlabel.labels.inspection import InspectConfig, inspect_store
 from tokenlabel.labels.presentation import as_text
@@ -44,6 +44,7 @@ from tokenlabel.runtime.errors import ConfigError, DataError, ImageError, ModelE
 from tokenlabel.runtime.process import ahead, thread_pool
 from tokenlabel.teachers import labelling
 from tokenlabel.teachers.annotation import AnnotateConfig, annotate, annotate_by, make_teacher
+from tokenlabel.teachers.classmap import class_map_for
 from tokenlabel.teachers.labelling import TeacherImage, by_shape
 from tokenlabel.teachers.masks import MaskTeacher
 from tokenlabel.teachers.networks import load_teacher
@@ -526,6 +527,20 @@ def test_what_a_class_map_leaves_out_is_renormalised_by_default(many_classes, ca
     np.testing.assert_allclose(store["red/wide.png"].dense(), expected, atol=1e-4)
 
 
+def test_options_without_effect_are_refused():
+    with pytest.raises(ModelError, match="give --class-map, or leave it out"):
+        config(outside="spread")
+    with pytest.raises(ConfigError, match="--tolerance is of compact records"):
+        config(encoding=Encoding.RAW, tolerance=0.1)
+
+
+def test_a_class_map_in_json_takes_names_as_they_are(tmp_path):
+    (tmp_path / "map.json").write_text(json.dumps({"#1": "a,b", 'tab\t"x"': "c"}))
+    class_map = class_map_for(str(tmp_path / "map.json"), ["#1", 'tab\t"x"'], ["c", "a,b"], num_theirs=2)
+    assert class_map is not None
+    assert class_map.targets.tolist() == [1, 0]
+
+
 def test_a_store_goes_on_with_what_it_was_made_with(many_classes, images, capsys):
     assert annotate_with_map("--outside", "spread") == 0
     assert "keep nothing" not in capsys.readouterr().err
@@ -574,6 +589,22 @@ def test_masks_as_teacher(images, tmp_path):
             expected = np.where((mask == 255)[..., None], 1 / 3, certain)
             np.testing.assert_allclose(store[key].dense(), expected, atol=1e-6)
             assert (weights_of(store, key) == 1).all(), "unlabelled pixels are spread evenly"
+
+
+def test_masks_that_changed_since_are_named_and_labelled_anew(images, tmp_path, capsys):
+    keys = ImageFolder(images).keys
+    for key in keys:
+        write_mask((tmp_path / "masks" / key).with_suffix(".png"), np.array([[0, 1], [2, 255]]))
+    masks = {"teacher": f"masks:{tmp_path / 'masks'}"}
+    annotate(images, tmp_path / "labels", config(**masks), device=CPU)
+    write_mask(tmp_path / "masks" / "red" / "wide.png", np.array([[0, 1], [2, 2]]))
+    assert annotate(images, tmp_path / "labels", config(**masks), device=CPU).num_labelled == 0
+    said = "of the masks looked at, 1 were replaced since labelling (red/wide.png); --again changed"
+    assert said in capsys.readouterr().err
+    assert annotate(images, tmp_path / "labels", config(**masks, again="changed"), device=CPU).num_anew == 1
+    assert LabelStore(tmp_path / "labels")["red/wide.png"].top_class_ids.tolist() == [[0, 1], [2, 2]]
+    assert annotate(images, tmp_path / "labels", config(**masks, again="changed"), device=CPU).num_labelled == 0
+    assert "were replaced" not in capsys.readouterr().err
 
 
 @settings(max_examples=20, deadline=None)

@@ -473,6 +473,16 @@ def test_few_masks_are_enough_and_their_classes_may_have_names_of_their_own(colo
     assert main([*command, "--from", f"masks:{tmp_path / 'masks'}", "--class-names", str(tmp_path / "names.txt")]) == 0
     head = Head.load(tmp_path / "head.safetensors")
     assert (head.class_names, head.fitted["images"]) == (("a", "b", "c"), 3)
+    # A mask without a class neither counts nor is held out, and one mask is too few.
+    Image.fromarray(np.full((64, 128), 255, np.uint8)).save(tmp_path / "masks/blue/3.png")
+    names = ["--from", f"masks:{tmp_path / 'masks'}", "--class-names", str(tmp_path / "names.txt"), "--overwrite"]
+    assert main([*command, *names]) == 0
+    assert Head.load(tmp_path / "head.safetensors").fitted["images"] == 3
+    for number, name in ((0, "red"), (1, "blue")):
+        Image.fromarray(np.full((64, 128), 255, np.uint8)).save(tmp_path / "masks" / name / f"{number}.png")
+    capsys.readouterr()
+    assert main([*command, *names]) == 2
+    assert "1 of 4 images have a mask that shows a class; two at least are needed" in capsys.readouterr().err
     # Its classes are not those of the images.
     assert (
         main(
@@ -512,9 +522,13 @@ def test_embeddings_from_a_file_are_scaled_cosines(colours, tmp_path, capsys):
     assert main([*command, *weights, "--from", str(tmp_path / "narrow.npy"), "--overwrite"]) == 2
     message = "expected an embedding of 512 numbers, the width of resnet10t, for each of 2 class names"
     assert message in capsys.readouterr().err
-    (tmp_path / "two.npy").write_bytes(b"no array")
-    assert main([*command, *weights, "--from", str(tmp_path / "two.npy"), "--overwrite"]) == 2
-    assert "cannot be read as embeddings" in capsys.readouterr().err
+    np.save(tmp_path / "narrow.npy", rows * np.inf)
+    assert main([*command, *weights, "--from", str(tmp_path / "narrow.npy"), "--overwrite"]) == 2
+    assert "narrow.npy: holds numbers that are not finite" in capsys.readouterr().err
+    for content in (b"no array", b""):
+        (tmp_path / "two.npy").write_bytes(content)
+        assert main([*command, *weights, "--from", str(tmp_path / "two.npy"), "--overwrite"]) == 2
+        assert "cannot be read as embeddings" in capsys.readouterr().err
 
 
 class OneHotTower:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ from PIL import Image
 
 from tokenlabel.data.config import Interpolation
 from tokenlabel.data.sources import open_images
+from tokenlabel.models.load import LoadedModel
+from tokenlabel.runtime.errors import ModelError
 from tokenlabel.teachers.dense import DenseLogits, DenseNetwork
-from tokenlabel.teachers.input import TeacherInput
+from tokenlabel.teachers.input import TeacherInput, input_of
 from tokenlabel.teachers.networks import NetworkTeacher
 from tokenlabel.teachers.todo import proposed_size
 
@@ -86,3 +89,17 @@ def test_nothing_is_proposed_otherwise(source, of):
 
 def test_a_few_images_say_nothing(source):
     assert proposed_size(teacher(Larger(80)), source, range(3), CPU) is None
+
+
+def test_a_network_of_one_size_that_is_not_square_sees_images_at_that_size():
+    class Fixed(Larger):
+        def grid_for(self, img_size):
+            if img_size != (64, 32):
+                raise ValueError(f"takes 64 x 32 pixels, not {img_size}")
+            return 8, 4
+
+    model = SimpleNamespace(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    found = LoadedModel(name="fixed", model=model, class_names=("a", "b"), img_size=(64, 32))
+    assert input_of(found, Fixed(64), size=None, crop="none").size_px((100, 100)) == (64, 32)
+    with pytest.raises(ModelError, match="takes 64 x 32 pixels, not"):
+        input_of(found, Fixed(64), size=64, crop="none")

@@ -42,7 +42,7 @@ from tokenlabel.teachers.todo import ENOUGH_IMAGES, Todo, find_todo, proposed_si
 
 # Options that have no effect for masks.
 OF_NETWORKS = (
-    "weights", "crop", "head", "flip", "cells", "scales", "class_order", "precision", "compile",
+    "weights", "crop", "head", "flip", "cells", "scales", "outside", "class_order", "precision", "compile",
 )  # fmt: skip
 
 
@@ -77,11 +77,13 @@ class AnnotateConfig(TeacherConfig):
     """Stop at the first image that does not decode; by default such images are skipped and listed."""
     again: str | None = None
     """Label images again that have a label: a text file of their keys, one a line, or `changed` for those that were
-    replaced since. A new label is used as soon as it is written; until then the old one is."""
+    replaced since, or whose masks were. A new label is used as soon as it is written; until then the old one is."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_numbers(self, topk=NATURAL, batch_size=NATURAL, num_workers=COUNT, shard_s=POSITIVE, tolerance="[0, 1)")
+        is_raw = self.tolerance is not None and self.encoding is Encoding.RAW
+        refuse({"--tolerance is of compact records; leave it or --encoding raw out": is_raw})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,17 +153,15 @@ def make_teacher(config: AnnotateConfig, source: ImageSource, device: torch.devi
         return load_teachers(config, source.class_names, device)
     plain = AnnotateConfig(teacher=config.teacher)
     given = [f"--{name.replace('_', '-')}" for name in OF_NETWORKS if getattr(config, name) != getattr(plain, name)]
+    alone = f"masks go with no other teacher and no network's options; leave {', '.join(given) or 'one'} out"
+    has_two = config.class_map is not None and config.ignore_index is not None
     refuse(
         {
-            f"masks go with no other teacher and no network's options; leave {', '.join(given) or 'one'} out": len(
-                names
-            )
-            > 1
-            or given,
+            alone: len(names) > 1 or given,
             "--teacher masks: names no folder; expected masks:DIR": not folders[0],
-            "with --class-map, ids that it does not name are no class; leave --ignore-index out": config.class_map
-            is not None
-            and config.ignore_index is not None,
+            "masks hold ids of the images' classes, and these images have none; put them into class folders, or list "
+            "them with their classes": not source.class_names,
+            "with --class-map, ids that it does not name are no class; leave --ignore-index out": has_two,
         },
         ModelError,
     )
@@ -231,7 +231,7 @@ def _label(
 ) -> tuple[Todo, int, list[Failure], Counter[str]]:
     """Label images with all ranks; return which, the size of the records in bytes, the failures, and `job.cells`."""
     with joined_ranks() as ranks:
-        todo = ranks.on_main(lambda: find_todo(source, folder, job.manifest, config.again))
+        todo = ranks.on_main(lambda: find_todo(job, source, folder, config.again))
         num_bytes = sum(ranks.all_gather(_write_labels(job, source, folder, todo, config, ranks)))
         failures = [failure for of_rank in ranks.all_gather(job.failures) for failure in of_rank]
         cells = sum(ranks.all_gather(job.cells), Counter())

@@ -6,7 +6,6 @@ import csv
 import json
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
@@ -163,23 +162,19 @@ def _read_class_map(path: str | Path, theirs: Sequence[str], ours: Sequence[str]
     targets = [-1] * num_theirs
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
-        pairs = json.loads(text) if Path(path).suffix.lower() == ".json" else None
-        lines = text.splitlines() if pairs is None else [f"{a}\t{b}" for a, b in dict(pairs).items()]
+        if Path(path).suffix.lower() == ".json":
+            found = {f"{path}, {a!r}": [str(a), str(b)] for a, b in dict(json.loads(text)).items()}
+        else:
+            lines = enumerate(text.splitlines(), start=1)
+            found = {f"{path}, line {i}": _fields(line) for i, line in lines if line.strip() and line[0] != "#"}
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(
             f"{path}: no class map ({error}); expected a file of pairs, `{BY_NAME}` or `{BY_ORDER}`"
         ) from error
     rows: list[tuple[str, str, str]] = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip() or line.startswith("#"):
-            continue
-        where, fields = f"{path}, line {number}", []
-        with suppress(csv.Error):  # of a field that is too long
-            fields = [field.strip() for field in next(csv.reader([line], delimiter="\t" if "\t" in line else ","))]
+    for where, fields in found.items():
         if len(fields) != 2:
-            raise ConfigError(
-                f"{where}: expected the teacher's class, a tab or comma, and ours; got {shorten(line, 80)!r}"
-            )
+            raise ConfigError(f"{where}: expected the teacher's class, a tab or comma, and ours; got {fields}")
         rows.append((where, fields[0], fields[1]))
     named = zip(ids_among([row[1] for row in rows], theirs), ids_among([row[2] for row in rows], ours), strict=True)
     for (where, source_name, target_name), (source, target) in zip(rows, named, strict=True):
@@ -191,6 +186,14 @@ def _read_class_map(path: str | Path, theirs: Sequence[str], ours: Sequence[str]
             raise ConfigError(f"{where}: the teacher's class {source_name!r} goes to two classes")
         targets[source] = target
     return targets
+
+
+def _fields(line: str) -> list[str]:
+    delimiter = "\t" if "\t" in line else ","
+    try:
+        return [field.strip() for field in next(csv.reader([line], delimiter=delimiter))]
+    except csv.Error:  # a field is too long
+        return [shorten(line, 80)]
 
 
 def _number(text: str, names: Sequence[str], count: int, *, where: str, whose: str) -> int:

@@ -102,13 +102,13 @@ def input_of(
     found: LoadedModel, network: DenseNetwork, *, size: int | None, crop: Literal["none", "center"]
 ) -> TeacherInput:
     """Return how images become a network's input. Raises ModelError for a size that it does not take."""
-    size = size or max(found.img_size)
+    fixed_size_px, size = (size, size) if size else found.img_size, size or max(found.img_size)
     try:
         width_px, columns = found.img_size[1], network.grid_for(found.img_size)[1]
         # Convolutions with padding may give columns that do not divide the width; their strides are powers of 2.
         stride_px = 2 ** round(math.log2(width_px / columns)) if width_px % columns else width_px // columns
         fixed = found.fixed_size or not _takes(network, (size, size + stride_px))
-        network.grid_for((size, size))
+        network.grid_for(fixed_size_px if fixed else (size, size))
     except ModelError:
         raise
     except ValueError as error:
@@ -116,7 +116,7 @@ def input_of(
     return TeacherInput(
         size=size,
         stride_px=stride_px,
-        fixed_size_px=(size, size) if fixed else None,
+        fixed_size_px=fixed_size_px if fixed else None,
         crop_fraction=found.crop_fraction if crop == "center" else None,
         interpolation=found.interpolation,
         mean=found.model.mean,

@@ -19,8 +19,9 @@ from tokenlabel.core.scores import Orientation, from_top, turned_map
 from tokenlabel.data.decoding import decode_image, orientation_of
 from tokenlabel.data.images import ImageSource
 from tokenlabel.labels.manifest import Failure, Manifest
+from tokenlabel.labels.store import LabelStore
 from tokenlabel.labels.writer import pack_for
-from tokenlabel.runtime.errors import DataError, ImageError
+from tokenlabel.runtime.errors import DataError, ImageError, StoreError
 from tokenlabel.runtime.process import T, ahead, say, thread_pool
 from tokenlabel.teachers.input import TeacherInput
 from tokenlabel.teachers.masks import MaskTeacher
@@ -77,6 +78,15 @@ class Labelling:
         yield from label_batches(
             self.teacher, batches, self.manifest, device=self.device, num_workers=self.num_workers, cells=self.cells
         )
+
+    def changed_masks(self, store: LabelStore, indices: Sequence[int]) -> list[int]:
+        """Return the labelled images whose masks are not those that the labels were made of; none for a network."""
+        if not isinstance(self.teacher, MaskTeacher):
+            return []
+        with thread_pool(self.num_workers) as pool:
+            masks = partial(_from_mask, self.teacher, self.source, self.manifest, False)
+            made = ahead(pool, masks, indices, 2 * self.batch_size)
+            return [index for index, item in zip(indices, made, strict=True) if _differs(store, item)]
 
 
 def seen_batches(
@@ -151,6 +161,14 @@ def _from_mask(
             raise
         return Failure(key, str(error))
     return key, pack_for(manifest, key, score_map)
+
+
+def _differs(store: LabelStore, made: tuple[str, bytes] | Failure) -> bool:
+    """Return True if a store holds another record of an image, False if it cannot be told."""
+    try:
+        return not isinstance(made, Failure) and store.packed(made[0]) != made[1]
+    except StoreError:  # a damaged record
+        return False
 
 
 def _see(source: ImageSource, input: TeacherInput, strict: bool, index: int) -> TeacherImage | Failure:

@@ -110,6 +110,10 @@ class TeacherConfig:
         if self.size is not None and self.size < 1:
             raise ModelError(f"size must be at least 1, got {self.size}; none takes the teacher's own")
         check_numbers(self, cells=NATURAL, scales=POSITIVE)
+        if self.outside != "renormalise" and self.class_map is None:
+            raise ModelError(
+                "--outside is about classes that a class map leaves out; give --class-map, or leave it out"
+            )
 
 
 class NetworkTeacher(Teacher):

@@ -141,7 +141,8 @@ def _loss(matrix: Float[Tensor, "C D"], bias: Float[Tensor, " C"], block: Exampl
 
 
 def _moments(vectors: Float[Tensor, "n L D"]) -> tuple[Float[Tensor, " D"], Float[Tensor, " D"]]:
-    """Return mean and standard deviation of each component, summed in float64, by blocks."""
+    """Return mean and standard deviation of each component."""
+    # In float64, by blocks: the sample is in half precision, and a copy in double would take four times its memory.
     count = vectors.shape[0] * vectors.shape[1]
     total = vectors.new_zeros(vectors.shape[2], dtype=torch.float64)
     squares = torch.zeros_like(total)
@@ -177,7 +178,7 @@ def fit_words(vectors: Float[Tensor, "n D"], num_words: int, *, topk: int, seed:
     sample it takes 2 x words x width numbers and MAX_LOGITS cosines.
     """
     generator = torch.Generator().manual_seed(seed)
-    center = _mean(vectors)
+    center, _ = _moments(vectors[:, None])
 
     def _unit(rows: Tensor | slice) -> Float[Tensor, "b D"]:
         return F.normalize(vectors[rows].float() - center, dim=1)
@@ -210,14 +211,6 @@ def fit_words(vectors: Float[Tensor, "n D"], num_words: int, *, topk: int, seed:
         cosine=float(cosines.mean()),
         num_unused=int((counts == 0).sum()),
     )
-
-
-def _mean(vectors: Float[Tensor, "n D"]) -> Float[Tensor, " D"]:
-    # In float64, by blocks: the sample is in half precision, and a copy in double would take four times its memory.
-    total = torch.zeros(vectors.shape[1], dtype=torch.float64, device=vectors.device)
-    for block in vectors.split(1 << 14):
-        total += block.double().sum(dim=0)
-    return (total / len(vectors)).float()
 
 
 def _sums(

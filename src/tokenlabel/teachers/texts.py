@@ -146,11 +146,14 @@ def _read_embeddings(path: Path) -> Float[Tensor, "C D"]:
     """Return the matrix in a file, or the one called `embeddings` if there are several."""
     try:
         if path.suffix == ".npy":
-            return torch.from_numpy(np.load(path, allow_pickle=False).astype(np.float32))
-        tensors = load_file(path)
-        matrices = [tensors["embeddings"]] if "embeddings" in tensors else [t for t in tensors.values() if t.ndim == 2]
-    except (OSError, ValueError, SafetensorError) as error:
+            tensors = {"": torch.from_numpy(np.load(path, allow_pickle=False).astype(np.float32))}
+        else:
+            tensors = load_file(path)
+    except (OSError, ValueError, EOFError, SafetensorError) as error:
         raise ModelError(f"--from {path}: cannot be read as embeddings ({first_line(error)})") from error
+    matrices = [tensors["embeddings"]] if "embeddings" in tensors else [t for t in tensors.values() if t.ndim == 2]
     if len(matrices) != 1 or matrices[0].ndim != 2:
         raise ModelError(f"--from {path}: expected one tensor [classes, width], or one called `embeddings`")
+    if not matrices[0].isfinite().all():
+        raise ModelError(f"--from {path}: holds numbers that are not finite")
     return matrices[0].float()

@@ -14,15 +14,15 @@ from PIL import Image
 from tokenlabel.data.decoding import decode_image
 from tokenlabel.data.images import ImageSource
 from tokenlabel.labels.fingerprints import MAX_READ, Replaced, find_replaced
-from tokenlabel.labels.manifest import Manifest
 from tokenlabel.labels.store import LabelStore
 from tokenlabel.labels.writer import LabelStoreWriter, remove_leftovers
 from tokenlabel.runtime.distributed import Ranks
 from tokenlabel.runtime.errors import ImageError, ModelError, StoreError
 from tokenlabel.runtime.process import listed, say
 from tokenlabel.teachers.input import TeacherInput
-from tokenlabel.teachers.labelling import TeacherImage, as_tensor
+from tokenlabel.teachers.labelling import Labelling, TeacherImage, as_tensor
 from tokenlabel.teachers.networks import NetworkTeacher
+from tokenlabel.teachers.vectors import spread
 
 CHANGED = "changed"
 
@@ -53,19 +53,22 @@ class Todo:
         return in_order[start:end]
 
 
-def find_todo(source: ImageSource, folder: Path, manifest: Manifest, again: str | None) -> Todo:
+def find_todo(job: Labelling, source: ImageSource, folder: Path, again: str | None) -> Todo:
     """Create the store if there is none; return the images to label, and print which others were replaced.
 
     `again`: see `AnnotateConfig`. Raises StoreError for a store of other labels, or one that cannot be written to.
     """
     asked, request = _request(Path(again), source) if again not in (None, CHANGED) else ([], "")
-    with LabelStoreWriter(folder, manifest):
+    with LabelStoreWriter(folder, job.manifest):
         remove_leftovers(folder)
     store = LabelStore(folder)
     missing = {index for index, key in enumerate(source.keys) if key not in store}
     replaced = find_replaced(store, source, max_read=None if again == CHANGED else MAX_READ)
+    present = [index for index in range(len(source)) if index not in missing]
+    sample = spread(len(present), len(present) if again == CHANGED else NUM_TRIED)
+    of_other_masks = job.changed_masks(store, [present[i] for i in sample])
     if again == CHANGED:
-        anew = set(replaced.indices)
+        anew = {*replaced.indices, *of_other_masks}
         if not anew:
             unknown = replaced.num_unknown
             but = f", but {unknown:,} labels do not say what image they were made of" if unknown else ""
@@ -82,8 +85,8 @@ def find_todo(source: ImageSource, folder: Path, manifest: Manifest, again: str 
                 f"{again}: the images that it lists were labelled again before; to do so once more, change the "
                 "file, if only by a line that begins with #"
             )
-    others = [source.keys[index] for index in replaced.indices if index not in anew]
-    _say_replaced(folder, others, replaced, are_all=len(others) == len(source) - len(missing))
+    others, masks = ([source.keys[i] for i in of if i not in anew] for of in (replaced.indices, of_other_masks))
+    _say_replaced(folder, others, replaced, are_all=len(others) == len(present), masks=masks)
     indices = sorted(missing | anew)
     if indices and not os.access(folder, os.W_OK):
         raise StoreError(
@@ -94,13 +97,18 @@ def find_todo(source: ImageSource, folder: Path, manifest: Manifest, again: str 
     return Todo(indices=indices, anew=sorted(anew), generation=newest + 1 if anew else 0, request=request)
 
 
-def _say_replaced(folder: Path, keys: list[str], replaced: Replaced, *, are_all: bool) -> None:
-    """Print which images were replaced and keep their old label. `are_all`: all labelled images were."""
+def _say_replaced(folder: Path, keys: list[str], replaced: Replaced, *, are_all: bool, masks: list[str]) -> None:
+    """Print which images (or `masks`) were replaced and keep their old label. `are_all`: all labelled images were."""
     if keys:
         elsewhere = "; if these are other images of the same names, give them a folder of their own"
         say(
             f"{folder}: {_images_were(len(keys))} replaced since labelling ({listed(keys)}); --again {CHANGED} labels "
             f"them again{elsewhere if are_all else ''}"
+        )
+    if masks:
+        say(
+            f"{folder}: of the masks looked at, {len(masks):,} were replaced since labelling ({listed(masks)}); "
+            f"--again {CHANGED} labels their images again"
         )
     if replaced.num_unsure:
         say(

@@ -105,7 +105,10 @@ class Vectors:
     def cells(
         self, masks: MaskFolder, indices: Sequence[int], most: int
     ) -> tuple[Float[Tensor, "n D"], Float[Tensor, "n C"], Float[Tensor, " n"]]:
-        """Return up to `most` locations of each image, the share of each class in their cells, and their image."""
+        """Return up to `most` locations of each image, the share of each class in their cells, and their image.
+
+        Locations that show no class are left out. Raises ModelError if fewer than two images have others.
+        """
         parts: list[tuple[Tensor, Tensor, Tensor]] = []
         for seen, vectors in self.of(indices):
             grid = (vectors.locations.shape[1], vectors.locations.shape[2])
@@ -114,9 +117,15 @@ class Vectors:
                 of_class = torch.zeros(len(locations), masks.num_classes)
                 of_class[:, mask.palette.astype(np.int64)] = torch.from_numpy(shares(mask, grid)).flatten(0, 1)
                 chosen = self._drawn(item.key, len(locations), min(most, len(locations)))
-                chosen = chosen[of_class[chosen].sum(dim=1).numpy() > 0]  # not those that show no class at all
+                chosen = chosen[of_class[chosen].sum(dim=1).numpy() > 0]
                 owner, device = torch.full((len(chosen),), float(len(parts))), self.backbone.device
-                parts.append((locations[chosen].half(), of_class[chosen].to(device), owner.to(device)))
+                if len(chosen):
+                    parts.append((locations[chosen].half(), of_class[chosen].to(device), owner.to(device)))
+        if len(parts) < 2:
+            raise ModelError(
+                f"{masks.folder}: {len(parts)} of {len(indices):,} images have a mask that shows a class; two at least "
+                "are needed, to hold some out"
+            )
         vectors, of_class, owners = (torch.cat(part) for part in zip(*parts, strict=True))
         return vectors, of_class, owners
 
