@@ -174,7 +174,8 @@ def _read_class_map(path: str | Path, theirs: Sequence[str], ours: Sequence[str]
     rows: list[tuple[str, str, str]] = []
     for where, fields in found.items():
         if len(fields) != 2:
-            raise ConfigError(f"{where}: expected the teacher's class, a tab or comma, and ours; got {fields}")
+            found_text = shorten(", ".join(fields), 80)
+            raise ConfigError(f"{where}: expected the teacher's class, a tab or comma, and ours; got {found_text!r}")
         rows.append((where, fields[0], fields[1]))
     named = zip(ids_among([row[1] for row in rows], theirs), ids_among([row[2] for row in rows], ours), strict=True)
     for (where, source_name, target_name), (source, target) in zip(rows, named, strict=True):
