@@ -38,7 +38,6 @@ from tokenlabel.data.config import AugmentConfig
 from tokenlabel.data.scenes import write_scenes
 from tokenlabel.data.sources import open_images
 from tokenlabel.labels.store import LabelStore
-from tokenlabel.runtime.arguments import write_json
 from tokenlabel.runtime.errors import ConfigError
 from tokenlabel.runtime.process import write_whole
 from tokenlabel.runtime.runlog import read_metrics
@@ -107,7 +106,7 @@ def run_demo(out: Path, size: DemoSize, command: Command) -> int:
         return int(stop.code or 0)
     result = collect_result(out)
     result["last_call_s"] = round(time.perf_counter() - started, 1)
-    write_json(out / "result.json", result)
+    write_whole(out / "result.json", json.dumps(result, indent=1) + "\n")
     print("\n" + "\n".join(f"{title:<52} {form.format(result[name]):>8}" for name, (title, form) in _ROWS.items()))
     if size is FAST:
         print("\n--fast runs all stages with too few images and steps to learn: figures near chance are expected.")

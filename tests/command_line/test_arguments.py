@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from tokenlabel.cli import VERBS, main
-from tokenlabel.runtime.arguments import Parser, configured, device_of, parse, parse_config, write_json
+from tokenlabel.runtime.arguments import Parser, configured, device_of, parse, parse_config
 from tokenlabel.runtime.configuration import config_from_dict, read_yaml
+from tokenlabel.runtime.process import write_whole
 from tokenlabel.teachers.annotation import AnnotateConfig
 from tokenlabel.training.recipe import Recipe, add_recipe_arguments, recipe_content
 
@@ -133,12 +134,12 @@ def test_what_is_there_but_cannot_be_written_to_is_refused_before_the_work(tmp_p
             parse(parser, [option, str(path)])
 
 
-def test_figures_are_written_into_a_pipe_or_a_device():
+def test_a_file_is_written_into_a_pipe_or_a_device():
     reader, writer = os.pipe()
-    write_json(Path(f"/dev/fd/{writer}"), {"top1": 0.5})
+    write_whole(Path(f"/dev/fd/{writer}"), '{"top1": 0.5}\n')
     os.close(writer)
     with os.fdopen(reader) as file:
-        assert file.read() == '{\n "top1": 0.5\n}\n'
+        assert file.read() == '{"top1": 0.5}\n'
 
 
 def test_options_that_take_several_words_or_none():

@@ -91,20 +91,10 @@ def unpack(record: bytes, *, num_classes: int, empty_is_even: bool = False) -> S
     if len(record) < _HEAD.size:
         raise StoreError(f"a record has at least {_HEAD.size} bytes, this one {len(record)}")
     number, flags, height, width, num_steps, topk, num_named = _HEAD.unpack_from(record)
-    start = _HEAD.size
-    region, kind = WHOLE_IMAGE, Kind.PROBABILITIES
-    if flags:
-        if flags > _HAS_REGION | _IS_LOGITS:
-            raise StoreError(f"flags {flags:#x} are unknown: a newer tokenlabel?")
-        kind = Kind.LOGITS if flags & _IS_LOGITS else kind
-        if flags & _HAS_REGION:
-            start += _REGION.size
-            if len(record) < start:
-                raise StoreError("the record ends inside its region")
-            try:
-                region = Box(*_REGION.unpack_from(record, _HEAD.size))
-            except ValueError as error:
-                raise StoreError(str(error)) from error
+    if flags > _HAS_REGION | _IS_LOGITS:
+        raise StoreError(f"flags {flags:#x} are unknown: a newer tokenlabel?")
+    kind = Kind.LOGITS if flags & _IS_LOGITS else Kind.PROBABILITIES
+    region, start = _read_region(record) if flags & _HAS_REGION else (WHOLE_IMAGE, _HEAD.size)
     if not (height and width and topk and num_named):
         raise StoreError(f"a map of {height} x {width} cells, {topk} entries, {num_named} classes holds nothing")
     shape = (height, width, topk)
@@ -131,6 +121,17 @@ def unpack(record: bytes, *, num_classes: int, empty_is_even: bool = False) -> S
     if (largest := sums.item(sums.argmax())) > 1 + 2 * SUM_TOLERANCE:  # a cell that was written may have been rounded
         raise StoreError(f"the probabilities of a cell sum to {largest:.4g}")
     return ScoreMap(palette, codes, probs, num_classes, region, kind, empty_is_even)
+
+
+def _read_region(record: bytes) -> tuple[Box, int]:
+    """Return the region of a record that has one, and where what follows it begins."""
+    end = _HEAD.size + _REGION.size
+    if len(record) < end:
+        raise StoreError("the record ends inside its region")
+    try:
+        return Box(*_REGION.unpack_from(record, _HEAD.size)), end
+    except ValueError as error:
+        raise StoreError(str(error)) from error
 
 
 @lru_cache(16)

@@ -10,6 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from tokenlabel.models.runs import read_description
+from tokenlabel.models.weight_files import Weights
+from tokenlabel.runtime.coercion import pair
 from tokenlabel.runtime.errors import ModelError
 
 
@@ -70,3 +73,18 @@ def _guess_grid(num_positions: int, new_grid: tuple[int, int], *, name: str) -> 
     if side * side != num_positions or side == 0:
         raise ModelError(f"{name}: {num_positions} positions are no square; say their grid (h, w) by `grid`")
     return side, side
+
+
+def stated_grid(model: Any, weights: Weights) -> tuple[int, int] | None:
+    """Return the grid of a file's position embeddings by its description, where their number would mislead."""
+    backbone, size = model.backbone, read_description(weights.path).get("img_size")
+    patch = getattr(backbone, "patch_size_px", getattr(getattr(backbone, "patch_embed", None), "patch_size", None))
+    positions, own = (tensors.get("pos_embed") for tensors in (weights.backbone, backbone.state_dict()))
+    if positions is None or own is None or positions.ndim != 3 or size is None or patch is None:
+        return None
+    (height, width), (patch_height, patch_width) = size, pair(patch)
+    grid, (h, w) = (height // patch_height, width // patch_width), model.grid
+    num_prefix = own.shape[1] - h * w
+    fits = grid[0] * grid[1] == positions.shape[1] - num_prefix
+    misleads = grid != (h, w) and (grid[0] != grid[1] or grid[0] * grid[1] == h * w)
+    return grid if fits and misleads else None

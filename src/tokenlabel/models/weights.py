@@ -15,11 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tokenlabel.models.positions import resize_all_positions
-from tokenlabel.models.runs import read_description
+from tokenlabel.models.positions import resize_all_positions, stated_grid
 from tokenlabel.models.vision_transformer import VisionTransformer
 from tokenlabel.models.weight_files import Weights, find_weights
-from tokenlabel.runtime.coercion import pair
 from tokenlabel.runtime.errors import ModelError, first_line
 from tokenlabel.runtime.hub import hub_or_cache
 from tokenlabel.runtime.process import say
@@ -91,7 +89,7 @@ def load(
         weights = replace(weights, token_head={})
     modules = ("token_head.", *(f"backbone.{name}." for name in classifiers(model.backbone)))
     heads = [name for name in wanted if name.startswith(modules)]
-    found, old_shapes = _adapt(model, weights, grid=grid or _stated_grid(model, weights), spared={*heads, *spared})
+    found, old_shapes = _adapt(model, weights, grid=grid or stated_grid(model, weights), spared={*heads, *spared})
     by_name = [name for name in heads if tokens == "classes" or not name.startswith("token_head.")] if rows else []
     new_heads = tuple(sorted(_fit_heads(found, wanted, heads, path, rows, by_name) - {*spared}))
     as_classifier = _begin_as_classifier(model, found, new_heads) if tokens == "classes" else []
@@ -147,23 +145,6 @@ def _adapt(
     if complaint:
         raise ModelError(f"{name} is for another model or other options: {complaint}")
     return found | token_head, shapes
-
-
-def _stated_grid(model: Any, weights: Weights) -> tuple[int, int] | None:
-    """Return the grid of a file's position embeddings by its description, where their number would mislead."""
-    positions, own = (tensors.get("pos_embed") for tensors in (weights.backbone, model.backbone.state_dict()))
-    size, backbone = read_description(weights.path).get("img_size"), model.backbone
-    patch = getattr(backbone, "patch_size_px", None) or getattr(
-        getattr(backbone, "patch_embed", None), "patch_size", None
-    )
-    if positions is None or own is None or positions.ndim != 3 or size is None or patch is None:
-        return None
-    (height, width), (patch_height, patch_width) = size, pair(patch)
-    grid, (h, w) = (height // patch_height, width // patch_width), model.grid
-    num_prefix = own.shape[1] - h * w
-    fits = grid[0] * grid[1] == positions.shape[1] - num_prefix
-    misleads = grid != (h, w) and (grid[0] != grid[1] or grid[0] * grid[1] == h * w)
-    return grid if fits and misleads else None
 
 
 def build_with(create: Callable[..., nn.Module], weights: Weights, *, like: nn.Module) -> nn.Module:

@@ -1,4 +1,4 @@
-"""What the verbs of the command line share: their parsers, recipes by name, devices, and figures as files."""
+"""What the verbs of the command line share: their parsers, recipes by name, devices, and how figures are printed."""
 
 from __future__ import annotations
 
@@ -322,12 +322,6 @@ def _refuse_unknown(parser: Parser, word: str) -> None:
         raise ValueError(f"unrecognized arguments: {word}{near_names(bare.replace('_', '-'), known, prefix='--')}")
 
 
-def write_json(path: Path | None, figures: dict[str, Any]) -> None:
-    """Write figures to a file, if there is to be one."""
-    if path is not None:
-        write_whole(path, json.dumps(figures, indent=1) + "\n")
-
-
 def add_figures(parser: Parser) -> None:
     """Let a parser take how `print_figures` prints, and `--device`."""
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
@@ -337,7 +331,8 @@ def add_figures(parser: Parser) -> None:
 
 def print_figures(options: Namespace, figures: dict[str, Any], as_text: Callable[[dict[str, Any]], str]) -> None:
     """Write figures to `--output`, and print them as text, or as JSON with `--json`."""
-    write_json(options.output, figures)
+    if options.output is not None:
+        write_whole(options.output, json.dumps(figures, indent=1) + "\n")
     print(json.dumps(figures) if options.json else as_text(figures))
 
 

@@ -40,6 +40,7 @@ class _FileLoader(yaml.SafeLoader):
     """Refuses a key that stands twice, of which PyYAML drops the first."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Return the mapping of a node, as PyYAML calls it. Raises ConstructorError."""
         found: set[str] = set()
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             if key.value in found:

@@ -111,7 +111,7 @@ def _train(
         log.say(f"from step {step:,} on with {said}")
     _say_learning_rate(trainer, log)
     try:
-        return _loop(trainer, run, log, figures, start_step=step, eval_every_epochs=eval_every_epochs)
+        return _loop(trainer, run, log, figures, start_step=step, eval_every=eval_every_epochs)
     finally:
         log.close()
 
@@ -130,25 +130,18 @@ def _resume(trainer: Trainer, run: Path) -> int:
 
 
 def _loop(
-    trainer: Trainer,
-    run: Path,
-    log: RunLog,
-    figures: dict[str, Any] | None,
-    *,
-    start_step: int,
-    eval_every_epochs: float,
+    trainer: Trainer, run: Path, log: RunLog, figures: dict[str, Any] | None, *, start_step: int, eval_every: float
 ) -> dict[str, Any] | Interrupted:
     """Take the steps that are left; return the last evaluation, or after which step the run was asked to stop.
 
-    `figures`: of an evaluation at the first step, if it counts.
+    `figures`: of an evaluation at the first step, if it counts. `eval_every`: epochs.
     """
     ranks, checkpoint = trainer.ranks, trainer.task.recipe.checkpoint
     batches = iter(trainer.task.batches(trainer.sampler(start_step)))
     # A checkpoint is written before the evaluation of its step.
-    if figures is None and start_step and trainer.due(start_step, eval_every_epochs):
+    if figures is None and start_step and trainer.due(start_step, eval_every):
         figures = _evaluate(trainer, run, log, start_step)  # the run was stopped before it could
-        if ranks.is_first:
-            _prune(trainer, run, start_step)
+        _prune(trainer, run, start_step)
     watch, results = Stopwatch(), list[StepResult]()  # of the steps since the last report
 
     def save(done: int) -> None:
@@ -169,13 +162,13 @@ def _loop(
             saved = trainer.due(done, checkpoint.every_epochs) or stopping > 0
             if saved:  # before the evaluation, which may take longer than whoever stops the run will wait
                 save(done)
-            if trainer.due(done, eval_every_epochs) and (is_last or not stopping):
+            if trainer.due(done, eval_every) and (is_last or not stopping):
                 with watch.paused():
                     figures = _evaluate(trainer, run, log, done)
                 stopping = ranks.all_reduce_max(received[0] if received else 0)
             if stopping and not saved:
                 save(done)
-            if (saved or stopping) and ranks.is_first:
+            if saved or stopping:
                 _prune(trainer, run, done)
             if stopping and not is_last:
                 return Interrupted(done, stopping)
@@ -307,6 +300,8 @@ def _write_checkpoint(trainer: Trainer, run: Path, done: int) -> Path:
 
 def _prune(trainer: Trainer, run: Path, done: int) -> None:
     """Drop the states that are not to be kept, and let the link `best` lead to the one that evaluated best."""
+    if not trainer.ranks.is_first:
+        return
     task, config = trainer.task, trainer.task.recipe.checkpoint
     steps = [int(folder.name) for folder in list_checkpoints(run)]
     spared = set(steps[-config.keep :]) | {done}

@@ -78,19 +78,17 @@ def export_run(
         }
     )
     trained = load_run(run)
-    out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".writing-{out.name}")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    temporary.mkdir(parents=True)
     try:
         written = temporary / out.name
-        match out.suffix:
-            case ".safetensors":
-                write_safetensors(trained, written)
-            case ".onnx":
-                write_onnx(trained, written, inference=inference or trained.heads[0], dense=dense)
-            case _:
-                write_hub_folder(trained, written)
+        if is_onnx:
+            write_onnx(trained, written, inference=inference or trained.heads[0], dense=dense)
+        elif out.suffix:
+            write_safetensors(trained, written)
+        else:
+            write_hub_folder(trained, written)
         if out.is_dir():
             shutil.rmtree(out)  # a folder cannot be replaced in one step
         # The weights of an ONNX graph of 2 GB and more are in a file beside it, which the graph names.
