@@ -203,7 +203,7 @@ def overlaid(base: dict[str, Any], nested: dict[str, Any], config: type) -> dict
     for key, value in nested.items():
         if not is_config(hints[key]):
             result[key] = value
-            if value is not None and instead[key] not in nested:
+            if meant(value, hints[key]) is not None and instead[key] not in nested:
                 result.pop(instead[key], None)
         elif value is not None or key not in base:
             result[key] = overlaid(base.get(key) or {}, value or {}, hints[key])
