@@ -63,7 +63,7 @@ def decode_pixels(data: bytes, name: str) -> NDArray[np.uint8]:
     """
     if simplejpeg is not None and data.startswith(_JPEG):
         try:
-            height, width, *_ = simplejpeg.decode_jpeg_header(data)
+            height, width = map(int, simplejpeg.decode_jpeg_header(data)[:2])
             if height * width <= _MANY_PIXELS:
                 return np.ascontiguousarray(turned(simplejpeg.decode_jpeg(data), orientation_of(data)))
         except ValueError:
