@@ -196,9 +196,9 @@ class OnlineTeacherConfig:
 
     def __post_init__(self) -> None:
         check_numbers(self, "loss.teacher.", size=NATURAL, topk=NATURAL)
-        of_one = self.weights or self.class_map or self.class_order
-        if self.name is None and of_one is not None:
-            raise ConfigError(f"loss.teacher: {of_one} is of a teacher in the step; name that by loss.teacher.name")
+        given = [name for name in ("weights", "class_map", "class_order") if getattr(self, name) is not None]
+        if self.name is None and given:
+            raise ConfigError(f"loss.teacher.{given[0]} is of a teacher in the step; name that by loss.teacher.name")
         if self.class_map is None and self.outside != "renormalise":
             raise ConfigError("loss.teacher.outside is about what loss.teacher.class_map leaves out; give that, too")
 
