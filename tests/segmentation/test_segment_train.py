@@ -7,6 +7,7 @@ import shutil
 import signal
 import socket
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -302,6 +303,21 @@ def test_soft_predictions_go_into_a_store_on_the_grid_of_the_head(run, tmp_path,
     ):
         assert main([*predict, *words]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_predict_skips_an_image_that_does_not_decode(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_image(tmp_path / "photos/sound.png", (24, 24))
+    Path("photos/broken.png").write_bytes(Path("photos/sound.png").read_bytes()[:40])
+    assert main(["segment", "predict", str(run), "photos", "--out", "out", "--store", "soft"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out == "out: 1 images\nsoft: 1 images labelled\n"
+    assert printed.err.count("skipped: ") == 2
+    assert Path("out/masks/sound.png").exists()
+    assert [failure.key for failure in LabelStore("soft").failures()] == ["broken.png"]
+    Path("photos/sound.png").unlink()
+    assert main(["segment", "predict", str(run), "photos", "--out", "other"]) == 2
+    assert "none of 1 images decodes (photos/broken.png: " in capsys.readouterr().err
 
 
 def test_a_published_file_is_evaluated_with_its_recipe(run, scenes, tmp_path, capsys):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 
 from tokenlabel.core.scores import from_probabilities
@@ -17,10 +19,10 @@ from tokenlabel.data.decoding import decode_pixels
 from tokenlabel.data.folders import EXTENSIONS, list_images, skipped_text
 from tokenlabel.data.sources import open_aloud
 from tokenlabel.labels.fingerprints import FingerprintedImages
-from tokenlabel.labels.manifest import Manifest
+from tokenlabel.labels.manifest import Failure, Manifest, update_failures
 from tokenlabel.labels.store import LabelStore
 from tokenlabel.labels.writer import LabelStoreWriter
-from tokenlabel.runtime.errors import DataError
+from tokenlabel.runtime.errors import DataError, ImageError
 from tokenlabel.runtime.process import say
 from tokenlabel.segmentation.inference import Segmenter
 from tokenlabel.segmentation.pairs import Classes
@@ -36,8 +38,8 @@ def predict_files(
 
     Writes masks/NAME.png (class ids: 8 bits with the classes' colours as palette, or 16 bits for more than 255
     classes), overlays/NAME.png (the colours over the image) and classes.json. `images`: files,
-    or folders with images at any depth; names are relative to the folder. Raises DataError for folders without images,
-    ImageError for an image that does not decode.
+    or folders with images at any depth; names are relative to the folder. An image that does not decode is skipped, and
+    said. Raises DataError for folders without images, and if none decodes.
     """
     found: dict[Path, Path] = {}
     for place in images:
@@ -52,8 +54,11 @@ def predict_files(
     }
     (out / "classes.json").write_text(json.dumps(legend, indent=1) + "\n", encoding="utf-8")
     segmenter.model.eval()
+    failures = list[Failure]()
     for name, path in found.items():
-        pixels = decode_pixels(path.read_bytes(), str(path))
+        pixels = _decoded(path.read_bytes, str(path), failures)
+        if pixels is None:
+            continue
         predicted = segmenter(torch.from_numpy(pixels).permute(2, 0, 1).to(device))
         ids = predicted.cpu().numpy()
         if len(classes.names) > 255:  # in 8 bits, 255 is the ignored value
@@ -66,7 +71,23 @@ def predict_files(
         for kind, picture in (("masks", mask), ("overlays", overlay)):
             (out / kind / name).parent.mkdir(parents=True, exist_ok=True)
             picture.save(out / kind / name)
-    return len(found)
+    _refuse_none(failures, len(found))
+    return len(found) - len(failures)
+
+
+def _decoded(read: Callable[[], bytes], name: str, failures: list[Failure]) -> NDArray[np.uint8] | None:
+    """Return the pixels of an image; None, and a line about it, for one that does not decode, added to `failures`."""
+    try:
+        return decode_pixels(read(), name)
+    except (ImageError, OSError) as error:
+        say(f"skipped: {error}")
+        failures.append(Failure(name, str(error)))
+        return None
+
+
+def _refuse_none(failures: list[Failure], num_images: int) -> None:
+    if len(failures) == num_images:
+        raise DataError(f"none of {num_images:,} images decodes ({failures[0].reason})")
 
 
 def _files(place: Path, out: Path) -> list[tuple[Path, Path]]:
@@ -96,7 +117,8 @@ def store_predictions(
     """Write soft predictions for a folder of images into a label store; return the number of new labels.
 
     Maps are on the grid of the model's head; keys are relative to `images`. `teacher`: the manifest's description of
-    the model. Raises StoreError where `folder` holds other labels, ImageError for an image that does not decode.
+    the model. An image that does not decode is skipped, said, and listed in the manifest. Raises StoreError where
+    `folder` holds other labels, DataError if no image decodes.
     """
     source = FingerprintedImages(open_aloud(images, classes=False))
     topk = min(_STORED_TOPK, len(class_names))
@@ -108,14 +130,18 @@ def store_predictions(
         preprocessing=asdict(segmenter.config),
     )
     segmenter.model.eval()
-    num_new = 0
+    num_new, failures = 0, list[Failure]()
     with LabelStoreWriter(folder, manifest) as writer:
         there = {*LabelStore(folder).keys()}  # by an interrupted call: this one continues it
         for index, key in enumerate(source.keys):
             if key in there:
                 continue
-            pixels = decode_pixels(source.read(index), key)
+            pixels = _decoded(partial(source.read, index), key, failures)
+            if pixels is None:
+                continue
             probs = segmenter.probabilities(torch.from_numpy(pixels).permute(2, 0, 1).to(device))
             writer.add(key, from_probabilities(probs.cpu().numpy(), topk, name=key), source.take(key))
             num_new += 1
+    update_failures(folder, failures)
+    _refuse_none(failures, len(source))
     return num_new
