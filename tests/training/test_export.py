@@ -80,7 +80,6 @@ def test_positions_of_images_that_are_not_square_are_those_of_their_grid(
     torch.testing.assert_close(ours, resize_positions(theirs, (height // patch, width // patch), new_grid))
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning:timm.layers.interpolate")  # what PyTorch thinks of it
 def test_a_run_opens_for_images_of_another_size(tmp_path: Path) -> None:
     """BEiT's biases by relative position are of one size; its options make it small."""
     beit = ("beit_base_patch16_224", (64, 64), {"depth": 1, "embed_dim": 32, "num_heads": 2})

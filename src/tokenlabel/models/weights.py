@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -163,7 +164,8 @@ def build_with(create: Callable[..., nn.Module], weights: Weights, *, like: nn.M
         overlay |= {"state_dict": tensors, "custom_load": False}
     network: Any = None
     # Forked, so that the initialisation of this network does not change the random numbers of the run.
-    with _missing_in_timm() as missing:
+    with _missing_in_timm() as missing, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"timm\.layers\.interpolate")  # about its way to index, of BEiT's biases
         try:
             with torch.random.fork_rng(devices=[]), hub_or_cache(online=False):
                 network = create(num_classes=overlay["num_classes"], pretrained=True, pretrained_cfg_overlay=overlay)
