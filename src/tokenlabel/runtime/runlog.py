@@ -16,7 +16,7 @@ import yaml
 from tqdm import tqdm
 
 from tokenlabel.runtime.errors import ConfigError, first_line, import_extra
-from tokenlabel.runtime.process import is_main_process, write_whole
+from tokenlabel.runtime.process import is_main_process, naming, write_whole
 
 Tracker = Callable[[dict[str, Any]], None]
 """Called in the main process with each line of metrics: `step`, `kind` (train or eval) and figures by name."""
@@ -151,8 +151,9 @@ class RunLog:
         """Write one line of metrics."""
         if self._file is not None:
             line = {"step": step, **values}
-            self._file.write(json.dumps(line) + "\n")
-            self._file.flush()
+            with naming(self._path):
+                self._file.write(json.dumps(line) + "\n")
+                self._file.flush()
             for tracker in self._trackers:
                 tracker(line)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -23,7 +24,7 @@ from tokenlabel.labels.manifest import Failure, Manifest, update_failures
 from tokenlabel.labels.store import LabelStore
 from tokenlabel.labels.writer import LabelStoreWriter
 from tokenlabel.runtime.errors import DataError, ImageError
-from tokenlabel.runtime.process import say
+from tokenlabel.runtime.process import say, write_whole
 from tokenlabel.segmentation.inference import Segmenter
 from tokenlabel.segmentation.pairs import Classes
 
@@ -48,11 +49,10 @@ def predict_files(
             if name in found:
                 raise DataError(f"{path} and {found[name]} would both be written to {name}; rename one of them")
             found[name] = path
-    out.mkdir(parents=True, exist_ok=True)
     legend = {
         name: f"#{bytes(colour).hex()}" for name, colour in zip(classes.names, classes.colours.tolist(), strict=True)
     }
-    (out / "classes.json").write_text(json.dumps(legend, indent=1) + "\n", encoding="utf-8")
+    write_whole(out / "classes.json", json.dumps(legend, indent=1) + "\n")
     segmenter.model.eval()
     failures = list[Failure]()
     for name, path in found.items():
@@ -69,8 +69,9 @@ def predict_files(
         mixed = pixels * (1 - _OPACITY) + classes.colours[ids] * _OPACITY
         overlay = Image.fromarray(mixed.round().astype(np.uint8))
         for kind, picture in (("masks", mask), ("overlays", overlay)):
-            (out / kind / name).parent.mkdir(parents=True, exist_ok=True)
-            picture.save(out / kind / name)
+            encoded = io.BytesIO()
+            picture.save(encoded, "PNG")
+            write_whole(out / kind / name, [encoded.getvalue()])
     _refuse_none(failures, len(found))
     return len(found) - len(failures)
 

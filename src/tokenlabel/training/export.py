@@ -27,6 +27,7 @@ from tokenlabel.models.runs import description_of
 from tokenlabel.runtime.configuration import config_as_dict
 from tokenlabel.runtime.errors import ConfigError, refuse
 from tokenlabel.runtime.hub import options_without_weights
+from tokenlabel.runtime.process import naming
 from tokenlabel.training.checkpoint import load_run
 
 # Tolerance between the outputs of an ONNX graph and PyTorch, relative to the largest output.
@@ -83,12 +84,13 @@ def export_run(
     temporary.mkdir(parents=True)
     try:
         written = temporary / out.name
-        if is_onnx:
-            write_onnx(trained, written, inference=inference or trained.heads[0], dense=dense)
-        elif out.suffix:
-            write_safetensors(trained, written)
-        else:
-            write_hub_folder(trained, written)
+        with naming(out):
+            if is_onnx:
+                write_onnx(trained, written, inference=inference or trained.heads[0], dense=dense)
+            elif out.suffix:
+                write_safetensors(trained, written)
+            else:
+                write_hub_folder(trained, written)
         if out.is_dir():
             shutil.rmtree(out)  # a folder cannot be replaced in one step
         # The weights of an ONNX graph of 2 GB and more are in a file beside it, which the graph names.
