@@ -204,14 +204,15 @@ def _unwritable(output: Path, reason: str) -> ConfigError:
 
 
 def line_chart(title: str, x_name: str, of_runs: Sequence[Sequence[tuple[float, float]]]) -> Iterator[str]:
-    """Yield a line chart as SVG; nothing if all values are 0, as of a loss that is not used.
+    """Yield a line chart as SVG without the runs of which all values are 0, a loss that they do not use; or nothing.
 
     `of_runs`: points (x, y) of each run, as in `run_legend`.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    if not any(y for points in of_runs for _, y in points):
+    of_runs = [points if any(y for _, y in points) else [] for points in of_runs]
+    if not any(of_runs):
         return
     figure = Figure(figsize=(4.6, 2.9), layout="constrained")
     figure.patch.set_alpha(0)
