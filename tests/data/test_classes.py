@@ -359,6 +359,9 @@ def test_class_numbers_are_ids_of_a_network_with_names(tmp_path, weights, capsys
     assert [int(store[f"{n:04d}.png"].dense()[0, 0].argmax()) for n in (0, 3, 11)] == [0, 3, 11]
     write_tar(Path("from-one.tar"), [1, 3])
     save_run("run", ["ant", "bee", "cat"])
+    write_tar(Path("some.tar"), [0, 2])
+    done = run(capsys, *eval_words("some.tar", network="run"))
+    assert ("class numbers are ids of the model's 3" in done.said, "overrule" in done.said) == (True, False)
     done = run(capsys, *eval_words("from-one.tar", network="run"))
     assert "class numbers are ids from 0 to 2, these run to 3; the model knows ant, bee, cat" in done.said
     Path("unlabelled.txt").write_text("images/11/x.png\n")

@@ -242,12 +242,13 @@ def test_lists_that_cannot_be_used(tmp_path, text, message):
         open_images(tmp_path / "list.txt")
 
 
-def test_tar_files_beside_folders_of_images_are_refused(tmp_path, files):
+@pytest.mark.parametrize("name", ["ape/1.png", "1.png"])
+def test_tar_files_beside_images_are_refused(tmp_path, name):
     """Neither may silently hide the other."""
-    (tmp_path / "ape").mkdir()
-    (tmp_path / "ape" / "1.png").write_bytes(encoded(0))
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(encoded(0))
     write_tar(tmp_path / "extra.tar", {"c/0.png": encoded(1)})
-    with pytest.raises(DataError, match=r"holds tar files \(extra\.tar\) and folders of images \(ape\)"):
+    with pytest.raises(DataError, match=rf"holds tar files \(extra\.tar\) and images \({name}\)"):
         open_images(tmp_path)
 
 

@@ -458,5 +458,7 @@ def test_classes_are_compared_by_name():
         class_map_for(None, ["dog", "cow"], ours, num_theirs=2)
     with pytest.raises(ConfigError, match="knows 1,000 classes, the images have 2"):
         class_map_for(None, [], ours, num_theirs=1000)
+    with pytest.raises(ConfigError, match=r"of one class \(cat\).* list the paths alone"):
+        class_map_for("names", ["axe", "dog", "cat"], ["cat"], num_theirs=3)
     with pytest.raises(ConfigError, match="no common order"):
         class_map_for("order", [], ours, num_theirs=1000)

@@ -115,6 +115,8 @@ class TestWhatMayChange:
         shutil.copytree(here / "run", unbroken)
         assert continued(run="unbroken") == 0
         (here / "data").rename(here / "moved")
+        assert main(["eval", "run"]) == 2
+        assert "data/scenes/val: no such folder of images (the val images of its recipe" in capsys.readouterr().err
         words = ["--data.train", "./moved/scenes/train", "--data.val", "./moved/scenes/val"]
         words += ["--data.labels", "./moved/labels", "--checkpoint.keep", "1", "--eval.crop_fraction", "0.9"]
         words += ["--eval.batch-size", "8", "--data.max-missing", "0", "--data.check", "none"]
@@ -123,6 +125,21 @@ class TestWhatMayChange:
         assert "crop_fraction: 0.9" in (here / "run/recipe.yaml").read_text()
         more = recipe(Path("data"), data__num_workers=9)
         assert "data.num_workers" in check_run_folder(unbroken, more, [*"0123456789"], None)
+
+    def test_the_initial_weights_may_be_gone(self, here):
+        (here / "run").rename(here / "first")
+        assert continued("--model.weights", "first") == 0
+        unbroken = weights_of(here / "run")
+        shutil.rmtree(list_checkpoints(here / "run")[-1])
+        shutil.rmtree(here / "first")
+        assert continued("--model.weights", "first") == 0
+        assert weights_of(here / "run") == unbroken
+        segments = segment_recipe("data/scenes", model__weights="seg")
+        train_segmentation(segment_recipe("data/scenes"), Path("seg"), device=CPU)
+        train_segmentation(segments, Path("more"), device=CPU)
+        shutil.rmtree(list_checkpoints(Path("more"))[-1])
+        shutil.rmtree("seg")
+        train_segmentation(segments, Path("more"), device=CPU)
 
     @pytest.mark.parametrize("option", ["--micro_batch_size=4", "--precision=fp16"])
     def test_rounding_may_by_an_option_and_the_metrics_say_so(self, here, capsys, option):

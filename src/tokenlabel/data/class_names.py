@@ -45,7 +45,8 @@ def match_classes(
     names has are its own in their order, numbers are class ids, and words are those of WordNet. `them`, `option`: what
     lines call the network, and what overrules them.
     """
-    overrule = f"; overrule with {option} natural, sorted or FILE" if option else ""
+    is_open = option and (assumed or are_numbers(theirs))  # a network's own names cannot be overruled
+    overrule = f"; overrule with {option} natural, sorted or FILE" if is_open else ""
     ids = ids_among(ours, theirs)
     if max(ids, default=-1) >= 0:
         if assumed:

@@ -60,6 +60,7 @@ _NO_CLASSES = {*_IMAGE_FOLDERS, *_TRUTH_FOLDERS}
 _CONTAINERS = {*_IMAGE_FOLDERS, "dataset", "datasets", "data", "classes", "categories", "imagefolder"}
 
 NEED_CLASSES = "put each into a folder named after its class, or list paths and classes in a .csv file"
+IF_NO_CLASSES = "If folders are no classes here, list the paths alone in a .txt file and name that"
 
 
 @dataclass

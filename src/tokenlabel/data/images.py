@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from tokenlabel.data.classes import equal_looking
 from tokenlabel.data.folders import (
     EXTENSIONS,
+    IF_NO_CLASSES,
     NEED_CLASSES,
     Listing,
     doubtful_layout,
@@ -179,7 +180,8 @@ def _wrong_with(root: Path, listing: Listing, names: Sequence[str], images: Sequ
         return mistake
     if stray := sorted(path for path in listing.images if "/" not in path):
         above = "" if names else f"; if {root.absolute().name} is a class, name the folder above"
-        return f"{root}: {counted(stray, 'image')} outside of any class folder; {NEED_CLASSES}{above}"
+        without = f". {IF_NO_CLASSES}" if names else ""
+        return f"{root}: {counted(stray, 'image')} outside of any class folder; {NEED_CLASSES}{above}{without}"
     beside = in_brackets(listing.skipped)
     if not names:
         return f"{root}: expected one folder a class with images in it, found no folder{beside}"

@@ -70,10 +70,10 @@ def _packed_or_listed(path: str | Path) -> ImageSource | None:
     tars = tar_files(path) if path.is_dir() else []
     if not tars:
         return None
-    if folder := next((name.split("/")[0] for name in list_images(path).images if "/" in name), None):
+    if images := list_images(path).images:
         raise DataError(
-            f"{path}: holds tar files ({tars[0].name}) and folders of images ({folder}); which are meant? Move one "
-            "kind elsewhere"
+            f"{path}: holds tar files ({tars[0].name}) and images ({images[0]}); which are meant? Move one kind "
+            "elsewhere"
         )
     return read_index(path, tars) if (path / INDEX_NAME).exists() else TarImages(tars)
 

@@ -51,7 +51,7 @@ from tokenlabel.models import TokenModel
 from tokenlabel.models.load import LoadedModel, load_model
 from tokenlabel.runtime.coercion import pair
 from tokenlabel.runtime.distributed import Ranks, joined_ranks, usable_device
-from tokenlabel.runtime.errors import ConfigError, refuse
+from tokenlabel.runtime.errors import ConfigError, DataError, refuse
 from tokenlabel.runtime.process import listed, say
 from tokenlabel.training.checkpoint import with_recipe
 from tokenlabel.training.recipe import Recipe
@@ -186,6 +186,14 @@ class _Assessment:
         return recipe.eval.label_folders if recipe is not None and options.data is None else []
 
     def _open(self) -> EvaluationSet:
+        try:
+            return self._opened()
+        except DataError as error:
+            if self.options.data is not None:
+                raise
+            raise DataError(f"{error} (the val images of its recipe; --data names others)") from error
+
+    def _opened(self) -> EvaluationSet:
         network, options = self.network, self.options
         if not network.num_classes:
             return EvaluationSet(open_aloud(self._folder(), classes=False))

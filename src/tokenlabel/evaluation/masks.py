@@ -207,7 +207,7 @@ def mask_agreement(
     if not with_mask:
         raise ValueError(f"{masks}: no mask of any of {len(keys):,} labelled images there ({listed(keys)})")
     if len(with_mask) < len(keys):
-        say(f"{masks}: {len(with_mask):,} of {len(keys):,} images have a mask there; these are compared")
+        say(f"{masks}: {len(with_mask):,} of {len(keys):,} labelled images have a mask there; these are compared")
     right = total = 0
     for key in with_mask:
         score_map = store[key]

@@ -22,6 +22,7 @@ from tokenlabel.data.batches import make_loader
 from tokenlabel.data.samplers import BatchSampler
 from tokenlabel.drawing.pictures import PICTURES_FOLDER, Album, ClassGrid, Tile, fitted, make_album, top_classes
 from tokenlabel.models.decoders import HeadOutputs
+from tokenlabel.models.runs import list_checkpoints
 from tokenlabel.models.segmentation import (
     HeadKind,
     SegmentationModel,
@@ -31,6 +32,7 @@ from tokenlabel.models.segmentation import (
 )
 from tokenlabel.runtime.distributed import Ranks, autocast, current_ranks
 from tokenlabel.runtime.errors import ConfigError
+from tokenlabel.runtime.hub import options_without_weights
 from tokenlabel.runtime.runlog import Stopwatch, Tracker
 from tokenlabel.segmentation.data import (
     SegmentBatch,
@@ -263,9 +265,12 @@ def build(recipe: SegmentRecipe, *, device: torch.device, run: Path | None = Non
         num_missing = current_ranks().on_main(lambda: check_labels(store, train_pairs))
         images.note_labels(store, num_missing=num_missing, num_masks=len(train_pairs.with_mask))
     torch.manual_seed(recipe.seed)
-    model = create_segmentation_model(recipe.model, num_classes=len(train_pairs.classes.names))
-    if recipe.model.weights is not None:
-        load_segmentation_weights(model, recipe.model.weights, average=recipe.model.average)
+    config = recipe.model
+    if run and list_checkpoints(run):  # its weights replace the initial ones, whose files may be gone
+        config = replace(config, weights=None, options=options_without_weights(config.options))
+    model = create_segmentation_model(config, num_classes=len(train_pairs.classes.names))
+    if config.weights is not None:
+        load_segmentation_weights(model, config.weights, average=config.average)
     transform = SegmentTransform(recipe.augment, recipe.model.img_size)
     loss = recipe.loss
     if store is not None and loss.finer is None:

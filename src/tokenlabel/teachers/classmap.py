@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tokenlabel.data.class_names import match_classes, say_imagenet
 from tokenlabel.data.classes import difference, ids_among, strangers
+from tokenlabel.data.folders import IF_NO_CLASSES
 from tokenlabel.runtime.errors import ConfigError
 from tokenlabel.runtime.process import listed, say
 
@@ -95,6 +96,10 @@ def class_map_for(
         if assumed:
             say_imagenet(theirs, them="the teacher", option=f"{options}class-order")
         return None
+    if len(ours) == 1:
+        raise ConfigError(
+            f"the images are of one class ({ours[0]}), of which labels would say nothing. {IF_NO_CLASSES}"
+        )
     if spec == BY_ORDER:
         _take_order(theirs, ours, num_theirs=num_theirs, option=option)
         return None
@@ -148,7 +153,7 @@ def _refusal(
         return f"{option} names: {strangers(ours, theirs, ids, count=count, them='the teacher')}{advice}"
     return (
         f"{difference(theirs, ours, count=count, them='the teacher')}. Give {option} a file of pairs (or `{BY_NAME}` "
-        f"to match equal names, `{BY_ORDER}` if the classes are the same by another name)"
+        f"to match equal names, `{BY_ORDER}` if the classes are the same by another name). {IF_NO_CLASSES}"
     )
 
 

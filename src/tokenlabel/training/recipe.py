@@ -123,8 +123,8 @@ def _model_of_run(weights: str | None) -> dict[str, Any]:
     what = "is no run" if Path(weights or ".").exists() else "is not there"
     found = f"model.weights {weights} {what}" if weights else "there is no model.weights"
     raise ConfigError(
-        f"model.name is missing, and {found} to take it from; give model.weights a run folder, or name a "
-        "model (docs/models.md)"
+        f"model.name is missing, and {found} to take it from; give model.weights a run folder, or name a model "
+        "(docs/models.md); a run that has begun continues by its own recipe: --recipe RUN/recipe.yaml --out RUN"
     )
 
 
