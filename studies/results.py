@@ -277,6 +277,8 @@ def _table_lines(found: Found) -> Iterator[str]:
     yield _cells(["trained with", "seeds", *headings])
     yield "|---" * (2 + len(names)) + "|"
     for row, runs in found.runs.items():
+        if not runs and names:  # a row of dashes says less than "Not run" below the table
+            continue
         shown = [_cell(name, [*found.values(row, name).values()]) for name in names]
         yield _cells([found.table.rows[row].title, str(len(runs)), *shown])
 

@@ -78,6 +78,9 @@ def test_a_run_that_diverged_makes_its_row_no_number_and_no_claim():
 def test_what_is_missing_is_named_by_seed():
     assert "Not run: row c (seeds 3, 4)." in as_markdown(CLEAR)
     assert json.loads(json.dumps(as_json(CLEAR)))["not_run"] == {"c": [3, 4]}
+    text = as_markdown(found_of(a=[(0.5, 1.0)]))
+    assert "| row b |" not in text
+    assert "Not run: row a (seeds 1, 2, 3, 4); row b; row c." in text
 
 
 def test_a_claim_takes_five_seeds():
