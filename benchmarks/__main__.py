@@ -29,6 +29,7 @@ from benchmarks import (
     token_head,
 )
 from benchmarks.measure import Row, Settings
+from tokenlabel.runtime.process import write_whole
 
 BENCHMARKS: dict[str, Callable[[Settings], list[Row]]] = {
     "label_path": label_path.run,
@@ -77,7 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"\n{table(name, results[name], earlier)}\n\n{seconds:.0f} s since the start", flush=True)
     if options.json:
         rows = {name: [_as_dict(row) for row in found] for name, found in results.items()}
-        options.json.write_text(json.dumps({"machine": about, "quick": settings.quick, "rows": rows}, indent=1) + "\n")
+        measured = {"machine": about, "quick": settings.quick, "rows": rows}
+        write_whole(options.json, json.dumps(measured, indent=1) + "\n")
 
 
 def machine(device: torch.device) -> dict[str, str]:

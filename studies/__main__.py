@@ -99,7 +99,10 @@ def study_of(options: Any) -> Study:
         key, equals, value = text.partition("=")
         if not equals:
             raise StudyError(f"--set takes KEY=VALUE, got {text!r}")
-        settings[key.replace("-", "_")] = yaml.safe_load(value)
+        try:
+            settings[key.replace("-", "_")] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise StudyError(f"--set {text}: {' '.join(str(error).split())}") from error
     return Study(
         tables=[*every.values()],
         testbed=read_testbed(on),

@@ -19,13 +19,14 @@ from typing import Any, TypeVar
 
 from studies.defects import DEFECTS, NEW_TOKEN_HEAD
 from studies.measures import METRICS
+from tokenlabel.runtime.coercion import coerced, coerced_fields
 from tokenlabel.runtime.configuration import config_from_dict, read_yaml
 from tokenlabel.runtime.errors import near_names
 from tokenlabel.segmentation.recipe import SegmentRecipe
 from tokenlabel.training.recipe import Recipe, recipe_content
 
 Kind = TypeVar("Kind")
-Settings = Mapping[str, Any]
+Settings = dict[str, Any]
 """Dotted names of a recipe's fields to values."""
 
 PLACEHOLDER = re.compile(r"\{(\w+)\}")
@@ -36,6 +37,7 @@ class StudyError(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True)
+@coerced_fields
 class Step:
     """Something to be made before rows can run: the words of a tokenlabel command, or the embedded scenes.
 
@@ -43,39 +45,42 @@ class Step:
     """
 
     command: str | None = None
-    scenes: Mapping[str, Any] | None = None
+    scenes: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
+@coerced_fields
 class Row:
     """One row of a table: what it changes in the testbed's recipe."""
 
     title: str
-    use: Sequence[str] = ()  # presets of the testbed, applied before `set`
+    use: tuple[str, ...] = ()  # presets of the testbed, applied before `set`
     set: Settings = field(default_factory=dict)
     defect: str | None = None  # what is made worse: studies/defects.py
 
 
 @dataclass(frozen=True, kw_only=True)
+@coerced_fields
 class Table:
     """A comparison. `name`: of its file."""
 
     name: str
     title: str
     question: str
-    rows: Mapping[str, Row]
-    metrics: Sequence[str]
-    differences: Sequence[tuple[str, str]]  # the first row is held against the second, seed by seed
+    rows: dict[str, Row]
+    metrics: tuple[str, ...]
+    differences: tuple[tuple[str, str], ...]  # the first row is held against the second, seed by seed
     twin: str = ""  # what the paper has in its place
     testbed: str = ""  # the one that its rows need, if they do
     seeds: int = 5
-    use: Sequence[str] = ()  # for all rows; a row's own come after, and so for `set`
+    use: tuple[str, ...] = ()  # for all rows; a row's own come after, and so for `set`
     set: Settings = field(default_factory=dict)
-    uncompared: Sequence[str] = ()  # metrics of which no difference is said: the speed of rows that ran on other days
+    uncompared: tuple[str, ...] = ()  # metrics of which no difference is said: the speed of rows that ran on other days
     limits: str = ""  # what cannot be seen at the scale of the embedded data
 
 
 @dataclass(frozen=True, kw_only=True)
+@coerced_fields
 class Testbed:
     """What tables run on. `name`: of its file; `title`: of its part in a page of results."""
 
@@ -85,9 +90,9 @@ class Testbed:
     recipe: str
     set: Settings
     segments: bool = False  # whether its recipes are of segmentation
-    steps: Mapping[str, Step] = field(default_factory=dict)
-    presets: Mapping[str, Settings] = field(default_factory=dict)
-    measure: Mapping[str, str] = field(default_factory=dict)  # folders that metrics need: masks_train, ...
+    steps: dict[str, Step] = field(default_factory=dict)
+    presets: dict[str, Settings] = field(default_factory=dict)
+    measure: dict[str, str] = field(default_factory=dict)  # folders that metrics need: masks_train, ...
     title: str = ""
     about: str = ""  # what results on it say of themselves
     needs_data: bool = False  # whether {data} has to be given
@@ -126,13 +131,12 @@ def read_table(name: str) -> Table:
     """Return a table by its name or that of a YAML file. Raises StudyError that names the file and the key."""
     path, nested = _read(name, "tables")
     _check_keys(Table, nested, where=path)
-    rows = {key: _build(Row, row, where=f"{path}: rows.{key}") for key, row in nested.pop("rows", {}).items()}
-    pairs = nested.pop("differences", [])
-    table = _build(Table, {**nested, "rows": rows, "differences": pairs, "name": path.stem}, where=path)
-    for pair in pairs:
-        if not (isinstance(pair, list) and len(pair) == 2):
-            raise StudyError(f"{path}: differences: expected pairs of rows, [one, other], got {pair!r}")
-    for key in (key for pair in pairs for key in pair if key not in rows):
+    rows = coerced(nested.pop("rows", {}), dict[str, Any], name=f"{path}: rows")
+    rows = {str(key): _build(Row, row, where=f"{path}: rows.{key}") for key, row in rows.items()}
+    table = _build(Table, {"differences": (), **nested, "rows": rows, "name": path.stem}, where=path)
+    if not rows or table.seeds < 1:
+        raise StudyError(f"{path}: has {len(rows)} rows of {table.seeds} seeds; expected one of each at least")
+    for key in (key for pair in table.differences for key in pair if key not in rows):
         raise StudyError(f"{path}: differences name a row {key!r}; rows are {', '.join(rows)}")
     unknown = [name for name in table.metrics if name not in METRICS]
     if unknown or not table.metrics:
@@ -151,7 +155,7 @@ def read_testbed(name: str) -> Testbed:
     path, nested = _read(name, "testbeds")
     steps = {
         key: _build(Step, step if isinstance(step, dict) else {"command": step}, where=f"{path}: steps.{key}")
-        for key, step in nested.pop("steps", {}).items()
+        for key, step in coerced(nested.pop("steps", {}), dict[str, Any], name=f"{path}: steps").items()
     }
     return _build(Testbed, {**nested, "steps": steps, "name": path.stem}, where=path)
 
@@ -176,8 +180,10 @@ def _build(kind: type[Kind], nested: Any, *, where: Path | str) -> Kind:
     _check_keys(kind, nested, where=where)
     try:
         return kind(**nested)
-    except TypeError as error:  # a key is missing
-        raise StudyError(f"{where}: {str(error).partition(' ')[2]}") from error
+    except (TypeError, ValueError) as error:  # a key is missing, or a value is of another type
+        raise StudyError(
+            f"{where}: {str(error).removeprefix(f'{kind.__name__}.').removeprefix('__init__() ')}"
+        ) from error
 
 
 def _check_keys(kind: Any, nested: dict[str, Any], *, where: Path | str) -> None:
@@ -218,8 +224,11 @@ class Study:
 
     @cached_property
     def plans(self) -> dict[str, dict[str, RunPlan]]:
-        """What each row trains, by the names of tables and rows. Raises StudyError for a preset that is none."""
-        return {table.name: {row: self._plan(table, row) for row in table.rows} for table in self.tables}
+        """What each row trains, by the names of tables and rows. Raises ValueError for presets and settings of none."""
+        plans = {table.name: {row: self._plan(table, row) for row in table.rows} for table in self.tables}
+        for plan in (plan for of_table in plans.values() for plan in of_table.values()):
+            self.recipe(plan, 0)  # a wrong one is refused here, not when teachers and labels are made
+        return plans
 
     def _plan(self, table: Table, row_name: str) -> RunPlan:
         row, testbed, changes = table.rows[row_name], self.testbed, dict[str, Any]()

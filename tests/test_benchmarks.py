@@ -39,15 +39,15 @@ def test_the_peak_is_what_was_held_at_once():
 
 def test_the_command_prints_a_table_and_writes_every_measurement(monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(runner.BENCHMARKS, "sums", lambda settings: [Row("sum", [1.0, 3.0], "ms", "at most 5")])
-    runner.main(["sums", "--quick", "--json", str(tmp_path / "out.json")])
+    runner.main(["sums", "--quick", "--json", str(tmp_path / "new/out.json")])
     printed = capsys.readouterr().out
     assert "| torch |" in printed
     assert "| sum | 2 | 0.5 | ms | at most 5 |" in printed
-    saved = json.loads((tmp_path / "out.json").read_text())
+    saved = json.loads((tmp_path / "new/out.json").read_text())
     assert saved["rows"]["sums"][0]["values"] == [1.0, 3.0]
     assert saved["machine"]["device"] == "cpu"
     monkeypatch.setitem(runner.BENCHMARKS, "sums", lambda _: [Row("sum", [3], "ms"), Row("new", [1], "ms")])
-    runner.main(["sums", "--compare", str(tmp_path / "out.json")])
+    runner.main(["sums", "--compare", str(tmp_path / "new/out.json")])
     printed = capsys.readouterr().out
     assert "| sum | 3 | 0 | ms |  | 2 | 1.50 |" in printed
     assert "| new | 1 | 0 | ms |  | | |" in printed

@@ -389,7 +389,11 @@ def test_each_seed_of_segmentation_begins_with_a_backbone_of_its_own():
         (("[top1, token_accuracy", "[top1, tokens"), r"no metric \['tokens'\]; known: top1"),
         (("metrics: [top1, token_accuracy, probe_accuracy, label_truth, step_s]", "metrics: []"), "no metric at all"),
         (("rows:", "uncompared: [top5]\nrows:"), "uncompared: top5, which metrics does not list"),
-        (("[[swapped, token]]", "[[swapped]]"), r"expected pairs of rows.*\['swapped'\]"),
+        (("[[swapped, token]]", "[[swapped]]"), r"differences: expected tuple\[str, str\], got \['swapped'\]"),
+        (("[[swapped, token]]", "token"), r"t.yaml: differences: expected tuple.*, got 'token'"),
+        (("seeds: 2", "seeds: five"), "t.yaml: seeds: expected int, got 'five'"),
+        (("seeds: 2", "seeds: 0"), "t.yaml: has 2 rows of 0 seeds"),
+        (("rows:", "set: [epochs]\nrows:"), r"t.yaml: set: expected dict, got \['epochs'\]"),
         (("token: {title: token labels}", "token:"), "rows.token: expected a mapping"),
     ],
 )
@@ -402,7 +406,7 @@ def test_mistakes_in_a_table_are_named(change, message, tmp_path):
 def test_unknown_names_have_their_neighbours():
     with pytest.raises(StudyError, match="did you mean mixing"):
         read_table("mixin")
-    table = replace(read_table("mixing"), use=["no_such"])
+    table = replace(read_table("mixing"), use=("no_such",))
     with pytest.raises(StudyError, match="testbed embedded has no preset 'no_such'"):
         Study(tables=[table], testbed=read_testbed("embedded"), out=Path("out")).jobs()
     with pytest.raises(StudyError, match="name their folder with --data"):
