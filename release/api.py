@@ -1,10 +1,11 @@
 """Write docs/api.md: each public name with its signature, its fields or members, and its docstring with its example.
 
-Usage: python -m release.api [--check]   (--check writes nothing, and fails where the page is not what it would write)
+Usage: python -m release.api [--check]
 """
 
 from __future__ import annotations
 
+import argparse
 import ast
 import dataclasses
 import inspect
@@ -137,8 +138,10 @@ def _as_markdown(text: str) -> str:
 
 def main(arguments: list[str]) -> int:
     """Write the page, or compare it; return the exit status."""
-    text = page()
-    if arguments == ["--check"]:
+    parser = argparse.ArgumentParser(prog="python -m release.api", description="Write docs/api.md.")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail where the page is out of date")
+    options, text = parser.parse_args(arguments), page()
+    if options.check:
         if PAGE.exists() and PAGE.read_text(encoding="utf-8") == text:
             return 0
         print(f"{PAGE}: is not what the docstrings say; run `make api`", file=sys.stderr)

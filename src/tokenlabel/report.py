@@ -190,9 +190,12 @@ def _remarks(records: Sequence[RunRecord]) -> str:
     for record in records:
         figures, last = record.final, (record.of("eval") or [{}])[-1]
         step, absent = figures.get("step", np.inf), figures.get("absent_classes") or []
+        count = figures.get("num_images", 0)
+        own = last.get("num_images", count)
         notes = {
             f"the figures are of step {step:,}, and the run has gone on since; `tokenlabel eval` writes those of the "
             "newest checkpoint": step < last.get("step", 0),
+            f"the figures of eval.json are of {count:,} images, those of the curves of {own:,}": count not in (0, own),
             f"mIoU leaves out what no mask holds ({listed(absent)})": absent,
             "has taken no steps yet": not record.lines,
             "holds no pictures; an older version trained it, or it was copied without pictures/": record.lines

@@ -276,6 +276,9 @@ class TestOverHttp:
         assert main(["train", "--recipe", "demo_token_labels", "--out", "run", "--loss.beta=0", images]) == 2
         line = capsys.readouterr().err.splitlines()[-1]
         assert re.search(r"4 files of .* the cache may hold 20 KB; --data\.tar-window 8 reads them a few", line), line
+        monkeypatch.setenv("TOKENLABEL_CACHE_SIZE", "lots")  # is not taken for a small one
+        with pytest.raises(RemoteError, match="lots: expected a size such as 500GB"):
+            open_images(f"{server.url}/images/part-000.tar")
 
     def test_a_store_is_pulled_once(self, server, folder, labels):
         store = LabelStore(f"{server.url}/labels")

@@ -167,3 +167,8 @@ def test_what_is_wrong_with_masks_is_named(tmp_path):
     Image.fromarray(np.full((2, 2), 7, np.uint8)).save(tmp_path / "x.png")
     with pytest.raises(ValueError, match=r"x\.png.*expected 0 to 3"):
         masks["x.jpg"]
+    (tmp_path / "own").mkdir()
+    (tmp_path / "classes.txt").write_text("dog\ncat\n")  # the values 0 and 1 in the masks beside it
+    MaskFolder(tmp_path / "own", num_classes=3).check(["dog", "cat", "cow"])
+    with pytest.raises(ValueError, match=r"classes\.txt: class 0 is 'dog' to this file and 'cat' to the images"):
+        MaskFolder(tmp_path / "own", num_classes=2).check(["cat", "dog"])

@@ -142,6 +142,9 @@ class TestReport:
         page = report("first")
         assert "<td>87.5%</td>" in page
         assert "first: the figures are of step 0, and the run has gone on since" in page
+        assert "of eval.json" not in page
+        Path("first/eval.json").write_text(json.dumps({"num_images": 1234, "top1": 0.875}))
+        assert "first: the figures of eval.json are of 1,234 images" in report("first")
         for content in ("[]", "3", '{"class": 3}'):
             Path("first/eval.json").write_text(content)
             assert "87.5%" not in report("first")

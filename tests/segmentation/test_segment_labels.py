@@ -148,6 +148,32 @@ def test_maps_alone_teach_with_the_classes_of_the_labels(here, capsys):
     assert "miou" in [line for line in read_metrics(Path("run")) if line["kind"] == "eval"][-1]
 
 
+def test_a_list_of_classes_beside_masks_is_what_their_values_mean(here, capsys):
+    status, said = train(capsys, "--data.train", "few", "--data.val", "val", "--out", "run")
+    assert status == 0, said
+    Path("val/classes.txt").write_text("\n".join(reversed(NAMES)) + "\n")
+    try:
+        unlike = "val/classes.txt: class 0 is '9' to this file and '0' to the images"
+        status, said = train(capsys, "--data.train", "few", "--data.val", "val", "--out", "other")
+        assert status == 2
+        assert unlike in said
+        assert main(["segment", "eval", "run"]) == 2
+        assert unlike in capsys.readouterr().err
+        assert main(["segment", "eval", "run", "--images", "val/images", "--masks", "val/masks"]) == 2
+        assert unlike in capsys.readouterr().err
+        named = f"--data.class-names=[{','.join(NAMES)}]"
+        status, said = train(capsys, "--data.train", "few", "--data.val", "val", "--out", "other", named)
+        assert status == 0, said
+        assert "data.class_names holds" in said
+        # 1 = a: whether the masks hold 1 or 0 there, only their owner knows
+        Path("val/classes.txt").write_text("".join(f"{i} {name}\n" for i, name in enumerate("abc", 1)))
+        status, said = train(capsys, "--data.train", "val", "--out", "third")
+        assert status == 2
+        assert "its ids begin at 1, values in masks at 0" in said
+    finally:
+        Path("val/classes.txt").unlink()
+
+
 def test_images_that_changed_since_they_were_labelled_are_named(here, capsys):
     shutil.copytree("images", "changed")
     source = FingerprintedImages(open_images("changed", classes=False))

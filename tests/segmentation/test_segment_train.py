@@ -273,6 +273,12 @@ def test_the_commands_train_evaluate_and_predict(scenes, tmp_path, capsys):
     with Image.open(out / "masks/a/one.png") as mask, Image.open(out / "overlays/a/one.png") as overlay:
         assert (mask.mode, mask.size, overlay.size) == ("P", (41, 30), (41, 30))
     assert list(json.loads((out / "classes.json").read_text())) == [*"0123456789", "background"]
+    assert main(["segment", "predict", str(run), str(tmp_path / "photos"), "--out", str(out)]) == 0
+    (out / "classes.json").unlink()  # then the masks may be somebody's own
+    before = (out / "masks/a/one.png").stat().st_mtime_ns
+    assert main(["segment", "predict", str(run), str(tmp_path / "photos"), "--out", str(out)]) == 2
+    assert f"{out}: holds masks/ or overlays/ already" in capsys.readouterr().err
+    assert (out / "masks/a/one.png").stat().st_mtime_ns == before
 
 
 def test_soft_predictions_go_into_a_store_on_the_grid_of_the_head(run, tmp_path, monkeypatch, capsys):
@@ -293,6 +299,9 @@ def test_soft_predictions_go_into_a_store_on_the_grid_of_the_head(run, tmp_path,
     write_image(tmp_path / "photos/three.png", (24, 30))
     assert main([*predict, "--store", "soft"]) == 0
     assert capsys.readouterr().out == "soft: 1 images labelled\n"
+    write_image(tmp_path / "photos/three.png", (30, 24))
+    assert main([*predict, "--store", "soft"]) == 0
+    assert "soft: 1 images were replaced since their predictions were stored (three.png)" in capsys.readouterr().err
     assert main(["inspect", "soft"]) == 0
     assert "least certain: a mask of these would teach most" in capsys.readouterr().out
     for words, message in (

@@ -409,6 +409,11 @@ def test_unknown_names_have_their_neighbours():
     table = replace(read_table("mixing"), use=("no_such",))
     with pytest.raises(StudyError, match="testbed embedded has no preset 'no_such'"):
         Study(tables=[table], testbed=read_testbed("embedded"), out=Path("out")).jobs()
+    table = replace(read_table("mixing"), set={"epocs": 3})
+    with pytest.raises(ValueError, match="unknown key epocs; did you mean epochs"):  # before a teacher is made
+        Study(tables=[table], testbed=read_testbed("embedded"), out=Path("out")).jobs()
+    with pytest.raises(StudyError, match=r"--set epochs=\{a: while parsing"):
+        study_of(parsed(["mixing", "--out", "out", "--set", "epochs={a"]))
     with pytest.raises(StudyError, match="name their folder with --data"):
         Study(tables=[table], testbed=read_testbed("imagenet"), out=Path("out"))
 

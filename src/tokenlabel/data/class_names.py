@@ -108,10 +108,13 @@ def class_order(
     return names
 
 
-def read_class_names(path: str | Path, ours: Sequence[str] = (), *, option: str = "") -> list[str]:
+def read_class_names(
+    path: str | Path, ours: Sequence[str] = (), *, option: str = "", of_masks: bool = False
+) -> list[str]:
     """Return the class names of a file in their order; see `class_order`. Raises ConfigError.
 
-    `option`: what the file was given to; none for an argument that has to be such a file.
+    `option`: what the file was given to; none for an argument that has to be such a file. `of_masks`: ids are values in
+    masks, where the first name has 0; others are refused.
     """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
@@ -119,7 +122,7 @@ def read_class_names(path: str | Path, ours: Sequence[str] = (), *, option: str 
             names = _in_json_order(json.loads(text))
         else:
             lines = [line.strip() for line in text.split("\n") if not line.startswith("#")]
-            names = _in_line_order([line for line in lines if line], ours)
+            names = _in_line_order([line for line in lines if line], ours, of_masks=of_masks)
     except (OSError, ValueError, RecursionError) as error:
         kinds = "neither `natural` nor `sorted`, nor a file" if option.endswith("class-order") else "no file"
         raise ConfigError(f"{option} {path}: {kinds} of class names ({error})".lstrip()) from error
@@ -128,7 +131,7 @@ def read_class_names(path: str | Path, ours: Sequence[str] = (), *, option: str 
     return names
 
 
-def _in_line_order(lines: list[str], ours: Sequence[str]) -> list[str]:
+def _in_line_order(lines: list[str], ours: Sequence[str], *, of_masks: bool) -> list[str]:
     """Return the names that lines hold, in the order of their ids if they have such: in front or behind, all different.
 
     A first line may be headings. Names that the images have count as they are: "class 1" is no class of id 1 then.
@@ -144,6 +147,8 @@ def _in_line_order(lines: list[str], ours: Sequence[str]) -> list[str]:
             first = min(by_id, default=-1)
             is_counted = first in (0, 1) and sorted(by_id) == list(range(first, first + len(rows)))
             if is_counted and len(set(by_id.values())) == len(rows):
+                if of_masks and first:
+                    raise ValueError("its ids begin at 1, values in masks at 0; give the names alone, in that order")
                 return [by_id[i] for i in sorted(by_id)]
     if all(re.match(rf"{WORDNET_ID.pattern}[\s,:]", line) for line in lines):  # n01440764 tench, Tinca tinca
         return [line[:9] for line in lines]

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from tokenlabel.data.images import NO_TIME, ImageSource
 from tokenlabel.data.tar_index import INDEX_NAME, TarIndex, last_starts, load_index, mark_of, save_index, scan_tars
 from tokenlabel.data.tars import TarImages, refuse_parts
-from tokenlabel.runtime.cache import cached_index, exclusive, fetch, fetched_ahead, refuse_small_cache
+from tokenlabel.runtime.cache import cache_bytes, cached_index, exclusive, fetch, fetched_ahead, refuse_small_cache
 from tokenlabel.runtime.errors import DataError, RemoteError
 from tokenlabel.runtime.process import T, is_main_process, listed, say
 from tokenlabel.runtime.remote import RemoteFile, digest_of, expanded, folder_urls, remote_files
@@ -76,6 +76,7 @@ def open_remote(url: str) -> RemoteTars:
     urls = sorted(dict.fromkeys(urls), key=lambda name: (name.rpartition("/")[2], name))
     files = remote_files(urls)
     images = _by_published_index(files) or RemoteTars(files, _looked_through(files))
+    cache_bytes()  # raises for a limit that is no size; one that is too small is only a remark here
     try:
         refuse_small_cache(files, at_once=None, remedy="")
     except RemoteError as error:

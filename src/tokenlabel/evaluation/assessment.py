@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from tokenlabel.core.batch import Batch
 from tokenlabel.core.config import Inference
@@ -251,7 +252,8 @@ class _Assessment:
             rank=self.ranks.rank,
             world_size=self.ranks.world_size,
         )
-        for batch in make_loader(dataset, sampler, num_workers=self.options.num_workers):
+        loader = make_loader(dataset, sampler, num_workers=self.options.num_workers)
+        for batch in tqdm(loader, desc="eval", unit="batch", disable=None if self.ranks.is_first else True):
             yield batch.to(self.device)
 
     def _folder(self) -> Path:

@@ -17,6 +17,7 @@ from tokenlabel.core.batch import collate_score_maps
 from tokenlabel.core.geometry import View, stack_views
 from tokenlabel.core.scores import Orientation, ScoreMap, from_mask, turned_map
 from tokenlabel.core.targets import TokenTargets
+from tokenlabel.data.classes import are_numbers
 from tokenlabel.data.decoding import orientation_of
 from tokenlabel.data.images import ImageSource
 from tokenlabel.data.masks import (
@@ -28,6 +29,7 @@ from tokenlabel.data.masks import (
     is_stretched,
     mask_names,
     unlabelled_value,
+    unlike_list,
 )
 from tokenlabel.evaluation.evaluators import object_tokens
 from tokenlabel.labels.store import LabelStore
@@ -83,10 +85,15 @@ class MaskFolder:
     def check(self, class_names: Sequence[str], *, all_needed: bool = True) -> None:
         """Raise DataError if masks are missing (`all_needed`), or if some of them hold ids that are no class.
 
+        Also where classes.txt beside them lists other classes.
         Also for masks of only 0 and 255 of images of several classes: there 255 probably is a class. Print which masks
         belong to no image, and which have other shapes than their images.
         """
         source = self._source
+        # With a class map ids are others, and classes without names may be any.
+        are_theirs = self._coco is None and len(class_names) == self.num_classes and not are_numbers(class_names)
+        if unlike := are_theirs and unlike_list(self.folder, class_names):
+            raise DataError(f"{unlike}; number the masks as these classes, or mend the file if it is wrong")
         if source is None:
             return
         if self._coco is None:

@@ -70,6 +70,8 @@ def _evaluate(arguments: list[str]) -> int:
     both = "--split names a part of the data set, --images and --masks other folders; leave one out"
     refuse({both: options.split and (options.images or options.masks)})
 
+    from tqdm import tqdm
+
     from tokenlabel.evaluation.options import as_text
     from tokenlabel.runtime.distributed import autocast, joined_ranks
     from tokenlabel.segmentation.inference import evaluate_segmentation, segmenter_of
@@ -80,10 +82,15 @@ def _evaluate(arguments: list[str]) -> int:
         trained = _network(options)
         recipe, names = trained.recipe, trained.class_names
         pairs = other_pairs(recipe.data, names, split=options.split, images=options.images, masks=options.masks)
-        precision, num_workers = autocast(device, recipe.precision), options.num_workers
-        figures = evaluate_segmentation(
-            segmenter_of(trained, device), pairs, autocast=precision, num_workers=num_workers, ranks=ranks
-        )
+        with tqdm(total=len(pairs), desc="eval", unit="img", disable=None if ranks.is_first else True) as bar:
+            figures = evaluate_segmentation(
+                segmenter_of(trained, device),
+                pairs,
+                autocast=autocast(device, recipe.precision),
+                num_workers=options.num_workers,
+                ranks=ranks,
+                on_sample=lambda *_: bar.update(ranks.world_size),
+            )
     if absent := figures["absent_classes"]:
         counted = f"{sum(iou is not None for iou in figures['class_iou'].values()):,}"
         no_mask = f"no mask holds {len(absent):,} of {len(names):,} classes ({listed(absent)})"

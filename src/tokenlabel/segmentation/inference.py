@@ -203,7 +203,7 @@ def evaluate_segmentation(
     autocast: AbstractContextManager[Any],
     num_workers: int = 0,
     ranks: Ranks = Ranks(),  # noqa: B008  (immutable)
-    on_sample: Callable[[SegmentSample, Int[Tensor, "height width"]], None] = lambda sample, predicted: None,
+    on_sample: Callable[[SegmentSample, Int[Tensor, "height width"]], object] = lambda sample, predicted: None,
 ) -> dict[str, Any]:
     """Return mIoU, mean accuracy and pixel accuracy over all pixels of all images, at the images' own sizes.
 

@@ -10,7 +10,16 @@ from pathlib import Path
 from tokenlabel.data.class_names import read_class_names
 from tokenlabel.data.classes import difference, same_classes
 from tokenlabel.data.folders import EXTENSIONS, list_images, skipped_text, without_masks
-from tokenlabel.data.masks import COCO_SUFFIX, CROWD, CocoMasks, find_masks, mask_names, unlabelled_value
+from tokenlabel.data.masks import (
+    CLASSES_FILE,
+    COCO_SUFFIX,
+    CROWD,
+    CocoMasks,
+    find_masks,
+    mask_names,
+    unlabelled_value,
+    unlike_list,
+)
 from tokenlabel.labels.manifest import read_manifest
 from tokenlabel.runtime.coercion import coerced
 from tokenlabel.runtime.errors import DataError, refuse
@@ -18,7 +27,6 @@ from tokenlabel.runtime.process import listed, say
 from tokenlabel.segmentation.pairs import Classes, ImageMaskPairs, known_classes, numbered_classes
 from tokenlabel.segmentation.recipe import Layout, SegmentDataConfig, Split
 
-CLASSES_FILE = "classes.txt"  # beside masks: the names of their classes, a line each
 # What ADE20K calls its splits; the other data sets call them `train` and `val`.
 _ADE20K_SPLITS = {"train": "training", "val": "validation"}
 
@@ -79,7 +87,7 @@ def _default_names(config: SegmentDataConfig) -> list[str]:
     _check_folders(*folders)
     path = (masks or images).parent / CLASSES_FILE
     if path.is_file():
-        return read_class_names(path)
+        return read_class_names(path, of_masks=True)
     names = [*read_manifest(config.label_folders[0]).class_names] if config.labels else []
     if not names:
         raise DataError(
@@ -134,12 +142,11 @@ def other_pairs(
         },
         DataError,
     )
-    if images and masks:
-        return _two_folders(config, names, Path(images), Path(masks), all_needed=True)
-    # The classes of a run are those of its checkpoint: classes.txt may have changed since.
-    if config.layout is Layout.FOLDERS and not config.class_names:
-        config = replace(config, class_names=_without_background(config, names))
-    pairs = open_pairs(replace(config, val_split=split or config.val_split), "val")
+    # The classes of a run are those of its checkpoint: what the recipe took them from may have changed since.
+    folders = (Path(images), Path(masks)) if images and masks else config.folders("val") if has_no_splits else None
+    if folders is not None:
+        return _two_folders(config, names, *folders, all_needed=True)
+    pairs = None if has_no_splits else open_pairs(replace(config, val_split=split or config.val_split), "val")
     if pairs is None:
         raise DataError("the run has no val images of its own; name folders with --images and --masks")
     if not same_classes(pairs.classes.names, names):
@@ -157,6 +164,10 @@ def _two_folders(
         return _coco_pairs(config, names, images, CocoMasks(masks), all_needed=all_needed)
     if masks is None:
         return _unmasked(classes_of(config, names), images)
+    if unlike := unlike_list(masks, _without_background(config, names)):
+        if not config.class_names:
+            raise DataError(f"{unlike}; number the masks as those of the training, or mend the file if it is wrong")
+        say(f"{unlike}; data.class_names holds")
     return _checked(classes_of(config, names), images, masks, all_needed=all_needed)
 
 

@@ -14,21 +14,23 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from tqdm import tqdm
 
 from tokenlabel.core.scores import from_probabilities
 from tokenlabel.data.decoding import decode_pixels
 from tokenlabel.data.folders import EXTENSIONS, list_images, skipped_text
 from tokenlabel.data.sources import open_aloud
-from tokenlabel.labels.fingerprints import FingerprintedImages
+from tokenlabel.labels.fingerprints import FingerprintedImages, find_replaced
 from tokenlabel.labels.manifest import Failure, Manifest, update_failures
 from tokenlabel.labels.store import LabelStore
 from tokenlabel.labels.writer import LabelStoreWriter
 from tokenlabel.runtime.errors import DataError, ImageError
-from tokenlabel.runtime.process import say, write_whole
+from tokenlabel.runtime.process import listed, say, write_whole
 from tokenlabel.segmentation.inference import Segmenter
 from tokenlabel.segmentation.pairs import Classes
 
 _OPACITY = np.float32(0.5)  # of the colours of an overlay
+_KINDS = ("masks", "overlays")
 _STORED_TOPK = 5  # classes that a cell of a stored prediction keeps, as `annotate` does
 
 
@@ -40,8 +42,18 @@ def predict_files(
     Writes masks/NAME.png (class ids: 8 bits with the classes' colours as palette, or 16 bits for more than 255
     classes), overlays/NAME.png (the colours over the image) and classes.json. `images`: files,
     or folders with images at any depth; names are relative to the folder. An image that does not decode is skipped, and
-    said. Raises DataError for folders without images, and if none decodes.
+    said. Raises DataError for folders without images, if none decodes, and where `out` holds masks of another origin.
     """
+    colours = [f"#{bytes(colour).hex()}" for colour in classes.colours.tolist()]
+    legend = json.dumps(dict(zip(classes.names, colours, strict=True)), indent=1) + "\n"
+    earlier = out / "classes.json"
+    if any((out / kind).exists() for kind in _KINDS) and not (
+        earlier.is_file() and earlier.read_bytes() == legend.encode()
+    ):
+        raise DataError(
+            f"{out}: holds masks/ or overlays/ already, and no classes.json says that they are predictions over these "
+            "classes; name another folder, so that nothing is overwritten"
+        )
     found: dict[Path, Path] = {}
     for place in images:
         for folder, path in _files(place, out):
@@ -49,13 +61,10 @@ def predict_files(
             if name in found:
                 raise DataError(f"{path} and {found[name]} would both be written to {name}; rename one of them")
             found[name] = path
-    legend = {
-        name: f"#{bytes(colour).hex()}" for name, colour in zip(classes.names, classes.colours.tolist(), strict=True)
-    }
-    write_whole(out / "classes.json", json.dumps(legend, indent=1) + "\n")
+    write_whole(earlier, legend)
     segmenter.model.eval()
     failures = list[Failure]()
-    for name, path in found.items():
+    for name, path in tqdm(found.items(), desc=f"predict {out}", unit="img", disable=None):
         pixels = _decoded(path.read_bytes, str(path), failures)
         if pixels is None:
             continue
@@ -68,7 +77,7 @@ def predict_files(
             mask.putpalette(classes.colours.reshape(-1).tolist())
         mixed = pixels * (1 - _OPACITY) + classes.colours[ids] * _OPACITY
         overlay = Image.fromarray(mixed.round().astype(np.uint8))
-        for kind, picture in (("masks", mask), ("overlays", overlay)):
+        for kind, picture in zip(_KINDS, (mask, overlay), strict=True):
             encoded = io.BytesIO()
             picture.save(encoded, "PNG")
             write_whole(out / kind / name, [encoded.getvalue()])
@@ -95,7 +104,7 @@ def _files(place: Path, out: Path) -> list[tuple[Path, Path]]:
     """Return image files, each with the folder that its name is relative to, without earlier results in `out`."""
     if place.is_file():
         return [(place.parent, place)]
-    written = [(out / kind).resolve() for kind in ("masks", "overlays")]
+    written = [(out / kind).resolve() for kind in _KINDS]
     listing = list_images(place)
     found = [place / name for name in sorted(listing.images)]
     found = [path for path in found if not any(path.resolve().is_relative_to(folder) for folder in written)]
@@ -133,8 +142,13 @@ def store_predictions(
     segmenter.model.eval()
     num_new, failures = 0, list[Failure]()
     with LabelStoreWriter(folder, manifest) as writer:
-        there = {*LabelStore(folder).keys()}  # by an interrupted call: this one continues it
-        for index, key in enumerate(source.keys):
+        there = LabelStore(folder)  # an interrupted call made some: this one continues it
+        if replaced := [source.keys[index] for index in find_replaced(there, source).indices]:
+            say(
+                f"{folder}: {len(replaced):,} images were replaced since their predictions were stored "
+                f"({listed(replaced)}), which stay as they are; name another --store to predict these images again"
+            )
+        for index, key in enumerate(tqdm(source.keys, desc=f"predict {folder}", unit="img", disable=None)):
             if key in there:
                 continue
             pixels = _decoded(partial(source.read, index), key, failures)

@@ -299,7 +299,7 @@ def _check_masks(source: ImageSource, config: FitConfig) -> tuple[MaskFolder, li
     folder = Path(config.from_.removeprefix(MASKS))
     names = list(source.class_names)
     if config.class_names is not None:
-        names = read_class_names(config.class_names, option="--class-names")
+        names = read_class_names(config.class_names, option="--class-names", of_masks=folder.suffix != COCO_SUFFIX)
     elif folder.suffix == COCO_SUFFIX:
         names = CocoMasks(folder).class_names
     if len(names) < 2:
