@@ -14,10 +14,19 @@ from importlib.util import find_spec
 from pathlib import Path
 from textwrap import shorten
 
-from tokenlabel.data.classes import are_numbers, assumed_order, composed, ids_among, natural_order, same_classes
+from tokenlabel.data.classes import (
+    are_numbers,
+    assumed_order,
+    composed,
+    difference,
+    ids_among,
+    natural_order,
+    same_classes,
+)
 from tokenlabel.runtime.errors import ConfigError, refuse
 from tokenlabel.runtime.process import listed, say
 
+CLASSES_FILE = "classes.txt"  # beside a folder of masks: the names of their classes, a line each
 SORTED, NATURAL = "sorted", "natural"
 WORDNET_ID = re.compile(r"n\d{8}")
 
@@ -129,6 +138,20 @@ def read_class_names(
     if repeated := [name for name, times in Counter(map(composed, names)).items() if times > 1]:
         raise ConfigError(f"{option} {path}: names several classes {listed([*map(repr, repeated)])}".lstrip())
     return names
+
+
+def unlike_list(masks: Path, names: Sequence[str]) -> str:
+    """Return how classes.txt beside a folder of masks differs from the classes of their values; "" if it does not.
+
+    The file may be missing, or lack the last classes.
+    """
+    path = masks.parent / CLASSES_FILE
+    if not path.is_file():
+        return ""
+    theirs = read_class_names(path, of_masks=True)
+    if same_classes(theirs, names[: len(theirs)]):
+        return ""
+    return f"{path}: {difference(theirs, names, count=len(theirs), them='this file')}"
 
 
 def _in_line_order(lines: list[str], ours: Sequence[str], *, of_masks: bool) -> list[str]:

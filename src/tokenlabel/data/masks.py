@@ -22,15 +22,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tokenlabel.core.geometry import turned
-from tokenlabel.data.class_names import read_class_names
-from tokenlabel.data.classes import difference, same_classes
 from tokenlabel.data.decoding import orientation_of, stored_size, undecodable
 from tokenlabel.data.folders import list_images
 from tokenlabel.data.listings import Strings
 from tokenlabel.runtime.errors import DataError, import_extra
 from tokenlabel.runtime.process import listed, read_json
 
-CLASSES_FILE = "classes.txt"  # beside a folder of masks: the names of their classes, a line each
 MAX_CLASSES = 32_767  # ids of training masks have 16 bits with a sign
 SUFFIXES = (".png", ".PNG", ".tif", ".tiff", ".bmp", ".gif", ".pgm")  # formats that keep numbers as they are
 # What tools put between the name of an image and that of its mask.
@@ -65,20 +62,6 @@ def find_masks(
     there = {*list_images(masks).images}
     found = {key: next((name for name in names(key) if name in there), "") for key in keys}
     return found, sorted(there.difference(found.values()))
-
-
-def unlike_list(masks: Path, names: Sequence[str]) -> str:
-    """Return how classes.txt beside a folder of masks differs from the classes of their values; "" if it does not.
-
-    The file may be missing, or lack the last classes.
-    """
-    path = masks.parent / CLASSES_FILE
-    if not path.is_file():
-        return ""
-    theirs = read_class_names(path, of_masks=True)
-    if same_classes(theirs, names[: len(theirs)]):
-        return ""
-    return f"{path}: {difference(theirs, names, count=len(theirs), them='this file')}"
 
 
 def decode_mask(data: bytes, name: str) -> NDArray[np.integer]:

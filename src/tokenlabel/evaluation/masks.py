@@ -17,6 +17,7 @@ from tokenlabel.core.batch import collate_score_maps
 from tokenlabel.core.geometry import View, stack_views
 from tokenlabel.core.scores import Orientation, ScoreMap, from_mask, turned_map
 from tokenlabel.core.targets import TokenTargets
+from tokenlabel.data.class_names import unlike_list
 from tokenlabel.data.classes import are_numbers
 from tokenlabel.data.decoding import orientation_of
 from tokenlabel.data.images import ImageSource
@@ -29,7 +30,6 @@ from tokenlabel.data.masks import (
     is_stretched,
     mask_names,
     unlabelled_value,
-    unlike_list,
 )
 from tokenlabel.evaluation.evaluators import object_tokens
 from tokenlabel.labels.store import LabelStore

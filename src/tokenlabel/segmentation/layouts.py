@@ -7,19 +7,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from tokenlabel.data.class_names import read_class_names
+from tokenlabel.data.class_names import CLASSES_FILE, read_class_names, unlike_list
 from tokenlabel.data.classes import difference, same_classes
 from tokenlabel.data.folders import EXTENSIONS, list_images, skipped_text, without_masks
-from tokenlabel.data.masks import (
-    CLASSES_FILE,
-    COCO_SUFFIX,
-    CROWD,
-    CocoMasks,
-    find_masks,
-    mask_names,
-    unlabelled_value,
-    unlike_list,
-)
+from tokenlabel.data.masks import COCO_SUFFIX, CROWD, CocoMasks, find_masks, mask_names, unlabelled_value
 from tokenlabel.labels.manifest import read_manifest
 from tokenlabel.runtime.coercion import coerced
 from tokenlabel.runtime.errors import DataError, refuse
