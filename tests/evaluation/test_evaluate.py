@@ -123,9 +123,9 @@ def test_maps_of_images_without_a_mask_are_not_judged(tmp_path, capsys):
         writer.add("a.jpg", from_mask(mask, num_classes=10))
         writer.add("b.jpg", from_mask(mask, num_classes=10))
     assert mask_agreement(LabelStore(tmp_path / "labels"), tmp_path) == 1.0
-    assert "1 of 2 images have a mask there" in capsys.readouterr().err
+    assert "1 of 2 labelled images have a mask there" in capsys.readouterr().err
     (tmp_path / "a.png").unlink()
-    with pytest.raises(ValueError, match=r"no mask of any of 2 labelled images there \(a.jpg, b.jpg\)"):
+    with pytest.raises(ValueError, match=r"no mask of any of 2 labelled images there \(a.jpg, b.jpg\); expected a.png"):
         mask_agreement(LabelStore(tmp_path / "labels"), tmp_path)
 
 

@@ -525,6 +525,9 @@ def test_embeddings_from_a_file_are_scaled_cosines(colours, tmp_path, capsys):
     np.save(tmp_path / "narrow.npy", rows * np.inf)
     assert main([*command, *weights, "--from", str(tmp_path / "narrow.npy"), "--overwrite"]) == 2
     assert "narrow.npy: holds numbers that are not finite" in capsys.readouterr().err
+    np.save(tmp_path / "zeros.npy", rows * [[1], [0]])
+    assert main([*command, *weights, "--from", str(tmp_path / "zeros.npy"), "--overwrite"]) == 2
+    assert "zeros.npy: row 1 (from 0) holds zeros alone" in capsys.readouterr().err
     for content in (b"no array", b""):
         (tmp_path / "two.npy").write_bytes(content)
         assert main([*command, *weights, "--from", str(tmp_path / "two.npy"), "--overwrite"]) == 2

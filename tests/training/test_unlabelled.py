@@ -152,6 +152,30 @@ def test_a_network_without_classes_is_evaluated_by_its_tokens_and_its_features(h
     assert "has no class head and cannot be evaluated on the classes of scenes/val; give --probe DIR" in said
 
 
+def test_tokens_are_compared_where_images_or_network_have_no_classes(here, capsys):
+    data = ("--data.train", "scenes/train", "--data.labels", "words_train", "--data.val", "flat_val")
+    status, said = train(capsys, *data, "--eval.labels", "flat_words_val", "--out", "run", "--epochs", "1")
+    assert status == 0, said
+    status, said = run(capsys, "eval", "run", "--num-workers", "0", "--json")
+    assert status == 0, said
+    found = json.loads(next(line for line in said.splitlines() if line.startswith("{")))
+    assert found["teacher_accuracy"] == figures("run")["teacher_accuracy"]
+    assert "--labels STORE compare the tokens" in run(capsys, "eval", "run", "--data", "flat_val")[1]
+    keys = [path.name for path in sorted(Path("flat_train").iterdir())]
+    names = {"class_names": tuple(f"shade {i}" for i in range(NUM_WORDS)), "teacher": {"name": "shades"}}
+    write_words(Path("shades"), keys, Path("flat_train"), **names)
+    status, said = train(capsys, *FLAT[:3], "shades", "--out", "dense", "--epochs", "1")
+    assert status == 0, said
+    masked = ("--data", "flat_val", "--masks", "masks", "--num-workers", "0")
+    for path in Path("flat_val").iterdir():
+        mask = np.asarray(Image.open(path).convert("L")) // (256 // NUM_WORDS + 1)
+        Path("masks").mkdir(exist_ok=True)
+        Image.fromarray(mask).save(Path("masks") / path.name)
+    status, said = run(capsys, "eval", "dense", *masked)
+    assert (status, "token_accuracy" in said) == (0, True), said
+    assert "its tokens are about 12 visual words, no masks" in run(capsys, "eval", "run", *masked)[1]
+
+
 def test_a_classifier_begins_with_the_network_of_a_run_and_new_heads(here, capsys):
     assert train(capsys, *FLAT, "--out", "run", "--epochs", "1")[0] == 0
     few = ("--data.train", "scenes/some.csv", "--data.val", "scenes/val", "--model.weights", "run", "--out", "few")

@@ -166,9 +166,9 @@ def _val_labels(recipe: Recipe, source: ImageSource, token_classes: ClassList) -
         return store
     if not has_classes(source).any():
         raise ConfigError(
-            f"{recipe.data.val}: images without classes and labels cannot be evaluated; give "
-            "--eval.labels, made by the head that labelled the training images, or leave data.val out (--eval.probe "
-            "takes a few images with classes)"
+            f"{recipe.data.val}: without labels, evaluation needs classes, of these images and of the training images; "
+            "give --eval.labels, made by the head that labelled those, or leave data.val out (--eval.probe takes a few "
+            "images with classes)"
         )
     return None
 

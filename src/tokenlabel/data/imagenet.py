@@ -56,19 +56,26 @@ class EvaluationSet:
 
 
 def read_folder(
-    root: Path, class_names: Sequence[str], num_classes: int, *, assumed: bool = False, order: str | None = None
+    root: Path,
+    class_names: Sequence[str],
+    num_classes: int,
+    *,
+    assumed: bool = False,
+    order: str | None = None,
+    needed: bool = True,
 ) -> EvaluationSet:
     """Read images whose folders are named after classes of the model, all of them or some; all classes compete.
 
     ImageNet-1k's val images in folders of WordNet ids and ImageNet-Sketch are such. Of a model that does not know the
     names of its classes, numbers are ids, and as many folders as it has classes are these in sorted order. `assumed`,
-    `order`: see `match_classes` and `class_order`.
+    `order`: see `match_classes` and `class_order`; `needed`: see `as_classes_of`.
     """
     source = open_aloud(root)
     if order is not None:
         known = () if assumed else class_names
         class_names, assumed = class_order(order, source.class_names, known, count=num_classes), False
-    return EvaluationSet(as_classes_of(source, class_names, num_classes, root, assumed=assumed, option="--class-order"))
+    how = {"assumed": assumed, "option": "--class-order", "needed": needed}
+    return EvaluationSet(as_classes_of(source, class_names, num_classes, root, **how))
 
 
 def read_v2(root: Path, class_names: Sequence[str], num_classes: int) -> EvaluationSet:
@@ -183,14 +190,19 @@ def as_classes_of(
     *,
     assumed: bool = False,
     option: str = "",
+    needed: bool = True,
 ) -> ImageSource:
     """Return images with the class ids of a model, of whose classes they may hold some (see `match_classes`).
 
-    Raises DataError for classes that the model does not have; `where`: what it calls the images.
+    `needed`: False lets them have no classes at all. Raises DataError for classes that the model does not have;
+    `where`: what it calls the images.
     """
     ours, known = source.class_names, has_classes(source)
+    if not known.any() and not needed:
+        return source
     if not known.any():
-        raise DataError(f"{where}: the images have no classes that answers could be held against")
+        tokens = "; --masks DIR or --labels STORE compare the tokens alone" if option else ""
+        raise DataError(f"{where}: the images have no classes that answers could be held against{tokens}")
     if not known.all():
         say(f"{where}: {(~known).sum():,} of {len(source):,} images have no class, and are left out")
         source = ImageSubset(source, np.flatnonzero(known))

@@ -17,7 +17,7 @@ from tokenlabel.core.config import Inference
 from tokenlabel.data.augment import EvalTransform
 from tokenlabel.data.batches import ScoreMaps, TokenLabelDataset, check_labels, make_loader
 from tokenlabel.data.class_names import class_order, say_imagenet
-from tokenlabel.data.classes import say_order
+from tokenlabel.data.classes import ClassList, say_order
 from tokenlabel.data.decoding import ImageCheck
 from tokenlabel.data.imagenet import (
     SETS,
@@ -128,7 +128,7 @@ class _Assessment:
         probes = self._probe_figures()
         if not self.network.num_classes:
             self._check_without_classes(probes)
-            if not self._labels():
+            if not self._truths:
                 return {head: dict(probes) for head in self.heads}
         if options.multi_labels is not None:
             of_image = read_multi_labels(options.multi_labels, names)
@@ -141,10 +141,9 @@ class _Assessment:
         images = self._sound(self._open())
         found = self._pass(images, {head: self._evaluators(images) for head in self.heads})
         for name, store in self._token_truths(images.source):
-            truth, others = TokenTruth(name), self.network.token_classes
+            truth, classes = TokenTruth(name), self._token_classes()
             of_tokens = self._pass(images, {Inference.CLASS: [truth]}, store=store)
-            about = self._class_names() if others is None else others.labels
-            if (absent := truth.absent(about)) and not (others and others.words):
+            if (absent := truth.absent(classes.labels)) and not classes.words:
                 say(f"no {name} shows {len(absent):,} classes ({listed(absent)}): {name}_miou leaves them out")
             of_tokens[Inference.CLASS].pop("images_per_s")
             found = {head: figures | of_tokens[Inference.CLASS] for head, figures in found.items()}
@@ -154,10 +153,10 @@ class _Assessment:
         """Raise ConfigError for options that need a class head, and if there is nothing else to evaluate."""
         network, options = self.network, self.options
         options.leave_out(
-            f"{network.name} has no class head, so it names no classes", "real", "masks", "per_class", "multi_labels"
+            f"{network.name} has no class head, so it names no classes", "real", "per_class", "multi_labels"
         )
         asked = options.data or (network.recipe and network.recipe.data.val)
-        if (options.data is not None or not probes) and not self._labels():
+        if (options.data is not None or not probes) and not self._truths:
             at = f" and cannot be evaluated on the classes of {asked}" if asked else ""
             raise ConfigError(
                 f"{network.name} has no class head{at}; give --probe DIR, a few images with classes, for probes of its "
@@ -178,6 +177,11 @@ class _Assessment:
         batches = (self._batches(dataset) for dataset in (learn, judged))
         num_classes = len(learn.source.class_names)
         return image_figures(network.model.eval(), *batches, num_classes=num_classes, ranks=self.ranks)
+
+    @property
+    def _truths(self) -> list[str]:
+        """What the tokens are compared with: folders of masks, or of a teacher's labels."""
+        return [*map(str, filter(None, [self.options.masks])), *self._labels()]
 
     def _labels(self) -> list[str]:
         """Return the folders of a teacher's labels of the images, if there are any."""
@@ -206,6 +210,7 @@ class _Assessment:
             network.num_classes,
             assumed=network.names_assumed,
             order=options.class_order,
+            needed=not self._truths or options.per_class or options.real is not None,
         )
 
     def of_corruptions(self) -> dict[Inference, Figures]:
@@ -277,8 +282,11 @@ class _Assessment:
     def _class_names(self) -> Sequence[str]:
         return self.network.class_names or [str(c) for c in range(self.network.num_classes)]
 
+    def _token_classes(self) -> ClassList:
+        return self.network.token_classes or ClassList(self.network.num_classes, tuple(self._class_names()))
+
     def _evaluators(self, images: EvaluationSet) -> list[Evaluator]:
-        if not self.network.num_classes:
+        if not self.network.num_classes or not has_classes(images.source).any():
             return []
         found: list[Evaluator] = [Accuracy(), Calibration()]
         if self.options.real is not None:
@@ -291,29 +299,28 @@ class _Assessment:
 
     def _token_truths(self, source: ImageSource) -> Iterator[tuple[str, ScoreMaps]]:
         """Yield the dense labels to compare the tokens with, and the prefix of the metrics' names."""
-        masks, labels, others = self.options.masks, self._labels(), self.network.token_classes
+        masks, labels, classes = self.options.masks, self._labels(), self._token_classes()
         name, has_head = self.network.name, self.network.has_token_head
         refuse(
             {
                 f"{name} has no head for tokens that was trained; leave --masks and --labels out": not has_head
                 and (masks or self.options.labels),
-                f"{name}: its tokens are about {others}, no masks; leave --masks out": masks and others is not None,
+                f"{name}: its tokens are about {classes}, no masks; leave --masks out": masks and classes.words,
             }
         )
         if masks is not None:
-            say_order(self._class_names(), them="the masks'", overrule="write these classes' ids if not")
+            names = classes.labels
+            say_order(names, them="the masks'", overrule="write these classes' ids if not")
             truth = MaskFolder(
-                masks,
-                num_classes=self.network.num_classes,
-                ignore_index=self.options.ignore_index,
-                source=source,
-                class_names=self._class_names(),
+                masks, num_classes=len(names), ignore_index=self.options.ignore_index, source=source, class_names=names
             )
-            truth.check(self._class_names())
+            truth.check(names)
             yield "token", truth
         if labels:
             store = LabelStore(*labels)
-            self.ranks.on_main(lambda: check_labels(source, store, max_missing=1.0, classes=others))
+            # By the names of the images' classes where they have some: the network may know its own by number only.
+            known = self.network.token_classes or (None if source.class_names else classes)
+            self.ranks.on_main(lambda: check_labels(source, store, max_missing=1.0, classes=known))
             self.ranks.on_main(lambda: say_replaced(store, source))
             yield "teacher", store
 
@@ -345,7 +352,7 @@ def evaluation_set(
         skip_broken, check = recipe.data.skip_broken, recipe.data.check
         sound = partial(sound_images, skip_broken=skip_broken, check=check, option=None)
     source = sound(open_images(folder, classes=bool(class_names)))
-    if class_names and (has_classes(source).any() or not recipe.eval.labels):
-        source = as_classes_of(source, class_names, len(class_names), folder)
+    if class_names:
+        source = as_classes_of(source, class_names, len(class_names), folder, needed=not recipe.eval.labels)
     transform = EvalTransform(recipe.model.img_size, crop_fraction=recipe.eval.crop_fraction)
     return TokenLabelDataset(source, transform, seed=recipe.seed)

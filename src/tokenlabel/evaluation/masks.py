@@ -212,7 +212,8 @@ def mask_agreement(
     keys = [*store.keys()]
     with_mask = [key for key in keys if key in truth_of]
     if not with_mask:
-        raise ValueError(f"{masks}: no mask of any of {len(keys):,} labelled images there ({listed(keys)})")
+        expected = f"; expected {next(mask_names(keys[0]))} for {keys[0]}" if keys else ""
+        raise ValueError(f"{masks}: no mask of any of {len(keys):,} labelled images there ({listed(keys)}){expected}")
     if len(with_mask) < len(keys):
         say(f"{masks}: {len(with_mask):,} of {len(keys):,} labelled images have a mask there; these are compared")
     right = total = 0

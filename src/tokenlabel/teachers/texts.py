@@ -156,4 +156,6 @@ def _read_embeddings(path: Path) -> Float[Tensor, "C D"]:
         raise ModelError(f"--from {path}: expected one tensor [classes, width], or one called `embeddings`")
     if not matrices[0].isfinite().all():
         raise ModelError(f"--from {path}: holds numbers that are not finite")
+    if empty := (matrices[0] == 0).all(dim=1).nonzero()[:, 0].tolist():  # all cosines would be 0, above negative ones
+        raise ModelError(f"--from {path}: row {empty[0]} (from 0) holds zeros alone, which is no embedding")
     return matrices[0].float()
