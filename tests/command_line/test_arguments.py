@@ -134,6 +134,18 @@ def test_what_is_there_but_cannot_be_written_to_is_refused_before_the_work(tmp_p
             parse(parser, [option, str(path)])
 
 
+def test_figures_replace_no_file_of_another_kind(tmp_path):
+    parser = Parser("x", "")
+    parser.add_argument("--output", type=Path)
+    for text in ("", '{\n "top1": 0.5\n}\n', "<!doctype html>\n<html>"):
+        (tmp_path / "there").write_text(text)
+        parse(parser, ["--output", str(tmp_path / "there")])
+    for text in ("epochs: 30\n", '{"step": 10}\n{"step": 20}\n'):  # a recipe, metrics.jsonl
+        (tmp_path / "there").write_text(text)
+        with pytest.raises(ValueError, match="there: exists and holds neither figures nor a page; choose another"):
+            parse(parser, ["--output", str(tmp_path / "there")])
+
+
 def test_a_file_is_written_into_a_pipe_or_a_device():
     reader, writer = os.pipe()
     write_whole(Path(f"/dev/fd/{writer}"), '{"top1": 0.5}\n')

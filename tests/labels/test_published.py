@@ -338,6 +338,15 @@ def test_an_order_that_is_a_guess_is_stated_and_held_against_the_maps(tmp_path, 
     assert "the best class of 0% of 4 maps looked at is their image's: perhaps these are other images, or" in shown
 
 
+def test_maps_are_held_against_the_classes_that_are_known(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert import_folder({"2": 2, "0": 0, "1": 1}, 3) == 0
+    capsys.readouterr()
+    Path("some.csv").write_text("path,label\nimages/0/1.png,0\nimages/1/1.png,1\nimages/2/1.png,\n")
+    assert main(["import-labels", "files", "others", "--images", "some.csv", "--num-classes", "3"]) == 0
+    assert "the best class of 100% of 2 maps looked at" in capsys.readouterr().err
+
+
 def test_no_files_at_all(data):
     with pytest.raises(StoreError, match=r"no label file of any image; expected, for example, .*ape/1\.pt"):
         import_labels(data, data / "labels", data / "images", ImportConfig(num_classes=2))

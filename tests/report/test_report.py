@@ -168,7 +168,7 @@ class TestReport:
         assert "first: is a folder" in refusal(capsys, "first", "--output", "first")
         for output in ("page.html/x.html", "/proc/x.html"):
             assert f"{output}: cannot be written (" in refusal(capsys, "first", "--output", output)
-        assert "exists and is no page" in refusal(capsys, "first", "--output", "first/recipe.yaml")
+        assert "holds neither figures nor a page" in refusal(capsys, "first", "--output", "first/recipe.yaml")
         assert Path("page.html").read_text() == "<!doctype html>older"
         assert "model:" in Path("first/recipe.yaml").read_text()
 

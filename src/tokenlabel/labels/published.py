@@ -22,7 +22,7 @@ from tokenlabel.core.geometry import WHOLE_IMAGE, Box
 from tokenlabel.core.scores import Kind, Orientation, ScoreMap, from_top
 from tokenlabel.data.class_names import imagenet_ids
 from tokenlabel.data.decoding import stored_size
-from tokenlabel.data.images import ImageSource
+from tokenlabel.data.images import ImageSource, has_classes
 from tokenlabel.data.sources import open_aloud
 from tokenlabel.labels.encoding import Encoding
 from tokenlabel.labels.inspection import summarize
@@ -104,7 +104,7 @@ def import_labels(
         preprocessing={"region": config.region, "layout": config.layout.value},
     )
     shared = {path for path, count in Counter(paths).items() if count > 1}
-    job = _Job(source, paths, shared, manifest, config.layout, _crop_fraction(config.region))
+    job = _Job(source, paths, shared, has_classes(source), manifest, config.layout, _crop_fraction(config.region))
     failures: list[Failure] = []
     # Threads, not processes: reading files and decoding them release the GIL.
     with LabelStoreWriter(folder, manifest) as writer, thread_pool(config.num_workers) as pool:
@@ -197,12 +197,14 @@ def read_label_file(
 class _Job:
     """Where the label file of each image is, and how to read it, for the threads that do.
 
-    `shared`: paths that belong to several images. `agreements`: whether the best class of a map is its image's.
+    `shared`: paths that belong to several images. `known`: which images' classes are known. `agreements`: whether the
+    best class of a map is its image's.
     """
 
     source: ImageSource
     paths: list[Path]
     shared: set[Path]
+    known: NDArray[np.bool_]
     manifest: Manifest
     layout: PublishedLayout
     crop: float | None
@@ -219,7 +221,7 @@ class _Job:
             if self.crop is not None:
                 region = _centre(stored_size(self.source.read(index), key), self.crop)
             score_map = read_label_file(path, num_classes=self.manifest.num_classes, layout=self.layout, region=region)
-            if len(self.agreements) < NUM_COMPARED and self.manifest.class_names:
+            if len(self.agreements) < NUM_COMPARED and self.manifest.class_names and self.known[index]:
                 own = self.source.class_names[int(self.source.class_ids[index])]
                 best = summarize(key, score_map).best_class
                 self.agreements.append(own == self.manifest.class_names[best])
