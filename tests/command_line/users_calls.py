@@ -12,6 +12,7 @@ import resource
 import sys
 import tarfile
 import traceback
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -123,9 +124,21 @@ def score_maps_go_by_the_name_of_their_kind_and_are_checked_when_they_are_writte
     one = tl.ScoreMap(np.array([1]), codes, np.ones((1, 1, 1), np.float32), 2, kind="logits")
     assert one.kind is tl.Kind.LOGITS
     refuses(lambda: tl.ScoreMap(np.array([1]), codes, one.probs, 2, kind="odds"), "Kind", "odds")
+    refuses(lambda: tl.ScoreMap([1], codes, one.probs, 2), "NumPy arrays", "list")
+    refuses(lambda: tl.ScoreMap(one.palette, codes, one.probs, 2, region=(0, 0, 1, 1)), "Box", "tuple")
+    sure = tl.ScoreMap(one.palette, codes, one.probs, 2)
+    for changes, *words in (
+        ({"probs": one.probs * 80}, "sum to at most 1", "80"),
+        ({"probs": -one.probs}, "at least 0", "-1"),
+        ({"probs": one.probs * np.nan}, "not finite"),
+        ({"codes": codes + 1}, "codes", "from 1 to 1"),
+        ({"codes": codes.astype(np.float32)}, "codes", "float32"),
+        ({"palette": np.array([2])}, "palette", "[2]"),
+    ):
+        mine = replace(sure, **changes)
+        refuses(lambda mine=mine: tl.collate_score_maps([sure, mine]), "score_maps[1]: ", *words)
     with tl.LabelStoreWriter("of my own", tl.Manifest(num_classes=2, topk=1)) as writer:
         for palette, bad_codes, *words in (
-            ([1], codes, "NumPy arrays"),
             (np.array([0.5]), codes, "class ids from 0 to 1"),
             (one.palette, codes.astype(int) - 1, "codes", "-1 to -1"),
         ):
@@ -393,6 +406,9 @@ def doors_refuse_what_would_be_wrong_in_silence():
     model = tl.create_model("lvvit_t", num_classes=2, img_size=16, depth=1, width=16, num_heads=2)
     transform, plan = (tl.TrainTransform({"order": "before_crop"}, 16), tl.sample_mix("cutmix", 4, grid=1, img_size=16))
     rng, shape = np.random.default_rng(0), (20, 24, 3)
+    batch, tokens = tl.collate([images[0], images[1]]), tl.sample_mix("mixtoken", 2, grid=(2, 3), img_size=16)
+    targets, mask = tl.align(batch.score_maps, batch.views, (2, 3)), torch.zeros(2, 2, 3)
+    flat = tl.TokenLabelDataset(tl.open_images("images/train/ant"), images.transform, store=labels())
     assert transform.config.order is tl.Order.BEFORE_CROP
     assert transform(Image.new("L", (20, 24)), rng)[0].shape == (16, 16, 3)
     assert tl.EvalTransform(16)(np.zeros(shape, np.uint8))[0].shape == (16, 16, 3)
@@ -412,6 +428,21 @@ def doors_refuse_what_would_be_wrong_in_silence():
         (lambda: tl.sample_mix("cutmix", -1, grid=1, img_size=16), "num_images", "-1"),
         (lambda: tl.sample_mix("cutmix", 2.5, grid=1, img_size=16), "num_images", "2.5"),
         (lambda: tl.sample_mix("cutmix", 4, grid=1, img_size=16, alpha=float("nan")), "alpha", "nan"),
+        (lambda: tl.sample_mix("cutmix", 4, grid=1, img_size=16, alpha="1"), "alpha", "'1'"),
+        (lambda: tl.token_label_loss(outputs, ids, None, beta="0.5"), "beta", "'0.5'"),
+        (lambda: tl.align(batch.score_maps, batch.views, 2, samples=2.5), "samples", "2.5"),
+        (lambda: tl.align(batch.score_maps, batch.views[:, :0], 2), "views", "(2, 0, 2, 3)"),
+        (lambda: tl.mix_targets(targets, tokens, (3, 2)), "(2, 3)", "(3, 2)"),
+        (lambda: tl.mix_targets(targets, "mixtoken", (2, 3)), "plan", "'mixtoken'"),
+        (lambda: tl.mix_targets(batch.class_ids, tokens, (2, 3)), "class_targets", "int64"),
+        (lambda: tl.MixPlan(mask, tokens.partner[:1], on_tokens=True), "partner [B]", "(2, 2, 3)", "(1,)"),
+        (lambda: tl.MixPlan(mask > 0, tokens.partner, on_tokens=True), "float32", "bool"),
+        (lambda: targets.smoothed(2), "epsilon", "at most 1"),
+        (lambda: targets.smoothed(0.1, 7), "2 classes", "num_classes 7"),
+        (lambda: tl.View(np.eye(3)), "frames [F, 2, 3]", "(3, 3)"),
+        (lambda: tl.View.identity().then(tl.Box()), "View", "tokenlabel.Box"),
+        (lambda: tl.collate([images[0], flat[0]]), "0 and 2 classes"),
+        (lambda: tl.BatchSampler(num_images=8, batch_size=4, seed=0, num_steps=1, grad_accum_steps=0), "grad_accum"),
         (lambda: tl.mix_images(torch.rand(2, 3, 16, 16), plan), "4 images", "2"),
         (lambda: tl.create_model("lvvit_t", num_classes=0, img_size=16), "num_classes", "0"),
         (lambda: tl.create_model("lvvit_t", num_classes="3", img_size=16), "num_classes", "'3'"),

@@ -14,6 +14,7 @@ from tokenlabel.core import kernels
 from tokenlabel.core.align import align, enough_samples, image_labels, whole_views
 from tokenlabel.core.batch import collate_score_maps
 from tokenlabel.core.geometry import Box, View, stack_views
+from tokenlabel.core.mix import MixPlan, mix_targets
 from tokenlabel.core.scores import Kind, ScoreMap, from_mask, from_probabilities, from_top
 
 seeds = st.integers(0, 2**32 - 1)
@@ -246,6 +247,19 @@ def test_batches_are_small_to_send():
     batch = collate_score_maps([draw_score_map(np.random.default_rng(0), 1000) for _ in range(3)])
     assert batch.codes.dtype == torch.uint8
     assert batch.to(torch.device("cpu")).num_classes == 1000
+
+
+def test_targets_stay_in_float32_where_the_default_is_float64():
+    maps, views = collate_score_maps([draw_score_map(np.random.default_rng(0), 3)]), stack_views([View.identity()])
+    plan = MixPlan(torch.full((1, 2, 2), 0.5), torch.tensor([0]), on_tokens=True)
+    expected = mix_targets(align(maps, views, 2), plan, 2)
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = mix_targets(align(maps, views, 2), plan, 2)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found.excess, expected.excess)
+    assert torch.equal(found.weight, expected.weight)
 
 
 def test_maps_that_do_not_belong_together_are_refused():

@@ -67,6 +67,12 @@ def test_a_name_that_means_no_network_is_refused_with_what_was_meant(name: str, 
     assert REASONS[name] in str(caught.value)
 
 
+def test_a_run_is_no_name_of_a_model(folder: Path) -> None:
+    (folder / "run/checkpoints/00000001").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"'run'; it is a run: --model.weights run takes its weights"):
+        create_model("run", num_classes=2, img_size=32)
+
+
 def test_a_folder_does_not_hide_the_model_of_its_name(folder: Path) -> None:
     (folder / TINY).mkdir()
     assert create_model(TINY, num_classes=2, img_size=(160, 160)).num_classes == 2

@@ -23,7 +23,7 @@ from tokenlabel.core.kernels import blocks
 from tokenlabel.core.published import align_as_published, probabilities_of_cells
 from tokenlabel.core.scores import Kind
 from tokenlabel.core.targets import TokenTargets
-from tokenlabel.runtime.coercion import NATURAL, Size, check_number, described, pair
+from tokenlabel.runtime.coercion import NATURAL, Size, check_number, coerced, described, pair
 
 
 def align(
@@ -55,12 +55,12 @@ def align(
         raise ValueError("the batch has no score maps to align; give the data set a label store (store=)")
     if not isinstance(score_maps, ScoreMapBatch):
         raise ValueError(f"score_maps: expected what collate_score_maps returns, got {described(score_maps)}")
-    if (shape := np.shape(views))[1:] != (*shape[1:2], 2, 3) or shape[0] != len(score_maps.codes):
+    if (shape := np.shape(views))[2:] != (2, 3) or shape[0] != len(score_maps.codes) or not shape[1]:
         raise ValueError(
             f"views: expected [B, F, 2, 3] for the {len(score_maps.codes)} score maps, as stack_views makes them, got "
             f"{described(views)}"
         )
-    check_number(samples, NATURAL, name="samples")
+    check_number(samples := coerced(samples, int | None, name="samples"), NATURAL, name="samples")
     views = torch.as_tensor(views, dtype=score_maps.probs.dtype, device=score_maps.probs.device)
     if logits is LogitsMode.PUBLISHED:
         return align_as_published(score_maps, views, grid)
@@ -86,7 +86,7 @@ def _sampled(
     for index, shape in enumerate(score_maps.shapes):
         by_count.setdefault(samples or enough_samples(shape, grid), []).append(index)
     for count, indices in by_count.items():
-        points, num_reads = _sample_points(grid, count, views.device), 4 * count**2 * num_tokens
+        points, num_reads = _sample_points(grid, count, views), 4 * count**2 * num_tokens
         # Memory of an image: map and pooled planes, and 4 numbers a read: cell index and share, before and after
         # they are reordered by token.
         numbers_each = (height * width + num_tokens) * num_planes + 4 * num_reads
@@ -162,7 +162,7 @@ def _cells_of_tokens(
     first = torch.arange(num_images, device=frames.device, dtype=torch.int32) * (height * width)
     rows = y * width + first[:, None, None, None]
     cells = rows[:, :, None] + x[:, None]  # [B, 2, 2, S, N]
-    shares = (share_y * (covered / num_samples)[:, None])[:, :, None] * share_x[:, None]
+    shares = (share_y * covered.to(share_y.dtype).div(num_samples)[:, None])[:, :, None] * share_x[:, None]
     cells, shares = (
         reads.reshape(num_images, -1, num_tokens).transpose(1, 2).reshape(num_images * num_tokens, -1)
         for reads in (cells, shares)
@@ -170,11 +170,14 @@ def _cells_of_tokens(
     return cells, shares
 
 
-def _sample_points(grid: tuple[int, int], samples: int, device: torch.device) -> Float[Tensor, "2 S N"]:
-    """Return the points (x, y) of an augmented image at which its tokens are sampled, S = samples**2 a token."""
+def _sample_points(grid: tuple[int, int], samples: int, like: Tensor) -> Float[Tensor, "2 S N"]:
+    """Return the points (x, y) of an augmented image at which its tokens are sampled, S = samples**2 a token.
+
+    They have the dtype and the device of `like`.
+    """
     h, w = grid
-    y = (torch.arange(h * samples, device=device) + 0.5).div(h * samples).view(h, samples).T
-    x = (torch.arange(w * samples, device=device) + 0.5).div(w * samples).view(w, samples).T
+    ends = (torch.arange(side * samples, dtype=like.dtype, device=like.device) for side in grid)
+    y, x = ((end + 0.5).div(len(end)).view(-1, samples).T for end in ends)
     shape = (samples, samples, h, w)
     return torch.stack([x[None, :, None, :].expand(shape), y[:, None, :, None].expand(shape)]).view(
         2, samples**2, h * w

@@ -16,7 +16,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenlabel.runtime.coercion import Size, check_several, pair
+from tokenlabel.runtime.coercion import Size, check_several, described, pair
 
 Scalar = TypeVar("Scalar", bound=np.generic)
 
@@ -128,6 +128,10 @@ class View:
 
     frames: NDArray[np.float64]
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.frames, np.ndarray) or self.frames.ndim != 3 or self.frames.shape[1:] != (2, 3):
+            raise ValueError(f"a view needs frames [F, 2, 3] as a NumPy array, got {described(self.frames)}")
+
     @property
     def matrix(self) -> NDArray[np.float64]:
         """The map [2, 3] from a point of the augmented image to a point of the source image."""
@@ -139,6 +143,8 @@ class View:
         Frames that contain the whole augmented image can cut nothing off, and are dropped: crops and flips
         never add one.
         """
+        if not isinstance(later, View):
+            raise ValueError(f"later: expected a View, such as View.crop(box), got {described(later)}")
         frames = [*later.frames, *(_compose(frame, later.matrix) for frame in self.frames[:-1])]
         kept = [frame for frame in frames if not _contains_unit_square(frame)]
         return View(np.stack([*kept, _compose(self.matrix, later.matrix)]))

@@ -5,7 +5,6 @@ The fused form (`linear_cross_entropy`) goes without B x N x C logits too.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +17,7 @@ from tokenlabel.core.kernels import Linear, blocks, linear
 from tokenlabel.core.outputs import Outputs
 from tokenlabel.core.targets import TokenTargets
 from tokenlabel.core.targets import class_targets as targets_of
-from tokenlabel.runtime.coercion import described
+from tokenlabel.runtime.coercion import COUNT, check_number, described
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,8 +51,7 @@ def token_label_loss(
     >>> round(loss.total.item(), 4), loss.token_part.item()  # log 4, and no token labels
     (1.3863, 0.0)
     """
-    if not 0 <= beta < math.inf:
-        raise ValueError(f"beta: expected a finite number of at least 0, got {beta}")
+    check_number(beta, COUNT, name="beta")
     if not hasattr(outputs, "class_logits"):
         raise ValueError(f"outputs: expected what a model of create_model returns, got {described(outputs)}")
     if num_classes := outputs.class_logits.shape[1]:

@@ -7,7 +7,6 @@ partner's in the proportion in which its cell shows the partner.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,7 +20,7 @@ from torch.nn import functional as F
 from tokenlabel.core.batch import moved
 from tokenlabel.core.config import Mixing
 from tokenlabel.core.targets import TokenTargets
-from tokenlabel.runtime.coercion import Size, coerced, described, pair
+from tokenlabel.runtime.coercion import NATURAL, POSITIVE, Size, check_number, coerced, described, pair
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +41,15 @@ class MixPlan:
     mask: Float[Tensor, "B rows columns"]
     partner: Int[Tensor, " B"]
     on_tokens: bool
+
+    def __post_init__(self) -> None:
+        mask, partner = self.mask, self.partner
+        are_tensors = isinstance(mask, Tensor) and isinstance(partner, Tensor) and mask.dtype == torch.float32
+        if not are_tensors or mask.ndim != 3 or partner.shape != mask.shape[:1]:
+            raise ValueError(
+                "a plan needs a mask [B, rows, columns] of float32 and a partner [B] of int64, both tensors; got "
+                f"{described(mask)} and {described(partner)}"
+            )
 
     def partner_fraction(self, grid: Size) -> Float[Tensor, "B N"]:
         """Return the fraction of each cell of another grid (h, w) that comes from the partner; (1, 1) for all.
@@ -80,8 +88,8 @@ def sample_mix(
     if mixing is Mixing.NONE:
         return None
     num_images = coerced(num_images, int, name="num_images")
-    if num_images < 1 or not 0 < alpha < math.inf:
-        raise ValueError(f"expected num_images of at least 1 and alpha above 0, finite; got {num_images} and {alpha}")
+    check_number(num_images, NATURAL, name="num_images")
+    check_number(alpha, POSITIVE, name="alpha")
     # PyTorch samples no Beta distribution from a generator, so its generator seeds NumPy's.
     rng = np.random.default_rng(int(torch.randint(1 << 62, (), generator=generator)))
     draws = num_images if per_sample else 1
@@ -130,8 +138,7 @@ def mix_images(images: Float[Tensor, "B c height width"], plan: MixPlan | None) 
     """
     if plan is None:
         return images
-    if not isinstance(plan, MixPlan):
-        raise ValueError(f"plan: expected what sample_mix returns, got {plan!r}")
+    _check_plan(plan)
     if not (isinstance(images, Tensor) and images.is_floating_point()):
         raise ValueError(f"images: expected normalised images as a tensor, got {described(images)}")
     if len(images) != len(plan.partner):
@@ -160,7 +167,17 @@ def mix_targets(targets: TokenTargets, plan: MixPlan | None, grid: Size) -> Toke
     """
     if plan is None:
         return targets
+    _check_plan(plan)
+    if not isinstance(targets, TokenTargets):
+        raise ValueError(f"targets: expected what align or class_targets returns, got {described(targets)}")
+    if targets.grid not in (None, grid := pair(grid, name="grid")):
+        raise ValueError(f"targets on a grid of {targets.grid} tokens (h, w), got the grid {grid}; mix on their own")
     return targets.blended(targets.of_images(plan.partner), plan.partner_fraction(grid))
+
+
+def _check_plan(plan: MixPlan) -> None:
+    if not isinstance(plan, MixPlan):
+        raise ValueError(f"plan: expected what sample_mix returns, got {plan!r}")
 
 
 def _boxes(area: NDArray[np.float64], size: tuple[int, int], rng: np.random.Generator) -> NDArray[np.bool_]:
@@ -177,8 +194,7 @@ def _boxes(area: NDArray[np.float64], size: tuple[int, int], rng: np.random.Gene
 
 def cell_means(mask: Float[Tensor, "B rows columns"], grid: tuple[int, int]) -> Float[Tensor, "B N"]:
     """Return the mean of a mask over each cell of a grid (h, w), exact for any two grids."""
-    rows = _overlaps(grid[0], mask.shape[1], mask.device)
-    columns = _overlaps(grid[1], mask.shape[2], mask.device)
+    rows, columns = (_overlaps(grid[axis], mask.shape[1 + axis], mask.device).to(mask.dtype) for axis in (0, 1))
     # Autocast would round the shares of targets to half precision.
     with torch.autocast(mask.device.type, enabled=False):
         return (rows @ mask @ columns.T).flatten(1)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenlabel.core.geometry import WHOLE_IMAGE, Box, turned, turned_box
-from tokenlabel.runtime.coercion import Choice
+from tokenlabel.runtime.coercion import Choice, described
 
 # Sums of half precision probabilities miss 1 by this much at the most.
 SUM_TOLERANCE = 0.01
@@ -48,7 +48,8 @@ class ScoreMap:
     `Kind.LOGITS` the values are the logits of the kept classes, and every entry is kept.)
     `empty_is_even`: a cell that keeps nothing is an even distribution, as unlabelled pixels are in stores of masks;
     by default it says nothing, and tokens get no label of it.
-    The constructor checks shapes only; what writes and reads label stores checks the values, too (`check_map`).
+    The constructor checks types and shapes only; what writes and reads label stores, and `collate_score_maps`, check
+    the values, too.
     `region`: the part of the upright image that the teacher saw; cell (row i, column j) covers
     x in [j/W, (j+1)/W), y in [i/H, (i+1)/H) of it.
 
@@ -70,10 +71,18 @@ class ScoreMap:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kind", Kind(self.kind))
-        if not np.ndim(self.palette) == 1 or np.ndim(self.codes) != 3 or np.shape(self.codes) != np.shape(self.probs):
+        given = (self.palette, self.codes, self.probs, self.num_classes, self.region)
+        kinds = (np.ndarray, np.ndarray, np.ndarray, (int, np.integer), Box)
+        if not all(map(isinstance, given, kinds)):
             raise ValueError(
-                "a score map needs a palette [U], codes [H, W, K] and probs [H, W, K]; got the shapes "
-                f"{np.shape(self.palette)}, {np.shape(self.codes)} and {np.shape(self.probs)}"
+                "a score map needs palette, codes and probs as NumPy arrays, num_classes as an int and a region as a "
+                f"Box; got {', '.join(map(described, given))}"
+            )
+        shapes = self.palette.shape, self.codes.shape, self.probs.shape
+        if [*map(len, shapes)] != [1, 3, 3] or shapes[1] != shapes[2] or not (self.palette.size and self.codes.size):
+            raise ValueError(
+                "a score map needs a palette [U], codes [H, W, K] and probs [H, W, K], none empty; got the shapes "
+                f"{shapes[0]}, {shapes[1]} and {shapes[2]}"
             )
 
     @property

@@ -20,6 +20,8 @@ import torch
 from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
+from tokenlabel.runtime.coercion import SHARE, check_number
+
 # Probabilities computed in half precision sum to 1 within this.
 _SUM_TOLERANCE = 0.01
 
@@ -47,7 +49,11 @@ class TokenTargets:
     grid: tuple[int, int] | None = None
 
     def smoothed(self, epsilon: float, num_classes: int | None = None) -> TokenTargets:
-        """Return (1 - epsilon) * target + epsilon / C: label smoothing that keeps the sum at 1."""
+        """Return (1 - epsilon) * target + epsilon / C: label smoothing that keeps the sum at 1.
+
+        Raises ValueError for an epsilon outside of [0, 1], and for another number of classes than that of the targets.
+        """
+        check_number(epsilon, SHARE, name="epsilon")
         even = self.weight * (epsilon / self._count(num_classes))
         return replace(self, excess=self.excess * (1 - epsilon), floor=self.floor * (1 - epsilon) + even)
 
@@ -106,10 +112,12 @@ class TokenTargets:
         return full.scatter_add(2, self.classes[:, None, :].expand_as(self.excess), self.excess)
 
     def _count(self, num_classes: int | None) -> int:
-        count = self.num_classes if num_classes is None else num_classes
-        if count is None:
+        counts = {count for count in (self.num_classes, num_classes) if count is not None}
+        if not counts:
             raise ValueError("these targets do not know how many classes there are; give num_classes")
-        return count
+        if len(counts) > 1:
+            raise ValueError(f"targets over {self.num_classes:,} classes, got num_classes {num_classes:,}")
+        return counts.pop()
 
 
 def class_targets(

@@ -198,7 +198,7 @@ class TokenLabelDataset(Dataset[Sample]):
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
-    """Stack samples of one size. Either all have a score map or none has.
+    """Stack samples of one size and one list of classes. Either all have a score map or none has.
 
     >>> dataset = tl.TokenLabelDataset(tl.open_images("images"), tl.EvalTransform(32))
     >>> batch = tl.collate([dataset[0, index] for index in range(8)])
@@ -209,6 +209,10 @@ def collate(samples: Sequence[Sample]) -> Batch:
     score_maps = [sample.score_map for sample in samples if sample.score_map is not None]
     if score_maps and len(score_maps) < len(samples):
         raise DataError(f"{len(samples) - len(score_maps)} of the {len(samples)} samples of a batch have no score map")
+    if len(counts := sorted({sample.num_classes for sample in samples})) > 1:
+        raise DataError(
+            f"samples of {' and '.join(map(str, counts))} classes in a batch; open all images as one source"
+        )
     # Channels last, as decoders write them: each image is copied into shared memory as one block.
     rows = [sample.image.permute(1, 2, 0) for sample in samples]
     pixels = torch.stack(rows) if get_worker_info() is None else stack_shared(rows)  # [B, height, width, 3]

@@ -63,6 +63,7 @@ class BatchSampler:
 
     def __post_init__(self) -> None:
         check_numbers(self, num_images=NATURAL, batch_size=NATURAL, num_steps=COUNT, seed=COUNT)
+        check_numbers(self, start_step=COUNT, grad_accum_steps=NATURAL)
         _check_rank(self.rank, self.world_size)
         if self.batch_size % (self.world_size * self.grad_accum_steps):
             raise ValueError(

@@ -28,6 +28,7 @@ from tokenlabel.models.adapter import TimmAdapter
 from tokenlabel.models.features import REFUSALS
 from tokenlabel.models.lvvit import LVVIT_CONFIGS, LVViT
 from tokenlabel.models.positions import resize_all_positions
+from tokenlabel.models.runs import is_run
 from tokenlabel.models.t2t_vit import T2T_VIT_CONFIGS, T2TViT
 from tokenlabel.models.vision_transformer import VisionTransformer
 from tokenlabel.models.weight_files import find_weights, read_class_names
@@ -116,7 +117,7 @@ def why_unknown(name: str, *, weights_option: str) -> str | None:
         return None  # even if there is a folder of this name
     path, advice = Path(name), f"give the name of its network, and the file by {weights_option} {name}"
     if path.is_dir():
-        return _about_folder(path)
+        return _about_folder(path, weights_option)
     if path.is_file() and (path.parent / "state.json").exists():
         return f"it is a file of a checkpoint: give its folder, {path.parent}"
     if path.is_file():
@@ -137,9 +138,11 @@ def why_unknown(name: str, *, weights_option: str) -> str | None:
     return f"did you mean {' or '.join(near)}?" if near else ""
 
 
-def _about_folder(folder: Path) -> str:
+def _about_folder(folder: Path, weights_option: str) -> str:
     if not any(folder.iterdir()):
         return "it is an empty folder"
+    if is_run(folder):
+        return f"it is a run: {weights_option} {folder} takes its weights, and its network where none is named"
     if folder.name == "checkpoints":
         return f"did you mean the run, {folder.parent}?"
     if (folder / "recipe.yaml").exists():

@@ -113,9 +113,8 @@ def read_checkpoint(path: str | Path, *, average: bool = False) -> dict[str, Ten
 def _read(path: Path, *, average: bool | None) -> tuple[Path, dict[str, dict[str, Tensor]]]:
     """Return the file, and its dictionaries of tensors by key ("" for the outermost)."""
     if path.is_dir():
-        names = ("ema.safetensors", "model.safetensors")
-        name = names[not average] if average is not None else names[not (path / names[0]).exists()]
-        path = path / name
+        averaged = path / "ema.safetensors"
+        path = averaged if average is not False and averaged.exists() else path / "model.safetensors"
     if not path.is_file():
         raise ModelError(f"{path}: no such file; expected weights as .safetensors, .pth or .pth.tar")
     contents = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)

@@ -218,8 +218,11 @@ def check_number(value: Any, interval: str, *, name: str) -> None:
     for number in value if isinstance(value, (tuple, list)) else (value,):
         if number is None:
             continue
-        above = low <= number if interval[0] == "[" else low < number
-        below = number <= high if interval[-1] == "]" else number < high
+        try:
+            above = low <= number if interval[0] == "[" else low < number
+            below = number <= high if interval[-1] == "]" else number < high
+        except TypeError:
+            raise ConfigError(f"{name} must be a number, got {number!r}") from None
         if not (above and below):  # so NaN, which no comparison is true of, is refused
             shown = list(value) if isinstance(value, tuple) else value
             raise ConfigError(f"{name} must be {_in_words(interval, low, high, number)}, got {shown}")
