@@ -483,13 +483,21 @@ def test_few_masks_are_enough_and_their_classes_may_have_names_of_their_own(colo
     capsys.readouterr()
     assert main([*command, *names]) == 2
     assert "1 of 4 images have a mask that shows a class; two at least are needed" in capsys.readouterr().err
-    # Its classes are not those of the images.
-    assert (
-        main(
-            ["annotate", str(colours / "images"), str(tmp_path / "l"), "--teacher", str(tmp_path / "head.safetensors")]
-        )
-        == 2
-    )
+    # None of its classes is one of the images': labels are about its own. One that is leaves the others in doubt.
+    annotate = [
+        "annotate",
+        str(colours / "images"),
+        str(tmp_path / "l"),
+        "--teacher",
+        str(tmp_path / "head.safetensors"),
+    ]
+    assert main(annotate) == 0
+    assert "labels are about the teacher's classes (a, b, c), none of which" in capsys.readouterr().err
+    assert tl.LabelStore(tmp_path / "l").manifest.class_names == ("a", "b", "c")
+    (tmp_path / "names.txt").write_text("a\nb\nred\n")
+    Image.fromarray(np.zeros((64, 128), np.uint8)).save(tmp_path / "masks/red/0.png")
+    assert main([*command, *names]) == 0
+    assert main(annotate) == 2
     assert "the images have 2" in capsys.readouterr().err
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from tokenlabel.core.config import OnlineTeacherConfig
 from tokenlabel.data.class_names import class_order
-from tokenlabel.data.classes import same_classes
+from tokenlabel.data.classes import ids_among, same_classes
 from tokenlabel.runtime.errors import ModelError, refuse
 from tokenlabel.runtime.process import listed, say
 from tokenlabel.teachers.classmap import ClassMap, class_map_for
@@ -128,6 +128,10 @@ def load_teachers(config: TeacherConfig, class_names: Sequence[str], device: tor
                 f"assuming {member.description['name']}'s {member.num_classes:,} classes are the other teacher's in "
                 f"its order: {listed(pairs)}; overrule with --class-order natural, sorted or FILE"
             )
+    of_places = class_names and all(member.of_places for member in members)
+    if of_places and max(ids_among(class_names, teacher.class_names)) < 0 and config.class_map is None:
+        say(f"labels are about the teacher's classes ({listed(teacher.class_names)}), none of which is the images'")
+        teacher.own_classes = True
     if (teacher.words or teacher.own_classes) and config.class_map is None:  # labels are about its own classes
         return teacher
     class_map = class_map_of(teacher, config.class_map, class_names)

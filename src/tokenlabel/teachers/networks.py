@@ -39,7 +39,8 @@ class Teacher(ABC):
 
     `input`: how images become its input. `class_names`: empty if they are unknown; `names_assumed`: taken to be
     ImageNet's, by their number alone. `words`: the hash of the head whose visual words the classes are, "" for other
-    classes. `own_classes`: its labels are about its own classes, not those of the images' folders (segmentation).
+    classes. `of_places`: it learnt what stands at places, from masks or token labels alone: its classes may be others
+    than the images'. `own_classes`: its labels are about its own classes, not those of the images' folders.
     `description`: for the manifest of a store; only labels of teachers with equal descriptions share a store.
     """
 
@@ -47,6 +48,7 @@ class Teacher(ABC):
     class_names: tuple[str, ...]
     names_assumed: bool = False
     words: str = ""
+    of_places: bool = False
     own_classes: bool = False
     input: TeacherInput
     description: dict[str, Any]
@@ -260,7 +262,7 @@ def load_teacher(name: str, config: TeacherConfig, device: torch.device, *, weig
     teacher = NetworkTeacher(
         network, input, description=description, class_names=names, words=words, precision=config.precision
     )
-    teacher.names_assumed = found.names_assumed
+    teacher.names_assumed, teacher.of_places = found.names_assumed, not found.num_classes
     if not chosen and not words:
         teacher.evaluated_on = input_of(found, network, size=None, crop="center")
     return teacher
@@ -276,7 +278,7 @@ def _by_head(name: str, config: TeacherConfig, device: torch.device, *, weights:
     fitted = {key: value for key, value in head.fitted.items() if key != "asked"}
     if config.compile:
         network.backbone.compile()
-    return NetworkTeacher(
+    teacher = NetworkTeacher(
         network,
         backbone.input,
         description={
@@ -291,6 +293,8 @@ def _by_head(name: str, config: TeacherConfig, device: torch.device, *, weights:
         words=head.hash if head.kind == "words" else "",
         precision=config.precision,
     )
+    teacher.of_places = head.kind == "masks"
+    return teacher
 
 
 def _dense_network(found: LoadedModel, name: str, head: str) -> DenseNetwork:
