@@ -68,14 +68,15 @@ def read_folder(
 
     ImageNet-1k's val images in folders of WordNet ids and ImageNet-Sketch are such. Of a model that does not know the
     names of its classes, numbers are ids, and as many folders as it has classes are these in sorted order. `assumed`,
-    `order`: see `match_classes` and `class_order`; `needed`: see `as_classes_of`.
+    `order`: see `match_classes` and `class_order`. Unless `needed`, they may have no classes at all.
     """
     source = open_aloud(root)
+    if not needed and not has_classes(source).any():
+        return EvaluationSet(source)
     if order is not None:
         known = () if assumed else class_names
         class_names, assumed = class_order(order, source.class_names, known, count=num_classes), False
-    how = {"assumed": assumed, "option": "--class-order", "needed": needed}
-    return EvaluationSet(as_classes_of(source, class_names, num_classes, root, **how))
+    return EvaluationSet(as_classes_of(source, class_names, num_classes, root, assumed=assumed, option="--class-order"))
 
 
 def read_v2(root: Path, class_names: Sequence[str], num_classes: int) -> EvaluationSet:
@@ -190,16 +191,12 @@ def as_classes_of(
     *,
     assumed: bool = False,
     option: str = "",
-    needed: bool = True,
 ) -> ImageSource:
     """Return images with the class ids of a model, of whose classes they may hold some (see `match_classes`).
 
-    `needed`: False lets them have no classes at all. Raises DataError for classes that the model does not have;
-    `where`: what it calls the images.
+    Raises DataError for classes that the model does not have; `where`: what it calls the images.
     """
     ours, known = source.class_names, has_classes(source)
-    if not known.any() and not needed:
-        return source
     if not known.any():
         tokens = "; --masks DIR or --labels STORE compare the tokens alone" if option else ""
         raise DataError(f"{where}: the images have no classes that answers could be held against{tokens}")

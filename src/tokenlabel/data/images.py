@@ -179,9 +179,8 @@ def _wrong_with(root: Path, listing: Listing, names: Sequence[str], images: Sequ
     if mistake := mistaken_layout(root, names, listing.images):
         return mistake
     if stray := sorted(path for path in listing.images if "/" not in path):
-        above = "" if names else f"; if {root.absolute().name} is a class, name the folder above"
-        without = f". {IF_NO_CLASSES}" if names else ""
-        return f"{root}: {counted(stray, 'image')} outside of any class folder; {NEED_CLASSES}{above}{without}"
+        advice = f". {IF_NO_CLASSES}" if names else f"; if {root.absolute().name} is a class, name the folder above"
+        return f"{root}: {counted(stray, 'image')} outside of any class folder; {NEED_CLASSES}{advice}"
     beside = in_brackets(listing.skipped)
     if not names:
         return f"{root}: expected one folder a class with images in it, found no folder{beside}"

@@ -179,9 +179,9 @@ class _Assessment:
         return image_figures(network.model.eval(), *batches, num_classes=num_classes, ranks=self.ranks)
 
     @property
-    def _truths(self) -> list[str]:
-        """What the tokens are compared with: folders of masks, or of a teacher's labels."""
-        return [*map(str, filter(None, [self.options.masks])), *self._labels()]
+    def _truths(self) -> bool:
+        """Whether the tokens are compared with masks, or with a teacher's labels."""
+        return self.options.masks is not None or bool(self._labels())
 
     def _labels(self) -> list[str]:
         """Return the folders of a teacher's labels of the images, if there are any."""
@@ -191,27 +191,19 @@ class _Assessment:
         return recipe.eval.label_folders if recipe is not None and options.data is None else []
 
     def _open(self) -> EvaluationSet:
+        network, options, folder = self.network, self.options, self._folder()
+        needed = not self._truths or options.per_class or options.real is not None
+        how = {"assumed": network.names_assumed, "order": options.class_order, "needed": needed}
         try:
-            return self._opened()
+            if not network.num_classes:
+                return EvaluationSet(open_aloud(folder, classes=False))
+            if options.set != "folder":
+                return SETS[options.set](folder, network.class_names, network.num_classes)
+            return read_folder(folder, network.class_names, network.num_classes, **how)
         except DataError as error:
-            if self.options.data is not None:
+            if options.data is not None:
                 raise
             raise DataError(f"{error} (the val images of its recipe; --data names others)") from error
-
-    def _opened(self) -> EvaluationSet:
-        network, options = self.network, self.options
-        if not network.num_classes:
-            return EvaluationSet(open_aloud(self._folder(), classes=False))
-        if options.set != "folder":
-            return SETS[options.set](self._folder(), network.class_names, network.num_classes)
-        return read_folder(
-            self._folder(),
-            network.class_names,
-            network.num_classes,
-            assumed=network.names_assumed,
-            order=options.class_order,
-            needed=not self._truths or options.per_class or options.real is not None,
-        )
 
     def of_corruptions(self) -> dict[Inference, Figures]:
         """Return the metrics of ImageNet-C, by the way to predict."""
@@ -251,11 +243,9 @@ class _Assessment:
 
     def _batches(self, dataset: TokenLabelDataset) -> Iterator[Batch]:
         """Yield this rank's part of the images, on the device."""
+        size, ranks = self.options.batch_size, self.ranks
         sampler = EvalBatchSampler(
-            num_images=len(dataset),
-            batch_size=self.options.batch_size,
-            rank=self.ranks.rank,
-            world_size=self.ranks.world_size,
+            num_images=len(dataset), batch_size=size, rank=ranks.rank, world_size=ranks.world_size
         )
         loader = make_loader(dataset, sampler, num_workers=self.options.num_workers)
         for batch in tqdm(loader, desc="eval", unit="batch", disable=None if self.ranks.is_first else True):
@@ -352,7 +342,7 @@ def evaluation_set(
         skip_broken, check = recipe.data.skip_broken, recipe.data.check
         sound = partial(sound_images, skip_broken=skip_broken, check=check, option=None)
     source = sound(open_images(folder, classes=bool(class_names)))
-    if class_names:
-        source = as_classes_of(source, class_names, len(class_names), folder, needed=not recipe.eval.labels)
+    if class_names and (has_classes(source).any() or not recipe.eval.labels):
+        source = as_classes_of(source, class_names, len(class_names), folder)
     transform = EvalTransform(recipe.model.img_size, crop_fraction=recipe.eval.crop_fraction)
     return TokenLabelDataset(source, transform, seed=recipe.seed)

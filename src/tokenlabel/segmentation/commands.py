@@ -77,20 +77,14 @@ def _evaluate(arguments: list[str]) -> int:
     from tokenlabel.segmentation.inference import evaluate_segmentation, segmenter_of
     from tokenlabel.segmentation.layouts import other_pairs
 
-    device = device_of(options.device)
+    device, workers = device_of(options.device), options.num_workers
     with joined_ranks(device) as ranks:
         trained = _network(options)
-        recipe, names = trained.recipe, trained.class_names
+        recipe, names, precision = trained.recipe, trained.class_names, autocast(device, trained.recipe.precision)
         pairs = other_pairs(recipe.data, names, split=options.split, images=options.images, masks=options.masks)
         with tqdm(total=len(pairs), desc="eval", unit="img", disable=None if ranks.is_first else True) as bar:
-            figures = evaluate_segmentation(
-                segmenter_of(trained, device),
-                pairs,
-                autocast=autocast(device, recipe.precision),
-                num_workers=options.num_workers,
-                ranks=ranks,
-                on_sample=lambda *_: bar.update(ranks.world_size),
-            )
+            how = {"autocast": precision, "num_workers": workers, "on_sample": lambda *_: bar.update(ranks.world_size)}
+            figures = evaluate_segmentation(segmenter_of(trained, device), pairs, ranks=ranks, **how)
     if absent := figures["absent_classes"]:
         counted = f"{sum(iou is not None for iou in figures['class_iou'].values()):,}"
         no_mask = f"no mask holds {len(absent):,} of {len(names):,} classes ({listed(absent)})"

@@ -47,9 +47,8 @@ def predict_files(
     colours = [f"#{bytes(colour).hex()}" for colour in classes.colours.tolist()]
     legend = json.dumps(dict(zip(classes.names, colours, strict=True)), indent=1) + "\n"
     earlier = out / "classes.json"
-    if any((out / kind).exists() for kind in _KINDS) and not (
-        earlier.is_file() and earlier.read_bytes() == legend.encode()
-    ):
+    is_ours = earlier.is_file() and earlier.read_bytes() == legend.encode()
+    if any((out / kind).exists() for kind in _KINDS) and not is_ours:
         raise DataError(
             f"{out}: holds masks/ or overlays/ already, and no classes.json says that they are predictions over these "
             "classes; name another folder, so that nothing is overwritten"
@@ -68,8 +67,7 @@ def predict_files(
         pixels = _decoded(path.read_bytes, str(path), failures)
         if pixels is None:
             continue
-        predicted = segmenter(torch.from_numpy(pixels).permute(2, 0, 1).to(device))
-        ids = predicted.cpu().numpy()
+        ids = segmenter(torch.from_numpy(pixels).permute(2, 0, 1).to(device)).cpu().numpy()
         if len(classes.names) > 255:  # in 8 bits, 255 is the ignored value
             mask = Image.fromarray(ids.astype(np.uint16))
         else:
