@@ -220,7 +220,7 @@ def test_a_class_map_may_be_json(tmp_path):
     for length in (5000, 200_000):  # the second is more than a field of a CSV may have
         path.with_suffix(".txt").write_text("x" * length)
         with pytest.raises(ConfigError, match=r"map.txt, line 1: expected the teacher's class.{,140}$"):
-            class_map_for(str(path.with_suffix(".txt")), ["a"], ["ant"], num_theirs=1)
+            class_map_for(str(path.with_suffix(".txt")), ["a"], ["ant", "bee"], num_theirs=1)
 
 
 @pytest.mark.parametrize(

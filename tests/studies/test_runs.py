@@ -226,7 +226,7 @@ def test_a_run_is_measured_by_what_all_of_its_tables_ask():
     plan = both.plans["architecture"]["lvvit"]
     assert plan == both.plans["defects"]["aligned"]
     assert both.metrics(plan) == list(dict.fromkeys([*architecture.metrics, *defects.metrics]))
-    assert both.metrics(both.plans["architecture"]["linear"]) == architecture.metrics
+    assert both.metrics(both.plans["architecture"]["linear"]) == list(architecture.metrics)
 
 
 def test_what_has_not_run_is_named(tiny):

@@ -225,8 +225,6 @@ def unknown_map(num_classes: int, *, kind: Kind = Kind.PROBABILITIES) -> ScoreMa
 def check_map(score_map: ScoreMap, *, name: str) -> None:
     """Raise ValueError for a map whose values are not what `ScoreMap` says; messages begin with `name`."""
     palette, codes, probs = score_map.palette, score_map.codes, score_map.probs
-    if not all(isinstance(array, np.ndarray) and array.size for array in (palette, codes, probs)):
-        raise ValueError(f"{name}: palette, codes and probs must be NumPy arrays that are not empty")
     ids, last = palette.astype(np.int64), score_map.num_classes - 1
     if palette.dtype.kind not in "iu" or ids[0] < 0 or ids[-1] > last or (np.diff(ids) <= 0).any():
         shown = ids.tolist() if len(ids) < 9 else f"{len(ids)} from {ids.min()} to {ids.max()}"

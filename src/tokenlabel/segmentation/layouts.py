@@ -136,14 +136,15 @@ def other_pairs(
     # The classes of a run are those of its checkpoint: what the recipe took them from may have changed since.
     folders = (Path(images), Path(masks)) if images and masks else config.folders("val") if has_no_splits else None
     if folders is not None:
-        return _two_folders(config, names, *folders, all_needed=True)
-    pairs = None if has_no_splits else open_pairs(replace(config, val_split=split or config.val_split), "val")
+        pairs = _two_folders(config, names, *folders, all_needed=True)
+        names, theirs = _without_background(config, names), config.class_names
+    else:
+        pairs = None if has_no_splits else open_pairs(replace(config, val_split=split or config.val_split), "val")
+        theirs = () if pairs is None else pairs.classes.names
     if pairs is None:
         raise DataError("the run has no val images of its own; name folders with --images and --masks")
-    if not same_classes(pairs.classes.names, names):
-        raise DataError(
-            f"{difference(names, pairs.classes.names, count=len(names), them='the model')}; they must be the same"
-        )
+    if theirs and not same_classes(theirs, names):
+        raise DataError(f"{difference(names, theirs, count=len(names), them='the model')}; they must be the same")
     return pairs
 
 
