@@ -18,8 +18,8 @@ TABLE = Table(
     question="Which is better?",
     twin="nothing",
     rows={name: Row(title=f"row {name}") for name in "abc"},
-    metrics=["top1", "loss"],
-    differences=[("a", "b"), ("c", "b")],
+    metrics=("top1", "loss"),
+    differences=(("a", "b"), ("c", "b")),
     limits="The data are made up.",
 )
 
@@ -63,7 +63,7 @@ def test_less_is_better_for_losses():
 
 def test_a_metric_that_does_not_compare_is_shown_and_not_held_against_another():
     """As the time of steps on other days."""
-    apart = replace(CLEAR, table=replace(TABLE, uncompared=["loss"]))
+    apart = replace(CLEAR, table=replace(TABLE, uncompared=("loss",)))
     text = as_markdown(apart)
     assert "| row a | 5 | 82.0 ± 2.0 | 1.020 ± 0.136 |" in text
     assert "val loss" not in text[text.index("Seed by seed") :]
