@@ -231,13 +231,15 @@ def _why_unwritable(path: Path, option: str) -> str | None:
         return f"--{option} {path}: is a folder; name a file, which may be in it"
     if path.exists() and not (path.is_file() or path.is_dir()):
         return None  # a device or a pipe
-    if option == "output" and path.is_file() and not _WRITTEN.match(path.read_bytes()):
-        return f"--output {path}: exists and holds neither figures nor a page; choose another file"
+    if option == "output" and path.is_file():
+        with path.open("rb") as file:
+            if not _WRITTEN.match(file.read(16)):  # the start: it may be gigabytes of weights
+                return f"--output {path}: exists and holds neither figures nor a page; choose another file"
     # A file is replaced by another, so it is its folder that counts.
     folder = path if path.is_dir() else next(folder for folder in path.absolute().parents if folder.exists())
     reason = f"nothing can be made in {folder}" if folder.is_dir() else f"{folder} is a file"
-    can_write = folder.is_dir() and os.access(folder, os.W_OK)
-    return None if can_write else f"{path}: cannot be written ({reason}); choose another place"
+    writable = folder.is_dir() and os.access(folder, os.W_OK)
+    return None if writable else f"{path}: cannot be written ({reason}); choose another place"
 
 
 def configured(parser: Parser, options: Namespace, config: type[Config]) -> Config:
