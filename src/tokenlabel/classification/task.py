@@ -6,7 +6,7 @@ The step is in `core/step.py`, the loop in `training/engine.py`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,17 +33,16 @@ from tokenlabel.drawing.pictures import Album
 from tokenlabel.evaluation.evaluators import Accuracy, Calibration, Evaluator, TokenTruth, observe
 from tokenlabel.evaluation.probe import image_figures, probe_sets
 from tokenlabel.models import TokenModel, create_model, load_published
-from tokenlabel.models.runs import list_checkpoints, read_description
+from tokenlabel.models.runs import read_description
 from tokenlabel.models.weight_files import read_class_names
 from tokenlabel.runtime.distributed import Ranks, autocast, current_ranks
 from tokenlabel.runtime.errors import ConfigError, ImageError
-from tokenlabel.runtime.hub import options_without_weights
 from tokenlabel.runtime.process import say
 from tokenlabel.runtime.runlog import Tracker
 from tokenlabel.teachers.ensemble import load_online_teacher
 from tokenlabel.training.engine import train_in
 from tokenlabel.training.recipe import ModelConfig, Recipe
-from tokenlabel.training.run_folder import RunImages
+from tokenlabel.training.run_folder import RunImages, initial_model
 from tokenlabel.training.tasks import Summary, Task
 
 # Below this many images evaluation decodes in its own process: starting workers takes seconds.
@@ -225,9 +224,7 @@ def build(recipe: Recipe, *, device: torch.device, run: Path | None = None) -> C
     data = open_training_data(recipe, run)
     source, img_size = data.source, recipe.model.img_size
     torch.manual_seed(recipe.seed)  # right before the model: no earlier draw changes its initial weights
-    config = recipe.model
-    if run and list_checkpoints(run):  # its weights replace the initial ones, whose files may be gone
-        config = replace(config, weights=None, options=options_without_weights(config.options))
+    config = initial_model(recipe.model, run)
     model = _initial_model(config, class_names=source.class_names, token_classes=data.token_classes)
     teacher = load_online_teacher(recipe.loss.teacher, source.class_names, device)
     val_set = open_val_set(recipe, data)

@@ -22,7 +22,6 @@ from tokenlabel.data.batches import make_loader
 from tokenlabel.data.samplers import BatchSampler
 from tokenlabel.drawing.pictures import PICTURES_FOLDER, Album, ClassGrid, Tile, fitted, make_album, top_classes
 from tokenlabel.models.decoders import HeadOutputs
-from tokenlabel.models.runs import list_checkpoints
 from tokenlabel.models.segmentation import (
     HeadKind,
     SegmentationModel,
@@ -32,7 +31,6 @@ from tokenlabel.models.segmentation import (
 )
 from tokenlabel.runtime.distributed import Ranks, autocast, current_ranks
 from tokenlabel.runtime.errors import ConfigError
-from tokenlabel.runtime.hub import options_without_weights
 from tokenlabel.runtime.runlog import Stopwatch, Tracker
 from tokenlabel.segmentation.data import (
     SegmentBatch,
@@ -48,7 +46,7 @@ from tokenlabel.segmentation.layouts import open_pairs
 from tokenlabel.segmentation.pairs import IGNORED, ImageMaskPairs
 from tokenlabel.segmentation.recipe import SegmentLossConfig, SegmentRecipe
 from tokenlabel.training.engine import train_in
-from tokenlabel.training.run_folder import RunImages
+from tokenlabel.training.run_folder import RunImages, initial_model
 from tokenlabel.training.tasks import Summary, Task
 
 NUM_TRAIN, NUM_VAL = 6, 12  # images in the albums of a run
@@ -265,9 +263,7 @@ def build(recipe: SegmentRecipe, *, device: torch.device, run: Path | None = Non
         num_missing = current_ranks().on_main(lambda: check_labels(store, train_pairs))
         images.note_labels(store, num_missing=num_missing, num_masks=len(train_pairs.with_mask))
     torch.manual_seed(recipe.seed)
-    config = recipe.model
-    if run and list_checkpoints(run):  # its weights replace the initial ones, whose files may be gone
-        config = replace(config, weights=None, options=options_without_weights(config.options))
+    config = initial_model(recipe.model, run)
     model = create_segmentation_model(config, num_classes=len(train_pairs.classes.names))
     if config.weights is not None:
         load_segmentation_weights(model, config.weights, average=config.average)

@@ -14,20 +14,25 @@ import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tokenlabel.data.classes import ClassList
 from tokenlabel.data.decoding import ImageCheck, find_broken, leave_out
 from tokenlabel.data.images import ImageSource
 from tokenlabel.models.runs import list_checkpoints, read_state, token_classes_of
+from tokenlabel.models.segmentation import SegmentModelConfig
 from tokenlabel.runtime.configuration import flattened, read_yaml, settings, write_config
 from tokenlabel.runtime.distributed import Ranks, current_ranks
 from tokenlabel.runtime.errors import ConfigError, refuse
+from tokenlabel.runtime.hub import options_without_weights
 from tokenlabel.runtime.process import listed, say, write_whole
 from tokenlabel.runtime.runlog import RECIPE_FILE
-from tokenlabel.training.recipe import TrainingConfig
+from tokenlabel.training.recipe import ModelConfig, TrainingConfig
+
+Config = TypeVar("Config", ModelConfig, SegmentModelConfig)
 
 IMAGES_FILE, LIST_FILE, LOCK_FILE = "images.json", "images.gz", ".lock"
 
@@ -59,6 +64,17 @@ def check_apart(run: Path, *images: str | None) -> None:
                 f"--out {run}: is inside the images {folder}, where the pictures of a run would be taken for images of "
                 "a class; choose a folder outside of it"
             )
+
+
+def initial_model(config: Config, run: Path | None) -> Config:
+    """Return the model section of a recipe as a start in `run` needs it: without weights where it has a checkpoint.
+
+    Its weights replace the initial ones, whose files may be gone by now.
+    """
+    if run is None or not list_checkpoints(run):
+        return config
+    changes: dict[str, Any] = {"weights": None, "options": options_without_weights(config.options)}
+    return replace(config, **changes)
 
 
 @contextmanager
