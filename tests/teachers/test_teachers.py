@@ -189,6 +189,16 @@ def test_a_teacher_of_fixed_size_sees_the_whole_image_squeezed(tmp_path):
     assert "own top-1" in teacher.check(some_images())
 
 
+@pytest.mark.parametrize("name", ["lvvit_t", "t2t_vit_14"])
+def test_our_transformers_see_images_at_their_own_aspect_ratio_by_name_as_well(tmp_path, name):
+    weights = tmp_path / "weights.safetensors"
+    save_file(create_model(name, num_classes=4, img_size=224).backbone.state_dict(), weights)
+    teacher = load_teacher(name, TeacherConfig(teacher=name, size=64), CPU, weights=str(weights))
+    pixels, _ = teacher.input.of(Image.new("RGB", (128, 32)))
+    assert pixels.shape == (32, 128, 3)
+    assert teacher.probabilities(torch.from_numpy(pixels).permute(2, 0, 1)[None]).shape == (1, 2, 8, 4)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -45,11 +45,10 @@ class LoadedModel:
     `model`: a TimmAdapter, a PlainClassifier around a network without a token head, or a SegmentationModel. Each has a
     `backbone` (of the first two timm's own module), and the `mean` and `std` of its images. `class_names`: empty if
     unknown; `names_assumed`: they are ImageNet's, taken from the number of classes alone. `img_size`: (height, width)
-    of its images, or of the windows of segmentation; `fixed_size`: it takes no other size. `heads`: the kinds of
-    inference that were trained, the default first. `has_token_head`: its token head was trained. `token_classes`: the
-    classes of the tokens, if they differ from the images'. `is_embedding`: its outputs are an embedding, not classes.
-    `licence`: of the weights, by timm. `recipe`, `step`: of the run, else None; the recipe is plain data
-    (`training.checkpoint.load_run` makes it a Recipe).
+    of its images, or of the windows of segmentation. `heads`: the kinds of inference that were trained, the default
+    first. `has_token_head`: its token head was trained. `token_classes`: the classes of the tokens, if they differ
+    from the images'. `is_embedding`: its outputs are an embedding, not classes. `licence`: of the weights, by timm.
+    `recipe`, `step`: of the run, else None; the recipe is plain data (`training.checkpoint.load_run` makes it a Recipe).
     """
 
     name: str
@@ -63,7 +62,6 @@ class LoadedModel:
     token_classes: ClassList | None = None
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     names_assumed: bool = False
-    fixed_size: bool = False
     is_embedding: bool = False
     licence: str = ""
     recipe: Any = None
@@ -248,7 +246,6 @@ def _preprocessing(
     bilinear = about.get("interpolation", data["interpolation"]) == "bilinear"
     return {
         "img_size": pair(options.get("img_size") or about.get("img_size") or data["input_size"][1:]),
-        "fixed_size": fixed_size,
         "crop_fraction": about.get("crop_fraction", data["crop_pct"]),
         "interpolation": Interpolation.BILINEAR if bilinear else Interpolation.BICUBIC,
     }

@@ -107,7 +107,8 @@ def input_of(
         width_px, columns = found.img_size[1], network.grid_for(found.img_size)[1]
         # Convolutions with padding may give columns that do not divide the width; their strides are powers of 2.
         stride_px = 2 ** round(math.log2(width_px / columns)) if width_px % columns else width_px // columns
-        fixed = found.fixed_size or not _takes(network, (size, size + stride_px))
+        # Tried, as timm's `fixed_input_size` says only that a network is built for a size: LV-ViT takes any other, too.
+        fixed = not _takes(network, (size, size + stride_px))
         network.grid_for(fixed_size_px if fixed else (size, size))
     except ModelError:
         raise
