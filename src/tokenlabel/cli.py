@@ -194,10 +194,8 @@ def _judge(store: LabelStore, source: ImageSource | None, options: Namespace, nu
     """Return the agreement with --masks, and suspects by heads --out-of-fold."""
     figures: dict[str, Any] = {}
     if options.masks:
-        from tokenlabel.data.classes import say_order
         from tokenlabel.evaluation.masks import mask_agreement
 
-        say_order(store.manifest.class_names, them="the masks'", overrule="write these classes' ids if not")
         ignore = options.ignore_index
         figures["mask_agreement"] = mask_agreement(store, options.masks, source=source, ignore_index=ignore)
     if source and options.out_of_fold:

@@ -335,14 +335,21 @@ class TestTeacherAndTruth:
         assert "masks: 1 masks belong to no image and are skipped (cat/2.png)" in said
         assert "masks: 1 of 2 masks that were looked at have another aspect ratio than their image (cat/1.jpg)" in said
 
-    def test_masks_need_classes_of_the_images_to_stand_for(self):
+    def test_masks_need_classes_to_stand_for_of_the_images_or_listed_beside_them(self):
         Path("images/dog/1.jpg").rename("images/1.jpg")
         Path("images/cat/1.jpg").rename("images/2.jpg")
         Path("images/dog").rmdir()
         Path("images/cat").rmdir()
         write_mask(Path("masks/1.png"), [[0, 1], [1, 0]])
-        with pytest.raises(ModelError, match="masks hold ids of the images' classes, and these images have none"):
+        with pytest.raises(ModelError, match="these images have none; list the classes of the masks in classes"):
             annotate("images", "labels", AnnotateConfig(teacher="masks:masks"), device=CPU)
+        with pytest.raises(ValueError, match="nowhere: no such folder of masks"):
+            annotate("images", "labels", AnnotateConfig(teacher="masks:nowhere"), device=CPU)
+        Path("classes.txt").write_text("road\nsky\n")
+        annotate("images", "labels", AnnotateConfig(teacher="masks:masks"), device=CPU)
+        store = LabelStore("labels")
+        assert store.manifest.class_names == ("road", "sky")
+        assert store["1.jpg"].palette[store["1.jpg"].codes[..., 0]].tolist() == [[0, 1], [1, 0]]
 
     def test_more_than_255_classes(self, capsys):
         Path("many.txt").write_text("images/cat/1.jpg 255\nimages/dog/1.jpg 259\n")  # classes 0 to 259

@@ -285,7 +285,7 @@ def test_a_model_without_token_grid_is_refused() -> None:
         ("resnet19", {}, r"no model 'resnet19'; did you mean resnet18 or "),
         ("no such thing", {}, r"no model 'no such thing'; see docs/models.md"),
         ("test_resnet", {"stage": 9}, r"test_resnet cannot take images of 64 x 64 pixels at stage 9"),
-        ("test_resnet", {"dept": 9}, r"test_resnet cannot be made with .*'dept'"),
+        ("test_resnet", {"dept": 9}, r"test_resnet cannot be made with .*'dept'; without it: --model.options '{}'"),
         ("test_resnet.no_such_tag", {}, r"Invalid pretrained tag \(no_such_tag\) for test_resnet, which has"),
         ("vit_tiny_patch14_224", {}, r"no model 'vit_tiny_patch14_224'; did you mean "),
         ("vit_small_patch14_dinov2", VIT, r"would cut images of 64 x 64 .* its patches are 14 x 14"),

@@ -17,7 +17,7 @@ from tokenlabel.core.config import Inference
 from tokenlabel.data.augment import EvalTransform
 from tokenlabel.data.batches import ScoreMaps, TokenLabelDataset, check_labels, make_loader
 from tokenlabel.data.class_names import class_order, say_imagenet
-from tokenlabel.data.classes import ClassList, say_order
+from tokenlabel.data.classes import ClassList
 from tokenlabel.data.decoding import ImageCheck
 from tokenlabel.data.imagenet import (
     SETS,
@@ -300,7 +300,6 @@ class _Assessment:
         )
         if masks is not None:
             names = classes.labels
-            say_order(names, them="the masks'", overrule="write these classes' ids if not")
             truth = MaskFolder(
                 masks, num_classes=len(names), ignore_index=self.options.ignore_index, source=source, class_names=names
             )

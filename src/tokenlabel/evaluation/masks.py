@@ -17,8 +17,8 @@ from tokenlabel.core.batch import collate_score_maps
 from tokenlabel.core.geometry import View, stack_views
 from tokenlabel.core.scores import Orientation, ScoreMap, from_mask, turned_map
 from tokenlabel.core.targets import TokenTargets
-from tokenlabel.data.class_names import unlike_list
-from tokenlabel.data.classes import are_numbers
+from tokenlabel.data.class_names import CLASSES_FILE, read_class_names, unlike_list
+from tokenlabel.data.classes import are_numbers, say_order
 from tokenlabel.data.decoding import orientation_of
 from tokenlabel.data.images import ImageSource
 from tokenlabel.data.masks import (
@@ -82,18 +82,27 @@ class MaskFolder:
         """Return True if an image has a mask."""
         return key in self._coco_names if self._coco else self._path(key).exists()
 
-    def check(self, class_names: Sequence[str], *, all_needed: bool = True) -> None:
+    def check(
+        self,
+        class_names: Sequence[str],
+        *,
+        all_needed: bool = True,
+        overrule: str | None = "write these classes' ids if not",
+    ) -> None:
         """Raise DataError if masks are missing (`all_needed`), or if some of them hold ids that are no class.
 
         Also where classes.txt beside them lists other classes.
         Also for masks of only 0 and 255 of images of several classes: there 255 probably is a class. Print which masks
-        belong to no image, and which have other shapes than their images.
+        belong to no image, which have other shapes than their images, and in which order their classes are taken if
+        nothing says so (`overrule`: what to do about it; None if the classes are the masks' own).
         """
         source = self._source
         # With a class map ids are others, and classes without names may be any.
         are_theirs = self._coco is None and len(class_names) == self.num_classes and not are_numbers(class_names)
         if unlike := are_theirs and unlike_list(self.folder, class_names):
             raise DataError(f"{unlike}; number the masks as these classes, or mend the file if it is wrong")
+        if are_theirs and overrule is not None and not stated_classes(self.folder):
+            say_order(class_names, them="the masks'", overrule=overrule)
         if source is None:
             return
         if self._coco is None:
@@ -180,6 +189,17 @@ class MaskFolder:
         """Leave out the indices of the images when pickled: they may be large, and each process makes its own."""
         own = ("_indices", "_coco_names")
         return {name: value for name, value in vars(self).items() if name not in own}
+
+
+def stated_classes(masks: Path) -> list[str]:
+    """Return the classes of the values of masks: COCO's categories, or the list in classes.txt beside a folder.
+
+    None where there is no list.
+    """
+    if masks.suffix == COCO_SUFFIX:
+        return CocoMasks(masks).class_names
+    path = masks.parent / CLASSES_FILE
+    return read_class_names(path, of_masks=True) if path.is_file() else []
 
 
 def agreement(guess: TokenTargets, truth: TokenTargets, num_classes: int) -> tuple[int, int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -240,6 +242,9 @@ def create_timm_adapter(
     except (*REFUSALS, OSError) as error:
         missing = options.get("pretrained") and isinstance(error, OSError)
         remedy = "; give --model.weights FILE and --model.options.pretrained false" if missing else ""
+        if unknown := re.search(r"unexpected keyword argument '(\w+)'", str(error)):
+            others = {key: value for key, value in options.items() if key not in (unknown[1], "img_size")}
+            remedy = f"; without it: --model.options '{json.dumps(others)}'"
         raise ValueError(f"{name} cannot be made with the options {options}: {first_line(error)}{remedy}") from error
     # Where timm keeps the classifier of its weights, a head for the tokens begins as that classifier, too.
     keeps = options.get("pretrained") and backbone.pretrained_cfg.get("num_classes") == num_classes

@@ -48,7 +48,8 @@ class LoadedModel:
     of its images, or of the windows of segmentation. `heads`: the kinds of inference that were trained, the default
     first. `has_token_head`: its token head was trained. `token_classes`: the classes of the tokens, if they differ
     from the images'. `is_embedding`: its outputs are an embedding, not classes. `licence`: of the weights, by timm.
-    `recipe`, `step`: of the run, else None; the recipe is plain data (`training.checkpoint.load_run` makes it a Recipe).
+    `recipe`, `step`: of the run, else None; the recipe is plain data (`training.checkpoint.load_run` makes it a
+    Recipe).
     """
 
     name: str

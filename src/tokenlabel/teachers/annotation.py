@@ -20,11 +20,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from tokenlabel.data.classes import say_order
+from tokenlabel.data.class_names import CLASSES_FILE
 from tokenlabel.data.folders import why_skipped
 from tokenlabel.data.images import ImageFolder, ImageSource
 from tokenlabel.data.remote import read_ahead
 from tokenlabel.data.sources import open_aloud
+from tokenlabel.evaluation.masks import stated_classes
 from tokenlabel.labels.encoding import DEFAULT_TOLERANCE, Encoding
 from tokenlabel.labels.fingerprints import FingerprintedImages
 from tokenlabel.labels.manifest import MANIFEST_FILE, Failure, Manifest, read_manifest, update_failures
@@ -144,7 +145,7 @@ def _refuse_amid_images(folder: Path, source: ImageSource) -> None:
 
 
 def make_teacher(config: AnnotateConfig, source: ImageSource, device: torch.device) -> Teacher | MaskTeacher:
-    """Return the teacher of a configuration, over the classes of the images."""
+    """Return the teacher of a configuration, over the images' classes; of masks, over their own if there are none."""
     names = [config.teacher] if isinstance(config.teacher, str) else config.teacher
     folders = [name.removeprefix(MASKS) for name in names if name.startswith(MASKS)]
     if not folders:
@@ -159,27 +160,29 @@ def make_teacher(config: AnnotateConfig, source: ImageSource, device: torch.devi
         {
             alone: len(names) > 1 or given,
             "--teacher masks: names no folder; expected masks:DIR": not folders[0],
-            "masks hold ids of the images' classes, and these images have none; put them into class folders, or list "
-            "them with their classes": not source.class_names,
             "with --class-map, ids that it does not name are no class; leave --ignore-index out": has_two,
         },
         ModelError,
     )
-    class_map = None
-    if config.class_map is None:
-        overrule = "overrule with --class-map FILE, an id and a class a line"
-        say_order(source.class_names, them="the masks'", overrule=overrule)
-    else:
-        class_map = class_map_for(config.class_map, (), source.class_names, num_theirs=MAX_IDS)
+    masks, class_map = Path(folders[0]), None
+    class_names = source.class_names or stated_classes(masks)
+    if not class_names and masks.is_dir():
+        raise ModelError(
+            "masks hold ids of the images' classes, and these images have none; list the classes of the masks in "
+            f"{masks.parent / CLASSES_FILE}, one a line"
+        )
+    if config.class_map is not None:
+        class_map = class_map_for(config.class_map, (), class_names, num_theirs=MAX_IDS)
     teacher = MaskTeacher(
-        folders[0],
-        class_names=source.class_names,
+        masks,
+        class_names=class_names,
         size=config.size,
         class_map=class_map,
         ignore_index=config.ignore_index,
         source=source,
     )
-    teacher.masks.check(source.class_names, all_needed=False)
+    overrule = "overrule with --class-map FILE, an id and a class a line"
+    teacher.masks.check(class_names, all_needed=False, overrule=overrule)
     return teacher
 
 
@@ -239,8 +242,9 @@ def _label(
             _write_failures(folder, source, failures)
         if isinstance(job.teacher, MaskTeacher) and len(todo.indices) == len(source):
             held = set().union(*ranks.all_gather(job.teacher.held))
-            if absent := [name for class_id, name in enumerate(source.class_names) if class_id not in held]:
-                say(f"no mask holds {len(absent):,} of {len(source.class_names):,} classes ({listed(absent)})")
+            names = job.teacher.class_names
+            if absent := [name for class_id, name in enumerate(names) if class_id not in held]:
+                say(f"no mask holds {len(absent):,} of {len(names):,} classes ({listed(absent)})")
     return todo, num_bytes, failures, cells
 
 
@@ -286,9 +290,8 @@ def _say_size(teacher: Teacher | MaskTeacher, source: ImageSource, indices: list
 def _manifest(teacher: Teacher | MaskTeacher, source: ImageSource, folder: Path, config: AnnotateConfig) -> Manifest:
     """Return the manifest of the labels. An existing store keeps its tolerance and orientation, which is printed."""
     networks = isinstance(teacher, Teacher)
-    names = tuple(source.class_names) or (teacher.class_names if networks else ())
-    if networks and teacher.own_classes:
-        names = teacher.class_names
+    is_own = not source.class_names or (networks and teacher.own_classes)
+    names = teacher.class_names if is_own else tuple(source.class_names)
     tolerance = config.tolerance
     manifest = Manifest(
         num_classes=teacher.num_classes,

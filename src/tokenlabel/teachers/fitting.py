@@ -19,9 +19,9 @@ from torch import Tensor
 
 from tokenlabel.data.class_names import read_class_names
 from tokenlabel.data.images import ImageSource, has_classes
-from tokenlabel.data.masks import COCO_SUFFIX, CocoMasks, mask_names
+from tokenlabel.data.masks import COCO_SUFFIX, mask_names
 from tokenlabel.data.sources import open_aloud, refuse_single_class
-from tokenlabel.evaluation.masks import MaskFolder
+from tokenlabel.evaluation.masks import MaskFolder, stated_classes
 from tokenlabel.runtime.coercion import COUNT, NATURAL, POSITIVE, SEED, check_numbers, coerced, coerced_fields
 from tokenlabel.runtime.distributed import usable_device
 from tokenlabel.runtime.errors import ModelError
@@ -92,8 +92,8 @@ class FitConfig:
     """How locations learn from the class label of their image. mean: the mean of their vectors shows the class;
     instances: at least one of them does; auto: whichever is better on held-out images."""
     class_names: str | None = None
-    """Names of the masks' classes by their ids, a file of one a line; by default COCO's categories, or the images'
-    classes in their order."""
+    """Names of the masks' classes by their ids, a file of one a line; by default COCO's categories, the images' classes
+    in their order, or, if these have none, classes.txt beside the masks."""
     ignore_index: int | None = None
     """Of masks: the id of pixels without a class; by default 255, with more than 255 classes 65535."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -300,14 +300,15 @@ def _check_masks(source: ImageSource, config: FitConfig) -> tuple[MaskFolder, li
     names = list(source.class_names)
     if config.class_names is not None:
         names = read_class_names(config.class_names, option="--class-names", of_masks=folder.suffix != COCO_SUFFIX)
-    elif folder.suffix == COCO_SUFFIX:
-        names = CocoMasks(folder).class_names
+    elif folder.suffix == COCO_SUFFIX or not names:
+        names = stated_classes(folder)
     if len(names) < 2:
         raise ModelError("masks need the names of their classes by id: give --class-names FILE, one a line")
     masks = MaskFolder(
         folder, num_classes=len(names), ignore_index=config.ignore_index, source=source, class_names=names
     )
-    masks.check(names, all_needed=False)
+    overrule = None if config.class_names else "overrule with --class-names FILE, one a line"
+    masks.check(names, all_needed=False, overrule=overrule)
     indices = [index for index, key in enumerate(source.keys) if key in masks]
     if len(indices) < 2:
         raise ModelError(

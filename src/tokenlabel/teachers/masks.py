@@ -25,7 +25,7 @@ MAX_IDS = 65_536  # ids of a mask, which has up to 16 bits
 class MaskTeacher:
     """Turns masks into score maps.
 
-    `class_names`: of the data set. `size`: masks of more than size x size pixels are averaged down to cells of that
+    `class_names`: of the labels. `size`: masks of more than size x size pixels are averaged down to cells of that
     area, at their own aspect ratio: a cell has the share of each class in it, and the share of pixels without a class
     is spread evenly over all classes. None keeps every pixel. `class_map`: from the masks' ids to the classes; ids that
     it maps to none are unlabelled. `folder`, `ignore_index`, `source`: see `MaskFolder`.
@@ -41,7 +41,7 @@ class MaskTeacher:
         ignore_index: int | None = None,
         source: ImageSource | None = None,
     ) -> None:
-        self.num_classes = len(class_names)
+        self.class_names, self.num_classes = tuple(class_names), len(class_names)
         self._size, self._class_map = size, class_map
         about = None
         if class_map:  # without the ids behind the last one that is mapped (but at least 255): the manifest stays small
