@@ -3,6 +3,7 @@
 import itertools
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -10,6 +11,7 @@ from test_train import CPU, nested_recipe, recipe_for, scenes, start, weights_of
 from training_ranks import train_together
 
 from tokenlabel.classification.task import build, train
+from tokenlabel.core.scores import from_mask
 from tokenlabel.labels.store import LabelStore
 from tokenlabel.labels.writer import LabelStoreWriter
 from tokenlabel.models.runs import list_checkpoints
@@ -163,6 +165,17 @@ def test_a_gradient_that_is_not_a_number_is_no_checkpoint(scenes, tmp_path, monk
 def test_a_run_that_is_all_warm_up_says_so(scenes, tmp_path, capsys):  # noqa: F811
     train(recipe_in_groups(scenes, epochs=1, optim__warmup_epochs=5), tmp_path / "run", device=CPU)
     assert "leave the schedule nothing of the 5 steps" in capsys.readouterr().err
+
+
+def test_a_threshold_that_no_token_reaches_is_said(scenes, tmp_path, capsys):  # noqa: F811
+    unsure = from_mask(np.full((4, 4), -1), num_classes=10, unlabelled=-1)
+    with LabelStoreWriter(tmp_path / "labels", LabelStore(scenes.parent / "labels").manifest) as writer:
+        for path in (scenes / "train").rglob("*.png"):
+            writer.add(path.relative_to(scenes / "train").as_posix(), unsure)
+    changes = {"data__labels": str(tmp_path / "labels"), "loss": {"tokens": "confident"}}
+    train(recipe_in_groups(scenes, epochs=1, **changes), tmp_path / "run", device=CPU)
+    said = "token_loss is 0 in the first 2 steps: none of their tokens has a label as sure as loss.token_threshold 0.5"
+    assert said in capsys.readouterr().err
 
 
 def test_an_average_that_stays_at_the_initial_weights_is_said(scenes, tmp_path, capsys):  # noqa: F811

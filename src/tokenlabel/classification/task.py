@@ -19,7 +19,7 @@ from torch import nn
 from tokenlabel.classification.data import open_training_data, open_val_set
 from tokenlabel.classification.pictures import NUM_TRAIN, Answering, batch_album, shown_keys
 from tokenlabel.core.batch import Batch
-from tokenlabel.core.config import Inference
+from tokenlabel.core.config import Inference, TokenChoice
 from tokenlabel.core.step import Part, Supervision, TrainStep
 from tokenlabel.data.augment import EvalTransform, TrainTransform
 from tokenlabel.data.batches import TokenLabelDataset, make_loader
@@ -103,6 +103,11 @@ class ClassifierTask(Task[Recipe]):
         if self.inference is not Inference.CLASS and not self.supervision.labels_tokens:
             say(f"no token learns, so class logits are evaluated, not eval.inference {self.inference}")
             self.inference = Inference.CLASS
+        if self.supervision.labels_tokens:
+            loss = self.recipe.loss
+            sure = f" as sure as loss.token_threshold {loss.token_threshold:g}"
+            few = sure if loss.tokens is TokenChoice.CONFIDENT else " that keeps a class"
+            self.zero_means = {"token_loss": "none of their tokens has a label" + few}
         for dataset in (self.val_set, *(self.probe_sets or ())):  # for its errors, which come too late after an epoch
             if dataset is not None:
                 self._eval_sampler(dataset, current_ranks())

@@ -81,6 +81,7 @@ class SegmentTask(Task):
     def __post_init__(self) -> None:
         self.class_names = self.train_set.pairs.classes.names
         self.num_images = len(self.train_set)
+        self.zero_means = {"decode_loss": "none of their pixels and cells has a label that counts"}
         self.step = SegmentStep(self.model, self.recipe, self.loss, self.device)
 
     def batches(self, sampler: BatchSampler) -> Iterable[SegmentBatch]:

@@ -264,6 +264,10 @@ def _report(trainer: Trainer, run: Path, log: RunLog, done: int, results: list[S
     results.clear()
     if divergence is not None:
         _raise_divergence(trainer, run, done, divergence)
+    if done == num_steps:  # the first ones of the run
+        for name, cause in trainer.task.zero_means.items():
+            if means[name] == 0:
+                log.say(f"{name} is 0 in the first {num_steps} steps: {cause}")
     total_s = seconds.pop("total")
     shares = {f"{name}_share": part_s / total_s for name, part_s in seconds.items()}
     images_per_s = trainer.task.recipe.batch_size * num_steps / total_s

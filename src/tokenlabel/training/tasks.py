@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -42,7 +42,8 @@ class Task(ABC, Generic[RecipeT]):
     `model` lies on `device`. `step` is called as `step(batch, part, watch)` (see `core.step.TrainStep`) and returns
     `loss`, the mean over the images that is to be lowered, and its parts under names of their own. `metric` names the
     figure of `evaluate` that is better the higher it is. `images`: what is known of the images, for the run folder.
-    `token_classes`: what the tokens are about where these are other classes than `class_names`.
+    `token_classes`: what the tokens are about where these are other classes than `class_names`. `zero_means`: what is
+    wrong if a part of the loss, by its name, is 0 in all of the first steps.
     """
 
     recipe: RecipeT
@@ -54,6 +55,7 @@ class Task(ABC, Generic[RecipeT]):
     device: torch.device
     metric: str
     images: RunImages | None = None
+    zero_means: Mapping[str, str] = {}
 
     @abstractmethod
     def batches(self, sampler: BatchSampler) -> Iterable[Any]:
