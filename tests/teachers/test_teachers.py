@@ -192,7 +192,7 @@ def test_a_teacher_of_fixed_size_sees_the_whole_image_squeezed(tmp_path):
 @pytest.mark.parametrize("name", ["lvvit_t", "t2t_vit_14"])
 def test_our_transformers_see_images_at_their_own_aspect_ratio_by_name_as_well(tmp_path, name):
     weights = tmp_path / "weights.safetensors"
-    save_file(create_model(name, num_classes=4, img_size=224).backbone.state_dict(), weights)
+    save_file(create_model(name, num_classes=4, img_size=224).get_submodule("backbone").state_dict(), weights)
     teacher = load_teacher(name, TeacherConfig(teacher=name, size=64), CPU, weights=str(weights))
     pixels, _ = teacher.input.of(Image.new("RGB", (128, 32)))
     assert pixels.shape == (32, 128, 3)
