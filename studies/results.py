@@ -113,10 +113,9 @@ class Found:
         return [name for name in self.metrics() if name in [*first][:NUM_CHARTED]]
 
     def differences(self) -> Iterator[tuple[str, str, dict[str, Spread]]]:
-        """Yield pairs of rows and, for each metric of both that compares, the spread of first minus second."""
-        compared = [name for name in self.metrics() if name not in self.table.uncompared]
+        """Yield pairs of rows and, for each metric of both, the spread of first minus second."""
         for ours, theirs in self.table.differences:
-            pairs = {name: paired(self.values(ours, name), self.values(theirs, name)) for name in compared}
+            pairs = {name: paired(self.values(ours, name), self.values(theirs, name)) for name in self.metrics()}
             spreads = {name: spread for name, spread in pairs.items() if spread}
             if spreads:
                 yield ours, theirs, spreads
@@ -361,6 +360,6 @@ def learning_curves(found: Found) -> dict[str, tuple[str, dict[str, list[tuple[f
             by_time[title] = [(step * fmean(seconds), value) for step, value in points]
     figure = METRICS["miou" if "miou" in found.table.metrics else "top1"].title
     panels = {f"{figure} on val (%) against steps": ("step", by_step)}
-    if by_time and "step_s" in {*found.table.metrics} - {*found.table.uncompared}:
+    if by_time and "step_s" in found.table.metrics:
         panels["against time"] = ("seconds of one core, or of the GPU", by_time)
     return panels

@@ -75,7 +75,6 @@ class Table:
     seeds: int = 5
     use: tuple[str, ...] = ()  # for all rows; a row's own come after, and so for `set`
     set: Settings = field(default_factory=dict)
-    uncompared: tuple[str, ...] = ()  # metrics of which no difference is said: the speed of rows that ran on other days
     limits: str = ""  # what cannot be seen at the scale of the embedded data
 
 
@@ -141,8 +140,6 @@ def read_table(name: str) -> Table:
     unknown = [name for name in table.metrics if name not in METRICS]
     if unknown or not table.metrics:
         raise StudyError(f"{path}: metrics: no metric {unknown or 'at all'}; known: {', '.join(METRICS)}")
-    if unlisted := {*table.uncompared} - {*table.metrics}:
-        raise StudyError(f"{path}: uncompared: {', '.join(sorted(unlisted))}, which metrics does not list")
     for key, row in rows.items():
         if row.defect not in (None, NEW_TOKEN_HEAD, *DEFECTS):
             known = ", ".join([*DEFECTS, NEW_TOKEN_HEAD])

@@ -61,14 +61,6 @@ def test_less_is_better_for_losses():
     assert "larger than its spread: val loss +1.000 ± 0.000 (worse)" in as_markdown(worse)
 
 
-def test_a_metric_that_does_not_compare_is_shown_and_not_held_against_another():
-    """As the time of steps on other days."""
-    apart = replace(CLEAR, table=replace(TABLE, uncompared=("loss",)))
-    text = as_markdown(apart)
-    assert "| row a | 5 | 82.0 ± 2.0 | 1.020 ± 0.136 |" in text
-    assert "val loss" not in text[text.index("Seed by seed") :]
-
-
 def test_a_run_that_diverged_makes_its_row_no_number_and_no_claim():
     found = found_of(a=[(0.5, float("nan")), (0.5, 1.0)], b=[(0.4, 1.0), (0.4, 2.0)])
     assert "val loss +nan ± inf" in as_markdown(found)

@@ -388,7 +388,6 @@ def test_each_seed_of_segmentation_begins_with_a_backbone_of_its_own():
         (("title: Tiny\n", ""), "title"),
         (("[top1, token_accuracy", "[top1, tokens"), r"no metric \['tokens'\]; known: top1"),
         (("metrics: [top1, token_accuracy, probe_accuracy, label_truth, step_s]", "metrics: []"), "no metric at all"),
-        (("rows:", "uncompared: [top5]\nrows:"), "uncompared: top5, which metrics does not list"),
         (("[[swapped, token]]", "[[swapped]]"), r"differences: expected tuple\[str, str\], got \['swapped'\]"),
         (("[[swapped, token]]", "token"), r"t.yaml: differences: expected tuple.*, got 'token'"),
         (("seeds: 2", "seeds: five"), "t.yaml: seeds: expected int, got 'five'"),
