@@ -1,7 +1,5 @@
 """What is tried out before a run: that it says what is true, and leaves nothing that a run would continue from."""
 
-from functools import partial
-
 import pytest
 import torch
 from test_train import nested_recipe, write_labels
@@ -30,7 +28,7 @@ def recipe_of(nested, **changes):
 
 def test_a_dry_run_says_sizes_schedule_and_cost_and_draws_the_first_images(nested, tmp_path):
     recipe = recipe_of(nested)
-    told = dry_run(partial(build, recipe, device=CPU), tmp_path / "run", device=CPU)
+    told = dry_run(recipe, build, tmp_path / "run", device=CPU)
     num_parameters = sum(p.numel() for p in build(recipe, device=CPU).model.parameters())
     assert f"lvvit_t: {num_parameters:,} parameters" in told
     assert "40 with a label map; 10 classes, 24 x 24 px" in told
@@ -49,7 +47,7 @@ def test_a_dry_run_says_sizes_schedule_and_cost_and_draws_the_first_images(neste
 def test_a_dry_run_without_token_labels(nested, tmp_path):
     data = {**nested["data"], "labels": None}
     recipe = recipe_of(nested, data=data)
-    told = dry_run(partial(build, recipe, device=CPU), tmp_path, device=CPU)
+    told = dry_run(recipe, build, tmp_path, device=CPU)
     assert "no labels of tokens" in told
 
 

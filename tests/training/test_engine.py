@@ -123,6 +123,12 @@ def test_what_cannot_be_is_refused_with_the_reason(scenes, tmp_path, changes, wo
         train(recipe_in_groups(scenes, **changes), tmp_path / "run", device=CPU)
 
 
+def test_what_the_processes_cannot_train_by_is_refused_before_images_are_looked_at(tmp_path):
+    for changes in ({"micro_batch_size": 3}, {"sync_batchnorm": True}, {"sharded": True}):
+        with pytest.raises(ConfigError, match=next(iter(changes))):
+            train(recipe_in_groups(tmp_path / "nowhere", **changes), tmp_path / "run", device=CPU)
+
+
 def test_the_newest_the_best_and_every_so_many_are_kept(scenes, tmp_path):  # noqa: F811
     keep = {"every_epochs": 1, "keep": 1, "keep_every_epochs": 4}
     recipe = recipe_in_groups(scenes, epochs=9, checkpoint=keep, eval__every_epochs=1)

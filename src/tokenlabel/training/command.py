@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +50,7 @@ def run_train(
     if options.dry_run:
         from tokenlabel.training.dry_run import dry_run
 
-        text = dry_run(partial(build, recipe, device=device), options.out, device=device)
+        text = dry_run(recipe, build, options.out, device=device)
     else:
         with trackers_of(options.out, tensorboard=options.tensorboard, wandb=options.wandb) as trackers:
             changed = options.changed_numerics

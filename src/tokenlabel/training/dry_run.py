@@ -14,7 +14,7 @@ from tokenlabel.drawing.page import Page, table
 from tokenlabel.runtime.distributed import joined_ranks
 from tokenlabel.runtime.runlog import Stopwatch
 from tokenlabel.training.tasks import Summary, Task
-from tokenlabel.training.trainer import Trainer, outer_steps, peak_memory_bytes, prepare, train_step
+from tokenlabel.training.trainer import Trainer, outer_steps, parts_of_batch, peak_memory_bytes, prepare, train_step
 
 PICTURES_NAME = "first_batch.html"
 
@@ -22,14 +22,15 @@ _NUM_STEPS = 3  # of a dry run, after one that is not counted
 _MAX_ROWS = 40  # of a table, as text
 
 
-def dry_run(make_task: Callable[[], Task[Any]], out: Path, *, device: torch.device) -> str:
+def dry_run(recipe: Any, build: Callable[..., Task[Any]], out: Path, *, device: torch.device) -> str:
     """Take a few steps of a run; return sizes, schedule, time, memory and losses as text.
 
-    Also draws the first images of the first batch, as they are trained on, into OUT/first_batch.html. `make_task` is
-    called within the process group: under torchrun all ranks take part.
+    Also draws the first images of the first batch, as they are trained on, into OUT/first_batch.html. `build` makes the
+    task of the recipe. Under torchrun all ranks take part.
     """
     with joined_ranks(device) as ranks:
-        task = make_task()
+        parts_of_batch(recipe, ranks, device)  # for its errors, before the images are looked at
+        task = build(recipe, device=device)
         trainer = prepare(task, ranks)
         summary = task.summary()
         sampler = trainer.sampler(0)

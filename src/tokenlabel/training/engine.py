@@ -28,7 +28,15 @@ from tokenlabel.runtime.runlog import RunLog, Stopwatch, Tracker, read_metrics
 from tokenlabel.training.checkpoint import load_checkpoint, prune_checkpoints, save_checkpoint
 from tokenlabel.training.run_folder import changes_figures, check_apart, check_run_folder, locked, numerics
 from tokenlabel.training.tasks import Task
-from tokenlabel.training.trainer import StepResult, Trainer, outer_steps, peak_memory_bytes, prepare, train_step
+from tokenlabel.training.trainer import (
+    StepResult,
+    Trainer,
+    outer_steps,
+    parts_of_batch,
+    peak_memory_bytes,
+    prepare,
+    train_step,
+)
 
 LOG_EVERY_STEPS = 10
 # Figures of an evaluation that are printed beside the task's own.
@@ -48,6 +56,7 @@ def train_in(
     device, run = usable_device(device), Path(run)
     check_apart(run, *recipe.data.image_folders)
     with joined_ranks(device) as ranks, locked(run, ranks):
+        parts_of_batch(recipe, ranks, device)  # for its errors, before the images are looked at
         return run_task(
             build(recipe, device=device, run=run),
             run,

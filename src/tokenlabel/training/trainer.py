@@ -98,20 +98,16 @@ class Trainer:
 def prepare(task: Task[Any], ranks: Ranks) -> Trainer:
     """Return a task with its optimizer and average, made ready for the processes and the precision of its recipe."""
     recipe, model = task.recipe, task.model
-    grad_accum_steps = _grad_accum_steps(recipe, ranks)
+    grad_accum_steps = parts_of_batch(recipe, ranks, task.device)
     for parameter in model.parameters():  # channels last, as the images: faster convolutions
         if parameter.ndim == 4:
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
     if recipe.grad_checkpointing:
         model.set_grad_checkpointing()
     if recipe.sync_batchnorm:
-        if task.device.type != "cuda":
-            raise ConfigError("sync_batchnorm is for GPUs; on the CPU set sync_batchnorm to false")
         convert_sync_batchnorm(model)  # PyTorch's own would drop the activations that timm fuses with norms
     ema = create_ema(model, recipe.optim, sharded=recipe.sharded)
     if recipe.sharded:
-        if not dist.is_initialized():
-            raise ConfigError("sharded divides a model among processes; start them with torchrun, or set it to false")
         for module in (model, ema.module) if ema else (model,):
             shard(module, module.fsdp_blocks(), task.device)
     if recipe.compile != "no":
@@ -124,8 +120,15 @@ def prepare(task: Task[Any], ranks: Ranks) -> Trainer:
     return Trainer(task, ranks, TrainState(model, optimizer, ema, scaler), forward, grad_accum_steps)
 
 
-def _grad_accum_steps(recipe: TrainingConfig, ranks: Ranks) -> int:
-    """Return in how many parts a process takes its share of a batch through the model."""
+def parts_of_batch(recipe: TrainingConfig, ranks: Ranks, device: torch.device) -> int:
+    """Return in how many parts a process takes its share of a batch through the model.
+
+    Raises ConfigError for a recipe that these processes or this device cannot train by.
+    """
+    if recipe.sync_batchnorm and device.type != "cuda":
+        raise ConfigError("sync_batchnorm is for GPUs; on the CPU set sync_batchnorm to false")
+    if recipe.sharded and not dist.is_initialized():
+        raise ConfigError("sharded divides a model among processes; start them with torchrun, or set it to false")
     share, rest = divmod(recipe.batch_size, ranks.world_size)
     most = recipe.micro_batch_size or share
     if rest or share % min(most, share):
