@@ -312,6 +312,13 @@ def test_soft_predictions_go_into_a_store_on_the_grid_of_the_head(run, tmp_path,
     ):
         assert main([*predict, *words]) == 2
         assert message in capsys.readouterr().err
+    # Neither half is done where the other is refused.
+    assert main([*predict, "--store", "soft", "--flip", "--out", "new"]) == 2
+    assert not Path("new").exists()
+    Path("few/masks").mkdir(parents=True)
+    assert main([*predict, "--store", "other", "--out", "few"]) == 2
+    assert "few: holds masks/ or overlays/ already" in capsys.readouterr().err
+    assert not Path("other").exists()
 
 
 def test_predict_skips_an_image_that_does_not_decode(run, tmp_path, monkeypatch, capsys):
@@ -320,7 +327,7 @@ def test_predict_skips_an_image_that_does_not_decode(run, tmp_path, monkeypatch,
     Path("photos/broken.png").write_bytes(Path("photos/sound.png").read_bytes()[:40])
     assert main(["segment", "predict", str(run), "photos", "--out", "out", "--store", "soft"]) == 0
     printed = capsys.readouterr()
-    assert printed.out == "out: 1 images\nsoft: 1 images labelled\n"
+    assert printed.out == "soft: 1 images labelled\nout: 1 images\n"
     assert printed.err.count("skipped: ") == 2
     assert Path("out/masks/sound.png").exists()
     assert [failure.key for failure in LabelStore("soft").failures()] == ["broken.png"]

@@ -121,21 +121,22 @@ def _predict(arguments: list[str]) -> int:
     from tokenlabel.runtime.distributed import autocast
     from tokenlabel.segmentation.inference import segmenter_of
     from tokenlabel.segmentation.layouts import classes_of
-    from tokenlabel.segmentation.predictions import predict_files, store_predictions
+    from tokenlabel.segmentation.predictions import check_out, predict_files, store_predictions
 
     device, trained = device_of(options.device), _network(options)
-    segmenter = segmenter_of(trained, device)
+    segmenter, classes = segmenter_of(trained, device), classes_of(trained.recipe.data, trained.class_names)
+    if out:
+        check_out(out, classes)
     with autocast(device, trained.recipe.precision):
-        if out:
-            classes = classes_of(trained.recipe.data, trained.class_names)
-            num_images = predict_files(segmenter, options.images, out, classes=classes, device=device)
-            print(f"{out}: {num_images:,} images")
-        if options.store:
+        if options.store:  # first: it refuses a store of other labels before the work
             names, teacher = trained.class_names, {"name": str(options.network), "weights": fingerprint(trained.model)}
             num_new = store_predictions(
                 segmenter, first, options.store, class_names=names, teacher=teacher, device=device
             )
             print(f"{options.store}: {num_new:,} images labelled")
+        if out:
+            num_images = predict_files(segmenter, options.images, out, classes=classes, device=device)
+            print(f"{out}: {num_images:,} images")
     return 0
 
 

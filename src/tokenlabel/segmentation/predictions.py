@@ -31,6 +31,7 @@ from tokenlabel.segmentation.pairs import Classes
 
 _OPACITY = np.float32(0.5)  # of the colours of an overlay
 _KINDS = ("masks", "overlays")
+_LEGEND_FILE = "classes.json"
 _STORED_TOPK = 5  # classes that a cell of a stored prediction keeps, as `annotate` does
 
 
@@ -42,17 +43,9 @@ def predict_files(
     Writes masks/NAME.png (class ids: 8 bits with the classes' colours as palette, or 16 bits for more than 255
     classes), overlays/NAME.png (the colours over the image) and classes.json. `images`: files,
     or folders with images at any depth; names are relative to the folder. An image that does not decode is skipped, and
-    said. Raises DataError for folders without images, if none decodes, and where `out` holds masks of another origin.
+    said. Raises DataError for folders without images, if none decodes, and for an `out` that `check_out` refuses.
     """
-    colours = [f"#{bytes(colour).hex()}" for colour in classes.colours.tolist()]
-    legend = json.dumps(dict(zip(classes.names, colours, strict=True)), indent=1) + "\n"
-    earlier = out / "classes.json"
-    is_ours = earlier.is_file() and earlier.read_bytes() == legend.encode()
-    if any((out / kind).exists() for kind in _KINDS) and not is_ours:
-        raise DataError(
-            f"{out}: holds masks/ or overlays/ already, and no classes.json says that they are predictions over these "
-            "classes; name another folder, so that nothing is overwritten"
-        )
+    check_out(out, classes)
     found: dict[Path, Path] = {}
     for place in images:
         for folder, path in _files(place, out):
@@ -60,7 +53,7 @@ def predict_files(
             if name in found:
                 raise DataError(f"{path} and {found[name]} would both be written to {name}; rename one of them")
             found[name] = path
-    write_whole(earlier, legend)
+    write_whole(out / _LEGEND_FILE, _legend(classes))
     segmenter.model.eval()
     failures = list[Failure]()
     for name, path in tqdm(found.items(), desc=f"predict {out}", unit="img", disable=None):
@@ -81,6 +74,22 @@ def predict_files(
             write_whole(out / kind / name, [encoded.getvalue()])
     _refuse_none(failures, len(found))
     return len(found) - len(failures)
+
+
+def check_out(out: Path, classes: Classes) -> None:
+    """Raise DataError for a folder of results with masks of another origin, which predictions would replace."""
+    earlier = out / _LEGEND_FILE
+    is_ours = earlier.is_file() and earlier.read_bytes() == _legend(classes).encode()
+    if any((out / kind).exists() for kind in _KINDS) and not is_ours:
+        raise DataError(
+            f"{out}: holds masks/ or overlays/ already, and no {_LEGEND_FILE} says that they are predictions over "
+            "these classes; name another folder, so that nothing is overwritten"
+        )
+
+
+def _legend(classes: Classes) -> str:
+    colours = [f"#{bytes(colour).hex()}" for colour in classes.colours.tolist()]
+    return json.dumps(dict(zip(classes.names, colours, strict=True)), indent=1) + "\n"
 
 
 def _decoded(read: Callable[[], bytes], name: str, failures: list[Failure]) -> NDArray[np.uint8] | None:
