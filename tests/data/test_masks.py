@@ -198,18 +198,7 @@ class TestValues:
     ):
         monkeypatch.chdir(tmp_path)
         write_pairs(tmp_path, [values], [values], dtype=np.uint16)
-        recipe = [
-            "segment",
-            "train",
-            "--recipe",
-            "segment_ade20k_lvvit_s",
-            "--out",
-            "run",
-            "--device",
-            "cpu",
-            "--sync-batchnorm",
-            "false",
-        ]
+        recipe = "segment train --recipe segment_ade20k_lvvit_s --out run --device cpu --sync-batchnorm false".split()
         folders = ["--data.train", "images", "--data.masks", "masks", "--data.layout", "folders"]
         words = [f"--data.{name}={str(value).replace(' ', '').replace('(', '[').replace(')', ']')}"
                  for name, value in mended.items()]  # fmt: skip
