@@ -198,11 +198,12 @@ class TestValues:
     ):
         monkeypatch.chdir(tmp_path)
         write_pairs(tmp_path, [values], [values], dtype=np.uint16)
-        recipe = "segment train --recipe segment_ade20k_lvvit_s --out run --device cpu --sync-batchnorm false".split()
+        recipe = ["segment", "train", "--recipe", "segment_ade20k_lvvit_s", "--out", "run"]
+        on_cpu = ["--device", "cpu", "--sync-batchnorm", "false"]
         folders = ["--data.train", "images", "--data.masks", "masks", "--data.layout", "folders"]
         words = [f"--data.{name}={str(value).replace(' ', '').replace('(', '[').replace(')', ']')}"
                  for name, value in mended.items()]  # fmt: skip
-        assert main([*recipe, *folders, f"--data.class_names=[{','.join(names)}]"]) == 2
+        assert main([*recipe, *on_cpu, *folders, f"--data.class_names=[{','.join(names)}]"]) == 2
         said = capsys.readouterr().err
         assert message in said
         assert "2 masks" in said
