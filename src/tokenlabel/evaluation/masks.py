@@ -91,10 +91,10 @@ class MaskFolder:
     ) -> None:
         """Raise DataError if masks are missing (`all_needed`), or if some of them hold ids that are no class.
 
-        Also where classes.txt beside them lists other classes.
-        Also for masks of only 0 and 255 of images of several classes: there 255 probably is a class. Print which masks
-        belong to no image, which have other shapes than their images, and in which order their classes are taken if
-        nothing says so (`overrule`: what to do about it; None if the classes are the masks' own).
+        Also where classes.txt beside them lists other classes, and for masks of only 0 and 255 of images of several
+        classes: there 255 probably is a class. Print which masks belong to no image, which have other shapes than their
+        images, and in which order their classes are taken if nothing says so (`overrule`: what to do about it; None if
+        the classes are the masks' own).
         """
         source = self._source
         # With a class map ids are others, and classes without names may be any.
@@ -194,7 +194,7 @@ class MaskFolder:
 def stated_classes(masks: Path) -> list[str]:
     """Return the classes of the values of masks: COCO's categories, or the list in classes.txt beside a folder.
 
-    None where there is no list.
+    Empty where there is no such list.
     """
     if masks.suffix == COCO_SUFFIX:
         return CocoMasks(masks).class_names
