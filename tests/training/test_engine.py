@@ -124,8 +124,8 @@ def test_what_cannot_be_is_refused_with_the_reason(scenes, tmp_path, changes, wo
 
 
 def test_what_the_processes_cannot_train_by_is_refused_before_images_are_looked_at(tmp_path):
-    for changes in ({"micro_batch_size": 3}, {"sync_batchnorm": True}, {"sharded": True}):
-        with pytest.raises(ConfigError, match=next(iter(changes))):
+    for changes in ({"micro_batch_size": 3}, {"sync_batchnorm": True}, {"sharded": True}, {"mix__group_size": 3}):
+        with pytest.raises(ConfigError, match=next(iter(changes)).replace("__", ".")):
             train(recipe_in_groups(tmp_path / "nowhere", **changes), tmp_path / "run", device=CPU)
 
 

@@ -78,6 +78,18 @@ class MixConfig:
                 f"mix.mixup_share is for mix.kind cutmix, got {self.kind.value}; take kind mixup for Mixup alone"
             )
 
+    def size_of_groups(self, num_images: int) -> int:
+        """Return how many images a group has if `num_images` go through the model at once.
+
+        Raises ConfigError if they do not divide into groups of `group_size`.
+        """
+        if num_images % (self.group_size or num_images):
+            raise ConfigError(
+                f"mix.group_size {self.group_size} does not divide the {num_images} images that go through the model "
+                "at once; choose a divisor, or another batch_size or micro_batch_size"
+            )
+        return self.group_size or num_images
+
 
 class ErasingMode(Choice):
     """What fills a box: CONST the mean colour, RAND one random colour, PIXEL a random colour for each pixel.

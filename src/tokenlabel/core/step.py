@@ -112,11 +112,7 @@ def erase_and_draw(
     index in the batch, so the result does not depend on how a batch is divided among micro-batches and processes.
     Raises ConfigError for a micro-batch that does not divide into groups.
     """
-    group_size = mixing.group_size or len(images)
-    if len(images) % group_size:
-        raise ConfigError(
-            f"mix.group_size {group_size} does not divide the {len(images)} images that go through the model at once"
-        )
+    group_size = mixing.size_of_groups(len(images))
     img_size = (images.shape[2], images.shape[3])
     groups, masks, plans = [], [], []
     for index in range(0, len(images), group_size):

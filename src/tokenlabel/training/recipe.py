@@ -249,6 +249,9 @@ class TrainingConfig:
         check_numbers(self, batch_size=NATURAL, micro_batch_size=NATURAL)
         check_numbers(self, seed=SEED)
 
+    def check_part(self, num_images: int) -> None:
+        """Raise ConfigError if a training step cannot take so many images through the model at once."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe(TrainingConfig):
@@ -261,6 +264,10 @@ class Recipe(TrainingConfig):
     mix: MixConfig = field(default_factory=MixConfig, metadata=ONE_OPTION)
     loss: LossConfig = field(default_factory=LossConfig)
     eval: EvalConfig = field(default_factory=EvalConfig, metadata=ONE_OPTION)
+
+    def check_part(self, num_images: int) -> None:
+        """See the base class: `mix.group_size` must divide them."""
+        self.mix.size_of_groups(num_images)
 
     @property
     def uses_token_labels(self) -> bool:

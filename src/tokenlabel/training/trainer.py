@@ -131,12 +131,14 @@ def parts_of_batch(recipe: TrainingConfig, ranks: Ranks, device: torch.device) -
         raise ConfigError("sharded divides a model among processes; start them with torchrun, or set it to false")
     share, rest = divmod(recipe.batch_size, ranks.world_size)
     most = recipe.micro_batch_size or share
-    if rest or share % min(most, share):
+    num_images = min(most, share)
+    if rest or share % num_images:
         raise ConfigError(
             f"batch_size {recipe.batch_size} over {ranks.world_size} processes in parts of {most} images leaves a "
             "rest; choose batch_size as a multiple of processes x micro_batch_size"
         )
-    return share // min(most, share)
+    recipe.check_part(num_images)
+    return share // num_images
 
 
 @dataclass(frozen=True, eq=False)
