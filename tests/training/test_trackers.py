@@ -1,7 +1,6 @@
 import os
 import subprocess
 import sys
-from contextlib import closing
 
 import pytest
 import torch
@@ -12,9 +11,11 @@ from test_train import nested_recipe, write_labels
 from tokenlabel.classification.task import train
 from tokenlabel.data.scenes import write_scenes
 from tokenlabel.runtime.configuration import config_from_dict
+from tokenlabel.runtime.distributed import Ranks
 from tokenlabel.runtime.errors import ConfigError
 from tokenlabel.runtime.runlog import RunLog, TensorBoard, WandB, read_metrics
 from tokenlabel.training.recipe import Recipe
+from tokenlabel.training.run_folder import locked
 
 
 def write_steps(run, steps, tracker, **options):
@@ -40,7 +41,7 @@ def test_it_hears_nothing_on_other_ranks(tmp_path):
 
 def test_tensorboard_reads_the_figures_of_a_run_that_was_stopped_and_continued(tmp_path):
     for start, steps in ((0, range(1, 8)), (4, range(5, 11))):
-        with closing(TensorBoard(tmp_path / "tensorboard")) as tensorboard:
+        with TensorBoard(tmp_path / "tensorboard") as tensorboard:
             write_steps(tmp_path, steps, tensorboard, start_step=start)
     figures = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert figures.Tags()["scalars"] == ["train/loss", "eval/top1"]
@@ -78,9 +79,10 @@ def test_wandb_offline_holds_the_figures_of_a_run_that_was_stopped_and_continued
 
 def test_wandb_without_a_login_is_one_line(tmp_path):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
-    code = f"from pathlib import Path; from tokenlabel.runtime.runlog import WandB; WandB(Path({str(tmp_path)!r}))"
+    code = "from pathlib import Path; from tokenlabel.runtime.runlog import WandB; WandB(Path('.')).__enter__()"
     done = subprocess.run(
         [sys.executable, "-c", code],
+        cwd=tmp_path,
         env=environment | {"HOME": str(tmp_path), "NETRC": str(tmp_path / "none")},
         capture_output=True,
         text=True,
@@ -97,3 +99,26 @@ def test_a_run_tells_its_trackers_what_it_writes(tmp_path):
     train(recipe, tmp_path / "run", device=torch.device("cpu"), trackers=[heard.append])
     assert heard == read_metrics(tmp_path / "run")
     assert {line["kind"] for line in heard} == {"train", "eval"}
+
+
+def test_a_tracker_is_opened_in_a_folder_that_is_locked(tmp_path):
+    class Tracker:
+        entered = exited = 0
+
+        def __enter__(self):
+            self.entered += 1
+
+        def __exit__(self, *_):
+            self.exited += 1
+
+        def __call__(self, line):
+            raise AssertionError(line)
+
+    tracker = Tracker()
+    recipe = config_from_dict(nested_recipe(tmp_path / "nowhere"), Recipe, name="recipe")
+    with locked(tmp_path / "run", Ranks()), pytest.raises(ConfigError, match="another process trains"):
+        train(recipe, tmp_path / "run", device="cpu", trackers=[tracker])
+    assert (tracker.entered, tracker.exited) == (0, 0)
+    with pytest.raises(ValueError, match="nowhere"):
+        train(recipe, tmp_path / "run", device="cpu", trackers=[tracker])
+    assert (tracker.entered, tracker.exited) == (1, 1)

@@ -8,18 +8,21 @@ import secrets
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
 from tqdm import tqdm
 
+from tokenlabel.runtime.configuration import read_yaml
 from tokenlabel.runtime.errors import ConfigError, first_line, import_extra
-from tokenlabel.runtime.process import is_main_process, naming, write_whole
+from tokenlabel.runtime.process import naming, write_whole
 
 Tracker = Callable[[dict[str, Any]], None]
-"""Called in the main process with each line of metrics: `step`, `kind` (train or eval) and figures by name."""
+"""Called in the main process with each line of metrics: `step`, `kind` (train or eval) and figures by name.
+
+A tracker that is a context manager is entered there, too, when the run folder is locked, and exited in the end.
+"""
 
 
 class TensorBoard:
@@ -45,8 +48,10 @@ class TensorBoard:
                 self._writer.add_scalar(f"{line['kind']}/{name}", value, line["step"])
         self._writer.flush()
 
-    def close(self) -> None:
-        """Close the files."""
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         if self._writer is not None:
             self._writer.close()
 
@@ -60,53 +65,50 @@ class WandB:
     """
 
     def __init__(self, folder: Path) -> None:
-        wandb = import_extra("wandb", "wandb", "Weights & Biases", otherwise=", or leave --wandb out")
-        folder.mkdir(parents=True, exist_ok=True)
-        id_file = folder / "wandb.id"
+        self._wandb = import_extra("wandb", "wandb", "Weights & Biases", otherwise=", or leave --wandb out")
+        self._folder, self._recipe_told = folder, False
+        self._run: Any = None
+
+    def __enter__(self) -> Tracker:
+        id_file = self._folder / "wandb.id"
         if not id_file.exists():
             id_file.write_text(secrets.token_hex(8), encoding="utf-8")
         try:
-            self._run = wandb.init(
+            self._run = self._wandb.init(
                 project=os.environ.get("WANDB_PROJECT", "tokenlabel"),
-                name=folder.resolve().name,
+                name=self._folder.resolve().name,
                 id=id_file.read_text(encoding="utf-8").strip(),
                 resume="allow",
-                dir=str(folder),
-                settings=wandb.Settings(console="off", silent=True, init_timeout=30),
+                dir=str(self._folder),
+                settings=self._wandb.Settings(console="off", silent=True, init_timeout=30),
             )
-        except (wandb.Error, OSError) as error:
+        except (self._wandb.Error, OSError) as error:
             raise ConfigError(
                 f"--wandb: {first_line(error).rstrip('.')}; log in by `wandb login`, or set WANDB_MODE=offline"
             ) from error
         # A continued run says some steps again, which W&B's own step would refuse.
         self._run.define_metric("*", step_metric="step")
-        self._recipe: Path | None = folder / "recipe.yaml"
+        return self
 
     def __call__(self, line: dict[str, Any]) -> None:
         """Log the figures of a line of metrics."""
-        if self._recipe is not None:  # written when the first step was taken
-            if self._recipe.exists():
-                recipe = yaml.safe_load(self._recipe.read_text(encoding="utf-8"))
-                self._run.config.update(recipe, allow_val_change=True)
-            self._recipe = None
+        if not self._recipe_told:
+            recipe = read_yaml(self._folder / RECIPE_FILE)
+            self._run.config.update(recipe, allow_val_change=True)
+            self._recipe_told = True
         figures = {f"{line['kind']}/{name}": value for name, value in line.items() if isinstance(value, int | float)}
         figures.pop(f"{line['kind']}/step")
         self._run.log({"step": line["step"], **figures})
 
-    def close(self) -> None:
-        """Send what is left."""
-        self._run.finish()
+    def __exit__(self, *_: object) -> None:
+        self._run.finish()  # sends what is left
 
 
-@contextmanager
-def trackers_of(run: Path, *, tensorboard: bool, wandb: bool) -> Iterator[list[Tracker]]:
-    """Yield the trackers of a run, on the main process only; close them in the end."""
-    with ExitStack() as stack:
-        kinds = ((TensorBoard, run / "tensorboard", tensorboard), (WandB, run, wandb))
-        trackers = [kind(folder) for kind, folder, is_wanted in kinds if is_wanted and is_main_process()]
-        for tracker in trackers:
-            stack.callback(tracker.close)
-        yield [*trackers]
+def open_trackers(trackers: Sequence[Tracker], stack: ExitStack) -> None:
+    """Enter those trackers that are context managers; `stack` exits them."""
+    for tracker in trackers:
+        if isinstance(tracker, AbstractContextManager):
+            stack.enter_context(tracker)
 
 
 METRICS_FILE, RECIPE_FILE = "metrics.jsonl", "recipe.yaml"  # of a run folder

@@ -9,7 +9,7 @@ from typing import Any
 
 from tokenlabel.runtime.arguments import Parser, add_device, configured, device_of, parse
 from tokenlabel.runtime.process import is_main_process
-from tokenlabel.runtime.runlog import read_metrics, trackers_of
+from tokenlabel.runtime.runlog import TensorBoard, Tracker, WandB, read_metrics
 from tokenlabel.training.recipe import TrainingConfig, add_recipe_arguments, recipe_content
 
 
@@ -44,17 +44,15 @@ def run_train(
     options = parse(parser, arguments, read_recipe=lambda name: recipe_content(name, recipe_type))
     recipe: Any = configured(parser, options, recipe_type)
     (train, build), device = task(), device_of(options.device)
-    from tokenlabel.training.run_folder import check_apart
-
-    check_apart(options.out, *recipe.data.image_folders)  # before a tracker writes there
     if options.dry_run:
         from tokenlabel.training.dry_run import dry_run
 
         text = dry_run(recipe, build, options.out, device=device)
     else:
-        with trackers_of(options.out, tensorboard=options.tensorboard, wandb=options.wandb) as trackers:
-            changed = options.changed_numerics
-            figures = train(recipe, options.out, device=device, trackers=trackers, changed_numerics=changed)
+        trackers: list[Tracker] = [TensorBoard(options.out / "tensorboard")] if options.tensorboard else []
+        trackers += [WandB(options.out)] if options.wandb else []
+        changed = options.changed_numerics
+        figures = train(recipe, options.out, device=device, trackers=trackers, changed_numerics=changed)
         text = json.dumps(figures or (read_metrics(options.out) or [{}])[-1]) if is_main_process() else ""
     if is_main_process():
         print(text, flush=True)

@@ -13,6 +13,7 @@ import torch
 from tokenlabel.drawing.page import Page, table
 from tokenlabel.runtime.distributed import joined_ranks
 from tokenlabel.runtime.runlog import Stopwatch
+from tokenlabel.training.run_folder import check_apart
 from tokenlabel.training.tasks import Summary, Task
 from tokenlabel.training.trainer import Trainer, outer_steps, parts_of_batch, peak_memory_bytes, prepare, train_step
 
@@ -28,6 +29,7 @@ def dry_run(recipe: Any, build: Callable[..., Task[Any]], out: Path, *, device: 
     Also draws the first images of the first batch, as they are trained on, into OUT/first_batch.html. `build` makes the
     task of the recipe. Under torchrun all ranks take part.
     """
+    check_apart(out, *recipe.data.image_folders)
     with joined_ranks(device) as ranks:
         parts_of_batch(recipe, ranks, device)  # for its errors, before the images are looked at
         task = build(recipe, device=device)

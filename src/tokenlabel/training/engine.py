@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from tokenlabel.models.runs import list_checkpoints
 from tokenlabel.runtime.distributed import Ranks, joined_ranks, usable_device
 from tokenlabel.runtime.errors import ModelError
 from tokenlabel.runtime.process import Interrupted, caught_signals
-from tokenlabel.runtime.runlog import RunLog, Stopwatch, Tracker, read_metrics
+from tokenlabel.runtime.runlog import RunLog, Stopwatch, Tracker, open_trackers, read_metrics
 from tokenlabel.training.checkpoint import load_checkpoint, prune_checkpoints, save_checkpoint
 from tokenlabel.training.run_folder import changes_figures, check_apart, check_run_folder, locked, numerics
 from tokenlabel.training.tasks import Task
@@ -55,8 +56,9 @@ def train_in(
     """Train the task that `build` makes of a recipe, holding the lock of the run folder; see `run_task`."""
     device, run = usable_device(device), Path(run)
     check_apart(run, *recipe.data.image_folders)
-    with joined_ranks(device) as ranks, locked(run, ranks):
+    with joined_ranks(device) as ranks, locked(run, ranks), ExitStack() as opened:
         parts_of_batch(recipe, ranks, device)  # for its errors, before the images are looked at
+        ranks.on_main(lambda: open_trackers(trackers, opened))
         return run_task(
             build(recipe, device=device, run=run),
             run,
