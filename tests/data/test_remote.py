@@ -30,6 +30,7 @@ from tokenlabel.data.tars import write_index
 from tokenlabel.labels.manifest import Manifest
 from tokenlabel.labels.store import LabelStore
 from tokenlabel.labels.writer import LabelStoreWriter
+from tokenlabel.runtime import cache
 from tokenlabel.runtime.errors import DataError, RemoteError, StoreError
 from tokenlabel.runtime.remote import as_url, expanded
 
@@ -288,6 +289,31 @@ class TestOverHttp:
         assert not [name for name in server.requests[before:] if name.endswith(".safetensors")]
         with pytest.raises(StoreError, match="are written to a folder of this machine"):
             LabelStoreWriter(f"{server.url}/labels", store.manifest)
+
+    def test_a_folder_that_leaves_the_cache_is_never_seen_in_part(self, server, folder, labels, monkeypatch):
+        store = LabelStore(f"{server.url}/labels")
+        for descriptor in cache._held.values():  # as when the process that read it has ended
+            os.close(descriptor)
+        monkeypatch.setattr(cache, "_held", {})
+        with monkeypatch.context() as killed:
+            killed.setattr(cache.shutil, "rmtree", lambda *_, **__: None)  # before it removed anything
+            killed.setenv("TOKENLABEL_CACHE_SIZE", "100")
+            cache._make_room(100, "more")
+        assert not store.folders[0].exists()
+        assert set(LabelStore(f"{server.url}/labels")) == set(store)
+
+    def test_a_folder_that_is_being_fetched_is_not_taken_for_an_abandoned_one(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("TOKENLABEL_CACHE", str(tmp_path / "cache"))
+        unfinished = tmp_path / "cache" / "folders" / ".labels"
+        unfinished.mkdir(parents=True)
+        with cache._room(10, "labels", unfinished) as moved:
+            for path in (unfinished, *(tmp_path / "cache" / "files").iterdir()):
+                os.utime(path, (1e9, 1e9))  # a file of hours
+            moved()
+            cache._make_room(10, "others")
+            assert unfinished.exists()
+            assert len([*(tmp_path / "cache" / "files").iterdir()]) == 1
+        assert not [*(tmp_path / "cache" / "files").iterdir()]
 
 
 @pytest.mark.parametrize(

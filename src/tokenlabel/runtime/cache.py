@@ -79,8 +79,9 @@ def local_copy(name: str | Path) -> Path:
             say(f"{url}: fetching {len(files):,} files, {_size(num_bytes)}")
             unfinished = target.with_name(f".{target.name}")
             shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir()
             base = filesystem.unstrip_protocol(path).rstrip("/") + "/"
-            with _room(num_bytes, url) as moved, ThreadPoolExecutor(NUM_AHEAD) as pool:
+            with _room(num_bytes, url, unfinished) as moved, ThreadPoolExecutor(NUM_AHEAD) as pool:
                 list(pool.map(lambda f: download(f, unfinished / f.url.removeprefix(base), moved), files))
             unfinished.replace(target)
             _hold(target)
@@ -164,18 +165,24 @@ def _is_there(path: Path, file: RemoteFile) -> bool:
 
 
 @contextmanager
-def _room(num_bytes: int, url: str) -> Iterator[Callable[[], None]]:
+def _room(num_bytes: int, url: str, unfinished: Path | None = None) -> Iterator[Callable[[], None]]:
     """Reserve bytes in the cache, in place of the least recently used; yield a function to call at each progress.
 
-    Raises RemoteError if they never fit.
+    `unfinished`: the folder in the cache that the files are written to. Raises RemoteError if they never fit.
     """
-    # Other processes count this file's name as bytes in use; its modification time tells them that we are alive.
+    # Other processes count this file's name as bytes in use; modification times tell them that we are alive.
     reservation = _folder("files") / f".{os.urandom(4).hex()}-{num_bytes}.tmp"
     with exclusive("room.lock"):
         _make_room(num_bytes, url)
         reservation.touch()
+
+    def _moved() -> None:
+        reservation.touch()  # again, if another process took it away while this one slept
+        if unfinished is not None:
+            os.utime(unfinished)
+
     try:
-        yield lambda: os.utime(reservation)
+        yield _moved
     finally:
         reservation.unlink(missing_ok=True)
 
@@ -212,7 +219,13 @@ def _reserved_bytes(path: Path) -> int:
 
 
 def _remove(path: Path) -> None:
-    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+    if not path.is_dir():
+        path.unlink(missing_ok=True)
+        return
+    # Its name goes at once: what a process that is killed here leaves must not look like a whole folder.
+    gone = path.with_name(f".{os.urandom(4).hex()}.gone")
+    path.replace(gone)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 _held: dict[Path, int] = {}
