@@ -175,6 +175,8 @@ def inspect(parser: Parser, arguments: list[str]) -> None:
 
 
 def _add_inspect_arguments(parser: Parser) -> None:
+    from tokenlabel.drawing.page import PAGE
+
     parser.add_argument("store", type=Path, nargs="+", help="folders of labels, read as one")
     parser.add_argument("--images", type=Path, help=f"the images, for their classes and changes of them: {IMAGES_HELP}")
     parser.add_argument("--pictures", type=Path, help="write an HTML page of maps over images to this file")
@@ -186,6 +188,7 @@ def _add_inspect_arguments(parser: Parser) -> None:
     parser.add_argument("--size", type=int, help="of --out-of-fold: images are seen at size x size pixels")
     text = "of --out-of-fold: write pred_probs, labels, keys and class_names to this .npz, as cleanlab takes them"
     parser.add_argument("--probabilities", type=Path, help=text)
+    parser.written |= {"pictures": PAGE, "probabilities": ("such archive", rb"PK\x03\x04.{26}pred_probs\.npy")}
     _add_duplicates(parser)
     add_figures(parser)
 
@@ -325,6 +328,9 @@ def report(parser: Parser, arguments: list[str]) -> None:
     """Write one self-contained HTML file about one or more runs."""
     parser.add_argument("runs", type=Path, nargs="+", help="run folders")
     parser.add_argument("--output", type=Path, default=Path("report.html"), help="the file to write")
+    from tokenlabel.drawing.page import PAGE
+
+    parser.written["output"] = PAGE
     options = parse(parser, arguments)
     from tokenlabel.report import write_report
 

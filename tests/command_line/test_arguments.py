@@ -4,13 +4,16 @@ import os
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tokenlabel.cli import VERBS, main
-from tokenlabel.runtime.arguments import Parser, configured, device_of, parse, parse_config
+from tokenlabel.drawing.page import Page
+from tokenlabel.runtime.arguments import Parser, add_figures, configured, device_of, parse, parse_config
 from tokenlabel.runtime.configuration import config_from_dict, read_yaml
 from tokenlabel.runtime.process import write_whole
 from tokenlabel.teachers.annotation import AnnotateConfig
+from tokenlabel.teachers.folds import FoldPredictions
 from tokenlabel.training.recipe import Recipe, add_recipe_arguments, recipe_content
 
 
@@ -136,14 +139,36 @@ def test_what_is_there_but_cannot_be_written_to_is_refused_before_the_work(tmp_p
 
 def test_figures_replace_no_file_of_another_kind(tmp_path):
     parser = Parser("x", "")
-    parser.add_argument("--output", type=Path)
-    for text in ("", '{\n "top1": 0.5\n}\n', "<!doctype html>\n<html>"):
+    add_figures(parser)
+    for text in ("", '{\n "network": "run"\n}\n', '{\n "num_images": 8\n}\n'):
         (tmp_path / "there").write_text(text)
         parse(parser, ["--output", str(tmp_path / "there")])
-    for text in ("epochs: 30\n", '{"step": 10}\n{"step": 20}\n'):  # a recipe, metrics.jsonl
+    # a recipe, metrics.jsonl, a store's manifest, a page
+    for text in ("epochs: 30\n", '{"step": 10}\n{"step": 20}\n', '{\n "format_version": 1\n}\n', "<!doctype html>\n"):
         (tmp_path / "there").write_text(text)
-        with pytest.raises(ValueError, match="there: exists and holds neither figures nor a page; choose another"):
+        with pytest.raises(ValueError, match="there: exists and is no file of figures; choose another file"):
             parse(parser, ["--output", str(tmp_path / "there")])
+
+
+def test_a_page_and_probabilities_replace_their_like_only(tmp_path, capsys):
+    Page("older").write(tmp_path / "page")
+    FoldPredictions([], np.zeros(0, np.int64), np.zeros((0, 2)), ["a", "b"]).save(tmp_path / "probs")
+    (tmp_path / "own.html").write_text("<!doctype html>\n<html><head><title>mine</title>")
+    np.savez(tmp_path / "own.npz", a=np.zeros(3))
+    options = ["--images", "images", "--out-of-fold", "resnet10t"]
+    for option, good, bad in (("--pictures", "page", "own.html"), ("--probabilities", "probs", "own.npz")):
+        assert main(["inspect", "nowhere", *options, option, str(tmp_path / good)]) == 2
+        assert "nowhere" in capsys.readouterr().err
+        assert main(["inspect", "nowhere", *options, option, str(tmp_path / bad)]) == 2
+        assert f"{bad}: exists and is no " in capsys.readouterr().err
+
+
+def test_a_page_is_written_into_a_pipe():
+    reader, writer = os.pipe()
+    Page("piped").write(Path(f"/dev/fd/{writer}"))
+    os.close(writer)
+    with os.fdopen(reader) as file:
+        assert file.read().startswith("<!doctype html>")
 
 
 def test_a_file_is_written_into_a_pipe_or_a_device():

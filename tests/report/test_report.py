@@ -161,15 +161,16 @@ class TestReport:
 
     def test_says_what_is_wrong_in_a_line_and_keeps_an_older_page(self, here, capsys):
         Path("none").mkdir()
-        Path("page.html").write_text("<!doctype html>older")
+        Page("older").write(Path("page.html"))
+        older = Path("page.html").read_text()
         assert "none: holds no recipe.yaml" in refusal(capsys, "first", "none", "--output", "page.html")
         told = refusal(capsys, "first", "./first", "second/../first", "--output", "page.html")
         assert told.endswith("first and first are the same run; name it once")
         assert "first: is a folder" in refusal(capsys, "first", "--output", "first")
         for output in ("page.html/x.html", "/proc/x.html"):
             assert f"{output}: cannot be written (" in refusal(capsys, "first", "--output", output)
-        assert "holds neither figures nor a page" in refusal(capsys, "first", "--output", "first/recipe.yaml")
-        assert Path("page.html").read_text() == "<!doctype html>older"
+        assert "exists and is no page of tokenlabel's" in refusal(capsys, "first", "--output", "first/recipe.yaml")
+        assert Path("page.html").read_text() == older
         assert "model:" in Path("first/recipe.yaml").read_text()
 
     def test_time_is_what_the_steps_took(self, here):

@@ -20,7 +20,7 @@ from PIL import Image
 
 from tokenlabel.drawing.pictures import Album, ClassGrid, class_colour
 from tokenlabel.runtime.errors import ConfigError
-from tokenlabel.runtime.process import write_whole
+from tokenlabel.runtime.process import is_replaced, write_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -153,14 +153,11 @@ def check_output(output: Path) -> None:
         folder = next((folder for folder in output.absolute().parents if folder.exists()), output)
         if not folder.is_dir() or not os.access(folder, os.W_OK):
             raise _unwritable(output, f"{folder} is no folder that can be written to")
-        with output.open("rb") as file:
-            start = file.read(len(_START)).decode("utf-8", "replace")
-    except FileNotFoundError:
-        return
+        replaced = is_replaced(output, PAGE[1])
     except OSError as error:
         raise _unwritable(output, error.strerror or str(error)) from error
-    if start and start != _START:
-        raise ConfigError(f"{output}: exists and is no page; choose another file, or remove it")
+    if not replaced:
+        raise ConfigError(f"{output}: exists and is no {PAGE[0]}; choose another file, or remove it")
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -255,12 +252,14 @@ def run_legend(names: Sequence[str]) -> str:
     return f'<p class="legend">{"".join(chips)}</p>'
 
 
-_START = "<!doctype html>"
+_START = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark"><title>"""
+PAGE = ("page of tokenlabel's", re.escape(_START).encode())
+"""What is written, and how it begins: such a file is replaced."""
 _PAGE = (
     _START
-    + """
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark"><title>{title}</title><style>
+    + """{title}</title><style>
 :root {{ --text: #1d2330; --faint: #5b6478; --line: #dde1ea; --page: #fff }}
 @media (prefers-color-scheme: dark) {{
   :root {{ --text: #dfe4ee; --faint: #9aa5ba; --line: #333b4b; --page: #13161d }}

@@ -31,12 +31,11 @@ from tokenlabel.runtime.configuration import (
     with_types,
 )
 from tokenlabel.runtime.errors import near_names
-from tokenlabel.runtime.process import write_whole
+from tokenlabel.runtime.process import is_replaced, write_whole
 
 if TYPE_CHECKING:
     import torch
 
-_WRITTEN = re.compile(rb"\{\n|<!doctype html>|\Z")  # how what earlier calls wrote begins: figures, a page, nothing
 # Other names of options, which help does not show.
 _SHORT = {"--data.ignore": "--data.ignore-index", "--run": "--out"}
 
@@ -45,13 +44,15 @@ class Parser(ArgumentParser):
     """A parser that raises ValueError of one line instead of ending the process, and takes the fields of a dataclass.
 
     `config`: the dataclass. `settings`: its fields by the options that set them. They are read in this module, by the
-    annotations of the fields; argparse lists them in the help, and names those that are missing.
+    annotations of the fields; argparse lists them in the help, and names those that are missing. `written`: what the
+    file of an option is, and how one begins: an earlier call's is replaced, any other file is refused.
     """
 
     def __init__(self, verb: str, description: str) -> None:
         super().__init__(f"tokenlabel {verb}", description=description, allow_abbrev=False, formatter_class=_Formatter)
         self.config: type | None = None
         self.settings: dict[str, Setting] = {}
+        self.written: dict[str, tuple[str, bytes]] = {}
 
     def error(self, message: str) -> NoReturn:
         """Raise ValueError for what argparse says."""
@@ -176,7 +177,8 @@ def parse(
         raise ValueError(f"unrecognized arguments: {' '.join(strangers)}{advice}")
     for name in ("out", "output", "pictures", "probabilities", "head"):  # before the work, not after it
         path = getattr(options, name, None)
-        if isinstance(path, Path) and (problem := _why_unwritable(path, name if f"--{name}" in parser.options else "")):
+        option = name if f"--{name}" in parser.options else ""
+        if isinstance(path, Path) and (problem := _why_unwritable(path, option, parser.written.get(option))):
             raise ValueError(problem)
     options.fields = fields
     return options
@@ -223,7 +225,7 @@ def _with_option(
     return overlaid(fields, value, parser.config)  # type: ignore[arg-type]
 
 
-def _why_unwritable(path: Path, option: str) -> str | None:
+def _why_unwritable(path: Path, option: str, written: tuple[str, bytes] | None) -> str | None:
     """Return why nothing can be made at a path, or, of what is there, why it is not what an option takes."""
     if option == "out" and path.is_file():
         return f"--out {path}: is a file; name a folder"
@@ -231,10 +233,8 @@ def _why_unwritable(path: Path, option: str) -> str | None:
         return f"--{option} {path}: is a folder; name a file, which may be in it"
     if path.exists() and not (path.is_file() or path.is_dir()):
         return None  # a device or a pipe
-    if option == "output" and path.is_file():
-        with path.open("rb") as file:
-            if not _WRITTEN.match(file.read(16)):  # the start: it may be gigabytes of weights
-                return f"--output {path}: exists and holds neither figures nor a page; choose another file"
+    if written and not is_replaced(path, written[1]):
+        return f"--{option} {path}: exists and is no {written[0]}; choose another file, or remove it"
     # A file is replaced by another, so it is its folder that counts.
     folder = path if path.is_dir() else next(folder for folder in path.absolute().parents if folder.exists())
     reason = f"nothing can be made in {folder}" if folder.is_dir() else f"{folder} is a file"
@@ -330,6 +330,7 @@ def add_figures(parser: Parser) -> None:
     """Let a parser take how `print_figures` prints, and `--device`."""
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
     parser.add_argument("--output", type=Path, help="also write the figures to this JSON file")
+    parser.written["output"] = ("file of figures", rb'\{\n "(network|num_images)": ')  # the first of each verb
     add_device(parser)
 
 

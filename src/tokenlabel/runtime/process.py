@@ -16,6 +16,7 @@ import re
 import select
 import signal
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -74,8 +75,14 @@ class Interrupted(Exception):  # noqa: N818  (not an error: somebody asked the r
 
 @contextmanager
 def caught_signals() -> Iterator[list[int]]:
-    """Yield a list that collects SIGINT and SIGTERM, so that no step is interrupted; a second one raises at once."""
+    """Yield a list that collects SIGINT and SIGTERM, so that no step is interrupted; a second one raises at once.
+
+    In another thread than the main one, which alone may catch signals, nothing is collected.
+    """
     received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
 
     def _remember(number: int, _: object) -> None:
         if received:
@@ -187,7 +194,7 @@ def write_whole(path: Path, content: str | Iterable[bytes]) -> None:
     written into, not replaced.
     """
     parts = [content.encode()] if isinstance(content, str) else content
-    if path.parent in (Path("/dev"), Path("/dev/fd")) or (path.exists() and not path.is_file()):
+    if _is_stream(path):
         with path.open("wb") as file:
             file.writelines(parts)
         return
@@ -211,6 +218,26 @@ def write_whole(path: Path, content: str | Iterable[bytes]) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def is_replaced(path: Path, beginning: bytes) -> bool:
+    """Return True if `write_whole` may write there: there is no file, an empty one, or one with a known beginning.
+
+    `beginning`: a regular expression for up to 256 bytes. Raises OSError for a folder, and what cannot be read.
+    """
+    if _is_stream(path):
+        return True
+    try:
+        with path.open("rb") as file:
+            start = file.read(256)  # no more: it may be gigabytes of weights
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    return not start or re.match(beginning, start, re.DOTALL) is not None
+
+
+def _is_stream(path: Path) -> bool:
+    """Return True for what is written into, not replaced: devices and pipes."""
+    return path.parent in (Path("/dev"), Path("/dev/fd")) or (path.exists() and not (path.is_file() or path.is_dir()))
 
 
 @contextmanager
