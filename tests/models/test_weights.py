@@ -106,6 +106,19 @@ def test_positions_follow_the_image_size(tmp_path: Path, img_size: tuple[int, in
     torch.testing.assert_close(other(image).class_logits, one(image).class_logits)
 
 
+def test_as_many_positions_of_another_shape_are_a_square(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one, other = tiny((16, 16)), tiny((8, 32))
+    save_file(one.state_dict(), tmp_path / "model.safetensors")
+    assert load_published(other, tmp_path).resized == ("backbone.pos_embed",)
+    assert "16 position embeddings, taken for 4 x 4 and resized to 2 x 8" in capsys.readouterr().err
+    expected = resize_positions(one.state_dict()["backbone.pos_embed"], (4, 4), (2, 8))
+    torch.testing.assert_close(other.state_dict()["backbone.pos_embed"], expected)
+    save_file(other.state_dict(), tmp_path / "model.safetensors")
+    third = tiny((8, 32))
+    assert load_published(third, tmp_path, grid=(2, 8)).resized == ()
+    assert states_equal(third.state_dict(), other.state_dict())
+
+
 def test_positions_that_are_no_square_need_their_grid(tmp_path: Path) -> None:
     one, other = tiny((8, 28)), tiny((16, 16))
     save_file(one.state_dict(), tmp_path / "model.safetensors")

@@ -14,6 +14,7 @@ from tokenlabel.models.runs import read_description
 from tokenlabel.models.weight_files import Weights
 from tokenlabel.runtime.coercion import pair
 from tokenlabel.runtime.errors import ModelError
+from tokenlabel.runtime.process import say
 
 
 def resize_positions(
@@ -75,16 +76,27 @@ def _guess_grid(num_positions: int, new_grid: tuple[int, int], *, name: str) -> 
     return side, side
 
 
-def stated_grid(model: Any, weights: Weights) -> tuple[int, int] | None:
-    """Return the grid of a file's position embeddings by its description, where their number would mislead."""
+def grid_of(model: Any, weights: Weights) -> tuple[int, int] | None:
+    """Return the grid of a file's position embeddings where their number alone would mislead.
+
+    That is the grid of the image size in the file's description; without one, a square of as many positions as the
+    model has in another shape, which is said.
+    """
     backbone, size = model.backbone, read_description(weights.path).get("img_size")
     patch = getattr(backbone, "patch_size_px", getattr(getattr(backbone, "patch_embed", None), "patch_size", None))
     positions, own = (tensors.get("pos_embed") for tensors in (weights.backbone, backbone.state_dict()))
-    if positions is None or own is None or positions.ndim != 3 or size is None or patch is None:
+    if positions is None or own is None or positions.ndim != 3:
         return None
-    (height, width), (patch_height, patch_width) = size, pair(patch)
-    grid, (h, w) = (height // patch_height, width // patch_width), model.grid
-    num_prefix = own.shape[1] - h * w
-    fits = grid[0] * grid[1] == positions.shape[1] - num_prefix
-    misleads = grid != (h, w) and (grid[0] != grid[1] or grid[0] * grid[1] == h * w)
-    return grid if fits and misleads else None
+    h, w = model.grid
+    num_positions = positions.shape[1] - (own.shape[1] - h * w)
+    if size is not None and patch is not None:
+        (height, width), (patch_height, patch_width) = size, pair(patch)
+        grid = (height // patch_height, width // patch_width)
+        if grid[0] * grid[1] == num_positions:
+            misleads = grid != (h, w) and (grid[0] != grid[1] or num_positions == h * w)
+            return grid if misleads else None
+    side = math.isqrt(max(0, num_positions))
+    if h != w and num_positions == h * w == side * side:  # 24 x 24 of 384 px are as many as 18 x 32 of 288 x 512
+        say(f"{weights.path}: {num_positions} position embeddings, taken for {side} x {side} and resized to {h} x {w}")
+        return side, side
+    return None

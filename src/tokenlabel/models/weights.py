@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tokenlabel.models.positions import resize_all_positions, stated_grid
+from tokenlabel.models.positions import grid_of, resize_all_positions
 from tokenlabel.models.vision_transformer import VisionTransformer
 from tokenlabel.models.weight_files import Weights, find_weights
 from tokenlabel.runtime.errors import ModelError, first_line
@@ -77,7 +77,7 @@ def load(
     """Load the tensors of a file into a model; timm itself adapts other sizes and names.
 
     `grid`: token grid (h, w) of the file's position embeddings; by default that of the image size which a file of ours
-    states, else the model's if the number fits, else square.
+    states, else a square, else the model's.
     `rows`: a function from the row count of a head in the file to the row of each class that the model and the file
     share by name; a head of another class count without shared classes stays new, with a warning. A token head that the
     file lacks begins as the classifier. `tokens`: the classes of the file's token head: "classes", those of its
@@ -90,15 +90,13 @@ def load(
         weights = replace(weights, token_head={})
     modules = ("token_head.", *(f"backbone.{name}." for name in classifiers(model.backbone)))
     heads = [name for name in wanted if name.startswith(modules)]
-    found, old_shapes = _adapt(model, weights, grid=grid or stated_grid(model, weights), spared={*heads, *spared})
+    found, adapted = _adapt(model, weights, grid=grid or grid_of(model, weights), spared={*heads, *spared})
     by_name = [name for name in heads if tokens == "classes" or not name.startswith("token_head.")] if rows else []
     new_heads = tuple(sorted(_fit_heads(found, wanted, heads, path, rows, by_name) - {*spared}))
     as_classifier = _begin_as_classifier(model, found, new_heads) if tokens == "classes" else []
     fitting = {name: found[name] for name in wanted if name in found and found[name].shape == wanted[name].shape}
     model.load_state_dict(fitting, strict=False)
-    resized = tuple(
-        name for name in fitting if name not in heads and old_shapes.get(name) not in (None, wanted[name].shape)
-    )
+    resized = tuple(name for name in fitting if name not in heads and name in adapted)
     if anew := [name for name in new_heads if name not in as_classifier]:
         LOGGER.warning("%s has nothing for %s: they are newly initialised", path, ", ".join(anew))
     if as_classifier:
@@ -120,17 +118,17 @@ def load_all(model: nn.Module, tensors: Mapping[str, Tensor], *, name: str) -> N
 
 def _adapt(
     model: Any, weights: Weights, *, grid: tuple[int, int] | None, spared: Collection[str]
-) -> tuple[dict[str, Tensor], dict[str, torch.Size]]:
-    """Return a file's tensors in the model's names and sizes, apart from `spared`; and their sizes in the file."""
+) -> tuple[dict[str, Tensor], set[str]]:
+    """Return a file's tensors in the model's names and sizes, apart from `spared`; and which of them were resized."""
     wanted, name = model.state_dict(), str(weights.path)
     found = {f"backbone.{key}": tensor for key, tensor in weights.backbone.items()}
     token_head = {f"token_head.{key}": tensor for key, tensor in weights.token_head.items()}
-    shapes = {key: tensor.shape for key, tensor in found.items()}
+    shapes, resized = {key: tensor.shape for key, tensor in found.items()}, set[str]()
     create: Callable[..., nn.Module] | None = model.rebuild
     # Our own networks have only position embeddings to resize; timm's may have more that depends on the grid.
     ours = isinstance(model.backbone, VisionTransformer) or create is None
     if ours or grid is not None:
-        resize_all_positions(found, model, grid=grid, name=name)
+        resized |= {*resize_all_positions(found, model, grid=grid, name=name)}
     differences = partial(misfit, wanted=wanted, spared=spared, called=weights.name_in_file)
     complaint = differences(found)
     if complaint and not ours and create is not None:
@@ -141,11 +139,12 @@ def _adapt(
             complaint = differences(found)
     if complaint and not ours:  # timm cannot resize VOLO, CaiT and others
         with suppress(ModelError):
-            resize_all_positions(found, model, grid=grid, name=name)
+            resized |= {*resize_all_positions(found, model, grid=grid, name=name)}
             complaint = differences(found)
     if complaint:
         raise ModelError(f"{name} is for another model or other options: {complaint}")
-    return found | token_head, shapes
+    resized |= {key for key, shape in shapes.items() if key in found and found[key].shape != shape}
+    return found | token_head, resized
 
 
 def build_with(create: Callable[..., nn.Module], weights: Weights, *, like: nn.Module) -> nn.Module:
