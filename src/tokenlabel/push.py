@@ -23,12 +23,11 @@ from typing import Any, Literal, NamedTuple
 
 import yaml
 
-from tokenlabel.labels.manifest import read_manifest
 from tokenlabel.labels.shards import SHARD_SUFFIX
 from tokenlabel.labels.store import LabelStore
 from tokenlabel.models.names import OUR_MODELS
 from tokenlabel.models.runs import is_run, newest_checkpoint, read_state
-from tokenlabel.runtime.errors import ConfigError, StoreError, first_line, refuse
+from tokenlabel.runtime.errors import ConfigError, RemoteError, StoreError, first_line, refuse
 from tokenlabel.runtime.hub import HEAD_FILE, hub_answers, status_of
 from tokenlabel.runtime.process import listed, naming
 from tokenlabel.runtime.runlog import read_metrics
@@ -171,8 +170,9 @@ def _pack_head(path: Path, head: Head, folder: Path, repo: str) -> Card:
 def _pack_store(store: LabelStore, folder: Path, repo: str) -> Card:
     folder.mkdir()
     (source,) = store.folders
-    for name in ("manifest.json", *(shard.path.name for shard in store.shards)):
-        _link(source / name, folder / name)
+    shutil.copyfile(source / "manifest.json", folder / "manifest.json")
+    for shard in store.shards:
+        _link(source / shard.path.name, folder / shard.path.name)
     manifest = store.manifest
     about = STORE_CARD.format(title=repo.split("/")[1], num_labels=len(store), repo=repo)
     facts = {
@@ -228,8 +228,8 @@ def _teacher_of(recipe: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yield the entries about the teacher in the manifest of a run's labels, if the store still exists."""
     labels = recipe["data"]["labels"] or []
     for folder in [labels] if isinstance(labels, str) else labels:
-        with suppress(StoreError):
-            yield from read_manifest(folder).teacher.items()
+        with suppress(StoreError, RemoteError, ConfigError):
+            yield from LabelStore(folder).manifest.teacher.items()
 
 
 def _figures(run: Path, step: int) -> Iterator[str]:
@@ -237,7 +237,8 @@ def _figures(run: Path, step: int) -> Iterator[str]:
     lines = [line for line in read_metrics(run) if line["kind"] == "eval" and line["step"] == step]
     for line in lines[-1:]:
         yield f"On the val images of its recipe (`tokenlabel eval {run}`):"
-        yield _facts({name: value for name, value in line.items() if name not in ("step", "kind", "images_per_s")})
+        told = {name: value for name, value in line.items() if name not in ("step", "kind", "evaluated_as")}
+        yield _facts({name: value for name, value in told.items() if name != "images_per_s"})
 
 
 def _facts(facts: Mapping[str, Any]) -> str:

@@ -22,16 +22,19 @@ push run me/run
 push run me/run --licence Apache-2.0
 push labels me/labels --licence mit
 push own.safetensors me/head --licence mit
+fit-head images hub.safetensors --backbone test_vit --weights hf://me/run --from labels --size 32
 push run you/run --licence mit
 push images me/images --licence mit
 push run run --licence mit
 push typo/run me/run --licence mit
 push run me/run --licence mit --dry-run folder
 push run me/run --licence mit --dry-run folder
+push labels me/labels --licence mit --dry-run look
 eval hf://me/run --data images
 inspect hf://datasets/me/labels
 annotate images again --teacher hf://me/run
 annotate images by-head --teacher hf://me/head
+annotate images by-hub --teacher hub.safetensors
 annotate images hf://datasets/me/more --teacher hf://me/run
 train --recipe finetune --out more --model.weights hf://me/run --data.labels hf://datasets/me/labels \
  --data.train images --data.val images --optim.warmup-epochs 0 {SMALL}
@@ -134,6 +137,12 @@ def test_timm_reads_a_pushed_run_without_us(pushed):
     assert not list(Path(folder, "folder").rglob("optimizer.safetensors"))
 
 
+def test_what_is_written_for_a_look_may_be_edited(pushed):
+    folder, said, _, _ = pushed
+    assert said_by(said, "push labels me/labels --licence mit --dry-run")[0] == 0
+    assert (folder / "look" / "manifest.json").stat().st_nlink == 1
+
+
 @pytest.mark.parametrize(
     "command",
     [
@@ -141,6 +150,8 @@ def test_timm_reads_a_pushed_run_without_us(pushed):
         "inspect hf:",
         "annotate images again",
         "annotate images by-head",
+        "fit-head images hub",
+        "annotate images by-hub",
         "train --recipe finetune",
     ],
 )

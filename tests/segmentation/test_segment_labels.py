@@ -7,6 +7,7 @@ import shutil
 import socket
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -146,6 +147,14 @@ def test_maps_alone_teach_with_the_classes_of_the_labels(here, capsys):
     state = json.loads(next(Path("run/checkpoints").glob("0*/state.json")).read_text())
     assert state["class_names"] == NAMES
     assert "miou" in [line for line in read_metrics(Path("run")) if line["kind"] == "eval"][-1]
+
+
+def test_labels_behind_a_url_name_the_classes(here, capsys, monkeypatch):
+    monkeypatch.setenv("TOKENLABEL_CACHE", "cache")
+    files = fsspec.filesystem("memory")
+    files.put("labels", "/labels", recursive=True)
+    status, said = train(capsys, *BOTH[:2], "--data.labels", "memory://labels", "--data.val", "val", "--out", "far")
+    assert status == 0, said
 
 
 def test_a_list_of_classes_beside_masks_is_what_their_values_mean(here, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 import tokenlabel as tl
 from tokenlabel.cli import main
 from tokenlabel.core.config import OnlineTeacherConfig
+from tokenlabel.models.lvvit import LVVIT_CONFIGS
 from tokenlabel.runtime.errors import ModelError
 from tokenlabel.teachers.backbone import load_backbone
 from tokenlabel.teachers.dense import ClassifierNetwork, HeadNetwork
@@ -272,6 +274,33 @@ def test_the_same_command_finds_its_head_and_another_does_not_write_over_it(imag
     assert "exists and is no head" in capsys.readouterr().err
     assert fit(images, tmp_path / "head.pth", "--from", "words") == 2
     assert "a head is a .safetensors file" in capsys.readouterr().err
+
+
+def test_a_head_of_other_images_is_not_taken_for_one_of_these(images, tmp_path):
+    weights = str(images / "resnet10t.safetensors")
+    config = tl.FitConfig(backbone="resnet10t", weights=weights, size=64, from_="words", words=4)
+    source = tl.open_images(images / "images")
+    head = tl.fit_head(source, tmp_path / "head.safetensors", config)
+    assert tl.fit_head(source, tmp_path / "head.safetensors", config).hash == head.hash
+    (tmp_path / "few.txt").write_text("".join(f"{images}/images/a/{i}.png\ta\n" for i in (0, 2, 4, 6)))
+    with pytest.raises(ModelError, match=r"fitted with other options \(images\)"):
+        tl.fit_head(tl.open_images(tmp_path / "few.txt"), tmp_path / "head.safetensors", config)
+
+
+def test_a_head_on_lvvit_sees_images_at_another_size(images, tmp_path):
+    torch.manual_seed(0)
+    model = timm.create_model("lvvit_t", img_size=(32, 32), num_classes=2, depth=1, width=32, num_heads=2)
+    save_file(model.state_dict(), tmp_path / "lvvit_t.safetensors")
+    small = {"depth": 1, "width": 32, "num_heads": 2}
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setitem(LVVIT_CONFIGS, "lvvit_t", replace(LVVIT_CONFIGS["lvvit_t"], **small))
+        options = ["--from", "labels", "--weights", str(tmp_path / "lvvit_t.safetensors"), "--size", "32"]
+        assert fit(images, tmp_path / "head.safetensors", *options, backbone="lvvit_t") == 0
+        for size, cells in ((32, (2, 2)), (64, (4, 4))):
+            config = TeacherConfig(teacher=str(tmp_path / "head.safetensors"), size=size)
+            teacher = load_teachers(config, ("a", "b"), CPU)
+            found, _ = teacher.top(torch.zeros(1, 3, size, size, dtype=torch.uint8), 1)
+            assert tuple(found.shape[1:3]) == cells
 
 
 @pytest.mark.parametrize(
@@ -536,6 +565,12 @@ def test_embeddings_from_a_file_are_scaled_cosines(colours, tmp_path, capsys):
     np.save(tmp_path / "zeros.npy", rows * [[1], [0]])
     assert main([*command, *weights, "--from", str(tmp_path / "zeros.npy"), "--overwrite"]) == 2
     assert "zeros.npy: row 1 (from 0) holds zeros alone" in capsys.readouterr().err
+    np.save(tmp_path / "complex.npy", rows + 1j)
+    np.savez(tmp_path / "several.npz", rows=rows)
+    (tmp_path / "several.npz").rename(tmp_path / "several.npy")
+    for file in ("complex.npy", "several.npy"):
+        assert main([*command, *weights, "--from", str(tmp_path / file), "--overwrite"]) == 2
+        assert "cannot be read as embeddings (expected one array of real numbers)" in capsys.readouterr().err
     for content in (b"no array", b""):
         (tmp_path / "two.npy").write_bytes(content)
         assert main([*command, *weights, "--from", str(tmp_path / "two.npy"), "--overwrite"]) == 2

@@ -50,14 +50,16 @@ def load_backbone(
     *,
     weights: str | None = None,
     size: int | None = None,
+    built_for: int | None = None,
     crop: Literal["none", "center"] = "none",
 ) -> Backbone:
     """Return a network without its classifier, by a name as for `--teacher`.
 
-    `size`: images are resized to an area of size x size px; the network's own size if None. Raises ModelError if there
-    is no such network, or if it gives no vector for each location.
+    `size`: images are resized to an area of size x size px; the network's own size if None. `built_for`: the size that
+    it is built for, on which its position embeddings may depend; `size` if None. Raises ModelError if there is no such
+    network, or if it gives no vector for each location.
     """
-    found = load_model(name, weights=weights, img_size=made_for(name, size), as_backbone=True)
+    found = load_model(name, weights=weights, img_size=made_for(name, built_for or size), as_backbone=True)
     model = found.model.backbone
     if not found.is_embedding:  # the last layer of an image-text network projects into the space of text embeddings
         model.reset_classifier(0)
@@ -100,14 +102,15 @@ def backbone_of(
             f"{name}: was fitted at --size {fitted['size']}, and its backbone has other weights at each size; leave "
             "--size out"
         )
-    is_path = "/" in backbone_name and ":" not in backbone_name  # of a run; the hub's names have a colon
-    place = file or (backbone_name if is_path else None)
-    if place is not None and not Path(place).exists():  # it was moved, or is relative to another working directory
+    place = file or (backbone_name if "/" in backbone_name else "")
+    is_path = place != "" and ":" not in place  # of a file or a run; the hub's names and local-dir: have a colon
+    if is_path and not Path(place).exists():  # it was moved, or is relative to another working directory
         raise ModelError(
             f"{name}: {place}, the weights of its backbone {about['name']}, is not there; give their file or run by "
             "--weights"
         )
-    found = load_backbone(backbone_name, device, weights=file, size=size or fitted["size"], crop=crop)
+    own_size = fitted["size"]
+    found = load_backbone(backbone_name, device, weights=file, size=size or own_size, built_for=own_size, crop=crop)
     if found.description["weights"] != about["weights"]:
         raise ModelError(
             f"{name}: was fitted on {about['name']} with other weights ({about['weights']}; these are "

@@ -6,9 +6,11 @@ bounded size (MAX_SAMPLE_BYTES, or proportional to the number of words), and the
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal
 
@@ -133,7 +135,7 @@ def fit_head(
     ('ant', 'bee')
     """
     config, file = coerced(config, FitConfig, name="config"), Path(file)
-    asked = {**asdict(config), "images": str(images) if isinstance(images, (str, Path)) else None}
+    asked = {**asdict(config), "images": str(images) if isinstance(images, (str, Path)) else _digest(images)}
     if (existing := _existing(file, asked, overwrite=overwrite)) is not None:
         return existing
     kind, device = kind_of(config.from_), usable_device(device)
@@ -156,6 +158,13 @@ def fit_head(
     head.fitted["asked"] = asked
     head.save(file)
     return head
+
+
+def _digest(source: ImageSource) -> str:
+    """Return what stands for a source in the description of a head: a hash of its keys and classes."""
+    class_ids = np.where(has_classes(source), source.class_ids, -1)
+    text = json.dumps([[*source.keys], class_ids.tolist(), [*source.class_names]])
+    return f"blake2b:{blake2b(text.encode(), digest_size=16).hexdigest()}"
 
 
 def kind_of(from_: str) -> Kind:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -64,6 +65,11 @@ class Head(nn.Module):
         super().__init__()
         if not (isinstance(matrix, Tensor) and matrix.ndim == 2):
             raise ValueError(f"matrix: expected a tensor [classes, width], got {described(matrix)}")
+        for name, tensor in (("bias", bias), ("center", center)):
+            if not (tensor is None or isinstance(tensor, Tensor)):
+                raise ValueError(f"{name}: expected a tensor or None, got {described(tensor)}")
+        if isinstance(class_names, str) or not all(isinstance(name, str) for name in class_names):
+            raise ValueError(f"class_names: expected a list of names, got {class_names!r}")
         # Buffers, not parameters: a head is frozen, and moves with `.to(device)`.
         for name, tensor in (("matrix", matrix), ("bias", bias), ("center", center)):
             self.register_buffer(name, None if tensor is None else tensor.detach().float().contiguous())
@@ -211,7 +217,7 @@ def _check(head: Head) -> None:
             f"expected a center of {width} numbers, got {center}": center not in (None, (width,)),
             f"{num_classes} classes, but {len(names)} class names": names and len(names) != num_classes,
             f"a head from {head.kind} needs the names of its {num_classes} classes": not names and head.kind != "words",
-            "expected finite numbers and a positive scale": not head.scale > 0 or not finite,
+            "expected finite numbers and a positive scale": not 0 < head.scale < math.inf or not finite,
         },
         ValueError,
     )

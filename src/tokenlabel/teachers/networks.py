@@ -111,6 +111,8 @@ class TeacherConfig:
     def __post_init__(self) -> None:
         if self.size is not None and self.size < 1:
             raise ModelError(f"size must be at least 1, got {self.size}; none takes the teacher's own")
+        if self.teacher in ("", []):
+            raise ModelError("--teacher names no network; give a run folder, a model's name, a head or masks:DIR")
         check_numbers(self, cells=NATURAL, scales=POSITIVE)
         if self.outside != "renormalise" and self.class_map is None:
             raise ModelError(

@@ -146,7 +146,10 @@ def _read_embeddings(path: Path) -> Float[Tensor, "C D"]:
     """Return the matrix in a file, or the one called `embeddings` if there are several."""
     try:
         if path.suffix == ".npy":
-            tensors = {"": torch.from_numpy(np.load(path, allow_pickle=False).astype(np.float32))}
+            array = np.load(path, allow_pickle=False)
+            if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
+                raise ValueError("expected one array of real numbers")
+            tensors = {"": torch.from_numpy(array.astype(np.float32))}
         else:
             tensors = load_file(path)
     except (OSError, ValueError, EOFError, SafetensorError) as error:
