@@ -22,6 +22,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
+from tokenlabel.core.align import align
+from tokenlabel.core.batch import collate_score_maps
+from tokenlabel.core.geometry import View
 from tokenlabel.core.scores import ScoreMap, from_probabilities, from_top
 from tokenlabel.labels.encoding import Encoding
 from tokenlabel.labels.manifest import Failure, Manifest, read_manifest, update_failures, write_manifest
@@ -739,6 +742,30 @@ def test_cells_keep_their_best_entry_where_an_empty_one_would_say_nothing(tmp_pa
         with LabelStoreWriter(tmp_path / nowhere, manifest) as writer:
             writer.add("a", from_top(ids, probs, num_classes=10))
         assert np.count_nonzero(LabelStore(tmp_path / nowhere)["a"].probs) == num_kept
+
+
+@pytest.mark.parametrize("encoding", [*Encoding])
+def test_a_cell_of_which_nothing_is_known_stays_so(tmp_path, encoding):
+    codes, probs = np.zeros((1, 2, 1), np.uint8), np.array([[[1.0], [0.0]]], np.float32)
+    unknown = ScoreMap(np.array([3]), codes, probs, num_classes=10)
+    even = replace(unknown, empty_is_even=True)
+    net = {"teacher": {"name": "net"}}
+    for name, changes, kept in (("own", {}, False), ("even", {"empty_is_even": True}, True), ("net", net, True)):
+        manifest = a_manifest(encoding=encoding, **changes)
+        with LabelStoreWriter(tmp_path / name, manifest) as writer:
+            writer.add("a", even if kept else unknown)
+            with pytest.raises(StoreError, match=f"b: empty_is_even is {not kept} of this map .* {kept} of the store"):
+                writer.add("b", unknown if kept else even)
+        store = LabelStore(tmp_path / name)
+        assert store["a"].empty_is_even == kept
+        targets = align(collate_score_maps([store["a"]]), View.identity().frames[None], (1, 2), samples=1)
+        assert targets.weight.tolist() == [[1.0, float(kept)]]
+    with pytest.raises(StoreError, match="empty_is_even is False there, True here"):
+        LabelStoreWriter(tmp_path / "own", a_manifest(encoding=encoding, empty_is_even=True))
+    content = json.loads((tmp_path / "own" / "manifest.json").read_text())
+    del content["empty_is_even"]  # an earlier version's, which took them for even ones
+    (tmp_path / "own" / "manifest.json").write_text(json.dumps(content))
+    assert LabelStore(tmp_path / "own")["a"].empty_is_even
 
 
 def test_a_network_is_known_by_its_weights_however_its_path_is_spelt(tmp_path):

@@ -44,7 +44,9 @@ class Manifest:
     classes that a cell keeps. `kind`: see `scores.Kind`. `encoding`: of new records; each record names its own.
     `teacher`, `preprocessing`: what made the labels and what it was shown, to be read and compared. `tolerance`: of new
     compact records, see `encoding.pack`. `orientation`: how maps lie on images whose files have an EXIF orientation.
-    `failures`: the images that the last call could not label.
+    `failures`: the images that the last call could not label. `empty_is_even`: whether a cell that keeps nothing is an
+    even distribution or says nothing, see `ScoreMap`; by default even for labels of a teacher, whose cells all say
+    something, unless a class map drops what they show.
 
     >>> manifest = tl.Manifest(num_classes=2, class_names=("ant", "bee"), topk=2)
     >>> manifest.differences(tl.Manifest(num_classes=3, topk=2))[0]
@@ -61,10 +63,13 @@ class Manifest:
     preprocessing: dict[str, Any] = field(default_factory=dict)
     orientation: Orientation = Orientation.UPRIGHT
     failures: tuple[Failure, ...] = ()
+    empty_is_even: bool | None = None
 
     def __post_init__(self) -> None:
         for name in ("teacher", "preprocessing"):  # as they are read back from JSON: with lists, not tuples
             object.__setattr__(self, name, json.loads(json.dumps(getattr(self, name))))
+        if self.empty_is_even is None:
+            object.__setattr__(self, "empty_is_even", bool(self.teacher) and not _drops_classes(self.teacher))
         count, names = self.num_classes, self.class_names
         faults = {
             f"labels need 2 classes and 1 kept a cell at least; got {count} and {self.topk}": count < 2
@@ -80,12 +85,6 @@ class Manifest:
     def classes(self) -> ClassList:
         """The classes of the labels."""
         return ClassList(self.num_classes, self.class_names, self.words)
-
-    @property
-    def empty_is_even(self) -> bool:
-        """Whether a cell that keeps nothing is a uniform distribution; not if a class map dropped what it shows."""
-        class_map = self.teacher.get("class_map")
-        return not (isinstance(class_map, dict) and class_map.get("nowhere") == "renormalise")
 
     @property
     def saw_images(self) -> bool:
@@ -104,12 +103,19 @@ class Manifest:
 
     def differences(self, other: Manifest) -> list[str]:
         """Return why labels of two manifests cannot be used together, a message for each difference."""
-        compared = ("num_classes", "class_names", "kind", "topk", "orientation", "teacher", "preprocessing")
+        compared = (
+            "num_classes", "class_names", "kind", "topk", "orientation", "teacher", "preprocessing", "empty_is_even",
+        )  # fmt: skip
         ours, theirs = ({name: _without_names(getattr(m, name)) for name in compared} for m in (self, other))
         unlike = [difference for name in compared for difference in _unlike(name, ours[name], theirs[name])]
         # Last: its message names an option that helps only if there is no other difference.
         unlike.sort(key=lambda difference: difference[0] == OUTSIDE)
         return [_difference_text(*difference) for difference in unlike]
+
+
+def _drops_classes(teacher: Any) -> bool:
+    class_map = teacher.get("class_map") if isinstance(teacher, dict) else None
+    return isinstance(class_map, dict) and class_map.get("nowhere") == "renormalise"
 
 
 def _unlike(name: str, ours: Any, theirs: Any) -> Iterator[tuple[str, Any, Any]]:
@@ -181,9 +187,11 @@ def read_manifest(folder: str | Path) -> Manifest:
     elif (name := content.get("encoding")) not in known:
         problem = f"labels in encoding {name!r}, this version of tokenlabel reads {' and '.join(known)}; annotate again"
     else:
-        # Defaults for the first stores, which kept every entry and did not name the orientation.
-        found = {"tolerance": 0.0, "orientation": Orientation.STORED, **content}
         try:
+            # Defaults for the first stores, which kept every entry, and named neither the orientation nor what an empty
+            # cell is.
+            even = not _drops_classes(content.get("teacher"))
+            found = {"tolerance": 0.0, "orientation": Orientation.STORED, "empty_is_even": even, **content}
             hints = get_type_hints(Manifest)
             return Manifest(**{name: coerced(found[name], kind, name=name) for name, kind in hints.items()})
         except (ValueError, TypeError, KeyError) as error:

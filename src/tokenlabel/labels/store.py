@@ -97,7 +97,7 @@ class LabelStore:
         self._shift, self._starts = _starts_by_first_bits(hashes)
         # Memory views yield Python ints, on which `bisect` is faster than a call of np.searchsorted for one number.
         self._hashes, self._locations = hashes.data, locations.data
-        self._empty_is_even = self.manifest.empty_is_even  # looked up once, not for every image
+        self._empty_is_even = bool(self.manifest.empty_is_even)  # looked up once, not for every image
         return contested
 
     def __getitem__(self, key: str) -> ScoreMap:

@@ -11,7 +11,7 @@ from itertools import groupby
 from pathlib import Path
 from types import TracebackType
 
-from tokenlabel.core.scores import ScoreMap, check_map
+from tokenlabel.core.scores import Kind, ScoreMap, check_map
 from tokenlabel.labels.encoding import Encoding, pack
 from tokenlabel.labels.manifest import MANIFEST_FILE, Manifest, no_store, read_manifest, update_failures, write_manifest
 from tokenlabel.labels.shards import SHARD_SUFFIX, UNKNOWN, Fingerprint, write_shard
@@ -61,10 +61,17 @@ class LabelStoreWriter:
     def add(self, key: str, score_map: ScoreMap, image: Fingerprint = UNKNOWN) -> None:
         """Add the label of an image.
 
-        Raises StoreError for a map of other classes and for a key given twice, ValueError for values that `ScoreMap`
-        does not allow.
+        Raises StoreError for a map of other classes, for one whose empty cells mean something else than the store's,
+        and for a key given twice; ValueError for values that `ScoreMap` does not allow.
         """
-        self.add_record(key, pack_for(self.manifest, key, score_map), image)
+        record = pack_for(self.manifest, key, score_map)
+        even, its = self.manifest.empty_is_even, score_map.empty_is_even
+        if its != even and score_map.kind is not Kind.LOGITS and not (score_map.probs > 0).any(axis=2).all():
+            raise StoreError(
+                f"{key}: empty_is_even is {its} of this map with cells that keep nothing, {even} of the store; make "
+                f"the store with Manifest(empty_is_even={its}), or change the map's"
+            )
+        self.add_record(key, record, image)
 
     def add_record(self, key: str, record: bytes, image: Fingerprint = UNKNOWN) -> None:
         """Add a record made by `pack_for`. `image`: the fingerprint of the image."""
@@ -113,7 +120,7 @@ def pack_for(manifest: Manifest, key: str, score_map: ScoreMap) -> bytes:
     if got[:2] != expected[:2] or topk > manifest.topk:
         raise StoreError(f"{key}: a map of (classes, kind, topk) {got} in a store of {expected}")
     try:
-        score_map = replace(score_map, empty_is_even=manifest.empty_is_even)
+        score_map = replace(score_map, empty_is_even=bool(manifest.empty_is_even))
         return pack(score_map, manifest.encoding, tolerance=manifest.tolerance)
     except StoreError as error:
         raise StoreError(f"{key}: {error}") from error
