@@ -22,8 +22,9 @@ from tokenlabel.core.scores import from_mask
 from tokenlabel.data.batches import check_labels
 from tokenlabel.data.class_names import class_order, read_class_names
 from tokenlabel.data.classes import ClassList, ids_among
-from tokenlabel.data.imagenet import SETS, read_real_labels
+from tokenlabel.data.imagenet import SETS, as_classes_of, read_real_labels
 from tokenlabel.data.images import ImageFolder
+from tokenlabel.data.sources import open_images
 from tokenlabel.evaluation.assessment import evaluation_set
 from tokenlabel.labels.manifest import Manifest
 from tokenlabel.labels.store import LabelStore
@@ -459,6 +460,17 @@ def test_val_images_may_hold_some_of_the_classes(tmp_path, capsys, monkeypatch):
     done = run(capsys, *train, "--out", "runs/tuned", "--model.weights", "run/checkpoints/00000001")
     assert done.status == 0
     assert "3 of 3 classes are initialised from its heads for 3, by name" in done.said  # not ant as cat
+
+
+def test_ids_in_a_list_may_leave_some_out(tmp_path):
+    (tmp_path / "val.csv").write_text("path,label\nbee/x.png,1\ncat/x.png,2\n")
+    for name in ("bee", "cat"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "x.png")
+    source = open_images(tmp_path / "val.csv")
+    assert as_classes_of(source, ["1", "2"], 2, "val.csv").class_ids.tolist() == [0, 1]
+    with pytest.raises(DataError, match="'1' is no class of the model"):
+        as_classes_of(source, ["2", "3"], 2, "val.csv")
 
 
 def write_labels(folder: str, class_names: tuple[str, ...], classes: list[str]) -> None:

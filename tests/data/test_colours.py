@@ -26,6 +26,7 @@ def test_tables_change_each_value_by_itself(size_px, seed, bits, threshold):
 
 def test_no_bits_leave_black():
     assert not np.asarray(colours.posterized(0)(noise((5, 4), 0))).any()
+    np.testing.assert_array_equal(colours.posterized(9)(noise((5, 4), 0)), noise((5, 4), 0))
 
 
 def test_a_whole_turn_of_the_hue_changes_next_to_nothing_and_half_a_turn_makes_red_cyan():

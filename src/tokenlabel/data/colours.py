@@ -11,9 +11,9 @@ ColourChange = Callable[[Image.Image], Image.Image]
 
 
 def posterized(bits: int) -> ColourChange:
-    """Return a change that keeps the upper bits of each value; 0 bits leave black."""
-    # Pillow's own refuses 0 bits, which timm's range includes.
-    mask = 256 - (1 << (8 - max(bits, 0)))
+    """Return a change that keeps the upper bits of each value; 0 bits leave black, 8 and more change nothing."""
+    # Pillow's own refuses 0 bits, which timm's range includes; its large magnitudes go beyond 8.
+    mask = 256 - (1 << (8 - min(max(bits, 0), 8)))
     return lambda image: image.point([value & mask for value in range(256)] * 3)
 
 

@@ -204,14 +204,16 @@ def as_classes_of(
         say(f"{where}: {(~known).sum():,} of {len(source):,} images have no class, and are left out")
         source = ImageSubset(source, np.flatnonzero(known))
     ids = match_classes(ours, class_names, count=num_classes, assumed=assumed, option=option)
-    if -1 in ids:
+    used = np.unique(source.class_ids).tolist()  # a list of class ids may leave some out
+    if any(ids[class_id] == -1 for class_id in used):
         if not class_names:
             advice = f", or give {option} FILE" if option else ""
             raise DataError(
                 f"{where} has {len(ours)} classes, the model {num_classes} whose names it does not know; "
                 f"they must be as many, in the order of their sorted names{advice}"
             )
-        reason = strangers(ours, class_names, ids, count=num_classes, them="the model")
+        of_images = ([ours[class_id] for class_id in used], class_names, [ids[class_id] for class_id in used])
+        reason = strangers(*of_images, count=num_classes, them="the model")
         advice = f"; {option} overrules its names, which are ImageNet's by their number" if assumed else ""
         raise DataError(f"{where}: {reason}; name each folder after the model's class{advice}")
     if ids == list(range(num_classes)):
