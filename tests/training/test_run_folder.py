@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -17,8 +18,9 @@ from segment_cases import nested_recipe as nested_segments
 from test_engine import VIT
 from test_train import CPU, nested_recipe, scenes, weights_of  # noqa: F401  (scenes is a fixture)
 
+import tokenlabel as tl
 from tokenlabel import cli
-from tokenlabel.classification.task import build, train
+from tokenlabel.classification.task import ClassifierTask, build, train
 from tokenlabel.cli import main
 from tokenlabel.core.align import align
 from tokenlabel.core.batch import collate_score_maps, normalize_images
@@ -124,7 +126,7 @@ class TestWhatMayChange:
         assert weights_of(here / "run") == weights_of(unbroken)
         assert "crop_fraction: 0.9" in (here / "run/recipe.yaml").read_text()
         more = recipe(Path("data"), data__num_workers=9)
-        assert "data.num_workers" in check_run_folder(unbroken, more, [*"0123456789"], None)
+        assert check_run_folder(unbroken, more, [*"0123456789"], None) == {}
 
     def test_the_initial_weights_may_be_gone(self, here):
         (here / "run").rename(here / "first")
@@ -158,7 +160,41 @@ class TestWhatMayChange:
 
     def test_a_change_that_was_tried_in_vain_may_be_taken_back(self, here, monkeypatch):
         fails_at_its_first_step(monkeypatch, "--precision=bf16", "--changed-numerics")
+        assert [line["step"] for line in read_metrics(here / "run") if line["kind"] == "changed_numerics"] == [5]
         assert continued() == 0
+        assert not [line for line in read_metrics(here / "run") if line["kind"] == "changed_numerics"]
+
+    def test_a_change_may_be_tried_again_without_being_asked_for_again(self, here, monkeypatch):
+        fails_at_its_first_step(monkeypatch, "--precision=bf16", "--changed-numerics")
+        assert continued("--precision=bf16") == 0
+        (line,) = [line for line in read_metrics(here / "run") if line["kind"] == "changed_numerics"]
+        assert line["precision"] == ["fp32", "bf16"]
+
+    def test_an_edited_recipe_of_the_folder_is_no_way_around(self, here, capsys):
+        path = here / "run/recipe.yaml"
+        path.write_text(path.read_text().replace("seed: 0", "seed: 7"))
+        assert main(["train", "--recipe", "run/recipe.yaml", "--out", "run", "--device", "cpu"]) == 2
+        assert "seed: 0 there, 7 here" in capsys.readouterr().err
+
+    def test_figures_before_a_change_that_was_killed_are_not_those_after_it(self, here, capsys, monkeypatch):
+        assert continued() == 0
+        first = json.loads(capsys.readouterr().out)
+        with monkeypatch.context() as killed:
+            killed.setattr(ClassifierTask, "evaluate", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+            assert continued("--eval.inference=tokens") == 130
+        capsys.readouterr()
+        assert continued("--eval.inference=tokens") == 0
+        assert json.loads(capsys.readouterr().out)["loss"] != first["loss"]
+
+    def test_the_best_is_not_judged_by_figures_of_other_images(self, here):
+        for name, how in (("other", "other images"), ("same", None)):
+            shutil.copytree("run", name)
+            line = {"step": 5, "kind": "eval", "top1": 2.0, **({"evaluated_as": how} if how else {})}
+            with Path(name, "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            assert continued("--checkpoint.keep-best", "true", run=name) == 0
+        best = [int(Path(name, "checkpoints/best").resolve().name) for name in ("other", "same")]
+        assert best == [10, 5]
 
     def test_a_finished_run_says_its_figures_again_or_those_of_another_evaluation(self, here, capsys):
         assert continued() == 0
@@ -267,6 +303,33 @@ class TestWhoseClassesAndImages:
             writer.add_record("3/00003.png", LabelStore("data/labels").packed("4/00004.png"))
         assert continued() == 2
         assert "labels.annotated_again: None there, 1 here" in capsys.readouterr().err
+
+    def test_labels_that_say_something_else_are_named(self, here, capsys):
+        store = LabelStore("data/labels")
+        keys = [*store.keys()]
+        with LabelStoreWriter("data/moved", store.manifest) as writer:
+            for key, other in zip(keys, keys[1:] + keys[:1], strict=True):
+                writer.add_record(key, store.packed(other))
+        assert continued("--data.labels", "data/moved") == 2
+        assert "labels.content: " in capsys.readouterr().err
+        tl.merge_stores("data/labels", "data/merged")
+        assert continued("--data.labels", "data/merged") == 0
+
+    def test_a_list_in_another_order_is_said(self, here, capsys):
+        paths = [*Path("data/scenes/train").rglob("*.png")]
+        lines = [f"scenes/train/{path.parent.name}/{path.name} {path.parent.name}\n" for path in paths]
+        words = ("--data.train", "data/list.txt")
+        Path("data/list.txt").write_text("".join(sorted(lines)))
+        store = LabelStore("data/labels")
+        with LabelStoreWriter("data/listed", store.manifest) as writer:
+            for key in store.keys():  # noqa: SIM118  (a store is no dict)
+                writer.add_record(f"scenes/train/{key}", store.packed(key))
+        words = (*words, "--data.labels=data/listed")
+        assert continued(*words, run="listed") == 0
+        assert "another order" not in capsys.readouterr().err
+        Path("data/list.txt").write_text("".join(sorted(lines, reverse=True)))
+        assert continued(*words, run="listed") == 0
+        assert "the training images come in another order than before" in capsys.readouterr().err
 
     def test_files_of_the_run_that_are_damaged_are_named(self, here, capsys):
         images = (here / "run/images.json").read_text()

@@ -37,6 +37,18 @@ def test_what_a_power_cut_leaves_is_dropped(tmp_path, left):
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2]
 
 
+def test_a_run_that_begins_anew_keeps_the_figures_from_before(tmp_path, capsys):
+    write_steps(tmp_path, [1, 2])
+    write_steps(tmp_path, [1])  # nothing was evaluated: a run that failed at once
+    assert not (tmp_path / "metrics.earlier.jsonl").exists()
+    with (tmp_path / METRICS_FILE).open("a") as file:
+        file.write('{"step": 10, "kind": "eval", "top1": 0.5}\n')
+    write_steps(tmp_path, [1])
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1]
+    assert '"top1": 0.5' in (tmp_path / "metrics.earlier.jsonl").read_text()
+    assert "metrics.earlier.jsonl has the figures from before" in capsys.readouterr().err
+
+
 def test_no_metrics_yet(tmp_path):
     assert read_metrics(tmp_path) == []
 

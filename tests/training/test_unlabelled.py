@@ -120,6 +120,14 @@ def test_images_without_classes_train_a_network_without_class_head(here, capsys)
     assert Path("run/checkpoints/best").is_dir()
 
 
+def test_a_token_head_that_nobody_trains_is_not_judged(here, capsys):
+    data = ("--data.train", "scenes/train", "--data.val", "scenes/val", "--eval.labels", "words_val")
+    status, said = train(capsys, *data, "--loss.beta", "0", "--out", "run")
+    assert status == 0, said
+    assert "eval.labels: the token head is not trained" in said
+    assert "teacher_accuracy" not in figures("run")
+
+
 def test_class_labels_beside_words_are_one_run(here, capsys):
     labelled = ("--data.train", "scenes/train", "--data.labels", "words_train", "--data.val", "scenes/val")
     status, said = train(capsys, *labelled, "--out", "run")

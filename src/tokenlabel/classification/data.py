@@ -65,7 +65,7 @@ def open_training_data(recipe: Recipe, run: Path | None) -> TrainingData:
         check = partial(check_labels, source, store, max_missing=most, classes=token_classes)
         num_missing = current_ranks().on_main(check)
         current_ranks().on_main(lambda: say_replaced(store, source))
-        images.note_labels(store, num_missing=num_missing)
+        current_ranks().on_main(lambda: images.note_labels(store, source.keys, num_missing=num_missing))
     num_with_map = len(source) - num_missing if store is not None else 0
     num_with_class = int(has_classes(source).sum())
     counts = f"{len(source):,} images, {num_with_class:,} with a class, {num_with_map:,} with a label map"
@@ -159,7 +159,9 @@ def class_list(source: ImageSource) -> ClassList:
 def _val_labels(recipe: Recipe, source: ImageSource, token_classes: ClassList) -> LabelStore | None:
     """Return the labels of the val images. Raises ConfigError if they have neither labels nor classes."""
     folders = recipe.eval.label_folders
-    if folders:
+    if folders and not recipe.uses_token_labels:
+        say("eval.labels: the token head is not trained, so it is not compared with them")
+    elif folders:
         store = current_ranks().on_main(lambda: LabelStore(*folders))
         current_ranks().on_main(lambda: check_labels(source, store, max_missing=1.0, classes=token_classes))
         current_ranks().on_main(lambda: say_replaced(store, source))

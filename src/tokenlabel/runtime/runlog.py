@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from tokenlabel.runtime.configuration import read_yaml
 from tokenlabel.runtime.errors import ConfigError, first_line, import_extra
-from tokenlabel.runtime.process import naming, write_whole
+from tokenlabel.runtime.process import naming, say, write_whole
 
 Tracker = Callable[[dict[str, Any]], None]
 """Called in the main process with each line of metrics: `step`, `kind` (train or eval) and figures by name.
@@ -112,6 +112,8 @@ def open_trackers(trackers: Sequence[Tracker], stack: ExitStack) -> None:
 
 
 METRICS_FILE, RECIPE_FILE = "metrics.jsonl", "recipe.yaml"  # of a run folder
+CHANGED_NUMERICS = "changed_numerics"
+"""The kind of the line which says that the steps from there on round otherwise."""
 
 
 class RunLog:
@@ -135,9 +137,14 @@ class RunLog:
         self._path, self._trackers = run / METRICS_FILE, trackers
         self._file = None
         if active:
+            lines = read_metrics(run)
+            if start_step == 0 and any(line["kind"] == "eval" for line in lines):
+                write_whole(earlier := run / "metrics.earlier.jsonl", _as_text(lines))
+                say(f"{run}: holds no checkpoint and begins anew; {earlier.name} has the figures from before")
             # What the stopped run wrote beyond its last checkpoint comes again.
-            kept = [line for line in read_metrics(run) if line["step"] <= start_step]
-            write_whole(self._path, "".join(json.dumps(line) + "\n" for line in kept))
+            again = (CHANGED_NUMERICS, start_step)  # said at each start from there, unless it was undone
+            kept = [line for line in lines if line["step"] <= start_step and (line["kind"], line["step"]) != again]
+            write_whole(self._path, _as_text(kept))
             self._file = self._path.open("a", encoding="utf-8")
         # A bar for people; plain lines, now and then, for logs that cannot move a cursor.
         self.bar = tqdm(
@@ -169,6 +176,10 @@ class RunLog:
         self.bar.close()
         if self._file is not None:
             self._file.close()
+
+
+def _as_text(lines: Sequence[dict[str, Any]]) -> str:
+    return "".join(json.dumps(line) + "\n" for line in lines)
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

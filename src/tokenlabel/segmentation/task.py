@@ -262,7 +262,8 @@ def build(recipe: SegmentRecipe, *, device: torch.device, run: Path | None = Non
             images.broken(split, pairs.keys, [], check="decode", find=partial(_check, pairs, split))
     if store is not None:
         num_missing = current_ranks().on_main(lambda: check_labels(store, train_pairs))
-        images.note_labels(store, num_missing=num_missing, num_masks=len(train_pairs.with_mask))
+        counts = {"num_missing": num_missing, "num_masks": len(train_pairs.with_mask)}
+        current_ranks().on_main(lambda: images.note_labels(store, train_pairs.keys, **counts))
     torch.manual_seed(recipe.seed)
     config = initial_model(recipe.model, run)
     model = create_segmentation_model(config, num_classes=len(train_pairs.classes.names))

@@ -25,9 +25,9 @@ from tokenlabel.models.runs import list_checkpoints
 from tokenlabel.runtime.distributed import Ranks, joined_ranks, usable_device
 from tokenlabel.runtime.errors import ModelError
 from tokenlabel.runtime.process import Interrupted, caught_signals
-from tokenlabel.runtime.runlog import RunLog, Stopwatch, Tracker, open_trackers, read_metrics
+from tokenlabel.runtime.runlog import CHANGED_NUMERICS, RunLog, Stopwatch, Tracker, open_trackers, read_metrics
 from tokenlabel.training.checkpoint import load_checkpoint, prune_checkpoints, save_checkpoint
-from tokenlabel.training.run_folder import changes_figures, check_apart, check_run_folder, locked, numerics
+from tokenlabel.training.run_folder import check_apart, check_run_folder, evaluated_as, locked
 from tokenlabel.training.tasks import Task
 from tokenlabel.training.trainer import (
     StepResult,
@@ -101,7 +101,7 @@ def _train(
     changed_numerics: bool,
 ) -> dict[str, Any] | Interrupted:
     trainer = prepare(task, ranks)
-    changes = ranks.on_main(
+    changed = ranks.on_main(
         lambda: check_run_folder(
             run,
             task.recipe,
@@ -115,9 +115,9 @@ def _train(
     log = RunLog(
         run, start_step=step, num_steps=trainer.num_steps, title=run.name, active=ranks.is_first, trackers=trackers
     )
-    figures = None if changes_figures(changes) else ranks.on_main(lambda: _logged_evaluation(run, step))
-    if changed := numerics(changes):
-        log.write(step, kind="changed_numerics", **changed)
+    figures = ranks.on_main(lambda: _logged_evaluation(run, step, evaluated_as(task.recipe)))
+    if changed:
+        log.write(step, kind=CHANGED_NUMERICS, **changed)
         said = ", ".join(f"{name} {now} in place of {before}" for name, (before, now) in changed.items())
         log.say(f"from step {step:,} on with {said}")
     _say_learning_rate(trainer, log)
@@ -202,10 +202,14 @@ def _pictured(trainer: Trainer, run: Path, batches: Iterator[Any], step: int, wa
     return itertools.chain([first], batches)
 
 
-def _logged_evaluation(run: Path, step: int) -> dict[str, Any] | None:
-    """Return the figures of an evaluation at a step that was written down; None if there was none."""
+def _logged_evaluation(run: Path, step: int, how: str) -> dict[str, Any] | None:
+    """Return the figures of an evaluation at a step that was written down; None if there was none.
+
+    `how`: its settings, see `evaluated_as`.
+    """
     lines = [line for line in read_metrics(run) if line["kind"] == "eval" and line["step"] == step]
-    return {k: v for k, v in lines[-1].items() if k not in ("step", "kind")} if lines else None
+    lines = [line for line in lines if line.get("evaluated_as") == how]
+    return {k: v for k, v in lines[-1].items() if k not in ("step", "kind", "evaluated_as")} if lines else None
 
 
 def _say_learning_rate(trainer: Trainer, log: RunLog) -> None:
@@ -324,6 +328,9 @@ def _prune(trainer: Trainer, run: Path, done: int) -> None:
         spared |= {step for step in steps if trainer.due(step, config.keep_every_epochs)}
     lines = read_metrics(run) if config.keep_best else []
     evals = [line for line in lines if line["kind"] == "eval" and line["step"] in steps and task.metric in line]
+    # Figures of other val images, or by other settings, do not compare; they count until there are some that do.
+    how = evaluated_as(task.recipe)
+    evals = [line for line in evals if line.get("evaluated_as", how) == how] or evals
     best = max(evals, key=lambda line: line[task.metric])["step"] if evals else None
     prune_checkpoints(run, spared | ({best} if best else set()), best=best)
 
@@ -337,7 +344,7 @@ def _evaluate(trainer: Trainer, run: Path, log: RunLog, done: int) -> dict[str, 
     if isinstance(model, FSDPModule):
         model.reshard()  # what the forward pass put together for this rank
     if figures:
-        log.write(done, kind="eval", **figures)
+        log.write(done, kind="eval", evaluated_as=evaluated_as(task.recipe), **figures)
         shown = [name for name in dict.fromkeys((task.metric, *_SHOWN_FIGURES)) if name in figures]
         log.say(f"step {done:,}: {', '.join(f'{name} {figures[name]:.1%}' for name in shown)}")
     return figures

@@ -19,6 +19,8 @@ from itertools import repeat
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+
 from tokenlabel.data.classes import ClassList
 from tokenlabel.data.decoding import ImageCheck, find_broken, leave_out
 from tokenlabel.data.images import ImageSource
@@ -34,6 +36,7 @@ from tokenlabel.training.recipe import ModelConfig, TrainingConfig
 
 Config = TypeVar("Config", ModelConfig, SegmentModelConfig)
 
+_LABELS_HASHED = 256  # as many maps as a cold disk gives in a few seconds
 IMAGES_FILE, LIST_FILE, LOCK_FILE = "images.json", "images.gz", ".lock"
 
 # Fields that do not change what is learnt and may differ when a run continues. Images and labels are compared by their
@@ -122,14 +125,15 @@ class RunImages:
         self.entries: dict[str, Any] = {}
         self.packed_list = b""
 
-    def note_labels(self, store: Any, **counts: int) -> None:
+    def note_labels(self, store: Any, keys: Sequence[str], **counts: int) -> None:
         """Record the labels of a `LabelStore`, so that the run does not continue on others.
 
-        `counts`: other numbers that must not change.
+        `keys`: of the images. `counts`: other numbers that must not change.
         """
         # The generation grows when images are annotated again.
         newest = max((shard.generation for shard in store.shards), default=0)
-        self.entries["labels"] = {**counts, "annotated_again": newest or None, **store.manifest.origin()}
+        origin = {"annotated_again": newest or None, "content": _content_of(store, keys), **store.manifest.origin()}
+        self.entries["labels"] = counts | origin
 
     def broken(
         self,
@@ -151,6 +155,7 @@ class RunImages:
         def _find() -> list[int]:
             text = _list_of(keys, classes)
             entry = {"digest": hashlib.sha256(text).hexdigest(), "check": check, "broken": []}
+            entry["order"] = hashlib.sha256("\n".join(keys).encode("utf-8", "surrogateescape")).hexdigest()
             if split == "train":
                 self.packed_list = gzip.compress(text, 1)  # the fastest level: a list may have millions of lines
             self.entries[split] = entry
@@ -212,7 +217,9 @@ def check_run_folder(
     token_classes: ClassList | None = None,
     changed_numerics: bool = False,
 ) -> Changes:
-    """Check that a run may continue in a folder with this recipe, and record it there; return the changed fields.
+    """Check that a run may continue in a folder with this recipe, and record it there.
+
+    Returns how rounding, or which images share a forward pass, changed since the newest checkpoint.
 
     Before the first checkpoint everything may change. After it workers, checkpoints, evaluation and paths may, if
     classes, images and labels are the same, and with `changed_numerics` also what changes rounding or which images
@@ -222,8 +229,10 @@ def check_run_folder(
     checkpoints = list_checkpoints(run)
     if checkpoints:
         state = read_state(checkpoints[-1])
-        changes = _changes(run, recipe, state["recipe"])
-        _refuse_fields(run, changes, changed_numerics)
+        changes = _changes(state["recipe"], recipe)
+        last = _changes(read_yaml(run / RECIPE_FILE), recipe) if (run / RECIPE_FILE).exists() else changes
+        # A start with other numerics that failed, perhaps for lack of memory, can be repeated and undone.
+        _refuse_fields(run, changes, {*_NUMERICS} if changed_numerics else {*_NUMERICS} - last.keys())
         _refuse_classes(run, state["class_names"], class_names)
         before = token_classes_of(state)
         now = token_classes or ClassList(len(class_names), tuple(class_names))
@@ -240,34 +249,22 @@ def check_run_folder(
     if images is not None:
         write_whole(run / IMAGES_FILE, json.dumps(images.entries) + "\n")
         write_whole(run / LIST_FILE, [images.packed_list])
-    return changes
-
-
-def numerics(changes: Changes) -> Changes:
-    """Return the changes of rounding, and of which images share a forward pass."""
     return {name: values for name, values in changes.items() if name in _NUMERICS}
 
 
-def changes_figures(changes: Changes) -> bool:
-    """Return True if the changes make an earlier evaluation invalid."""
-    return any(name.startswith(_FIGURES) and name not in _NO_FIGURES for name in changes)
+def evaluated_as(recipe: TrainingConfig) -> str:
+    """Return a hash of the settings that decide the figures of an evaluation, by which lines are compared."""
+    of_figures = {n: v for n, v in settings(recipe).items() if n.startswith(_FIGURES) and n not in _NO_FIGURES}
+    return hashlib.blake2b(json.dumps(of_figures, sort_keys=True, default=str).encode(), digest_size=8).hexdigest()
 
 
-def _changes(run: Path, recipe: TrainingConfig, of_checkpoint: dict[str, Any]) -> Changes:
-    """Return the fields that differ from those of the last start.
-
-    Fields that are not free are compared with the newest checkpoint, too, and the smaller difference counts: so a start
-    that failed, perhaps for lack of memory, can be undone.
-    """
-    path, ours, of_each = run / RECIPE_FILE, settings(recipe), []
-    for nested in [of_checkpoint] + ([read_yaml(path)] if path.exists() else []):
-        theirs = flattened(nested)
-        # A field that the run does not know is newer than the run; options of models are free-form.
-        names = [name for name in theirs | ours if name in theirs or ".options." in name]
-        unlike = [name for name in names if theirs.get(name) != ours.get(name)]
-        of_each.append({name: (theirs.get(name), ours.get(name)) for name in unlike})
-    held = [{k: v for k, v in changes.items() if not _is_free(k, *v)} for changes in of_each]
-    return {k: v for k, v in of_each[-1].items() if _is_free(k, *v)} | min(held, key=len)
+def _changes(before: dict[str, Any], recipe: TrainingConfig) -> Changes:
+    """Return the fields of a recipe that differ from those of a nested dict, and may not without being asked for."""
+    theirs, ours = flattened(before), settings(recipe)
+    # A field that the run does not know is newer than the run; options of models are free-form.
+    names = [name for name in theirs | ours if name in theirs or ".options." in name]
+    both = {name: (theirs.get(name), ours.get(name)) for name in names if theirs.get(name) != ours.get(name)}
+    return {name: values for name, values in both.items() if not _is_free(name, *values)}
 
 
 def _is_free(name: str, before: Any, now: Any) -> bool:
@@ -276,15 +273,14 @@ def _is_free(name: str, before: Any, now: Any) -> bool:
     return any(name == free or (free.endswith(".") and name.startswith(free)) for free in _FREE)
 
 
-def _refuse_fields(run: Path, changes: Changes, changed_numerics: bool) -> None:
-    held = {name: values for name, values in changes.items() if not _is_free(name, *values)}
-    said = "; ".join(f"{name}: {before} there, {now} here" for name, (before, now) in held.items())
+def _refuse_fields(run: Path, changes: Changes, allowed: set[str]) -> None:
+    said = "; ".join(f"{name}: {before} there, {now} here" for name, (before, now) in changes.items())
     refuse(
         {
             f"{run} holds a run of another recipe ({said}); use its settings, or choose another --out, which may start "
-            f"from its weights (--model.weights {run})": held.keys() - {*_NUMERICS},
+            f"from its weights (--model.weights {run})": changes.keys() - {*_NUMERICS},
             f"{run} holds a run of another recipe ({said}); this changes rounding, or which images share a forward "
-            "pass: --changed-numerics continues anyway, and records it in metrics.jsonl": held and not changed_numerics,
+            "pass: --changed-numerics continues anyway, and records it in metrics.jsonl": changes.keys() - allowed,
         }
     )
 
@@ -318,12 +314,31 @@ def _refuse_images(run: Path, images: RunImages) -> None:
         return text if len(text := str(value)) <= 60 else f"{text[:57]}..."
 
     names = [name for name in theirs | ours if theirs.get(name) != ours.get(name)] if theirs and ours else []
+    if "content" not in theirs:  # a run of an earlier version
+        names = [name for name in names if name != "content"]
     unlike += [f"labels.{name}: {_short(theirs.get(name))} there, {_short(ours.get(name))} here" for name in names]
     if unlike:
         raise ConfigError(
             f"{run} was trained on other images or labels: {'; '.join(unlike)}; give those of the run, or choose "
             f"another --out, which may start from its weights (--model.weights {run})"
         )
+    order = now["train"]["order"]
+    if before and before["train"].get("order", order) != order:
+        say(
+            f"{run}: the training images come in another order than before; it does not continue as an unbroken run "
+            "would, and in this epoch some come twice, others not at all"
+        )
+
+
+def _content_of(store: Any, keys: Sequence[str]) -> str:
+    """Return a hash of the maps of some images, the same ones each time, by which other labels are told."""
+    keys = sorted(keys)
+    keys, digest = keys[:: max(1, len(keys) // _LABELS_HASHED)], hashlib.blake2b(digest_size=8)
+    for key in (key for key in keys if key in store):
+        score_map = store[key]
+        for array in (score_map.palette, score_map.codes, score_map.probs):
+            digest.update(f"{array.shape}".encode() + np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
 
 
 def _unlike_lists(before: bytes, now: bytes) -> list[str]:
