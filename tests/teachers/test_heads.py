@@ -287,6 +287,18 @@ def test_a_head_of_other_images_is_not_taken_for_one_of_these(images, tmp_path):
         tl.fit_head(tl.open_images(tmp_path / "few.txt"), tmp_path / "head.safetensors", config)
 
 
+def test_a_head_on_a_run_that_takes_one_size_which_is_no_square(images, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = ["--data.train", str(images / "images"), "--data.val", str(images / "images"), "--data.num-workers", "0"]
+    network = ["--model.name", "gmlp_ti16_224", "--model.options", "{pretrained: false}", "--model.img-size", "32x64"]
+    few = ["--num-steps", "1", "--optim.warmup-epochs", "0", "--batch-size", "4", "--micro-batch-size", "4"]
+    plain = ["--loss.beta", "0", "--precision", "fp32", "--device", "cpu"]
+    assert main(["train", "--recipe", "small_data", "--out", "run", *data, *network, *few, *plain]) == 0
+    assert main(["fit-head", str(images / "images"), "head.safetensors", "--backbone", "run", "--from", "labels"]) == 0
+    assert main(["annotate", str(images / "images"), "labels", "--teacher", "head.safetensors"]) == 0
+    assert {tl.LabelStore("labels")[key].codes.shape[:2] for key in tl.LabelStore("labels")} == {(2, 4)}
+
+
 def test_a_head_on_lvvit_sees_images_at_another_size(images, tmp_path):
     torch.manual_seed(0)
     model = timm.create_model("lvvit_t", img_size=(32, 32), num_classes=2, depth=1, width=32, num_heads=2)

@@ -110,7 +110,9 @@ def backbone_of(
             "--weights"
         )
     own_size = fitted["size"]
-    found = load_backbone(backbone_name, device, weights=file, size=size or own_size, built_for=own_size, crop=crop)
+    # A run that takes one size only knows it by height and width.
+    size = None if fitted["fixed_size_px"] and is_run(backbone_name) else size or own_size
+    found = load_backbone(backbone_name, device, weights=file, size=size, built_for=own_size, crop=crop)
     if found.description["weights"] != about["weights"]:
         raise ModelError(
             f"{name}: was fitted on {about['name']} with other weights ({about['weights']}; these are "
