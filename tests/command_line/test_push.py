@@ -29,7 +29,7 @@ push run run --licence mit
 push typo/run me/run --licence mit
 push run me/run --licence mit --dry-run folder
 push run me/run --licence mit --dry-run folder
-push labels me/labels --licence mit --dry-run look
+push labels me/look --licence mit --dry-run look
 eval hf://me/run --data images
 inspect hf://datasets/me/labels
 annotate images again --teacher hf://me/run
@@ -96,7 +96,7 @@ def card(repos, name):
 def test_all_are_private_and_named_as_they_are_read(pushed):
     _, said, repos, _ = pushed
     assert said_by(said, "push run me/run --licence Apache-2.0")[:2] == (0, "hf://me/run\n")
-    assert said_by(said, "push labels")[:2] == (0, "hf://datasets/me/labels\n")
+    assert said_by(said, "push labels me/labels")[:2] == (0, "hf://datasets/me/labels\n")
     assert repos.keys() == {"models/me/run", "datasets/me/labels", "models/me/head"}
     assert all(repo["private"] for repo in repos.values())
 
@@ -139,7 +139,7 @@ def test_timm_reads_a_pushed_run_without_us(pushed):
 
 def test_what_is_written_for_a_look_may_be_edited(pushed):
     folder, said, _, _ = pushed
-    assert said_by(said, "push labels me/labels --licence mit --dry-run")[0] == 0
+    assert said_by(said, "push labels me/look")[0] == 0
     assert (folder / "look" / "manifest.json").stat().st_nlink == 1
 
 

@@ -53,11 +53,12 @@ def scenes(tmp_path_factory):
 
 
 def write_labels(masks, folder):
-    manifest = Manifest(num_classes=10, class_names=tuple(str(c) for c in range(10)), topk=1)
+    """A store as of a teacher of masks: pixels without a class are even distributions."""
+    manifest = Manifest(num_classes=10, class_names=tuple(str(c) for c in range(10)), topk=1, empty_is_even=True)
     with LabelStoreWriter(folder, manifest) as writer:
         for path in sorted(masks.rglob("*.png")):
-            mask = np.asarray(Image.open(path))
-            writer.add(path.relative_to(masks).as_posix(), from_mask(mask, num_classes=10))
+            score_map = from_mask(np.asarray(Image.open(path)), num_classes=10)
+            writer.add(path.relative_to(masks).as_posix(), replace(score_map, empty_is_even=True))
 
 
 def nested_recipe(scenes, **changes):

@@ -108,8 +108,8 @@ class Manifest:
         )  # fmt: skip
         ours, theirs = ({name: _without_names(getattr(m, name)) for name in compared} for m in (self, other))
         unlike = [difference for name in compared for difference in _unlike(name, ours[name], theirs[name])]
-        # Last: its message names an option that helps only if there is no other difference.
-        unlike.sort(key=lambda difference: difference[0] == OUTSIDE)
+        # Last: its message names an option that helps only if there is no other difference but what it entails.
+        unlike.sort(key=lambda difference: (difference[0] == "empty_is_even", difference[0] == OUTSIDE))
         return [_difference_text(*difference) for difference in unlike]
 
 
