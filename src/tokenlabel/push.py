@@ -23,11 +23,12 @@ from typing import Any, Literal, NamedTuple
 
 import yaml
 
+from tokenlabel.labels.manifest import read_manifest
 from tokenlabel.labels.shards import SHARD_SUFFIX
 from tokenlabel.labels.store import LabelStore
 from tokenlabel.models.names import OUR_MODELS
 from tokenlabel.models.runs import is_run, newest_checkpoint, read_state
-from tokenlabel.runtime.errors import ConfigError, RemoteError, StoreError, first_line, refuse
+from tokenlabel.runtime.errors import ConfigError, StoreError, first_line, refuse
 from tokenlabel.runtime.hub import HEAD_FILE, hub_answers, status_of
 from tokenlabel.runtime.process import listed, naming
 from tokenlabel.runtime.runlog import read_metrics
@@ -225,11 +226,11 @@ def _pack_run(path: Path, folder: Path, repo: str) -> Card:
 
 
 def _teacher_of(recipe: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield the entries about the teacher in the manifest of a run's labels, if the store still exists."""
+    """Yield the entries about the teacher in the manifest of a run's labels, if the store is still on this machine."""
     labels = recipe["data"]["labels"] or []
     for folder in [labels] if isinstance(labels, str) else labels:
-        with suppress(StoreError, RemoteError, ConfigError):
-            yield from LabelStore(folder).manifest.teacher.items()
+        with suppress(StoreError):
+            yield from read_manifest(folder).teacher.items()
 
 
 def _figures(run: Path, step: int) -> Iterator[str]:

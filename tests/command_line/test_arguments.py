@@ -1,5 +1,6 @@
 """How options may be written on a command line."""
 
+import json
 import os
 import re
 from pathlib import Path
@@ -140,7 +141,8 @@ def test_what_is_there_but_cannot_be_written_to_is_refused_before_the_work(tmp_p
 def test_figures_replace_no_file_of_another_kind(tmp_path):
     parser = Parser("x", "")
     add_figures(parser)
-    for text in ("", '{\n "network": "run"\n}\n', '{\n "num_images": 8\n}\n'):
+    of_all = json.dumps({"class": {"network": "run"}}, indent=1)
+    for text in ("", '{\n "network": "run"\n}\n', '{\n "num_images": 8\n}\n', of_all):
         (tmp_path / "there").write_text(text)
         parse(parser, ["--output", str(tmp_path / "there")])
     # a recipe, metrics.jsonl, a store's manifest, a page

@@ -21,7 +21,8 @@ from torch import Tensor
 from tokenlabel.cli import main
 from tokenlabel.models import Inference, TokenModel, create_model, register_with_timm
 from tokenlabel.models.load import load_model, of_run
-from tokenlabel.models.positions import resize_positions
+from tokenlabel.models.names import _from_file
+from tokenlabel.models.positions import fit_pretrained_positions, resize_positions
 from tokenlabel.models.weight_files import read_checkpoint
 from tokenlabel.models.weights import load_published
 from tokenlabel.runtime.configuration import config_as_dict, config_from_dict
@@ -107,16 +108,40 @@ def test_positions_follow_the_image_size(tmp_path: Path, img_size: tuple[int, in
 
 
 def test_as_many_positions_of_another_shape_are_a_square(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What was trained is smooth; what is not, as new weights, is taken as it is."""
     one, other = tiny((16, 16)), tiny((8, 32))
-    save_file(one.state_dict(), tmp_path / "model.safetensors")
+    states = one.state_dict()
+    ramps = torch.stack(torch.meshgrid(torch.arange(4.0), torch.arange(4.0), indexing="ij"), dim=2).flatten(0, 1)
+    states["backbone.pos_embed"][0, 1:, :2] = ramps
+    save_file(states, tmp_path / "model.safetensors")
     assert load_published(other, tmp_path).resized == ("backbone.pos_embed",)
-    assert "16 position embeddings, taken for 4 x 4 and resized to 2 x 8" in capsys.readouterr().err
-    expected = resize_positions(one.state_dict()["backbone.pos_embed"], (4, 4), (2, 8))
+    assert "position embeddings of a grid of 4 x 4, by what they hold; resized to 2 x 8" in capsys.readouterr().err
+    expected = resize_positions(states["backbone.pos_embed"], (4, 4), (2, 8))
     torch.testing.assert_close(other.state_dict()["backbone.pos_embed"], expected)
-    save_file(other.state_dict(), tmp_path / "model.safetensors")
-    third = tiny((8, 32))
-    assert load_published(third, tmp_path, grid=(2, 8)).resized == ()
-    assert states_equal(third.state_dict(), other.state_dict())
+    for model in (other, tiny((8, 32))):
+        save_file(model.state_dict(), tmp_path / "model.safetensors")
+        third = tiny((8, 32))
+        assert load_published(third, tmp_path).resized == ()
+        assert states_equal(third.state_dict(), model.state_dict())
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "lvvit_t"])
+def test_a_teacher_by_name_takes_a_square_for_one(tmp_path: Path, name: str) -> None:
+    register_with_timm()
+    options: dict[str, Any] = {"depth": 1, "num_heads": 2, "width" if name == "lvvit_t" else "embed_dim": 32}
+    states = timm.create_model(name, num_classes=2, img_size=(64, 64), **options).state_dict()
+    ramps = torch.stack(torch.meshgrid(torch.arange(4.0), torch.arange(4.0), indexing="ij"), dim=2).flatten(0, 1)
+    states["pos_embed"][0, 1:, :2] = ramps
+    save_file(states, tmp_path / "model.safetensors")
+    size, about = (32, 128), {"uses_token_labels": True}
+    network = _from_file(name, str(tmp_path / "model.safetensors"), {"img_size": size, **options}, about, img_size=size)
+    found = getattr(network, "backbone", network).state_dict()["pos_embed"]
+    torch.testing.assert_close(found, resize_positions(states["pos_embed"], (4, 4), (2, 8)))
+    if name != "lvvit_t":  # as timm itself loads the states of a square
+        plain = timm.create_model(name, num_classes=2, img_size=size, **options)
+        plain.load_state_dict(states)
+        fit_pretrained_positions(plain)
+        torch.testing.assert_close(plain.state_dict()["pos_embed"], found)
 
 
 def test_positions_that_are_no_square_need_their_grid(tmp_path: Path) -> None:

@@ -196,6 +196,17 @@ class TestWhatMayChange:
         best = [int(Path(name, "checkpoints/best").resolve().name) for name in ("other", "same")]
         assert best == [10, 5]
 
+    def test_the_best_stays_where_images_moved_and_figures_were_added(self, here):
+        shutil.copytree("run", "moved")
+        assert continued("--checkpoint.keep-best", "true") == 0
+        (line,) = [line for line in read_metrics(here / "run") if line["kind"] == "eval"]
+        with Path("moved/metrics.jsonl").open("a") as file:
+            file.write(json.dumps(line | {"step": 5, "top1": 2.0}) + "\n")
+        Path("data/scenes/val").rename("data/elsewhere")
+        words = ("--data.val", "data/elsewhere", "--eval.probe", "data/elsewhere")
+        assert continued("--checkpoint.keep-best", "true", *words, run="moved") == 0
+        assert int(Path("moved/checkpoints/best").resolve().name) == 5
+
     def test_a_finished_run_says_its_figures_again_or_those_of_another_evaluation(self, here, capsys):
         assert continued() == 0
         first = json.loads(capsys.readouterr().out)
@@ -329,7 +340,7 @@ class TestWhoseClassesAndImages:
         assert "another order" not in capsys.readouterr().err
         Path("data/list.txt").write_text("".join(sorted(lines, reverse=True)))
         assert continued(*words, run="listed") == 0
-        assert "the training images come in another order than before" in capsys.readouterr().err
+        assert capsys.readouterr().err.count("the training images come in another order than before") == 1
 
     def test_files_of_the_run_that_are_damaged_are_named(self, here, capsys):
         images = (here / "run/images.json").read_text()

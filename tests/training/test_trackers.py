@@ -107,6 +107,7 @@ def test_a_tracker_is_opened_in_a_folder_that_is_locked(tmp_path):
 
         def __enter__(self):
             self.entered += 1
+            return self
 
         def __exit__(self, *_):
             self.exited += 1

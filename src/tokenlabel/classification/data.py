@@ -160,7 +160,10 @@ def _val_labels(recipe: Recipe, source: ImageSource, token_classes: ClassList) -
     """Return the labels of the val images. Raises ConfigError if they have neither labels nor classes."""
     folders = recipe.eval.label_folders
     if folders and not recipe.uses_token_labels:
-        say("eval.labels: the token head is not trained, so it is not compared with them")
+        untrained = "eval.labels: the token head is not trained, so it is not compared with them"
+        if not has_classes(source).any():
+            raise ConfigError(f"{untrained}, and {recipe.data.val} has no classes; leave data.val out")
+        say(untrained)
     elif folders:
         store = current_ranks().on_main(lambda: LabelStore(*folders))
         current_ranks().on_main(lambda: check_labels(source, store, max_missing=1.0, classes=token_classes))

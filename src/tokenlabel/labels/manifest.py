@@ -136,7 +136,8 @@ def _difference_text(name: str, ours: Any, theirs: Any) -> str:
     if name == OUTSIDE:
         there, here = (str(value).removesuffix(" evenly") for value in (ours, theirs))
         return f"made with --outside {there} there, {here} here; `--outside {there}` continues that store"
-    return f"{name} is {_short(ours)} there, {_short(theirs)} here"
+    advice = f"; Manifest(empty_is_even={ours}) continues that store" if name == "empty_is_even" else ""
+    return f"{name} is {_short(ours)} there, {_short(theirs)} here{advice}"
 
 
 def _without_names(described: Any) -> Any:

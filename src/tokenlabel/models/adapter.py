@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tokenlabel.core.mix import MixPlan, mix_images
 from tokenlabel.core.outputs import Outputs, TokenModel, check_ascending
 from tokenlabel.models.features import REFUSALS, FeatureLayout, Features, classifier_features, run_blank
+from tokenlabel.models.positions import fit_pretrained_positions
 from tokenlabel.models.weights import begin_as_classifier, classifiers
 from tokenlabel.runtime.coercion import Size, check_numbers, described, pair
 from tokenlabel.runtime.errors import ModelError, first_line
@@ -246,6 +247,8 @@ def create_timm_adapter(
             others = {key: value for key, value in options.items() if key not in (unknown[1], "img_size")}
             remedy = f"; without it: --model.options '{json.dumps(others)}'"
         raise ValueError(f"{name} cannot be made with the options {options}: {first_line(error)}{remedy}") from error
+    if options.get("pretrained"):
+        fit_pretrained_positions(backbone)
     # Where timm keeps the classifier of its weights, a head for the tokens begins as that classifier, too.
     keeps = options.get("pretrained") and backbone.pretrained_cfg.get("num_classes") == num_classes
     if not keeps:

@@ -27,7 +27,7 @@ from tokenlabel.core.outputs import Outputs
 from tokenlabel.models.adapter import TimmAdapter
 from tokenlabel.models.features import REFUSALS
 from tokenlabel.models.lvvit import LVVIT_CONFIGS, LVViT
-from tokenlabel.models.positions import resize_all_positions
+from tokenlabel.models.positions import fit_pretrained_positions, grid_of, resize_all_positions, resize_positions
 from tokenlabel.models.runs import is_run
 from tokenlabel.models.t2t_vit import T2T_VIT_CONFIGS, T2TViT
 from tokenlabel.models.vision_transformer import VisionTransformer
@@ -218,7 +218,9 @@ def network_by_name(
         if weights is not None:
             return _from_file(name, weights, options, about, img_size=wanted), options
         with hub_or_cache(online=not name.startswith("local-dir:")):
-            return timm.create_model(name, pretrained=True, **options), options
+            network = timm.create_model(name, pretrained=True, **options)
+        fit_pretrained_positions(network)
+        return network, options
     except Exception as error:  # timm, the hub and HTTP libraries raise errors of many kinds
         advice = "give a checkpoint file by --weights" if weights is None else "is it of this model?"
         raise ModelError(f"the weights of {name} cannot be loaded ({first_line(error)}); {advice}") from error
@@ -264,6 +266,10 @@ def _from_file(name: str, path: str, options: dict[str, Any], about: Mapping[str
         return network if untrained else model
     if hasattr(network, "aux_head"):
         network.aux_head = None  # the file has no trained one
+    own = getattr(network, "grid", None) or getattr(getattr(network, "patch_embed", None), "grid_size", None)
+    if own is not None and (grid := grid_of(network, own, weights)) is not None:
+        positions = resize_positions(weights.backbone["pos_embed"], grid, own)
+        weights = replace(weights, backbone={**weights.backbone, "pos_embed": positions})
     if weights.path.suffix == ".npz" or misfit(weights.backbone, network.state_dict(), spared=()):
         network = build_with(create, replace(weights, token_head={}), like=network)
         if hasattr(network, "aux_head"):

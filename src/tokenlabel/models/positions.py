@@ -76,27 +76,54 @@ def _guess_grid(num_positions: int, new_grid: tuple[int, int], *, name: str) -> 
     return side, side
 
 
-def grid_of(model: Any, weights: Weights) -> tuple[int, int] | None:
+def grid_of(backbone: Any, grid: tuple[int, int], weights: Weights) -> tuple[int, int] | None:
     """Return the grid of a file's position embeddings where their number alone would mislead.
 
-    That is the grid of the image size in the file's description; without one, a square of as many positions as the
-    model has in another shape, which is said.
+    `grid`: the backbone's own. The file's is that of the image size in its description; without one, a square of as
+    many positions, if they vary less from cell to cell as that (what was trained is smooth), which is said.
     """
-    backbone, size = model.backbone, read_description(weights.path).get("img_size")
+    size = read_description(weights.path).get("img_size")
     patch = getattr(backbone, "patch_size_px", getattr(getattr(backbone, "patch_embed", None), "patch_size", None))
     positions, own = (tensors.get("pos_embed") for tensors in (weights.backbone, backbone.state_dict()))
-    if positions is None or own is None or positions.ndim != 3:
+    if positions is None or own is None or positions.ndim != 3 or own.ndim != 3:
         return None
-    h, w = model.grid
-    num_positions = positions.shape[1] - (own.shape[1] - h * w)
+    num_cells = grid[0] * grid[1]
+    num_prefix = own.shape[1] - num_cells
+    num_positions = positions.shape[1] - num_prefix
     if size is not None and patch is not None:
         (height, width), (patch_height, patch_width) = size, pair(patch)
-        grid = (height // patch_height, width // patch_width)
-        if grid[0] * grid[1] == num_positions:
-            misleads = grid != (h, w) and (grid[0] != grid[1] or num_positions == h * w)
-            return grid if misleads else None
+        stated = (height // patch_height, width // patch_width)
+        if stated[0] * stated[1] == num_positions:
+            return stated if stated != grid and (stated[0] != stated[1] or num_positions == num_cells) else None
+    square = _square_of(num_positions, grid)
+    # 24 x 24 of 384 px are as many as 18 x 32 of 288 x 512.
+    if square is None or _roughness(positions, square) > 0.8 * _roughness(positions, grid):
+        return None
+    h, w = grid
+    found = f"position embeddings of a grid of {square[0]} x {square[1]}, by what they hold"
+    say(f"{weights.path}: {found}; resized to {h} x {w}")
+    return square
+
+
+def _square_of(num_positions: int, grid: tuple[int, int]) -> tuple[int, int] | None:
+    """Return the square of as many cells as a grid that is none; None if there is no such square."""
     side = math.isqrt(max(0, num_positions))
-    if h != w and num_positions == h * w == side * side:  # 24 x 24 of 384 px are as many as 18 x 32 of 288 x 512
-        say(f"{weights.path}: {num_positions} position embeddings, taken for {side} x {side} and resized to {h} x {w}")
-        return side, side
-    return None
+    return (side, side) if grid[0] != grid[1] and num_positions == grid[0] * grid[1] == side * side else None
+
+
+def _roughness(positions: Float[Tensor, "1 M D"], grid: tuple[int, int]) -> float:
+    """Return the mean squared difference between neighbouring cells of a grid."""
+    cells = positions[0, positions.shape[1] - grid[0] * grid[1] :].float().unflatten(0, grid)  # [h, w, D]
+    return sum(float(cells.diff(dim=dim).square().mean()) for dim in (0, 1) if cells.shape[dim] > 1)
+
+
+def fit_pretrained_positions(backbone: Any) -> None:
+    """Resize, in place, pretrained position embeddings of a square that timm put into another grid of as many cells."""
+    grid = getattr(getattr(backbone, "patch_embed", None), "grid_size", None)
+    own = backbone.state_dict().get("pos_embed")
+    _, height, width = backbone.pretrained_cfg.get("input_size", (3, 0, 0))
+    if own is None or own.ndim != 3 or grid is None or height != width:
+        return
+    square = _square_of(grid[0] * grid[1], grid)
+    if square is not None:
+        own.copy_(resize_positions(own, square, grid))

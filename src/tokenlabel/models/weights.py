@@ -77,7 +77,7 @@ def load(
     """Load the tensors of a file into a model; timm itself adapts other sizes and names.
 
     `grid`: token grid (h, w) of the file's position embeddings; by default that of the image size which a file of ours
-    states, else a square, else the model's.
+    states, else a square or the model's, whichever their number and what they hold suggest.
     `rows`: a function from the row count of a head in the file to the row of each class that the model and the file
     share by name; a head of another class count without shared classes stays new, with a warning. A token head that the
     file lacks begins as the classifier. `tokens`: the classes of the file's token head: "classes", those of its
@@ -90,7 +90,8 @@ def load(
         weights = replace(weights, token_head={})
     modules = ("token_head.", *(f"backbone.{name}." for name in classifiers(model.backbone)))
     heads = [name for name in wanted if name.startswith(modules)]
-    found, adapted = _adapt(model, weights, grid=grid or grid_of(model, weights), spared={*heads, *spared})
+    grid = grid or grid_of(model.backbone, model.grid, weights)
+    found, adapted = _adapt(model, weights, grid=grid, spared={*heads, *spared})
     by_name = [name for name in heads if tokens == "classes" or not name.startswith("token_head.")] if rows else []
     new_heads = tuple(sorted(_fit_heads(found, wanted, heads, path, rows, by_name) - {*spared}))
     as_classifier = _begin_as_classifier(model, found, new_heads) if tokens == "classes" else []

@@ -330,7 +330,9 @@ def add_figures(parser: Parser) -> None:
     """Let a parser take how `print_figures` prints, and `--device`."""
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
     parser.add_argument("--output", type=Path, help="also write the figures to this JSON file")
-    parser.written["output"] = ("file of figures", rb'\{\n "(network|num_images)": ')  # the first of each verb
+    # The first figure of each verb, or of each way to predict.
+    beginning = rb'\{\n "(network|num_images|(class|tokens|combined)": \{\n  "network)": '
+    parser.written["output"] = ("file of figures", beginning)
     add_device(parser)
 
 

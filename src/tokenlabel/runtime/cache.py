@@ -8,7 +8,8 @@ TOKENLABEL_CACHE is the folder of the cache, by default ~/.cache/tokenlabel; TOK
     indexes/   what was found in folders and tar files
     locks/     lock files
 
-Names that begin with a dot belong to downloads in progress: a reservation's name ends in the bytes that it reserves.
+Names that begin with a dot belong to downloads in progress, and to folders that are being removed: a reservation's name
+ends in the bytes that it reserves.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ def local_copy(name: str | Path) -> Path:
             say(f"{url}: fetching {len(files):,} files, {_size(num_bytes)}")
             unfinished = target.with_name(f".{target.name}")
             shutil.rmtree(unfinished, ignore_errors=True)
-            unfinished.mkdir()
+            unfinished.mkdir(exist_ok=True)
             base = filesystem.unstrip_protocol(path).rstrip("/") + "/"
             with _room(num_bytes, url, unfinished) as moved, ThreadPoolExecutor(NUM_AHEAD) as pool:
                 list(pool.map(lambda f: download(f, unfinished / f.url.removeprefix(base), moved), files))
@@ -177,7 +178,7 @@ def _room(num_bytes: int, url: str, unfinished: Path | None = None) -> Iterator[
         reservation.touch()
 
     def _moved() -> None:
-        reservation.touch()  # again, if another process took it away while this one slept
+        os.utime(reservation)  # raises once it is gone, which ends an attempt that was given up
         if unfinished is not None:
             os.utime(unfinished)
 
@@ -224,8 +225,9 @@ def _remove(path: Path) -> None:
         return
     # Its name goes at once: what a process that is killed here leaves must not look like a whole folder.
     gone = path.with_name(f".{os.urandom(4).hex()}.gone")
-    path.replace(gone)
-    shutil.rmtree(gone, ignore_errors=True)
+    with suppress(OSError):  # another user's, of a cache that they share
+        path.replace(gone)
+        shutil.rmtree(gone, ignore_errors=True)
 
 
 _held: dict[Path, int] = {}

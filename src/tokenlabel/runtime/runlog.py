@@ -21,7 +21,8 @@ from tokenlabel.runtime.process import naming, say, write_whole
 Tracker = Callable[[dict[str, Any]], None]
 """Called in the main process with each line of metrics: `step`, `kind` (train or eval) and figures by name.
 
-A tracker that is a context manager is entered there, too, when the run folder is locked, and exited in the end.
+A context manager in its place is entered there when the run folder is locked, and exited in the end: the tracker is
+what it enters as.
 """
 
 
@@ -104,11 +105,10 @@ class WandB:
         self._run.finish()  # sends what is left
 
 
-def open_trackers(trackers: Sequence[Tracker], stack: ExitStack) -> None:
-    """Enter those trackers that are context managers; `stack` exits them."""
+def open_trackers(trackers: Sequence[Tracker], stack: ExitStack) -> Iterator[Tracker]:
+    """Yield trackers, what those that are context managers enter as; `stack` exits them."""
     for tracker in trackers:
-        if isinstance(tracker, AbstractContextManager):
-            stack.enter_context(tracker)
+        yield stack.enter_context(tracker) if isinstance(tracker, AbstractContextManager) else tracker
 
 
 METRICS_FILE, RECIPE_FILE = "metrics.jsonl", "recipe.yaml"  # of a run folder
@@ -139,8 +139,9 @@ class RunLog:
         if active:
             lines = read_metrics(run)
             if start_step == 0 and any(line["kind"] == "eval" for line in lines):
-                write_whole(earlier := run / "metrics.earlier.jsonl", _as_text(lines))
-                say(f"{run}: holds no checkpoint and begins anew; {earlier.name} has the figures from before")
+                with (run / "metrics.earlier.jsonl").open("a", encoding="utf-8") as file:
+                    file.write(_as_text(lines))
+                say(f"{run}: holds no checkpoint and begins anew; metrics.earlier.jsonl has the figures from before")
             # What the stopped run wrote beyond its last checkpoint comes again.
             again = (CHANGED_NUMERICS, start_step)  # said at each start from there, unless it was undone
             kept = [line for line in lines if line["step"] <= start_step and (line["kind"], line["step"]) != again]

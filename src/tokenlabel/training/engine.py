@@ -58,13 +58,14 @@ def train_in(
     check_apart(run, *recipe.data.image_folders)
     with joined_ranks(device) as ranks, locked(run, ranks), ExitStack() as opened:
         parts_of_batch(recipe, ranks, device)  # for its errors, before the images are looked at
-        ranks.on_main(lambda: open_trackers(trackers, opened))
+        entered = list[Tracker]()
+        ranks.on_main(lambda: entered.extend(open_trackers(trackers, opened)))
         return run_task(
             build(recipe, device=device, run=run),
             run,
             ranks=ranks,
             eval_every_epochs=recipe.eval.every_epochs,
-            trackers=trackers,
+            trackers=entered,
             changed_numerics=changed_numerics,
         )
 
@@ -115,7 +116,7 @@ def _train(
     log = RunLog(
         run, start_step=step, num_steps=trainer.num_steps, title=run.name, active=ranks.is_first, trackers=trackers
     )
-    figures = ranks.on_main(lambda: _logged_evaluation(run, step, evaluated_as(task.recipe)))
+    figures = ranks.on_main(lambda: _logged_evaluation(run, step, _how(task)))
     if changed:
         log.write(step, kind=CHANGED_NUMERICS, **changed)
         said = ", ".join(f"{name} {now} in place of {before}" for name, (before, now) in changed.items())
@@ -200,6 +201,10 @@ def _pictured(trainer: Trainer, run: Path, batches: Iterator[Any], step: int, wa
         if album is not None:
             album.write(folder, "train", step=step, num_steps=trainer.num_steps)
     return itertools.chain([first], batches)
+
+
+def _how(task: Task[Any]) -> str:
+    return evaluated_as(task.recipe, task.images, task.metric)
 
 
 def _logged_evaluation(run: Path, step: int, how: str) -> dict[str, Any] | None:
@@ -329,8 +334,8 @@ def _prune(trainer: Trainer, run: Path, done: int) -> None:
     lines = read_metrics(run) if config.keep_best else []
     evals = [line for line in lines if line["kind"] == "eval" and line["step"] in steps and task.metric in line]
     # Figures of other val images, or by other settings, do not compare; they count until there are some that do.
-    how = evaluated_as(task.recipe)
-    evals = [line for line in evals if line.get("evaluated_as", how) == how] or evals
+    how = _how(task).partition("/")[0]
+    evals = [line for line in evals if line.get("evaluated_as", how).partition("/")[0] == how] or evals
     best = max(evals, key=lambda line: line[task.metric])["step"] if evals else None
     prune_checkpoints(run, spared | ({best} if best else set()), best=best)
 
@@ -344,7 +349,7 @@ def _evaluate(trainer: Trainer, run: Path, log: RunLog, done: int) -> dict[str, 
     if isinstance(model, FSDPModule):
         model.reshard()  # what the forward pass put together for this rank
     if figures:
-        log.write(done, kind="eval", evaluated_as=evaluated_as(task.recipe), **figures)
+        log.write(done, kind="eval", evaluated_as=_how(task), **figures)
         shown = [name for name in dict.fromkeys((task.metric, *_SHOWN_FIGURES)) if name in figures]
         log.say(f"step {done:,}: {', '.join(f'{name} {figures[name]:.1%}' for name in shown)}")
     return figures

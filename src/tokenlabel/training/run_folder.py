@@ -10,6 +10,7 @@ import fcntl
 import gzip
 import hashlib
 import json
+import math
 import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -51,9 +52,8 @@ _NUMERICS = (
     "micro_batch_size", "compile", "precision", "grad_checkpointing", "sharded", "sync_batchnorm", "mix.group_size",
     "loss.teacher.compile", "loss.teacher.precision",
 )  # fmt: skip
-# Free fields that change the figures of an evaluation.
-_FIGURES = ("eval.", "data.val", "data.root")
-_NO_FIGURES = ("eval.every_epochs", "eval.batch_size")
+# Fields of an evaluation that change no figures, and those that add figures to the ones by which checkpoints compare.
+_NO_FIGURES, _MORE_FIGURES = ("every_epochs", "batch_size", "windows_at_once"), ("labels", "probe", "probe_test")
 
 Changes = dict[str, tuple[Any, Any]]
 """Values before and now of the fields that differ, by name."""
@@ -242,8 +242,14 @@ def check_run_folder(
                 "give labels by the same head, or choose another --out"
             )
         if images is not None:
-            if not read_images(run):
+            known, order = read_images(run), images.entries["train"]["order"]
+            if not known:
                 say(f"{run}: holds no {IMAGES_FILE}; images and labels are taken to be those that it began with")
+            elif known["train"].get("order", order) != order:
+                say(
+                    f"{run}: the training images come in another order than before; it does not go on as an unbroken "
+                    "run would, and in an epoch that is under way some come twice, others not at all"
+                )
             _refuse_images(run, images)
     write_config(recipe, run / RECIPE_FILE)
     if images is not None:
@@ -252,10 +258,19 @@ def check_run_folder(
     return {name: values for name, values in changes.items() if name in _NUMERICS}
 
 
-def evaluated_as(recipe: TrainingConfig) -> str:
-    """Return a hash of the settings that decide the figures of an evaluation, by which lines are compared."""
-    of_figures = {n: v for n, v in settings(recipe).items() if n.startswith(_FIGURES) and n not in _NO_FIGURES}
-    return hashlib.blake2b(json.dumps(of_figures, sort_keys=True, default=str).encode(), digest_size=8).hexdigest()
+def evaluated_as(recipe: Any, images: RunImages | None, metric: str) -> str:
+    """Return two hashes with a `/` between: of what decides the figure `metric` of an evaluation, and of all figures.
+
+    Settings count only if they are not the defaults: a later version may have more of them. To the first the val images
+    are their keys and classes, wherever they lie.
+    """
+    usual = settings(type(recipe.eval)())
+    chosen = {k: v for k, v in settings(recipe.eval).items() if v != usual.get(k) and k not in _NO_FIGURES}
+    chosen["images"] = images and images.entries.get("val", {}).get("digest")
+    of_metric = {k: v for k, v in chosen.items() if k not in _MORE_FIGURES or metric not in ("top1", "miou")}
+    places = {k: v for k, v in settings(recipe.data).items() if k.startswith(("val", "root"))}
+    texts = (json.dumps(part, sort_keys=True, default=str).encode() for part in (of_metric, chosen | places))
+    return "/".join(hashlib.blake2b(text, digest_size=4).hexdigest() for text in texts)
 
 
 def _changes(before: dict[str, Any], recipe: TrainingConfig) -> Changes:
@@ -322,18 +337,12 @@ def _refuse_images(run: Path, images: RunImages) -> None:
             f"{run} was trained on other images or labels: {'; '.join(unlike)}; give those of the run, or choose "
             f"another --out, which may start from its weights (--model.weights {run})"
         )
-    order = now["train"]["order"]
-    if before and before["train"].get("order", order) != order:
-        say(
-            f"{run}: the training images come in another order than before; it does not continue as an unbroken run "
-            "would, and in this epoch some come twice, others not at all"
-        )
 
 
 def _content_of(store: Any, keys: Sequence[str]) -> str:
     """Return a hash of the maps of some images, the same ones each time, by which other labels are told."""
     keys = sorted(keys)
-    keys, digest = keys[:: max(1, len(keys) // _LABELS_HASHED)], hashlib.blake2b(digest_size=8)
+    keys, digest = keys[:: math.ceil(len(keys) / _LABELS_HASHED) or 1], hashlib.blake2b(digest_size=8)
     for key in (key for key in keys if key in store):
         score_map = store[key]
         for array in (score_map.palette, score_map.codes, score_map.probs):
