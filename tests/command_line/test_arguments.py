@@ -154,7 +154,7 @@ def test_figures_replace_no_file_of_another_kind(tmp_path):
 
 def test_a_page_and_probabilities_replace_their_like_only(tmp_path, capsys):
     Page("older").write(tmp_path / "page")
-    FoldPredictions([], np.zeros(0, np.int64), np.zeros((0, 2)), ["a", "b"]).save(tmp_path / "probs")
+    FoldPredictions([], np.zeros(0, np.int64), np.zeros((0, 2), np.float32), ["a", "b"]).save(tmp_path / "probs")
     (tmp_path / "own.html").write_text("<!doctype html>\n<html><head><title>mine</title>")
     np.savez(tmp_path / "own.npz", a=np.zeros(3))
     options = ["--images", "images", "--out-of-fold", "resnet10t"]

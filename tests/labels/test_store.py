@@ -24,7 +24,7 @@ from safetensors.numpy import load_file
 
 from tokenlabel.core.align import align
 from tokenlabel.core.batch import collate_score_maps
-from tokenlabel.core.geometry import View
+from tokenlabel.core.geometry import View, stack_views
 from tokenlabel.core.scores import ScoreMap, from_probabilities, from_top
 from tokenlabel.labels.encoding import Encoding
 from tokenlabel.labels.manifest import Failure, Manifest, read_manifest, update_failures, write_manifest
@@ -758,7 +758,7 @@ def test_a_cell_of_which_nothing_is_known_stays_so(tmp_path, encoding):
                 writer.add("b", unknown if kept else even)
         store = LabelStore(tmp_path / name)
         assert store["a"].empty_is_even == kept
-        targets = align(collate_score_maps([store["a"]]), View.identity().frames[None], (1, 2), samples=1)
+        targets = align(collate_score_maps([store["a"]]), stack_views([View.identity()]), (1, 2), samples=1)
         assert targets.weight.tolist() == [[1.0, float(kept)]]
     with pytest.raises(StoreError, match="empty_is_even is False there, True here"):
         LabelStoreWriter(tmp_path / "own", a_manifest(encoding=encoding, empty_is_even=True))
