@@ -2,6 +2,7 @@
 
 import itertools
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -174,7 +175,7 @@ def test_a_run_that_is_all_warm_up_says_so(scenes, tmp_path, capsys):  # noqa: F
 
 
 def test_a_threshold_that_no_token_reaches_is_said(scenes, tmp_path, capsys):  # noqa: F811
-    unsure = from_mask(np.full((4, 4), -1), num_classes=10, unlabelled=-1)
+    unsure = replace(from_mask(np.full((4, 4), -1), num_classes=10, unlabelled=-1), empty_is_even=True)
     with LabelStoreWriter(tmp_path / "labels", LabelStore(scenes.parent / "labels").manifest) as writer:
         for path in (scenes / "train").rglob("*.png"):
             writer.add(path.relative_to(scenes / "train").as_posix(), unsure)
