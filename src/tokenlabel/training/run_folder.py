@@ -220,7 +220,6 @@ def check_run_folder(
     """Check that a run may continue in a folder with this recipe, and record it there.
 
     Returns how rounding, or which images share a forward pass, changed since the newest checkpoint.
-
     Before the first checkpoint everything may change. After it workers, checkpoints, evaluation and paths may, if
     classes, images and labels are the same, and with `changed_numerics` also what changes rounding or which images
     share a forward pass. Raises ConfigError that names all other differences. Called on the first rank only.
