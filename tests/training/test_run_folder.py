@@ -45,7 +45,8 @@ from tokenlabel.segmentation.recipe import SegmentRecipe
 from tokenlabel.segmentation.task import train_segmentation
 from tokenlabel.training import engine
 from tokenlabel.training.recipe import Recipe
-from tokenlabel.training.run_folder import LOCK_FILE, check_run_folder, locked, sound_images
+from tokenlabel.training.run_folder import LOCK_FILE, check_run_folder, locked
+from tokenlabel.training.run_images import sound_images
 
 
 def nested(data, **changes):

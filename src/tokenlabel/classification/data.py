@@ -23,7 +23,7 @@ from tokenlabel.runtime.distributed import current_ranks
 from tokenlabel.runtime.errors import ConfigError, DataError
 from tokenlabel.runtime.process import say
 from tokenlabel.training.recipe import Recipe
-from tokenlabel.training.run_folder import RunImages, sound_images
+from tokenlabel.training.run_images import RunImages, sound_images
 
 
 @dataclass(frozen=True, eq=False)

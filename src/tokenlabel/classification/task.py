@@ -42,7 +42,8 @@ from tokenlabel.runtime.runlog import Tracker
 from tokenlabel.teachers.ensemble import load_online_teacher
 from tokenlabel.training.engine import train_in
 from tokenlabel.training.recipe import ModelConfig, Recipe
-from tokenlabel.training.run_folder import RunImages, initial_model
+from tokenlabel.training.run_folder import initial_model
+from tokenlabel.training.run_images import RunImages
 from tokenlabel.training.tasks import Summary, Task
 
 # Below this many images evaluation decodes in its own process: starting workers takes seconds.

@@ -56,7 +56,7 @@ from tokenlabel.runtime.errors import ConfigError, DataError, refuse
 from tokenlabel.runtime.process import listed, say
 from tokenlabel.training.checkpoint import with_recipe
 from tokenlabel.training.recipe import Recipe
-from tokenlabel.training.run_folder import sound_images
+from tokenlabel.training.run_images import sound_images
 
 Figures = dict[str, Any]
 

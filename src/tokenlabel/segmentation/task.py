@@ -46,7 +46,8 @@ from tokenlabel.segmentation.layouts import open_pairs
 from tokenlabel.segmentation.pairs import IGNORED, ImageMaskPairs
 from tokenlabel.segmentation.recipe import SegmentLossConfig, SegmentRecipe
 from tokenlabel.training.engine import train_in
-from tokenlabel.training.run_folder import RunImages, initial_model
+from tokenlabel.training.run_folder import initial_model
+from tokenlabel.training.run_images import RunImages
 from tokenlabel.training.tasks import Summary, Task
 
 NUM_TRAIN, NUM_VAL = 6, 12  # images in the albums of a run

@@ -1,44 +1,35 @@
 """Check that a run may continue in its folder: a lock, and comparisons of recipe, classes, images and labels.
 
-RUN/recipe.yaml holds the recipe of the last start, RUN/images.json a digest of the images and which of them do not
-decode, RUN/images.gz the list of the training images, so that an error can name what has changed.
+RUN/recipe.yaml holds the recipe of the last start; what is recorded about images stands in `training.run_images`.
 """
 
 from __future__ import annotations
 
 import fcntl
-import gzip
 import hashlib
 import json
-import math
 import os
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import repeat
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
-
 from tokenlabel.data.classes import ClassList
-from tokenlabel.data.decoding import ImageCheck, find_broken, leave_out
-from tokenlabel.data.images import ImageSource
 from tokenlabel.models.runs import list_checkpoints, read_state, token_classes_of
 from tokenlabel.models.segmentation import SegmentModelConfig
 from tokenlabel.runtime.configuration import flattened, read_yaml, settings, write_config
-from tokenlabel.runtime.distributed import Ranks, current_ranks
+from tokenlabel.runtime.distributed import Ranks
 from tokenlabel.runtime.errors import ConfigError, refuse
 from tokenlabel.runtime.hub import options_without_weights
-from tokenlabel.runtime.process import listed, say, write_whole
+from tokenlabel.runtime.process import say
 from tokenlabel.runtime.runlog import RECIPE_FILE
 from tokenlabel.training.recipe import ModelConfig, TrainingConfig
+from tokenlabel.training.run_images import RunImages, refuse_classes
 
 Config = TypeVar("Config", ModelConfig, SegmentModelConfig)
 
-_LABELS_HASHED = 256  # as many maps as a cold disk gives in a few seconds
-IMAGES_FILE, LIST_FILE, LOCK_FILE = "images.json", "images.gz", ".lock"
+LOCK_FILE = ".lock"
 
 # Fields that do not change what is learnt and may differ when a run continues. Images and labels are compared by their
 # content, not by their paths.
@@ -113,101 +104,6 @@ def locked(run: Path, ranks: Ranks) -> Iterator[None]:
             os.close(descriptor)  # which releases the lock
 
 
-class RunImages:
-    """What a run folder records about images and labels, checked once by the first rank.
-
-    `run`: the folder, where an earlier start may have recorded them. `entries`: the content of images.json, on the
-    first rank only: `digest`, `check` and `broken` (keys) for `train` and `val`, and the origin of the labels.
-    """
-
-    def __init__(self, run: Path | None, class_names: Sequence[str]) -> None:
-        self.run, self.class_names = run, class_names
-        self.entries: dict[str, Any] = {}
-        self.packed_list = b""
-
-    def note_labels(self, store: Any, keys: Sequence[str], **counts: int) -> None:
-        """Record the labels of a `LabelStore`, so that the run does not continue on others.
-
-        `keys`: of the images. `counts`: other numbers that must not change.
-        """
-        # The generation grows when images are annotated again.
-        newest = max((shard.generation for shard in store.shards), default=0)
-        origin = {"annotated_again": newest or None, "content": _content_of(store, keys), **store.manifest.origin()}
-        self.entries["labels"] = counts | origin
-
-    def broken(
-        self,
-        split: str,
-        keys: Sequence[str],
-        classes: Sequence[str],
-        *,
-        check: str,
-        find: Callable[[list[int] | None], list[int]],
-    ) -> list[int]:
-        """Return, on all ranks, the indices of the images that do not decode.
-
-        `classes`: the class of each image; empty if they have none. `find`: returns the broken ones among some indices,
-        or of all images for None. `check`: its method. The result of an earlier start is reused; before the first
-        checkpoint broken images may have been repaired, and are checked again. Raises ConfigError for training images
-        or classes that are not those of the run in the folder.
-        """
-
-        def _find() -> list[int]:
-            text = _list_of(keys, classes)
-            entry = {"digest": hashlib.sha256(text).hexdigest(), "check": check, "broken": []}
-            entry["order"] = hashlib.sha256("\n".join(keys).encode("utf-8", "surrogateescape")).hexdigest()
-            if split == "train":
-                self.packed_list = gzip.compress(text, 1)  # the fastest level: a list may have millions of lines
-            self.entries[split] = entry
-            checkpoints = list_checkpoints(self.run) if self.run else []
-            if self.run and checkpoints and split == "train":
-                _refuse_classes(self.run, read_state(checkpoints[-1])["class_names"], self.class_names)
-                _refuse_images(self.run, self)
-            found = read_images(self.run).get(split, {}) if self.run else {}
-            if found.get("digest") == entry["digest"] and (checkpoints or found["check"] == check):
-                known, entry["check"] = {*found["broken"]}, found["check"]
-                numbers = [number for number, key in enumerate(keys) if key in known] if known else []
-                numbers = find(numbers) if numbers and not checkpoints else numbers
-            else:
-                numbers = find(None)
-            entry["broken"] = [keys[number] for number in numbers]
-            return numbers
-
-        return current_ranks().on_main(_find)
-
-
-def sound_images(
-    source: ImageSource,
-    *,
-    skip_broken: bool,
-    check: ImageCheck,
-    option: str | None,
-    find: Callable[[], list[int]] | None = None,
-) -> ImageSource:
-    """Return the images that decode, and print how many do not. All ranks must call this; the first one checks.
-
-    `find`: another function that returns the broken ones. `option`: the name of `skip_broken` in messages. Raises
-    DataError for broken images without `skip_broken`.
-    """
-    broken = find() if find else current_ranks().on_main(lambda: find_broken(source, check))
-    return leave_out(source, broken, skip_broken=skip_broken, option=option)
-
-
-def read_images(run: Path) -> dict[str, Any]:
-    """Return the content of images.json of a run; empty without the file. Raises ConfigError if it is damaged."""
-    path = run / IMAGES_FILE
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        refuse({f"expected a mapping, got {type(found).__name__}": not isinstance(found, dict)}, ValueError)
-        return found
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise ConfigError(
-            f"{path}: is damaged ({error}); remove it, and the next start checks the images again"
-        ) from error
-
-
 def check_run_folder(
     run: Path,
     recipe: TrainingConfig,
@@ -232,7 +128,7 @@ def check_run_folder(
         last = _changes(read_yaml(run / RECIPE_FILE), recipe) if (run / RECIPE_FILE).exists() else changes
         # A start with other numerics that failed, perhaps for lack of memory, can be repeated and undone.
         _refuse_fields(run, changes, {*_NUMERICS} if changed_numerics else {*_NUMERICS} - last.keys())
-        _refuse_classes(run, state["class_names"], class_names)
+        refuse_classes(run, state["class_names"], class_names)
         before = token_classes_of(state)
         now = token_classes or ClassList(len(class_names), tuple(class_names))
         if not before.is_same(now):
@@ -241,19 +137,10 @@ def check_run_folder(
                 "give labels by the same head, or choose another --out"
             )
         if images is not None:
-            known, order = read_images(run), images.entries["train"]["order"]
-            if not known:
-                say(f"{run}: holds no {IMAGES_FILE}; images and labels are taken to be those that it began with")
-            elif known["train"].get("order", order) != order:
-                say(
-                    f"{run}: the training images come in another order than before; it does not go on as an unbroken "
-                    "run would, and in an epoch that is under way some come twice, others not at all"
-                )
-            _refuse_images(run, images)
+            images.check(run)
     write_config(recipe, run / RECIPE_FILE)
     if images is not None:
-        write_whole(run / IMAGES_FILE, json.dumps(images.entries) + "\n")
-        write_whole(run / LIST_FILE, [images.packed_list])
+        images.record(run)
     return {name: values for name, values in changes.items() if name in _NUMERICS}
 
 
@@ -297,71 +184,3 @@ def _refuse_fields(run: Path, changes: Changes, allowed: set[str]) -> None:
             "pass: --changed-numerics continues anyway, and records it in metrics.jsonl": changes.keys() - allowed,
         }
     )
-
-
-def _refuse_classes(run: Path, before: Sequence[str], now: Sequence[str]) -> None:
-    if list(before) == list(now):
-        return
-    gone, new = ([name for name in a if name not in {*b}] for a, b in ((before, now), (now, before)))
-    number = next((i for i, pair in enumerate(zip(before, now, strict=False)) if pair[0] != pair[1]), None)
-    what = [f"gone: {listed(gone)}"] * bool(gone) + [f"new: {listed(new)}"] * bool(new)
-    if number is not None:
-        what.append(f"class {number} was {before[number]!r}, and is {now[number]!r}")
-    raise ConfigError(
-        f"{run} was trained on other classes, {len(before):,} there, {len(now):,} here ({'; '.join(what)}): "
-        "class ids would mean other classes; give its images, or choose another --out"
-    )
-
-
-def _refuse_images(run: Path, images: RunImages) -> None:
-    """Raise ConfigError that names the differences if training images or labels are not those of the run."""
-    before, now = read_images(run), images.entries
-    unlike: list[str] = []
-    if before and before["train"]["digest"] != now["train"]["digest"]:
-        try:
-            unlike += _unlike_lists((run / LIST_FILE).read_bytes(), images.packed_list)
-        except (OSError, EOFError, zlib.error):
-            unlike.append(f"the images ({LIST_FILE}, their list, is missing or damaged)")
-    theirs, ours = (flattened(entries.get("labels", {})) for entries in (before, now))
-
-    def _short(value: Any) -> str:
-        return text if len(text := str(value)) <= 60 else f"{text[:57]}..."
-
-    names = [name for name in theirs | ours if theirs.get(name) != ours.get(name)] if theirs and ours else []
-    if "content" not in theirs:  # a run of an earlier version
-        names = [name for name in names if name != "content"]
-    unlike += [f"labels.{name}: {_short(theirs.get(name))} there, {_short(ours.get(name))} here" for name in names]
-    if unlike:
-        raise ConfigError(
-            f"{run} was trained on other images or labels: {'; '.join(unlike)}; give those of the run, or choose "
-            f"another --out, which may start from its weights (--model.weights {run})"
-        )
-
-
-def _content_of(store: Any, keys: Sequence[str]) -> str:
-    """Return a hash of the maps of some images, the same ones each time, by which other labels are told."""
-    keys = sorted(keys)
-    keys, digest = keys[:: math.ceil(len(keys) / _LABELS_HASHED) or 1], hashlib.blake2b(digest_size=8)
-    for key in (key for key in keys if key in store):
-        score_map = store[key]
-        for array in (score_map.palette, score_map.codes, score_map.probs):
-            digest.update(f"{array.shape}".encode() + np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()
-
-
-def _unlike_lists(before: bytes, now: bytes) -> list[str]:
-    texts = (gzip.decompress(packed).decode("utf-8", "surrogateescape") for packed in (before, now))
-    theirs, ours = (
-        {key: name for key, _, name in (line.rpartition("\t") for line in text.split("\n"))} for text in texts
-    )
-    gone, new = sorted(theirs.keys() - ours.keys()), sorted(ours.keys() - theirs.keys())
-    moved = sorted(key for key in theirs.keys() & ours.keys() if theirs[key] != ours[key])
-    parts = (("gone", gone), ("new", new), ("of another class", moved))
-    counts = f"{len(theirs):,} images there, {len(ours):,} here"
-    return [counts, *(f"{len(keys):,} {what} ({listed(keys)})" for what, keys in parts if keys)]
-
-
-def _list_of(keys: Sequence[str], classes: Sequence[str]) -> bytes:
-    """Return a line with key and class for each image, sorted, so that it does not depend on the order of files."""
-    lines = map("\t".join, zip(keys, classes or repeat(""), strict=False))
-    return "\n".join(sorted(lines)).encode("utf-8", "surrogateescape")

@@ -20,7 +20,7 @@ from tokenlabel.drawing.pictures import Album
 from tokenlabel.models import TokenModel
 from tokenlabel.runtime.distributed import Ranks
 from tokenlabel.training.recipe import TrainingConfig
-from tokenlabel.training.run_folder import RunImages
+from tokenlabel.training.run_images import RunImages
 
 RecipeT = TypeVar("RecipeT", bound=TrainingConfig)
 
