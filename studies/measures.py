@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,16 +14,18 @@ import torch
 
 from studies.defects import DEFECTS, DefectiveDataset
 from tokenlabel.core.align import align
-from tokenlabel.core.batch import Batch
+from tokenlabel.core.batch import Batch, normalize_images
 from tokenlabel.core.config import Inference
+from tokenlabel.core.targets import TokenTargets
 from tokenlabel.data.augment import TrainTransform
 from tokenlabel.data.batches import ScoreMaps, TokenLabelDataset, collate
 from tokenlabel.data.sources import open_images
 from tokenlabel.evaluation.assessment import evaluation_set
-from tokenlabel.evaluation.evaluators import Accuracy, Calibration, TokenTruth, observe
+from tokenlabel.evaluation.evaluators import Accuracy, Calibration, TokenTruth, object_tokens, observe
 from tokenlabel.evaluation.masks import MaskFolder, agreement
-from tokenlabel.evaluation.probe import image_figures, probe_figures
+from tokenlabel.evaluation.probe import fit_probe, image_figures
 from tokenlabel.labels.store import LabelStore
+from tokenlabel.models import TokenModel
 from tokenlabel.models.load import LoadedModel
 from tokenlabel.runtime.process import write_whole
 from tokenlabel.runtime.runlog import read_metrics
@@ -109,8 +111,27 @@ def teacher_agreement(finished: FinishedRun) -> Figures:
 
 def probe(finished: FinishedRun) -> Figures:
     """Return how well a linear probe of the frozen tokens finds the true masks."""
+    model, num_classes = finished.trained.model, len(finished.class_names)
     train, val = (finished.images(split, finished.masks(split)) for split in ("train", "val"))
-    return probe_figures(finished.trained.model, train, val, num_classes=len(finished.class_names))
+    features, classes = [], []
+    with torch.inference_mode():
+        for tokens, truth in _tokens_and_truth(model, train):
+            objects, of_objects = object_tokens(truth)
+            features.append(tokens[objects])
+            classes.append(of_objects[objects])
+        fitted = fit_probe(torch.cat(features), torch.cat(classes), num_classes=num_classes)
+        judge = TokenTruth("probe")
+        for tokens, truth in _tokens_and_truth(model, val):
+            judge.add_tokens(fitted.classes(tokens), truth, num_classes=num_classes)
+    return dict(judge.figures())
+
+
+def _tokens_and_truth(model: TokenModel, batches: Iterable[Batch]) -> Iterator[tuple[torch.Tensor, TokenTargets]]:
+    """Yield the features of the tokens [B, N, D] and the classes that they show."""
+    for batch in batches:
+        assert batch.score_maps is not None
+        outputs = model(normalize_images(batch.images, mean=model.mean, std=model.std))
+        yield outputs.tokens, align(batch.score_maps, batch.views, outputs.grid)
 
 
 def of_images(finished: FinishedRun) -> Figures:

@@ -153,7 +153,7 @@ def _takes_classes_of_maps(recipe: Recipe) -> bool:
 
 def class_list(source: ImageSource) -> ClassList:
     """Return the classes of images."""
-    return ClassList(len(source.class_names), tuple(source.class_names))
+    return ClassList.of(source.class_names)
 
 
 def _val_labels(recipe: Recipe, source: ImageSource, token_classes: ClassList) -> LabelStore | None:

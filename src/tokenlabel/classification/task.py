@@ -266,7 +266,7 @@ def _initial_model(config: ModelConfig, *, class_names: list[str], token_classes
         rows = partial(_rows, config.weights, class_names)
         others = read_description(config.weights).get("token_classes")
         theirs = ClassList.from_dict(others) if others else None
-        if token_classes.is_same(ClassList(len(class_names), tuple(class_names))):
+        if token_classes.is_same(ClassList.of(class_names)):
             tokens = "classes" if theirs is None else "other"
         else:
             tokens = "same" if theirs is not None and token_classes.is_same(theirs) else "other"

@@ -107,7 +107,7 @@ class TokenLabelDataset(Dataset[Sample]):
         self._has_class = has_classes(source)
         self._labels = store if isinstance(store, CheckableLabels) else None
         names = source.class_names
-        self.token_classes = ClassList(len(names), tuple(names))
+        self.token_classes = ClassList.of(names)
         if self._labels is not None:
             self.token_classes = classes_of_labels(names, self._labels, aloud=False)
         self.num_token_classes = self.token_classes.count
@@ -237,7 +237,7 @@ def classes_of_labels(class_names: Sequence[str], store: CheckableLabels, *, alo
     Raises DataError for a list that was meant to be that of the images, and is not: one that names some of them, or
     all in another order.
     """
-    ours, theirs = ClassList(len(class_names), tuple(class_names)), _classes_of(store)
+    ours, theirs = ClassList.of(class_names), _classes_of(store)
     if theirs.is_same(ours):
         if not theirs.names and aloud:
             say_order(class_names, them="the labels'", overrule=_SETTLED)
@@ -272,7 +272,7 @@ def check_labels(
     `classes`: what the labels have to be about; the images' classes if None. Raises DataError for labels of other
     classes, and for more than `max_missing` of the images, or all, without one.
     """
-    ours = classes or ClassList(len(source.class_names), tuple(source.class_names))
+    ours = classes or ClassList.of(source.class_names)
     theirs = _classes_of(store)
     if not theirs.is_same(ours):
         raise _other_classes(theirs, ours)

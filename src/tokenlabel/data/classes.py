@@ -46,6 +46,11 @@ class ClassList:
         return list(self.names) or [f"word {i}" if self.words else str(i) for i in range(self.count)]
 
     @staticmethod
+    def of(names: Sequence[str]) -> ClassList:
+        """Return the list of classes with these names."""
+        return ClassList(len(names), tuple(names))
+
+    @staticmethod
     def from_dict(values: dict[str, Any]) -> ClassList:
         """Return the list that `dataclasses.asdict` made these values of, perhaps by way of JSON."""
         return ClassList(values["count"], tuple(values["names"]), values["words"])

@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import html
 import io
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from PIL import Image
 
 from tokenlabel.drawing.pictures import Album, ClassGrid, class_colour
 from tokenlabel.runtime.errors import ConfigError
-from tokenlabel.runtime.process import is_replaced, write_whole
+from tokenlabel.runtime.process import is_replaced, why_unwritable, write_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -150,9 +149,8 @@ def caption(picture: Picture) -> str:
 def check_output(output: Path) -> None:
     """Raise ConfigError if a page cannot be written, or would replace a file that is no page."""
     try:
-        folder = next((folder for folder in output.absolute().parents if folder.exists()), output)
-        if not folder.is_dir() or not os.access(folder, os.W_OK):
-            raise _unwritable(output, f"{folder} is no folder that can be written to")
+        if reason := why_unwritable(output):
+            raise _unwritable(output, reason)
         replaced = is_replaced(output, PAGE[1])
     except OSError as error:
         raise _unwritable(output, error.strerror or str(error)) from error

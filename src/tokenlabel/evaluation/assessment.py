@@ -31,6 +31,7 @@ from tokenlabel.data.imagenet import (
     read_real_labels,
 )
 from tokenlabel.data.images import ImageFiles, ImageSource, has_classes
+from tokenlabel.data.remote import read_ahead
 from tokenlabel.data.samplers import EvalBatchSampler
 from tokenlabel.data.sources import open_aloud, open_images
 from tokenlabel.evaluation.evaluators import (
@@ -248,7 +249,8 @@ class _Assessment:
             num_images=len(dataset), batch_size=size, rank=ranks.rank, world_size=ranks.world_size
         )
         loader = make_loader(dataset, sampler, num_workers=self.options.num_workers)
-        for batch in tqdm(loader, desc="eval", unit="batch", disable=None if self.ranks.is_first else True):
+        batches, silent = read_ahead(dataset.source, sampler, loader), None if ranks.is_first else True
+        for batch in tqdm(batches, desc="eval", unit="batch", total=len(sampler), disable=silent):
             yield batch.to(self.device)
 
     def _folder(self) -> Path:

@@ -12,15 +12,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from tokenlabel.core.align import align
 from tokenlabel.core.batch import Batch, normalize_images
-from tokenlabel.core.targets import TokenTargets
 from tokenlabel.data.augment import EvalTransform
 from tokenlabel.data.batches import TokenLabelDataset
 from tokenlabel.data.imagenet import as_classes_of
 from tokenlabel.data.images import ImageSource, ImageSubset, has_classes
 from tokenlabel.data.sources import open_images
-from tokenlabel.evaluation.evaluators import TokenTruth, object_tokens
 from tokenlabel.models import TokenModel
 from tokenlabel.runtime.distributed import Ranks
 from tokenlabel.runtime.errors import ConfigError
@@ -57,28 +54,6 @@ def fit_probe(
     shrinkage = ridge * covariance.diagonal().mean() * torch.eye(len(covariance), dtype=x.dtype, device=x.device)
     weight = torch.linalg.solve(covariance + shrinkage, x.T @ y / len(x))
     return LinearProbe(weight=weight, bias=y_mean - x_mean @ weight)
-
-
-@torch.inference_mode()
-def probe_figures(
-    model: TokenModel, train: Iterable[Batch], val: Iterable[Batch], *, num_classes: int
-) -> dict[str, float]:
-    """Return probe_accuracy and probe_miou, on val batches, of a token probe fitted on train batches.
-
-    Both have true masks. Only tokens that show an object count, as in `TokenTruth`.
-    """
-    features, classes = [], []
-    for batch in train:
-        tokens, truth = _tokens_and_truth(model, batch)
-        objects, of_objects = object_tokens(truth)
-        features.append(tokens[objects])
-        classes.append(of_objects[objects])
-    probe = fit_probe(torch.cat(features), torch.cat(classes), num_classes=num_classes)
-    judge = TokenTruth("probe")
-    for batch in val:
-        tokens, truth = _tokens_and_truth(model, batch)
-        judge.add_tokens(probe.classes(tokens), truth, num_classes=num_classes)
-    return dict(judge.figures())
 
 
 def probe_sets(
@@ -164,9 +139,3 @@ def _mean_tokens(
     of_ranks = ranks.all_gather((torch.cat(features).cpu(), torch.cat(classes).cpu()))
     features, classes = zip(*of_ranks, strict=True)
     return torch.cat(features), torch.cat(classes)
-
-
-def _tokens_and_truth(model: TokenModel, batch: Batch) -> tuple[Float[Tensor, "B N D"], TokenTargets]:
-    assert batch.score_maps is not None
-    outputs = model(normalize_images(batch.images, mean=model.mean, std=model.std))
-    return outputs.tokens, align(batch.score_maps, batch.views, outputs.grid)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tokenlabel.models.adapter import TimmAdapter
+from tokenlabel.models.features import evaluating
 from tokenlabel.runtime.coercion import Choice
 
 NUM_LEVELS = 4
@@ -63,10 +64,8 @@ def find_levels(backbone: TimmAdapter, img_size: tuple[int, int], *, layers: Seq
         raise ValueError(f"{backbone.name} lacks timm's feature_info, which lists its layers; choose another backbone")
     asked = tuple(layers) if layers is not None else tuple(range(len(stages)))
     image = next(backbone.parameters()).new_zeros(1, 3, *img_size)
-    was_training = backbone.training
-    with torch.no_grad():
-        shapes = [tuple(features.shape[1:]) for features in backbone.eval().intermediates(image, asked)]
-    backbone.train(was_training)
+    with evaluating(backbone), torch.no_grad():
+        shapes = [tuple(features.shape[1:]) for features in backbone.intermediates(image, asked)]
     has_stages = len(set(shapes)) > 1
     # Stages end where the next map is of another size.
     chosen = list(range(len(asked)))

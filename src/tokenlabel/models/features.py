@@ -80,7 +80,7 @@ def run_blank(
     """
     image = next(backbone.parameters()).new_zeros(1, 3, *img_size)
     try:
-        with _evaluating(backbone), torch.no_grad():
+        with evaluating(backbone), torch.no_grad():
             seen, (features,) = backbone.forward_intermediates(image, indices=[stage])
     except REFUSALS as error:
         size = f"{img_size[0]} x {img_size[1]} pixels{where}"
@@ -89,7 +89,7 @@ def run_blank(
 
 
 @contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
+def evaluating(module: nn.Module) -> Iterator[None]:
     """Switch to evaluation mode, and restore the mode of each submodule afterwards: some may be frozen."""
     modes = {part: part.training for part in module.modules()}
     module.eval()

@@ -64,7 +64,7 @@ def read_weights(folder: Path, state: dict[str, Any]) -> dict[str, Tensor]:
 def token_classes_of(state: dict[str, Any]) -> ClassList:
     """Return the classes of the tokens of a checkpoint, by its state: those of the images unless it names others."""
     others, names = state.get("token_classes"), state["class_names"]
-    return ClassList(len(names), tuple(names)) if others is None else ClassList.from_dict(others)
+    return ClassList.of(names) if others is None else ClassList.from_dict(others)
 
 
 def read_state(folder: Path) -> dict[str, Any]:

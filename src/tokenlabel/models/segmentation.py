@@ -25,6 +25,7 @@ from tokenlabel.models.decoders import (
     UPerNetHead,
     find_levels,
 )
+from tokenlabel.models.features import evaluating
 from tokenlabel.models.runs import is_run, newest_checkpoint
 from tokenlabel.models.weight_files import Weights, find_weights, read_checkpoint
 from tokenlabel.models.weights import LOGGER, load, misfit
@@ -140,9 +141,8 @@ class SegmentationModel(nn.Module):
 
         Runs the model on a blank image.
         """
-        was_training = self.training
-        logits = self.eval()(next(self.parameters()).new_zeros(1, 3, *img_size)).logits
-        self.train(was_training)
+        with evaluating(self):
+            logits = self(next(self.parameters()).new_zeros(1, 3, *img_size)).logits
         return logits.shape[2], logits.shape[3]
 
     def no_weight_decay(self) -> set[str]:
@@ -171,10 +171,6 @@ class SegmentationModel(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute activations of the backbone's blocks in the backward pass instead of storing them."""
         self.backbone.set_grad_checkpointing(enable)
-
-    def fsdp_blocks(self) -> list[nn.Module]:
-        """Return the backbone's repeated blocks, which sharded training wraps one by one."""
-        return self.backbone.fsdp_blocks()
 
 
 def create_segmentation_model(config: SegmentModelConfig, *, num_classes: int) -> SegmentationModel:
@@ -246,11 +242,10 @@ def _leave_unreached(model: SegmentationModel, img_size: tuple[int, int]) -> fro
     DDP would wait for their gradients forever.
     """
     image = next(model.parameters()).new_zeros(1, 3, *img_size)
-    was_training = model.training
-    maps = model.eval().maps(image)
     heads = [head for head in (model.decode_head, model.auxiliary_head) if head is not None]
-    pending = [head(maps).grad_fn for head in heads]
-    model.train(was_training)
+    with evaluating(model):
+        maps = model.maps(image)
+        pending = [head(maps).grad_fn for head in heads]
     # Walk back from the outputs through the autograd graph; the leaf node of a parameter holds it as `variable`.
     seen, reached = set(), set()
     while pending:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from argparse import SUPPRESS, Action, ArgumentParser, HelpFormatter, Namespace
 from collections.abc import Callable, Iterable
@@ -31,7 +30,7 @@ from tokenlabel.runtime.configuration import (
     with_types,
 )
 from tokenlabel.runtime.errors import near_names
-from tokenlabel.runtime.process import is_replaced, write_whole
+from tokenlabel.runtime.process import is_replaced, why_unwritable, write_whole
 
 if TYPE_CHECKING:
     import torch
@@ -235,11 +234,8 @@ def _why_unwritable(path: Path, option: str, written: tuple[str, bytes] | None) 
         return None  # a device or a pipe
     if written and not is_replaced(path, written[1]):
         return f"--{option} {path}: exists and is no {written[0]}; choose another file, or remove it"
-    # A file is replaced by another, so it is its folder that counts.
-    folder = path if path.is_dir() else next(folder for folder in path.absolute().parents if folder.exists())
-    reason = f"nothing can be made in {folder}" if folder.is_dir() else f"{folder} is a file"
-    writable = folder.is_dir() and os.access(folder, os.W_OK)
-    return None if writable else f"{path}: cannot be written ({reason}); choose another place"
+    reason = why_unwritable(path)
+    return reason and f"{path}: cannot be written ({reason}); choose another place"
 
 
 def configured(parser: Parser, options: Namespace, config: type[Config]) -> Config:

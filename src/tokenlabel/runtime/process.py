@@ -220,6 +220,15 @@ def write_whole(path: Path, content: str | Iterable[bytes]) -> None:
         os.close(descriptor)
 
 
+def why_unwritable(path: Path) -> str | None:
+    """Return why no file can be made at a path, or in a folder; None if one can, as far as permissions tell."""
+    # A file is replaced by another, so it is its folder that counts.
+    folder = path if path.is_dir() else next(folder for folder in path.absolute().parents if folder.exists())
+    if not folder.is_dir():
+        return f"{folder} is a file"
+    return None if os.access(folder, os.W_OK) else f"nothing can be made in {folder}"
+
+
 def is_replaced(path: Path, beginning: bytes) -> bool:
     """Return True if `write_whole` may write there: there is no file, an empty one, or one with a known beginning.
 

@@ -130,7 +130,7 @@ def check_run_folder(
         _refuse_fields(run, changes, {*_NUMERICS} if changed_numerics else {*_NUMERICS} - last.keys())
         refuse_classes(run, state["class_names"], class_names)
         before = token_classes_of(state)
-        now = token_classes or ClassList(len(class_names), tuple(class_names))
+        now = token_classes or ClassList.of(class_names)
         if not before.is_same(now):
             raise ConfigError(
                 f"{run}: its tokens were trained on {before.described()}, these labels are about {now.described()}; "
