@@ -2,6 +2,8 @@
 
 import io
 import json
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ import pytest
 import torch
 import yaml
 from annotation_ranks import CPU
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from segment_cases import BACKBONE, write_image
 
@@ -78,6 +82,29 @@ class TestFiles:
         Image.new(mode, (3, 2), 0.5 if mode == "F" else 1).save(buffer := io.BytesIO(), kind)
         with pytest.raises(DataError, match=f"m.png: {message}"):
             decode_mask(buffer.getvalue(), "m.png")
+
+    @settings(max_examples=60, deadline=None)
+    @given(most=st.integers(1, 65_535), is_plain=st.booleans(), seed=st.integers(0, 99))
+    def test_a_pgm_holds_the_numbers_that_stand_in_it(self, most, is_plain, seed):
+        values = np.random.default_rng(seed).integers(0, most + 1, (3, 5))
+        data = f"P{2 if is_plain else 5}\n5 3\n{most}\n".encode()
+        kind = np.uint8 if most < 256 else ">u2"
+        data += " ".join(map(str, values.ravel())).encode() if is_plain else values.astype(kind).tobytes()
+        assert decode_mask(data, "0.pgm").tolist() == values.tolist()
+
+    @pytest.mark.parametrize("bits", [1, 2, 4, 8])
+    def test_a_grey_png_holds_the_numbers_that_stand_in_it(self, bits):
+        values = np.arange(48).reshape(6, 8) % 2**bits
+
+        def chunk(name: bytes, content: bytes) -> bytes:
+            return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+        rows = b"".join(
+            b"\0" + int("".join(f"{value:0{bits}b}" for value in row), 2).to_bytes(bits) for row in values.tolist()
+        )
+        header = struct.pack(">IIBBBBB", 8, 6, bits, 0, 0, 0, 0)
+        chunks = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+        assert decode_mask(b"\x89PNG\r\n\x1a\n" + chunks, "0.png").tolist() == values.tolist()
 
     def test_a_mask_with_a_tag_of_its_own_is_turned_as_images_are(self):
         exif = Image.Exif()

@@ -47,6 +47,12 @@ def test_features_that_repeat_each_other_are_no_obstacle():
     assert probe.classes(x).tolist() == [0] * 5 + [1] * 5
 
 
+def test_features_that_are_all_alike_name_the_most_frequent_class():
+    probe = fit_probe(torch.full((10, 4), 0.3), torch.tensor([0] * 4 + [1] * 6), num_classes=3)
+    assert probe.classes(torch.zeros(2, 4)).tolist() == [1, 1]
+    assert not probe.weight.any()
+
+
 def test_a_shift_of_all_features_changes_nothing():
     rng = np.random.default_rng(1)
     x, classes = torch.from_numpy(rng.normal(0, 1, (50, 3))), torch.from_numpy(rng.integers(0, 2, 50))

@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import re
+import warnings
 from argparse import Namespace
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -17,6 +18,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from tokenlabel.cli import main
 from tokenlabel.models import Inference, TokenModel, create_model, register_with_timm
@@ -230,7 +232,7 @@ def test_a_pickle_that_runs_code_is_refused_with_a_way_out(
     command = str(caught.value).partition('python -c "')[2].removesuffix('"')
     exec(command, {})  # the way out works, for those who trust the file
     assert "never run" in capsys.readouterr().out
-    assert read_checkpoint(f"{path}.tensors.pth").keys() == tiny().state_dict().keys()
+    assert read_checkpoint(f"{path}.tensors.pth")[0].keys() == tiny().state_dict().keys()
 
 
 @pytest.mark.parametrize(
@@ -242,6 +244,11 @@ def test_a_pickle_that_runs_code_is_refused_with_a_way_out(
         ("a.pth", pickled([1]), r"a.pth holds a list"),
         ("a.pth", b"<!DOCTYPE html><html>404", r"a.pth is text that begins with '<!DOCTYPE html>"),
         ("a.pth", pickled({"epoch": 3}), r"a.pth holds no tensors; it has epoch"),
+        (
+            "a.pth",
+            pickled({"fc.weight": torch.ones(2, 2, dtype=torch.int8)}),
+            r"a.pth holds whole numbers \(torch.int8\) in fc.weight .*take the weights before they were quantised",
+        ),
     ],
 )
 def test_damaged_files_are_refused(tmp_path: Path, name: str, contents: bytes, message: str) -> None:
@@ -256,6 +263,16 @@ def test_weights_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
     torch.save(model.state_dict(), tmp_path / "diverged.pth")
     with pytest.raises(ModelError, match=r"diverged\.pth holds NaN in .* \(1 tensors\); take a checkpoint before"):
         load_published(tiny(), tmp_path / "diverged.pth")
+
+
+def test_a_torchscript_archive_is_refused_with_a_way_out(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch advises against TorchScript
+        torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "a.pt")
+        with pytest.raises(ModelError, match=r"a.pt is a TorchScript archive.*convert it once: python -c") as caught:
+            read_checkpoint(tmp_path / "a.pt")
+        exec(str(caught.value).partition('python -c "')[2].removesuffix('"'), {})
+    assert read_checkpoint(tmp_path / "a.pt.tensors.pth")[0].keys() == {"weight", "bias"}
 
 
 def test_missing_file_and_missing_average(tmp_path: Path) -> None:
@@ -305,6 +322,9 @@ def test_files_of_timm_fit_other_images_and_classes(
             assert torch.equal(value, theirs.state_dict()[key]), key
 
 
+CONVNEXT: dict[str, Any] = {"depths": (1, 1, 1, 1), "dims": (8, 8, 8, 16)}
+
+
 def convnext_as_published(name: str) -> str:
     """Return what Facebook's own files call a tensor of timm's ConvNeXt."""
     name = re.sub(r"^stem\.", "downsample_layers.0.", name)
@@ -314,13 +334,36 @@ def convnext_as_published(name: str) -> str:
     return name.replace("head.fc", "head")
 
 
+@pytest.mark.parametrize(
+    "prefix", ["backbone.", "student.backbone.", "teacher.", "module.encoder.", "_forward_module.model.", "network."]
+)
+def test_names_that_timm_changes_are_found_below_usual_prefixes(prefix: str, tmp_path: Path) -> None:
+    theirs: Any = timm.create_model("convnext_atto", num_classes=5, **CONVNEXT)
+    published = {convnext_as_published(name): tensor for name, tensor in theirs.state_dict().items()}
+    torch.save({"state_dict": below(prefix, published, **{"loss.weight": torch.ones(1)})}, tmp_path / "a.ckpt")
+    ours: Any = create_model("convnext_atto", num_classes=5, img_size=(64, 64), **CONVNEXT)
+    load_published(ours, tmp_path / "a.ckpt")
+    assert states_equal(ours.backbone.state_dict(), theirs.state_dict())
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["network.0.0.mlp.fc1.weight", "network.0.1.mlp.fc1.weight", "norm.weight"],  # PoolFormer
+        ["backbone.input_stem.0.weight", "backbone.stages.0.weight", "head.weight"],  # CPUBone
+    ],
+)
+def test_names_that_timm_changes_may_begin_like_a_prefix(names: list[str], tmp_path: Path) -> None:
+    torch.save({"model": {name: torch.ones(1) for name in names}}, tmp_path / "a.pth")
+    assert [*read_checkpoint(tmp_path / "a.pth")[0]] == names
+
+
 def test_names_that_timm_knows_how_to_change(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    options: dict[str, Any] = {"depths": (1, 1, 1, 1), "dims": (8, 8, 8, 16)}
-    theirs: Any = timm.create_model("convnext_atto", num_classes=5, **options)
+    theirs: Any = timm.create_model("convnext_atto", num_classes=5, **CONVNEXT)
     published = {convnext_as_published(name): tensor for name, tensor in theirs.state_dict().items()}
     wrapped = below("module.model.", published, **{"loss.weight": torch.ones(1)})
     torch.save({"model": wrapped}, tmp_path / "a.pth")
-    ours: Any = create_model("convnext_atto", num_classes=5, img_size=(64, 64), **options)
+    ours: Any = create_model("convnext_atto", num_classes=5, img_size=(64, 64), **CONVNEXT)
     load_published(ours, tmp_path / "a.pth")
     assert states_equal(ours.backbone.state_dict(), theirs.state_dict())
     assert torch.equal(ours.token_head.weight, theirs.head.fc.weight)  # the dense head of `annotate`
@@ -410,6 +453,7 @@ def test_networks_are_found_below_any_key_and_prefix(
         {"state_dict": BARE, "state_dict_ema": AVERAGED},
         {"model": BARE, "model_ema": {"module": below("module.", AVERAGED)}},
         {"model": BARE, "ema": {"state_dict": AVERAGED}},
+        {"model": BARE, "EMA": AVERAGED},
         {"state_dict": below("model.", BARE) | below("ema_model.module.", AVERAGED)},
         {"student": below("backbone.", BARE), "teacher": below("backbone.", AVERAGED)},
     ],
@@ -438,9 +482,12 @@ def test_pickles_may_hold_what_is_harmless(tmp_path: Path) -> None:
         "kind": np.dtype("int16"),
         "started": datetime(2024, 1, 2, tzinfo=UTC),
         "took": timedelta(hours=2),
+        "torch": TorchVersion("2.9.0"),
+        "layers": range(3),
+        "frozen": frozenset({"stem"}),
     }
     torch.save({"state_dict": BARE, **beside}, tmp_path / "a.pth")
-    assert read_checkpoint(tmp_path / "a.pth").keys() == BARE.keys()
+    assert read_checkpoint(tmp_path / "a.pth")[0].keys() == BARE.keys()
     torch.save({"state_dict": BARE, "hook": Malicious()}, tmp_path / "b.pth")
     with pytest.raises(ModelError, match=r"b.pth holds more than tensors \(print\)"):
         read_checkpoint(tmp_path / "b.pth")

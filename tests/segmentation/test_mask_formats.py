@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -242,3 +243,41 @@ def test_what_cocos_file_says_becomes_class_ids(folder):
     write_image(Path("images/1.png"), (24, 30))
     with pytest.raises(ValueError, match=r"all\.json: 1 of 2 images in images have no mask there \(1\.png\)"):
         row()
+
+
+def test_an_image_of_cocos_file_without_an_instance_learns_from_its_label_map(folder):
+    for number in range(3):
+        write_image(Path(f"images/{number}.png"), (24, 30), seed=number)
+    write_coco("all.json", [0, 1, 2])
+    content = json.loads(Path("all.json").read_text())
+    # Nothing is said of 1.png, and of 2.png only where a crowd is.
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] == 0 or a["iscrowd"]][:4]
+    Path("all.json").write_text(json.dumps(content))
+    config = SegmentDataConfig(layout=Layout.FOLDERS, train="images", masks="all.json")
+
+    def with_mask(config: SegmentDataConfig) -> list[int]:
+        pairs = open_pairs(config, "train")
+        assert pairs is not None
+        return pairs.with_mask
+
+    assert with_mask(replace(config, labels="labels")) == [0]
+    assert with_mask(config) == [0, 1, 2]  # nobody else could say anything of them
+    assert with_mask(replace(config, labels="labels", background="rest")) == [0, 1, 2]
+
+
+def test_a_mask_of_cocos_file_that_lies_as_its_image_is_stored_is_refused(folder, capsys):
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    for number, name in enumerate(["box", "stripe"]):
+        path = Path(f"photos/{name}/{number}.png")
+        write_image(path, (24, 30), seed=number)
+        Image.open(path).save(path, exif=turned)
+    write_coco("coco.json", [0, 1])
+    save_file(timm.create_model("test_convnext", num_classes=0).state_dict(), "convnext.safetensors")
+    backbone = ["--backbone", "test_convnext", "--weights", "convnext.safetensors"]
+    for command in (
+        ["annotate", "photos", "labels", "--teacher", "masks:coco.json", "--device", "cpu"],
+        ["fit-head", "photos", "head.safetensors", "--from", "masks:coco.json", *backbone],
+    ):
+        assert main(command) == 2
+        assert "coco.json: the mask of 0.png: lies as box/0.png stores its pixels" in "".join(capsys.readouterr())

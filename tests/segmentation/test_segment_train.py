@@ -218,6 +218,23 @@ def test_published_models_load(tmp_path):
     assert torch.equal(model.eval()(images).logits, published.eval()(images).logits)
 
 
+@pytest.mark.parametrize("prefix", ["network.", "segmentor.", "module.model."])
+@pytest.mark.parametrize("is_published", [True, False])
+def test_whole_models_are_found_below_any_prefix(tmp_path, capfd, prefix, is_published):
+    whole = new_model()
+    tensors = as_published(whole) if is_published else whole.state_dict()
+    averaged = {
+        f"ema_model.module.{name}": tensor + 1 for name, tensor in tensors.items() if tensor.is_floating_point()
+    }
+    contents = {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
+    torch.save({"state_dict": contents | averaged | {"loss.weight": torch.ones(2)}}, tmp_path / "a.ckpt")
+    model = new_model()
+    assert not load_segmentation_weights(model, tmp_path / "a.ckpt")
+    images = torch.randn(1, 3, 24, 24)
+    assert torch.equal(model.eval()(images).logits, whole.eval()(images).logits)
+    assert f"takes state_dict: {prefix}, and skips" in capfd.readouterr().err
+
+
 def test_heads_for_other_classes_start_anew(tmp_path, caplog):
     torch.save(as_published(new_model(num_classes=5)), tmp_path / "upernet.pth")
     model = new_model()

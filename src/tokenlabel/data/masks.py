@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -72,7 +73,9 @@ def decode_mask(data: bytes, name: str) -> NDArray[np.integer]:
     """
     try:
         image = Image.open(io.BytesIO(data))
+        spread = _spread(image)
         values = np.asarray(image)
+        values = values if spread == 1 else np.rint(values / spread).astype(np.uint16)
         orientation = orientation_of(data, image)
     except Exception as error:  # Pillow's decoders raise whatever their parsing runs into
         raise DataError(undecodable(name, error)) from error
@@ -89,6 +92,19 @@ def decode_mask(data: bytes, name: str) -> NDArray[np.integer]:
     if values.dtype.kind == "f" and not (np.isfinite(values) & (values == np.rint(values))).all():
         raise DataError(f"{name}: holds fractions; a mask holds whole numbers of classes")
     return turned(values if values.dtype.kind in "iu" else values.astype(np.int64), orientation)
+
+
+def _spread(image: Image.Image) -> float:
+    """Return by how much Pillow multiplies the numbers of an image that is open, but not loaded.
+
+    Greys of 2 and 4 bits are spread over 0 to 255, and those of a PGM up to its `maxval` over 0 to 255 or 65535.
+    """
+    codec, _, _, args = image.tile[0]
+    mode, *rest = args if isinstance(args, tuple) else (args,)
+    if codec in ("ppm", "ppm_plain") and image.mode in "LI":
+        return (65_535 if image.mode == "I" else 255) / rest[0]
+    few_bits = re.match(r"L;([24])", str(mode))
+    return 255 / (2 ** int(few_bits[1]) - 1) if few_bits else 1
 
 
 def _is_grey(values: NDArray[np.integer]) -> bool:
@@ -138,8 +154,8 @@ class CocoMasks:
 
     `class_names`: the file's categories in the order of their ids: those of the values 0, 1, 2, ... in masks; pixels of
     none have `unlabelled_value(len(class_names))`, those of crowds `CROWD`. `names`: the images that have a mask,
-    ascending. Raises DataError for a file of another kind, and for what refers to an image or a category that is not
-    there.
+    ascending; `bare`: those of them without an instance, or with crowds alone. Raises DataError for a file of another
+    kind, and for what refers to an image or a category that is not there.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -159,6 +175,7 @@ class CocoMasks:
         if not 0 < len(self.class_names) <= MAX_CLASSES:
             raise DataError(f"{self.path}: lists {len(ids):,} categories, expected 1 to {MAX_CLASSES:,}")
         self.names = Strings(sorted(described))
+        self.bare = frozenset(name for name, mask in described.items() if _has_nothing(mask))
         self._masks = Strings([json.dumps(described[name]) for name in self.names])
 
     def __str__(self) -> str:
@@ -305,6 +322,11 @@ def _content(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not all(isinstance(content.get(name), list) for name in lists):
         raise DataError(f"{path}: is no COCO file; expected the lists {', '.join(lists)}")
     return content
+
+
+def _has_nothing(mask: dict[str, Any]) -> bool:
+    """Return True if no pixel of a described mask counts, for want of an instance that is no crowd."""
+    return "instances" in mask and all(is_crowd for _, _, is_crowd, _ in mask["instances"])
 
 
 def _described(content: dict[str, Any], values: dict[int, int], *, is_panoptic: bool) -> dict[str, dict[str, Any]]:

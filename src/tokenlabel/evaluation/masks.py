@@ -160,15 +160,16 @@ class MaskFolder:
             name = self._coco_names.get(key)
             if name is None:
                 raise DataError(f"{self.folder}: has no mask of {key}")
-            return self.folder, self._ids[self._coco.read(name)]
-        path = self._path(key)
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise DataError(f"{path}: the mask of {key} cannot be read ({error.strerror})") from error
-        values = decode_mask(data, str(path))
+            path, mask, values = self.folder, f"{self.folder}: the mask of {name}", self._ids[self._coco.read(name)]
+        else:
+            mask = str(path := self._path(key))
+            try:
+                data = path.read_bytes()
+            except OSError as error:
+                raise DataError(f"{path}: the mask of {key} cannot be read ({error.strerror})") from error
+            values = decode_mask(data, mask)
         if self._source is not None and (index := self._indices.get(key)) is not None:
-            check_upright(values.shape, self._source.read(index), mask=str(path), image=key)
+            check_upright(values.shape, self._source.read(index), mask=mask, image=key)
         return path, values
 
     def _path(self, key: str) -> Path:

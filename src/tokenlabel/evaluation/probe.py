@@ -51,8 +51,10 @@ def fit_probe(
     x_mean, y_mean = x.mean(dim=0), y.mean(dim=0)
     x, y = x - x_mean, y - y_mean  # so that the ridge does not shrink the bias
     covariance = x.T @ x / len(x)
-    shrinkage = ridge * covariance.diagonal().mean() * torch.eye(len(covariance), dtype=x.dtype, device=x.device)
-    weight = torch.linalg.solve(covariance + shrinkage, x.T @ y / len(x))
+    # Features that are all alike have no variance: any ridge makes their weights 0, and the bias decides.
+    shrinkage = ridge * (float(covariance.diagonal().mean()) or 1.0)
+    covariance.diagonal().add_(shrinkage)
+    weight = torch.linalg.solve(covariance, x.T @ y / len(x))
     return LinearProbe(weight=weight, bias=y_mean - x_mean @ weight)
 
 

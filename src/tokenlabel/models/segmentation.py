@@ -31,6 +31,7 @@ from tokenlabel.models.weight_files import Weights, find_weights, read_checkpoin
 from tokenlabel.models.weights import LOGGER, load, misfit
 from tokenlabel.runtime.coercion import COUNT, NATURAL, POSITIVE, Choice, check_numbers, coerced_fields
 from tokenlabel.runtime.errors import ModelError
+from tokenlabel.runtime.process import say
 
 
 class HeadKind(Choice):
@@ -282,16 +283,20 @@ def load_segmentation_weights(model: SegmentationModel, path: str | Path, *, ave
     path = newest_checkpoint(path) if is_run(path) else Path(path)
     if path.is_dir():
         average = (path / "ema.safetensors").exists()
-    found = read_checkpoint(path, average=average)
+    own = model.state_dict()
+    published = {name.replace("backbone.backbone.", "backbone.", 1).replace(_NECK, _PUBLISHED_NECK) for name in own}
+    found, skipped = read_checkpoint(path, own.keys() | published, average=average)
     spared = {key.removeprefix("backbone.") for key in model.unreached}
     if not any(key.startswith("decode_head.") for key in found):
         weights = find_weights(path, model.backbone.backbone.state_dict(), average=average)
         load(model.backbone, weights, spared=spared)
         return frozenset(name for name, _ in model.named_parameters() if not name.startswith("backbone."))
+    if skipped:
+        say(skipped)
     backbone, heads = _backbone_and_heads(found, path)
     if model.auxiliary_head is None:
         heads = {key: tensor for key, tensor in heads.items() if not key.startswith("auxiliary_head.")}
-    wanted = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith("backbone.")}
+    wanted = {key: tensor for key, tensor in own.items() if not key.startswith("backbone.")}
     other_classes = {
         key
         for key in heads.keys() & wanted.keys()

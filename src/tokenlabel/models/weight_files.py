@@ -10,7 +10,7 @@ import pathlib
 import re
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date, datetime, time, timedelta, timezone
@@ -23,16 +23,24 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from tokenlabel.models.runs import checkpoint_or_file
 from tokenlabel.runtime.errors import ModelError, first_line
 from tokenlabel.runtime.process import listed, say
 
 # Keys and prefixes of averaged weights: state_dict_ema, model_ema.module., teacher. (DINO's).
-AVERAGE = re.compile(r"(^|[._/])(ema|swa|avg|averaged?|teacher)([._/]|$)")
+AVERAGE = re.compile(r"(^|[._/])(ema|swa|avg|averaged?|teacher)([._/]|$)", re.IGNORECASE)
 
 # Inserted into names, at any depth, by torch.compile, FSDP and activation checkpointing.
 WRAPPED = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+
+# Usual names of a network inside another, as they precede names that only timm can translate; and the beginnings of
+# names in such layouts that look like these.
+_WRAPPERS = (
+    "module", "_forward_module", "model", "net", "network", "backbone", "encoder", "student", "teacher",
+)  # fmt: skip
+_NO_WRAPPER = re.compile(r"network\.\d|backbone\.input_stem\.")
 
 # Token heads: ours, and those of networks that have one themselves.
 TOKEN_HEADS = ("token_head.", "aux_head.")
@@ -48,6 +56,7 @@ _NUMPY_VALUES = {"scalar": np.float32(0).__reduce__()[0], "_reconstruct": np.zer
 # NumPy 2 renamed `numpy.core` to `numpy._core`; pickles have the name of the version that wrote them.
 HARMLESS: list[Any] = [
     *(Namespace, date, datetime, time, timedelta, timezone, np.dtype, np.ndarray),
+    *(TorchVersion, frozenset, range, slice),
     *{type(np.dtype(code)) for code in "?bBhHiIlLqQefdgFDSUOM"},
     *((kind, f"{room}.{name}") for name, kind in _PATHS.items() for room in ("pathlib", "pathlib._local")),
     *((f, f"numpy.{room}.multiarray.{name}") for name, f in _NUMPY_VALUES.items() for room in ("core", "_core")),
@@ -81,10 +90,7 @@ def find_weights(path: str | Path, wanted: Collection[str], *, average: bool | N
     path, groups = _read(path, average=average)
     group, prefix = _choose(groups, wanted, average=average, path=path)
     outer, tensors = prefix.removesuffix("backbone."), groups[group]
-    # Here, not where a loss or a score of some image is found to be NaN. (Inf is in masks of attention.)
-    bad = [name for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.float().isnan().any()]
-    if bad:
-        raise ModelError(f"{path} holds NaN in {listed(bad)} ({len(bad):,} tensors); take a checkpoint before that")
+    _refuse_bad(path, tensors)
     backbone, token_head, outside = {}, {}, []
     for name, tensor in tensors.items():
         if (inner := name.removeprefix(outer)).startswith(TOKEN_HEADS):
@@ -93,21 +99,47 @@ def find_weights(path: str | Path, wanted: Collection[str], *, average: bool | N
             backbone[name[len(prefix) :]] = tensor
         else:
             outside.append(name)
-    if outside:
-        where = ": ".join(part for part in (group, prefix) if part)
-        say(f"{path}: takes {where}, and skips {listed(outside)} ({len(outside):,} tensors)")
+    if skipped := _skipped(path, group, prefix, outside):
+        say(skipped)
     return Weights(path, prefix, backbone, token_head)
 
 
-def read_checkpoint(path: str | Path, *, average: bool = False) -> dict[str, Tensor]:
-    """Return the tensors of a checkpoint by name, without a prefix such as `module.` of DataParallel.
+def read_checkpoint(
+    path: str | Path, wanted: Collection[str] = (), *, average: bool = False
+) -> tuple[dict[str, Tensor], str]:
+    """Return the tensors of a checkpoint by name, without what precedes the names `wanted`, and which are left out.
 
-    `path`: a file, or a folder with `model.safetensors` (with `average` `ema.safetensors`), as in our runs.
-    Raises ModelError for what cannot be read without running code, and for a file without averaged weights.
+    Without `wanted` only a usual wrapper's name is taken off, such as `module.` of DataParallel. `path`: a file, or a
+    folder with `model.safetensors` (with `average` `ema.safetensors`), as in our runs. Raises ModelError for what
+    cannot be read without running code, for a file without averaged weights, and for NaN.
     """
     path, groups = _read(checkpoint_or_file(path), average=average)
-    group, prefix = _choose(groups, (), average=average, path=path)
-    return {name.removeprefix(prefix): tensor for name, tensor in groups[group].items()}
+    group, prefix = _choose(groups, wanted, average=average, path=path)
+    found = {name[len(prefix) :]: tensor for name, tensor in groups[group].items() if name.startswith(prefix)}
+    _refuse_bad(path, found)
+    return found, _skipped(path, group, prefix, [name for name in groups[group] if not name.startswith(prefix)])
+
+
+def _refuse_bad(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raise ModelError for weights that are NaN, or whole numbers.
+
+    Here, not where a loss or a score of some image is found to be NaN. (Inf is in masks of attention.)
+    """
+    bad = [name for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.float().isnan().any()]
+    if bad:
+        raise ModelError(f"{path} holds NaN in {listed(bad)} ({len(bad):,} tensors); take a checkpoint before that")
+    whole = [name for name, tensor in tensors.items() if name.endswith(".weight") and not tensor.is_floating_point()]
+    if whole:
+        raise ModelError(
+            f"{path} holds whole numbers ({tensors[whole[0]].dtype}) in {listed(whole)} ({len(whole):,} tensors): the "
+            "scales of quantised weights are not read; take the weights before they were quantised"
+        )
+
+
+def _skipped(path: Path, group: str, prefix: str, names: Sequence[str]) -> str:
+    """Return a line about tensors that lie outside; "" if there are none."""
+    where = ": ".join(part for part in (group, prefix) if part)
+    return f"{path}: takes {where}, and skips {listed(names)} ({len(names):,} tensors)" if names else ""
 
 
 def _read(path: Path, *, average: bool | None) -> tuple[Path, dict[str, dict[str, Tensor]]]:
@@ -117,7 +149,7 @@ def _read(path: Path, *, average: bool | None) -> tuple[Path, dict[str, dict[str
         path = averaged if average is not False and averaged.exists() else path / "model.safetensors"
     if not path.is_file():
         raise ModelError(f"{path}: no such file; expected weights as .safetensors, .pth or .pth.tar")
-    contents = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    contents = _read_safetensors(path) if path.suffix.lower() == ".safetensors" else _read_pickle(path)
     groups = dict(_groups(contents))
     if path.name == "ema.safetensors":
         groups = {f"averaged{name}": tensors for name, tensors in groups.items()}
@@ -153,7 +185,7 @@ def _choose(
             votes.update((group, name[:start]) for start in starts if name[start:] in wanted)
     most = max(votes.values(), default=0)
     if 4 * most < len(wanted) or not wanted:
-        votes = Counter({(group, _wrapper(tensors)): len(tensors) for group, tensors in groups.items()})
+        votes = Counter({(group, _wrapper(tensors, wanted)): len(tensors) for group, tensors in groups.items()})
         most = max(votes.values())
     places = [place for place, count in votes.most_common() if 2 * count >= most]
     averaged = [place for place in places if AVERAGE.search(".".join(place))]
@@ -166,15 +198,25 @@ def _choose(
     return (averaged if averaged and average is not False else plain or averaged)[0]
 
 
-def _wrapper(tensors: Collection[str]) -> str:
-    """Return the common prefix of most names, if it is a usual name of a wrapped model."""
-    prefix = ""
+def _wrapper(tensors: Collection[str], wanted: Collection[str]) -> str:
+    """Return the common prefix of most names if it is a usual one of a network inside another.
+
+    None that would leave a wanted name outside.
+    """
+    prefix, inside = "", [*tensors]
     while True:
-        inner = Counter(name[len(prefix) :].partition(".")[0] for name in tensors if name.startswith(prefix))
+        inner = Counter(name[len(prefix) :].partition(".")[0] for name in inside)
         (first, count), *_ = inner.most_common(1)
-        if first not in ("module", "model", "net") or 2 * count < len(tensors):
+        deeper = f"{prefix}{first}."
+        beside = (name for name in inside if not name.startswith(deeper))
+        if (
+            first not in _WRAPPERS
+            or 2 * count < len(tensors)
+            or any(_NO_WRAPPER.match(name, len(prefix)) for name in inside)
+            or any(name[len(prefix) :] in wanted for name in beside)
+        ):
             return prefix
-        prefix += f"{first}."
+        prefix, inside = deeper, [name for name in inside if name.startswith(deeper)]
 
 
 def read_class_names(path: str | Path) -> tuple[str, ...]:
@@ -187,7 +229,7 @@ def read_class_names(path: str | Path) -> tuple[str, ...]:
     folder = path if path.is_dir() else path.parent
     found: Any = None
     with suppress(OSError, ValueError, SafetensorError, AttributeError, TypeError):
-        if path.suffix == ".safetensors":
+        if path.suffix.lower() == ".safetensors":
             with safe_open(path, framework="pt") as file:
                 found = json.loads((file.metadata() or {}).get("class_names", "null"))
         elif path.is_file() and path.suffix != ".npz":  # the original ViTs
@@ -239,6 +281,11 @@ def _read_pickle(path: Path) -> dict[str, Any]:
             f"if torch.is_tensor(v) or isinstance(s(v), (dict, str, int))}}; torch.save(t(f), '{path}.tensors.pth')\""
         ) from error
     except (RuntimeError, EOFError, OSError, LookupError, TypeError, ValueError) as error:
+        if "TorchScript" in str(error):
+            raise ModelError(
+                f"{path} is a TorchScript archive, which holds code beside its tensors; convert it once: python -c "
+                f"\"import torch; torch.save(torch.jit.load('{path}').state_dict(), '{path}.tensors.pth')\""
+            ) from error
         raise ModelError(f"{path} is damaged or no checkpoint ({first_line(error)}); get it again") from error
     if not isinstance(contents, dict):
         raise ModelError(f"{path} holds a {type(contents).__name__}, expected a dictionary of tensors")

@@ -83,7 +83,14 @@ def check_labels(store: LabelStore, pairs: ImageMaskPairs) -> int:
         say_replaced(store, bare)
     else:
         say("all images have masks, and learn from these: the labels are not used")
-    for name, share, grid in _too_small(store, pairs):
+    idle, too_small = _compared(store, pairs)
+    if idle:
+        say(
+            f"the masks of {len(idle):,} labelled images, of up to {_NUM_COMPARED} that were looked at, hold nothing "
+            f"that counts ({listed(idle)}): nothing is learnt from these images; without such a mask an image learns "
+            "from its label map"
+        )
+    for name, share, grid in too_small:
         say(
             f"label maps of {grid[0]} x {grid[1]} cells are coarser than the objects of {name!r}: {share:.0%} of its "
             "pixels in masks lie in cells that show more of another class; `annotate --cells` makes finer maps"
@@ -113,20 +120,24 @@ def finer_for_maps(
     return min(max(1, round(math.sqrt(finer[0] * finer[1]))), _MOST_FINER)
 
 
-def _too_small(store: LabelStore, pairs: ImageMaskPairs) -> list[tuple[str, float, tuple[int, int]]]:
-    """Return the classes most of whose pixels are in cells of label maps that show more of another class.
+def _compared(store: LabelStore, pairs: ImageMaskPairs) -> tuple[list[str], list[tuple[str, float, tuple[int, int]]]]:
+    """Look at some masks beside label maps: return what the ones lack that the others have, and the other way round.
 
-    Each with the share of these pixels and a map's (rows, columns). Compares some masks with the grid of their own
-    maps, or of any other map where they have none.
+    First the images with a label in whose masks nothing counts. Then the classes most of whose pixels are in cells of
+    label maps that show more of another class, each with the share of these pixels and a map's (rows, columns); masks
+    are compared with the grid of their own maps, or of any other map where they have none.
     """
     others = next((key for key in pairs.keys if key in store), None)
     if others is None or not pairs.with_mask:
-        return []
+        return [], []
+    idle = list[str]()
     num_classes = len(pairs.classes.names)
     lost, pixels, grid = np.zeros(num_classes), np.zeros(num_classes), (1, 1)
     chosen = np.linspace(0, len(pairs.with_mask) - 1, min(_NUM_COMPARED, len(pairs.with_mask))).astype(int)
     for index in np.array(pairs.with_mask)[chosen].tolist():
         key, (_, mask) = pairs.keys[index], pairs.read(index)
+        if key in store and not (mask != IGNORED).any():
+            idle.append(key)
         height, width = store[key if key in store else others].codes.shape[:2]
         grid = (height, width)
         counts = _class_counts(mask, grid, num_classes)
@@ -134,7 +145,7 @@ def _too_small(store: LabelStore, pairs: ImageMaskPairs) -> list[tuple[str, floa
         lost += (counts * ~is_most).sum(axis=0)
         pixels += counts.sum(axis=0)
     shares = lost / np.maximum(pixels, 1)
-    return [(pairs.classes.names[i], float(shares[i]), grid) for i in np.flatnonzero(shares > 0.5)]
+    return idle, [(pairs.classes.names[i], float(shares[i]), grid) for i in np.flatnonzero(shares > 0.5)]
 
 
 def _class_counts(

@@ -237,13 +237,16 @@ def _coco_pairs(
     )
     keys = sorted(list_images(images).images)
     name_of = masks.names_of(keys)
+    if not all_needed and config.background is None:  # nothing counts there: a label map has more to say
+        name_of = {key: name for key, name in name_of.items() if name not in masks.bare}
     bare = [key for key in keys if key not in name_of]
     if not name_of or (bare and all_needed):
         raise DataError(
             f"{masks}: {len(bare):,} of {len(keys):,} images in {images} have no mask there ({listed(bare)}); it has "
             f"those of {len(masks.names):,} ({listed(masks.names[:9])})"
         )
-    say(f"{images}: {len(name_of):,} images with masks of {len(names):,} classes ({listed(list(names))})")
-    if absent := sorted({*masks.names}.difference(name_of.values())):
+    without = f", {len(bare):,} without" if bare else ""
+    say(f"{images}: {len(name_of):,} images with masks of {len(names):,} classes ({listed(list(names))}){without}")
+    if absent := sorted({*masks.names}.difference(masks.names_of(keys).values())):
         say(f"{masks}: {len(absent):,} of its images are not in {images} and are skipped ({listed(absent)})")
     return ImageMaskPairs(classes, images, masks, [(key, name_of.get(key, "")) for key in keys])
