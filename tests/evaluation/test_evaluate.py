@@ -17,6 +17,7 @@ from tokenlabel.labels.store import LabelStore
 from tokenlabel.labels.writer import LabelStoreWriter
 from tokenlabel.models import Outputs, TokenModel
 from tokenlabel.runtime.coercion import pair
+from tokenlabel.runtime.errors import OutputError
 
 
 class Oracle(TokenModel):
@@ -85,6 +86,23 @@ def test_a_model_that_says_nothing_is_right_about_nothing():
 
     evaluation = run([batch_of([np.zeros((8, 8))] * 2, [0, 7])], Mute())
     assert (evaluation["top1"], evaluation["top5"]) == (0, 0)
+
+
+@pytest.mark.parametrize("part", ["class_logits", "tokens"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_outputs_that_are_no_numbers_are_refused_with_the_image(part, value):
+    """All of them compare as neither larger nor smaller: class 0, or every class, would be the answer."""
+
+    class Overflown(Oracle):
+        def forward(self, images, plan=None):
+            outputs = super().forward(images)
+            getattr(outputs, part)[-1] = value
+            return outputs
+
+    masks = [np.full((8, 8), 3)] * 2
+    truths = [from_mask(np.full((8, 8), 3, np.uint8), num_classes=10)] * 2
+    with pytest.raises(OutputError, match=r"network for 1 images \(1\) are not finite in fp32; its weights"):
+        run([batch_of(masks, [3, 3], truths)], Overflown())
 
 
 def test_tokens_are_held_against_the_masks_where_an_object_is():

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from tokenlabel.core.scores import from_probabilities
 from tokenlabel.models.decoders import HeadOutputs
 from tokenlabel.models.segmentation import SegmentationModel, SegmentOutputs
+from tokenlabel.runtime.errors import OutputError
 from tokenlabel.segmentation.inference import (
     Segmenter,
     confusion,
@@ -142,6 +143,13 @@ def test_a_picture_gets_a_class_for_every_pixel_of_its_own_size() -> None:
         assert (segmenter(model, mode=mode)(pixels) == expected).float().mean() > 0.999
     said = segmenter(Local(multiple_px=4, stride=4), short_side_px=16, scales=(0.5, 1.0), flip=True)(pixels)
     assert said.shape == (13, 22)
+
+
+def test_outputs_that_are_no_numbers_are_refused() -> None:
+    model = Local()
+    model.weight[2] = torch.nan  # no comparison with it holds: every pixel would be of class 0
+    with pytest.raises(OutputError, match=r"a\.png: the outputs of the network for this image are not finite"):
+        segmenter(model)(torch.zeros(3, 13, 22, dtype=torch.uint8), name="a.png")
 
 
 def test_flipping_and_scaling_look_at_what_they_say() -> None:

@@ -334,6 +334,32 @@ def test_what_cannot_be_fitted_says_so_in_one_line_and_leaves_nothing(images, tm
     assert not [*tmp_path.iterdir()]
 
 
+@pytest.mark.parametrize("factor", [1e6, 1e-8])
+@pytest.mark.parametrize("source", ["words", "labels"])
+def test_vectors_that_half_precision_cannot_hold_are_refused(images, tmp_path, capsys, factor, source):
+    weights = timm.create_model("test_vit", num_classes=0).state_dict()
+    save_file(weights | {"norm.weight": weights["norm.weight"] * factor}, tmp_path / "test_vit.safetensors")
+    backbone = ["--backbone", "test_vit", "--weights", str(tmp_path / "test_vit.safetensors")]
+    head = tmp_path / "head.safetensors"
+    command = [
+        "fit-head",
+        str(images / "images"),
+        str(head),
+        "--from",
+        source,
+        *backbone,
+        "--device",
+        "cpu",
+        "--size",
+        "32",
+    ]
+    assert main(command) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "test_vit: its vectors have numbers up to" in said
+    assert "samples of them are kept in half precision" in said
+    assert not head.exists()
+
+
 def test_images_that_do_not_decode_are_passed_over(images, tmp_path, capsys):
     (tmp_path / "images" / "a").mkdir(parents=True)
     for path in (images / "images" / "a").iterdir():

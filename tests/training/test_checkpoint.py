@@ -1,4 +1,5 @@
 import json
+import os
 import resource
 from contextlib import contextmanager
 
@@ -118,6 +119,15 @@ def test_tensors_come_in_the_same_order_in_every_process(tmp_path):
         names = [*read_tensors(folder, name, read_state(folder))]
         assert names == sorted(names)
         assert len(names) > 9
+
+
+def test_colleagues_may_read_what_the_umask_lets_them(tmp_path):
+    before = os.umask(0o027)
+    try:
+        folder = save(tmp_path, 1, trained_for(1))
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o640}
 
 
 def test_a_missing_file_is_named(tmp_path):

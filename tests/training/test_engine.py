@@ -17,7 +17,7 @@ from tokenlabel.labels.store import LabelStore
 from tokenlabel.labels.writer import LabelStoreWriter
 from tokenlabel.models.runs import list_checkpoints
 from tokenlabel.runtime.distributed import Ranks
-from tokenlabel.runtime.errors import ConfigError, FirstRankError
+from tokenlabel.runtime.errors import ConfigError, FirstRankError, OutputError
 from tokenlabel.runtime.runlog import Stopwatch, read_metrics
 from tokenlabel.training.checkpoint import load_run
 from tokenlabel.training.engine import run_task
@@ -167,6 +167,19 @@ def test_a_gradient_that_is_not_a_number_is_no_checkpoint(scenes, tmp_path, monk
     (folder,) = list_checkpoints(tmp_path / "run")
     assert int(folder.name) == 2
     assert all(torch.isfinite(w).all() for w in load_run(folder).model.state_dict().values())
+
+
+def test_an_evaluation_with_outputs_that_are_no_numbers_costs_no_run(scenes, tmp_path, capsys, monkeypatch):  # noqa: F811
+    def refused(*arguments, **others):
+        raise OutputError("the outputs of the network for 1 images (a.png) are not finite in bf16")
+
+    recipe = recipe_in_groups(scenes, epochs=1)
+    task = build(recipe, device=CPU)
+    monkeypatch.setattr(task, "evaluate", refused)
+    assert run_task(task, tmp_path / "run", ranks=Ranks(), eval_every_epochs=1) == {}
+    assert "step 5: not evaluated: the outputs of the network for 1 images (a.png)" in capsys.readouterr().err
+    assert int(list_checkpoints(tmp_path / "run")[-1].name) == 5
+    assert not [line for line in read_metrics(tmp_path / "run") if line["kind"] == "eval"]
 
 
 def test_a_run_that_is_all_warm_up_says_so(scenes, tmp_path, capsys):  # noqa: F811

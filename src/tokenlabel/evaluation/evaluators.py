@@ -24,6 +24,8 @@ from tokenlabel.core.kernels import blocks
 from tokenlabel.core.outputs import Outputs
 from tokenlabel.core.targets import TokenTargets
 from tokenlabel.runtime.distributed import Precision, Ranks, autocast
+from tokenlabel.runtime.errors import OutputError
+from tokenlabel.runtime.process import listed
 
 # A token is judged if a class of the mask covers at least this share of its cell.
 OBJECT_SHARE = 0.25
@@ -91,10 +93,11 @@ def observe(
     """Run a model once over batches on its device; return the metrics of each way to predict, and images_per_s.
 
     `model`: anything that returns `Outputs`. `batches`: this rank's part of the images. `competing`: the classes among
-    which predictions choose; all if None.
+    which predictions choose; all if None. Raises OutputError, on all ranks, for outputs that are not finite: the first
+    class, or every class, would be the most probable one.
     """
     model.eval()
-    started, num_images = time.perf_counter(), 0
+    started, num_images, bad = time.perf_counter(), 0, list[str]()
     for batch in batches:
         device = batch.images.device
         with autocast(device, precision):
@@ -106,7 +109,9 @@ def observe(
             for evaluator in evaluators[inference]:
                 evaluator.add(Predictions(batch, outputs.grid, chosen, token_classes, outputs))
         num_images += len(batch.images)
+        bad += _not_finite(batch.keys, *logits_of.values(), *([] if token_classes is None else [outputs.tokens]))
     spent = ranks.all_gather((num_images, time.perf_counter() - started))
+    refuse_outputs([key for keys in ranks.all_gather(bad) for key in keys], precision)
     # All ranks wait for the slowest one, so its time is the time that the evaluation takes.
     speed = {"images_per_s": sum(n for n, _ in spent) / max(seconds for _, seconds in spent)}
     for evaluator in (evaluator for of_one in evaluators.values() for evaluator in of_one):
@@ -115,6 +120,21 @@ def observe(
         inference: {name: value for evaluator in of_one for name, value in evaluator.figures()} | speed
         for inference, of_one in evaluators.items()
     }
+
+
+def _not_finite(keys: Sequence[str], *outputs: Tensor) -> list[str]:
+    """Return the keys of the images for which some output is not finite."""
+    finite = torch.stack([output.isfinite().flatten(1).all(dim=1) for output in outputs]).all(dim=0)
+    return [key for key, is_finite in zip(keys, finite.tolist(), strict=True) if not is_finite]
+
+
+def refuse_outputs(keys: Sequence[str], precision: str) -> None:
+    """Raise OutputError if the outputs for any images, by their keys, were not finite."""
+    if keys:
+        wider = "; --precision fp32 has a wider range" if precision != "fp32" else "; its weights have overflowed"
+        raise OutputError(
+            f"the outputs of the network for {len(keys):,} images ({listed(keys)}) are not finite in {precision}{wider}"
+        )
 
 
 def _token_classes(outputs: Outputs) -> Int[Tensor, "B N"]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from tokenlabel.data.batches import TokenLabelDataset
 from tokenlabel.data.imagenet import as_classes_of
 from tokenlabel.data.images import ImageSource, ImageSubset, has_classes
 from tokenlabel.data.sources import open_images
+from tokenlabel.evaluation.evaluators import refuse_outputs
 from tokenlabel.models import TokenModel
 from tokenlabel.runtime.distributed import Ranks
 from tokenlabel.runtime.errors import ConfigError
@@ -132,12 +134,15 @@ def nearest_classes(
 def _mean_tokens(
     model: TokenModel, batches: Iterable[Batch], ranks: Ranks
 ) -> tuple[Float[Tensor, "n D"], Int[Tensor, " n"]]:
-    """Return the mean token and the class of each image, of all ranks."""
-    features, classes = [], []
+    """Return the mean token and the class of each image, of all ranks. Raises OutputError for what is not finite."""
+    features, classes, keys = [], [], []
     for batch in batches:
         outputs = model(normalize_images(batch.images, mean=model.mean, std=model.std))
         features.append(outputs.tokens.float().mean(dim=1))
         classes.append(batch.class_ids)
-    of_ranks = ranks.all_gather((torch.cat(features).cpu(), torch.cat(classes).cpu()))
-    features, classes = zip(*of_ranks, strict=True)
+        keys += batch.keys
+    of_ranks = ranks.all_gather((torch.cat(features).cpu(), torch.cat(classes).cpu(), keys))
+    features, classes, keys = zip(*of_ranks, strict=True)
+    finite = torch.cat(features).isfinite().all(dim=1).tolist()
+    refuse_outputs([key for key, is_so in zip(chain(*keys), finite, strict=True) if not is_so], "fp32")
     return torch.cat(features), torch.cat(classes)

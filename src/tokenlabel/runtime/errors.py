@@ -48,6 +48,10 @@ class ModelError(ValueError):
     """A network, its weights or a head does not exist, cannot be read, or cannot do what is asked."""
 
 
+class OutputError(ModelError):
+    """What a network makes of some images are no finite numbers. The message names one."""
+
+
 class FirstRankError(ValueError):
     """The first rank failed at what it does for all ranks."""
 

@@ -25,6 +25,7 @@ from tokenlabel.models.load import LoadedModel
 from tokenlabel.models.segmentation import SegmentationModel
 from tokenlabel.runtime.coercion import Size, pair
 from tokenlabel.runtime.distributed import Ranks
+from tokenlabel.runtime.errors import OutputError
 from tokenlabel.segmentation.data import SegmentDataset, SegmentSample, fitted_size
 from tokenlabel.segmentation.pairs import IGNORED, ImageMaskPairs
 from tokenlabel.segmentation.recipe import SegmentEvalConfig
@@ -49,9 +50,15 @@ class Segmenter:
             )
 
     @torch.inference_mode()
-    def __call__(self, image: UInt8[Tensor, "3 height width"]) -> Int[Tensor, "height width"]:
-        """Return the most probable class of each pixel of an RGB image, on the image's device."""
-        return most_probable([logits.float() for logits in self.views(image)], (image.shape[1], image.shape[2]))
+    def __call__(self, image: UInt8[Tensor, "3 height width"], *, name: str = "") -> Int[Tensor, "height width"]:
+        """Return the most probable class of each pixel of an RGB image, on the image's device.
+
+        Raises OutputError with the image's `name` for outputs that are not finite.
+        """
+        views = [logits.float() for logits in self.views(image)]
+        if not all(logits.isfinite().all() for logits in views):  # class 0 would be the most probable one
+            raise OutputError(f"{name}: the outputs of the network for this image are not finite")
+        return most_probable(views, (image.shape[1], image.shape[2]))
 
     @torch.inference_mode()
     def probabilities(
@@ -210,7 +217,7 @@ def evaluate_segmentation(
     Ranks share the images, and their counts are summed: the figures are those of one process. Beside the entries of
     `figures_of` the result has `num_images`, `images_per_s` (of all ranks together), `absent_classes` (in no mask),
     and `class_iou` and `class_accuracy` by class name. `on_sample` is called with each sample of this rank and its
-    predicted classes. Leaves the model in evaluation mode.
+    predicted classes. Leaves the model in evaluation mode. Raises OutputError, on all ranks, see `Segmenter`.
     """
     device = next(segmenter.model.eval().parameters()).device
     sampler = EvalBatchSampler(
@@ -222,11 +229,18 @@ def evaluate_segmentation(
     names = pairs.classes.names
     matrix = torch.zeros(len(names), len(names), dtype=torch.long, device=device)
     started = time.perf_counter()
+    bad = list[str]()
     with autocast:
         for sample in (one for some in samples for one in some):
-            predicted = segmenter(sample.image.to(device))
+            try:
+                predicted = segmenter(sample.image.to(device), name=sample.key)
+            except OutputError as error:
+                bad.append(str(error))
+                continue
             matrix += confusion(predicted, sample.mask.to(device), len(names))
             on_sample(sample, predicted)
+    if every := [line for lines in ranks.all_gather(bad) for line in lines]:
+        raise OutputError(f"{every[0]} ({len(every):,} of {len(pairs):,} images)")
     figures = figures_of(torch.stack(ranks.all_gather(matrix.cpu())).sum(dim=0))
     seconds = time.perf_counter() - started
     by_class = {kind: dict(zip(names, figures.pop(kind), strict=True)) for kind in ("class_iou", "class_accuracy")}

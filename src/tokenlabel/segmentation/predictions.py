@@ -60,7 +60,7 @@ def predict_files(
         pixels = _decoded(path.read_bytes, str(path), failures)
         if pixels is None:
             continue
-        ids = segmenter(torch.from_numpy(pixels).permute(2, 0, 1).to(device)).cpu().numpy()
+        ids = segmenter(torch.from_numpy(pixels).permute(2, 0, 1).to(device), name=str(path)).cpu().numpy()
         if len(classes.names) > 255:  # in 8 bits, 255 is the ignored value
             mask = Image.fromarray(ids.astype(np.uint16))
         else:

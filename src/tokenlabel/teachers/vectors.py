@@ -25,6 +25,7 @@ from tokenlabel.teachers.dense import DenseLogits
 from tokenlabel.teachers.labelling import TeacherImage, as_tensor, seen_batches
 from tokenlabel.teachers.masks import shares
 
+_LEAST = 2**-10  # where the smaller numbers of a vector begin to be rounded
 VECTORS_PER_IMAGE = 8
 """The least number of vectors that is taken from an image, if there are more than enough images."""
 
@@ -46,7 +47,8 @@ class Vectors:
     def of(self, indices: Sequence[int]) -> Iterator[tuple[list[TeacherImage], DenseLogits]]:
         """Yield images with the vectors of the whole image and of its locations, batch by batch.
 
-        Images that do not decode are skipped, and listed at the end. Raises ModelError if none does.
+        Images that do not decode are skipped, and listed at the end. Raises ModelError if none does, and for vectors
+        beyond half precision.
         """
         input, network, failures = self.backbone.input, self.backbone.network, list[Failure]()
         name, device = self.backbone.description["name"], self.backbone.device
@@ -61,6 +63,7 @@ class Vectors:
                     if number == 0:
                         say(check_locations(network, images, name=name, precision=self.precision, has_classes=False))
                     vectors = network(images)
+                self._check_range(vectors.locations)
                 yield seen, vectors
                 bar.update(len(seen))
         if len(failures) == len(indices):
@@ -128,6 +131,16 @@ class Vectors:
             )
         vectors, of_class, owners = (torch.cat(part) for part in zip(*parts, strict=True))
         return vectors, of_class, owners
+
+    def _check_range(self, vectors: Tensor) -> None:
+        """Raise ModelError for vectors that half precision cannot hold: as infinite, or all as 0."""
+        largest = float(vectors.abs().max())
+        if largest and not _LEAST <= largest <= torch.finfo(torch.half).max:
+            raise ModelError(
+                f"{self.backbone.description['name']}: its vectors have numbers up to {largest:.2g}, and samples of "
+                f"them are kept in half precision, which holds {_LEAST:.2g} to {torch.finfo(torch.half).max:,.0f}; "
+                "are these the weights that it was trained to?"
+            )
 
     def _empty(self, *size: int) -> Tensor:
         return torch.empty(*size, self.backbone.width, dtype=torch.half, device=self.backbone.device)

@@ -103,8 +103,10 @@ def _write(
             },
         }
         (temporary / "state.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        for path in (*temporary.iterdir(), temporary):
+        for path in temporary.iterdir():
+            path.chmod((temporary / "state.json").stat().st_mode)  # safetensors lets the owner alone read its files
             _flush(path)
+        _flush(temporary)
     except (OSError, SafetensorError) as error:  # safetensors raises its own error for a full disk
         shutil.rmtree(temporary, ignore_errors=True)
         reason = getattr(error, "strerror", None) or error

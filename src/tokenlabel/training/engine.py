@@ -23,7 +23,7 @@ from torch.distributed.fsdp import FSDPModule
 from tokenlabel.drawing.pictures import PICTURES_FOLDER
 from tokenlabel.models.runs import list_checkpoints
 from tokenlabel.runtime.distributed import Ranks, joined_ranks, usable_device
-from tokenlabel.runtime.errors import ModelError
+from tokenlabel.runtime.errors import ModelError, OutputError
 from tokenlabel.runtime.process import Interrupted, caught_signals
 from tokenlabel.runtime.runlog import CHANGED_NUMERICS, RunLog, Stopwatch, Tracker, open_trackers, read_metrics
 from tokenlabel.training.checkpoint import load_checkpoint, prune_checkpoints, save_checkpoint
@@ -345,7 +345,11 @@ def _evaluate(trainer: Trainer, run: Path, log: RunLog, done: int) -> dict[str, 
     task, state = trainer.task, trainer.state
     model = state.ema.module if state.ema is not None else state.model
     trainer.ranks.share_buffers(model)  # each has its own, the checkpoint the first one's
-    figures = task.evaluate(model, trainer.ranks, run=run, step=done, num_steps=trainer.num_steps)
+    try:
+        figures = task.evaluate(model, trainer.ranks, run=run, step=done, num_steps=trainer.num_steps)
+    except OutputError as error:  # on all ranks; the weights may go on learning, or be evaluated otherwise
+        log.say(f"step {done:,}: not evaluated: {error}")
+        figures = {}
     if isinstance(model, FSDPModule):
         model.reshard()  # what the forward pass put together for this rank
     if figures:
