@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from tokenlabel import Head
 from tokenlabel.cli import main
 from tokenlabel.core.config import Inference
 from tokenlabel.models import create_model, load_published
@@ -204,6 +205,16 @@ def test_no_run_is_replaced_by_an_export(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="is no folder that an export made"):
             export_run(tmp_path / "runs" / "run", out, overwrite=True)
     assert load_run(tmp_path / "runs" / "run").step == 1
+
+
+@pytest.mark.parametrize("name", ["head.safetensors", "run/checkpoints/00000001/model.safetensors"])
+def test_no_file_of_another_origin_is_replaced_by_an_export(tmp_path: Path, name: str) -> None:
+    save_run(tmp_path / "run", LVVIT)
+    Head(torch.ones(2, 3), kind="words").save(tmp_path / "head.safetensors")
+    before = (tmp_path / name).read_bytes()
+    with pytest.raises(ConfigError, match="holds no model that an export wrote"):
+        export_run(tmp_path / "run", tmp_path / name, overwrite=True)
+    assert (tmp_path / name).read_bytes() == before
 
 
 def test_what_cannot_be_exported_is_refused_and_leaves_nothing(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from timm.models import save_for_hf
 from torch import Tensor, nn
@@ -74,6 +75,9 @@ def export_run(
             f"{out}: only .onnx has outputs to choose; leave `dense` and `inference` out": chooses_outputs
             and not is_onnx,
             f"{out} exists already; give another name, or allow to overwrite it": out.exists() and not overwrite,
+            f"{out}: holds no model that an export wrote, so it is not replaced; give another name": out.is_file()
+            and out.suffix == ".safetensors"
+            and not _is_export(out),
             f"{out}: is no folder that an export made, so it is not replaced; give another name": replaces_other
             or (out.is_file() and not out.suffix),
         }
@@ -98,6 +102,15 @@ def export_run(
             path.replace(out.with_name(path.name))
     finally:
         shutil.rmtree(temporary)
+
+
+def _is_export(path: Path) -> bool:
+    """Return True for what `write_safetensors` wrote: no head, and no weights of a checkpoint or of elsewhere."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return "model" in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
 
 
 def write_safetensors(trained: LoadedModel, path: Path) -> None:
