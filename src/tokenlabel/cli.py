@@ -22,7 +22,10 @@ if TYPE_CHECKING:
     from tokenlabel.data.images import ImageSource
     from tokenlabel.labels.store import LabelStore
 
-IMAGES_HELP = "a folder with one folder a class, .tar files (WebDataset) or a folder of them, or a list file"
+IMAGES_HELP = (
+    "a folder of images, or of one folder a class; .tar files (WebDataset) or a folder of them; a list file; "
+    "hf-dataset:NAME; or URLs of these"
+)
 IGNORE_INDEX_HELP = "the id of pixels without a class in --masks; by default 255, with more than 255 classes 65535"
 
 OVERVIEW = """usage: tokenlabel VERB ...

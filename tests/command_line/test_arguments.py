@@ -303,6 +303,7 @@ def test_help_lists_what_can_be_read_and_every_field(verb, capsys):
         main([*verb.split(), "--help"])
     shown = capsys.readouterr().out
     assert len(re.findall("^  --", shown, re.MULTILINE)) <= 75
+    assert "[0, -1]" not in shown  # what stands for a size that is not given
     assert "keep_every_epochs (null): Also keep one every so many epochs for good" in " ".join(shown.split())
 
 

@@ -510,6 +510,7 @@ def test_masks_are_said_to_hold_the_images_classes_in_order(numbered, capsys):
     Path("map.csv").write_text("".join(f"{name},{name}\n" for name in NUMBERS))
     words = ["annotate", numbered, "told", "--teacher", "masks:masks", "--class-map", "map.csv", "--device", "cpu"]
     assert "assuming" not in run(capsys, *words).said
+    assert "assuming" not in run(capsys, "inspect", "labels", "--masks", "masks").said  # which these labels are
     Path("classes.txt").write_text("".join(f"class {name}\n" for name in NUMBERS))
     done = run(capsys, "annotate", numbered, "others", "--teacher", "masks:masks", "--device", "cpu")
     assert (done.status, "number the masks as these classes" in done.said) == (2, True)

@@ -541,6 +541,13 @@ def test_impossible_sizes_of_evaluation_are_refused(options, message):
         EvalBatchSampler(**{"num_images": 10, "batch_size": 4, **options})
 
 
+@pytest.mark.parametrize("index", [10, -11, (0, 99)])
+def test_an_index_beyond_the_images_says_how_many_there_are(index):
+    with pytest.raises(IndexError, match="the data set has 10 images"):
+        dataset()[index]
+    assert sum(1 for _ in dataset()) == 10  # as Python's own loops end
+
+
 class TestLoader:
     def sampler(self, start_step=0):
         return BatchSampler(num_images=10, batch_size=4, seed=1, num_steps=5, start_step=start_step)

@@ -162,6 +162,11 @@ def test_replaced_images_are_found_among_those_with_and_without_classes(tmp_path
     assert (
         "2 of 4 images that were looked at are not those that were labelled (3.png, 4.png)" in capsys.readouterr().err
     )
+    say_replaced(LabelStore(tmp_path / "labels"), ImageFolder(tmp_path / "more", classes=False))
+    said = capsys.readouterr().err
+    assert "all 2 images that were looked at are others than those that were labelled (3.png, 4.png)" in said
+    assert "other images of the same names need labels of their own" in said
+    assert "--again" not in said  # which would put their labels in place of the others'
 
 
 def test_logits_are_inspected_as_probabilities():

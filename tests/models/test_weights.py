@@ -16,7 +16,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
@@ -240,7 +240,10 @@ def test_a_pickle_that_runs_code_is_refused_with_a_way_out(
     [
         ("a.safetensors", b"no", r"a.safetensors is damaged"),
         ("a.pth", b"", r"a.pth is damaged"),
-        ("a.pth", b"abc", r"a.pth is damaged"),
+        ("a.pth", b"abc", r"a.pth is no checkpoint \(it begins with b'abc'\)"),
+        ("a.pth", b"\xff\xd8\xff\xe0" + bytes(99), r"a.pth is no checkpoint \(it begins with b'.xff.xd8"),
+        ("a.pth", b"\x1f\x8b\x08" + bytes(99), r"a.pth is no checkpoint"),
+        ("a.pth", save({"w": torch.ones(1)}), r"a.pth is a safetensors file by another name; call it a.safetensors"),
         ("a.pth", pickled([1]), r"a.pth holds a list"),
         ("a.pth", b"<!DOCTYPE html><html>404", r"a.pth is text that begins with '<!DOCTYPE html>"),
         ("a.pth", pickled({"epoch": 3}), r"a.pth holds no tensors; it has epoch"),

@@ -336,6 +336,9 @@ def test_soft_predictions_go_into_a_store_on_the_grid_of_the_head(run, tmp_path,
     assert main([*predict, "--store", "other", "--out", "few"]) == 2
     assert "few: holds masks/ or overlays/ already" in capsys.readouterr().err
     assert not Path("other").exists()
+    Path("few/images").mkdir()
+    assert main(["segment", "predict", str(run), "few", "--out", "new"]) == 2
+    assert "few: holds masks beside its images; name few/images" in capsys.readouterr().err
 
 
 def test_predict_skips_an_image_that_does_not_decode(run, tmp_path, monkeypatch, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -254,7 +255,9 @@ def test_words_of_a_backbone_label_images_that_have_other_classes(images, tmp_pa
     other = str(tmp_path / "other.safetensors")
     assert main(["fit-head", "images", other, *options, "--size", "64", "--seed", "1"]) == 0
     assert main([*again, other]) == 2  # other words do not go into this store
-    assert "teacher.head is" in capsys.readouterr().err
+    assert f"holds other labels (the teacher is {head} there, {other} here); choose" in capsys.readouterr().err
+    assert main([*again, head, "--flip"]) == 2
+    assert f"(the teacher is {head} there, {head} with --flip here)" in capsys.readouterr().err
 
 
 def test_the_same_command_finds_its_head_and_another_does_not_write_over_it(images, tmp_path, capsys):
@@ -274,6 +277,12 @@ def test_the_same_command_finds_its_head_and_another_does_not_write_over_it(imag
     assert "exists and is no head" in capsys.readouterr().err
     assert fit(images, tmp_path / "head.pth", "--from", "words") == 2
     assert "a head is a .safetensors file" in capsys.readouterr().err
+
+
+def test_few_locations_for_many_words_are_said(images, tmp_path, capsys):
+    assert fit(images, tmp_path / "head.safetensors", "--from", "words", "--words", "20") == 0
+    said = capsys.readouterr().err
+    assert re.search(r"12 images have \d+ locations, [\d.]+ for each of 20 words: .*; --words \d+ have 32 each", said)
 
 
 def test_a_head_of_other_images_is_not_taken_for_one_of_these(images, tmp_path):

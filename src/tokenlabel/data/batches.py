@@ -133,6 +133,10 @@ class TokenLabelDataset(Dataset[Sample]):
         places = range(self._num_images)
         try:
             found = [(operator.index(epoch), places[operator.index(index)]) for epoch, index in pairs]
+        except IndexError as error:  # by which loops over a data set end
+            raise IndexError(
+                f"index {', '.join(map(repr, indices))}: the data set has {self._num_images:,} images"
+            ) from error
         except (TypeError, ValueError) as error:
             raise ValueError(
                 "index: expected the number of an image, or a pair of epoch and number, got "

@@ -149,22 +149,25 @@ def equal_looking(names: Iterable[str]) -> str | None:
     return None
 
 
-def say_order(ours: Sequence[str], *, them: str, overrule: str) -> None:
+def say_order(ours: Sequence[str], *, them: str, overrule: str, whose: str = "the images'") -> None:
     """Print that class ids without names are assumed to be of the images' classes, unless these are numbers."""
     if not are_numbers(ours):
-        say(f"{assumed_order(ours, them)}; {overrule}")
+        say(f"{assumed_order(ours, them, whose=whose)}; {overrule}")
 
 
-def assumed_order(ours: Sequence[str], them: str) -> str:
-    """Return the line that says in which order classes without names are taken, loud where another is as likely."""
+def assumed_order(ours: Sequence[str], them: str, *, whose: str = "the images'") -> str:
+    """Return the line that says in which order classes without names are taken, loud where another is as likely.
+
+    `whose`: the classes that they are assumed to be.
+    """
     natural = sorted(ours, key=natural_order)
     is_sorted = list(ours) == sorted(ours)
     other = next((i for i in range(len(ours)) if is_sorted and natural[i] != ours[i]), None)
     telling = [] if other is None else [other]
     shown = sorted([*dict.fromkeys([*telling, *range(len(ours))])][:3])
-    whose = them if them.endswith("'") else f"{them}'s"
+    theirs = them if them.endswith("'") else f"{them}'s"
     line = (
-        f"assuming {whose} {len(ours):,} classes are the images' in {'sorted' if is_sorted else 'their'} order: "
+        f"assuming {theirs} {len(ours):,} classes are {whose} in {'sorted' if is_sorted else 'their'} order: "
         + ", ".join(f"{i} = {ours[i]}" for i in shown)
     )
     if other is None:

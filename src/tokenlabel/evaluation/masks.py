@@ -88,13 +88,14 @@ class MaskFolder:
         *,
         all_needed: bool = True,
         overrule: str | None = "write these classes' ids if not",
+        whose: str = "the images'",
     ) -> None:
         """Raise DataError if masks are missing (`all_needed`), or if some of them hold ids that are no class.
 
         Also where classes.txt beside them lists other classes, and for masks of only 0 and 255 of images of several
         classes: there 255 probably is a class. Print which masks belong to no image, which have other shapes than their
         images, and in which order their classes are taken if nothing says so (`overrule`: what to do about it; None if
-        the classes are the masks' own).
+        the classes are the masks' own; `whose` they are else).
         """
         source = self._source
         # With a class map ids are others, and classes without names may be any.
@@ -102,7 +103,7 @@ class MaskFolder:
         if unlike := are_theirs and unlike_list(self.folder, class_names):
             raise DataError(f"{unlike}; number the masks as these classes, or mend the file if it is wrong")
         if are_theirs and overrule is not None and not stated_classes(self.folder):
-            say_order(class_names, them="the masks'", overrule=overrule)
+            say_order(class_names, them="the masks'", overrule=overrule, whose=whose)
         if source is None:
             return
         if self._coco is None:
@@ -224,7 +225,11 @@ def mask_agreement(
     """
     num_classes, names = store.manifest.num_classes, store.manifest.class_names
     truth_of = MaskFolder(masks, num_classes=num_classes, ignore_index=ignore_index, source=source, class_names=names)
-    truth_of.check(names or tuple(map(str, range(num_classes))), all_needed=False)
+    teacher = store.manifest.teacher
+    are_masks_own = "masks" in (teacher.get("name"), (teacher.get("head_fitted") or {}).get("from"))
+    overrule = None if are_masks_own else "write the ids of the labels' classes if not"
+    every = names or tuple(map(str, range(num_classes)))
+    truth_of.check(every, all_needed=False, overrule=overrule, whose="the labels'")
     is_stored, indices = store.manifest.orientation == Orientation.STORED, {}
     if is_stored and source is not None:
         indices = {key: index for index, key in enumerate(source.keys)}

@@ -101,7 +101,13 @@ def say_replaced(store: LabelStore, source: ImageSource) -> None:
     sample = ImageSubset(source, sampled)
     # To read one image of a tar file behind a URL is to fetch the file: there sizes have to do.
     replaced = find_replaced(store, sample, max_read=0 if getattr(source, "files", None) else None).indices
-    if replaced:
+    if len(replaced) == len(sample) > 1:
+        say(
+            f"all {len(sample):,} images that were looked at are others than those that were labelled "
+            f"({listed([sample.keys[i] for i in replaced])}). Copies of another size or format may keep their maps; "
+            "other images of the same names need labels of their own, from `tokenlabel annotate` into another folder"
+        )
+    elif replaced:
         say(
             f"{len(replaced):,} of {len(sample):,} images that were looked at are not those that were labelled "
             f"({listed([sample.keys[i] for i in replaced])}): their maps are of other pixels; `tokenlabel annotate "

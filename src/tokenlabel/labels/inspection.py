@@ -312,11 +312,11 @@ def _why_unknown(store: LabelStore, source: ImageSource | None, keys: Sequence[s
     if source is None:
         classes = f"none of its classes ({listed(names)})" if names else "no classes: these have no names"
         return f"the first folders of its keys ({ours}) are {classes}; name the images by --images"
-    if not source.class_names:
-        return "the images have no classes"
     if not set(source.keys).intersection(keys):
         theirs = listed([repr(shortened_path(key)) for key in islice(source.keys, 4)])
         return f"no label looked at is of one of the images: its keys are {ours}, theirs {theirs}"
+    if not source.class_names:
+        return "the images have no classes"
     if not names:
         return f"the labels are about {count:,} classes without names, the images have {len(source.class_names):,}"
     return f"the labels' classes ({listed(names)}) are not those of the images ({listed(source.class_names)})"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
@@ -110,7 +110,8 @@ class Manifest:
         unlike = [difference for name in compared for difference in _unlike(name, ours[name], theirs[name])]
         # Last: its message names an option that helps only if there is no other difference but what it entails.
         unlike.sort(key=lambda difference: (difference[0] == "empty_is_even", difference[0] == OUTSIDE))
-        return [_difference_text(*difference) for difference in unlike]
+        texts = [_difference_text(*difference) for difference in unlike]
+        return [*_other_teacher(self.teacher, other.teacher), *texts] if texts else []
 
 
 def _drops_classes(teacher: Any) -> bool:
@@ -138,6 +139,25 @@ def _difference_text(name: str, ours: Any, theirs: Any) -> str:
         return f"made with --outside {there} there, {here} here; `--outside {there}` continues that store"
     advice = f"; Manifest(empty_is_even={ours}) continues that store" if name == "empty_is_even" else ""
     return f"{name} is {_short(ours)} there, {_short(theirs)} here{advice}"
+
+
+def _other_teacher(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[str]:
+    """Yield how two teachers are called, if they are other networks, or others of several are beside them."""
+    there, here = ([(m.get("weights"), m.get("head")) for m in _members(teacher)] for teacher in (ours, theirs))
+    if there == here and ("members" in ours) == ("members" in theirs):
+        return
+    first, second = _teacher_text(ours), _teacher_text(theirs)
+    yield f"the teacher is {first} there, {second} here" + (", another one of the same name" if first == second else "")
+
+
+def _members(teacher: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return teacher.get("members") or [teacher]
+
+
+def _teacher_text(teacher: Mapping[str, Any]) -> str:
+    names = " + ".join(str(member.get("name", "one without a name")) for member in _members(teacher))
+    options = [name.replace("_", "-") for name in ("flip", "cells", "class_map") if teacher.get(name)]
+    return names + (f" with --{' and --'.join(options)}" if options else "")
 
 
 def _without_names(described: Any) -> Any:

@@ -121,6 +121,8 @@ def _shortened(value: Any) -> str:
     if isinstance(value, Mapping) and "targets" in value:
         kept = [target for target in value["targets"] if target >= 0]
         return f"{len(kept):,} of {len(value['targets']):,} classes to {len(set(kept)):,} ({value.get('nowhere')})"
+    if isinstance(value, Mapping):
+        return f"({_in_a_line(value)})"
     if isinstance(value, list) and len(value) > 4:
         return f"[{listed([_shortened(entry) for entry in value])}]"
     return shortened_path(str(value))

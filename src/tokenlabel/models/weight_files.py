@@ -45,6 +45,9 @@ _NO_WRAPPER = re.compile(r"network\.\d|backbone\.input_stem\.")
 # Token heads: ours, and those of networks that have one themselves.
 TOKEN_HEADS = ("token_head.", "aux_head.")
 
+# How files of torch.save begin: a zip archive, or, before PyTorch 1.6, a pickle.
+_PICKLES = (b"P", b"\x80")
+
 # Keys of class names beside the weights.
 NAMES_KEYS = ("class_names", "classes", "class_to_idx", "idx_to_class", "id2label", "label2id")
 
@@ -201,19 +204,19 @@ def _choose(
 def _wrapper(tensors: Collection[str], wanted: Collection[str]) -> str:
     """Return the common prefix of most names if it is a usual one of a network inside another.
 
-    None that would leave a wanted name outside.
+    None that would leave a wanted name, or a token head, outside.
     """
     prefix, inside = "", [*tensors]
     while True:
         inner = Counter(name[len(prefix) :].partition(".")[0] for name in inside)
         (first, count), *_ = inner.most_common(1)
         deeper = f"{prefix}{first}."
-        beside = (name for name in inside if not name.startswith(deeper))
+        beside = (name[len(prefix) :] for name in inside if not name.startswith(deeper))
         if (
             first not in _WRAPPERS
             or 2 * count < len(tensors)
             or any(_NO_WRAPPER.match(name, len(prefix)) for name in inside)
-            or any(name[len(prefix) :] in wanted for name in beside)
+            or any(name in wanted or name.startswith(TOKEN_HEADS) for name in beside)
         ):
             return prefix
         prefix, inside = deeper, [name for name in inside if name.startswith(deeper)]
@@ -262,15 +265,11 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 
 
 def _read_pickle(path: Path) -> dict[str, Any]:
+    _refuse_other_kinds(path)
     try:
         with torch.serialization.safe_globals(HARMLESS):
             contents = torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
-        with path.open("rb") as file:
-            begin = file.read(40)
-        if begin[:1] in (b"<", b"{", b"v") and begin.isascii():  # a web page, JSON, or what Git LFS leaves for a file
-            text = f"is text that begins with {begin.decode()!r}"
-            raise ModelError(f"{path} {text}, no checkpoint; get it again") from error
         stranger = re.search(r"GLOBAL (\S+)|global (\S+)", str(error))
         what = f" ({stranger[1] or stranger[2]})" if stranger else ""
         raise ModelError(
@@ -290,3 +289,16 @@ def _read_pickle(path: Path) -> dict[str, Any]:
     if not isinstance(contents, dict):
         raise ModelError(f"{path} holds a {type(contents).__name__}, expected a dictionary of tensors")
     return contents
+
+
+def _refuse_other_kinds(path: Path) -> None:
+    """Raise ModelError for a file that torch.save did not write, as far as its first bytes tell."""
+    with path.open("rb") as file:
+        begin = file.read(40)
+    if begin[8:9] == b"{" and int.from_bytes(begin[:8], "little") < path.stat().st_size:
+        name = path.with_suffix(".safetensors").name
+        raise ModelError(f"{path} is a safetensors file by another name; call it {name}")
+    if begin.isascii() and begin[:1] in (b"<", b"{", b"v"):  # a web page, JSON, or what Git LFS leaves for a file
+        raise ModelError(f"{path} is text that begins with {begin.decode()!r}, no checkpoint; get it again")
+    if begin and begin[:1] not in _PICKLES:
+        raise ModelError(f"{path} is no checkpoint (it begins with {begin[:8]!r}); expected a file of tensors")

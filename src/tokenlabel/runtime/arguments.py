@@ -105,7 +105,11 @@ def add_config_arguments(parser: Parser, config: type) -> None:
             continue  # in a group that help lists as one option
         if not is_config(setting.kind):
             choices, is_required = _choices(setting.kind), setting.default is REQUIRED
-            text = f"{setting.text} ({'required' if is_required else f'default: {_default(setting)}'})"
+            text = setting.text
+            if is_required:
+                text += " (required)"
+            elif "by default" not in text.lower():  # else the value stands for what the text explains
+                text += f" (default: {_default(setting)})"
             metavar = choices or field.upper().rstrip("_")
         elif setting.one_option:
             inside = (_described(inner) for inner in settings_of(setting.kind) if not is_config(inner.kind))

@@ -83,7 +83,7 @@ def _default_names(config: SegmentDataConfig) -> list[str]:
     if not names:
         raise DataError(
             f"{path}: no such file, and nothing else names the classes; write it, a name a line, or give "
-            "data.class_names"
+            "--data.class-names"
         )
     return names
 

@@ -212,12 +212,22 @@ def _existing(file: Path, asked: dict[str, Any], *, overwrite: bool) -> Head | N
     return Head.load(file)
 
 
+def _enough_words(num_vectors: int) -> int:
+    return max(2, num_vectors // VECTORS_PER_WORD)
+
+
 def _from_words(vectors: Vectors, config: FitConfig) -> Head:
     sample, num_images = vectors.locations(max(LEAST_VECTORS, VECTORS_PER_WORD * config.words))
     if len(sample) < config.words:
         raise ModelError(
             f"{num_images:,} images have {len(sample):,} locations, too few for {config.words:,} words; give more "
-            f"images, a larger --size, or --words of at most {max(2, len(sample) // VECTORS_PER_WORD):,}"
+            f"images, a larger --size, or --words of at most {len(sample):,}, better {_enough_words(len(sample)):,}"
+        )
+    if len(sample) < VECTORS_PER_WORD * config.words:
+        say(
+            f"{num_images:,} images have {len(sample):,} locations, {len(sample) / config.words:.1f} for each of "
+            f"{config.words:,} words: many will be of one image alone; --words {_enough_words(len(sample)):,} have "
+            f"{VECTORS_PER_WORD} each"
         )
     words = fit_words(sample, config.words, topk=config.topk, seed=config.seed)
     if words.num_unused:

@@ -74,7 +74,7 @@ def export_run(
             f"{out}: expected a name in .safetensors or .onnx, or a folder without a suffix": not is_known,
             f"{out}: only .onnx has outputs to choose; leave `dense` and `inference` out": chooses_outputs
             and not is_onnx,
-            f"{out} exists already; give another name, or allow to overwrite it": out.exists() and not overwrite,
+            f"{out} exists already; give another name, or --overwrite it": out.exists() and not overwrite,
             f"{out}: holds no model that an export wrote, so it is not replaced; give another name": out.is_file()
             and out.suffix == ".safetensors"
             and not _is_export(out),
