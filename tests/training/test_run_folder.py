@@ -505,6 +505,14 @@ class TestOneAtATime:
             ):
                 pass
 
+    def test_a_start_that_is_refused_leaves_no_new_folder(self, here):
+        words = ["train", "--recipe", "small_data", "--data.train", "data/scenes/train", "--loss.beta", "0"]
+        assert main([*words, "--model.name", "no_such_model", "--out", "new"]) == 2
+        assert not Path("new").exists()
+        Path("own").mkdir()
+        assert main([*words, "--model.name", "no_such_model", "--out", "own"]) == 2
+        assert Path("own").exists()
+
     def test_only_the_first_rank_takes_the_lock(self, tmp_path, monkeypatch):
         monkeypatch.setattr(Ranks, "broadcast", lambda self, value: (None, None))
         with locked(tmp_path / "run", Ranks(1, 2)):

@@ -75,20 +75,26 @@ def initial_model(config: Config, run: Path | None) -> Config:
 def locked(run: Path, ranks: Ranks) -> Iterator[None]:
     """Create a run folder and lock it for this job. Raises ConfigError if another process trains there.
 
-    The system releases the lock when the process ends, even if it is killed.
+    The system releases the lock when the process ends, even if it is killed. A new folder in which nothing has been
+    written goes when the start is refused.
     """
     descriptors: list[int] = []
+    is_new, is_held, path = not run.exists(), False, run / LOCK_FILE
 
     def _lock() -> None:
+        nonlocal is_held
         try:
             run.mkdir(parents=True, exist_ok=True)
-            descriptors.append(os.open(run / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666))
+            descriptors.append(os.open(path, os.O_RDWR | os.O_CREAT, 0o666))
         except OSError as error:
             raise ConfigError(
                 f"{run}: cannot be made or written to ({error.strerror}); choose another --out"
             ) from error
         try:
             fcntl.flock(descriptors[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not path.exists() or not os.path.samestat(os.fstat(descriptors[0]), path.stat()):
+                raise BlockingIOError  # a start that was refused has just removed it, and another one may hold the next
+            is_held = True
         except (BlockingIOError, PermissionError):
             raise ConfigError(
                 f"{run}: another process trains in this folder; wait until it has ended, or choose another --out"
@@ -100,6 +106,9 @@ def locked(run: Path, ranks: Ranks) -> Iterator[None]:
         ranks.on_main(_lock)
         yield
     finally:
+        if is_new and is_held and [*run.iterdir()] == [path]:
+            path.unlink()
+            run.rmdir()
         for descriptor in descriptors:
             os.close(descriptor)  # which releases the lock
 
