@@ -539,6 +539,9 @@ def test_exports_label_evaluate_and_begin_runs(tmp_path: Path, monkeypatch: pyte
     again = create_model("vit_tiny_patch16_224", num_classes=3, img_size=(32, 32), **VIT).eval()
     load_published(again, "x.safetensors")
     assert states_equal(again.state_dict(), model.state_dict())
+    other = create_model("test_resnet", num_classes=3, img_size=(64, 64))
+    with pytest.raises(ModelError, match=r"x\.safetensors holds vit_tiny_patch16_224, not test_resnet \(--model\.name"):
+        load_published(other, "x.safetensors")
     untaught = replace(recipe, data=replace(recipe.data, labels=None))
     write_safetensors(
         with_recipe(of_run(model, config_as_dict(untaught), ["a", "b", "c"], step=1)), Path("y.safetensors")

@@ -241,8 +241,8 @@ def create_timm_adapter(
         with hub_or_cache() if "hub:" in name or options.get("pretrained") else nullcontext():
             backbone: Any = timm.create_model(name, num_classes=num_classes, **options)
     except (*REFUSALS, OSError) as error:
-        missing = options.get("pretrained") and isinstance(error, OSError)
-        remedy = "; give --model.weights FILE and --model.options.pretrained false" if missing else ""
+        missing = options.get("pretrained") and (isinstance(error, OSError) or "pretrained" in str(error))
+        remedy = "; --model.weights FILE with --model.options.pretrained false needs no others" if missing else ""
         if unknown := re.search(r"unexpected keyword argument '(\w+)'", str(error)):
             others = {key: value for key, value in options.items() if key not in (unknown[1], "img_size")}
             remedy = f"; without it: --model.options '{json.dumps(others)}'"

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenlabel.models.positions import grid_of, resize_all_positions
+from tokenlabel.models.runs import read_description
 from tokenlabel.models.vision_transformer import VisionTransformer
 from tokenlabel.models.weight_files import Weights, find_weights
 from tokenlabel.runtime.errors import ModelError, first_line
@@ -143,7 +144,10 @@ def _adapt(
             resized |= {*resize_all_positions(found, model, grid=grid, name=name)}
             complaint = differences(found)
     if complaint:
-        raise ModelError(f"{name} is for another model or other options: {complaint}")
+        theirs, what = read_description(weights.path).get("model", model.name), "is for another model or other options"
+        if theirs != model.name:
+            what = f"holds {theirs}, not {model.name} (--model.name {theirs} --model.options={{}} makes a like one)"
+        raise ModelError(f"{name} {what}: {complaint}")
     resized |= {key for key, shape in shapes.items() if key in found and found[key].shape != shape}
     return found | token_head, resized
 
