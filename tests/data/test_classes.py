@@ -462,6 +462,25 @@ def test_val_images_may_hold_some_of_the_classes(tmp_path, capsys, monkeypatch):
     assert "3 of 3 classes are initialised from its heads for 3, by name" in done.said  # not ant as cat
 
 
+def test_training_from_a_file_without_names_says_whose_classes_its_rows_are_taken_for(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = ["k0", "k1", "k10", "k2"]
+    write_images(Path("images"), names)
+    tensors = network(4, [0, 1, 2, 3]).state_dict()
+    torch.save(tensors, "plain.pth")
+    torch.save({"state_dict": tensors, "class_names": ["k0", "k1", "k2", "k10"]}, "named.pth")
+    torch.save({"state_dict": tensors, "class_names": ["k0", "k1"]}, "few.pth")
+    train = ["train", "--recipe", "finetune", "--model.name", NAME, "--model.img-size", SIZE_PX, "--dry-run", "--out=a"]
+    train += ["--data.train", "images", "--batch-size", "2", "--device", "cpu", "--model.weights"]
+    for file in ("plain.pth", "few.pth"):
+        said = run(capsys, *train, file).said
+        assert f"WARNING: assuming {file}'s 4 classes are the images' in sorted order: 0 = k0, 1 = k1, 2 = k10" in said
+        assert "in natural order, which timm's scripts train in, 2 is k2; class_names in the file would settle" in said
+    said = run(capsys, *train, "named.pth").said
+    assert "named.pth: 4 of 4 classes are initialised from its heads for 4, by name" in said
+    assert "assuming" not in said
+
+
 def test_ids_in_a_list_may_leave_some_out(tmp_path):
     (tmp_path / "val.csv").write_text("path,label\nbee/x.png,1\ncat/x.png,2\n")
     for name in ("bee", "cat"):

@@ -267,6 +267,44 @@ def test_training_goes_on_from_a_run_of_segmentation(run, scenes):
     assert all(torch.equal(tensor, averaged[name]) for name, tensor in task.model.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    ("names", "background", "rows", "said"),
+    [
+        ("9876543210", "background", [*range(9, -1, -1), 10], "11 of 11 classes are initialised from its heads"),
+        ("0123456789x", "background", [*range(10), None, 10], "11 of 12 classes are initialised from its heads for 11"),
+        ("01234fghij", "ground", [*range(5), *[None] * 6], "5 of 11 classes are initialised from its heads"),
+        ("abcdefghij", "ground", [*range(11)], "class 0 is '0' to the file and 'a' to the images; 0 names are common"),
+    ],
+)
+def test_classifiers_begin_with_the_rows_of_their_own_classes(run, scenes, names, background, rows, said, capfd):
+    """`rows`: the row in the run of each class, None for one that it has not."""
+    changes = {"data__class_names": [*names], "data__background": background}
+    task = build(recipe_for(scenes, model__weights=str(run), **changes), device=CPU)
+    (folder,) = list_checkpoints(run)[-1:]
+    ours, theirs = task.model.state_dict(), load_file(folder / "ema.safetensors")
+    for key in (f"{head}.conv_seg.{part}" for head in ("decode_head", "auxiliary_head") for part in ("weight", "bias")):
+        for row, place in enumerate(rows):
+            is_theirs = [torch.equal(ours[key][row], theirs[key][other]) for other in range(11)]
+            assert [other for other in range(11) if is_theirs[other]] == ([] if place is None else [place]), key
+    assert said in capfd.readouterr().err
+
+
+def test_files_name_the_classes_that_their_rows_are_for(tmp_path, capfd):
+    names = [f"class {letter}" for letter in "abcdefghijk"]
+    published, model = new_model(), new_model()
+    torch.save({"state_dict": as_published(published)}, tmp_path / "unnamed.pth")
+    assert not load_segmentation_weights(model, tmp_path / "unnamed.pth", class_names=names)
+    assert "unnamed.pth's 11 classes are the images' in sorted order: 0 = class a" in capfd.readouterr().err
+    for others, unfilled in (([*reversed(names)], 0), ([*names[:5], *"fghijk"], 4), ([*names, "more"], 4)):
+        whole = new_model(num_classes=len(others))
+        torch.save({"state_dict": as_published(whole), "class_names": others}, tmp_path / "named.pth")
+        model = new_model()
+        found = load_segmentation_weights(model, tmp_path / "named.pth", class_names=names)
+        assert len(found) == unfilled
+        ours, theirs = model.decode_head.conv_seg.weight, whole.decode_head.conv_seg.weight
+        assert torch.equal(ours[0], theirs[others.index(names[0])])
+
+
 def test_the_commands_train_evaluate_and_predict(scenes, tmp_path, capsys):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(nested_recipe(scenes)))

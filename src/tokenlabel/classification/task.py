@@ -23,8 +23,7 @@ from tokenlabel.core.config import Inference, TokenChoice
 from tokenlabel.core.step import Part, Supervision, TrainStep
 from tokenlabel.data.augment import EvalTransform, TrainTransform
 from tokenlabel.data.batches import TokenLabelDataset, make_loader
-from tokenlabel.data.class_names import imagenet_names
-from tokenlabel.data.classes import ClassList, difference, ids_among
+from tokenlabel.data.classes import ClassList
 from tokenlabel.data.decoding import decode_pixels
 from tokenlabel.data.images import has_classes
 from tokenlabel.data.remote import read_ahead
@@ -34,7 +33,7 @@ from tokenlabel.evaluation.evaluators import Accuracy, Calibration, Evaluator, T
 from tokenlabel.evaluation.probe import image_figures, probe_sets
 from tokenlabel.models import TokenModel, create_model, load_published
 from tokenlabel.models.runs import read_description
-from tokenlabel.models.weight_files import read_class_names
+from tokenlabel.models.weights import class_rows
 from tokenlabel.runtime.distributed import Ranks, autocast, current_ranks
 from tokenlabel.runtime.errors import ConfigError, ImageError
 from tokenlabel.runtime.process import say
@@ -263,7 +262,7 @@ def _initial_model(config: ModelConfig, *, class_names: list[str], token_classes
         **config.options,
     )
     if config.weights is not None:
-        rows = partial(_rows, config.weights, class_names)
+        rows = partial(class_rows, config.weights, class_names)
         others = read_description(config.weights).get("token_classes")
         theirs = ClassList.from_dict(others) if others else None
         if token_classes.is_same(ClassList.of(class_names)):
@@ -273,14 +272,3 @@ def _initial_model(config: ModelConfig, *, class_names: list[str], token_classes
         load_published(model, config.weights, average=config.average, rows=rows, tokens=tokens)
     model.freeze(config.frozen_layers)
     return model
-
-
-def _rows(path: str, class_names: list[str], count: int) -> dict[int, int]:
-    """Return each class's row in heads of `count` rows, by the class names in the file, else by ImageNet's."""
-    stated = read_class_names(path)
-    theirs = stated if len(stated) == count else () if stated else imagenet_names(count)
-    rows = {row: i for row, i in enumerate(ids_among(class_names, theirs)) if i >= 0}
-    if stated and not rows and count == len(class_names):
-        unlike = difference(theirs, class_names, count=count, them="the file")
-        say(f"{path}: {unlike}: its heads are loaded although they are for other classes")
-    return rows

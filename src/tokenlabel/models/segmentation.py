@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from tokenlabel.models.decoders import (
 from tokenlabel.models.features import evaluating
 from tokenlabel.models.runs import is_run, newest_checkpoint
 from tokenlabel.models.weight_files import Weights, find_weights, read_checkpoint
-from tokenlabel.models.weights import LOGGER, load, misfit
+from tokenlabel.models.weights import LOGGER, class_rows, fit_heads, load, misfit
 from tokenlabel.runtime.coercion import COUNT, NATURAL, POSITIVE, Choice, check_numbers, coerced_fields
 from tokenlabel.runtime.errors import ModelError
 from tokenlabel.runtime.process import say
@@ -272,13 +272,17 @@ def _leave_unreached(model: SegmentationModel, img_size: tuple[int, int]) -> fro
 _PUBLISHED_NECK, _NECK = "backbone.side_layer", "neck.side_layer"
 
 
-def load_segmentation_weights(model: SegmentationModel, path: str | Path, *, average: bool = False) -> frozenset[str]:
+def load_segmentation_weights(
+    model: SegmentationModel, path: str | Path, *, class_names: Sequence[str] = (), average: bool = False
+) -> frozenset[str]:
     """Load a backbone or a whole segmentation model from a file or a run; return the parameters that stay new.
 
     `path`: a published file (`.pth`, `.safetensors`), a run folder or one of its checkpoints (their EMA weights, if
-    any). `average`: take the EMA weights of a published file. The backbone adapts to another image size as in
-    `load_published`. Classifiers for other classes stay new, with a warning. Raises ModelError that lists the names if
-    anything else does not fit; the model is then unchanged.
+    any). `class_names`: of the model, empty if unknown. `average`: take the EMA weights of a published file. The
+    backbone adapts to another image size as in `load_published`. Classifiers take the rows of the classes that model
+    and file share by name, else all if they are as many, else none, with a warning; those that share only some of their
+    classes with the file are returned, too. Raises ModelError that lists the names if anything else does not fit; the
+    model is then unchanged.
     """
     path = newest_checkpoint(path) if is_run(path) else Path(path)
     if path.is_dir():
@@ -297,20 +301,19 @@ def load_segmentation_weights(model: SegmentationModel, path: str | Path, *, ave
     if model.auxiliary_head is None:
         heads = {key: tensor for key, tensor in heads.items() if not key.startswith("auxiliary_head.")}
     wanted = {key: tensor for key, tensor in own.items() if not key.startswith("backbone.")}
-    other_classes = {
+    classifiers = [
         key
         for key in heads.keys() & wanted.keys()
-        if "conv_seg." in key
-        and heads[key].shape[1:] == wanted[key].shape[1:]
-        and heads[key].shape != wanted[key].shape
-    }
-    if complaint := misfit(heads, wanted, spared=model.unreached | other_classes):
+        if "conv_seg." in key and heads[key].shape[1:] == wanted[key].shape[1:]
+    ]
+    if complaint := misfit(heads, wanted, spared=model.unreached.union(classifiers)):
         raise ModelError(f"{path} is for another model or other options: {complaint}")
     load(model.backbone, backbone, spared=spared)  # loads nothing if it raises
-    model.load_state_dict({key: heads[key] for key in heads.keys() - other_classes}, strict=False)
-    if other_classes:
-        LOGGER.warning("%s is for other classes: %s are newly initialised", path, ", ".join(sorted(other_classes)))
-    return frozenset(other_classes)
+    new, mixed = fit_heads(heads, wanted, classifiers, path, partial(class_rows, path, class_names), classifiers)
+    model.load_state_dict(heads, strict=False)
+    if new:
+        LOGGER.warning("%s is for other classes: %s are newly initialised", path, ", ".join(sorted(new)))
+    return frozenset(new | mixed)
 
 
 def _backbone_and_heads(found: Mapping[str, Tensor], path: Path) -> tuple[Weights, dict[str, Tensor]]:

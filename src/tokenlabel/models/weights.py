@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,10 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tokenlabel.data.class_names import imagenet_names
+from tokenlabel.data.classes import are_numbers, difference, ids_among, say_order
 from tokenlabel.models.positions import grid_of, resize_all_positions
 from tokenlabel.models.runs import read_description
 from tokenlabel.models.vision_transformer import VisionTransformer
-from tokenlabel.models.weight_files import Weights, find_weights
+from tokenlabel.models.weight_files import Weights, find_weights, read_class_names
 from tokenlabel.runtime.errors import ModelError, first_line
 from tokenlabel.runtime.hub import hub_or_cache
 from tokenlabel.runtime.process import say
@@ -94,7 +96,7 @@ def load(
     grid = grid or grid_of(model.backbone, model.grid, weights)
     found, adapted = _adapt(model, weights, grid=grid, spared={*heads, *spared})
     by_name = [name for name in heads if tokens == "classes" or not name.startswith("token_head.")] if rows else []
-    new_heads = tuple(sorted(_fit_heads(found, wanted, heads, path, rows, by_name) - {*spared}))
+    new_heads = tuple(sorted(fit_heads(found, wanted, heads, path, rows, by_name)[0] - {*spared}))
     as_classifier = _begin_as_classifier(model, found, new_heads) if tokens == "classes" else []
     fitting = {name: found[name] for name in wanted if name in found and found[name].shape == wanted[name].shape}
     model.load_state_dict(fitting, strict=False)
@@ -235,19 +237,38 @@ def count_classes(weights: Weights, network: nn.Module) -> int:
     return 0
 
 
-def _fit_heads(
+def class_rows(path: str | Path, class_names: Sequence[str], count: int) -> dict[int, int]:
+    """Return each class's row in heads of `count` rows in a file, by the class names in the file, else by ImageNet's.
+
+    Prints whose classes the rows are taken for where no name tells, and there are as many.
+    """
+    stated = read_class_names(path)
+    theirs = stated if len(stated) == count else () if stated else imagenet_names(count)
+    rows = {row: i for row, i in enumerate(ids_among(class_names, theirs)) if i >= 0}
+    if rows or count != len(class_names):
+        return rows
+    if len(stated) != count or are_numbers(stated):
+        say_order(class_names, them=str(path), overrule="class_names in the file would settle it")
+    else:
+        unlike = difference(stated, class_names, count=count, them="the file")
+        say(f"{path}: {unlike}: its heads are loaded although they are for other classes")
+    return rows
+
+
+def fit_heads(
     found: dict[str, Tensor],
-    wanted: dict[str, Tensor],
-    heads: list[str],
+    wanted: Mapping[str, Tensor],
+    heads: Collection[str],
     path: Path,
     rows: Callable[[int], Mapping[int, int]] | None,
     by_name: Collection[str],
-) -> set[str]:
-    """Fit the heads in `found` to the model's classes; return the names of those that stay new.
+) -> tuple[set[str], set[str]]:
+    """Fit the heads in `found` to the model's classes.
 
-    `by_name`: the heads whose rows are classes that `rows` knows.
+    `rows`: see `load`. `by_name`: the heads whose rows are classes that `rows` knows. Returns the names of the heads
+    that stay new, and of those that share only some of their classes with the file.
     """
-    new: set[str] = set()
+    new, mixed = set[str](), set[str]()
     kept: dict[tuple[int, int], Mapping[int, int]] = {}
     for name in heads:
         own, theirs = wanted[name], found.pop(name, None)
@@ -263,6 +284,8 @@ def _fit_heads(
         if taken and max(taken) < len(own):
             found[name] = own.clone()
             found[name][list(taken)] = theirs[list(taken.values())].to(own)
+            if len(taken) < max(counts):
+                mixed.add(name)
         elif len(theirs) == len(own):
             found[name] = theirs
         else:
@@ -270,7 +293,7 @@ def _fit_heads(
     for (ours, count), taken in kept.items():
         if taken and taken != {row: row for row in range(max(ours, count))}:
             say(f"{path}: {len(taken):,} of {ours:,} classes are initialised from its heads for {count:,}, by name")
-    return new
+    return new, mixed
 
 
 def _begin_as_classifier(model: Any, found: dict[str, Tensor], new: Collection[str]) -> list[str]:

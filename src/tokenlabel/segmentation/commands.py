@@ -212,10 +212,11 @@ def _load_by_recipe(path: Path, name: str, *, root: str | None) -> LoadedModel:
     recipe = config_from_dict(nested, SegmentRecipe, name=name)
     names = classes_of(recipe.data, list(recipe.data.class_names)).names
     model = create_segmentation_model(recipe.model, num_classes=len(names))
-    if missing := sorted(load_segmentation_weights(model, path, average=recipe.model.average)):
+    average = recipe.model.average
+    if missing := sorted(load_segmentation_weights(model, path, class_names=names, average=average)):
         raise ModelError(
-            f"{path}: is no whole model of {name}: it has nothing for {listed(missing)}; train one from it (tokenlabel "
-            "segment train --model.weights)"
+            f"{path}: is no whole model of {name}: it has nothing for {listed(missing)}, or is for other classes than "
+            f"the recipe's {len(names):,}; train one from it (tokenlabel segment train --model.weights)"
         )
     return LoadedModel(
         name=str(path),

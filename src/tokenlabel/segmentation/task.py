@@ -257,7 +257,8 @@ def build(recipe: SegmentRecipe, *, device: torch.device, run: Path | None = Non
     train_pairs, val_pairs = (open_pairs(recipe.data, split) for split in ("train", "val"))
     assert train_pairs is not None
     store = open_labels(recipe.data, train_pairs)
-    images = RunImages(run, train_pairs.classes.names)
+    names = train_pairs.classes.names
+    images = RunImages(run, names)
     for split, pairs in (("train", train_pairs), ("val", val_pairs)):
         if pairs is not None:
             images.broken(split, pairs.keys, [], check="decode", find=partial(_check, pairs, split))
@@ -267,9 +268,9 @@ def build(recipe: SegmentRecipe, *, device: torch.device, run: Path | None = Non
         current_ranks().on_main(lambda: images.note_labels(store, train_pairs.keys, **counts))
     torch.manual_seed(recipe.seed)
     config = initial_model(recipe.model, run)
-    model = create_segmentation_model(config, num_classes=len(train_pairs.classes.names))
+    model = create_segmentation_model(config, num_classes=len(names))
     if config.weights is not None:
-        load_segmentation_weights(model, config.weights, average=config.average)
+        load_segmentation_weights(model, config.weights, class_names=names, average=config.average)
     transform = SegmentTransform(recipe.augment, recipe.model.img_size)
     loss = recipe.loss
     if store is not None and loss.finer is None:
