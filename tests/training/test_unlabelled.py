@@ -160,6 +160,36 @@ def test_a_network_without_classes_is_evaluated_by_its_tokens_and_its_features(h
     assert "has no class head and cannot be evaluated on the classes of scenes/val; give --probe DIR" in said
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("lvvit_t", {"patch_size": 6, "depth": 2, "width": 16, "num_heads": 2, "stem_width": 8}),
+        ("test_resnet", {"stage": 2}),
+    ],
+)
+def test_probes_of_an_export_without_a_token_head_are_those_of_the_run(here, capsys, name, options):
+    recipe = yaml.safe_load(Path("small.yaml").read_text()) | {"loss": {"beta": 0}, "epochs": 1}
+    recipe["model"] = {"name": name, "img_size": [48, 48], "options": options}
+    Path("small.yaml").write_text(yaml.safe_dump(recipe))
+    data = ("--data.train", "scenes/train", "--data.val", "scenes/val")
+    status, said = train(capsys, *data, "--out", "run")
+    assert status == 0, said
+    assert main(["export", "run", "run.safetensors"]) == 0
+    found = []
+    for network in (["run"], [name, "--weights", "run.safetensors"]):
+        asked = ("--data", "scenes/val", "--probe", "scenes/train", "--num-workers", "0", "--json")
+        status, said = run(capsys, "eval", *network, *asked)
+        assert status == 0, said
+        of_network = json.loads(next(line for line in said.splitlines() if line.startswith("{")))
+        found.append({key: of_network[key] for key in ("top1", "image_probe", "knn")})
+    assert found[0] == found[1]
+    if name == "test_resnet":  # at its last stage, which the file does not ask for, there is one cell
+        torch.save(timm.create_model(name, num_classes=10).state_dict(), "plain.pth")
+        status, said = run(capsys, "eval", name, "--weights", "plain.pth", *asked, "--size", "32")
+        assert status == 2
+        assert "test_resnet has no token grid for images of 32 x 32 pixels: its features are 1 x 1" in said
+
+
 def test_tokens_are_compared_where_images_or_network_have_no_classes(here, capsys):
     data = ("--data.train", "scenes/train", "--data.labels", "words_train", "--data.val", "flat_val")
     status, said = train(capsys, *data, "--eval.labels", "flat_words_val", "--out", "run", "--epochs", "1")

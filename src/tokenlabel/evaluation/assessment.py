@@ -51,6 +51,7 @@ from tokenlabel.labels.fingerprints import say_replaced
 from tokenlabel.labels.store import LabelStore
 from tokenlabel.models import TokenModel
 from tokenlabel.models.load import LoadedModel, load_model
+from tokenlabel.models.names import PlainClassifier
 from tokenlabel.runtime.coercion import pair
 from tokenlabel.runtime.distributed import Ranks, joined_ranks, usable_device
 from tokenlabel.runtime.errors import ConfigError, DataError, refuse
@@ -172,12 +173,17 @@ class _Assessment:
             probe, test = Path(recipe.eval.probe), recipe.eval.probe_test
         if probe is None:
             return {}
-        if not isinstance(network.model, TokenModel):
-            raise ConfigError(f"{network.name} has no tokens to probe; leave --probe out")
+        model = network.model
+        if isinstance(model, PlainClassifier):
+            try:
+                model = model.with_tokens(network.name, network.img_size)
+            except ValueError as error:
+                raise ConfigError(f"{error}; or leave --probe out") from error
+        assert isinstance(model, TokenModel)
         learn, judged = probe_sets(probe, test, self._transform())
         batches = (self._batches(dataset) for dataset in (learn, judged))
         num_classes = len(learn.source.class_names)
-        return image_figures(network.model.eval(), *batches, num_classes=num_classes, ranks=self.ranks)
+        return image_figures(model.eval(), *batches, num_classes=num_classes, ranks=self.ranks)
 
     @property
     def _truths(self) -> bool:

@@ -207,6 +207,7 @@ def _load_by_name(
     about = read_description(weights) if weights is not None else {}
     if about.get("model") != name:  # of another network only this is of use
         about = {"uses_token_labels": about.get("uses_token_labels", True)}
+    stage = about.get("options", {}).get("stage")
     model, options = network_by_name(name, weights, about, img_size=img_size, as_backbone=as_backbone)
     network = model.backbone if isinstance(model, TimmAdapter) else model
     config = {**network.pretrained_cfg, "num_classes": model.num_classes}
@@ -222,7 +223,7 @@ def _load_by_name(
     class_names, assumed = _class_names(model.num_classes, weights, config)
     return LoadedModel(
         name=name,
-        model=(model if has_token_head else PlainClassifier(model)).eval(),
+        model=(model if has_token_head else PlainClassifier(model, stage=stage)).eval(),
         class_names=class_names,
         names_assumed=assumed and preset is None,  # timm's own weights are ImageNet's
         heads=_heads(usual) if has_token_head and others is None else (Inference.CLASS,),

@@ -185,10 +185,14 @@ def is_embedding(preset: Mapping[str, Any]) -> bool:
 
 
 class PlainClassifier(nn.Module):
-    """A timm classifier as a model of `Outputs`: its logits are also those of the only token."""
+    """A timm classifier as a model of `Outputs`: its logits are also those of the only token.
 
-    def __init__(self, backbone: Any) -> None:
+    `stage`: of the tokens that `with_tokens` returns, see `TimmAdapter`.
+    """
+
+    def __init__(self, backbone: Any, *, stage: int | None = None) -> None:
         super().__init__()
+        self.stage = stage
         data = resolve_data_config({}, model=backbone)
         self.backbone, self.mean, self.std = backbone, tuple(data["mean"]), tuple(data["std"])
         self.num_classes: int = backbone.num_classes
@@ -197,6 +201,10 @@ class PlainClassifier(nn.Module):
         """Return the network's logits for normalised images."""
         logits = self.backbone(images)
         return Outputs(logits, logits[:, None], nn.Identity(), (1, 1))
+
+    def with_tokens(self, name: str, img_size: tuple[int, int]) -> TimmAdapter:
+        """Return the network with its tokens, whose head is untrained. Raises ValueError if it has no token grid."""
+        return TimmAdapter(self.backbone, name=name, num_classes=self.num_classes, img_size=img_size, stage=self.stage)
 
 
 def network_by_name(
