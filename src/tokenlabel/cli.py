@@ -5,7 +5,6 @@ Modules are imported by the verb that needs them, so that `tokenlabel --help` an
 
 from __future__ import annotations
 
-import difflib
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from tokenlabel import __version__
 from tokenlabel.runtime.arguments import Parser, add_device, add_figures, device_of, parse, parse_config, print_figures
 from tokenlabel.runtime.coercion import NATURAL, check_numbers
-from tokenlabel.runtime.errors import refuse
+from tokenlabel.runtime.errors import near_names, refuse
 from tokenlabel.runtime.process import USAGE_ERROR, is_main_process, run_command, say, with_open_streams
 
 if TYPE_CHECKING:
@@ -71,9 +70,7 @@ def _run(arguments: list[str]) -> int:
         return 0
     name, *rest = arguments
     if name not in VERBS:
-        near = difflib.get_close_matches(name, VERBS, n=1)
-        advice = f"did you mean {near[0]}?" if near else f"known: {', '.join(VERBS)}"
-        print(f"tokenlabel: no verb {name!r}; {advice}", file=sys.stderr)
+        print(f"tokenlabel: no verb {name!r}{near_names(name, [*VERBS])}", file=sys.stderr)
         return USAGE_ERROR
     return run_command(f"tokenlabel {name}", VERBS[name][0], rest)
 

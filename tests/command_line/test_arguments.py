@@ -330,11 +330,25 @@ def test_a_group_is_given_as_a_whole_or_by_its_fields(words):
         (("--optim", "{betas: [0.9, 0.95]}"), "optim.betas; it is gone: AdamW's are PyTorch's"),
         (("--eval.num_workers", "3"), "--eval.num_workers; it is gone: evaluation takes data.num_workers"),
         (("--erase.min-aspect", ".5"), "--erase.min-aspect; it is gone: boxes are"),
+        (("--loss.correct-teacher", "true"), "--loss.correct-teacher; it is gone: loss.class_target both"),
     ],
 )
 def test_an_option_that_is_gone_is_named_with_what_to_do_instead(words, instead):
     with pytest.raises(ValueError, match=re.escape(instead)):
         recipe_of("--out", "out", "--data.train", "a", *words)
+
+
+def test_what_the_changelog_calls_gone_or_renamed_is_answered_with_what_to_do_instead(capsys):
+    changes = (Path(__file__).parents[2] / "CHANGELOG.md").read_text("utf-8").partition("### Changed since 0.1")[2]
+    bullet = next(text for text in changes.split("\n- ") if "are gone, and an error says" in text)
+    verb, renamed, gone = (re.findall(r"`(.+?)`", part) for part in bullet.split("; "))
+    assert main(verb[0].split()[1:]) == 2
+    assert f"it is gone: {verb[1]}" in capsys.readouterr().err
+    assert len(gone) == 7
+    answers = {renamed[0]: f"it is called --model.{renamed[1].replace('_', '-')}"} | dict.fromkeys(gone, "it is gone: ")
+    for name, answer in answers.items():
+        with pytest.raises(ValueError, match=answer):
+            recipe_of("--out", "out", "--data.train", "a", f"--{name.lstrip('-')}", "1")
 
 
 def test_help_shows_one_spelling(capsys):

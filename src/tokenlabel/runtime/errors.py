@@ -20,8 +20,11 @@ GONE = {
     "optim.eps": "AdamW's is PyTorch's, 1e-8; leave it out",
     "erase.min_aspect": "boxes are up to 1 / 0.3 times as high as wide, and as wide as high; leave it out",
     "eval.num_workers": "evaluation takes data.num_workers processes, from 5,000 images on",
+    "loss.correct_teacher": "loss.class_target both mixes the truth into the teacher's labels of images, as "
+    "loss.teacher_share says",
+    "compare": "python -m studies compares recipes over seeds, from a clone of the repository",
 }
-"""Removed fields and options, and what to do instead."""
+"""Removed fields, options and verbs, and what to do instead."""
 
 
 class ConfigError(ValueError):
