@@ -149,6 +149,14 @@ def test_maps_alone_teach_with_the_classes_of_the_labels(here, capsys):
     assert "miou" in [line for line in read_metrics(Path("run")) if line["kind"] == "eval"][-1]
 
 
+def test_labels_that_name_the_classes_are_opened_once(here, capsys):
+    write_store("more", [min(path.name for path in Path("images").iterdir())], grid=(5, 5))
+    words = ("--data.train", "images", "--data.labels=[labels,more]", "--data.val", "val", "--dry-run", "--out", "run")
+    status, said = train(capsys, *words)
+    assert status == 0, said
+    assert said.count("1 image has different labels in several files") == 1
+
+
 def test_labels_behind_a_url_name_the_classes(here, capsys, monkeypatch):
     monkeypatch.setenv("TOKENLABEL_CACHE", "cache")
     files = fsspec.filesystem("memory")

@@ -51,7 +51,7 @@ class LabelStore:
             raise ValueError(f"duplicates: expected first or refuse, got {duplicates!r}")
         for name in (folder, *more_folders):
             check_path(name, name="folder")
-        local = [Path(local_name(f)) if is_hub_name(f) else local_copy(f) for f in (folder, *more_folders)]
+        local = map(store_folder, (folder, *more_folders))
         folders = {f.resolve(): f for f in local}  # a folder given twice is opened once
         self.folders = tuple(folders.values())
         self.manifest, *others = map(read_manifest, self.folders)
@@ -212,6 +212,11 @@ class LabelStore:
 
     def _where(self) -> str:
         return " + ".join(map(str, self.folders))
+
+
+def store_folder(name: str | Path) -> Path:
+    """Return the folder of a store on this machine; one behind a URL is downloaded once."""
+    return Path(local_name(name)) if is_hub_name(name) else local_copy(name)
 
 
 def _find_duplicates(

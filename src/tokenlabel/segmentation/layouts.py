@@ -11,7 +11,8 @@ from tokenlabel.data.class_names import CLASSES_FILE, read_class_names, unlike_l
 from tokenlabel.data.classes import difference, same_classes
 from tokenlabel.data.folders import EXTENSIONS, list_images, skipped_text, without_masks
 from tokenlabel.data.masks import COCO_SUFFIX, CROWD, CocoMasks, find_masks, mask_names, unlabelled_value
-from tokenlabel.labels.store import LabelStore
+from tokenlabel.labels.manifest import read_manifest
+from tokenlabel.labels.store import store_folder
 from tokenlabel.runtime.coercion import coerced
 from tokenlabel.runtime.errors import DataError, refuse
 from tokenlabel.runtime.process import listed, say
@@ -79,7 +80,7 @@ def _default_names(config: SegmentDataConfig) -> list[str]:
     path = (masks or images).parent / CLASSES_FILE
     if path.is_file():
         return read_class_names(path, of_masks=True)
-    names = [*LabelStore(*config.label_folders).manifest.class_names] if config.labels else []
+    names = [*read_manifest(store_folder(config.label_folders[0])).class_names] if config.labels else []
     if not names:
         raise DataError(
             f"{path}: no such file, and nothing else names the classes; write it, a name a line, or give "
