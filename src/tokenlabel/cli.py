@@ -15,7 +15,7 @@ from tokenlabel import __version__
 from tokenlabel.runtime.arguments import Parser, add_device, add_figures, device_of, parse, parse_config, print_figures
 from tokenlabel.runtime.coercion import NATURAL, check_numbers
 from tokenlabel.runtime.errors import near_names, refuse
-from tokenlabel.runtime.process import USAGE_ERROR, is_main_process, run_command, say, with_open_streams
+from tokenlabel.runtime.process import USAGE_ERROR, is_main_process, printable, run_command, say, with_open_streams
 
 if TYPE_CHECKING:
     from tokenlabel.data.images import ImageSource
@@ -290,10 +290,10 @@ def segment(_: Parser, arguments: list[str]) -> int:
     return run_segment(arguments)
 
 
-@verb("export", "a trained model as safetensors, ONNX, or a folder for timm and the hub")
+@verb("export", "a trained classifier as safetensors, ONNX, or a folder for timm and the hub")
 def export(parser: Parser, arguments: list[str]) -> None:
-    """Write a run's model as .safetensors, .onnx, or a folder that timm and the hub take."""
-    parser.add_argument("run", type=Path, help="run folder, or one checkpoint folder of it")
+    """Write the model of a classifier's run as .safetensors, .onnx, or a folder that timm and the hub take."""
+    parser.add_argument("run", type=Path, help="run folder of a classifier, or one checkpoint folder of it")
     parser.add_argument("out", type=Path, help="NAME.safetensors, NAME.onnx, or a folder")
     parser.add_argument("--inference", choices=["class", "tokens", "combined"], help="ONNX: how logits come about")
     parser.add_argument("--dense", action="store_true", help="ONNX: the logits of every token, too")
@@ -307,12 +307,12 @@ def export(parser: Parser, arguments: list[str]) -> None:
     print(options.out)
 
 
-@verb("push", "a run, labels or a head to the Hugging Face hub, with a card")
+@verb("push", "a classifier's run, labels or a head to the Hugging Face hub, with a card")
 def push(parser: Parser, arguments: list[str]) -> None:
-    """Upload a run, a label store or a head to the Hugging Face hub with a card; hf://USER/NAME reads it from there."""
-    parser.add_argument("thing", type=Path, help="run folder, folder of labels, or HEAD.safetensors")
+    """Upload a classifier's run, labels or a head to the Hugging Face hub with a card; hf://USER/NAME reads it."""
+    parser.add_argument("thing", type=Path, help="run folder of a classifier, folder of labels, or HEAD.safetensors")
     parser.add_argument("repo", help="USER/NAME")
-    parser.add_argument("--licence", "--license", help="such as apache-2.0; by default the teacher's, if it is known")
+    parser.add_argument("--licence", "--license", help="such as apache-2.0; by default the teachers', if it is known")
     parser.add_argument("--public", action="store_true", help="let everybody see it; else a new one is private")
     parser.add_argument("--dry-run", type=Path, metavar="FOLDER", help="write what would be sent to this folder")
     options = parse(parser, arguments)
@@ -326,7 +326,7 @@ def push(parser: Parser, arguments: list[str]) -> None:
 @verb("report", "one HTML file with the curves, tables and pictures of runs")
 def report(parser: Parser, arguments: list[str]) -> None:
     """Write one self-contained HTML file about one or more runs."""
-    parser.add_argument("runs", type=Path, nargs="+", help="run folders")
+    parser.add_argument("runs", type=Path, nargs="+", help="run folders on this machine")
     parser.add_argument("--output", type=Path, default=Path("report.html"), help="the file to write")
     from tokenlabel.drawing.page import PAGE
 
@@ -340,6 +340,6 @@ def report(parser: Parser, arguments: list[str]) -> None:
 
 def _print_some(reasons: list[str]) -> None:
     shown = reasons[:10]
-    print("".join(f"  {reason}\n" for reason in shown), end="")
+    print("".join(f"  {printable(reason)}\n" for reason in shown), end="")
     if len(reasons) > len(shown):
         print(f"  ... and {len(reasons) - len(shown):,} more; the store's manifest lists all")

@@ -26,6 +26,7 @@ from tokenlabel.runtime.configuration import flattened, read_yaml
 from tokenlabel.runtime.errors import ConfigError
 from tokenlabel.runtime.process import listed
 from tokenlabel.runtime.runlog import RECIPE_FILE, read_metrics
+from tokenlabel.runtime.urls import as_url, without_secrets
 
 NUM_CLASSES, NUM_DISAGREEMENTS = 20, 20
 
@@ -156,12 +157,15 @@ def short_names(runs: Sequence[Path]) -> dict[Path, str]:
 
 def read_run(run: Path, name: str) -> RunRecord:
     """Return the content of a run folder. Raises ConfigError if it is none."""
+    if url := as_url(run):
+        raise ConfigError(f"{url}: expected a run folder on this machine; metrics and pictures are not pushed")
     if not (run / RECIPE_FILE).is_file():
         inside = sorted(str(path.parent) for path in run.glob(f"*/{RECIPE_FILE}"))
         found = f"holds no {RECIPE_FILE}" if run.exists() else "no such folder"
         meant = f"its runs {listed(inside)}" if inside else "a run folder that `tokenlabel train` made"
         raise ConfigError(f"{run}: {found}; give {meant}")
-    return RunRecord(name, run, flattened(read_yaml(run / RECIPE_FILE)), read_metrics(run))
+    recipe = without_secrets(read_yaml(run / RECIPE_FILE))  # a report is sent to others
+    return RunRecord(name, run, flattened(recipe), read_metrics(run))
 
 
 def _results(records: Sequence[RunRecord]) -> str:

@@ -32,7 +32,7 @@ from tokenlabel.labels.store import LabelStore
 from tokenlabel.labels.writer import LabelStoreWriter
 from tokenlabel.runtime import cache
 from tokenlabel.runtime.errors import DataError, RemoteError, StoreError
-from tokenlabel.runtime.remote import as_url, expanded
+from tokenlabel.runtime.urls import as_url, expanded, without_secrets
 
 pytest.importorskip("aiohttp")
 
@@ -181,6 +181,25 @@ class TestNames:
     def test_a_url_survives_a_path(self):
         assert as_url("S3://bucket/a") == as_url(Path("s3://bucket/a")) == "s3://bucket/a"
 
+    @pytest.mark.parametrize("name", ["file:///data/train", Path("file:///data/train")])
+    def test_a_file_url_is_refused_with_the_path_that_it_means(self, name):
+        with pytest.raises(RemoteError, match=r"^file:///data/train: .* give it as a path, /data/train$"):
+            open_images(name)
+
+    @pytest.mark.parametrize(
+        ("text", "shown"),
+        [
+            ("https://me:word@host:80/p-{0..1}.tar?X-Amz-Signature=a/b", "https://host:80/p-{0..1}.tar"),
+            ("(http:/host/a?sig=b'c): gone", "(http://host/a): gone"),
+            ("['s3://key:word@bucket/a', 'http://b?c']", "['s3://bucket/a', 'http://b']"),
+            ("hf:/me/run@v1: is it hf://me/run@v2?", "hf://me/run@v1: is it hf://me/run@v2?"),
+            ("masks:/data/what?", "masks:/data/what?"),
+            ({"a": ["http://b?c", 1], "d": None}, {"a": ["http://b", 1], "d": None}),
+        ],
+    )
+    def test_others_see_urls_without_secrets_and_with_both_slashes(self, text, shown):
+        assert without_secrets(text) == shown
+
     def test_braces_name_tar_files_of_a_disk_as_well(self, folder):
         assert contents(open_images(f"{folder}/part-{{000..003}}.tar")) == contents(open_images(folder))
 
@@ -199,6 +218,19 @@ class TestOverHttp:
         contents(open_images(f"{server.url}/images/part-{{000..003}}.tar"))
         contents(open_images(f"{server.url}/images/part-{{000..003}}.tar"))
         assert [server.count(name) for name in names] == [1] * NUM_TARS
+
+    def test_no_line_shows_the_signature_of_a_url(self, server, tmp_path, capsys):
+        name = "images/part-00{0..1}.tar?X-Amz-Signature=SECRET"
+        teacher = ["--teacher", f"masks:{tmp_path}", "--size=4"]
+        assert main(["annotate", f"{server.url}/{name}", str(tmp_path / "labels"), *teacher]) == 2
+        said = "".join(capsys.readouterr())
+        assert "/images: no tokenlabel-index.npz of part-000.tar, part-001.tar there" in said
+        assert "/images/part-00{0..1}.tar: 10 images of 2 classes" in said
+        assert "SECRET" not in said
+        assert main(["annotate", f"{server.url}/no{name}", str(tmp_path / "labels"), *teacher]) == 2
+        said = "".join(capsys.readouterr())
+        assert "/noimages/part-000.tar: no such file" in said
+        assert "SECRET" not in said
 
     def test_an_index_beside_the_files_spares_looking_into_them(self, server, folder):
         write_index(folder)

@@ -11,7 +11,7 @@ import timm
 import torch
 from huggingface_hub import constants, utils
 from safetensors.torch import save_file
-from segment_cases import write_image
+from segment_cases import write_image, write_segmentation_state
 
 from tokenlabel.cli import main
 from tokenlabel.models import create_model
@@ -71,6 +71,27 @@ def test_a_run_is_no_name_of_a_model(folder: Path) -> None:
     (folder / "run/checkpoints/00000001").mkdir(parents=True)
     with pytest.raises(ValueError, match=r"'run'; it is a run: --model.weights run takes its weights"):
         create_model("run", num_classes=2, img_size=32)
+
+
+@pytest.mark.parametrize("name", ["hf://me/road", Path("hf://me/road")])
+def test_a_run_of_the_other_task_is_refused_by_the_name_that_was_typed(
+    name: str | Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_segmentation_state(tmp_path / "checkpoints/00000001")
+    monkeypatch.setattr(hub, "_download", lambda *_: tmp_path)
+    with pytest.raises(ModelError, match=r"^hf://me/road: holds a segmentation model, .*push and fit-head take"):
+        load_model(name)
+
+
+@pytest.mark.parametrize(
+    "command", ["eval NAME --data images", "export NAME out", "annotate ./images out --teacher NAME"]
+)
+def test_what_is_no_name_on_the_hub_is_refused_as_it_was_typed(
+    command: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_image(folder / "images" / "a" / "0.png", (32, 32))
+    assert main(command.replace("NAME", "https://host/run").split()) == 2
+    assert "error: https://host/run: expected a path, or a name on the hub" in capsys.readouterr().err
 
 
 def test_a_folder_does_not_hide_the_model_of_its_name(folder: Path) -> None:

@@ -75,6 +75,14 @@ def refusal(capsys, *words: str) -> str:
 
 
 class TestReport:
+    def test_shows_no_signature_of_a_url_and_takes_no_run_on_the_hub(self, here, capsys):
+        recipe = Path("first", "recipe.yaml")
+        recipe.write_text(recipe.read_text().replace("/nowhere/scenes/train", "http://host/a.tar?sig=SECRET"))
+        page = report("first").replace("<wbr>", "")
+        assert "http://host/a.tar" in page
+        assert "SECRET" not in page
+        assert "hf://me/run: expected a run folder on this machine" in refusal(capsys, "hf://me/run")
+
     def test_needs_neither_torch_nor_images_nor_labels(self, here):
         code = (
             "import sys; from tokenlabel.cli import main\n"

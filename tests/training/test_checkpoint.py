@@ -170,7 +170,7 @@ def test_a_segmentation_model_is_sent_to_its_verbs(tmp_path):
     state = json.loads((folder / "state.json").read_text())
     state["recipe"]["data"] = {"layout": "folders"}
     (folder / "state.json").write_text(json.dumps(state))
-    with pytest.raises(ModelError, match=f"{tmp_path}: holds a segmentation model; .*`tokenlabel segment`"):
+    with pytest.raises(ModelError, match=f"{tmp_path}: holds a segmentation model, .*`tokenlabel segment eval`"):
         load_run(tmp_path)
 
 

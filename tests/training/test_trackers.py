@@ -77,6 +77,21 @@ def test_wandb_offline_holds_the_figures_of_a_run_that_was_stopped_and_continued
     assert all(name in logged for name in (b"train/loss", b"eval/top1", b"lr_batch_size"))
 
 
+def test_wandb_is_not_sent_the_signature_of_a_url(tmp_path):
+    url = "http://me:PASSWORD@host/p.tar?X-Amz-Signature=SECRET"
+    (tmp_path / "recipe.yaml").write_text(f"data: {{train: '{url}', val: seen}}")
+    code = (
+        "from pathlib import Path; from tokenlabel.runtime.runlog import WandB; tracker = WandB(Path('.')); "
+        "tracker.__enter__()({'step': 1, 'kind': 'train', 'loss': 1.0}); tracker.__exit__()"
+    )
+    words, environment = ["--data.train", url], {**os.environ, "WANDB_MODE": "offline"}
+    subprocess.run([sys.executable, "-c", code, *words], cwd=tmp_path, env=environment, check=True)
+    sent = b"".join(path.read_bytes() for path in (tmp_path / "wandb").rglob("*") if path.is_file())
+    assert b"http://host/p.tar" in sent
+    assert b"seen" in sent
+    assert not [secret for secret in (b"PASSWORD", b"SECRET") if secret in sent]
+
+
 def test_wandb_without_a_login_is_one_line(tmp_path):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
     code = "from pathlib import Path; from tokenlabel.runtime.runlog import WandB; WandB(Path('.')).__enter__()"

@@ -16,7 +16,8 @@ from tokenlabel.data.tars import TarImages, refuse_parts
 from tokenlabel.runtime.cache import cache_bytes, cached_index, exclusive, fetch, fetched_ahead, refuse_small_cache
 from tokenlabel.runtime.errors import DataError, RemoteError
 from tokenlabel.runtime.process import T, is_main_process, listed, say
-from tokenlabel.runtime.remote import RemoteFile, digest_of, expanded, folder_urls, remote_files
+from tokenlabel.runtime.remote import RemoteFile, digest_of, folder_urls, remote_files
+from tokenlabel.runtime.urls import expanded, last_part
 
 
 class RemoteTars(TarImages):
@@ -72,8 +73,8 @@ def open_remote(url: str) -> RemoteTars:
                 f"{url}: no .tar files; images behind URLs are read from tar files (WebDataset), such as "
                 "train-{000..127}.tar"
             )
-        refuse_parts(url, [name.rpartition("/")[2] for name in urls])
-    urls = sorted(dict.fromkeys(urls), key=lambda name: (name.rpartition("/")[2], name))
+        refuse_parts(url, [last_part(name) for name in urls])
+    urls = sorted(dict.fromkeys(urls), key=lambda name: (last_part(name), name))
     files = remote_files(urls)
     images = _by_published_index(files) or RemoteTars(files, _looked_through(files))
     cache_bytes()  # raises for a limit that is no size; one that is too small is only a remark here
@@ -126,9 +127,9 @@ def _by_published_index(files: Sequence[RemoteFile]) -> RemoteTars | None:
     except RemoteError:
         return None
     index, names, sizes, marks = load_index(fetch(found))
-    if names == [_name(file) for file in files] and sizes.tolist() == [file.num_bytes for file in files]:
+    if names == [last_part(file.url) for file in files] and sizes.tolist() == [file.num_bytes for file in files]:
         return RemoteTars(files, index, marks)
-    if {*names} == {_name(file) for file in files}:
+    if {*names} == {last_part(file.url) for file in files}:
         raise DataError(f"{url}: the tar files beside it have changed since; write it again, or delete it")
     return None
 
@@ -140,10 +141,10 @@ def _looked_through(files: Sequence[RemoteFile]) -> TarIndex:
     with exclusive(f"{digest[:2]}.index.lock"):  # of several processes one looks
         if path.exists():
             return load_index(path)[0]
-        folder = files[0].url.rpartition("/")[0]
+        folder = files[0].url.partition("?")[0].rpartition("/")[0]
         say(
-            f"{folder}: no {INDEX_NAME} of {listed([_name(file) for file in files])} there, so each is fetched once to "
-            "see what is in it"
+            f"{folder}: no {INDEX_NAME} of {listed([last_part(file.url) for file in files])} there, so each is fetched "
+            "once to see what is in it"
         )
         reached = 0
         with tqdm(total=len(files), unit="tar", disable=not is_main_process()) as bar:
@@ -163,7 +164,3 @@ def _looked_through(files: Sequence[RemoteFile]) -> TarIndex:
 
 def _is_tar(url: str) -> bool:
     return url.partition("?")[0].lower().endswith(".tar")
-
-
-def _name(file: RemoteFile) -> str:
-    return file.url.rpartition("/")[2]

@@ -21,7 +21,7 @@ from tokenlabel.data.tars import TarImages, read_index, tar_files
 from tokenlabel.runtime.coercion import check_path
 from tokenlabel.runtime.errors import DataError
 from tokenlabel.runtime.process import listed, say
-from tokenlabel.runtime.remote import as_url, expanded
+from tokenlabel.runtime.urls import as_url, expanded
 
 LIST_SUFFIXES = (".txt", ".tsv", ".csv", ".lst")
 

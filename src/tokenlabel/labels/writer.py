@@ -19,7 +19,7 @@ from tokenlabel.labels.store import LabelStore
 from tokenlabel.runtime.coercion import check_path, coerced, described
 from tokenlabel.runtime.errors import StoreError
 from tokenlabel.runtime.process import ABANDONED_S, UNFINISHED, locked
-from tokenlabel.runtime.remote import as_url
+from tokenlabel.runtime.urls import as_url
 
 
 class LabelStoreWriter:

@@ -26,6 +26,7 @@ from tokenlabel.models.runs import (
     read_description,
     read_state,
     read_weights,
+    refuse_other_task,
     token_classes_of,
 )
 from tokenlabel.models.segmentation import SegmentationModel, SegmentModelConfig, create_segmentation_model
@@ -33,9 +34,10 @@ from tokenlabel.models.weight_files import Weights, names_in_order, read_class_n
 from tokenlabel.models.weights import load, load_all
 from tokenlabel.runtime.coercion import Size, pair
 from tokenlabel.runtime.configuration import config_from_dict
-from tokenlabel.runtime.errors import ModelError, refuse
+from tokenlabel.runtime.errors import ModelError
 from tokenlabel.runtime.hub import local_name, options_without_weights
 from tokenlabel.runtime.process import listed, say
+from tokenlabel.runtime.urls import as_url
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -100,11 +102,11 @@ def load_model(
     the other task.
     """
     size = None if img_size is None else pair(img_size)
-    given, name = str(name), local_name(name)
+    given, name = as_url(name) or str(name), local_name(name)
     if is_run(name):
         if weights is not None:
-            raise ModelError(f"{name} is a run and has weights of its own; leave --weights out (one of several: '')")
-        loaded = _load_run(name, size, segments=segments)
+            raise ModelError(f"{given} is a run and has weights of its own; leave --weights out (one of several: '')")
+        loaded = _load_run(given, size, segments=segments)
     else:
         register_with_timm()
         reason = why_unknown(name, weights_option="--weights")
@@ -120,28 +122,20 @@ def load_model(
     return replace(loaded, name=given)  # not the folder that it was downloaded to
 
 
-def _load_run(path: str, img_size: tuple[int, int] | None, *, segments: bool | None) -> LoadedModel:
-    folder = newest_checkpoint(path)
+def _load_run(name: str, img_size: tuple[int, int] | None, *, segments: bool | None) -> LoadedModel:
+    folder = newest_checkpoint(name)
     state = read_state(folder)
     recipe, names, step = state["recipe"], state["class_names"], state["step"]
-    is_segmentation = "layout" in recipe["data"]
-    refuse(
-        {
-            f"{path}: holds a segmentation model; use it with `tokenlabel segment` or --model.weights": is_segmentation
-            and segments is False,
-            f"{path}: holds a classifier; `tokenlabel segment train` makes segmentation models": segments
-            and not is_segmentation,
-        },
-        ModelError,
-    )
+    if segments is not None:
+        refuse_other_task(name, state, segments=segments)
     tensors = read_weights(folder, state)
     config = {**recipe["model"], "options": options_without_weights(recipe["model"]["options"])}
-    if is_segmentation:
+    if "layout" in recipe["data"]:
         typed = config_from_dict(config, SegmentModelConfig, name=f"{folder}/state.json")
         model = create_segmentation_model(typed, num_classes=len(names)).eval()
-        load_all(model, tensors, name=path)
+        load_all(model, tensors, name=name)
         use = {"img_size": typed.img_size, "precision": recipe["precision"]}
-        return LoadedModel(name=path, model=model, class_names=tuple(names), recipe=recipe, step=step, **use)
+        return LoadedModel(name=name, model=model, class_names=tuple(names), recipe=recipe, step=step, **use)
     others = None if state.get("token_classes") is None else token_classes_of(state)
 
     def _create(size: Size) -> TokenModel:
@@ -152,15 +146,15 @@ def _load_run(path: str, img_size: tuple[int, int] | None, *, segments: bool | N
     own_size = pair(config["img_size"])
     model = _create(own_size)  # also for another size: its grid is that of the saved position embeddings
     if img_size in (None, own_size):
-        load_all(model, tensors, name=path)
+        load_all(model, tensors, name=name)
     else:
         grid, model = model.grid, _create(img_size)
         parts = [
-            {name.removeprefix(part): tensor for name, tensor in tensors.items() if name.startswith(part)}
+            {key.removeprefix(part): tensor for key, tensor in tensors.items() if key.startswith(part)}
             for part in ("backbone.", "token_head.")
         ]
-        load(model, Weights(Path(path), "backbone.", *parts), grid=grid, tokens="same" if others else "classes")
-    loaded = of_run(model, recipe, names, step=step, name=path, token_classes=others)
+        load(model, Weights(Path(name), "backbone.", *parts), grid=grid, tokens="same" if others else "classes")
+    loaded = of_run(model, recipe, names, step=step, name=name, token_classes=others)
     return replace(loaded, img_size=img_size or loaded.img_size)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from tokenlabel.data.classes import ClassList
 from tokenlabel.runtime.errors import ModelError, refuse
 from tokenlabel.runtime.hub import local_name
+from tokenlabel.runtime.urls import as_url
 
 CHECKPOINT_FORMAT = 2
 
@@ -39,13 +40,14 @@ def is_run(path: str | Path) -> bool:
 
 def newest_checkpoint(path: str | Path) -> Path:
     """Return the newest checkpoint of a run folder, or the path itself if it is a checkpoint. Raises ModelError."""
-    path = Path(local_name(path))
-    if (path / "state.json").exists():
-        return path
-    checkpoints = list_checkpoints(path)
+    folder = Path(local_name(path))
+    if (folder / "state.json").exists():
+        return folder
+    checkpoints = list_checkpoints(folder)
     if not checkpoints:
         raise ModelError(
-            f"{path}: holds no checkpoint; give a run folder that `tokenlabel train` made, or one of its checkpoints"
+            f"{as_url(path) or path}: holds no checkpoint; give a run folder that `tokenlabel train` "
+            "made, or one of its checkpoints"
         )
     return checkpoints[-1]
 
@@ -59,6 +61,21 @@ def read_weights(folder: Path, state: dict[str, Any]) -> dict[str, Tensor]:
     """Return the weights of a checkpoint for evaluation: its EMA weights, if there are any."""
     name = "ema.safetensors" if "ema.safetensors" in state["sha256"] else "model.safetensors"
     return read_tensors(folder, name, state)
+
+
+def refuse_other_task(name: str, state: Mapping[str, Any], *, segments: bool) -> None:
+    """Raise ModelError for a checkpoint's state of a classifier, or, unless `segments`, of a segmentation model."""
+    is_segmentation = "layout" in state["recipe"]["data"]
+    refuse(
+        {
+            f"{name}: holds a segmentation model, and a classifier is expected here: eval, export, push and fit-head "
+            "take no other. `tokenlabel segment eval` evaluates it, annotate --teacher labels images with it, and "
+            "training may begin with it (--model.weights)": is_segmentation and not segments,
+            f"{name}: holds a classifier; `tokenlabel segment train` makes segmentation models": segments
+            and not is_segmentation,
+        },
+        ModelError,
+    )
 
 
 def token_classes_of(state: dict[str, Any]) -> ClassList:

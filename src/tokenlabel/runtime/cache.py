@@ -29,7 +29,6 @@ from tokenlabel.runtime.errors import RemoteError
 from tokenlabel.runtime.process import ABANDONED_S, locked, say
 from tokenlabel.runtime.remote import (
     RemoteFile,
-    as_url,
     digest_of,
     download,
     filesystem_of,
@@ -37,6 +36,7 @@ from tokenlabel.runtime.remote import (
     patiently,
     remote_files,
 )
+from tokenlabel.runtime.urls import as_url, last_part
 
 NUM_AHEAD = 3
 """Files to download while others are read."""
@@ -73,7 +73,7 @@ def local_copy(name: str | Path) -> Path:
     files = remote_files([url] if single else folder_urls(url))
     if single:
         return fetch(files[0])
-    target = _folder("folders") / f"{digest_of(files)}-{url.rstrip('/').rpartition('/')[2]}"
+    target = _folder("folders") / f"{digest_of(files)}-{last_part(url)}"
     with exclusive("folders.lock"):
         if not _hold(target):
             num_bytes = sum(file.num_bytes for file in files)

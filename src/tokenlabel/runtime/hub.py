@@ -10,10 +10,26 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from tokenlabel.runtime.errors import ConfigError, first_line
+from tokenlabel.runtime.errors import ConfigError, first_line, refuse
+from tokenlabel.runtime.urls import as_url
 
 REACH_WITHIN_S = 5.0
 HEAD_FILE = "head.safetensors"  # what a head is called on the hub, whatever it was called before
+# Those that a card may name by themselves (https://huggingface.co/docs/hub/repositories-licenses).
+LICENCES = {
+    "afl-3.0", "agpl-3.0", "apache-2.0", "apple-amlr", "apple-ascl", "artistic-2.0", "bigcode-openrail-m",
+    "bigscience-bloom-rail-1.0", "bigscience-openrail-m", "bsd", "bsd-2-clause", "bsd-3-clause",
+    "bsd-3-clause-clear", "bsl-1.0", "c-uda", "cc", "cc-by-2.0", "cc-by-2.5", "cc-by-3.0", "cc-by-4.0",
+    "cc-by-nc-2.0", "cc-by-nc-3.0", "cc-by-nc-4.0", "cc-by-nc-nd-3.0", "cc-by-nc-nd-4.0", "cc-by-nc-sa-2.0",
+    "cc-by-nc-sa-3.0", "cc-by-nc-sa-4.0", "cc-by-nd-4.0", "cc-by-sa-3.0", "cc-by-sa-4.0", "cc0-1.0",
+    "cdla-permissive-1.0", "cdla-permissive-2.0", "cdla-sharing-1.0", "creativeml-openrail-m",
+    "deepfloyd-if-license", "ecl-2.0", "epl-1.0", "epl-2.0", "etalab-2.0", "eupl-1.1", "eupl-1.2",
+    "fair-noncommercial-research-license", "gemma", "gfdl", "gpl", "gpl-2.0", "gpl-3.0", "grok2-community",
+    "h-research", "intel-research", "isc", "lgpl", "lgpl-2.1", "lgpl-3.0", "lgpl-lr", "llama2", "llama3",
+    "llama3.1", "llama3.2", "llama3.3", "llama4", "lppl-1.3c", "mit", "mpl-2.0", "ms-pl", "ncsa", "odbl", "odc-by",
+    "ofl-1.1", "openmdw-1.0", "openmdw-1.1", "openrail", "openrail++", "osl-3.0", "other", "pddl", "postgresql",
+    "unknown", "unlicense", "wtfpl", "zlib",
+}  # fmt: skip
 # One slash is what pathlib leaves of two.
 _NAME = re.compile(r"hf:/{1,2}(?P<kind>datasets/)?(?P<repo>[\w.-]+/[\w.-]+?)(@(?P<revision>[\w./-]+))?/?")
 
@@ -23,10 +39,12 @@ def local_name(name: str | Path) -> str:
 
     That is a folder for a run or a label store (`hf://datasets/USER/NAME`), a file for a head, and `local-dir:FOLDER`
     for another model of timm's. REVISION is a branch, a tag or a commit. Everything comes from the hub's cache where
-    the hub cannot be reached. Raises ConfigError in one line for what is not there, or is nothing of the kind.
+    the hub cannot be reached. Raises ConfigError in one line for what is not there, or is nothing of the kind, and for
+    other URLs.
     """
-    text = str(name)
+    text, url = str(name), as_url(name)
     if not text.startswith("hf:/"):
+        refuse({f"{url}: expected a path, or a name on the hub (hf://USER/NAME); copy it here first": url})
         return text
     found = _NAME.fullmatch(text)
     if found is None:
@@ -43,6 +61,12 @@ def local_name(name: str | Path) -> str:
     raise ConfigError(
         f"{text}: holds no run, label store or head of `tokenlabel push`, and no model of timm's (config.json)"
     )
+
+
+def licence_metadata(name: str) -> dict[str, str]:
+    """Return how a card states a licence; one that the hub does not list is `other`, by its name."""
+    spelled = re.sub(r"[^a-z0-9.+-]+", "-", name.lower()).strip("-")
+    return {"license": spelled} if spelled in LICENCES else {"license": "other", "license_name": spelled}
 
 
 def is_hub_name(name: str | Path) -> bool:

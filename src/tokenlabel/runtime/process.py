@@ -29,6 +29,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from tokenlabel.runtime.errors import DataError, FirstRankError, first_line
+from tokenlabel.runtime.urls import without_secrets
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -51,8 +52,11 @@ def say(line: str) -> None:
 
 
 def printable(text: str) -> str:
-    """Return a line without control characters: names of files may hold any, and a terminal would obey them."""
-    return re.sub(r"[\x00-\x1f\x7f-\x9f]", "?", text).encode("utf-8", "backslashreplace").decode()
+    """Return a line without control characters, which a terminal would obey, and without secrets in URLs.
+
+    Names of files may hold any of the former, and logs are read by others.
+    """
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", "?", without_secrets(text)).encode("utf-8", "backslashreplace").decode()
 
 
 def listed(names: Sequence[str], most: int = 3) -> str:

@@ -21,6 +21,7 @@ from typing import Any
 
 from tokenlabel.runtime.errors import RemoteError, first_line
 from tokenlabel.runtime.process import T
+from tokenlabel.runtime.urls import last_part
 
 _NUM_TRIES = 3
 _NUM_ASKED = 16  # requests at a time, for sizes of files
@@ -44,32 +45,7 @@ class RemoteFile:
     @property
     def cached_as(self) -> str:
         """The name of its copy in the cache; other versions have other names."""
-        name = self.url.partition("?")[0].rstrip("/").rpartition("/")[2]
-        return f"{digest_of([self])}-{name[-100:]}"
-
-
-def as_url(name: str | Path) -> str | None:
-    """Return a name that is a URL, None for a path. `Path` drops one of two slashes, which is put back."""
-    found = re.fullmatch(r"([a-zA-Z][a-zA-Z0-9+.-]+):(//?)([^/].*)", os.fspath(name), re.DOTALL)
-    if found is None or (found[2] == "/" and not isinstance(name, Path)):
-        return None
-    if found[1] == "hf-dataset":  # of a folder: see data/hf_datasets.py
-        return None
-    return f"{found[1].lower()}://{found[3]}"
-
-
-def expanded(name: str) -> list[str]:
-    """Expand braces: train-{000..127}.tar, {a,b}.tar. Raises RemoteError for a range that is none."""
-    found = re.search(r"\{([^{}]*)\}", name)
-    if found is None:
-        return [name]
-    words = found[1].split(",")
-    if numbers := re.fullmatch(r"(\d+)\.\.(\d+)", found[1]):
-        first, last = map(int, numbers.groups())
-        if first > last or len(numbers[1]) > len(numbers[2]):
-            raise RemoteError(f"{name}: {found[0]} is no range; expected one such as {{000..127}}")
-        words = [f"{number:0{len(numbers[1])}}" for number in range(first, last + 1)]
-    return [full for word in words for full in expanded(name[: found.start()] + word + name[found.end() :])]
+        return f"{digest_of([self])}-{last_part(self.url)[-100:]}"
 
 
 def remote_files(urls: Sequence[str]) -> list[RemoteFile]:

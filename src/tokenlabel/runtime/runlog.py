@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from tokenlabel.runtime.configuration import read_yaml
 from tokenlabel.runtime.errors import ConfigError, first_line, import_extra
-from tokenlabel.runtime.process import naming, say, write_whole
+from tokenlabel.runtime.process import naming, printable, say, write_whole
+from tokenlabel.runtime.urls import without_secrets
 
 Tracker = Callable[[dict[str, Any]], None]
 """Called in the main process with each line of metrics: `step`, `kind` (train or eval) and figures by name.
@@ -61,8 +62,9 @@ class WandB:
     """Logs every figure to Weights & Biases as train/loss, eval/top1 and so on, against the step.
 
     The project is `tokenlabel` unless WANDB_PROJECT names another. A run folder is one run there, also when it was
-    stopped and continues: RUN/wandb.id names it. WANDB_MODE=offline writes RUN/wandb, for `wandb sync`. Raises
-    ConfigError if the extra is not installed or nobody is logged in.
+    stopped and continues: RUN/wandb.id names it. WANDB_MODE=offline writes RUN/wandb, for `wandb sync`. It gets recipe
+    and command line without the secrets in their URLs. Raises ConfigError if the extra is not installed or nobody is
+    logged in.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -74,6 +76,8 @@ class WandB:
         id_file = self._folder / "wandb.id"
         if not id_file.exists():
             id_file.write_text(secrets.token_hex(8), encoding="utf-8")
+        words = sys.argv[:]
+        sys.argv[:] = without_secrets(words)  # where W&B finds the command line, which it sends
         try:
             self._run = self._wandb.init(
                 project=os.environ.get("WANDB_PROJECT", "tokenlabel"),
@@ -87,6 +91,8 @@ class WandB:
             raise ConfigError(
                 f"--wandb: {first_line(error).rstrip('.')}; log in by `wandb login`, or set WANDB_MODE=offline"
             ) from error
+        finally:
+            sys.argv[:] = words
         # A continued run says some steps again, which W&B's own step would refuse.
         self._run.define_metric("*", step_metric="step")
         return self
@@ -95,7 +101,7 @@ class WandB:
         """Log the figures of a line of metrics."""
         if not self._recipe_told:
             recipe = read_yaml(self._folder / RECIPE_FILE)
-            self._run.config.update(recipe, allow_val_change=True)
+            self._run.config.update(without_secrets(recipe), allow_val_change=True)
             self._recipe_told = True
         figures = {f"{line['kind']}/{name}": value for name, value in line.items() if isinstance(value, int | float)}
         figures.pop(f"{line['kind']}/step")
@@ -170,7 +176,7 @@ class RunLog:
     def say(self, message: str) -> None:
         """Print a line above the progress bar."""
         if self._file is not None:
-            self.bar.write(message, file=sys.stderr)
+            self.bar.write(printable(message), file=sys.stderr)
 
     def close(self) -> None:
         """Close the file and the bar."""

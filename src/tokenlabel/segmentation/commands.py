@@ -129,7 +129,7 @@ def _predict(arguments: list[str]) -> int:
         check_out(out, classes)
     with autocast(device, trained.recipe.precision):
         if options.store:  # first: it refuses a store of other labels before the work
-            names, teacher = trained.class_names, {"name": str(options.network), "weights": fingerprint(trained.model)}
+            names, teacher = trained.class_names, {"name": trained.name, "weights": fingerprint(trained.model)}
             num_new = store_predictions(
                 segmenter, first, options.store, class_names=names, teacher=teacher, device=device
             )
