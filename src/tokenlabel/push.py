@@ -1,10 +1,10 @@
 """Upload a run, a label store or a head to the Hugging Face hub, with a model or dataset card.
 
-RUN    timm's config.json and model.safetensors, and the run's last checkpoint without the optimizer
+RUN    of a classifier: timm's config.json and model.safetensors, and the run's last checkpoint without the optimizer
 STORE  the manifest and the label files, as a dataset; without images
 HEAD   head.safetensors
 
-`runtime/hub.py` reads all three by `hf://USER/NAME`.
+`runtime/hub.py` reads all three by `hf://USER/NAME`. Secrets in URLs (`runtime/urls.py`) stay on this machine.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,15 +24,16 @@ from typing import Any, Literal, NamedTuple
 
 import yaml
 
-from tokenlabel.labels.manifest import read_manifest
+from tokenlabel.labels.manifest import MANIFEST_FILE, read_manifest
 from tokenlabel.labels.shards import SHARD_SUFFIX
 from tokenlabel.labels.store import LabelStore
 from tokenlabel.models.names import OUR_MODELS
-from tokenlabel.models.runs import is_run, newest_checkpoint, read_state
+from tokenlabel.models.runs import is_run, newest_checkpoint, read_state, refuse_other_task
 from tokenlabel.runtime.errors import ConfigError, StoreError, first_line, refuse
-from tokenlabel.runtime.hub import HEAD_FILE, hub_answers, status_of
-from tokenlabel.runtime.process import listed, naming
-from tokenlabel.runtime.runlog import read_metrics
+from tokenlabel.runtime.hub import HEAD_FILE, LICENCES, hub_answers, licence_metadata, status_of
+from tokenlabel.runtime.process import listed, naming, read_json, say
+from tokenlabel.runtime.runlog import RECIPE_FILE, read_metrics
+from tokenlabel.runtime.urls import as_url, without_secrets
 from tokenlabel.teachers.heads import HEAD_SUFFIX, Head
 from tokenlabel.training.checkpoint import load_run
 from tokenlabel.training.export import REGISTER, write_hub_folder
@@ -95,12 +97,15 @@ class Card(NamedTuple):
 def push(
     thing: str | Path, repo: str, *, licence: str | None = None, public: bool = False, folder: str | Path | None = None
 ) -> str:
-    """Upload a run, a label store or a head to the hub with a card; return its `hf://` name.
+    """Upload a run of a classifier, a label store or a head to the hub with a card; return its `hf://` name.
 
     `repo`: USER/NAME; created if needed, private unless `public`. `licence`: by the hub's name, such as apache-2.0; by
-    default that of the backbone of a head, or of the head that made the labels, if it is known. `folder`: write the
-    files into this new folder instead. Raises ConfigError, also if the hub refuses.
+    default that of the backbone of a head, or of all teachers that made the labels, if it is known. `folder`: write the
+    files into this new folder instead. Raises ConfigError, also if the hub refuses, and ModelError for a run of
+    segmentation.
     """
+    if url := as_url(thing):
+        raise ConfigError(f"{url}: is not on this machine; push takes a run folder, a label store or a head that is")
     thing = Path(thing)
     target = None if folder is None else Path(folder)
     is_new = target is None or not target.exists() or (target.is_dir() and not any(target.iterdir()))
@@ -133,29 +138,52 @@ def _pack(thing: Path, folder: Path, repo: str, licence: str | None) -> str:
     """Write all files into a new folder; return the kind of repository."""
     if thing.suffix == HEAD_SUFFIX:
         head = Head.load(thing)
-        known, write = head.backbone.get("licence"), partial(_pack_head, thing, head)
+        of_teachers, write = [("its backbone", head.backbone.get("licence"))], partial(_pack_head, head)
     elif is_run(thing):
-        known, write = None, partial(_pack_run, thing)
-    elif (thing / "manifest.json").exists():
+        refuse_other_task(str(thing), read_state(newest_checkpoint(thing)), segments=False)
+        of_teachers, write = [], partial(_pack_run, thing)
+    elif (thing / MANIFEST_FILE).exists():
         store = LabelStore(thing)
-        known, write = store.manifest.teacher.get("backbone", {}).get("licence"), partial(_pack_store, store)
+        of_teachers, write = [*_licences(store.manifest.teacher)], partial(_pack_store, store)
     else:
         raise ConfigError(f"{thing}: expected a run folder, a label store or a head (HEAD{HEAD_SUFFIX})")
-    if not (licence or known):
-        raise ConfigError(
-            f"{thing}: its card needs a licence, and none is known; give --licence apache-2.0, or whatever its "
-            "teacher and images allow, as the hub names it"
-        )
+    stated = licence_metadata(licence or _common_licence(thing, of_teachers))
+    if licence and "license_name" in stated:
+        near = "".join(f" (did you mean {name}?)" for name in get_close_matches(stated["license_name"], LICENCES, n=1))
+        say(f"--licence {licence}: is none that the hub lists{near}; the card states other, {stated['license_name']}")
     card = write(folder, repo)
-    metadata = yaml.safe_dump({"license": str(licence or known).lower(), **card.metadata}, sort_keys=False)
+    metadata = yaml.safe_dump({**stated, **card.metadata}, sort_keys=False)
     text = "\n\n".join((f"---\n{metadata}---", *card.paragraphs, _checksums(folder)))
     (folder / "README.md").write_text(text + "\n", encoding="utf-8")
     return card.kind
 
 
-def _pack_head(path: Path, head: Head, folder: Path, repo: str) -> Card:
+def _licences(teacher: Mapping[str, Any]) -> Iterator[tuple[str, str | None]]:
+    """Yield name and licence (None if it is not known) of each teacher of a manifest's description."""
+    for member in teacher.get("members", []):
+        yield from _licences(member)
+    if "members" not in teacher:
+        yield str(teacher.get("name")), teacher.get("licence") or teacher.get("backbone", {}).get("licence")
+
+
+def _common_licence(thing: Path, of_teachers: Sequence[tuple[str, str | None]]) -> str:
+    """Return the licence of all teachers. Raises ConfigError that names them if there is no such, or not of all."""
+    licences = {licence for _, licence in of_teachers}
+    (first, *others) = licences or {None}
+    if first and not others:
+        return first
+    named = [f"{licence or 'unknown'} for {name}" for name, licence in of_teachers]
+    found = f"its teachers have several ({listed(named, len(named))})" if others else "none is known"
+    raise ConfigError(
+        f"{thing}: its card needs a licence, and {found}; give --licence apache-2.0, or whatever its teacher and "
+        "images allow, as the hub names it"
+    )
+
+
+def _pack_head(head: Head, folder: Path, repo: str) -> Card:
     folder.mkdir()
-    shutil.copyfile(path, folder / HEAD_FILE)
+    head.fitted = without_secrets(head.fitted)  # names the images
+    head.save(folder / HEAD_FILE)
     about = HEAD_CARD.format(
         title=repo.split("/")[1],
         num_classes=head.num_classes,
@@ -171,7 +199,9 @@ def _pack_head(path: Path, head: Head, folder: Path, repo: str) -> Card:
 def _pack_store(store: LabelStore, folder: Path, repo: str) -> Card:
     folder.mkdir()
     (source,) = store.folders
-    shutil.copyfile(source / "manifest.json", folder / "manifest.json")
+    about = read_json(source / MANIFEST_FILE)
+    about |= {name: without_secrets(about[name]) for name in ("teacher", "preprocessing", "failures") if name in about}
+    (folder / MANIFEST_FILE).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     for shard in store.shards:
         _link(source / shard.path.name, folder / shard.path.name)
     manifest = store.manifest
@@ -192,14 +222,14 @@ def _pack_run(path: Path, folder: Path, repo: str) -> Card:
     checkpoint = newest_checkpoint(path)
     state, trained = read_state(checkpoint), load_run(checkpoint)
     write_hub_folder(trained, folder)
-    recipe = state["recipe"]
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+    recipe = without_secrets(state["recipe"])
+    (folder / RECIPE_FILE).write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
     inside = folder / "checkpoints" / checkpoint.name
     inside.mkdir(parents=True)
     weights = {name: digest for name, digest in state["sha256"].items() if name != "optimizer.safetensors"}
     for name in weights:  # the EMA weights and those of the last step: fine-tuning may begin with either
         _link(checkpoint / name, inside / name)
-    shorter = {**state, "sha256": weights}
+    shorter = {**state, "recipe": recipe, "sha256": weights}
     (inside / "state.json").write_text(json.dumps(shorter, indent=1) + "\n", encoding="utf-8")
     names = trained.class_names
     about = RUN_CARD.format(
@@ -217,7 +247,7 @@ def _pack_run(path: Path, folder: Path, repo: str) -> Card:
         "began with": recipe["model"]["weights"],
         "pretrained": recipe["model"]["options"].get("pretrained"),
         "labels": recipe["data"]["labels"],
-        "teacher": dict(_teacher_of(recipe)),
+        "teacher": dict(_teacher_of(state["recipe"])),
         "versions": state["versions"],
     }
     metadata = {"library_name": "timm", "tags": ["timm", "token-labeling"]}
@@ -243,7 +273,7 @@ def _figures(run: Path, step: int) -> Iterator[str]:
 
 
 def _facts(facts: Mapping[str, Any]) -> str:
-    """Return a Markdown table of a nested mapping without its empty values."""
+    """Return a Markdown table of a nested mapping without its empty values, and without secrets."""
 
     def _rows(name: str, value: Any) -> Iterator[str]:
         if isinstance(value, Mapping):
@@ -252,7 +282,7 @@ def _facts(facts: Mapping[str, Any]) -> str:
         elif value not in (None, "", [], ()):
             yield f"| {name} | {f'{value:.4g}' if isinstance(value, float) else value} |"
 
-    return "\n".join(("| | |", "|---|---|", *_rows("", facts)))
+    return "\n".join(("| | |", "|---|---|", *_rows("", without_secrets(facts))))
 
 
 def _names_of_classes(names: tuple[str, ...]) -> list[str]:
@@ -285,8 +315,11 @@ def _send(folder: Path, repo: str, kind: str, *, public: bool) -> None:
         about = {"commit_message": "Upload by tokenlabel", "delete_patterns": _REPLACED[kind]}
         api.upload_folder(repo_id=repo, repo_type=kind, folder_path=folder, **about)
     except Exception as error:  # huggingface_hub and its HTTP library raise errors of many kinds
+        status, reason = status_of(error), f"was not sent ({first_line(error)}); the same command sends it"
+        if isinstance(error, ValueError) or 400 <= status < 500:  # a card's faults stand below the first line
+            reason = f"the hub refuses it: {' '.join(str(error).split())}"
         reason = {
             401: "the hub does not know you; log in (`hf auth login`, or HF_TOKEN)",
             403: "you may not write there; it takes a name of yours, and a token with the right to write",
-        }.get(status_of(error), f"was not sent ({first_line(error)}); the same command sends it")
+        }.get(status, reason)
         raise ConfigError(f"{repo}: {reason}") from error

@@ -1,8 +1,11 @@
 """What is pushed to a hub is read by its name; a hub in small runs on this machine."""
 
+import json
 import re
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +13,15 @@ import pytest
 import yaml
 from command_process import CommandProcess
 from hub_server import TOKEN, running_hub
+from huggingface_hub import HfApi
 from PIL import Image
+from segment_cases import write_segmentation_state
+
+from tokenlabel.labels.manifest import Failure, read_manifest, update_failures, write_manifest
+from tokenlabel.push import push
+from tokenlabel.runtime.errors import ConfigError, ModelError
+from tokenlabel.teachers.heads import Head
+from tokenlabel.training.checkpoint import load_run
 
 SMALL = "--epochs 1 --min-epoch-steps 1 --batch-size 8 --micro-batch-size 8 --data.num-workers 0 --precision fp32"
 COMMANDS = f"""
@@ -182,6 +193,107 @@ def test_a_card_without_licence_and_a_folder_that_is_there_are_refused(pushed):
     _, said, _, repeated = pushed
     assert "needs a licence" in refusal(said["push run me/run"])
     assert "exists already" in refusal(repeated[1])
+
+
+SECRETS = (b"PASSWORD", b"SECRET")
+SIGNED = "https://me:PASSWORD@host/p-{0..1}.tar?X-Amz-Signature=SECRET"
+
+
+def packed(thing, folder, **options):
+    """Return all that a push would send, and the head of its card."""
+    push(thing, "me/some", folder=folder, **options)
+    sent = b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
+    return sent, yaml.safe_load((folder / "README.md").read_text().split("---\n")[1])
+
+
+def test_secrets_in_urls_are_not_sent(pushed, tmp_path):
+    run = shutil.copytree(pushed[0] / "run", tmp_path / "run")
+    for path in run.glob("checkpoints/0*/state.json"):
+        path.write_text(json.dumps(with_images(json.loads(path.read_text()), SIGNED)))
+    head = Head.load(pushed[0] / "own.safetensors")
+    head.fitted["asked"]["images"] = SIGNED
+    head.save(tmp_path / "head.safetensors")
+    labels = shutil.copytree(pushed[0] / "labels", tmp_path / "labels")
+    update_failures(labels, [Failure("ant/9.png", f"{SIGNED}: no such file")])
+    for name in ("run", "head.safetensors", "labels"):
+        sent, _ = packed(tmp_path / name, tmp_path / f"sent {name}", licence="mit")
+        assert b"https://host/p-{0..1}.tar" in sent, name
+        assert not [secret for secret in SECRETS if secret in sent], name
+    assert SIGNED in next(run.glob("checkpoints/0*/state.json")).read_text(), "it has to go on"
+    assert load_run(tmp_path / "sent run").recipe.data.train == "https://host/p-{0..1}.tar"
+    assert Head.load(tmp_path / "sent head.safetensors" / "head.safetensors").hash == head.hash
+    assert not read_manifest(tmp_path / "sent labels").differences(read_manifest(labels))
+
+
+def with_images(state, url):
+    state["recipe"]["data"]["train"] = url
+    return state
+
+
+@pytest.mark.parametrize(
+    ("licence", "stated"),
+    [
+        ("CC BY-NC 4.0", {"license": "cc-by-nc-4.0"}),
+        ("fair-noncommercial-research-license", {"license": "fair-noncommercial-research-license"}),
+        ("dinov3-license", {"license": "other", "license_name": "dinov3-license"}),
+    ],
+)
+def test_a_licence_that_the_hub_does_not_list_is_another_by_its_name(pushed, tmp_path, licence, stated):
+    head = Head.load(pushed[0] / "own.safetensors")
+    head.backbone["licence"] = licence
+    head.save(tmp_path / "head.safetensors")
+    _, metadata = packed(tmp_path / "head.safetensors", tmp_path / "sent")
+    assert {name: value for name, value in metadata.items() if name.startswith("license")} == stated
+
+
+def test_a_mistyped_licence_is_said(pushed, tmp_path, capsys):
+    packed(pushed[0] / "own.safetensors", tmp_path / "sent", licence="apache2")
+    assert "--licence apache2: is none that the hub lists (did you mean apache-2.0?)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("licences", "outcome"),
+    [
+        (["mit", "mit"], "mit"),
+        (["mit", "cc-by-4.0"], r"several \(mit for 0, cc-by-4\.0 for 1\); give --licence"),
+        (["mit", None], r"several \(mit for 0, unknown for 1\); give --licence"),
+        ([None], "none is known; give --licence"),
+    ],
+)
+def test_labels_of_several_teachers_have_the_licence_of_all(pushed, tmp_path, licences, outcome):
+    labels = shutil.copytree(pushed[0] / "labels", tmp_path / "labels")
+    members = [{"name": str(i), "licence": licence} for i, licence in enumerate(licences)]
+    members[0] = {"name": "0", "backbone": {"licence": licences[0]}}
+    write_manifest(labels, replace(read_manifest(labels), teacher={"members": members}))
+    if outcome == "mit":
+        assert packed(labels, tmp_path / "sent")[1]["license"] == "mit"
+    else:
+        with pytest.raises(ConfigError, match=outcome):
+            packed(labels, tmp_path / "sent")
+
+
+def test_what_the_hub_has_against_a_card_is_said(pushed, monkeypatch):
+    def refuse(*_, **__):
+        raise ValueError('Invalid metadata in README.md.\n- "license" must be one of [mit, ...]\n- another')
+
+    monkeypatch.setattr("tokenlabel.push.hub_answers", lambda: True)
+    monkeypatch.setattr(HfApi, "create_repo", lambda *_, **__: None)
+    monkeypatch.setattr(HfApi, "upload_folder", refuse)
+    reasons = r'refuses it: Invalid metadata in README\.md\. - "license" must be one of \[mit, \.\.\.\] - another$'
+    with pytest.raises(ConfigError, match=reasons):
+        push(pushed[0] / "own.safetensors", "me/some", licence="mit")
+
+
+def test_a_run_of_segmentation_is_refused_before_its_licence(tmp_path):
+    write_segmentation_state(tmp_path / "road" / "checkpoints" / "00000001")
+    with pytest.raises(ModelError, match="holds a segmentation model"):
+        push(tmp_path / "road", "me/road", folder=tmp_path / "sent")
+
+
+@pytest.mark.parametrize("name", ["hf://me/run", Path("hf://datasets/me/labels"), "https://host/run"])
+def test_what_is_not_on_this_machine_is_not_pushed(name):
+    with pytest.raises(ConfigError, match=r"(hf|https)://.*: is not on this machine"):
+        push(name, "me/again", licence="mit")
 
 
 def test_without_a_network_a_push_says_so(pushed):

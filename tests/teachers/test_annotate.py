@@ -40,14 +40,15 @@ from tokenlabel.labels.presentation import as_text
 from tokenlabel.labels.store import LabelStore
 from tokenlabel.labels.writer import LabelStoreWriter
 from tokenlabel.models import create_model
+from tokenlabel.models.load import load_model
 from tokenlabel.runtime.errors import ConfigError, DataError, ImageError, ModelError, StoreError
 from tokenlabel.runtime.process import ahead, thread_pool
-from tokenlabel.teachers import labelling
+from tokenlabel.teachers import labelling, networks
 from tokenlabel.teachers.annotation import AnnotateConfig, annotate, annotate_by, make_teacher
 from tokenlabel.teachers.classmap import class_map_for
 from tokenlabel.teachers.labelling import TeacherImage, by_shape
 from tokenlabel.teachers.masks import MaskTeacher
-from tokenlabel.teachers.networks import load_teacher
+from tokenlabel.teachers.networks import TeacherConfig, load_teacher
 from tokenlabel.training.checkpoint import TrainState, save_checkpoint
 from tokenlabel.training.recipe import DataConfig, ModelConfig, OptimConfig, Recipe
 
@@ -128,6 +129,21 @@ def test_a_second_call_labels_only_what_is_missing(images, tmp_path):
     done = run(images, tmp_path / "labels", teacher)
     assert (done.num_present, done.num_labelled, teacher.num_seen) == (9, 1, 1)
     assert len(LabelStore(tmp_path / "labels")) == 10
+
+
+def test_a_teacher_by_name_states_its_licence_and_goes_on_with_a_store_without(images, tmp_path, monkeypatch):
+    save_file(timm.create_model("resnet10t", num_classes=3).state_dict(), tmp_path / "own.safetensors")
+    found = load_model("resnet10t", weights=tmp_path / "own.safetensors")
+    monkeypatch.setattr(networks, "load_model", lambda *_, **__: replace(found, licence="cc-by-4.0"))
+    by_name, by_file = (
+        load_teacher("resnet10t", TeacherConfig(teacher="resnet10t", size=32), CPU, weights=weights)
+        for weights in (None, "own.safetensors")
+    )
+    assert by_name.description["licence"] == "cc-by-4.0"
+    assert "licence" not in by_file.description, "weights in a file may be anybody's"
+    run(images, tmp_path / "labels", by_file)
+    write_image(images / "red" / "new.png", "red", "red")
+    assert run(images, tmp_path / "labels", by_name).num_labelled == 1
 
 
 def test_another_teacher_does_not_write_into_the_store(images, tmp_path):

@@ -161,16 +161,18 @@ def _teacher_text(teacher: Mapping[str, Any]) -> str:
 
 
 def _without_names(described: Any) -> Any:
-    """Drop the names of networks that have a hash of their weights: the path to the same weights may change."""
+    """Drop the names and licences of networks that have a hash of their weights.
+
+    The path to the same weights may change, and stores made before did not name the licence.
+    """
     if isinstance(described, str):
         return composed(described)
     if isinstance(described, (list, tuple)):
         return [_without_names(entry) for entry in described]
     if not isinstance(described, dict):
         return described
-    return {
-        key: _without_names(value) for key, value in described.items() if key != "name" or "weights" not in described
-    }
+    dropped = ("name", "licence") if "weights" in described else ()
+    return {key: _without_names(value) for key, value in described.items() if key not in dropped}
 
 
 def update_failures(

@@ -255,6 +255,8 @@ def load_teacher(name: str, config: TeacherConfig, device: torch.device, *, weig
     network = network.to(memory_format=torch.channels_last)
     input = input_of(found, network, size=config.size, crop=config.crop)
     description = {"name": name, "weights": fingerprint(network), "answers_with": network.answers_with}
+    if weights is None and found.licence:  # of timm's weights; those in a file may be anybody's
+        description["licence"] = found.licence
     if config.compile:
         network.compile()
     others = found.token_classes if isinstance(network, TokenNetwork) else None
