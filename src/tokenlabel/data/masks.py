@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int32, UInt16
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageFile
 
 from tokenlabel.core.geometry import turned
 from tokenlabel.data.decoding import orientation_of, stored_size, undecodable
@@ -94,7 +94,7 @@ def decode_mask(data: bytes, name: str) -> NDArray[np.integer]:
     return turned(values if values.dtype.kind in "iu" else values.astype(np.int64), orientation)
 
 
-def _spread(image: Image.Image) -> float:
+def _spread(image: ImageFile.ImageFile) -> float:
     """Return by how much Pillow multiplies the numbers of an image that is open, but not loaded.
 
     Greys of 2 and 4 bits are spread over 0 to 255, and those of a PGM up to its `maxval` over 0 to 255 or 65535.
