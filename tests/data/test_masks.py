@@ -401,6 +401,9 @@ class TestTeacherAndTruth:
         annotate("images", "labels", AnnotateConfig(teacher="masks:masks", class_map="map.csv"), device=CPU)
         assert LabelStore("labels")["cat/1.jpg"].probs[..., 0].tolist() == [[1, 0], [0, 1]]
         assert LabelStore("labels")["dog/1.jpg"].palette.tolist() == [1]
+        for rule in ("names", "order"):
+            with pytest.raises(ModelError, match=f"--class-map {rule}: masks hold ids, not names; give a file"):
+                annotate("images", "more", AnnotateConfig(teacher="masks:masks", class_map=rule), device=CPU)
 
     def test_tokens_are_held_against_masks_of_any_id_for_nothing(self, capsys):
         recipe = Recipe(

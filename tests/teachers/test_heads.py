@@ -546,7 +546,10 @@ def test_few_masks_are_enough_and_their_classes_may_have_names_of_their_own(colo
     ]
     assert main([*command, "--from", f"masks:{tmp_path / 'masks'}"]) == 2
     assert "holds 2, which is no id of 2 classes" in capsys.readouterr().err
+    (tmp_path / "classes.txt").write_text("b\na\nc\n")
+    capsys.readouterr()
     assert main([*command, "--from", f"masks:{tmp_path / 'masks'}", "--class-names", str(tmp_path / "names.txt")]) == 0
+    assert "; --class-names holds" in capsys.readouterr().err
     head = Head.load(tmp_path / "head.safetensors")
     assert (head.class_names, head.fitted["images"]) == (("a", "b", "c"), 3)
     # A mask without a class neither counts nor is held out, and one mask is too few.

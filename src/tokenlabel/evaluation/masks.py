@@ -89,19 +89,22 @@ class MaskFolder:
         all_needed: bool = True,
         overrule: str | None = "write these classes' ids if not",
         whose: str = "the images'",
+        given: str | None = None,
     ) -> None:
         """Raise DataError if masks are missing (`all_needed`), or if some of them hold ids that are no class.
 
-        Also where classes.txt beside them lists other classes, and for masks of only 0 and 255 of images of several
-        classes: there 255 probably is a class. Print which masks belong to no image, which have other shapes than their
-        images, and in which order their classes are taken if nothing says so (`overrule`: what to do about it; None if
-        the classes are the masks' own; `whose` they are else).
+        Also where classes.txt beside them lists other classes (unless `given` is the option that names these), and for
+        masks of only 0 and 255 of images of several classes: there 255 probably is a class. Print which masks belong to
+        no image, which have other shapes than their images, and in which order their classes are taken if nothing says
+        so (`overrule`: what to do about it; None if the classes are the masks' own; `whose` they are else).
         """
         source = self._source
         # With a class map ids are others, and classes without names may be any.
         are_theirs = self._coco is None and len(class_names) == self.num_classes and not are_numbers(class_names)
         if unlike := are_theirs and unlike_list(self.folder, class_names):
-            raise DataError(f"{unlike}; number the masks as these classes, or mend the file if it is wrong")
+            if given is None:
+                raise DataError(f"{unlike}; number the masks as these classes, or mend the file if it is wrong")
+            say(f"{unlike}; {given} holds")
         if are_theirs and overrule is not None and not stated_classes(self.folder):
             say_order(class_names, them="the masks'", overrule=overrule, whose=whose)
         if source is None:

@@ -34,7 +34,7 @@ from tokenlabel.runtime.coercion import COUNT, NATURAL, POSITIVE, check_numbers,
 from tokenlabel.runtime.distributed import Ranks, joined_ranks, usable_device
 from tokenlabel.runtime.errors import ModelError, StoreError, refuse
 from tokenlabel.runtime.process import listed, say
-from tokenlabel.teachers.classmap import MIN_MASS, class_map_for
+from tokenlabel.teachers.classmap import BY_NAME, BY_ORDER, MIN_MASS, class_map_for
 from tokenlabel.teachers.ensemble import Ensemble, class_map_of, load_teachers
 from tokenlabel.teachers.labelling import Labelling
 from tokenlabel.teachers.masks import MASKS, MAX_IDS, MaskTeacher
@@ -160,6 +160,8 @@ def make_teacher(config: AnnotateConfig, source: ImageSource, device: torch.devi
         {
             alone: len(names) > 1 or given,
             "--teacher masks: names no folder; expected masks:DIR": not folders[0],
+            f"--class-map {config.class_map}: masks hold ids, not names; give a file with an id and a class a line, or "
+            "leave it out if the ids are those of the images' classes": config.class_map in (BY_NAME, BY_ORDER),
             "with --class-map, ids that it does not name are no class; leave --ignore-index out": has_two,
         },
         ModelError,

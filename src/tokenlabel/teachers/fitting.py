@@ -327,7 +327,7 @@ def _check_masks(source: ImageSource, config: FitConfig) -> tuple[MaskFolder, li
         folder, num_classes=len(names), ignore_index=config.ignore_index, source=source, class_names=names
     )
     overrule = None if config.class_names else "overrule with --class-names FILE, one a line"
-    masks.check(names, all_needed=False, overrule=overrule)
+    masks.check(names, all_needed=False, overrule=overrule, given=config.class_names and "--class-names")
     indices = [index for index, key in enumerate(source.keys) if key in masks]
     if len(indices) < 2:
         raise ModelError(
