@@ -177,7 +177,7 @@ def test_records_in_the_repository_are_of_the_plans_of_today():
             >= {
                 "results": 150,
                 "segmentation": 45,
-                "photographs": 95,
+                "photographs": 100,
                 "unlabelled": 95,
                 "tolerance": 20,
                 "soft_masks": 35,
