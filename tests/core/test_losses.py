@@ -383,6 +383,16 @@ def test_models_of_many_classes_are_trained_through_the_fused_head(monkeypatch, 
     assert taken == [outputs.token_head]
 
 
+def test_class_ids_beyond_the_logits_are_refused():
+    targets = class_targets([0, 7])  # which know no number of classes
+    with pytest.raises(ValueError, match="class ids run from 0 to 7, expected them from 0 to 3"):
+        sparse_cross_entropy(torch.zeros(2, 1, 4), targets)
+    with pytest.raises(ValueError, match="class ids run from 0 to 7, expected them from 0 to 3"):
+        linear_cross_entropy(torch.zeros(2, 1, 8), nn.Linear(8, 4), targets)
+    with pytest.raises(ValueError, match="class ids run from 0 to 7, expected them from 0 to 3"):
+        targets.dense(4)
+
+
 def test_targets_over_other_classes_or_on_another_grid_are_refused():
     """Sums that fit by accident would train on wrong numbers: 10 classes' floors under 20 logits, (h, w) as (w, h)."""
     targets = replace(class_targets([1, 2], num_classes=10), grid=(1, 1))

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from tokenlabel.core.kernels import Linear, blocks, linear
 from tokenlabel.core.outputs import Outputs
-from tokenlabel.core.targets import TokenTargets
+from tokenlabel.core.targets import TokenTargets, check_class_ids
 from tokenlabel.core.targets import class_targets as targets_of
 from tokenlabel.runtime.coercion import COUNT, check_number, described
 
@@ -96,7 +96,8 @@ def sparse_cross_entropy(logits: Float[Tensor, "B N C"], targets: TokenTargets) 
     Equal to the dense soft cross entropy, in float32 (float64 for float64 logits) whatever the logits' dtype.
     Beside the logits and their gradient it takes B x N x U numbers and one block; the dense form takes the
     target, the log-softmax and their product, each B x N x C.
-    Raises ValueError if logits and targets are not of the same images and tokens.
+    Raises ValueError if logits and targets are not of the same images, tokens and classes. Class ids are compared with
+    the logits on the CPU only: on a GPU the check would wait for the device.
 
     >>> logits = torch.zeros(2, 1, 4)  # two images, one token, four classes
     >>> tl.sparse_cross_entropy(logits, tl.class_targets([2, 0])).exp()
@@ -145,6 +146,7 @@ def _check_same_tokens(outputs: Tensor, targets: TokenTargets, *, num_classes: i
             f"logits over {num_classes:,} classes, targets over {targets.num_classes:,}; create the model with as many "
             "classes as its labels have (num_classes, and num_token_classes for those of the tokens)"
         )
+    check_class_ids(targets.classes, num_classes)
 
 
 class _SparseCrossEntropy(torch.autograd.Function):

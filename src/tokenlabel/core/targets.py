@@ -107,8 +107,14 @@ class TokenTargets:
         return replace(self, **{name: getattr(self, name)[indices] for name in names})
 
     def dense(self, num_classes: int | None = None) -> Float[Tensor, "B N C"]:
-        """Return the targets (times weight) of all classes. Training needs this for one token an image at most."""
-        full = self.floor[..., None].repeat(1, 1, self._count(num_classes))  # [B, N, C]
+        """Return the targets (times weight) of all classes. Training needs this for one token an image at most.
+
+        Raises ValueError for another number of classes than that of the targets, and, on the CPU, for class ids beyond
+        it.
+        """
+        count = self._count(num_classes)
+        check_class_ids(self.classes, count)
+        full = self.floor[..., None].repeat(1, 1, count)  # [B, N, C]
         return full.scatter_add(2, self.classes[:, None, :].expand_as(self.excess), self.excess)
 
     def _count(self, num_classes: int | None) -> int:
@@ -118,6 +124,19 @@ class TokenTargets:
         if len(counts) > 1:
             raise ValueError(f"targets over {self.num_classes:,} classes, got num_classes {num_classes:,}")
         return counts.pop()
+
+
+def check_class_ids(ids: Integer[Tensor, "*dims"], num_classes: int | None) -> None:
+    """Raise ValueError for ids outside of the classes, on the CPU only: on a GPU the check would wait for the device.
+
+    Nor in compiled code: a value that decides what is computed would break its graph.
+    """
+    if not ids.is_cpu or not ids.numel() or torch.compiler.is_compiling():
+        return
+    low, high = ids.aminmax()
+    if low < 0 or (num_classes is not None and high >= num_classes):
+        end = "" if num_classes is None else f" to {num_classes - 1}"
+        raise ValueError(f"class ids run from {int(low)} to {int(high)}, expected them from 0{end}")
 
 
 def class_targets(
@@ -143,11 +162,7 @@ def class_targets(
             f"got {labels.dtype} of shape {tuple(labels.shape)}"
         )
     if is_ids:
-        if labels.is_cpu and len(labels):
-            low, high = labels.aminmax()
-            if low < 0 or (num_classes is not None and high >= num_classes):
-                end = "" if num_classes is None else f" to {num_classes - 1}"
-                raise ValueError(f"class ids run from {int(low)} to {int(high)}, expected them from 0{end}")
+        check_class_ids(labels, num_classes)
         ones = torch.ones(len(labels), 1, device=labels.device)
         return TokenTargets(
             classes=labels.long()[:, None],  # [B, 1]
