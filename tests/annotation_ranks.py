@@ -14,9 +14,10 @@ import torch
 
 from tokenlabel.data.config import Interpolation
 from tokenlabel.data.images import ImageFolder
-from tokenlabel.teachers.annotation import AnnotateConfig, annotate_by
+from tokenlabel.teachers.annotation import annotate_by
 from tokenlabel.teachers.input import TeacherInput
 from tokenlabel.teachers.networks import Teacher
+from tokenlabel.teachers.options import AnnotateConfig
 
 CPU = torch.device("cpu")
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import tokenlabel
+from tokenlabel.cli import VERBS
 from tokenlabel.core.scores import from_mask
 from tokenlabel.core.step import TrainStep
 from tokenlabel.labels.manifest import Manifest
@@ -80,7 +81,6 @@ def test_an_unknown_name_is_an_attribute_error():
         ("import tokenlabel", ["torch", "timm", "matplotlib", "numpy"]),
         ("from tokenlabel import LabelStore, ScoreMap", ["torch", "timm", "matplotlib"]),
         ("import tokenlabel.cli", ["torch", "timm", "matplotlib"]),
-        ("import tokenlabel.training.recipe", ["torch", "timm", "matplotlib"]),  # for `train --help`
         ("import tokenlabel.classification.task", ["matplotlib"]),
     ],
 )
@@ -88,6 +88,18 @@ def test_an_import_takes_nothing_heavy_with_it(statement, unwanted):
     code = f"{statement}\nimport sys\nprint(sorted(set({unwanted}) & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_help_takes_nothing_heavy_with_it():
+    verbs = [*sorted(VERBS.keys() - {"segment"}), "segment eval", "segment predict"]
+    code = (
+        "import sys; from contextlib import suppress; from tokenlabel.cli import main\n"
+        f"for verb in {verbs}:\n"
+        "    with suppress(SystemExit): main([*verb.split(), '--help'])\n"
+        "    if heavy := {'torch', 'timm', 'matplotlib'} & sys.modules.keys(): sys.exit(f'{verb} {heavy}')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_label_store_is_inspected_without_torch(tmp_path):

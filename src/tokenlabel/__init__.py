@@ -42,9 +42,10 @@ if TYPE_CHECKING:
     from tokenlabel.labels.store import LabelStore
     from tokenlabel.labels.writer import LabelStoreWriter, merge_stores
     from tokenlabel.models import create_model
-    from tokenlabel.teachers.annotation import AnnotateConfig, annotate
-    from tokenlabel.teachers.fitting import FitConfig, fit_head
+    from tokenlabel.teachers.annotation import annotate
+    from tokenlabel.teachers.fitting import fit_head
     from tokenlabel.teachers.heads import Head
+    from tokenlabel.teachers.options import AnnotateConfig, FitConfig
 
 __version__ = "0.2.0"  # the one place: the wheel, `tokenlabel --version` and CITATION.cff follow
 
@@ -69,9 +70,10 @@ _HOMES = {
     "core.scores": ("Kind", "ScoreMap"),
     "core.targets": ("TokenTargets", "class_targets"),
     "models": ("create_model",),
-    "teachers.annotation": ("AnnotateConfig", "annotate"),
-    "teachers.fitting": ("FitConfig", "fit_head"),
+    "teachers.annotation": ("annotate",),
+    "teachers.fitting": ("fit_head",),
     "teachers.heads": ("Head",),
+    "teachers.options": ("AnnotateConfig", "FitConfig"),
     "core.config": (
         "ClassTarget",
         "ErasingConfig",

@@ -100,13 +100,15 @@ def index(parser: Parser, arguments: list[str]) -> None:
 @verb("annotate", "a teacher writes a dense score map for every image")
 def annotate(parser: Parser, arguments: list[str]) -> int:
     """Run a teacher on every image once and store its class scores for every location."""
-    from tokenlabel.teachers import annotation
+    from tokenlabel.teachers.options import AnnotateConfig
 
     parser.add_argument("images", type=Path, help=IMAGES_HELP)
     parser.add_argument("store", type=Path, help="folder of the labels; what is there already is kept")
     add_device(parser)
-    options, config = parse_config(parser, arguments, annotation.AnnotateConfig)
-    done = annotation.annotate(options.images, options.store, config, device=device_of(options.device))
+    options, config = parse_config(parser, arguments, AnnotateConfig)
+    from tokenlabel.teachers.annotation import annotate as write_labels
+
+    done = write_labels(options.images, options.store, config, device=device_of(options.device))
     if is_main_process():
         anew = f" ({done.num_anew:,} anew)" if done.num_anew else ""
         size = "" if done.bytes_per_image is None else f", {done.bytes_per_image:,.0f} bytes an image"
@@ -121,13 +123,15 @@ def annotate(parser: Parser, arguments: list[str]) -> int:
 @verb("fit-head", "make a teacher of any backbone: visual words, or a head from labels, masks or texts")
 def fit_head(parser: Parser, arguments: list[str]) -> int | None:
     """Fit a head on any backbone's features and write it to a small file, which `annotate --teacher` takes."""
-    from tokenlabel.teachers import fitting
+    from tokenlabel.teachers.options import FitConfig
 
     parser.add_argument("images", type=Path, help=IMAGES_HELP)
     parser.add_argument("head", type=Path, help="file of the head, HEAD.safetensors")
     parser.add_argument("--overwrite", action="store_true", help="replace a head that is there")
     add_device(parser)
-    options, config = parse_config(parser, arguments, fitting.FitConfig)
+    options, config = parse_config(parser, arguments, FitConfig)
+    from tokenlabel.teachers import fitting
+
     try:
         more = {"device": device_of(options.device), "overwrite": options.overwrite}
         head = fitting.fit_head(options.images, options.head, config, **more)
@@ -202,8 +206,8 @@ def _judge(store: LabelStore, source: ImageSource | None, options: Namespace, nu
         ignore = options.ignore_index
         figures["mask_agreement"] = mask_agreement(store, options.masks, source=source, ignore_index=ignore)
     if source and options.out_of_fold:
-        from tokenlabel.teachers.fitting import FitConfig
         from tokenlabel.teachers.folds import predict_out_of_fold
+        from tokenlabel.teachers.options import FitConfig
 
         config = FitConfig(backbone=options.out_of_fold, from_="labels", weights=options.weights, size=options.size)
         found = predict_out_of_fold(source, config, device=device_of(options.device))
@@ -216,12 +220,14 @@ def _judge(store: LabelStore, source: ImageSource | None, options: Namespace, nu
 @verb("import-labels", "the label files published in 2021, into a store")
 def import_labels(parser: Parser, arguments: list[str]) -> int:
     """Put the label files published in 2021 into a store, for images that you have."""
-    from tokenlabel.labels import published
+    from tokenlabel.labels.options import ImportConfig
 
     parser.add_argument("files", type=Path, help="folder of class folders of .pt files")
     parser.add_argument("store", type=Path, help="folder of the labels; what is there already is kept")
     parser.add_argument("--images", type=Path, required=True, help=IMAGES_HELP)
-    options, config = parse_config(parser, arguments, published.ImportConfig)
+    options, config = parse_config(parser, arguments, ImportConfig)
+    from tokenlabel.labels import published
+
     done = published.import_labels(options.files, options.store, options.images, config)
     counts = f"{done.num_imported:,} labels imported, {done.num_present:,} had been, {len(done.failures):,} failed"
     print(f"{options.store}: {counts}")

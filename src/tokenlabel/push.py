@@ -34,7 +34,8 @@ from tokenlabel.runtime.hub import HEAD_FILE, LICENCES, hub_answers, licence_met
 from tokenlabel.runtime.process import listed, naming, read_json, say
 from tokenlabel.runtime.runlog import RECIPE_FILE, read_metrics
 from tokenlabel.runtime.urls import as_url, without_secrets
-from tokenlabel.teachers.heads import HEAD_SUFFIX, Head
+from tokenlabel.teachers.heads import Head
+from tokenlabel.teachers.options import HEAD_SUFFIX
 from tokenlabel.training.checkpoint import load_run
 from tokenlabel.training.export import REGISTER, write_hub_folder
 

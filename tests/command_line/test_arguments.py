@@ -13,8 +13,8 @@ from tokenlabel.drawing.page import Page
 from tokenlabel.runtime.arguments import Parser, add_figures, configured, device_of, parse, parse_config
 from tokenlabel.runtime.configuration import config_from_dict, read_yaml
 from tokenlabel.runtime.process import write_whole
-from tokenlabel.teachers.annotation import AnnotateConfig
 from tokenlabel.teachers.folds import FoldPredictions
+from tokenlabel.teachers.options import AnnotateConfig
 from tokenlabel.training.recipe import Recipe, add_recipe_arguments, recipe_content
 
 

@@ -11,7 +11,7 @@ from tokenlabel.core.config import ErasingConfig, LossConfig, MixConfig, OnlineT
 from tokenlabel.data.config import AugmentConfig, ColourJitter, WarpConfig
 from tokenlabel.evaluation.options import EvalOptions
 from tokenlabel.labels.inspection import InspectConfig
-from tokenlabel.labels.published import ImportConfig
+from tokenlabel.labels.options import ImportConfig
 from tokenlabel.models.segmentation import SegmentModelConfig
 from tokenlabel.runtime.coercion import check_numbers
 from tokenlabel.segmentation.recipe import (
@@ -21,8 +21,7 @@ from tokenlabel.segmentation.recipe import (
     SegmentEvalConfig,
     SegmentLossConfig,
 )
-from tokenlabel.teachers.annotation import AnnotateConfig
-from tokenlabel.teachers.fitting import FitConfig
+from tokenlabel.teachers.options import AnnotateConfig, FitConfig
 from tokenlabel.training.recipe import (
     CheckpointConfig,
     DataConfig,

@@ -30,7 +30,7 @@ from tokenlabel.evaluation.evaluators import Accuracy, observe
 from tokenlabel.evaluation.options import EvalOptions
 from tokenlabel.labels.encoding import pack
 from tokenlabel.labels.inspection import InspectConfig
-from tokenlabel.labels.published import ImportConfig, PublishedLayout
+from tokenlabel.labels.options import ImportConfig, PublishedLayout
 from tokenlabel.models import TokenModel
 from tokenlabel.models.segmentation import SegmentModelConfig
 from tokenlabel.segmentation.layouts import open_pairs

@@ -34,7 +34,8 @@ from tokenlabel.runtime.errors import ConfigError, DataError
 from tokenlabel.runtime.process import listed, read_json
 from tokenlabel.teachers.classmap import class_map_for
 from tokenlabel.teachers.ensemble import load_online_teacher, name_classes
-from tokenlabel.teachers.networks import TeacherConfig, load_teacher
+from tokenlabel.teachers.networks import load_teacher
+from tokenlabel.teachers.options import TeacherConfig
 from tokenlabel.training.checkpoint import TrainState, load_run, save_checkpoint
 from tokenlabel.training.recipe import DataConfig, EvalConfig, ModelConfig, OptimConfig, Recipe
 

@@ -28,7 +28,8 @@ from tokenlabel.segmentation import pairs as pairs_module
 from tokenlabel.segmentation.layouts import open_pairs
 from tokenlabel.segmentation.pairs import IGNORED, ImageMaskPairs, numbered_classes
 from tokenlabel.segmentation.recipe import Layout, SegmentDataConfig
-from tokenlabel.teachers.annotation import AnnotateConfig, annotate
+from tokenlabel.teachers.annotation import annotate
+from tokenlabel.teachers.options import AnnotateConfig
 from tokenlabel.training.checkpoint import TrainState, save_checkpoint
 from tokenlabel.training.recipe import DataConfig, ModelConfig, OptimConfig, Recipe
 

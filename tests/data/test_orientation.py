@@ -26,7 +26,8 @@ from tokenlabel.labels.presentation import write_pictures
 from tokenlabel.labels.store import LabelStore
 from tokenlabel.labels.writer import LabelStoreWriter
 from tokenlabel.runtime.errors import StoreError
-from tokenlabel.teachers.annotation import AnnotateConfig, annotate, annotate_by
+from tokenlabel.teachers.annotation import annotate, annotate_by
+from tokenlabel.teachers.options import AnnotateConfig
 
 TAGS = range(1, 9)
 

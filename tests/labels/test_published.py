@@ -18,7 +18,8 @@ from tokenlabel.core.batch import collate_score_maps
 from tokenlabel.core.config import LogitsMode
 from tokenlabel.core.geometry import Box, View, stack_views
 from tokenlabel.core.scores import Kind, ScoreMap, from_probabilities, from_top
-from tokenlabel.labels.published import ImportConfig, PublishedLayout, import_labels, label_path, read_label_file
+from tokenlabel.labels.options import ImportConfig, PublishedLayout
+from tokenlabel.labels.published import import_labels, label_path, read_label_file
 from tokenlabel.labels.store import LabelStore
 from tokenlabel.runtime.errors import StoreError
 

@@ -30,7 +30,8 @@ from tokenlabel.models.weights import load_published
 from tokenlabel.runtime.configuration import config_as_dict, config_from_dict
 from tokenlabel.runtime.errors import ModelError
 from tokenlabel.teachers.dense import TokenNetwork
-from tokenlabel.teachers.networks import NetworkTeacher, TeacherConfig, load_teacher
+from tokenlabel.teachers.networks import NetworkTeacher, load_teacher
+from tokenlabel.teachers.options import TeacherConfig
 from tokenlabel.training.checkpoint import load_run, with_recipe
 from tokenlabel.training.export import write_safetensors
 from tokenlabel.training.recipe import Recipe

@@ -44,11 +44,12 @@ from tokenlabel.models.load import load_model
 from tokenlabel.runtime.errors import ConfigError, DataError, ImageError, ModelError, StoreError
 from tokenlabel.runtime.process import ahead, thread_pool
 from tokenlabel.teachers import labelling, networks
-from tokenlabel.teachers.annotation import AnnotateConfig, annotate, annotate_by, make_teacher
+from tokenlabel.teachers.annotation import annotate, annotate_by, make_teacher
 from tokenlabel.teachers.classmap import class_map_for
 from tokenlabel.teachers.labelling import TeacherImage, by_shape
 from tokenlabel.teachers.masks import MaskTeacher
-from tokenlabel.teachers.networks import TeacherConfig, load_teacher
+from tokenlabel.teachers.networks import load_teacher
+from tokenlabel.teachers.options import AnnotateConfig, TeacherConfig
 from tokenlabel.training.checkpoint import TrainState, save_checkpoint
 from tokenlabel.training.recipe import DataConfig, ModelConfig, OptimConfig, Recipe
 

@@ -26,7 +26,7 @@ from tokenlabel.teachers.backbone import load_backbone
 from tokenlabel.teachers.dense import ClassifierNetwork, HeadNetwork
 from tokenlabel.teachers.ensemble import load_online_teacher, load_teachers
 from tokenlabel.teachers.heads import Head
-from tokenlabel.teachers.networks import TeacherConfig
+from tokenlabel.teachers.options import TeacherConfig
 from tokenlabel.teachers.solvers import DECAYS, Examples, cross_entropy, fit_linear, fit_words
 from tokenlabel.teachers.texts import PROMPTS, OpenClipTower, text_embeddings
 

@@ -24,7 +24,8 @@ from tokenlabel.teachers.classmap import ClassMap, class_map_for
 from tokenlabel.teachers.dense import ClassifierNetwork, TokenNetwork
 from tokenlabel.teachers.ensemble import Ensemble, load_online_teacher, load_teachers
 from tokenlabel.teachers.input import TeacherInput
-from tokenlabel.teachers.networks import NetworkTeacher, Teacher, TeacherConfig, load_teacher
+from tokenlabel.teachers.networks import NetworkTeacher, Teacher, load_teacher
+from tokenlabel.teachers.options import TeacherConfig
 
 CPU = torch.device("cpu")
 

@@ -19,7 +19,8 @@ from tokenlabel.core.scores import from_mask
 from tokenlabel.core.step import draw_mix, make_targets
 from tokenlabel.data.scenes import write_scenes
 from tokenlabel.labels.manifest import Manifest
-from tokenlabel.labels.published import ImportConfig, import_labels
+from tokenlabel.labels.options import ImportConfig
+from tokenlabel.labels.published import import_labels
 from tokenlabel.labels.writer import LabelStoreWriter
 from tokenlabel.models import create_model
 from tokenlabel.runtime.arguments import Parser
@@ -27,7 +28,8 @@ from tokenlabel.runtime.configuration import config_from_dict
 from tokenlabel.runtime.distributed import Ranks
 from tokenlabel.runtime.errors import ConfigError
 from tokenlabel.runtime.runlog import Stopwatch, read_metrics
-from tokenlabel.teachers.annotation import AnnotateConfig, annotate
+from tokenlabel.teachers.annotation import annotate
+from tokenlabel.teachers.options import AnnotateConfig
 from tokenlabel.training.checkpoint import load_checkpoint
 from tokenlabel.training.recipe import (
     ModelConfig,

@@ -27,9 +27,9 @@ from tokenlabel.data.sources import open_aloud
 from tokenlabel.labels.encoding import Encoding
 from tokenlabel.labels.inspection import summarize
 from tokenlabel.labels.manifest import Failure, Manifest, update_failures
+from tokenlabel.labels.options import ImportConfig, PublishedLayout
 from tokenlabel.labels.store import LabelStore
 from tokenlabel.labels.writer import LabelStoreWriter, pack_for
-from tokenlabel.runtime.coercion import COUNT, Choice, check_numbers, coerced_fields
 from tokenlabel.runtime.errors import StoreError, first_line
 from tokenlabel.runtime.process import ahead, listed, say, thread_pool
 
@@ -42,32 +42,6 @@ NUM_PROBED = 10
 # Maps whose best class is compared with their image's class, and the least share that should agree: teachers of
 # ImageNet reach 80%, with the classes in another order .1%.
 NUM_COMPARED, MIN_AGREEMENT = 1000, 0.3
-
-
-class PublishedLayout(Choice):
-    """The order of the last two axes of a file: rows and columns, or columns and rows."""
-
-    HW = "hw"
-    WH = "wh"
-
-
-@dataclass(frozen=True, kw_only=True)
-@coerced_fields
-class ImportConfig:
-    """How label files are read."""
-
-    num_classes: int
-    """Classes of the teacher that made the files."""
-    layout: PublishedLayout = PublishedLayout.HW
-    """Order of the last two axes: hw for rows then columns, wh for columns then rows."""
-    region: str = "full"
-    """What of the image the maps show: full, or center:PCT for the centred square whose sides are PCT percent of the
-    shorter side (95.6 for the published NFNet-F6)."""
-    num_workers: int = 2
-    """Threads that read files."""
-
-    def __post_init__(self) -> None:
-        check_numbers(self, num_classes="[2, inf)", num_workers=COUNT)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,61 +30,22 @@ from tokenlabel.labels.encoding import DEFAULT_TOLERANCE, Encoding
 from tokenlabel.labels.fingerprints import FingerprintedImages
 from tokenlabel.labels.manifest import MANIFEST_FILE, Failure, Manifest, read_manifest, update_failures
 from tokenlabel.labels.writer import LabelStoreWriter
-from tokenlabel.runtime.coercion import COUNT, NATURAL, POSITIVE, check_numbers, check_path, coerced
+from tokenlabel.runtime.coercion import check_path, coerced
 from tokenlabel.runtime.distributed import Ranks, joined_ranks, usable_device
 from tokenlabel.runtime.errors import ModelError, StoreError, refuse
 from tokenlabel.runtime.process import listed, say
 from tokenlabel.teachers.classmap import BY_NAME, BY_ORDER, MIN_MASS, class_map_for
 from tokenlabel.teachers.ensemble import Ensemble, class_map_of, load_teachers
 from tokenlabel.teachers.labelling import Labelling
-from tokenlabel.teachers.masks import MASKS, MAX_IDS, MaskTeacher
-from tokenlabel.teachers.networks import NetworkTeacher, Teacher, TeacherConfig
+from tokenlabel.teachers.masks import MAX_IDS, MaskTeacher
+from tokenlabel.teachers.networks import NetworkTeacher, Teacher
+from tokenlabel.teachers.options import MASKS, AnnotateConfig
 from tokenlabel.teachers.todo import ENOUGH_IMAGES, Todo, find_todo, proposed_size
 
 # Options that have no effect for masks.
 OF_NETWORKS = (
     "weights", "crop", "head", "flip", "cells", "scales", "outside", "class_order", "precision", "compile",
 )  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True)
-class AnnotateConfig(TeacherConfig):
-    """How to label images.
-
-    >>> tl.AnnotateConfig(teacher="masks:masks", encoding="raw").topk
-    5
-    >>> tl.AnnotateConfig(teacher="resnet50", topk=0)
-    Traceback (most recent call last):
-    ...
-    tokenlabel.runtime.errors.ConfigError: topk must be at least 1, got 0
-    """
-
-    topk: int = 5
-    """Classes that each location keeps; the probability of the others is stored as one number."""
-    encoding: Encoding = Encoding.COMPACT
-    """How records are written: compact takes a fifth of the size of raw, which is more exact and faster to read."""
-    tolerance: float | None = None
-    """Of compact records: entries of less probability are dropped, the others are rounded to steps of 1.25 times this;
-    0 keeps all, in steps of 1/510. By default .008, and in an existing store the tolerance that it began with."""
-    batch_size: int | None = None
-    """Images a batch; by default 64 on a GPU and 16 on a CPU."""
-    num_workers: int = 2
-    """Threads that decode images, and as many that pack score maps."""
-    shard_s: float = 300.0
-    """Labels are written to disk after at most so many seconds, which is what a kill may cost."""
-    ignore_index: int | None = None
-    """Of masks: the id of pixels without a class; by default 255, with more than 255 classes 65535."""
-    strict: bool = False
-    """Stop at the first image that does not decode; by default such images are skipped and listed."""
-    again: str | None = None
-    """Label images again that have a label: a text file of their keys, one a line, or `changed` for those that were
-    replaced since, or whose masks were. A new label is used as soon as it is written; until then the old one is."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_numbers(self, topk=NATURAL, batch_size=NATURAL, num_workers=COUNT, shard_s=POSITIVE, tolerance="[0, 1)")
-        is_raw = self.tolerance is not None and self.encoding is Encoding.RAW
-        refuse({"--tolerance is of compact records; leave it or --encoding raw out": is_raw})
 
 
 @dataclass(frozen=True, kw_only=True)

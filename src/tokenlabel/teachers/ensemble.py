@@ -19,7 +19,8 @@ from tokenlabel.runtime.process import listed, say
 from tokenlabel.teachers.classmap import ClassMap, class_map_for
 from tokenlabel.teachers.dense import MAX_LOGITS, TopClasses
 from tokenlabel.teachers.input import cells_of
-from tokenlabel.teachers.networks import NetworkTeacher, SegmenterTeacher, Teacher, TeacherConfig, load_teacher
+from tokenlabel.teachers.networks import NetworkTeacher, SegmenterTeacher, Teacher, load_teacher
+from tokenlabel.teachers.options import TeacherConfig
 
 
 class Ensemble(Teacher):

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,13 +24,13 @@ from tokenlabel.data.images import ImageSource, has_classes
 from tokenlabel.data.masks import COCO_SUFFIX, mask_names
 from tokenlabel.data.sources import open_aloud, refuse_single_class
 from tokenlabel.evaluation.masks import MaskFolder, stated_classes
-from tokenlabel.runtime.coercion import COUNT, NATURAL, POSITIVE, SEED, check_numbers, coerced, coerced_fields
+from tokenlabel.runtime.coercion import coerced
 from tokenlabel.runtime.distributed import usable_device
 from tokenlabel.runtime.errors import ModelError
 from tokenlabel.runtime.process import listed, say
 from tokenlabel.teachers.backbone import load_backbone
-from tokenlabel.teachers.heads import HEAD_SUFFIX, Head, Kind, read_about
-from tokenlabel.teachers.masks import MASKS
+from tokenlabel.teachers.heads import Head, read_about
+from tokenlabel.teachers.options import HEAD_SUFFIX, MASKS, FitConfig, kind_of
 from tokenlabel.teachers.solvers import (
     KEPT_MASS,
     Examples,
@@ -51,70 +51,6 @@ MAX_SAMPLE_BYTES = 2 << 30
 MAX_LOCATIONS = 64
 # Share of the images on which the weight decay and the pooling are chosen.
 HELD_OUT = 0.2
-
-FROM = "labels, words, text, masks:DIR, or a file of embeddings (.npy, .safetensors)"
-# The options that only some kinds of heads use.
-OPTIONS_OF = {
-    "words": ("words",),
-    "topk": ("words",),
-    "temperature": ("words", "text", "file"),
-    "pooling": ("labels",),
-    "class_names": ("masks",),
-    "ignore_index": ("masks",),
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-@coerced_fields
-class FitConfig:
-    """Which head to fit, on which backbone.
-
-    >>> tl.FitConfig(backbone="test_vit", from_="words", words=64).words
-    64
-    """
-
-    backbone: str
-    """A run folder, or the name of a model (timm's, lvvit_s and the like), with or without a classifier of its own."""
-    from_: str
-    """labels: class labels of the images. masks:DIR: masks of (some of) the images, PNG class ids laid out like them;
-    masks:FILE.json: COCO's file of them. words: the images alone (visual words). text: class names; IMAGES is a file
-    with one a line. A file: embeddings [C, D] (.npy, .safetensors) of the class names in IMAGES."""
-    weights: str | None = None
-    """Checkpoint file of the backbone (.safetensors, or .pth without code in it); timm's pretrained weights if none."""
-    size: int | None = None
-    """Images are resized to an area of size x size pixels; the backbone's own size if none."""
-    words: int = 8192
-    """Number of visual words."""
-    topk: int = 5
-    """The temperature of words is chosen so that the topk most probable ones of a location hold .9 of the probability:
-    as many as `annotate` keeps."""
-    temperature: float | None = None
-    """Of the cosines of words, texts and embeddings; by default fitted, the text tower's own, and .01."""
-    pooling: Literal["auto", "mean", "instances"] = "auto"
-    """How locations learn from the class label of their image. mean: the mean of their vectors shows the class;
-    instances: at least one of them does; auto: whichever is better on held-out images."""
-    class_names: str | None = None
-    """Names of the masks' classes by their ids, a file of one a line; by default COCO's categories, the images' classes
-    in their order, or, if these have none, classes.txt beside the masks."""
-    ignore_index: int | None = None
-    """Of masks: the id of pixels without a class; by default 255, with more than 255 classes 65535."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16 runs the backbone under autocast."""
-    batch_size: int = 64
-    """Images a batch."""
-    num_workers: int = 2
-    """Threads that decode images."""
-    seed: int = 0
-    """Of the random choices: locations, initial words."""
-
-    def __post_init__(self) -> None:
-        check_numbers(self, "--", size=NATURAL, words="[2, inf)", topk=NATURAL, batch_size=NATURAL, num_workers=COUNT)
-        check_numbers(self, "--", temperature=POSITIVE, seed=SEED)
-        kind = kind_of(self.from_)
-        given = {field.name for field in fields(self) if getattr(self, field.name) != field.default}
-        misplaced = [f"--{n.replace('_', '-')}" for n, kinds in OPTIONS_OF.items() if n in given and kind not in kinds]
-        if misplaced:
-            raise ModelError(f"{listed(misplaced)}: means nothing for a head --from {self.from_}; leave it out")
 
 
 def fit_head(
@@ -165,18 +101,6 @@ def _digest(source: ImageSource) -> str:
     class_ids = np.where(has_classes(source), source.class_ids, -1)
     text = json.dumps([[*source.keys], class_ids.tolist(), [*source.class_names]])
     return f"blake2b:{blake2b(text.encode(), digest_size=16).hexdigest()}"
-
-
-def kind_of(from_: str) -> Kind:
-    """Return the kind of head that `--from` names."""
-    if from_.startswith(MASKS) and from_ != MASKS:
-        return "masks"
-    if Path(from_).suffix in (".npy", HEAD_SUFFIX):
-        return "file"
-    for kind in ("labels", "words", "text"):
-        if from_ == kind:
-            return kind
-    raise ModelError(f"--from is {FROM}; got {from_!r}")
 
 
 def load_vectors(source: ImageSource, config: FitConfig, device: torch.device) -> Vectors:

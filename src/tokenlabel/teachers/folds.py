@@ -23,7 +23,8 @@ from tokenlabel.labels.inspection import Suspect
 from tokenlabel.runtime.distributed import usable_device
 from tokenlabel.runtime.errors import ModelError
 from tokenlabel.runtime.process import write_whole
-from tokenlabel.teachers.fitting import FitConfig, load_vectors
+from tokenlabel.teachers.fitting import load_vectors
+from tokenlabel.teachers.options import FitConfig
 from tokenlabel.teachers.solvers import Examples, choose_decay, cross_entropy, fit_linear
 
 NUM_FOLDS = 5

@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -23,9 +23,7 @@ from tokenlabel.runtime.coercion import described
 from tokenlabel.runtime.errors import ModelError, first_line, refuse
 from tokenlabel.runtime.hub import local_name
 from tokenlabel.runtime.process import write_whole
-
-HEAD_SUFFIX = ".safetensors"
-Kind = Literal["labels", "masks", "words", "text", "file"]
+from tokenlabel.teachers.options import Kind
 
 _HEAD_FORMAT = 1
 _KEY = "head"  # of the metadata

@@ -18,7 +18,6 @@ from tokenlabel.evaluation.masks import MaskFolder
 from tokenlabel.teachers.classmap import ClassMap
 from tokenlabel.teachers.input import cells_of
 
-MASKS = "masks:"  # --teacher masks:DIR, --from masks:DIR
 MAX_IDS = 65_536  # ids of a mask, which has up to 16 bits
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -14,7 +14,7 @@ from tokenlabel.core.batch import normalize_images
 from tokenlabel.data.config import Interpolation
 from tokenlabel.models.load import LoadedModel, load_model
 from tokenlabel.models.weights import fingerprint
-from tokenlabel.runtime.coercion import NATURAL, POSITIVE, check_numbers, coerced, coerced_fields
+from tokenlabel.runtime.coercion import coerced
 from tokenlabel.runtime.distributed import autocast
 from tokenlabel.runtime.errors import ModelError
 from tokenlabel.runtime.hub import local_name
@@ -29,8 +29,9 @@ from tokenlabel.teachers.dense import (
     TokenNetwork,
     TopClasses,
 )
-from tokenlabel.teachers.heads import HEAD_SUFFIX, Head
+from tokenlabel.teachers.heads import Head
 from tokenlabel.teachers.input import TeacherInput, cells_of, input_of, made_for
+from tokenlabel.teachers.options import HEAD_SUFFIX, TeacherConfig
 from tokenlabel.training.checkpoint import with_recipe
 
 
@@ -65,59 +66,6 @@ class Teacher(ABC):
         """Return the k most probable classes of each location and their probabilities, the most probable first."""
         top = self.probabilities(images).topk(k, dim=3)
         return top.indices, top.values
-
-
-@dataclass(frozen=True, kw_only=True)
-@coerced_fields
-class TeacherConfig:
-    """Which network labels the images, and how it sees them."""
-
-    teacher: str | list[str]
-    """A run folder, of segmentation too, the name of a model (timm's, lvvit_s and the like), or a head that `fit-head`
-    made (HEAD.safetensors, which knows its backbone); several are averaged. masks:DIR takes segmentation masks (PNG
-    ids, laid out like the images; or masks:FILE.json, COCO's) in place of a network."""
-    weights: str | list[str] | None = None
-    """Checkpoint file (.safetensors, or .pth without code in it), one for each teacher ("" for one that needs none);
-    timm's pretrained weights if none."""
-    size: int | None = None
-    """Images are resized to an area of size x size pixels, masks are averaged down to size x size cells; the teacher's
-    own size if none."""
-    cells: int | None = None
-    """Maps have about cells x cells cells, at the image's aspect ratio; by default the teacher's own grid."""
-    scales: list[float] | None = None
-    """Of a segmentation run: average its predictions at these sizes, relative to the image's; by default those of its
-    recipe."""
-    crop: Literal["none", "center"] = "none"
-    """none: the whole image at its own aspect ratio; center: the square crop that the teacher was evaluated on."""
-    head: Literal["auto", "classifier", "tokens"] = "auto"
-    """Which head predicts the locations; auto: the one for tokens if it was trained, else the classifier."""
-    flip: bool = False
-    """Average with the predictions for the mirror image."""
-    class_map: str | None = None
-    """How the teacher's classes become those of the images: a file with a pair of names or ids a line; `names` to
-    match equal names; `order` if they are the same by another name. By default they must be the same."""
-    outside: Literal["renormalise", "spread"] = "renormalise"
-    """What to do with the probability of classes that a class map maps to none. renormalise: the others are scaled to
-    sum to 1, and a location with less than .001 of its probability on them keeps nothing; spread: all classes share
-    it."""
-    class_order: str | None = None
-    """The classes of a teacher that does not name them: `sorted` or `natural` (10 after 9, as timm's scripts sort
-    folders) for those of the images in this order; else a file with its class names, one a line, or `.json`."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16 runs the teacher under autocast."""
-    compile: bool = False
-    """Compile the teacher (torch.compile); pays off on a GPU for images of one shape."""
-
-    def __post_init__(self) -> None:
-        if self.size is not None and self.size < 1:
-            raise ModelError(f"size must be at least 1, got {self.size}; none takes the teacher's own")
-        if self.teacher in ("", []):
-            raise ModelError("--teacher names no network; give a run folder, a model's name, a head or masks:DIR")
-        check_numbers(self, cells=NATURAL, scales=POSITIVE)
-        if self.outside != "renormalise" and self.class_map is None:
-            raise ModelError(
-                "--outside is about classes that a class map leaves out; give --class-map, or leave it out"
-            )
 
 
 class NetworkTeacher(Teacher):
