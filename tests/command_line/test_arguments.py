@@ -4,9 +4,11 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from tokenlabel.cli import VERBS, main
 from tokenlabel.drawing.page import Page
@@ -385,3 +387,42 @@ def test_what_print_config_prints_is_a_recipe(tmp_path, monkeypatch, capsys):
         main(["train", *words, "--print-config"])
     Path("own.yaml").write_text(capsys.readouterr().out)
     assert recipe_of("--recipe", "own.yaml", "--out", "out") == recipe_of(*words, "--out", "out")
+
+
+def printed(capsys, *words: str) -> dict[str, Any]:
+    with pytest.raises(SystemExit):
+        main(["train", *words, "--print-config"])
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+def test_print_config_prints_what_a_run_takes(tmp_path, capsys):
+    (tmp_path / "recipe.yaml").write_text("model: {name: lvvit_t, img_size: [96, 64], options: {depth: 2}}\n")
+    words = ("--recipe", "finetune", "--model.weights", str(tmp_path))
+    of_run = {"name": "lvvit_t", "img_size": [96, 64], "options": {"depth": 2}, "average": None}
+    for more in (("--data.train", "a"), ()):  # without the images the rest is as complete as it can be
+        found = printed(capsys, *words, *more)
+        assert found["data"]["train"] == (more[1] if more else None)
+        assert of_run.items() <= found["model"].items()
+    assert printed(capsys, "--model.name", "test_vit")["model"]["img_size"] == [224, 224]
+    assert printed(capsys, "--recipe", "finetune")["model"] == {"average": None}  # whose run is not known yet
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("garbage", "words"), "unrecognized arguments: garbage words"),
+        (("--model.img-size", "0"), "--model.img-size must be at least 1, got [0, 0]"),
+    ],
+)
+def test_print_config_refuses_what_a_run_refuses(words, message, capsys):
+    assert main(["train", "--recipe", "demo_teacher", "--data.train", "a", "--print-config", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [("--model.average", "null"), ("--model.average=~",), ("--model", "{average: null}")])
+def test_a_switch_may_be_null_where_that_means_something(words):
+    assert recipe_of("--out", "out", "--data.train", "a", *words).model.average is None
+    with pytest.raises(ValueError, match=r"--model\.average: expected true or false or null, got 'no one'"):
+        recipe_of("--out", "out", "--data.train", "a", "--model.average=no one")
+    with pytest.raises(ValueError, match=r"null; --loss\.hard takes true or false$"):
+        recipe_of("--out", "out", "--data.train", "a", "--loss.hard", "null")

@@ -14,19 +14,20 @@ import yaml
 
 from tokenlabel.runtime.coercion import arms_of, is_choice
 from tokenlabel.runtime.configuration import (
+    NULL,
     REQUIRED,
     TRUTH,
     Config,
     Setting,
     built,
     check_keys,
+    completed,
     is_config,
     meant,
     missing_fields,
     overlaid,
     plain,
     settings_of,
-    with_defaults,
     with_types,
 )
 from tokenlabel.runtime.errors import near_names
@@ -76,6 +77,11 @@ class Parser(ArgumentParser):
             option, _, last = option.rpartition(".")
             keys.insert(0, last)
         return None
+
+    def words_of_switch(self, option: str) -> dict[str, str]:
+        """Return what may follow a switch, and what it means: true, false, or, of a field that may be None, null."""
+        is_optional = option in self.settings and NoneType in arms_of(self.settings[option].kind)
+        return TRUTH | dict.fromkeys(NULL, "null") if is_optional else TRUTH
 
 
 class _Formatter(HelpFormatter):
@@ -155,16 +161,15 @@ def parse(
     words, given = _spelled_out(parser, arguments)
     recipes = [word.partition("=")[2] for word in words if word.startswith("--recipe=")] if read_recipe else []
     fields: dict[str, Any] = {}
+    prints_config = "--print-config" in words  # which needs nothing else
     if config := parser.config:
         for name in recipes:
             fields = overlaid(fields, read_recipe(name), config)  # type: ignore[misc]
         fields = _typed(parser, fields, given)
-        if "--print-config" in words:
-            print(yaml.safe_dump(with_defaults(fields, config), sort_keys=False), end="")
-            raise SystemExit(0)
         known, missing = {setting.name for setting in parser.settings.values()}, missing_fields(fields, config)
         for action in parser._actions:  # so that one error names what is missing of these and of argparse's own
-            action.required = action.dest in missing if action.dest in known else action.required
+            is_missing = action.dest in missing if action.dest in known else action.required
+            action.required = is_missing and not prints_config
     try:
         options, strangers = parser.parse_known_args(words)
     except ValueError as error:
@@ -175,9 +180,15 @@ def parse(
         several = [option for option, _, _ in given if list[str] in arms_of(parser.settings[option].kind)]
         advice = f"; to name several, write {several[0]} before each" if several else ""
         before = arguments[max(0, arguments.index(strangers[0]) - 1)] if strangers[0] in arguments else ""
-        if parser.find(before):  # a switch, which stands alone where neither true nor false follows
-            advice = f"; {before} takes true or false"
+        if found := parser.find(before):  # a switch, which stands alone where no word for it follows
+            advice = f"; {before} takes {_either(parser.words_of_switch(found[0]))}"
         raise ValueError(f"unrecognized arguments: {' '.join(strangers)}{advice}")
+    if prints_config and parser.config:
+        try:
+            print(yaml.safe_dump(completed(fields, parser.config), sort_keys=False), end="")
+        except ValueError as error:
+            raise _naming_options(parser, error) from error
+        raise SystemExit(0)
     for name in ("out", "output", "pictures", "probabilities", "head"):  # before the work, not after it
         path = getattr(options, name, None)
         option = name if f"--{name}" in parser.options else ""
@@ -270,6 +281,10 @@ def parse_config(parser: Parser, arguments: list[str], config: type[Config]) -> 
     return options, configured(parser, options, config)
 
 
+def _either(meanings: dict[str, str]) -> str:
+    return " or ".join(dict.fromkeys(meanings.values()))
+
+
 def _spelled_out(parser: Parser, arguments: Iterable[str]) -> tuple[list[str], list[tuple[str, str, str]]]:
     """Return arguments for argparse, and the options of the parser's dataclass: option, key in its mapping, value.
 
@@ -292,11 +307,12 @@ def _spelled_out(parser: Parser, arguments: Iterable[str]) -> tuple[list[str], l
         setting, shown = parser.settings.get(option), f"{option}.{key}".rstrip(".")
         num_values = None if setting else parser._option_string_actions[option].nargs
         if num_values == 0 or (setting and bool in arms_of(setting.kind)):  # a switch
+            meanings = parser.words_of_switch(option)
             if not equals:
-                value = rest.pop(0) if rest and rest[0].lower() in TRUTH else "true"
-            value = TRUTH.get(value.lower(), value)
-            if value not in ("true", "false"):
-                raise ValueError(f"{shown}: expected true or false, got {value!r}")
+                value = rest.pop(0) if rest and rest[0].lower() in meanings else "true"
+            if value.lower() not in meanings:
+                raise ValueError(f"{shown}: expected {_either(meanings)}, got {value!r}")
+            value = meanings[value.lower()]
         elif num_values is None:
             if not equals and (not rest or parser.find(rest[0].partition("=")[0])):
                 raise ValueError(f"{shown}: expected a value" + (f", got the option {rest[0]}" if rest else ""))

@@ -30,6 +30,8 @@ Config = TypeVar("Config")
 
 REQUIRED = dataclasses.MISSING
 
+NULL = ("null", "~")
+
 TRUTH: dict[str, str] = {
     **dict.fromkeys(("true", "yes", "on", "1"), "true"),
     **dict.fromkeys(("false", "no", "off", "0"), "false"),
@@ -177,7 +179,7 @@ def meant(value: Any, kind: Any) -> Any:
         return "no"  # YAML reads the bare word as false
     if not isinstance(value, str):
         return value
-    if value in ("null", "~") and NoneType in arms:
+    if value in NULL and NoneType in arms:
         return None
     if any(get_origin(arm) is tuple for arm in arms) and not value.startswith("["):
         value = re.sub(r"^(\d+)x(\d+)$", r"\1,\2", value) if tuple[int, int] in arms else value
@@ -210,15 +212,22 @@ def overlaid(base: dict[str, Any], nested: dict[str, Any], config: type) -> dict
     return result
 
 
-def with_defaults(nested: dict[str, Any], config: type) -> dict[str, Any]:
-    """Return nested dicts with the defaults of what they leave out, None for what is required, as YAML knows them."""
-    return {
-        name: with_defaults(nested.get(name, {}), kind)
-        if is_config(kind)
-        else plain(nested.get(name, None if default is REQUIRED else default))
-        for name, kind, default, *_ in settings_of(config)
-        if "." not in name
-    }
+def completed(typed: dict[str, Any], config: type) -> dict[str, Any]:
+    """Return nested dicts of what YAML knows, with every field of the dataclass that `typed` (`with_types`) makes.
+
+    Where fields are missing that have no default, they are None. Then a group that needs more, such as the run that its
+    model comes from, is as it was given.
+    """
+    if not missing_fields(typed, config):
+        return config_as_dict(built(typed, config))
+    whole: dict[str, Any] = {}
+    for name, kind, default, *_ in (setting for setting in settings_of(config) if "." not in setting.name):
+        given = typed.get(name, {} if is_config(kind) else None if default is REQUIRED else default)
+        whole[name] = plain(given)
+        if is_config(kind):
+            with suppress(ValueError):
+                whole[name] = completed(given, kind)
+    return whole
 
 
 def write_config(config: Any, path: str | Path) -> None:

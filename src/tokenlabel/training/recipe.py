@@ -93,7 +93,7 @@ class ModelConfig:
     """Initial weights: a published file (.pth.tar, .safetensors), one of our run or checkpoint folders, or one on the
     hub (hf://USER/NAME)."""
     average: bool | None = False
-    """Begin with the EMA weights in that checkpoint; null in a recipe: with those if there are any."""
+    """Begin with the EMA weights in that checkpoint; null: with those if there are any."""
     frozen_layers: int = 0
     """Number of frozen layers, counted from the stem."""
 
