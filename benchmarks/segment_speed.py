@@ -14,7 +14,8 @@ from benchmarks.measure import Row, Settings, interleave, peak_bytes, ratios
 from tokenlabel.core.geometry import View
 from tokenlabel.core.scores import from_probabilities
 from tokenlabel.models.decoders import HeadOutputs
-from tokenlabel.models.segmentation import SegmentationModel, SegmentModelConfig, create_segmentation_model
+from tokenlabel.models.options import SegmentModelConfig
+from tokenlabel.models.segmentation import SegmentationModel, create_segmentation_model
 from tokenlabel.segmentation.data import SegmentSample, collate
 from tokenlabel.segmentation.recipe import SegmentLossConfig
 from tokenlabel.segmentation.task import head_loss, pixel_loss

@@ -91,7 +91,7 @@ def test_an_import_takes_nothing_heavy_with_it(statement, unwanted):
 
 
 def test_help_takes_nothing_heavy_with_it():
-    verbs = [*sorted(VERBS.keys() - {"segment"}), "segment eval", "segment predict"]
+    verbs = [*sorted(VERBS.keys() - {"segment"}), "segment train", "segment eval", "segment predict"]
     code = (
         "import sys; from contextlib import suppress; from tokenlabel.cli import main\n"
         f"for verb in {verbs}:\n"

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from tokenlabel.labels.manifest import Manifest
     from tokenlabel.labels.store import LabelStore
     from tokenlabel.labels.writer import LabelStoreWriter, merge_stores
-    from tokenlabel.models import create_model
+    from tokenlabel.models.creation import create_model
     from tokenlabel.teachers.annotation import annotate
     from tokenlabel.teachers.fitting import fit_head
     from tokenlabel.teachers.heads import Head
@@ -69,7 +69,7 @@ _HOMES = {
     "core.outputs": ("Outputs",),
     "core.scores": ("Kind", "ScoreMap"),
     "core.targets": ("TokenTargets", "class_targets"),
-    "models": ("create_model",),
+    "models.creation": ("create_model",),
     "teachers.annotation": ("annotate",),
     "teachers.fitting": ("fit_head",),
     "teachers.heads": ("Head",),

@@ -12,7 +12,7 @@ from tokenlabel.data.config import AugmentConfig, ColourJitter, WarpConfig
 from tokenlabel.evaluation.options import EvalOptions
 from tokenlabel.labels.inspection import InspectConfig
 from tokenlabel.labels.options import ImportConfig
-from tokenlabel.models.segmentation import SegmentModelConfig
+from tokenlabel.models.options import SegmentModelConfig
 from tokenlabel.runtime.coercion import check_numbers
 from tokenlabel.segmentation.recipe import (
     Layout,

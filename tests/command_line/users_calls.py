@@ -32,7 +32,7 @@ from tokenlabel.labels.encoding import pack
 from tokenlabel.labels.inspection import InspectConfig
 from tokenlabel.labels.options import ImportConfig, PublishedLayout
 from tokenlabel.models import TokenModel
-from tokenlabel.models.segmentation import SegmentModelConfig
+from tokenlabel.models.options import SegmentModelConfig
 from tokenlabel.segmentation.layouts import open_pairs
 from tokenlabel.segmentation.recipe import SegmentDataConfig, SegmentEvalConfig
 from tokenlabel.training.recipe import DataConfig, EvalConfig, ModelConfig, OptimConfig, Recipe

@@ -11,8 +11,9 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.models.upernet.modeling_upernet import UperNetFCNHead, UperNetHead
 
-from tokenlabel.models.decoders import DecodeHead, FCNHead, LinearHead, NeckKind, UPerNetHead, find_levels, resized
-from tokenlabel.models.segmentation import HeadKind, SegmentationModel, SegmentModelConfig, create_segmentation_model
+from tokenlabel.models.decoders import DecodeHead, FCNHead, LinearHead, UPerNetHead, find_levels, resized
+from tokenlabel.models.options import HeadKind, NeckKind, SegmentModelConfig
+from tokenlabel.models.segmentation import SegmentationModel, create_segmentation_model
 
 WIDTHS = [8, 12, 16, 24]
 # Small backbones: of one scale, without a class token, of stages, of stages and windows.

@@ -24,8 +24,9 @@ from tokenlabel.cli import main
 from tokenlabel.data.scenes import write_scenes
 from tokenlabel.labels.store import LabelStore
 from tokenlabel.models import create_model
+from tokenlabel.models.options import SegmentModelConfig
 from tokenlabel.models.runs import list_checkpoints
-from tokenlabel.models.segmentation import SegmentModelConfig, create_segmentation_model, load_segmentation_weights
+from tokenlabel.models.segmentation import create_segmentation_model, load_segmentation_weights
 from tokenlabel.runtime.configuration import config_from_dict
 from tokenlabel.runtime.distributed import Ranks, joined_ranks
 from tokenlabel.runtime.errors import ConfigError, ModelError

@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from tokenlabel.core.config import Inference
-from tokenlabel.core.outputs import Outputs, TokenModel
-from tokenlabel.models.adapter import TimmAdapter, create_timm_adapter
-from tokenlabel.models.lvvit import LVViT, LVViTConfig
-from tokenlabel.models.names import register_with_timm, why_unknown
-from tokenlabel.models.t2t_vit import T2TViT, T2TViTConfig
-from tokenlabel.models.weights import load_published
-from tokenlabel.runtime.coercion import COUNT, Size, check_number, coerced, pair
+if TYPE_CHECKING:
+    from tokenlabel.core.config import Inference
+    from tokenlabel.core.outputs import Outputs, TokenModel
+    from tokenlabel.models.adapter import TimmAdapter
+    from tokenlabel.models.creation import create_model
+    from tokenlabel.models.lvvit import LVViT, LVViTConfig
+    from tokenlabel.models.names import register_with_timm
+    from tokenlabel.models.t2t_vit import T2TViT, T2TViTConfig
+    from tokenlabel.models.weights import load_published
+
+# Imported when first asked for, so that a recipe, which reads `options.py` alone, takes no torch.
+_HOME_OF = {
+    "Inference": "core.config",
+    "LVViT": "models.lvvit",
+    "LVViTConfig": "models.lvvit",
+    "Outputs": "core.outputs",
+    "T2TViT": "models.t2t_vit",
+    "T2TViTConfig": "models.t2t_vit",
+    "TimmAdapter": "models.adapter",
+    "TokenModel": "core.outputs",
+    "create_model": "models.creation",
+    "load_published": "models.weights",
+    "register_with_timm": "models.names",
+}
 
 __all__ = [
     "Inference",
@@ -28,34 +45,7 @@ __all__ = [
 ]
 
 
-def create_model(
-    name: str, *, num_classes: int, img_size: Size, num_token_classes: int | None = None, **options: Any
-) -> TokenModel:
-    """Return a new model; docs/models.md lists them.
-
-    `name`: `lvvit_t|s|m|l`, `t2t_vit_14|19|24`, or any name of a timm model. `img_size`: (height, width) of the images.
-    `num_classes`: 0 for no class head. `num_token_classes`: number of classes of the tokens, if they differ from the
-    images'. `options`: `stage` (see `TimmAdapter`), the fields of `LVViTConfig` or `T2TViTConfig`, for timm's models
-    any argument of `timm.create_model`. Raises ValueError for unknown names and options, and for unsupported sizes.
-
-    >>> model = tl.create_model("test_vit", num_classes=2, img_size=64)
-    >>> outputs = model(torch.zeros(1, 3, 64, 64))
-    >>> outputs.class_logits.shape, outputs.token_logits.shape, outputs.grid
-    (torch.Size([1, 2]), torch.Size([1, 16, 2]), (4, 4))
-    """
-    name, img_size = coerced(name, str, name="name"), pair(img_size)
-    num_classes = coerced(num_classes, int, name="num_classes")
-    num_token_classes = coerced(num_token_classes, int | None, name="num_token_classes")
-    check_number(num_token_classes, COUNT, name="num_token_classes")
-    if num_classes < 0 or (num_classes == 0 and not num_token_classes):
-        raise ValueError(
-            f"num_classes: expected at least 1, or 0 for a model without class head beside num_token_classes, got "
-            f"{num_classes}"
-        )
-    register_with_timm()
-    reason = why_unknown(name, weights_option="--model.weights")
-    if reason is not None:
-        raise ValueError(f"there is no model {name!r}; {reason or 'see docs/models.md for what there is'}")
-    return create_timm_adapter(
-        name, num_classes=num_classes, img_size=img_size, num_token_classes=num_token_classes, **options
-    )
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"tokenlabel.{_HOME_OF[name]}"), name)

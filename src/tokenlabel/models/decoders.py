@@ -18,24 +18,12 @@ from torch.nn import functional as F
 
 from tokenlabel.models.adapter import TimmAdapter
 from tokenlabel.models.features import evaluating
-from tokenlabel.runtime.coercion import Choice
+from tokenlabel.models.options import NeckKind
 
 NUM_LEVELS = 4
 # The published necks read the last block and three before it, three blocks apart.
 PUBLISHED_SPACING = 3
 POOL_SCALES = (1, 2, 3, 6)
-
-
-class NeckKind(Choice):
-    """The neck between a backbone without stages and the head: a pyramid of four scales, FCN's, or none.
-
-    AUTO: by the head; none for a backbone with stages.
-    """
-
-    AUTO = "auto"
-    PYRAMID = "pyramid"
-    FCN = "fcn"
-    NONE = "none"
 
 
 @dataclass(frozen=True, slots=True)

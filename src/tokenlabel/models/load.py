@@ -19,6 +19,7 @@ from tokenlabel.data.config import Interpolation
 from tokenlabel.models import create_model, register_with_timm
 from tokenlabel.models.adapter import TimmAdapter
 from tokenlabel.models.names import PlainClassifier, check_classes, is_embedding, network_by_name, why_unknown
+from tokenlabel.models.options import SegmentModelConfig
 from tokenlabel.models.runs import (
     description_of,
     is_run,
@@ -29,7 +30,7 @@ from tokenlabel.models.runs import (
     refuse_other_task,
     token_classes_of,
 )
-from tokenlabel.models.segmentation import SegmentationModel, SegmentModelConfig, create_segmentation_model
+from tokenlabel.models.segmentation import SegmentationModel, create_segmentation_model
 from tokenlabel.models.weight_files import Weights, names_in_order, read_class_names
 from tokenlabel.models.weights import load, load_all
 from tokenlabel.runtime.coercion import Size, pair

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from tokenlabel.core.config import TokenChoice
-from tokenlabel.models.segmentation import SegmentModelConfig
+from tokenlabel.models.options import SegmentModelConfig
 from tokenlabel.runtime.coercion import (
     COUNT,
     NATURAL,

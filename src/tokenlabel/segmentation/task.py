@@ -22,8 +22,8 @@ from tokenlabel.data.batches import make_loader
 from tokenlabel.data.samplers import BatchSampler
 from tokenlabel.drawing.pictures import PICTURES_FOLDER, Album, ClassGrid, Tile, fitted, make_album, top_classes
 from tokenlabel.models.decoders import HeadOutputs
+from tokenlabel.models.options import HeadKind
 from tokenlabel.models.segmentation import (
-    HeadKind,
     SegmentationModel,
     SegmentOutputs,
     create_segmentation_model,

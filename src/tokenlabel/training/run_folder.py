@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tokenlabel.data.classes import ClassList
+from tokenlabel.models.options import SegmentModelConfig
 from tokenlabel.models.runs import list_checkpoints, read_state, token_classes_of
-from tokenlabel.models.segmentation import SegmentModelConfig
 from tokenlabel.runtime.configuration import flattened, read_yaml, settings, write_config
 from tokenlabel.runtime.distributed import Ranks
 from tokenlabel.runtime.errors import ConfigError, refuse
