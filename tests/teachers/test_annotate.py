@@ -113,7 +113,7 @@ def test_a_store_goes_on_with_the_tolerance_that_it_was_begun_with(images, tmp_p
     manifest.write_text(json.dumps(old))
     (tmp_path / "later.png").rename(images / "red" / "wide.png")
     capsys.readouterr()
-    with pytest.raises(StoreError, match=r"was started with --tolerance 0, got 0\.02; leave --tolerance out"):
+    with pytest.raises(StoreError, match=r"was started with --tolerance 0, got --tolerance 0\.02; leave --tolerance"):
         run(images, labels, tolerance=0.02)
     assert run(images, labels).num_labelled == 1
     assert "continues with --tolerance 0, with which it was started" in capsys.readouterr().err
@@ -121,6 +121,26 @@ def test_a_store_goes_on_with_the_tolerance_that_it_was_begun_with(images, tmp_p
     assert store.manifest.tolerance == 0
     run(images, tmp_path / "all", tolerance=0)
     assert store.packed("red/wide.png") == LabelStore(tmp_path / "all").packed("red/wide.png")
+
+
+def test_a_store_goes_on_with_the_encoding_that_it_was_begun_with(images, tmp_path, capsys):
+    run(images, tmp_path / "raw", encoding=Encoding.RAW)
+    run(images, tmp_path / "compact")
+    write_image(images / "red" / "new.png", "red", "red")
+    with pytest.raises(
+        StoreError, match="was started with --encoding compact, got --encoding raw; leave --encoding out"
+    ):
+        run(images, tmp_path / "compact", encoding=Encoding.RAW)
+    with pytest.raises(
+        StoreError, match=r"was started with --encoding raw, got --tolerance 0\.1; leave --tolerance out"
+    ):
+        run(images, tmp_path / "raw", tolerance=0.1)
+    capsys.readouterr()
+    assert run(images, tmp_path / "raw").num_labelled == 1
+    assert "raw: continues with --encoding raw, with which it was started" in capsys.readouterr().err
+    store = LabelStore(tmp_path / "raw")
+    assert {store.packed(key)[0] for key in store.keys()} == {0}  # noqa: SIM118
+    assert run(images, tmp_path / "compact", encoding=Encoding.COMPACT).num_labelled == 1
 
 
 def test_a_second_call_labels_only_what_is_missing(images, tmp_path):

@@ -27,7 +27,8 @@ class LabelStoreWriter:
 
     Records stay in memory until they are written as one file: after `max_shard_bytes`, or `max_shard_s` seconds after
     its first record, whichever comes first, and at the end. `generation`: labels of a higher one replace those that
-    images had before (see `Shard`). Raises StoreError if the folder holds something else, or labels of another kind.
+    images had before (see `Shard`). An existing store keeps its manifest, and with it how records are packed. Raises
+    StoreError if the folder holds something else, or labels of another kind.
 
     >>> even = np.full((4, 4, 2), 0.5, np.float32)  # of both classes in each of 4 x 4 cells
     >>> score_map = tl.ScoreMap(np.array([0, 1]), np.zeros((4, 4, 2), np.uint8) + [0, 1], even, num_classes=2)
@@ -48,7 +49,7 @@ class LabelStoreWriter:
         again: str = "",
     ) -> None:
         self.folder = coerced(folder, Path, name="folder")
-        self.manifest = coerced(manifest, Manifest, name="manifest")
+        self.manifest = _manifest_in(self.folder, coerced(manifest, Manifest, name="manifest"))
         self._generation, self._again = generation, again
         self._max_shard_bytes, self._max_shard_s = max_shard_bytes, max_shard_s
         self._open: list[tuple[str, bytes]] = []
@@ -56,7 +57,6 @@ class LabelStoreWriter:
         self._open_bytes, self._open_since_s = 0, 0.0
         self._keys: set[str] = set()
         self._has_failed = False
-        _make_store(self.folder, manifest)
 
     def add(self, key: str, score_map: ScoreMap, image: Fingerprint = UNKNOWN) -> None:
         """Add the label of an image.
@@ -169,7 +169,7 @@ def merge_stores(
         with LabelStoreWriter(output, manifest, generation=generation) as writer:
             for key in keys:
                 if (there := present.generation(key)) is None or there < generation:
-                    record = store.packed(key) if encoding is None else pack_for(manifest, key, store[key])
+                    record = store.packed(key) if encoding is None else pack_for(writer.manifest, key, store[key])
                     writer.add_record(key, record, store.image(key) or UNKNOWN)
     update_failures(output, store.failures(), others=lambda key: key not in present and key not in store)
     return LabelStore(output)
@@ -196,8 +196,8 @@ def remove_leftovers(folder: Path) -> None:
                 path.unlink()
 
 
-def _make_store(folder: Path, manifest: Manifest) -> None:
-    """Write the manifest of a new store; check that an existing one holds labels of the same kind."""
+def _manifest_in(folder: Path, manifest: Manifest) -> Manifest:
+    """Return the manifest of a store: of a new one `manifest`, which is written; of one with labels like it its own."""
     if as_url(folder):
         raise StoreError(f"{as_url(folder)}: labels are written to a folder of this machine; copy it there afterwards")
     try:
@@ -207,7 +207,8 @@ def _make_store(folder: Path, manifest: Manifest) -> None:
         raise StoreError(no_store(folder) if is_file else f"{folder}: cannot be made ({error.strerror})") from error
     with locked(folder):  # if two processes create it at once, the second one finds the manifest of the first
         if (folder / MANIFEST_FILE).exists():
-            differences = read_manifest(folder).differences(manifest)
+            began = read_manifest(folder)
+            differences, manifest = began.differences(manifest), began
             problem = f"{folder}: holds other labels ({differences[0]}); choose another folder" if differences else ""
         elif any(folder.glob(f"*{SHARD_SUFFIX}")):
             problem = no_store(folder)
@@ -218,3 +219,4 @@ def _make_store(folder: Path, manifest: Manifest) -> None:
             write_manifest(folder, manifest)
     if problem:
         raise StoreError(problem)
+    return manifest

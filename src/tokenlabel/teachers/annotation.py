@@ -251,34 +251,49 @@ def _say_size(teacher: Teacher | MaskTeacher, source: ImageSource, indices: list
 
 
 def _manifest(teacher: Teacher | MaskTeacher, source: ImageSource, folder: Path, config: AnnotateConfig) -> Manifest:
-    """Return the manifest of the labels. An existing store keeps its tolerance and orientation, which is printed."""
+    """Return the manifest of the labels. An existing store keeps its encoding, tolerance and orientation.
+
+    Raises StoreError for others; what it keeps by default is printed where that is not the default of new stores.
+    """
     networks = isinstance(teacher, Teacher)
     is_own = not source.class_names or (networks and teacher.own_classes)
     names = teacher.class_names if is_own else tuple(source.class_names)
-    tolerance = config.tolerance
     manifest = Manifest(
         num_classes=teacher.num_classes,
         class_names=() if networks and teacher.words else names,
         topk=min(config.topk, teacher.num_classes),
-        encoding=config.encoding,
-        tolerance=DEFAULT_TOLERANCE if tolerance is None else tolerance,
+        encoding=config.encoding or Encoding.COMPACT,
+        tolerance=DEFAULT_TOLERANCE if config.tolerance is None else config.tolerance,
         teacher=teacher.description,
         preprocessing=asdict(teacher.input) if networks else teacher.preprocessing,
     )
     if not (folder / MANIFEST_FILE).exists():
         return manifest
     began = read_manifest(folder)
-    if tolerance not in (None, began.tolerance):
-        raise StoreError(
-            f"{folder}: was started with --tolerance {began.tolerance:g}, got {tolerance:g}; leave --tolerance out, or "
-            "choose another folder"
-        )
-    if tolerance is None and began.tolerance != DEFAULT_TOLERANCE and manifest.encoding is Encoding.COMPACT:
-        say(
-            f"{folder}: continues with --tolerance {began.tolerance:g}, with which it was started (the default is "
-            f"{DEFAULT_TOLERANCE:g})"
-        )
-    return replace(manifest, orientation=began.orientation, tolerance=began.tolerance)
+    manifest = replace(manifest, orientation=began.orientation, encoding=began.encoding, tolerance=began.tolerance)
+    if began.differences(manifest):  # the writer refuses this store, and says why
+        return manifest
+    for name, given, there, default in (
+        ("encoding", config.encoding, began.encoding, Encoding.COMPACT),
+        ("tolerance", config.tolerance, began.tolerance, DEFAULT_TOLERANCE),
+    ):
+        is_moot = name == "tolerance" and began.encoding is Encoding.RAW
+        if given is not None and (is_moot or given != there):
+            with_what = "--encoding raw" if is_moot else f"--{name} {_as_typed(there)}"
+            raise StoreError(
+                f"{folder}: was started with {with_what}, got --{name} {_as_typed(given)}; leave --{name} out, or "
+                "choose another folder"
+            )
+        if given is None and there != default and not is_moot:
+            say(
+                f"{folder}: continues with --{name} {_as_typed(there)}, with which it was started (the default is "
+                f"{_as_typed(default)})"
+            )
+    return manifest
+
+
+def _as_typed(value: Encoding | float) -> str:
+    return value.value if isinstance(value, Encoding) else f"{value:g}"
 
 
 def _write_failures(folder: Path, source: ImageSource, failures: list[Failure]) -> None:

@@ -94,8 +94,9 @@ class AnnotateConfig(TeacherConfig):
 
     topk: int = 5
     """Classes that each location keeps; the probability of the others is stored as one number."""
-    encoding: Encoding = Encoding.COMPACT
-    """How records are written: compact takes a fifth of the size of raw, which is more exact and faster to read."""
+    encoding: Encoding | None = None
+    """How records are written: compact takes a fifth of the size of raw, which is more exact and faster to read. By
+    default compact, and in an existing store the encoding that it began with."""
     tolerance: float | None = None
     """Of compact records: entries of less probability are dropped, the others are rounded to steps of 1.25 times this;
     0 keeps all, in steps of 1/510. By default .008, and in an existing store the tolerance that it began with."""
