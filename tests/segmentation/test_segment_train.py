@@ -353,6 +353,11 @@ def test_soft_predictions_go_into_a_store_on_the_grid_of_the_head(run, tmp_path,
     assert store["two.png"].codes.shape[:2] == probs.shape[:2] == segmenter.grid_of((24, 24))
     assert (store["two.png"].top_class_ids == probs.argmax(axis=2)).mean() > 0.9  # records are rounded
     write_image(tmp_path / "photos/three.png", (24, 30))
+    manifest = Path("soft/manifest.json")
+    content = json.loads(manifest.read_text())
+    assert set(content["preprocessing"]) == {"mode", "stride_px", "short_side_px", "max_aspect", "scales", "flip"}
+    content["preprocessing"] |= {"every_epochs": 3.0, "windows_at_once": 9}  # as earlier versions wrote it
+    manifest.write_text(json.dumps(content))
     assert main([*predict, "--store", "soft"]) == 0
     assert capsys.readouterr().out == "soft: 1 images labelled\n"
     write_image(tmp_path / "photos/three.png", (30, 24))

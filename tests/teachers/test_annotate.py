@@ -169,8 +169,30 @@ def test_a_teacher_by_name_states_its_licence_and_goes_on_with_a_store_without(i
 
 def test_another_teacher_does_not_write_into_the_store(images, tmp_path):
     run(images, tmp_path / "labels")
-    with pytest.raises(StoreError, match=r"preprocessing\.size is 16 there, 32 here\); choose another folder"):
+    differs = r"preprocessing\.size is 16 there, 32 here; `--size 16` continues that store\); choose another folder"
+    with pytest.raises(StoreError, match=differs):
         run(images, tmp_path / "labels", ByColour(size=32))
+
+
+def test_another_size_is_said_before_what_follows_from_it(images, tmp_path, monkeypatch, capsys):
+    """Position embeddings are resized, so the hash of the same weights is another one."""
+    monkeypatch.chdir(tmp_path)
+    save_file(timm.create_model("test_vit", num_classes=3).state_dict(), "own.safetensors")
+    save_file(timm.create_model("test_vit", num_classes=3).state_dict(), "other.safetensors")
+    teacher = ["annotate", "images", "labels", "--teacher", "test_vit", "--weights"]
+    assert main([*teacher, "own.safetensors", "--size", "64"]) == 0
+    sized = "`--size 64` continues that store, if the weights are the same); choose another folder"
+    cropped = "`--size 64` without --crop continues that store, if the weights are the same)"
+    for words, message in (
+        (["own.safetensors"], f"(preprocessing.size is 64 there, 160 here; {sized}"),
+        (["own.safetensors", "--size", "96"], f"(preprocessing.size is 64 there, 96 here; {sized}"),
+        (["own.safetensors", "--size", "96", "--crop", "center"], cropped),
+        (["own.safetensors", "--size", "96", "--flip"], "the teacher is test_vit there, test_vit with --flip here)"),
+        (["other.safetensors", "--size", "64"], "another one of the same name); choose"),
+    ):
+        assert main([*teacher, *words]) == 2
+        assert message in capsys.readouterr().err
+    assert main([*teacher, "own.safetensors", "--size", "64"]) == 0
 
 
 def test_images_that_do_not_decode_are_listed_and_passed_over(images, tmp_path):

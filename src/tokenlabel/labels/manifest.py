@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
@@ -22,6 +23,17 @@ FORMAT_VERSION = 1  # incremented when older versions would misread a store
 MAX_MANIFEST_BYTES = 1 << 28
 # What a class map does with the probability of classes that it maps to none (`annotate --outside`).
 OUTSIDE = "teacher.class_map.nowhere"
+# Settings of evaluation that change no label. Earlier versions of `segment predict --store` wrote them all the same.
+WITHOUT_EFFECT = ("every_epochs", "windows_at_once")
+
+_SIZE, _CROP = "preprocessing.size", "preprocessing.crop_fraction"
+# Entries that an option decides: of `annotate`, the last two of `import-labels`.
+_OPTIONS = {
+    _SIZE: "--size", _CROP: "--crop", "preprocessing.ignore_index": "--ignore-index", "teacher.cells": "--cells",
+    OUTSIDE: "--outside", "preprocessing.region": "--region", "preprocessing.layout": "--layout",
+}  # fmt: skip
+# What follows from another size: a network whose position embeddings were resized has another hash of its weights.
+_BY_SIZE = re.compile(r"teacher\b.*\.(weights|short_side_px)|preprocessing\.(stride_px|fixed_size_px).*")
 
 _REPAIR = "restore a copy: the command that made these labels starts by writing an equal one, into another folder"
 
@@ -107,11 +119,15 @@ class Manifest:
             "num_classes", "class_names", "kind", "topk", "orientation", "teacher", "preprocessing", "empty_is_even",
         )  # fmt: skip
         ours, theirs = ({name: _without_names(getattr(m, name)) for name in compared} for m in (self, other))
+        for described in (ours["preprocessing"], theirs["preprocessing"]):
+            for name in WITHOUT_EFFECT:
+                described.pop(name, None)
         unlike = [difference for name in compared for difference in _unlike(name, ours[name], theirs[name])]
-        # Last: its message names an option that helps only if there is no other difference but what it entails.
-        unlike.sort(key=lambda difference: (difference[0] == "empty_is_even", difference[0] == OUTSIDE))
-        texts = [_difference_text(*difference) for difference in unlike]
-        return [*_other_teacher(self.teacher, other.teacher), *texts] if texts else []
+        resized = any(name == _SIZE for name, *_ in unlike)
+        others = [*_other_teacher(self.teacher, other.teacher, resized=resized)] if unlike else []
+        unlike.sort(key=lambda difference: _rank(difference, resized=resized))
+        advice = "" if others else _continuing(unlike, self.preprocessing.get("fixed_size_px"))
+        return others + [_difference_text(*each) + (advice if _is_option(*each) else "") for each in unlike]
 
 
 def _drops_classes(teacher: Any) -> bool:
@@ -133,20 +149,59 @@ def _unlike(name: str, ours: Any, theirs: Any) -> Iterator[tuple[str, Any, Any]]
         yield name, ours, theirs
 
 
+def _rank(difference: tuple[str, Any, Any], *, resized: bool) -> int:
+    """Order differences: those whose text names an option, which helps only if no other is left, after the others.
+
+    What follows from an option comes behind it.
+    """
+    name = difference[0]
+    late = (_is_option(*difference), resized and _BY_SIZE.fullmatch(name), name == "empty_is_even")
+    return max((number for number, is_so in enumerate(late, 1) if is_so), default=0)
+
+
+def _is_option(name: str, ours: Any, theirs: Any) -> bool:
+    is_of_network = name == _CROP and ours is not None and theirs is not None  # `--crop center` of both
+    return name in _OPTIONS and not is_of_network
+
+
+def _continuing(unlike: Sequence[tuple[str, Any, Any]], fixed_size_px: Sequence[int] | None) -> str:
+    """Return what to type for labels like ours, of which a network of fixed size saw that."""
+    given, left_out = list[str](), list[str]()
+    for name, ours, _ in (difference for difference in unlike if _is_option(*difference)):
+        # `--size` makes squares: others are the network's own.
+        is_own = name == _SIZE and fixed_size_px is not None and len({*fixed_size_px}) > 1
+        if ours is None or is_own:
+            left_out.append(_OPTIONS[name])
+        else:
+            given.append(f"{_OPTIONS[name]} {'center' if name == _CROP else _as_typed(ours)}")
+    what = f"`{' '.join(given)}`" if given else "the command"
+    without = f" without {' and '.join(left_out)}" if left_out else ""
+    are_unsure = any(name.endswith(".weights") for name, *_ in unlike)
+    return f"; {what}{without} continues that store{', if the weights are the same' if are_unsure else ''}"
+
+
+def _as_typed(value: Any) -> str:
+    return str(value).removesuffix(" evenly")  # as OUTSIDE has it
+
+
 def _difference_text(name: str, ours: Any, theirs: Any) -> str:
     if name == OUTSIDE:
-        there, here = (str(value).removesuffix(" evenly") for value in (ours, theirs))
-        return f"made with --outside {there} there, {here} here; `--outside {there}` continues that store"
+        return f"made with --outside {_as_typed(ours)} there, {_as_typed(theirs)} here"
     advice = f"; Manifest(empty_is_even={ours}) continues that store" if name == "empty_is_even" else ""
     return f"{name} is {_short(ours)} there, {_short(theirs)} here{advice}"
 
 
-def _other_teacher(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[str]:
-    """Yield how two teachers are called, if they are other networks, or others of several are beside them."""
+def _other_teacher(ours: Mapping[str, Any], theirs: Mapping[str, Any], *, resized: bool) -> Iterator[str]:
+    """Yield how two teachers are called, if they are other networks, or others of several are beside them.
+
+    `resized`: they see other sizes, so hashes of the same weights may differ.
+    """
     there, here = ([(m.get("weights"), m.get("head")) for m in _members(teacher)] for teacher in (ours, theirs))
     if there == here and ("members" in ours) == ("members" in theirs):
         return
     first, second = _teacher_text(ours), _teacher_text(theirs)
+    if resized and first == second and [head for _, head in there] == [head for _, head in here]:
+        return
     yield f"the teacher is {first} there, {second} here" + (", another one of the same name" if first == second else "")
 
 

@@ -21,7 +21,7 @@ from tokenlabel.data.decoding import decode_pixels
 from tokenlabel.data.folders import EXTENSIONS, list_images, skipped_text
 from tokenlabel.data.sources import open_aloud
 from tokenlabel.labels.fingerprints import FingerprintedImages, find_replaced
-from tokenlabel.labels.manifest import Failure, Manifest, update_failures
+from tokenlabel.labels.manifest import WITHOUT_EFFECT, Failure, Manifest, update_failures
 from tokenlabel.labels.store import LabelStore
 from tokenlabel.labels.writer import LabelStoreWriter
 from tokenlabel.runtime.errors import DataError, ImageError
@@ -146,7 +146,7 @@ def store_predictions(
         class_names=tuple(class_names),
         topk=topk,
         teacher=dict(teacher),
-        preprocessing=asdict(segmenter.config),
+        preprocessing={name: value for name, value in asdict(segmenter.config).items() if name not in WITHOUT_EFFECT},
     )
     segmenter.model.eval()
     num_new, failures = 0, list[Failure]()
