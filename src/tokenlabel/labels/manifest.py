@@ -28,7 +28,7 @@ WITHOUT_EFFECT = ("every_epochs", "windows_at_once")
 
 _SIZE, _CROP = "preprocessing.size", "preprocessing.crop_fraction"
 # Entries that an option decides: of `annotate`, the last two of `import-labels`.
-_OPTIONS = {
+_OPTION_OF = {
     _SIZE: "--size", _CROP: "--crop", "preprocessing.ignore_index": "--ignore-index", "teacher.cells": "--cells",
     OUTSIDE: "--outside", "preprocessing.region": "--region", "preprocessing.layout": "--layout",
 }  # fmt: skip
@@ -161,7 +161,7 @@ def _rank(difference: tuple[str, Any, Any], *, resized: bool) -> int:
 
 def _is_option(name: str, ours: Any, theirs: Any) -> bool:
     is_of_network = name == _CROP and ours is not None and theirs is not None  # `--crop center` of both
-    return name in _OPTIONS and not is_of_network
+    return name in _OPTION_OF and not is_of_network
 
 
 def _continuing(unlike: Sequence[tuple[str, Any, Any]], fixed_size_px: Sequence[int] | None) -> str:
@@ -171,9 +171,9 @@ def _continuing(unlike: Sequence[tuple[str, Any, Any]], fixed_size_px: Sequence[
         # `--size` makes squares: others are the network's own.
         is_own = name == _SIZE and fixed_size_px is not None and len({*fixed_size_px}) > 1
         if ours is None or is_own:
-            left_out.append(_OPTIONS[name])
+            left_out.append(_OPTION_OF[name])
         else:
-            given.append(f"{_OPTIONS[name]} {'center' if name == _CROP else _as_typed(ours)}")
+            given.append(f"{_OPTION_OF[name]} {'center' if name == _CROP else _as_typed(ours)}")
     what = f"`{' '.join(given)}`" if given else "the command"
     without = f" without {' and '.join(left_out)}" if left_out else ""
     are_unsure = any(name.endswith(".weights") for name, *_ in unlike)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from tokenlabel.models.weights import load_published
 
 # Imported when first asked for, so that a recipe, which reads `options.py` alone, takes no torch.
-_HOME_OF = {
+_MODULE_OF = {
     "Inference": "core.config",
     "LVViT": "models.lvvit",
     "LVViTConfig": "models.lvvit",
@@ -46,6 +46,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME_OF:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"tokenlabel.{_HOME_OF[name]}"), name)
+    return getattr(import_module(f"tokenlabel.{_MODULE_OF[name]}"), name)
