@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
+import tokenlabel
 from tokenlabel.cli import VERBS, main
 from tokenlabel.drawing.page import Page
 from tokenlabel.runtime.arguments import Parser, add_figures, configured, device_of, parse, parse_config
@@ -404,7 +405,20 @@ def test_print_config_prints_what_a_run_takes(tmp_path, capsys):
         assert found["data"]["train"] == (more[1] if more else None)
         assert of_run.items() <= found["model"].items()
     assert printed(capsys, "--model.name", "test_vit")["model"]["img_size"] == [224, 224]
-    assert printed(capsys, "--recipe", "finetune")["model"] == {"average": None}  # whose run is not known yet
+    for more in (("--data.train", "a"), ()):  # the run is not known yet
+        found = printed(capsys, "--recipe", "finetune", *more)["model"]
+        assert found == {
+            "name": None, "img_size": None, "options": {}, "weights": None, "average": None, "frozen_layers": 0
+        }  # fmt: skip
+
+
+@pytest.mark.parametrize("path", sorted((Path(tokenlabel.__file__).parent / "recipes").glob("*.yaml")), ids=str)
+def test_every_recipe_can_be_printed_as_it_is(path, capsys):
+    verb = "segment train" if path.name.startswith("segment") else "train"
+    with pytest.raises(SystemExit) as stop:
+        main([*verb.split(), "--recipe", path.stem, "--print-config"])
+    assert not stop.value.code
+    assert len(yaml.safe_load(capsys.readouterr().out)["data"]) > 8
 
 
 @pytest.mark.parametrize(
@@ -415,8 +429,9 @@ def test_print_config_prints_what_a_run_takes(tmp_path, capsys):
     ],
 )
 def test_print_config_refuses_what_a_run_refuses(words, message, capsys):
-    assert main(["train", "--recipe", "demo_teacher", "--data.train", "a", "--print-config", *words]) == 2
-    assert message in capsys.readouterr().err
+    for more in ((), ("--data.train", "a")):
+        assert main(["train", "--recipe", "demo_teacher", "--print-config", *more, *words]) == 2
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [("--model.average", "null"), ("--model.average=~",), ("--model", "{average: null}")])

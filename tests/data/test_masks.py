@@ -74,6 +74,7 @@ class TestFiles:
         ("mode", "kind", "message"),
         [
             ("L", "JPEG", "is a JPEG, which rounds the numbers of classes; save masks as PNG"),
+            ("RGB", "WEBP", "is a WEBP, which rounds the numbers of classes; save masks as PNG"),
             ("RGB", "PNG", r"has 3 channels; a mask has one channel .* turn its 1 colours \(RGB\) into numbers"),
             ("LA", "PNG", "has 2 channels"),
             ("F", "TIFF", "holds fractions"),

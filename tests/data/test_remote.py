@@ -194,6 +194,7 @@ class TestNames:
             ("['s3://key:word@bucket/a', 'http://b?c']", "['s3://bucket/a', 'http://b']"),
             ("hf:/me/run@v1: is it hf://me/run@v2?", "hf://me/run@v1: is it hf://me/run@v2?"),
             ("masks:/data/what?", "masks:/data/what?"),
+            ("sftp:/me:word@host/a.tar", "sftp://host/a.tar"),  # as `Path` leaves it
             ({"a": ["http://b?c", 1], "d": None}, {"a": ["http://b", 1], "d": None}),
         ],
     )

@@ -99,6 +99,8 @@ def _spread(image: ImageFile.ImageFile) -> float:
 
     Greys of 2 and 4 bits are spread over 0 to 255, and those of a PGM up to its `maxval` over 0 to 255 or 65535.
     """
+    if not image.tile:  # of formats that are decoded as a whole
+        return 1
     codec, _, _, args = image.tile[0]
     mode, *rest = args if isinstance(args, tuple) else (args,)
     if codec in ("ppm", "ppm_plain") and image.mode in "LI":

@@ -23,7 +23,7 @@ import yaml
 from yaml.constructor import ConstructorError
 
 from tokenlabel.runtime.coercion import arms_of, coerced, is_choice
-from tokenlabel.runtime.errors import ConfigError, near_names
+from tokenlabel.runtime.errors import ConfigError, MissingError, near_names
 from tokenlabel.runtime.process import write_whole
 
 Config = TypeVar("Config")
@@ -212,21 +212,24 @@ def overlaid(base: dict[str, Any], nested: dict[str, Any], config: type) -> dict
     return result
 
 
+_FROM_ELSEWHERE = ("", (0, -1))  # a name, and an image size, that no value becomes
+
+
 def completed(typed: dict[str, Any], config: type) -> dict[str, Any]:
     """Return nested dicts of what YAML knows, with every field of the dataclass that `typed` (`with_types`) makes.
 
-    Where fields are missing that have no default, they are None. Then a group that needs more, such as the run that its
-    model comes from, is as it was given.
+    Where something is missing, fields without a default are None, and so are those whose default says that another one
+    gives them, such as the run that a model comes from.
     """
     if not missing_fields(typed, config):
-        return config_as_dict(built(typed, config))
+        with suppress(MissingError):
+            return config_as_dict(built(typed, config))
     whole: dict[str, Any] = {}
     for name, kind, default, *_ in (setting for setting in settings_of(config) if "." not in setting.name):
-        given = typed.get(name, {} if is_config(kind) else None if default is REQUIRED else default)
-        whole[name] = plain(given)
         if is_config(kind):
-            with suppress(ValueError):
-                whole[name] = completed(given, kind)
+            whole[name] = completed(typed.get(name, {}), kind)
+        else:
+            whole[name] = plain(typed.get(name, None if default in (REQUIRED, *_FROM_ELSEWHERE) else default))
     return whole
 
 

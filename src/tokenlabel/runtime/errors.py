@@ -31,6 +31,10 @@ class ConfigError(ValueError):
     """A recipe, an option or an argument asks for something that does not exist or does not fit."""
 
 
+class MissingError(ConfigError):
+    """Something without a default, which another setting may give, is not named."""
+
+
 class DataError(ValueError):
     """Images, masks or lists of images cannot be used as they are."""
 

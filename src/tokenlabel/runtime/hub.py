@@ -66,6 +66,7 @@ def local_name(name: str | Path) -> str:
 def licence_metadata(name: str) -> dict[str, str]:
     """Return how a card states a licence; one that the hub does not list is `other`, by its name."""
     spelled = re.sub(r"[^a-z0-9.+-]+", "-", name.lower()).strip("-")
+    refuse({f"--licence {name!r}: names none; expected one of the hub, such as apache-2.0": not spelled})
     return {"license": spelled} if spelled in LICENCES else {"license": "other", "license_name": spelled}
 
 

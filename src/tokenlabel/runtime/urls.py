@@ -15,7 +15,7 @@ _OF_PATHS = ("hf-dataset", "local-dir", "masks")  # names of ours that a path fo
 # Of a URL in a text, also with the one slash that `Path` leaves of two: the user and the query are outside of the
 # groups. It ends at a blank or `"`, but marks before that, as in `(URL?a=b): no such file`, are the text's.
 _IN_TEXT = re.compile(
-    r"\b(?P<scheme>(?:https?|s3|gs|hf|ftp)(?=:/)|[a-z][a-z0-9+.-]+(?=://)):/{1,2}(?:[^/\s?#]*@)?"
+    r"\b(?P<scheme>(?:https?|s3|gc?s|hf|s?ftp|ssh|az|abfss?)(?=:/)|[a-z][a-z0-9+.-]+(?=://)):/{1,2}(?:[^/\s?#]*@)?"
     r"(?P<place>[^\s\"<>?]*)(?:\?[^\s\"<>]+?(?=[\])}':;,.]*(?:[\s\"<>]|$)))?",
     re.IGNORECASE,
 )

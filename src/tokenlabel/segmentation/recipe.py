@@ -19,7 +19,7 @@ from tokenlabel.runtime.coercion import (
     check_numbers,
     coerced_fields,
 )
-from tokenlabel.runtime.errors import refuse
+from tokenlabel.runtime.errors import MissingError, refuse
 from tokenlabel.runtime.process import listed
 from tokenlabel.training.recipe import Labelled, TrainingConfig
 
@@ -96,15 +96,20 @@ class SegmentDataConfig(Labelled):
         refuse(
             {
                 f"{kind} takes its images from {finds}; leave {misplaced} out": misplaced,
-                "data.layout folders needs data.train: images, with data.masks, data.labels or both, or a folder of "
-                "images/ and masks/": is_folders and not self.train,
-                f"{kind} needs data.root, the folder of the data set": not is_folders and self.root is None,
                 f"{kind} has its own classes; leave data.class_names and data.background out": names_are_known
                 and (self.class_names or self.background),
                 f"{kind} has its own values; leave data.class_values and data.ignore_index out": not is_folders
                 and gives_values,
                 "data.val_masks are masks of images; name these with data.val": self.val_masks and not self.val,
             }
+        )
+        refuse(
+            {
+                "data.layout folders needs data.train: images, with data.masks, data.labels or both, or a folder of "
+                "images/ and masks/": is_folders and not self.train,
+                f"{kind} needs data.root, the folder of the data set": not is_folders and self.root is None,
+            },
+            MissingError,
         )
 
     def folders(self, split: Split) -> tuple[Path, Path | None] | None:

@@ -23,7 +23,7 @@ from tokenlabel.runtime.coercion import (
     coerced_fields,
 )
 from tokenlabel.runtime.configuration import check_keys, config_from_dict, overlaid, read_yaml, with_types
-from tokenlabel.runtime.errors import ConfigError, near_names, refuse
+from tokenlabel.runtime.errors import ConfigError, MissingError, near_names, refuse
 from tokenlabel.runtime.hub import local_name, options_without_weights
 from tokenlabel.runtime.runlog import RECIPE_FILE
 
@@ -122,7 +122,7 @@ def _model_of_run(weights: str | None) -> dict[str, Any]:
                 return {**model, "options": options_without_weights(model.get("options", {}))}
     what = "is no run" if Path(weights or ".").exists() else "is not there"
     found = f"model.weights {weights} {what}" if weights else "there is no model.weights"
-    raise ConfigError(
+    raise (ConfigError if weights else MissingError)(
         f"model.name is missing, and {found} to take it from; give model.weights a run folder, or name a model "
         "(docs/models.md); a run that has begun continues by its own recipe: --recipe RUN/recipe.yaml --out RUN"
     )

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -106,11 +106,16 @@ def locked(run: Path, ranks: Ranks) -> Iterator[None]:
         ranks.on_main(_lock)
         yield
     finally:
-        if is_new and is_held and [*run.iterdir()] == [path]:
-            path.unlink()
-            run.rmdir()
+        with suppress(OSError):
+            if is_new and is_held and [*run.iterdir()] == [path]:
+                path.unlink()
         for descriptor in descriptors:
             os.close(descriptor)  # which releases the lock
+        with suppress(
+            OSError
+        ):  # only an empty folder can be removed; after closing, as NFS keeps open files until then
+            if is_new and is_held:
+                run.rmdir()
 
 
 def check_run_folder(
