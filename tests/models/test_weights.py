@@ -344,7 +344,9 @@ def convnext_as_published(name: str) -> str:
 def test_names_that_timm_changes_are_found_below_usual_prefixes(prefix: str, tmp_path: Path) -> None:
     theirs: Any = timm.create_model("convnext_atto", num_classes=5, **CONVNEXT)
     published = {convnext_as_published(name): tensor for name, tensor in theirs.state_dict().items()}
-    torch.save({"state_dict": below(prefix, published, **{"loss.weight": torch.ones(1)})}, tmp_path / "a.ckpt")
+    beside = {"losses": {"student": torch.tensor(1.0), "teacher": torch.tensor(2.0)}, "lr": {"net": torch.ones(1)}}
+    tensors = below(prefix, published, **{"loss.weight": torch.ones(1)})
+    torch.save({"state_dict": tensors, **beside}, tmp_path / "a.ckpt")
     ours: Any = create_model("convnext_atto", num_classes=5, img_size=(64, 64), **CONVNEXT)
     load_published(ours, tmp_path / "a.ckpt")
     assert states_equal(ours.backbone.state_dict(), theirs.state_dict())
@@ -431,6 +433,7 @@ def below(prefix: str, tensors: dict[str, Tensor], **others: Tensor) -> dict[str
             "skips loss.weight (1 tensors)",
         ),
         (below("encoder.backbone.", BARE, n_averaged=torch.tensor(3)), "skips n_averaged"),
+        (below("backbone.", BARE, **{"criterion.weight": torch.ones(3, dtype=torch.long)}), "skips criterion.weight"),
         ({"state_dict": {f"layer._orig_mod.{n}".removeprefix("layer."): t for n, t in BARE.items()}}, ""),
         (
             {"optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}, "names": below("m.", {"a": torch.ones(1)})}}

@@ -383,6 +383,9 @@ def test_soft_predictions_go_into_a_store_on_the_grid_of_the_head(run, tmp_path,
     Path("few/images").mkdir()
     assert main(["segment", "predict", str(run), "few", "--out", "new"]) == 2
     assert "few: holds masks beside its images; name few/images" in capsys.readouterr().err
+    write_image(tmp_path / "own/images/one.png", (24, 24))
+    for _ in range(2):  # its own results are no masks of the images
+        assert main(["segment", "predict", str(run), "own", "--out", "own"]) == 0
 
 
 def test_predict_skips_an_image_that_does_not_decode(run, tmp_path, monkeypatch, capsys):

@@ -169,7 +169,7 @@ def _continuing(unlike: Sequence[tuple[str, Any, Any]], fixed_size_px: Sequence[
     given, left_out = list[str](), list[str]()
     for name, ours, _ in (difference for difference in unlike if _is_option(*difference)):
         # `--size` makes squares: others are the network's own.
-        is_own = name == _SIZE and fixed_size_px is not None and len({*fixed_size_px}) > 1
+        is_own = name == _SIZE and isinstance(fixed_size_px, (list, tuple)) and len({*fixed_size_px}) > 1
         if ours is None or is_own:
             left_out.append(_OPTION_OF[name])
         else:
@@ -206,7 +206,10 @@ def _other_teacher(ours: Mapping[str, Any], theirs: Mapping[str, Any], *, resize
 
 
 def _members(teacher: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    return teacher.get("members") or [teacher]
+    members = teacher.get("members")
+    if not isinstance(members, list) or not all(isinstance(member, dict) for member in members):
+        return [teacher]  # a teacher of one's own may describe itself in any way
+    return members or [teacher]
 
 
 def _teacher_text(teacher: Mapping[str, Any]) -> str:

@@ -93,7 +93,6 @@ def find_weights(path: str | Path, wanted: Collection[str], *, average: bool | N
     path, groups = _read(path, average=average)
     group, prefix = _choose(groups, wanted, average=average, path=path)
     outer, tensors = prefix.removesuffix("backbone."), groups[group]
-    _refuse_bad(path, tensors)
     backbone, token_head, outside = {}, {}, []
     for name, tensor in tensors.items():
         if (inner := name.removeprefix(outer)).startswith(TOKEN_HEADS):
@@ -102,6 +101,7 @@ def find_weights(path: str | Path, wanted: Collection[str], *, average: bool | N
             backbone[name[len(prefix) :]] = tensor
         else:
             outside.append(name)
+    _refuse_bad(path, {name: tensor for name, tensor in tensors.items() if name not in {*outside}})
     if skipped := _skipped(path, group, prefix, outside):
         say(skipped)
     return Weights(path, prefix, backbone, token_head)
@@ -208,7 +208,10 @@ def _wrapper(tensors: Collection[str], wanted: Collection[str]) -> str:
     """
     prefix, inside = "", [*tensors]
     while True:
-        inner = Counter(name[len(prefix) :].partition(".")[0] for name in inside)
+        parts = (name[len(prefix) :].partition(".") for name in inside)
+        inner = Counter(first for first, dot, _ in parts if dot)  # names with others below them
+        if not inner:
+            return prefix
         (first, count), *_ = inner.most_common(1)
         deeper = f"{prefix}{first}."
         beside = (name[len(prefix) :] for name in inside if not name.startswith(deeper))
@@ -265,7 +268,10 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 
 
 def _read_pickle(path: Path) -> dict[str, Any]:
-    _refuse_other_kinds(path)
+    try:
+        _refuse_other_kinds(path)
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read ({error.strerror})") from error
     try:
         with torch.serialization.safe_globals(HARMLESS):
             contents = torch.load(path, map_location="cpu", weights_only=True)

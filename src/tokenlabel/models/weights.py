@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -23,7 +24,7 @@ from tokenlabel.models.runs import read_description
 from tokenlabel.models.vision_transformer import VisionTransformer
 from tokenlabel.models.weight_files import Weights, find_weights, read_class_names
 from tokenlabel.runtime.errors import ModelError, first_line
-from tokenlabel.runtime.hub import hub_or_cache
+from tokenlabel.runtime.hub import hub_or_cache, options_without_weights
 from tokenlabel.runtime.process import say
 
 LOGGER = logging.getLogger(__name__)
@@ -146,9 +147,11 @@ def _adapt(
             resized |= {*resize_all_positions(found, model, grid=grid, name=name)}
             complaint = differences(found)
     if complaint:
-        theirs, what = read_description(weights.path).get("model", model.name), "is for another model or other options"
+        about, what = read_description(weights.path), "is for another model or other options"
+        theirs, options = about.get("model", model.name), options_without_weights(about.get("options", {}))
         if theirs != model.name:
-            what = f"holds {theirs}, not {model.name} (--model.name {theirs} --model.options={{}} makes a like one)"
+            like = f"--model.name {theirs} --model.options '{json.dumps(options)}'"
+            what = f"holds {theirs}, not {model.name} ({like} makes a like one)"
         raise ModelError(f"{name} {what}: {complaint}")
     resized |= {key for key, shape in shapes.items() if key in found and found[key].shape != shape}
     return found | token_head, resized

@@ -198,8 +198,10 @@ def _load_by_recipe(path: Path, name: str, *, root: str | None) -> LoadedModel:
 
     Raises ModelError for a file that does not fill all of the model, such as a backbone.
     """
+    from tokenlabel.data.classes import difference
     from tokenlabel.models.load import LoadedModel
     from tokenlabel.models.segmentation import create_segmentation_model, load_segmentation_weights
+    from tokenlabel.models.weight_files import read_class_names
     from tokenlabel.runtime.configuration import config_from_dict
     from tokenlabel.segmentation.layouts import classes_of
     from tokenlabel.segmentation.recipe import SegmentRecipe
@@ -214,9 +216,11 @@ def _load_by_recipe(path: Path, name: str, *, root: str | None) -> LoadedModel:
     model = create_segmentation_model(recipe.model, num_classes=len(names))
     average = recipe.model.average
     if missing := sorted(load_segmentation_weights(model, path, class_names=names, average=average)):
+        theirs = read_class_names(path)
+        unlike = difference(theirs, names, count=len(theirs), them="the file") if theirs else "names no classes"
         raise ModelError(
             f"{path}: is no whole model of {name}: it has nothing for {listed(missing)}, or is for other classes than "
-            f"the recipe's {len(names):,}; train one from it (tokenlabel segment train --model.weights)"
+            f"the recipe's ({unlike}); train one from it (tokenlabel segment train --model.weights)"
         )
     return LoadedModel(
         name=str(path),

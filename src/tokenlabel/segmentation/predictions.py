@@ -111,9 +111,10 @@ def _files(place: Path, out: Path) -> list[tuple[Path, Path]]:
     """Return image files, each with the folder that its name is relative to, without earlier results in `out`."""
     if place.is_file():
         return [(place.parent, place)]
-    if (place / "images").is_dir() and (place / "masks").is_dir():
-        raise DataError(f"{place}: holds masks beside its images; name {place / 'images'}")
     written = [(out / kind).resolve() for kind in _KINDS]
+    masks = place / "masks"
+    if (place / "images").is_dir() and masks.is_dir() and masks.resolve() not in written:
+        raise DataError(f"{place}: holds masks beside its images; name {place / 'images'}")
     listing = list_images(place)
     found = [place / name for name in sorted(listing.images)]
     found = [path for path in found if not any(path.resolve().is_relative_to(folder) for folder in written)]
