@@ -320,7 +320,7 @@ def check_kills(scenes, tmp_path, *, kills, epochs):
 
 
 def test_a_run_killed_three_times_ends_with_the_same_weights(scenes, tmp_path):
-    check_kills(scenes, tmp_path, kills=3, epochs=30)
+    check_kills(scenes, tmp_path, kills=3, epochs=15)
 
 
 @pytest.mark.long
