@@ -30,7 +30,7 @@ demo: $(READY)  ## train with token labels on real handwriting (at most 7 minute
 demo-fast: $(READY)  ## the same stages in under 90 seconds, with fewer images and steps
 	$(BIN)/tokenlabel demo --fast
 
-test: $(READY)  ## the tests (about five minutes on two cores)
+test: $(READY)  ## the tests (five to seven minutes on two cores)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not long and not gpu'  # what a file's tests share is made once
 
 test-long: $(READY)  ## the tests that take longer: 20 kills, whole studies

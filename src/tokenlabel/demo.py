@@ -110,7 +110,7 @@ def run_demo(out: Path, size: DemoSize, command: Command) -> int:
     print("\n" + "\n".join(f"{title:<52} {form.format(result[name]):>8}" for name, (title, form) in _ROWS.items()))
     if size is FAST:
         print("\n--fast runs all stages with too few images and steps to learn: figures near chance are expected.")
-        print("`tokenlabel demo` takes up to 7 minutes and learns.")
+        print("`tokenlabel demo` takes 7 to 9 minutes and learns.")
     return 0
 
 
