@@ -110,10 +110,10 @@ def observe(
                 evaluator.add(Predictions(batch, outputs.grid, chosen, token_classes, outputs))
         num_images += len(batch.images)
         bad += _not_finite(batch.keys, *logits_of.values(), *([] if token_classes is None else [outputs.tokens]))
-    spent = ranks.all_gather((num_images, time.perf_counter() - started))
-    refuse_outputs([key for keys in ranks.all_gather(bad) for key in keys], precision)
+    spent = ranks.all_gather((num_images, time.perf_counter() - started, bad))
+    refuse_outputs([key for *_, keys in spent for key in keys], precision)
     # All ranks wait for the slowest one, so its time is the time that the evaluation takes.
-    speed = {"images_per_s": sum(n for n, _ in spent) / max(seconds for _, seconds in spent)}
+    speed = {"images_per_s": sum(n for n, *_ in spent) / max(seconds for _, seconds, _ in spent)}
     for evaluator in (evaluator for of_one in evaluators.values() for evaluator in of_one):
         evaluator.join(ranks)
     return {
