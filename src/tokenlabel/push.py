@@ -24,7 +24,7 @@ from typing import Any, Literal, NamedTuple
 
 import yaml
 
-from tokenlabel.labels.manifest import MANIFEST_FILE, read_manifest
+from tokenlabel.labels.manifest import MANIFEST_FILE, members_of, read_manifest
 from tokenlabel.labels.shards import SHARD_SUFFIX
 from tokenlabel.labels.store import LabelStore
 from tokenlabel.models.names import OUR_MODELS
@@ -161,10 +161,10 @@ def _pack(thing: Path, folder: Path, repo: str, licence: str | None) -> str:
 
 def _licences(teacher: Mapping[str, Any]) -> Iterator[tuple[str, str | None]]:
     """Yield name and licence (None if it is not known) of each teacher of a manifest's description."""
-    for member in teacher.get("members", []):
-        yield from _licences(member)
-    if "members" not in teacher:
-        yield str(teacher.get("name")), teacher.get("licence") or teacher.get("backbone", {}).get("licence")
+    for member in members_of(teacher):
+        backbone = member.get("backbone")
+        licence = member.get("licence") or (backbone.get("licence") if isinstance(backbone, dict) else None)
+        yield str(member.get("name")), licence
 
 
 def _common_licence(thing: Path, of_teachers: Sequence[tuple[str, str | None]]) -> str:

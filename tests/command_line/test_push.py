@@ -17,6 +17,7 @@ from huggingface_hub import HfApi
 from PIL import Image
 from segment_cases import write_segmentation_state
 
+from tokenlabel.cli import main
 from tokenlabel.labels.manifest import Failure, read_manifest, update_failures, write_manifest
 from tokenlabel.push import push
 from tokenlabel.runtime.errors import ConfigError, ModelError
@@ -270,6 +271,17 @@ def test_labels_of_several_teachers_have_the_licence_of_all(pushed, tmp_path, li
     else:
         with pytest.raises(ConfigError, match=outcome):
             packed(labels, tmp_path / "sent")
+
+
+@pytest.mark.parametrize("teacher", [{"members": ["a", "b"]}, {"members": 2}, {"name": "mine", "backbone": "a"}])
+def test_labels_of_a_teacher_that_describes_itself_in_its_own_way(pushed, tmp_path, teacher):
+    labels = shutil.copytree(pushed[0] / "labels", tmp_path / "labels")
+    manifest = replace(read_manifest(labels), teacher=teacher)
+    write_manifest(labels, manifest)
+    with pytest.raises(ConfigError, match="none is known; give --licence"):
+        packed(labels, tmp_path / "sent")
+    assert main(["inspect", str(labels)]) == 0
+    assert manifest.differences(replace(manifest, teacher={**teacher, "members": ["a", "c"]}))
 
 
 def test_what_the_hub_has_against_a_card_is_said(pushed, monkeypatch):

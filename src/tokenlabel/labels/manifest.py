@@ -196,7 +196,7 @@ def _other_teacher(ours: Mapping[str, Any], theirs: Mapping[str, Any], *, resize
 
     `resized`: they see other sizes, so hashes of the same weights may differ.
     """
-    there, here = ([(m.get("weights"), m.get("head")) for m in _members(teacher)] for teacher in (ours, theirs))
+    there, here = ([(m.get("weights"), m.get("head")) for m in members_of(teacher)] for teacher in (ours, theirs))
     if there == here and ("members" in ours) == ("members" in theirs):
         return
     first, second = _teacher_text(ours), _teacher_text(theirs)
@@ -205,7 +205,8 @@ def _other_teacher(ours: Mapping[str, Any], theirs: Mapping[str, Any], *, resize
     yield f"the teacher is {first} there, {second} here" + (", another one of the same name" if first == second else "")
 
 
-def _members(teacher: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def members_of(teacher: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the descriptions of the networks that a teacher is made of: itself, unless it says that it has several."""
     members = teacher.get("members")
     if not isinstance(members, list) or not all(isinstance(member, dict) for member in members):
         return [teacher]  # a teacher of one's own may describe itself in any way
@@ -213,7 +214,7 @@ def _members(teacher: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def _teacher_text(teacher: Mapping[str, Any]) -> str:
-    names = " + ".join(str(member.get("name", "one without a name")) for member in _members(teacher))
+    names = " + ".join(str(member.get("name", "one without a name")) for member in members_of(teacher))
     options = [name.replace("_", "-") for name in ("flip", "cells", "class_map") if teacher.get(name)]
     return names + (f" with --{' and --'.join(options)}" if options else "")
 

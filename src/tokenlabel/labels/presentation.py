@@ -17,6 +17,7 @@ from tokenlabel.data.images import ImageSource
 from tokenlabel.drawing.page import Page, check_output
 from tokenlabel.drawing.pictures import ClassGrid, Tile, make_album, top_classes
 from tokenlabel.labels.inspection import MapSummary, as_probabilities, by_doubt, class_finder, shortened_path, summarize
+from tokenlabel.labels.manifest import members_of
 from tokenlabel.labels.store import LabelStore
 from tokenlabel.runtime.errors import ImageError, StoreError
 from tokenlabel.runtime.process import listed, printable, say
@@ -107,8 +108,8 @@ def _suspect_lines(title: str, suspects: Sequence[Mapping[str, Any]]) -> list[st
 
 
 def _in_a_line(settings: Mapping[str, Any]) -> str:
-    if "members" in settings:
-        members = [_in_a_line(member) for member in settings["members"]]
+    if (several := members_of(settings)) != [settings]:
+        members = [_in_a_line(member) for member in several]
         more = f" + {len(members) - 3} more" if len(members) > 3 else ""
         return f"{' + '.join(members[:3])}{more}; {_in_a_line({k: v for k, v in settings.items() if k != 'members'})}"
     return ", ".join(
