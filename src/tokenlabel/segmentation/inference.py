@@ -50,7 +50,7 @@ class Segmenter:
             )
 
     @torch.inference_mode()
-    def __call__(self, image: UInt8[Tensor, "3 height width"], *, name: str = "") -> Int[Tensor, "height width"]:
+    def __call__(self, image: UInt8[Tensor, "3 height width"], *, name: str = "image") -> Int[Tensor, "height width"]:
         """Return the most probable class of each pixel of an RGB image, on the image's device.
 
         Raises OutputError with the image's `name` for outputs that are not finite.

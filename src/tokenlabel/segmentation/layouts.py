@@ -237,9 +237,10 @@ def _coco_pairs(
         names, background=config.background, values=[theirs.index(name) for name in names], ignored=(CROWD, *none)
     )
     keys = sorted(list_images(images).images)
-    name_of = masks.names_of(keys)
-    if not all_needed and config.background is None:  # nothing counts there: a label map has more to say
-        name_of = {key: name for key, name in name_of.items() if name not in masks.bare}
+    described = masks.names_of(keys)
+    # Where nothing counts a label map has more to say.
+    passed_over = masks.bare if not all_needed and config.background is None else frozenset[str]()
+    name_of = {key: name for key, name in described.items() if name not in passed_over}
     bare = [key for key in keys if key not in name_of]
     if not name_of or (bare and all_needed):
         raise DataError(
@@ -248,6 +249,6 @@ def _coco_pairs(
         )
     without = f", {len(bare):,} without" if bare else ""
     say(f"{images}: {len(name_of):,} images with masks of {len(names):,} classes ({listed(list(names))}){without}")
-    if absent := sorted({*masks.names}.difference(masks.names_of(keys).values())):
+    if absent := sorted({*masks.names}.difference(described.values())):
         say(f"{masks}: {len(absent):,} of its images are not in {images} and are skipped ({listed(absent)})")
     return ImageMaskPairs(classes, images, masks, [(key, name_of.get(key, "")) for key in keys])
